@@ -1,0 +1,196 @@
+"""Which implementation runs an operator: one record per backend and the choice among them.
+
+============  ==========================  =====================================================
+explicit      ``with obc.use_backend(n)``  always obeyed; raises where it can't serve the tensor
+environment   ``OBC_BACKEND=n``            the same, for the whole process (read at import)
+best          the table :data:`PREFERENCE`  first available for the tensor's device; logged once
+============  ==========================  =====================================================
+
+A backend is a module-like object with one callable per operator, each with the operator's positional signature.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("obc")
+
+OPERATORS = ("channel_dot", "weight_dot", "weight_dot_list", "weight_moments", "fold", "end_row")
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for by name is unknown, can't be loaded, or can't serve a device."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators.
+
+    Attributes:
+        name: what ``use_backend`` and ``OBC_BACKEND`` call it.
+        devices: device types it serves; ``None`` means all.
+        load: returns the operators as attributes; raises ImportError or OSError with the reason where it can't.
+        remedy: what to do where it is missing.
+    """
+
+    name: str
+    devices: Callable[[], frozenset[str] | None]
+    load: Callable[[], Any]
+    remedy: str
+
+    @functools.lru_cache(maxsize=None)  # noqa: B019 - the records live as long as the process
+    def why_unavailable(self) -> str | None:
+        """The reason why this backend can't be used on this machine, or None where it can."""
+        try:
+            self.load()
+        except (ImportError, OSError) as error:
+            return f"{error}"
+        return None
+
+    def serves(self, device_type: str) -> bool:
+        devices = self.devices()
+        return devices is None or device_type in devices
+
+
+def _load_reference() -> Any:
+    from obc import reference
+
+    return reference
+
+
+@functools.cache
+def _load_cpu() -> Any:
+    from obc.backends import cpu
+
+    return cpu.load()
+
+
+@functools.cache
+def _load_cuda() -> Any:
+    from obc.backends import cuda
+
+    return cuda.load()
+
+
+@functools.cache
+def _load_triton() -> Any:
+    import obc_kernels
+
+    obc_kernels.require()
+    return SimpleNamespace(**{name: getattr(obc_kernels, f"{name}_triton") for name in OPERATORS})
+
+
+def _triton_devices() -> frozenset[str]:
+    # Triton's interpreter runs kernels on CPU tensors; it is for tests, never chosen by itself.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return frozenset({"cpu", "cuda", "xpu"} if interpreted else {"cuda", "xpu"})
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend("cuda", lambda: frozenset({"cuda"}), _load_cuda, "install obc on a machine with nvcc and a torch with CUDA"),
+        Backend("triton", _triton_devices, _load_triton, "pip install 'obc[triton]' on a machine with a GPU"),
+        Backend("cpu", lambda: frozenset({"cpu"}), _load_cpu, "install a C++17 compiler and reinstall obc"),
+        Backend("reference", lambda: None, _load_reference, "it is part of obc"),
+    )
+}
+
+PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference"), "xpu": ("triton", "reference")}
+
+# One process-wide choice, not a ContextVar: Dynamo can't trace one, and CUDA's backward runs on another thread.
+_explicit: str | None = None
+_resolved: dict[tuple[str, str], Callable[..., Any]] = {}
+
+
+def _named(name: str) -> Backend:
+    if name not in BACKENDS:
+        raise BackendError(f"unknown backend {name!r}; known are {', '.join(sorted(BACKENDS))}")
+    return BACKENDS[name]
+
+
+def _usable(name: str) -> Backend:
+    backend = _named(name)
+    if reason := backend.why_unavailable():
+        raise BackendError(f"backend {name!r} is not available: {reason}; to get it: {backend.remedy}")
+    return backend
+
+
+_environment: str | None = os.environ.get("OBC_BACKEND") or None
+
+
+def available() -> list[str]:
+    """Names of the backends that can be used on this machine."""
+    return [name for name, backend in BACKENDS.items() if backend.why_unavailable() is None]
+
+
+def chosen(device_type: str) -> Backend:
+    """The backend that serves tensors on ``device_type`` now.
+
+    Raises:
+        BackendError: a backend asked for by name is unknown, missing, or doesn't serve this device.
+    """
+    if name := _explicit or _environment:
+        backend = _usable(name)
+        if not backend.serves(device_type):
+            served = ", ".join(sorted(backend.devices() or ()))
+            raise BackendError(f"backend {name!r} serves {served} tensors, got a tensor on {device_type!r}")
+        return backend
+    for name in PREFERENCE.get(device_type, ("reference",)):
+        reason = BACKENDS[name].why_unavailable()
+        if reason is None:
+            return BACKENDS[name]
+        _log_fallback(name, device_type, reason)
+    raise AssertionError("the reference serves every device")
+
+
+@functools.cache
+def _log_fallback(name: str, device_type: str, reason: str) -> None:
+    logger.info("backend %r is not used for %s tensors: %s; to get it: %s", name, device_type, reason, _named(name).remedy)
+
+
+def resolve(operator: str, device_type: str) -> Callable[..., Any]:
+    """The callable that runs ``operator`` for tensors on ``device_type``."""
+    key = (operator, device_type)
+    if (call := _resolved.get(key)) is None:
+        call = _resolved[key] = getattr(chosen(device_type).load(), operator)
+    return call
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every operator of this process on the backend ``name`` inside the ``with`` block.
+
+    Raises:
+        BackendError: the backend is unknown or not available; the message says why and how to get it.
+    """
+    global _explicit
+    _usable(name)
+    before, _explicit = _explicit, name
+    _resolved.clear()
+    try:
+        yield
+    finally:
+        _explicit = before
+        _resolved.clear()
+
+
+def describe() -> dict[str, dict[str, Any]]:
+    """Per backend: whether it is available, why not, how to get it, and where its compiled part lies."""
+    facts: dict[str, dict[str, Any]] = {}
+    for name, backend in BACKENDS.items():
+        reason = backend.why_unavailable()
+        facts[name] = {"available": reason is None}
+        if reason is not None:
+            facts[name] |= {"reason": reason, "remedy": backend.remedy}
+    return facts
+

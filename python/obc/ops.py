@@ -1,0 +1,610 @@
+"""The operators: every schema, fake and autograd formula of obc stands here and nowhere else.
+
+``torch.ops.obc.<op>`` is a Python implementation that checks its arguments and hands them to the backend of
+:mod:`obc.backends`. :mod:`obc.reference` is each operator's definition. All of them accumulate in float32
+(float64 for float64 input), read every element once and are deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obc import backends
+from obc.backends import gemm
+
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_LIBRARY = torch.library.Library("obc", "DEF")
+_LIBRARY.define("channel_dot(Tensor activation, Tensor grad, int channel_dim, bool per_sample=False) -> Tensor")
+_LIBRARY.define(
+    "weight_dot(Tensor weight, Tensor grad, Tensor? bias=None, Tensor? bias_grad=None, int groups=1, "
+    "bool transposed=False) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "weight_dot_list(Tensor[] weights, Tensor[] grads, Tensor?[]? biases=None, Tensor?[]? bias_grads=None, "
+    "int[]? groups=None, bool[]? transposed=None) -> (Tensor[], Tensor[])"
+)
+_LIBRARY.define("weight_moments(Tensor weight, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    "fold(Tensor weight, Tensor? compressor=None, Tensor? decompressor=None, int groups=1, int in_repeat=1) -> Tensor"
+)
+_LIBRARY.define(
+    "end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) -> Tensor"
+)
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an operator sums inputs of ``dtype``: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- checks, shared by the fakes and the implementations -----------------------------------------------------
+
+
+def _check_floating(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        torch._check_type(
+            tensor.dtype in _FLOATING,
+            lambda name=name, tensor=tensor: (
+                f"obc::{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; convert it first"
+            ),
+        )
+
+
+def _check_alike(op: str, first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
+    """The two tensors have one shape, dtype and device."""
+    torch._check_value(
+        first.shape == tensor.shape,
+        lambda: f"obc::{op}: {name} has shape {tuple(tensor.shape)}, {first_name} has {tuple(first.shape)}; pass equal shapes",
+    )
+    _check_same_kind(op, first_name, first, name, tensor)
+
+
+def _check_same_kind(op: str, first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
+    torch._check_type(
+        first.dtype == tensor.dtype,
+        lambda: f"obc::{op}: {name} is {tensor.dtype}, {first_name} is {first.dtype}; pass one dtype",
+    )
+    torch._check_value(
+        first.device == tensor.device,
+        lambda: f"obc::{op}: {name} is on {tensor.device}, {first_name} on {first.device}; pass one device",
+    )
+
+
+def _check_channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool) -> int:
+    """Returns the channel dimension counted from 0."""
+    _check_floating("channel_dot", activation=activation)
+    _check_alike("channel_dot", "activation", activation, "grad", grad)
+    dims = activation.dim()
+    torch._check_index(
+        -dims <= channel_dim < dims,
+        lambda: f"obc::channel_dot: channel_dim {channel_dim} is outside an activation of {dims} dimensions",
+    )
+    channel_dim = channel_dim % dims
+    torch._check_value(
+        not per_sample or channel_dim != 0,
+        lambda: "obc::channel_dot: per_sample needs samples along dim 0, but channel_dim is 0 too",
+    )
+    return channel_dim
+
+
+def _check_weight_dot(
+    weight: Tensor,
+    grad: Tensor,
+    bias: Tensor | None,
+    bias_grad: Tensor | None,
+    groups: int,
+    transposed: bool,
+    op: str = "weight_dot",
+) -> tuple[int, int]:
+    """Returns (out_channels, in_channels)."""
+    _check_floating(op, weight=weight)
+    _check_alike(op, "weight", weight, "grad", grad)
+    torch._check_value(
+        weight.dim() >= 2,
+        lambda: f"obc::{op}: weight must be (out, in / groups, *kernel), got shape {tuple(weight.shape)}",
+    )
+    torch._check_value(
+        groups >= 1 and weight.shape[0] % groups == 0,
+        lambda: f"obc::{op}: dim 0 of the weight ({weight.shape[0]}) is not divisible into {groups} groups",
+    )
+    rows, columns = weight.shape[0], weight.shape[1] * groups
+    out_channels, in_channels = (columns, rows) if transposed else (rows, columns)
+    torch._check_value(
+        (bias is None) == (bias_grad is None),
+        lambda: f"obc::{op}: bias and bias_grad go together, got only {'bias' if bias_grad is None else 'bias_grad'}",
+    )
+    if bias is not None and bias_grad is not None:
+        for name, tensor in (("bias", bias), ("bias_grad", bias_grad)):
+            torch._check_value(
+                tensor.dim() == 1 and tensor.shape[0] == out_channels,
+                lambda name=name, tensor=tensor: (
+                    f"obc::{op}: {name} has shape {tuple(tensor.shape)}, expected ({out_channels},)"
+                ),
+            )
+            _check_same_kind(op, "weight", weight, name, tensor)
+    return out_channels, in_channels
+
+
+def _per_layer(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    bias_grads: Sequence[Tensor | None] | None,
+    groups: Sequence[int] | None,
+    transposed: Sequence[bool] | None,
+) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, bool]]:
+    """The arguments of weight_dot_list transposed into one tuple per layer; defaults filled in, lengths checked."""
+    count = len(weights)
+    columns: dict[str, Sequence[Any]] = {
+        "grads": grads,
+        "biases": [None] * count if biases is None else biases,
+        "bias_grads": [None] * count if bias_grads is None else bias_grads,
+        "groups": [1] * count if groups is None else groups,
+        "transposed": [False] * count if transposed is None else transposed,
+    }
+    for name, column in columns.items():
+        torch._check_value(
+            len(column) == count,
+            lambda name=name, column=column: f"obc::weight_dot_list: {len(column)} {name} for {count} weights",
+        )
+    return list(zip(weights, *columns.values(), strict=True))
+
+
+def _check_factor(name: str, factor: Tensor, weight: Tensor, side: int, size: int, groups: int) -> int:
+    """``factor`` fits ``size`` channels of the weight with its dimension ``side`` (-1 C, -2 D); returns the kept ones."""
+    _check_same_kind("fold", "weight", weight, name, factor)
+    torch._check_value(
+        factor.dim() in (2, 3),
+        lambda: f"obc::fold: {name} must be a matrix or (blocks, rows, columns), got shape {tuple(factor.shape)}",
+    )
+    blocks = factor.shape[0] if factor.dim() == 3 else 1
+    kept = factor.shape[-1 if side == -2 else -2]
+    torch._check_value(
+        factor.shape[side] * blocks == size,
+        lambda: f"obc::fold: {name} of shape {tuple(factor.shape)} does not fit {size} channels of a weight "
+        f"{tuple(weight.shape)} with groups={groups}",
+    )
+    torch._check_value(
+        groups == 1 or (blocks == groups if factor.dim() == 3 else kept % groups == 0 and size % groups == 0),
+        lambda: f"obc::fold: {name} of shape {tuple(factor.shape)} can't be split into {groups} diagonal blocks",
+    )
+    return kept * blocks
+
+
+def _check_fold(
+    weight: Tensor, compressor: Tensor | None, decompressor: Tensor | None, groups: int, in_repeat: int
+) -> tuple[int, ...]:
+    """Returns the shape of the folded weight."""
+    _check_floating("fold", weight=weight)
+    torch._check_value(
+        weight.dim() >= 2,
+        lambda: f"obc::fold: weight must be (out, in / groups, *kernel), got shape {tuple(weight.shape)}",
+    )
+    torch._check_value(
+        groups >= 1 and weight.shape[0] % groups == 0,
+        lambda: f"obc::fold: {weight.shape[0]} out channels are not divisible into {groups} groups",
+    )
+    torch._check_value(
+        in_repeat >= 1 and weight.shape[1] % in_repeat == 0,
+        lambda: f"obc::fold: {weight.shape[1]} columns are not divisible by in_repeat={in_repeat}",
+    )
+    torch._check_value(
+        in_repeat == 1 or (groups == 1 and weight.dim() == 2),
+        lambda: f"obc::fold: in_repeat={in_repeat} is for a Linear after flatten, got a weight of shape "
+        f"{tuple(weight.shape)} with groups={groups}",
+    )
+    out_channels, in_channels = weight.shape[0], weight.shape[1] // in_repeat
+    if compressor is not None:
+        out_channels = _check_factor("compressor", compressor, weight, -1, out_channels, groups)
+    if decompressor is not None:
+        total = _check_factor("decompressor", decompressor, weight, -2, in_channels * groups, groups)
+        in_channels = total // groups
+    return (out_channels, in_channels * in_repeat, *weight.shape[2:])
+
+
+def _check_end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tensor | None) -> None:
+    _check_floating("end_row", scores=scores)
+    torch._check_value(
+        scores.dim() == 1 and row.dim() == 1,
+        lambda: f"obc::end_row: scores and row are flat vectors, got shapes {tuple(scores.shape)} and {tuple(row.shape)}",
+    )
+    torch._check_type(
+        scores.dtype in (torch.float32, torch.float64),
+        lambda: f"obc::end_row: scores must be float32 or float64, got {scores.dtype}",
+    )
+    _check_same_kind("end_row", "scores", scores, "row", row)
+    torch._check_value(loss_scale != 0, lambda: "obc::end_row: loss_scale must not be 0")
+    torch._check(
+        not (scores.requires_grad or row.requires_grad),
+        lambda: "obc::end_row is not differentiable: it changes scores and row in place; detach them first",
+    )
+    if groups is None:
+        torch._check_value(
+            scores.shape == row.shape,
+            lambda: f"obc::end_row: scores has {scores.shape[0]} entries, row {row.shape[0]}; pass groups or equal lengths",
+        )
+        return
+    torch._check_type(groups.dtype == torch.int64, lambda: f"obc::end_row: groups must be int64, got {groups.dtype}")
+    torch._check_value(
+        groups.shape == row.shape,
+        lambda: f"obc::end_row: groups has shape {tuple(groups.shape)}, row {tuple(row.shape)}",
+    )
+    torch._check_value(
+        groups.device == row.device,
+        lambda: f"obc::end_row: groups is on {groups.device}, row on {row.device}",
+    )
+
+
+# --- implementations: check, then the backend ----------------------------------------------------------------
+
+
+def _channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
+    channel_dim = _check_channel_dot(activation, grad, channel_dim, per_sample)
+    return backends.resolve("channel_dot", activation.device.type)(activation, grad, channel_dim, per_sample)
+
+
+def _weight_dot(
+    weight: Tensor,
+    grad: Tensor,
+    bias: Tensor | None = None,
+    bias_grad: Tensor | None = None,
+    groups: int = 1,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    _check_weight_dot(weight, grad, bias, bias_grad, groups, transposed)
+    call = backends.resolve("weight_dot", weight.device.type)
+    return call(weight, grad, bias, bias_grad, groups, transposed)
+
+
+def _weight_dot_list(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    bias_grads: Sequence[Tensor | None] | None = None,
+    groups: Sequence[int] | None = None,
+    transposed: Sequence[bool] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    layers = _per_layer(weights, grads, biases, bias_grads, groups, transposed)
+    if not layers:
+        return [], []
+    for layer in layers:
+        _check_weight_dot(*layer, op="weight_dot_list")
+        _check_same_device("weight_dot_list", layers[0][0], layer[0])
+    columns = [list(column) for column in zip(*layers, strict=True)]
+    return backends.resolve("weight_dot_list", weights[0].device.type)(*columns)
+
+
+def _check_same_device(op: str, first: Tensor, tensor: Tensor) -> None:
+    torch._check_value(
+        first.device == tensor.device,
+        lambda: f"obc::{op}: weights on {first.device} and {tensor.device}; pass one device a call",
+    )
+
+
+def _weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_weight_dot(weight, grad, None, None, 1, False, op="weight_moments")
+    return backends.resolve("weight_moments", weight.device.type)(weight, grad)
+
+
+def _fold(
+    weight: Tensor,
+    compressor: Tensor | None = None,
+    decompressor: Tensor | None = None,
+    groups: int = 1,
+    in_repeat: int = 1,
+) -> Tensor:
+    _check_fold(weight, compressor, decompressor, groups, in_repeat)
+    if compressor is None and decompressor is None:
+        return weight.clone()
+    return backends.resolve("fold", weight.device.type)(weight, compressor, decompressor, groups, in_repeat)
+
+
+def _end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
+    _check_end_row(scores, row, loss_scale, groups)
+    finite = backends.resolve("end_row", scores.device.type)(scores, row, loss_scale, groups)
+    # A raw schema's mutation does not reach autograd's version counters by itself.
+    torch.autograd.graph.increment_version((scores, row))
+    return finite
+
+
+# --- fakes: the same checks, then an empty result ------------------------------------------------------------
+
+
+def _channel_dot_fake(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
+    channel_dim = _check_channel_dot(activation, grad, channel_dim, per_sample)
+    channels = activation.shape[channel_dim]
+    shape = (activation.shape[0], channels) if per_sample else (channels,)
+    return activation.new_empty(shape, dtype=accumulation_dtype(activation.dtype))
+
+
+def _weight_dot_fake(
+    weight: Tensor,
+    grad: Tensor,
+    bias: Tensor | None = None,
+    bias_grad: Tensor | None = None,
+    groups: int = 1,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    out_channels, in_channels = _check_weight_dot(weight, grad, bias, bias_grad, groups, transposed)
+    dtype = accumulation_dtype(weight.dtype)
+    return weight.new_empty(out_channels, dtype=dtype), weight.new_empty(in_channels, dtype=dtype)
+
+
+def _weight_dot_list_fake(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    bias_grads: Sequence[Tensor | None] | None = None,
+    groups: Sequence[int] | None = None,
+    transposed: Sequence[bool] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    layers = _per_layer(weights, grads, biases, bias_grads, groups, transposed)
+    dots = [_weight_dot_fake(*layer) for layer in layers]
+    return [out_dot for out_dot, _ in dots], [in_dot for _, in_dot in dots]
+
+
+def _weight_moments_fake(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _check_weight_dot(weight, grad, None, None, 1, False, op="weight_moments")
+    dtype = accumulation_dtype(weight.dtype)
+    first, second, third, fourth, fifth = (weight.new_empty(weight.shape[0], dtype=dtype) for _ in range(5))
+    return first, second, third, fourth, fifth
+
+
+def _fold_fake(
+    weight: Tensor,
+    compressor: Tensor | None = None,
+    decompressor: Tensor | None = None,
+    groups: int = 1,
+    in_repeat: int = 1,
+) -> Tensor:
+    return weight.new_empty(_check_fold(weight, compressor, decompressor, groups, in_repeat))
+
+
+def _end_row_fake(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
+    _check_end_row(scores, row, loss_scale, groups)
+    return scores.new_empty((), dtype=torch.bool)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------
+
+
+def _channel_dot_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    activation, grad, channel_dim, per_sample = inputs
+    ctx.save_for_backward(activation, grad)
+    ctx.channel_dim, ctx.per_sample = channel_dim % activation.dim(), per_sample
+
+
+def _channel_dot_backward(ctx: Any, grad_dot: Tensor) -> tuple[Tensor | None, ...]:
+    activation, grad = ctx.saved_tensors
+    shape = [1] * activation.dim()
+    shape[ctx.channel_dim] = activation.shape[ctx.channel_dim]
+    if ctx.per_sample:
+        shape[0] = activation.shape[0]
+    spread = grad_dot.reshape(shape)
+    grad_activation = (spread * grad).to(activation.dtype) if ctx.needs_input_grad[0] else None
+    grad_grad = (spread * activation).to(grad.dtype) if ctx.needs_input_grad[1] else None
+    return grad_activation, grad_grad, None, None
+
+
+def _weight_dot_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weight, grad, bias, bias_grad, groups, transposed = inputs
+    ctx.save_for_backward(weight, grad, bias, bias_grad)
+    ctx.groups, ctx.transposed = groups, transposed
+
+
+def _weight_dot_backward(ctx: Any, grad_out: Tensor, grad_in: Tensor) -> tuple[Tensor | None, ...]:
+    weight, grad, bias, bias_grad = ctx.saved_tensors
+    rows, columns = (grad_in, grad_out) if ctx.transposed else (grad_out, grad_in)
+    spread = rows.reshape(ctx.groups, -1, 1) + columns.reshape(ctx.groups, 1, -1)
+    spread = spread.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
+    needs = ctx.needs_input_grad
+    return (
+        (spread * grad).to(weight.dtype) if needs[0] else None,
+        (spread * weight).to(grad.dtype) if needs[1] else None,
+        (grad_out * bias_grad).to(bias.dtype) if bias is not None and needs[2] else None,
+        (grad_out * bias).to(bias_grad.dtype) if bias is not None and needs[3] else None,
+        None,
+        None,
+    )
+
+
+def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, compressor, decompressor, groups, in_repeat = inputs
+    ctx.save_for_backward(weight, compressor, decompressor)
+    ctx.groups, ctx.in_repeat = groups, in_repeat
+
+
+def _fold_backward(ctx: Any, grad_folded: Tensor) -> tuple[Tensor | None, ...]:
+    weight, compressor, decompressor = ctx.saved_tensors
+    with torch.enable_grad():
+        inputs = [None if t is None else t.detach().requires_grad_() for t in (weight, compressor, decompressor)]
+        folded = gemm.fold(*inputs, ctx.groups, ctx.in_repeat)
+    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if t is not None and needed]
+    grads = iter(torch.autograd.grad(folded, wanted, grad_folded))
+    needed = zip(inputs, ctx.needs_input_grad, strict=False)
+    return (*(next(grads) if t is not None and need else None for t, need in needed), None, None)
+
+
+def _not_differentiable(op: str, remedy: str) -> tuple[Callable[..., Any], Callable[..., None]]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"obc::{op} is not differentiable; {remedy}")
+
+    return backward, lambda ctx, inputs, output: None
+
+
+def _register(
+    op: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: tuple[Callable[..., Any], Callable[..., None]] | None,
+) -> None:
+    _LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"obc::{op}", fake, lib=_LIBRARY)
+    if autograd is not None:
+        backward, setup_context = autograd
+        torch.library.register_autograd(f"obc::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+_register("channel_dot", _channel_dot, _channel_dot_fake, (_channel_dot_backward, _channel_dot_setup))
+_register("weight_dot", _weight_dot, _weight_dot_fake, (_weight_dot_backward, _weight_dot_setup))
+_register(
+    "weight_dot_list",
+    _weight_dot_list,
+    _weight_dot_list_fake,
+    _not_differentiable("weight_dot_list", "call weight_dot layer by layer"),
+)
+_register(
+    "weight_moments",
+    _weight_moments,
+    _weight_moments_fake,
+    _not_differentiable("weight_moments", "write the moment that you need in plain torch"),
+)
+_register("fold", _fold, _fold_fake, (_fold_backward, _fold_setup))
+_register("end_row", _end_row, _end_row_fake, None)  # refuses inputs that require grad: it changes them in place
+
+
+# --- public functions -----------------------------------------------------------------------------------------
+
+
+def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
+    """Sum of activation times gradient per channel: one row of scores of a layer.
+
+    r[c] = sum over all other positions of activation[.., c, ..] * grad[.., c, ..]
+
+    Args:
+        activation: floating tensor of any layout, for example (N, C, *S), channels-last or (..., C).
+        grad: gradient of a loss by ``activation``: the same shape, dtype and device.
+        channel_dim: the dimension of the channels; negative counts from the end.
+        per_sample: keep the samples along dim 0 apart.
+
+    Returns:
+        (C,), or (N, C) with ``per_sample``; float32, or float64 for float64 input. Differentiable.
+
+    Raises:
+        ValueError, TypeError, IndexError: shapes, dtypes or devices differ, or ``channel_dim`` is out of range.
+    """
+    return torch.ops.obc.channel_dot(activation, grad, channel_dim, per_sample)
+
+
+def weight_dot(
+    weight: Tensor,
+    grad: Tensor,
+    bias: Tensor | None = None,
+    bias_grad: Tensor | None = None,
+    groups: int = 1,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Both sums of weight times gradient, per out channel and per in channel, in one pass over the two tensors.
+
+    out_dot[o] = sum w[o] * g[o] + b[o] * gb[o];   in_dot[i] = sum w[:, i] * g[:, i]
+
+    Args:
+        weight: (out, in / groups, *kernel), or (in, out / groups, *kernel) with ``transposed``.
+        grad: its gradient: the same shape, dtype and device.
+        bias: (out,) or None.
+        bias_grad: the bias's gradient; given exactly when ``bias`` is.
+        groups: groups of the convolution; in_dot counts every in channel of every group.
+        transposed: the weight is a transposed convolution's.
+
+    Returns:
+        out_dot (out,) and in_dot (in,); float32, or float64 for float64 input. Differentiable.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices don't fit.
+    """
+    return torch.ops.obc.weight_dot(weight, grad, bias, bias_grad, groups, transposed)
+
+
+def weight_dot_list(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    bias_grads: Sequence[Tensor | None] | None = None,
+    groups: Sequence[int] | None = None,
+    transposed: Sequence[bool] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`weight_dot` of a whole model in one call.
+
+    Args:
+        weights, grads, biases, bias_grads, groups, transposed: per layer, the arguments of :func:`weight_dot`.
+
+    Returns:
+        The list of out_dots and the list of in_dots, one of each a layer. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: the lists differ in length, or a layer's tensors don't fit.
+    """
+    return torch.ops.obc.weight_dot_list(weights, grads, biases, bias_grads, groups, transposed)
+
+
+def weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per row of dim 0: sum wg, sum (wg)^2, sum |wg|, sum w^2, sum |w|, all from one pass over the two tensors.
+
+    Args:
+        weight: (out, in / groups, *kernel).
+        grad: its gradient: the same shape, dtype and device.
+
+    Returns:
+        Five vectors (out,), float32, or float64 for float64 input. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices don't fit.
+    """
+    return torch.ops.obc.weight_moments(weight, grad)
+
+
+def fold(
+    weight: Tensor,
+    compressor: Tensor | None = None,
+    decompressor: Tensor | None = None,
+    groups: int = 1,
+    in_repeat: int = 1,
+) -> Tensor:
+    """The folded weight of Equivalent Pruning, W' = C W D over (out, in / groups, *kernel).
+
+    W'[k, j, s] = sum over o, i of C[k, o] * W[o, i, s] * D[i, j]
+
+    Args:
+        weight: (out, in / groups, *kernel).
+        compressor: C, (kept_out, out), or the diagonal blocks (blocks, kept_out / blocks, out / blocks). None is
+            the identity.
+        decompressor: D, (in, kept_in), or the diagonal blocks (blocks, in / blocks, kept_in / blocks). None is the
+            identity.
+        groups: groups of the convolution. With more than one, C and D must be block-diagonal: ``groups`` blocks, or
+            matrices of which only the diagonal blocks are read.
+        in_repeat: for a Linear after flatten, how many columns each in channel owns (D is then D x I).
+
+    Returns:
+        (kept_out, kept_in / groups, *kernel) in the dtype of ``weight``, products accumulated in float32 or better.
+        Differentiable in all three tensors.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices don't fit.
+    """
+    return torch.ops.obc.fold(weight, compressor, decompressor, groups, in_repeat)
+
+
+def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
+    """End a row: scores[groups[c]] += (row[c] / loss_scale)^2, then row = 0, both in place and in one pass.
+
+    Where a square is not finite, nothing is added, and the row is zeroed all the same.
+
+    Args:
+        scores: flat float32 or float64 vector, one entry per group, or per channel without ``groups``.
+        row: flat vector of the same dtype and device, one entry per channel.
+        loss_scale: what the loss was multiplied by (a gradient scaler's scale).
+        groups: int64 vector, the group of each channel, ascending.
+
+    Returns:
+        A 0-d bool tensor on the device: whether every square was finite. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices don't fit.
+        RuntimeError: an input requires grad.
+    """
+    return torch.ops.obc.end_row(scores, row, loss_scale, groups)
