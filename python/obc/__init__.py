@@ -2,5 +2,6 @@
 
 from obc import backends, ops, reference
 from obc.backends import use_backend
+from obc.scoring import ChannelScores, JacobianScorer, Scores, score
 
-__all__ = ["backends", "ops", "reference", "use_backend"]
+__all__ = ["ChannelScores", "JacobianScorer", "Scores", "backends", "ops", "reference", "score", "use_backend"]

@@ -32,9 +32,7 @@ _LIBRARY.define("weight_moments(Tensor weight, Tensor grad) -> (Tensor, Tensor, 
 _LIBRARY.define(
     "fold(Tensor weight, Tensor? compressor=None, Tensor? decompressor=None, int groups=1, int in_repeat=1) -> Tensor"
 )
-_LIBRARY.define(
-    "end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) -> Tensor"
-)
+_LIBRARY.define("end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) -> Tensor")
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -59,7 +57,9 @@ def _check_alike(op: str, first_name: str, first: Tensor, name: str, tensor: Ten
     """The two tensors have one shape, dtype and device."""
     torch._check_value(
         first.shape == tensor.shape,
-        lambda: f"obc::{op}: {name} has shape {tuple(tensor.shape)}, {first_name} has {tuple(first.shape)}; pass equal shapes",
+        lambda: (
+            f"obc::{op}: {name} has shape {tuple(tensor.shape)}, {first_name} has {tuple(first.shape)}; pass equal shapes"
+        ),
     )
     _check_same_kind(op, first_name, first, name, tensor)
 
@@ -166,8 +166,10 @@ def _check_factor(name: str, factor: Tensor, weight: Tensor, side: int, size: in
     kept = factor.shape[-1 if side == -2 else -2]
     torch._check_value(
         factor.shape[side] * blocks == size,
-        lambda: f"obc::fold: {name} of shape {tuple(factor.shape)} does not fit {size} channels of a weight "
-        f"{tuple(weight.shape)} with groups={groups}",
+        lambda: (
+            f"obc::fold: {name} of shape {tuple(factor.shape)} does not fit {size} channels of a weight "
+            f"{tuple(weight.shape)} with groups={groups}"
+        ),
     )
     torch._check_value(
         groups == 1 or (blocks == groups if factor.dim() == 3 else kept % groups == 0 and size % groups == 0),
@@ -195,8 +197,10 @@ def _check_fold(
     )
     torch._check_value(
         in_repeat == 1 or (groups == 1 and weight.dim() == 2),
-        lambda: f"obc::fold: in_repeat={in_repeat} is for a Linear after flatten, got a weight of shape "
-        f"{tuple(weight.shape)} with groups={groups}",
+        lambda: (
+            f"obc::fold: in_repeat={in_repeat} is for a Linear after flatten, got a weight of shape "
+            f"{tuple(weight.shape)} with groups={groups}"
+        ),
     )
     out_channels, in_channels = weight.shape[0], weight.shape[1] // in_repeat
     if compressor is not None:
@@ -211,7 +215,9 @@ def _check_end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tenso
     _check_floating("end_row", scores=scores)
     torch._check_value(
         scores.dim() == 1 and row.dim() == 1,
-        lambda: f"obc::end_row: scores and row are flat vectors, got shapes {tuple(scores.shape)} and {tuple(row.shape)}",
+        lambda: (
+            f"obc::end_row: scores and row are flat vectors, got shapes {tuple(scores.shape)} and {tuple(row.shape)}"
+        ),
     )
     torch._check_type(
         scores.dtype in (torch.float32, torch.float64),
@@ -226,7 +232,9 @@ def _check_end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tenso
     if groups is None:
         torch._check_value(
             scores.shape == row.shape,
-            lambda: f"obc::end_row: scores has {scores.shape[0]} entries, row {row.shape[0]}; pass groups or equal lengths",
+            lambda: (
+                f"obc::end_row: scores has {scores.shape[0]} entries, row {row.shape[0]}; pass groups or equal lengths"
+            ),
         )
         return
     torch._check_type(groups.dtype == torch.int64, lambda: f"obc::end_row: groups must be int64, got {groups.dtype}")

@@ -98,7 +98,9 @@ def _triton_devices() -> frozenset[str]:
 BACKENDS = {
     backend.name: backend
     for backend in (
-        Backend("cuda", lambda: frozenset({"cuda"}), _load_cuda, "install obc on a machine with nvcc and a torch with CUDA"),
+        Backend(
+            "cuda", lambda: frozenset({"cuda"}), _load_cuda, "install obc on a machine with nvcc and a torch with CUDA"
+        ),
         Backend("triton", _triton_devices, _load_triton, "pip install 'obc[triton]' on a machine with a GPU"),
         Backend("cpu", lambda: frozenset({"cpu"}), _load_cpu, "install a C++17 compiler and reinstall obc"),
         Backend("reference", lambda: None, _load_reference, "it is part of obc"),
@@ -155,7 +157,9 @@ def chosen(device_type: str) -> Backend:
 
 @functools.cache
 def _log_fallback(name: str, device_type: str, reason: str) -> None:
-    logger.info("backend %r is not used for %s tensors: %s; to get it: %s", name, device_type, reason, _named(name).remedy)
+    logger.info(
+        "backend %r is not used for %s tensors: %s; to get it: %s", name, device_type, reason, _named(name).remedy
+    )
 
 
 def resolve(operator: str, device_type: str) -> Callable[..., Any]:
@@ -193,4 +197,3 @@ def describe() -> dict[str, dict[str, Any]]:
         if reason is not None:
             facts[name] |= {"reason": reason, "remedy": backend.remedy}
     return facts
-

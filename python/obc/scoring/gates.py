@@ -1,0 +1,89 @@
+"""Gates: identities on activations whose own gradient is a row of scores.
+
+A gate is a zero leaf of one entry per channel (per sample and channel for sample rows) that travels with an
+activation through an identity. The identity's backward hands the gradient on unchanged and gives the gate
+``channel_dot(activation, gradient)``. Autograd then adds over every use, micro-batch and checkpointed segment,
+straight into the slice of one flat vector that the gate's ``.grad`` was preset to. Nothing has side effects, so
+``torch.compile`` traces it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obc import ops
+
+
+def _folded_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool, fold: int) -> Tensor:
+    """channel_dot, with the channels of ``fold`` groups added up where that is more than one."""
+    dot = ops.channel_dot(activation, grad, channel_dim, per_sample)
+    return dot if fold == 1 else dot.unflatten(-1, (fold, -1)).sum(-2)
+
+
+class Gate(torch.autograd.Function):
+    """Identity on ``activation``; the gate's gradient is ``channel_dot(activation, grad)``."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, gate: Tensor, channel_dim: int, per_sample: bool, fold: int) -> Tensor:
+        ctx.save_for_backward(activation)
+        ctx.channel_dim, ctx.per_sample, ctx.fold = channel_dim, per_sample, fold
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (activation,), (grad,) = ctx.saved_tensors, grads
+        dot = _folded_dot(activation, grad, ctx.channel_dim, ctx.per_sample, ctx.fold)
+        return grad, dot, None, None, None
+
+
+class CheckGate(torch.autograd.Function):
+    """A gate of the checking row: on a clone, so that in-place changes cannot hurt, and it notices them.
+
+    ``watch.output_changed`` is set when the tensor handed on was changed in place, ``watch.input_changed`` when the
+    tensor received was.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Tensor, gate: Tensor, channel_dim: int, per_sample: bool, fold: int, watch: Any
+    ) -> Tensor:
+        private, handed = activation.clone(), activation.clone()
+        ctx.save_for_backward(private)
+        ctx.channel_dim, ctx.per_sample, ctx.fold, ctx.watch = channel_dim, per_sample, fold, watch
+        ctx.received, ctx.handed = activation.detach(), handed.detach()
+        ctx.versions = ctx.received._version, ctx.handed._version
+        return handed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (private,), (grad,) = ctx.saved_tensors, grads
+        ctx.watch.input_changed |= ctx.received._version != ctx.versions[0]
+        ctx.watch.output_changed |= ctx.handed._version != ctx.versions[1]
+        dot = _folded_dot(private, grad, ctx.channel_dim, ctx.per_sample, ctx.fold)
+        return grad, dot, None, None, None, None
+
+
+class TokenGate(torch.autograd.Function):
+    """Identity on an embedding's output; the gate's gradient is, per row of the table, the dot of its look-ups.
+
+    Serves the out channels of a head whose weight is tied to the table: their rows hold both uses.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, gate: Tensor, tokens: Tensor, per_sample: bool) -> Tensor:
+        ctx.save_for_backward(activation, tokens)
+        ctx.shape, ctx.per_sample = gate.shape, per_sample
+        return activation.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (activation, tokens), (grad,) = ctx.saved_tensors, grads
+        dtype = ops.accumulation_dtype(activation.dtype)
+        dots = (activation.to(dtype) * grad.to(dtype)).sum(-1)
+        rows = tokens.expand(dots.shape).reshape(ctx.shape[0] if ctx.per_sample else 1, -1)
+        table = dots.new_zeros(rows.shape[0], ctx.shape[-1])
+        table.scatter_add_(1, rows, dots.reshape(rows.shape))
+        return grad, table.reshape(ctx.shape), None, None

@@ -1,0 +1,112 @@
+"""Which modules have channels to score, and where their channels lie.
+
+A rule says how a module's row of scores can be read: by gates on its input and output, from the gradients of its
+one-dimensional parameters, or only from its weight's gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import UninitializedParameter
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where a module's channels lie.
+
+    Attributes:
+        kind: "gate" (activation times gradient at input and output), "norm" (an affine of one-dimensional weight and
+            bias), or "weight" (only the weight's gradient serves).
+        weight: the weight's attribute name.
+        bias: the bias's attribute name, or None.
+        out_axis: the weight's dimension of the out channels.
+        in_axis: the weight's dimension of the in channels, or None where the module has none.
+        out_dim: the channel dimension of the output, counted from the end; None where no gate serves it.
+        in_dim: the same for the input.
+        groups: groups of a convolution.
+        looks_up: the module selects rows of its weight by integer input (an embedding).
+        elementwise: the weight multiplies channels along its last dimension.
+    """
+
+    kind: Literal["gate", "norm", "weight"]
+    weight: str = "weight"
+    bias: str | None = None
+    out_axis: int = 0
+    in_axis: int | None = None
+    out_dim: int | None = None
+    in_dim: int | None = None
+    groups: int = 1
+    looks_up: bool = False
+    elementwise: bool = False
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _bias_name(module: nn.Module) -> str | None:
+    return "bias" if getattr(module, "bias", None) is not None else None
+
+
+def rule_for(module: nn.Module) -> Rule | str | None:
+    """The rule of a module, the reason why none fits, or None where the module owns no parameters."""
+    if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
+        return "its parameters are not initialised: run one batch through the model first"
+    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        channel_dim = -1 - len(module.kernel_size)
+        out_axis, in_axis = (1, 0) if isinstance(module, _TRANSPOSED) else (0, 1)
+        return Rule(
+            "gate",
+            bias=_bias_name(module),
+            out_axis=out_axis,
+            in_axis=in_axis,
+            out_dim=channel_dim,
+            in_dim=channel_dim,
+            groups=module.groups,
+        )
+    if isinstance(module, nn.Linear):
+        return Rule("gate", bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1)
+    if _is_transformers_conv1d(module):  # GPT-2's linear layer with its weight stored (in, out)
+        return Rule("gate", bias=_bias_name(module), out_axis=1, in_axis=0, out_dim=-1, in_dim=-1)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return Rule("gate", out_axis=1, out_dim=-1, looks_up=True)
+    if isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is None:
+            return "query, key and value of different widths have no common in channels"
+        bias = None if module.in_proj_bias is None else "in_proj_bias"
+        return Rule("weight", weight="in_proj_weight", bias=bias, in_axis=1)
+    return _elementwise_rule(module)
+
+
+def _elementwise_rule(module: nn.Module) -> Rule | str | None:
+    """Norms, PReLU, layer scales: a weight, and perhaps a bias, that multiply and shift each channel."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    own = dict(module.named_parameters(recurse=False))
+    if not own and not isinstance(weight, Tensor):
+        return None
+    if isinstance(weight, Tensor) and set(own) <= {"weight", "bias"} and not list(module.children()):
+        bias_name = None if bias is None else "bias"
+        if weight.dim() == 1 and (bias is None or bias.shape == weight.shape):
+            out_dim = -1
+            if isinstance(module, (_NormBase, nn.GroupNorm, nn.PReLU)):
+                out_dim = 1
+            return Rule("norm", bias=bias_name, out_dim=out_dim, elementwise=True)
+        if isinstance(module, nn.LayerNorm):  # normalised over several dimensions: channels are the last one
+            return Rule("weight", bias=bias_name, out_axis=weight.dim() - 1, elementwise=True)
+    names = ", ".join(sorted(own)) or "weight"
+    return f"no rule for {type(module).__name__}'s own parameters ({names})"
+
+
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
+
+
+def channel_count(module: nn.Module, rule: Rule, axis: int) -> int:
+    """Channels along ``axis`` of the module's weight; dimension 1 of a grouped weight holds one group's share."""
+    weight = getattr(module, rule.weight)
+    return int(weight.shape[axis]) * (rule.groups if axis == 1 else 1)

@@ -1,0 +1,169 @@
+"""What a scorer will read: readers, slots of the flat rows, and the gradients that check or replace gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from obc import ops
+from obc.scoring.gradients import WeightGradient
+from obc.scoring.layers import Rule, channel_count, rule_for
+from obc.scoring.readers import Reader
+from obc.scoring.rows import FlatRow, Slot
+
+ModuleFilter = Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass
+class Source:
+    """A weight's gradient, and the readers that it checks or replaces: one, or several where the weight is tied."""
+
+    gradient: WeightGradient
+    readers: list[Reader]
+
+
+@dataclass
+class Plan:
+    """Everything that a scorer reads.
+
+    Attributes:
+        readers: by module name, in the order of the model.
+        unscored: module name -> why it has no rule.
+        flats: one flat row per device and accumulation dtype.
+        sources: the weights whose gradient can check or replace gates.
+        norms: (parameter, slot) of norms read from their own gradients, weights and biases apart.
+    """
+
+    readers: dict[str, Reader] = field(default_factory=dict)
+    unscored: dict[str, str] = field(default_factory=dict)
+    flats: dict[tuple[torch.device, torch.dtype], FlatRow] = field(default_factory=dict)
+    sources: list[Source] = field(default_factory=list)
+    norms: list[list[tuple[nn.Parameter, Slot]]] = field(default_factory=list)
+
+
+def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn.Module], bool]:
+    if modules is None:
+        return lambda name, module: True
+    if callable(modules):
+        return modules
+    names = set(modules)
+    if unknown := sorted(names - {name for name, _ in model.named_modules()}):
+        raise ValueError(f"modules: the model has no module {unknown[0]!r}; names are those of model.named_modules()")
+    return lambda name, module: name in names
+
+
+def make_plan(model: nn.Module, modules: ModuleFilter | None, per_sample: bool, fold_groups: bool) -> Plan:
+    """Decide for every module of the model how it is going to be read.
+
+    Raises:
+        ValueError: no module can be scored, or ``modules`` names one that the model does not have.
+    """
+    plan, slots = Plan(), _Slots()
+    wanted = _wanted(model, modules)
+    for name, module in model.named_modules():
+        if not wanted(name, module):
+            continue
+        rule = rule_for(module)
+        if isinstance(rule, str):
+            plan.unscored[name] = rule
+        elif rule is not None:
+            plan.readers[name] = _reader(name, module, rule, slots, fold_groups)
+    if not plan.readers:
+        found = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
+        raise ValueError(f"{type(model).__name__} has no module that can be scored (its modules: {found})")
+    plan.flats = slots.flats
+    for reader in plan.readers.values():
+        if type(reader.module) is nn.Embedding:
+            reader.tokens = slots.known.get((id(reader.weight), 0))
+    _plan_gradients(plan, per_sample)
+    for flat in plan.flats.values():
+        flat.allocate()
+    return plan
+
+
+class _Slots:
+    """The slots of all weights; one per weight and dimension, so that tied weights share theirs."""
+
+    def __init__(self) -> None:
+        self.flats: dict[tuple[torch.device, torch.dtype], FlatRow] = {}
+        self.known: dict[tuple[int, int], Slot] = {}
+
+    def of(self, name: str, module: nn.Module, rule: Rule, axis: int, fold: int) -> Slot:
+        weight: Tensor = getattr(module, rule.weight)
+        # A weight computed by a parametrisation is a new tensor at every look: the module stands for it.
+        key = (id(weight if isinstance(weight, nn.Parameter) else module), axis)
+        if key not in self.known:
+            kind = (weight.device, ops.accumulation_dtype(weight.dtype))
+            flat = self.flats.setdefault(kind, FlatRow(*kind))
+            self.known[key] = flat.add(name, channel_count(module, rule, axis) // fold)
+        return self.known[key]
+
+
+def _reader(name: str, module: nn.Module, rule: Rule, slots: _Slots, fold_groups: bool) -> Reader:
+    fold = rule.groups if fold_groups and rule.in_axis == 1 else 1
+    out = slots.of(name, module, rule, rule.out_axis, 1)
+    in_ = None if rule.in_axis is None else slots.of(name, module, rule, rule.in_axis, fold)
+    reader = Reader(name, module, rule, out, in_, fold)
+    padding = getattr(module, "padding_idx", None) if rule.looks_up else None
+    if padding is not None and bool(reader.weight[padding].any()):
+        reader.reason = "its padding row is not zero but has no gradient"
+    return reader
+
+
+def _plan_gradients(plan: Plan, per_sample: bool) -> None:
+    by_weight: dict[int, list[Reader]] = {}
+    weights, biases = [], []
+    for reader in plan.readers.values():
+        leaf = isinstance(reader.weight, nn.Parameter)
+        if reader.rule.kind == "norm" and not per_sample and leaf:
+            reader.how = "norm gradient"
+            weights.append((reader.weight, reader.out))
+            if reader.rule.bias is not None:
+                biases.append((getattr(reader.module, reader.rule.bias), reader.out))
+        elif leaf:
+            by_weight.setdefault(id(reader.weight), []).append(reader)
+            if reader.rule.out_dim is None:
+                reader.reason = "no activation of its own parameters can be seen"
+        elif reader.rule.out_dim is None:
+            reader.scored, reader.reason = False, "its weight is computed and no gate serves it"
+    plan.norms = [part for entries in (weights, biases) for part in _by_kind(entries)]
+    plan.sources = [Source(_weight_gradient(readers), readers) for readers in by_weight.values()]
+
+
+def _by_kind(entries: list[tuple[nn.Parameter, Slot]]) -> list[list[tuple[nn.Parameter, Slot]]]:
+    """Split by parameter dtype and flat row, and so that each slot stands once in every part."""
+    parts: dict[tuple[torch.dtype, FlatRow, int], list[tuple[nn.Parameter, Slot]]] = {}
+    seen: dict[Slot, int] = {}
+    for parameter, slot in entries:
+        turn = seen[slot] = seen.get(slot, -1) + 1
+        parts.setdefault((parameter.dtype, slot.flat, turn), []).append((parameter, slot))
+    return list(parts.values())
+
+
+def _weight_gradient(readers: list[Reader]) -> WeightGradient:
+    """The transient gradient of the weight that these readers share."""
+    by_axis: dict[int, Slot] = {}
+    biases = []
+    for reader in readers:
+        rule = reader.rule
+        by_axis[0 if rule.elementwise else rule.out_axis] = reader.out
+        if rule.in_axis is not None and reader.in_ is not None:
+            by_axis[rule.in_axis] = reader.in_
+        bias = None if rule.bias is None else getattr(reader.module, rule.bias)
+        if isinstance(bias, nn.Parameter):
+            biases.append((bias, reader.out))
+    first = readers[0]
+    weight = first.weight
+    assert isinstance(weight, nn.Parameter)
+    return WeightGradient(
+        weight,
+        by_axis.get(0),
+        by_axis.get(1),
+        max(reader.rule.groups for reader in readers),
+        max(reader.fold for reader in readers),
+        biases,
+        elementwise=first.rule.elementwise,
+    )

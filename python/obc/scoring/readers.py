@@ -1,0 +1,176 @@
+"""One reader per scored module: it puts gates on the module's input and output while the scorer is attached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.scoring.gates import CheckGate, Gate, TokenGate
+from obc.scoring.layers import Rule
+from obc.scoring.rows import Slot
+
+# What a module's own forward calls its activation, where it comes by keyword.
+_ACTIVATION_KEYWORDS = ("input", "x", "hidden_states")
+
+
+class Reading:
+    """What all readers of a scorer share: which kind of row is being read.
+
+    Attributes:
+        per_sample: sample rows.
+        checking: the checking row is not over yet.
+        samples: samples in the row being read, known from its first activation.
+    """
+
+    def __init__(self, per_sample: bool, checking: bool) -> None:
+        self.per_sample, self.checking = per_sample, checking
+        self.samples: int | None = None
+
+
+class _Watch:
+    """What a :class:`CheckGate` noticed about its activation."""
+
+    def __init__(self) -> None:
+        self.input_changed = self.output_changed = False
+
+
+class Reader:
+    """Reads one module's rows.
+
+    Attributes:
+        how: "gate", "norm gradient" or "weight gradient": how rows are read after the checking row.
+        reason: why the module is not read by gates, or not read at all.
+        scored: False where the module is left out.
+        called: its forward ran with a gate.
+        used: its gradient was seen in at least one row.
+        activation_dtypes: of its input and output in the checking row.
+    """
+
+    def __init__(self, name: str, module: nn.Module, rule: Rule, out: Slot, in_: Slot | None, fold: int) -> None:
+        self.name, self.module, self.rule, self.out, self.in_, self.fold = name, module, rule, out, in_, fold
+        self.tokens: Slot | None = None
+        self.how = "gate"
+        self.reason: str | None = None
+        self.scored = True
+        self.called = False
+        self.used = False
+        self.copy_input = self.copy_output = False
+        self.activation_dtypes: set[torch.dtype] = set()
+        self._watch_in, self._watch_out = _Watch(), _Watch()
+        self._reading: Reading
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [slot for slot in (self.out, self.in_, self.tokens) if slot is not None]
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = getattr(self.module, self.rule.weight)
+        return weight
+
+    def attach(self, reading: Reading) -> None:
+        """Put the gates on: hooks closest to the module's own forward, so that they see what it sees.
+
+        They stay on until :meth:`detach`, whatever ``how`` becomes: a compiled model does not notice hooks that go.
+        """
+        self._reading = reading
+        if self.in_ is not None:
+            self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
+        self._handles.append(self.module.register_forward_hook(self._after, prepend=True, with_kwargs=True))
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def notice_changes(self) -> None:
+        """Take over what the checking row's gates saw: later gates hand on, or keep, copies."""
+        self.copy_output |= self._watch_out.output_changed
+        self.copy_input |= self._watch_in.input_changed
+        if self._watch_in.output_changed:
+            self.reason = "it changes its input in place"
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._reads() or self.in_ is None or self.rule.in_dim is None:
+            return None
+        if args and isinstance(args[0], Tensor):
+            gated = self._gate(args[0], self.in_, self.rule.in_dim, self.copy_input, self._watch_in, self.fold)
+            return (gated, *args[1:]), kwargs
+        for name in _ACTIVATION_KEYWORDS:
+            if isinstance(kwargs.get(name), Tensor):
+                gated = self._gate(kwargs[name], self.in_, self.rule.in_dim, self.copy_input, self._watch_in, self.fold)
+                return args, {**kwargs, name: gated}
+        return None
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._reads() or not isinstance(output, Tensor) or self.rule.out_dim is None:
+            return None
+        if not self.called:
+            self.called = True
+        if self.rule.looks_up:
+            output = self._spread_over_samples(output)
+            if self.tokens is not None:
+                tokens = args[0] if args else kwargs["input"]
+                output = self._gate_tokens(output, tokens, self.tokens)
+        gated = self._gate(output, self.out, self.rule.out_dim, False, self._watch_out, 1)
+        return gated.clone() if self.copy_output and not self._reading.checking else gated
+
+    def _reads(self) -> bool:
+        return self.how == "gate" and self.scored and torch.is_grad_enabled()
+
+    def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
+        reading = self._reading
+        if not activation.is_floating_point() or not self._bind(slot, activation, channel_dim):
+            return activation
+        gate = slot.gate
+        assert gate is not None
+        if reading.checking:
+            self.activation_dtypes.add(activation.dtype)
+        if reading.checking and not torch.compiler.is_compiling():
+            return CheckGate.apply(activation, gate, channel_dim, reading.per_sample, fold, watch)  # type: ignore[no-any-return]
+        if copy:
+            activation = activation.clone()
+        return Gate.apply(activation, gate, channel_dim, reading.per_sample, fold)  # type: ignore[no-any-return]
+
+    def _gate_tokens(self, output: Tensor, tokens: Tensor, slot: Slot) -> Tensor:
+        if not self._bind(slot, output, -1):
+            return output
+        return TokenGate.apply(output, slot.gate, tokens, self._reading.per_sample)  # type: ignore[no-any-return]
+
+    def _bind(self, slot: Slot, activation: Tensor, channel_dim: int) -> bool:
+        """Have a gate of the right shape in the slot; False where this activation's dim 0 is not the samples."""
+        reading = self._reading
+        if not reading.per_sample:
+            return True
+        if channel_dim % activation.dim() == 0:
+            self._refuse(f"its activation of shape {tuple(activation.shape)} has no dimension of samples")
+            return False
+        if reading.samples is None:
+            reading.samples = activation.shape[0]
+        if activation.shape[0] != reading.samples:
+            self._refuse(
+                f"its activation has {activation.shape[0]} entries along dim 0 where {reading.samples} are samples"
+            )
+            return False
+        if slot.gate is None or slot.gate.shape[0] != reading.samples:
+            slot.bind_samples(reading.samples)
+        return True
+
+    def _refuse(self, reason: str) -> None:
+        samples, self.reason = self._reading.samples, reason
+        if not self._reading.checking:
+            self._reading.samples = None
+            raise ValueError(
+                f"module {self.name!r} can't be read per sample any more: {reason} (first activation of the row: "
+                f"{samples}); pass batches whose dim 0 is the samples everywhere, or use rows='batch'"
+            )
+
+    def _spread_over_samples(self, output: Tensor) -> Tensor:
+        """A look-up made once for all samples, such as positions, is spread over them so that each has its own row."""
+        samples = self._reading.samples
+        if self._reading.per_sample and samples is not None and output.dim() >= 2 and output.shape[0] == 1:
+            return output.expand(samples, *output.shape[1:])
+        return output

@@ -1,0 +1,120 @@
+"""The flat vectors that hold one row of scores and the sum of squares, and their slices.
+
+One :class:`FlatRow` per device and accumulation dtype. A gate's ``.grad`` is a slice of it, so autograd adds in
+place and ending a row is one ``end_row``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obc import ops
+
+
+@dataclass(eq=False)
+class Slot:
+    """The channels ``start:stop`` of a flat row, and the gate whose gradient adds into them.
+
+    Tied weights share one slot, so that the uses of a weight add up before the square.
+    """
+
+    label: str
+    flat: FlatRow
+    start: int
+    stop: int
+    gate: Tensor | None = None
+    view: Tensor | None = None
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    def of(self, flat_vector: Tensor) -> Tensor:
+        return flat_vector[self.start : self.stop]
+
+    def bind(self) -> None:
+        """Give the gate its slice of the row as gradient, for a batch row."""
+        if self.gate is None:
+            self.gate = torch.zeros(self.size, dtype=self.flat.dtype, device=self.flat.device, requires_grad=True)
+            self.view = self.of(self.flat.row)
+        self.gate.grad = self.view
+
+    def bind_samples(self, samples: int) -> None:
+        """The same for sample rows: a gate of (samples, channels), laid out like its slice of the row."""
+        if self.gate is None or self.gate.shape[0] != samples:
+            gate = torch.zeros(self.size, samples, dtype=self.flat.dtype, device=self.flat.device)
+            self.gate = gate.t().requires_grad_()
+            self.view = self.of(self.flat.sample_rows(samples)).t()
+        self.gate.grad = self.view
+
+    def is_bound(self) -> bool:
+        return self.gate is None or self.gate.grad is self.view
+
+    def release(self) -> None:
+        self.gate = self.view = None
+
+
+class FlatRow:
+    """One row of r and the sums S of its squares, as flat vectors over all slots of one device and dtype."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.slots: list[Slot] = []
+        self.size = 0
+        self.row = torch.empty(0)
+        self.reference = torch.empty(0)
+        self.scores = torch.empty(0)
+        self.samples: Tensor | None = None
+
+    def add(self, label: str, size: int) -> Slot:
+        slot = Slot(label, self, self.size, self.size + size)
+        self.slots.append(slot)
+        self.size += size
+        return slot
+
+    def allocate(self) -> None:
+        """Make the vectors, once every slot is known."""
+        self.row = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        self.scores = torch.zeros_like(self.row)
+
+    def sample_rows(self, samples: int) -> Tensor:
+        """The (channels, samples) rows, made anew when the number of samples changes."""
+        if self.samples is None or self.samples.shape[1] != samples:
+            self.samples = torch.zeros(self.size, samples, dtype=self.dtype, device=self.device)
+        return self.samples
+
+    def zero(self) -> None:
+        self.row.zero_()
+        if self.samples is not None:
+            self.samples.zero_()
+
+    def end_batch_row(self, loss_scale: float) -> tuple[Tensor, Tensor]:
+        """Add the squares and clear the row, without a host read.
+
+        Returns (1,) tensors: whether every square was finite, and the index of the first entry that was not.
+        """
+        first_bad = _first_bad(self.row[:, None])
+        return ops.end_row(self.scores, self.row, loss_scale).reshape(1), first_bad
+
+    def end_sample_rows(self, loss_scale: float) -> tuple[Tensor, Tensor]:
+        """The same for sample rows: (samples,) tensors, each sample a row of its own."""
+        assert self.samples is not None
+        # Transient weight gradients have no per-sample form: they serve rows of one sample, where they add here.
+        rows = self.samples.add_(self.row[:, None]) if self.samples.shape[1] == 1 else self.samples
+        squares, first_bad = (rows / loss_scale).square(), _first_bad(rows)
+        finite = squares.isfinite().all(0)
+        self.scores += torch.where(finite, squares, torch.zeros_like(squares)).sum(1)
+        self.zero()
+        return finite, first_bad
+
+    def label_of(self, index: int) -> str:
+        """The slot that holds entry ``index``."""
+        return next(slot.label for slot in self.slots if slot.start <= index < slot.stop)
+
+
+def _first_bad(rows: Tensor) -> Tensor:
+    """Per column of (channels, rows), the first channel whose square is not finite (0 where all are)."""
+    return rows.square().isfinite().logical_not().to(torch.uint8).argmax(0)

@@ -1,0 +1,581 @@
+"""The scorer: attaches to a model, reads one row per backward, adds up the squares, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from obc.scoring import probe
+from obc.scoring.gradients import NormGradients
+from obc.scoring.planning import ModuleFilter, Source, make_plan
+from obc.scoring.readers import Reader, Reading
+from obc.scoring.rows import FlatRow
+from obc.scoring.scores import ChannelScores, Scores, obc_version
+
+logger = logging.getLogger("obc")
+
+Rows = Literal["batch", "sample"]
+Fallback = Literal["weight_grad", "skip"]
+
+# Models that a scorer is attached to: a second one would put gates on gates.
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class ScoringError(RuntimeError):
+    """A row could not be read; the message names the module, and the model is as it was."""
+
+
+class InplaceError(ScoringError):
+    """An activation was changed in place after a gate had read it; the row was dropped and can be repeated."""
+
+
+class SampleRowsError(ScoringError):
+    """Modules of this model have no per-sample form: sample rows must come one sample at a time."""
+
+
+class JacobianScorer:
+    """Scores of the Jacobian Criterion, row by row, for your own loop.
+
+    S[c] = sum over rows n of (w_c . dL_n/dw_c)^2 for every out and in channel c of every conv, linear, norm and
+    embedding (arXiv 2508.05521, eq. for the Jacobian Criterion), read from activation times gradient: no weight
+    gradient is computed after the first row, and nothing of parameter size is kept.
+
+    >>> scorer = obc.JacobianScorer(model)
+    >>> with scorer:
+    ...     for batch in batches:
+    ...         with scorer.row():
+    ...             loss_fn(model, batch).backward()
+    >>> scores = scorer.scores()
+
+    Put the model in eval mode first. Several backwards inside one ``row()`` add up to one row (micro-batches).
+    Attach before ``torch.compile``.
+
+    Args:
+        model: any module. Parameters frozen before are scored too; everything is restored on exit.
+        rows: "batch": each row is the gradient of one loss. "sample": each sample along dim 0 is a row of its own;
+            call backward on the *sum* of per-sample losses, one backward a ``row()``.
+        modules: names, or a predicate (name, module) -> bool, of the modules to score; all by default.
+        check: compare gates with weight gradients in the first row, and read the modules that disagree from their
+            weight's gradient.
+        strict: raise where a module ends unscored or a row is not finite.
+        fallback: "weight_grad" reads modules that no gate serves from their weight's gradient; "skip" leaves them
+            unscored.
+        process_group: rows are summed over this group before they are squared (every process has a part of the row).
+        fold_groups: add up the groups of a grouped convolution's in channels before squaring, as the paper's code
+            does, so that ``in_channels`` has C_in / groups entries.
+
+    Raises:
+        ValueError: no module can be scored, or an argument is not one of the values above.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        rows: Rows = "batch",
+        modules: ModuleFilter | None = None,
+        check: bool = True,
+        strict: bool = False,
+        fallback: Fallback = "weight_grad",
+        process_group: Any = None,
+        fold_groups: bool = False,
+    ) -> None:
+        if rows not in ("batch", "sample"):
+            raise ValueError(f"rows must be 'batch' or 'sample', got {rows!r}")
+        if fallback not in ("weight_grad", "skip"):
+            raise ValueError(f"fallback must be 'weight_grad' or 'skip', got {fallback!r}")
+        _refuse_compiled(model)
+        self.model, self.rows, self.strict, self.fallback = model, rows, strict, fallback
+        self.process_group = process_group
+        self.left_out: list[str] = []
+        self.num_rows = 0
+        self._rows_ended = 0
+        self._checked = check
+        self._reading = Reading(rows == "sample", check)
+        self._plan = make_plan(model, modules, rows == "sample", fold_groups)
+        self._norms: list[NormGradients] = []
+        self._before: list[tuple[nn.Parameter, bool, Tensor | None]] = []
+        self._norm_handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        self._undo = contextlib.ExitStack()
+        self._in_context = self._in_row = self._warned_train_mode = False
+        self._pending: list[list[tuple[FlatRow, Tensor, Tensor]]] = []
+        if not check:
+            self._settle_unchecked()
+
+    # --- attaching and detaching ------------------------------------------------------------------------------
+
+    def __enter__(self) -> JacobianScorer:
+        if self._in_context:
+            raise ScoringError("this scorer is attached already; leave its `with` block before entering it again")
+        _refuse_compiled(self.model)
+        if self.model in _attached:
+            raise ScoringError(
+                f"another scorer is attached to this {type(self.model).__name__}; leave its `with` block first"
+            )
+        self._verify_unchanged()
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._restore)
+            self._attach()
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._undo.close()
+        if kind is None:
+            self._resolve_pending()
+
+    def _attach(self) -> None:
+        self._in_context = True
+        _attached.add(self.model)
+        # The encoder layers' fast path calls no module, so no gate would see it.
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        self._before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
+        for parameter, _, _ in self._before:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        for flat in self._flats:
+            flat.zero()
+        self._norms = [NormGradients(entries[0][1].flat, entries) for entries in self._plan.norms]
+        for norms in self._norms:
+            for parameter in norms.parameters:
+                parameter.requires_grad_(True)
+            norms.bind()
+        self._watch_norms()
+        if self._reading.checking:
+            for flat in self._flats:
+                flat.reference = torch.zeros_like(flat.row)
+            for source in self._plan.sources:
+                source.gradient.attach(lambda flat: flat.reference, measure=True)
+        else:
+            self._set_weight_gradients()
+        for reader in self._plan.readers.values():
+            if reader.how == "gate" and reader.scored:
+                if not self._reading.per_sample:
+                    for slot in reader.slots:
+                        slot.bind()
+                reader.attach(self._reading)
+
+    def _restore(self) -> None:
+        for reader in self._plan.readers.values():
+            reader.detach()
+        for source in self._plan.sources:
+            source.gradient.detach()
+        for flat in self._flats:
+            flat.samples, flat.reference = None, torch.empty(0)
+            for slot in flat.slots:
+                slot.release()
+        for handle in self._norm_handles.values():
+            handle.remove()
+        self._norm_handles.clear()
+        self._norms = []
+        for parameter, requires_grad, grad in self._before:
+            parameter.grad = None
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        self._before = []
+        torch.backends.mha.set_fastpath_enabled(self._fastpath)
+        self._reading.samples = None
+        self._in_context = self._in_row = False
+        _attached.discard(self.model)
+
+    @property
+    def _flats(self) -> list[FlatRow]:
+        return list(self._plan.flats.values())
+
+    def _verify_unchanged(self) -> None:
+        for name, reader in self._plan.readers.items():
+            width = reader.weight.shape[reader.rule.out_axis]
+            if width * (reader.rule.groups if reader.rule.out_axis == 1 else 1) != reader.out.size:
+                raise ScoringError(f"{name!r} changed its width since this scorer was made; make a new scorer")
+            if reader.weight.device != reader.out.flat.device:
+                raise ScoringError(
+                    f"{name!r} moved to {reader.weight.device} since this scorer was made; make a new scorer"
+                )
+
+    def _watch_norms(self) -> None:
+        """Note which norms a gradient reaches; each hook leaves when it has fired."""
+        for name, reader in self._plan.readers.items():
+            if reader.how == "norm gradient" and not reader.used:
+                weight = reader.weight
+                self._norm_handles[name] = weight.register_post_accumulate_grad_hook(self._note_use(name, reader))  # type: ignore[attr-defined]
+
+    def _note_use(self, name: str, reader: Reader) -> Any:
+        def note(parameter: Tensor) -> None:
+            reader.used = True
+            self._norm_handles.pop(name).remove()
+
+        return note
+
+    def _set_weight_gradients(self) -> None:
+        """After the checking row: weights are frozen, but for those read from their gradient."""
+        for source in self._plan.sources:
+            if any(reader.how == "weight gradient" and reader.scored for reader in source.readers):
+                source.gradient.attach(lambda flat: flat.row)
+            else:
+                source.gradient.detach()
+
+    # --- rows -------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def row(self, loss_scale: float = 1.0, samples: int | None = None) -> Iterator[None]:
+        """One row: every backward inside the block adds to it; leaving the block squares it and adds it to the scores.
+
+        An exception inside drops the row and leaves the scorer as it was before it.
+
+        Args:
+            loss_scale: what the loss was multiplied by (``GradScaler.get_scale()``); rows are divided by it.
+            samples: for sample rows, how many there are, to be compared with the activations.
+
+        Raises:
+            ScoringError: the scorer is not attached, rows are nested, gradients were replaced, or (``strict``) the row
+                is not finite.
+            InplaceError: an activation was changed in place; the row can be repeated.
+        """
+        if not self._in_context:
+            raise ScoringError("the scorer is not attached: open rows inside `with scorer:`")
+        if self._in_row:
+            raise ScoringError("rows can't be nested: leave the open `with scorer.row():` first")
+        self._begin_row()
+        try:
+            yield
+            self._end_row(float(loss_scale), samples)
+        except BaseException as error:
+            self._drop_row()
+            if isinstance(error, RuntimeError) and _is_inplace_error(error) and not self._reading.checking:
+                raise self._copy_from_now_on() from error
+            raise
+        finally:
+            self._in_row = False
+
+    def _begin_row(self) -> None:
+        self._in_row = True
+        self._warn_train_mode()
+        for flat in self._flats:
+            flat.zero()
+            flat.reference.zero_()
+        for norms in self._norms:
+            norms.bind()
+        for source in self._plan.sources:
+            source.gradient.magnitude = 0.0
+
+    def _end_row(self, loss_scale: float, samples: int | None) -> None:
+        if loss_scale == 0:
+            raise ValueError("loss_scale must not be 0")
+        self._verify_bound()
+        self._verify_samples(samples)
+        for norms in self._norms:
+            norms.add_to_row(norms.flat.row)
+        if self._reading.checking and not self._finish_check():
+            loss_scale = float("nan")  # not finite: the row is left out, and the next one is checked
+        if self.process_group is not None:
+            for flat in self._flats:
+                torch.distributed.all_reduce(
+                    flat.row if flat.samples is None else flat.samples, group=self.process_group
+                )
+        self._spread_non_finite()
+        ended = []
+        for flat in self._flats:
+            finite, first_bad = (flat.end_batch_row if flat.samples is None else flat.end_sample_rows)(loss_scale)
+            ended.append((flat, finite, first_bad))
+        self._pending.append(ended)
+        self.num_rows += self._reading.samples or 1
+        self._reading.samples = None
+        if self.strict or all(flat.device.type == "cpu" for flat in self._flats):
+            self._resolve_pending()
+
+    def _spread_non_finite(self) -> None:
+        """A row that lies in several vectors is left out of all of them where one part is not finite."""
+        if len(self._flats) == 1:
+            return
+        rows = [flat.row[:, None] if flat.samples is None else flat.samples for flat in self._flats]
+        finite = torch.stack([row.square().isfinite().all(0).cpu() for row in rows]).all(0)
+        for row in rows:
+            row[:, finite.logical_not().to(row.device)] = float("nan")
+
+    def _drop_row(self) -> None:
+        self._reading.samples = None
+        for flat in self._flats:
+            flat.zero()
+
+    def _copy_from_now_on(self) -> InplaceError:
+        for reader in self._plan.readers.values():
+            reader.copy_output = reader.copy_input = True
+        self.left_out.append(f"row {self._rows_ended}: an activation was changed in place after a gate had read it")
+        return InplaceError(
+            f"row {self._rows_ended} was dropped: an activation was changed in place after a gate had read it, which did "
+            "not happen in the checking row; gates work on copies from now on, so repeat this row"
+        )
+
+    def _warn_train_mode(self) -> None:
+        if self._warned_train_mode:
+            return
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                self._warned_train_mode = True
+                warnings.warn(
+                    f"BatchNorm {name!r} is in train mode: a layer before it scores 0 up to rounding, and samples are "
+                    "mixed; call model.eval() before scoring",
+                    stacklevel=5,
+                )
+                return
+
+    def _verify_bound(self) -> None:
+        for flat in self._flats:
+            for slot in flat.slots:
+                if not slot.is_bound():
+                    raise ScoringError(
+                        f"the gradient of {slot.label!r}'s gate was replaced instead of added to: call backward without "
+                        "create_graph=True, and leave the gates' .grad alone"
+                    )
+        for norms in self._norms:
+            if (parameter := norms.unbound()) is not None:
+                name = next(name for name, p in self.model.named_parameters() if p is parameter)
+                raise ScoringError(
+                    f"the gradient of {name!r} was replaced inside a row: call zero_grad() between rows, and backward "
+                    "without create_graph=True"
+                )
+
+    def _verify_samples(self, samples: int | None) -> None:
+        seen = self._reading.samples
+        if self.rows != "sample" or seen is None:
+            return
+        if samples is not None and samples != seen:
+            raise ScoringError(
+                f"the loss has {samples} samples, but the model's first activation has {seen} entries along dim 0; sample "
+                "rows need the samples along dim 0: use rows='batch' with one sample a batch"
+            )
+        if not self._reading.checking and seen > 1:
+            names = [r.name for r in self._plan.readers.values() if r.how == "weight gradient" and r.scored]
+            if names:
+                raise self._one_at_a_time(names)
+
+    # --- the checking row -------------------------------------------------------------------------------------
+
+    def check_samples(self, losses: Tensor) -> None:
+        """In the checking sample row: make sure that dim 0 is the samples, by the first loss's backward alone.
+
+        Modules whose rows mix samples (BatchNorm in train mode, another layout) are read one sample at a time.
+
+        Args:
+            losses: (B,) per-sample losses with their graph; it is kept.
+        """
+        if not self._reading.checking or losses.numel() < 2:
+            return
+        losses[0].backward(retain_graph=True)
+        for reader in probe.mixed_samples(list(self._plan.readers.values())):
+            reader.reason = "its activations along dim 0 are not one sample each"
+        for flat in self._flats:
+            flat.zero()
+            flat.reference.zero_()
+
+    def _finish_check(self) -> bool:
+        """Compare, decide how every module is read, take the right values; False where the row is not finite."""
+        for flat in self._flats:
+            if not bool((flat.row if flat.samples is None else flat.samples).isfinite().all()):
+                return False
+        for source in self._plan.sources:
+            self._settle(source)
+        fallen = [
+            r.name for s in self._plan.sources if s.gradient.fired for r in s.readers if r.how != "gate" and r.scored
+        ]
+        if self.rows == "sample" and (self._reading.samples or 1) > 1 and fallen:
+            raise self._one_at_a_time(fallen)
+        self._reading.checking = False
+        for flat in self._flats:
+            flat.reference = torch.empty(0)
+        self._set_weight_gradients()
+        self._refuse_unscored()
+        return True
+
+    def _settle(self, source: Source) -> None:
+        readers = source.readers
+        reason = probe.compare(readers, source.gradient)
+        if reason is None:
+            return
+        probe.take_reference(readers)
+        for reader in readers:
+            reader.how = "weight gradient"
+            reader.reason = reader.reason or reason
+            reader.scored = self.fallback != "skip"
+            logger.info("module %r is not read by gates: %s", reader.name, reader.reason)
+
+    def _settle_unchecked(self) -> None:
+        """Without a checking row: whatever no gate can serve is read from its weight's gradient."""
+        for source in self._plan.sources:
+            if any(reader.reason is not None for reader in source.readers):
+                for reader in source.readers:
+                    reader.how, reader.scored = "weight gradient", self.fallback != "skip"
+
+    def _one_at_a_time(self, names: list[str]) -> SampleRowsError:
+        shown = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return SampleRowsError(
+            f"no gate can read {shown} per sample; pass one sample a row, or leave them out with fallback='skip'"
+        )
+
+    def _refuse_unscored(self) -> None:
+        unscored = {name: how for name, how in self._coverage().items() if how.startswith("unscored")}
+        if self.strict and unscored:
+            raise ScoringError(f"strict: {'; '.join(f'{name!r} is {how}' for name, how in unscored.items())}")
+
+    # --- results ----------------------------------------------------------------------------------------------
+
+    def _resolve_pending(self) -> None:
+        """Read which rows were not finite: they were left out of the sums already, here they are named."""
+        pending, self._pending = self._pending, []
+        for ended in pending:
+            index, self._rows_ended = self._rows_ended, self._rows_ended + 1
+            for sample in range(ended[0][1].numel()):
+                bad = [(flat, first_bad) for flat, finite, first_bad in ended if not bool(finite[sample])]
+                if bad:
+                    self.num_rows -= 1
+                    flat, first_bad = bad[0]
+                    row = f"row {index}" if self.rows == "batch" else f"row {index}, sample {sample}"
+                    self._leave_out(
+                        f"{row} is not finite, first in {flat.label_of(int(first_bad[sample]))!r}, and was left out"
+                    )
+
+    def _leave_out(self, message: str) -> None:
+        self.left_out.append(message)
+        if self.strict:
+            raise ScoringError(f"strict: {message}")
+        warnings.warn(message, stacklevel=6)
+
+    def _coverage(self) -> dict[str, str]:
+        coverage = {}
+        for name, _ in self.model.named_modules():
+            if name in self._plan.unscored:
+                coverage[name] = f"unscored: {self._plan.unscored[name]}"
+            elif name in self._plan.readers:
+                coverage[name] = self._how(self._plan.readers[name])
+        return coverage
+
+    def _how(self, reader: Reader) -> str:
+        if not reader.scored:
+            return f"unscored: {reader.reason}"
+        if not self._was_used(reader):
+            return "unscored: no gradient reached it in any row"
+        if reader.how == "weight gradient":
+            return f"weight gradient: {reader.reason}" if reader.reason else "weight gradient"
+        if reader.how == "gate":
+            unchecked = not self._checked or not isinstance(reader.weight, nn.Parameter)
+            return f"gate{' on a copy' if reader.copy_output else ''}{' (unchecked)' if unchecked else ''}"
+        return reader.how
+
+    def _was_used(self, reader: Reader) -> bool:
+        if reader.how == "weight gradient":
+            return any(source.gradient.fired for source in self._plan.sources if reader in source.readers)
+        return reader.used or (reader.called and reader.how == "gate")
+
+    def scores(self) -> Scores:
+        """The scores of all rows so far.
+
+        Raises:
+            ScoringError: no finite row was ended.
+        """
+        self._resolve_pending()
+        if self.num_rows == 0:
+            why = f"; left out: {self.left_out[0]}" if self.left_out else "; call backward inside `with scorer.row():`"
+            raise ScoringError(f"there is no row to score{why}")
+        self._refuse_unscored()
+        coverage = self._coverage()
+        channels = {}
+        for name, reader in self._plan.readers.items():
+            if not coverage[name].startswith("unscored"):
+                channels[name] = ChannelScores(_scores_of(reader, "out"), _scores_of(reader, "in_"))
+        metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version()}
+        if self.left_out:
+            metadata["left_out"] = "; ".join(self.left_out)
+        return Scores(channels, num_rows=self.num_rows, coverage=coverage, metadata=metadata)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on exactly: the sums, how each module is read, and the counts."""
+        self._resolve_pending()
+        return {
+            "layout": self._layout(),
+            "scores": [flat.scores.clone() for flat in self._flats],
+            "num_rows": self.num_rows,
+            "rows_ended": self._rows_ended,
+            "left_out": list(self.left_out),
+            "checking": self._reading.checking,
+            "readers": {
+                name: {key: getattr(reader, key) for key in _STATE} for name, reader in self._plan.readers.items()
+            },
+            "fired": [source.gradient.fired for source in self._plan.sources],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict` of a scorer of the same model and options; call it outside the ``with`` block.
+
+        Raises:
+            ValueError: the state is of another model or of other options; nothing was loaded.
+            ScoringError: the scorer is attached.
+        """
+        if self._in_context:
+            raise ScoringError("load the state before entering `with scorer:`")
+        here, there = self._layout(), [tuple(entry) for entry in state["layout"]]
+        for mine, theirs in zip(here, there, strict=False):
+            if mine != theirs:
+                raise ValueError(f"this state is of another model or other options: it has {theirs}, this model {mine}")
+        if len(here) != len(there):
+            raise ValueError(
+                f"this state has {len(there)} entries, this model {len(here)}; use the same model and options"
+            )
+        for flat, saved in zip(self._flats, state["scores"], strict=True):
+            flat.scores.copy_(saved)
+        self.num_rows, self._rows_ended = state["num_rows"], state["rows_ended"]
+        self.left_out = list(state["left_out"])
+        self._reading.checking = state["checking"]
+        for name, values in state["readers"].items():
+            for key, value in values.items():
+                setattr(self._plan.readers[name], key, value)
+        for source, fired in zip(self._plan.sources, state["fired"], strict=True):
+            source.gradient.fired = fired
+
+    def _layout(self) -> list[tuple[str, str, int]]:
+        entries = [("rows", self.rows, 0)]
+        for name, reader in self._plan.readers.items():
+            entries.append((name, "out_channels", reader.out.size))
+            entries.append((name, "in_channels", reader.in_.size if reader.in_ is not None else -1))
+        return entries
+
+
+# What a reader's state consists of.
+_STATE = ("how", "reason", "scored", "called", "used", "copy_input", "copy_output")
+
+
+def _scores_of(reader: Reader, side: str) -> Tensor | None:
+    slot = getattr(reader, side)
+    return None if slot is None else slot.of(slot.flat.scores).detach().clone().float()
+
+
+def _refuse_compiled(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        wrapped = type(module).__name__ == "OptimizedModule"
+        if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
+            what = f"module {name!r}" if name else "the model"
+            raise ScoringError(
+                f"{what} was compiled before attaching, so gates would not be seen; attach, then compile"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ScoringError(
+                f"module {name!r} is a ScriptModule, whose inside can't be read; score the module it was made of"
+            )
+
+
+def _is_inplace_error(error: RuntimeError) -> bool:
+    """Whether autograd found a tensor changed in place after it had been saved, or refused to let a view be changed."""
+    message = str(error)
+    return "modified by an inplace operation" in message or "is being modified inplace" in message

@@ -1,0 +1,217 @@
+"""The result of scoring: importance per channel of every module, what was read how, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+_FORMAT = "obc.Scores/1"
+
+
+class ScoresError(ValueError):
+    """A score file is not one, or belongs to another model."""
+
+
+@dataclass(frozen=True)
+class ChannelScores:
+    """Importance of one module's channels: sums over the rows of squares of weight times gradient.
+
+    Attributes:
+        out_channels: (C_out,) float32, or None.
+        in_channels: (C_in,) float32, or None for modules without in channels (norms, embeddings).
+    """
+
+    out_channels: Tensor | None
+    in_channels: Tensor | None = None
+
+
+def obc_version() -> str:
+    """The installed version, or "unknown" for a source tree that was not installed."""
+    try:
+        return version("obc")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class Scores(Mapping[str, ChannelScores]):
+    """Scores of a model, keyed by module name.
+
+    S[c] = sum over rows n of (w_c . dL_n/dw_c)^2 for the slice w_c of one channel in one module. A coupled group's
+    score is the sum over the slices it removes.
+
+    Attributes:
+        num_rows: rows that were added.
+        coverage: module name -> how its rows were read, or "unscored: " and why not.
+        metadata: model class, kind of rows, obc's version, rows left out.
+    """
+
+    def __init__(
+        self,
+        channels: Mapping[str, ChannelScores],
+        *,
+        num_rows: int,
+        coverage: Mapping[str, str],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self._channels = dict(channels)
+        self.num_rows = num_rows
+        self.coverage = dict(coverage)
+        self.metadata = dict(metadata)
+
+    def __getitem__(self, name: str) -> ChannelScores:
+        try:
+            return self._channels[name]
+        except KeyError:
+            why = self.coverage.get(name, "no such module was there when the model was scored")
+            raise KeyError(f"no scores for module {name!r}: {why}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._channels)
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._channels
+
+    def __repr__(self) -> str:
+        return "\n".join([self._headline(), *_table(self._channels, self.coverage)])
+
+    def _headline(self) -> str:
+        unscored = sum(how.startswith("unscored") for how in self.coverage.values())
+        model = self.metadata.get("model", "a model")
+        return f"Scores of {model}: {len(self)} modules, {self.num_rows} rows ({self.metadata.get('rows')}), {unscored} unscored"
+
+    def verify(self, model: nn.Module) -> None:
+        """Check that these scores are of ``model``: every module is there with as many channels.
+
+        Raises:
+            ScoresError: naming the first module that is not.
+        """
+        from obc.scoring.layers import Rule, channel_count, rule_for
+
+        modules = dict(model.named_modules())
+        for name, channels in self._channels.items():
+            if name not in modules:
+                raise ScoresError(f"these scores are of another model: it has no module {name!r}; score this model")
+            rule = rule_for(modules[name])
+            expected = None
+            if isinstance(rule, Rule):
+                expected = channel_count(modules[name], rule, rule.out_axis)
+            got = None if channels.out_channels is None else channels.out_channels.numel()
+            if got is not None and got != expected:
+                raise ScoresError(
+                    f"these scores are of another model: {name!r} has {expected} out channels, the scores {got}; "
+                    "score the model again after every change of its widths"
+                )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file: one tensor per module and side, everything else as metadata."""
+        tensors = {}
+        for name, channels in self._channels.items():
+            for side, values in (("out_channels", channels.out_channels), ("in_channels", channels.in_channels)):
+                if values is not None:
+                    tensors[f"{name}:{side}"] = values.detach().cpu().contiguous()
+        metadata = {
+            "format": _FORMAT,
+            "num_rows": str(self.num_rows),
+            "coverage": json.dumps(self.coverage),
+            "metadata": json.dumps(self.metadata),
+            "modules": json.dumps(list(self._channels)),
+        }
+        save_file(tensors, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Scores:
+        """Read a file written by :meth:`save`.
+
+        Args:
+            path: the file.
+            model: where given, the scores are verified to be of this model.
+
+        Raises:
+            ScoresError: the file is not a score file, is damaged, or is of another model.
+            FileNotFoundError: there is no such file.
+        """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no score file at {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ScoresError(f"{path} is not a score file, or is damaged: {error}") from error
+        if header.get("format") != _FORMAT:
+            raise ScoresError(f"{path} is not a score file: format {header.get('format')!r}, expected {_FORMAT!r}")
+        try:
+            modules, coverage = json.loads(header["modules"]), json.loads(header["coverage"])
+            metadata, num_rows = json.loads(header["metadata"]), int(header["num_rows"])
+        except (KeyError, ValueError) as error:
+            raise ScoresError(f"{path} is a damaged score file: {error!r}") from error
+        channels = {
+            name: ChannelScores(tensors.get(f"{name}:out_channels"), tensors.get(f"{name}:in_channels"))
+            for name in modules
+        }
+        scores = cls(channels, num_rows=num_rows, coverage=coverage, metadata=metadata)
+        if model is not None:
+            scores.verify(model)
+        return scores
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw every module's out-channel scores, sorted, as one curve a module on a logarithmic axis.
+
+        Raises:
+            ImportError: matplotlib is missing; the message says how to get it.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Scores.plot needs matplotlib: pip install 'obc[plot]'") from error
+        _draw(Figure, self._channels, self._headline(), path)
+
+
+def _draw(figure_class: Any, channels: Mapping[str, ChannelScores], title: str, path: str | PathLike[str]) -> None:
+    drawn = {name: c.out_channels for name, c in channels.items() if c.out_channels is not None}
+    columns = 3
+    lines = max(1, -(-len(drawn) // columns))
+    figure = figure_class(figsize=(4.2 * columns, 1.9 * lines + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axis in grid.flat[len(drawn) :]:
+        axis.set_visible(False)
+    for axis, (name, values) in zip(grid.flat, drawn.items(), strict=False):
+        ordered = values.detach().float().cpu().sort(descending=True).values
+        axis.plot(ordered.clamp_min(torch.finfo(torch.float32).tiny).numpy(), linewidth=1.2)
+        axis.set_yscale("log")
+        axis.set_title(f"{name} ({values.numel()})", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("out channels, sorted", fontsize=9)
+    figure.supylabel("score", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _table(channels: Mapping[str, ChannelScores], coverage: Mapping[str, str]) -> list[str]:
+    """One line a module: its channels on both sides, the range of its out-channel scores, and how it was read."""
+    header = ("module", "out", "in", "min", "median", "max", "read by")
+    lines = [header]
+    for name, how in coverage.items():
+        scores = channels.get(name, ChannelScores(None))
+        values = scores.out_channels
+        spread = ("", "", "")
+        if values is not None and values.numel():
+            spread = (f"{values.min():.2e}", f"{values.median():.2e}", f"{values.max():.2e}")
+        sizes = ["" if side is None else str(side.numel()) for side in (values, scores.in_channels)]
+        lines.append((name or "(model)", *sizes, *spread, how))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
