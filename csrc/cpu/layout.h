@@ -1,0 +1,170 @@
+// From a pair of strided arrays to the (rows, columns) views that the leaves read.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+#include "kernels.h"
+#include "leaves.h"
+
+namespace obc::cpu {
+
+// A pass over fewer elements than this is not worth waking another thread for.
+constexpr int64_t kGrain = 32768;
+
+// One dimension of the pair. `out` is its stride in an array of sums, filled in by the operator.
+struct Dim {
+  int64_t size;
+  int64_t first;
+  int64_t second;
+  int role;
+  int64_t out = 0;
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Whether `inner` continues `outer` in memory, in both arrays.
+inline bool continues(const Dim& outer, const Dim& inner) {
+  return outer.first == inner.size * inner.first && outer.second == inner.size * inner.second;
+}
+
+// Drops dimensions of size 1, orders the others as they lie in memory (outermost first) and joins neighbours of one
+// role that are one run. No sum depends on the order in which its dimensions were named.
+inline std::vector<Dim> canonical(std::vector<Dim> dims) {
+  dims.erase(std::remove_if(dims.begin(), dims.end(), [](const Dim& dim) { return dim.size == 1; }), dims.end());
+  const auto reach = [](const Dim& dim) { return std::abs(dim.first) + std::abs(dim.second); };
+  std::stable_sort(dims.begin(), dims.end(), [&](const Dim& a, const Dim& b) { return reach(a) > reach(b); });
+  std::vector<Dim> joined;
+  for (const Dim& dim : dims) {
+    if (!joined.empty() && joined.back().role == dim.role && continues(joined.back(), dim)) {
+      const int64_t size = joined.back().size * dim.size;
+      joined.back() = dim;
+      joined.back().size = size;
+    } else {
+      joined.push_back(dim);
+    }
+  }
+  return joined;
+}
+
+inline int64_t count(const std::vector<Dim>& dims) {
+  int64_t product = 1;
+  for (const Dim& dim : dims) product *= dim.size;
+  return product;
+}
+
+struct Offsets {
+  int64_t first = 0;
+  int64_t second = 0;
+  int64_t out = 0;
+
+  void add(const Dim& dim, int64_t index) {
+    first += dim.first * index;
+    second += dim.second * index;
+    out += dim.out * index;
+  }
+};
+
+// Splits positions [begin, end) of `dims`, counted in order, into runs along the last dimension and calls
+// f(offsets of the run's start, its length). Without dimensions there is one position.
+template <class F>
+void for_each_run(const std::vector<Dim>& dims, int64_t begin, int64_t end, const F& f) {
+  while (begin < end) {
+    Offsets offsets;
+    int64_t rest = begin;
+    int64_t length = end - begin;
+    for (size_t d = dims.size(); d-- > 0;) {
+      const int64_t index = rest % dims[d].size;
+      if (d + 1 == dims.size()) length = std::min(length, dims[d].size - index);
+      offsets.add(dims[d], index);
+      rest /= dims[d].size;
+    }
+    f(offsets, length);
+    begin += length;
+  }
+}
+
+// The columns of a matrix: the innermost dimensions, contiguous, or by a table of offsets.
+class Columns {
+ public:
+  explicit Columns(const std::vector<Dim>& dims) : count_(cpu::count(dims)) {
+    bool contiguous = dims.empty() || (dims.back().first == 1 && dims.back().second == 1);
+    for (size_t d = 1; d < dims.size(); ++d) contiguous = contiguous && continues(dims[d - 1], dims[d]);
+    if (contiguous) return;
+    first_.reserve(count_);
+    second_.reserve(count_);
+    for_each_run(dims, 0, count_, [&](const Offsets& start, int64_t length) {
+      for (int64_t i = 0; i < length; ++i) {
+        first_.push_back(start.first + i * dims.back().first);
+        second_.push_back(start.second + i * dims.back().second);
+      }
+    });
+  }
+
+  int64_t count() const { return count_; }
+  bool contiguous() const { return first_.empty(); }
+
+  // The two matrices that begin `offsets` into the arrays, at column `column`.
+  Matrix first(const Pair& pair, const Offsets& offsets, int64_t row_stride, int64_t column) const {
+    return view(pair.first, item_size(pair.dtype), offsets.first, row_stride, first_, column);
+  }
+  Matrix second(const Pair& pair, const Offsets& offsets, int64_t row_stride, int64_t column) const {
+    return view(pair.second, item_size(pair.dtype), offsets.second, row_stride, second_, column);
+  }
+
+ private:
+  static Matrix view(
+      const void* data,
+      int64_t item,
+      int64_t offset,
+      int64_t row_stride,
+      const std::vector<int64_t>& offsets,
+      int64_t column) {
+    const int64_t start = offsets.empty() ? offset + column : offset;
+    const int64_t* table = offsets.empty() ? nullptr : offsets.data() + column;
+    return {static_cast<const char*>(data) + start * item, row_stride, table};
+  }
+
+  int64_t count_;
+  std::vector<int64_t> first_;
+  std::vector<int64_t> second_;
+};
+
+// How many chunks to cut `rows` into where `others` independent tasks stand beside them: about 64 tasks (enough for
+// any machine's threads, few enough that partial sums stay small), at least 32 rows a chunk (so that writing and
+// reading back its column sums costs under 1/16 of reading its rows), at most 1024 (so that rounding stays that of
+// short sums).
+inline int64_t row_chunks(int64_t rows, int64_t others) {
+  const int64_t wanted = std::min(ceil_div(64, std::max<int64_t>(others, 1)), ceil_div(rows, 32));
+  return std::max({int64_t{1}, wanted, ceil_div(rows, 1024)});
+}
+
+// Uninitialised memory for partial sums.
+template <class Acc>
+std::unique_ptr<Acc[]> scratch(int64_t size) {
+  return std::unique_ptr<Acc[]>(new Acc[size]);
+}
+
+// A reduction prepared to run in parallel: independent tasks, each of about `task_size` elements, then what is left
+// to do in one thread.
+class Plan {
+ public:
+  virtual ~Plan() = default;
+  virtual void run(int64_t task) const = 0;
+  virtual void finish() const = 0;
+
+  int64_t tasks = 0;
+  int64_t task_size = 1;
+
+  void run_all(const ParallelFor& parallel) const {
+    parallel(tasks, ceil_div(kGrain, std::max<int64_t>(task_size, 1)), [this](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) run(task);
+    });
+    finish();
+  }
+};
+
+}  // namespace obc::cpu

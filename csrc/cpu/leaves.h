@@ -1,0 +1,38 @@
+// The leaf kernels: sums of products over a (rows, columns) matrix, compiled once per instruction set.
+//
+// Every operator is put together from these four. A leaf runs in one thread, allocates nothing, and sums in an order
+// that is fixed by (rows, columns) alone: lanes are 128 bytes (row_dots) or 64 bytes wide whatever the registers,
+// contraction to fused multiply-add is off, and a rest shorter than the lanes is padded with zeros.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace obc::cpu {
+
+// A (rows, columns) view: element (r, j) lies at data[r * row_stride + j], or, where `offsets` is given, at
+// data[r * row_stride + offsets[j]]. In a pair either both have offsets or none.
+struct Matrix {
+  const void* data;
+  int64_t row_stride;
+  const int64_t* offsets;
+};
+
+template <class Acc>
+struct Leaves {
+  // sums[r * sums_stride] = sum_j a[r, j] * g[r, j]
+  void (*row_dots)(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* sums, int64_t sums_stride);
+  // sums[j] += sum_r a[r, j] * g[r, j]
+  void (*column_sums)(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* sums);
+  // Both in one pass: row_sums[r] += ..., column_sums[j] += ...
+  void (*row_column_sums)(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* row_sums, Acc* column_sums);
+  // sums[m * sums_stride + r] = sum_j of wg, (wg)^2, |wg|, w^2, |w| for m = 0 ... 4
+  void (*row_moments)(Matrix w, Matrix g, int64_t rows, int64_t columns, Acc* sums, int64_t sums_stride);
+};
+
+// The leaves for inputs of `dtype`; Acc is double exactly for float64.
+template <class Acc>
+const Leaves<Acc>& leaves(Dtype dtype);
+
+}  // namespace obc::cpu

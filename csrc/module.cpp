@@ -1,0 +1,191 @@
+// obc._native: how this build was made, and the CPU kernels on NumPy arrays for programs without torch.
+//
+// The arguments are checked in python/obc/integrations/numpy.py. The interpreter's lock is released while a kernel
+// runs; threads are started for each call that is large enough (OBC_NUM_THREADS, by default one per processor).
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using obc::cpu::Dtype;
+using obc::cpu::Pair;
+
+int64_t thread_count() {
+  static const int64_t count = [] {
+    const char* wanted = std::getenv("OBC_NUM_THREADS");
+    const int64_t threads = wanted ? std::atoll(wanted) : std::thread::hardware_concurrency();
+    return std::max<int64_t>(threads, 1);
+  }();
+  return count;
+}
+
+void run_parallel(int64_t tasks, int64_t grain, obc::cpu::ParallelFor::Body body, const void* context) {
+  const int64_t ranges = std::min(thread_count(), (tasks + grain - 1) / grain);
+  const int64_t length = (tasks + ranges - 1) / ranges;
+  std::vector<std::thread> threads;
+  for (int64_t begin = length; begin < tasks; begin += length) {
+    threads.emplace_back(body, begin, std::min(begin + length, tasks), context);
+  }
+  body(0, std::min(length, tasks), context);
+  for (std::thread& thread : threads) thread.join();
+}
+
+constexpr obc::cpu::ParallelFor kParallel = {run_parallel};
+
+Dtype dtype_of(const py::array& array) {
+  switch (array.dtype().char_()) {
+    case 'd':
+      return Dtype::float64;
+    case 'e':
+      return Dtype::float16;
+    default:
+      return Dtype::float32;
+  }
+}
+
+std::vector<int64_t> strides_of(const py::array& array) {
+  std::vector<int64_t> strides(array.strides(), array.strides() + array.ndim());
+  for (int64_t& stride : strides) stride /= array.itemsize();
+  return strides;
+}
+
+// A Pair and the memory that it points to.
+struct Arrays {
+  Arrays(const py::array& first, const py::array& second)
+      : sizes(first.shape(), first.shape() + first.ndim()),
+        first_strides(strides_of(first)),
+        second_strides(strides_of(second)),
+        pair{
+            dtype_of(first),
+            first.ndim(),
+            sizes.data(),
+            first.data(),
+            first_strides.data(),
+            second.data(),
+            second_strides.data()} {}
+
+  Arrays(const Arrays&) = delete;
+  Arrays& operator=(const Arrays&) = delete;
+
+  std::vector<int64_t> sizes, first_strides, second_strides;
+  Pair pair;
+};
+
+py::array empty_sums(std::vector<py::ssize_t> shape, const py::array& like) {
+  return py::array(py::dtype(dtype_of(like) == Dtype::float64 ? "d" : "f"), std::move(shape));
+}
+
+py::array channel_dot(const py::array& activation, const py::array& grad, int64_t channel_dim, bool per_sample) {
+  const py::ssize_t channels = activation.shape(channel_dim);
+  py::array out = per_sample ? empty_sums({activation.shape(0), channels}, activation)
+                             : empty_sums({channels}, activation);
+  const Arrays arrays(activation, grad);
+  void* sums = out.mutable_data();
+  const py::gil_scoped_release unlocked;
+  obc::cpu::channel_dot(arrays.pair, channel_dim, per_sample, sums, kParallel);
+  return out;
+}
+
+using ArrayList = std::vector<py::array>;
+using OptionalArrayList = std::vector<std::optional<py::array>>;
+
+std::pair<ArrayList, ArrayList> weight_dot_list(
+    const ArrayList& weights,
+    const ArrayList& grads,
+    const OptionalArrayList& biases,
+    const OptionalArrayList& bias_grads,
+    const std::vector<int64_t>& groups,
+    const std::vector<bool>& transposed) {
+  ArrayList out_dots, in_dots;
+  std::vector<std::unique_ptr<Arrays>> arrays;
+  std::vector<obc::cpu::WeightDot> layers;
+  const auto pair_of = [&](const py::array& first, const py::array& second) -> const Pair* {
+    arrays.push_back(std::make_unique<Arrays>(first, second));
+    return &arrays.back()->pair;
+  };
+  for (size_t i = 0; i < weights.size(); ++i) {
+    const py::array& weight = weights[i];
+    py::array row_dot = empty_sums({weight.shape(0)}, weight);
+    py::array column_dot = empty_sums({weight.shape(1) * groups[i]}, weight);
+    layers.push_back(
+        {*pair_of(weight, grads[i]),
+         biases[i] ? pair_of(*biases[i], *bias_grads[i]) : nullptr,
+         groups[i],
+         transposed[i],
+         row_dot.mutable_data(),
+         column_dot.mutable_data()});
+    out_dots.push_back(transposed[i] ? column_dot : row_dot);
+    in_dots.push_back(transposed[i] ? row_dot : column_dot);
+  }
+  const py::gil_scoped_release unlocked;
+  obc::cpu::weight_dot(layers, kParallel);
+  return {std::move(out_dots), std::move(in_dots)};
+}
+
+ArrayList weight_moments(const py::array& weight, const py::array& grad) {
+  ArrayList sums;
+  void* moments[5];
+  for (void*& moment : moments) {
+    sums.push_back(empty_sums({weight.shape(0)}, weight));
+    moment = sums.back().mutable_data();
+  }
+  const Arrays arrays(weight, grad);
+  const py::gil_scoped_release unlocked;
+  obc::cpu::weight_moments(arrays.pair, moments, kParallel);
+  return sums;
+}
+
+// Whether every square was finite, and the position of the first bad group or -1.
+std::pair<bool, int64_t> end_row(
+    py::array scores, py::array row, double loss_scale, const std::optional<py::array>& groups) {
+  const obc::cpu::EndRow arguments = {
+      dtype_of(scores),
+      scores.mutable_data(),
+      scores.size(),
+      strides_of(scores)[0],
+      row.mutable_data(),
+      row.size(),
+      strides_of(row)[0],
+      groups ? static_cast<const int64_t*>(groups->data()) : nullptr,
+      groups ? strides_of(*groups)[0] : 0,
+      loss_scale};
+  const py::gil_scoped_release unlocked;
+  bool finite = false;
+  const int64_t bad_group = obc::cpu::end_row(arguments, &finite);
+  return {finite, bad_group};
+}
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["compiler"] = OBC_COMPILER;
+  facts["flags"] = OBC_FLAGS;
+  facts["torch_at_build"] = OBC_TORCH_VERSION;
+  facts["cuda"] = bool(OBC_WITH_CUDA);
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "Facts of obc's native build, and its CPU kernels on NumPy arrays.";
+  module.def("build_facts", build_facts);
+  module.def("instruction_set", obc::cpu::instruction_set);
+  module.def("thread_count", thread_count);
+  module.def("channel_dot", channel_dot);
+  module.def("weight_dot_list", weight_dot_list);
+  module.def("weight_moments", weight_moments);
+  module.def("end_row", end_row);
+}

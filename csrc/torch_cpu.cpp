@@ -1,0 +1,191 @@
+// Registers the CPU kernels with torch as obc_cpu::<op>, on LibTorch's stable ABI: one build serves torch 2.11 and later.
+//
+// Signatures are those of obc::<op> in python/obc/ops.py, where the arguments are checked before they come here: below
+// torch 2.13 an error raised behind the ABI loses its message. end_row alone sends back a position to complain about.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using obc::cpu::Dtype;
+using obc::cpu::Pair;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+void run_parallel(int64_t tasks, int64_t grain, obc::cpu::ParallelFor::Body body, const void* context) {
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+}
+
+constexpr obc::cpu::ParallelFor kParallel = {run_parallel};
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      return Dtype::float32;
+  }
+}
+
+Pair pair_of(const Tensor& first, const Tensor& second) {
+  return {
+      dtype_of(first),
+      first.dim(),
+      first.sizes().data(),
+      first.const_data_ptr(),
+      first.strides().data(),
+      second.const_data_ptr(),
+      second.strides().data()};
+}
+
+// An uninitialised contiguous CPU tensor.
+Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = sizes.begin()[1];
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+Tensor empty_sums(std::initializer_list<int64_t> sizes, const Tensor& like) {
+  const bool wide = dtype_of(like) == Dtype::float64;
+  return empty(sizes, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
+}
+
+Tensor channel_dot(const Tensor& activation, const Tensor& grad, int64_t channel_dim, bool per_sample) {
+  const int64_t channels = activation.size(channel_dim);
+  const Tensor out =
+      per_sample ? empty_sums({activation.size(0), channels}, activation) : empty_sums({channels}, activation);
+  obc::cpu::channel_dot(pair_of(activation, grad), channel_dim, per_sample, out.mutable_data_ptr(), kParallel);
+  return out;
+}
+
+using Tensors = std::vector<Tensor>;
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+std::tuple<Tensors, Tensors> weight_dot_list(
+    const Tensors& weights,
+    const Tensors& grads,
+    const std::optional<OptionalTensors>& biases,
+    const std::optional<OptionalTensors>& bias_grads,
+    const std::optional<std::vector<int64_t>>& groups,
+    const std::optional<std::vector<bool>>& transposed) {
+  const size_t count = weights.size();
+  Tensors out_dots, in_dots;
+  std::vector<Pair> bias_pairs(count);
+  std::vector<obc::cpu::WeightDot> layers;
+  for (size_t i = 0; i < count; ++i) {
+    const Tensor& weight = weights[i];
+    const int64_t group_count = groups ? (*groups)[i] : 1;
+    const bool swapped = transposed && (*transposed)[i];
+    const Pair* bias = nullptr;
+    if (biases && (*biases)[i]) {
+      bias_pairs[i] = pair_of(*(*biases)[i], *(*bias_grads)[i]);
+      bias = &bias_pairs[i];
+    }
+    const Tensor row_dot = empty_sums({weight.size(0)}, weight);
+    const Tensor column_dot = empty_sums({weight.size(1) * group_count}, weight);
+    layers.push_back(
+        {pair_of(weight, grads[i]),
+         bias,
+         group_count,
+         swapped,
+         row_dot.mutable_data_ptr(),
+         column_dot.mutable_data_ptr()});
+    out_dots.push_back(swapped ? column_dot : row_dot);
+    in_dots.push_back(swapped ? row_dot : column_dot);
+  }
+  obc::cpu::weight_dot(layers, kParallel);
+  return {out_dots, in_dots};
+}
+
+std::tuple<Tensor, Tensor> weight_dot(
+    const Tensor& weight,
+    const Tensor& grad,
+    const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& bias_grad,
+    int64_t groups,
+    bool transposed) {
+  const auto [out_dots, in_dots] = weight_dot_list(
+      {weight},
+      {grad},
+      OptionalTensors{bias},
+      OptionalTensors{bias_grad},
+      std::vector<int64_t>{groups},
+      std::vector<bool>{transposed});
+  return {out_dots[0], in_dots[0]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> weight_moments(const Tensor& weight, const Tensor& grad) {
+  const int64_t rows = weight.size(0);
+  const Tensor sums[5] = {
+      empty_sums({rows}, weight),
+      empty_sums({rows}, weight),
+      empty_sums({rows}, weight),
+      empty_sums({rows}, weight),
+      empty_sums({rows}, weight)};
+  void* const moments[5] = {
+      sums[0].mutable_data_ptr(),
+      sums[1].mutable_data_ptr(),
+      sums[2].mutable_data_ptr(),
+      sums[3].mutable_data_ptr(),
+      sums[4].mutable_data_ptr()};
+  obc::cpu::weight_moments(pair_of(weight, grad), moments, kParallel);
+  return {sums[0], sums[1], sums[2], sums[3], sums[4]};
+}
+
+std::tuple<Tensor, int64_t> end_row(
+    const Tensor& scores, const Tensor& row, double loss_scale, const std::optional<Tensor>& groups) {
+  const obc::cpu::EndRow arguments = {
+      dtype_of(scores),
+      scores.mutable_data_ptr(),
+      scores.numel(),
+      scores.stride(0),
+      row.mutable_data_ptr(),
+      row.numel(),
+      row.stride(0),
+      groups ? static_cast<const int64_t*>(groups->const_data_ptr()) : nullptr,
+      groups ? groups->stride(0) : 0,
+      loss_scale};
+  const Tensor finite = empty({}, aoti_torch_dtype_bool());
+  const int64_t bad_group = obc::cpu::end_row(arguments, static_cast<bool*>(finite.mutable_data_ptr()));
+  return {finite, bad_group};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(obc_cpu, library) {
+  library.def("channel_dot(Tensor activation, Tensor grad, int channel_dim, bool per_sample=False) -> Tensor");
+  library.def(
+      "weight_dot(Tensor weight, Tensor grad, Tensor? bias=None, Tensor? bias_grad=None, int groups=1, "
+      "bool transposed=False) -> (Tensor, Tensor)");
+  library.def(
+      "weight_dot_list(Tensor[] weights, Tensor[] grads, Tensor?[]? biases=None, Tensor?[]? bias_grads=None, "
+      "int[]? groups=None, bool[]? transposed=None) -> (Tensor[], Tensor[])");
+  library.def("weight_moments(Tensor weight, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def(
+      "end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) "
+      "-> (Tensor finite, int bad_group)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(obc_cpu, CPU, library) {
+  library.impl("channel_dot", TORCH_BOX(&channel_dot));
+  library.impl("weight_dot", TORCH_BOX(&weight_dot));
+  library.impl("weight_dot_list", TORCH_BOX(&weight_dot_list));
+  library.impl("weight_moments", TORCH_BOX(&weight_moments));
+  library.impl("end_row", TORCH_BOX(&end_row));
+}
