@@ -96,7 +96,7 @@ def _elementwise_rule(module: nn.Module) -> Rule | str | None:
                 out_dim = 1
             return Rule("norm", bias=bias_name, out_dim=out_dim, elementwise=True)
         if isinstance(module, nn.LayerNorm):  # normalised over several dimensions: channels are the last one
-            return Rule("weight", bias=bias_name, out_axis=weight.dim() - 1, elementwise=True)
+            return Rule("gate", bias=bias_name, out_axis=weight.dim() - 1, out_dim=-1, elementwise=True)
     names = ", ".join(sorted(own)) or "weight"
     return f"no rule for {type(module).__name__}'s own parameters ({names})"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,74 @@ class Plan:
     flats: dict[tuple[torch.device, torch.dtype], FlatRow] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     norms: list[list[tuple[nn.Parameter, Slot]]] = field(default_factory=list)
+
+    def coverage(self, model: nn.Module, checked: bool) -> dict[str, str]:
+        """Module name -> how it is read, or "unscored: " and why not, in the order of the model."""
+        coverage = {}
+        for name, _ in model.named_modules():
+            if name in self.unscored:
+                coverage[name] = f"unscored: {self.unscored[name]}"
+            elif name in self.readers:
+                coverage[name] = self._how(self.readers[name], checked)
+        return coverage
+
+    def _how(self, reader: Reader, checked: bool) -> str:
+        if not reader.scored:
+            return f"unscored: {reader.reason}"
+        if not self._was_used(reader):
+            return "unscored: no gradient reached it in any row"
+        if reader.how == "weight gradient":
+            return f"weight gradient: {reader.reason}"
+        tied = [other.name for other in self.readers.values() if other is not reader and other.weight is reader.weight]
+        with_others = f", tied with {', '.join(tied)}" if tied else ""
+        if reader.how == "gate":
+            unchecked = not checked or not isinstance(reader.weight, nn.Parameter)
+            copied = " on a copy" if reader.copy_output else ""
+            return f"gate{copied}{' (unchecked)' if unchecked else ''}{with_others}"
+        return f"{reader.how}{with_others}"
+
+    def _was_used(self, reader: Reader) -> bool:
+        if reader.how == "weight gradient":
+            return any(source.gradient.fired for source in self.sources if reader in source.readers)
+        return reader.used or (reader.called and reader.how == "gate")
+
+    def layout(self) -> list[tuple[str, int, int]]:
+        """(module, out channels, in channels or -1): what a saved state must agree with."""
+        sizes = []
+        for name, reader in self.readers.items():
+            sizes.append((name, reader.out.size, -1 if reader.in_ is None else reader.in_.size))
+        return sizes
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, and how each module is read."""
+        return {
+            "layout": self.layout(),
+            "scores": [flat.scores.clone() for flat in self.flats.values()],
+            "readers": {name: {key: getattr(reader, key) for key in _STATE} for name, reader in self.readers.items()},
+            "fired": [source.gradient.fired for source in self.sources],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state; ValueError, with nothing loaded, where it is of another model or of other options."""
+        here, there = self.layout(), [tuple(entry) for entry in state["layout"]]
+        for mine, theirs in zip(here, there, strict=False):
+            if mine != theirs:
+                raise ValueError(f"this state is of another model or other options: it has {theirs}, this model {mine}")
+        if len(here) != len(there):
+            raise ValueError(
+                f"this state has {len(there)} modules, this model {len(here)}; use the same model and options"
+            )
+        for flat, saved in zip(self.flats.values(), state["scores"], strict=True):
+            flat.scores.copy_(saved)
+        for name, values in state["readers"].items():
+            for key, value in values.items():
+                setattr(self.readers[name], key, value)
+        for source, fired in zip(self.sources, state["fired"], strict=True):
+            source.gradient.fired = fired
+
+
+# What a reader's state consists of.
+_STATE = ("how", "reason", "scored", "called", "used", "copy_input", "copy_output")
 
 
 def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn.Module], bool]:
@@ -115,16 +184,18 @@ def _reader(name: str, module: nn.Module, rule: Rule, slots: _Slots, fold_groups
 
 def _plan_gradients(plan: Plan, per_sample: bool) -> None:
     by_weight: dict[int, list[Reader]] = {}
-    weights, biases = [], []
+    weights: list[tuple[nn.Parameter, Slot]] = []
+    biases: list[tuple[nn.Parameter, Slot]] = []
     for reader in plan.readers.values():
-        leaf = isinstance(reader.weight, nn.Parameter)
-        if reader.rule.kind == "norm" and not per_sample and leaf:
+        weight = reader.weight
+        leaf = isinstance(weight, nn.Parameter)
+        if reader.rule.kind == "norm" and not per_sample and isinstance(weight, nn.Parameter):
             reader.how = "norm gradient"
-            weights.append((reader.weight, reader.out))
+            weights.append((weight, reader.out))
             if reader.rule.bias is not None:
                 biases.append((getattr(reader.module, reader.rule.bias), reader.out))
         elif leaf:
-            by_weight.setdefault(id(reader.weight), []).append(reader)
+            by_weight.setdefault(id(weight), []).append(reader)
             if reader.rule.out_dim is None:
                 reader.reason = "no activation of its own parameters can be seen"
         elif reader.rule.out_dim is None:

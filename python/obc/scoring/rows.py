@@ -91,6 +91,12 @@ class FlatRow:
         if self.samples is not None:
             self.samples.zero_()
 
+    def release(self) -> None:
+        """Let go of everything but the sums."""
+        self.samples, self.reference = None, torch.empty(0)
+        for slot in self.slots:
+            slot.release()
+
     def end_batch_row(self, loss_scale: float) -> tuple[Tensor, Tensor]:
         """Add the squares and clear the row, without a host read.
 

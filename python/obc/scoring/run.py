@@ -97,7 +97,8 @@ class _Run:
         if not self.one_at_a_time:
             self._row(index, batch)
             return
-        samples = len(_checked_losses(index, self.loss_fn(self.scorer.model, batch)))
+        with torch.no_grad():  # no gate is on, so that this pass belongs to no row
+            samples = self.loss_fn(self.scorer.model, batch).numel()
         for sample in range(samples):
             self._row(index, _sample_of(batch, sample, samples))
 
@@ -117,8 +118,8 @@ def _checked_loss(index: int, loss: Any) -> Tensor:
     loss = _checked_graph(index, loss)
     if loss.numel() != 1:
         raise ValueError(
-            f"batch {index}: loss_fn returned shape {tuple(loss.shape)}, but rows='batch' needs a scalar; take its mean, or "
-            "score with rows='sample'"
+            f"batch {index}: loss_fn returned shape {tuple(loss.shape)}, but rows='batch' needs a scalar; "
+            "take its mean, or score with rows='sample'"
         )
     return loss
 

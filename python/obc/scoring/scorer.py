@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.scoring import probe
+from obc.scoring.attachment import Attachment
 from obc.scoring.gradients import NormGradients
+from obc.scoring.layers import channel_count
 from obc.scoring.planning import ModuleFilter, Source, make_plan
-from obc.scoring.readers import Reader, Reading
-from obc.scoring.rows import FlatRow
+from obc.scoring.readers import Reading
+from obc.scoring.rows import FlatRow, Slot
 from obc.scoring.scores import ChannelScores, Scores, obc_version
 
 logger = logging.getLogger("obc")
@@ -102,12 +104,8 @@ class JacobianScorer:
         self._checked = check
         self._reading = Reading(rows == "sample", check)
         self._plan = make_plan(model, modules, rows == "sample", fold_groups)
-        self._norms: list[NormGradients] = []
-        self._before: list[tuple[nn.Parameter, bool, Tensor | None]] = []
-        self._norm_handles: dict[str, torch.utils.hooks.RemovableHandle] = {}
-        self._fastpath = torch.backends.mha.get_fastpath_enabled()
-        self._undo = contextlib.ExitStack()
-        self._in_context = self._in_row = self._warned_train_mode = False
+        self._attachment: Attachment | None = None
+        self._in_row = self._warned_train_mode = False
         self._pending: list[list[tuple[FlatRow, Tensor, Tensor]]] = []
         if not check:
             self._settle_unchecked()
@@ -115,117 +113,48 @@ class JacobianScorer:
     # --- attaching and detaching ------------------------------------------------------------------------------
 
     def __enter__(self) -> JacobianScorer:
-        if self._in_context:
+        if self._attachment is not None:
             raise ScoringError("this scorer is attached already; leave its `with` block before entering it again")
         _refuse_compiled(self.model)
         if self.model in _attached:
-            raise ScoringError(
-                f"another scorer is attached to this {type(self.model).__name__}; leave its `with` block first"
-            )
+            model = type(self.model).__name__
+            raise ScoringError(f"another scorer is attached to this {model}; leave its `with` block first")
         self._verify_unchanged()
-        with contextlib.ExitStack() as undo:
-            undo.callback(self._restore)
-            self._attach()
-            self._undo = undo.pop_all()
+        attachment = Attachment(self.model, self._plan, self._reading)
+        try:
+            attachment.make()
+        except BaseException:
+            attachment.undo()
+            raise
+        self._attachment = attachment
+        _attached.add(self.model)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._undo.close()
+        attachment, self._attachment = self._attachment, None
+        _attached.discard(self.model)
+        assert attachment is not None
+        attachment.undo()
         if kind is None:
             self._resolve_pending()
-
-    def _attach(self) -> None:
-        self._in_context = True
-        _attached.add(self.model)
-        # The encoder layers' fast path calls no module, so no gate would see it.
-        self._fastpath = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
-        self._before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        for parameter, _, _ in self._before:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        for flat in self._flats:
-            flat.zero()
-        self._norms = [NormGradients(entries[0][1].flat, entries) for entries in self._plan.norms]
-        for norms in self._norms:
-            for parameter in norms.parameters:
-                parameter.requires_grad_(True)
-            norms.bind()
-        self._watch_norms()
-        if self._reading.checking:
-            for flat in self._flats:
-                flat.reference = torch.zeros_like(flat.row)
-            for source in self._plan.sources:
-                source.gradient.attach(lambda flat: flat.reference, measure=True)
-        else:
-            self._set_weight_gradients()
-        for reader in self._plan.readers.values():
-            if reader.how == "gate" and reader.scored:
-                if not self._reading.per_sample:
-                    for slot in reader.slots:
-                        slot.bind()
-                reader.attach(self._reading)
-
-    def _restore(self) -> None:
-        for reader in self._plan.readers.values():
-            reader.detach()
-        for source in self._plan.sources:
-            source.gradient.detach()
-        for flat in self._flats:
-            flat.samples, flat.reference = None, torch.empty(0)
-            for slot in flat.slots:
-                slot.release()
-        for handle in self._norm_handles.values():
-            handle.remove()
-        self._norm_handles.clear()
-        self._norms = []
-        for parameter, requires_grad, grad in self._before:
-            parameter.grad = None
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        self._before = []
-        torch.backends.mha.set_fastpath_enabled(self._fastpath)
-        self._reading.samples = None
-        self._in_context = self._in_row = False
-        _attached.discard(self.model)
 
     @property
     def _flats(self) -> list[FlatRow]:
         return list(self._plan.flats.values())
 
+    @property
+    def _norms(self) -> list[NormGradients]:
+        return [] if self._attachment is None else self._attachment.norms
+
     def _verify_unchanged(self) -> None:
         for name, reader in self._plan.readers.items():
-            width = reader.weight.shape[reader.rule.out_axis]
-            if width * (reader.rule.groups if reader.rule.out_axis == 1 else 1) != reader.out.size:
+            if channel_count(reader.module, reader.rule, reader.rule.out_axis) != reader.out.size:
                 raise ScoringError(f"{name!r} changed its width since this scorer was made; make a new scorer")
             if reader.weight.device != reader.out.flat.device:
-                raise ScoringError(
-                    f"{name!r} moved to {reader.weight.device} since this scorer was made; make a new scorer"
-                )
-
-    def _watch_norms(self) -> None:
-        """Note which norms a gradient reaches; each hook leaves when it has fired."""
-        for name, reader in self._plan.readers.items():
-            if reader.how == "norm gradient" and not reader.used:
-                weight = reader.weight
-                self._norm_handles[name] = weight.register_post_accumulate_grad_hook(self._note_use(name, reader))  # type: ignore[attr-defined]
-
-    def _note_use(self, name: str, reader: Reader) -> Any:
-        def note(parameter: Tensor) -> None:
-            reader.used = True
-            self._norm_handles.pop(name).remove()
-
-        return note
-
-    def _set_weight_gradients(self) -> None:
-        """After the checking row: weights are frozen, but for those read from their gradient."""
-        for source in self._plan.sources:
-            if any(reader.how == "weight gradient" and reader.scored for reader in source.readers):
-                source.gradient.attach(lambda flat: flat.row)
-            else:
-                source.gradient.detach()
+                where = reader.weight.device
+                raise ScoringError(f"{name!r} moved to {where} since this scorer was made; make a new scorer")
 
     # --- rows -------------------------------------------------------------------------------------------------
 
@@ -244,7 +173,7 @@ class JacobianScorer:
                 is not finite.
             InplaceError: an activation was changed in place; the row can be repeated.
         """
-        if not self._in_context:
+        if self._attachment is None:
             raise ScoringError("the scorer is not attached: open rows inside `with scorer:`")
         if self._in_row:
             raise ScoringError("rows can't be nested: leave the open `with scorer.row():` first")
@@ -315,8 +244,8 @@ class JacobianScorer:
             reader.copy_output = reader.copy_input = True
         self.left_out.append(f"row {self._rows_ended}: an activation was changed in place after a gate had read it")
         return InplaceError(
-            f"row {self._rows_ended} was dropped: an activation was changed in place after a gate had read it, which did "
-            "not happen in the checking row; gates work on copies from now on, so repeat this row"
+            f"row {self._rows_ended} was dropped: an activation was changed in place after a gate had read it, which "
+            "did not happen in the checking row; gates work on copies from now on, so repeat this row"
         )
 
     def _warn_train_mode(self) -> None:
@@ -337,8 +266,8 @@ class JacobianScorer:
             for slot in flat.slots:
                 if not slot.is_bound():
                     raise ScoringError(
-                        f"the gradient of {slot.label!r}'s gate was replaced instead of added to: call backward without "
-                        "create_graph=True, and leave the gates' .grad alone"
+                        f"the gradient of {slot.label!r}'s gate was replaced instead of added to: call backward "
+                        "without create_graph=True, and leave the gates' .grad alone"
                     )
         for norms in self._norms:
             if (parameter := norms.unbound()) is not None:
@@ -354,8 +283,8 @@ class JacobianScorer:
             return
         if samples is not None and samples != seen:
             raise ScoringError(
-                f"the loss has {samples} samples, but the model's first activation has {seen} entries along dim 0; sample "
-                "rows need the samples along dim 0: use rows='batch' with one sample a batch"
+                f"the loss has {samples} samples, but the model's first activation has {seen} entries along dim 0; "
+                "sample rows need the samples along dim 0: use rows='batch' with one sample a batch"
             )
         if not self._reading.checking and seen > 1:
             names = [r.name for r in self._plan.readers.values() if r.how == "weight gradient" and r.scored]
@@ -396,7 +325,8 @@ class JacobianScorer:
         self._reading.checking = False
         for flat in self._flats:
             flat.reference = torch.empty(0)
-        self._set_weight_gradients()
+        assert self._attachment is not None
+        self._attachment.set_weight_gradients()
         self._refuse_unscored()
         return True
 
@@ -454,30 +384,7 @@ class JacobianScorer:
         warnings.warn(message, stacklevel=6)
 
     def _coverage(self) -> dict[str, str]:
-        coverage = {}
-        for name, _ in self.model.named_modules():
-            if name in self._plan.unscored:
-                coverage[name] = f"unscored: {self._plan.unscored[name]}"
-            elif name in self._plan.readers:
-                coverage[name] = self._how(self._plan.readers[name])
-        return coverage
-
-    def _how(self, reader: Reader) -> str:
-        if not reader.scored:
-            return f"unscored: {reader.reason}"
-        if not self._was_used(reader):
-            return "unscored: no gradient reached it in any row"
-        if reader.how == "weight gradient":
-            return f"weight gradient: {reader.reason}" if reader.reason else "weight gradient"
-        if reader.how == "gate":
-            unchecked = not self._checked or not isinstance(reader.weight, nn.Parameter)
-            return f"gate{' on a copy' if reader.copy_output else ''}{' (unchecked)' if unchecked else ''}"
-        return reader.how
-
-    def _was_used(self, reader: Reader) -> bool:
-        if reader.how == "weight gradient":
-            return any(source.gradient.fired for source in self._plan.sources if reader in source.readers)
-        return reader.used or (reader.called and reader.how == "gate")
+        return self._plan.coverage(self.model, self._checked)
 
     def scores(self) -> Scores:
         """The scores of all rows so far.
@@ -494,7 +401,7 @@ class JacobianScorer:
         channels = {}
         for name, reader in self._plan.readers.items():
             if not coverage[name].startswith("unscored"):
-                channels[name] = ChannelScores(_scores_of(reader, "out"), _scores_of(reader, "in_"))
+                channels[name] = ChannelScores(_scores_of(reader.out), _scores_of(reader.in_))
         metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version()}
         if self.left_out:
             metadata["left_out"] = "; ".join(self.left_out)
@@ -504,16 +411,12 @@ class JacobianScorer:
         """Everything needed to go on exactly: the sums, how each module is read, and the counts."""
         self._resolve_pending()
         return {
-            "layout": self._layout(),
-            "scores": [flat.scores.clone() for flat in self._flats],
+            "rows": self.rows,
             "num_rows": self.num_rows,
             "rows_ended": self._rows_ended,
             "left_out": list(self.left_out),
             "checking": self._reading.checking,
-            "readers": {
-                name: {key: getattr(reader, key) for key in _STATE} for name, reader in self._plan.readers.items()
-            },
-            "fired": [source.gradient.fired for source in self._plan.sources],
+            **self._plan.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -523,41 +426,17 @@ class JacobianScorer:
             ValueError: the state is of another model or of other options; nothing was loaded.
             ScoringError: the scorer is attached.
         """
-        if self._in_context:
+        if self._attachment is not None:
             raise ScoringError("load the state before entering `with scorer:`")
-        here, there = self._layout(), [tuple(entry) for entry in state["layout"]]
-        for mine, theirs in zip(here, there, strict=False):
-            if mine != theirs:
-                raise ValueError(f"this state is of another model or other options: it has {theirs}, this model {mine}")
-        if len(here) != len(there):
-            raise ValueError(
-                f"this state has {len(there)} entries, this model {len(here)}; use the same model and options"
-            )
-        for flat, saved in zip(self._flats, state["scores"], strict=True):
-            flat.scores.copy_(saved)
+        if state["rows"] != self.rows:
+            raise ValueError(f"this state has rows={state['rows']!r}, this scorer rows={self.rows!r}")
+        self._plan.load_state_dict(state)
         self.num_rows, self._rows_ended = state["num_rows"], state["rows_ended"]
         self.left_out = list(state["left_out"])
         self._reading.checking = state["checking"]
-        for name, values in state["readers"].items():
-            for key, value in values.items():
-                setattr(self._plan.readers[name], key, value)
-        for source, fired in zip(self._plan.sources, state["fired"], strict=True):
-            source.gradient.fired = fired
-
-    def _layout(self) -> list[tuple[str, str, int]]:
-        entries = [("rows", self.rows, 0)]
-        for name, reader in self._plan.readers.items():
-            entries.append((name, "out_channels", reader.out.size))
-            entries.append((name, "in_channels", reader.in_.size if reader.in_ is not None else -1))
-        return entries
 
 
-# What a reader's state consists of.
-_STATE = ("how", "reason", "scored", "called", "used", "copy_input", "copy_output")
-
-
-def _scores_of(reader: Reader, side: str) -> Tensor | None:
-    slot = getattr(reader, side)
+def _scores_of(slot: Slot | None) -> Tensor | None:
     return None if slot is None else slot.of(slot.flat.scores).detach().clone().float()
 
 

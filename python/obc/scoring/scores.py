@@ -90,7 +90,8 @@ class Scores(Mapping[str, ChannelScores]):
     def _headline(self) -> str:
         unscored = sum(how.startswith("unscored") for how in self.coverage.values())
         model = self.metadata.get("model", "a model")
-        return f"Scores of {model}: {len(self)} modules, {self.num_rows} rows ({self.metadata.get('rows')}), {unscored} unscored"
+        rows = f"{self.num_rows} rows ({self.metadata.get('rows')})"
+        return f"Scores of {model}: {len(self)} modules, {rows}, {unscored} unscored"
 
     def verify(self, model: nn.Module) -> None:
         """Check that these scores are of ``model``: every module is there with as many channels.
