@@ -1,0 +1,252 @@
+"""What pruning kept of every layer: recorded, composed over steps, verified exactly, saved without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.equivalent.layers import expand, is_depthwise, layout_of, split_by_group
+
+_FORMAT = {"format": "obc.PruningPlan", "version": 1}
+
+
+class PlanError(ValueError):
+    """A plan doesn't describe how the pruned model came from the original; names the layer and the two shapes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What one layer, or one parameter outside any layer, kept.
+
+    Attributes:
+        out_channels: int64 indices of the kept channels on the output side, ascending; None where all are kept. Norms,
+            embeddings (their features) and parameters outside layers use this side.
+        in_channels: the same of the input side.
+        in_repeat: for a Linear after flatten, how many consecutive columns each in channel owns.
+        out_blocks: into how many diagonal blocks a compressor of the output falls (attention heads).
+        dim: for a parameter outside any layer, the dimension that was pruned.
+    """
+
+    out_channels: Tensor | None = None
+    in_channels: Tensor | None = None
+    in_repeat: int = 1
+    out_blocks: int = 1
+    dim: int | None = None
+
+    @property
+    def in_columns(self) -> Tensor | None:
+        """The kept columns: ``in_channels`` expanded by ``in_repeat``."""
+        return None if self.in_channels is None else expand(self.in_channels, self.in_repeat)
+
+
+class PruningPlan(Mapping[str, Kept]):
+    """What every pruned layer kept of the original model, by module name (raw parameters: by parameter name)."""
+
+    def __init__(self, kept: Mapping[str, Kept] | None = None) -> None:
+        self._kept = dict(kept or {})
+
+    def __getitem__(self, name: str) -> Kept:
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __repr__(self) -> str:
+        return f"PruningPlan({len(self)} layers)"
+
+    def verify(self, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> None:
+        """Check that slicing the original by this plan gives every tensor of the pruned model, value by value.
+
+        Layers without an entry must be unchanged.
+
+        Raises:
+            PlanError: naming the first tensor that differs, and both shapes.
+        """
+        known = {name for name, _ in named_modules(pruned_model)} | {
+            name for name, _ in pruned_model.named_parameters()
+        }
+        for name in self:
+            if name not in known:
+                raise PlanError(
+                    f"the plan has an entry for {name!r}, which the pruned model lacks; pass the plan made for it"
+                )
+        for module_name, module, tensor_name, pruned in named_tensors(pruned_model):
+            key = f"{module_name}.{tensor_name}" if module_name else tensor_name
+            if key not in original_state_dict:
+                raise PlanError(f"the original state dict lacks {key!r} of the pruned model; pass the unpruned model's")
+            original = original_state_dict[key]
+            expected = sliced(module, tensor_name, original, self._entry(module_name, key), key)
+            self._compare(key, original, expected, pruned)
+
+    def _entry(self, module_name: str, key: str) -> Kept | None:
+        return self.get(key) or self.get(module_name) or self.get(module_name.removesuffix(".out_proj"))
+
+    @staticmethod
+    def _compare(key: str, original: Tensor, expected: Tensor, pruned: Tensor) -> None:
+        if expected.shape != pruned.shape:
+            raise PlanError(
+                f"{key}: the plan makes {tuple(expected.shape)} of the original's {tuple(original.shape)}, "
+                f"the pruned model has {tuple(pruned.shape)}; record the plan with prune_step while pruning"
+            )
+        if expected.dtype != pruned.dtype:
+            raise PlanError(
+                f"{key}: the original is {expected.dtype}, the pruned model {pruned.dtype}; convert one of them"
+            )
+        if not torch.equal(expected.to(pruned.device), pruned):
+            raise PlanError(
+                f"{key}: the original's {tuple(original.shape)} sliced by the plan has the pruned model's shape "
+                f"{tuple(pruned.shape)} but other values; the plan must be verified before anything trains"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON."""
+        layers = {name: {field: _plain(value) for field, value in vars(kept).items()} for name, kept in self.items()}
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(_FORMAT | {"layers": layers}, file)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        """Read a plan written by :meth:`save`.
+
+        Raises:
+            PlanError: the file is no plan, or one of another version.
+        """
+        with open(path, encoding="utf-8") as file:
+            try:
+                content = json.load(file)
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                raise PlanError(f"{os.fspath(path)} is not a pruning plan: {error}") from error
+        if not isinstance(content, dict) or any(content.get(key) != value for key, value in _FORMAT.items()):
+            raise PlanError(f"{os.fspath(path)} is not a pruning plan of version {_FORMAT['version']}")
+        return cls({name: _kept(fields) for name, fields in content["layers"].items()})
+
+    @classmethod
+    def from_models(cls, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> PruningPlan:
+        """The plan of a model that was pruned elsewhere, found by matching values, and verified.
+
+        Channels with equal values are interchangeable and matched in ascending order. Whether a Linear follows a
+        flatten is inferred: its columns were kept in blocks and an earlier layer kept those channels.
+
+        Raises:
+            PlanError: a tensor of the pruned model is no slice of the original, or several slices explain it.
+        """
+        from obc.equivalent.matching import match
+
+        plan = cls(match(original_state_dict, pruned_model))
+        plan.verify(original_state_dict, pruned_model)
+        return plan
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _kept(fields: Mapping[str, Any]) -> Kept:
+    return Kept(**{name: torch.tensor(value) if isinstance(value, list) else value for name, value in fields.items()})
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every module under the first of its names: a module used twice has one entry in a plan."""
+    return iter(model.named_modules(remove_duplicate=True))
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(module name, module, tensor name, tensor) of everything that a state dict holds, once per module."""
+    for module_name, module in named_modules(model):
+        yield from ((module_name, module, name, p.detach()) for name, p in module.named_parameters(recurse=False))
+        persistent = (
+            (name, buffer)
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        )
+        yield from ((module_name, module, name, buffer) for name, buffer in persistent)
+
+
+def sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept | None, key: str) -> Tensor:
+    """What pruning leaves of ``original``, the tensor ``tensor_name`` of a layer like ``module``.
+
+    Raises:
+        PlanError: the indices don't fit.
+    """
+    if kept is None:
+        return original
+    try:
+        return _sliced(module, tensor_name, original, kept)
+    except (IndexError, ValueError) as error:
+        raise PlanError(
+            f"{key}: the plan does not fit the original's shape {tuple(original.shape)}: {error}"
+        ) from error
+
+
+def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept) -> Tensor:
+    if kept.dim is not None:
+        return _take(original, kept.dim, kept.out_channels)
+    if isinstance(module, nn.MultiheadAttention):
+        return _sliced_attention(tensor_name, original, kept)
+    if isinstance(module, nn.Embedding):
+        return _take(original, 1, kept.out_channels)
+    layout = layout_of(module)
+    if layout is None or tensor_name != "weight":
+        # Norms, PReLU, biases: one entry per channel; counters and single slopes have none.
+        return original if original.numel() == 1 and original.dim() == 0 else _take(original, -1, kept.out_channels)
+    if is_depthwise(module, original):
+        return _take(original, 0, kept.out_channels)
+    rows, columns = kept.out_channels, kept.in_columns
+    if layout.transposed:
+        rows, columns = columns, rows
+    if layout.groups == 1:
+        return _take(_take(original, 0, rows), 1, columns)
+    return _sliced_groups(original, rows, columns, layout.groups)
+
+
+def _take(tensor: Tensor, dim: int, indices: Tensor | None) -> Tensor:
+    return tensor if indices is None else tensor.index_select(dim, indices.to(tensor.device))
+
+
+def _sliced_groups(weight: Tensor, rows: Tensor | None, columns: Tensor | None, groups: int) -> Tensor:
+    blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    for dim, indices, size in ((1, rows, weight.shape[0]), (2, columns, weight.shape[1] * groups)):
+        if indices is None:
+            continue
+        local = split_by_group(indices.to(weight.device), size, groups)
+        if local is None:
+            raise ValueError(f"its {groups} groups keep unequal numbers of channels")
+        blocks = torch.stack([block.index_select(dim - 1, index) for block, index in zip(blocks, local, strict=True)])
+    return blocks.flatten(0, 1)
+
+
+def _sliced_attention(tensor_name: str, original: Tensor, kept: Kept) -> Tensor:
+    """torch's own attention, pruned along its embedding: queries, keys and values lie stacked in ``in_proj``."""
+    features = kept.out_channels
+    if features is None:
+        return original
+    if tensor_name in ("bias_k", "bias_v"):
+        return _take(original, 2, features)
+    width = original.shape[0] // 3 if tensor_name.startswith("in_proj") else original.shape[0]
+    stacked = torch.cat([features + part * width for part in range(original.shape[0] // width)])
+    return _take(_take(original, 0, stacked), 1, features) if original.dim() == 2 else _take(original, 0, stacked)
+
+
+def narrowed(kept: Tensor | None, size: int, removed: Tensor) -> Tensor:
+    """The kept indices after a further step removed the positions ``removed`` of the ``size`` that were left."""
+    current = torch.arange(size) if kept is None else kept
+    stays = torch.ones(len(current), dtype=torch.bool)
+    stays[removed] = False
+    return current[stays]
+
+
+def with_columns(kept: Kept, columns: Tensor, repeat: int) -> Kept:
+    """``kept`` with in_channels from kept columns: blocks of ``repeat`` where they are whole, else single columns."""
+    channels = columns[::repeat] // repeat
+    if repeat > 1 and len(columns) % repeat == 0 and torch.equal(expand(channels, repeat), columns):
+        return replace(kept, in_channels=channels, in_repeat=repeat)
+    return replace(kept, in_channels=columns, in_repeat=1)
