@@ -116,7 +116,9 @@ class Reader:
                 tokens = args[0] if args else kwargs["input"]
                 output = self._gate_tokens(output, tokens, self.tokens)
         gated = self._gate(output, self.out, self.rule.out_dim, False, self._watch_out, 1)
-        return gated.clone() if self.copy_output and not self._reading.checking else gated
+        # A compiler sees no version counters, and makes nothing of a copy that it finds needless.
+        copy = self.copy_output and not self._reading.checking or torch.compiler.is_compiling()
+        return gated.clone() if copy else gated
 
     def _reads(self) -> bool:
         return self.how == "gate" and self.scored and torch.is_grad_enabled()
@@ -156,6 +158,8 @@ class Reader:
             )
             return False
         if slot.gate is None or slot.gate.shape[0] != reading.samples:
+            if torch.compiler.is_compiling():
+                raise RuntimeError("a compiled model needs its gates before its forward: use scorer.row(samples=B) around it")
             slot.bind_samples(reading.samples)
         return True
 

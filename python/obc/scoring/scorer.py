@@ -166,7 +166,8 @@ class JacobianScorer:
 
         Args:
             loss_scale: what the loss was multiplied by (``GradScaler.get_scale()``); rows are divided by it.
-            samples: for sample rows, how many there are, to be compared with the activations.
+            samples: for sample rows, how many there are: compared with the activations. A compiled model needs it, with
+                its forward inside the block.
 
         Raises:
             ScoringError: the scorer is not attached, rows are nested, gradients were replaced, or (``strict``) the row
@@ -177,7 +178,7 @@ class JacobianScorer:
             raise ScoringError("the scorer is not attached: open rows inside `with scorer:`")
         if self._in_row:
             raise ScoringError("rows can't be nested: leave the open `with scorer.row():` first")
-        self._begin_row()
+        self._begin_row(samples)
         try:
             yield
             self._end_row(float(loss_scale), samples)
@@ -189,8 +190,13 @@ class JacobianScorer:
         finally:
             self._in_row = False
 
-    def _begin_row(self) -> None:
+    def _begin_row(self, samples: int | None) -> None:
         self._in_row = True
+        if samples is not None and self._reading.samples is None and self.rows == "sample":
+            self._reading.samples = samples
+            for reader in self._plan.readers.values():
+                for slot in reader.slots:
+                    slot.bind_samples(samples)
         self._warn_train_mode()
         for flat in self._flats:
             flat.zero()
