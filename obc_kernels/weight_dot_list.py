@@ -1,0 +1,410 @@
+"""weight_dot_list: :mod:`obc_kernels.weight_dot` of a whole model in a bounded number of launches.
+
+Formula, shapes, accumulation and determinism as there. Every layer's pointers, sizes and strides form a record of a
+worklist in device memory, and an item of it tells each program which record is its own. Layers are sorted by dtype
+and by kind (read in 16-byte vectors, read element by element, grouped with few rows a group): at most three launches
+of the first stage and one of the second per dtype, two for the usual model.
+Bytes: all inputs once, the partial sums as in weight_dot, and the worklist: 8 bytes a program and 168 a layer.
+
+The worklist is uploaded once and kept for as long as the same memory comes again (:data:`CACHED_WORKLISTS`).
+Nothing reads back or waits. Inside a CUDA graph capture it is built anew and its copy is part of the graph.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from obc_kernels.launch import launch
+from obc_kernels.layout import VECTOR_BYTES, accumulator, ceil_div, check_steps, run_elements, tile_elements
+from obc_kernels.weight_dot import WeightDotConfig, WeightWalk, bias_term, finished_sums, rows_outer, tile_sums
+
+# Gradients of one model come in few sets of buffers; a worklist holds device memory of about a byte per 4096 weights.
+CACHED_WORKLISTS = 8
+
+
+@triton.jit
+def _weight_dot_list_kernel(
+    partial_ptr,
+    table_ptr,
+    like_ptr,
+    first_item,
+    BLOCK_G: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    VECTORS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    record = table_ptr + tl.load(table_ptr + first_item + pid)
+    w_ptr = tl.load(record).to(like_ptr.dtype)
+    g_ptr = tl.load(record + 1).to(like_ptr.dtype)
+    if VECTORS:
+        w_ptr = tl.multiple_of(w_ptr, 16)
+        g_ptr = tl.multiple_of(g_ptr, 16)
+    tile_sums(
+        partial_ptr + tl.load(record + 2),
+        partial_ptr + tl.load(record + 3),
+        w_ptr,
+        g_ptr,
+        pid - tl.load(record + 4).to(tl.int32),
+        tl.load(record + 5),
+        tl.load(record + 6).to(tl.int32),
+        tl.load(record + 7),
+        tl.load(record + 8),
+        tl.load(record + 9),
+        tl.load(record + 10).to(tl.int32),
+        tl.load(record + 11).to(tl.int32),
+        tl.load(record + 12).to(tl.int32),
+        tl.load(record + 13),
+        tl.load(record + 14),
+        tl.load(record + 15),
+        tl.load(record + 16),
+        tl.load(record + 17),
+        tl.load(record + 18),
+        tl.load(record + 19),
+        tl.load(record + 20),
+        BLOCK_G,
+        BLOCK_R,
+        BLOCK_M,
+        VECTORS,
+        ALIGN,
+    )
+
+
+@triton.jit
+def _weight_dot_list_finish_kernel(
+    out_dot_ptr,
+    in_dot_ptr,
+    partial_ptr,
+    table_ptr,
+    like_ptr,
+    first_item,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    record = table_ptr + tl.load(table_ptr + first_item + pid)
+    is_out = tl.load(record) != 0
+    count = tl.load(record + 7)
+    i = (pid - tl.load(record + 3)) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    sums = finished_sums(
+        partial_ptr + tl.load(record + 2),
+        i,
+        count,
+        tl.load(record + 8),
+        tl.load(record + 9),
+        tl.load(record + 10),
+        tl.load(record + 11).to(tl.int32),
+        tl.load(record + 12),
+        tl.load(record + 13).to(tl.int32),
+        tl.load(record + 14),
+        BLOCK_N,
+        BLOCK_T,
+    )
+    bias_address = tl.load(record + 4)
+    if bias_address != 0:
+        bias_ptr = bias_address.to(like_ptr.dtype)
+        bias_grad_ptr = tl.load(record + 15).to(like_ptr.dtype)
+        sums += bias_term(
+            bias_ptr,
+            bias_grad_ptr,
+            i,
+            i < count,
+            tl.load(record + 5),
+            tl.load(record + 6),
+            partial_ptr.dtype.element_ty,
+        )
+    offset = tl.load(record + 1)
+    tl.store(out_dot_ptr + offset + i, sums, mask=(i < count) & is_out)
+    tl.store(in_dot_ptr + offset + i, sums, mask=(i < count) & (is_out == 0))
+
+
+@dataclass
+class _Layer:
+    """One layer's tensors as the kernels read them."""
+
+    weight: Tensor
+    grad: Tensor
+    bias: Tensor | None
+    bias_grad: Tensor | None
+    transposed: bool
+    walk: WeightWalk
+
+    @classmethod
+    def of(
+        cls,
+        weight: Tensor,
+        grad: Tensor,
+        bias: Tensor | None,
+        bias_grad: Tensor | None,
+        groups: int,
+        transposed: bool,
+    ) -> _Layer:
+        """A layout that a walk can't describe is copied to contiguous memory, as in weight_dot."""
+        weight, grad, transposed = rows_outer(weight, grad, groups, transposed)
+        walk = WeightWalk.over(weight, grad, groups)
+        if walk is None:
+            return cls.of(weight.contiguous(), grad.contiguous(), bias, bias_grad, groups, transposed)
+        return cls(weight, grad, bias, bias_grad, transposed, walk)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What the worklist depends on."""
+        bias = (
+            None
+            if self.bias is None or self.bias_grad is None
+            else (self.bias.data_ptr(), self.bias_grad.data_ptr(), self.bias.stride(0), self.bias_grad.stride(0))
+        )
+        return self.weight.data_ptr(), self.grad.data_ptr(), self.weight.dtype, bias, self.transposed, self.walk
+
+    @property
+    def kind(self) -> str:
+        """``vector``, ``element`` or ``grouped``: layers of one kind share a launch."""
+        if self.walk.groups > 1 and self.walk.rows_per_group < 8:
+            return "grouped"
+        whole = self.walk.align * self.weight.element_size() == VECTOR_BYTES
+        aligned = self.weight.data_ptr() % VECTOR_BYTES == 0 and self.grad.data_ptr() % VECTOR_BYTES == 0
+        return "vector" if self.walk.flat and whole and aligned else "element"
+
+
+def _config(kind: str, itemsize: int, layers: list[_Layer]) -> WeightDotConfig:
+    """One tile shape for all layers of a kind, and so many tiles a program that about 2048 programs share them."""
+    align = VECTOR_BYTES // itemsize if kind == "vector" else 1
+    tile = tile_elements(itemsize, align)
+    if kind == "grouped":
+        # Depthwise layers have one or two rows a group and 3 x 3 to 5 x 5 columns.
+        block_g, block_r, block_m = tile // 64, 2, 32
+    else:
+        block_m = min(tile // 16, run_elements(itemsize))
+        block_g, block_r = 1, tile // block_m
+    single = WeightDotConfig(block_g, block_r, block_m, tiles_per_split=1)
+    tiles = sum(single.programs(layer.walk) for layer in layers)
+    return WeightDotConfig(block_g, block_r, block_m, WeightDotConfig.tiles_for(tiles, most_programs=2048))
+
+
+@dataclass
+class _Stage:
+    """One launch: ``programs`` items of the table from ``first_item`` on."""
+
+    like: int  # index of a layer with the dtype of this launch
+    first_item: int
+    programs: int
+    constexprs: dict[str, Any]
+
+
+@dataclass
+class _Worklist:
+    """The table of a list of layers and how to launch over it."""
+
+    table: Tensor
+    sums: list[_Stage]
+    finishes: list[_Stage]
+    partial_size: dict[torch.dtype, int]
+    out_sizes: dict[torch.dtype, list[int]]
+    in_sizes: dict[torch.dtype, list[int]]
+
+
+@dataclass
+class _Table:
+    """The worklist while it is built: items (offsets of records, one a program) and records, all int64."""
+
+    parts: list[np.ndarray] = field(default_factory=list)
+    size: int = 0
+
+    def append(self, part: np.ndarray) -> int:
+        """Returns where ``part`` begins."""
+        offset, self.size = self.size, self.size + part.size
+        self.parts.append(part)
+        return offset
+
+    def stage(self, like: int, records: list[list[int]], programs: list[int], constexprs: dict[str, Any]) -> _Stage:
+        """Append the records and the items of one launch; ``programs`` counts each record's."""
+        check_steps("weight_dot_list", sum(programs))
+        width = len(records[0])
+        first_record = self.append(np.array(records, dtype=np.int64).reshape(-1))
+        offsets = first_record + width * np.arange(len(records), dtype=np.int64)
+        first_item = self.append(np.repeat(offsets, programs))
+        return _Stage(like, first_item, sum(programs), constexprs)
+
+
+def _build(layers: list[_Layer], device: torch.device) -> _Worklist:
+    table = _Table()
+    sums: list[_Stage] = []
+    partial_size = {torch.float32: 0, torch.float64: 0}
+    # Of every layer: where its partial sums lie, and how many of either kind there are.
+    places: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * len(layers)
+    kinds: dict[tuple[torch.dtype, str], list[int]] = {}
+    for index, layer in enumerate(layers):
+        kinds.setdefault((layer.weight.dtype, layer.kind), []).append(index)
+    for (dtype, kind), members in kinds.items():
+        acc = accumulator(layers[members[0]].weight)
+        config = _config(kind, dtype.itemsize, [layers[index] for index in members])
+        records, programs = [], []
+        for index in members:
+            layer, walk = layers[index], layers[index].walk
+            column_blocks, row_splits = config.column_blocks(walk), config.row_splits(walk)
+            row_place = partial_size[acc]
+            column_place = row_place + column_blocks * walk.rows
+            partial_size[acc] = column_place + walk.groups * row_splits * walk.columns
+            places[index] = row_place, column_place, column_blocks, row_splits
+            records.append(
+                [
+                    layer.weight.data_ptr(),
+                    layer.grad.data_ptr(),
+                    row_place,
+                    column_place,
+                    sum(programs),
+                    walk.groups,
+                    walk.rows_per_group,
+                    walk.columns,
+                    *walk.sizes[1:],
+                    column_blocks,
+                    row_splits,
+                    config.tiles_per_split,
+                    *walk.strides[0],
+                    *walk.strides[1],
+                ]
+            )
+            programs.append(config.programs(walk))
+        blocks = {"BLOCK_G": config.block_g, "BLOCK_R": config.block_r, "BLOCK_M": config.block_m}
+        vectors = kind == "vector"
+        blocks |= {"VECTORS": vectors, "ALIGN": VECTOR_BYTES // dtype.itemsize if vectors else 1}
+        sums.append(table.stage(members[0], records, programs, blocks))
+
+    out_sizes: dict[torch.dtype, list[int]] = {torch.float32: [], torch.float64: []}
+    in_sizes: dict[torch.dtype, list[int]] = {torch.float32: [], torch.float64: []}
+    jobs: dict[torch.dtype, tuple[list[list[int]], list[int]]] = {}
+    for layer, place in zip(layers, places, strict=True):
+        acc = accumulator(layer.weight)
+        records, programs = jobs.setdefault(layer.weight.dtype, ([], []))
+        for is_rows in (True, False):
+            is_out = is_rows != layer.transposed
+            sizes = (out_sizes if is_out else in_sizes)[acc]
+            job, count = _finish_record(layer, place, is_rows, is_out, sum(sizes), sum(programs))
+            sizes.append(count)
+            records.append(job)
+            programs.append(ceil_div(count, WeightDotConfig.BLOCK_N))
+    likes = {layer.weight.dtype: index for index, layer in enumerate(layers)}
+    blocks = {"BLOCK_N": WeightDotConfig.BLOCK_N, "BLOCK_T": WeightDotConfig.BLOCK_T}
+    finishes = [table.stage(likes[dtype], *records_programs, blocks) for dtype, records_programs in jobs.items()]
+    uploaded = _upload(np.concatenate(table.parts), device)
+    return _Worklist(uploaded, sums, finishes, partial_size, out_sizes, in_sizes)
+
+
+def _finish_record(
+    layer: _Layer, place: tuple[int, int, int, int], is_rows: bool, is_out: bool, offset: int, first_program: int
+) -> tuple[list[int], int]:
+    """The second stage of one layer's rows or columns, and how many sums that gives."""
+    walk, (row_place, column_place, column_blocks, row_splits) = layer.walk, place
+    bias = bias_grad = stride_b = stride_gb = 0
+    if is_out and layer.bias is not None and layer.bias_grad is not None:
+        bias, bias_grad = layer.bias.data_ptr(), layer.bias_grad.data_ptr()
+        stride_b, stride_gb = layer.bias.stride(0), layer.bias_grad.stride(0)
+    if is_rows:
+        count, partial = walk.rows, row_place
+        terms = [max(1, walk.rows), 0, 1, column_blocks, walk.rows, 1, 0]
+    else:
+        count, partial = walk.groups * walk.channels, column_place
+        terms = [max(1, walk.channels), row_splits * walk.columns, walk.stride_channel]
+        terms += [row_splits, walk.columns, walk.positions, walk.stride_position]
+    head = [int(is_out), offset, partial, first_program, bias, stride_b, stride_gb, count]
+    return [*head, *terms, bias_grad], count
+
+
+# Copies that a captured graph repeats at every replay read their host memory then; it must live as long as the graph,
+# whose end torch does not tell, so it is kept for good: a few kilobytes a capture.
+_captured: list[Tensor] = []
+
+
+def _upload(table: np.ndarray, device: torch.device) -> Tensor:
+    """The table on the device, without waiting for the copy."""
+    host = torch.from_numpy(table)
+    if device.type != "cuda":
+        return host.to(device)
+    host = host.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(host)
+    return host.to(device, non_blocking=True)
+
+
+_cache: OrderedDict[tuple[Any, ...], _Worklist] = OrderedDict()
+
+
+def _worklist(layers: list[_Layer], device: torch.device) -> _Worklist:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return _build(layers, device)  # its copy happens at replay: no other call may rely on it
+    # Ordered after its upload, a worklist may be read on the stream that uploaded it only.
+    stream = torch.accelerator.current_stream(device).stream_id if device.index is not None else 0
+    key = (device, stream, *(layer.identity for layer in layers))
+    worklist = _cache.pop(key, None) or _build(layers, device)
+    _cache[key] = worklist
+    if len(_cache) > CACHED_WORKLISTS:
+        _cache.popitem(last=False)
+    return worklist
+
+
+def weight_dot_list_triton(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    bias_grads: Sequence[Tensor | None],
+    groups: Sequence[int],
+    transposed: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Launch :func:`obc.ops.weight_dot_list` for checked arguments on one device.
+
+    The results are views of two flat vectors a dtype, one of all out_dots and one of all in_dots. Layouts that
+    weight_dot copies are copied here too.
+    """
+    columns = (weights, grads, biases, bias_grads, groups, transposed)
+    layers = [_Layer.of(*layer) for layer in zip(*columns, strict=True)]
+    device = weights[0].device
+    worklist = _worklist(layers, device)
+
+    def flat(sizes: dict[torch.dtype, int]) -> dict[torch.dtype, Tensor]:
+        return {acc: torch.empty(size, dtype=acc, device=device) for acc, size in sizes.items()}
+
+    partials = flat(worklist.partial_size)
+    out_dots = flat({acc: sum(sizes) for acc, sizes in worklist.out_sizes.items()})
+    in_dots = flat({acc: sum(sizes) for acc, sizes in worklist.in_sizes.items()})
+    for stage in worklist.sums:
+        like = layers[stage.like].weight
+        partial = partials[accumulator(like)]
+        launch(
+            _weight_dot_list_kernel,
+            stage.programs,
+            partial,
+            worklist.table,
+            like,
+            stage.first_item,
+            **stage.constexprs,
+            num_warps=WeightDotConfig.num_warps,
+        )
+    for stage in worklist.finishes:
+        like = layers[stage.like].weight
+        acc = accumulator(like)
+        launch(
+            _weight_dot_list_finish_kernel,
+            stage.programs,
+            out_dots[acc],
+            in_dots[acc],
+            partials[acc],
+            worklist.table,
+            like,
+            stage.first_item,
+            **stage.constexprs,
+            num_warps=WeightDotConfig.num_warps,
+        )
+    out_views = {acc: iter(flat.split(worklist.out_sizes[acc])) for acc, flat in out_dots.items()}
+    in_views = {acc: iter(flat.split(worklist.in_sizes[acc])) for acc, flat in in_dots.items()}
+    order = [accumulator(layer.weight) for layer in layers]
+    return [next(out_views[acc]) for acc in order], [next(in_views[acc]) for acc in order]
