@@ -138,7 +138,7 @@ def _per_layer(
     groups: Sequence[int] | None,
     transposed: Sequence[bool] | None,
 ) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, bool]]:
-    """The arguments of weight_dot_list transposed into one tuple per layer; defaults filled in, lengths checked."""
+    """The arguments of weight_dot_list transposed into one tuple per layer; defaults filled in, everything checked."""
     count = len(weights)
     columns: dict[str, Sequence[Any]] = {
         "grads": grads,
@@ -152,7 +152,16 @@ def _per_layer(
             len(column) == count,
             lambda name=name, column=column: f"obc::weight_dot_list: {len(column)} {name} for {count} weights",
         )
-    return list(zip(weights, *columns.values(), strict=True))
+    layers = list(zip(weights, *columns.values(), strict=True))
+    for layer in layers:
+        _check_weight_dot(*layer, op="weight_dot_list")
+        torch._check_value(
+            layer[0].device == weights[0].device,
+            lambda device=layer[0].device: (
+                f"obc::weight_dot_list: weights on {weights[0].device} and {device}; pass one device a call"
+            ),
+        )
+    return layers
 
 
 def _check_factor(name: str, factor: Tensor, weight: Tensor, side: int, size: int, groups: int) -> int:
@@ -280,18 +289,8 @@ def _weight_dot_list(
     layers = _per_layer(weights, grads, biases, bias_grads, groups, transposed)
     if not layers:
         return [], []
-    for layer in layers:
-        _check_weight_dot(*layer, op="weight_dot_list")
-        _check_same_device("weight_dot_list", layers[0][0], layer[0])
     columns = [list(column) for column in zip(*layers, strict=True)]
     return backends.resolve("weight_dot_list", weights[0].device.type)(*columns)
-
-
-def _check_same_device(op: str, first: Tensor, tensor: Tensor) -> None:
-    torch._check_value(
-        first.device == tensor.device,
-        lambda: f"obc::{op}: weights on {first.device} and {tensor.device}; pass one device a call",
-    )
 
 
 def _weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -594,6 +593,11 @@ def fold(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices don't fit.
     """
+    if weight.device.type == "cpu" and backends.requested() in (None, "cpu"):
+        # The CPU's fold is matrix products that autograd knows: no operator of ours, so that its backward finds the
+        # first product kept, and a small weight does not pay for a call through the dispatcher.
+        _check_fold(weight, compressor, decompressor, groups, in_repeat)
+        return gemm.fold(weight, compressor, decompressor, groups, in_repeat)
     return torch.ops.obc.fold(weight, compressor, decompressor, groups, in_repeat)
 
 
