@@ -1,0 +1,63 @@
+"""Fixtures of all tests: fixed seeds, poisoned memory, and the backend that a test runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import on
+from hypothesis import settings
+
+import obc
+
+# The same examples in every run: a red test is red for everyone. A loaded machine is no failure, so no deadline.
+settings.register_profile("obc", derandomize=True, deadline=None, max_examples=200, database=None)
+settings.load_profile("obc")
+
+
+def pytest_report_header() -> list[str]:
+    lines = []
+    for name, facts in obc.backends.describe().items():
+        lines.append(f"backend {name}: " + ("available" if facts["available"] else f"not here: {facts['reason']}"))
+    return lines
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are deselected, counted in the closing line; ``-m gpu`` alone is then an error."""
+    if torch.cuda.is_available():
+        return
+    deselected = [item for item in items if "gpu" in item.keywords]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if "gpu" not in item.keywords]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """Memory that torch hands out uninitialised, to C++ too, is NaN: an output that a kernel forgets shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    before_warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all(), "this torch does not fill uninitialised memory in deterministic mode"
+    yield
+    torch.use_deterministic_algorithms(before, warn_only=before_warn_only)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The device of a (backend, device) of ``cases.TARGETS``, with that backend in use; parametrise indirectly."""
+    with on(request.param) as name:
+        yield name
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores the number of threads that a test sets."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
