@@ -75,7 +75,8 @@ struct Arrays {
             first.data(),
             first_strides.data(),
             second.data(),
-            second_strides.data()} {}
+            second_strides.data()
+        } {}
 
   Arrays(const Arrays&) = delete;
   Arrays& operator=(const Arrays&) = delete;
@@ -90,8 +91,8 @@ py::array empty_sums(std::vector<py::ssize_t> shape, const py::array& like) {
 
 py::array channel_dot(const py::array& activation, const py::array& grad, int64_t channel_dim, bool per_sample) {
   const py::ssize_t channels = activation.shape(channel_dim);
-  py::array out = per_sample ? empty_sums({activation.shape(0), channels}, activation)
-                             : empty_sums({channels}, activation);
+  py::array out =
+      per_sample ? empty_sums({activation.shape(0), channels}, activation) : empty_sums({channels}, activation);
   const Arrays arrays(activation, grad);
   void* sums = out.mutable_data();
   const py::gil_scoped_release unlocked;
@@ -108,7 +109,8 @@ std::pair<ArrayList, ArrayList> weight_dot_list(
     const OptionalArrayList& biases,
     const OptionalArrayList& bias_grads,
     const std::vector<int64_t>& groups,
-    const std::vector<bool>& transposed) {
+    const std::vector<bool>& transposed
+) {
   ArrayList out_dots, in_dots;
   std::vector<std::unique_ptr<Arrays>> arrays;
   std::vector<obc::cpu::WeightDot> layers;
@@ -126,7 +128,8 @@ std::pair<ArrayList, ArrayList> weight_dot_list(
          groups[i],
          transposed[i],
          row_dot.mutable_data(),
-         column_dot.mutable_data()});
+         column_dot.mutable_data()}
+    );
     out_dots.push_back(transposed[i] ? column_dot : row_dot);
     in_dots.push_back(transposed[i] ? row_dot : column_dot);
   }
@@ -150,7 +153,8 @@ ArrayList weight_moments(const py::array& weight, const py::array& grad) {
 
 // Whether every square was finite, and the position of the first bad group or -1.
 std::pair<bool, int64_t> end_row(
-    py::array scores, py::array row, double loss_scale, const std::optional<py::array>& groups) {
+    py::array scores, py::array row, double loss_scale, const std::optional<py::array>& groups
+) {
   const obc::cpu::EndRow arguments = {
       dtype_of(scores),
       scores.mutable_data(),
@@ -161,7 +165,8 @@ std::pair<bool, int64_t> end_row(
       strides_of(row)[0],
       groups ? static_cast<const int64_t*>(groups->data()) : nullptr,
       groups ? strides_of(*groups)[0] : 0,
-      loss_scale};
+      loss_scale
+  };
   const py::gil_scoped_release unlocked;
   bool finite = false;
   const int64_t bad_group = obc::cpu::end_row(arguments, &finite);
@@ -172,8 +177,7 @@ py::dict build_facts() {
   py::dict facts;
   facts["compiler"] = OBC_COMPILER;
   facts["flags"] = OBC_FLAGS;
-  facts["torch_at_build"] = OBC_TORCH_VERSION;
-  facts["cuda"] = bool(OBC_WITH_CUDA);
+  facts["torch"] = OBC_TORCH_VERSION;
   return facts;
 }
 

@@ -1,4 +1,5 @@
-// Registers the CPU kernels with torch as obc_cpu::<op>, on LibTorch's stable ABI: one build serves torch 2.11 and later.
+// Registers the CPU kernels with torch as obc_cpu::<op>, on LibTorch's stable ABI: one build serves torch 2.11 and
+// later.
 //
 // Signatures are those of obc::<op> in python/obc/ops.py, where the arguments are checked before they come here: below
 // torch 2.13 an error raised behind the ABI loses its message. end_row alone sends back a position to complain about.
@@ -48,7 +49,8 @@ Pair pair_of(const Tensor& first, const Tensor& second) {
       first.const_data_ptr(),
       first.strides().data(),
       second.const_data_ptr(),
-      second.strides().data()};
+      second.strides().data()
+  };
 }
 
 // An uninitialised contiguous CPU tensor.
@@ -57,7 +59,14 @@ Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
   if (sizes.size() == 2) strides[0] = sizes.begin()[1];
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.begin(), strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+      static_cast<int64_t>(sizes.size()),
+      sizes.begin(),
+      strides,
+      dtype,
+      aoti_torch_device_type_cpu(),
+      0,
+      &handle
+  ));
   return Tensor(handle);
 }
 
@@ -83,7 +92,8 @@ std::tuple<Tensors, Tensors> weight_dot_list(
     const std::optional<OptionalTensors>& biases,
     const std::optional<OptionalTensors>& bias_grads,
     const std::optional<std::vector<int64_t>>& groups,
-    const std::optional<std::vector<bool>>& transposed) {
+    const std::optional<std::vector<bool>>& transposed
+) {
   const size_t count = weights.size();
   Tensors out_dots, in_dots;
   std::vector<Pair> bias_pairs(count);
@@ -105,7 +115,8 @@ std::tuple<Tensors, Tensors> weight_dot_list(
          group_count,
          swapped,
          row_dot.mutable_data_ptr(),
-         column_dot.mutable_data_ptr()});
+         column_dot.mutable_data_ptr()}
+    );
     out_dots.push_back(swapped ? column_dot : row_dot);
     in_dots.push_back(swapped ? row_dot : column_dot);
   }
@@ -119,14 +130,16 @@ std::tuple<Tensor, Tensor> weight_dot(
     const std::optional<Tensor>& bias,
     const std::optional<Tensor>& bias_grad,
     int64_t groups,
-    bool transposed) {
+    bool transposed
+) {
   const auto [out_dots, in_dots] = weight_dot_list(
       {weight},
       {grad},
       OptionalTensors{bias},
       OptionalTensors{bias_grad},
       std::vector<int64_t>{groups},
-      std::vector<bool>{transposed});
+      std::vector<bool>{transposed}
+  );
   return {out_dots[0], in_dots[0]};
 }
 
@@ -137,19 +150,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> weight_moments(const Tensor& 
       empty_sums({rows}, weight),
       empty_sums({rows}, weight),
       empty_sums({rows}, weight),
-      empty_sums({rows}, weight)};
+      empty_sums({rows}, weight)
+  };
   void* const moments[5] = {
       sums[0].mutable_data_ptr(),
       sums[1].mutable_data_ptr(),
       sums[2].mutable_data_ptr(),
       sums[3].mutable_data_ptr(),
-      sums[4].mutable_data_ptr()};
+      sums[4].mutable_data_ptr()
+  };
   obc::cpu::weight_moments(pair_of(weight, grad), moments, kParallel);
   return {sums[0], sums[1], sums[2], sums[3], sums[4]};
 }
 
 std::tuple<Tensor, int64_t> end_row(
-    const Tensor& scores, const Tensor& row, double loss_scale, const std::optional<Tensor>& groups) {
+    const Tensor& scores, const Tensor& row, double loss_scale, const std::optional<Tensor>& groups
+) {
   const obc::cpu::EndRow arguments = {
       dtype_of(scores),
       scores.mutable_data_ptr(),
@@ -160,7 +176,8 @@ std::tuple<Tensor, int64_t> end_row(
       row.stride(0),
       groups ? static_cast<const int64_t*>(groups->const_data_ptr()) : nullptr,
       groups ? groups->stride(0) : 0,
-      loss_scale};
+      loss_scale
+  };
   const Tensor finite = empty({}, aoti_torch_dtype_bool());
   const int64_t bad_group = obc::cpu::end_row(arguments, static_cast<bool*>(finite.mutable_data_ptr()));
   return {finite, bad_group};
@@ -172,14 +189,17 @@ STABLE_TORCH_LIBRARY(obc_cpu, library) {
   library.def("channel_dot(Tensor activation, Tensor grad, int channel_dim, bool per_sample=False) -> Tensor");
   library.def(
       "weight_dot(Tensor weight, Tensor grad, Tensor? bias=None, Tensor? bias_grad=None, int groups=1, "
-      "bool transposed=False) -> (Tensor, Tensor)");
+      "bool transposed=False) -> (Tensor, Tensor)"
+  );
   library.def(
       "weight_dot_list(Tensor[] weights, Tensor[] grads, Tensor?[]? biases=None, Tensor?[]? bias_grads=None, "
-      "int[]? groups=None, bool[]? transposed=None) -> (Tensor[], Tensor[])");
+      "int[]? groups=None, bool[]? transposed=None) -> (Tensor[], Tensor[])"
+  );
   library.def("weight_moments(Tensor weight, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) "
-      "-> (Tensor finite, int bad_group)");
+      "-> (Tensor finite, int bad_group)"
+  );
 }
 
 STABLE_TORCH_LIBRARY_IMPL(obc_cpu, CPU, library) {

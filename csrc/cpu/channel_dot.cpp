@@ -89,8 +89,7 @@ class ByRows : public ChannelDot<Acc> {
     for_each_run(rows_, begin, end, [&](const Offsets& at, int64_t rows) {
       const Matrix a = columns_.first(this->pair_, at, last.first, column);
       const Matrix g = columns_.second(this->pair_, at, last.second, column);
-      leaves<Acc>(this->pair_.dtype)
-          .row_dots(a, g, rows, length, this->target(chunk) + at.out, last.out);
+      leaves<Acc>(this->pair_.dtype).row_dots(a, g, rows, length, this->target(chunk) + at.out, last.out);
     });
   }
 
@@ -181,13 +180,8 @@ class ByColumns : public ChannelDot<Acc> {
   int64_t width() const { return repeat_ * columns_.count(); }
 
   void add(
-      const Offsets& base,
-      const Offsets& at,
-      int64_t rows,
-      const Dim& row,
-      int64_t column,
-      int64_t length,
-      Acc* sums) const {
+      const Offsets& base, const Offsets& at, int64_t rows, const Dim& row, int64_t column, int64_t length, Acc* sums
+  ) const {
     const Offsets start = {base.first + at.first, base.second + at.second};
     const Matrix a = columns_.first(this->pair_, start, row.first, column);
     const Matrix g = columns_.second(this->pair_, start, row.second, column);

@@ -46,8 +46,7 @@ void add(const EndRow& arguments, const Acc* row) {
 template <class Acc>
 bool end(const EndRow& arguments) {
   Acc* row = static_cast<Acc*>(arguments.row);
-  const bool finite =
-      square(row, arguments.row_size, arguments.row_stride, static_cast<Acc>(arguments.loss_scale));
+  const bool finite = square(row, arguments.row_size, arguments.row_stride, static_cast<Acc>(arguments.loss_scale));
   if (finite) add(arguments, row);
   for (int64_t c = 0; c < arguments.row_size; ++c) row[c * arguments.row_stride] = 0;
   return finite;

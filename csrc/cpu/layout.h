@@ -122,7 +122,8 @@ class Columns {
       int64_t offset,
       int64_t row_stride,
       const std::vector<int64_t>& offsets,
-      int64_t column) {
+      int64_t column
+  ) {
     const int64_t start = offsets.empty() ? offset + column : offset;
     const int64_t* table = offsets.empty() ? nullptr : offsets.data() + column;
     return {static_cast<const char*>(data) + start * item, row_stride, table};

@@ -112,7 +112,8 @@ OBC_INLINE Acc total(const Vector (&units)[kUnits]) {
 
 template <class Type, bool kOffsets>
 OBC_TARGET void row_dots(
-    Matrix a, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* sums, int64_t sums_stride) {
+    Matrix a, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* sums, int64_t sums_stride
+) {
   using Vector = typename Type::Vector;
   using Element = typename Type::Element;
   constexpr int kUnits = 128 / kVectorBytes;
@@ -153,7 +154,8 @@ OBC_INLINE void add_rows(
     int64_t first_row,
     int64_t columns,
     typename Type::Acc* row_sums,
-    typename Type::Acc* column_sums) {
+    typename Type::Acc* column_sums
+) {
   using Acc = typename Type::Acc;
   using Vector = typename Type::Vector;
   using Element = typename Type::Element;
@@ -216,12 +218,8 @@ OBC_TARGET void column_sums(Matrix a, Matrix g, int64_t rows, int64_t columns, t
 
 template <class Type, bool kOffsets>
 OBC_TARGET void row_column_sums(
-    Matrix a,
-    Matrix g,
-    int64_t rows,
-    int64_t columns,
-    typename Type::Acc* row_sums,
-    typename Type::Acc* column_sums) {
+    Matrix a, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* row_sums, typename Type::Acc* column_sums
+) {
   int64_t r = 0;
   for (; r + 4 <= rows; r += 4) add_rows<Type, kOffsets, true, 4>(a, g, r, columns, row_sums, column_sums);
   for (; r < rows; ++r) add_rows<Type, kOffsets, true, 1>(a, g, r, columns, row_sums, column_sums);
@@ -229,7 +227,11 @@ OBC_TARGET void row_column_sums(
 
 template <class Type>
 OBC_INLINE void add_moments(
-    const typename Type::Vector& w, const typename Type::Vector& g, int u, typename Type::Vector (*units)[64 / kVectorBytes]) {
+    const typename Type::Vector& w,
+    const typename Type::Vector& g,
+    int u,
+    typename Type::Vector (*units)[64 / kVectorBytes]
+) {
   using Vector = typename Type::Vector;
   using Bits = typename Type::Bits;
   const Vector product = w * g;
@@ -242,7 +244,8 @@ OBC_INLINE void add_moments(
 
 template <class Type, bool kOffsets>
 OBC_TARGET void row_moments(
-    Matrix w, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* sums, int64_t sums_stride) {
+    Matrix w, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* sums, int64_t sums_stride
+) {
   using Vector = typename Type::Vector;
   using Element = typename Type::Element;
   constexpr int kUnits = 64 / kVectorBytes;
@@ -287,8 +290,8 @@ struct Table {
     (a.offsets ? column_sums<Type, true> : column_sums<Type, false>)(a, g, rows, columns, sums);
   }
   static void by_both(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* row_sums, Acc* column_sums) {
-    (a.offsets ? row_column_sums<Type, true> : row_column_sums<Type, false>)(
-        a, g, rows, columns, row_sums, column_sums);
+    (a.offsets ? row_column_sums<Type, true>
+               : row_column_sums<Type, false>)(a, g, rows, columns, row_sums, column_sums);
   }
   static void moments(Matrix w, Matrix g, int64_t rows, int64_t columns, Acc* sums, int64_t stride) {
     (w.offsets ? row_moments<Type, true> : row_moments<Type, false>)(w, g, rows, columns, sums, stride);

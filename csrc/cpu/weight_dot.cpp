@@ -43,7 +43,7 @@ class OnePass : public Plan {
     row_sums_ = scratch<Acc>(tiles_ * group_.size * row_.size);
     column_sums_ = scratch<Acc>(group_.size * chunks_ * columns_.count());
     tasks = group_.size * chunks_ * tiles_;
-    task_size = chunk_ * tile_ * cpu::count(outer_kernel_);
+    task_size = chunk_ * std::min(tile_, columns_.count()) * cpu::count(outer_kernel_);
   }
 
   void run(int64_t task) const override {
@@ -184,8 +184,7 @@ std::unique_ptr<Plan> plan(const WeightDot& layer) {
   const int64_t group_rows = rows / layer.groups;
   if (columns == 1) {
     auto dots = plan_channel_dot(layer.weight, 0, false, layer.row_dot);
-    return std::make_unique<OneSided<Acc>>(
-        std::move(dots), layer.row_dot, layer.column_dot, layer.groups, group_rows);
+    return std::make_unique<OneSided<Acc>>(std::move(dots), layer.row_dot, layer.column_dot, layer.groups, group_rows);
   }
   if (group_rows == 1) {
     auto dots = plan_channel_dot(layer.weight, 1, true, layer.column_dot);
@@ -215,7 +214,8 @@ void add_bias(const Pair& bias, void* out) {
           bias.sizes[0],
           1,
           products.get(),
-          1);
+          1
+      );
   for (int64_t o = 0; o < bias.sizes[0]; ++o) static_cast<Acc*>(out)[o] += products[o];
 }
 
