@@ -1,0 +1,61 @@
+"""``obc.info()``: what this installation consists of, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import torch
+
+from obc import backends
+
+ENVIRONMENT = {
+    "OBC_BACKEND": "the backend of every operator (read when obc is imported)",
+    "OBC_CPU_ISA": "the highest instruction set the CPU kernels may use: x86-64-v4, x86-64-v3 or baseline",
+    "OBC_NUM_THREADS": "threads of the NumPy entry points (torch's operators use torch's own number)",
+    "OBC_AUTOTUNE": "1 lets Triton search its launch configurations instead of using the fixed ones",
+    "TRITON_INTERPRET": "1 runs the Triton kernels on CPU tensors, for tests",
+}
+"""The environment variables that change what obc does while it runs. Those of the build stand in setup.py."""
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("obc")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed (imported from its source tree)"
+
+
+def _build() -> dict[str, Any]:
+    try:
+        from obc import _native
+    except ImportError as error:
+        return {
+            "available": False,
+            "reason": f"the native module was not built, or can't be loaded here: {error}",
+            "remedy": backends.BACKENDS["cpu"].remedy,
+        }
+    return {"available": True, **_native.build_facts(), "instruction_set": _native.instruction_set()}
+
+
+def info() -> dict[str, Any]:
+    """Facts about this installation.
+
+    Returns:
+        "obc", "python", "torch", "platform": versions and the machine's kind;
+        "backends": per backend whether it is available, and if not "reason" and "remedy";
+        "build": of the native code "compiler", "flags", the "torch" it was built with and the "instruction_set" in
+        use, or why there is none and the remedy;
+        "environment": obc's environment variables with their values, None where unset.
+    """
+    return {
+        "obc": _version(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "backends": backends.describe(),
+        "build": _build(),
+        "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
+    }
