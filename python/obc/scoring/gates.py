@@ -40,29 +40,30 @@ class Gate(torch.autograd.Function):
 
 
 class CheckGate(torch.autograd.Function):
-    """A gate of the checking row: on a clone, so that in-place changes cannot hurt, and it notices them.
+    """A gate of the checking row: it hands on a clone, so that in-place changes cannot hurt, and notices them.
 
-    ``watch.output_changed`` is set when the tensor handed on was changed in place, ``watch.input_changed`` when the
-    tensor received was.
+    An output's gate keeps what it received, which nobody else sees; an input's gate keeps the clone, because others may
+    change what it received. ``watch.output_changed`` is set when the tensor handed on was changed in place,
+    ``watch.input_changed`` when the tensor received was.
     """
 
     @staticmethod
     def forward(
         ctx: Any, activation: Tensor, gate: Tensor, channel_dim: int, per_sample: bool, fold: int, watch: Any
     ) -> Tensor:
-        private, handed = activation.clone(), activation.clone()
-        ctx.save_for_backward(private)
-        ctx.channel_dim, ctx.per_sample, ctx.fold, ctx.watch = channel_dim, per_sample, fold, watch
+        handed = activation.clone()
         ctx.received, ctx.handed = activation.detach(), handed.detach()
         ctx.versions = ctx.received._version, ctx.handed._version
+        ctx.channel_dim, ctx.per_sample, ctx.fold, ctx.watch = channel_dim, per_sample, fold, watch
         return handed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (private,), (grad,) = ctx.saved_tensors, grads
+        (grad,) = grads
         ctx.watch.input_changed |= ctx.received._version != ctx.versions[0]
         ctx.watch.output_changed |= ctx.handed._version != ctx.versions[1]
-        dot = _folded_dot(private, grad, ctx.channel_dim, ctx.per_sample, ctx.fold)
+        kept = ctx.received if ctx.watch.keeps_received else ctx.handed
+        dot = _folded_dot(kept, grad, ctx.channel_dim, ctx.per_sample, ctx.fold)
         return grad, dot, None, None, None, None
 
 

@@ -101,6 +101,8 @@ class WeightGradient:
             grad, weight.grad = weight.grad, None
             assert grad is not None
             weight = weight.detach()
+            if grad.is_sparse:  # of an embedding with sparse=True
+                grad = grad.to_dense()
             self.fired = True
             if measure:
                 self.magnitude += float(weight.norm() * grad.norm())

@@ -86,7 +86,7 @@ def _elementwise_rule(module: nn.Module) -> Rule | str | None:
     """Norms, PReLU, layer scales: a weight, and perhaps a bias, that multiply and shift each channel."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     own = dict(module.named_parameters(recurse=False))
-    if not own and not isinstance(weight, Tensor):
+    if not own:
         return None
     if isinstance(weight, Tensor) and set(own) <= {"weight", "bias"} and not list(module.children()):
         bias_name = None if bias is None else "bias"

@@ -188,7 +188,7 @@ def _plan_gradients(plan: Plan, per_sample: bool) -> None:
     biases: list[tuple[nn.Parameter, Slot]] = []
     for reader in plan.readers.values():
         weight = reader.weight
-        leaf = isinstance(weight, nn.Parameter)
+        leaf = isinstance(weight, nn.Parameter) and weight.is_floating_point()
         if reader.rule.kind == "norm" and not per_sample and isinstance(weight, nn.Parameter):
             reader.how = "norm gradient"
             weights.append((weight, reader.out))

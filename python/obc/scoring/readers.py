@@ -30,9 +30,10 @@ class Reading:
 
 
 class _Watch:
-    """What a :class:`CheckGate` noticed about its activation."""
+    """What a :class:`CheckGate` keeps of its activation, and what it noticed about it."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_received: bool) -> None:
+        self.keeps_received = keeps_received
         self.input_changed = self.output_changed = False
 
 
@@ -58,7 +59,7 @@ class Reader:
         self.used = False
         self.copy_input = self.copy_output = False
         self.activation_dtypes: set[torch.dtype] = set()
-        self._watch_in, self._watch_out = _Watch(), _Watch()
+        self._watch_in, self._watch_out = _Watch(keeps_received=False), _Watch(keeps_received=True)
         self._reading: Reading
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -125,7 +126,8 @@ class Reader:
 
     def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
         reading = self._reading
-        if not activation.is_floating_point() or not self._bind(slot, activation, channel_dim):
+        channels = slot.size * fold
+        if not activation.is_floating_point() or not self._bind(slot, activation, channel_dim, channels):
             return activation
         gate = slot.gate
         assert gate is not None
@@ -138,38 +140,42 @@ class Reader:
         return Gate.apply(activation, gate, channel_dim, reading.per_sample, fold)  # type: ignore[no-any-return]
 
     def _gate_tokens(self, output: Tensor, tokens: Tensor, slot: Slot) -> Tensor:
-        if not self._bind(slot, output, -1):
+        if not self._bind(slot, output, -1, output.shape[-1]):
             return output
         return TokenGate.apply(output, slot.gate, tokens, self._reading.per_sample)  # type: ignore[no-any-return]
 
-    def _bind(self, slot: Slot, activation: Tensor, channel_dim: int) -> bool:
-        """Have a gate of the right shape in the slot; False where this activation's dim 0 is not the samples."""
-        reading = self._reading
+    def _bind(self, slot: Slot, activation: Tensor, channel_dim: int, channels: int) -> bool:
+        """Have a gate of the right shape in the slot; False where this activation doesn't have that shape."""
+        reading, shape = self._reading, tuple(activation.shape)
+        if not -len(shape) <= channel_dim < len(shape) or shape[channel_dim] != channels:
+            self._refuse(f"its activation of shape {shape} does not have {channels} channels along dim {channel_dim}")
+            return False
         if not reading.per_sample:
             return True
-        if channel_dim % activation.dim() == 0:
-            self._refuse(f"its activation of shape {tuple(activation.shape)} has no dimension of samples")
+        if channel_dim % len(shape) == 0:
+            self._refuse(f"its activation of shape {shape} has no dimension of samples")
             return False
         if reading.samples is None:
-            reading.samples = activation.shape[0]
-        if activation.shape[0] != reading.samples:
-            self._refuse(
-                f"its activation has {activation.shape[0]} entries along dim 0 where {reading.samples} are samples"
-            )
+            reading.samples = shape[0]
+        if shape[0] != reading.samples:
+            self._refuse(f"its activation has {shape[0]} entries along dim 0 where {reading.samples} are samples")
             return False
         if slot.gate is None or slot.gate.shape[0] != reading.samples:
             if torch.compiler.is_compiling():
-                raise RuntimeError("a compiled model needs its gates before its forward: use scorer.row(samples=B) around it")
+                raise RuntimeError(
+                    "a compiled model needs its gates before its forward: use scorer.row(samples=B) around it"
+                )
             slot.bind_samples(reading.samples)
         return True
 
     def _refuse(self, reason: str) -> None:
-        samples, self.reason = self._reading.samples, reason
+        """In the checking row, note why gates can't serve this module; later, it is too late."""
+        self.reason = reason
         if not self._reading.checking:
             self._reading.samples = None
             raise ValueError(
-                f"module {self.name!r} can't be read per sample any more: {reason} (first activation of the row: "
-                f"{samples}); pass batches whose dim 0 is the samples everywhere, or use rows='batch'"
+                f"module {self.name!r} can't be read by gates any more: {reason}, other than in the checking row; "
+                "score batches of one kind, or batches of one sample"
             )
 
     def _spread_over_samples(self, output: Tensor) -> Tensor:
