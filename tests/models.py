@@ -268,6 +268,33 @@ def padded_embedding() -> Case:
     return case(Embedded, tokens(9, 7), token_losses)
 
 
+def embedding_by_frequency() -> Case:
+    """Autograd divides the gradient of each row by how often the batch has it; rows are of that gradient."""
+    return case(lambda: Embedded(scale_grad_by_freq=True), tokens(9, 7), token_losses)
+
+
+def sparse_embedding() -> Case:
+    return case(lambda: Embedded(sparse=True), tokens(9, 7), token_losses)
+
+
+class Bags(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sums, self.means = nn.EmbeddingBag(9, 6, mode="sum"), nn.EmbeddingBag(9, 6, mode="mean", padding_idx=0)
+        self.fc = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(F.gelu(self.sums(x) * self.means(x)))
+
+
+def bag_losses(model: nn.Module, batch: Any) -> Tensor:
+    return regression_losses(model(batch), batch[:, 0])
+
+
+def embedding_bags() -> Case:
+    return case(Bags, tokens(9, 7), bag_losses)
+
+
 def scaled_embedding() -> Case:
     return case(lambda: Embedded(scale=2.5), tokens(9, 7), token_losses)
 
@@ -414,6 +441,8 @@ OWN: dict[str, Callable[[], Case]] = {
     "padded-embedding": padded_embedding,
     "scaled-embedding": scaled_embedding,
     "self-scaled-embedding": self_scaled_embedding,
+    "sparse-embedding": sparse_embedding,
+    "embedding-bags": embedding_bags,
 }
 
 TRANSFORMERS: dict[str, Callable[[], Case]] = {

@@ -198,6 +198,48 @@ class CustomFunction(nn.Module):
         return self.head(torch.tanh(self.fc2(x)))
 
 
+class LoRALinear(nn.Linear):
+    """A linear layer with a low-rank path of its own beside the weight: its output is not weight times input."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__(width_in, width_out)
+        self.down, self.up = nn.Parameter(torch.randn(2, width_in) / 2), nn.Parameter(torch.randn(width_out, 2) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class PairLinear(nn.Linear):
+    """Returns a pair, as Megatron's linear layers do."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return super().forward(x), None
+
+
+class Adapted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora, self.pair, self.head = LoRALinear(6, 8), PairLinear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, _ = self.pair(F.gelu(self.lora(x)))
+        return self.head(F.gelu(x))
+
+
+class Hooked(nn.Module):
+    """The user's own hooks scale a layer's input and its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc, self.head = nn.Conv1d(3, 6, 3), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.conv.register_forward_hook(lambda module, args, output: output * 1.5)
+        self.fc.register_forward_pre_hook(lambda module, args: (args[0] * 0.5,))
+        self.fc.register_forward_hook(lambda module, args, output: output.mul_(2).sin_())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.fc(F.gelu(self.conv(x)).mean(2)))
+
+
 class Branches(nn.Module):
     """``unused`` is never called; ``late`` only where the batch says so."""
 
@@ -281,5 +323,7 @@ NASTY: dict[str, Callable[[], Case]] = {
     "encoder-layer-first": lambda: case(EncoderFirst, floats(5, 8)),
     "functional-weight": lambda: case(FunctionalWeight, floats(5, 6)),
     "partial-bypass": lambda: case(PartialBypass, floats(5, 6)),
+    "adapted": lambda: case(Adapted, floats(5, 6)),
+    "user-hooks": lambda: case(Hooked, floats(3, 8)),
     "custom-function": lambda: case(CustomFunction, floats(6)),
 }

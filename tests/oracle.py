@@ -41,7 +41,7 @@ def is_transformers_conv1d(module: nn.Module) -> bool:
 
 def scorable(model: nn.Module) -> dict[str, nn.Module]:
     """The modules whose rows the oracle computes, by name."""
-    kinds = (nn.Linear, nn.Embedding, *_CONVS, *_TRANSPOSED)
+    kinds = (nn.Linear, nn.Embedding, nn.EmbeddingBag, *_CONVS, *_TRANSPOSED)
     return {
         name: module
         for name, module in model.named_modules()
@@ -55,7 +55,7 @@ def row(module: nn.Module, weight_grad: Tensor, bias_grad: Tensor | None) -> tup
     bias_product = 0.0 if bias_grad is None else module.bias.detach() * bias_grad
     if is_norm(module):
         return (weight_product + bias_product).reshape(-1, module.weight.shape[-1]).sum(0), None
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return weight_product.sum(0), None
     if is_transformers_conv1d(module):
         return weight_product.sum(0) + bias_product, weight_product.sum(1)

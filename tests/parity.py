@@ -1,10 +1,12 @@
-"""How close scores are to the oracle's: the measure and the tolerance of every comparison."""
+"""How close scores are to the oracle's: the measure and the tolerance of every comparison, and a user's own loop."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import oracle
+import torch
 from models import Case
 from torch import Tensor
 
@@ -45,3 +47,24 @@ def assert_parity(
 
 def expected_scores(case: Case, rows: str = "batch") -> oracle.Rows:
     return oracle.scores(case.oracle_model, case.batches, case.loss_fn(rows), rows=rows)
+
+
+def score_in_a_loop(
+    scorer: obc.JacobianScorer, case: Case, batches: list[Any] | None = None, loss_scale: float = 1.0
+) -> obc.Scores:
+    """What a user's own loop does."""
+    with scorer:
+        for batch in case.batches if batches is None else batches:
+            with scorer.row(loss_scale=loss_scale):
+                (case.loss(case.model, batch) * loss_scale).backward()
+    return scorer.scores()
+
+
+def assert_equal(first: obc.Scores, second: obc.Scores) -> None:
+    """The same modules with the same bits."""
+    assert list(first) == list(second)
+    for name in first:
+        for side in ("out_channels", "in_channels"):
+            one, other = getattr(first[name], side), getattr(second[name], side)
+            assert (one is None) == (other is None), f"{name}.{side}"
+            assert one is None or torch.equal(one, other), f"{name}.{side} differs"

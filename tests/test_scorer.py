@@ -20,7 +20,7 @@ import pytest
 import torch
 from models import OWN, TRANSFORMERS, Case
 from nasty import NASTY
-from parity import TOLERANCE, assert_parity, errors, expected_scores
+from parity import TOLERANCE, assert_equal, assert_parity, errors, expected_scores, score_in_a_loop
 from torch import Tensor, nn
 
 import obc
@@ -35,27 +35,6 @@ def measured(family: str, rows: str) -> tuple[obc.Scores, oracle.Rows]:
     """The float32 scores of a family and the oracle's."""
     case = FAMILIES[family]()
     return obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows), expected_scores(case, rows)
-
-
-def score_in_a_loop(
-    scorer: obc.JacobianScorer, case: Case, batches: list[Any] | None = None, loss_scale: float = 1.0
-) -> obc.Scores:
-    """What a user's own loop does."""
-    with scorer:
-        for batch in case.batches if batches is None else batches:
-            with scorer.row(loss_scale=loss_scale):
-                (case.loss(case.model, batch) * loss_scale).backward()
-    return scorer.scores()
-
-
-def assert_equal(first: obc.Scores, second: obc.Scores) -> None:
-    """The same modules with the same bits."""
-    assert list(first) == list(second)
-    for name in first:
-        for side in ("out_channels", "in_channels"):
-            one, other = getattr(first[name], side), getattr(second[name], side)
-            assert (one is None) == (other is None), f"{name}.{side}"
-            assert one is None or torch.equal(one, other), f"{name}.{side} differs"
 
 
 @pytest.mark.parametrize("rows", ["batch", "sample"])
