@@ -117,7 +117,7 @@ def fold(
             folded = torch.einsum("gkis,gij->gkjs", folded.unflatten(0, (groups, -1)), d).flatten(0, 1)
         else:
             folded = torch.einsum("kbis,bij->kbjs", folded.unflatten(1, (d.shape[0], -1)), d).flatten(1, 2)
-    return folded.reshape(folded.shape[0], folded.shape[1] * in_repeat, *kernel).to(weight.dtype)
+    return folded.reshape(folded.shape[0], folded.shape[1] * in_repeat, *kernel).to(weight.dtype).contiguous()
 
 
 def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
