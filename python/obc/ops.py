@@ -307,7 +307,7 @@ def _fold(
 ) -> Tensor:
     _check_fold(weight, compressor, decompressor, groups, in_repeat)
     if compressor is None and decompressor is None:
-        return weight.clone()
+        return weight.clone(memory_format=torch.contiguous_format)
     return backends.resolve("fold", weight.device.type)(weight, compressor, decompressor, groups, in_repeat)
 
 
