@@ -43,9 +43,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 # --- checks, shared by the fakes and the implementations -----------------------------------------------------
 
 
+def _require(error: type[Exception], condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """``torch._check_with``, which costs microseconds, only where the condition is symbolic or does not hold."""
+    if condition is not True:
+        torch._check_with(error, condition, message)
+
+
 def _check_floating(op: str, **tensors: Tensor) -> None:
     for name, tensor in tensors.items():
-        torch._check_type(
+        _require(
+            TypeError,
             tensor.dtype in _FLOATING,
             lambda name=name, tensor=tensor: (
                 f"obc::{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; convert it first"
@@ -55,21 +62,24 @@ def _check_floating(op: str, **tensors: Tensor) -> None:
 
 def _check_alike(op: str, first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
     """The two tensors have one shape, dtype and device."""
-    torch._check_value(
+    _require(
+        ValueError,
         first.shape == tensor.shape,
         lambda: (
-            f"obc::{op}: {name} has shape {tuple(tensor.shape)}, {first_name} has {tuple(first.shape)}; pass equal shapes"
+            f"obc::{op}: {name} has shape {tuple(tensor.shape)}, {first_name} {tuple(first.shape)}; pass equal shapes"
         ),
     )
     _check_same_kind(op, first_name, first, name, tensor)
 
 
 def _check_same_kind(op: str, first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
-    torch._check_type(
+    _require(
+        TypeError,
         first.dtype == tensor.dtype,
         lambda: f"obc::{op}: {name} is {tensor.dtype}, {first_name} is {first.dtype}; pass one dtype",
     )
-    torch._check_value(
+    _require(
+        ValueError,
         first.device == tensor.device,
         lambda: f"obc::{op}: {name} is on {tensor.device}, {first_name} on {first.device}; pass one device",
     )
@@ -80,12 +90,14 @@ def _check_channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_s
     _check_floating("channel_dot", activation=activation)
     _check_alike("channel_dot", "activation", activation, "grad", grad)
     dims = activation.dim()
-    torch._check_index(
+    _require(
+        IndexError,
         -dims <= channel_dim < dims,
         lambda: f"obc::channel_dot: channel_dim {channel_dim} is outside an activation of {dims} dimensions",
     )
     channel_dim = channel_dim % dims
-    torch._check_value(
+    _require(
+        ValueError,
         not per_sample or channel_dim != 0,
         lambda: "obc::channel_dot: per_sample needs samples along dim 0, but channel_dim is 0 too",
     )
@@ -104,23 +116,27 @@ def _check_weight_dot(
     """Returns (out_channels, in_channels)."""
     _check_floating(op, weight=weight)
     _check_alike(op, "weight", weight, "grad", grad)
-    torch._check_value(
+    _require(
+        ValueError,
         weight.dim() >= 2,
         lambda: f"obc::{op}: weight must be (out, in / groups, *kernel), got shape {tuple(weight.shape)}",
     )
-    torch._check_value(
+    _require(
+        ValueError,
         groups >= 1 and weight.shape[0] % groups == 0,
         lambda: f"obc::{op}: dim 0 of the weight ({weight.shape[0]}) is not divisible into {groups} groups",
     )
     rows, columns = weight.shape[0], weight.shape[1] * groups
     out_channels, in_channels = (columns, rows) if transposed else (rows, columns)
-    torch._check_value(
+    _require(
+        ValueError,
         (bias is None) == (bias_grad is None),
         lambda: f"obc::{op}: bias and bias_grad go together, got only {'bias' if bias_grad is None else 'bias_grad'}",
     )
     if bias is not None and bias_grad is not None:
         for name, tensor in (("bias", bias), ("bias_grad", bias_grad)):
-            torch._check_value(
+            _require(
+                ValueError,
                 tensor.dim() == 1 and tensor.shape[0] == out_channels,
                 lambda name=name, tensor=tensor: (
                     f"obc::{op}: {name} has shape {tuple(tensor.shape)}, expected ({out_channels},)"
@@ -148,14 +164,16 @@ def _per_layer(
         "transposed": [False] * count if transposed is None else transposed,
     }
     for name, column in columns.items():
-        torch._check_value(
+        _require(
+            ValueError,
             len(column) == count,
             lambda name=name, column=column: f"obc::weight_dot_list: {len(column)} {name} for {count} weights",
         )
     layers = list(zip(weights, *columns.values(), strict=True))
     for layer in layers:
         _check_weight_dot(*layer, op="weight_dot_list")
-        torch._check_value(
+        _require(
+            ValueError,
             layer[0].device == weights[0].device,
             lambda device=layer[0].device: (
                 f"obc::weight_dot_list: weights on {weights[0].device} and {device}; pass one device a call"
@@ -165,22 +183,25 @@ def _per_layer(
 
 
 def _check_factor(name: str, factor: Tensor, weight: Tensor, side: int, size: int, groups: int) -> int:
-    """``factor`` fits ``size`` channels of the weight with its dimension ``side`` (-1 C, -2 D); returns the kept ones."""
+    """``factor`` fits ``size`` channels of the weight with its dimension ``side`` (-1 C, -2 D); returns those kept."""
     _check_same_kind("fold", "weight", weight, name, factor)
-    torch._check_value(
+    _require(
+        ValueError,
         factor.dim() in (2, 3),
         lambda: f"obc::fold: {name} must be a matrix or (blocks, rows, columns), got shape {tuple(factor.shape)}",
     )
     blocks = factor.shape[0] if factor.dim() == 3 else 1
     kept = factor.shape[-1 if side == -2 else -2]
-    torch._check_value(
+    _require(
+        ValueError,
         factor.shape[side] * blocks == size,
         lambda: (
             f"obc::fold: {name} of shape {tuple(factor.shape)} does not fit {size} channels of a weight "
             f"{tuple(weight.shape)} with groups={groups}"
         ),
     )
-    torch._check_value(
+    _require(
+        ValueError,
         groups == 1 or (blocks == groups if factor.dim() == 3 else kept % groups == 0 and size % groups == 0),
         lambda: f"obc::fold: {name} of shape {tuple(factor.shape)} can't be split into {groups} diagonal blocks",
     )
@@ -192,19 +213,23 @@ def _check_fold(
 ) -> tuple[int, ...]:
     """Returns the shape of the folded weight."""
     _check_floating("fold", weight=weight)
-    torch._check_value(
+    _require(
+        ValueError,
         weight.dim() >= 2,
         lambda: f"obc::fold: weight must be (out, in / groups, *kernel), got shape {tuple(weight.shape)}",
     )
-    torch._check_value(
+    _require(
+        ValueError,
         groups >= 1 and weight.shape[0] % groups == 0,
         lambda: f"obc::fold: {weight.shape[0]} out channels are not divisible into {groups} groups",
     )
-    torch._check_value(
+    _require(
+        ValueError,
         in_repeat >= 1 and weight.shape[1] % in_repeat == 0,
         lambda: f"obc::fold: {weight.shape[1]} columns are not divisible by in_repeat={in_repeat}",
     )
-    torch._check_value(
+    _require(
+        ValueError,
         in_repeat == 1 or (groups == 1 and weight.dim() == 2),
         lambda: (
             f"obc::fold: in_repeat={in_repeat} is for a Linear after flatten, got a weight of shape "
@@ -222,36 +247,42 @@ def _check_fold(
 
 def _check_end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tensor | None) -> None:
     _check_floating("end_row", scores=scores)
-    torch._check_value(
+    _require(
+        ValueError,
         scores.dim() == 1 and row.dim() == 1,
         lambda: (
             f"obc::end_row: scores and row are flat vectors, got shapes {tuple(scores.shape)} and {tuple(row.shape)}"
         ),
     )
-    torch._check_type(
+    _require(
+        TypeError,
         scores.dtype in (torch.float32, torch.float64),
         lambda: f"obc::end_row: scores must be float32 or float64, got {scores.dtype}",
     )
     _check_same_kind("end_row", "scores", scores, "row", row)
-    torch._check_value(loss_scale != 0, lambda: "obc::end_row: loss_scale must not be 0")
-    torch._check(
+    _require(ValueError, loss_scale != 0, lambda: "obc::end_row: loss_scale must not be 0")
+    _require(
+        RuntimeError,
         not (scores.requires_grad or row.requires_grad),
         lambda: "obc::end_row is not differentiable: it changes scores and row in place; detach them first",
     )
     if groups is None:
-        torch._check_value(
+        _require(
+            ValueError,
             scores.shape == row.shape,
             lambda: (
                 f"obc::end_row: scores has {scores.shape[0]} entries, row {row.shape[0]}; pass groups or equal lengths"
             ),
         )
         return
-    torch._check_type(groups.dtype == torch.int64, lambda: f"obc::end_row: groups must be int64, got {groups.dtype}")
-    torch._check_value(
+    _require(TypeError, groups.dtype == torch.int64, lambda: f"obc::end_row: groups must be int64, got {groups.dtype}")
+    _require(
+        ValueError,
         groups.shape == row.shape,
         lambda: f"obc::end_row: groups has shape {tuple(groups.shape)}, row {tuple(row.shape)}",
     )
-    torch._check_value(
+    _require(
+        ValueError,
         groups.device == row.device,
         lambda: f"obc::end_row: groups is on {groups.device}, row on {row.device}",
     )
@@ -596,7 +627,8 @@ def fold(
     if weight.device.type == "cpu" and backends.requested() in (None, "cpu"):
         # The CPU's fold is matrix products that autograd knows: no operator of ours, so that its backward finds the
         # first product kept, and a small weight does not pay for a call through the dispatcher.
-        _check_fold(weight, compressor, decompressor, groups, in_repeat)
+        if not torch.compiler.is_compiling():  # Dynamo can't trace the checks' messages; the products check shapes too
+            _check_fold(weight, compressor, decompressor, groups, in_repeat)
         return gemm.fold(weight, compressor, decompressor, groups, in_repeat)
     return torch.ops.obc.fold(weight, compressor, decompressor, groups, in_repeat)
 
