@@ -1,4 +1,4 @@
-"""Small models, how Torch-Pruning prunes each of them, and what it makes of them: for the tests of section "equivalent"."""
+"""Small models, how Torch-Pruning prunes each of them, and what it makes of them."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -83,10 +82,9 @@ def _load_cuda() -> Any:
 
 @functools.cache
 def _load_triton() -> Any:
-    import obc_kernels
+    from obc.backends import triton
 
-    obc_kernels.require()
-    return SimpleNamespace(**{name: getattr(obc_kernels, f"{name}_triton") for name in OPERATORS})
+    return triton.load()
 
 
 def _triton_devices() -> frozenset[str]:
@@ -135,13 +133,18 @@ def available() -> list[str]:
     return [name for name, backend in BACKENDS.items() if backend.why_unavailable() is None]
 
 
+def requested() -> str | None:
+    """The backend asked for by name, in this process (``use_backend``) or from outside (``OBC_BACKEND``), or None."""
+    return _explicit or _environment
+
+
 def chosen(device_type: str) -> Backend:
     """The backend that serves tensors on ``device_type`` now.
 
     Raises:
         BackendError: a backend asked for by name is unknown, missing, or doesn't serve this device.
     """
-    if name := _explicit or _environment:
+    if name := requested():
         backend = _usable(name)
         if not backend.serves(device_type):
             served = ", ".join(sorted(backend.devices() or ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from obc.equivalent.folded import EquivalentPruning, equivalent_pruning, merge
 from obc.equivalent.plan import Kept, PlanError, PruningPlan
 
-__all__ = ["Kept", "PlanError", "PruningPlan"]
+__all__ = ["EquivalentPruning", "Kept", "PlanError", "PruningPlan", "equivalent_pruning", "merge"]

@@ -24,7 +24,7 @@ class Layout:
     convolution: bool
 
     def sizes(self, weight: Tensor) -> tuple[int, int]:
-        """(out channels, in channels) of ``weight``, which may be the original's while the groups are the pruned one's."""
+        """(out channels, in channels) of ``weight``, the pruned layer's or the original's: grouping stays."""
         rows, columns = weight.shape[0], weight.shape[1] * self.groups
         return (columns, rows) if self.transposed else (rows, columns)
 
@@ -62,7 +62,7 @@ def expand(channels: Tensor, repeat: int) -> Tensor:
 
 
 def split_by_group(channels: Tensor, size: int, groups: int) -> Tensor | None:
-    """(groups, n) indices inside each group of ``size / groups`` channels; None where the groups keep unequal numbers."""
+    """(groups, n) indices inside each group of ``size / groups`` channels; None where groups keep unequal numbers."""
     if size % groups or len(channels) % groups:
         return None
     local = channels.reshape(groups, -1)
@@ -70,3 +70,8 @@ def split_by_group(channels: Tensor, size: int, groups: int) -> Tensor | None:
     local = local - starts
     inside = (local >= 0) & (local < size // groups)
     return local if bool(inside.all()) else None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``model`` came from ``torch.compile`` or compiled itself. (Naming Dynamo's class would import Dynamo.)"""
+    return "_orig_mod" in model._modules or model._compiled_call_impl is not None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.equivalent.layers import expand, is_depthwise, layout_of
-from obc.equivalent.plan import Kept, PlanError, named_modules, with_columns
+from obc.equivalent.plan import Kept, PlanError, named_modules, original_tensor, with_columns
 
 # Rows whose subsequences are intersected before the columns count as found. One row leaves ties wherever values repeat.
 _PIVOTS = 4
@@ -24,7 +24,10 @@ def match(original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) ->
     kept: dict[str, Kept] = {}
     for name, module in named_modules(pruned_model):
         tensors = {
-            tensor_name: (_original(original_state_dict, name, tensor_name), tensor.detach())
+            tensor_name: (
+                original_tensor(original_state_dict, f"{name}.{tensor_name}" if name else tensor_name),
+                tensor.detach(),
+            )
             for tensor_name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
             if tensor_name not in module._non_persistent_buffers_set
         }
@@ -36,13 +39,6 @@ def match(original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) ->
             found = _with_flatten(found, width, kept, original_state_dict)
         kept[name] = found
     return kept
-
-
-def _original(state_dict: Mapping[str, Tensor], module_name: str, tensor_name: str) -> Tensor:
-    key = f"{module_name}.{tensor_name}" if module_name else tensor_name
-    if key not in state_dict:
-        raise PlanError(f"the original state dict lacks {key!r} of the pruned model; pass the unpruned model's")
-    return state_dict[key]
 
 
 def _match_module(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Kept:
@@ -124,6 +120,7 @@ def _match_matrix(
 ) -> tuple[Tensor, Tensor]:
     """Ascending rows and columns with ids[rows][:, columns] == pruned_ids."""
     shapes = f"{tuple(pruned.shape)} is no slice of the original's {tuple(original.shape)}"
+    columns: Tensor | None
     if ids.shape[1] == pruned_ids.shape[1]:
         columns = torch.arange(ids.shape[1])
     elif ids.shape[0] == pruned_ids.shape[0]:
@@ -169,7 +166,7 @@ def _with_flatten(found: Kept, width: int, earlier: Mapping[str, Kept], state_di
     columns = found.in_channels
     if columns is None:
         return found
-    for name, kept in reversed(earlier.items()):
+    for name, kept in reversed(list(earlier.items())):
         channels = kept.out_channels
         if channels is None or f"{name}.weight" not in state_dict or len(columns) % len(channels):
             continue

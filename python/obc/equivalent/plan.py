@@ -80,18 +80,22 @@ class PruningPlan(Mapping[str, Kept]):
                     f"the plan has an entry for {name!r}, which the pruned model lacks; pass the plan made for it"
                 )
         for module_name, module, tensor_name, pruned in named_tensors(pruned_model):
-            key = f"{module_name}.{tensor_name}" if module_name else tensor_name
-            if key not in original_state_dict:
-                raise PlanError(f"the original state dict lacks {key!r} of the pruned model; pass the unpruned model's")
-            original = original_state_dict[key]
-            expected = sliced(module, tensor_name, original, self._entry(module_name, key), key)
-            self._compare(key, original, expected, pruned)
+            self.verify_tensor(original_state_dict, module_name, module, tensor_name, pruned)
 
-    def _entry(self, module_name: str, key: str) -> Kept | None:
-        return self.get(key) or self.get(module_name) or self.get(module_name.removesuffix(".out_proj"))
-
-    @staticmethod
-    def _compare(key: str, original: Tensor, expected: Tensor, pruned: Tensor) -> None:
+    def verify_tensor(
+        self,
+        original_state_dict: Mapping[str, Tensor],
+        module_name: str,
+        module: nn.Module,
+        tensor_name: str,
+        pruned: Tensor,
+    ) -> None:
+        """:meth:`verify` of one tensor: ``pruned``, the tensor ``tensor_name`` of the pruned ``module``."""
+        key = f"{module_name}.{tensor_name}" if module_name else tensor_name
+        original = original_tensor(original_state_dict, key)
+        # torch's attention has one entry for itself and its output projection.
+        kept = self.get(key) or self.get(module_name) or self.get(module_name.removesuffix(".out_proj"))
+        expected = sliced(module, tensor_name, original, kept, key)
         if expected.shape != pruned.shape:
             raise PlanError(
                 f"{key}: the plan makes {tuple(expected.shape)} of the original's {tuple(original.shape)}, "
@@ -151,7 +155,15 @@ def _plain(value: Any) -> Any:
 
 
 def _kept(fields: Mapping[str, Any]) -> Kept:
-    return Kept(**{name: torch.tensor(value) if isinstance(value, list) else value for name, value in fields.items()})
+    values: dict[str, Any] = {n: torch.tensor(v) if isinstance(v, list) else v for n, v in fields.items()}
+    return Kept(**values)
+
+
+def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
+    """``state_dict[key]``, detached; PlanError where it is missing."""
+    if key not in state_dict:
+        raise PlanError(f"the original state dict lacks {key!r} of the pruned model; pass the unpruned model's")
+    return state_dict[key].detach()
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from obc.equivalent.layers import layout_of, split_by_group
+from obc.equivalent.layers import is_compiled, layout_of, split_by_group
 from obc.equivalent.plan import Kept, PlanError, PruningPlan, narrowed, with_columns
 
 
@@ -40,7 +40,7 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
 
 
 def _refuse(model: nn.Module) -> None:
-    if isinstance(model, torch._dynamo.OptimizedModule):
+    if is_compiled(model):
         raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile again")
     for name, module in model.named_modules():
         if parametrize.is_parametrized(module):
