@@ -630,12 +630,6 @@ def fold(
         if not torch.compiler.is_compiling():  # Dynamo can't trace the checks' messages; the products check shapes too
             _check_fold(weight, compressor, decompressor, groups, in_repeat)
         return gemm.fold(weight, compressor, decompressor, groups, in_repeat)
-    if weight.device.type == "cpu" and backends.requested() in (None, "cpu"):
-        # The CPU's fold is matrix products that autograd knows: no operator of ours, so that its backward finds the
-        # first product kept, and a small weight does not pay for a call through the dispatcher.
-        if not torch.compiler.is_compiling():  # Dynamo can't trace the checks' messages; the products check shapes too
-            _check_fold(weight, compressor, decompressor, groups, in_repeat)
-        return gemm.fold(weight, compressor, decompressor, groups, in_repeat)
     return torch.ops.obc.fold(weight, compressor, decompressor, groups, in_repeat)
 
 
