@@ -45,7 +45,9 @@ def check(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor |
     assert reference.end_row(truth, exact_row, loss_scale, exact_groups)
     terms = 2 if groups is None or not len(groups) else int(groups.bincount().max()) + 1
     finite = ops.end_row(scores, row, loss_scale, groups)
-    assert finite.shape == () and finite.dtype == torch.bool and finite.device == scores.device
+    assert finite.shape == ()
+    assert finite.dtype == torch.bool
+    assert finite.device == scores.device
     assert finite.item() is True
     assert not row.any()
     assert_sum_close(scores, truth, magnitude, terms, scores.dtype)
@@ -157,7 +159,8 @@ def test_end_row_bumps_version_counters(device: str, grouped: bool) -> None:
     leaf = torch.ones(6, device=device, requires_grad=True)
     products = leaf * scores, leaf * row
     ops.end_row(scores, row, 1.0, groups)
-    assert scores._version > versions[0] and row._version > versions[1]
+    assert scores._version > versions[0]
+    assert row._version > versions[1]
     for product in products:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             product.sum().backward()

@@ -132,7 +132,8 @@ def test_fold_without_factors_is_a_copy(device: str, dtype: torch.dtype, fold: C
         folded = fold(weight)
         assert torch.equal(folded, weight)
         folded.zero_()
-        assert weight.isfinite().all() and weight.any()
+        assert weight.isfinite().all()
+        assert weight.any()
 
 
 @pytest.mark.parametrize("device", TARGETS, indirect=True)

@@ -95,7 +95,8 @@ def test_weight_dot_list_is_weight_dot_of_each() -> None:
     outs, ins = reference.weight_dot_list(weights, grads, biases, bias_grads, groups, transposed)
     for n, layer in enumerate(zip(weights, grads, biases, bias_grads, groups, transposed, strict=True)):
         expected = reference.weight_dot(*layer)
-        assert torch.equal(outs[n], expected[0]) and torch.equal(ins[n], expected[1])
+        assert torch.equal(outs[n], expected[0])
+        assert torch.equal(ins[n], expected[1])
 
 
 def test_weight_moments_match_explicit_sums() -> None:
@@ -172,7 +173,8 @@ def test_end_row_leaves_out_a_row_that_is_not_finite(bad: float) -> None:
     before = scores.clone()
     row[2] = bad
     assert reference.end_row(scores, row).item() is False
-    assert torch.equal(scores, before) and not row.any()
+    assert torch.equal(scores, before)
+    assert not row.any()
 
 
 def test_the_tolerance_notices_one_missing_term() -> None:
