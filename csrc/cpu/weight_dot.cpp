@@ -232,20 +232,21 @@ void weight_dot(const std::vector<WeightDot>& layers, const ParallelFor& paralle
     elements += plan->tasks * plan->task_size;
     plans.push_back(std::move(plan));
   }
-  const int64_t tasks = begins.back();
-  if (tasks > 0) {
-    const int64_t grain = ceil_div(kGrain, std::max<int64_t>(elements / tasks, 1));
-    parallel(tasks, grain, [&](int64_t begin, int64_t end) {
-      size_t layer = std::upper_bound(begins.begin(), begins.end(), begin) - begins.begin() - 1;
-      for (int64_t task = begin; task < end; ++task) {
-        while (task >= begins[layer + 1]) ++layer;
-        plans[layer]->run(task - begins[layer]);
-      }
-    });
-    parallel(plans.size(), ceil_div(kGrain, elements / int64_t(plans.size()) + 1), [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin; p < end; ++p) plans[p]->finish();
-    });
-  }
+  const int64_t tasks = begins.back(), finishes = plans.size();
+  const auto grain = [&](int64_t parts) {
+    return ceil_div(kGrain, std::max<int64_t>(elements / std::max<int64_t>(parts, 1), 1));
+  };
+  parallel(tasks, grain(tasks), [&](int64_t begin, int64_t end) {
+    if (begin == end) return;
+    size_t layer = std::upper_bound(begins.begin(), begins.end(), begin) - begins.begin() - 1;
+    for (int64_t task = begin; task < end; ++task) {
+      while (task >= begins[layer + 1]) ++layer;
+      plans[layer]->run(task - begins[layer]);
+    }
+  });
+  parallel(finishes, grain(finishes), [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) plans[p]->finish();
+  });
   for (const WeightDot& layer : layers) {
     if (!layer.bias || layer.bias->sizes[0] == 0) continue;
     void* out = layer.transposed ? layer.column_dot : layer.row_dot;
