@@ -100,7 +100,7 @@ class WeightGradient:
         def contract(weight: Tensor) -> None:
             grad, weight.grad = weight.grad, None
             assert grad is not None
-            weight = weight.detach()
+            weight, grad = weight.detach(), grad.detach()
             if grad.is_sparse:  # of an embedding with sparse=True
                 grad = grad.to_dense()
             self.fired = True

@@ -22,11 +22,13 @@ class Reading:
         per_sample: sample rows.
         checking: the checking row is not over yet.
         samples: samples in the row being read, known from its first activation.
+        begins: the row being read has no activation yet, so what ``samples`` says is of a pass outside it.
     """
 
     def __init__(self, per_sample: bool, checking: bool) -> None:
         self.per_sample, self.checking = per_sample, checking
         self.samples: int | None = None
+        self.begins = False
 
 
 class _Watch:
@@ -155,8 +157,8 @@ class Reader:
         if channel_dim % len(shape) == 0:
             self._refuse(f"its activation of shape {shape} has no dimension of samples")
             return False
-        if reading.samples is None:
-            reading.samples = shape[0]
+        if reading.samples is None or reading.begins:
+            reading.samples, reading.begins = shape[0], False
         if shape[0] != reading.samples:
             self._refuse(f"its activation has {shape[0]} entries along dim 0 where {reading.samples} are samples")
             return False

@@ -108,8 +108,8 @@ class _Run:
             with scorer.row():
                 _checked_loss(index, self.loss_fn(scorer.model, batch)).backward()
             return
-        losses = _checked_losses(index, self.loss_fn(scorer.model, batch))
-        with scorer.row(samples=losses.numel()):
+        with scorer.row():
+            losses = _checked_losses(index, self.loss_fn(scorer.model, batch))
             scorer.check_samples(losses)
             losses.sum().backward()
 

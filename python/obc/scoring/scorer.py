@@ -192,6 +192,7 @@ class JacobianScorer:
 
     def _begin_row(self, samples: int | None) -> None:
         self._in_row = True
+        self._reading.begins = samples is None
         if samples is not None and self._reading.samples is None and self.rows == "sample":
             self._reading.samples = samples
             for reader in self._plan.readers.values():
@@ -300,13 +301,14 @@ class JacobianScorer:
     # --- the checking row -------------------------------------------------------------------------------------
 
     def check_samples(self, losses: Tensor) -> None:
-        """In the checking sample row: make sure that dim 0 is the samples, by the first loss's backward alone.
+        """Make sure that dim 0 is the samples: by their number, in the checking row by the first loss's backward alone.
 
         Modules whose rows mix samples (BatchNorm in train mode, another layout) are read one sample at a time.
 
         Args:
             losses: (B,) per-sample losses with their graph; it is kept.
         """
+        self._verify_samples(losses.numel())
         if not self._reading.checking or losses.numel() < 2:
             return
         losses[0].backward(retain_graph=True)
@@ -333,7 +335,7 @@ class JacobianScorer:
             flat.reference = torch.empty(0)
         assert self._attachment is not None
         self._attachment.set_weight_gradients()
-        self._refuse_unscored()
+        self._refuse_unscored(later_rows=True)
         return True
 
     def _settle(self, source: Source) -> None:
@@ -361,8 +363,12 @@ class JacobianScorer:
             f"no gate can read {shown} per sample; pass one sample a row, or leave them out with fallback='skip'"
         )
 
-    def _refuse_unscored(self) -> None:
+    def _refuse_unscored(self, later_rows: bool = False) -> None:
+        """With ``later_rows`` to come, only what they can't change: a module not used so far may be used yet."""
         unscored = {name: how for name, how in self._coverage().items() if how.startswith("unscored")}
+        if later_rows:
+            readers = self._plan.readers
+            unscored = {name: how for name, how in unscored.items() if name not in readers or not readers[name].scored}
         if self.strict and unscored:
             raise ScoringError(f"strict: {'; '.join(f'{name!r} is {how}' for name, how in unscored.items())}")
 
