@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from models import Case, case, dtype_of, floats, regression_losses
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from models import Case, case, dtype_of, floats, regression_losses
 
 
 class InPlaceAfterConv(nn.Module):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import oracle
 import torch
 from models import Case
-from torch import Tensor
+from torch import Tensor, nn
 
 import obc
 
@@ -68,3 +70,23 @@ def assert_equal(first: obc.Scores, second: obc.Scores) -> None:
             one, other = getattr(first[name], side), getattr(second[name], side)
             assert (one is None) == (other is None), f"{name}.{side}"
             assert one is None or torch.equal(one, other), f"{name}.{side} differs"
+
+
+def eager_scores(case: Case, model: nn.Module, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Any:
+    """Scores from plain weight gradients in the model's own precision: as good as that precision gets."""
+    model = copy.deepcopy(model).requires_grad_()
+    modules = oracle.scorable(model)
+    total: dict[str, list[Tensor | None]] = {}
+    for batch in case.batches:
+        model.zero_grad()
+        with context():
+            loss = case.loss(model, batch)
+        loss.backward()
+        for name, module in modules.items():
+            wide = copy.deepcopy(module).double()
+            bias = getattr(module, "bias", None)
+            sides = oracle.row(wide, module.weight.grad.double(), None if bias is None else bias.grad.double())
+            squares = [None if side is None else side.square() for side in sides]
+            before = total.get(name, [0.0 if side is not None else None for side in sides])
+            total[name] = [None if s is None else s + b for s, b in zip(squares, before, strict=True)]
+    return {name: tuple(sides) for name, sides in total.items()}

@@ -340,12 +340,17 @@ def test_a_row_with_an_exception_is_dropped_and_the_scorer_goes_on(failing_row: 
     case = models.residual_cnn()
     snapshot = Snapshot(unusual(case.model).eval())
     scorer = obc.JacobianScorer(case.model)
+
+    def break_off(batch: Any) -> None:
+        with scorer.row():
+            case.loss(case.model, batch).backward()
+            raise KeyError("the user's own")
+
     with scorer:
         for index, batch in enumerate(case.batches):
             if index == failing_row:
-                with pytest.raises(KeyError), scorer.row():
-                    case.loss(case.model, batch).backward()
-                    raise KeyError("the user's own")
+                with pytest.raises(KeyError):
+                    break_off(batch)
             with scorer.row():
                 case.loss(case.model, batch).backward()
     snapshot.assert_restored()
