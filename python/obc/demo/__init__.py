@@ -1,0 +1,1 @@
+"""`obc demo`: train, score, prune and evaluate small networks on handwritten digits."""

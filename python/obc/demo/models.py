@@ -1,0 +1,158 @@
+"""The demo's networks: small, of the usual three kinds, and with more width than handwritten digits need.
+
+All take (N, 1, 8, 8) images and return (N, classes) logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+IMAGE_SIZE = 8
+CLASSES = 10
+
+
+class ResidualBlock(nn.Module):
+    """conv - norm - ReLU - conv - norm, added to the input or to its 1x1 convolution where the shape changes."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(out_channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.norm1(self.conv1(x)))
+        out = self.norm2(self.conv2(out))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResidualCNN(nn.Module):
+    """A ResNet for 8x8 images: a stem and stages of residual blocks, each stage after the first at half the size."""
+
+    def __init__(self, widths: Sequence[int], blocks: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        layers = []
+        channels = widths[0]
+        for stage, width in enumerate(widths):
+            for block in range(blocks):
+                layers.append(ResidualBlock(channels, width, stride=2 if stage > 0 and block == 0 else 1))
+                channels = width
+        self.blocks = nn.Sequential(*layers)
+        self.head = nn.Linear(channels, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class VGG(nn.Module):
+    """Plain stages of conv - norm - ReLU with max-pooling between them; a flatten before two linear layers."""
+
+    def __init__(self, widths: Sequence[int], convs: int, hidden: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 1
+        for stage, width in enumerate(widths):
+            if stage > 0:
+                layers.append(nn.MaxPool2d(2))
+            for _ in range(convs):
+                layers += [
+                    nn.Conv2d(channels, width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(width),
+                    nn.ReLU(),
+                ]
+                channels = width
+        self.features = nn.Sequential(*layers)
+        side = IMAGE_SIZE // 2 ** (len(widths) - 1)
+        self.classifier = nn.Sequential(nn.Linear(channels * side**2, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).flatten(1))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention; the number of heads follows the projections' width, so whole heads can be pruned."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.head_width = width // heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for projection in (self.query, self.key, self.value)
+        )
+        weights = (query @ key.transpose(-1, -2) * self.head_width**-0.5).softmax(-1)
+        return self.out((weights @ value).transpose(1, 2).flatten(2))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = SelfAttention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """A vision transformer: linear patch embedding, learnt positions, pre-norm layers, the mean over all patches."""
+
+    positions: Tensor
+
+    def __init__(self, width: int, heads: int, hidden: int, layers: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        patches = (IMAGE_SIZE // patch) ** 2
+        self.embed = nn.Linear(patch**2, width)
+        self.position = nn.Embedding(patches, width)
+        self.layers = nn.Sequential(*[EncoderLayer(width, heads, hidden) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, CLASSES)
+        self.register_buffer("positions", torch.arange(patches), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
+        tokens = self.layers(self.embed(patches) + self.position(self.positions))
+        return self.head(self.norm(tokens).mean(1))
+
+
+def residual_cnn(widths: Sequence[int] = (16, 32, 64), blocks: int = 2) -> ResidualCNN:
+    """A small ResNet: ``blocks`` residual blocks in a stage of each of ``widths``."""
+    return ResidualCNN(widths, blocks)
+
+
+def vgg(widths: Sequence[int] = (16, 32, 64), convs: int = 2, hidden: int = 64) -> VGG:
+    """A small VGG: ``convs`` convolutions in a stage of each of ``widths``, then flatten and two linear layers."""
+    return VGG(widths, convs, hidden)
+
+
+def transformer(width: int = 32, heads: int = 4, hidden: int = 128, layers: int = 3, patch: int = 2) -> Transformer:
+    """A small vision transformer with ``hidden`` units in each feed-forward network."""
+    if width % heads or IMAGE_SIZE % patch:
+        raise ValueError(
+            f"transformer: width {width} must be divisible by heads {heads}, and {IMAGE_SIZE} by patch {patch}"
+        )
+    return Transformer(width, heads, hidden, layers, patch)
