@@ -49,15 +49,14 @@ def _require(error: type[Exception], condition: bool | torch.SymBool, message: C
         torch._check_with(error, condition, message)
 
 
-def _check_floating(op: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        _require(
-            TypeError,
-            tensor.dtype in _FLOATING,
-            lambda name=name, tensor=tensor: (
-                f"obc::{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; convert it first"
-            ),
-        )
+def _check_floating(op: str, name: str, tensor: Tensor) -> None:
+    _require(
+        TypeError,
+        tensor.dtype in _FLOATING,
+        lambda: (
+            f"obc::{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; convert it first"
+        ),
+    )
 
 
 def _check_alike(op: str, first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
@@ -66,7 +65,8 @@ def _check_alike(op: str, first_name: str, first: Tensor, name: str, tensor: Ten
         ValueError,
         first.shape == tensor.shape,
         lambda: (
-            f"obc::{op}: {name} has shape {tuple(tensor.shape)}, {first_name} {tuple(first.shape)}; pass equal shapes"
+            f"obc::{op}: {name} has shape {tuple(tensor.shape)}, {first_name} has {tuple(first.shape)}; "
+            "pass equal shapes"
         ),
     )
     _check_same_kind(op, first_name, first, name, tensor)
@@ -87,7 +87,7 @@ def _check_same_kind(op: str, first_name: str, first: Tensor, name: str, tensor:
 
 def _check_channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool) -> int:
     """Returns the channel dimension counted from 0."""
-    _check_floating("channel_dot", activation=activation)
+    _check_floating("channel_dot", "activation", activation)
     _check_alike("channel_dot", "activation", activation, "grad", grad)
     dims = activation.dim()
     _require(
@@ -114,7 +114,7 @@ def _check_weight_dot(
     op: str = "weight_dot",
 ) -> tuple[int, int]:
     """Returns (out_channels, in_channels)."""
-    _check_floating(op, weight=weight)
+    _check_floating(op, "weight", weight)
     _check_alike(op, "weight", weight, "grad", grad)
     _require(
         ValueError,
@@ -134,16 +134,18 @@ def _check_weight_dot(
         lambda: f"obc::{op}: bias and bias_grad go together, got only {'bias' if bias_grad is None else 'bias_grad'}",
     )
     if bias is not None and bias_grad is not None:
-        for name, tensor in (("bias", bias), ("bias_grad", bias_grad)):
-            _require(
-                ValueError,
-                tensor.dim() == 1 and tensor.shape[0] == out_channels,
-                lambda name=name, tensor=tensor: (
-                    f"obc::{op}: {name} has shape {tuple(tensor.shape)}, expected ({out_channels},)"
-                ),
-            )
-            _check_same_kind(op, "weight", weight, name, tensor)
+        _check_bias(op, weight, "bias", bias, out_channels)
+        _check_bias(op, weight, "bias_grad", bias_grad, out_channels)
     return out_channels, in_channels
+
+
+def _check_bias(op: str, weight: Tensor, name: str, bias: Tensor, out_channels: int) -> None:
+    _require(
+        ValueError,
+        bias.dim() == 1 and bias.shape[0] == out_channels,
+        lambda: f"obc::{op}: {name} has shape {tuple(bias.shape)}, expected ({out_channels},)",
+    )
+    _check_same_kind(op, "weight", weight, name, bias)
 
 
 def _per_layer(
@@ -164,21 +166,15 @@ def _per_layer(
         "transposed": [False] * count if transposed is None else transposed,
     }
     for name, column in columns.items():
-        _require(
-            ValueError,
-            len(column) == count,
-            lambda name=name, column=column: f"obc::weight_dot_list: {len(column)} {name} for {count} weights",
-        )
+        if len(column) != count:
+            raise ValueError(f"obc::weight_dot_list: {len(column)} {name} for {count} weights")
+    layers: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, bool]]
     layers = list(zip(weights, *columns.values(), strict=True))
     for layer in layers:
-        _check_weight_dot(*layer, op="weight_dot_list")
-        _require(
-            ValueError,
-            layer[0].device == weights[0].device,
-            lambda device=layer[0].device: (
-                f"obc::weight_dot_list: weights on {weights[0].device} and {device}; pass one device a call"
-            ),
-        )
+        _check_weight_dot(*layer, "weight_dot_list")
+        if layer[0].device != weights[0].device:
+            devices = f"{weights[0].device} and {layer[0].device}"
+            raise ValueError(f"obc::weight_dot_list: weights on {devices}; pass one device a call")
     return layers
 
 
@@ -212,7 +208,7 @@ def _check_fold(
     weight: Tensor, compressor: Tensor | None, decompressor: Tensor | None, groups: int, in_repeat: int
 ) -> tuple[int, ...]:
     """Returns the shape of the folded weight."""
-    _check_floating("fold", weight=weight)
+    _check_floating("fold", "weight", weight)
     _require(
         ValueError,
         weight.dim() >= 2,
@@ -246,7 +242,7 @@ def _check_fold(
 
 
 def _check_end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tensor | None) -> None:
-    _check_floating("end_row", scores=scores)
+    _check_floating("end_row", "scores", scores)
     _require(
         ValueError,
         scores.dim() == 1 and row.dim() == 1,
@@ -325,7 +321,7 @@ def _weight_dot_list(
 
 
 def _weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_weight_dot(weight, grad, None, None, 1, False, op="weight_moments")
+    _check_weight_dot(weight, grad, None, None, 1, False, "weight_moments")
     return backends.resolve("weight_moments", weight.device.type)(weight, grad)
 
 
@@ -387,7 +383,7 @@ def _weight_dot_list_fake(
 
 
 def _weight_moments_fake(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_weight_dot(weight, grad, None, None, 1, False, op="weight_moments")
+    _check_weight_dot(weight, grad, None, None, 1, False, "weight_moments")
     dtype = accumulation_dtype(weight.dtype)
     first, second, third, fourth, fifth = (weight.new_empty(weight.shape[0], dtype=dtype) for _ in range(5))
     return first, second, third, fourth, fifth

@@ -205,7 +205,7 @@ def _draw(figure_class: Any, channels: Mapping[str, ChannelScores], title: str, 
 def _table(channels: Mapping[str, ChannelScores], coverage: Mapping[str, str]) -> list[str]:
     """One line a module: its channels on both sides, the range of its out-channel scores, and how it was read."""
     header = ("module", "out", "in", "min", "median", "max", "read by")
-    lines = [header]
+    lines: list[tuple[str, ...]] = [header]
     for name, how in coverage.items():
         scores = channels.get(name, ChannelScores(None))
         values = scores.out_channels
