@@ -114,15 +114,8 @@ def _weight_dot_list_finish_kernel(
     if bias_address != 0:
         bias_ptr = bias_address.to(like_ptr.dtype)
         bias_grad_ptr = tl.load(record + 15).to(like_ptr.dtype)
-        sums += bias_term(
-            bias_ptr,
-            bias_grad_ptr,
-            i,
-            i < count,
-            tl.load(record + 5),
-            tl.load(record + 6),
-            partial_ptr.dtype.element_ty,
-        )
+        stride_b, stride_gb = tl.load(record + 5), tl.load(record + 6)
+        sums += bias_term(bias_ptr, bias_grad_ptr, i, i < count, stride_b, stride_gb, sums.dtype)
     offset = tl.load(record + 1)
     tl.store(out_dot_ptr + offset + i, sums, mask=(i < count) & is_out)
     tl.store(in_dot_ptr + offset + i, sums, mask=(i < count) & (is_out == 0))
