@@ -1,0 +1,64 @@
+# The commands of this project. Each sets up .venv first where that is needed; `make help` lists them.
+#
+#   PYTHON=python3.12   the Python that .venv is made with (3.10 or newer)
+#   ARGS="..."          more arguments for the command: make test ARGS="-k fold"
+#
+# pip's own settings hold too: PIP_EXTRA_INDEX_URL, for example, where another build of torch is wanted.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The pinned versions, also inside build environments. setup.py finds cmake and ninja on the path.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
+BENCHMARKS ?= $(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py))))
+
+.PHONY: help setup demo test test-all bench lint format
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: $(VENV)/obc.stamp ## create .venv, install everything into it and build the native kernels
+
+# torch and the build's tools come before obc, whose build runs without isolation: one torch, not two.
+$(VENV)/tools.stamp: constraints.txt
+	@echo "Installing torch and the build's tools into $(VENV): minutes, the first time"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch setuptools pybind11 cmake ninja
+	@touch $@
+
+$(VENV)/obc.stamp: $(VENV)/tools.stamp pyproject.toml setup.py CMakeLists.txt $(NATIVE)
+	@echo "Building and installing obc with everything that its demo, tests and linters need"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --check-build-dependencies --editable '.[dev,triton]'
+	@touch $@
+
+demo: setup ## train small networks on digits, prune them by four criteria, print what each kept
+	$(BIN)/obc demo $(ARGS)
+
+test: setup ## the test suite, without the tests marked slow
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-all: setup ## the whole test suite
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup ## every benchmark; ARGS="--out" writes benchmarks/results, BENCHMARKS=bench_ops runs one
+	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
+
+lint: setup ## ruff, clang-format and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(if $(NATIVE),$(BIN)/clang-format --dry-run -Werror $(NATIVE))
+	$(BIN)/mypy
+
+format: setup ## rewrite the sources as lint wants them
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
