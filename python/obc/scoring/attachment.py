@@ -27,6 +27,7 @@ class Attachment:
 
     def __init__(self, model: nn.Module, plan: Plan, reading: Reading) -> None:
         self.model, self.plan, self.reading = model, plan, reading
+        self.modules = list(model.modules())
         self.norms: list[NormGradients] = []
         self._before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
         self._fastpath = torch.backends.mha.get_fastpath_enabled()

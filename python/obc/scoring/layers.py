@@ -11,7 +11,6 @@ from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import UninitializedParameter
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,6 @@ def _bias_name(module: nn.Module) -> str | None:
 
 def rule_for(module: nn.Module) -> Rule | str | None:
     """The rule of a module, the reason why none fits, or None where the module owns no parameters."""
-    if any(isinstance(p, UninitializedParameter) for p in module.parameters(recurse=False)):
-        return "its parameters are not initialised: run one batch through the model first"
     if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
         channel_dim = -1 - len(module.kernel_size)
         out_axis, in_axis = (1, 0) if isinstance(module, _TRANSPOSED) else (0, 1)

@@ -44,6 +44,12 @@ class Plan:
     sources: list[Source] = field(default_factory=list)
     norms: list[list[tuple[nn.Parameter, Slot]]] = field(default_factory=list)
 
+    def reads(self, parameter: nn.Parameter) -> bool:
+        """Whether this very parameter is one whose gradient the plan reads."""
+        weights = [source.gradient.weight for source in self.sources]
+        norms = [norm for part in self.norms for norm, _ in part]
+        return any(parameter is known for known in (*weights, *norms))
+
     def coverage(self, model: nn.Module, checked: bool) -> dict[str, str]:
         """Module name -> how it is read, or "unscored: " and why not, in the order of the model."""
         coverage = {}

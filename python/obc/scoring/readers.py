@@ -120,7 +120,7 @@ class Reader:
                 output = self._gate_tokens(output, tokens, self.tokens)
         gated = self._gate(output, self.out, self.rule.out_dim, False, self._watch_out, 1)
         # A compiler sees no version counters, and makes nothing of a copy that it finds needless.
-        copy = self.copy_output and not self._reading.checking or torch.compiler.is_compiling()
+        copy = (self.copy_output and not self._reading.checking) or torch.compiler.is_compiling()
         return gated.clone() if copy else gated
 
     def _reads(self) -> bool:

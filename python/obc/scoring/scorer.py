@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 
 from obc.scoring import probe
 from obc.scoring.attachment import Attachment
@@ -95,7 +96,7 @@ class JacobianScorer:
             raise ValueError(f"rows must be 'batch' or 'sample', got {rows!r}")
         if fallback not in ("weight_grad", "skip"):
             raise ValueError(f"fallback must be 'weight_grad' or 'skip', got {fallback!r}")
-        _refuse_compiled(model)
+        _refuse_unreadable(model)
         self.model, self.rows, self.strict, self.fallback = model, rows, strict, fallback
         self.process_group = process_group
         self.left_out: list[str] = []
@@ -107,6 +108,7 @@ class JacobianScorer:
         self._attachment: Attachment | None = None
         self._in_row = self._warned_train_mode = False
         self._pending: list[list[tuple[FlatRow, Tensor, Tensor]]] = []
+        self._versions: dict[int, int] = {}
         if not check:
             self._settle_unchecked()
 
@@ -115,10 +117,10 @@ class JacobianScorer:
     def __enter__(self) -> JacobianScorer:
         if self._attachment is not None:
             raise ScoringError("this scorer is attached already; leave its `with` block before entering it again")
-        _refuse_compiled(self.model)
-        if self.model in _attached:
+        _refuse_unreadable(self.model)
+        if any(module in _attached for module in self.model.modules()):
             model = type(self.model).__name__
-            raise ScoringError(f"another scorer is attached to this {model}; leave its `with` block first")
+            raise ScoringError(f"another scorer is attached to this {model} or a part of it; leave its block first")
         self._verify_unchanged()
         attachment = Attachment(self.model, self._plan, self._reading)
         try:
@@ -127,15 +129,15 @@ class JacobianScorer:
             attachment.undo()
             raise
         self._attachment = attachment
-        _attached.add(self.model)
+        _attached.update(attachment.modules)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         attachment, self._attachment = self._attachment, None
-        _attached.discard(self.model)
         assert attachment is not None
+        _attached.difference_update(attachment.modules)
         attachment.undo()
         if kind is None:
             self._resolve_pending()
@@ -149,7 +151,11 @@ class JacobianScorer:
         return [] if self._attachment is None else self._attachment.norms
 
     def _verify_unchanged(self) -> None:
+        modules = dict(self.model.named_modules())
         for name, reader in self._plan.readers.items():
+            replaced = isinstance(reader.weight, nn.Parameter) and not self._plan.reads(reader.weight)
+            if replaced or modules.get(name) is not reader.module:
+                raise ScoringError(f"{name!r} was replaced since this scorer was made; make a new scorer")
             if channel_count(reader.module, reader.rule, reader.rule.out_axis) != reader.out.size:
                 raise ScoringError(f"{name!r} changed its width since this scorer was made; make a new scorer")
             if reader.weight.device != reader.out.flat.device:
@@ -206,11 +212,24 @@ class JacobianScorer:
             norms.bind()
         for source in self._plan.sources:
             source.gradient.magnitude = 0.0
+        self._versions = {id(tensor): tensor._version for tensor in self._accumulators()}
+
+    def _accumulators(self) -> list[Tensor]:
+        """Everything that a backward adds to."""
+        flats = [tensor for flat in self._flats for tensor in (flat.row, flat.reference, flat.samples)]
+        return [tensor for tensor in (*flats, *(norms.gradient for norms in self._norms)) if tensor is not None]
+
+    def _verify_read(self) -> None:
+        """A row into which no backward added is a mistake; only a process among others may have no part in it."""
+        unchanged = all(tensor._version == self._versions.get(id(tensor), 0) for tensor in self._accumulators())
+        if unchanged and self.process_group is None:
+            raise ScoringError("no backward reached a scored module in this row; call loss.backward() inside it")
 
     def _end_row(self, loss_scale: float, samples: int | None) -> None:
         if loss_scale == 0:
             raise ValueError("loss_scale must not be 0")
         self._verify_bound()
+        self._verify_read()
         self._verify_samples(samples)
         for norms in self._norms:
             norms.add_to_row(norms.flat.row)
@@ -440,6 +459,10 @@ class JacobianScorer:
         """
         if self._attachment is not None:
             raise ScoringError("load the state before entering `with scorer:`")
+        if missing := sorted(self.state_dict().keys() - state.keys()):
+            raise ValueError(
+                f"this is not the state of a scorer: it has no {missing[0]!r}; pass what state_dict() gave"
+            )
         if state["rows"] != self.rows:
             raise ValueError(f"this state has rows={state['rows']!r}, this scorer rows={self.rows!r}")
         self._plan.load_state_dict(state)
@@ -452,8 +475,11 @@ def _scores_of(slot: Slot | None) -> Tensor | None:
     return None if slot is None else slot.of(slot.flat.scores).detach().clone().float()
 
 
-def _refuse_compiled(model: nn.Module) -> None:
+def _refuse_unreadable(model: nn.Module) -> None:
+    """Refuse a model on which gates would not be seen, or whose parameters are not there yet."""
     for name, module in model.named_modules():
+        if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
+            raise ScoringError(f"module {name!r} is not initialised yet; run one batch through the model first")
         wrapped = type(module).__name__ == "OptimizedModule"
         if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
             what = f"module {name!r}" if name else "the model"
