@@ -357,6 +357,58 @@ def llama() -> Case:
     return case(lambda: LlamaForCausalLM(config), tokens(31, 8), token_losses)
 
 
+def llama_tied() -> Case:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        use_cache=False,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    return case(lambda: LlamaForCausalLM(config), tokens(31, 8), token_losses)
+
+
+def gemma() -> Case:
+    """Norms that scale by 1 + weight, and an embedding that scales its own output."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    config = GemmaConfig(
+        vocab_size=31,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        use_cache=False,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    return case(lambda: GemmaForCausalLM(config), tokens(31, 8), token_losses)
+
+
+def gpt2() -> Case:
+    """Linear layers that store their weight (in, out)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=31,
+        n_positions=16,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        use_cache=False,
+        tie_word_embeddings=False,
+        initializer_range=0.1,
+    )
+    return case(lambda: GPT2LMHeadModel(config), tokens(31, 8), token_losses)
+
+
 def bert() -> Case:
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -447,6 +499,8 @@ OWN: dict[str, Callable[[], Case]] = {
 
 TRANSFORMERS: dict[str, Callable[[], Case]] = {
     "llama-gqa": llama,
+    "gemma": gemma,
+    "gpt2": gpt2,
     "bert": bert,
     "vit": vit,
     "resnet": resnet,
