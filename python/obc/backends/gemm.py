@@ -38,16 +38,17 @@ def _compress(weight: Tensor, compressor: Tensor) -> Tensor:
         return _compress(weight.transpose(1, 2), compressor).transpose(1, 2)
     if compressor.dim() == 2:
         return (compressor @ weight.flatten(1)).unflatten(1, weight.shape[1:])
-    mixed = compressor @ weight.reshape(compressor.shape[0], compressor.shape[2], -1)
-    return mixed.reshape(-1, *weight.shape[1:])
+    blocks, kept, rows = compressor.shape
+    mixed = compressor @ weight.reshape(blocks, rows, weight.shape[1] * weight.shape[2])
+    return mixed.reshape(blocks * kept, *weight.shape[1:])
 
 
 def _decompress(weight: Tensor, decompressor: Tensor, groups: int) -> Tensor:
     """(o, i, s) -> (o, j, s) with D as (i, j) or its diagonal blocks; with groups, block g serves the rows of g."""
-    rows, _, positions = weight.shape
+    rows, columns, positions = weight.shape
     last = weight.transpose(1, 2)  # (o, s, i)
     if decompressor.dim() == 2:
-        return (last.reshape(rows * positions, -1) @ decompressor).unflatten(0, (rows, positions)).transpose(1, 2)
+        return (last.reshape(rows * positions, columns) @ decompressor).unflatten(0, (rows, positions)).transpose(1, 2)
     blocks, columns, _ = decompressor.shape
     if groups > 1:
         mixed = last.reshape(groups, -1, columns) @ decompressor
