@@ -146,22 +146,20 @@ def fold_fits(
 
 def fold_triton(
     weight: Tensor,
-    compressor: Tensor,
-    decompressor: Tensor,
+    compressor: Tensor | None,
+    decompressor: Tensor | None,
     groups: int = 1,
     in_repeat: int = 1,
     config: FoldConfig | None = None,
 ) -> Tensor:
     """Launch :func:`obc.ops.fold` for checked arguments that :func:`fold_fits` accepts."""
     matrices = _as_matrices(weight, in_repeat)
-    torch._check_value(
-        matrices is not None and groups == 1 and compressor.dim() == decompressor.dim() == 2,
-        lambda: (
-            f"obc::fold: one launch does not serve a weight {tuple(weight.shape)} of strides {weight.stride()} "
-            f"with groups={groups}; fold it by matrix products"
-        ),
-    )
-    assert matrices is not None
+    if matrices is None or compressor is None or decompressor is None or groups != 1:
+        raise ValueError(
+            f"obc::fold: one launch takes both factors, no groups and kernel positions on one axis in memory, "
+            f"got groups={groups} and a weight {tuple(weight.shape)} of strides {weight.stride()}; "
+            "fold it by matrix products"
+        )
     out_channels, in_channels, positions = matrices.shape
     kept_out, kept_in = compressor.shape[0], decompressor.shape[1]
     folded = weight.new_empty((kept_out, kept_in, positions))

@@ -83,9 +83,11 @@ class Walk:
         channels, inner = first.shape[channel_dim], axes[-1].size
         channels_inner = channels > 1 and max(s[1] for s in strides) <= max(s[-1] for s in strides)
         along = 1 if channels_inner else OUTER_AXES + 2
-        other_strides = [stride for row in strides for d, stride in enumerate(row) if d != along]
-        # Triton by itself sees only whether an integer is divisible by 16; planes of 14 x 14 are not, and are by 4.
-        align = math.gcd(VECTOR_BYTES // first.element_size(), channels if channels_inner else inner, *other_strides)
+        align = 1
+        if all(s[along] == 1 for s in strides):
+            # Triton by itself sees only whether an integer is divisible by 16; planes of 14 x 14 are not, and are by 4.
+            others = [stride for row in strides for d, stride in enumerate(row) if d != along]
+            align = math.gcd(VECTOR_BYTES // first.element_size(), channels if channels_inner else inner, *others)
         rows = first.shape[0] if per_sample else 1
         outer = axes[0].size, axes[1].size, axes[2].size
         return cls(rows, channels, outer, inner, strides, channels_inner, align)

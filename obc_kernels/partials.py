@@ -38,8 +38,8 @@ class PartialsConfig:
 
     # 32 outputs are one 128-byte line of float32; a narrow block leaves the chip more programs.
     BLOCK_N = 32
-    # 4096 accumulators are 32 registers a thread: up to 128 splits are one round trip to the cache.
-    TILE = 4096
+    # 2048 accumulators are 16 registers a thread: 64 splits are one round trip to the cache.
+    TILE = 2048
 
     @classmethod
     def from_heuristic(cls, count: int, splits: int) -> PartialsConfig:

@@ -168,6 +168,7 @@ def weight_moments_triton(
         ALIGN_O=walk.align if walk.channels_inner else 1,
         ALIGN_P=1 if walk.channels_inner else walk.align,
         num_warps=config.num_warps,
+        max_registers=168,  # five sums: three programs a multiprocessor
     )
     return _separate(sum_partials(partial))
 

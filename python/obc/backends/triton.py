@@ -24,7 +24,6 @@ def fold(
     """:func:`obc.ops.fold` in one launch where :func:`obc_kernels.fold.fold_fits`, else by two matrix products."""
     from obc_kernels.fold import fold_fits, fold_triton
 
-    if compressor is not None and decompressor is not None:
-        if fold_fits(weight, compressor, decompressor, groups, in_repeat):
-            return fold_triton(weight, compressor, decompressor, groups, in_repeat)
+    if fold_fits(weight, compressor, decompressor, groups, in_repeat):
+        return fold_triton(weight, compressor, decompressor, groups, in_repeat)
     return gemm.fold(weight, compressor, decompressor, groups, in_repeat)
