@@ -27,7 +27,8 @@ help: ## list the commands
 
 setup: $(VENV)/obc.stamp ## create .venv, install everything into it and build the native kernels
 
-# torch and the build's tools come before obc, whose build runs without isolation: one torch, not two.
+# torch and the build's tools come before obc, whose build runs without isolation: one torch, not two. (pip refuses a
+# constraint for build environments where there is none.)
 $(VENV)/tools.stamp: constraints.txt
 	@echo "Installing torch and the build's tools into $(VENV): minutes, the first time"
 	$(PYTHON) -m venv $(VENV)
@@ -37,7 +38,7 @@ $(VENV)/tools.stamp: constraints.txt
 
 $(VENV)/obc.stamp: $(VENV)/tools.stamp pyproject.toml setup.py CMakeLists.txt $(NATIVE)
 	@echo "Building and installing obc with everything that its demo, tests and linters need"
-	$(BIN)/python -m pip install --quiet --no-build-isolation --check-build-dependencies --editable '.[dev,triton]'
+	env -u PIP_BUILD_CONSTRAINT $(BIN)/python -m pip install --quiet --no-build-isolation --check-build-dependencies --editable '.[dev,triton]'
 	@touch $@
 
 demo: setup ## train small networks on digits, prune them by four criteria, print what each kept
