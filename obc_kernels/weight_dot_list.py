@@ -229,86 +229,106 @@ class _Table:
         return _Stage(like, first_item, sum(programs), constexprs)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where one layer's partial sums lie and how many of either kind there are."""
+
+    row: int
+    column: int
+    column_blocks: int
+    row_splits: int
+
+
 def _build(layers: list[_Layer], device: torch.device) -> _Worklist:
     table = _Table()
-    sums: list[_Stage] = []
     partial_size = {torch.float32: 0, torch.float64: 0}
-    # Of every layer: where its partial sums lie, and how many of either kind there are.
-    places: list[tuple[int, int, int, int]] = [(0, 0, 0, 0)] * len(layers)
-    kinds: dict[tuple[torch.dtype, str], list[int]] = {}
-    for index, layer in enumerate(layers):
-        kinds.setdefault((layer.weight.dtype, layer.kind), []).append(index)
-    for (dtype, kind), members in kinds.items():
-        acc = accumulator(layers[members[0]].weight)
-        config = _config(kind, dtype.itemsize, [layers[index] for index in members])
-        records, programs = [], []
-        for index in members:
-            layer, walk = layers[index], layers[index].walk
-            column_blocks, row_splits = config.column_blocks(walk), config.row_splits(walk)
-            row_place = partial_size[acc]
-            column_place = row_place + column_blocks * walk.rows
-            partial_size[acc] = column_place + walk.groups * row_splits * walk.columns
-            places[index] = row_place, column_place, column_blocks, row_splits
-            records.append(
-                [
-                    layer.weight.data_ptr(),
-                    layer.grad.data_ptr(),
-                    row_place,
-                    column_place,
-                    sum(programs),
-                    walk.groups,
-                    walk.rows_per_group,
-                    walk.columns,
-                    *walk.sizes[1:],
-                    column_blocks,
-                    row_splits,
-                    config.tiles_per_split,
-                    *walk.strides[0],
-                    *walk.strides[1],
-                ]
-            )
-            programs.append(config.programs(walk))
-        blocks = {"BLOCK_G": config.block_g, "BLOCK_R": config.block_r, "BLOCK_M": config.block_m}
-        vectors = kind == "vector"
-        blocks |= {"VECTORS": vectors, "ALIGN": VECTOR_BYTES // dtype.itemsize if vectors else 1}
-        sums.append(table.stage(members[0], records, programs, blocks))
-
+    sums, places = _first_stages(table, layers, partial_size)
     out_sizes: dict[torch.dtype, list[int]] = {torch.float32: [], torch.float64: []}
     in_sizes: dict[torch.dtype, list[int]] = {torch.float32: [], torch.float64: []}
-    jobs: dict[torch.dtype, tuple[list[list[int]], list[int]]] = {}
-    for layer, place in zip(layers, places, strict=True):
-        acc = accumulator(layer.weight)
-        records, programs = jobs.setdefault(layer.weight.dtype, ([], []))
-        for is_rows in (True, False):
-            is_out = is_rows != layer.transposed
-            sizes = (out_sizes if is_out else in_sizes)[acc]
-            job, count = _finish_record(layer, place, is_rows, is_out, sum(sizes), sum(programs))
-            sizes.append(count)
-            records.append(job)
-            programs.append(ceil_div(count, WeightDotConfig.BLOCK_N))
-    likes = {layer.weight.dtype: index for index, layer in enumerate(layers)}
-    blocks = {"BLOCK_N": WeightDotConfig.BLOCK_N, "BLOCK_T": WeightDotConfig.BLOCK_T}
-    finishes = [table.stage(likes[dtype], *records_programs, blocks) for dtype, records_programs in jobs.items()]
+    finishes = _second_stages(table, layers, places, out_sizes, in_sizes)
     uploaded = _upload(np.concatenate(table.parts), device)
     return _Worklist(uploaded, sums, finishes, partial_size, out_sizes, in_sizes)
 
 
+def _first_stages(
+    table: _Table, layers: list[_Layer], partial_size: dict[torch.dtype, int]
+) -> tuple[list[_Stage], list[_Place]]:
+    """One launch per dtype and kind; counts the partial sums into ``partial_size``."""
+    kinds: dict[tuple[torch.dtype, str], list[int]] = {}
+    for index, layer in enumerate(layers):
+        kinds.setdefault((layer.weight.dtype, layer.kind), []).append(index)
+    stages: list[_Stage] = []
+    places: dict[int, _Place] = {}
+    for (dtype, kind), members in kinds.items():
+        acc = accumulator(layers[members[0]].weight)
+        config = _config(kind, dtype.itemsize, [layers[index] for index in members])
+        records: list[list[int]] = []
+        programs: list[int] = []
+        for index in members:
+            layer, walk = layers[index], layers[index].walk
+            column_blocks, row_splits = config.column_blocks(walk), config.row_splits(walk)
+            row = partial_size[acc]
+            column = row + column_blocks * walk.rows
+            partial_size[acc] = column + walk.groups * row_splits * walk.columns
+            places[index] = _Place(row, column, column_blocks, row_splits)
+            pointers = [layer.weight.data_ptr(), layer.grad.data_ptr()]
+            sizes = [walk.groups, walk.rows_per_group, walk.columns, *walk.sizes[1:]]
+            tiling = [column_blocks, row_splits, config.tiles_per_split]
+            strides = [*walk.strides[0], *walk.strides[1]]
+            records.append([*pointers, row, column, sum(programs), *sizes, *tiling, *strides])
+            programs.append(config.programs(walk))
+        vectors = kind == "vector"
+        constexprs = {
+            "BLOCK_G": config.block_g,
+            "BLOCK_R": config.block_r,
+            "BLOCK_M": config.block_m,
+            "VECTORS": vectors,
+            "ALIGN": VECTOR_BYTES // dtype.itemsize if vectors else 1,
+        }
+        stages.append(table.stage(members[0], records, programs, constexprs))
+    return stages, [places[index] for index in range(len(layers))]
+
+
+def _second_stages(
+    table: _Table,
+    layers: list[_Layer],
+    places: list[_Place],
+    out_sizes: dict[torch.dtype, list[int]],
+    in_sizes: dict[torch.dtype, list[int]],
+) -> list[_Stage]:
+    """One launch per dtype; appends the lengths of every layer's results to ``out_sizes`` and ``in_sizes``."""
+    jobs: dict[torch.dtype, tuple[list[list[int]], list[int]]] = {}
+    likes: dict[torch.dtype, int] = {}
+    for index, (layer, place) in enumerate(zip(layers, places, strict=True)):
+        likes.setdefault(layer.weight.dtype, index)
+        records, programs = jobs.setdefault(layer.weight.dtype, ([], []))
+        for is_rows in (True, False):
+            is_out = is_rows != layer.transposed
+            sizes = (out_sizes if is_out else in_sizes)[accumulator(layer.weight)]
+            record, count = _finish_record(layer, place, is_rows, is_out, sum(sizes), sum(programs))
+            sizes.append(count)
+            records.append(record)
+            programs.append(ceil_div(count, WeightDotConfig.BLOCK_N))
+    blocks = {"BLOCK_N": WeightDotConfig.BLOCK_N, "BLOCK_T": WeightDotConfig.BLOCK_T}
+    return [table.stage(likes[dtype], records, programs, blocks) for dtype, (records, programs) in jobs.items()]
+
+
 def _finish_record(
-    layer: _Layer, place: tuple[int, int, int, int], is_rows: bool, is_out: bool, offset: int, first_program: int
+    layer: _Layer, place: _Place, is_rows: bool, is_out: bool, offset: int, first_program: int
 ) -> tuple[list[int], int]:
     """The second stage of one layer's rows or columns, and how many sums that gives."""
-    walk, (row_place, column_place, column_blocks, row_splits) = layer.walk, place
+    walk = layer.walk
     bias = bias_grad = stride_b = stride_gb = 0
     if is_out and layer.bias is not None and layer.bias_grad is not None:
         bias, bias_grad = layer.bias.data_ptr(), layer.bias_grad.data_ptr()
         stride_b, stride_gb = layer.bias.stride(0), layer.bias_grad.stride(0)
     if is_rows:
-        count, partial = walk.rows, row_place
-        terms = [max(1, walk.rows), 0, 1, column_blocks, walk.rows, 1, 0]
+        count, partial = walk.rows, place.row
+        terms = [max(1, walk.rows), 0, 1, place.column_blocks, walk.rows, 1, 0]
     else:
-        count, partial = walk.groups * walk.channels, column_place
-        terms = [max(1, walk.channels), row_splits * walk.columns, walk.stride_channel]
-        terms += [row_splits, walk.columns, walk.positions, walk.stride_position]
+        count, partial = walk.groups * walk.channels, place.column
+        terms = [max(1, walk.channels), place.row_splits * walk.columns, walk.stride_channel]
+        terms += [place.row_splits, walk.columns, walk.positions, walk.stride_position]
     head = [int(is_out), offset, partial, first_program, bias, stride_b, stride_gb, count]
     return [*head, *terms, bias_grad], count
 

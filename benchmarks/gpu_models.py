@@ -1,0 +1,103 @@
+"""Models of real size from configuration, with random weights: what is timed does not depend on their values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model, a batch and the loss; ``entry`` is a floating input or embedding whose gradient forces a backward."""
+
+    name: str
+    model: nn.Module
+    batch: Tensor
+    loss: Callable[[nn.Module, Tensor], Tensor]
+    loss_from_entry: Callable[[nn.Module, Tensor], Tensor]
+    entry: Tensor
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 with a residual connection."""
+
+    def __init__(self, in_channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        out_channels = 4 * width
+        self.body = nn.Sequential(
+            nn.Conv2d(in_channels, width, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            convolution = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.shortcut(x))
+
+
+def resnet50_model() -> nn.Sequential:
+    """The layers of ResNet-50."""
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
+    channels = 64
+    for stage, (width, blocks) in enumerate(((64, 3), (128, 4), (256, 6), (512, 3))):
+        for block in range(blocks):
+            layers.append(Bottleneck(channels, width, stride=2 if stage and not block else 1))
+            channels = 4 * width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
+
+
+def resnet50(device: str, batch: int = 64) -> Workload:
+    """ResNet-50 in bfloat16 and channels-last memory on 224 x 224 images."""
+    model = resnet50_model().to(device, torch.bfloat16).to(memory_format=torch.channels_last).eval()
+    images = torch.randn(batch, 3, 224, 224, device=device, dtype=torch.bfloat16)
+    images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (batch,), device=device)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(batch).float(), labels)
+
+    return Workload("ResNet-50", model, images, loss, loss, images)
+
+
+def llama_1b(device: str, batch: int = 4, tokens: int = 1024) -> Workload:
+    """A Llama of 1.1 billion parameters in bfloat16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32_000,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    ids = torch.randint(config.vocab_size, (batch, tokens), device=device)
+    embedded = model.get_input_embeddings()(ids).detach()
+    return Workload(
+        "Llama 1.1 B",
+        model,
+        ids,
+        lambda model, ids: model(input_ids=ids, labels=ids).loss,
+        lambda model, entry: model(inputs_embeds=entry, labels=ids).loss,
+        embedded,
+    )
