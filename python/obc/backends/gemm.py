@@ -77,6 +77,8 @@ def fold(
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
             return fold(weight, compressor, decompressor, groups, in_repeat)
+    if compressor is None and decompressor is None:
+        return weight.clone(memory_format=torch.contiguous_format)  # never the caller's own memory
     kernel = weight.shape[2:]
     folded = _wide(weight).reshape(weight.shape[0], weight.shape[1] // in_repeat, in_repeat * kernel.numel())
     c, d = _factor(compressor, groups), _factor(decompressor, groups)
