@@ -18,7 +18,8 @@ export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
-BENCHMARKS ?= $(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py))))
+# bench_gpu has a script of its own, benchmarks/gpu.sh.
+BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
 .PHONY: help setup demo test test-all bench lint format
 

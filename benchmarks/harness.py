@@ -268,8 +268,8 @@ def _slowed_by_threads(case: Case, inner: dict[str, int], repeats: int, threads:
         ratio = Ratio.of(threaded, alone)
         if ratio.paired_median > VOID_RATIO:
             reasons.append(
-                f"{provider.name} with {threads} threads takes {ratio} times as long as with one; "
-                "other work holds the processor, or the case is too small for threads: use --threads 1"
+                f"{provider.name} with {threads} threads takes {ratio} times as long as with one: other work holds "
+                "the processor (find a quiet machine), or the case is too small for threads (use --threads 1)"
             )
     return reasons
 
