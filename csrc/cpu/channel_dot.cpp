@@ -17,12 +17,15 @@ namespace {
 
 enum Role { kSummed, kSample, kChannel };
 
-// Below this length a row costs more in its own reduction than in its reading.
-constexpr int64_t kShortRow = 128;
+// Shorter rows are summed by columns where many lie above each other, for a row's own reduction then costs more than
+// its reading; where few do, each of these columns would be written and read again for one or two uses.
+constexpr int64_t kShortRow = 32;
+constexpr int64_t kShortLoneRow = 8;
+constexpr int64_t kFewRows = 4;
 // Elements of a row that one task sums.
 constexpr int64_t kLongRow = 8192;
 // Columns that one task sums: their sums stay in the first-level cache.
-constexpr int64_t kTile = 2048;
+constexpr int64_t kTile = 4096;
 
 // out[i] = sum over p of partial[p * size + i].
 template <class Acc>
@@ -220,7 +223,10 @@ bool by_columns(const std::vector<Dim>& dims) {
   if (dims.empty()) return false;
   const Dim& last = dims.back();
   if (last.role != kSummed) return true;
-  if (dims.size() < 2 || last.size >= kShortRow) return false;
+  int64_t rows = 1;
+  for (const Dim& dim : dims) rows *= dim.role == kSummed ? dim.size : 1;
+  rows /= last.size;
+  if (dims.size() < 2 || last.size > (rows < kFewRows ? kShortLoneRow : kShortRow)) return false;
   const Dim& outer = dims[dims.size() - 2];
   return outer.role != kSummed && continues(outer, last);
 }

@@ -136,11 +136,11 @@ class Columns {
 
 // How many chunks to cut `rows` into where `others` independent tasks stand beside them: about 64 tasks (enough for
 // any machine's threads, few enough that partial sums stay small), at least 32 rows a chunk (so that writing and
-// reading back its column sums costs under 1/16 of reading its rows), at most 1024 (so that rounding stays that of
+// reading back its column sums costs under 1/16 of reading its rows), at most 512 (so that rounding stays that of
 // short sums).
 inline int64_t row_chunks(int64_t rows, int64_t others) {
   const int64_t wanted = std::min(ceil_div(64, std::max<int64_t>(others, 1)), ceil_div(rows, 32));
-  return std::max({int64_t{1}, wanted, ceil_div(rows, 1024)});
+  return std::max({int64_t{1}, wanted, ceil_div(rows, 512)});
 }
 
 // Uninitialised memory for partial sums.

@@ -2,6 +2,7 @@
 //   OBC_ISA           the namespace,
 //   OBC_VECTOR_BYTES  the width of its registers,
 //   OBC_F16C          1 where it converts float16 by one instruction,
+//   OBC_MASKS         1 where it reads and writes parts of a vector by AVX-512 masks,
 //   OBC_TARGET        the function attribute that switches it on.
 // No include guard, and every function carries the attribute: nothing here can leak into code for older machines.
 
@@ -17,45 +18,77 @@ typedef uint64_t LongWords __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
-// How elements of each dtype become a vector of accumulators.
+// The first `count` elements of a vector, fewer than it has, from or to memory; the others are zero.
+#if OBC_MASKS
+OBC_INLINE void load_first(const float* from, int64_t count, Floats& to) {
+  to = (Floats)_mm512_maskz_loadu_ps((1u << count) - 1, from);
+}
+OBC_INLINE void load_first(const double* from, int64_t count, Doubles& to) {
+  to = (Doubles)_mm512_maskz_loadu_pd((1u << count) - 1, from);
+}
+OBC_INLINE void load_first(const uint16_t* from, int64_t count, Halves& to) {
+  to = (Halves)_mm256_maskz_loadu_epi16((1u << count) - 1, from);
+}
+OBC_INLINE void store_first(float* to, int64_t count, const Floats& from) {
+  _mm512_mask_storeu_ps(to, (1u << count) - 1, (__m512)from);
+}
+OBC_INLINE void store_first(double* to, int64_t count, const Doubles& from) {
+  _mm512_mask_storeu_pd(to, (1u << count) - 1, (__m512d)from);
+}
+#else
+template <class Element, class Vector>
+OBC_INLINE void load_first(const Element* from, int64_t count, Vector& to) {
+  Element padded[sizeof(Vector) / sizeof(Element)] = {};
+  for (int64_t i = 0; i < count; ++i) padded[i] = from[i];
+  __builtin_memcpy(&to, padded, sizeof(to));
+}
+template <class Element, class Vector>
+OBC_INLINE void store_first(Element* to, int64_t count, const Vector& from) {
+  Element padded[sizeof(Vector) / sizeof(Element)];
+  __builtin_memcpy(padded, &from, sizeof(from));
+  for (int64_t i = 0; i < count; ++i) to[i] = padded[i];
+}
+#endif
+
+// Each dtype: the vector as it lies in memory, and how it becomes a vector of accumulators.
 struct Float32 {
   using Element = float;
   using Acc = float;
+  using Stored = Floats;
   using Vector = Floats;
   using Bits = Words;
   static constexpr uint32_t kMagnitude = 0x7fffffff;
-  static OBC_INLINE void load(const float* from, Floats& to) { __builtin_memcpy(&to, from, sizeof(to)); }
+  static OBC_INLINE void widen(const Floats& stored, Floats& to) { to = stored; }
 };
 
 struct Float64 {
   using Element = double;
   using Acc = double;
+  using Stored = Doubles;
   using Vector = Doubles;
   using Bits = LongWords;
   static constexpr uint64_t kMagnitude = 0x7fffffffffffffff;
-  static OBC_INLINE void load(const double* from, Doubles& to) { __builtin_memcpy(&to, from, sizeof(to)); }
+  static OBC_INLINE void widen(const Doubles& stored, Doubles& to) { to = stored; }
 };
 
 struct BFloat16 : Float32 {
   using Element = uint16_t;
-  static OBC_INLINE void load(const uint16_t* from, Floats& to) {
-    Halves halves;
-    __builtin_memcpy(&halves, from, sizeof(halves));
-    to = (Floats)(__builtin_convertvector(halves, Words) << 16);
+  using Stored = Halves;
+  static OBC_INLINE void widen(const Halves& stored, Floats& to) {
+    to = (Floats)(__builtin_convertvector(stored, Words) << 16);
   }
 };
 
 struct Float16 : Float32 {
   using Element = uint16_t;
-  static OBC_INLINE void load(const uint16_t* from, Floats& to) {
+  using Stored = Halves;
+  static OBC_INLINE void widen(const Halves& stored, Floats& to) {
 #if OBC_F16C && OBC_VECTOR_BYTES == 64
-    to = (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    to = (Floats)_mm512_maskz_cvtph_ps(0xffff, (__m256i)stored);
 #elif OBC_F16C
-    to = (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    to = (Floats)_mm256_cvtph_ps((__m128i)stored);
 #else
-    Halves halves;
-    __builtin_memcpy(&halves, from, sizeof(halves));
-    const Words bits = __builtin_convertvector(halves, Words);
+    const Words bits = __builtin_convertvector(stored, Words);
     const Words sign = (bits & 0x8000) << 16;
     const Words magnitude = bits & 0x7fff;
     // Subnormals by way of integers, so that a processor that flushes float subnormals reads them right too.
@@ -82,32 +115,45 @@ struct Row {
       : data(static_cast<const Element*>(matrix.data) + row * matrix.row_stride), offsets(matrix.offsets) {}
 
   OBC_INLINE void load(int64_t column, Vector& to) const {
+    typename Type::Stored stored;
     if constexpr (kOffsets) {
       Element gathered[kLanes];
       for (int64_t lane = 0; lane < kLanes; ++lane) gathered[lane] = data[offsets[column + lane]];
-      Type::load(gathered, to);
+      __builtin_memcpy(&stored, gathered, sizeof(stored));
     } else {
-      Type::load(data + column, to);
+      __builtin_memcpy(&stored, data + column, sizeof(stored));
     }
+    Type::widen(stored, to);
   }
 
-  // The last `count` columns, padded with zeros to a buffer of `width`.
-  OBC_INLINE void load_rest(int64_t column, int64_t count, Element* buffer, int64_t width) const {
-    for (int64_t i = 0; i < width; ++i) buffer[i] = Element{};
-    for (int64_t i = 0; i < count; ++i) buffer[i] = kOffsets ? data[offsets[column + i]] : data[column + i];
+  // The last `count` columns of the row, padded with zeros.
+  OBC_INLINE void load_last(int64_t column, int64_t count, Vector& to) const {
+    typename Type::Stored stored;
+    if constexpr (kOffsets) {
+      Element gathered[kLanes] = {};
+      for (int64_t lane = 0; lane < count; ++lane) gathered[lane] = data[offsets[column + lane]];
+      __builtin_memcpy(&stored, gathered, sizeof(stored));
+    } else {
+      load_first(data + column, count, stored);
+    }
+    Type::widen(stored, to);
   }
 };
 
 // The sum of all lanes, halves onto halves.
 template <class Acc, int kUnits, class Vector>
 OBC_INLINE Acc total(const Vector (&units)[kUnits]) {
-  constexpr int kLanes = kUnits * kVectorBytes / sizeof(Acc);
-  Acc lanes[kLanes];
-  __builtin_memcpy(lanes, units, sizeof(lanes));
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  typedef Acc Quarter __attribute__((vector_size(16)));
+  constexpr int kQuarters = kUnits * kVectorBytes / 16;
+  Quarter quarters[kQuarters];
+  __builtin_memcpy(quarters, units, sizeof(quarters));
+  for (int half = kQuarters / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) quarters[i] += quarters[i + half];
   }
-  return lanes[0];
+  Acc lanes[16 / sizeof(Acc)];
+  __builtin_memcpy(lanes, quarters, sizeof(lanes));
+  if constexpr (sizeof(Acc) == 4) return (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+  return lanes[0] + lanes[1];
 }
 
 template <class Type, bool kOffsets>
@@ -115,9 +161,8 @@ OBC_TARGET void row_dots(
     Matrix a, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* sums, int64_t sums_stride
 ) {
   using Vector = typename Type::Vector;
-  using Element = typename Type::Element;
   constexpr int kUnits = 128 / kVectorBytes;
-  constexpr int64_t kLanes = kVectorBytes / sizeof(typename Type::Acc);
+  constexpr int64_t kLanes = Row<Type, kOffsets>::kLanes;
   constexpr int64_t kStep = kUnits * kLanes;
   for (int64_t r = 0; r < rows; ++r) {
     const Row<Type, kOffsets> row_a(a, r), row_g(g, r);
@@ -131,98 +176,90 @@ OBC_TARGET void row_dots(
         units[u] += x * y;
       }
     }
-    if (j < columns) {
-      Element rest_a[kStep], rest_g[kStep];
-      row_a.load_rest(j, columns - j, rest_a, kStep);
-      row_g.load_rest(j, columns - j, rest_g, kStep);
-      for (int u = 0; u < kUnits; ++u) {
-        Vector x, y;
-        Type::load(rest_a + u * kLanes, x);
-        Type::load(rest_g + u * kLanes, y);
-        units[u] += x * y;
+    for (int u = 0; u < kUnits; ++u, j += kLanes) {
+      if (j >= columns) break;
+      const int64_t count = columns - j;
+      Vector x, y;
+      if (count >= kLanes) {
+        row_a.load(j, x);
+        row_g.load(j, y);
+      } else {
+        row_a.load_last(j, count, x);
+        row_g.load_last(j, count, y);
       }
+      units[u] += x * y;
     }
     sums[r * sums_stride] = total<typename Type::Acc>(units);
   }
 }
 
-// Adds kRows rows (a power of two) to the column sums, pairs first, and to their row sums if kRowSums.
-template <class Type, bool kOffsets, bool kRowSums, int kRows>
+// One row at a time: two streams through memory, which processors prefetch best, and column sums in the first cache.
+template <class Type, bool kOffsets, bool kRowSums>
 OBC_INLINE void add_rows(
     const Matrix& a,
     const Matrix& g,
-    int64_t first_row,
+    int64_t rows,
     int64_t columns,
     typename Type::Acc* row_sums,
     typename Type::Acc* column_sums
 ) {
   using Acc = typename Type::Acc;
   using Vector = typename Type::Vector;
-  using Element = typename Type::Element;
-  constexpr int kUnits = 64 / kVectorBytes;
-  constexpr int64_t kLanes = kVectorBytes / sizeof(Acc);
+  constexpr int kUnits = 128 / kVectorBytes;
+  constexpr int64_t kLanes = Row<Type, kOffsets>::kLanes;
   constexpr int64_t kStep = kUnits * kLanes;
-
-  Vector units[kRows][kUnits] = {};
-  int64_t j = 0;
-  for (; j + kStep <= columns; j += kStep) {
-    for (int u = 0; u < kUnits; ++u) {
-      const int64_t column = j + u * kLanes;
-      Vector products[kRows];
-      for (int r = 0; r < kRows; ++r) {
-        Vector x, y;
-        Row<Type, kOffsets>(a, first_row + r).load(column, x);
-        Row<Type, kOffsets>(g, first_row + r).load(column, y);
-        products[r] = x * y;
-        if constexpr (kRowSums) units[r][u] += products[r];
-      }
-      for (int half = kRows / 2; half > 0; half /= 2) {
-        for (int r = 0; r < half; ++r) products[r] += products[r + half];
-      }
-      Vector sum;
-      __builtin_memcpy(&sum, column_sums + column, sizeof(sum));
-      sum += products[0];
-      __builtin_memcpy(column_sums + column, &sum, sizeof(sum));
-    }
-  }
-  if (const int64_t rest = columns - j; rest > 0) {
-    Acc sums[kStep] = {};
-    for (int r = 0; r < kRows; ++r) {
-      Element rest_a[kStep], rest_g[kStep];
-      Row<Type, kOffsets>(a, first_row + r).load_rest(j, rest, rest_a, kStep);
-      Row<Type, kOffsets>(g, first_row + r).load_rest(j, rest, rest_g, kStep);
+  for (int64_t r = 0; r < rows; ++r) {
+    const Row<Type, kOffsets> row_a(a, r), row_g(g, r);
+    Vector units[kUnits] = {};
+    int64_t j = 0;
+    for (; j + kStep <= columns; j += kStep) {
       for (int u = 0; u < kUnits; ++u) {
         Vector x, y, sum;
-        Type::load(rest_a + u * kLanes, x);
-        Type::load(rest_g + u * kLanes, y);
+        row_a.load(j + u * kLanes, x);
+        row_g.load(j + u * kLanes, y);
         const Vector product = x * y;
-        if constexpr (kRowSums) units[r][u] += product;
-        __builtin_memcpy(&sum, sums + u * kLanes, sizeof(sum));
+        if constexpr (kRowSums) units[u] += product;
+        __builtin_memcpy(&sum, column_sums + j + u * kLanes, sizeof(sum));
         sum += product;
-        __builtin_memcpy(sums + u * kLanes, &sum, sizeof(sum));
+        __builtin_memcpy(column_sums + j + u * kLanes, &sum, sizeof(sum));
       }
     }
-    for (int64_t i = 0; i < rest; ++i) column_sums[j + i] += sums[i];
-  }
-  if constexpr (kRowSums) {
-    for (int r = 0; r < kRows; ++r) row_sums[first_row + r] += total<Acc>(units[r]);
+    for (int u = 0; u < kUnits; ++u, j += kLanes) {
+      if (j >= columns) break;
+      const int64_t count = columns - j;
+      Vector x, y, sum;
+      if (count >= kLanes) {
+        row_a.load(j, x);
+        row_g.load(j, y);
+        __builtin_memcpy(&sum, column_sums + j, sizeof(sum));
+      } else {
+        row_a.load_last(j, count, x);
+        row_g.load_last(j, count, y);
+        load_first(column_sums + j, count, sum);
+      }
+      const Vector product = x * y;
+      if constexpr (kRowSums) units[u] += product;
+      sum += product;
+      if (count >= kLanes) {
+        __builtin_memcpy(column_sums + j, &sum, sizeof(sum));
+      } else {
+        store_first(column_sums + j, count, sum);
+      }
+    }
+    if constexpr (kRowSums) row_sums[r] += total<Acc>(units);
   }
 }
 
 template <class Type, bool kOffsets>
 OBC_TARGET void column_sums(Matrix a, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* sums) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) add_rows<Type, kOffsets, false, 4>(a, g, r, columns, nullptr, sums);
-  for (; r < rows; ++r) add_rows<Type, kOffsets, false, 1>(a, g, r, columns, nullptr, sums);
+  add_rows<Type, kOffsets, false>(a, g, rows, columns, nullptr, sums);
 }
 
 template <class Type, bool kOffsets>
 OBC_TARGET void row_column_sums(
     Matrix a, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* row_sums, typename Type::Acc* column_sums
 ) {
-  int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) add_rows<Type, kOffsets, true, 4>(a, g, r, columns, row_sums, column_sums);
-  for (; r < rows; ++r) add_rows<Type, kOffsets, true, 1>(a, g, r, columns, row_sums, column_sums);
+  add_rows<Type, kOffsets, true>(a, g, rows, columns, row_sums, column_sums);
 }
 
 template <class Type>
@@ -247,9 +284,8 @@ OBC_TARGET void row_moments(
     Matrix w, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* sums, int64_t sums_stride
 ) {
   using Vector = typename Type::Vector;
-  using Element = typename Type::Element;
   constexpr int kUnits = 64 / kVectorBytes;
-  constexpr int64_t kLanes = kVectorBytes / sizeof(typename Type::Acc);
+  constexpr int64_t kLanes = Row<Type, kOffsets>::kLanes;
   constexpr int64_t kStep = kUnits * kLanes;
   for (int64_t r = 0; r < rows; ++r) {
     const Row<Type, kOffsets> row_w(w, r), row_g(g, r);
@@ -263,16 +299,18 @@ OBC_TARGET void row_moments(
         add_moments<Type>(x, y, u, units);
       }
     }
-    if (j < columns) {
-      Element rest_w[kStep], rest_g[kStep];
-      row_w.load_rest(j, columns - j, rest_w, kStep);
-      row_g.load_rest(j, columns - j, rest_g, kStep);
-      for (int u = 0; u < kUnits; ++u) {
-        Vector x, y;
-        Type::load(rest_w + u * kLanes, x);
-        Type::load(rest_g + u * kLanes, y);
-        add_moments<Type>(x, y, u, units);
+    for (int u = 0; u < kUnits; ++u, j += kLanes) {
+      if (j >= columns) break;
+      const int64_t count = columns - j;
+      Vector x, y;
+      if (count >= kLanes) {
+        row_w.load(j, x);
+        row_g.load(j, y);
+      } else {
+        row_w.load_last(j, count, x);
+        row_g.load_last(j, count, y);
       }
+      add_moments<Type>(x, y, u, units);
     }
     for (int m = 0; m < 5; ++m) sums[m * sums_stride + r] = total<typename Type::Acc>(units[m]);
   }
@@ -320,4 +358,5 @@ inline const Leaves<double>& twofold() { return Table<Float64>::kLeaves; }
 #undef OBC_ISA
 #undef OBC_VECTOR_BYTES
 #undef OBC_F16C
+#undef OBC_MASKS
 #undef OBC_TARGET

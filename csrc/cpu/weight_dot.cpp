@@ -17,7 +17,7 @@ namespace {
 enum Role { kKernel, kRow, kColumn, kGroup };
 
 // Columns that one task reads: their sums stay in the first-level cache.
-constexpr int64_t kTile = 2048;
+constexpr int64_t kTile = 4096;
 
 template <class Acc>
 class OnePass : public Plan {

@@ -1,0 +1,134 @@
+// end_row: scores[groups[c]] += (row[c] / loss_scale)^2 for all c if every square is finite, then row = 0.
+//
+// Shapes: row (C,), groups (C,) ascending, or null: groups[c] = c; scores (G,). Any strides.
+// Bytes: row and groups read twice (the second time from cache); row written once; scores of the groups that occur
+// read and written once.
+// Accumulation: the dtype of row.
+//
+// One launch, two passes: the first finds out whether everything is finite, the second adds and clears. A row that one
+// block can't hold is shared by many, which wait for each other between the passes and so must all be resident: a
+// cooperative launch sees to that. In the second pass the thread at a group's first channel walks through the group,
+// adds its squares in order and clears them: no two threads touch one score, and nobody clears what another has yet to
+// read.
+
+#include "device.h"
+
+#include "cpu/layout.h"
+
+namespace obc::cuda {
+
+namespace {
+
+constexpr int kRowThreads = 1024;
+// Channels of one block: few enough passes over them that another block would not help, since waiting costs about as
+// much as eight loads one after the other.
+constexpr int64_t kChannelsPerBlock = 8 * kRowThreads;
+
+template <class Acc>
+struct Row {
+  Acc* scores;
+  int64_t scores_size;
+  int64_t scores_stride;
+  Acc* row;
+  int64_t size;
+  int64_t stride;
+  const int64_t* groups;
+  int64_t groups_stride;
+  Acc loss_scale;
+
+  __device__ int64_t group(int64_t c) const { return groups ? groups[c * groups_stride] : c; }
+  __device__ Acc square(int64_t c) const {
+    const Acc scaled = row[c * stride] / loss_scale;
+    return scaled * scaled;
+  }
+  // Whether channel c can be added: a finite square, and a group in range and not below the one before.
+  __device__ bool good(int64_t c) const {
+    const Acc squared = square(c);
+    if (!(squared - squared == 0)) return false;
+    if (!groups) return true;
+    const int64_t mine = group(c);
+    return mine >= (c == 0 ? 0 : group(c - 1)) && mine < scores_size;
+  }
+};
+
+// Waits until every block of the launch has come here, and tells each whether one of them said `flag`. The state is
+// two counters, of blocks and of meetings, and one word a block for the flags.
+__device__ bool any_block(bool flag, uint32_t* counters, uint32_t* flags) {
+  flag = __syncthreads_or(flag);
+  if (gridDim.x == 1) return flag;
+  if (threadIdx.x == 0) {
+    volatile uint32_t* const meetings = counters + 1;
+    const uint32_t before = *meetings;
+    flags[blockIdx.x] = flag;
+    __threadfence();
+    if (atomicInc(counters, gridDim.x - 1) == gridDim.x - 1) {
+      atomicAdd(counters + 1, 1u);
+    } else {
+      while (*meetings == before) __nanosleep(32);
+    }
+    __threadfence();
+  }
+  __syncthreads();
+  bool any = false;
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += blockDim.x) any |= __ldcg(flags + block) != 0;
+  return __syncthreads_or(any);
+}
+
+template <class Acc>
+__global__ void __launch_bounds__(kRowThreads, 1)
+    end_row_kernel(const __grid_constant__ Row<Acc> r, bool* finite, uint32_t* counters, uint32_t* flags) {
+  const int64_t first = blockIdx.x * int64_t{kRowThreads} + threadIdx.x, step = gridDim.x * int64_t{kRowThreads};
+  bool bad = false;
+#pragma unroll 4
+  for (int64_t c = first; c < r.size; c += step) bad |= !r.good(c);
+  bad = any_block(bad, counters, flags);
+  if (blockIdx.x == 0 && threadIdx.x == 0) *finite = !bad;
+  if (bad) {
+    for (int64_t c = first; c < r.size; c += step) r.row[c * r.stride] = 0;
+    return;
+  }
+  for (int64_t c = first; c < r.size; c += step) {
+    const int64_t mine = r.group(c);
+    if (c > 0 && r.group(c - 1) == mine) continue;
+    Acc sum = 0;
+    for (int64_t member = c; member < r.size && r.group(member) == mine; ++member) {
+      sum += r.square(member);
+      r.row[member * r.stride] = 0;
+    }
+    r.scores[mine * r.scores_stride] += sum;
+  }
+}
+
+template <class Acc>
+void run(const cpu::EndRow& given, bool* finite, Context& context) {
+  const Row<Acc> row = {
+      static_cast<Acc*>(given.scores),
+      given.scores_size,
+      given.scores_stride,
+      static_cast<Acc*>(given.row),
+      given.row_size,
+      given.row_stride,
+      given.groups,
+      given.groups_stride,
+      static_cast<Acc>(given.loss_scale)};
+  int device = 0, processors = 0;
+  context.check(cudaGetDevice(&device));
+  context.check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  const int64_t wanted = cpu::ceil_div(given.row_size, kChannelsPerBlock);
+  const int64_t blocks = std::max<int64_t>(std::min<int64_t>(wanted, processors), 1);
+  uint32_t* const flags = static_cast<uint32_t*>(context.scratch(blocks > 1 ? blocks * sizeof(uint32_t) : 0));
+  uint32_t* const counters = context.counters(blocks > 1 ? 2 : 0);
+  launch(context, end_row_kernel<Acc>, blocks, kRowThreads, blocks > 1, row, finite, counters, flags);
+}
+
+}  // namespace
+
+void end_row(const cpu::EndRow& arguments, bool* finite, Context& context) {
+  if (arguments.dtype == Dtype::float64) {
+    run<double>(arguments, finite, context);
+  } else {
+    run<float>(arguments, finite, context);
+  }
+}
+
+}  // namespace obc::cuda

@@ -1,0 +1,79 @@
+// The CUDA kernels of obc: raw pointers, sizes, strides and a stream; nothing of torch or Python.
+//
+// Strides count elements and may be zero. Inputs are read in their own type and summed in float (double for float64).
+// Every result depends on shapes, strides, alignment and values alone: partial sums have fixed places and are added
+// in a fixed order, without atomics on values. Nothing here waits for the device or reads from it, and every call can
+// be captured into a CUDA graph. Arguments arrive checked; the device is current.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace obc::cuda {
+
+using cpu::Dtype;
+using cpu::Pair;
+using cpu::WeightDot;
+
+// Where one call runs and where its memory comes from.
+class Context {
+ public:
+  explicit Context(cudaStream_t stream) : stream(stream) {}
+  virtual ~Context() = default;
+
+  // Uninitialised device memory that outlives the kernels launched by this call.
+  virtual void* scratch(int64_t bytes) = 0;
+  // Counters that are zero now and belong to this stream; a kernel leaves them zero.
+  virtual uint32_t* counters(int64_t count) = 0;
+  // Throws where `error` is one.
+  virtual void check(cudaError_t error) = 0;
+
+  const cudaStream_t stream;
+};
+
+// The most axes of one kind that a kernel walks, after axes that continue each other have been joined. What has more
+// must be copied to contiguous memory by the caller: the planning functions then return false, having launched nothing.
+constexpr int kMaxAxes = 4;
+
+// As obc::cpu::channel_dot, in device memory.
+bool channel_dot(const Pair& pair, int64_t channel_dim, bool per_sample, void* out, Context& context);
+
+// As obc::cpu::weight_dot for one layer; its parameters travel with the launch.
+bool weight_dot(const WeightDot& layer, Context& context);
+
+// Per row of dim 0, five contiguous vectors: sum wg, sum (wg)^2, sum |wg|, sum w^2, sum |w|.
+bool weight_moments(const Pair& weight, void* const moments[5], Context& context);
+
+// Layers of one dtype prepared for one launch. The table holds pointers, sizes and strides; results are not part of
+// it: those of a layer lie at offsets in the one array of results that a launch is given.
+struct Worklist {
+  Dtype dtype;
+  int64_t layers;
+  int64_t items;
+  int64_t partials;  // accumulators of scratch memory
+  int64_t counters;
+  std::vector<int64_t> table;
+};
+
+// Where the results of a layer lie, in place of its row_dot and column_dot, which are not read here.
+struct Offsets {
+  int64_t row_dot;
+  int64_t column_dot;
+};
+
+bool plan_weight_dot_list(
+    const std::vector<WeightDot>& layers, const std::vector<Offsets>& offsets, Worklist& worklist);
+// Copies the table to `device_table` through kernel parameters: no host memory has to outlive the call, in a captured
+// graph either.
+void upload(const std::vector<int64_t>& table, int64_t* device_table, Context& context);
+void weight_dot_list(const Worklist& worklist, const int64_t* device_table, void* results, Context& context);
+
+// As obc::cpu::end_row, but groups that leave the range of scores or descend can't be reported without a host read:
+// they make the row count as not finite, so that nothing is added.
+void end_row(const cpu::EndRow& arguments, bool* finite, Context& context);
+
+}  // namespace obc::cuda

@@ -1,0 +1,130 @@
+// Sums over all positions of each output: channel_dot where the positions lie innermost, weight_moments.
+//
+// Positions are counted in loads (16-byte vectors, or single elements). A warp sums an output where there are enough
+// outputs to fill the device or few positions each; else a block does, or several blocks a share each, of which the
+// last one to end adds up the shares.
+#pragma once
+
+#include "device.h"
+
+namespace obc::cuda {
+
+constexpr int kLoadsAtOnce = 4;  // of each of the two arrays
+
+struct Rows {
+  const void* first;
+  const void* second;
+  bool vectors;
+  Axes outputs;
+  int64_t count;
+  Axes positions;
+  int64_t length;  // loads per output
+  bool by_warp;
+  int64_t splits;  // 1 where a warp sums an output
+  int64_t share;   // loads of one split
+};
+
+// A sum over positions of some functions of a and g.
+template <int kMoments, class Acc>
+__device__ void add_moments(Acc (&sums)[kMoments], Acc a, Acc g) {
+  const Acc product = a * g;
+  sums[0] += product;
+  if constexpr (kMoments == 5) {
+    sums[1] += product * product;
+    sums[2] += product < 0 ? -product : product;
+    sums[3] += a * a;
+    sums[4] += a < 0 ? -a : a;
+  }
+}
+
+// The sums over the loads `begin + step * n` below `end`, of one output.
+template <class T, int kItems, int kMoments>
+__device__ void read_positions(
+    const Rows& r, int64_t output, int64_t begin, int64_t end, int64_t step, Accumulator<T> (&sums)[kMoments]) {
+  using Acc = Accumulator<T>;
+  const Place start = place(r.outputs, output);
+  const T* const first = static_cast<const T*>(r.first) + start.first;
+  const T* const second = static_cast<const T*>(r.second) + start.second;
+  for (int64_t position = begin; position < end; position += kLoadsAtOnce * step) {
+    Loaded<T, kItems> a[kLoadsAtOnce], g[kLoadsAtOnce];
+#pragma unroll
+    for (int n = 0; n < kLoadsAtOnce; ++n) {
+      a[n].clear();
+      g[n].clear();
+      if (position + n * step < end) {
+        const Place at = place(r.positions, position + n * step);
+        a[n].load(first + at.first);
+        g[n].load(second + at.second);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kLoadsAtOnce; ++n) {
+      Acc left[kItems], right[kItems];
+      a[n].unpack(left);
+      g[n].unpack(right);
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) add_moments(sums, left[i], right[i]);
+    }
+  }
+}
+
+template <class Acc, int kMoments>
+struct Results {
+  Acc* sums[kMoments];
+};
+
+// Partial sums are (splits, kMoments, count), counters (count).
+template <class T, int kItems, int kMoments>
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+    rows_kernel(const __grid_constant__ Rows r, Accumulator<T>* partials, uint32_t* counters,
+                const __grid_constant__ Results<Accumulator<T>, kMoments> results) {
+  using Acc = Accumulator<T>;
+  __shared__ Acc warp_sums[kMoments * kWarps];
+  __shared__ Acc scratch[kThreads];
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+
+  if (r.by_warp) {
+    for (int64_t output = blockIdx.x * int64_t{kWarps} + warp; output < r.count; output += gridDim.x * int64_t{kWarps}) {
+      Acc sums[kMoments] = {};
+      read_positions<T, kItems>(r, output, lane, r.length, kLanes, sums);
+#pragma unroll
+      for (int m = 0; m < kMoments; ++m) {
+        const Acc sum = warp_sum(sums[m]);
+        if (lane == 0) results.sums[m][output] = sum;
+      }
+    }
+    return;
+  }
+
+  for (int64_t item = blockIdx.x; item < r.count * r.splits; item += gridDim.x) {
+    const int64_t output = item / r.splits, split = item % r.splits;
+    const int64_t begin = split * r.share;
+    const int64_t end = begin + r.share < r.length ? begin + r.share : r.length;
+    Acc sums[kMoments] = {};
+    read_positions<T, kItems>(r, output, begin + threadIdx.x, end, kThreads, sums);
+#pragma unroll
+    for (int m = 0; m < kMoments; ++m) {
+      const Acc sum = warp_sum(sums[m]);
+      if (lane == 0) warp_sums[m * kWarps + warp] = sum;
+    }
+    __syncthreads();
+    const auto of_warps = [&](int64_t moment, int64_t term) { return warp_sums[moment * kWarps + term]; };
+    add_up(kMoments, kWarps, scratch, of_warps, [&](int64_t moment, Acc sum) {
+      if (r.splits == 1) {
+        results.sums[moment][output] = sum;
+      } else {
+        partials[(split * kMoments + moment) * r.count + output] = sum;
+      }
+    });
+    if (r.splits > 1 && last_of(counters + output, r.splits)) {
+      const auto of_splits = [&](int64_t moment, int64_t from) {
+        return __ldcg(partials + (from * kMoments + moment) * r.count + output);
+      };
+      add_up(kMoments, r.splits, scratch, of_splits, [&](int64_t moment, Acc sum) {
+        results.sums[moment][output] = sum;
+      });
+    }
+  }
+}
+
+}  // namespace obc::cuda

@@ -1,0 +1,65 @@
+// What the registrations of both devices need of torch's stable ABI: tensors as the kernels take them, new tensors.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <initializer_list>
+
+#include "cpu/kernels.h"
+
+namespace obc {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline cpu::Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return cpu::Dtype::float64;
+    case ScalarType::BFloat16:
+      return cpu::Dtype::bfloat16;
+    case ScalarType::Half:
+      return cpu::Dtype::float16;
+    default:
+      return cpu::Dtype::float32;
+  }
+}
+
+inline cpu::Pair pair_of(const Tensor& first, const Tensor& second) {
+  return {
+      dtype_of(first),
+      first.dim(),
+      first.sizes().data(),
+      first.const_data_ptr(),
+      first.strides().data(),
+      second.const_data_ptr(),
+      second.strides().data()};
+}
+
+// An uninitialised contiguous tensor of at most two dimensions on the device of `like`.
+inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = sizes.begin()[1];
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()),
+      sizes.begin(),
+      strides,
+      dtype,
+      device_type,
+      like.get_device_index(),
+      &handle));
+  return Tensor(handle);
+}
+
+// The same in the dtype that sums elements of `like`.
+inline Tensor empty_sums(std::initializer_list<int64_t> sizes, const Tensor& like) {
+  const bool wide = dtype_of(like) == cpu::Dtype::float64;
+  return empty(sizes, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), like);
+}
+
+}  // namespace obc
