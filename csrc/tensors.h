@@ -35,7 +35,8 @@ inline cpu::Pair pair_of(const Tensor& first, const Tensor& second) {
       first.const_data_ptr(),
       first.strides().data(),
       second.const_data_ptr(),
-      second.strides().data()};
+      second.strides().data()
+  };
 }
 
 // An uninitialised contiguous tensor of at most two dimensions on the device of `like`.
@@ -52,7 +53,8 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const T
       dtype,
       device_type,
       like.get_device_index(),
-      &handle));
+      &handle
+  ));
   return Tensor(handle);
 }
 

@@ -8,8 +8,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <list>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <tuple>
@@ -61,7 +63,8 @@ std::map<std::pair<int32_t, cudaStream_t>, Counters>& stream_counters() {
 // One operator call: its device made current, its stream, and memory that torch's allocator reuses in stream order.
 class Call : public obc::cuda::Context {
  public:
-  explicit Call(const Tensor& on) : Context(current_stream(on.get_device_index())), guard_(on.get_device_index()), on_(on) {
+  explicit Call(const Tensor& on)
+      : Context(current_stream(on.get_device_index())), guard_(on.get_device_index()), on_(on) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream, &status));
     capturing_ = status != cudaStreamCaptureStatusNone;
@@ -123,9 +126,11 @@ std::tuple<Tensor, Tensor> weight_dot(
     const std::optional<Tensor>& bias,
     const std::optional<Tensor>& bias_grad,
     int64_t groups,
-    bool transposed) {
+    bool transposed
+) {
   Call call(weight);
-  const Tensor row_dot = empty_sums({weight.size(0)}, weight), column_dot = empty_sums({weight.size(1) * groups}, weight);
+  const Tensor row_dot = empty_sums({weight.size(0)}, weight),
+               column_dot = empty_sums({weight.size(1) * groups}, weight);
   Pair bias_pair;
   if (bias) bias_pair = pair_of(*bias, *bias_grad);
   WeightDot layer = {
@@ -134,7 +139,8 @@ std::tuple<Tensor, Tensor> weight_dot(
       groups,
       transposed,
       row_dot.mutable_data_ptr(),
-      column_dot.mutable_data_ptr()};
+      column_dot.mutable_data_ptr()
+  };
   if (!obc::cuda::weight_dot(layer, call)) {
     const Tensor w = torch::stable::contiguous(weight), g = torch::stable::contiguous(grad);
     layer.weight = pair_of(w, g);
@@ -174,19 +180,46 @@ struct Prepared {
 // A model's gradients come in few sets of buffers.
 constexpr size_t kPreparedWorklists = 8;
 
+using PreparedPointer = std::shared_ptr<const Prepared>;
+
 // The most recently used first; guarded by state_mutex.
-std::list<Prepared>& prepared_worklists() {
-  static auto& prepared = *new std::list<Prepared>;
+std::list<PreparedPointer>& prepared_worklists() {
+  static auto& prepared = *new std::list<PreparedPointer>;
   return prepared;
 }
 
-Prepared prepare(const std::vector<WeightDot>& layers, const std::vector<obc::cuda::Offsets>& offsets, const Tensor& on,
-                 Call& call) {
-  Prepared prepared;
-  if (!obc::cuda::plan_weight_dot_list(layers, offsets, prepared.worklist)) return prepared;
-  const int64_t size = static_cast<int64_t>(prepared.worklist.table.size());
-  prepared.table = empty({size}, aoti_torch_dtype_int64(), on);
-  obc::cuda::upload(prepared.worklist.table, static_cast<int64_t*>(prepared.table.mutable_data_ptr()), call);
+// Null where a layer has too many axes.
+PreparedPointer prepare(
+    const std::vector<WeightDot>& layers,
+    const std::vector<obc::cuda::Offsets>& offsets,
+    std::vector<int64_t> key,
+    const Tensor& on,
+    Call& call
+) {
+  auto prepared = std::make_shared<Prepared>();
+  if (!obc::cuda::plan_weight_dot_list(layers, offsets, prepared->worklist)) return nullptr;
+  prepared->key = std::move(key);
+  prepared->table = empty({static_cast<int64_t>(prepared->worklist.table.size())}, aoti_torch_dtype_int64(), on);
+  obc::cuda::upload(prepared->worklist.table, static_cast<int64_t*>(prepared->table.mutable_data_ptr()), call);
+  return prepared;
+}
+
+// The worklist of these layers from those kept, or a new one.
+PreparedPointer kept_or_new(
+    const std::vector<WeightDot>& layers, const std::vector<obc::cuda::Offsets>& offsets, const Tensor& on, Call& call
+) {
+  std::vector<int64_t> key = key_of(layers, on.get_device_index(), call.stream);
+  const std::lock_guard<std::mutex> lock(state_mutex());
+  std::list<PreparedPointer>& all = prepared_worklists();
+  const auto found = std::find_if(all.begin(), all.end(), [&](const auto& one) { return one->key == key; });
+  if (found != all.end()) {
+    all.splice(all.begin(), all, found);
+    return all.front();
+  }
+  PreparedPointer prepared = prepare(layers, offsets, std::move(key), on, call);
+  if (!prepared) return nullptr;
+  all.push_front(prepared);
+  if (all.size() > kPreparedWorklists) all.pop_back();
   return prepared;
 }
 
@@ -197,32 +230,13 @@ bool run_list(
     const Tensor& on,
     void* results,
     bool keep,
-    Call& call) {
-  const auto run = [&](const Prepared& prepared) {
-    const int64_t* const table = static_cast<const int64_t*>(prepared.table.const_data_ptr());
-    obc::cuda::weight_dot_list(prepared.worklist, table, results, call);
-  };
-  if (!keep || call.capturing()) {
-    const Prepared prepared = prepare(layers, offsets, on, call);
-    if (prepared.worklist.items > 0) run(prepared);
-    return prepared.worklist.items > 0;
-  }
-  std::vector<int64_t> key = key_of(layers, on.get_device_index(), call.stream);
-  std::list<Prepared>& all = prepared_worklists();
-  std::unique_lock<std::mutex> lock(state_mutex());
-  const auto found = std::find_if(all.begin(), all.end(), [&](const Prepared& one) { return one.key == key; });
-  if (found != all.end()) {
-    all.splice(all.begin(), all, found);
-  } else {
-    Prepared prepared = prepare(layers, offsets, on, call);
-    if (prepared.worklist.items == 0) return false;
-    prepared.key = std::move(key);
-    all.push_front(std::move(prepared));
-    if (all.size() > kPreparedWorklists) all.pop_back();
-  }
-  const Prepared current = all.front();
-  lock.unlock();
-  run(current);
+    Call& call
+) {
+  const PreparedPointer prepared =
+      keep && !call.capturing() ? kept_or_new(layers, offsets, on, call) : prepare(layers, offsets, {}, on, call);
+  if (!prepared) return false;
+  const int64_t* const table = static_cast<const int64_t*>(prepared->table.const_data_ptr());
+  obc::cuda::weight_dot_list(prepared->worklist, table, results, call);
   return true;
 }
 
@@ -232,7 +246,8 @@ Tensor weight_dot_list(
     const OptionalTensors& biases,
     const OptionalTensors& bias_grads,
     const std::vector<int64_t>& groups,
-    const std::vector<bool>& transposed) {
+    const std::vector<bool>& transposed
+) {
   Call call(weights[0]);
   const size_t count = weights.size();
   std::vector<Pair> bias_pairs(count);
@@ -298,7 +313,8 @@ Tensor end_row(const Tensor& scores, const Tensor& row, double loss_scale, const
        groups ? groups->stride(0) : 0,
        loss_scale},
       static_cast<bool*>(finite.mutable_data_ptr()),
-      call);
+      call
+  );
   return finite;
 }
 
@@ -308,10 +324,12 @@ STABLE_TORCH_LIBRARY(obc_cuda, library) {
   library.def("channel_dot(Tensor activation, Tensor grad, int channel_dim, bool per_sample=False) -> Tensor");
   library.def(
       "weight_dot(Tensor weight, Tensor grad, Tensor? bias=None, Tensor? bias_grad=None, int groups=1, "
-      "bool transposed=False) -> (Tensor, Tensor)");
+      "bool transposed=False) -> (Tensor, Tensor)"
+  );
   library.def(
       "weight_dot_list(Tensor[] weights, Tensor[] grads, Tensor?[] biases, Tensor?[] bias_grads, int[] groups, "
-      "bool[] transposed) -> Tensor");
+      "bool[] transposed) -> Tensor"
+  );
   library.def("weight_moments(Tensor weight, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) -> Tensor");
 }

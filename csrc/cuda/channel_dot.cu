@@ -22,9 +22,13 @@ enum Role { kSummed, kSample, kChannel };
 constexpr int64_t kFewPositions = 256;
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    channel_dot_kernel(const __grid_constant__ Matrix m, Accumulator<T>* out, Accumulator<T>* partials,
-                       uint32_t* counters, const __grid_constant__ Output columns) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) channel_dot_kernel(
+    const __grid_constant__ Matrix m,
+    Accumulator<T>* out,
+    Accumulator<T>* partials,
+    uint32_t* counters,
+    const __grid_constant__ Output columns
+) {
   __shared__ Accumulator<T> shared[kShared<T>];
   const int64_t items = m.groups * m.chunks * m.tiles;
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
@@ -126,7 +130,8 @@ void run_tiles(Matrix& m, const Output& output, void* out, Context& context) {
       static_cast<Acc*>(out),
       partials,
       context.counters(space.counters),
-      output);
+      output
+  );
 }
 
 }  // namespace

@@ -163,7 +163,8 @@ void launch(
     int64_t blocks,
     int threads,
     bool cooperative,
-    Arguments&&... arguments) {
+    Arguments&&... arguments
+) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeCooperative;
   attribute.val.cooperative = 1;
@@ -197,8 +198,6 @@ void for_type(Dtype dtype, const F& f) {
   }
 }
 
-inline int element_size(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
+inline int element_size(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
 
 }  // namespace obc::cuda

@@ -11,9 +11,8 @@
 // adds its squares in order and clears them: no two threads touch one score, and nobody clears what another has yet to
 // read.
 
-#include "device.h"
-
 #include "cpu/layout.h"
+#include "device.h"
 
 namespace obc::cuda {
 
@@ -75,8 +74,9 @@ __device__ bool any_block(bool flag, uint32_t* counters, uint32_t* flags) {
 }
 
 template <class Acc>
-__global__ void __launch_bounds__(kRowThreads, 1)
-    end_row_kernel(const __grid_constant__ Row<Acc> r, bool* finite, uint32_t* counters, uint32_t* flags) {
+__global__ void __launch_bounds__(kRowThreads, 1) end_row_kernel(
+    const __grid_constant__ Row<Acc> r, bool* finite, uint32_t* counters, uint32_t* flags
+) {
   const int64_t first = blockIdx.x * int64_t{kRowThreads} + threadIdx.x, step = gridDim.x * int64_t{kRowThreads};
   bool bad = false;
 #pragma unroll 4
@@ -110,7 +110,8 @@ void run(const cpu::EndRow& given, bool* finite, Context& context) {
       given.row_stride,
       given.groups,
       given.groups_stride,
-      static_cast<Acc>(given.loss_scale)};
+      static_cast<Acc>(given.loss_scale)
+  };
   int device = 0, processors = 0;
   context.check(cudaGetDevice(&device));
   context.check(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));

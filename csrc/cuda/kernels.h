@@ -66,7 +66,8 @@ struct Offsets {
 };
 
 bool plan_weight_dot_list(
-    const std::vector<WeightDot>& layers, const std::vector<Offsets>& offsets, Worklist& worklist);
+    const std::vector<WeightDot>& layers, const std::vector<Offsets>& offsets, Worklist& worklist
+);
 // Copies the table to `device_table` through kernel parameters: no host memory has to outlive the call, in a captured
 // graph either.
 void upload(const std::vector<int64_t>& table, int64_t* device_table, Context& context);

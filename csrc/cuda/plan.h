@@ -46,9 +46,9 @@ inline bool choose_tile(Matrix& m, int item, int64_t together = 1) {
   const bool vectors = m.column.first == 1 && m.column.second == 1 && aligned(m.first) && aligned(m.second) &&
                        (m.groups == 1 || (m.group.first % vector == 0 && m.group.second % vector == 0)) &&
                        multiples(m.lines, vector) && m.width % vector == 0 && m.last_width % vector == 0;
-  m.reading = !vectors                                              ? Reading::kStrided
+  m.reading = !vectors                                          ? Reading::kStrided
               : columns <= most_columns(Reading::kNarrow, item) ? Reading::kNarrow
-                                                                    : Reading::kWide;
+                                                                : Reading::kWide;
   const int64_t most = most_columns(m.reading, item);
   const int64_t step = vectors ? std::lcm(unit, vector) : unit;
   if (columns <= most) {
@@ -113,9 +113,9 @@ inline std::optional<Rows> rows_of(const Pair& pair, const std::vector<Dim>& kep
   r.count = cpu::count(kept);
   r.length = cpu::count(summed);
   const int64_t vector = vector_items(element_size(pair.dtype)), last = r.positions.count - 1;
-  r.vectors = r.positions.first[last] == 1 && r.positions.second[last] == 1 &&
-              r.positions.sizes[last] % vector == 0 && multiples(r.positions, vector, 1) &&
-              multiples(r.outputs, vector) && aligned(r.first) && aligned(r.second);
+  r.vectors = r.positions.first[last] == 1 && r.positions.second[last] == 1 && r.positions.sizes[last] % vector == 0 &&
+              multiples(r.positions, vector, 1) && multiples(r.outputs, vector) && aligned(r.first) &&
+              aligned(r.second);
   if (r.vectors) {
     r.length /= vector;
     r.positions.sizes[last] /= vector;

@@ -40,7 +40,8 @@ __device__ void add_moments(Acc (&sums)[kMoments], Acc a, Acc g) {
 // The sums over the loads `begin + step * n` below `end`, of one output.
 template <class T, int kItems, int kMoments>
 __device__ void read_positions(
-    const Rows& r, int64_t output, int64_t begin, int64_t end, int64_t step, Accumulator<T> (&sums)[kMoments]) {
+    const Rows& r, int64_t output, int64_t begin, int64_t end, int64_t step, Accumulator<T> (&sums)[kMoments]
+) {
   using Acc = Accumulator<T>;
   const Place start = place(r.outputs, output);
   const T* const first = static_cast<const T*>(r.first) + start.first;
@@ -75,16 +76,20 @@ struct Results {
 
 // Partial sums are (splits, kMoments, count), counters (count).
 template <class T, int kItems, int kMoments>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    rows_kernel(const __grid_constant__ Rows r, Accumulator<T>* partials, uint32_t* counters,
-                const __grid_constant__ Results<Accumulator<T>, kMoments> results) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) rows_kernel(
+    const __grid_constant__ Rows r,
+    Accumulator<T>* partials,
+    uint32_t* counters,
+    const __grid_constant__ Results<Accumulator<T>, kMoments> results
+) {
   using Acc = Accumulator<T>;
   __shared__ Acc warp_sums[kMoments * kWarps];
   __shared__ Acc scratch[kThreads];
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
 
   if (r.by_warp) {
-    for (int64_t output = blockIdx.x * int64_t{kWarps} + warp; output < r.count; output += gridDim.x * int64_t{kWarps}) {
+    for (int64_t output = blockIdx.x * int64_t{kWarps} + warp; output < r.count;
+         output += gridDim.x * int64_t{kWarps}) {
       Acc sums[kMoments] = {};
       read_positions<T, kItems>(r, output, lane, r.length, kLanes, sums);
 #pragma unroll

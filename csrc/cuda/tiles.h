@@ -29,10 +29,9 @@ constexpr int kStridedLines = 2;
 
 // Columns that one tile can have.
 __host__ __device__ constexpr int64_t most_columns(Reading reading, int item_size) {
-  return kLanes * (reading == Reading::kStrided ? kStridedUnroll
-                   : reading == Reading::kNarrow
-                       ? vector_items(item_size)
-                       : vector_items(item_size) * wide_unroll(item_size));
+  return kLanes * (reading == Reading::kStrided  ? kStridedUnroll
+                   : reading == Reading::kNarrow ? vector_items(item_size)
+                                                 : vector_items(item_size) * wide_unroll(item_size));
 }
 
 // Lines that a warp reads at once.
@@ -89,7 +88,8 @@ struct Output {
 
 template <class T>
 __device__ void store_sum(
-    const Output& output, Accumulator<T>* sums, int64_t group, int64_t channel, Accumulator<T> sum) {
+    const Output& output, Accumulator<T>* sums, int64_t group, int64_t channel, Accumulator<T> sum
+) {
   const int64_t index = group * output.group_stride + channel * output.stride;
   if (output.bias) {
     const T* bias = static_cast<const T*>(output.bias);
@@ -113,7 +113,8 @@ __device__ void read_lines(
     int64_t begin,
     int64_t end,
     Accumulator<T>* line_sums,
-    Accumulator<T>* shared) {
+    Accumulator<T>* shared
+) {
   using Acc = Accumulator<T>;
   constexpr int kColumns = kLanes * kItems * kUnroll;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
@@ -185,7 +186,8 @@ __device__ void run_item(
     int64_t coarse_channels,
     Accumulator<T>* partials,
     uint32_t* counters,
-    Accumulator<T>* shared) {
+    Accumulator<T>* shared
+) {
   using Acc = Accumulator<T>;
   constexpr int kSize = sizeof(T), kVector = kVectorBytes / kSize, kUnroll = wide_unroll(kSize);
   Acc* const scratch = shared + kShared<T> - kThreads;
@@ -197,7 +199,14 @@ __device__ void run_item(
 
   if (m.reading == Reading::kWide) {
     read_lines<T, kVector, kUnroll, kVectorsAtOnce / kUnroll, kLineSums>(
-        m, group, column, begin, end, line_sums, shared);
+        m,
+        group,
+        column,
+        begin,
+        end,
+        line_sums,
+        shared
+    );
   } else if (m.reading == Reading::kNarrow) {
     read_lines<T, kVector, 1, kVectorsAtOnce, kLineSums>(m, group, column, begin, end, line_sums, shared);
   } else {

@@ -30,9 +30,13 @@ struct Layer {
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    weight_dot_kernel(const __grid_constant__ Layer layer, Accumulator<T>* column_results,
-                      Accumulator<T>* line_results, Accumulator<T>* partials, uint32_t* counters) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) weight_dot_kernel(
+    const __grid_constant__ Layer layer,
+    Accumulator<T>* column_results,
+    Accumulator<T>* line_results,
+    Accumulator<T>* partials,
+    uint32_t* counters
+) {
   __shared__ Accumulator<T> shared[kShared<T>];
   const Matrix& m = layer.matrix;
   const int64_t items = m.groups * m.chunks * m.tiles;
@@ -47,7 +51,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         layer.coarse_channels,
         partials,
         counters,
-        shared);
+        shared
+    );
   }
 }
 
@@ -56,9 +61,14 @@ static_assert(sizeof(Layer) % sizeof(int64_t) == 0, "a layer is copied word by w
 
 // The table: begins[layers], the first item of each layer, then the layers.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
-    weight_dot_list_kernel(const int64_t* table, int64_t layers, int64_t items, Accumulator<T>* results,
-                           Accumulator<T>* partials, uint32_t* counters) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) weight_dot_list_kernel(
+    const int64_t* table,
+    int64_t layers,
+    int64_t items,
+    Accumulator<T>* results,
+    Accumulator<T>* partials,
+    uint32_t* counters
+) {
   __shared__ Accumulator<T> shared[kShared<T>];
   __shared__ int64_t words[kLayerWords];
   for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
@@ -81,7 +91,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         layer.coarse_channels,
         partials,
         counters,
-        shared);
+        shared
+    );
   }
 }
 
@@ -237,14 +248,14 @@ bool weight_dot(const WeightDot& given, Context& context) {
     Acc* const of_lines = static_cast<Acc*>(layer.lines_are_rows ? given.row_dot : given.column_dot);
     Acc* const of_columns = static_cast<Acc*>(layer.lines_are_rows ? given.column_dot : given.row_dot);
     const int64_t blocks = grid(items(m));
-    launch(
-        context, weight_dot_kernel<T>, blocks, kThreads, false, layer, of_columns, of_lines, partials, counters);
+    launch(context, weight_dot_kernel<T>, blocks, kThreads, false, layer, of_columns, of_lines, partials, counters);
   });
   return true;
 }
 
 bool plan_weight_dot_list(
-    const std::vector<WeightDot>& given, const std::vector<Offsets>& offsets, Worklist& worklist) {
+    const std::vector<WeightDot>& given, const std::vector<Offsets>& offsets, Worklist& worklist
+) {
   const int item = element_size(given[0].weight.dtype);
   std::vector<Layer> layers(given.size());
   int64_t all_steps = 0;
@@ -300,7 +311,8 @@ void weight_dot_list(const Worklist& worklist, const int64_t* device_table, void
         worklist.items,
         static_cast<Acc*>(results),
         static_cast<Acc*>(context.scratch(worklist.partials * sizeof(Acc))),
-        context.counters(worklist.counters));
+        context.counters(worklist.counters)
+    );
   });
 }
 

@@ -1,13 +1,22 @@
-"""The CUDA C++ kernels of ``csrc/cuda``."""
+"""The CUDA C++ kernels of ``csrc/cuda``, and ``fold`` by cuBLAS through torch.
+
+``fold`` is a chain of matrix products; no kernel of ours has been shown to beat cuBLAS at it, so there is none.
+
+Strides are honoured. Only tensors whose axes don't join into four in memory (permuted slices of six or more dimensions)
+are copied to contiguous memory first. ``end_row`` reads nothing back: groups that descend or leave the range of the
+scores make it report the row as not finite, and nothing is added.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
-from obc.backends import OPERATORS, gemm
+from obc.backends import gemm
 
 LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "libobc_cuda.so"
 
@@ -17,7 +26,43 @@ def load() -> SimpleNamespace:
     if not torch.cuda.is_available():
         raise ImportError("torch sees no CUDA device")
     if not LIBRARY.exists():
-        raise ImportError("the CUDA kernels were not built")
+        raise ImportError("the CUDA kernels were not built (no nvcc was found when obc was installed)")
     torch.ops.load_library(LIBRARY)
-    native = {name: getattr(torch.ops.obc_cuda, name).default for name in OPERATORS if name != "fold"}
-    return SimpleNamespace(**native, fold=gemm.fold)
+    return operators()
+
+
+def operators() -> SimpleNamespace:
+    """The operators of the loaded library, with the signatures of :mod:`obc.ops`."""
+    native = torch.ops.obc_cuda
+
+    def weight_dot_list(
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        bias_grads: Sequence[Tensor | None],
+        groups: Sequence[int],
+        transposed: Sequence[bool],
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """One launch for all layers of one dtype; the results are views of one flat tensor a dtype."""
+        outs, ins = list(weights), list(weights)
+        columns = (weights, grads, biases, bias_grads, groups, transposed)
+        for dtype in dict.fromkeys(weight.dtype for weight in weights):
+            members = [i for i, weight in enumerate(weights) if weight.dtype == dtype]
+            flat = native.weight_dot_list.default(*([column[i] for i in members] for column in columns))
+            sizes = [(weights[i].shape[0], weights[i].shape[1] * groups[i]) for i in members]
+            swapped = [transposed[i] for i in members]
+            out_sizes = [size[1 if swap else 0] for size, swap in zip(sizes, swapped, strict=True)]
+            in_sizes = [size[0 if swap else 1] for size, swap in zip(sizes, swapped, strict=True)]
+            parts = flat.split(out_sizes + in_sizes)
+            for part, i in enumerate(members):
+                outs[i], ins[i] = parts[part], parts[len(members) + part]
+        return outs, ins
+
+    return SimpleNamespace(
+        channel_dot=native.channel_dot.default,
+        weight_dot=native.weight_dot.default,
+        weight_dot_list=weight_dot_list,
+        weight_moments=native.weight_moments.default,
+        end_row=native.end_row.default,
+        fold=gemm.fold,
+    )

@@ -1,0 +1,133 @@
+// CUDA's execution model on the host, for tests: the kernels of csrc/cuda, compiled by a C++ compiler, run thread by
+// thread as fibers that change places at barriers, shuffles and waits. It stands before the toolkit's headers on the
+// include path and has what those kernels use, nothing more.
+//
+// A block that deadlocks, leaves threads behind at a barrier or shuffles with an incomplete warp ends the process with
+// a message. The order in which threads run is a switch: results that depend on it betray a missing barrier.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <tuple>
+#include <type_traits>
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static  // blocks run one after the other; a cooperative launch must not use it
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3() = default;
+  explicit dim3(unsigned x) : x(x) {}
+};
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+// Those of the thread that is running.
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+// Runs `body` in every thread of the launch and returns when all have ended.
+void run(unsigned blocks, unsigned threads, bool cooperative, const std::function<void()>& body);
+// The sum over the block of `value`, after all its threads have come here.
+int barrier(int value);
+// What the lane `lane ^ offset` of this warp hands in.
+uint64_t exchange(uint64_t value, int offset);
+void pause();
+bool capturing();
+
+}  // namespace emulation
+
+inline void __syncthreads() { emulation::barrier(0); }
+inline int __syncthreads_count(int predicate) { return emulation::barrier(predicate != 0); }
+inline int __syncthreads_or(int predicate) { return emulation::barrier(predicate != 0) != 0; }
+inline void __threadfence() {}
+inline void __nanosleep(unsigned) { emulation::pause(); }
+
+template <class T>
+T __shfl_xor_sync(unsigned, T value, int offset) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = emulation::exchange(bits, offset);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+inline uint32_t atomicInc(uint32_t* address, uint32_t most) {
+  const uint32_t before = *address;
+  *address = before >= most ? 0 : before + 1;
+  return before;
+}
+inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
+  const uint32_t before = *address;
+  *address = before + value;
+  return before;
+}
+
+template <class T>
+T __ldcs(const T* address) {
+  // A vector load faults on the device where the address is no multiple of its size.
+  if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) __builtin_trap();
+  return *address;
+}
+template <class T>
+T __ldcg(const T* address) {
+  return *address;
+}
+
+using cudaStream_t = struct EmulatedStream*;
+enum cudaError_t { cudaSuccess };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  union {
+    int cooperative;
+  } val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulation::capturing() ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
+  std::memset(memory, value, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = 3;  // multiprocessors: enough for a launch whose blocks wait for each other
+  return cudaSuccess;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(
+    const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments
+) {
+  const std::tuple<std::decay_t<Parameters>...> parameters(std::forward<Arguments>(arguments)...);
+  const bool cooperative = config->numAttrs > 0 && config->attrs[0].val.cooperative;
+  emulation::run(config->gridDim.x, config->blockDim.x, cooperative, [&] { std::apply(kernel, parameters); });
+  return cudaSuccess;
+}

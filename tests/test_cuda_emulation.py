@@ -1,0 +1,277 @@
+"""The kernels of csrc/cuda, compiled for the host and run thread by thread, against the reference in float64.
+
+What a GPU would show besides (speed, what the hardware does with unaligned or unordered accesses) is not tested here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import test_channel_dot
+import test_weight_dot
+import torch
+from cases import DTYPES, LAYOUTS, layout_id, poison_heap, shapes, strided
+from cuda_emulation import build
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import obc
+from obc import ops, reference
+from obc.backends import BACKENDS, Backend, cuda
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler (g++ or c++, or CXX)")
+
+ORDERS = ["forward", "backward", "interleaved"]
+
+
+@functools.cache
+def _load() -> SimpleNamespace:
+    torch.ops.load_library(build.build())
+    return cuda.operators()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> Iterator[ctypes.CDLL]:
+    """The emulated library, serving CPU tensors as a backend of its own while this module runs."""
+    _load()
+    BACKENDS["cuda-emulated"] = Backend("cuda-emulated", lambda: frozenset({"cpu"}), _load, "it is part of the tests")
+    with obc.use_backend("cuda-emulated"):
+        yield ctypes.CDLL(build.build())
+    del BACKENDS["cuda-emulated"]
+
+
+@pytest.fixture(params=range(len(ORDERS)), ids=ORDERS)
+def order(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Iterator[int]:
+    """Threads and blocks run in this order."""
+    library.obc_emulation_order(request.param)
+    yield request.param
+    library.obc_emulation_order(0)
+
+
+@pytest.fixture
+def capturing(library: ctypes.CDLL) -> Iterator[None]:
+    """Every stream says that a graph is being captured."""
+    library.obc_emulation_capture(1)
+    yield
+    library.obc_emulation_capture(0)
+
+
+# The longest ones take a thousand blocks of 256 emulated threads.
+CHANNEL_CASES = [*test_channel_dot.CASES, ((70, 1023), 1), ((4, 3, 17, 17), 1), ((2, 5, 40, 40), 1), ((3, 2200, 8), 2)]
+WEIGHT_CASES = [case for case in test_weight_dot.CASES if max(case.shape) < 70_000]
+WEIGHT_CASES += [
+    test_weight_dot.Case((1031, 3)),
+    test_weight_dot.Case((1, 4096)),
+    test_weight_dot.Case((40, 600)),  # several chunks and tiles
+    test_weight_dot.Case((3, 2, 25, 25)),  # a kernel larger than a tile
+    test_weight_dot.Case((64, 1, 3, 3), groups=32),  # depthwise, two rows a group, aligned
+    test_weight_dot.Case((600, 1, 3), groups=300, transposed=True),
+    test_weight_dot.Case((4, 2, 3, 2, 3)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CHANNEL_CASES, ids=test_channel_dot.case_id)
+def test_channel_dot_matches_reference(dtype: torch.dtype, case: tuple[tuple[int, ...], int]) -> None:
+    shape, channel_dim = case
+    activation, grad = test_channel_dot.pair(shape, dtype, "cpu")
+    poison_heap()
+    test_channel_dot.check(activation, grad, channel_dim)
+    if channel_dim % len(shape):
+        test_channel_dot.check(activation, grad, channel_dim, per_sample=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grad_layout", LAYOUTS, ids=layout_id)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_noncontiguous(
+    dtype: torch.dtype, layout: Callable[[Tensor], Tensor], grad_layout: Callable[[Tensor], Tensor]
+) -> None:
+    for shape in ((5, 33), (2, 20, 4, 6), (2, 5, 3, 4, 3)):
+        activation, grad = test_channel_dot.pair(shape, dtype, "cpu")
+        activation, grad = layout(activation), grad_layout(grad)
+        test_channel_dot.check(activation, grad, 1)
+        test_channel_dot.check(activation, grad, len(shape) - 1, per_sample=True)
+        test_channel_dot.check(activation, grad, 0)
+    for case in (
+        test_weight_dot.Case((5, 33)),
+        test_weight_dot.Case((6, 35, 3), groups=3),
+        test_weight_dot.Case((4, 8, 3, 3)),
+        test_weight_dot.Case((4, 3, 2, 3, 2), 2),
+        test_weight_dot.Case((6, 1, 3, 3), 3, True),
+    ):
+        weight, grad, bias, bias_grad = case.tensors(dtype, "cpu")
+        weight, grad, bias, bias_grad = layout(weight), grad_layout(grad), layout(bias), grad_layout(bias_grad)
+        test_weight_dot.check([weight, grad, bias, bias_grad], case.groups, case.transposed)
+        test_weight_dot.check_moments(weight, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", WEIGHT_CASES, ids=str)
+def test_weight_dot_matches_reference(dtype: torch.dtype, case: test_weight_dot.Case) -> None:
+    tensors = case.tensors(dtype, "cpu")
+    poison_heap()
+    test_weight_dot.check(tensors, case.groups, case.transposed)
+    test_weight_dot.check(tensors[:2], case.groups, case.transposed)
+    test_weight_dot.check_moments(*tensors[:2])
+
+
+@settings(max_examples=60)
+@given(data=st.data(), shape=shapes, groups=st.integers(1, 3), dtype=st.sampled_from([torch.float32, torch.float16]))
+def test_any_shape_and_strides(data: st.DataObject, shape: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+    shape = (shape[0] * groups, *(shape[1:] or (1,)))
+    tensors = [data.draw(strided(shape, dtype)), data.draw(strided(shape, dtype))]
+    channel_dim = data.draw(st.integers(0, len(shape) - 1))
+    test_channel_dot.check(tensors[0], tensors[1], channel_dim, channel_dim > 0 and data.draw(st.booleans()))
+    transposed = data.draw(st.booleans())
+    if data.draw(st.booleans()):
+        out_channels = test_weight_dot.Case(shape, groups, transposed).out_channels
+        tensors += [data.draw(strided((out_channels,), dtype)), data.draw(strided((out_channels,), dtype))]
+    test_weight_dot.check(tensors, groups, transposed)
+    test_weight_dot.check_moments(*tensors[:2])
+
+
+def test_more_axes_than_a_kernel_walks_are_copied() -> None:
+    buffers = [torch.randn(4, 3, 4, 3, 4, 3, 4) for _ in range(2)]
+    activation, grad = (buffer[::2, :2, ::2, :2, ::2, :2, ::2] for buffer in buffers)
+    test_channel_dot.check(activation, grad, 1)
+    test_channel_dot.check(activation, grad, 3, per_sample=True)
+    test_weight_dot.check([activation, grad])
+    test_weight_dot.check_moments(activation, grad)
+    outs, ins = ops.weight_dot_list([activation, activation], [grad, grad])
+    for out, in_ in zip(outs, ins, strict=True):
+        torch.testing.assert_close([out, in_], list(reference.weight_dot(activation, grad)))
+
+
+def _layers(dtype: torch.dtype) -> tuple[list[list[Tensor | None]], list[int], list[bool]]:
+    cases = [*test_weight_dot.CASES[:27], test_weight_dot.Case((130, 129, 3, 3))]
+    tensors = [case.tensors(dtype, "cpu") for case in cases]
+    layers = [of if n % 2 else [*of[:2], None, None] for n, of in enumerate(tensors)]
+    return layers, [case.groups for case in cases], [case.transposed for case in cases]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_dot_list_is_one_launch(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    layers, groups, transposed = _layers(dtype)
+    columns = list(zip(*layers, strict=True))
+    for first in (True, False):  # the second time the worklist is there already
+        before = library.obc_emulation_launches()
+        outs, ins = ops.weight_dot_list(*columns, groups, transposed)
+        launches = library.obc_emulation_launches() - before
+        assert launches > 1 if first else launches == 1
+        for n, layer in enumerate(layers):
+            out, in_ = ops.weight_dot(*layer, groups[n], transposed[n])
+            torch.testing.assert_close(outs[n], out)
+            torch.testing.assert_close(ins[n], in_)
+
+
+def test_weight_dot_list_of_mixed_dtypes_and_layouts() -> None:
+    weights = [layout(torch.randn(6, 4, 3, 3)) for layout in LAYOUTS]
+    weights += [torch.randn(5, 7, dtype=dtype) for dtype in (torch.float64, torch.bfloat16)]
+    grads = [torch.randn(weight.shape).to(weight.dtype) for weight in weights]
+    outs, ins = ops.weight_dot_list(weights, grads)
+    for n, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        out, in_ = ops.weight_dot(weight, grad)
+        torch.testing.assert_close(outs[n], out)
+        torch.testing.assert_close(ins[n], in_)
+
+
+def test_worklists_of_other_memory_are_not_mistaken_for_each_other() -> None:
+    weight, grads = torch.randn(8, 16).double(), torch.randn(20, 8, 16).double()  # more gradients than are kept
+    for _ in range(2):
+        for grad in grads:
+            (out,), (in_,) = ops.weight_dot_list([weight], [grad])
+            torch.testing.assert_close([out, in_], list(reference.weight_dot(weight, grad)))
+
+
+SPLIT = [
+    lambda: ops.channel_dot(torch.randn(900, 24), torch.randn(900, 24), 1),
+    lambda: ops.channel_dot(torch.randn(3, 2, 70, 70), torch.randn(3, 2, 70, 70), 1),
+    lambda: ops.channel_dot(torch.randn(40, 6, 7, 7), torch.randn(40, 6, 7, 7), 1, True),
+    lambda: torch.cat(ops.weight_dot(torch.randn(150, 700), torch.randn(150, 700))),
+    lambda: torch.cat(ops.weight_dot(torch.randn(36, 20, 3), torch.randn(36, 20, 3), groups=2)),
+    lambda: torch.cat(ops.weight_moments(torch.randn(2, 9000), torch.randn(2, 9000))),
+    lambda: torch.cat(ops.weight_dot_list([torch.randn(150, 700)], [torch.randn(150, 700)])[0]),
+]
+
+
+def test_the_same_bits_whatever_runs_first(library: ctypes.CDLL) -> None:
+    """Threads and blocks in three orders, memory poisoned between: a forgotten barrier or a stale counter shows."""
+    results = []
+    for order in range(len(ORDERS)):
+        library.obc_emulation_order(order)
+        torch.manual_seed(1)
+        poison_heap()
+        results.append([call() for call in SPLIT])
+    library.obc_emulation_order(0)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_in_a_captured_graph_nothing_is_shared_with_eager_calls(capturing: None, library: ctypes.CDLL) -> None:
+    """Counters are a graph's own, and a worklist is uploaded in every capture."""
+    weight, grad = torch.randn(150, 700), torch.randn(150, 700)
+    test_weight_dot.check([weight, grad])
+    for _ in range(2):
+        before = library.obc_emulation_launches()
+        outs, ins = ops.weight_dot_list([weight], [grad])
+        assert library.obc_emulation_launches() - before == 2
+    torch.testing.assert_close([*outs, *ins], list(reference.weight_dot(weight, grad)))
+
+
+def end_row_case(channels: int, members: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """scores, row and groups of about ``members`` channels; None is no groups."""
+    row = torch.randn(channels, dtype=dtype)
+    if members is None:
+        return torch.rand(channels, dtype=dtype), row, None
+    count = channels // members + 2  # some groups stay empty
+    return torch.rand(count, dtype=dtype), row, torch.randint(count, (channels,)).sort().values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("members", [None, 1, 7, 5000], ids=str)
+@pytest.mark.parametrize("channels", [0, 1, 33, 1025, 9000, 40_000])
+def test_end_row_matches_reference(
+    library: ctypes.CDLL, order: int, channels: int, members: int | None, dtype: torch.dtype
+) -> None:
+    scores, row, groups = end_row_case(channels, members, dtype)
+    expected, spent = scores.double(), row.double()
+    reference.end_row(expected, spent, 4.0, groups)
+    before = library.obc_emulation_launches()
+    assert ops.end_row(scores, row, 4.0, groups)
+    assert library.obc_emulation_launches() - before == 1
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-13, atol=0)
+    assert not row.any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30])
+@pytest.mark.parametrize("channels", [5, 20_000])
+def test_end_row_adds_nothing_where_a_square_is_not_finite(channels: int, bad: float) -> None:
+    for position in (0, channels // 2, channels - 1):
+        scores, row, groups = end_row_case(channels, 3, torch.float32)
+        row[position] = bad
+        before = scores.clone()
+        assert not ops.end_row(scores, row, 1.0, groups)
+        assert torch.equal(scores, before)
+        assert not row.any()
+
+
+@pytest.mark.parametrize("groups", [[0, 2, 1], [0, 1, 3], [-1, 0, 1]], ids=["descending", "beyond", "negative"])
+def test_end_row_adds_nothing_where_groups_are_wrong(groups: list[int]) -> None:
+    scores, row = torch.ones(3), torch.ones(3)
+    assert not ops.end_row(scores, row, 1.0, torch.tensor(groups))
+    assert torch.equal(scores, torch.ones(3))
+    assert not row.any()
+
+
+def test_end_row_honours_strides() -> None:
+    scores, row = torch.zeros(20)[::2], torch.arange(20.0)[1::2]
+    groups = torch.stack([torch.arange(10), torch.full((10,), 99)], dim=1)[:, 0]
+    assert ops.end_row(scores, row, 2.0, groups)
+    assert torch.equal(scores, (torch.arange(20.0)[1::2] / 2).square())
+    assert not row.any()
