@@ -1,0 +1,396 @@
+"""Compensation without training: consumers of pruned channels take over, by least squares, what those carried.
+
+Held-out batches decide: a layer keeps its compensation only where the pruned model's output, on batches that no
+regression saw, comes closer to the unpruned model's by it. A single layer can do much harm although its own input is
+reconstructed well; each is therefore judged with all others compensated, where their errors no longer hide its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+from tqdm.auto import tqdm
+
+from obc import ops
+from obc.equivalent.calibration import (
+    ForwardFn,
+    batch_norms,
+    channel_rows,
+    default_forward,
+    evaluation,
+    inputs,
+    output_error,
+    outputs,
+)
+from obc.equivalent.calibration import recalibrate_norms as recalibrate
+from obc.equivalent.layers import Layout, is_compiled, is_depthwise, layout_of, split_by_group
+from obc.equivalent.moments import Moments, SingularError, Solution
+from obc.equivalent.plan import Kept, PlanError, PruningPlan, named_modules, original_tensor, sliced
+
+# One batch in so many is held out. Fewer make the decision noisier, more take rows from the regression.
+_HELD_OUT = 5
+
+
+@dataclass(frozen=True)
+class LayerCompensation:
+    """What compensation did for one consumer.
+
+    Attributes:
+        input_error_before: E |x - naive|^2 / E |x|^2 of its reconstructed input on the calibration batches.
+        input_error_after: the same with the decompressor.
+        output_error_naive: of the model's output on the held-out batches, with this layer naive and all others
+            compensated.
+        applied: whether the layer kept its compensation.
+        rows: how many input positions the regression saw.
+        ridge: the relative ridge that was used; larger than the one asked for where Cholesky needed it.
+    """
+
+    input_error_before: float
+    input_error_after: float
+    output_error_naive: float
+    applied: bool
+    rows: int
+    ridge: float
+
+
+@dataclass
+class CompensationReport:
+    """What :func:`compensate` did.
+
+    Errors are relative squared errors of the model's output against the unpruned model's on the held-out batches.
+
+    Attributes:
+        layers: per consumer, in the order of execution.
+        naive_error: before anything.
+        compensated_error: with every layer compensated.
+        final_error: at the end; never above ``naive_error``.
+        norms_recalibrated: whether BatchNorm statistics were estimated anew; not where the model has none, it was not
+            asked for, or the held-out error is lower without.
+        decompressors: D of every layer that kept its compensation, in the form that ``equivalent_pruning`` takes.
+        moment_bytes: the largest memory that the running sums took.
+        seconds: wall time.
+    """
+
+    layers: dict[str, LayerCompensation] = field(default_factory=dict)
+    naive_error: float = 0.0
+    compensated_error: float = 0.0
+    final_error: float = 0.0
+    norms_recalibrated: bool = False
+    decompressors: dict[str, Tensor] = field(default_factory=dict)
+    moment_bytes: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        lines = [f"{'layer':40} {'input error':>16}   output error if naive"]
+        for name, layer in self.layers.items():
+            errors = f"{layer.input_error_before:.4f} -> {layer.input_error_after:.4f}   {layer.output_error_naive:.4f}"
+            lines.append(f"{name:40} {errors}{'' if layer.applied else ' (left naive)'}")
+        errors = f"naive {self.naive_error:.4f}, all {self.compensated_error:.4f}, final {self.final_error:.4f}"
+        return "\n".join([*lines, f"held-out output error: {errors}"])
+
+
+def compensate(
+    pruned_model: nn.Module,
+    original_model: nn.Module,
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    forward_fn: ForwardFn | None = None,
+    *,
+    mode: Literal["ls", "seq"] = "ls",
+    ridge: float = 1e-4,
+    recalibrate_norms: bool = True,
+    max_bytes: int = 2**31,
+    progress: bool | None = None,
+) -> CompensationReport:
+    """Compensate ``pruned_model`` in place from unlabelled batches; it keeps its shapes and its parameter names.
+
+    Every consumer of pruned channels gets the weight W D with D = S + (E[x zT] - S E[z zT]) (E[z zT] + lambda I)^-1
+    (:mod:`obc.equivalent.moments`), and its bias, where it has one, the rest of the mean. A convolution that pads with
+    zeros is regressed through zero instead: its padding has no mean.
+
+    mode="ls": z is the kept part of the unpruned model's x; one pass over the batches for all layers.
+    mode="seq": layer by layer in the order of execution, z being what the pruned model, compensated so far, hands on:
+    errors don't compound. One pass per layer.
+
+    Every fifth batch, at least one, is held out and decides about each layer, after the BatchNorm statistics were
+    estimated anew. That takes one pass over the held-out batches per layer (over all batches where there are
+    BatchNorms). Memory: the running sums take 8 (in * kept + 2 in + kept) bytes per layer ("seq": + 8 kept^2, one
+    layer at a time), besides the batches, both models' outputs on the held-out ones and two copies of the consumers.
+
+    Args:
+        pruned_model: as pruning left it; its device and dtype are those of ``original_model``.
+        original_model: the unpruned model; unchanged.
+        plan: what pruning kept.
+        batches: calibration batches, at least two; a list is made of them, because they are used several times.
+        forward_fn: ``forward_fn(model, batch)`` returns what is to be preserved, tensors in any nesting; by default
+            ``model(batch)``.
+        mode: "ls" or "seq".
+        ridge: relative to the mean diagonal of E[z zT].
+        recalibrate_norms: estimate BatchNorm statistics anew whenever weights changed.
+        max_bytes: limit for the running sums of mode "ls": layers beyond it take further passes over the batches.
+        progress: show a progress bar; None shows it in a terminal only.
+
+    Raises:
+        PlanError: the plan doesn't describe the consumers' weights.
+        ValueError: an unknown mode, a negative ridge, fewer than two batches, a consumer that no batch reached, a Gram
+            matrix that is singular in spite of the ridge, or a compiled or parametrised model.
+    """
+    start = time.perf_counter()
+    if mode not in ("ls", "seq"):
+        raise ValueError(f"mode must be 'ls' or 'seq', got {mode!r}")
+    if ridge < 0:
+        raise ValueError(f"ridge must not be negative, got {ridge}")
+    for role, model in (("pruned", pruned_model), ("original", original_model)):
+        if is_compiled(model):
+            raise ValueError(f"the {role} model is compiled; pass the model itself and compile after compensation")
+    calibration, held_out = _split(list(batches))
+    forward = forward_fn or default_forward
+    with evaluation(pruned_model, original_model):
+        consumers = _consumers(pruned_model, original_model, plan)
+        called = list(inputs(original_model, list(consumers), calibration[0], forward))
+        late = [name for name in consumers if name not in called]  # branches that the first batch did not take
+        ordered = {name: consumers[name] for name in [*called, *late]}
+        norms = batch_norms(pruned_model) if recalibrate_norms else []
+        disable = None if progress is None else not progress
+        with tqdm(total=2 * len(ordered), desc="compensate", unit="layer", disable=disable) as bar:
+            run = _Run(pruned_model, original_model, ordered, forward, (calibration, held_out), ridge, norms, bar)
+            run.apply_all(mode == "seq", max_bytes)
+            run.decide()
+    run.report.seconds = time.perf_counter() - start
+    return run.report
+
+
+def _split(batches: list[Any]) -> tuple[list[Any], list[Any]]:
+    """(calibration, held out): every fifth batch is held out, the last one where there are fewer."""
+    if len(batches) < 2:
+        raise ValueError(f"compensate got {len(batches)} batches; pass at least two: one of them is held out to decide")
+    if len(batches) < _HELD_OUT:
+        return batches[:-1], batches[-1:]
+    held_out = batches[_HELD_OUT - 1 :: _HELD_OUT]
+    return [batch for index, batch in enumerate(batches) if (index + 1) % _HELD_OUT], held_out
+
+
+@dataclass
+class _Consumer:
+    """A layer whose inputs were pruned."""
+
+    module: nn.Module
+    layout: Layout
+    weight: Tensor  # kept out channels, all in channels
+    positions: Tensor  # (blocks, kept in / blocks): the kept channels inside their block
+    size: int  # channels of a block before pruning
+    repeat: int
+
+    @property
+    def intercept(self) -> bool:
+        module: Any = self.module
+        padded = self.layout.convolution and module.padding_mode == "zeros" and module.padding not in ("valid", 0)
+        padded = padded and (isinstance(module.padding, str) or any(module.padding))
+        return module.bias is not None and not padded and not (self.layout.convolution and self.layout.transposed)
+
+    def bytes(self, paired: bool) -> int:
+        return Moments.bytes_for(len(self.positions), self.size, self.positions.shape[1], paired)
+
+    def moments(self, paired: bool) -> Moments:
+        return Moments(self.positions, self.size, paired)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return channel_rows(x, self.layout, self.repeat)
+
+    def parameters(self) -> list[Tensor]:
+        module: Any = self.module
+        return [parameter.detach() for parameter in (module.weight, module.bias) if parameter is not None]
+
+    def apply(self, solution: Solution) -> None:
+        """weight = W D; bias += W intercept."""
+        decompressor = solution.decompressor.to(self.weight)
+        if self.layout.transposed:
+            folded = ops.fold(self.weight, decompressor.mT, None, self.layout.groups)
+        else:
+            folded = ops.fold(self.weight, None, decompressor, self.layout.groups, self.repeat)
+        module: Any = self.module
+        module.weight.copy_(folded)
+        if solution.intercept is not None:
+            module.bias += self._through(solution.intercept)
+
+    def _through(self, constant: Tensor) -> Tensor:
+        """What the layer makes of an input that is ``constant`` (in,) at every position."""
+        weight = (self.weight.transpose(0, 1) if self.layout.transposed else self.weight).double()
+        per_channel = (
+            weight.flatten(2).sum(2) if self.layout.convolution else weight.unflatten(1, (-1, self.repeat)).sum(2)
+        )
+        blocks = per_channel.unflatten(0, (self.layout.groups, -1))
+        through = blocks @ constant.to(blocks).reshape(self.layout.groups, -1, 1)
+        return through.flatten().to(self.weight.dtype)
+
+
+def _consumers(pruned_model: nn.Module, original_model: nn.Module, plan: PruningPlan) -> dict[str, _Consumer]:
+    """The layers whose inputs were pruned, checked against the plan."""
+    state_dict = original_model.state_dict()
+    found = {}
+    for name, module in named_modules(pruned_model):
+        kept, layout = plan.get(name), layout_of(module)
+        if kept is None or kept.in_channels is None or layout is None:
+            continue
+        if parametrize.is_parametrized(module):
+            raise ValueError(f"{name} is parametrised; compensate the naive model, or merge first")
+        weight = original_tensor(state_dict, f"{name}.weight")
+        if is_depthwise(module, weight):
+            continue
+        plan.verify_tensor(state_dict, name, module, "weight", module.weight.detach())  # type: ignore[union-attr, operator]
+        in_channels = layout.sizes(weight)[1] // kept.in_repeat
+        positions = split_by_group(kept.in_channels, in_channels, layout.groups)
+        if positions is None:
+            raise PlanError(f"{name}: its {layout.groups} groups keep unequal numbers of channels")
+        rows = sliced(module, "weight", weight, Kept(kept.out_channels), f"{name}.weight")
+        found[name] = _Consumer(module, layout, rows, positions, in_channels // layout.groups, kept.in_repeat)
+    return found
+
+
+class _Run:
+    """One call of :func:`compensate`: every consumer's naive and compensated state, and the report that grows."""
+
+    def __init__(
+        self,
+        pruned: nn.Module,
+        original: nn.Module,
+        consumers: Mapping[str, _Consumer],
+        forward: ForwardFn,
+        batches: tuple[Sequence[Any], Sequence[Any]],
+        ridge: float,
+        norms: Sequence[_BatchNorm],
+        bar: Any,
+    ) -> None:
+        self.pruned, self.original, self.consumers, self.forward = pruned, original, consumers, forward
+        (self.calibration, self.held_out), self.ridge, self.bar = batches, ridge, bar
+        self.norms, self.norm_states = norms, [copy.deepcopy(norm.state_dict()) for norm in norms]
+        self.expected = outputs(original, self.held_out, forward)
+        self.naive = {name: _copies(consumer.parameters()) for name, consumer in consumers.items()}
+        self.compensated: dict[str, list[Tensor]] = {}
+        self.solutions: dict[str, tuple[Solution, int]] = {}
+        self.report = CompensationReport(naive_error=self._error())
+
+    def apply_all(self, paired: bool, max_bytes: int) -> None:
+        """Compensate every consumer; with ``paired`` each on what the ones before it hand on."""
+        for names in _chunks(self.consumers, 0 if paired else max_bytes, paired):
+            moments = {name: self.consumers[name].moments(paired) for name in names}
+            taken = sum(self.consumers[name].bytes(paired) for name in names)
+            self.report.moment_bytes = max(self.report.moment_bytes, taken)
+            for batch in self.calibration:
+                self._accumulate(moments, batch, paired)
+            for name in names:
+                solution = self._solved(name, moments[name])
+                self.consumers[name].apply(solution)
+                self.compensated[name] = _copies(self.consumers[name].parameters())
+                self.solutions[name] = (solution, moments[name].samples)
+                self.bar.update()
+            if paired:
+                self._recalibrate()
+
+    def _accumulate(self, moments: Mapping[str, Moments], batch: Any, paired: bool) -> None:
+        full = inputs(self.original, list(moments), batch, self.forward)
+        pruned = inputs(self.pruned, list(moments), batch, self.forward) if paired else {}
+        for name, calls in full.items():
+            rows = self.consumers[name].rows
+            arriving = [rows(z) for z in pruned[name]] if paired else [None] * len(calls)
+            for x, z in zip(calls, arriving, strict=True):
+                moments[name].add(rows(x), z)
+
+    def _solved(self, name: str, moments: Moments) -> Solution:
+        consumer = self.consumers[name]
+        if moments.samples == 0:
+            raise ValueError(
+                f"no calibration batch reached {name}; pass batches and a forward_fn that call it as a module, "
+                f"or leave the layers before it unpruned"
+            )
+        try:
+            return moments.solve(self.ridge, consumer.intercept)
+        except SingularError as error:
+            raise ValueError(
+                f"{name}: {error}; it saw {moments.samples} positions for {consumer.positions.shape[1]} kept channels: "
+                f"pass more batches or a larger ridge"
+            ) from error
+
+    def decide(self) -> None:
+        """Leave naive what does harm: the worst layer first, as long as the held-out error falls by it."""
+        report = self.report
+        error = report.compensated_error = self._error_recalibrated()
+        alone = {}
+        for name in self.consumers:
+            self._put(name, self.naive)
+            alone[name] = self._error_recalibrated()
+            self._put(name, self.compensated)
+            self.bar.update()
+        applied = set(self.consumers)
+        for name in sorted(alone, key=alone.__getitem__):
+            if alone[name] >= report.compensated_error:
+                break
+            self._put(name, self.naive)
+            if (without := self._error_recalibrated()) < error:
+                error = without
+                applied.remove(name)
+            else:
+                self._put(name, self.compensated)
+        report.final_error = self._error_recalibrated()
+        report.norms_recalibrated = bool(self.norms)
+        if not report.final_error < report.naive_error:
+            applied.clear()
+            self._leave_naive()
+        for name, (solution, rows) in self.solutions.items():
+            report.layers[name] = LayerCompensation(
+                solution.error_before, solution.error_after, alone[name], name in applied, rows, solution.ridge
+            )
+            if name in applied:
+                report.decompressors[name] = solution.decompressor.to(self.consumers[name].weight)
+
+    def _leave_naive(self) -> None:
+        """Everything as it was, but for new norm statistics where those alone help."""
+        for name in self.consumers:
+            self._put(name, self.naive)
+        report = self.report
+        report.final_error = self._error_recalibrated()
+        if not report.final_error < report.naive_error:
+            for norm, state in zip(self.norms, self.norm_states, strict=True):
+                norm.load_state_dict(state)
+            report.final_error, report.norms_recalibrated = report.naive_error, False
+
+    def _put(self, name: str, states: Mapping[str, list[Tensor]]) -> None:
+        for parameter, value in zip(self.consumers[name].parameters(), states[name], strict=True):
+            parameter.copy_(value)
+
+    def _recalibrate(self) -> None:
+        if self.norms:
+            recalibrate(self.pruned, self.calibration, self.forward)
+
+    def _error_recalibrated(self) -> float:
+        self._recalibrate()
+        return self._error()
+
+    def _error(self) -> float:
+        return output_error(outputs(self.pruned, self.held_out, self.forward), self.expected)
+
+
+def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.clone() for tensor in tensors]
+
+
+def _chunks(consumers: Mapping[str, _Consumer], max_bytes: int, paired: bool) -> Iterator[list[str]]:
+    """Runs of consumers whose moments fit into ``max_bytes`` together; one at a time where a single one does not."""
+    chunk: list[str] = []
+    taken = 0
+    for name, consumer in consumers.items():
+        needed = consumer.bytes(paired)
+        if chunk and taken + needed > max_bytes:
+            yield chunk
+            chunk, taken = [], 0
+        chunk.append(name)
+        taken += needed
+    if chunk:
+        yield chunk
