@@ -106,15 +106,17 @@ class Scores(Mapping[str, ChannelScores]):
             if name not in modules:
                 raise ScoresError(f"these scores are of another model: it has no module {name!r}; score this model")
             rule = rule_for(modules[name])
-            expected = None
-            if isinstance(rule, Rule):
-                expected = channel_count(modules[name], rule, rule.out_axis)
-            got = None if channels.out_channels is None else channels.out_channels.numel()
-            if got is not None and got != expected:
-                raise ScoresError(
-                    f"these scores are of another model: {name!r} has {expected} out channels, the scores {got}; "
-                    "score the model again after every change of its widths"
-                )
+            for side, values in (("out", channels.out_channels), ("in", channels.in_channels)):
+                expected: set[int] = set()
+                if isinstance(rule, Rule) and (axis := rule.out_axis if side == "out" else rule.in_axis) is not None:
+                    expected.add(channel_count(modules[name], rule, axis))
+                    if side == "in":  # fold_groups adds the groups up
+                        expected.add(channel_count(modules[name], rule, axis) // rule.groups)
+                if values is not None and values.numel() not in expected:
+                    raise ScoresError(
+                        f"these scores are of another model: {name!r} has {max(expected, default=None)} {side} channels, "
+                        f"the scores {values.numel()}; score the model again after every change of its widths"
+                    )
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a safetensors file: one tensor per module and side, everything else as metadata."""
@@ -159,6 +161,8 @@ class Scores(Mapping[str, ChannelScores]):
             metadata, num_rows = json.loads(header["metadata"]), int(header["num_rows"])
         except (KeyError, ValueError) as error:
             raise ScoresError(f"{path} is a damaged score file: {error!r}") from error
+        if lacking := [name for name in modules if f"{name}:out_channels" not in tensors]:
+            raise ScoresError(f"{path} is a damaged score file: it has no scores of {lacking[0]!r}")
         channels = {
             name: ChannelScores(tensors.get(f"{name}:out_channels"), tensors.get(f"{name}:in_channels"))
             for name in modules
