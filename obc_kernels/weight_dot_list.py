@@ -30,6 +30,9 @@ from obc_kernels.weight_dot import WeightDotConfig, WeightWalk, bias_term, finis
 # Gradients of one model come in few sets of buffers; a worklist holds device memory of about a byte per 4096 weights.
 CACHED_WORKLISTS = 8
 
+# Loads element by element need an address each, beside a record of twenty values: with 128 registers they spill.
+ADDRESS_REGISTERS = 255
+
 
 @triton.jit
 def _weight_dot_list_kernel(
@@ -401,6 +404,7 @@ def weight_dot_list_triton(
             stage.first_item,
             **stage.constexprs,
             num_warps=WeightDotConfig.num_warps,
+            max_registers=128 if stage.constexprs.get("VECTORS") else ADDRESS_REGISTERS,
         )
     for stage in worklist.finishes:
         like = layers[stage.like].weight
@@ -416,6 +420,7 @@ def weight_dot_list_triton(
             stage.first_item,
             **stage.constexprs,
             num_warps=WeightDotConfig.num_warps,
+            max_registers=128 if stage.constexprs.get("VECTORS") else ADDRESS_REGISTERS,
         )
     out_views = {acc: iter(flat.split(worklist.out_sizes[acc])) for acc, flat in out_dots.items()}
     in_views = {acc: iter(flat.split(worklist.in_sizes[acc])) for acc, flat in in_dots.items()}
