@@ -53,6 +53,10 @@ class ResidualCNN(nn.Module):
         self.blocks = nn.Sequential(*layers)
         self.head = nn.Linear(channels, CLASSES)
 
+    def unpruned_layers(self) -> list[nn.Module]:
+        """The layers whose outputs keep their width when the network is pruned."""
+        return [self.head]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
@@ -77,6 +81,10 @@ class VGG(nn.Module):
         self.features = nn.Sequential(*layers)
         side = IMAGE_SIZE // 2 ** (len(widths) - 1)
         self.classifier = nn.Sequential(nn.Linear(channels * side**2, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES))
+
+    def unpruned_layers(self) -> list[nn.Module]:
+        """The layers whose outputs keep their width when the network is pruned."""
+        return [self.classifier[-1]]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.classifier(self.features(x).flatten(1))
@@ -112,6 +120,10 @@ class EncoderLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
+    def unpruned_layers(self) -> list[nn.Module]:
+        """The attention, and the layer that returns to the residual stream."""
+        return [self.attention, self.mlp[-1]]
+
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
@@ -132,6 +144,14 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, CLASSES)
         self.register_buffer("positions", torch.arange(patches), persistent=False)
+
+    def unpruned_layers(self) -> list[nn.Module]:
+        """All but the first layer of each feed-forward network, whose hidden units are pruned."""
+        kept: list[nn.Module] = [self.embed, self.position, self.head]
+        for layer in self.layers:
+            assert isinstance(layer, EncoderLayer)
+            kept += layer.unpruned_layers()
+        return kept
 
     def forward(self, x: Tensor) -> Tensor:
         patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)

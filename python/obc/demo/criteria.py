@@ -1,0 +1,70 @@
+"""The criteria that the demo compares, each as Torch-Pruning's users would use it.
+
+The defaults of Torch-Pruning's own criteria are kept. Taylor and the Jacobian Criterion read the same batches: Taylor
+the gradient of their summed losses, the Jacobian Criterion one row a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from obc.demo.data import Split
+from obc.integrations.torch_pruning import JacobianImportance
+
+ROWS = 50  # batches of training images, as in the paper
+
+Batch = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A way to rank channels.
+
+    Attributes:
+        name: as printed.
+        importance: makes Torch-Pruning's importance.
+        score: (importance, model, split) fills it before a step; for criteria that look at the weights alone, nothing.
+    """
+
+    name: str
+    importance: Callable[[], Any]
+    score: Callable[[Any, nn.Module, Split], None]
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean cross-entropy of one batch."""
+    images, labels = batch
+    return F.cross_entropy(model(images), labels)
+
+
+def batch_size(split: Split) -> int:
+    """The size that cuts ``split`` into ``ROWS`` batches."""
+    return -(-len(split) // ROWS)
+
+
+def _no_score(importance: Any, model: nn.Module, split: Split) -> None:
+    """Random numbers and weights need no data."""
+
+
+def _taylor(importance: Any, model: nn.Module, split: Split) -> None:
+    model.zero_grad()
+    for batch in split.batches(batch_size(split)):
+        loss(model, batch).backward()
+
+
+def _jacobian(importance: JacobianImportance, model: nn.Module, split: Split) -> None:
+    importance.score(model, split.batches(batch_size(split)), loss, progress=False)
+
+
+CRITERIA = (
+    Criterion("random", tp.importance.RandomImportance, _no_score),
+    Criterion("L1", lambda: tp.importance.GroupMagnitudeImportance(p=1), _no_score),
+    Criterion("Taylor", tp.importance.GroupTaylorImportance, _taylor),
+    Criterion("Jacobian", JacobianImportance, _jacobian),
+)

@@ -1,0 +1,42 @@
+"""What scoring costs: its time, and its peak of allocated memory."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+
+from torch.profiler import ProfilerActivity, profile
+
+
+def seconds(call: Callable[[], object], repeats: int = 3) -> float:
+    """The median time of ``repeats`` calls, after one that warms up."""
+    call()
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator had handed out during ``call``, above what it had at its start.
+
+    Counted from every allocation and release that torch's profiler sees, so it does not depend on the machine; memory
+    that kernels take elsewhere is not in it.
+    """
+    # Kineto reads this when it first runs; its start and stop would otherwise be printed on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    recorded = profiler.profiler
+    assert recorded is not None
+    assert recorded.kineto_results is not None
+    changes = [(e.start_ns(), e.nbytes()) for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+    allocated = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        allocated += change
+        peak = max(peak, allocated)
+    return peak

@@ -1,0 +1,184 @@
+"""The comparison: train a network, prune copies of it by each criterion, evaluate each on digits never seen.
+
+One protocol for every criterion: Torch-Pruning's pruner with global ranking removes a fixed share of the channels a
+step, with the criterion scored anew on the training digits before each step, until the network has so many fewer MACs.
+It is evaluated there, without fine-tuning and with its norms' statistics as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from obc.demo import measure
+from obc.demo.criteria import CRITERIA, Criterion
+from obc.demo.data import Digits, digits
+from obc.demo.models import IMAGE_SIZE, residual_cnn, transformer
+from obc.demo.train import accuracy, train
+
+TARGETS = (1.3, 1.5, 2.0)  # times fewer MACs
+STEPS = 32  # each removes 1 / STEPS of the channels there were
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A network of the demo and how long it trains."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Point:
+    """One pruned network: the MACs it was to lose, how many times fewer it has, and its accuracy on the test split."""
+
+    target: float
+    macs_ratio: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class CriterionResult:
+    """What one criterion kept, and what scoring the unpruned network by it costs."""
+
+    criterion: str
+    points: tuple[Point, ...]
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One network, unpruned, and what became of it."""
+
+    model: str
+    accuracy: float
+    macs: int
+    parameters: int
+    criteria: tuple[CriterionResult, ...]
+
+
+RECIPES = (
+    Recipe("residual CNN", residual_cnn, epochs=10),
+    Recipe("transformer", transformer, epochs=30),
+)
+
+
+def run(
+    seed: int = 0,
+    recipes: Sequence[Recipe] = RECIPES,
+    criteria: Sequence[Criterion] = CRITERIA,
+    targets: Sequence[float] = TARGETS,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[ModelResult]:
+    """Train and prune every network by every criterion. Deterministic given ``seed``, but for the seconds.
+
+    Args:
+        seed: of the splits, the initial weights, the order of training and the random criterion.
+        recipes: the networks.
+        criteria: the criteria.
+        targets: times fewer MACs, ascending.
+        say: called with a line before each long part.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more gain nothing on networks so small, and sums depend on their number
+    try:
+        return [_compare(recipe, criteria, targets, seed, say) for recipe in recipes]
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _compare(
+    recipe: Recipe, criteria: Sequence[Criterion], targets: Sequence[float], seed: int, say: Callable[[str], None]
+) -> ModelResult:
+    data = digits(seed)
+    say(f"Training the {recipe.name} on {len(data.train)} digits, {recipe.epochs} epochs")
+    _seed(seed)
+    model = train(recipe.build(), data.train, epochs=recipe.epochs, seed=seed)
+    macs, parameters = count(model)
+    compared = []
+    for criterion in criteria:
+        say(f"Pruning the {recipe.name} by {criterion.name}")
+        _seed(seed)
+        points = prune(copy.deepcopy(model), criterion, data, targets)
+        compared.append(CriterionResult(criterion.name, points, *cost(copy.deepcopy(model), criterion, data)))
+    return ModelResult(recipe.name, accuracy(model, data.test), macs, parameters, tuple(compared))
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)  # Torch-Pruning 1.5 draws its random importance from here
+
+
+def example() -> torch.Tensor:
+    """One blank image."""
+    return torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE)
+
+
+def count(model: nn.Module) -> tuple[int, int]:
+    """MACs of one image and parameters, as Torch-Pruning counts them."""
+    macs, parameters = tp.utils.count_ops_and_params(model, example())
+    return int(macs), int(parameters)
+
+
+def make_pruner(model: Any, importance: Any) -> Any:
+    """The pruner that every criterion gets."""
+    return tp.pruner.MagnitudePruner(
+        model,
+        example(),
+        importance,
+        global_pruning=True,
+        pruning_ratio=1.0,
+        iterative_steps=STEPS,
+        ignored_layers=model.unpruned_layers(),
+        # Torch-Pruning's default dictionaries are shared by all pruners of a process.
+        in_channel_groups={},
+        out_channel_groups={},
+        num_heads={},
+    )
+
+
+def prune(model: nn.Module, criterion: Criterion, data: Digits, targets: Sequence[float]) -> tuple[Point, ...]:
+    """Prune ``model`` in place step by step, and evaluate it where it first reaches each target.
+
+    Raises:
+        RuntimeError: the pruner's steps ended before a target.
+    """
+    importance = criterion.importance()
+    pruner = make_pruner(model, importance)
+    full, _ = count(model)
+    points = []
+    for target in targets:
+        while full < target * count(model)[0]:
+            if pruner.current_step == STEPS:
+                raise RuntimeError(f"{criterion.name}: {STEPS} steps of pruning do not reach {target}x fewer MACs")
+            criterion.score(importance, model, data.train)
+            pruner.step()
+        points.append(Point(target, full / count(model)[0], accuracy(model, data.test)))
+    return tuple(points)
+
+
+def cost(model: nn.Module, criterion: Criterion, data: Digits) -> tuple[float, int]:
+    """Seconds and peak bytes of scoring all groups of ``model`` once, data included."""
+    importance = criterion.importance()
+    pruner = make_pruner(model, importance)
+    groups = list(
+        pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
+    )
+
+    def score() -> None:
+        criterion.score(importance, model, data.train)
+        for group in groups:
+            importance(group)
+        model.zero_grad()
+
+    peak = measure.peak_bytes(score)  # first: nothing that an earlier call left is released while it counts
+    return measure.seconds(score), peak

@@ -1,0 +1,182 @@
+"""The demo: its splits, networks, protocol and report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install scikit-learn")
+pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
+pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
+
+from obc import cli
+from obc.demo import criteria, measure, models, report, run
+from obc.demo.criteria import CRITERIA, ROWS, batch_size
+from obc.demo.data import TEST_IMAGES, VALIDATION_IMAGES, digits
+from obc.demo.train import accuracy, train
+
+SMALL = (
+    run.Recipe("small CNN", lambda: models.residual_cnn((8, 12), 1), epochs=2),
+    run.Recipe("small transformer", lambda: models.transformer(16, 2, 64, 2), epochs=2),
+)
+
+
+def test_splits_are_the_digits_once_and_follow_the_seed() -> None:
+    data, again, other = digits(0), digits(0), digits(1)
+    splits = (data.train, data.validation, data.test)
+    assert [len(split) for split in splits] == [1797 - VALIDATION_IMAGES - TEST_IMAGES, VALIDATION_IMAGES, TEST_IMAGES]
+    assert torch.equal(data.test.images, again.test.images)
+    assert not torch.equal(data.test.images, other.test.images)
+    together = torch.cat([split.images.flatten(1) for split in splits])
+    from_other = torch.cat([split.images.flatten(1) for split in (other.train, other.validation, other.test)])
+    assert torch.equal(together.sort(0).values, from_other.sort(0).values)  # the same images, whatever the seed
+    assert together.min() == -1
+    assert together.max() == 1
+
+
+def test_batches_hold_every_image_once() -> None:
+    split = digits(0).validation
+    order = torch.cat([labels for _, labels in split.batches(64)])
+    assert torch.equal(order, split.labels)
+    shuffled = list(split.batches(64, torch.Generator().manual_seed(0)))
+    assert [len(labels) for _, labels in shuffled] == [64, 64, 64, 8]
+    assert not torch.equal(torch.cat([labels for _, labels in shuffled]), order)
+    images = torch.cat([images for images, _ in shuffled])
+    assert torch.equal(images.flatten(1).sort(0).values, split.images.flatten(1).sort(0).values)
+    assert len(list(digits(0).train.batches(batch_size(digits(0).train)))) == ROWS
+
+
+@pytest.mark.parametrize("build", [models.residual_cnn, models.vgg, models.transformer])
+def test_networks_classify_and_name_layers_of_their_own(build: type[nn.Module]) -> None:
+    model = build()
+    assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+    own = set(model.modules())
+    assert all(layer in own for layer in model.unpruned_layers())
+
+
+def test_transformer_refuses_sizes_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="width 30 must be divisible by heads 4"):
+        models.transformer(width=30)
+
+
+def test_training_learns_repeats_and_ends_in_eval_mode() -> None:
+    data, accuracies = digits(0), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = train(models.vgg((8, 12), 1, 24), data.train, epochs=3)
+        assert not any(module.training for module in model.modules())
+        accuracies.append(accuracy(model, data.validation))
+    assert accuracies[0] == accuracies[1] > 0.8
+    model.train()
+    accuracy(model, data.validation)
+    assert all(module.training for module in model.modules())
+
+
+def test_peak_bytes_counts_what_is_alive_at_once() -> None:
+    kept = []
+
+    def call() -> None:
+        for _ in range(3):
+            torch.ones(1000, 250)  # released at once
+        kept.extend(torch.ones(1000, 250) for _ in range(2))
+
+    assert measure.peak_bytes(call) == 2 * 1000 * 250 * 4
+
+
+def test_seconds_is_the_median_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 5.0, 10.0, 11.0, 20.0, 23.0])
+    calls = []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(times))
+    assert measure.seconds(lambda: calls.append(None)) == 3.0
+    assert len(calls) == 4
+
+
+def without_seconds(results: list[run.ModelResult]) -> list[run.ModelResult]:
+    return [replace(r, criteria=tuple(replace(c, seconds=0.0) for c in r.criteria)) for r in results]
+
+
+def test_the_protocol_reaches_each_target_by_each_criterion_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "STEPS", 8)
+    monkeypatch.setattr(criteria, "ROWS", 4)
+    said: list[str] = []
+    threads = torch.get_num_threads()
+    results = run.run(0, SMALL, targets=(1.3, 1.5), say=said.append)
+    assert torch.get_num_threads() == threads
+    assert [result.model for result in results] == ["small CNN", "small transformer"]
+    assert len(said) == len(SMALL) * (1 + len(CRITERIA))
+    for result in results:
+        assert [of.criterion for of in result.criteria] == ["random", "L1", "Taylor", "Jacobian"]
+        for of in result.criteria:
+            assert [point.target for point in of.points] == [1.3, 1.5]
+            assert all(point.macs_ratio >= point.target for point in of.points)
+            assert all(0 <= point.accuracy <= 1 for point in of.points)
+            assert of.seconds > 0
+            assert of.peak_bytes > 0
+    assert without_seconds(run.run(0, SMALL, targets=(1.3, 1.5))) == without_seconds(results)
+
+
+def test_a_target_out_of_reach_is_said() -> None:
+    with pytest.raises(RuntimeError, match=r"steps of pruning do not reach 1000\.0x fewer MACs"):
+        run.run(0, SMALL[1:], CRITERIA[1:2], targets=(1000.0,))
+
+
+def example_result() -> run.ModelResult:
+    points = (run.Point(1.3, 1.31, 0.9), run.Point(2.0, 2.04, 0.512))
+    compared = (
+        run.CriterionResult("random", points, 0.0004, 512),
+        run.CriterionResult("Jacobian", points, 0.3, 3 * 2**20),
+    )
+    return run.ModelResult("residual CNN", 0.982, 1_667_210, 174_970, compared)
+
+
+def test_table_shows_every_figure() -> None:
+    lines = report.table(example_result()).splitlines()
+    assert lines[0] == "residual CNN: 98.2 % unpruned, 1.67 M MACs, 175 k parameters"
+    assert lines[1].split("  ")[0] == "criterion"
+    assert "1.3x fewer MACs" in lines[1]
+    assert "2x fewer MACs" in lines[1]
+    assert lines[4].split() == [
+        "Jacobian",
+        "90.0",
+        "%",
+        "(1.31x)",
+        "51.2",
+        "%",
+        "(2.04x)",
+        "300.0",
+        "ms",
+        "3.00",
+        "MiB",
+    ]
+    assert len({len(line) for line in lines[1:]}) == 1
+
+
+def test_demo_draws_and_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    seeds = []
+
+    def quick(seed: int, say: object) -> list[run.ModelResult]:
+        seeds.append(seed)
+        return [example_result()]
+
+    monkeypatch.setattr(run, "run", quick)
+    assert cli.main(["demo", "--seed", "7", "--out", str(tmp_path / "new")]) == 0
+    assert seeds == [7]
+    out = capsys.readouterr().out
+    assert report.table(example_result()) in out
+    assert report.protocol() in out
+    picture = (tmp_path / "new" / "demo.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_networks_are_as_good_as_promised() -> None:
+    data = digits(0)
+    for recipe, floor in zip(run.RECIPES, (0.97, 0.94), strict=True):
+        torch.manual_seed(0)
+        assert accuracy(train(recipe.build(), data.train, epochs=recipe.epochs), data.test) > floor
