@@ -1,0 +1,94 @@
+"""The command line: what it prints, where it exits with 2 and one clear line."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import obc
+from obc import cli
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes modules look as if they were not installed."""
+
+    def hide(*modules: str) -> None:
+        found = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in modules else found(name))
+
+    return hide
+
+
+@pytest.mark.parametrize(
+    ("modules", "packages"),
+    [(["sklearn"], "scikit-learn"), (["torch_pruning", "matplotlib"], "torch-pruning matplotlib")],
+    ids=["one", "two"],
+)
+def test_demo_without_its_packages_says_how_to_get_them(
+    modules: list[str], packages: str, without: Any, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    without(*modules)
+    assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert f"pip install {packages}\n" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_refuses_a_folder_that_cannot_be_made(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
+def test_info_prints_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    facts = obc.info()
+    assert f"torch: {facts['torch']}" in lines
+    assert [line for line in lines if not line.startswith(" ")] == [
+        f"{key}:" if isinstance(value, dict) else f"{key}: {value}" for key, value in facts.items()
+    ]
+    for backend in facts["backends"]:
+        assert f"  {backend}:" in lines
+
+
+def test_nested_facts_are_indented_and_absent_ones_are_said() -> None:
+    facts = {"one": 1, "inner": {"yes": True, "none": None, "list": [1, 2], "deeper": {"no": False}}}
+    assert cli._lines(facts) == [
+        "one: 1",
+        "inner:",
+        "  yes: yes",
+        "  none: not set",
+        "  list: 1, 2",
+        "  deeper:",
+        "    no: no",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [[], ["prune-everything"], ["demo", "--seed", "three"]], ids=str)
+def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "usage: obc" in capsys.readouterr().err
+
+
+def test_help_of_the_module_loads_no_demo() -> None:
+    """Help must not need the demo's packages, nor take their time."""
+    code = (
+        "import sys, obc.cli\n"
+        "try: obc.cli.main(['demo', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print([name for name in ('sklearn', 'torch_pruning', 'matplotlib') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.splitlines()[-1] == "[]"
+    assert "--seed" in ran.stdout
