@@ -778,6 +778,7 @@ def test_a_loop_that_fails_leaves_the_scores_alone() -> None:
 OLDER = os.environ.get("OBC_TORCH_PRUNING_15", "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not OLDER, reason="OBC_TORCH_PRUNING_15 is not set: see the top of this file")
 def test_older_version() -> None:
     """The whole file again, in a process that finds the older Torch-Pruning first."""
