@@ -20,7 +20,8 @@ _DPI = 130
 def protocol() -> str:
     """What the figures are, in words."""
     return (
-        f"Accuracy on {TEST_IMAGES} held-out digits right after pruning, without fine-tuning; in brackets, times fewer MACs.\n"
+        f"Accuracy on {TEST_IMAGES} held-out digits right after pruning, without fine-tuning; in brackets, times "
+        "fewer MACs.\n"
         f"Torch-Pruning {version('torch-pruning')}, global ranking, 1/{STEPS} of the channels a step; Taylor and "
         f"Jacobian are scored anew on the\ntraining digits, in {ROWS} batches, before every step. Time and peak memory "
         f"are of scoring the unpruned network\nonce, on one thread: median of 3; most bytes that "
