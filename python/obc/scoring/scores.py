@@ -114,8 +114,8 @@ class Scores(Mapping[str, ChannelScores]):
                         expected.add(channel_count(modules[name], rule, axis) // rule.groups)
                 if values is not None and values.numel() not in expected:
                     raise ScoresError(
-                        f"these scores are of another model: {name!r} has {max(expected, default=None)} {side} channels, "
-                        f"the scores {values.numel()}; score the model again after every change of its widths"
+                        f"these scores are of another model: {name!r} has {max(expected, default=None)} {side} "
+                        f"channels, the scores {values.numel()}; score the model again after every change of its widths"
                     )
 
     def save(self, path: str | PathLike[str]) -> None:
