@@ -35,6 +35,10 @@ from obc_kernels.layout import (
     tile_elements,
 )
 
+# Loads element by element need an address each: half a tile of them, and more registers than the vectors take, or
+# older versions of Triton spill.
+ADDRESS_REGISTERS = 255
+
 
 @triton.jit
 def tile_sums(
@@ -331,7 +335,7 @@ class WeightDotConfig:
 
     @classmethod
     def from_heuristic(cls, walk: WeightWalk, itemsize: int) -> WeightDotConfig:
-        tile = tile_elements(itemsize, walk.align)
+        tile = tile_elements(itemsize, walk.align) // (1 if walk.flat else 2)
         # One warp reads such a piece of a row, and sums it by itself.
         block_m = power_of_two(walk.columns, run_elements(itemsize))
         block_r = power_of_two(walk.rows_per_group, tile // block_m)
@@ -419,6 +423,7 @@ def weight_dot_triton(
         FLAT=walk.flat,
         ALIGN=walk.align,
         num_warps=config.num_warps,
+        max_registers=128 if walk.flat else ADDRESS_REGISTERS,
     )
     launch(
         _weight_dot_finish_kernel,

@@ -25,13 +25,18 @@ from torch import Tensor
 
 from obc_kernels.launch import launch
 from obc_kernels.layout import VECTOR_BYTES, accumulator, ceil_div, check_steps, run_elements, tile_elements
-from obc_kernels.weight_dot import WeightDotConfig, WeightWalk, bias_term, finished_sums, rows_outer, tile_sums
+from obc_kernels.weight_dot import (
+    ADDRESS_REGISTERS,
+    WeightDotConfig,
+    WeightWalk,
+    bias_term,
+    finished_sums,
+    rows_outer,
+    tile_sums,
+)
 
 # Gradients of one model come in few sets of buffers; a worklist holds device memory of about a byte per 4096 weights.
 CACHED_WORKLISTS = 8
-
-# Loads element by element need an address each, beside a record of twenty values: with 128 registers they spill.
-ADDRESS_REGISTERS = 255
 
 
 @triton.jit
@@ -175,7 +180,7 @@ class _Layer:
 def _config(kind: str, itemsize: int, layers: list[_Layer]) -> WeightDotConfig:
     """One tile shape for all layers of a kind, and so many tiles a program that about 2048 programs share them."""
     align = VECTOR_BYTES // itemsize if kind == "vector" else 1
-    tile = tile_elements(itemsize, align)
+    tile = tile_elements(itemsize, align) // (1 if kind == "vector" else 2)
     if kind == "grouped":
         # Depthwise layers have one or two rows a group and 3 x 3 to 5 x 5 columns.
         block_g, block_r, block_m = tile // 64, 2, 32
