@@ -163,8 +163,8 @@ class GradientRows:
                 self._add(slot, ops.channel_dot(parameter, grad, axis), sign)
         for pairs in weights.values():
             contractions = [self._contractions[parameter] for parameter, _ in pairs]
-            columns = [list(column) for column in zip(*pairs, strict=True)]
-            dots = ops.weight_dot_list(*columns, groups=[contraction.groups for contraction in contractions])
+            layers, grads = [parameter for parameter, _ in pairs], [grad for _, grad in pairs]
+            dots = ops.weight_dot_list(layers, grads, groups=[contraction.groups for contraction in contractions])
             for axis, of_axis in enumerate(dots):
                 for contraction, dot in zip(contractions, of_axis, strict=True):
                     if axis in contraction.slots:
