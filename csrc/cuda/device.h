@@ -62,7 +62,7 @@ struct Loaded<T, 1> {
   Accumulator<T> value;
 
   __device__ void clear() { value = 0; }
-  __device__ void load(const T* from) { value = widen(*from); }
+  __device__ void load(const T* from) { value = widen(__ldg(from)); }
   __device__ void unpack(Accumulator<T> (&values)[1]) const { values[0] = value; }
 };
 
@@ -88,6 +88,7 @@ __device__ inline int64_t quotient(int64_t a, int64_t b) {
 
 __device__ inline Place place(const Axes& axes, int64_t index) {
   Place at = {0, 0};
+#pragma unroll 1  // mostly there is one axis and no step; four copies of a division only fill the instruction cache
   for (int d = static_cast<int>(axes.count) - 1; d > 0; --d) {
     const int64_t outer = quotient(index, axes.sizes[d]);
     const int64_t rest = index - outer * axes.sizes[d];

@@ -80,6 +80,10 @@ T __ldcs(const T* address) {
   return *address;
 }
 template <class T>
+T __ldg(const T* address) {
+  return *address;
+}
+template <class T>
 T __ldcg(const T* address) {
   return *address;
 }
