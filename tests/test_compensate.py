@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -120,10 +121,10 @@ def test_moments_solve_the_least_squares_problem() -> None:
             assert (solution.intercept - expected[:, 3]).abs().max() < 1e-10
         residual = x - design @ expected.T
         energy = x.square().sum()
-        assert solution.error_after == pytest.approx(float(residual.square().sum() / energy))
+        assert solution.fit.error_after == pytest.approx(float(residual.square().sum() / energy))
         naive = x.clone()
         naive[:, kept] -= regressor
-        assert solution.error_before == pytest.approx(float(naive.square().sum() / energy))
+        assert solution.fit.error_before == pytest.approx(float(naive.square().sum() / energy))
 
 
 def test_kept_channels_stay_the_identity_and_a_large_ridge_stays_naive() -> None:
@@ -137,13 +138,56 @@ def test_kept_channels_stay_the_identity_and_a_large_ridge_stays_naive() -> None
     assert decompressor[[1, 2, 4]].abs().max() < 1e-6
 
 
+def test_channels_that_few_positions_carry_can_stay_naive() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1000, 4, dtype=torch.float64)
+    x[:, 3] = 0.3 * x[:, 0]
+    x[::100, 2] = 20.0  # one position in a hundred: its kurtosis is about 100
+    moments = Moments(torch.tensor([[0, 1]]), 4, paired=False)
+    moments.add(x)
+    plain, limited = (moments.solve(1e-9, True, limit) for limit in (math.inf, 30.0))
+    assert (plain.fit.left_out, limited.fit.left_out) == (0, 1)
+    assert limited.decompressor[2].abs().max() == 0 and limited.intercept[2] == 0 and plain.intercept[2] != 0
+    assert limited.decompressor[3, 0] == pytest.approx(0.3)
+    residual = x - x[:, :2] @ limited.decompressor.T - limited.intercept
+    assert limited.fit.error_after == pytest.approx(float(residual.square().sum() / x.square().sum()))
+
+
+def test_held_out_batches_choose_the_kurtosis_limit() -> None:
+    """A channel that few positions carry, where the output saturates: its stand-in is noise at all the others."""
+
+    class Saturated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.consumer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.consumer(x[:, : self.consumer.weight.shape[1]]))
+
+    original = Saturated().double()
+    with torch.no_grad():
+        original.consumer.weight.copy_(torch.tensor([[1.0, -0.5, 10, 0.5], [0.3, 0.8, -10, -0.6]]))
+    pruned = copy.deepcopy(original)
+    pruned.consumer.weight = nn.Parameter(original.consumer.weight[:, :2].detach())
+    plan = PruningPlan({"consumer": Kept(None, torch.arange(2))})
+    data = [torch.randn(400, 4, dtype=torch.float64) for _ in range(5)]
+    for x in data:
+        x[:, 2:] = 0
+        x[:, 3] = 0.5 * x[:, 0]
+        rare = x[:, 0] > 2.4
+        x[rare, 2] = 30.0
+    report = compensate(pruned, original, plan, data)
+    assert report.kurtosis_limit == 30 and report.layers["consumer"].left_out == 1
+    assert report.final_error < report.naive_error
+
+
 def test_a_singular_gram_matrix_takes_a_larger_ridge_and_reports_it() -> None:
     moments = Moments(torch.tensor([[0, 1]]), 3, paired=False)
     rows = torch.randn(50, 1, dtype=torch.float64)
     moments.add(rows * torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))
     solution = moments.solve(1e-17, False)
-    assert solution.ridge > 1e-17
-    assert solution.error_after < 1e-6
+    assert solution.fit.ridge > 1e-17
+    assert solution.fit.error_after < 1e-6
 
 
 def test_constant_channels_stay_naive() -> None:
@@ -160,7 +204,7 @@ def test_never_ends_below_naive_and_keeps_the_structure(name: str, mode: str) ->
     naive = copy.deepcopy(pruned.model)
     original_before = copy.deepcopy(pruned.state_dict)
     data = batches(name)
-    report = compensate(pruned.model, pruned.original, pruned.plan, data, mode=mode)
+    report = compensate(pruned.model, pruned.original, pruned.plan, data, mode=mode, keep_decompressors=True)
     assert list(report.layers) and report.final_error <= report.naive_error
     assert output_error(pruned.model, pruned.original, data[4::5]) == pytest.approx(report.final_error, rel=1e-9)
     assert output_error(naive, pruned.original, data[4::5]) == pytest.approx(report.naive_error, rel=1e-9)
@@ -260,7 +304,7 @@ def test_seq_corrects_what_arrives() -> None:
 def test_decompressors_start_equivalent_pruning() -> None:
     pruned = RECIPES["swiglu"].prune()
     compensated = copy.deepcopy(pruned.model)
-    report = compensate(compensated, pruned.original, pruned.plan, batches("swiglu"))
+    report = compensate(compensated, pruned.original, pruned.plan, batches("swiglu"), keep_decompressors=True)
     equivalent = equivalent_pruning(pruned.model, pruned.state_dict, pruned.plan, decompressor=report.decompressors)
     assert torch.allclose(equivalent.model.down.weight, compensated.down.weight, rtol=0, atol=1e-12)
 

@@ -7,10 +7,15 @@ mode "ls"). With S the selection of the kept channels, the decompressor is
 
 so that a growing ridge shrinks it towards the naive S, and where z is the kept part of x the kept rows stay exactly the
 identity. With an intercept all moments are centred, and the consumer's bias takes W (E[x] - D E[z]).
+
+A dropped channel whose energy sits at few positions (in a transformer, those of a special token) has no linear stand-in
+but one that adds noise at all the others, where it carried nothing. Its kurtosis, E[x^4] / E[x^2]^2, is the inverse of
+the share of positions that carry it; channels beyond a limit can be left naive.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -26,26 +31,39 @@ class SingularError(ValueError):
 
 
 @dataclass(frozen=True)
+class Fit:
+    """How well a decompressor reconstructs the consumer's input.
+
+    Attributes:
+        error_before: E |x - S z|^2 / E |x|^2, the naive model's.
+        error_after: E |x - D z - intercept|^2 / E |x|^2.
+        ridge: the relative ridge that was used.
+        left_out: how many dropped channels were left naive because of their kurtosis.
+    """
+
+    error_before: float
+    error_after: float
+    ridge: float
+    left_out: int
+
+
+@dataclass(frozen=True)
 class Solution:
-    """A decompressor and how well it reconstructs the consumer's input.
+    """A decompressor.
 
     Attributes:
         decompressor: D, (in, kept in), or its diagonal blocks for a grouped convolution; float64.
         intercept: (in,), what of the mean D leaves; None where the regression goes through zero.
-        error_before: E |x - S z|^2 / E |x|^2, the naive model's.
-        error_after: E |x - D z - intercept|^2 / E |x|^2.
-        ridge: the relative ridge that was used.
+        fit: how well they reconstruct.
     """
 
     decompressor: Tensor
     intercept: Tensor | None
-    error_before: float
-    error_after: float
-    ridge: float
+    fit: Fit
 
 
 class Moments:
-    """Running sums of one consumer, float64: sum x zT, sum z zT per diagonal block, sum x, sum z, sum x^2.
+    """Running sums of one consumer, float64: sum x zT, sum z zT per diagonal block, sum x, sum z, sum x^2, sum x^4.
 
     Args:
         kept: (blocks, kept in / blocks) positions of the kept channels inside their block.
@@ -62,15 +80,15 @@ class Moments:
             torch.zeros(blocks, size, dtype=torch.float64),
             torch.zeros_like(kept, dtype=torch.float64),
         )
-        self.square = torch.zeros(blocks, size, dtype=torch.float64)
+        self.square, self.fourth = torch.zeros(2, blocks, size, dtype=torch.float64)
 
     @staticmethod
     def bytes_for(blocks: int, size: int, kept: int, paired: bool) -> int:
-        """What one object holds: 8 (size * kept + kept^2 where paired + 2 size + kept) bytes per block."""
-        return 8 * blocks * (size * kept + kept * kept * paired + 2 * size + kept)
+        """What one object holds: 8 (size * kept + kept^2 where paired + 3 size + kept) bytes per block."""
+        return 8 * blocks * (size * kept + kept * kept * paired + 3 * size + kept)
 
     def add(self, x: Tensor, z: Tensor | None = None) -> None:
-        """Add rows: x (rows, in), z (rows, kept in). Products are formed in float32 or wider, summed in float64."""
+        """Add rows: x (rows, in), z (rows, kept in)."""
         blocks = self.kept.shape[0]
         x = _blocked(x, blocks)
         z = (
@@ -81,13 +99,14 @@ class Moments:
         self.cross += (x.mT @ z).to(self.cross)
         if self.gram is not None:
             self.gram += (z.mT @ z).to(self.gram)
-        self.sum_x += x.sum(1, dtype=torch.float64).cpu()
-        self.sum_z += z.sum(1, dtype=torch.float64).cpu()
-        self.square += x.square().sum(1, dtype=torch.float64).cpu()
+        self.sum_x += x.sum(1).to(self.sum_x)
+        self.sum_z += z.sum(1).to(self.sum_z)
+        self.square += x.square().sum(1).to(self.square)
+        self.fourth += x.pow(4).sum(1).to(self.fourth)
         self.samples += x.shape[1]
 
-    def solve(self, ridge: float, intercept: bool) -> Solution:
-        """The decompressor for these moments.
+    def solve(self, ridge: float, intercept: bool, kurtosis_limit: float = math.inf) -> Solution:
+        """The decompressor for these moments; dropped channels beyond the kurtosis limit stay naive.
 
         Raises:
             SingularError: the Gram matrix can't be factorised.
@@ -106,17 +125,23 @@ class Moments:
             square = square - mean_x.square()
         change, used = _regress(cross - selection @ gram, gram, ridge)
         decompressor = selection + change
+        left_out = self.fourth * count > kurtosis_limit * self.square.square()
+        left_out = left_out.scatter(1, self.kept, False)
+        decompressor[left_out] = 0.0
         after = _error(decompressor, cross, gram, square)
-        constant = (mean_x - (decompressor @ mean_z[..., None])[..., 0]).flatten() if intercept else None
+        constant = None
+        if intercept:
+            after += float(mean_x[left_out].square().sum())
+            constant = (mean_x - (decompressor @ mean_z[..., None])[..., 0]).masked_fill(left_out, 0.0).flatten()
         factor = decompressor[0] if len(decompressor) == 1 else decompressor
         scale = energy or 1.0
-        return Solution(factor, constant, max(before, 0.0) / scale, max(after, 0.0) / scale, used)
+        fit = Fit(max(before, 0.0) / scale, max(after, 0.0) / scale, used, int(left_out.sum()))
+        return Solution(factor, constant, fit)
 
 
 def _blocked(rows: Tensor, blocks: int) -> Tensor:
-    """(rows, channels) to (blocks, rows, channels / blocks), at least float32."""
-    wide = rows if rows.dtype == torch.float64 else rows.float()
-    return wide.unflatten(1, (blocks, -1)).transpose(0, 1)
+    """(rows, channels) to (blocks, rows, channels / blocks) in float64, because the ridge divides rounding errors."""
+    return rows.double().unflatten(1, (blocks, -1)).transpose(0, 1)
 
 
 def _error(decompressor: Tensor, cross: Tensor, gram: Tensor, square: Tensor) -> float:
