@@ -456,8 +456,10 @@ def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _fold_backward(ctx: Any, grad_folded: Tensor) -> tuple[Tensor | None, ...]:
     weight, compressor, decompressor = ctx.saved_tensors
     with torch.enable_grad():
-        inputs = [None if t is None else t.detach().requires_grad_() for t in (weight, compressor, decompressor)]
-        folded = gemm.fold(*inputs, ctx.groups, ctx.in_repeat)
+        inputs: list[Any] = [
+            None if t is None else t.detach().requires_grad_() for t in (weight, compressor, decompressor)
+        ]
+        folded = gemm.fold(inputs[0], inputs[1], inputs[2], ctx.groups, ctx.in_repeat)
     wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if t is not None and needed]
     grads = iter(torch.autograd.grad(folded, wanted, grad_folded))
     needed = zip(inputs, ctx.needs_input_grad, strict=False)

@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 logger = logging.getLogger("obc")
 
 OPERATORS = ("channel_dot", "weight_dot", "weight_dot_list", "weight_moments", "fold", "end_row")
@@ -46,7 +44,7 @@ class Backend:
     load: Callable[[], Any]
     remedy: str
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - the records live as long as the process
+    @functools.cache  # noqa: B019 - the records live as long as the process
     def why_unavailable(self) -> str | None:
         """The reason why this backend can't be used on this machine, or None where it can."""
         try:

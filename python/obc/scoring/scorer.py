@@ -106,7 +106,7 @@ class JacobianScorer:
         self._reading = Reading(rows == "sample", check)
         self._plan = make_plan(model, modules, rows == "sample", fold_groups)
         self._attachment: Attachment | None = None
-        self._in_row = self._warned_train_mode = False
+        self._in_row = self._looked_at_mode = False
         self._pending: list[list[tuple[FlatRow, Tensor, Tensor]]] = []
         self._versions: dict[int, int] = {}
         if not check:
@@ -128,7 +128,7 @@ class JacobianScorer:
         except BaseException:
             attachment.undo()
             raise
-        self._attachment = attachment
+        self._attachment, self._looked_at_mode = attachment, False
         _attached.update(attachment.modules)
         return self
 
@@ -275,11 +275,12 @@ class JacobianScorer:
         )
 
     def _warn_train_mode(self) -> None:
-        if self._warned_train_mode:
+        """Once each time the scorer is attached, at its first row: the mode may be set after attaching."""
+        if self._looked_at_mode:
             return
+        self._looked_at_mode = True
         for name, module in self.model.named_modules():
             if isinstance(module, _BatchNorm) and module.training:
-                self._warned_train_mode = True
                 warnings.warn(
                     f"BatchNorm {name!r} is in train mode: a layer before it scores 0 up to rounding, and samples are "
                     "mixed; call model.eval() before scoring",
