@@ -190,6 +190,7 @@ def test_worklists_of_other_memory_are_not_mistaken_for_each_other() -> None:
 
 
 SPLIT = [
+    lambda: ops.channel_dot(torch.randn(4000, 24), torch.randn(4000, 24), 1),  # more chunks than one section has
     lambda: ops.channel_dot(torch.randn(900, 24), torch.randn(900, 24), 1),
     lambda: ops.channel_dot(torch.randn(3, 2, 70, 70), torch.randn(3, 2, 70, 70), 1),
     lambda: ops.channel_dot(torch.randn(40, 6, 7, 7), torch.randn(40, 6, 7, 7), 1, True),

@@ -77,6 +77,14 @@ inline int64_t steps(const Matrix& m, int item) {
 inline void choose_chunks(Matrix& m, int64_t steps_per_item, int item) {
   m.chunk_lines = steps_per_item * step_rows(m, item) * m.lines_per_row;
   m.chunks = std::max<int64_t>(ceil_div(m.line_count, m.chunk_lines), 1);
+  m.sections = ceil_div(m.chunks, kFanIn);
+}
+
+// For a matrix that has a launch to itself: as many chunks as make one wave of blocks.
+inline void choose_chunks(Matrix& m, int item) {
+  const int64_t side_by_side = m.groups * m.tiles;
+  const int64_t chunks = std::max<int64_t>(kBlocks / side_by_side, 1);
+  choose_chunks(m, ceil_div(steps(m, item) / side_by_side, chunks), item);
 }
 
 inline int64_t items(const Matrix& m) { return m.groups * m.chunks * m.tiles; }
@@ -95,7 +103,9 @@ inline int64_t take(int64_t& from, int64_t size) {
 
 inline void place_partials(Matrix& m, bool line_sums, Space& space) {
   m.column_partials = take(space.partials, m.chunks > 1 ? m.groups * m.chunks * m.channels : 0);
-  m.column_counters = take(space.counters, m.chunks > 1 ? m.groups * m.tiles : 0);
+  m.column_counters = take(space.counters, m.chunks > 1 ? m.groups * m.tiles * m.sections : 0);
+  m.section_partials = take(space.partials, m.sections > 1 ? m.groups * m.sections * m.channels : 0);
+  m.section_counters = take(space.counters, m.sections > 1 ? m.groups * m.tiles : 0);
   if (!line_sums) return;
   m.line_partials = take(space.partials, m.tiles * m.groups * m.line_count);
   m.line_counters = take(space.counters, m.tiles > 1 ? m.groups * m.chunks : 0);

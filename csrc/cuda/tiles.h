@@ -6,7 +6,8 @@
 // kernel positions of a weight, the few positions of a small feature map, or the repeats of a widened line).
 //
 // Whatever an item can't finish goes to the partial sums: column sums where there are several chunks, line sums always
-// (a row of a weight may have several lines). Of the items that share an output the last one to end adds them up.
+// (a row of a weight may have several lines). Of the items that share an output the last one to end adds them up; many
+// chunks meet in two rounds, first in sections, so that the last one is not left alone with all their sums.
 #pragma once
 
 #include "device.h"
@@ -23,6 +24,9 @@ enum class Reading : int64_t {
 __host__ __device__ constexpr int vector_items(int item_size) { return kVectorBytes / item_size; }
 // 16 (float64: 8) column sums are what a thread's registers hold beside eight vectors.
 __host__ __device__ constexpr int wide_unroll(int item_size) { return item_size == 2 ? 2 : 4; }
+// Partial sums that one thread adds up in one go: their loads are all under way at once. At most 264 chunks then need
+// two rounds.
+constexpr int kFanIn = 16;
 constexpr int kVectorsAtOnce = 4;  // of each of the two arrays
 constexpr int kStridedUnroll = 4;
 constexpr int kStridedLines = 2;
@@ -66,11 +70,16 @@ struct Matrix {
   int64_t chunk_lines;  // a multiple of lines_per_row
   int64_t chunks;
 
-  // Offsets, in accumulators and counters. Partial column sums are (groups, chunks, channels), partial line sums
-  // (tiles, groups, line_count); counters are (groups, tiles) and (groups, chunks).
+  int64_t sections;
+
+  // Offsets, in accumulators and counters. Partial column sums are (groups, chunks, channels), those of sections
+  // (groups, sections, channels), partial line sums (tiles, groups, line_count); counters are (groups, tiles,
+  // sections), (groups, tiles) and (groups, chunks).
   int64_t column_partials;
+  int64_t section_partials;
   int64_t line_partials;
   int64_t column_counters;
+  int64_t section_counters;
   int64_t line_counters;
 };
 
@@ -223,23 +232,39 @@ __device__ void run_item(
     const int t = static_cast<int>(term);
     return shared[t / terms * stride + channel * m.channel_stride + t % terms * m.term_stride];
   };
-  Acc* const column_sums = partials + m.column_partials + group * m.chunks * m.channels;
-  add_up(count, kWarps * terms, scratch, of_tile, [&](int64_t channel, Acc sum) {
-    channel += first_channel;
-    if (m.chunks == 1) {
-      store_sum<T>(columns, column_results, group, channel, sum);
-    } else {
-      column_sums[chunk * m.channels + channel] = sum;
-    }
-  });
-
-  if (m.chunks > 1 && last_of(counters + m.column_counters + group * m.tiles + tile, m.chunks)) {
-    const auto of_chunks = [&](int64_t channel, int64_t from) {
-      return __ldcg(column_sums + from * m.channels + first_channel + channel);
-    };
-    add_up(count, m.chunks, scratch, of_chunks, [&](int64_t channel, Acc sum) {
-      store_sum<T>(columns, column_results, group, first_channel + channel, sum);
+  const auto finish = [&](int64_t channel, Acc sum) {
+    store_sum<T>(columns, column_results, group, first_channel + channel, sum);
+  };
+  if (m.chunks == 1) {
+    add_up(count, kWarps * terms, scratch, of_tile, finish);
+  } else {
+    // Partial sums of this tile's channels: of chunk c at [c * m.channels + channel], of sections likewise.
+    Acc* const of_chunks = partials + m.column_partials + group * m.chunks * m.channels + first_channel;
+    Acc* const of_sections = partials + m.section_partials + group * m.sections * m.channels + first_channel;
+    const int64_t section = chunk / kFanIn, first_chunk = section * kFanIn;
+    const int64_t members = m.chunks - first_chunk < kFanIn ? m.chunks - first_chunk : kFanIn;
+    const int64_t meeting = group * m.tiles + tile;
+    add_up(count, kWarps * terms, scratch, of_tile, [&](int64_t channel, Acc sum) {
+      of_chunks[chunk * m.channels + channel] = sum;
     });
+    if (last_of(counters + m.column_counters + meeting * m.sections + section, members)) {
+      const auto of_members = [&](int64_t channel, int64_t member) {
+        return __ldcg(of_chunks + (first_chunk + member) * m.channels + channel);
+      };
+      if (m.sections == 1) {
+        add_up(count, members, scratch, of_members, finish);
+      } else {
+        add_up(count, members, scratch, of_members, [&](int64_t channel, Acc sum) {
+          of_sections[section * m.channels + channel] = sum;
+        });
+        if (last_of(counters + m.section_counters + meeting, m.sections)) {
+          const auto of_all = [&](int64_t channel, int64_t from) {
+            return __ldcg(of_sections + from * m.channels + channel);
+          };
+          add_up(count, m.sections, scratch, of_all, finish);
+        }
+      }
+    }
   }
 
   if (!kLineSums) return;

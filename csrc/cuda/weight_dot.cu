@@ -237,7 +237,7 @@ bool weight_dot(const WeightDot& given, Context& context) {
   if (!plan_layer(given, layer)) return false;
   const int item = element_size(given.weight.dtype);
   Matrix& m = layer.matrix;
-  choose_chunks(m, std::max<int64_t>(ceil_div(steps(m, item), kBlocks), 1), item);
+  choose_chunks(m, item);
   Space space;
   place_partials(m, true, space);
   for_type(given.weight.dtype, [&](auto* type) {

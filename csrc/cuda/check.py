@@ -1,0 +1,156 @@
+"""Compiles csrc/cuda for each architecture, without a GPU, and prints what each kernel is made of.
+
+    python csrc/cuda/check.py [--arch 80 90]
+
+A row is one kernel: registers, spills and shared memory from the compiler, loads from global memory by width in bits
+from the machine code. Inputs are read with 16-byte streaming loads wherever they allow it; in machine code those are
+the loads marked EF (evict first), and no other load is. The exit code is 1 where a kernel spills to local memory,
+where a streaming load is narrower than 128 bits, or where a kernel that should have eight of them has fewer.
+
+Needs nvcc, and cuobjdump: the toolkit's, or the one that comes with Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ARCHITECTURES = ("80", "90")
+
+# Loads of the two inputs that a thread has under way at once: four of each.
+LOADS_AT_ONCE = 8
+
+TYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
+
+
+def find_tool(name: str) -> str | None:
+    """A tool of the CUDA toolkit on the path, under CUDA_HOME, or in the wheel of Triton."""
+    folders = [Path(os.environ[variable]) / "bin" for variable in ("CUDA_HOME", "CUDA_PATH") if variable in os.environ]
+    if (triton := importlib.util.find_spec("triton")) and triton.origin:
+        folders.append(Path(triton.origin).parent / "backends" / "nvidia" / "bin")
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+
+
+def missing_tools() -> list[str]:
+    """Which of the tools that this check needs are not on this machine."""
+    return [name for name in ("nvcc", "cuobjdump") if find_tool(name) is None]
+
+
+@dataclass
+class Kernel:
+    """What the compiler made of one kernel for one architecture."""
+
+    name: str
+    arch: str
+    registers: int
+    stack: int
+    shared: int
+    loads: Counter[int] = field(default_factory=Counter)  # by width in bits, the streaming ones apart
+    streaming: Counter[int] = field(default_factory=Counter)
+    local: int = 0  # instructions that read or write local memory
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether this kernel reads its inputs by 16-byte loads where they allow it."""
+        items = re.search(r"items=(\d+)", self.name)
+        return "upload" not in self.name and "end_row" not in self.name and not (items and items[1] == "1")
+
+    def faults(self) -> list[str]:
+        faults = []
+        if self.stack or self.local:
+            faults.append(f"spills: {self.stack} bytes of stack, {self.local} accesses to local memory")
+        if narrow := sorted(width for width in self.streaming if width < 128):
+            faults.append(f"streaming loads of {narrow} bits, expected 128")
+        if self.reads_vectors and self.streaming[128] < LOADS_AT_ONCE:
+            faults.append(f"{self.streaming[128]} streaming loads of 128 bits, expected at least {LOADS_AT_ONCE}")
+        return [f"sm_{self.arch} {self.name}: {fault}" for fault in faults]
+
+    def row(self) -> str:
+        loads = [f"{count}x{width}" for width, count in sorted(self.streaming.items(), reverse=True)]
+        others = [f"{count}x{width}" for width, count in sorted(self.loads.items(), reverse=True)]
+        return (
+            f"sm_{self.arch}  {self.name:42} {self.registers:9} {self.stack + self.local:7} {self.shared:7}  "
+            f"{' '.join(loads) or '-':14} {' '.join(others) or '-'}"
+        )
+
+
+def readable(symbol: str) -> str:
+    """``rows_kernel float32 items=4 moments=1`` for a mangled name."""
+    found = re.search(r"\d([a-z_]+_kernel)(?:I(.+?)E?Ev)?", symbol)
+    if found is None:
+        raise ValueError(f"no kernel's name in {symbol!r}")
+    name, arguments = found[1], found[2] or ""
+    words = [name]
+    words += [word for code, word in TYPES.items() if re.match(rf"{code}(?:L|E|$)", arguments)]
+    words += [
+        f"{label}={n}" for label, n in zip(("items", "moments"), re.findall(r"Li(\d+)E?", arguments), strict=False)
+    ]
+    return " ".join(words)
+
+
+def width_of(instruction: str) -> int:
+    """Bits of one load: LDG.E.EF.128 -> 128."""
+    for modifier, bits in ((".128", 128), (".64", 64), (".U16", 16), (".S16", 16), (".U8", 8), (".S8", 8)):
+        if modifier in instruction:
+            return bits
+    return 32
+
+
+def inspect(source: Path, arch: str) -> list[Kernel]:
+    """Compile one file and read its kernels."""
+    nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
+    assert nvcc is not None and cuobjdump is not None, "missing_tools() was not asked"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernels.cubin"
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{HERE.parent}", "-cubin", "-o", cubin, source]
+        subprocess.run(command, check=True)
+        usage = subprocess.run([cuobjdump, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
+        code = subprocess.run([cuobjdump, "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    kernels: dict[str, Kernel] = {}
+    pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    for symbol, registers, stack, shared in re.findall(pattern, usage):
+        kernels[symbol] = Kernel(readable(symbol), arch, int(registers), int(stack), int(shared))
+    for symbol, body in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL):
+        for instruction in re.findall(r"\b(LD[GL]?\.?\S*|STL\S*)", body):
+            if instruction.startswith(("LDL", "STL")):
+                kernels[symbol].local += 1
+            elif instruction.startswith("LDG"):
+                kind = kernels[symbol].streaming if ".EF" in instruction else kernels[symbol].loads
+                kind[width_of(instruction)] += 1
+    return list(kernels.values())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="compute capabilities without the dot")
+    archs = parser.parse_args(arguments).arch
+    if missing := missing_tools():
+        print(f"cuda-check: no {' and no '.join(missing)} on this machine; install the CUDA toolkit", file=sys.stderr)
+        return 2
+    jobs = [(source, arch) for arch in archs for source in sorted(HERE.glob("*.cu"))]
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        kernels = [kernel for found in pool.map(lambda job: inspect(*job), jobs) for kernel in found]
+    print(f"arch   {'kernel':42} registers  spills  shared  streaming      other loads")
+    for kernel in sorted(kernels, key=lambda kernel: (kernel.arch, kernel.name)):
+        print(kernel.row())
+    faults = [fault for kernel in kernels for fault in kernel.faults()]
+    for fault in faults:
+        print(f"FAULT: {fault}")
+    print(f"{len(kernels)} kernels, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
