@@ -123,7 +123,7 @@ class GradientRows:
         bad = self._first_not_finite(loss_scale)
         for flat in self._flats.values():
             # A row spread over several vectors is left out of all of them when one part is not finite.
-            flat.end_batch_row(loss_scale if bad is None else float("nan"))
+            flat.end_row(loss_scale if bad is None else float("nan"))
         if bad is None:
             self.pending_rows += 1
         else:
@@ -132,9 +132,9 @@ class GradientRows:
 
     def _first_not_finite(self, loss_scale: float) -> str | None:
         for flat in self._flats.values():
-            finite = (flat.row / loss_scale).square().isfinite()
-            if not bool(finite.all()):
-                return flat.label_of(int(finite.to(torch.uint8).argmin()))
+            bad, entries = flat.faults(loss_scale)
+            if bool(bad.any()):
+                return flat.label_of(int(entries[0]))
         return None
 
     def _watch(self) -> None:

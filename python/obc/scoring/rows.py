@@ -97,30 +97,31 @@ class FlatRow:
         for slot in self.slots:
             slot.release()
 
-    def end_batch_row(self, loss_scale: float) -> tuple[Tensor, Tensor]:
-        """Add the squares and clear the row, without a host read.
+    def rows(self) -> Tensor:
+        """The row in hand as (channels, samples), one sample for a batch row."""
+        if self.samples is None:
+            return self.row[:, None]
+        if self.samples.shape[1] == 1:
+            # Transient weight gradients have no per-sample form: they serve rows of one sample, where they add here.
+            self.samples += self.row[:, None]
+            self.row.zero_()
+        return self.samples
 
-        Returns (1,) tensors: whether every square was finite, and the index of the first entry that was not.
-        """
-        first_bad = _first_bad(self.row[:, None])
-        return ops.end_row(self.scores, self.row, loss_scale).reshape(1), first_bad
+    def faults(self, loss_scale: float) -> tuple[Tensor, Tensor]:
+        """Per sample, whether a square of the row is not finite, and the first entry of which that is so."""
+        bad = (self.rows() / loss_scale).square().isfinite().logical_not()
+        return bad.any(0), bad.to(torch.uint8).argmax(0)
 
-    def end_sample_rows(self, loss_scale: float) -> tuple[Tensor, Tensor]:
-        """The same for sample rows: (samples,) tensors, each sample a row of its own."""
-        assert self.samples is not None
-        # Transient weight gradients have no per-sample form: they serve rows of one sample, where they add here.
-        rows = self.samples.add_(self.row[:, None]) if self.samples.shape[1] == 1 else self.samples
-        squares, first_bad = (rows / loss_scale).square(), _first_bad(rows)
+    def end_row(self, loss_scale: float) -> None:
+        """Add the squares of the row, or of each sample's, where they are finite, and clear it, without a host read."""
+        if self.samples is None:
+            ops.end_row(self.scores, self.row, loss_scale)
+            return
+        squares = (self.rows() / loss_scale).square()
         finite = squares.isfinite().all(0)
         self.scores += torch.where(finite, squares, torch.zeros_like(squares)).sum(1)
         self.zero()
-        return finite, first_bad
 
     def label_of(self, index: int) -> str:
         """The slot that holds entry ``index``."""
         return next(slot.label for slot in self.slots if slot.start <= index < slot.stop)
-
-
-def _first_bad(rows: Tensor) -> Tensor:
-    """Per column of (channels, rows), the first channel whose square is not finite (0 where all are)."""
-    return rows.square().isfinite().logical_not().to(torch.uint8).argmax(0)

@@ -23,6 +23,7 @@ from obc.scoring.planning import ModuleFilter, Source, make_plan
 from obc.scoring.readers import Reading
 from obc.scoring.rows import FlatRow, Slot
 from obc.scoring.scores import ChannelScores, Scores, obc_version
+from obc.scoring.tally import Tally
 
 logger = logging.getLogger("obc")
 
@@ -100,14 +101,13 @@ class JacobianScorer:
         self.model, self.rows, self.strict, self.fallback = model, rows, strict, fallback
         self.process_group = process_group
         self.left_out: list[str] = []
-        self.num_rows = 0
-        self._rows_ended = 0
+        self._num_left_out = 0
         self._checked = check
         self._reading = Reading(rows == "sample", check)
         self._plan = make_plan(model, modules, rows == "sample", fold_groups)
         self._attachment: Attachment | None = None
         self._in_row = self._looked_at_mode = False
-        self._pending: list[list[tuple[FlatRow, Tensor, Tensor]]] = []
+        self._tally = Tally(self._flats[0].device)
         self._versions: dict[int, int] = {}
         if not check:
             self._settle_unchecked()
@@ -140,7 +140,7 @@ class JacobianScorer:
         _attached.difference_update(attachment.modules)
         attachment.undo()
         if kind is None:
-            self._resolve_pending()
+            self._name_left_out()
 
     @property
     def _flats(self) -> list[FlatRow]:
@@ -168,7 +168,8 @@ class JacobianScorer:
     def row(self, loss_scale: float = 1.0, samples: int | None = None) -> Iterator[None]:
         """One row: every backward inside the block adds to it; leaving the block squares it and adds it to the scores.
 
-        An exception inside drops the row and leaves the scorer as it was before it.
+        An exception inside drops the row and leaves the scorer as it was before it. On a GPU a row after the checking
+        one reads nothing back: captured in a CUDA graph together with its forward, every replay is a row.
 
         Args:
             loss_scale: what the loss was multiplied by (``GradScaler.get_scale()``); rows are divided by it.
@@ -233,32 +234,36 @@ class JacobianScorer:
         self._verify_samples(samples)
         for norms in self._norms:
             norms.add_to_row(norms.flat.row)
-        if self._reading.checking and not self._finish_check():
-            loss_scale = float("nan")  # not finite: the row is left out, and the next one is checked
+        # While the checking row is not finite, it is left out, and the next one is checked.
+        checked = not self._reading.checking or self._finish_check()
         if self.process_group is not None:
             for flat in self._flats:
-                torch.distributed.all_reduce(
-                    flat.row if flat.samples is None else flat.samples, group=self.process_group
-                )
-        self._spread_non_finite()
-        ended = []
+                row = flat.row if flat.samples is None else flat.samples
+                torch.distributed.all_reduce(row, group=self.process_group)
+        bad, entries = self._find_faults(loss_scale)
+        self._tally.add(bad, entries, all_left_out=not checked)
         for flat in self._flats:
-            finite, first_bad = (flat.end_batch_row if flat.samples is None else flat.end_sample_rows)(loss_scale)
-            ended.append((flat, finite, first_bad))
-        self._pending.append(ended)
-        self.num_rows += self._reading.samples or 1
+            flat.end_row(loss_scale if checked else float("nan"))
         self._reading.samples = None
         if self.strict or all(flat.device.type == "cpu" for flat in self._flats):
-            self._resolve_pending()
+            self._name_left_out()
 
-    def _spread_non_finite(self) -> None:
-        """A row that lies in several vectors is left out of all of them where one part is not finite."""
-        if len(self._flats) == 1:
-            return
-        rows = [flat.row[:, None] if flat.samples is None else flat.samples for flat in self._flats]
-        finite = torch.stack([row.square().isfinite().all(0).cpu() for row in rows]).all(0)
-        for row in rows:
-            row[:, finite.logical_not().to(row.device)] = float("nan")
+    def _find_faults(self, loss_scale: float) -> tuple[Tensor, Tensor]:
+        """Per sample, whether it is not finite and the first such entry, counted over all vectors.
+
+        A row that lies in several vectors is left out of all of them where one part is not finite.
+        """
+        faults = [flat.faults(loss_scale) for flat in self._flats]
+        if len(faults) == 1:
+            return faults[0]
+        bad, entries, before = torch.zeros_like(faults[0][0]), torch.zeros_like(faults[0][1]), 0
+        for flat, (part, part_entries) in zip(self._flats, faults, strict=True):
+            part = part.to(bad.device)
+            entries = torch.where(bad | ~part, entries, before + part_entries.to(bad.device))
+            bad, before = bad | part, before + flat.size
+        for flat in self._flats:
+            flat.rows()[:, bad.to(flat.device)] = float("nan")
+        return bad, entries
 
     def _drop_row(self) -> None:
         self._reading.samples = None
@@ -268,9 +273,10 @@ class JacobianScorer:
     def _copy_from_now_on(self) -> InplaceError:
         for reader in self._plan.readers.values():
             reader.copy_output = reader.copy_input = True
-        self.left_out.append(f"row {self._rows_ended}: an activation was changed in place after a gate had read it")
+        row = f"row {self._tally.read().ended}"
+        self.left_out.append(f"{row}: an activation was changed in place after a gate had read it")
         return InplaceError(
-            f"row {self._rows_ended} was dropped: an activation was changed in place after a gate had read it, which "
+            f"{row} was dropped: an activation was changed in place after a gate had read it, which "
             "did not happen in the checking row; gates work on copies from now on, so repeat this row"
         )
 
@@ -394,26 +400,32 @@ class JacobianScorer:
 
     # --- results ----------------------------------------------------------------------------------------------
 
-    def _resolve_pending(self) -> None:
-        """Read which rows were not finite: they were left out of the sums already, here they are named."""
-        pending, self._pending = self._pending, []
-        for ended in pending:
-            index, self._rows_ended = self._rows_ended, self._rows_ended + 1
-            for sample in range(ended[0][1].numel()):
-                bad = [(flat, first_bad) for flat, finite, first_bad in ended if not bool(finite[sample])]
-                if bad:
-                    self.num_rows -= 1
-                    flat, first_bad = bad[0]
-                    row = f"row {index}" if self.rows == "batch" else f"row {index}, sample {sample}"
-                    self._leave_out(
-                        f"{row} is not finite, first in {flat.label_of(int(first_bad[sample]))!r}, and was left out"
-                    )
+    @property
+    def num_rows(self) -> int:
+        """Rows, or samples, that were added so far. Reads from the device."""
+        self._name_left_out()
+        return self._tally.read().read - self._num_left_out
 
-    def _leave_out(self, message: str) -> None:
+    def _name_left_out(self) -> None:
+        """Name the rows that were not finite; they were left out of the sums already. Reads from the device."""
+        count = self._tally.read()
+        if not count.left_out:
+            return
+        self._num_left_out += count.left_out
+        row = f"row {count.row}" if self.rows == "batch" else f"row {count.row}, sample {count.sample}"
+        more = f" (and {count.left_out - 1} more)" if count.left_out > 1 else ""
+        message = f"{row} is not finite, first in {self._label_of(count.entry)!r}, and was left out{more}"
         self.left_out.append(message)
         if self.strict:
             raise ScoringError(f"strict: {message}")
         warnings.warn(message, stacklevel=6)
+
+    def _label_of(self, entry: int) -> str:
+        for flat in self._flats:
+            if entry < flat.size:
+                return flat.label_of(entry)
+            entry -= flat.size
+        raise AssertionError("an entry lies in one of the vectors")
 
     def _coverage(self) -> dict[str, str]:
         return self._plan.coverage(self.model, self._checked)
@@ -424,8 +436,8 @@ class JacobianScorer:
         Raises:
             ScoringError: no finite row was ended.
         """
-        self._resolve_pending()
-        if self.num_rows == 0:
+        num_rows = self.num_rows
+        if num_rows == 0:
             why = f"; left out: {self.left_out[0]}" if self.left_out else "; call backward inside `with scorer.row():`"
             raise ScoringError(f"there is no row to score{why}")
         self._refuse_unscored()
@@ -437,15 +449,15 @@ class JacobianScorer:
         metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version()}
         if self.left_out:
             metadata["left_out"] = "; ".join(self.left_out)
-        return Scores(channels, num_rows=self.num_rows, coverage=coverage, metadata=metadata)
+        return Scores(channels, num_rows=num_rows, coverage=coverage, metadata=metadata)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on exactly: the sums, how each module is read, and the counts."""
-        self._resolve_pending()
+        num_rows, count = self.num_rows, self._tally.read()
         return {
             "rows": self.rows,
-            "num_rows": self.num_rows,
-            "rows_ended": self._rows_ended,
+            "num_rows": num_rows,
+            "rows_ended": count.ended,
             "left_out": list(self.left_out),
             "checking": self._reading.checking,
             **self._plan.state_dict(),
@@ -467,7 +479,8 @@ class JacobianScorer:
         if state["rows"] != self.rows:
             raise ValueError(f"this state has rows={state['rows']!r}, this scorer rows={self.rows!r}")
         self._plan.load_state_dict(state)
-        self.num_rows, self._rows_ended = state["num_rows"], state["rows_ended"]
+        self._tally = Tally(self._flats[0].device, ended=state["rows_ended"], read=state["num_rows"])
+        self._num_left_out = 0
         self.left_out = list(state["left_out"])
         self._reading.checking = state["checking"]
 
