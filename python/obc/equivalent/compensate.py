@@ -128,7 +128,8 @@ def compensate(
 
     mode="ls": z is the kept part of the unpruned model's x; one pass over the batches for all layers.
     mode="seq": layer by layer in the order of execution, z being what the pruned model, compensated so far, hands on:
-    errors don't compound. Two passes per layer, with and without the channels that few positions carry.
+    errors don't compound. Two passes per layer, with and without the channels that few positions carry; the solution of
+    "ls" stays where the held-out batches like it better.
 
     Every fifth batch, at least one, is held out and decides about each layer, after the BatchNorm statistics were
     estimated anew. That takes one pass over the held-out batches per layer (over all batches where there are
@@ -271,7 +272,7 @@ def _consumers(pruned_model: nn.Module, original_model: nn.Module, plan: Pruning
 class _Options:
     forward: ForwardFn
     ridge: float
-    paired: bool
+    sequential: bool
     max_bytes: int
     keep_decompressors: bool
 
@@ -308,29 +309,30 @@ class _Run:
 
     @property
     def steps(self) -> int:
-        passes = len(_KURTOSIS_LIMITS) if self.options.paired else 1
-        return (passes + 1) * len(self.consumers)
+        passes = 2 + len(_KURTOSIS_LIMITS) * self.options.sequential
+        return passes * len(self.consumers)
 
     def compensate(self, bar: Any) -> None:
-        """Compensate every consumer, under the kurtosis limit that the held-out batches like best."""
-        candidates: Iterator[dict[str, _Compensated]]
-        if self.options.paired:
-            candidates = (self._sequential(limit, bar) for limit in _KURTOSIS_LIMITS)
-        else:
-            candidates = iter(self._at_once(bar))
+        """Compensate every consumer, in the way that the held-out batches like best."""
         self.report.compensated_error = math.inf
-        for limit, candidate in zip(_KURTOSIS_LIMITS, candidates, strict=True):
+        for limit, candidate in self._candidates(bar):
             self._put_all({name: done.parameters for name, done in candidate.items()})
             error = self._error_recalibrated()
             if not self.compensated or error < self.report.compensated_error:
                 self.compensated, self.report.compensated_error, self.report.kurtosis_limit = candidate, error, limit
         self._put_all({name: done.parameters for name, done in self.compensated.items()})
 
+    def _candidates(self, bar: Any) -> Iterator[tuple[float, dict[str, _Compensated]]]:
+        yield from zip(_KURTOSIS_LIMITS, self._at_once(bar), strict=True)
+        if self.options.sequential:
+            for limit in _KURTOSIS_LIMITS:
+                yield limit, self._sequential(limit, bar)
+
     def _at_once(self, bar: Any) -> list[dict[str, _Compensated]]:
-        """Mode "ls", per kurtosis limit: the unpruned model's inputs, collected from all consumers together."""
+        """Mode "ls" per kurtosis limit: the unpruned model's inputs, collected from all consumers together."""
         found: list[dict[str, _Compensated]] = [{} for _ in _KURTOSIS_LIMITS]
         for names in _chunks(self.consumers, self.options.max_bytes):
-            moments = self._moments(names)
+            moments = self._moments(names, paired=False)
             for name in names:
                 for candidate, limit in zip(found, _KURTOSIS_LIMITS, strict=True):
                     candidate[name] = self._solve(name, moments[name], limit)
@@ -343,25 +345,24 @@ class _Run:
         self._put_all(self.naive)
         for name in self.consumers:
             self._recalibrate()
-            found[name] = self._solve(name, self._moments([name])[name], limit)
+            found[name] = self._solve(name, self._moments([name], paired=True)[name], limit)
             bar.update()
         return found
 
-    def _moments(self, names: Sequence[str]) -> dict[str, Moments]:
-        paired = self.options.paired
+    def _moments(self, names: Sequence[str], paired: bool) -> dict[str, Moments]:
         moments = {name: self.consumers[name].moments(paired) for name in names}
         taken = sum(self.consumers[name].bytes(paired) for name in names)
         self.report.moment_bytes = max(self.report.moment_bytes, taken)
         for batch in self.calibration:
-            self._accumulate(moments, batch)
+            self._accumulate(moments, batch, paired)
         return moments
 
-    def _accumulate(self, moments: Mapping[str, Moments], batch: Any) -> None:
+    def _accumulate(self, moments: Mapping[str, Moments], batch: Any, paired: bool) -> None:
         full = inputs(self.original, list(moments), batch, self.options.forward)
-        pruned = inputs(self.pruned, list(moments), batch, self.options.forward) if self.options.paired else {}
+        pruned = inputs(self.pruned, list(moments), batch, self.options.forward) if paired else {}
         for name, calls in full.items():
             rows = self.consumers[name].rows
-            arriving = [rows(z) for z in pruned[name]] if self.options.paired else [None] * len(calls)
+            arriving = [rows(z) for z in pruned[name]] if paired else [None] * len(calls)
             for x, z in zip(calls, arriving, strict=True):
                 moments[name].add(rows(x), z)
 
