@@ -111,7 +111,8 @@ def width_of(instruction: str) -> int:
 def inspect(source: Path, arch: str) -> list[Kernel]:
     """Compile one file and read its kernels."""
     nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
-    assert nvcc is not None and cuobjdump is not None, "missing_tools() was not asked"
+    if nvcc is None or cuobjdump is None:
+        raise FileNotFoundError(f"no {' and no '.join(missing_tools())} on this machine")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{HERE.parent}", "-cubin", "-o", cubin, source]

@@ -289,7 +289,8 @@ def _check_end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tenso
 
 def _channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
     channel_dim = _check_channel_dot(activation, grad, channel_dim, per_sample)
-    return backends.resolve("channel_dot", activation.device.type)(activation, grad, channel_dim, per_sample)
+    call = backends.resolve("channel_dot", activation.device.type, activation.dtype, activation.numel())
+    return call(activation, grad, channel_dim, per_sample)
 
 
 def _weight_dot(
@@ -301,7 +302,7 @@ def _weight_dot(
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     _check_weight_dot(weight, grad, bias, bias_grad, groups, transposed)
-    call = backends.resolve("weight_dot", weight.device.type)
+    call = backends.resolve("weight_dot", weight.device.type, weight.dtype, weight.numel())
     return call(weight, grad, bias, bias_grad, groups, transposed)
 
 
@@ -317,12 +318,15 @@ def _weight_dot_list(
     if not layers:
         return [], []
     columns = [list(column) for column in zip(*layers, strict=True)]
-    return backends.resolve("weight_dot_list", weights[0].device.type)(*columns)
+    elements = sum(weight.numel() for weight in weights)
+    call = backends.resolve("weight_dot_list", weights[0].device.type, weights[0].dtype, elements)
+    return call(*columns)
 
 
 def _weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _check_weight_dot(weight, grad, None, None, 1, False, "weight_moments")
-    return backends.resolve("weight_moments", weight.device.type)(weight, grad)
+    call = backends.resolve("weight_moments", weight.device.type, weight.dtype, weight.numel())
+    return call(weight, grad)
 
 
 def _fold(
@@ -335,12 +339,14 @@ def _fold(
     _check_fold(weight, compressor, decompressor, groups, in_repeat)
     if compressor is None and decompressor is None:
         return weight.clone(memory_format=torch.contiguous_format)
-    return backends.resolve("fold", weight.device.type)(weight, compressor, decompressor, groups, in_repeat)
+    call = backends.resolve("fold", weight.device.type, weight.dtype, weight.numel())
+    return call(weight, compressor, decompressor, groups, in_repeat)
 
 
 def _end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
     _check_end_row(scores, row, loss_scale, groups)
-    finite = backends.resolve("end_row", scores.device.type)(scores, row, loss_scale, groups)
+    call = backends.resolve("end_row", row.device.type, row.dtype, row.numel())
+    finite = call(scores, row, loss_scale, groups)
     # A raw schema's mutation does not reach autograd's version counters by itself.
     torch.autograd.graph.increment_version((scores, row))
     return finite

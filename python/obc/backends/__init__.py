@@ -1,10 +1,10 @@
 """Which implementation runs an operator: one record per backend and the choice among them.
 
-============  ==========================  =====================================================
+============  ==========================  ====================================================================
 explicit      ``with obc.use_backend(n)``  always obeyed; raises where it can't serve the tensor
 environment   ``OBC_BACKEND=n``            the same, for the whole process (read at import)
-best          the table :data:`PREFERENCE`  first available for the tensor's device; logged once
-============  ==========================  =====================================================
+best          :mod:`obc.backends.fastest`  first available by device, operator, dtype and size; logged once
+============  ==========================  ====================================================================
 
 A backend is a module-like object with one callable per operator, each with the operator's positional signature.
 """
@@ -15,9 +15,13 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+
+from obc.backends.fastest import PREFERENCE, order, size_class
 
 logger = logging.getLogger("obc")
 
@@ -103,11 +107,9 @@ BACKENDS = {
     )
 }
 
-PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference"), "xpu": ("triton", "reference")}
-
 # One process-wide choice, not a ContextVar: Dynamo can't trace one, and CUDA's backward runs on another thread.
 _explicit: str | None = None
-_resolved: dict[tuple[str, str], Callable[..., Any]] = {}
+_resolved: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
 def _named(name: str) -> Backend:
@@ -136,8 +138,8 @@ def requested() -> str | None:
     return _explicit or _environment
 
 
-def chosen(device_type: str) -> Backend:
-    """The backend that serves tensors on ``device_type`` now.
+def chosen(device_type: str, names: Sequence[str] | None = None) -> Backend:
+    """The backend that serves tensors on ``device_type`` now; by itself the first of ``names`` that is available.
 
     Raises:
         BackendError: a backend asked for by name is unknown, missing, or doesn't serve this device.
@@ -148,7 +150,7 @@ def chosen(device_type: str) -> Backend:
             served = ", ".join(sorted(backend.devices() or ()))
             raise BackendError(f"backend {name!r} serves {served} tensors, got a tensor on {device_type!r}")
         return backend
-    for name in PREFERENCE.get(device_type, ("reference",)):
+    for name in names or PREFERENCE.get(device_type, ("reference",)):
         reason = BACKENDS[name].why_unavailable()
         if reason is None:
             return BACKENDS[name]
@@ -163,11 +165,14 @@ def _log_fallback(name: str, device_type: str, reason: str) -> None:
     )
 
 
-def resolve(operator: str, device_type: str) -> Callable[..., Any]:
-    """The callable that runs ``operator`` for tensors on ``device_type``."""
-    key = (operator, device_type)
+def resolve(
+    operator: str, device_type: str, dtype: torch.dtype = torch.float32, elements: int = 0
+) -> Callable[..., Any]:
+    """The callable that runs ``operator`` for a first input of this device, dtype and number of elements."""
+    key = (operator, device_type, dtype, size_class(elements))
     if (call := _resolved.get(key)) is None:
-        call = _resolved[key] = getattr(chosen(device_type).load(), operator)
+        backend = chosen(device_type, order(device_type, operator, dtype, elements))
+        call = _resolved[key] = getattr(backend.load(), operator)
     return call
 
 
