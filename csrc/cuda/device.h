@@ -14,6 +14,7 @@
 namespace obc::cuda {
 
 constexpr int kLanes = 32;  // threads of a warp
+constexpr uint32_t kAllLanes = 0xffffffff;
 // Two blocks of eight warps on a multiprocessor leave each thread the 128 registers that eight 16-byte loads and their
 // sums need. With 16 warps that is up to 64 KiB under way; bandwidth times latency asks for about 25 KiB (4.3 TB/s and
 // 0.7 us over 132 multiprocessors).
@@ -105,7 +106,7 @@ __device__ inline Place place(const Axes& axes, int64_t index) {
 template <class Acc>
 __device__ Acc warp_sum(Acc value) {
 #pragma unroll
-  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  for (int offset = kLanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(kAllLanes, value, offset);
   return value;
 }
 

@@ -8,8 +8,8 @@
 // One launch, two passes: the first finds out whether everything is finite, the second adds and clears. A row that one
 // block can't hold is shared by many, which wait for each other between the passes and so must all be resident: a
 // cooperative launch sees to that. In the second pass the thread at a group's first channel walks through the group,
-// adds its squares in order and clears them: no two threads touch one score, and nobody clears what another has yet to
-// read.
+// adds its squares in order and clears them; a long group is finished by its whole warp. No two warps touch one score,
+// and nobody clears what another has yet to read.
 
 #include "cpu/layout.h"
 #include "device.h"
@@ -22,6 +22,9 @@ constexpr int kRowThreads = 1024;
 // Channels of one block: few enough passes over them that another block would not help, since waiting costs about as
 // much as eight loads one after the other.
 constexpr int64_t kChannelsPerBlock = 8 * kRowThreads;
+
+// Members of a group that one thread adds by itself.
+constexpr int64_t kWalk = 32;
 
 template <class Acc>
 struct Row {
@@ -39,6 +42,12 @@ struct Row {
   __device__ Acc square(int64_t c) const {
     const Acc scaled = row[c * stride] / loss_scale;
     return scaled * scaled;
+  }
+  // The square of channel c, which is cleared.
+  __device__ Acc take(int64_t c) const {
+    const Acc squared = square(c);
+    row[c * stride] = 0;
+    return squared;
   }
   // Whether channel c can be added: a finite square, and a group in range and not below the one before.
   __device__ bool good(int64_t c) const {
@@ -87,15 +96,26 @@ __global__ void __launch_bounds__(kRowThreads, 1) end_row_kernel(
     for (int64_t c = first; c < r.size; c += step) r.row[c * r.stride] = 0;
     return;
   }
-  for (int64_t c = first; c < r.size; c += step) {
-    const int64_t mine = r.group(c);
-    if (c > 0 && r.group(c - 1) == mine) continue;
+  const int lane = threadIdx.x % kLanes;
+  for (int64_t c = first; c - lane < r.size; c += step) {
+    const int64_t mine = c < r.size ? r.group(c) : 0;
+    const bool begins = c < r.size && (c == 0 || r.group(c - 1) != mine);
     Acc sum = 0;
-    for (int64_t member = c; member < r.size && r.group(member) == mine; ++member) {
-      sum += r.square(member);
-      r.row[member * r.stride] = 0;
+    int64_t member = c;
+    while (begins && member < r.size && member < c + kWalk && r.group(member) == mine) sum += r.take(member++);
+    uint32_t unfinished = __ballot_sync(kAllLanes, begins && member == c + kWalk);
+    for (; unfinished != 0; unfinished &= unfinished - 1) {
+      const int owner = __ffs(static_cast<int>(unfinished)) - 1;
+      const int64_t group = __shfl_sync(kAllLanes, mine, owner);
+      Acc rest = 0;
+      for (int64_t at = __shfl_sync(kAllLanes, member, owner) + lane; at < r.size && r.group(at) == group;
+           at += kLanes) {
+        rest += r.take(at);
+      }
+      rest = warp_sum(rest);
+      if (lane == owner) sum += rest;
     }
-    r.scores[mine * r.scores_stride] += sum;
+    if (begins) r.scores[mine * r.scores_stride] += sum;
   }
 }
 

@@ -40,8 +40,8 @@ namespace emulation {
 void run(unsigned blocks, unsigned threads, bool cooperative, const std::function<void()>& body);
 // The sum over the block of `value`, after all its threads have come here.
 int barrier(int value);
-// What the lane `lane ^ offset` of this warp hands in.
-uint64_t exchange(uint64_t value, int offset);
+// What each lane of this warp hands in, after all have; good until the next call.
+const uint64_t* exchange(uint64_t value);
 void pause();
 bool capturing();
 
@@ -54,13 +54,24 @@ inline void __threadfence() {}
 inline void __nanosleep(unsigned) { emulation::pause(); }
 
 template <class T>
-T __shfl_xor_sync(unsigned, T value, int offset) {
+T __shfl_sync(unsigned, T value, int lane) {
   uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof(T));
-  bits = emulation::exchange(bits, offset);
+  bits = emulation::exchange(bits)[lane];
   std::memcpy(&value, &bits, sizeof(T));
   return value;
 }
+template <class T>
+T __shfl_xor_sync(unsigned lanes, T value, int offset) {
+  return __shfl_sync(lanes, value, static_cast<int>(threadIdx.x % 32) ^ offset);
+}
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  const uint64_t* const votes = emulation::exchange(predicate != 0);
+  unsigned ballot = 0;
+  for (int lane = 0; lane < 32; ++lane) ballot |= static_cast<unsigned>(votes[lane]) << lane;
+  return ballot;
+}
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
 
 inline uint32_t atomicInc(uint32_t* address, uint32_t most) {
   const uint32_t before = *address;

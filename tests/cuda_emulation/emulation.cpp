@@ -157,14 +157,13 @@ int barrier(int value) {
   return sum;
 }
 
-uint64_t exchange(uint64_t value, int offset) {
+const uint64_t* exchange(uint64_t value) {
   Meeting& warp = *running->warp;
   if (warp.members != kWarp) fail("a shuffle in an incomplete warp");
   uint64_t* const slots = warp.slots[warp.number % 2];
-  const unsigned lane = running->thread % kWarp;
-  slots[lane] = value;
+  slots[running->thread % kWarp] = value;
   meet(warp);
-  return slots[lane ^ static_cast<unsigned>(offset)];
+  return slots;
 }
 
 }  // namespace emulation
