@@ -19,7 +19,9 @@ from obc import ops
 
 def _folded_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool, fold: int) -> Tensor:
     """channel_dot, with the channels of ``fold`` groups added up where that is more than one."""
-    dot = ops.channel_dot(activation, grad, channel_dim, per_sample)
+    plain = type(grad) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    channel_dot = ops.channel_dot_undispatched if plain else ops.channel_dot
+    dot = channel_dot(activation, grad, channel_dim, per_sample)
     return dot if fold == 1 else dot.unflatten(-1, (fold, -1)).sum(-2)
 
 
