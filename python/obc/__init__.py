@@ -2,7 +2,33 @@
 
 from obc import backends, ops, reference
 from obc.backends import use_backend
+from obc.equivalent import (
+    EquivalentPruning,
+    Kept,
+    PlanError,
+    PruningPlan,
+    compensate,
+    equivalent_pruning,
+    recalibrate_norms,
+)
 from obc.info import info
 from obc.scoring import ChannelScores, JacobianScorer, Scores, score
 
-__all__ = ["ChannelScores", "JacobianScorer", "Scores", "backends", "info", "ops", "reference", "score", "use_backend"]
+__all__ = [
+    "ChannelScores",
+    "EquivalentPruning",
+    "JacobianScorer",
+    "Kept",
+    "PlanError",
+    "PruningPlan",
+    "Scores",
+    "backends",
+    "compensate",
+    "equivalent_pruning",
+    "info",
+    "ops",
+    "recalibrate_norms",
+    "reference",
+    "score",
+    "use_backend",
+]

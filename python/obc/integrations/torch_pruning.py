@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import obc
 from obc.integrations.gradient_rows import GradientRows
+from obc.integrations.torch_pruning_plan import prune_step
 from obc.scoring.layers import Rule, channel_count, rule_for
 from obc.scoring.scorer import JacobianScorer
 from obc.scoring.scores import ChannelScores, Scores
@@ -27,6 +28,8 @@ try:
     from torch_pruning.pruner.importance import GroupMagnitudeImportance
 except ImportError as error:
     raise ImportError("obc.integrations.torch_pruning needs Torch-Pruning: pip install torch-pruning") from error
+
+__all__ = ["JacobianImportance", "prune_step"]
 
 logger = logging.getLogger("obc")
 
