@@ -65,6 +65,8 @@ class Call : public obc::cuda::Context {
  public:
   explicit Call(const Tensor& on)
       : Context(current_stream(on.get_device_index())), guard_(on.get_device_index()), on_(on) {
+    // The library has a CUDA runtime of its own, which torch's guard does not tell of the device.
+    check(cudaSetDevice(on.get_device_index()));
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream, &status));
     capturing_ = status != cudaStreamCaptureStatusNone;

@@ -116,7 +116,7 @@ std::optional<Rows> plan_rows(const Pair& pair, const std::vector<Dim>& dims) {
 template <class T>
 void run_tiles(Matrix& m, const Output& output, void* out, Context& context) {
   using Acc = Accumulator<T>;
-  choose_chunks(m, sizeof(T));
+  choose_chunks(m, false, sizeof(T));
   Space space;
   place_partials(m, false, space);
   Acc* const partials = static_cast<Acc*>(context.scratch(space.partials * sizeof(Acc)));

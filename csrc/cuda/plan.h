@@ -74,17 +74,24 @@ inline int64_t steps(const Matrix& m, int item) {
   return m.groups * m.tiles * std::max<int64_t>(ceil_div(rows, step_rows(m, item)), 1);
 }
 
-inline void choose_chunks(Matrix& m, int64_t steps_per_item, int item) {
-  m.chunk_lines = steps_per_item * step_rows(m, item) * m.lines_per_row;
+// Partial line sums of a chunk that its last item adds up by itself: 128 loads a thread, eight round trips to the
+// cache.
+constexpr int64_t kMostLinePartials = 128 * kThreads;
+
+inline void choose_chunks(Matrix& m, int64_t steps_per_item, bool line_sums, int item) {
+  const int64_t step_lines = step_rows(m, item) * m.lines_per_row;
+  if (line_sums)
+    steps_per_item = std::min(steps_per_item, std::max(kMostLinePartials / (step_lines * m.tiles), int64_t{1}));
+  m.chunk_lines = steps_per_item * step_lines;
   m.chunks = std::max<int64_t>(ceil_div(m.line_count, m.chunk_lines), 1);
   m.sections = ceil_div(m.chunks, kFanIn);
 }
 
 // For a matrix that has a launch to itself: as many chunks as make one wave of blocks.
-inline void choose_chunks(Matrix& m, int item) {
+inline void choose_chunks(Matrix& m, bool line_sums, int item) {
   const int64_t side_by_side = m.groups * m.tiles;
   const int64_t chunks = std::max<int64_t>(kBlocks / side_by_side, 1);
-  choose_chunks(m, ceil_div(steps(m, item) / side_by_side, chunks), item);
+  choose_chunks(m, ceil_div(steps(m, item) / side_by_side, chunks), line_sums, item);
 }
 
 inline int64_t items(const Matrix& m) { return m.groups * m.chunks * m.tiles; }

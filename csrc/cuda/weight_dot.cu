@@ -237,7 +237,7 @@ bool weight_dot(const WeightDot& given, Context& context) {
   if (!plan_layer(given, layer)) return false;
   const int item = element_size(given.weight.dtype);
   Matrix& m = layer.matrix;
-  choose_chunks(m, item);
+  choose_chunks(m, true, item);
   Space space;
   place_partials(m, true, space);
   for_type(given.weight.dtype, [&](auto* type) {
@@ -272,7 +272,7 @@ bool plan_weight_dot_list(
   std::vector<int64_t> begins;
   worklist.items = 0;
   for (Layer& layer : layers) {
-    choose_chunks(layer.matrix, steps_per_item, item);
+    choose_chunks(layer.matrix, steps_per_item, true, item);
     place_partials(layer.matrix, true, space);
     begins.push_back(take(worklist.items, items(layer.matrix)));
   }
