@@ -47,6 +47,7 @@ class CMakeBuild(build_ext):
         # An isolated build's paths are gone by the next one.
         (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
         configure = {
+            "BUILD_TESTING": "OFF",
             "CMAKE_BUILD_TYPE": "Debug" if os.environ.get("DEBUG", "0") not in ("", "0") else "Release",
             "OBC_BUILD_CUDA": os.environ.get("OBC_BUILD_CUDA", "auto"),
             "OBC_LIBRARY_DIR": str(library_dir),
