@@ -18,9 +18,7 @@ def load() -> SimpleNamespace:
     return SimpleNamespace(**launchers, fold=fold)
 
 
-def fold(
-    weight: Tensor, compressor: Tensor | None, decompressor: Tensor | None, groups: int, in_repeat: int
-) -> Tensor:
+def fold(weight: Tensor, compressor: Tensor | None, decompressor: Tensor | None, groups: int, in_repeat: int) -> Tensor:
     """:func:`obc.ops.fold` in one launch where :func:`obc_kernels.fold.fold_fits`, else by two matrix products."""
     from obc_kernels.fold import fold_fits, fold_triton
 
