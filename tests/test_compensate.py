@@ -147,7 +147,9 @@ def test_channels_that_few_positions_carry_can_stay_naive() -> None:
     moments.add(x)
     plain, limited = (moments.solve(1e-9, True, limit) for limit in (math.inf, 30.0))
     assert (plain.fit.left_out, limited.fit.left_out) == (0, 1)
-    assert limited.decompressor[2].abs().max() == 0 and limited.intercept[2] == 0 and plain.intercept[2] != 0
+    assert limited.decompressor[2].abs().max() == 0
+    assert limited.intercept[2] == 0
+    assert plain.intercept[2] != 0
     assert limited.decompressor[3, 0] == pytest.approx(0.3)
     residual = x - x[:, :2] @ limited.decompressor.T - limited.intercept
     assert limited.fit.error_after == pytest.approx(float(residual.square().sum() / x.square().sum()))
@@ -177,7 +179,8 @@ def test_held_out_batches_choose_the_kurtosis_limit() -> None:
         rare = x[:, 0] > 2.4
         x[rare, 2] = 30.0
     report = compensate(pruned, original, plan, data)
-    assert report.layers["consumer"].applied and report.layers["consumer"].left_out == 1
+    assert report.layers["consumer"].applied
+    assert report.layers["consumer"].left_out == 1
     assert report.final_error < report.naive_error
 
 
@@ -205,7 +208,8 @@ def test_never_ends_below_naive_and_keeps_the_structure(name: str, mode: str) ->
     original_before = copy.deepcopy(pruned.state_dict)
     data = batches(name)
     report = compensate(pruned.model, pruned.original, pruned.plan, data, mode=mode, keep_decompressors=True)
-    assert list(report.layers) and report.final_error <= report.naive_error
+    assert list(report.layers)
+    assert report.final_error <= report.naive_error
     assert output_error(pruned.model, pruned.original, data[4::5]) == pytest.approx(report.final_error, rel=1e-9)
     assert output_error(naive, pruned.original, data[4::5]) == pytest.approx(report.naive_error, rel=1e-9)
     naive.load_state_dict(pruned.model.state_dict(), strict=True)
@@ -241,7 +245,8 @@ def test_a_layer_that_would_do_harm_stays_naive() -> None:
     before = copy.deepcopy(pruned.model.state_dict())
     report = compensate(pruned.model, pruned.original, pruned.plan, [x, x, reversed_x])
     layer = report.layers["consumer"]
-    assert not layer.applied and report.compensated_error > report.naive_error == layer.output_error_naive
+    assert not layer.applied
+    assert report.compensated_error > report.naive_error == layer.output_error_naive
     assert layer.input_error_after < layer.input_error_before
     assert report.final_error == report.naive_error
     assert "(left naive)" in str(report)
@@ -340,7 +345,9 @@ def test_recalibrated_norms_have_the_batches_statistics() -> None:
     var = torch.stack([a.var((0, 2, 3)) for a in activations]).mean(0)
     assert torch.allclose(norm.running_mean, mean, atol=1e-5)
     assert torch.allclose(norm.running_var, var, rtol=1e-4)
-    assert norm.training and norm.momentum == 0.1 and torch.equal(norm.num_batches_tracked, tracked)
+    assert norm.training
+    assert norm.momentum == 0.1
+    assert torch.equal(norm.num_batches_tracked, tracked)
 
 
 def test_models_and_their_flags_are_left_as_they_were() -> None:
@@ -348,7 +355,9 @@ def test_models_and_their_flags_are_left_as_they_were() -> None:
     pruned.model.train()
     pruned.model.norm1.eval()
     compensate(pruned.model, pruned.original, pruned.plan, batches("resnet", 3), mode="seq")
-    assert pruned.model.training and not pruned.model.norm1.training and not pruned.original.training
+    assert pruned.model.training
+    assert not pruned.model.norm1.training
+    assert not pruned.original.training
     assert not any(module._forward_pre_hooks for model in (pruned.model, pruned.original) for module in model.modules())
     assert all(parameter.requires_grad for parameter in pruned.model.parameters())
 

@@ -260,6 +260,7 @@ def _train_in_two_processes(rank: int, port: int, results) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -190,7 +190,7 @@ def test_unequal_groups_are_rejected() -> None:
     pruned = RECIPES["grouped"].prune()
     kept = dict(pruned.plan)
     kept["grouped"] = Kept(kept["grouped"].out_channels, torch.tensor([0, 1, 2, 4]))
-    with pytest.raises(PlanError, match="grouped.weight: .* unequal numbers"):
+    with pytest.raises(PlanError, match=r"grouped\.weight: .* unequal numbers"):
         PruningPlan(kept).verify(pruned.state_dict, pruned.model)
 
 
