@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class Calls:
     def __init__(self, backend: str) -> None:
         self.backend, self.count = backend, 0
 
-    def check(self, call: object) -> None:
+    def check(self, call: Callable[[], Tensor | Sequence[Tensor]]) -> None:
         with obc.use_backend(self.backend):
             actual = call()
         with obc.use_backend("reference"):

@@ -2,7 +2,7 @@
 // later, and needs neither a torch with CUDA nor a GPU.
 //
 // Signatures are those of obc::<op> in python/obc/ops.py, where the arguments are checked before they come here.
-// weight_dot_list takes layers of one dtype and returns one flat tensor: all out_dots, then all in_dots.
+// weight_dot_list takes layers of one dtype.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -191,15 +191,9 @@ std::list<PreparedPointer>& prepared_worklists() {
 }
 
 // Null where a layer has too many axes.
-PreparedPointer prepare(
-    const std::vector<WeightDot>& layers,
-    const std::vector<obc::cuda::Offsets>& offsets,
-    std::vector<int64_t> key,
-    const Tensor& on,
-    Call& call
-) {
+PreparedPointer prepare(const std::vector<WeightDot>& layers, std::vector<int64_t> key, const Tensor& on, Call& call) {
   auto prepared = std::make_shared<Prepared>();
-  if (!obc::cuda::plan_weight_dot_list(layers, offsets, prepared->worklist)) return nullptr;
+  if (!obc::cuda::plan_weight_dot_list(layers, prepared->worklist)) return nullptr;
   prepared->key = std::move(key);
   prepared->table = empty({static_cast<int64_t>(prepared->worklist.table.size())}, aoti_torch_dtype_int64(), on);
   obc::cuda::upload(prepared->worklist.table, static_cast<int64_t*>(prepared->table.mutable_data_ptr()), call);
@@ -207,9 +201,7 @@ PreparedPointer prepare(
 }
 
 // The worklist of these layers from those kept, or a new one.
-PreparedPointer kept_or_new(
-    const std::vector<WeightDot>& layers, const std::vector<obc::cuda::Offsets>& offsets, const Tensor& on, Call& call
-) {
+PreparedPointer kept_or_new(const std::vector<WeightDot>& layers, const Tensor& on, Call& call) {
   std::vector<int64_t> key = key_of(layers, on.get_device_index(), call.stream);
   const std::lock_guard<std::mutex> lock(state_mutex());
   std::list<PreparedPointer>& all = prepared_worklists();
@@ -218,7 +210,7 @@ PreparedPointer kept_or_new(
     all.splice(all.begin(), all, found);
     return all.front();
   }
-  PreparedPointer prepared = prepare(layers, offsets, std::move(key), on, call);
+  PreparedPointer prepared = prepare(layers, std::move(key), on, call);
   if (!prepared) return nullptr;
   all.push_front(prepared);
   if (all.size() > kPreparedWorklists) all.pop_back();
@@ -226,23 +218,16 @@ PreparedPointer kept_or_new(
 }
 
 // Whether all layers could be run; `keep` says whether the same memory may come again.
-bool run_list(
-    const std::vector<WeightDot>& layers,
-    const std::vector<obc::cuda::Offsets>& offsets,
-    const Tensor& on,
-    void* results,
-    bool keep,
-    Call& call
-) {
+bool run_list(const std::vector<WeightDot>& layers, const Tensor& on, bool keep, Call& call) {
   const PreparedPointer prepared =
-      keep && !call.capturing() ? kept_or_new(layers, offsets, on, call) : prepare(layers, offsets, {}, on, call);
+      keep && !call.capturing() ? kept_or_new(layers, on, call) : prepare(layers, {}, on, call);
   if (!prepared) return false;
   const int64_t* const table = static_cast<const int64_t*>(prepared->table.const_data_ptr());
-  obc::cuda::weight_dot_list(prepared->worklist, table, results, call);
+  obc::cuda::weight_dot_list(prepared->worklist, table, layers, call);
   return true;
 }
 
-Tensor weight_dot_list(
+std::tuple<Tensors, Tensors> weight_dot_list(
     const Tensors& weights,
     const Tensors& grads,
     const OptionalTensors& biases,
@@ -254,34 +239,36 @@ Tensor weight_dot_list(
   const size_t count = weights.size();
   std::vector<Pair> bias_pairs(count);
   std::vector<WeightDot> layers;
-  int64_t outs = 0, all = 0;
+  Tensors out_dots, in_dots;
   for (size_t i = 0; i < count; ++i) {
+    const Tensor& weight = weights[i];
     if (biases[i]) bias_pairs[i] = pair_of(*biases[i], *bias_grads[i]);
-    const Pair* const bias = biases[i] ? &bias_pairs[i] : nullptr;
-    layers.push_back({pair_of(weights[i], grads[i]), bias, groups[i], transposed[i], nullptr, nullptr});
-    const int64_t rows = weights[i].size(0), columns = weights[i].size(1) * groups[i];
-    outs += transposed[i] ? columns : rows;
-    all += rows + columns;
+    const Tensor row_dot = empty_sums({weight.size(0)}, weight);
+    const Tensor column_dot = empty_sums({weight.size(1) * groups[i]}, weight);
+    layers.push_back(
+        {pair_of(weight, grads[i]),
+         biases[i] ? &bias_pairs[i] : nullptr,
+         groups[i],
+         transposed[i],
+         row_dot.mutable_data_ptr(),
+         column_dot.mutable_data_ptr()}
+    );
+    out_dots.push_back(transposed[i] ? column_dot : row_dot);
+    in_dots.push_back(transposed[i] ? row_dot : column_dot);
   }
-  std::vector<obc::cuda::Offsets> offsets;
-  int64_t out = 0, in = outs;
-  for (size_t i = 0; i < count; ++i) {
-    const int64_t rows = weights[i].size(0), columns = weights[i].size(1) * groups[i];
-    offsets.push_back(transposed[i] ? obc::cuda::Offsets{in, out} : obc::cuda::Offsets{out, in});
-    out += transposed[i] ? columns : rows;
-    in += transposed[i] ? rows : columns;
-  }
-  const Tensor results = empty_sums({all}, weights[0]);
-  if (!run_list(layers, offsets, weights[0], results.mutable_data_ptr(), true, call)) {
+  for (size_t begin = 0; begin < count; begin += obc::cuda::kMostListed) {
+    const size_t end = std::min(begin + obc::cuda::kMostListed, count);
+    std::vector<WeightDot> listed(layers.begin() + begin, layers.begin() + end);
+    if (run_list(listed, weights[0], true, call)) continue;
     Tensors copies;
-    for (size_t i = 0; i < count; ++i) {
+    for (size_t i = begin; i < end; ++i) {
       copies.push_back(torch::stable::contiguous(weights[i]));
       copies.push_back(torch::stable::contiguous(grads[i]));
-      layers[i].weight = pair_of(copies[2 * i], copies[2 * i + 1]);
+      listed[i - begin].weight = pair_of(*(copies.end() - 2), copies.back());
     }
-    run_list(layers, offsets, weights[0], results.mutable_data_ptr(), false, call);
+    run_list(listed, weights[0], false, call);
   }
-  return results;
+  return {out_dots, in_dots};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> weight_moments(const Tensor& weight, const Tensor& grad) {
@@ -330,7 +317,7 @@ STABLE_TORCH_LIBRARY(obc_cuda, library) {
   );
   library.def(
       "weight_dot_list(Tensor[] weights, Tensor[] grads, Tensor?[] biases, Tensor?[] bias_grads, int[] groups, "
-      "bool[] transposed) -> Tensor"
+      "bool[] transposed) -> (Tensor[], Tensor[])"
   );
   library.def("weight_moments(Tensor weight, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def("end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) -> Tensor");

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def _cuda() -> Iterator[None]:
         yield
 
 
-def kernels(call: object) -> list[str]:
+def kernels(call: Callable[[], object]) -> list[str]:
     """Names of the kernels that one call launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()

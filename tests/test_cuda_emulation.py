@@ -170,6 +170,28 @@ def test_weight_dot_list_is_one_launch(library: ctypes.CDLL, dtype: torch.dtype)
             torch.testing.assert_close(ins[n], in_)
 
 
+def test_weight_dot_list_of_more_layers_than_one_launch_takes(library: ctypes.CDLL) -> None:
+    weights, grads = ([torch.randn(3, 4) for _ in range(401)] for _ in range(2))
+    ops.weight_dot_list(weights, grads)
+    before = library.obc_emulation_launches()
+    outs, ins = ops.weight_dot_list(weights, grads)
+    assert library.obc_emulation_launches() - before == 3
+    for n, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        torch.testing.assert_close([outs[n], ins[n]], list(reference.weight_dot(weight, grad)))
+
+
+def test_opcheck() -> None:
+    """Results share no memory with each other or an input, and match the fakes."""
+    weight, grad, bias, bias_grad = test_weight_dot.Case((6, 4, 3)).tensors(torch.float32, "cpu")
+    without_backward = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(torch.ops.obc.channel_dot.default, (weight, grad, 1, True))
+    torch.library.opcheck(torch.ops.obc.weight_dot.default, (weight, grad, bias, bias_grad))
+    torch.library.opcheck(torch.ops.obc.weight_moments.default, (weight, grad), test_utils=without_backward)
+    lists = [weight, weight], [grad, grad], [bias, None], [bias_grad, None], [1, 2], [False, False]
+    torch.library.opcheck(torch.ops.obc.weight_dot_list.default, lists, test_utils=without_backward)
+    torch.library.opcheck(torch.ops.obc.end_row.default, (bias, bias_grad, 2.0, torch.tensor([0, 0, 1, 3, 3, 5])))
+
+
 def test_weight_dot_list_of_mixed_dtypes_and_layouts() -> None:
     weights = [layout(torch.randn(6, 4, 3, 3)) for layout in LAYOUTS]
     weights += [torch.randn(5, 7, dtype=dtype) for dtype in (torch.float64, torch.bfloat16)]

@@ -48,8 +48,8 @@ bool weight_dot(const WeightDot& layer, Context& context);
 // Per row of dim 0, five contiguous vectors: sum wg, sum (wg)^2, sum |wg|, sum w^2, sum |w|.
 bool weight_moments(const Pair& weight, void* const moments[5], Context& context);
 
-// Layers of one dtype prepared for one launch. The table holds pointers, sizes and strides; results are not part of
-// it: those of a layer lie at offsets in the one array of results that a launch is given.
+// Layers of one dtype prepared for one launch. The table holds pointers, sizes and strides of what is read; where the
+// results go is told to each launch.
 struct Worklist {
   Dtype dtype;
   int64_t layers;
@@ -59,19 +59,17 @@ struct Worklist {
   std::vector<int64_t> table;
 };
 
-// Where the results of a layer lie, in place of its row_dot and column_dot, which are not read here.
-struct Offsets {
-  int64_t row_dot;
-  int64_t column_dot;
-};
+// The most layers of one launch: pointers to their results travel with it.
+constexpr size_t kMostListed = 200;
 
-bool plan_weight_dot_list(
-    const std::vector<WeightDot>& layers, const std::vector<Offsets>& offsets, Worklist& worklist
-);
+bool plan_weight_dot_list(const std::vector<WeightDot>& layers, Worklist& worklist);
 // Copies the table to `device_table` through kernel parameters: no host memory has to outlive the call, in a captured
 // graph either.
 void upload(const std::vector<int64_t>& table, int64_t* device_table, Context& context);
-void weight_dot_list(const Worklist& worklist, const int64_t* device_table, void* results, Context& context);
+// row_dot and column_dot of the layers say where the results go; all else is read from the table.
+void weight_dot_list(
+    const Worklist& worklist, const int64_t* device_table, const std::vector<WeightDot>& layers, Context& context
+);
 
 // As obc::cpu::end_row, but groups that leave the range of scores or descend can't be reported without a host read:
 // they make the row count as not finite, so that nothing is added.

@@ -83,10 +83,9 @@ struct Matrix {
   int64_t line_counters;
 };
 
-// Where the sum of channel (or row) i of a group goes: offset + group * group_stride + i * stride. Where bias is given,
+// Where the sum of channel (or row) i of a group goes: to group * group_stride + i * stride. Where bias is given,
 // bias[i] * bias_grad[i] is added to it; then the strides are those of one contiguous vector.
 struct Output {
-  int64_t offset;
   int64_t group_stride;
   int64_t stride;
   const void* bias;
@@ -105,7 +104,7 @@ __device__ void store_sum(
     const T* grad = static_cast<const T*>(output.bias_grad);
     sum += widen(bias[index * output.bias_stride]) * widen(grad[index * output.bias_grad_stride]);
   }
-  sums[output.offset + index] = sum;
+  sums[index] = sum;
 }
 
 // Shared memory of one block: the column sums of its warps, then kThreads accumulators for add_up.

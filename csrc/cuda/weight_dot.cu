@@ -59,13 +59,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) weight_dot_kern
 constexpr int64_t kLayerWords = sizeof(Layer) / sizeof(int64_t);
 static_assert(sizeof(Layer) % sizeof(int64_t) == 0, "a layer is copied word by word");
 
+// row_dot and column_dot of every layer.
+template <class Acc>
+struct Listed {
+  Acc* sums[2 * kMostListed];
+};
+
 // The table: begins[layers], the first item of each layer, then the layers.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) weight_dot_list_kernel(
     const int64_t* table,
     int64_t layers,
     int64_t items,
-    Accumulator<T>* results,
+    const __grid_constant__ Listed<Accumulator<T>> results,
     Accumulator<T>* partials,
     uint32_t* counters
 ) {
@@ -85,9 +91,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) weight_dot_list
         layer.matrix,
         item - table[index],
         layer.columns,
-        results,
+        results.sums[2 * index + (layer.lines_are_rows ? 1 : 0)],
         &layer.lines,
-        results,
+        results.sums[2 * index + (layer.lines_are_rows ? 0 : 1)],
         layer.coarse_channels,
         partials,
         counters,
@@ -117,7 +123,7 @@ std::vector<Dim> dims_of(const Pair& weight, int64_t rows) {
 }
 
 Output output_of(int64_t per_group, const Pair* bias) {
-  Output output = {0, per_group, 1, nullptr, nullptr, 0, 0};
+  Output output = {per_group, 1, nullptr, nullptr, 0, 0};
   if (bias) {
     output.bias = bias->first;
     output.bias_grad = bias->second;
@@ -253,17 +259,13 @@ bool weight_dot(const WeightDot& given, Context& context) {
   return true;
 }
 
-bool plan_weight_dot_list(
-    const std::vector<WeightDot>& given, const std::vector<Offsets>& offsets, Worklist& worklist
-) {
+bool plan_weight_dot_list(const std::vector<WeightDot>& given, Worklist& worklist) {
   const int item = element_size(given[0].weight.dtype);
   std::vector<Layer> layers(given.size());
   int64_t all_steps = 0;
   for (size_t i = 0; i < given.size(); ++i) {
     Layer& layer = layers[i];
     if (!plan_layer(given[i], layer)) return false;
-    layer.lines.offset = layer.lines_are_rows ? offsets[i].row_dot : offsets[i].column_dot;
-    layer.columns.offset = layer.lines_are_rows ? offsets[i].column_dot : offsets[i].row_dot;
     all_steps += steps(layer.matrix, item);
   }
   // Four items for each block: layers end with items of all sizes, which then even out.
@@ -296,10 +298,17 @@ void upload(const std::vector<int64_t>& table, int64_t* device_table, Context& c
   }
 }
 
-void weight_dot_list(const Worklist& worklist, const int64_t* device_table, void* results, Context& context) {
+void weight_dot_list(
+    const Worklist& worklist, const int64_t* device_table, const std::vector<WeightDot>& layers, Context& context
+) {
   for_type(worklist.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     using Acc = Accumulator<T>;
+    Listed<Acc> results = {};
+    for (size_t i = 0; i < layers.size(); ++i) {
+      results.sums[2 * i] = static_cast<Acc*>(layers[i].row_dot);
+      results.sums[2 * i + 1] = static_cast<Acc*>(layers[i].column_dot);
+    }
     launch(
         context,
         weight_dot_list_kernel<T>,
@@ -309,7 +318,7 @@ void weight_dot_list(const Worklist& worklist, const int64_t* device_table, void
         device_table,
         worklist.layers,
         worklist.items,
-        static_cast<Acc*>(results),
+        results,
         static_cast<Acc*>(context.scratch(worklist.partials * sizeof(Acc))),
         context.counters(worklist.counters)
     );

@@ -43,19 +43,14 @@ def operators() -> SimpleNamespace:
         groups: Sequence[int],
         transposed: Sequence[bool],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """One launch for all layers of one dtype; the results are views of one flat tensor a dtype."""
+        """One launch for all layers of one dtype, up to 200 of them."""
         outs, ins = list(weights), list(weights)
         columns = (weights, grads, biases, bias_grads, groups, transposed)
         for dtype in dict.fromkeys(weight.dtype for weight in weights):
             members = [i for i, weight in enumerate(weights) if weight.dtype == dtype]
-            flat = native.weight_dot_list.default(*([column[i] for i in members] for column in columns))
-            sizes = [(weights[i].shape[0], weights[i].shape[1] * groups[i]) for i in members]
-            swapped = [transposed[i] for i in members]
-            out_sizes = [size[1 if swap else 0] for size, swap in zip(sizes, swapped, strict=True)]
-            in_sizes = [size[0 if swap else 1] for size, swap in zip(sizes, swapped, strict=True)]
-            parts = flat.split(out_sizes + in_sizes)
-            for part, i in enumerate(members):
-                outs[i], ins[i] = parts[part], parts[len(members) + part]
+            dots = native.weight_dot_list.default(*([column[i] for i in members] for column in columns))
+            for i, out_dot, in_dot in zip(members, *dots, strict=True):
+                outs[i], ins[i] = out_dot, in_dot
         return outs, ins
 
     return SimpleNamespace(
