@@ -6,74 +6,28 @@
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "tensors.h"
 
 namespace {
 
-using obc::cpu::Dtype;
+using obc::dtype_of;
+using obc::empty;
+using obc::empty_sums;
+using obc::pair_of;
+using obc::Tensor;
 using obc::cpu::Pair;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 void run_parallel(int64_t tasks, int64_t grain, obc::cpu::ParallelFor::Body body, const void* context) {
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
 constexpr obc::cpu::ParallelFor kParallel = {run_parallel};
-
-Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Dtype::float64;
-    case ScalarType::BFloat16:
-      return Dtype::bfloat16;
-    case ScalarType::Half:
-      return Dtype::float16;
-    default:
-      return Dtype::float32;
-  }
-}
-
-Pair pair_of(const Tensor& first, const Tensor& second) {
-  return {
-      dtype_of(first),
-      first.dim(),
-      first.sizes().data(),
-      first.const_data_ptr(),
-      first.strides().data(),
-      second.const_data_ptr(),
-      second.strides().data()
-  };
-}
-
-// An uninitialised contiguous CPU tensor.
-Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype) {
-  int64_t strides[2] = {1, 1};
-  if (sizes.size() == 2) strides[0] = sizes.begin()[1];
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()),
-      sizes.begin(),
-      strides,
-      dtype,
-      aoti_torch_device_type_cpu(),
-      0,
-      &handle
-  ));
-  return Tensor(handle);
-}
-
-Tensor empty_sums(std::initializer_list<int64_t> sizes, const Tensor& like) {
-  const bool wide = dtype_of(like) == Dtype::float64;
-  return empty(sizes, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32());
-}
 
 Tensor channel_dot(const Tensor& activation, const Tensor& grad, int64_t channel_dim, bool per_sample) {
   const int64_t channels = activation.size(channel_dim);
@@ -178,7 +132,7 @@ std::tuple<Tensor, int64_t> end_row(
       groups ? groups->stride(0) : 0,
       loss_scale
   };
-  const Tensor finite = empty({}, aoti_torch_dtype_bool());
+  const Tensor finite = empty({}, aoti_torch_dtype_bool(), scores);
   const int64_t bad_group = obc::cpu::end_row(arguments, static_cast<bool*>(finite.mutable_data_ptr()));
   return {finite, bad_group};
 }
