@@ -43,9 +43,10 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// The counters of a stream: zero between any two of its kernels, so that no call has to clear them.
+// The counters of a stream: zero between any two of its kernels, so that no call has to clear them. Smaller ones that
+// were outgrown are kept too: another thread may be about to launch a kernel over them.
 struct Counters {
-  Tensor memory;
+  std::vector<Tensor> memory;
   int64_t count = 0;
 };
 
@@ -88,11 +89,11 @@ class Call : public obc::cuda::Context {
     Counters& mine = stream_counters()[{on_.get_device_index(), stream}];
     if (mine.count < count) {
       const int64_t size = std::max<int64_t>(2 * count, 4096);  // grows seldom
-      mine.memory = empty({size}, aoti_torch_dtype_int32(), on_);
-      zeros(mine.memory.mutable_data_ptr(), size);
+      mine.memory.push_back(empty({size}, aoti_torch_dtype_int32(), on_));
+      zeros(mine.memory.back().mutable_data_ptr(), size);
       mine.count = size;
     }
-    return static_cast<uint32_t*>(mine.memory.mutable_data_ptr());
+    return static_cast<uint32_t*>(mine.memory.back().mutable_data_ptr());
   }
 
   void check(cudaError_t error) override { STD_CUDA_CHECK(error); }

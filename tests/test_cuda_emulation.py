@@ -236,6 +236,27 @@ def test_the_same_bits_whatever_runs_first(library: ctypes.CDLL) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+def test_operators_leave_the_counters_that_they_share_at_zero() -> None:
+    """Each of them after each other one, on the counters of one stream."""
+
+    def end_row() -> Tensor:
+        scores, row = torch.zeros(20_000), torch.randn(20_000)  # several blocks, which wait for each other
+        ops.end_row(scores, row)
+        return scores
+
+    calls = [end_row, *SPLIT]
+    expected = []
+    for call in calls:
+        torch.manual_seed(2)
+        with obc.use_backend("reference"):
+            expected.append(call())
+    for before in calls:
+        for call, truth in zip(calls, expected, strict=True):
+            before()
+            torch.manual_seed(2)
+            torch.testing.assert_close(call(), truth, rtol=1e-3, atol=1e-3)
+
+
 def test_in_a_captured_graph_nothing_is_shared_with_eager_calls(capturing: None, library: ctypes.CDLL) -> None:
     """Counters are a graph's own, and a worklist is uploaded in every capture."""
     weight, grad = torch.randn(150, 700), torch.randn(150, 700)

@@ -59,22 +59,26 @@ struct Row {
   }
 };
 
-// Waits until every block of the launch has come here, and tells each whether one of them said `flag`. The state is
-// two counters, of blocks and of meetings, and one word a block for the flags.
+// Counters of any_block: blocks that have come, whether all have, blocks that have gone.
+constexpr int64_t kMeetingCounters = 3;
+
+// Waits until every block of the launch has come here, and tells each whether one of them said `flag`; `flags` has one
+// word a block. The last block to go on clears what the others waited for: the counters are left at zero.
 __device__ bool any_block(bool flag, uint32_t* counters, uint32_t* flags) {
   flag = __syncthreads_or(flag);
   if (gridDim.x == 1) return flag;
   if (threadIdx.x == 0) {
-    volatile uint32_t* const meetings = counters + 1;
-    const uint32_t before = *meetings;
+    const uint32_t last = gridDim.x - 1;
+    volatile uint32_t* const all_here = counters + 1;
     flags[blockIdx.x] = flag;
     __threadfence();
-    if (atomicInc(counters, gridDim.x - 1) == gridDim.x - 1) {
-      atomicAdd(counters + 1, 1u);
+    if (atomicInc(counters, last) == last) {
+      *all_here = 1;
     } else {
-      while (*meetings == before) __nanosleep(32);
+      while (*all_here == 0) __nanosleep(32);
     }
     __threadfence();
+    if (atomicInc(counters + 2, last) == last) *all_here = 0;
   }
   __syncthreads();
   bool any = false;
@@ -138,7 +142,7 @@ void run(const cpu::EndRow& given, bool* finite, Context& context) {
   const int64_t wanted = cpu::ceil_div(given.row_size, kChannelsPerBlock);
   const int64_t blocks = std::max<int64_t>(std::min<int64_t>(wanted, processors), 1);
   uint32_t* const flags = static_cast<uint32_t*>(context.scratch(blocks > 1 ? blocks * sizeof(uint32_t) : 0));
-  uint32_t* const counters = context.counters(blocks > 1 ? 2 : 0);
+  uint32_t* const counters = context.counters(blocks > 1 ? kMeetingCounters : 0);
   launch(context, end_row_kernel<Acc>, blocks, kRowThreads, blocks > 1, row, finite, counters, flags);
 }
 

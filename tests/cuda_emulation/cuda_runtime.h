@@ -78,12 +78,6 @@ inline uint32_t atomicInc(uint32_t* address, uint32_t most) {
   *address = before >= most ? 0 : before + 1;
   return before;
 }
-inline uint32_t atomicAdd(uint32_t* address, uint32_t value) {
-  const uint32_t before = *address;
-  *address = before + value;
-  return before;
-}
-
 template <class T>
 T __ldcs(const T* address) {
   // A vector load faults on the device where the address is no multiple of its size.
