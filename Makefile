@@ -17,11 +17,12 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+NATIVE_TESTS := $(wildcard tests/cpp/*.cpp tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
 NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all bench triton-check lint format
+.PHONY: help setup demo test test-all bench triton-check cuda-check lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -57,13 +58,16 @@ bench: setup ## every benchmark; ARGS="--out" writes benchmarks/results, BENCHMA
 triton-check: setup ## compile every Triton kernel for sm_80 and sm_90, print registers, spills and load widths
 	$(BIN)/python -m obc_kernels.aot --arch 80 90
 
+cuda-check: setup ## compile every CUDA kernel for sm_80 and sm_90, print registers, spills and load widths
+	$(BIN)/python csrc/cuda/check.py $(ARGS)
+
 lint: setup ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(if $(NATIVE),$(BIN)/clang-format --dry-run -Werror $(NATIVE))
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(NATIVE_TESTS)
 	$(BIN)/mypy
 
 format: setup ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(if $(NATIVE),$(BIN)/clang-format -i $(NATIVE))
+	$(BIN)/clang-format -i $(NATIVE) $(NATIVE_TESTS)

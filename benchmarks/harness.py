@@ -289,7 +289,7 @@ def provenance(repeats: int, threads: int) -> dict[str, Any]:
         "backend": obc.backends.chosen("cpu").name,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
 

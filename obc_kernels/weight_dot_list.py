@@ -13,7 +13,7 @@ Nothing reads back or waits. Inside a CUDA graph capture it is built anew and it
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -383,8 +383,7 @@ def weight_dot_list_triton(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Launch :func:`obc.ops.weight_dot_list` for checked arguments on one device.
 
-    The results are views of two flat vectors a dtype, one of all out_dots and one of all in_dots. Layouts that
-    weight_dot copies are copied here too.
+    Layouts that weight_dot copies are copied here too.
     """
     columns = (weights, grads, biases, bias_grads, groups, transposed)
     layers = [_Layer.of(*layer) for layer in zip(*columns, strict=True)]
@@ -427,7 +426,15 @@ def weight_dot_list_triton(
             num_warps=WeightDotConfig.num_warps,
             max_registers=128 if stage.constexprs.get("VECTORS") else ADDRESS_REGISTERS,
         )
-    out_views = {acc: iter(flat.split(worklist.out_sizes[acc])) for acc, flat in out_dots.items()}
-    in_views = {acc: iter(flat.split(worklist.in_sizes[acc])) for acc, flat in in_dots.items()}
+    out_parts = {acc: _parts(flat, worklist.out_sizes[acc]) for acc, flat in out_dots.items()}
+    in_parts = {acc: _parts(flat, worklist.in_sizes[acc]) for acc, flat in in_dots.items()}
     order = [accumulator(layer.weight) for layer in layers]
-    return [next(out_views[acc]) for acc in order], [next(in_views[acc]) for acc in order]
+    return [next(out_parts[acc]) for acc in order], [next(in_parts[acc]) for acc in order]
+
+
+def _parts(flat: Tensor, sizes: list[int]) -> Iterator[Tensor]:
+    """The layers' parts of a flat vector in memory of their own, as the operator's schema promises.
+
+    Torch copies lists of tensors in one launch for about a hundred of them, but only as arithmetic: times one is exact.
+    """
+    return iter(torch._foreach_mul(list(flat.split(sizes)), 1) if sizes else ())
