@@ -79,12 +79,16 @@ CASES = [
 def check(tensors: list[Tensor], groups: int = 1, transposed: bool = False) -> None:
     """``tensors`` are weight and grad, or with bias and bias_grad."""
     bias = [*tensors[2:], None, None][:2]
-    outs = ops.weight_dot(*tensors[:2], *bias, groups, transposed)
+    check_dots(ops.weight_dot(*tensors[:2], *bias, groups, transposed), tensors, groups, transposed)
+
+
+def check_dots(dots: tuple[Tensor, Tensor], tensors: list[Tensor], groups: int = 1, transposed: bool = False) -> None:
+    """``dots`` are the out_dot and in_dot of ``tensors``."""
     exact = [truth_of(tensor) for tensor in tensors]
     exact_bias, absolute_bias = [*exact[2:], None, None][:2], [*(t.abs() for t in exact[2:]), None, None][:2]
     truths = reference.weight_dot(*exact[:2], *exact_bias, groups, transposed)
     magnitudes = reference.weight_dot(*(t.abs() for t in exact[:2]), *absolute_bias, groups, transposed)
-    for actual, truth, magnitude in zip(outs, truths, magnitudes, strict=True):
+    for actual, truth, magnitude in zip(dots, truths, magnitudes, strict=True):
         terms = exact[0].numel() // max(1, truth.numel()) + 1  # 1 for the bias
         assert_sum_close(actual, truth, magnitude, terms, tensors[0].dtype)
 
@@ -157,17 +161,14 @@ def _model(dtype: torch.dtype, device: str) -> tuple[list[Case], list[list[Tenso
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_dot_list_equals_weight_dot(device: str, dtype: torch.dtype) -> None:
-    """Layer by layer the values of weight_dot, which the tests above compare with the truth."""
+    """Layer by layer the truth that weight_dot is compared with."""
     cases, layers = _model(dtype, device)
     groups, transposed = [case.groups for case in cases], [case.transposed for case in cases]
     outs, ins = ops.weight_dot_list(*zip(*layers, strict=True), groups, transposed)
     plain_outs, plain_ins = ops.weight_dot_list(*list(zip(*layers, strict=True))[:2])
     for n, (layer, case) in enumerate(zip(layers, cases, strict=True)):
-        expected = ops.weight_dot(*layer, case.groups, case.transposed)
-        plain = ops.weight_dot(*layer[:2])
-        for actual, wanted in ((outs[n], expected[0]), (ins[n], expected[1]), (plain_outs[n], plain[0])):
-            torch.testing.assert_close(actual, wanted)
-        torch.testing.assert_close(plain_ins[n], plain[1])
+        check_dots((outs[n], ins[n]), [t for t in layer if t is not None], case.groups, case.transposed)
+        check_dots((plain_outs[n], plain_ins[n]), layer[:2])
 
 
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
@@ -178,9 +179,7 @@ def test_weight_dot_list_takes_mixed_dtypes_and_layouts_and_none(device: str) ->
     grads = [torch.randn(weight.shape, device=device).to(weight.dtype) for weight in weights]
     outs, ins = ops.weight_dot_list(weights, grads)
     for n, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
-        out, in_ = ops.weight_dot(weight, grad)
-        torch.testing.assert_close(outs[n], out)
-        torch.testing.assert_close(ins[n], in_)
+        check_dots((outs[n], ins[n]), [weight, grad])
 
 
 @pytest.mark.parametrize("device", KERNEL_TARGETS, indirect=True)
