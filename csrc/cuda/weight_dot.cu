@@ -5,9 +5,8 @@
 //
 // Shapes: w and g (rows, K, *kernel), any strides, each its own; rows = groups * rows per group. Rows are out channels
 // and columns in channels, the other way round in a transposed convolution; bias * bias_grad joins the out channels.
-// Bytes: both inputs once; partial sums, one a line and tile and one a column and chunk (1/512 and 1/128 of the elements
-// of a 4096 x 4096 float32 weight), written and read once.
-// Accumulation: float32, float64 for float64 input.
+// Bytes: both inputs once; partial sums, one a line and tile and one a column and chunk (1/512 and 1/128 of the
+// elements of a 4096 x 4096 float32 weight), written and read once. Accumulation: float32, float64 for float64 input.
 //
 // Of rows and columns the one that lies further out in memory makes the lines of the matrix in tiles.h, so that
 // transposed layouts are read along memory too. Kernel positions right inside a channel are columns, others lines.
