@@ -411,6 +411,7 @@ class JacobianScorer:
         count = self._tally.read()
         if not count.left_out:
             return
+        self._tally.forget_left_out()
         self._num_left_out += count.left_out
         row = f"row {count.row}" if self.rows == "batch" else f"row {count.row}, sample {count.sample}"
         more = f" (and {count.left_out - 1} more)" if count.left_out > 1 else ""

@@ -15,7 +15,7 @@ class Count:
     Attributes:
         ended: rows ended since the scorer was made, several samples being one.
         read: rows, or samples, that were read.
-        left_out: how many of them were not finite, since the tally was last read.
+        left_out: how many of them were not finite, not named yet.
         row, sample, entry: of the first of those: its row, its sample, and the first entry that was not finite.
     """
 
@@ -52,8 +52,9 @@ class Tally:
         counts[2] += left_out
 
     def read(self) -> Count:
-        """The counts; what was left out counts from here on anew."""
-        count = Count(*self._counts.tolist())
-        if count.left_out:
-            self._counts[2] = 0
-        return count
+        """The counts so far."""
+        return Count(*self._counts.tolist())
+
+    def forget_left_out(self) -> None:
+        """What was left out has been named: count it from here on anew."""
+        self._counts[2] = 0
