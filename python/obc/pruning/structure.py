@@ -1,0 +1,36 @@
+"""What can be pruned: the seam between ``obc.prune`` and the ways to find and slice coupled channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, Protocol
+
+from torch import Tensor, nn
+
+from obc.equivalent.plan import PruningPlan
+from obc.scoring.groups import ChannelGroup
+from obc.selection.costs import Costs
+
+
+class Structure(Protocol):
+    """A model's prunable groups. Implemented on Torch-Pruning's dependency graph, and for transformers without it.
+
+    Attributes:
+        model: the model, pruned in place.
+        plan: everything removed so far, in terms of the unpruned model.
+        groups: of the model as it is now; names stay the same from step to step.
+    """
+
+    model: nn.Module
+
+    @property
+    def plan(self) -> PruningPlan: ...
+
+    @property
+    def groups(self) -> Sequence[ChannelGroup]: ...
+
+    def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
+        """Costs of the model as it is now, over its groups."""
+
+    def remove(self, units: Mapping[str, Tensor]) -> None:
+        """Remove these units (int64 indices into each named group as it is now), and record it in the plan."""

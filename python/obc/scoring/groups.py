@@ -1,0 +1,115 @@
+"""Groups of coupled channels: what structural pruning removes together, and their rows and scores.
+
+A group has units: the smallest things that can be removed from it, each as a whole. A unit is one channel with
+everything coupled to it, or a head, an expert, one channel out of every group of a grouped convolution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Side = Literal["out", "in"]
+Slices = Literal["gate", "all"]
+
+
+class Sided(Protocol):
+    """Values per channel of one module: scores (C,) or rows (N, C)."""
+
+    @property
+    def out_channels(self) -> Tensor | None: ...
+
+    @property
+    def in_channels(self) -> Tensor | None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """What one layer loses with each unit of a group.
+
+    Attributes:
+        module: the layer's name.
+        side: "out": rows of its weight, and entries of its bias. "in": columns.
+        channels: (units, k) int64: the k channels of that side that go with each unit.
+    """
+
+    module: str
+    side: Side
+    channels: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Coupled channels of several layers.
+
+    Attributes:
+        name: of the layer that gives the group its name, and unique among a model's groups.
+        slices: everything that a unit takes with it, in the order of execution.
+        kind: "channels", "heads", "experts" or another word for what a unit is.
+    """
+
+    name: str
+    slices: tuple[Slice, ...]
+    kind: str = "channels"
+
+    @property
+    def size(self) -> int:
+        """How many units there are."""
+        return len(self.slices[0].channels)
+
+    @property
+    def consumers(self) -> tuple[Slice, ...]:
+        """The slices of layers that read the group's channels."""
+        return tuple(part for part in self.slices if part.side == "in")
+
+    def parts(self, rows: Mapping[str, Sided]) -> dict[tuple[str, Side], Tensor]:
+        """(N, units) rows of every slice that has some: w_m . dL_n/dw_m, the slice's own channels added up."""
+        found = {}
+        for part in self.slices:
+            values = _values(rows, part)
+            if values is not None:
+                found[part.module, part.side] = values[..., part.channels.to(values.device)].sum(-1)
+        return found
+
+    def gate_rows(self, rows: Mapping[str, Sided]) -> Tensor | None:
+        """(N, units) rows of one gate on each unit: the sum of its consumers' rows, None where no consumer has rows.
+
+        r_g[n] = sum over consumers of w_in . dL_n/dw_in, before squaring. Equal to the sum over the producers' rows
+        wherever the operations between are positively homogeneous.
+        """
+        parts = [values for (_, side), values in self.parts(rows).items() if side == "in"]
+        return torch.stack(parts).sum(0) if parts else None
+
+    def scores(self, rows: Mapping[str, Sided], slices: Slices = "all") -> Tensor | None:
+        """(units,) S_g: the sum over rows of squares, of every slice ("all", the paper's) or of the gate ("gate")."""
+        if slices == "gate":
+            gate = self.gate_rows(rows)
+            return None if gate is None else gate.square().sum(0)
+        parts = [values.square().sum(0) for values in self.parts(rows).values()]
+        return torch.stack(parts).sum(0) if parts else None
+
+
+def _values(rows: Mapping[str, Any], part: Slice) -> Tensor | None:
+    if part.module not in rows:
+        return None
+    sided = rows[part.module]
+    values: Tensor | None = sided.out_channels if part.side == "out" else sided.in_channels
+    return values
+
+
+def by_name(groups: Sequence[ChannelGroup]) -> dict[str, ChannelGroup]:
+    """The groups by their names.
+
+    Raises:
+        ValueError: two groups have one name.
+    """
+    named: dict[str, ChannelGroup] = {}
+    for group in groups:
+        if group.name in named:
+            raise ValueError(f"two groups are named {group.name!r}; rename one of them")
+        named[group.name] = group
+    return named

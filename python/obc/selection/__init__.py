@@ -1,0 +1,7 @@
+"""Which channels to remove: costs, and the choice of sets under a budget."""
+
+from __future__ import annotations
+
+from obc.selection.costs import Costs
+
+__all__ = ["Costs"]
