@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.equivalent.layers import expand, is_depthwise, layout_of, split_by_group
+from obc.files import atomic_write
 
 _FORMAT = {"format": "obc.PruningPlan", "version": 1}
 
@@ -112,10 +113,15 @@ class PruningPlan(Mapping[str, Kept]):
             )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON."""
+        """Write the plan as JSON.
+
+        Raises:
+            OSError: the file can't be written; a file that was there is what it was.
+        """
         layers = {name: {field: _plain(value) for field, value in vars(kept).items()} for name, kept in self.items()}
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(_FORMAT | {"layers": layers}, file)
+        content = json.dumps(_FORMAT | {"layers": layers}).encode()
+        with atomic_write(path) as file:
+            file.write(content)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PruningPlan:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from obc.files import atomic_write
 
 _FORMAT = "obc.Scores/1"
 
@@ -119,7 +121,11 @@ class Scores(Mapping[str, ChannelScores]):
                     )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file: one tensor per module and side, everything else as metadata."""
+        """Write a safetensors file: one tensor per module and side, everything else as metadata.
+
+        Raises:
+            OSError: the file can't be written; a file that was there is what it was.
+        """
         tensors = {}
         for name, channels in self._channels.items():
             for side, values in (("out_channels", channels.out_channels), ("in_channels", channels.in_channels)):
@@ -132,7 +138,9 @@ class Scores(Mapping[str, ChannelScores]):
             "metadata": json.dumps(self.metadata),
             "modules": json.dumps(list(self._channels)),
         }
-        save_file(tensors, str(path), metadata=metadata)
+        content = save(tensors, metadata=metadata)
+        with atomic_write(path) as file:
+            file.write(content)
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Scores:
