@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from obc.scoring.gradients import NormGradients
 from obc.scoring.planning import Plan
 from obc.scoring.readers import Reader, Reading
+from obc.scoring.sharding import data_parallel_modules, is_fully_sharded
 
 
 class Attachment:
@@ -31,14 +32,22 @@ class Attachment:
         self.norms: list[NormGradients] = []
         self._before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
         self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        # fully_shard fixes what requires a gradient at the first forward: freezing it now would freeze it for good.
+        self._freezes = not is_fully_sharded(model)
+        self._synchronising = [
+            (wrapper, wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync)
+            for wrapper in data_parallel_modules(model)
+        ]
         self._norm_hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
 
     def make(self) -> None:
         """Attach. Undo also after an exception in here."""
         # The encoder layers' fast path calls no module, so no gate would see it.
         torch.backends.mha.set_fastpath_enabled(False)
-        for parameter, _, _ in self._before:
-            parameter.requires_grad_(False)
+        for wrapper, _, _ in self._synchronising:  # every process's gradients are its own
+            wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
+        for parameter, requires_grad, _ in self._before:
+            parameter.requires_grad_(requires_grad and not self._freezes)
             parameter.grad = None
         for flat in self.plan.flats.values():
             flat.zero()
@@ -68,8 +77,16 @@ class Attachment:
             parameter.grad = None
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+        for wrapper, backward, forward in self._synchronising:
+            wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = backward, forward
         torch.backends.mha.set_fastpath_enabled(self._fastpath)
         self.reading.samples = None
+
+    def drop_gradients(self) -> None:
+        """Where weights could not be frozen, let go of the gradients that a row left in them."""
+        if not self._freezes:
+            for parameter, _, _ in self._before:
+                parameter.grad = None
 
     def set_weight_gradients(self) -> None:
         """After the checking row: weights are frozen, but for those read from their gradient."""

@@ -14,6 +14,7 @@ from obc.scoring.gradients import WeightGradient
 from obc.scoring.layers import Rule, channel_count, rule_for
 from obc.scoring.readers import Reader
 from obc.scoring.rows import FlatRow, Slot
+from obc.scoring.sharding import is_sharded, tied
 
 ModuleFilter = Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -153,7 +154,10 @@ def make_plan(model: nn.Module, modules: ModuleFilter | None, per_sample: bool, 
     for reader in plan.readers.values():
         if type(reader.module) is nn.Embedding:
             reader.tokens = slots.known.get((id(reader.weight), 0))
-    _plan_gradients(plan, per_sample)
+    if is_sharded(model):
+        _plan_sharded(plan)
+    else:
+        _plan_gradients(plan, per_sample)
     for flat in plan.flats.values():
         flat.allocate()
     return plan
@@ -208,6 +212,15 @@ def _plan_gradients(plan: Plan, per_sample: bool) -> None:
             reader.scored, reader.reason = False, "its weight is computed and no gate serves it"
     plan.norms = [part for entries in (weights, biases) for part in _by_kind(entries)]
     plan.sources = [Source(_weight_gradient(readers), readers) for readers in by_weight.values()]
+
+
+def _plan_sharded(plan: Plan) -> None:
+    """No process has a whole weight's gradient: gates read everything, norms too, and what they can't is named."""
+    for reader in plan.readers.values():
+        if reader.rule.out_dim is None:
+            reader.scored, reader.reason = False, "no gate serves it, and its weight is spread over processes"
+    for reader in tied(plan.readers.values()):
+        reader.scored, reader.reason = False, "its weight is tied, and spread over processes"
 
 
 def _by_kind(entries: list[tuple[nn.Parameter, Slot]]) -> list[list[tuple[nn.Parameter, Slot]]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from obc.scoring.gates import CheckGate, Gate, TokenGate
 from obc.scoring.layers import Rule
 from obc.scoring.rows import Slot
+from obc.scoring.sharding import LocalPart, is_dtensor
 
 # What a module's own forward calls its activation, where it comes by keyword.
 _ACTIVATION_KEYWORDS = ("input", "x", "hidden_states")
@@ -23,10 +24,11 @@ class Reading:
         checking: the checking row is not over yet.
         samples: samples in the row being read, known from its first activation.
         begins: the row being read has no activation yet, so what ``samples`` says is of a pass outside it.
+        sharded: parameters lie on several processes; no row is checked, and what gates can't read is not read.
     """
 
-    def __init__(self, per_sample: bool, checking: bool) -> None:
-        self.per_sample, self.checking = per_sample, checking
+    def __init__(self, per_sample: bool, checking: bool, sharded: bool = False) -> None:
+        self.per_sample, self.checking, self.sharded = per_sample, checking, sharded
         self.samples: int | None = None
         self.begins = False
 
@@ -82,7 +84,9 @@ class Reader:
         self._reading = reading
         if self.in_ is not None:
             self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
-        self._handles.append(self.module.register_forward_hook(self._after, prepend=True, with_kwargs=True))
+        # What a table split over processes looks up is a part of the output only after the hook that adds the parts up.
+        last = self.rule.looks_up and is_dtensor(self.weight)
+        self._handles.append(self.module.register_forward_hook(self._after, prepend=not last, with_kwargs=True))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -128,7 +132,11 @@ class Reader:
 
     def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
         reading = self._reading
-        channels = slot.size * fold
+        if type(activation) is not Tensor and is_dtensor(activation):
+            part = LocalPart(activation, channel_dim)
+            slot.see(part.first, part.tensor.shape[channel_dim] // fold)
+            return part.back(self._gate(part.tensor, slot, channel_dim, copy, watch, fold))
+        channels = slot.local_size * fold
         if not activation.is_floating_point() or not self._bind(slot, activation, channel_dim, channels):
             return activation
         gate = slot.gate
@@ -153,6 +161,8 @@ class Reader:
             self._refuse(f"its activation of shape {shape} does not have {channels} channels along dim {channel_dim}")
             return False
         if not reading.per_sample:
+            if slot.gate is None:  # it saw other channels of a distributed activation before
+                slot.bind()
             return True
         if channel_dim % len(shape) == 0:
             self._refuse(f"its activation of shape {shape} has no dimension of samples")
@@ -173,7 +183,9 @@ class Reader:
     def _refuse(self, reason: str) -> None:
         """In the checking row, note why gates can't serve this module; later, it is too late."""
         self.reason = reason
-        if not self._reading.checking:
+        if self._reading.sharded:
+            self.scored = False
+        elif not self._reading.checking:
             self._reading.samples = None
             raise ValueError(
                 f"module {self.name!r} can't be read by gates any more: {reason}, other than in the checking row; "

@@ -19,6 +19,9 @@ class Slot:
     """The channels ``start:stop`` of a flat row, and the gate whose gradient adds into them.
 
     Tied weights share one slot, so that the uses of a weight add up before the square.
+
+    Attributes:
+        shard: (first, count) of the channels that this process sees; None where it sees all.
     """
 
     label: str
@@ -27,27 +30,42 @@ class Slot:
     stop: int
     gate: Tensor | None = None
     view: Tensor | None = None
+    shard: tuple[int, int] | None = None
 
     @property
     def size(self) -> int:
         return self.stop - self.start
 
+    @property
+    def local_size(self) -> int:
+        """How many channels this process sees."""
+        return self.size if self.shard is None else self.shard[1]
+
     def of(self, flat_vector: Tensor) -> Tensor:
         return flat_vector[self.start : self.stop]
+
+    def _local_of(self, flat_vector: Tensor) -> Tensor:
+        return self.of(flat_vector) if self.shard is None else self.of(flat_vector).narrow(0, *self.shard)
+
+    def see(self, first: int, count: int) -> None:
+        """From now on gates see the channels from ``first`` on, ``count`` of them."""
+        shard = None if count == self.size else (first, count)
+        if shard != self.shard:
+            self.shard, self.gate, self.view = shard, None, None
 
     def bind(self) -> None:
         """Give the gate its slice of the row as gradient, for a batch row."""
         if self.gate is None:
-            self.gate = torch.zeros(self.size, dtype=self.flat.dtype, device=self.flat.device, requires_grad=True)
-            self.view = self.of(self.flat.row)
+            self.gate = torch.zeros(self.local_size, dtype=self.flat.dtype, device=self.flat.device, requires_grad=True)
+            self.view = self._local_of(self.flat.row)
         self.gate.grad = self.view
 
     def bind_samples(self, samples: int) -> None:
         """The same for sample rows: a gate of (samples, channels), laid out like its slice of the row."""
         if self.gate is None or self.gate.shape[0] != samples:
-            gate = torch.zeros(self.size, samples, dtype=self.flat.dtype, device=self.flat.device)
+            gate = torch.zeros(self.local_size, samples, dtype=self.flat.dtype, device=self.flat.device)
             self.gate = gate.t().requires_grad_()
-            self.view = self.of(self.flat.sample_rows(samples)).t()
+            self.view = self._local_of(self.flat.sample_rows(samples)).t()
         self.gate.grad = self.view
 
     def is_bound(self) -> bool:
