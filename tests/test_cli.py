@@ -12,6 +12,7 @@ import pytest
 
 import obc
 from obc import cli
+from obc.commands import info
 
 
 @pytest.fixture
@@ -37,6 +38,7 @@ def test_demo_without_its_packages_says_how_to_get_them(
     assert cli.main(["demo", "--out", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
     assert out == ""
+    assert err.startswith("obc demo: needs ")
     assert err.count("\n") == 1
     assert f"pip install {packages}\n" in err
     assert not (tmp_path / "out").exists()
@@ -62,7 +64,7 @@ def test_info_prints_every_fact(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nested_facts_are_indented_and_absent_ones_are_said() -> None:
     facts = {"one": 1, "inner": {"yes": True, "none": None, "list": [1, 2], "deeper": {"no": False}}}
-    assert cli._lines(facts) == [
+    assert info.lines(facts) == [
         "one: 1",
         "inner:",
         "  yes: yes",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip insta
 pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
 
 from obc import cli
-from obc.demo import criteria, measure, models, report, run
+from obc.demo import criteria, finetune, measure, models, recover, report, run
 from obc.demo.criteria import CRITERIA, ROWS, batch_size
 from obc.demo.data import TEST_IMAGES, VALIDATION_IMAGES, digits
 from obc.demo.train import accuracy, train
@@ -113,10 +114,14 @@ def test_the_protocol_reaches_each_target_by_each_criterion_and_repeats(monkeypa
         for of in result.criteria:
             assert [point.target for point in of.points] == [1.3, 1.5]
             assert all(point.macs_ratio >= point.target for point in of.points)
-            assert all(0 <= point.accuracy <= 1 for point in of.points)
+            for point in of.points:
+                assert tuple(point.accuracy) == recover.WAYS
+                without = {recover.RECALIBRATED} if result.model == "small transformer" else set()
+                assert {way for way, value in point.accuracy.items() if value is None} == without
+                assert all(0 <= value <= 1 for value in point.accuracy.values() if value is not None)
             assert of.seconds > 0
             assert of.peak_bytes > 0
-    assert without_seconds(run.run(0, SMALL, targets=(1.3, 1.5))) == without_seconds(results)
+    assert without_seconds(run.run(0, SMALL[1:], targets=(1.3, 1.5))) == without_seconds(results[1:])
 
 
 def test_a_target_out_of_reach_is_said() -> None:
@@ -124,8 +129,65 @@ def test_a_target_out_of_reach_is_said() -> None:
         run.run(0, SMALL[1:], CRITERIA[1:2], targets=(1000.0,))
 
 
+def test_recovery_measures_copies_and_leaves_the_pruned_network_alone() -> None:
+    data = digits(0)
+    torch.manual_seed(0)
+    original = train(models.residual_cnn((8, 12), 1), data.train, epochs=2)
+    model = copy.deepcopy(original)
+    ((_, plan),) = run.steps(model, CRITERIA[1], data, [1.3])
+    before = copy.deepcopy(model.state_dict())
+    measured: list[nn.Module] = []
+    values = recover.recovered(model, original, plan, data.train, lambda m: measured.append(m) or float(len(measured)))
+    assert list(values.values()) == [1.0, 2.0, 3.0, 4.0]
+    assert len({id(m) for m in measured}) == 4
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    images = torch.cat(recover.calibration(data.train))
+    assert torch.equal(images, data.train.images[: recover.CALIBRATION_IMAGES])
+    # What recovery promises: closer to the unpruned network's outputs on digits it never saw.
+    with torch.no_grad():
+        truth = original(data.test.images)
+        raw, *recovered = ((m(data.test.images) - truth).square().mean() for m in measured)
+    assert all(error < raw for error in recovered)
+
+
+def test_fine_tuning_gives_every_way_the_same_start_and_chooses_by_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune, "EPOCHS", 1)
+    monkeypatch.setattr(finetune, "LEARNING_RATES", (1e-7, 1e-2))
+    monkeypatch.setattr(finetune, "TARGET", 1.5)
+    monkeypatch.setattr(run, "STEPS", 8)
+    monkeypatch.setattr(criteria, "ROWS", 4)
+    said: list[str] = []
+    (result,) = finetune.run(3, SMALL[:1], seeds=2, say=said.append)
+    assert [line.split(",")[1] for line in said] == [" seed 3: 3 ways", " seed 4: 3 ways"]
+    assert [of.way for of in result.ways] == ["naive", "compensated (ls) first", "Equivalent Pruning"]
+    for of in result.ways:
+        assert of.learning_rates == (1e-2, 1e-2)  # after two epochs there is much to learn, which 1e-7 can't
+        assert min(of.accuracies) > max(result.pruned)
+    (again,) = finetune.run(4, SMALL[:1], seeds=1)
+    assert [of.accuracies for of in again.ways] == [of.accuracies[1:] for of in result.ways]
+
+
+def test_fine_tuning_reads_the_test_split_for_the_chosen_network_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = digits(0)
+    read: list[str] = []
+    splits = {id(data.validation): "validation", id(data.test): "test"}
+
+    def watched(model: nn.Module, split: object) -> float:
+        read.append(splits[id(split)])
+        return accuracy(model, split)
+
+    monkeypatch.setattr(finetune, "accuracy", watched)
+    way = finetune.Way("untrained", lambda pruned, data, rate, seed: pruned.model)
+    model = models.transformer(16, 2, 64, 1)
+    finetune._best(way, finetune.Pruned(model, model, run.PruningPlan()), data, seed=0)
+    assert read == ["validation"] * len(finetune.LEARNING_RATES) + ["test"]
+
+
 def example_result() -> run.ModelResult:
-    points = (run.Point(1.3, 1.31, 0.9), run.Point(2.0, 2.04, 0.512))
+    points = (
+        run.Point(1.3, 1.31, dict(zip(recover.WAYS, (0.9, None, 0.91, 0.92), strict=True))),
+        run.Point(2.0, 2.04, dict(zip(recover.WAYS, (0.512, None, 0.6, 0.7), strict=True))),
+    )
     compared = (
         run.CriterionResult("random", points, 0.0004, 512),
         run.CriterionResult("Jacobian", points, 0.3, 3 * 2**20),
@@ -133,26 +195,31 @@ def example_result() -> run.ModelResult:
     return run.ModelResult("residual CNN", 0.982, 1_667_210, 174_970, compared)
 
 
+def words(line: str) -> str:
+    """``line`` with single spaces."""
+    return " ".join(line.split())
+
+
 def test_table_shows_every_figure() -> None:
     lines = report.table(example_result()).splitlines()
     assert lines[0] == "residual CNN: 98.2 % unpruned, 1.67 M MACs, 175 k parameters"
-    assert lines[1].split("  ")[0] == "criterion"
-    assert "1.3x fewer MACs" in lines[1]
-    assert "2x fewer MACs" in lines[1]
-    assert lines[4].split() == [
-        "Jacobian",
-        "90.0",
-        "%",
-        "(1.31x)",
-        "51.2",
-        "%",
-        "(2.04x)",
-        "300.0",
-        "ms",
-        "3.00",
-        "MiB",
-    ]
-    assert len({len(line) for line in lines[1:]}) == 1
+    header, _, random, jacobian, gap, *_ = lines[1:]
+    assert header.split("  ")[0] == "criterion"
+    assert all(way in header for way in recover.WAYS)
+    assert words(random) == "random 1.31x 90.0 % - 91.0 % 92.0 %"
+    assert jacobian.split()[0] == "Jacobian"
+    assert gap == ""
+    assert words(lines[7]) == "Jacobian 2.04x 51.2 % - 60.0 % 70.0 %"
+    assert words(lines[-1]) == "Jacobian 300.0 ms 3.00 MiB"
+    assert len({len(line) for line in lines[1:8] if line}) == 1
+
+
+def test_fine_tuning_table_shows_mean_range_and_learning_rates() -> None:
+    tuned = finetune.FineTuned("naive", (0.001, 0.003), (0.95, 0.97))
+    lines = report.fine_tuning_table(finetune.FineTuning("CNN", (0.98, 0.98), (0.5, 0.7), (tuned,))).splitlines()
+    assert lines[0] == "CNN, 2x fewer MACs by the Jacobian Criterion"
+    assert words(lines[-1]) == "naive 96.0 % 95.0 - 97.0 % 0.001, 0.003"
+    assert words(lines[-2]) == "pruned, not fine-tuned 60.0 % 50.0 - 70.0 %"
 
 
 def test_demo_draws_and_prints(
@@ -172,6 +239,13 @@ def test_demo_draws_and_prints(
     assert report.protocol() in out
     picture = (tmp_path / "new" / "demo.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
+    assert "fine-tuned" not in out
+    tuned = finetune.FineTuning("CNN", (0.98,), (0.5,), (finetune.FineTuned("naive", (0.001,), (0.95,)),))
+    monkeypatch.setattr(finetune, "run", lambda seed, say: [tuned])
+    assert cli.main(["demo", "--full", "--out", str(tmp_path / "new")]) == 0
+    out = capsys.readouterr().out
+    assert report.fine_tuning_table(tuned) in out
+    assert report.fine_tuning_protocol() in out
 
 
 @pytest.mark.slow

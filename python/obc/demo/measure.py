@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -29,6 +30,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     """
     # Kineto reads this when it first runs; its start and stop would otherwise be printed on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    gc.collect()  # what earlier calls left in reference cycles would count as released during this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     recorded = profiler.profiler

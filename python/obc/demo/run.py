@@ -2,14 +2,15 @@
 
 One protocol for every criterion: Torch-Pruning's pruner with global ranking removes a fixed share of the channels a
 step, with the criterion scored anew on the training digits before each step, until the network has so many fewer MACs.
-It is evaluated there, without fine-tuning and with its norms' statistics as they were.
+It is evaluated there without fine-tuning: as pruning left it, and recovered in each way of :mod:`obc.demo.recover`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,10 @@ from obc.demo import measure
 from obc.demo.criteria import CRITERIA, Criterion
 from obc.demo.data import Digits, digits
 from obc.demo.models import IMAGE_SIZE, residual_cnn, transformer
+from obc.demo.recover import recovered
 from obc.demo.train import accuracy, train
+from obc.equivalent import PruningPlan
+from obc.integrations.torch_pruning_plan import prune_step
 
 TARGETS = (1.3, 1.5, 2.0)  # times fewer MACs
 STEPS = 32  # each removes 1 / STEPS of the channels there were
@@ -38,11 +42,14 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Point:
-    """One pruned network: the MACs it was to lose, how many times fewer it has, and its accuracy on the test split."""
+    """One pruned network: the MACs it was to lose, how many times fewer it has, its accuracy on the test split.
+
+    ``accuracy`` has a value for each way of ``obc.demo.recover.WAYS``, None where that way does not apply.
+    """
 
     target: float
     macs_ratio: float
-    accuracy: float
+    accuracy: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,17 @@ def run(
         targets: times fewer MACs, ascending.
         say: called with a line before each long part.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more gain nothing on networks so small, and sums depend on their number
-    try:
+    with one_thread():
         return [_compare(recipe, criteria, targets, seed, say) for recipe in recipes]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread inside the block: more gain nothing on networks so small, and sums depend on their number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)
 
@@ -101,19 +115,20 @@ def _compare(
 ) -> ModelResult:
     data = digits(seed)
     say(f"Training the {recipe.name} on {len(data.train)} digits, {recipe.epochs} epochs")
-    _seed(seed)
+    seeded(seed)
     model = train(recipe.build(), data.train, epochs=recipe.epochs, seed=seed)
     macs, parameters = count(model)
     compared = []
     for criterion in criteria:
         say(f"Pruning the {recipe.name} by {criterion.name}")
-        _seed(seed)
+        seeded(seed)
         points = prune(copy.deepcopy(model), criterion, data, targets)
         compared.append(CriterionResult(criterion.name, points, *cost(copy.deepcopy(model), criterion, data)))
     return ModelResult(recipe.name, accuracy(model, data.test), macs, parameters, tuple(compared))
 
 
-def _seed(seed: int) -> None:
+def seeded(seed: int) -> None:
+    """Seed every generator that training and pruning draw from."""
     torch.manual_seed(seed)
     random.seed(seed)  # Torch-Pruning 1.5 draws its random importance from here
 
@@ -147,7 +162,20 @@ def make_pruner(model: Any, importance: Any) -> Any:
 
 
 def prune(model: nn.Module, criterion: Criterion, data: Digits, targets: Sequence[float]) -> tuple[Point, ...]:
-    """Prune ``model`` in place step by step, and evaluate it where it first reaches each target.
+    """Prune ``model`` in place, and evaluate it where it first reaches each target."""
+    original = copy.deepcopy(model)
+    full, _ = count(model)
+    points = []
+    for target, plan in steps(model, criterion, data, targets):
+        kept = recovered(model, original, plan, data.train, lambda network: accuracy(network, data.test))
+        points.append(Point(target, full / count(model)[0], kept))
+    return tuple(points)
+
+
+def steps(
+    model: nn.Module, criterion: Criterion, data: Digits, targets: Sequence[float]
+) -> Iterator[tuple[float, PruningPlan]]:
+    """Prune ``model`` in place step by step; yields each target with the plan where the model first reaches it.
 
     Raises:
         RuntimeError: the pruner's steps ended before a target.
@@ -155,15 +183,14 @@ def prune(model: nn.Module, criterion: Criterion, data: Digits, targets: Sequenc
     importance = criterion.importance()
     pruner = make_pruner(model, importance)
     full, _ = count(model)
-    points = []
+    plan = PruningPlan()
     for target in targets:
         while full < target * count(model)[0]:
             if pruner.current_step == STEPS:
                 raise RuntimeError(f"{criterion.name}: {STEPS} steps of pruning do not reach {target}x fewer MACs")
             criterion.score(importance, model, data.train)
-            pruner.step()
-        points.append(Point(target, full / count(model)[0], accuracy(model, data.test)))
-    return tuple(points)
+            plan = prune_step(pruner, plan)
+        yield target, plan
 
 
 def cost(model: nn.Module, criterion: Criterion, data: Digits) -> tuple[float, int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -18,13 +21,16 @@ def train(
     learning_rate: float = 3e-3,
     weight_decay: float = 0.05,
     seed: int = 0,
+    parameters: Iterable[Any] | None = None,
 ) -> nn.Module:
     """Train ``model`` in place with AdamW on a one-cycle schedule; returns it in eval mode.
 
-    The order of the batches follows ``seed``, so that two runs on one machine agree.
+    The order of the batches follows ``seed``, so that two runs on one machine agree. ``parameters`` are those of the
+    model, or the optimizer's groups of them.
     """
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    trained = model.parameters() if parameters is None else parameters
+    optimizer = torch.optim.AdamW(trained, learning_rate, weight_decay=weight_decay)
     steps = epochs * -(-len(split) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()

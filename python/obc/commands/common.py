@@ -1,0 +1,37 @@
+"""What the commands share: how they end with a clear line, and what they need installed."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+USAGE_ERROR = 2
+
+
+class UsageError(Exception):
+    """What was asked can't be done as asked; the message says why and what to do. The command line exits with 2."""
+
+
+def require(packages: Mapping[str, str]) -> None:
+    """Refuse to go on without ``packages``: what is imported -> the package that brings it."""
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise UsageError(f"needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def folder(path: Path) -> Path:
+    """``path`` as a folder, made where it is missing."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"can't make the folder {path}: {error}; choose another --out") from error
+    return path
+
+
+def writable(path: Path) -> Path:
+    """``path`` as a file in a folder that exists, made where it is missing."""
+    if path.is_dir():
+        raise UsageError(f"can't write {path}: it is a folder; --out names a file")
+    folder(path.parent)
+    return path

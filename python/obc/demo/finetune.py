@@ -1,0 +1,161 @@
+"""``obc demo --full``: a short fine-tuning after pruning, naive against compensated against Equivalent Pruning.
+
+All start from the same pruned network and have the same budget: epochs, batches and their order, optimizer, schedule
+and learning rates to try. Each chooses its learning rate by the validation split; the test split is read once, for the
+network that was chosen.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from obc.demo.criteria import CRITERIA, Criterion
+from obc.demo.data import Digits, Split, digits
+from obc.demo.recover import calibration
+from obc.demo.run import RECIPES, Recipe, one_thread, seeded, steps
+from obc.demo.train import accuracy, train
+from obc.equivalent import PruningPlan, compensate, equivalent_pruning
+
+SEEDS = 3
+TARGET = 2.0  # times fewer MACs
+EPOCHS = 5
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+WEIGHT_DECAY = 0.05
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned network with what it was and what was kept of it."""
+
+    model: nn.Module
+    original: nn.Module
+    plan: PruningPlan
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to fine-tune: ``train`` makes of a pruned network, the data, a learning rate and a seed a plain model."""
+
+    name: str
+    train: Callable[[Pruned, Digits, float, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """One network and one way: the learning rate chosen and the test accuracy after it, one a seed."""
+
+    way: str
+    learning_rates: tuple[float, ...]
+    accuracies: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.accuracies)
+
+
+@dataclass(frozen=True)
+class FineTuning:
+    """One network: its accuracy unpruned and right after pruning, one a seed, and what fine-tuning made of it."""
+
+    model: str
+    unpruned: tuple[float, ...]
+    pruned: tuple[float, ...]
+    ways: tuple[FineTuned, ...]
+
+
+def _naive(pruned: Pruned, data: Digits, learning_rate: float, seed: int) -> nn.Module:
+    return _tune(copy.deepcopy(pruned.model), data, learning_rate, seed)
+
+
+def _compensated(pruned: Pruned, data: Digits, learning_rate: float, seed: int) -> nn.Module:
+    model = copy.deepcopy(pruned.model)
+    compensate(model, pruned.original, pruned.plan, calibration(data.train), mode="ls", progress=False)
+    return _tune(model, data, learning_rate, seed)
+
+
+def _equivalent(pruned: Pruned, data: Digits, learning_rate: float, seed: int) -> nn.Module:
+    folded = equivalent_pruning(copy.deepcopy(pruned.model), pruned.original.state_dict(), pruned.plan)
+    groups = folded.param_groups(learning_rate, WEIGHT_DECAY)
+    _tune(folded.model, data, learning_rate, seed, groups)
+    return folded.merge()
+
+
+def _tune(
+    model: nn.Module, data: Digits, learning_rate: float, seed: int, groups: Sequence[dict[str, Any]] | None = None
+) -> nn.Module:
+    return train(
+        model,
+        data.train,
+        epochs=EPOCHS,
+        learning_rate=learning_rate,
+        weight_decay=WEIGHT_DECAY,
+        seed=seed,
+        parameters=groups,
+    )
+
+
+WAYS = (Way("naive", _naive), Way("compensated (ls) first", _compensated), Way("Equivalent Pruning", _equivalent))
+
+
+def run(
+    seed: int = 0,
+    recipes: Sequence[Recipe] = RECIPES,
+    *,
+    seeds: int = SEEDS,
+    criterion: Criterion = CRITERIA[-1],
+    say: Callable[[str], None] = lambda line: None,
+) -> list[FineTuning]:
+    """Prune every network by ``criterion`` to ``TARGET`` and fine-tune it in every way, for ``seeds`` seeds in a row."""
+    with one_thread():
+        return [_compare(recipe, range(seed, seed + seeds), criterion, say) for recipe in recipes]
+
+
+def _compare(recipe: Recipe, seeds: range, criterion: Criterion, say: Callable[[str], None]) -> FineTuning:
+    unpruned, after, found = [], [], []
+    for seed in seeds:
+        say(f"Fine-tuning the {recipe.name}, seed {seed}: {len(WAYS)} ways, {len(LEARNING_RATES)} learning rates each")
+        data = digits(seed)
+        pruned = _prune(recipe, criterion, data, seed)
+        unpruned.append(accuracy(pruned.original, data.test))
+        after.append(accuracy(pruned.model, data.test))
+        found.append([_best(way, pruned, data, seed) for way in WAYS])
+    ways = []
+    for way, of_seeds in zip(WAYS, zip(*found, strict=True), strict=True):
+        rates, accuracies = zip(*of_seeds, strict=True)
+        ways.append(FineTuned(way.name, rates, accuracies))
+    return FineTuning(recipe.name, tuple(unpruned), tuple(after), tuple(ways))
+
+
+def _prune(recipe: Recipe, criterion: Criterion, data: Digits, seed: int) -> Pruned:
+    seeded(seed)
+    original = train(recipe.build(), data.train, epochs=recipe.epochs, seed=seed)
+    model = copy.deepcopy(original)
+    ((_, plan),) = steps(model, criterion, data, [TARGET])
+    return Pruned(model, original, plan)
+
+
+def _best(way: Way, pruned: Pruned, data: Digits, seed: int) -> tuple[float, float]:
+    """(learning rate, test accuracy) of the learning rate that does best on the validation split."""
+    best: tuple[tuple[float, float], float, nn.Module] | None = None
+    for rate in LEARNING_RATES:
+        seeded(seed)
+        model = way.train(pruned, data, rate, seed)
+        merit = (accuracy(model, data.validation), -_loss(model, data.validation))  # the loss breaks ties
+        if best is None or merit > best[0]:
+            best = (merit, rate, model)
+    assert best is not None
+    _, rate, model = best
+    return rate, accuracy(model, data.test)
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, split: Split) -> float:
+    return float(F.cross_entropy(model(split.images), split.labels))
