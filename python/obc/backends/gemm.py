@@ -49,13 +49,13 @@ def _decompress(weight: Tensor, decompressor: Tensor, groups: int) -> Tensor:
     last = weight.transpose(1, 2)  # (o, s, i)
     if decompressor.dim() == 2:
         return (last.reshape(rows * positions, columns) @ decompressor).unflatten(0, (rows, positions)).transpose(1, 2)
-    blocks, columns, _ = decompressor.shape
+    blocks, columns, kept = decompressor.shape
     if groups > 1:
-        mixed = last.reshape(groups, -1, columns) @ decompressor
-        return mixed.reshape(rows, positions, -1).transpose(1, 2)
+        mixed = last.reshape(groups, rows // groups * positions, columns) @ decompressor
+        return mixed.reshape(rows, positions, kept).transpose(1, 2)
     split = last.reshape(rows * positions, blocks, columns).transpose(0, 1)
     mixed = (split @ decompressor).transpose(0, 1)  # (o s, blocks, j / blocks)
-    return mixed.reshape(rows, positions, -1).transpose(1, 2)
+    return mixed.reshape(rows, positions, blocks * kept).transpose(1, 2)
 
 
 def _factor(factor: Tensor | None, groups: int) -> Tensor | None:
