@@ -9,12 +9,14 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <memory>
 #include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace py = pybind11;
 
@@ -33,14 +35,7 @@ int64_t thread_count() {
 }
 
 void run_parallel(int64_t tasks, int64_t grain, obc::cpu::ParallelFor::Body body, const void* context) {
-  const int64_t ranges = std::min(thread_count(), (tasks + grain - 1) / grain);
-  const int64_t length = (tasks + ranges - 1) / ranges;
-  std::vector<std::thread> threads;
-  for (int64_t begin = length; begin < tasks; begin += length) {
-    threads.emplace_back(body, begin, std::min(begin + length, tasks), context);
-  }
-  body(0, std::min(length, tasks), context);
-  for (std::thread& thread : threads) thread.join();
+  obc::cpu::run_in_threads(thread_count(), tasks, grain, body, context);
 }
 
 constexpr obc::cpu::ParallelFor kParallel = {run_parallel};

@@ -140,9 +140,8 @@ class ByColumns : public ChannelDot<Acc> {
       add(base, at, rows, last, column, length, sums);
     });
     if (rest_ > 0 && chunk + 1 == chunks_) {
-      const std::vector<Dim> outer(rows_.begin(), rows_.end() - 1);
-      for_each_run(outer, 0, count(outer), [&](Offsets at, int64_t runs) {
-        for (int64_t i = 0; i < runs; ++i, outer.empty() ? void() : at.add(outer.back(), 1)) {
+      for_each_run(outer_rows_, 0, count(outer_rows_), [&](Offsets at, int64_t runs) {
+        for (int64_t i = 0; i < runs; ++i, outer_rows_.empty() ? void() : at.add(outer_rows_.back(), 1)) {
           Offsets rest = at;
           rest.add(last, last.size);
           add(base, rest, 1, last, 0, rest_ * kept_, sums);
@@ -175,6 +174,7 @@ class ByColumns : public ChannelDot<Acc> {
     if (last.first != kept_ || last.second != kept_ || kept_ * 4 > kTile) return;
     repeat_ = std::min(last.size, kTile / 2 / kept_);
     rest_ = last.size % repeat_;
+    outer_rows_.assign(rows_.begin(), rows_.end() - 1);  // not in run(), where nothing may throw
     last.size /= repeat_;
     last.first *= repeat_;
     last.second *= repeat_;
@@ -208,7 +208,7 @@ class ByColumns : public ChannelDot<Acc> {
 
   int64_t inner_ = 1, repeat_ = 1, rest_ = 0, kept_ = 1, kept_out_ = 0;
   Columns columns_;
-  std::vector<Dim> rows_, kept_rows_;
+  std::vector<Dim> rows_, outer_rows_, kept_rows_;
   int64_t tile_, tiles_, chunk_, chunks_;
 };
 

@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <cstdio>
 #include <limits>
-#include <thread>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace {
 
@@ -30,13 +30,9 @@ void expect(const char* what, bool holds) {
 
 void in_this_thread(int64_t tasks, int64_t, ParallelFor::Body body, const void* context) { body(0, tasks, context); }
 
-void in_three_threads(int64_t tasks, int64_t grain, ParallelFor::Body body, const void* context) {
-  const int64_t share = std::max(grain, (tasks + 2) / 3);
-  std::vector<std::thread> threads;
-  for (int64_t begin = 0; begin < tasks; begin += share) {
-    threads.emplace_back(body, begin, std::min(begin + share, tasks), context);
-  }
-  for (std::thread& thread : threads) thread.join();
+// Small grains too, so that every range boundary and every partial sum is somebody else's.
+void in_three_threads(int64_t tasks, int64_t, ParallelFor::Body body, const void* context) {
+  run_in_threads(3, tasks, 1, body, context);
 }
 
 constexpr ParallelFor kSerial = {in_this_thread};
@@ -141,6 +137,50 @@ void test_weight_moments() {
   }
 }
 
+// Shapes for every way through memory that has partial sums, in many threads against one.
+void test_threads() {
+  const std::vector<std::vector<int64_t>> shapes =
+      {{64, 48, 24, 24}, {3, 5, 30000}, {4099, 129}, {70001, 3}, {9, 700, 7}, {2, 5000, 16}};
+  for (const std::vector<int64_t>& shape : shapes) {
+    const Tensor t(shape);
+    for (const bool per_sample : {false, true}) {
+      for (int64_t dim = per_sample ? 1 : 0; dim < static_cast<int64_t>(shape.size()); ++dim) {
+        const int64_t size = shape[dim] * (per_sample ? shape[0] : 1);
+        std::vector<float> serial(size), threaded(size);
+        channel_dot(t.pair(), dim, per_sample, serial.data(), kSerial);
+        channel_dot(t.pair(), dim, per_sample, threaded.data(), kThreaded);
+        expect("channel_dot is the same in one thread and in three", serial == threaded);
+      }
+    }
+    std::vector<std::vector<float>> moments(10, std::vector<float>(shape[0]));
+    void* pointers[10];
+    for (int m = 0; m < 10; ++m) pointers[m] = moments[m].data();
+    weight_moments(t.pair(), pointers, kSerial);
+    weight_moments(t.pair(), pointers + 5, kThreaded);
+    expect(
+        "weight_moments is the same in one thread and in three",
+        std::equal(moments.begin(), moments.begin() + 5, moments.begin() + 5)
+    );
+  }
+  std::vector<Tensor> weights;
+  for (const std::vector<int64_t>& shape : shapes) weights.emplace_back(shape);
+  std::vector<std::vector<float>> sums[2];
+  for (const bool threaded : {false, true}) {
+    std::vector<WeightDot> layers;
+    for (const Tensor& weight : weights) {
+      sums[threaded].emplace_back(weight.sizes[0]);
+      sums[threaded].emplace_back(weight.sizes[1]);
+    }
+    for (size_t i = 0; i < weights.size(); ++i) {
+      layers.push_back(
+          {weights[i].pair(), nullptr, 1, false, sums[threaded][2 * i].data(), sums[threaded][2 * i + 1].data()}
+      );
+    }
+    weight_dot(layers, threaded ? kThreaded : kSerial);
+  }
+  expect("weight_dot of a list is the same in one thread and in three", sums[0] == sums[1]);
+}
+
 void test_end_row() {
   std::vector<float> scores = {1, 1, 1}, row = {2, 4, 6};
   const std::vector<int64_t> groups = {0, 2, 2}, descending = {2, 0, 2};
@@ -163,6 +203,7 @@ int main() {
   test_channel_dot();
   test_weight_dot();
   test_weight_moments();
+  test_threads();
   test_end_row();
   std::printf("%s, %d failures\n", instruction_set(), failures);
   return failures == 0 ? 0 : 1;
