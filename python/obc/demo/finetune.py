@@ -113,7 +113,7 @@ def run(
     criterion: Criterion = CRITERIA[-1],
     say: Callable[[str], None] = lambda line: None,
 ) -> list[FineTuning]:
-    """Prune every network by ``criterion`` to ``TARGET`` and fine-tune it in every way, for ``seeds`` seeds in a row."""
+    """Prune every network by ``criterion`` to ``TARGET`` and fine-tune it in every way; ``seeds`` seeds in a row."""
     with one_thread():
         return [_compare(recipe, range(seed, seed + seeds), criterion, say) for recipe in recipes]
 
