@@ -12,9 +12,10 @@ from obc.equivalent import (
     recalibrate_norms,
 )
 from obc.info import info
-from obc.scoring import ChannelScores, JacobianScorer, Scores, score
+from obc.scoring import ChannelRows, ChannelScores, JacobianScorer, Scores, score
 
 __all__ = [
+    "ChannelRows",
     "ChannelScores",
     "EquivalentPruning",
     "JacobianScorer",

@@ -1,16 +1,23 @@
 """Scoring by the Jacobian Criterion."""
 
+from obc.scoring.errors import InplaceError, SampleRowsError, ScoringError
+from obc.scoring.kept import ChannelRows, KeptRows
+from obc.scoring.label_free import LabelFreeLoss, label_free_loss
 from obc.scoring.run import score
-from obc.scoring.scorer import InplaceError, JacobianScorer, SampleRowsError, ScoringError
+from obc.scoring.scorer import JacobianScorer
 from obc.scoring.scores import ChannelScores, Scores, ScoresError
 
 __all__ = [
+    "ChannelRows",
     "ChannelScores",
     "InplaceError",
     "JacobianScorer",
+    "KeptRows",
+    "LabelFreeLoss",
     "SampleRowsError",
     "Scores",
     "ScoresError",
     "ScoringError",
+    "label_free_loss",
     "score",
 ]

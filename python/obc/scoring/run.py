@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from obc.scoring.scorer import InplaceError, JacobianScorer, Rows, SampleRowsError
+from obc.scoring.errors import InplaceError, SampleRowsError
+from obc.scoring.scorer import JacobianScorer, Rows
 from obc.scoring.scores import Scores
+from obc.scoring.splitting import part_of, samples_in
 
 logger = logging.getLogger("obc")
 
@@ -27,6 +28,8 @@ def score(
     *,
     rows: Rows = "batch",
     progress: bool | None = None,
+    micro_batch: int | None = None,
+    loss_scale: float = 1.0,
     **options: Any,
 ) -> Scores:
     """Score every channel of a model by the Jacobian Criterion (arXiv 2508.05521).
@@ -41,7 +44,13 @@ def score(
             losses for ``rows="sample"``.
         rows: "batch": each batch is one row, the gradient of its loss. "sample": each sample is one row.
         progress: show a progress bar; None shows it in a terminal only.
-        **options: of :class:`obc.JacobianScorer`: modules, check, strict, fallback, process_group, fold_groups.
+        micro_batch: run a batch in parts of at most this many samples, cut along dim 0 of its tensors. A batch row is
+            then the sum of the parts' losses, each weighted by its share of the samples: the mean loss of the batch,
+            where ``loss_fn`` is a mean over samples.
+        loss_scale: what each loss is multiplied by before its backward and each row divided by after it, so that
+            gradients in float16 do not vanish; a power of two.
+        **options: of :class:`obc.JacobianScorer`: modules, check, strict, fallback, process_group, fold_groups,
+            keep_rows, rows_to.
 
     Returns:
         The scores, float32, with the coverage: how each module was read, or why it was not.
@@ -51,8 +60,10 @@ def score(
         ScoringError: no row was finite, or (``strict``) something is unscored or not finite.
     """
     scorer = JacobianScorer(model, rows=rows, **options)
-    run = _Run(scorer, loss_fn)
+    run = Run(scorer, loss_fn, micro_batch, loss_scale)
     total = len(batches) if isinstance(batches, Sized) else None
+    if scorer.keeps_rows and rows == "batch" and total:
+        scorer.reserve_rows(total)
     index = -1
     with _evaluating(model), scorer:
         disable = None if progress is None else not progress
@@ -75,11 +86,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-class _Run:
-    """Turns batches into rows: repeats a row that had to be dropped, and goes sample by sample where it must."""
+class Run:
+    """Turns batches into rows: splits them, repeats a row that had to be dropped, goes sample by sample where it must.
 
-    def __init__(self, scorer: JacobianScorer, loss_fn: LossFunction) -> None:
-        self.scorer, self.loss_fn = scorer, loss_fn
+    Attributes:
+        one_at_a_time: sample rows must come one sample at a time.
+    """
+
+    def __init__(
+        self, scorer: JacobianScorer, loss_fn: LossFunction, micro_batch: int | None = None, loss_scale: float = 1.0
+    ) -> None:
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+        self.scorer, self.loss_fn, self.micro_batch, self.loss_scale = scorer, loss_fn, micro_batch, loss_scale
         self.one_at_a_time = False
 
     def batch(self, index: int, batch: Any) -> None:
@@ -94,24 +113,41 @@ class _Run:
             self._rows(index, batch)
 
     def _rows(self, index: int, batch: Any) -> None:
-        if not self.one_at_a_time:
-            self._row(index, batch)
+        if self.scorer.rows == "batch":
+            with self.scorer.row(self.loss_scale):
+                for part, share in self._parts(index, batch):
+                    loss = _checked_loss(index, self.loss_fn(self.scorer.model, part))
+                    (loss * (share * self.loss_scale)).backward()
             return
-        with torch.no_grad():  # no gate is on, so that this pass belongs to no row
-            samples = self.loss_fn(self.scorer.model, batch).numel()
-        for sample in range(samples):
-            self._row(index, _sample_of(batch, sample, samples))
+        for part, _ in self._parts(index, batch):
+            with self.scorer.row(self.loss_scale):
+                losses = _checked_losses(index, self.loss_fn(self.scorer.model, part))
+                self.scorer.check_samples(losses)
+                (losses.sum() * self.loss_scale).backward()
 
-    def _row(self, index: int, batch: Any) -> None:
-        scorer = self.scorer
-        if scorer.rows == "batch":
-            with scorer.row():
-                _checked_loss(index, self.loss_fn(scorer.model, batch)).backward()
+    def _parts(self, index: int, batch: Any) -> Iterator[tuple[Any, float]]:
+        """The parts that a batch is read in, each with its share of the samples."""
+        self._seek(index, 0)
+        size = 1 if self.one_at_a_time else self.micro_batch
+        samples = 0 if size is None else self._samples_in(batch)
+        if size is None or size >= samples:
+            yield batch, 1.0
             return
-        with scorer.row():
-            losses = _checked_losses(index, self.loss_fn(scorer.model, batch))
-            scorer.check_samples(losses)
-            losses.sum().backward()
+        for start in range(0, samples, size):
+            stop = min(start + size, samples)
+            self._seek(index, start)
+            yield part_of(batch, start, stop, samples), (stop - start) / samples
+
+    def _samples_in(self, batch: Any) -> int:
+        if self.micro_batch is not None:
+            return samples_in(batch)
+        with torch.no_grad():  # no gate is on, so that this pass belongs to no row
+            return self.loss_fn(self.scorer.model, batch).numel()
+
+    def _seek(self, row: int, sample: int) -> None:
+        """A loss that draws random numbers draws the same ones however the batch is split, and in a repeated row."""
+        if (seek := getattr(self.loss_fn, "seek", None)) is not None:
+            seek(row, sample)
 
 
 def _checked_loss(index: int, loss: Any) -> Tensor:
@@ -143,14 +179,3 @@ def _checked_graph(index: int, loss: Any) -> Tensor:
             "no_grad, detach or .item()"
         )
     return loss
-
-
-def _sample_of(batch: Any, sample: int, samples: int) -> Any:
-    """One sample of a batch: every tensor in it with ``samples`` entries along dim 0 is cut, the rest stays."""
-
-    def cut(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0 and leaf.shape[0] == samples:
-            return leaf[sample : sample + 1]
-        return leaf
-
-    return pytree.tree_map(cut, batch)

@@ -13,16 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedParameter
 
-from obc.scoring import probe
+from obc.scoring import probe, verification
 from obc.scoring.attachment import Attachment
+from obc.scoring.errors import InplaceError, SampleRowsError, ScoringError
 from obc.scoring.gradients import NormGradients
-from obc.scoring.layers import channel_count
 from obc.scoring.planning import ModuleFilter, Source, make_plan
 from obc.scoring.readers import Reading
 from obc.scoring.rows import FlatRow, Slot
 from obc.scoring.scores import ChannelScores, Scores, obc_version
+from obc.scoring.sharding import RowParts, is_sharded, tensor_parallel_group
+from obc.scoring.store import RowsTo, RowStore
 from obc.scoring.tally import Tally
 
 logger = logging.getLogger("obc")
@@ -32,18 +33,6 @@ Fallback = Literal["weight_grad", "skip"]
 
 # Models that a scorer is attached to: a second one would put gates on gates.
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
-class ScoringError(RuntimeError):
-    """A row could not be read; the message names the module, and the model is as it was."""
-
-
-class InplaceError(ScoringError):
-    """An activation was changed in place after a gate had read it; the row was dropped and can be repeated."""
-
-
-class SampleRowsError(ScoringError):
-    """Modules of this model have no per-sample form: sample rows must come one sample at a time."""
 
 
 class JacobianScorer:
@@ -76,6 +65,9 @@ class JacobianScorer:
         process_group: rows are summed over this group before they are squared (every process has a part of the row).
         fold_groups: add up the groups of a grouped convolution's in channels before squaring, as the paper's code
             does, so that ``in_channels`` has C_in / groups entries.
+        keep_rows: also keep every row that counts: ``scores().rows``. ``rows_bytes(n)`` says beforehand what they take.
+        rows_to: where they are kept. "device": beside the row. "host": in the host's memory, pinned where CUDA is
+            there. A path: in a file, which later rows at the same path replace.
 
     Raises:
         ValueError: no module can be scored, or an argument is not one of the values above.
@@ -92,22 +84,30 @@ class JacobianScorer:
         fallback: Fallback = "weight_grad",
         process_group: Any = None,
         fold_groups: bool = False,
+        keep_rows: bool = False,
+        rows_to: RowsTo = "device",
     ) -> None:
         if rows not in ("batch", "sample"):
             raise ValueError(f"rows must be 'batch' or 'sample', got {rows!r}")
         if fallback not in ("weight_grad", "skip"):
             raise ValueError(f"fallback must be 'weight_grad' or 'skip', got {fallback!r}")
-        _refuse_unreadable(model)
+        verification.refuse_unreadable(model)
         self.model, self.rows, self.strict, self.fallback = model, rows, strict, fallback
         self.process_group = process_group
         self.left_out: list[str] = []
         self._num_left_out = 0
+        sharded, group = is_sharded(model), tensor_parallel_group(model)
+        if sharded and check:
+            logger.info("no row is checked against weight gradients: no process has whole ones")
+            check = False
+        self._row_parts = None if group is None else RowParts(group)
         self._checked = check
-        self._reading = Reading(rows == "sample", check)
+        self._reading = Reading(rows == "sample", check, sharded)
         self._plan = make_plan(model, modules, rows == "sample", fold_groups)
         self._attachment: Attachment | None = None
         self._in_row = self._looked_at_mode = False
         self._tally = Tally(self._flats[0].device)
+        self._store = RowStore(self._flats, rows_to) if keep_rows else None
         self._versions: dict[int, int] = {}
         if not check:
             self._settle_unchecked()
@@ -117,11 +117,11 @@ class JacobianScorer:
     def __enter__(self) -> JacobianScorer:
         if self._attachment is not None:
             raise ScoringError("this scorer is attached already; leave its `with` block before entering it again")
-        _refuse_unreadable(self.model)
+        verification.refuse_unreadable(self.model)
         if any(module in _attached for module in self.model.modules()):
             model = type(self.model).__name__
             raise ScoringError(f"another scorer is attached to this {model} or a part of it; leave its block first")
-        self._verify_unchanged()
+        verification.refuse_changed(self.model, self._plan)
         attachment = Attachment(self.model, self._plan, self._reading)
         try:
             attachment.make()
@@ -149,18 +149,6 @@ class JacobianScorer:
     @property
     def _norms(self) -> list[NormGradients]:
         return [] if self._attachment is None else self._attachment.norms
-
-    def _verify_unchanged(self) -> None:
-        modules = dict(self.model.named_modules())
-        for name, reader in self._plan.readers.items():
-            replaced = isinstance(reader.weight, nn.Parameter) and not self._plan.reads(reader.weight)
-            if replaced or modules.get(name) is not reader.module:
-                raise ScoringError(f"{name!r} was replaced since this scorer was made; make a new scorer")
-            if channel_count(reader.module, reader.rule, reader.rule.out_axis) != reader.out.size:
-                raise ScoringError(f"{name!r} changed its width since this scorer was made; make a new scorer")
-            if reader.weight.device != reader.out.flat.device:
-                where = reader.weight.device
-                raise ScoringError(f"{name!r} moved to {where} since this scorer was made; make a new scorer")
 
     # --- rows -------------------------------------------------------------------------------------------------
 
@@ -191,7 +179,7 @@ class JacobianScorer:
             self._end_row(float(loss_scale), samples)
         except BaseException as error:
             self._drop_row()
-            if isinstance(error, RuntimeError) and _is_inplace_error(error) and not self._reading.checking:
+            if isinstance(error, RuntimeError) and verification.is_inplace_error(error) and not self._reading.checking:
                 raise self._copy_from_now_on() from error
             raise
         finally:
@@ -229,19 +217,26 @@ class JacobianScorer:
     def _end_row(self, loss_scale: float, samples: int | None) -> None:
         if loss_scale == 0:
             raise ValueError("loss_scale must not be 0")
-        self._verify_bound()
+        verification.refuse_replaced_gradients(self.model, self._flats, self._norms)
         self._verify_read()
         self._verify_samples(samples)
         for norms in self._norms:
             norms.add_to_row(norms.flat.row)
         # While the checking row is not finite, it is left out, and the next one is checked.
         checked = not self._reading.checking or self._finish_check()
+        assert self._attachment is not None
+        self._attachment.drop_gradients()
+        if self._row_parts is not None:
+            for flat in self._flats:
+                self._row_parts.add_up(flat)
         if self.process_group is not None:
             for flat in self._flats:
                 row = flat.row if flat.samples is None else flat.samples
                 torch.distributed.all_reduce(row, group=self.process_group)
         bad, entries = self._find_faults(loss_scale)
         self._tally.add(bad, entries, all_left_out=not checked)
+        if self._store is not None and checked:
+            self._store.append(~bad, loss_scale)
         for flat in self._flats:
             flat.end_row(loss_scale if checked else float("nan"))
         self._reading.samples = None
@@ -267,6 +262,8 @@ class JacobianScorer:
 
     def _drop_row(self) -> None:
         self._reading.samples = None
+        if self._attachment is not None:
+            self._attachment.drop_gradients()
         for flat in self._flats:
             flat.zero()
 
@@ -293,22 +290,6 @@ class JacobianScorer:
                     stacklevel=5,
                 )
                 return
-
-    def _verify_bound(self) -> None:
-        for flat in self._flats:
-            for slot in flat.slots:
-                if not slot.is_bound():
-                    raise ScoringError(
-                        f"the gradient of {slot.label!r}'s gate was replaced instead of added to: call backward "
-                        "without create_graph=True, and leave the gates' .grad alone"
-                    )
-        for norms in self._norms:
-            if (parameter := norms.unbound()) is not None:
-                name = next(name for name, p in self.model.named_parameters() if p is parameter)
-                raise ScoringError(
-                    f"the gradient of {name!r} was replaced inside a row: call zero_grad() between rows, and backward "
-                    "without create_graph=True"
-                )
 
     def _verify_samples(self, samples: int | None) -> None:
         seen = self._reading.samples
@@ -450,12 +431,41 @@ class JacobianScorer:
         metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version()}
         if self.left_out:
             metadata["left_out"] = "; ".join(self.left_out)
-        return Scores(channels, num_rows=num_rows, coverage=coverage, metadata=metadata)
+        rows = None
+        if self._store is not None:
+            readers = [self._plan.readers[name] for name in channels]
+            rows = self._store.kept({r.name: {"out_channels": r.out, "in_channels": r.in_} for r in readers})
+        return Scores(channels, num_rows=num_rows, coverage=coverage, metadata=metadata, rows=rows)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on exactly: the sums, how each module is read, and the counts."""
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether every row is kept."""
+        return self._store is not None
+
+    def rows_bytes(self, num_rows: int) -> int:
+        """What keeping ``num_rows`` rows takes, in bytes: four for every channel of every scored module."""
+        return 4 * num_rows * sum(flat.size for flat in self._flats)
+
+    def reserve_rows(self, num_rows: int) -> None:
+        """Make room for ``num_rows`` more kept rows at once, instead of by doubling.
+
+        Before a CUDA graph is captured this is needed, with the number of its replays.
+
+        Raises:
+            ScoringError: the scorer does not keep rows.
+        """
+        if self._store is None:
+            raise ScoringError("this scorer keeps no rows: make it with keep_rows=True")
+        self._store.reserve(num_rows)
+
+    def state_dict(self, kept_rows: bool = True) -> dict[str, Any]:
+        """Everything needed to go on exactly: the sums, how each module is read, the counts, and the kept rows.
+
+        Args:
+            kept_rows: False leaves the kept rows out.
+        """
         num_rows, count = self.num_rows, self._tally.read()
-        return {
+        state = {
             "rows": self.rows,
             "num_rows": num_rows,
             "rows_ended": count.ended,
@@ -463,6 +473,9 @@ class JacobianScorer:
             "checking": self._reading.checking,
             **self._plan.state_dict(),
         }
+        if kept_rows and self._store is not None:
+            state["kept_rows"] = self._store.matrices()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from :meth:`state_dict` of a scorer of the same model and options; call it outside the ``with`` block.
@@ -473,13 +486,18 @@ class JacobianScorer:
         """
         if self._attachment is not None:
             raise ScoringError("load the state before entering `with scorer:`")
-        if missing := sorted(self.state_dict().keys() - state.keys()):
+        if missing := sorted(self.state_dict(kept_rows=False).keys() - state.keys()):
             raise ValueError(
                 f"this is not the state of a scorer: it has no {missing[0]!r}; pass what state_dict() gave"
             )
         if state["rows"] != self.rows:
             raise ValueError(f"this state has rows={state['rows']!r}, this scorer rows={self.rows!r}")
+        if ("kept_rows" in state) != (self._store is not None):
+            kept = "kept" if "kept_rows" in state else "no kept"
+            raise ValueError(f"this state has {kept} rows, this scorer keep_rows={self._store is not None}")
         self._plan.load_state_dict(state)
+        if self._store is not None:
+            self._store.load(state["kept_rows"])
         self._tally = Tally(self._flats[0].device, ended=state["rows_ended"], read=state["num_rows"])
         self._num_left_out = 0
         self.left_out = list(state["left_out"])
@@ -488,26 +506,3 @@ class JacobianScorer:
 
 def _scores_of(slot: Slot | None) -> Tensor | None:
     return None if slot is None else slot.of(slot.flat.scores).detach().clone().float()
-
-
-def _refuse_unreadable(model: nn.Module) -> None:
-    """Refuse a model on which gates would not be seen, or whose parameters are not there yet."""
-    for name, module in model.named_modules():
-        if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
-            raise ScoringError(f"module {name!r} is not initialised yet; run one batch through the model first")
-        wrapped = type(module).__name__ == "OptimizedModule"
-        if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
-            what = f"module {name!r}" if name else "the model"
-            raise ScoringError(
-                f"{what} was compiled before attaching, so gates would not be seen; attach, then compile"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ScoringError(
-                f"module {name!r} is a ScriptModule, whose inside can't be read; score the module it was made of"
-            )
-
-
-def _is_inplace_error(error: RuntimeError) -> bool:
-    """Whether autograd found a tensor changed in place after it had been saved, or refused to let a view be changed."""
-    message = str(error)
-    return "modified by an inplace operation" in message or "is being modified inplace" in message

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from obc.files import atomic_write
+from obc.scoring.kept import KeptRows
+from obc.scoring.tensor_file import save_tensors
 
-_FORMAT = "obc.Scores/1"
+# Files without rows stay readable for those who know the first format only.
+_FORMAT, _FORMAT_WITH_ROWS = "obc.Scores/1", "obc.Scores/2"
 
 
 class ScoresError(ValueError):
@@ -55,6 +56,7 @@ class Scores(Mapping[str, ChannelScores]):
         num_rows: rows that were added.
         coverage: module name -> how its rows were read, or "unscored: " and why not.
         metadata: model class, kind of rows, obc's version, rows left out.
+        rows: with ``keep_rows=True`` every row by module name, :class:`obc.ChannelRows`; otherwise empty.
     """
 
     def __init__(
@@ -64,11 +66,13 @@ class Scores(Mapping[str, ChannelScores]):
         num_rows: int,
         coverage: Mapping[str, str],
         metadata: Mapping[str, str],
+        rows: KeptRows | None = None,
     ) -> None:
         self._channels = dict(channels)
         self.num_rows = num_rows
         self.coverage = dict(coverage)
         self.metadata = dict(metadata)
+        self.rows = KeptRows([], {}) if rows is None else rows
 
     def __getitem__(self, name: str) -> ChannelScores:
         try:
@@ -121,7 +125,7 @@ class Scores(Mapping[str, ChannelScores]):
                     )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file: one tensor per module and side, everything else as metadata.
+        """Write a safetensors file: one tensor per module and side, the kept rows, everything else as metadata.
 
         Raises:
             OSError: the file can't be written; a file that was there is what it was.
@@ -131,16 +135,17 @@ class Scores(Mapping[str, ChannelScores]):
             for side, values in (("out_channels", channels.out_channels), ("in_channels", channels.in_channels)):
                 if values is not None:
                     tensors[f"{name}:{side}"] = values.detach().cpu().contiguous()
+        tensors |= {f"rows:{index}": matrix for index, matrix in enumerate(self.rows.matrices)}
         metadata = {
-            "format": _FORMAT,
+            "format": _FORMAT_WITH_ROWS if self.rows.matrices else _FORMAT,
             "num_rows": str(self.num_rows),
             "coverage": json.dumps(self.coverage),
             "metadata": json.dumps(self.metadata),
             "modules": json.dumps(list(self._channels)),
         }
-        content = save(tensors, metadata=metadata)
-        with atomic_write(path) as file:
-            file.write(content)
+        if self.rows.matrices:
+            metadata["row_columns"] = json.dumps(self.rows.columns)
+        save_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Scores:
@@ -162,11 +167,15 @@ class Scores(Mapping[str, ChannelScores]):
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             raise ScoresError(f"{path} is not a score file, or is damaged: {error}") from error
-        if header.get("format") != _FORMAT:
-            raise ScoresError(f"{path} is not a score file: format {header.get('format')!r}, expected {_FORMAT!r}")
+        if header.get("format") not in (_FORMAT, _FORMAT_WITH_ROWS):
+            raise ScoresError(
+                f"{path} is not a score file: format {header.get('format')!r}, expected {_FORMAT!r} or "
+                f"{_FORMAT_WITH_ROWS!r}"
+            )
         try:
             modules, coverage = json.loads(header["modules"]), json.loads(header["coverage"])
             metadata, num_rows = json.loads(header["metadata"]), int(header["num_rows"])
+            row_columns = json.loads(header.get("row_columns", "{}"))
         except (KeyError, ValueError) as error:
             raise ScoresError(f"{path} is a damaged score file: {error!r}") from error
         if lacking := [name for name in modules if f"{name}:out_channels" not in tensors]:
@@ -175,7 +184,8 @@ class Scores(Mapping[str, ChannelScores]):
             name: ChannelScores(tensors.get(f"{name}:out_channels"), tensors.get(f"{name}:in_channels"))
             for name in modules
         }
-        scores = cls(channels, num_rows=num_rows, coverage=coverage, metadata=metadata)
+        rows = _loaded_rows(path, tensors, row_columns, num_rows)
+        scores = cls(channels, num_rows=num_rows, coverage=coverage, metadata=metadata, rows=rows)
         if model is not None:
             scores.verify(model)
         return scores
@@ -191,6 +201,24 @@ class Scores(Mapping[str, ChannelScores]):
         except ImportError as error:
             raise ImportError("Scores.plot needs matplotlib: pip install 'obc[plot]'") from error
         _draw(Figure, self._channels, self._headline(), path)
+
+
+def _loaded_rows(
+    path: str | PathLike[str], tensors: Mapping[str, Tensor], columns: Mapping[str, Any], num_rows: int
+) -> KeptRows:
+    matrices: list[Tensor] = []
+    while (matrix := tensors.get(f"rows:{len(matrices)}")) is not None:
+        matrices.append(matrix)
+    widths = [matrix.shape[1] for matrix in matrices if matrix.dim() == 2 and len(matrix) == num_rows]
+    places = {name: {side: tuple(place) for side, place in sides.items()} for name, sides in columns.items()}
+    fit = all(
+        matrix < len(widths) and 0 <= start <= stop <= widths[matrix]
+        for sides in places.values()
+        for matrix, start, stop in sides.values()
+    )
+    if len(widths) != len(matrices) or not fit:
+        raise ScoresError(f"{path} is a damaged score file: its rows are not those of {num_rows} rows of its modules")
+    return KeptRows(matrices, places)
 
 
 def _draw(figure_class: Any, channels: Mapping[str, ChannelScores], title: str, path: str | PathLike[str]) -> None:

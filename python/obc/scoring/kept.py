@@ -1,0 +1,65 @@
+"""The rows that were kept: what scores sum the squares of, per module and channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+# Where the rows of one side of a module lie: which matrix, its first column, and the column after its last.
+Columns = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class ChannelRows:
+    """Every row of one module's channels: r[n, c] = w_c . dL_n/dw_c, whose squares add up to the scores.
+
+    Attributes:
+        out_channels: (N, C_out) float32, or None.
+        in_channels: (N, C_in) float32, or None for modules without in channels (norms, embeddings).
+    """
+
+    out_channels: Tensor | None
+    in_channels: Tensor | None = None
+
+
+class KeptRows(Mapping[str, ChannelRows]):
+    """Rows by module name: views of few large matrices, in the order in which the rows were read.
+
+    Args:
+        matrices: (N, ...) float32, all of the same N.
+        columns: module name -> side ("out_channels", "in_channels") -> its columns.
+    """
+
+    def __init__(self, matrices: Sequence[Tensor], columns: Mapping[str, Mapping[str, Columns]]) -> None:
+        self.matrices = list(matrices)
+        self.columns = {name: dict(sides) for name, sides in columns.items()}
+
+    def __getitem__(self, name: str) -> ChannelRows:
+        if not self.matrices:
+            raise KeyError(f"no rows of module {name!r}: none were kept; score with keep_rows=True")
+        try:
+            sides = self.columns[name]
+        except KeyError:
+            raise KeyError(f"no rows of module {name!r}: it is not among the scored modules") from None
+        return ChannelRows(self._view(sides.get("out_channels")), self._view(sides.get("in_channels")))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.columns)
+
+    def __len__(self) -> int:
+        return len(self.columns)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.columns
+
+    def __repr__(self) -> str:
+        rows = len(self.matrices[0]) if self.matrices else 0
+        return f"KeptRows({rows} rows of {len(self)} modules)"
+
+    def _view(self, columns: Columns | None) -> Tensor | None:
+        if columns is None:
+            return None
+        matrix, start, stop = columns
+        return self.matrices[matrix][:, start:stop]

@@ -1,0 +1,87 @@
+"""Rows of numbers in a file, appended block by block and read through a memory map."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# The file begins with this and the width of a row, so that no other file is taken for one or overwritten.
+_MAGIC = b"obc.rows/1 "
+_HEADER_BYTES = 64
+
+
+class RowFile:
+    """A (rows, width) float32 matrix in a file, in the machine's byte order, behind a header of 64 bytes.
+
+    Bytes behind the last row are of no account: a process that was killed while it wrote leaves some.
+
+    Attributes:
+        rows: how many there are.
+    """
+
+    def __init__(self, path: Path, width: int, rows: int) -> None:
+        self.path, self.width, self.rows = path, width, rows
+
+    @classmethod
+    def create(cls, path: str | PathLike[str], width: int) -> RowFile:
+        """A new file; one with rows at the same path is replaced, and lives on for those who have it mapped.
+
+        Raises:
+            FileExistsError: the file there holds something else.
+        """
+        path = Path(path)
+        if path.exists():
+            with path.open("rb") as file:
+                if not file.read(_HEADER_BYTES).startswith(_MAGIC):
+                    raise FileExistsError(f"{path} is not a file of rows, so it is not overwritten; pass another path")
+            path.unlink()
+        path.write_bytes((_MAGIC + str(width).encode()).ljust(_HEADER_BYTES))
+        return cls(path, width, 0)
+
+    @classmethod
+    def open(cls, path: str | PathLike[str], width: int, rows: int) -> RowFile:
+        """A file written before, of which the first ``rows`` rows count.
+
+        Raises:
+            ValueError: there is none at ``path``, or it has another width or fewer rows.
+        """
+        path = Path(path)
+        if not path.exists():
+            raise ValueError(f"the file of rows {path} is gone; delete the checkpoint to begin anew")
+        with path.open("rb") as file:
+            header = file.read(_HEADER_BYTES)
+        if header != (_MAGIC + str(width).encode()).ljust(_HEADER_BYTES):
+            raise ValueError(f"{path} is not a file of rows of {width} channels")
+        there = (path.stat().st_size - _HEADER_BYTES) // (4 * width)
+        if there < rows:
+            raise ValueError(f"{path} holds {there} rows where {rows} were written; it is damaged")
+        return cls(path, width, rows)
+
+    def reserve(self, num_rows: int) -> None:
+        """A file needs no room beforehand."""
+
+    def append(self, parts: Sequence[Tensor]) -> None:
+        """Add rows: the columns of ``parts`` side by side."""
+        block = torch.cat([part.detach().cpu() for part in parts], dim=1).to(torch.float32).contiguous()
+        with self.path.open("r+b") as file:
+            file.seek(_HEADER_BYTES + 4 * self.width * self.rows)
+            file.write(block.numpy().data)
+        self.rows += len(block)
+
+    def sync(self) -> None:
+        """Return once every row is on the disk."""
+        with self.path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+    def matrix(self) -> Tensor:
+        """(rows, width), mapped into memory; changes to it don't reach the file."""
+        if self.rows == 0:
+            return torch.empty(0, self.width)
+        shape = (self.rows, self.width)
+        return torch.from_numpy(np.memmap(self.path, dtype=np.float32, mode="c", offset=_HEADER_BYTES, shape=shape))

@@ -1,0 +1,55 @@
+"""Batches cut along their samples."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+def samples_in(batch: Any) -> int:
+    """The entries along dim 0 of the first tensor of a batch.
+
+    Raises:
+        ValueError: there is no tensor in it.
+    """
+    found: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.dim() > 0:
+            found.append(len(tensor))
+        return tensor
+
+    _map_tensors(batch, note)
+    if not found:
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} has no tensor to split along its samples; leave micro_batch out, "
+            "or pass tensors in tuples, lists and mappings"
+        )
+    return found[0]
+
+
+def part_of(batch: Any, start: int, stop: int, samples: int) -> Any:
+    """Samples ``start:stop``: every tensor with ``samples`` entries along dim 0 is cut, the rest stays."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        return tensor[start:stop] if tensor.dim() > 0 and len(tensor) == samples else tensor
+
+    return _map_tensors(batch, cut)
+
+
+def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    def of(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return change(leaf)
+        if isinstance(leaf, MutableMapping):  # a mapping that pytree does not know, such as a tokenizer's output
+            part = copy.copy(leaf)
+            for key, value in leaf.items():
+                part[key] = _map_tensors(value, change)
+            return part
+        return leaf
+
+    return pytree.tree_map(of, batch)

@@ -1,0 +1,241 @@
+"""Every row that counts, kept: on the row's device, or spilled to the host's memory or to a file.
+
+A row is written at a place counted on the device, and the place moves on only where the row was finite: nothing is read
+back, and what was left out is overwritten by the next row. Rows are spilled block by block, with one read a block.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from obc.scoring.errors import ScoringError
+from obc.scoring.kept import Columns, KeptRows
+from obc.scoring.row_file import RowFile
+from obc.scoring.rows import FlatRow, Slot
+
+logger = logging.getLogger("obc")
+
+# "device", "host", or the path of a file.
+RowsTo = str | PathLike[str]
+
+# A block on the device that is spilled when it is full: large enough that its one read back costs nothing.
+_SPILLED_BYTES = 32 << 20
+
+# Rows for which there is room at first where nobody said how many come.
+_FIRST_ROWS = 16
+
+
+class RowStore:
+    """The kept rows of a scorer.
+
+    Args:
+        flats: the vectors that hold the row in hand.
+        to: "device": beside them. "host": in the host's memory, pinned where CUDA is there. A path: in a file, which is
+            mapped into memory when it is read.
+    """
+
+    def __init__(self, flats: Sequence[FlatRow], to: RowsTo) -> None:
+        self.flats = list(flats)
+        self.width = sum(flat.size for flat in flats)
+        self.to = to
+        self._blocks = [_Block(flat) for flat in flats]
+        self._capacity = 0
+        self._bound = 0  # of the rows in the blocks: how many were offered since they were last counted
+        self._spill: _HostRows | RowFile | None = None
+        if to == "host":
+            self._spill = _HostRows(self.width, any(flat.device.type == "cuda" for flat in flats))
+        elif to != "device":
+            self._spill = RowFile.create(to, self.width)
+
+    def bytes(self, num_rows: int) -> int:
+        """What ``num_rows`` rows take: four bytes for each of their channels."""
+        return 4 * self.width * num_rows
+
+    def reserve(self, num_rows: int) -> None:
+        """Make room for exactly ``num_rows`` more rows, and log the bytes."""
+        where = self.flats[0].device if self.to == "device" else self.to
+        logger.info("keeping %d rows: %d bytes on %s", num_rows, self.bytes(num_rows), where)
+        if self._spill is None:
+            if self._bound + num_rows > self._capacity:
+                self._resize(self._bound + num_rows)
+            return
+        self._spill.reserve(num_rows)
+        if self._capacity == 0:
+            self._resize(min(num_rows, self._spilled_rows()))
+
+    def append(self, finite: Tensor, loss_scale: float) -> None:
+        """Keep the row in hand.
+
+        Args:
+            finite: (samples,) bool, which samples of the row count; one for a batch row.
+            loss_scale: what the row is divided by.
+        """
+        samples = finite.numel()
+        if self._bound + samples > self._capacity:
+            self._make_room(samples)
+        for block in self._blocks:
+            block.append(finite, loss_scale)
+        self._bound += samples
+
+    def matrices(self, start: int = 0) -> list[Tensor]:
+        """Per flat vector, the (rows, channels) from row ``start`` on. Reads from the device."""
+        if self._spill is None:
+            kept = self._count()
+            return [block.rows[start:kept] for block in self._blocks]
+        self._spill_blocks()
+        widths = [flat.size for flat in self.flats]
+        return list(self._spill.matrix()[start:].split(widths, dim=1))
+
+    def kept(self, slots: Mapping[str, Mapping[str, Slot | None]]) -> KeptRows:
+        """The rows so far, which later ones don't change.
+
+        Args:
+            slots: module name -> side -> its slot.
+        """
+        if self._spill is None:
+            matrices = self.matrices()
+            places = {flat: (index, 0) for index, flat in enumerate(self.flats)}
+        else:
+            self._spill_blocks()
+            matrices, places, start = [self._spill.matrix()], {}, 0
+            for flat in self.flats:
+                places[flat] = (0, start)
+                start += flat.size
+
+        def columns(slot: Slot) -> Columns:
+            matrix, start = places[slot.flat]
+            return matrix, start + slot.start, start + slot.stop
+
+        sides = {name: {side: columns(slot) for side, slot in of.items() if slot} for name, of in slots.items()}
+        return KeptRows(matrices, sides)
+
+    def load(self, matrices: Sequence[Tensor]) -> None:
+        """Hold these rows, and no others."""
+        if self._spill is not None:
+            self._spill.rows = 0
+            self._spill.append(matrices)
+            self._forget()
+            return
+        num_rows = len(matrices[0])
+        self._forget()
+        if num_rows > self._capacity:
+            self._resize(num_rows)
+        for block, matrix in zip(self._blocks, matrices, strict=True):
+            block.rows[:num_rows].copy_(matrix)
+            block.count.fill_(num_rows)
+        self._bound = num_rows
+
+    @property
+    def file(self) -> RowFile | None:
+        """The file that holds the rows, where they go to one, with every row in it."""
+        if not isinstance(self._spill, RowFile):
+            return None
+        self._spill_blocks()
+        return self._spill
+
+    def adopt(self, file: RowFile) -> None:
+        """Go on with a file that holds rows already."""
+        self._spill = file
+        self._forget()
+
+    def _spilled_rows(self) -> int:
+        return max(1, _SPILLED_BYTES // max(1, 4 * self.width))
+
+    def _make_room(self, samples: int) -> None:
+        if any(flat.device.type == "cuda" for flat in self.flats) and torch.cuda.is_current_stream_capturing():
+            raise ScoringError(
+                f"no room for another row while a CUDA graph is captured ({self._capacity} rows): call "
+                "scorer.reserve_rows(n) with the number of replays before capturing"
+            )
+        if self._spill is not None:
+            self._spill_blocks()
+            if samples > self._capacity:
+                self._resize(max(samples, self._spilled_rows() if self._capacity == 0 else 0))
+            return
+        self._bound = self._count()
+        if self._bound + samples > self._capacity:
+            self._resize(max(self._bound + samples, 2 * self._capacity, _FIRST_ROWS))
+
+    def _count(self) -> int:
+        """Rows in the blocks. Reads from the device."""
+        count = int(self._blocks[0].count)
+        if count > self._capacity:
+            raise ScoringError(
+                f"{count} rows were replayed where {self._capacity} have room; call scorer.reserve_rows({count}) "
+                "before capturing the CUDA graph"
+            )
+        return count
+
+    def _resize(self, capacity: int) -> None:
+        kept = self._count()
+        for block in self._blocks:
+            block.resize(capacity, kept)
+        self._capacity = capacity
+
+    def _spill_blocks(self) -> None:
+        assert self._spill is not None
+        kept = self._count()
+        if kept:
+            self._spill.append([block.rows[:kept] for block in self._blocks])
+        self._forget()
+
+    def _forget(self) -> None:
+        for block in self._blocks:
+            block.count.zero_()
+        self._bound = 0
+
+
+class _Block:
+    """Rows of one flat vector on its device, and how many of them count.
+
+    There is one place more than the capacity: rows that don't count are written there where the block is full.
+    """
+
+    def __init__(self, flat: FlatRow) -> None:
+        self.flat = flat
+        self.rows = torch.empty(1, flat.size, device=flat.device)
+        self.count = torch.zeros((), dtype=torch.int64, device=flat.device)
+
+    def append(self, finite: Tensor, loss_scale: float) -> None:
+        last = len(self.rows) - 1
+        finite = finite.to(self.count.device)
+        places = torch.where(finite, self.count + finite.cumsum(0) - 1, last).clamp_(max=last)
+        self.rows.index_copy_(0, places, (self.flat.rows() / loss_scale).t().to(self.rows.dtype))
+        self.count += finite.sum()
+
+    def resize(self, capacity: int, kept: int) -> None:
+        rows = torch.empty(capacity + 1, self.flat.size, device=self.flat.device)
+        rows[:kept].copy_(self.rows[:kept])
+        self.rows = rows
+
+
+class _HostRows:
+    """Rows in the host's memory, which grows by doubling."""
+
+    def __init__(self, width: int, pinned: bool) -> None:
+        self.rows, self.pinned = 0, pinned
+        self._matrix = torch.empty(0, width, pin_memory=pinned)
+
+    def reserve(self, num_rows: int) -> None:
+        if self.rows + num_rows > len(self._matrix):
+            matrix = torch.empty(self.rows + num_rows, self._matrix.shape[1], pin_memory=self.pinned)
+            matrix[: self.rows].copy_(self._matrix[: self.rows])
+            self._matrix = matrix
+
+    def append(self, parts: Sequence[Tensor]) -> None:
+        more = len(parts[0])
+        if self.rows + more > len(self._matrix):
+            self.reserve(max(more, len(self._matrix)))
+        start = 0
+        for part in parts:
+            self._matrix[self.rows : self.rows + more, start : start + part.shape[1]].copy_(part)
+            start += part.shape[1]
+        self.rows += more
+
+    def matrix(self) -> Tensor:
+        return self._matrix[: self.rows]

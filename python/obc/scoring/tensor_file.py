@@ -1,0 +1,39 @@
+"""Safetensors files written tensor by tensor, so that large ones need no second copy in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from os import PathLike
+
+import torch
+from torch import Tensor
+
+from obc.files import atomic_write
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
+
+
+def save_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of float64, float32, int64 and uint8 tensors; it is there whole or not at all.
+
+    Its header is the length of a JSON object in eight bytes, and the object: dtype, shape and place of each tensor.
+
+    Raises:
+        OSError: the file can't be written; a file that was there is what it was.
+    """
+    # The widest dtypes first, so that each tensor is aligned to its own where the file is mapped.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    start = 0
+    for name, tensor in ordered:
+        stop = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for _, tensor in ordered:
+            file.write(tensor.detach().cpu().contiguous().numpy().data)
