@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from obc.commands import demo, info
+from obc.commands import demo, info, report, score
 from obc.commands.common import USAGE_ERROR, UsageError
 
-COMMANDS = (demo, info)
+COMMANDS = (demo, score, report, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,144 @@
+"""Local transformers directories for the command line: the model, and the loss that its kind is scored by.
+
+Nothing is fetched, no code of the directory is run, and weights are read from safetensors only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from obc.commands.common import UsageError
+from obc.scoring.label_free import label_free_loss
+
+PACKAGES = {"transformers": "transformers"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOSSES = ("auto", "causal-lm", "masked-lm", "label", "label-free")
+
+Batch = Mapping[str, Any]
+Losses = Callable[[nn.Module, Batch], Tensor]
+IGNORED = -100  # the label of a token that counts for nothing
+
+# The end of an architecture's name in config.json -> the class that loads it, and its loss.
+_ARCHITECTURES = (
+    ("ForCausalLM", "AutoModelForCausalLM", "causal-lm"),
+    ("LMHeadModel", "AutoModelForCausalLM", "causal-lm"),
+    ("ForMaskedLM", "AutoModelForMaskedLM", "masked-lm"),
+    ("ForImageClassification", "AutoModelForImageClassification", "label"),
+    ("", "AutoModel", "label-free"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model of a local directory.
+
+    Attributes:
+        model: in eval mode, on its device.
+        loss: the kind of loss that it is scored by.
+        path: the directory.
+    """
+
+    model: Any
+    loss: str
+    path: Path
+
+
+def config_of(path: Path) -> Any:
+    """The directory's configuration."""
+    if not path.is_dir():
+        raise UsageError(f"{path} is no directory; pass one written by save_pretrained")
+    if not (path / "config.json").is_file():
+        raise UsageError(f"{path} has no config.json; pass a directory written by save_pretrained")
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path}/config.json is not one that this transformers can read: {_line(error)}") from error
+
+
+def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto") -> Checkpoint:
+    """The model of a directory that ``save_pretrained`` wrote; ``dtype`` None keeps the one it was saved in."""
+    import transformers
+
+    config = config_of(path)
+    architecture = (config.architectures or [""])[0]
+    _, loader, own = next(entry for entry in _ARCHITECTURES if architecture.endswith(entry[0]))
+    if loss != "auto" and loss != own and loss != "label-free":
+        raise UsageError(
+            f"--loss {loss} needs another head than {architecture or 'this model'} has; "
+            f"use --loss {own if own == 'label-free' else own + ' or label-free'}"
+        )
+    wanted = DTYPES[dtype] if dtype else "auto"
+    try:
+        model = getattr(transformers, loader).from_pretrained(
+            path, dtype=wanted, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(
+            f"can't load {architecture or 'the model'} from {path}: {_line(error)}; the directory must hold "
+            f"safetensors weights of an architecture that this transformers knows"
+        ) from error
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # keys and values for later tokens, which scoring never asks for
+    return Checkpoint(model.to(device).eval(), own if loss == "auto" else loss, path)
+
+
+def device_of(name: str | None) -> torch.device:
+    """The device of this name; None is the first GPU, else the CPU."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {_line(error)}; use cpu, or a device that this torch can reach") from error
+    return device
+
+
+def loss_of(kind: str, rows: Literal["batch", "sample"], seed: int) -> Losses:
+    """The loss of a kind: the mean over the samples for batch rows, the vector (B,) for sample rows.
+
+    causal-lm: mean cross-entropy of the next token.
+    masked-lm: mean cross-entropy of the tokens that the batch masked.
+    label: cross-entropy of the batch's labels.
+    label-free: random projections of the outputs (:func:`obc.scoring.label_free.label_free_loss`).
+    """
+    if kind == "label-free":
+        return label_free_loss(rows=rows, seed=seed)
+    of_samples = {"causal-lm": _next_token, "masked-lm": _masked, "label": _labelled}[kind]
+    return of_samples if rows == "sample" else lambda model, batch: of_samples(model, batch).mean()
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+
+
+def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over each sample's tokens that have a label."""
+    of_tokens = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return of_tokens.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
+
+
+def _next_token(model: nn.Module, batch: Batch) -> Tensor:
+    return _token_losses(_logits(model, batch)[:, :-1], batch["input_ids"][:, 1:])
+
+
+def _masked(model: nn.Module, batch: Batch) -> Tensor:
+    return _token_losses(_logits(model, batch), batch["labels"])
+
+
+def _labelled(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(_logits(model, batch).float(), batch["labels"], reduction="none")
+
+
+def _line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

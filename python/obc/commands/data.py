@@ -1,0 +1,260 @@
+"""Calibration data from local files: text, JSON lines or a folder of images, as batches of equal shape."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obc.commands.checkpoints import IGNORED
+from obc.commands.common import UsageError, require
+
+SEQUENCE = 2048  # tokens of a sequence, where the model has room for so many
+MASKED_SHARE = 0.15  # of the tokens, as BERT was trained
+IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+_ENTRY = "give each line a 'text', or 'input_ids' (a list of token numbers)"
+
+
+def batches(
+    data: Path,
+    model: Any,
+    source: Path,
+    loss: str,
+    *,
+    count: int,
+    size: int,
+    seq_len: int | None,
+    seed: int,
+) -> list[dict[str, Tensor]]:
+    """Up to ``count`` batches of ``size`` samples, on the model's device; fewer where the data ends before.
+
+    Text is cut into sequences of exactly ``seq_len`` tokens, documents one after the other with the tokenizer's end
+    between them, so that no position is padding.
+
+    Args:
+        data: a .txt or .jsonl file, or a folder of images (in a folder a class where the loss needs labels).
+        model: whose configuration and device decide.
+        source: its directory, with the tokenizer or the image processor.
+        loss: one of ``checkpoints.LOSSES`` but "auto".
+        count: of batches.
+        size: samples of a batch.
+        seq_len: tokens of a sequence; None takes ``SEQUENCE``, or the most that the model has positions for.
+        seed: of masks and of the order of images.
+    """
+    if not data.exists():
+        raise UsageError(f"--data {data}: there is no such file or folder")
+    if data.is_dir():
+        made = _image_batches(data, model, source, loss, count, size, seed)
+    elif data.suffix in (".txt", ".jsonl"):
+        made = _token_batches(data, model, source, loss, count, size, seq_len, seed)
+    else:
+        raise UsageError(f"--data {data}: expected a .txt file, a .jsonl file or a folder of images")
+    device = next(model.parameters()).device
+    return [{name: value.to(device) for name, value in batch.items()} for batch in made]
+
+
+# --- text ----------------------------------------------------------------------------------------------------------
+
+
+def _token_batches(
+    data: Path, model: Any, source: Path, loss: str, count: int, size: int, seq_len: int | None, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    if loss == "label":
+        raise UsageError(f"--data {data}: this model classifies images; pass a folder of images")
+    if getattr(model.config, "vocab_size", None) is None:
+        raise UsageError(f"--data {data}: this model reads no tokens; pass a folder of images")
+    tokenizer = _tokenizer(source)
+    length = _sequence_length(model, tokenizer, seq_len)
+    start, end = ([], []) if loss != "masked-lm" else (_token(tokenizer, "cls"), _token(tokenizer, "sep"))
+    inner = length - len(start) - len(end)
+    sequences = [
+        [*start, *sequence, *end]
+        for sequence in _sequences(data, tokenizer, model.config.vocab_size, inner, count * size)
+    ]
+    if len(sequences) < size:
+        raise UsageError(
+            f"--data {data} has {len(sequences)} sequences of {length} tokens, a batch takes {size}; "
+            f"pass more text, or a smaller --seq-len or --batch-size"
+        )
+    ids = torch.tensor(sequences)
+    generator = torch.Generator().manual_seed(seed)
+    for batch in ids.split(size):
+        if len(batch) < size:
+            return
+        yield _masked(batch, tokenizer, generator) if loss == "masked-lm" else {"input_ids": batch}
+
+
+def _tokenizer(source: Path) -> Any:
+    """The directory's tokenizer, None where it has none."""
+    if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UsageError(f"can't load the tokenizer of {source}: {str(error).splitlines()[0]}") from error
+
+
+def _sequence_length(model: Any, tokenizer: Any, asked: int | None) -> int:
+    most = [getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    room = min((value for value in most if value), default=SEQUENCE)
+    if asked is not None and asked > room:
+        raise UsageError(f"--seq-len {asked}: the model has room for {room} tokens")
+    return asked or min(SEQUENCE, room)
+
+
+def _token(tokenizer: Any, kind: str) -> list[int]:
+    """The tokenizer's special token of this kind, none where it has none."""
+    token = getattr(tokenizer, f"{kind}_token_id", None)
+    return [] if token is None else [token]
+
+
+def _sequences(data: Path, tokenizer: Any, vocabulary: int, length: int, most: int) -> list[list[int]]:
+    """Up to ``most`` sequences of ``length`` tokens; reads no more of the file than that takes."""
+    if length < 1:
+        raise UsageError("--seq-len leaves no room for text")
+    between = _token(tokenizer, "eos") or _token(tokenizer, "sep")
+    pending: list[int] = []
+    found: list[list[int]] = []
+    for tokens in _documents(data, tokenizer):
+        if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+            raise UsageError(f"--data {data}: token {max(tokens)} or {min(tokens)} is none of the model's {vocabulary}")
+        pending += [*tokens, *between]
+        while len(pending) >= length and len(found) < most:
+            found.append(pending[:length])
+            del pending[:length]
+        if len(found) == most:
+            break
+    return found
+
+
+def _documents(data: Path, tokenizer: Any) -> Iterator[list[int]]:
+    """The tokens of every document: paragraphs of a text, lines of a .jsonl file."""
+    try:
+        with open(data, encoding="utf-8") as file:
+            for number, document in enumerate(file if data.suffix == ".jsonl" else _paragraphs(file), 1):
+                text = _entry(data, number, document) if data.suffix == ".jsonl" else document
+                if isinstance(text, list):
+                    yield text
+                    continue
+                if tokenizer is None:
+                    raise UsageError(
+                        f"--data {data}: the model's directory has no tokenizer (tokenizer.json); save it there, or "
+                        f"pass a .jsonl file whose lines have 'input_ids'"
+                    )
+                yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--data {data} is no UTF-8 text: {error}") from error
+
+
+def _paragraphs(file: Any) -> Iterator[str]:
+    """Runs of lines between empty ones."""
+    lines: list[str] = []
+    for line in file:
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield "".join(lines)
+            lines = []
+    if lines:
+        yield "".join(lines)
+
+
+def _entry(data: Path, number: int, line: str) -> str | list[int]:
+    if not line.strip():
+        return []
+    try:
+        entry = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UsageError(f"--data {data}, line {number}: no JSON: {error}") from error
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        return entry["text"]
+    ids = entry.get("input_ids") if isinstance(entry, dict) else None
+    if isinstance(ids, list) and all(type(token) is int for token in ids):
+        return ids
+    raise UsageError(f"--data {data}, line {number}: {_ENTRY}")
+
+
+def _masked(ids: Tensor, tokenizer: Any, generator: torch.Generator) -> dict[str, Tensor]:
+    """A share of the tokens, none of them special, replaced by the mask; the labels are what they were."""
+    mask = getattr(tokenizer, "mask_token_id", None)
+    if mask is None:
+        raise UsageError("the model's directory has no tokenizer with a mask token; use --loss label-free")
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
+    chosen = (torch.rand(ids.shape, generator=generator) < MASKED_SHARE) & ~special
+    return {"input_ids": ids.masked_fill(chosen, mask), "labels": ids.masked_fill(~chosen, IGNORED)}
+
+
+# --- images --------------------------------------------------------------------------------------------------------
+
+
+def _image_batches(
+    data: Path, model: Any, source: Path, loss: str, count: int, size: int, seed: int
+) -> Iterator[dict[str, Tensor]]:
+    if getattr(model.config, "image_size", None) is None:
+        raise UsageError(f"--data {data}: this model reads no images; pass a .txt or .jsonl file")
+    if loss in ("causal-lm", "masked-lm"):
+        raise UsageError(f"--data {data}: --loss {loss} needs text; pass a .txt or .jsonl file")
+    require({"PIL": "pillow"})
+    files = sorted(path for path in data.rglob("*") if path.suffix.lower() in IMAGES)
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = [files[index] for index in order[: count * size]]
+    if len(chosen) < size:
+        raise UsageError(
+            f"--data {data} has {len(files)} images, a batch takes {size}; pass more, or a smaller --batch-size"
+        )
+    labels = _labels(chosen, model) if loss == "label" else None
+    prepare = _preparation(model, source)
+    for start in range(0, len(chosen) - size + 1, size):
+        batch = {"pixel_values": torch.stack([prepare(path) for path in chosen[start : start + size]])}
+        if labels is not None:
+            batch["labels"] = torch.tensor(labels[start : start + size])
+        yield batch
+
+
+def _labels(files: Sequence[Path], model: Any) -> list[int]:
+    """The class of every image by its folder's name: one of the model's label names, or a number."""
+    known = {str(name): index for name, index in (model.config.label2id or {}).items()}
+    classes = model.config.num_labels
+    labels = []
+    for path in files:
+        name = path.parent.name
+        label = known.get(name, int(name) if name.isdecimal() else None)
+        if label is None or label >= classes:
+            raise UsageError(
+                f"--data: {path} lies in folder {name!r}, which is none of the model's {classes} classes; name the "
+                f"folders by label or number, or use --loss label-free"
+            )
+        labels.append(label)
+    return labels
+
+
+def _preparation(model: Any, source: Path) -> Any:
+    """File -> (C, H, W) float32: by the directory's image processor, else resized and scaled to [-1, 1]."""
+    from PIL import Image, UnidentifiedImageError
+
+    channels = getattr(model.config, "num_channels", 3)
+    processor: Any = None
+    if (source / "preprocessor_config.json").exists():
+        from transformers import AutoImageProcessor
+
+        processor = AutoImageProcessor.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    sides = model.config.image_size
+    height, width = (sides, sides) if isinstance(sides, int) else tuple(sides)
+
+    def prepare(path: Path) -> Tensor:
+        try:
+            image = Image.open(path).convert("L" if channels == 1 else "RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise UsageError(f"--data: {path} is no image that Pillow can read: {error}") from error
+        if processor is not None:
+            return processor(image, return_tensors="pt")["pixel_values"][0]
+        pixels = torch.frombuffer(bytearray(image.resize((width, height)).tobytes()), dtype=torch.uint8)
+        return pixels.view(height, width, channels).permute(2, 0, 1).float() / 127.5 - 1
+
+    return prepare
