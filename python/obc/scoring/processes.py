@@ -1,0 +1,62 @@
+"""Scores of several processes, each of which read rows of its own: sums added, rows gathered, what was read merged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one process, or all of them, read.
+
+    Attributes:
+        num_rows: rows that count.
+        coverage: module name -> how it is read, or "unscored: " and why not.
+        left_out: the rows that were left out, each with its reason.
+    """
+
+    num_rows: int
+    coverage: dict[str, str]
+    left_out: list[str]
+
+
+def all_facts(facts: Facts, group: Any) -> Facts:
+    """The facts of every process in one. A module counts as scored where any process scored it."""
+    gathered: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, facts, group=group)
+    coverage = dict(gathered[0].coverage)
+    for other in gathered[1:]:
+        for name, how in other.coverage.items():
+            if coverage[name].startswith("unscored"):
+                coverage[name] = how
+    left_out = [f"process {rank}: {what}" for rank, one in enumerate(gathered) for what in one.left_out]
+    return Facts(sum(one.num_rows for one in gathered), coverage, left_out)
+
+
+def all_sums(sums: Tensor, group: Any) -> Tensor:
+    """The sum of every process's sums of squares."""
+    total = sums.clone()
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def all_rows(matrices: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """The rows of every process below each other, in the order of the processes: (rows, channels) each."""
+    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=matrices[0].device)
+    counts[dist.get_rank(group)] = len(matrices[0])
+    dist.all_reduce(counts, group=group)
+    return [_gathered(matrix, counts.tolist(), group) for matrix in matrices]
+
+
+def _gathered(matrix: Tensor, counts: list[int], group: Any) -> Tensor:
+    padded = matrix.new_zeros(max(counts), matrix.shape[1])
+    padded[: len(matrix)] = matrix
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -1,0 +1,270 @@
+"""Scoring a model that lies on several processes gives what one process gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import accelerate
+import pytest
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from torch.nn import functional as F
+
+import obc
+
+WORDS, WIDTH, HIDDEN = 11, 8, 16  # words do not divide evenly by the processes
+
+Batch = Tensor
+
+
+class Block(nn.Module):
+    """A feed-forward block with a norm before and a residual around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.down(F.gelu(self.up(self.norm(hidden))))
+
+
+class Net(nn.Module):
+    """A tiny language model without attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.head = nn.Linear(WIDTH, WORDS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden = self.words(tokens)
+        for block in self.blocks:
+            hidden = block(hidden)
+        logits: Tensor = self.head(hidden)
+        return logits
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def batches() -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, WORDS, (4, 8), generator=generator) for _ in range(4)]
+
+
+def mean_loss(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch).flatten(0, 1), batch.flatten())
+
+
+def sample_losses(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(model(batch).transpose(1, 2), batch, reduction="none").mean(1)
+
+
+COLUMNS_ROWS = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+SEQUENCES = {
+    "norm": SequenceParallel(),
+    "up": ColwiseParallel(input_layouts=Shard(1)),
+    "down": RowwiseParallel(output_layouts=Shard(1)),
+}
+
+
+def split_columns_rows(model: Net) -> nn.Module:
+    """Feed-forward layers by columns and rows, the head by columns, everything else whole on every process."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        parallelize_module(block, mesh, dict(COLUMNS_ROWS))
+    return parallelize_module(model, mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
+
+
+def split_sequences(model: Net) -> nn.Module:
+    """The words by rows of their table, and norms and residuals by positions."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.blocks:
+        parallelize_module(block, mesh, dict(SEQUENCES))
+    whole = {
+        "words": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
+        "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate()),
+    }
+    return parallelize_module(model, mesh, whole)
+
+
+def shard_fully(model: Net) -> nn.Module:
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    return model
+
+
+def wrap_data_parallel(model: Net) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def prepare_with_accelerate(model: Net) -> nn.Module:
+    prepared: nn.Module = accelerate.Accelerator(cpu=True).prepare(model)
+    return prepared
+
+
+def share(items: list[Batch]) -> list[Batch]:
+    """This process's batches."""
+    return items[dist.get_rank() :: dist.get_world_size()]
+
+
+def part(batch: Batch) -> Batch:
+    """This process's samples of a batch."""
+    return batch.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def mean_over_processes(model: nn.Module, batch: Batch) -> Tensor:
+    return mean_loss(model, part(batch)) / dist.get_world_size()
+
+
+def batch_rows(model: nn.Module) -> obc.Scores:
+    return obc.score(model, batches(), mean_loss, progress=False)
+
+
+def sample_rows(model: nn.Module) -> obc.Scores:
+    return obc.score(model, batches(), sample_losses, rows="sample", progress=False)
+
+
+def own_rows(model: nn.Module) -> obc.Scores:
+    return obc.score(model, share(batches()), mean_loss, process_group=dist.group.WORLD, combine="scores")
+
+
+def own_sample_rows(model: nn.Module) -> obc.Scores:
+    group = dist.group.WORLD
+    return obc.score(model, share(batches()), sample_losses, rows="sample", process_group=group, combine="scores")
+
+
+def rows_over_processes(model: nn.Module) -> obc.Scores:
+    return obc.score(model, batches(), mean_over_processes, process_group=dist.group.WORLD)
+
+
+def rows_of_each(model: nn.Module) -> obc.Scores:
+    return obc.score(
+        model, share(batches()), mean_loss, process_group=dist.group.WORLD, combine="scores", keep_rows=True
+    )
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A model spread over processes, how it is scored, and what one process would see."""
+
+    prepare: Callable[[Net], nn.Module]
+    score: Callable[[nn.Module], obc.Scores]
+    alone: Callable[[nn.Module], obc.Scores]
+
+
+SCENARIOS = {
+    "tensor parallel, batch rows": Scenario(split_columns_rows, batch_rows, batch_rows),
+    "tensor parallel, sample rows": Scenario(split_columns_rows, sample_rows, sample_rows),
+    "sequence parallel, batch rows": Scenario(split_sequences, batch_rows, batch_rows),
+    "sequence parallel, sample rows": Scenario(split_sequences, sample_rows, sample_rows),
+    "fully sharded, rows over all processes": Scenario(shard_fully, rows_over_processes, batch_rows),
+    "fully sharded, rows of each process": Scenario(shard_fully, own_rows, batch_rows),
+    "fully sharded, sample rows of each process": Scenario(shard_fully, own_sample_rows, sample_rows),
+    "data parallel, rows over all processes": Scenario(wrap_data_parallel, rows_over_processes, batch_rows),
+    "data parallel, rows of each process": Scenario(wrap_data_parallel, own_rows, batch_rows),
+    "data parallel, sample rows of each process": Scenario(wrap_data_parallel, own_sample_rows, sample_rows),
+    "accelerate, rows of each process": Scenario(prepare_with_accelerate, own_rows, batch_rows),
+}
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every scenario's scores, of every process: one start of the processes serves all tests."""
+    where = tmp_path_factory.mktemp("scores")
+    torch.multiprocessing.spawn(_process, (request.param, str(where)), nprocs=request.param)
+    return where
+
+
+def _process(rank: int, processes: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "ACCELERATE_USE_CPU": "1"}  # for accelerate
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    try:
+        for name, scenario in SCENARIOS.items():
+            scenario.score(scenario.prepare(net())).save(Path(folder) / f"{name} {rank}")
+        _training_is_as_it_was(Path(folder) / f"trained {rank}")
+        rows_of_each(net()).save(Path(folder) / f"kept rows {rank}")
+    finally:
+        dist.destroy_process_group()
+
+
+def of_all_processes(folder: Path, name: str) -> list[obc.Scores]:
+    found = sorted(folder.glob(f"{name} *"))
+    assert len(found) >= 2
+    return [obc.Scores.load(path) for path in found]
+
+
+def assert_equal_scores(scores: obc.Scores, expected: obc.Scores, prefix: str = "") -> None:
+    assert scores.num_rows == expected.num_rows
+    assert set(scores) == {prefix + name for name in expected}
+    for name, values in expected.items():
+        for side in ("out_channels", "in_channels"):
+            there, here = getattr(values, side), getattr(scores[prefix + name], side)
+            if there is None:
+                assert here is None
+            else:
+                largest = float(there.max())
+                torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-5 * largest, msg=f"{name}.{side}")
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_scores_of_a_model_on_several_processes_are_those_of_one(folder: Path, name: str) -> None:
+    scenario = SCENARIOS[name]
+    expected = scenario.alone(net())
+    wrapped = scenario.prepare in (wrap_data_parallel, prepare_with_accelerate)
+    for scores in of_all_processes(folder, name):
+        assert_equal_scores(scores, expected, "module." if wrapped else "")
+        assert not any(how.startswith("unscored") for how in scores.coverage.values())
+
+
+def test_rows_of_each_process_are_gathered_in_the_order_of_the_processes(folder: Path) -> None:
+    processes = of_all_processes(folder, "kept rows")
+    alone = obc.score(net(), batches(), mean_loss, keep_rows=True, progress=False)
+    order = [index for rank in range(len(processes)) for index in range(rank, len(batches()), len(processes))]
+    for scores in processes:
+        assert scores.num_rows == alone.num_rows
+        for name, rows in alone.rows.items():
+            expected = rows.out_channels[order]
+            torch.testing.assert_close(scores.rows[name].out_channels, expected, rtol=1e-5, atol=1e-6)
+
+
+def _training_is_as_it_was(path: Path) -> None:
+    """A step of training after scoring, of fully_shard, which fixes what requires a gradient at its first forward."""
+    model = shard_fully(net())
+    own_rows(model)
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    mean_loss(model, batches()[0]).backward()
+    optimizer.step()
+    torch.save({name: p.full_tensor().detach() for name, p in model.named_parameters()}, path)  # type: ignore[attr-defined]
+
+
+def test_fully_sharded_models_train_on_after_scoring(folder: Path) -> None:
+    model = net()
+    mean_loss(model, batches()[0]).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    for path in folder.glob("trained *"):
+        trained = torch.load(path, weights_only=True)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-5, atol=1e-6)
