@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,15 +31,18 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
     Raises:
         PlanError: the model is compiled or has parametrised layers, or a layer can't be described by a plan (LSTM).
     """
-    _refuse(pruner.model)
-    recorder = _Recorder(pruner, plan or PruningPlan())
+    refuse_unprunable(pruner.model)
+    # What the pruner read when it was built: of the unpruned model, unless an earlier pruner pruned it before.
+    heads = {module: pruner.init_num_heads.get(module, now) for module, now in pruner.num_heads.items()}
+    recorder = PlanRecorder(pruner.DG, plan, heads, pruner.layer_init_out_ch)
     for group in pruner.step(interactive=True):
         recorder.record(group)
         group.prune()
     return PruningPlan(recorder.kept)
 
 
-def _refuse(model: nn.Module) -> None:
+def refuse_unprunable(model: nn.Module) -> None:
+    """Raise PlanError where ``model`` is compiled or has parametrised layers."""
     if is_compiled(model):
         raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile again")
     for name, module in model.named_modules():
@@ -47,16 +50,31 @@ def _refuse(model: nn.Module) -> None:
             raise PlanError(f"{name or 'the model'} is parametrised, which Torch-Pruning can't slice; merge it first")
 
 
-class _Recorder:
-    """What every layer kept, one group after the other."""
+class PlanRecorder:
+    """What every layer kept, one group after the other.
 
-    def __init__(self, pruner: Any, plan: PruningPlan) -> None:
-        self.graph, self.num_heads = pruner.DG, pruner.num_heads
-        self.kept: dict[str, Kept] = dict(plan)
-        self._names = {module: name for name, module in pruner.model.named_modules()}
-        # What the pruner read when it was built: of the unpruned model, unless an earlier pruner pruned it before.
-        self._heads, self._widths = pruner.init_num_heads, pruner.layer_init_out_ch
-        self._before = plan
+    Args:
+        graph: Torch-Pruning's dependency graph of the model.
+        plan: of the steps before; in terms of the unpruned model.
+        heads: of the unpruned model, by query, key and value projection.
+        widths: out channels of the unpruned model's layers, at least of those with heads.
+
+    Attributes:
+        kept: by module or parameter name; changes with every record.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        plan: PruningPlan | None = None,
+        heads: Mapping[nn.Module, int] | None = None,
+        widths: Mapping[nn.Module, int] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.kept: dict[str, Kept] = dict(plan or {})
+        self._names = {module: name for name, module in graph.model.named_modules()}
+        self._heads, self._widths = dict(heads or {}), dict(widths or {})
+        self._before = plan or PruningPlan()
 
     def record(self, group: Any) -> None:
         """Note what ``group`` is about to remove; call it before ``group.prune()``."""
@@ -101,14 +119,14 @@ class _Recorder:
 
     def _attention_blocks(self, group: Any) -> None:
         """A compressor of queries, keys or values mixes inside each head as long as every head kept equally many."""
-        projections = {item[0].target.module for item in group if item[0].target.module in self.num_heads}
+        projections = {item[0].target.module for item in group if item[0].target.module in self._heads}
         for module in projections:
             name = self._names[module]
             kept = self.kept.get(name)
             if kept is None or kept.out_channels is None:
                 continue
             fused = len(projections) == 1 and isinstance(module, nn.Linear)
-            blocks = self._heads.get(module, self.num_heads[module]) * (3 if fused else 1)
+            blocks = self._heads[module] * (3 if fused else 1)
             original = self._widths[module]
             before = self._before.get(name, Kept()).out_channels
             if before is not None and len(before) == original:

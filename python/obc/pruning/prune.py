@@ -1,0 +1,381 @@
+"""``obc.prune``: from a trained model to one with a given share of its multiply-accumulates, in one call."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm.auto import tqdm
+
+from obc.equivalent.calibration import recalibrate_norms
+from obc.equivalent.compensate import compensate as compensate_model
+from obc.equivalent.plan import PruningPlan, named_tensors
+from obc.pruning.criteria import CRITERIA, ForwardFn, LossFn, Subject, read_rows
+from obc.pruning.report import PruningReport, PruningResult, StepReport
+from obc.pruning.snapshot import Snapshot
+from obc.pruning.structure import Structure
+from obc.scoring.groups import ChannelGroup, Slices
+from obc.scoring.label_free import label_free_loss
+from obc.selection import Costs, select
+
+logger = logging.getLogger("obc")
+
+# A group that keeps less is named: joint selection rarely goes there, and a network rarely recovers from it.
+_NARROW = 0.1
+# Costs are sums of large products in float64: a target that is met up to this is met.
+_ROUNDING = 1e-9
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any],
+    loss_fn: LossFn | ForwardFn | None = None,
+    *,
+    macs: float = 0.5,
+    criterion: str = "jacobian",
+    selection: Literal["joint", "independent"] = "joint",
+    steps: int | Sequence[float] = 8,
+    slices: Slices = "gate",
+    per_macs: bool = True,
+    recalibrate: bool = True,
+    labels: bool = True,
+    compensate: Literal["ls", "seq"] | None = None,
+    rows: Literal["batch", "sample"] = "batch",
+    ignored_layers: Sequence[nn.Module | str] = (),
+    num_heads: Mapping[nn.Module | str, int] | None = None,
+    round_to: int | None = None,
+    min_units: int = 1,
+    shrinkage: float | None = None,
+    forward_fn: ForwardFn | None = None,
+    structure: Structure | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> PruningResult:
+    """Prune ``model`` in place until a share ``macs`` of its multiply-accumulates remains, and return it with a plan.
+
+    In every step the criterion scores the model as it then is, ``obc.select`` chooses what to remove, and BatchNorm
+    statistics are estimated anew. After step t of T at most a share macs^(t/T) remains: each step removes the same
+    share of what is left. After an exception the model is as it was before the call.
+
+    The default chooses *sets* of channels (``selection="joint"``): in every row n the first-order change of the loss
+    when all channels g of a set go is sum_g r_g[n]; the set with the smallest sum of its squares over the rows goes.
+    ``selection="independent", slices="all", per_macs=False, recalibrate=False`` is the paper's protocol: one global
+    ranking of single channels (arXiv 2508.05521).
+
+    Args:
+        model: any model that Torch-Pruning can trace, or the model of ``structure``.
+        example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of keywords;
+            unused with ``structure``.
+        batches: what ``loss_fn`` takes; passed over twice a step. About 1000 samples; best as many batches as the
+            widest layer has channels, because each is one row. An iterator is made a list.
+        loss_fn: ``loss_fn(model, batch)``: a scalar loss, or with ``rows="sample"`` the vector of per-sample losses.
+            With ``labels=False`` it may be None, or stands for ``forward_fn``.
+        macs: the share of MACs that remains, in (0, 1].
+        criterion: "jacobian"; or, with ``selection="independent"``, one of "random", "l1", "l2", "bn_scale", "fpgm",
+            "whc", "taylor", "fisher", "reconstruction": see :mod:`obc.pruning.criteria`.
+        selection: "joint" or "independent".
+        steps: how often to score and remove; or the shares of MACs to reach, descending to ``macs``.
+        slices: "gate": one row per unit, of all its consumers together. "all": every slice is squared by itself, as in
+            the paper; for independent selection.
+        per_macs: weigh what a unit costs the loss by the MACs that its removal frees.
+        recalibrate: estimate BatchNorm statistics anew after every step.
+        labels: False scores without labels: rows are gradients of random projections of the model's outputs.
+        compensate: "ls" or "seq": at the end the consumers take over, by least squares, what the dropped channels
+            carried (:func:`obc.compensate`). Needs a copy of the unpruned model meanwhile.
+        rows: "batch" or "sample": what one row is.
+        ignored_layers: layers or their names whose outputs keep their widths.
+        num_heads: query, key and value projections, or their names -> number of heads: heads are removed as wholes.
+        round_to: widths, in units, become multiples of it.
+        min_units: every group keeps at least so many.
+        shrinkage: of interactions in joint selection; None chooses it from the numbers of rows and units.
+        forward_fn: ``forward_fn(model, batch)`` returns the outputs to preserve, for recalibration, compensation and
+            label-free rows; by default what ``model`` returns inside ``loss_fn``; without one ``model(**batch)`` of a
+            mapping, ``model(batch[0])`` of a tuple or list such as (inputs, labels), ``model(batch)`` of the rest.
+        structure: the groups, instead of those that Torch-Pruning finds.
+        seed: of the criterion "random" and of label-free rows.
+        progress: show a progress bar; None shows it in a terminal only.
+
+    Raises:
+        ValueError: an argument is not one of the values above, no layer can be pruned, ``batches`` is empty, or the
+            share can't be reached: the message says which can.
+        PlanError: the model is compiled or has parametrised layers.
+    """
+    schedule = _schedule(macs, steps)
+    _check_choices(criterion, selection, slices, compensate, rows)
+    choice = _Choice(criterion, selection, per_macs, shrinkage, _positive("min_units", min_units), round_to)
+    if round_to is not None:
+        _positive("round_to", round_to)
+    if labels and loss_fn is None:
+        raise ValueError("loss_fn is needed where labels are used; labels=False scores by the model's outputs alone")
+    batches = _repeatable(batches)
+    snapshot, report = Snapshot(model), PruningReport()
+    try:
+        with _timed(report, "structure"):
+            structure = structure or _trace(model, example_inputs, ignored_layers, num_heads)
+        original = copy.deepcopy(model) if compensate is not None else None
+        forward = _forward(loss_fn, forward_fn, labels)
+        generator = torch.Generator().manual_seed(seed)
+        loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
+        subject = Subject(model, (), batches, loss, forward, slices, rows, generator)
+        _Job(structure, subject, report, choice, recalibrate).run(schedule, progress)
+        with _timed(report, "verify"):
+            _verify(structure.plan, snapshot.tensors(), model, recalibrate)
+        if original is not None and compensate is not None:
+            with _timed(report, "compensate"):
+                report.compensation = compensate_model(
+                    model,
+                    original,
+                    structure.plan,
+                    batches,
+                    forward,
+                    mode=compensate,
+                    recalibrate_norms=recalibrate,
+                    progress=progress,
+                )
+    except BaseException as error:
+        snapshot.restore()
+        if report.steps:
+            reached = f"{len(report.steps)} of {len(schedule)} steps, {report.steps[-1].macs:.3f} of the MACs"
+            _add_note(error, f"obc.prune had done {reached}; the model was restored to what it was")
+        raise
+    return PruningResult(model, structure.plan, report)
+
+
+# --- arguments ------------------------------------------------------------------------------------------------
+
+
+def _schedule(macs: float, steps: int | Sequence[float]) -> list[float]:
+    """The share of MACs after every step."""
+    if not 0 < macs <= 1:
+        raise ValueError(f"macs is the share that remains, in (0, 1], got {macs}")
+    if isinstance(steps, int):
+        count = _positive("steps", steps)
+        return [macs ** (step / count) for step in range(1, count + 1)]
+    shares = [float(share) for share in steps]
+    if not shares or shares[-1] != macs or shares != sorted(set(shares), reverse=True) or shares[0] > 1:
+        raise ValueError(f"steps must be shares of MACs that descend to macs={macs}, got {shares}")
+    return shares
+
+
+def _positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def _check_choices(criterion: str, selection: str, slices: str, compensate: str | None, rows: str) -> None:
+    for name, value, allowed in (
+        ("criterion", criterion, tuple(CRITERIA)),
+        ("selection", selection, ("joint", "independent")),
+        ("slices", slices, ("gate", "all")),
+        ("compensate", compensate, (None, "ls", "seq")),
+        ("rows", rows, ("batch", "sample")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if selection == "joint" and criterion != "jacobian":
+        raise ValueError(
+            f"selection='joint' needs rows, which criterion={criterion!r} has none of; pass selection='independent', "
+            "or criterion='jacobian'"
+        )
+    if selection == "joint" and slices != "gate":
+        raise ValueError("selection='joint' works on one row per unit; pass slices='gate', or selection='independent'")
+
+
+def _repeatable(batches: Iterable[Any]) -> Iterable[Any]:
+    """``batches``, or a list of them where they can be passed over only once."""
+    if isinstance(batches, Iterator):
+        batches = list(batches)
+    if isinstance(batches, Sized) and len(batches) == 0:
+        raise ValueError("batches is empty: there is nothing to score")
+    return batches
+
+
+def _trace(
+    model: nn.Module,
+    example_inputs: Any,
+    ignored_layers: Sequence[nn.Module | str],
+    num_heads: Mapping[nn.Module | str, int] | None,
+) -> Structure:
+    from obc.integrations.torch_pruning_structure import TorchPruningStructure
+
+    return TorchPruningStructure(model, example_inputs, ignored_layers=ignored_layers, num_heads=num_heads)
+
+
+def _forward(loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool) -> ForwardFn:
+    """Returns a model's outputs on a batch."""
+    if forward_fn is not None:
+        return forward_fn
+    if loss_fn is None:
+        return _call_on_batch
+    return _outputs_inside(loss_fn) if labels else loss_fn
+
+
+def _call_on_batch(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
+def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
+    """What the model returns while ``loss_fn`` runs."""
+
+    def forward(model: nn.Module, batch: Any) -> list[Any]:
+        outputs: list[Any] = []
+        handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            loss_fn(model, batch)
+        finally:
+            handle.remove()
+        if not outputs:
+            raise ValueError("loss_fn does not call the model itself, but parts of it; pass forward_fn as well")
+        return outputs
+
+    return forward
+
+
+@contextlib.contextmanager
+def _timed(report: PruningReport, part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.seconds[part] = report.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    """What ``BaseException.add_note`` does, which Python 3.10 lacks."""
+    vars(error).setdefault("__notes__", []).append(note)
+
+
+def _verify(plan: PruningPlan, original: Mapping[str, Tensor], model: nn.Module, recalibrated: bool) -> None:
+    """:meth:`PruningPlan.verify`, but for running statistics that were estimated anew."""
+    for module_name, module, tensor_name, tensor in named_tensors(model):
+        if not (recalibrated and isinstance(module, _BatchNorm) and tensor_name.startswith("running_")):
+            plan.verify_tensor(original, module_name, module, tensor_name, tensor)
+
+
+# --- the work -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """How channels are chosen."""
+
+    criterion: str
+    selection: Literal["joint", "independent"]
+    per_cost: bool
+    shrinkage: float | None
+    min_units: int
+    round_to: int | None
+
+
+class _Job:
+    """One call of :func:`prune`: scores, selects, removes, step by step."""
+
+    def __init__(
+        self, structure: Structure, subject: Subject, report: PruningReport, choice: _Choice, recalibrate: bool
+    ) -> None:
+        self.structure, self.subject, self.report = structure, subject, report
+        self.choice, self.recalibrate = choice, recalibrate
+        self.widths = {group.name: group.size for group in structure.groups}
+        self.full = structure.costs("macs").total()
+        report.left_out = dict(getattr(structure, "left_out", {}))
+        report.macs_before = round(self.full)
+        report.parameters_before = round(structure.costs("parameters").total())
+
+    def run(self, schedule: Sequence[float], progress: bool | None) -> None:
+        """Reach every share of the schedule, and fill the report."""
+        if not self.widths:
+            raise ValueError(f"no layer can be pruned{self._reasons()}")
+        self._check_reachable(schedule[-1])
+        disable = None if progress is None else not progress
+        with tqdm(total=len(schedule), desc="prune", unit="step", disable=disable) as bar:
+            for share in schedule:
+                self._step(share)
+                bar.set_postfix_str(f"{self.structure.costs('macs').total() / self.full:.3f} of the MACs")
+                bar.update()
+        report = self.report
+        report.macs_after = round(self.structure.costs("macs").total())
+        report.parameters_after = round(self.structure.costs("parameters").total())
+        report.widths = {group.name: (self.widths[group.name], group.size) for group in self.structure.groups}
+        for name, (before, after) in report.widths.items():
+            if after < _NARROW * before:
+                self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
+
+    def _step(self, share: float) -> None:
+        costs = self.structure.costs("macs")
+        excess = costs.total() - share * self.full
+        if excess <= _ROUNDING * self.full:
+            return  # the step before went far enough
+        subject = replace(self.subject, groups=self.structure.groups)
+        with _timed(self.report, "score"):
+            rows = self._rows(subject)
+        with _timed(self.report, "select"):
+            removed = self._select(rows, costs, excess)
+        with _timed(self.report, "remove"):
+            self.structure.remove(removed)
+        reached = self.structure.costs("macs").total() / self.full
+        counts = {name: len(units) for name, units in removed.items() if len(units)}
+        self.report.steps.append(StepReport(share, reached, counts))
+        if self.recalibrate:
+            with _timed(self.report, "recalibrate"):
+                recalibrate_norms(subject.model, subject.batches, subject.forward_fn)
+
+    def _rows(self, subject: Subject) -> dict[str, Tensor]:
+        """Rows of every group; of a criterion without rows one, whose squares are the scores."""
+        if self.choice.selection == "joint":
+            found = read_rows(subject)
+            self.report.unscored.update(found.unscored)
+            gates = {group.name: group.gate_rows(found.rows) for group in subject.groups}
+            rows = {name: values for name, values in gates.items() if values is not None}
+        else:
+            scores = CRITERIA[self.choice.criterion](subject)
+            rows = {name: values.double().sqrt()[None] for name, values in scores.items()}
+        for name in {group.name for group in subject.groups} - set(rows):
+            self.report.left_out[name] = f"the criterion {self.choice.criterion!r} has nothing to score in it"
+        return rows
+
+    def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float) -> dict[str, Tensor]:
+        choice = self.choice
+        return select(
+            rows,
+            costs,
+            excess,
+            selection=choice.selection,
+            shrinkage=choice.shrinkage,
+            per_cost=choice.per_cost,
+            min_units=choice.min_units,
+            round_to=choice.round_to,
+        )
+
+    def _check_reachable(self, share: float) -> None:
+        costs = self.structure.costs("macs")
+        smallest = torch.tensor([self._smallest(group) for group in self.structure.groups], dtype=torch.float64)
+        least = costs.total(smallest) / self.full
+        if least > share:
+            raise ValueError(
+                f"macs={share:g} is out of reach: {least:.4f} remain where each of the {len(smallest)} groups that can "
+                f"be pruned keeps its minimum{self._reasons()}"
+            )
+
+    def _smallest(self, group: ChannelGroup) -> int:
+        rounding = self.choice.round_to or 1
+        return min(group.size, -(-self.choice.min_units // rounding) * rounding)
+
+    def _reasons(self) -> str:
+        reasons = "; ".join(f"{name}: {why}" for name, why in self.report.left_out.items())
+        return f" (not pruned: {reasons})" if reasons else ""
+
+    def _warn(self, warning: str) -> None:
+        self.report.warnings.append(warning)
+        logger.warning("obc.prune: %s", warning)

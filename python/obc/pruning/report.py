@@ -1,0 +1,107 @@
+"""What pruning did, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from obc.equivalent.compensate import CompensationReport
+from obc.equivalent.plan import PruningPlan
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One scoring and removal.
+
+    Attributes:
+        target: share of the unpruned model's MACs that was to be reached.
+        macs: share that remained after it; below the target by less than the last unit removed.
+        removed: units removed from each group, where any were.
+    """
+
+    target: float
+    macs: float
+    removed: Mapping[str, int]
+
+
+@dataclass
+class PruningReport:
+    """What :func:`obc.prune` did.
+
+    MACs are of one call with the example inputs, counted as :func:`obc.pruning.measure.costs_of` says.
+
+    Attributes:
+        macs_before: of the unpruned model.
+        macs_after: of the pruned model.
+        parameters_before: of the unpruned model.
+        parameters_after: of the pruned model.
+        widths: group -> (units before, units after).
+        steps: one entry a step that removed something.
+        seconds: wall time by part: "structure", "score", "select", "remove", "recalibrate", "compensate", "verify".
+        unscored: layers whose rows were wanted and could not be read -> why.
+        left_out: groups that were not pruned -> why.
+        warnings: what deserves a second look.
+        compensation: the report of :func:`obc.compensate`, where it was asked for.
+    """
+
+    macs_before: int = 0
+    macs_after: int = 0
+    parameters_before: int = 0
+    parameters_after: int = 0
+    widths: dict[str, tuple[int, int]] = field(default_factory=dict)
+    steps: list[StepReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    unscored: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    compensation: CompensationReport | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain Python values, for JSON; of the compensation what its report says about layers."""
+        fields = {name: value for name, value in vars(self).items() if name != "compensation"}
+        fields["steps"] = [asdict(step) for step in self.steps]
+        if self.compensation is not None:
+            fields["compensation"] = {
+                "naive_error": self.compensation.naive_error,
+                "compensated_error": self.compensation.compensated_error,
+                "final_error": self.compensation.final_error,
+                "norms_recalibrated": self.compensation.norms_recalibrated,
+                "layers": {name: asdict(layer) for name, layer in self.compensation.layers.items()},
+            }
+        return fields
+
+    def __str__(self) -> str:
+        lines = [
+            _change("MACs", self.macs_before, self.macs_after),
+            _change("parameters", self.parameters_before, self.parameters_after),
+        ]
+        width = max(map(len, self.widths), default=0)
+        lines += [f"  {name:{width}}  {before:6d} -> {after:6d}" for name, (before, after) in self.widths.items()]
+        lines += [f"  {name}: not pruned: {why}" for name, why in self.left_out.items()]
+        lines += [f"  {name}: not scored: {why}" for name, why in self.unscored.items()]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines.append("seconds: " + ", ".join(f"{part} {spent:.2f}" for part, spent in self.seconds.items()))
+        return "\n".join(lines)
+
+
+def _change(what: str, before: int, after: int) -> str:
+    times = f" ({before / after:.2f} times fewer)" if after else ""
+    return f"{what}: {before} -> {after}{times}"
+
+
+@dataclass(frozen=True)
+class PruningResult:
+    """What :func:`obc.prune` gives back.
+
+    Attributes:
+        model: the model that was passed, pruned in place.
+        plan: what every layer kept of the unpruned model, verified value by value.
+        report: what was done.
+    """
+
+    model: nn.Module
+    plan: PruningPlan
+    report: PruningReport
