@@ -37,12 +37,17 @@ copy="$PWD/build/sanitize-address/python"
 tar -C python/obc --exclude='*.so' -cf - . | tar -C "$copy/obc" -xf -
 tests=(tests/test_channel_dot.py tests/test_weight_dot.py tests/test_end_row.py tests/test_numpy.py tests/test_fuzz_ops.py)
 (
-  export PYTHONPATH="$copy:$PWD" ASAN_OPTIONS=detect_leaks=0
+  rm -f build/sanitize-address/fault.*
+  # Reports go into files, for pytest keeps what a test prints.
+  report="log_path=$PWD/build/sanitize-address/fault"
+  export PYTHONPATH="$copy:$PWD" ASAN_OPTIONS="detect_leaks=0:$report" UBSAN_OPTIONS="print_stacktrace=1:$report"
   export LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)"
   "$python" -c "import obc, sys; sys.exit(not obc.__file__.startswith('$copy'))" &&
     "$python" -m pytest -q -p no:cacheprovider -m "not slow" "${tests[@]}" ${ARGS:-} | tail -n 30
 )
-note "address and undefined behaviour, operator tests" $? "${tests[*]}"
+code=$?
+cat build/sanitize-address/fault.* 2>/dev/null
+note "address and undefined behaviour, operator tests" $code "${tests[*]}"
 
 build thread thread obc_test_cpu
 build/sanitize-thread/obc_test_cpu

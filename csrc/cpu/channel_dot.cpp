@@ -256,7 +256,7 @@ std::unique_ptr<Plan> plan_channel_dot(const Pair& pair, int64_t channel_dim, bo
   }
   const bool wide = pair.dtype == Dtype::float64;
   if (count(dims) == 0) {
-    std::memset(out, 0, out_size * (wide ? sizeof(double) : sizeof(float)));
+    clear_sums(out, out_size, pair.dtype);
     return std::make_unique<Zeros>();
   }
   dims = canonical(std::move(dims));

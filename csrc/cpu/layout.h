@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -147,6 +148,11 @@ inline int64_t row_chunks(int64_t rows, int64_t others) {
 template <class Acc>
 std::unique_ptr<Acc[]> scratch(int64_t size) {
   return std::unique_ptr<Acc[]>(new Acc[size]);
+}
+
+// Zeros `count` sums of inputs of `dtype`. The memory of an empty array may be null, which memset must not see.
+inline void clear_sums(void* sums, int64_t count, Dtype dtype) {
+  if (count > 0) std::memset(sums, 0, count * (dtype == Dtype::float64 ? sizeof(double) : sizeof(float)));
 }
 
 // A reduction prepared to run in parallel: independent tasks, each of about `task_size` elements, then what is left

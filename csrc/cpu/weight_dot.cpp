@@ -192,8 +192,8 @@ std::unique_ptr<Plan> plan(const WeightDot& layer) {
   }
   std::vector<Dim> dims = weight_dims(layer);
   if (count(dims) == 0) {
-    std::memset(layer.row_dot, 0, rows * sizeof(Acc));
-    std::memset(layer.column_dot, 0, layer.groups * columns * sizeof(Acc));
+    clear_sums(layer.row_dot, rows, layer.weight.dtype);
+    clear_sums(layer.column_dot, layer.groups * columns, layer.weight.dtype);
     return nullptr;
   }
   return std::make_unique<OnePass<Acc>>(layer, std::move(dims));

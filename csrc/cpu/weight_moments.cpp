@@ -71,7 +71,7 @@ void weight_moments(const Pair& weight, void* const moments[kMoments], const Par
   }
   const Dim row = {weight.sizes[0], weight.first_strides[0], weight.second_strides[0], kRow};
   if (row.size * count(columns) == 0) {
-    for (int m = 0; m < kMoments; ++m) std::memset(moments[m], 0, row.size * (wide ? sizeof(double) : sizeof(float)));
+    for (int m = 0; m < kMoments; ++m) clear_sums(moments[m], row.size, weight.dtype);
     return;
   }
   columns = canonical(std::move(columns));
