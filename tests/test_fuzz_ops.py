@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from cases import shapes, strided, truth_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tolerances import allowed_error, assert_sum_close
 from torch import Tensor
@@ -328,6 +328,8 @@ def test_arguments_that_do_not_fit_are_refused_by_name(data: st.DataObject) -> N
         )
     )
     arguments = [data.draw(kind) for kind in kinds]
+    # Without rows any number of groups divides them, and in channels times groups results are what was asked for.
+    assume(op != "weight_dot" or arguments[0].shape[:1] != (0,) or arguments[4] <= 5)
     if data.draw(st.booleans()):  # make the second like the first, so that more calls pass the first checks
         arguments[1] = arguments[0].clone() if isinstance(arguments[1], Tensor) else arguments[1]
     copies = [value.clone() if isinstance(value, Tensor) else value for value in arguments]
