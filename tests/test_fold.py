@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import DTYPES, LAYOUTS, TARGETS, layout_id, on, poison_heap, strided, truth_of
+from cases import DTYPES, LAYOUTS, TARGETS, channels_last, layout_id, on, poison_heap, strided, truth_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import assert_sum_close
 from torch import Tensor
 
 from obc import ops, reference
+from obc.backends import gemm
 
 Factors = tuple[Tensor, Tensor | None, Tensor | None]
 
@@ -152,6 +153,58 @@ def test_fold_gradcheck(device: str, case: Case, fold: Callable[..., Tensor]) ->
         return fold(weight, c, d, case.groups, case.in_repeat)
 
     assert torch.autograd.gradcheck(folded, given_tensors)
+
+
+def test_fold_can_be_differentiated_twice() -> None:
+    """The backward of a backward can't use the product that the forward kept."""
+    for case in (CASES[6], CASES[7], CASES[12]):
+        tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float64, "cpu")]
+        assert torch.autograd.gradgradcheck(lambda *t, groups=case.groups: ops.fold(*t, groups), tensors)
+
+
+# Weight, C, D as the factors of the dropped channels only; C first, D first, either alone, blocks, groups, a flatten.
+REDUCED = [
+    Case((6, 7, 3), (2, 4), (4, 3)),
+    Case((6, 7, 3), (4, 2), (5, 2)),
+    Case((6, 7, 3), (4, 2)),
+    Case((6, 7, 3), None, (5, 2)),
+    Case((6, 8), (3, 1, 1), (4, 4)),
+    Case((6, 8), (3, 1, 1), (2, 1, 3)),
+    Case((6, 4, 3), (2, 1, 2), (2, 3, 1), groups=2),
+    Case((6, 4, 3), (2, 2, 1), (2, 1, 3), groups=2),
+    Case((7, 20), (4, 3), (2, 3), in_repeat=4),
+    Case((6, 5), (6, 0), (0, 5)),
+]
+
+
+def with_kept(factor: Tensor | None, dim: int) -> Tensor | None:
+    """The whole factor: the identity over the kept channels before the dropped ones', along ``dim`` of each block."""
+    if factor is None:
+        return None
+    blocks = factor if factor.dim() == 3 else factor[None]
+    kept = blocks.shape[2 if dim == 1 else 1]
+    identity = torch.eye(kept, dtype=factor.dtype).expand(len(blocks), kept, kept)
+    return torch.cat([identity, blocks], dim)
+
+
+@pytest.mark.parametrize("channels_innermost", [False, True])
+@pytest.mark.parametrize("case", REDUCED, ids=str)
+def test_factors_of_dropped_channels_fold_like_whole_ones(case: Case, channels_innermost: bool) -> None:
+    given_tensors = [t.requires_grad_() for t in case.tensors(torch.float64, "cpu") if t is not None]
+
+    def form(*tensors: Tensor) -> Factors:
+        rest = iter(tensors)
+        weight, c, d = (None if shape is None else next(rest) for shape in (case.weight, case.c, case.d))
+        assert weight is not None
+        return channels_last(weight) if channels_innermost else weight, c, d
+
+    def reduced(*tensors: Tensor) -> Tensor:
+        return gemm.fold(*form(*tensors), case.groups, case.in_repeat, reduced=True)
+
+    weight, c, d = form(*given_tensors)
+    expected = reference.fold(weight, with_kept(c, 2), with_kept(d, 1), case.groups, case.in_repeat)
+    assert (reduced(*given_tensors) - expected).abs().max() < 1e-14
+    assert torch.autograd.gradcheck(reduced, given_tensors)
 
 
 @pytest.mark.parametrize("device", TARGETS, indirect=True)

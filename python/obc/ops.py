@@ -465,15 +465,10 @@ def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _fold_backward(ctx: Any, grad_folded: Tensor) -> tuple[Tensor | None, ...]:
     weight, compressor, decompressor = ctx.saved_tensors
-    with torch.enable_grad():
-        inputs: list[Any] = [
-            None if t is None else t.detach().requires_grad_() for t in (weight, compressor, decompressor)
-        ]
-        folded = gemm.fold(inputs[0], inputs[1], inputs[2], ctx.groups, ctx.in_repeat)
-    wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if t is not None and needed]
-    grads = iter(torch.autograd.grad(folded, wanted, grad_folded))
-    needed = zip(inputs, ctx.needs_input_grad, strict=False)
-    return (*(next(grads) if t is not None and need else None for t, need in needed), None, None)
+    given = ctx.needs_input_grad  # arguments left at their defaults have no entry at its end
+    needs = (given[0], len(given) > 1 and given[1], len(given) > 2 and given[2])
+    grads = gemm.fold_backward(grad_folded, weight, compressor, decompressor, ctx.groups, ctx.in_repeat, needs=needs)
+    return (*grads, None, None)[: len(given)]
 
 
 def _not_differentiable(op: str, remedy: str) -> tuple[Callable[..., Any], Callable[..., None]]:

@@ -1,21 +1,33 @@
-"""``fold`` by the platform's matrix products, in the order that needs fewer multiplications.
-
-It is plain differentiable torch: autograd keeps the first product, so that a backward needs twice the forward's
-multiplications and no more, and no tensor larger than the weight arises.
+"""``fold`` and its backward by the platform's matrix products, in the order that needs fewer multiplications.
 
 Index letters as in :mod:`obc.reference`: o out, i in, s repeat and kernel positions, k kept out, j kept in.
-Multiplications: C first s*k*i*(o + j), D first s*o*j*(i + k), each divided by the number of diagonal blocks.
+Multiplications: C first s*k*i*(o + j), D first s*o*j*(i + k), each divided by the number of diagonal blocks. The
+backward takes twice the forward's where the forward's first product was kept, and forms nothing larger than the weight.
+
+With ``reduced``, the factors hold dropped channels only: inside each block the weight's kept channels come first, and
+C stands for (I C), D for (I D) stacked. Then o and i are the dropped channels where they are summed over.
 
 Layouts: a weight whose in channels lie next to each other (``torch.channels_last`` for two kernel dimensions) is
-multiplied in place on both sides. A contiguous one is copied once for D, unless its kernel has a single position.
+multiplied in place on both sides, and so is its gradient. A contiguous one is copied once for D, unless its kernel has
+a single position.
+
+Half precision: products of half-precision tensors on CUDA run in the tensor cores and accumulate in float32. The
+intermediate stays float32; as an operand of bfloat16 products it is split into three bfloat16 parts, which hold all of
+its bits. Everything else is widened to float32.
 """
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from obc.reference import _blocks, _wide
+from obc.reference import _accumulation_dtype, _blocks
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def compress_first(weight: Tensor, compressor: Tensor, decompressor: Tensor, groups: int, in_repeat: int) -> bool:
@@ -32,37 +44,301 @@ def compress_first(weight: Tensor, compressor: Tensor, decompressor: Tensor, gro
     return first <= out_channels * kept_in * sum_in + kept_out * kept_in * sum_out
 
 
-def _compress(weight: Tensor, compressor: Tensor) -> Tensor:
-    """(o, i, s) -> (k, i, s) with C as (k, o) or its diagonal blocks (blocks, k / blocks, o / blocks)."""
-    if not weight.is_contiguous() and weight.transpose(1, 2).is_contiguous():
-        return _compress(weight.transpose(1, 2), compressor).transpose(1, 2)
-    if compressor.dim() == 2:
-        return (compressor @ weight.flatten(1)).unflatten(1, weight.shape[1:])
-    blocks, kept, rows = compressor.shape
-    mixed = compressor @ weight.reshape(blocks, rows, weight.shape[1] * weight.shape[2])
-    return mixed.reshape(blocks * kept, *weight.shape[1:])
+def _reduced_compress_first(compressor: Tensor, decompressor: Tensor, groups: int) -> bool:
+    """The same where the factors hold dropped channels only."""
+    (blocks_out, kept_out, dropped_out), (blocks_in, dropped_in, kept_in) = compressor.shape, decompressor.shape
+    columns_in = blocks_in // groups  # groups of a convolution are blocks of rows, not of a row's columns
+    rows, columns = blocks_out * kept_out, columns_in * kept_in
+    first = rows * (columns + columns_in * dropped_in) * dropped_out + rows * columns * dropped_in
+    return first <= (rows + blocks_out * dropped_out) * columns * dropped_in + rows * columns * dropped_out
 
 
-def _decompress(weight: Tensor, decompressor: Tensor, groups: int) -> Tensor:
-    """(o, i, s) -> (o, j, s) with D as (i, j) or its diagonal blocks; with groups, block g serves the rows of g."""
-    rows, columns, positions = weight.shape
-    last = weight.transpose(1, 2)  # (o, s, i)
-    if decompressor.dim() == 2:
-        return (last.reshape(rows * positions, columns) @ decompressor).unflatten(0, (rows, positions)).transpose(1, 2)
-    blocks, columns, kept = decompressor.shape
-    if groups > 1:
-        mixed = last.reshape(groups, rows // groups * positions, columns) @ decompressor
-        return mixed.reshape(rows, positions, kept).transpose(1, 2)
-    split = last.reshape(rows * positions, blocks, columns).transpose(0, 1)
-    mixed = (split @ decompressor).transpose(0, 1)  # (o s, blocks, j / blocks)
-    return mixed.reshape(rows, positions, blocks * kept).transpose(1, 2)
+@dataclass(frozen=True)
+class _Form:
+    """How the weight is seen: as (o, s, i), or as (o, 1, s*i) in any order of s and i where there is no D."""
+
+    kernel: torch.Size
+    groups: int
+    in_repeat: int
+    reduced: bool
+    in_place: bool  # a contiguous weight without D: its own order of positions and in channels stays
+
+    def split(self, weight: Tensor) -> Tensor:
+        """(o, i * in_repeat, *kernel) to (o, s, i)."""
+        if self.in_place:
+            return weight.reshape(weight.shape[0], 1, weight.shape[1:].numel())
+        positions = self.in_repeat * self.kernel.numel()
+        return weight.reshape(weight.shape[0], weight.shape[1] // self.in_repeat, positions).transpose(1, 2)
+
+    def join(self, split: Tensor, columns: int) -> Tensor:
+        """The inverse of :meth:`split`, for ``columns`` of them."""
+        shape = (split.shape[0], columns, *self.kernel)
+        return split.reshape(shape) if self.in_place else split.transpose(1, 2).reshape(shape)
+
+    def rows(self, split: Tensor, blocks: int) -> Tensor:
+        """(o, s, i) to (blocks, o / blocks, s * i): what C mixes along dim 1."""
+        return split.reshape(blocks, split.shape[0] // blocks, split.shape[1] * split.shape[2])
+
+    def columns(self, split: Tensor, blocks: int) -> Tensor:
+        """(o, s, i) to (blocks, rows, i / blocks), a group's block of its own rows: what D mixes along dim 2."""
+        if self.groups > 1:
+            rows = split.shape[0] // self.groups * split.shape[1]
+            return split.reshape(self.groups, rows, split.shape[2])
+        return split.reshape(split.shape[0] * split.shape[1], blocks, split.shape[2] // blocks).transpose(0, 1)
+
+    def uncolumns(self, columns: Tensor, rows: int) -> Tensor:
+        """The inverse of :meth:`columns`: (rows, s, i)."""
+        if self.groups == 1:
+            columns = columns.transpose(0, 1)
+        positions = 1 if self.in_place else self.in_repeat * self.kernel.numel()
+        width = columns.shape[2] * (columns.shape[1] if self.groups == 1 else 1)
+        return columns.reshape(rows, positions, width)
 
 
-def _factor(factor: Tensor | None, groups: int) -> Tensor | None:
-    if factor is None or (factor.dim() == 2 and groups == 1):
-        return None if factor is None else _wide(factor)
-    blocks = _wide(_blocks(factor, groups))
-    return blocks[0] if blocks.shape[0] == 1 else blocks
+def _form(weight: Tensor, decompressor: Tensor | None, groups: int, in_repeat: int, reduced: bool) -> _Form:
+    in_place = decompressor is None and weight.is_contiguous()
+    return _Form(weight.shape[2:], groups, in_repeat, reduced, in_place)
+
+
+# --- products -------------------------------------------------------------------------------------------------
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    dtype = _accumulation_dtype(tensor.dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _mm(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right of (blocks, rows, columns), accumulated and returned in at least float32."""
+    if left.is_cuda and torch.bfloat16 in (left.dtype, right.dtype):
+        return _bfloat16_product(left, right)
+    if left.is_cuda and left.dtype == right.dtype == torch.float16:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    left, right = _wide(left), _wide(right)
+    return torch.mm(left[0], right[0])[None] if left.shape[0] == 1 else torch.bmm(left, right)
+
+
+def _bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
+    """A product with a bfloat16 operand in the tensor cores; a float32 one is the sum of three bfloat16 parts."""
+    if left.dtype == right.dtype:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    wide, product = (left, lambda part: torch.bmm(part, right, out_dtype=torch.float32))
+    if right.dtype == torch.float32:
+        wide, product = (right, lambda part: torch.bmm(left, part, out_dtype=torch.float32))
+    high = wide.bfloat16()
+    rest = wide - high
+    middle = rest.bfloat16()
+    return product((rest - middle).bfloat16()) + product(middle) + product(high)
+
+
+def _mm_into(target: Tensor, left: Tensor, right: Tensor) -> None:
+    """target = left @ right, into a slice of a larger tensor; no copy where the dtypes allow it."""
+    if left.dtype != target.dtype or right.dtype != target.dtype:
+        target.copy_(_mm(left, right))
+    elif target.shape[0] == 1:
+        target[0].addmm_(left[0], right[0], beta=0)
+    else:
+        target.baddbmm_(left, right, beta=0)
+
+
+def _compress(x: Tensor, c: Tensor, form: _Form) -> Tensor:
+    """(o, s, i) to (k, s, i)."""
+    blocks, kept, _ = c.shape
+    rows = form.rows(x, blocks)
+    mixed = _mm(c, rows[:, kept:]).add_(rows[:, :kept]) if form.reduced else _mm(c, rows)
+    return mixed.reshape(blocks * kept, *x.shape[1:])
+
+
+def _decompress(x: Tensor, d: Tensor, form: _Form) -> Tensor:
+    """(o, s, i) to (o, s, j)."""
+    blocks, _, kept = d.shape
+    columns = form.columns(x, blocks)
+    mixed = _mm(columns[..., kept:], d).add_(columns[..., :kept]) if form.reduced else _mm(columns, d)
+    return form.uncolumns(mixed, x.shape[0])
+
+
+# --- forward and backward -------------------------------------------------------------------------------------
+
+
+def _order(weight: Tensor, c: Tensor, d: Tensor, form: _Form) -> bool:
+    if form.reduced:
+        return _reduced_compress_first(c, d, form.groups)
+    return compress_first(weight, c, d, form.groups, form.in_repeat)
+
+
+def _as_blocks(factor: Tensor | None, groups: int) -> Tensor | None:
+    """(blocks, rows, columns); of a matrix with groups only the diagonal blocks."""
+    if factor is None or factor.dim() == 3:
+        return factor
+    return factor[None] if groups == 1 else _blocks(factor, groups)
+
+
+def _products(weight: Tensor, c: Tensor | None, d: Tensor | None, form: _Form) -> tuple[Tensor, Tensor | None]:
+    """(the folded weight, in the dtype of accumulation and any layout; the product that its backward wants)."""
+    first: Tensor | None = None
+    folded = form.split(weight)
+    compress_before = c is None or d is None or _order(weight, c, d, form)
+    if c is not None and compress_before:
+        first = folded = _compress(folded, c, form)
+    if d is not None:
+        folded = _decompress(folded, d, form)
+    if c is not None and not compress_before:
+        first, folded = folded, _compress(folded, c, form)
+    columns = weight.shape[1] if d is None else folded.shape[2] * form.in_repeat
+    return form.join(folded, columns), None if c is None or d is None else first
+
+
+def fold_backward(
+    grad: Tensor,
+    weight: Tensor,
+    compressor: Tensor | None,
+    decompressor: Tensor | None,
+    groups: int = 1,
+    in_repeat: int = 1,
+    *,
+    needs: tuple[bool, bool, bool] = (True, True, True),
+    reduced: bool = False,
+    first: Tensor | None = None,
+) -> Grads:
+    """The gradients of weight, compressor and decompressor, each where ``needs`` asks for it.
+
+    Args:
+        grad: of the folded weight.
+        first: the forward's first product (C W or W D), where it was kept; else it is formed again.
+    """
+    form = _form(weight, decompressor, groups, in_repeat, reduced)
+    c, d = _as_blocks(compressor, groups), _as_blocks(decompressor, groups)
+    back = _Backward(weight, c, d, form, needs)
+    g = form.split(grad)
+    dx: Tensor | None
+    dc: Tensor | None = None
+    dd: Tensor | None = None
+    if c is None and d is None:
+        dx = g
+    elif d is None:
+        dx, dc = back.through_compressor(g, back.x)
+    elif c is None:
+        dx, dd = back.through_decompressor(g, back.x)
+    elif _order(weight, c, d, form):
+        if first is None and needs[2]:
+            first = _compress(back.x, c, form)
+        middle, dd = back.through_decompressor(g, first, inner=needs[0] or needs[1])
+        dx, dc = (None, None) if middle is None else back.through_compressor(middle, back.x)
+    else:
+        if first is None and needs[1]:
+            first = _decompress(back.x, d, form)
+        middle, dc = back.through_compressor(g, first, inner=needs[0] or needs[2])
+        dx, dd = (None, None) if middle is None else back.through_decompressor(middle, back.x)
+    return (
+        None if dx is None or not needs[0] else form.join(dx, weight.shape[1]).to(weight.dtype),
+        None if dc is None else _factor_grad(dc, compressor),
+        None if dd is None else _factor_grad(dd, decompressor),
+    )
+
+
+class _Backward:
+    """Gradients through one factor at a time."""
+
+    def __init__(
+        self, weight: Tensor, c: Tensor | None, d: Tensor | None, form: _Form, needs: tuple[bool, bool, bool]
+    ) -> None:
+        self.x, self.c, self.d, self.form, self.needs = form.split(weight), c, d, form, needs
+
+    def through_compressor(
+        self, grad: Tensor, x: Tensor | None, inner: bool | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of Y = C X: (dX = CT dY, dC = dY XT), of (rows, s, i)."""
+        assert self.c is not None
+        blocks, kept = self.c.shape[0], self.c.shape[1]
+        skip = kept if self.form.reduced else 0
+        g = self.form.rows(grad, blocks)
+        dc = None
+        if self.needs[1]:
+            assert x is not None
+            dc = _mm(g, self.form.rows(x, blocks)[:, skip:].mT)
+        if not (self.needs[0] if inner is None else inner):
+            return None, dc
+        dx = g.new_empty(blocks, skip + self.c.shape[2], g.shape[2], dtype=_accumulation_dtype(g.dtype))
+        _mm_into(dx[:, skip:], self.c.mT, g)
+        if skip:
+            dx[:, :skip] = g
+        return dx.reshape(blocks * dx.shape[1], grad.shape[1], grad.shape[2]), dc
+
+    def through_decompressor(
+        self, grad: Tensor, x: Tensor | None, inner: bool | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of Y = X D: (dX = dY DT, dD = XT dY), of (o, s, columns)."""
+        assert self.d is not None
+        blocks, kept = self.d.shape[0], self.d.shape[2]
+        skip = kept if self.form.reduced else 0
+        g = self.form.columns(grad, blocks)
+        dd = None
+        if self.needs[2]:
+            assert x is not None
+            dd = _mm(self.form.columns(x, blocks)[..., skip:].mT, g)
+        if not (self.needs[0] if inner is None else inner):
+            return None, dd
+        dx = g.new_empty(blocks, g.shape[1], skip + self.d.shape[1], dtype=_accumulation_dtype(g.dtype))
+        _mm_into(dx[..., skip:], g, self.d.mT)
+        if skip:
+            dx[..., :skip] = g
+        return self.form.uncolumns(dx, grad.shape[0]), dd
+
+
+def _factor_grad(grad: Tensor, factor: Tensor | None) -> Tensor:
+    """The gradient of a factor's blocks as that of the factor: off its diagonal blocks a matrix was not read."""
+    assert factor is not None
+    grad = grad.to(factor.dtype)
+    if factor.dim() == 3:
+        return grad
+    return grad[0] if grad.shape[0] == 1 else torch.block_diag(*grad)
+
+
+class _Fold(torch.autograd.Function):
+    """The products, and their gradients with the first product kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        compressor: Tensor | None,
+        decompressor: Tensor | None,
+        groups: int,
+        in_repeat: int,
+        reduced: bool,
+    ) -> Tensor:
+        folded, first = _folded(weight, compressor, decompressor, groups, in_repeat, reduced)
+        ctx.save_for_backward(weight, compressor, decompressor, first)
+        ctx.form = (groups, in_repeat, reduced)
+        return folded
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, compressor, decompressor, first = ctx.saved_tensors
+        groups, in_repeat, reduced = ctx.form
+        if torch.is_grad_enabled():
+            first = None  # a second backward goes through what the first product was formed of
+        needs = ctx.needs_input_grad[:3]
+        with _no_autocast(weight.device.type):
+            found = fold_backward(
+                grads[0], weight, compressor, decompressor, groups, in_repeat, needs=needs, reduced=reduced, first=first
+            )
+        return (*found, None, None, None)
+
+
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _folded(
+    weight: Tensor, compressor: Tensor | None, decompressor: Tensor | None, groups: int, in_repeat: int, reduced: bool
+) -> tuple[Tensor, Tensor | None]:
+    form = _form(weight, decompressor, groups, in_repeat, reduced)
+    folded, first = _products(weight, _as_blocks(compressor, groups), _as_blocks(decompressor, groups), form)
+    # Flat and back: a kernel of one position could keep the strides of channels_last, which convolutions look at.
+    return folded.to(weight.dtype).contiguous().flatten().view(folded.shape), first
 
 
 def fold(
@@ -71,25 +347,14 @@ def fold(
     decompressor: Tensor | None = None,
     groups: int = 1,
     in_repeat: int = 1,
+    reduced: bool = False,
 ) -> Tensor:
-    """:func:`obc.ops.fold` in differentiable torch; half precision is folded in float32."""
-    device = weight.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return fold(weight, compressor, decompressor, groups, in_repeat)
+    """:func:`obc.ops.fold`, differentiable; half precision is folded with float32 sums.
+
+    With ``reduced``, C is (kept out, dropped out) and D (dropped in, kept in), or their blocks; inside each block the
+    weight's kept channels come before its dropped ones.
+    """
     if compressor is None and decompressor is None:
         return weight.clone(memory_format=torch.contiguous_format)  # never the caller's own memory
-    kernel = weight.shape[2:]
-    folded = _wide(weight).reshape(weight.shape[0], weight.shape[1] // in_repeat, in_repeat * kernel.numel())
-    c, d = _factor(compressor, groups), _factor(decompressor, groups)
-    first = True
-    if compressor is not None and decompressor is not None:
-        first = compress_first(weight, compressor, decompressor, groups, in_repeat)
-    if c is not None and first:
-        folded = _compress(folded, c)
-    if d is not None:
-        folded = _decompress(folded, d, groups)
-    if c is not None and not first:
-        folded = _compress(folded, c)
-    folded = folded.reshape(folded.shape[0], folded.shape[1] * in_repeat, *kernel)
-    return folded.to(weight.dtype).contiguous()
+    with _no_autocast(weight.device.type):
+        return _Fold.apply(weight, compressor, decompressor, groups, in_repeat, reduced)
