@@ -28,7 +28,10 @@ MODELS = range(FIRST, FIRST + int(os.environ.get("OBC_FUZZ_MODELS", "20")))
 # whose gradients grow on their way back.
 OF_SCALE = 1e-5
 # Roots of scores below this share of the scale have cancelled, so that their own digits mean little.
-CANCELLED = 1e-2
+CANCELLED = 0.1
+# Of a model's largest scale: at or below it the oracle's gradients are zero, as before the mean of an InstanceNorm,
+# which is its bias; float32 then leaves about one rounding of what did not arrive.
+NOTHING = 1e-7
 
 
 @dataclass
@@ -93,7 +96,7 @@ WAYS = [in_one_call, by_micro_batches, resumed]
 
 def compare(got: Tensor | None, expected: Tensor | None, scale: float, where: str) -> None:
     assert (got is None) == (expected is None), where
-    if got is None or expected is None or scale == 0:
+    if got is None or expected is None:
         return
     assert got.shape == expected.shape, where
     assert bool(got.isfinite().all()), where
@@ -112,6 +115,7 @@ def test_random_models_match_the_oracle(number: int) -> None:
     way = WAYS[number % len(WAYS)]
     for rows in ("batch", "sample"):
         expected, scale = expected_scores(case, rows), scales(case, rows)
+        nothing = NOTHING * max(scale.values())
         snapshot = Snapshot(unusual(case.model) if way is in_one_call else case.model)
         with torch.random.fork_rng():
             scores = way(case, rows)
@@ -122,5 +126,9 @@ def test_random_models_match_the_oracle(number: int) -> None:
                 assert not any(side is not None and side.any() for side in sides), where
                 continue
             for side, truth in zip(("out_channels", "in_channels"), sides, strict=True):
-                compare(getattr(scores[name], side), truth, scale.get(name, 0.0), f"{where} {side}")
+                got = getattr(scores[name], side)
+                if scale.get(name, 0.0) > nothing:
+                    compare(got, truth, scale[name], f"{where} {side}")
+                else:
+                    assert got is None or float(got.max().sqrt()) <= nothing, f"{where} {side}"
     checked.add(number)
