@@ -13,6 +13,7 @@ from obc.equivalent import (
 )
 from obc.info import info
 from obc.scoring import ChannelRows, ChannelScores, JacobianScorer, Scores, score
+from obc.selection import select
 
 __all__ = [
     "ChannelRows",
@@ -31,5 +32,6 @@ __all__ = [
     "recalibrate_norms",
     "reference",
     "score",
+    "select",
     "use_backend",
 ]

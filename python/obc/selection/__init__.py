@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from obc.selection.choice import BudgetError, select
 from obc.selection.costs import Costs
 
-__all__ = ["Costs"]
+__all__ = ["BudgetError", "Costs", "select"]

@@ -1,0 +1,189 @@
+"""What ``obc.select`` is given, checked and brought to one form."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from obc.selection.costs import Costs
+from obc.selection.greedy import RemovalCosts
+from obc.selection.interactions import FORMS
+
+# A group that keeps less than this share of its units is named: a network rarely recovers from it.
+NARROW = 0.1
+# Warnings name the caller of obc.select: this function, select, its caller.
+_CALLER = 3
+
+
+def check_arguments(selection: str, shrinkage: float | None, form: str | None, max_bytes: int, budget: float) -> None:
+    if selection not in ("joint", "independent"):
+        raise ValueError(f"selection must be 'joint' or 'independent', got {selection!r}")
+    if shrinkage is not None and not 0 <= shrinkage <= 1:
+        raise ValueError(f"shrinkage must lie in [0, 1], got {shrinkage!r}")
+    if form is not None and form not in FORMS:
+        raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, or None, got {form!r}")
+    if max_bytes < 0:
+        raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
+    if not (math.isfinite(budget) and budget >= 0):
+        raise ValueError(f"the budget, how much to free, must be finite and not negative, got {budget!r}")
+
+
+def checked_rows(rows_by_group: Mapping[str, Tensor], selection: str) -> list[Tensor]:
+    """The rows, or scores, of every group: float64, on one device."""
+    if not rows_by_group:
+        raise ValueError("there are no groups to select from")
+    device = next(iter(rows_by_group.values())).device
+    found, counts = [], {}
+    for name, values in rows_by_group.items():
+        if not values.is_floating_point():
+            raise TypeError(f"{name!r}: rows must be floating point, got {values.dtype}")
+        if values.dim() != 2 and not (values.dim() == 1 and selection == "independent"):
+            wanted = "(N, units)" if selection == "joint" else "(N, units), or (units,) scores"
+            raise ValueError(f"{name!r}: {selection} selection needs rows {wanted}, got shape {tuple(values.shape)}")
+        if values.numel() == 0:
+            what = "no units" if values.shape[-1] == 0 else "no rows"
+            raise ValueError(f"{name!r} has {what}: its shape is {tuple(values.shape)}; leave the group out, or score")
+        values = values.detach().to(device)
+        bad = ~values.isfinite()
+        if bad.any():
+            *row, unit = bad.nonzero()[0].tolist()
+            place = f"unit {unit}" + (f" in row {row[0]}" if row else "")
+            raise ValueError(f"{name!r}: {place} is {float(values[bad][0])}; leave rows that are not finite out")
+        if values.dim() == 2:
+            counts[name] = len(values)
+        found.append(values)
+    if len(set(counts.values())) > 1:
+        least, most = min(counts, key=counts.__getitem__), max(counts, key=counts.__getitem__)
+        raise ValueError(
+            f"all groups need the same rows, got {counts[least]} rows of {least!r} and {counts[most]} of {most!r}"
+        )
+    return found
+
+
+def stacked(rows: Sequence[Tensor]) -> Tensor:
+    """(C, N) float64: one line a unit."""
+    sizes = [values.shape[1] for values in rows]
+    units = torch.empty(sum(sizes), len(rows[0]), dtype=torch.float64, device=rows[0].device)
+    for part, values in zip(units.split(sizes), rows, strict=True):
+        part.copy_(values.T)
+    return units
+
+
+def limits(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    min_units: int | Mapping[str, int],
+    round_to: int | Mapping[str, int] | None,
+) -> tuple[list[int], list[int]]:
+    """By group the width that it can fall to, and what its width must be a multiple of."""
+    least = _by_group("min_units", names, min_units, 0)
+    multiples = _by_group("round_to", names, 1 if round_to is None else round_to, 1)
+    # A group whose lowest multiple exceeds its width loses nothing.
+    lowest = [
+        min(size, math.ceil(units / multiple) * multiple)
+        for size, units, multiple in zip(sizes, least, multiples, strict=True)
+    ]
+    return lowest, multiples
+
+
+def _by_group(what: str, names: Sequence[str], values: int | Mapping[str, int], smallest: int) -> list[int]:
+    if isinstance(values, Mapping):
+        unknown = sorted(set(values) - set(names))
+        if unknown:
+            raise ValueError(f"{what} names groups without rows: {named(unknown)}")
+    by_group = {name: values.get(name, 1) if isinstance(values, Mapping) else values for name in names}
+    for name, value in by_group.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+            raise ValueError(f"{what} of {name!r} must be an integer of at least {smallest}, got {value!r}")
+    return list(by_group.values())
+
+
+def removal_costs(
+    names: Sequence[str], sizes: Sequence[int], costs: Costs | Mapping[str, float | Tensor], device: torch.device
+) -> RemovalCosts:
+    """What removals free, of the groups that have rows, in their order."""
+    missing = sorted(set(names) - set(costs.names if isinstance(costs, Costs) else costs))
+    if missing:
+        raise ValueError(f"there are rows but no costs of {named(missing)}: are these rows of another model?")
+    if isinstance(costs, Costs):
+        return _of_polynomial(names, sizes, costs, device)
+    extra = sorted(set(costs) - set(names))
+    if extra:
+        raise ValueError(f"there are costs but no rows of {named(extra)}: are these rows of another model?")
+    by_unit = any(isinstance(value, Tensor) and value.dim() > 0 for value in costs.values())
+    parts = []
+    for name, size in zip(names, sizes, strict=True):
+        values = torch.as_tensor(costs[name], dtype=torch.float64, device=device)
+        if values.dim() and values.shape != (size,):
+            raise ValueError(f"costs of {name!r} must be one number or ({size},), got shape {tuple(values.shape)}")
+        _check_costs(name, values)
+        parts.append(values.expand(size) if by_unit else values.reshape(1))
+    values = torch.cat(parts)
+    nothing = values.new_zeros(len(names))
+    return RemovalCosts(
+        nothing if by_unit else values, values.new_zeros(len(names), len(names)), values if by_unit else None
+    )
+
+
+def _of_polynomial(names: Sequence[str], sizes: Sequence[int], costs: Costs, device: torch.device) -> RemovalCosts:
+    place = {name: index for index, name in enumerate(costs.names)}
+    order = torch.tensor([place[name] for name in names])
+    for name, size, width in zip(names, sizes, costs.widths[order].tolist(), strict=True):
+        if size != width:
+            raise ValueError(
+                f"{name!r} has rows of {size} units and costs of {width:g}: are these rows of another model, or of "
+                "this one before it was pruned?"
+            )
+    for name, value in zip(names, costs.marginal()[order], strict=True):
+        _check_costs(name, value)
+    slope = costs.linear + 2 * costs.quadratic @ costs.widths
+    return RemovalCosts(slope[order].to(device), costs.quadratic[order][:, order].to(device), None)
+
+
+def _check_costs(name: str, values: Tensor) -> None:
+    if not bool(values.isfinite().all()) or bool((values < 0).any()):
+        raise ValueError(f"{name!r}: what a unit frees must be finite and not negative, got {float(values.min())}")
+    if not bool(values.any()):
+        warnings.warn(f"removing units of {name!r} frees nothing: it loses none", stacklevel=_CALLER + 2)
+
+
+def warn_if_all_equal(values: Tensor, what: str) -> None:
+    """``values``: scores (C,), or rows (C, N)."""
+    if len(values) > 1 and bool((values == values[0]).all()):
+        zero = "zero" if not values.any() else "equal"
+        warnings.warn(f"all {what} are {zero}: which units go is arbitrary, the first ones do", stacklevel=_CALLER)
+
+
+def warn_if_few_rows(units: Tensor) -> None:
+    """``units``: (C, N)."""
+    if units.shape[1] < units.shape[0]:
+        warnings.warn(
+            f"{units.shape[1]} rows are fewer than the units to choose from: they can't tell interactions from noise, "
+            "which are therefore shrunk; better are as many rows as units, from more or smaller batches, or an "
+            "explicit shrinkage",
+            stacklevel=_CALLER,
+        )
+
+
+def warn_if_narrow(removed: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
+    kept = {name: (size - len(units), size) for (name, units), size in zip(removed.items(), sizes, strict=True)}
+    narrow = [f"{name!r} ({left} of {size})" for name, (left, size) in kept.items() if left < NARROW * size]
+    if narrow:
+        warnings.warn(
+            f"fewer than a tenth of the units stay of {', '.join(narrow)}; min_units spares them, or a larger budget "
+            "left to other groups",
+            stacklevel=_CALLER,
+        )
+
+
+def listed(words: Sequence[str]) -> str:
+    shown = ", ".join(words[:5])
+    return shown if len(words) <= 5 else f"{shown} and {len(words) - 5} more"
+
+
+def named(names: Sequence[str]) -> str:
+    return listed([repr(name) for name in names])

@@ -1,0 +1,173 @@
+"""obc.select: which units to remove so that enough is freed and the loss changes least."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from obc.selection import checks
+from obc.selection.costs import Costs
+from obc.selection.greedy import BUDGET_ROUNDING, Greedy, Interacting, Problem
+from obc.selection.interactions import Form, choose_form, columns_of, products_within
+from obc.selection.shrinkage import estimated_shrinkage
+
+Selection = Literal["joint", "independent"]
+
+
+class BudgetError(ValueError):
+    """A budget that can't be met. ``reachable``: the most that can be freed."""
+
+    def __init__(self, message: str, reachable: float) -> None:
+        super().__init__(message)
+        self.reachable = reachable
+
+
+def select(
+    rows_by_group: Mapping[str, Tensor],
+    costs: Costs | Mapping[str, float | Tensor],
+    budget: float,
+    *,
+    selection: Selection = "joint",
+    shrinkage: float | None = None,
+    per_cost: bool = True,
+    min_units: int | Mapping[str, int] = 1,
+    round_to: int | Mapping[str, int] | None = None,
+    form: Form | None = None,
+    max_bytes: int = 2**31,
+) -> dict[str, Tensor]:
+    """Units to remove, found greedily, that free ``budget`` and change the loss least.
+
+    With r_u[n] the first-order change of the loss of row n when unit u goes, a set S changes it by
+    delta[n] = sum_{u in S} r_u[n]. "joint" minimises sum_n delta[n]^2: with R the (N, C) rows of all units, u adds
+
+        (R^T R)_uu + 2 (1 - shrinkage) sum_{h in S} (R^T R)_uh
+
+    to it, and what adds least for what it frees goes next. "independent" minimises the sum of the (R^T R)_uu.
+    Where u adds less than nothing, because it undoes what others changed, the negative number is multiplied by what u
+    frees, not divided by it: of two alike the one that frees more is the better. These go before all others.
+
+    Costs are those of the moment: with :class:`obc.selection.Costs` each removal changes what the others free, and
+    what was freed is the exact difference of the polynomial.
+
+    With ``round_to`` a group loses as many units at once as lead to its next multiple, picked one after another, and
+    groups are compared by what these units add and free together. The last removal may exceed the budget.
+
+    Everything is computed in float64, on the device of the first group's rows, which the host waits for once in 32
+    steps. Of units that can't be told apart beyond rounding the first goes, of the first group: the result depends
+    neither on the number of threads, nor on the device, nor on ``form``, the way in which R^T R is held:
+
+    ========= ============================== =================== ======================
+    form      operations                     read in each step   bytes
+    ========= ============================== =================== ======================
+    "full"    2 C^2 N before the first step  8 C                 8 C^2
+    "blocked" 2 C N a column, in blocks      8 C                 at most ``max_bytes``
+    "rows"    2 C N a step                   8 C N               none
+    ========= ============================== =================== ======================
+
+    beside a float64 copy of the rows, 8 C N bytes. By default "full" where it fits ``max_bytes``, else "blocked" on a
+    CPU and "rows" elsewhere, and "rows" too where N is small or several units go in a step.
+
+    Args:
+        rows_by_group: (N, units) rows of every group, for example :meth:`ChannelGroup.gate_rows`. For "independent"
+            also (units,) scores, taken as they are.
+        costs: a :class:`obc.selection.Costs`, of which groups without rows keep their widths; or by group the cost of
+            any of its units, or a (units,) tensor of their own costs. Units that free nothing stay.
+        budget: how much to free, in the unit of the costs.
+        selection: "joint" or "independent".
+        shrinkage: from 0, interactions count as the rows have them, to 1, they do not. None: 0 where there are as
+            many rows as units; fewer can't tell interactions from noise: then it is estimated from the rows, with a
+            warning (:func:`obc.selection.estimated_shrinkage`).
+        per_cost: False compares what units add, not what they add for what they free.
+        min_units: of every group, or by group (1 where not named), at least so many units stay.
+        round_to: of every group that loses units, or by group (1 where not named), a multiple of this stays.
+        form: how R^T R is held, chosen by size where None.
+        max_bytes: of R^T R, or the part of it that is held.
+
+    Returns:
+        By group the indices of the units to remove: int64, ascending, on the CPU; empty where none goes.
+
+    Raises:
+        BudgetError: the budget can't be met; it says what can.
+        ValueError: rows or costs are not finite, empty, or not of the same groups; an argument is out of its range.
+        TypeError: rows are not of a floating-point dtype.
+    """
+    checks.check_arguments(selection, shrinkage, form, max_bytes, budget)
+    rows = checks.checked_rows(rows_by_group, selection)
+    names, sizes = list(rows_by_group), [values.shape[-1] for values in rows]
+    lowest, multiples = checks.limits(names, sizes, min_units, round_to)
+    removal_costs = checks.removal_costs(names, sizes, costs, rows[0].device)
+    interacting = None
+    if selection == "joint":
+        units = checks.stacked(rows)
+        checks.warn_if_all_equal(units, "rows")
+        increments, count = units.square().sum(1), units.shape[1]
+        if shrinkage is None:
+            checks.warn_if_few_rows(units)
+            shrinkage = estimated_shrinkage(units) if count < len(units) else 0.0
+        if shrinkage < 1:
+            interacting = _interacting(units, sizes, max(multiples), 1 - shrinkage, form, max_bytes)
+    else:
+        scores = [values.double() if values.dim() == 1 else values.double().square().sum(0) for values in rows]
+        increments, count = torch.cat(scores), max(values[..., 0].numel() for values in rows)
+        checks.warn_if_all_equal(increments, "scores")
+    problem = Problem(increments, sizes, lowest, multiples, removal_costs, per_cost, count, interacting)
+    chosen = _within_budget(names, problem, budget, costs.unit if isinstance(costs, Costs) else "of the given costs")
+    removed = dict(zip(names, _by_group(chosen, sizes), strict=True))
+    checks.warn_if_narrow(removed, sizes)
+    return removed
+
+
+def _interacting(
+    units: Tensor, sizes: Sequence[int], longest: int, strength: float, form: Form | None, max_bytes: int
+) -> Interacting:
+    chunks = longest > 1
+    form = form or choose_form(units, sizes, chunks=chunks, max_bytes=max_bytes)
+    within = products_within(units, sizes, max_bytes) if chunks else None
+    return Interacting(columns_of(form, units, max_bytes), within, strength)
+
+
+def _within_budget(names: Sequence[str], problem: Problem, budget: float, unit: str) -> Tensor:
+    """The units that free ``budget``, in the order in which they go."""
+    if budget == 0:
+        return torch.empty(0, dtype=torch.int64)
+    reachable = problem.reachable()
+    enough = budget * (1 - BUDGET_ROUNDING)
+    freed = 0.0
+    if reachable >= enough:
+        chosen, freed = Greedy(problem).until(budget)
+        if freed < enough and problem.costs.unit_costs is not None:
+            # Cheap units went where dear ones had to: now those alone may go which free the most in their groups.
+            chosen, freed = Greedy(_dearest(problem)).until(budget)
+        if freed >= enough:
+            return chosen
+        reachable = freed
+    widths = zip(names, problem.lowest, problem.sizes, strict=True)
+    least = checks.listed([f"{name!r}: {lowest} of {size} units" for name, lowest, size in widths])
+    raise BudgetError(
+        f"a budget of {budget:g} {unit} can't be met: at most {reachable:g} can be freed, where all groups keep their "
+        f"least ({least}); lower the budget, min_units or round_to, or give rows of more groups",
+        reachable,
+    )
+
+
+def _dearest(problem: Problem) -> Problem:
+    """Where units have costs of their own: only those may go that free what is reachable."""
+    costs = problem.costs
+    assert costs.unit_costs is not None
+    only = torch.zeros_like(costs.unit_costs)
+    parts = zip(only.split(list(problem.sizes)), costs.unit_costs.split(list(problem.sizes)), strict=True)
+    for (allowed, values), size, lowest in zip(parts, problem.sizes, problem.lowest, strict=True):
+        dearest = values.argsort(descending=True, stable=True)[: size - lowest]
+        allowed[dearest] = values[dearest]
+    return replace(problem, costs=replace(costs, unit_costs=only))
+
+
+def _by_group(chosen: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The units of each group, counted within it, ascending."""
+    gone = torch.zeros(sum(sizes), dtype=torch.bool)
+    gone[chosen] = True
+    return [part.nonzero().flatten() for part in gone.split(list(sizes))]

@@ -1,0 +1,147 @@
+"""How removals act on each other: columns of the Gram matrix of the rows, which is held whole, in parts, or not at all.
+
+With x_u the N rows of unit u, removing the units S changes what every other unit u adds to the loss by
+2 sum_{h in S} x_u . x_h: a sum of columns of X X^T, where X is (C, N). Everything is float64: a product of two float32
+numbers is exact in it, and what remains after cancellation is still right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+Form = Literal["full", "blocked", "rows"]
+FORMS: tuple[Form, ...] = get_args(Form)
+
+Ranking = Callable[[], Tensor]
+"""(C,) how soon every unit is likely to go, the smallest first; infinite where it is gone or must stay."""
+
+FLOAT64_BYTES = 8
+# So many rows of X times X^T run at the speed of a matrix product; a larger block only computes more in vain.
+BLOCK = 128
+# With so few rows, reading X takes no longer than the rest of a removal: a cache of columns has nothing to save.
+FEW_ROWS = 16
+
+
+class Columns(Protocol):
+    def __call__(self, picks: Tensor, valid: Tensor, ranking: Ranking) -> Tensor:
+        """(C,) the sum of the columns ``picks`` (k,) of X X^T, of those that are ``valid`` (k,)."""
+
+
+def choose_form(units: Tensor, sizes: Sequence[int], *, chunks: bool, max_bytes: int) -> Form:
+    """The fastest form that holds at most ``max_bytes`` beside X (C, N).
+
+    Args:
+        sizes: how many units each group has.
+        chunks: several units go at a time; then one pass over X serves them all, which a cache would not improve on.
+    """
+    channels, rows = units.shape
+    blocks = sum(size * size for size in sizes) if chunks else 0
+    if (channels * channels + blocks) * FLOAT64_BYTES <= max_bytes:
+        return "full"
+    fits = BLOCK * channels * FLOAT64_BYTES <= max_bytes
+    # The host manages the cache: an accelerator would wait for it in every step, and reads X fast enough.
+    return "blocked" if fits and rows > FEW_ROWS and not chunks and units.device.type == "cpu" else "rows"
+
+
+def columns_of(form: Form, units: Tensor, max_bytes: int) -> Columns:
+    """What gives the columns of X X^T; ``units`` is X (C, N), float64."""
+    if form == "full":
+        return FullGram(units)
+    return BlockedGram(units, max_bytes) if form == "blocked" else RowsOnly(units)
+
+
+class FullGram:
+    """X X^T at once: 2 C^2 N operations and 8 C^2 bytes; then 8 C bytes are read for each unit removed."""
+
+    def __init__(self, units: Tensor) -> None:
+        self._gram = units @ units.T
+
+    def __call__(self, picks: Tensor, valid: Tensor, ranking: Ranking) -> Tensor:
+        rows = self._gram.index_select(0, picks)
+        return rows[0] if len(picks) == 1 else valid.double() @ rows
+
+
+class RowsOnly:
+    """X (sum of the picked rows of X): 2 C N operations and 8 C N bytes read a step, and no matrix."""
+
+    def __init__(self, units: Tensor) -> None:
+        self._units = units
+
+    def __call__(self, picks: Tensor, valid: Tensor, ranking: Ranking) -> Tensor:
+        return self._units @ (valid.double() @ self._units.index_select(0, picks))
+
+
+class BlockedGram:
+    """Columns in blocks, for the units that rank next; at most ``max_bytes`` of them wait to be used.
+
+    2 C N operations a column, at the speed of a matrix product: several times faster than one by one. A column is
+    used at most once. In vain are those of units that ranked high and then did not go.
+    """
+
+    def __init__(self, units: Tensor, max_bytes: int) -> None:
+        self._units = units
+        slots = max(1, min(max_bytes // (FLOAT64_BYTES * len(units)), len(units)))
+        self._cache = torch.empty(slots, len(units), dtype=torch.float64, device=units.device)
+        self._unit_in = torch.full((slots,), -1, device=units.device)
+        self._slot_of: dict[int, int] = {}
+
+    def __call__(self, picks: Tensor, valid: Tensor, ranking: Ranking) -> Tensor:
+        total = torch.zeros(len(self._units), dtype=torch.float64, device=self._units.device)
+        for unit in picks[valid].tolist():
+            if unit not in self._slot_of:
+                self._fill(unit, ranking())
+            slot = self._slot_of.pop(unit)
+            self._unit_in[slot] = -1
+            total += self._cache[slot]
+        return total
+
+    def _fill(self, wanted: int, ranking: Tensor) -> None:
+        """Columns of ``wanted`` and of those that rank next, in place of those that rank last."""
+        held = self._unit_in >= 0
+        priority = torch.where(held, ranking[self._unit_in], torch.inf)
+        slots = priority.topk(min(BLOCK, len(priority))).indices  # the free ones, then those that rank last
+        ranking = ranking.clone()
+        ranking[self._unit_in[held]] = torch.inf
+        ranking[wanted] = -torch.inf
+        units = ranking.topk(len(slots), largest=False, sorted=False).indices
+        units = units[ranking[units] < torch.inf]
+        slots = slots[: len(units)]
+        for unit in self._unit_in[slots].tolist():
+            self._slot_of.pop(unit, None)
+        self._cache[slots] = self._units[units] @ self._units.T
+        self._unit_in[slots] = units
+        self._slot_of.update(zip(units.tolist(), slots.tolist(), strict=True))
+
+
+def products_within(units: Tensor, sizes: Sequence[int], max_bytes: int) -> Callable[[Tensor], Tensor]:
+    """What gives, for one unit picked in every group (groups,), each unit's product with its own group's: (C,).
+
+    From the diagonal blocks of X X^T where these fit ``max_bytes``, from X otherwise.
+    """
+    ends = list(accumulate(sizes))
+    parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    if sum(size * size for size in sizes) * FLOAT64_BYTES > max_bytes:
+
+        def from_rows(picks: Tensor) -> Tensor:
+            picked = units.index_select(0, picks)
+            return torch.cat([units[part] @ row for part, row in zip(parts, picked, strict=True)])
+
+        return from_rows
+
+    blocks = torch.cat([(units[part] @ units[part].T).flatten() for part in parts])
+    widths = torch.tensor(sizes, device=units.device)
+    starts = torch.tensor([part.start for part in parts], device=units.device)
+    offsets = torch.tensor(list(accumulate([size * size for size in sizes], initial=0))[:-1], device=units.device)
+    group = torch.arange(len(sizes), device=units.device).repeat_interleave(widths)
+    column = torch.arange(len(units), device=units.device) - starts[group]
+
+    def from_blocks(picks: Tensor) -> Tensor:
+        first = offsets + (picks - starts) * widths
+        return blocks.index_select(0, first.index_select(0, group) + column)
+
+    return from_blocks
