@@ -1,13 +1,15 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and what is read from them, which nobody vouches for."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import secrets
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Union, get_args, get_origin
 
 
 @contextlib.contextmanager
@@ -43,3 +45,33 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def parse_json(text: str | bytes, kind: Any) -> Any:
+    """The value of a JSON text of a given kind: str, int, float, None, or a list, dict or union of kinds.
+
+    >>> parse_json('{"conv1": [0, 2]}', dict[str, list[int] | None])
+
+    Raises:
+        ValueError: the text is no JSON (in UTF-8), is nested too deeply to be read, or holds something else.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("its JSON is nested too deeply") from None
+    if not _is(value, kind):
+        raise ValueError(f"expected {kind} in its JSON, got {repr(value)[:60]}")
+    return value
+
+
+def _is(value: Any, kind: Any) -> bool:
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is list:
+        return type(value) is list and all(_is(item, parts[0]) for item in value)
+    if origin is dict:
+        return type(value) is dict and all(_is(item, parts[1]) for item in value.values())
+    if origin in (Union, types.UnionType):
+        return any(_is(value, part) for part in parts)
+    if kind is float:
+        return type(value) in (float, int)
+    return kind is Any or type(value) is kind  # a bool is no int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.equivalent.layers import expand, is_depthwise, layout_of, split_by_group
-from obc.files import atomic_write
+from obc.equivalent.layers import Layout, expand, is_depthwise, layout_of, split_by_group
+from obc.files import atomic_write, parse_json
 
 _FORMAT = {"format": "obc.PruningPlan", "version": 1}
+
+# Channels, columns and blocks lie below; a damaged file may say otherwise.
+_LARGEST = 2**31
 
 
 class PlanError(ValueError):
@@ -128,16 +132,25 @@ class PruningPlan(Mapping[str, Kept]):
         """Read a plan written by :meth:`save`.
 
         Raises:
-            PlanError: the file is no plan, or one of another version.
+            PlanError: the file is no plan, one of another version, or damaged.
+            OSError: it can't be read.
         """
-        with open(path, encoding="utf-8") as file:
-            try:
-                content = json.load(file)
-            except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                raise PlanError(f"{os.fspath(path)} is not a pruning plan: {error}") from error
-        if not isinstance(content, dict) or any(content.get(key) != value for key, value in _FORMAT.items()):
-            raise PlanError(f"{os.fspath(path)} is not a pruning plan of version {_FORMAT['version']}")
-        return cls({name: _kept(fields) for name, fields in content["layers"].items()})
+        with open(path, "rb") as file:
+            text = file.read()
+        name = os.fspath(path)
+        try:
+            content = parse_json(text, dict[str, Any])
+        except ValueError as error:
+            raise PlanError(f"{name} is not a pruning plan: {error}") from error
+        if any(content.get(key) != value for key, value in _FORMAT.items()):
+            raise PlanError(f"{name} is not a pruning plan of version {_FORMAT['version']}")
+        layers = content.get("layers")
+        if not isinstance(layers, dict):
+            raise PlanError(f"{name} is a damaged pruning plan: it has no layers")
+        try:
+            return cls({layer: _kept(fields) for layer, fields in layers.items()})
+        except ValueError as error:
+            raise PlanError(f"{name} is a damaged pruning plan: {error}") from error
 
     @classmethod
     def from_models(cls, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> PruningPlan:
@@ -160,9 +173,26 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def _kept(fields: Mapping[str, Any]) -> Kept:
-    values: dict[str, Any] = {n: torch.tensor(v) if isinstance(v, list) else v for n, v in fields.items()}
+def _kept(fields: Any) -> Kept:
+    """The entry of one layer, from a file; ValueError where it is none."""
+    known = {field.name for field in dataclasses.fields(Kept)}
+    if not isinstance(fields, dict) or not fields.keys() <= known:
+        raise ValueError(f"a layer has the fields {', '.join(sorted(known))}, got {repr(fields)[:60]}")
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name.endswith("_channels"):
+            values[name] = None if value is None else _indices(name, value)
+        elif type(value) is int and 0 <= value < _LARGEST and (value > 0 or name == "dim"):
+            values[name] = value
+        elif name != "dim" or value is not None:
+            raise ValueError(f"{name} must be a positive number, got {repr(value)[:60]}")
     return Kept(**values)
+
+
+def _indices(name: str, value: Any) -> Tensor:
+    if not isinstance(value, list) or not all(type(index) is int and 0 <= index < _LARGEST for index in value):
+        raise ValueError(f"{name} must be a list of indices, got {repr(value)[:60]}")
+    return torch.tensor(value, dtype=torch.int64)
 
 
 def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
@@ -218,12 +248,19 @@ def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept) -
         return original if original.numel() == 1 and original.dim() == 0 else _take(original, -1, kept.out_channels)
     if is_depthwise(module, original):
         return _take(original, 0, kept.out_channels)
+    return sliced_weight(original, layout, kept)
+
+
+def sliced_weight(weight: Tensor, layout: Layout, kept: Kept) -> Tensor:
+    """The rows and columns of ``weight`` that ``kept`` names, in its order: of a grouped convolution in each group."""
+    if kept.in_channels is not None and len(kept.in_channels) * kept.in_repeat > weight.numel():
+        raise ValueError(f"{len(kept.in_channels)} in channels of {kept.in_repeat} columns each are more than it has")
     rows, columns = kept.out_channels, kept.in_columns
     if layout.transposed:
         rows, columns = columns, rows
     if layout.groups == 1:
-        return _take(_take(original, 0, rows), 1, columns)
-    return _sliced_groups(original, rows, columns, layout.groups)
+        return _take(_take(weight, 0, rows), 1, columns)
+    return _sliced_groups(weight, rows, columns, layout.groups)
 
 
 def _take(tensor: Tensor, dim: int, indices: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from obc.files import parse_json
 from obc.scoring.kept import KeptRows
 from obc.scoring.tensor_file import save_tensors
 
@@ -173,9 +174,11 @@ class Scores(Mapping[str, ChannelScores]):
                 f"{_FORMAT_WITH_ROWS!r}"
             )
         try:
-            modules, coverage = json.loads(header["modules"]), json.loads(header["coverage"])
-            metadata, num_rows = json.loads(header["metadata"]), int(header["num_rows"])
-            row_columns = json.loads(header.get("row_columns", "{}"))
+            modules = parse_json(header["modules"], list[str])
+            coverage = parse_json(header["coverage"], dict[str, str])
+            metadata = parse_json(header["metadata"], dict[str, str])
+            num_rows = parse_json(header["num_rows"], int)
+            row_columns = parse_json(header.get("row_columns", "{}"), dict[str, dict[str, list[int]]])
         except (KeyError, ValueError) as error:
             raise ScoresError(f"{path} is a damaged score file: {error!r}") from error
         if lacking := [name for name in modules if f"{name}:out_channels" not in tensors]:
@@ -184,6 +187,11 @@ class Scores(Mapping[str, ChannelScores]):
             name: ChannelScores(tensors.get(f"{name}:out_channels"), tensors.get(f"{name}:in_channels"))
             for name in modules
         }
+        for name, of in channels.items():
+            for side in (of.out_channels, of.in_channels):
+                if side is not None and (side.dim() != 1 or side.dtype != torch.float32):
+                    what = f"{side.dtype} of shape {tuple(side.shape)}, expected a float32 vector"
+                    raise ScoresError(f"{path} is a damaged score file: the scores of {name!r} are {what}")
         rows = _loaded_rows(path, tensors, row_columns, num_rows)
         scores = cls(channels, num_rows=num_rows, coverage=coverage, metadata=metadata, rows=rows)
         if model is not None:
@@ -212,9 +220,9 @@ def _loaded_rows(
     widths = [matrix.shape[1] for matrix in matrices if matrix.dim() == 2 and len(matrix) == num_rows]
     places = {name: {side: tuple(place) for side, place in sides.items()} for name, sides in columns.items()}
     fit = all(
-        matrix < len(widths) and 0 <= start <= stop <= widths[matrix]
+        len(place) == 3 and 0 <= place[0] < len(widths) and 0 <= place[1] <= place[2] <= widths[place[0]]
         for sides in places.values()
-        for matrix, start, stop in sides.values()
+        for place in sides.values()
     )
     if len(widths) != len(matrices) or not fit:
         raise ScoresError(f"{path} is a damaged score file: its rows are not those of {num_rows} rows of its modules")
