@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from obc.files import parse_json
 from obc.scoring.kept import KeptRows
 from obc.scoring.tensor_file import save_tensors
+
+if TYPE_CHECKING:
+    from obc.scoring.grouped import GroupScores
+    from obc.scoring.groups import ChannelGroup, Slices
 
 # Files without rows stay readable for those who know the first format only.
 _FORMAT, _FORMAT_WITH_ROWS = "obc.Scores/1", "obc.Scores/2"
@@ -99,6 +103,25 @@ class Scores(Mapping[str, ChannelScores]):
         model = self.metadata.get("model", "a model")
         rows = f"{self.num_rows} rows ({self.metadata.get('rows')})"
         return f"Scores of {model}: {len(self)} modules, {rows}, {unscored} unscored"
+
+    def group(self, groups: Sequence[ChannelGroup], slices: Slices = "all") -> GroupScores:
+        """Scores of coupled channels: S_g = sum over the slices m of group g of S_m, per unit, with the parts listed.
+
+        Where rows were kept (``keep_rows=True``) a unit of several channels, such as a head, is one slice:
+        S_m = sum_n (sum over its channels c of r_c[n])^2. Without rows S_m is the sum of its channels' scores, which
+        leaves out how their rows agree or cancel.
+
+        Args:
+            groups: of the model as it was scored, for example :func:`obc.transformer_groups`.
+            slices: "all", the paper's sum over every slice; "gate", one gate on each unit: its consumers' rows are
+                added before squaring (without rows, their scores).
+
+        Raises:
+            ValueError: an unknown ``slices``, two groups of one name, or groups of a model of other widths.
+        """
+        from obc.scoring.grouped import group_scores
+
+        return group_scores(self, groups, slices)
 
     def verify(self, model: nn.Module) -> None:
         """Check that these scores are of ``model``: every module is there with as many channels.
