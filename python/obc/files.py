@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import reprlib
 import secrets
 import types
 from collections.abc import Iterator
@@ -60,7 +61,7 @@ def parse_json(text: str | bytes, kind: Any) -> Any:
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     if not _is(value, kind):
-        raise ValueError(f"expected {kind} in its JSON, got {repr(value)[:60]}")
+        raise ValueError(f"expected {kind} in its JSON, got {reprlib.repr(value)}")
     return value
 
 

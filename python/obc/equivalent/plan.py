@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,8 @@ _FORMAT = {"format": "obc.PruningPlan", "version": 1}
 
 # Channels, columns and blocks lie below; a damaged file may say otherwise.
 _LARGEST = 2**31
+# Fields that may be 0 or missing.
+_DIMENSIONS = ("dim", "in_dim")
 
 
 class PlanError(ValueError):
@@ -35,7 +38,8 @@ class Kept:
         in_channels: the same of the input side.
         in_repeat: for a Linear after flatten, how many consecutive columns each in channel owns.
         out_blocks: into how many diagonal blocks a compressor of the output falls (attention heads).
-        dim: for a parameter outside any layer, the dimension that was pruned.
+        dim: for a parameter outside any layer, the dimension that ``out_channels`` indexes.
+        in_dim: the same for ``in_channels``, where such a parameter was pruned in two dimensions (fused experts).
     """
 
     out_channels: Tensor | None = None
@@ -43,6 +47,7 @@ class Kept:
     in_repeat: int = 1
     out_blocks: int = 1
     dim: int | None = None
+    in_dim: int | None = None
 
     @property
     def in_columns(self) -> Tensor | None:
@@ -177,21 +182,21 @@ def _kept(fields: Any) -> Kept:
     """The entry of one layer, from a file; ValueError where it is none."""
     known = {field.name for field in dataclasses.fields(Kept)}
     if not isinstance(fields, dict) or not fields.keys() <= known:
-        raise ValueError(f"a layer has the fields {', '.join(sorted(known))}, got {repr(fields)[:60]}")
+        raise ValueError(f"a layer has the fields {', '.join(sorted(known))}, got {reprlib.repr(fields)}")
     values: dict[str, Any] = {}
     for name, value in fields.items():
         if name.endswith("_channels"):
             values[name] = None if value is None else _indices(name, value)
-        elif type(value) is int and 0 <= value < _LARGEST and (value > 0 or name == "dim"):
+        elif type(value) is int and 0 <= value < _LARGEST and (value > 0 or name in _DIMENSIONS):
             values[name] = value
-        elif name != "dim" or value is not None:
-            raise ValueError(f"{name} must be a positive number, got {repr(value)[:60]}")
+        elif name not in _DIMENSIONS or value is not None:
+            raise ValueError(f"{name} must be a positive number, got {reprlib.repr(value)}")
     return Kept(**values)
 
 
 def _indices(name: str, value: Any) -> Tensor:
     if not isinstance(value, list) or not all(type(index) is int and 0 <= index < _LARGEST for index in value):
-        raise ValueError(f"{name} must be a list of indices, got {repr(value)[:60]}")
+        raise ValueError(f"{name} must be a list of indices, got {reprlib.repr(value)}")
     return torch.tensor(value, dtype=torch.int64)
 
 
@@ -236,8 +241,9 @@ def sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept | N
 
 
 def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept) -> Tensor:
-    if kept.dim is not None:
-        return _take(original, kept.dim, kept.out_channels)
+    if kept.dim is not None or kept.in_dim is not None:
+        taken = original if kept.dim is None else _take(original, kept.dim, kept.out_channels)
+        return taken if kept.in_dim is None else _take(taken, kept.in_dim, kept.in_channels)
     if isinstance(module, nn.MultiheadAttention):
         return _sliced_attention(tensor_name, original, kept)
     if isinstance(module, nn.Embedding):
@@ -264,7 +270,12 @@ def sliced_weight(weight: Tensor, layout: Layout, kept: Kept) -> Tensor:
 
 
 def _take(tensor: Tensor, dim: int, indices: Tensor | None) -> Tensor:
-    return tensor if indices is None else tensor.index_select(dim, indices.to(tensor.device))
+    if indices is None:
+        return tensor
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < tensor.shape[dim]:
+        # torch says so with another error for every number of dimensions.
+        raise IndexError(f"it keeps channel {int(indices.max())} of {tensor.shape[dim]}")
+    return tensor.index_select(dim, indices.to(tensor.device))
 
 
 def _sliced_groups(weight: Tensor, rows: Tensor | None, columns: Tensor | None, groups: int) -> Tensor:
