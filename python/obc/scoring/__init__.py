@@ -1,8 +1,10 @@
 """Scoring by the Jacobian Criterion."""
 
+from obc.scoring.checkpoint import CheckpointError
 from obc.scoring.errors import InplaceError, SampleRowsError, ScoringError
 from obc.scoring.kept import ChannelRows, KeptRows
 from obc.scoring.label_free import LabelFreeLoss, label_free_loss
+from obc.scoring.report import Report
 from obc.scoring.run import score
 from obc.scoring.scorer import JacobianScorer
 from obc.scoring.scores import ChannelScores, Scores, ScoresError
@@ -10,10 +12,12 @@ from obc.scoring.scores import ChannelScores, Scores, ScoresError
 __all__ = [
     "ChannelRows",
     "ChannelScores",
+    "CheckpointError",
     "InplaceError",
     "JacobianScorer",
     "KeptRows",
     "LabelFreeLoss",
+    "Report",
     "SampleRowsError",
     "Scores",
     "ScoresError",

@@ -51,6 +51,8 @@ class LabelFreeLoss:
         if rows not in ("batch", "sample"):
             raise ValueError(f"rows must be 'batch' or 'sample', got {rows!r}")
         self.forward_fn, self.rows, self.seed, self.centre = forward_fn or _forward, rows, seed, centre
+        # What a run that goes on from a checkpoint must have in common with the one before.
+        self.identity = {"label_free_seed": seed, "label_free_centre": centre}
         self._row = self._sample = 0
 
     def seek(self, row: int, sample: int = 0) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from os import PathLike
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from obc.files import atomic_write
+
 # The file begins with this and the width of a row, so that no other file is taken for one or overwritten.
 _MAGIC = b"obc.rows/1 "
 _HEADER_BYTES = 64
+
+
+def _header(width: int) -> bytes:
+    return (_MAGIC + str(width).encode()).ljust(_HEADER_BYTES)
 
 
 class RowFile:
@@ -28,35 +33,43 @@ class RowFile:
     def __init__(self, path: Path, width: int, rows: int) -> None:
         self.path, self.width, self.rows = path, width, rows
 
-    @classmethod
-    def create(cls, path: str | PathLike[str], width: int) -> RowFile:
-        """A new file; one with rows at the same path is replaced, and lives on for those who have it mapped.
+    @staticmethod
+    def refuse_other(path: Path) -> None:
+        """Raise where a file with rows can't be made.
 
         Raises:
             FileExistsError: the file there holds something else.
+            FileNotFoundError: there is no such folder.
         """
-        path = Path(path)
-        if path.exists():
-            with path.open("rb") as file:
-                if not file.read(_HEADER_BYTES).startswith(_MAGIC):
-                    raise FileExistsError(f"{path} is not a file of rows, so it is not overwritten; pass another path")
-            path.unlink()
-        path.write_bytes((_MAGIC + str(width).encode()).ljust(_HEADER_BYTES))
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"no file of rows can be made at {path}: there is no folder {path.parent}")
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) == _MAGIC:
+                return
+        raise FileExistsError(f"{path} is not a file of rows, so it is not overwritten; pass another path")
+
+    @classmethod
+    def create(cls, path: Path, width: int) -> RowFile:
+        """A new file; one with rows at the same path is replaced, and lives on for those who have it mapped."""
+        cls.refuse_other(path)
+        with atomic_write(path) as file:
+            file.write(_header(width))
         return cls(path, width, 0)
 
     @classmethod
-    def open(cls, path: str | PathLike[str], width: int, rows: int) -> RowFile:
+    def open(cls, path: Path, width: int, rows: int) -> RowFile:
         """A file written before, of which the first ``rows`` rows count.
 
         Raises:
             ValueError: there is none at ``path``, or it has another width or fewer rows.
         """
-        path = Path(path)
         if not path.exists():
             raise ValueError(f"the file of rows {path} is gone; delete the checkpoint to begin anew")
         with path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
-        if header != (_MAGIC + str(width).encode()).ljust(_HEADER_BYTES):
+        if header != _header(width):
             raise ValueError(f"{path} is not a file of rows of {width} channels")
         there = (path.stat().st_size - _HEADER_BYTES) // (4 * width)
         if there < rows:

@@ -140,6 +140,12 @@ class FlatRow:
         self.scores += torch.where(finite, squares, torch.zeros_like(squares)).sum(1)
         self.zero()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the vectors, and of the gates."""
+        tensors = [self.row, self.reference, self.scores, self.samples, *(slot.gate for slot in self.slots)]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
     def label_of(self, index: int) -> str:
         """The slot that holds entry ``index``."""
         return next(slot.label for slot in self.slots if slot.start <= index < slot.stop)

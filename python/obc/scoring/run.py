@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sized
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from os import PathLike
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from obc.scoring.errors import InplaceError, SampleRowsError
+from obc.scoring.batch_rows import BatchRows, LossFunction
+from obc.scoring.checkpoint import Checkpoint, CheckpointError
+from obc.scoring.report import PeakMemory, Report
 from obc.scoring.scorer import JacobianScorer, Rows
 from obc.scoring.scores import Scores
-from obc.scoring.splitting import part_of, samples_in
 
 logger = logging.getLogger("obc")
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
+# What may differ between a run and the one that it goes on from; modules are compared by name.
+_MAY_DIFFER = ("model", "modules", "process_group", "rows_to")
 
 
 def score(
@@ -30,6 +35,8 @@ def score(
     progress: bool | None = None,
     micro_batch: int | None = None,
     loss_scale: float = 1.0,
+    checkpoint: str | PathLike[str] | None = None,
+    every: int = 10,
     **options: Any,
 ) -> Scores:
     """Score every channel of a model by the Jacobian Criterion (arXiv 2508.05521).
@@ -49,29 +56,97 @@ def score(
             where ``loss_fn`` is a mean over samples.
         loss_scale: what each loss is multiplied by before its backward and each row divided by after it, so that
             gradients in float16 do not vanish; a power of two.
+        checkpoint: a file that the state is written to after every ``every`` batches. A run that was killed and is
+            started again with the same arguments goes on from it, to the same bits; batches that can be indexed are not
+            loaded again, others are passed over. They must come in the same order, and random numbers from torch's
+            generators, which are restored. The file is removed at the end. Each process needs one of its own.
+        every: batches between checkpoints.
         **options: of :class:`obc.JacobianScorer`: modules, check, strict, fallback, process_group, fold_groups,
             keep_rows, rows_to.
 
     Returns:
-        The scores, float32, with the coverage: how each module was read, or why it was not.
+        The scores, float32, with the coverage (how each module was read, or why it was not) and a report of time and
+        memory.
 
     Raises:
         ValueError: ``batches`` is empty, or a loss has the wrong shape or no graph.
         ScoringError: no row was finite, or (``strict``) something is unscored or not finite.
+        CheckpointError: the checkpoint is damaged, or of another model, other weights or other arguments.
     """
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got {every}")
     scorer = JacobianScorer(model, rows=rows, **options)
-    run = Run(scorer, loss_fn, micro_batch, loss_scale)
+    reader = BatchRows(scorer, loss_fn, micro_batch, loss_scale)
     total = len(batches) if isinstance(batches, Sized) else None
-    if scorer.keeps_rows and rows == "batch" and total:
-        scorer.reserve_rows(total)
-    index = -1
-    with _evaluating(model), scorer:
-        disable = None if progress is None else not progress
-        for index, batch in enumerate(tqdm(batches, desc="score", unit="row", total=total, disable=disable)):
-            run.batch(index, batch)
-    if index < 0:
-        raise ValueError("batches is empty: there is nothing to score; a generator can be read only once")
-    return scorer.scores()
+    saved = None
+    if checkpoint is not None:
+        all_options = inspect.signature(JacobianScorer).bind(model, rows=rows, **options)
+        all_options.apply_defaults()
+        same = {name: value for name, value in all_options.arguments.items() if name not in _MAY_DIFFER}
+        same |= {"batches": total, "micro_batch": micro_batch, "loss_scale": loss_scale}
+        saved = Checkpoint(checkpoint, scorer, same | getattr(loss_fn, "identity", {}))
+    return _Run(reader, total, saved, every).over(batches, progress)
+
+
+class _Run:
+    """One run, or the rest of one that was killed."""
+
+    def __init__(self, reader: BatchRows, total: int | None, saved: Checkpoint | None, every: int) -> None:
+        self.reader, self.total, self.saved, self.every = reader, total, saved, every
+        self.scorer = reader.scorer
+        self.done, self.earlier_seconds = 0, 0.0
+        self._has_room = False  # for all kept rows; of samples it is known only after a batch how many come
+        if saved is not None and (state := saved.resume()) is not None:
+            self.done, self.earlier_seconds = state["batches"], state["seconds"]
+            reader.one_at_a_time = state["one_at_a_time"]
+            of = "" if total is None else f" of {total}"
+            logger.warning("going on from %s: %d batches%s are done", saved.path, self.done, of)
+
+    def over(self, batches: Iterable[Any], progress: bool | None) -> Scores:
+        scorer, total = self.scorer, self.total
+        if scorer.row_store is not None and total and scorer.rows == "batch":
+            scorer.reserve_rows(total - self.done)
+            self._has_room = True
+        left = _from(batches, self.done)
+        if self.saved is not None:
+            self.saved.restore_random()
+        memory, started = PeakMemory(scorer.devices), time.perf_counter()
+        with _evaluating(scorer.model), scorer:
+            disable = None if progress is None else not progress
+            bar = tqdm(left, desc="score", unit="row", total=total, initial=self.done, disable=disable)
+            for batch in bar:
+                self.reader.batch(self.done, batch)
+                self.done += 1
+                self._after_batch(self.earlier_seconds + time.perf_counter() - started)
+            kept_bytes = scorer.kept_bytes
+        if self.done == 0:
+            raise ValueError("batches is empty: there is nothing to score; a generator can be read only once")
+        scores = scorer.scores()
+        seconds = self.earlier_seconds + time.perf_counter() - started
+        scores.report = Report(seconds, scores.num_rows, memory.read(), kept_bytes)
+        if self.saved is not None:
+            self.saved.remove()
+        return scores
+
+    def _after_batch(self, seconds: float) -> None:
+        scorer, total = self.scorer, self.total
+        if not self._has_room and scorer.row_store is not None and total is not None:
+            self._has_room = True
+            scorer.reserve_rows(-(-scorer.num_rows * total // self.done) - scorer.num_rows)
+        if self.saved is not None and self.done % self.every == 0:
+            state = {"batches": self.done, "seconds": seconds, "one_at_a_time": self.reader.one_at_a_time}
+            self.saved.save(state)
+
+
+def _from(batches: Iterable[Any], done: int) -> Iterator[Any]:
+    """The batches from number ``done`` on; those before are not loaded where batches can be indexed."""
+    if done and isinstance(batches, Sized) and hasattr(batches, "__getitem__") and not isinstance(batches, Mapping):
+        return (batches[index] for index in range(done, len(batches)))
+    left = iter(batches)
+    passed = sum(1 for _ in itertools.islice(left, done))
+    if passed < done:
+        raise CheckpointError(f"the checkpoint says that {done} batches are done, but there are only {passed}")
+    return left
 
 
 @contextlib.contextmanager
@@ -84,98 +159,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in training.items():
             module.training = flag
-
-
-class Run:
-    """Turns batches into rows: splits them, repeats a row that had to be dropped, goes sample by sample where it must.
-
-    Attributes:
-        one_at_a_time: sample rows must come one sample at a time.
-    """
-
-    def __init__(
-        self, scorer: JacobianScorer, loss_fn: LossFunction, micro_batch: int | None = None, loss_scale: float = 1.0
-    ) -> None:
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
-        self.scorer, self.loss_fn, self.micro_batch, self.loss_scale = scorer, loss_fn, micro_batch, loss_scale
-        self.one_at_a_time = False
-
-    def batch(self, index: int, batch: Any) -> None:
-        try:
-            self._rows(index, batch)
-        except InplaceError as error:
-            logger.warning("%s: it is repeated", error)
-            self._rows(index, batch)
-        except SampleRowsError as error:
-            logger.warning("scoring sample by sample, which is slower: %s", error)
-            self.one_at_a_time = True
-            self._rows(index, batch)
-
-    def _rows(self, index: int, batch: Any) -> None:
-        if self.scorer.rows == "batch":
-            with self.scorer.row(self.loss_scale):
-                for part, share in self._parts(index, batch):
-                    loss = _checked_loss(index, self.loss_fn(self.scorer.model, part))
-                    (loss * (share * self.loss_scale)).backward()
-            return
-        for part, _ in self._parts(index, batch):
-            with self.scorer.row(self.loss_scale):
-                losses = _checked_losses(index, self.loss_fn(self.scorer.model, part))
-                self.scorer.check_samples(losses)
-                (losses.sum() * self.loss_scale).backward()
-
-    def _parts(self, index: int, batch: Any) -> Iterator[tuple[Any, float]]:
-        """The parts that a batch is read in, each with its share of the samples."""
-        self._seek(index, 0)
-        size = 1 if self.one_at_a_time else self.micro_batch
-        samples = 0 if size is None else self._samples_in(batch)
-        if size is None or size >= samples:
-            yield batch, 1.0
-            return
-        for start in range(0, samples, size):
-            stop = min(start + size, samples)
-            self._seek(index, start)
-            yield part_of(batch, start, stop, samples), (stop - start) / samples
-
-    def _samples_in(self, batch: Any) -> int:
-        if self.micro_batch is not None:
-            return samples_in(batch)
-        with torch.no_grad():  # no gate is on, so that this pass belongs to no row
-            return self.loss_fn(self.scorer.model, batch).numel()
-
-    def _seek(self, row: int, sample: int) -> None:
-        """A loss that draws random numbers draws the same ones however the batch is split, and in a repeated row."""
-        if (seek := getattr(self.loss_fn, "seek", None)) is not None:
-            seek(row, sample)
-
-
-def _checked_loss(index: int, loss: Any) -> Tensor:
-    loss = _checked_graph(index, loss)
-    if loss.numel() != 1:
-        raise ValueError(
-            f"batch {index}: loss_fn returned shape {tuple(loss.shape)}, but rows='batch' needs a scalar; "
-            "take its mean, or score with rows='sample'"
-        )
-    return loss
-
-
-def _checked_losses(index: int, losses: Any) -> Tensor:
-    losses = _checked_graph(index, losses)
-    if losses.dim() != 1:
-        raise ValueError(
-            f"batch {index}: loss_fn returned shape {tuple(losses.shape)}, but rows='sample' needs the vector (B,) of "
-            "per-sample losses; use reduction='none'"
-        )
-    return losses
-
-
-def _checked_graph(index: int, loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor):
-        raise ValueError(f"batch {index}: loss_fn must return a tensor, got {type(loss).__name__}")
-    if not loss.requires_grad:
-        raise ValueError(
-            f"batch {index}: the loss has no graph ({loss}); compute it from the model's output without "
-            "no_grad, detach or .item()"
-        )
-    return loss

@@ -438,9 +438,21 @@ class JacobianScorer:
         return Scores(channels, num_rows=num_rows, coverage=coverage, metadata=metadata, rows=rows)
 
     @property
-    def keeps_rows(self) -> bool:
-        """Whether every row is kept."""
-        return self._store is not None
+    def devices(self) -> set[torch.device]:
+        """The devices that rows are read on."""
+        return {flat.device for flat in self._flats}
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the scorer holds between rows: the row, its gates, the sums, and kept rows in memory."""
+        norms = sum(norms.gradient.nbytes for norms in self._norms)
+        store = 0 if self._store is None else self._store.memory_bytes
+        return sum(flat.nbytes for flat in self._flats) + norms + store
+
+    @property
+    def row_store(self) -> RowStore | None:
+        """Where rows are kept; None with ``keep_rows=False``."""
+        return self._store
 
     def rows_bytes(self, num_rows: int) -> int:
         """What keeping ``num_rows`` rows takes, in bytes: four for every channel of every scored module."""

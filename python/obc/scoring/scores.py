@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from obc.files import parse_json
 from obc.scoring.kept import KeptRows
+from obc.scoring.report import Report
 from obc.scoring.tensor_file import save_tensors
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ class Scores(Mapping[str, ChannelScores]):
         coverage: module name -> how its rows were read, or "unscored: " and why not.
         metadata: model class, kind of rows, obc's version, rows left out.
         rows: with ``keep_rows=True`` every row by module name, :class:`obc.ChannelRows`; otherwise empty.
+        report: time and memory that :func:`obc.score` took; None for scores made otherwise.
     """
 
     def __init__(
@@ -72,12 +74,14 @@ class Scores(Mapping[str, ChannelScores]):
         coverage: Mapping[str, str],
         metadata: Mapping[str, str],
         rows: KeptRows | None = None,
+        report: Report | None = None,
     ) -> None:
         self._channels = dict(channels)
         self.num_rows = num_rows
         self.coverage = dict(coverage)
         self.metadata = dict(metadata)
         self.rows = KeptRows([], {}) if rows is None else rows
+        self.report = report
 
     def __getitem__(self, name: str) -> ChannelScores:
         try:
@@ -167,6 +171,8 @@ class Scores(Mapping[str, ChannelScores]):
             "metadata": json.dumps(self.metadata),
             "modules": json.dumps(list(self._channels)),
         }
+        if self.report is not None:
+            metadata["report"] = json.dumps(asdict(self.report))
         if self.rows.matrices:
             metadata["row_columns"] = json.dumps(self.rows.columns)
         save_tensors(path, tensors, metadata)
@@ -202,7 +208,8 @@ class Scores(Mapping[str, ChannelScores]):
             metadata = parse_json(header["metadata"], dict[str, str])
             num_rows = parse_json(header["num_rows"], int)
             row_columns = parse_json(header.get("row_columns", "{}"), dict[str, dict[str, list[int]]])
-        except (KeyError, ValueError) as error:
+            report = Report(**parse_json(header["report"], dict[str, float | None])) if "report" in header else None
+        except (KeyError, TypeError, ValueError) as error:
             raise ScoresError(f"{path} is a damaged score file: {error!r}") from error
         if lacking := [name for name in modules if f"{name}:out_channels" not in tensors]:
             raise ScoresError(f"{path} is a damaged score file: it has no scores of {lacking[0]!r}")
@@ -216,7 +223,7 @@ class Scores(Mapping[str, ChannelScores]):
                     what = f"{side.dtype} of shape {tuple(side.shape)}, expected a float32 vector"
                     raise ScoresError(f"{path} is a damaged score file: the scores of {name!r} are {what}")
         rows = _loaded_rows(path, tensors, row_columns, num_rows)
-        scores = cls(channels, num_rows=num_rows, coverage=coverage, metadata=metadata, rows=rows)
+        scores = cls(channels, num_rows=num_rows, coverage=coverage, metadata=metadata, rows=rows, report=report)
         if model is not None:
             scores.verify(model)
         return scores

@@ -8,6 +8,7 @@ same, which counts once.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -23,20 +24,15 @@ _SAME = 1e-3
 
 def is_fully_sharded(model: nn.Module) -> bool:
     """Whether a part of the model went through ``fully_shard``."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    # Importing it takes half a second, and a model that went through it has imported it.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def is_dtensor(tensor: Any) -> bool:
     """Whether this is a tensor of several processes."""
-    if not dist.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
 def is_sharded(model: nn.Module) -> bool:

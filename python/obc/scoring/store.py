@@ -6,9 +6,11 @@ back, and what was left out is overwritten by the next row. Rows are spilled blo
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -46,27 +48,31 @@ class RowStore:
         self._blocks = [_Block(flat) for flat in flats]
         self._capacity = 0
         self._bound = 0  # of the rows in the blocks: how many were offered since they were last counted
-        self._spill: _HostRows | RowFile | None = None
-        if to == "host":
-            self._spill = _HostRows(self.width, any(flat.device.type == "cuda" for flat in flats))
-        elif to != "device":
-            self._spill = RowFile.create(to, self.width)
+        self._spills: _HostRows | RowFile | None = None
+        self.file_path = None if to in ("device", "host") else Path(to)
+        if self.file_path is not None:
+            RowFile.refuse_other(self.file_path)
 
     def bytes(self, num_rows: int) -> int:
         """What ``num_rows`` rows take: four bytes for each of their channels."""
         return 4 * self.width * num_rows
 
+    @property
+    def memory_bytes(self) -> int:
+        """What the store takes of the devices' and the host's memory now, rows not yet there included."""
+        spilled = self._spills.matrix_bytes if isinstance(self._spills, _HostRows) else 0
+        return spilled + sum(block.rows.nbytes for block in self._blocks)
+
     def reserve(self, num_rows: int) -> None:
         """Make room for exactly ``num_rows`` more rows, and log the bytes."""
         where = self.flats[0].device if self.to == "device" else self.to
         logger.info("keeping %d rows: %d bytes on %s", num_rows, self.bytes(num_rows), where)
-        if self._spill is None:
-            if self._bound + num_rows > self._capacity:
-                self._resize(self._bound + num_rows)
-            return
-        self._spill.reserve(num_rows)
-        if self._capacity == 0:
-            self._resize(min(num_rows, self._spilled_rows()))
+        if (spill := self._spill()) is not None:
+            spill.reserve(num_rows)
+            if self._capacity == 0:
+                self._resize(min(num_rows, self._spilled_rows()))
+        elif self._bound + num_rows > self._capacity:
+            self._resize(self._bound + num_rows)
 
     def append(self, finite: Tensor, loss_scale: float) -> None:
         """Keep the row in hand.
@@ -84,12 +90,10 @@ class RowStore:
 
     def matrices(self, start: int = 0) -> list[Tensor]:
         """Per flat vector, the (rows, channels) from row ``start`` on. Reads from the device."""
-        if self._spill is None:
-            kept = self._count()
-            return [block.rows[start:kept] for block in self._blocks]
-        self._spill_blocks()
-        widths = [flat.size for flat in self.flats]
-        return list(self._spill.matrix()[start:].split(widths, dim=1))
+        if (spill := self._spilled()) is not None:
+            return list(spill.matrix()[start:].split([flat.size for flat in self.flats], dim=1))
+        kept = self._count()
+        return [block.rows[start:kept] for block in self._blocks]
 
     def kept(self, slots: Mapping[str, Mapping[str, Slot | None]]) -> KeptRows:
         """The rows so far, which later ones don't change.
@@ -97,15 +101,13 @@ class RowStore:
         Args:
             slots: module name -> side -> its slot.
         """
-        if self._spill is None:
+        if (spill := self._spilled()) is not None:
+            matrices = [spill.matrix()]
+            starts = itertools.accumulate((flat.size for flat in self.flats), initial=0)
+            places = {flat: (0, start) for flat, start in zip(self.flats, starts, strict=False)}
+        else:
             matrices = self.matrices()
             places = {flat: (index, 0) for index, flat in enumerate(self.flats)}
-        else:
-            self._spill_blocks()
-            matrices, places, start = [self._spill.matrix()], {}, 0
-            for flat in self.flats:
-                places[flat] = (0, start)
-                start += flat.size
 
         def columns(slot: Slot) -> Columns:
             matrix, start = places[slot.flat]
@@ -114,18 +116,25 @@ class RowStore:
         sides = {name: {side: columns(slot) for side, slot in of.items() if slot} for name, of in slots.items()}
         return KeptRows(matrices, sides)
 
-    def load(self, matrices: Sequence[Tensor]) -> None:
-        """Hold these rows, and no others."""
-        if self._spill is not None:
-            self._spill.rows = 0
-            self._spill.append(matrices)
-            self._forget()
+    def load(self, rows: Sequence[Tensor] | RowFile) -> None:
+        """Hold these rows, and no others: matrices as of :meth:`matrices`, or a file to go on with."""
+        for block in self._blocks:
+            block.count.zero_()
+        self._bound = 0
+        if isinstance(rows, RowFile):
+            self._spills = rows
             return
-        num_rows = len(matrices[0])
-        self._forget()
-        if num_rows > self._capacity:
-            self._resize(num_rows)
-        for block, matrix in zip(self._blocks, matrices, strict=True):
+        num_rows = len(rows[0])
+        if self.to != "device":
+            self._spills = None
+            spill = self._spill()
+            assert spill is not None
+            spill.append(rows)
+            return
+        # Rows that were handed out may lie in the block: they stay what they are.
+        self._capacity = 0
+        self._resize(num_rows)
+        for block, matrix in zip(self._blocks, rows, strict=True):
             block.rows[:num_rows].copy_(matrix)
             block.count.fill_(num_rows)
         self._bound = num_rows
@@ -133,15 +142,28 @@ class RowStore:
     @property
     def file(self) -> RowFile | None:
         """The file that holds the rows, where they go to one, with every row in it."""
-        if not isinstance(self._spill, RowFile):
-            return None
-        self._spill_blocks()
-        return self._spill
+        spill = self._spilled()
+        return spill if isinstance(spill, RowFile) else None
 
-    def adopt(self, file: RowFile) -> None:
-        """Go on with a file that holds rows already."""
-        self._spill = file
-        self._forget()
+    def _spill(self) -> _HostRows | RowFile | None:
+        """Where rows go that have no room on the device, made when it is first needed; None where they stay there."""
+        if self._spills is None and self.to != "device":
+            if self.file_path is None:
+                self._spills = _HostRows(self.width, any(flat.device.type == "cuda" for flat in self.flats))
+            else:
+                self._spills = RowFile.create(self.file_path, self.width)
+        return self._spills
+
+    def _spilled(self) -> _HostRows | RowFile | None:
+        """The same, with every row in it. Reads from the device."""
+        spill = self._spill()
+        if spill is not None and (kept := self._count()):
+            spill.append([block.rows[:kept] for block in self._blocks])
+            for block in self._blocks:
+                block.count.zero_()
+        if spill is not None:
+            self._bound = 0
+        return spill
 
     def _spilled_rows(self) -> int:
         return max(1, _SPILLED_BYTES // max(1, 4 * self.width))
@@ -152,8 +174,7 @@ class RowStore:
                 f"no room for another row while a CUDA graph is captured ({self._capacity} rows): call "
                 "scorer.reserve_rows(n) with the number of replays before capturing"
             )
-        if self._spill is not None:
-            self._spill_blocks()
+        if self._spilled() is not None:
             if samples > self._capacity:
                 self._resize(max(samples, self._spilled_rows() if self._capacity == 0 else 0))
             return
@@ -176,18 +197,6 @@ class RowStore:
         for block in self._blocks:
             block.resize(capacity, kept)
         self._capacity = capacity
-
-    def _spill_blocks(self) -> None:
-        assert self._spill is not None
-        kept = self._count()
-        if kept:
-            self._spill.append([block.rows[:kept] for block in self._blocks])
-        self._forget()
-
-    def _forget(self) -> None:
-        for block in self._blocks:
-            block.count.zero_()
-        self._bound = 0
 
 
 class _Block:
@@ -220,6 +229,10 @@ class _HostRows:
     def __init__(self, width: int, pinned: bool) -> None:
         self.rows, self.pinned = 0, pinned
         self._matrix = torch.empty(0, width, pin_memory=pinned)
+
+    @property
+    def matrix_bytes(self) -> int:
+        return self._matrix.nbytes
 
     def reserve(self, num_rows: int) -> None:
         if self.rows + num_rows > len(self._matrix):

@@ -1,0 +1,169 @@
+"""Scoring that goes on where it was killed: the scorer's state after every few batches, in one file."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from obc.scoring.errors import ScoringError
+from obc.scoring.row_file import RowFile
+from obc.scoring.scorer import JacobianScorer
+from obc.scoring.store import RowStore
+from obc.scoring.tensor_file import save_tensors
+
+logger = logging.getLogger("obc")
+
+_FORMAT = "obc.checkpoint/1"
+
+
+class CheckpointError(ScoringError):
+    """A checkpoint is damaged, or of another run."""
+
+
+class Checkpoint:
+    """The state of a scoring run in a safetensors file, and its kept rows beside it.
+
+    A checkpoint takes the place of the one before when it is complete and on the disk. Kept rows are only ever added to
+    their file, and count as far as the checkpoint says: writing them costs each row once.
+
+    Args:
+        path: of the file. Kept rows lie in ``path`` + ".rows", unless the scorer itself keeps them in a file.
+        scorer: whose state it is.
+        options: what else must be the same in a run that goes on: name -> value.
+    """
+
+    def __init__(self, path: str | PathLike[str], scorer: JacobianScorer, options: Mapping[str, Any]) -> None:
+        self.path, self.scorer = Path(path), scorer
+        self.identity = {
+            "model": type(scorer.model).__name__,
+            **{name: json.loads(json.dumps(value)) for name, value in options.items()},
+            "keep_rows": scorer.row_store is not None,
+            "weights": _fingerprint(scorer.model),
+        }
+        self._rows_path = self.path.with_name(self.path.name + ".rows")
+        self._rows: RowFile | None = None
+        self._random: list[Tensor] = []
+
+    def resume(self) -> dict[str, Any] | None:
+        """Load the checkpoint into the scorer; what :meth:`save` was given, or None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model, other weights or other options.
+        """
+        for path in (self.path, self._rows_path):
+            # What a process killed while it wrote left: atomic_write's names.
+            pattern = f".{glob.escape(path.name[:100])}.{'[0-9a-f]' * 16}.tmp"
+            for left in path.parent.glob(pattern):
+                left.unlink(missing_ok=True)
+        if not self.path.exists():
+            self._rows_path.unlink(missing_ok=True)
+            return None
+        tensors, header = self._read()
+        there = json.loads(header["identity"])
+        for name, here in self.identity.items():
+            if there.get(name) != here:
+                what = "weights" if name == "weights" else f"{name}={there.get(name)!r}, this run has {here!r}"
+                raise CheckpointError(
+                    f"the checkpoint {self.path} is of another run: other {what}; delete it, or pass another path"
+                )
+        state = json.loads(header["state"]) | {"scores": _numbered(tensors, "scores")}
+        try:
+            if (store := self.scorer.row_store) is not None:
+                state["kept_rows"] = self._load_rows(store, state["kept"])
+            self.scorer.load_state_dict(state)
+        except ValueError as error:
+            raise CheckpointError(f"the checkpoint {self.path} is of another run: {error}") from error
+        self._random = _numbered(tensors, "random")
+        progress: dict[str, Any] = json.loads(header["progress"])
+        return progress
+
+    def save(self, progress: Mapping[str, Any]) -> None:
+        """Write the state, and what :meth:`resume` is to give back."""
+        state = self.scorer.state_dict(kept_rows=False)
+        scores = state.pop("scores")
+        state["kept"] = self._save_rows()
+        tensors = {f"scores:{index}": flat for index, flat in enumerate(scores)}
+        tensors |= {f"random:{index}": generator for index, generator in enumerate(_random_state())}
+        header = {"identity": self.identity, "state": state, "progress": dict(progress)}
+        save_tensors(
+            self.path, tensors, {"format": _FORMAT} | {key: json.dumps(value) for key, value in header.items()}
+        )
+
+    def restore_random(self) -> None:
+        """Set torch's generators to where they were; call it once the batches are where they were."""
+        if self._random:
+            torch.set_rng_state(self._random[0])
+            if len(self._random) > 1:
+                torch.cuda.set_rng_state_all(self._random[1:])
+
+    def remove(self) -> None:
+        """The run is over: a later one with other batches must not go on from here."""
+        self.path.unlink(missing_ok=True)
+        self._rows_path.unlink(missing_ok=True)
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path} is no checkpoint, or is damaged: {error}; delete it") from error
+        if header.get("format") != _FORMAT:
+            found = header.get("format")
+            raise CheckpointError(f"{self.path} is no checkpoint: format {found!r}, expected {_FORMAT!r}; delete it")
+        return tensors, header
+
+    def _save_rows(self) -> int:
+        """Have every kept row on the disk; how many there are."""
+        store = self.scorer.row_store
+        if store is None:
+            return 0
+        file = store.file
+        if file is None:
+            if self._rows is None:
+                self._rows = RowFile.create(self._rows_path, store.width)
+            file = self._rows
+            file.append(store.matrices(start=file.rows))
+        file.sync()
+        return file.rows
+
+    def _load_rows(self, store: RowStore, kept: int) -> list[Tensor] | RowFile:
+        if store.file_path is not None:
+            return RowFile.open(store.file_path, store.width, kept)
+        self._rows = RowFile.open(self._rows_path, store.width, kept)
+        return list(self._rows.matrix().split([flat.size for flat in store.flats], dim=1))
+
+
+def _numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """The tensors "name:0", "name:1" and so on."""
+    keys = itertools.takewhile(lambda key: key in tensors, (f"{name}:{index}" for index in itertools.count()))
+    return [tensors[key] for key in keys]
+
+
+def _random_state() -> list[Tensor]:
+    """The states of torch's generators: the CPU's, and those of CUDA devices where they are in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """A hash over names, shapes and sums of the bits of every parameter and buffer; integers, so exact everywhere."""
+    digest = hashlib.sha256()
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        tensor = tensor.detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        integers = torch.int16 if tensor.element_size() % 2 == 0 else torch.uint8
+        bits = torch.atleast_1d(tensor).contiguous().view(integers)
+        digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
+    return digest.hexdigest()

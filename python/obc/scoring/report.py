@@ -1,0 +1,63 @@
+"""What a scoring run took: time and memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``obc.score`` took.
+
+    Attributes:
+        seconds: from the first batch to the last, with those of the runs that a checkpoint went on from.
+        rows: rows that were added.
+        peak_bytes: on CUDA the most that was allocated at once, weights and batches included; on the CPU how far the
+            process's resident memory grew above what it was at the start; None where the system does not say.
+        kept_bytes: what obc itself holds between rows: the flat vectors, and the kept rows.
+    """
+
+    seconds: float
+    rows: int
+    peak_bytes: int | None
+    kept_bytes: int
+
+
+class PeakMemory:
+    """The peak from now on. Sets back the peak that CUDA's allocator, or Linux for this process, keeps."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cuda = [device for device in set(devices) if device.type == "cuda"]
+        for device in self._cuda:
+            torch.cuda.reset_peak_memory_stats(device)
+        self._start = self._earlier = None
+        if not self._cuda and _STATUS.exists():
+            self._start, self._earlier = _status("VmRSS"), _status("VmHWM")
+            # Where this is not allowed, only a peak above all earlier ones is seen.
+            with contextlib.suppress(OSError):
+                _CLEAR_REFS.write_text("5")
+                self._earlier = 0
+
+    def read(self) -> int | None:
+        """The peak in bytes, as :class:`Report` has it."""
+        if self._cuda:
+            return sum(torch.cuda.max_memory_allocated(device) for device in self._cuda)
+        peak = None if self._start is None else _status("VmHWM")
+        if peak is None or self._start is None or self._earlier is None or peak <= self._earlier:
+            return None
+        return max(0, peak - self._start)
+
+
+def _status(field: str) -> int | None:
+    """A field of Linux's status of this process, in bytes."""
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])  # the kernel counts in KiB
+    return None
