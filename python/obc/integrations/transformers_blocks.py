@@ -1,0 +1,493 @@
+"""Finding the prunable widths of a transformers model, from the names and shapes of its layers and its config.
+
+Nothing is traced and transformers is not imported: a block is known by how its layers are called in the library, and
+believed only where all their shapes agree. What looks like a block and is not understood is named with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.equivalent.layers import layout_of
+from obc.equivalent.plan import named_modules
+from obc.integrations.transformers_axes import Axis
+from obc.scoring.groups import ChannelGroup, Side, Slice
+
+KINDS = ("ffn", "heads", "query_heads", "experts", "expert_ffn", "mamba", "embedding")
+DEFAULT_KINDS = ("ffn", "heads", "experts", "expert_ffn", "mamba")
+
+_GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
+_PLAIN = (
+    ("up_proj", "down_proj"),
+    ("fc1", "fc2"),
+    ("c_fc", "c_proj"),
+    ("fc_in", "fc_out"),
+    ("lin1", "lin2"),
+    ("dense_h_to_4h", "dense_4h_to_h"),
+    ("wi", "wo"),
+    ("intermediate.dense", "output.dense"),
+)
+_FUSED_GATED = (("gate_up_proj", "down_proj"),)
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
+_FUSED_PROJECTIONS = ("c_attn", "qkv_proj")
+_OUTPUTS = ("o_proj", "out_proj", "c_proj", "out_lin", "dense")
+_UNREADABLE = ("query_key_value", "Wqkv", "in_proj_qkv", "qkv")
+
+# What modules call the counts that pruning changes.
+_INNER_WIDTH = ("intermediate_size", "intermediate_dim", "ffn_dim", "inner_dim")
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+_ATTENTION_WIDTH = ("all_head_size", "split_size", "embed_dim", "dim")
+_HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_HIDDEN = ("hidden_size", "hidden_dim", "embed_dim")
+
+
+@dataclass(frozen=True)
+class Counter:
+    """A module's attribute that counts ``per_unit`` for every unit of a group."""
+
+    module: str
+    attribute: str
+    per_unit: int
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A group, and everything besides its weights that changes when units go.
+
+    Attributes:
+        group: as the model is now.
+        axes: for slices of tensors outside any ordinary layer, where they lie.
+        counters: attributes of modules that count units.
+        config: config key -> how much a unit counts there.
+        config_fixed: config key -> a value that must be written down once units are gone (it was derived before).
+        min_units: so many must stay for the model to run.
+        attended: channels per unit in the products of queries, keys and values.
+        family: groups of one family keep equal widths where widths are uniform.
+    """
+
+    group: ChannelGroup
+    axes: Mapping[tuple[str, Side], tuple[Axis, ...]] = field(default_factory=dict)
+    counters: tuple[Counter, ...] = ()
+    config: Mapping[str, int] = field(default_factory=dict)
+    config_fixed: Mapping[str, int] = field(default_factory=dict)
+    min_units: int = 1
+    attended: int = 0
+
+    @property
+    def family(self) -> tuple[str, ...]:
+        return (self.group.kind, *self.config)
+
+
+class NotPrunableError(ValueError):
+    """Why a block that was found can't be pruned."""
+
+
+class Finder:
+    """Finds the blocks of one model.
+
+    Attributes:
+        blocks: by group name, in the order of the model.
+        left_out: what looks like a block -> why it is none that can be pruned.
+    """
+
+    def __init__(self, model: nn.Module, kinds: Sequence[str]) -> None:
+        self.model, self.config = model, getattr(model, "config", None)
+        self.modules = dict(named_modules(model))
+        self.blocks: dict[str, Block] = {}
+        self.left_out: dict[str, str] = {}
+        for name in self.modules:
+            if "ffn" in kinds:
+                self._add(name, self._feed_forwards(name))
+            if {"heads", "query_heads"} & set(kinds):
+                self._add(name, self._attentions(name, kinds))
+            if {"experts", "expert_ffn"} & set(kinds):
+                self._add(name, self._experts(name, kinds))
+            if "mamba" in kinds:
+                self._add(name, self._mambas(name))
+        if "embedding" in kinds:
+            self._add(_embedding_name(self.modules), self._embeddings())
+        place = {name: index for index, name in enumerate(self.modules)}
+        first = {name: block.group.slices[0].module for name, block in self.blocks.items()}
+        order = sorted(
+            self.blocks, key=lambda name: place.get(first[name], place.get(first[name].rpartition(".")[0], 0))
+        )
+        self.blocks = {name: self.blocks[name] for name in order}
+
+    def _add(self, name: str, found: Iterator[Block]) -> None:
+        try:
+            for block in found:
+                self.blocks[block.group.name] = block
+        except NotPrunableError as reason:
+            self.left_out[name] = str(reason)
+
+    # --- feed-forward ----------------------------------------------------------------------------------------------
+
+    def _feed_forwards(self, name: str) -> Iterator[Block]:
+        shapes: Sequence[tuple[Sequence[tuple[str, ...]], int]] = ((_GATED, 1), (_FUSED_GATED, 2), (_PLAIN, 1))
+        for candidates, copies in shapes:
+            for names in candidates:
+                layers = [self._layer(name, child) for child in names]
+                if all(layer is not None for layer in layers):
+                    yield self._feed_forward(name, [_joined(name, child) for child in names], copies)
+                    return
+
+    def _feed_forward(self, name: str, layers: Sequence[str], copies: int) -> Block:
+        *producers, consumer = layers
+        width = self._size(consumer, "in")
+        for producer in producers:
+            if self._size(producer, "out") != copies * width:
+                raise NotPrunableError(
+                    f"{producer} has {self._size(producer, 'out')} outputs, {consumer} {width} inputs"
+                )
+        for child in self._inner_norms(name, width, self._size(consumer, "out")):
+            raise NotPrunableError(f"{child} normalises over the {width} channels")
+        slices = [Slice(layer, "out", _channels(width, 1, copies)) for layer in producers]
+        slices.append(Slice(consumer, "in", _channels(width, 1)))
+        keys: tuple[str, ...] = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
+        if "shared_expert" in name:
+            keys = ("shared_expert_intermediate_size",)
+        elif ".experts." in name:
+            keys = ("moe_intermediate_size", *keys)
+        return Block(
+            ChannelGroup(producers[0], tuple(slices), "ffn"),
+            counters=self._counters([name], {_INNER_WIDTH: (width, 1)}),
+            config=self._config_key(keys, 1),
+        )
+
+    def _inner_norms(self, name: str, width: int, outer: int) -> Iterator[str]:
+        for child_name, child in self.modules[name].named_children():
+            weight = getattr(child, "weight", None)
+            if width != outer and isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == width:
+                yield _joined(name, child_name)
+
+    # --- attention -------------------------------------------------------------------------------------------------
+
+    def _attentions(self, name: str, kinds: Sequence[str]) -> Iterator[Block]:
+        module = self.modules[name]
+        for child in _UNREADABLE:
+            if layout_of_child(module, child) is not None:
+                raise NotPrunableError(f"the order of queries, keys and values in {_joined(name, child)} is not known")
+        for names in _PROJECTIONS:
+            if all(self._layer(name, child) is not None for child in names):
+                projections = [_joined(name, child) for child in names]
+                break
+        else:
+            projections = [_joined(name, child) for child in _FUSED_PROJECTIONS if self._layer(name, child) is not None]
+        if not projections:
+            return
+        output = self._output(name)
+        if output is None:
+            raise NotPrunableError("no output projection was found")
+        heads = self._head_shapes(name, projections, output)
+        grouped = heads.queries // heads.shared > 1
+        if "heads" in kinds and heads.shared > 1:
+            yield self._attention(name, projections, output, heads, "heads")
+        elif grouped and ("query_heads" in kinds or "heads" in kinds):
+            yield self._attention(name, projections, output, heads, "query_heads")
+
+    def _output(self, name: str) -> str | None:
+        for child in _OUTPUTS:
+            if self._layer(name, child) is not None:
+                return _joined(name, child)
+        parent = name.rpartition(".")[0]  # BERT: the projections in attention.self, the output in attention.output
+        return _joined(parent, "output.dense") if self._layer(parent, "output.dense") is not None else None
+
+    def _head_shapes(self, name: str, projections: Sequence[str], output: str) -> _Heads:
+        module, inner = self.modules[name], self._size(output, "in")
+        size = next((int(value) for key in _HEAD_SIZE if isinstance(value := getattr(module, key, None), int)), None)
+        if size is None:
+            count = next((value for key in _HEADS if isinstance(value := getattr(module, key, None), int)), None)
+            if not count or inner % count:
+                raise NotPrunableError(f"{type(module).__name__} does not say how many heads it has")
+            size = inner // count
+        widths = [self._size(projection, "out") for projection in projections]
+        if len(projections) == 1:
+            shared, rest = divmod(widths[0] - inner, 2 * size)
+        else:
+            shared, rest = divmod(widths[1], size)
+            if widths[0] != inner or widths[1] != widths[2]:
+                raise NotPrunableError(f"queries, keys, values and output have {[*widths, inner]} channels")
+        if rest or shared < 1 or inner % (shared * size):
+            raise NotPrunableError(f"its widths {[*widths, inner]} are no whole heads of {size} channels")
+        self._refuse_other_parameters(name, projections, output, size)
+        return _Heads(inner // size, shared, size)
+
+    def _refuse_other_parameters(self, name: str, projections: Sequence[str], output: str, size: int) -> None:
+        known = {*projections, output}
+        for key, parameter in self.modules[name].named_parameters():
+            owner = _joined(name, key).rpartition(".")[0]
+            if owner in known or (owner != name and parameter.shape == (size,)):  # a norm that all heads share
+                continue
+            raise NotPrunableError(f"{_joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
+
+    def _attention(self, name: str, projections: Sequence[str], output: str, heads: _Heads, kind: str) -> Block:
+        queries, shared, size = heads.queries, heads.shared, heads.size
+        ratio = queries // shared
+        if kind == "heads":
+            of_query, units = _channels(shared, ratio * size), shared
+            of_key: Tensor | None = _channels(shared, size)
+        else:  # query head j of every group of keys and values
+            of_query, of_key, units = _channels(ratio, size, shared), None, ratio
+        if len(projections) == 1:
+            inner, width = queries * size, shared * size
+            parts = [of_query] if of_key is None else [of_query, of_key + inner, of_key + inner + width]
+            slices = [Slice(projections[0], "out", torch.cat(parts, dim=1))]
+        else:
+            slices = [Slice(projections[0], "out", of_query)]
+            slices += [] if of_key is None else [Slice(projection, "out", of_key) for projection in projections[1:]]
+        slices.append(Slice(output, "in", of_query))
+        per_unit = queries // units
+        counted: dict[tuple[str, ...], tuple[int, int]] = {
+            _HEADS: (queries, per_unit),
+            _ATTENTION_WIDTH: (queries * size, per_unit * size),
+        }
+        config = {"num_attention_heads": per_unit}
+        if kind == "heads":
+            counted[_KEY_VALUE_HEADS] = (shared, 1)
+            config |= self._config_key(("num_key_value_heads",), 1)
+        else:
+            counted[("num_key_value_groups",)] = (ratio, 1)
+        return Block(
+            ChannelGroup(projections[0], tuple(slices), kind),
+            counters=self._counters([name], counted),
+            config=config if self.config is not None else {},
+            config_fixed={"head_dim": size},
+            attended=of_query.shape[1],
+        )
+
+    # --- mixtures of experts ---------------------------------------------------------------------------------------
+
+    def _experts(self, name: str, kinds: Sequence[str]) -> Iterator[Block]:
+        module = self.modules[name]
+        own = dict(module.named_parameters(recurse=False))
+        fused = own.get("gate_up_proj"), own.get("down_proj")
+        if not all(isinstance(tensor, Tensor) and tensor.dim() == 3 for tensor in fused):
+            return
+        up, down = fused
+        assert up is not None
+        assert down is not None
+        count, hidden, width = down.shape
+        if set(own) != {"gate_up_proj", "down_proj"} or up.shape != (count, 2 * width, hidden):
+            shapes = {key: tuple(value.shape) for key, value in own.items()}
+            raise NotPrunableError(f"experts stored as {shapes} are not understood")
+        if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
+            raise NotPrunableError("experts whose gate and up projections are interleaved are not understood")
+        up_key, down_key = _joined(name, "gate_up_proj"), _joined(name, "down_proj")
+        if "expert_ffn" in kinds:
+            yield Block(
+                ChannelGroup(
+                    up_key,
+                    (Slice(up_key, "out", _channels(width, 1, 2)), Slice(down_key, "in", _channels(width, 1))),
+                    "expert_ffn",
+                ),
+                axes={
+                    (up_key, "out"): (Axis(name, "gate_up_proj", 1, up_key, "out"),),
+                    (down_key, "in"): (Axis(name, "down_proj", 2, down_key, "in"),),
+                },
+                counters=self._counters([name], {_INNER_WIDTH: (width, 1)}),
+                config=self._config_key(("moe_intermediate_size", "intermediate_size"), 1),
+            )
+        if "experts" in kinds:
+            yield self._whole_experts(name, count)
+
+    def _whole_experts(self, name: str, count: int) -> Block:
+        parent = name.rpartition(".")[0]
+        router = next((_joined(parent, child) for child in ("gate", "router") if self._has(parent, child)), None)
+        weight = None if router is None else getattr(self.modules[router], "weight", None)
+        if router is None or not isinstance(weight, Tensor) or weight.dim() != 2 or len(weight) != count:
+            raise NotPrunableError(f"no router with {count} rows was found beside it")
+        others = [key for key, _ in self.modules[router].named_parameters() if key != "weight"]
+        others += [key for key, _ in self.modules[router].named_buffers()]
+        if others or getattr(self.modules[router], "n_group", 1) not in (None, 1):
+            raise NotPrunableError(f"the router {router} has more than a weight ({', '.join(others) or 'n_group'})")
+        top = next((v for m in (router, parent) if isinstance(v := getattr(self.modules[m], "top_k", None), int)), 1)
+        up_key, down_key = _joined(name, "gate_up_proj"), _joined(name, "down_proj")
+        axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
+            (name, "in"): (
+                Axis(name, "gate_up_proj", 0, up_key, "in"),
+                Axis(name, "down_proj", 0, down_key, "out"),
+            )
+        }
+        if layout_of(self.modules[router]) is None:
+            key = _joined(router, "weight")
+            axes[router, "out"] = (Axis(router, "weight", 0, key, "out"),)
+        one = _channels(count, 1)
+        return Block(
+            ChannelGroup(name, (Slice(router, "out", one), Slice(name, "in", one)), "experts"),
+            axes=axes,
+            counters=self._counters([name, router, parent], {_EXPERTS: (count, 1)}),
+            config=self._config_key(_EXPERTS, 1),
+            min_units=top,
+        )
+
+    # --- Mamba -----------------------------------------------------------------------------------------------------
+
+    def _mambas(self, name: str) -> Iterator[Block]:
+        module = self.modules[name]
+        own = dict(module.named_parameters(recurse=False))
+        if "A_log" not in own:
+            return
+        children = {child: _joined(name, child) for child, _ in module.named_children()}
+        expected = {"in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"}
+        if set(own) != {"A_log", "D"} or not expected <= set(children):
+            raise NotPrunableError(f"{type(module).__name__} is not understood: only Mamba's mixer is, not Mamba-2's")
+        width = self._size(children["out_proj"], "in")
+        if own["A_log"].shape[0] != width or self._size(children["in_proj"], "out") != 2 * width:
+            raise NotPrunableError(f"its widths do not agree on {width} inner channels")
+        one = _channels(width, 1)
+        slices = (
+            Slice(children["in_proj"], "out", _channels(width, 1, 2)),
+            Slice(children["conv1d"], "out", one),
+            Slice(children["x_proj"], "in", one),
+            Slice(children["dt_proj"], "out", one),
+            Slice(_joined(name, "A_log"), "out", one),
+            Slice(_joined(name, "D"), "out", one),
+            Slice(children["out_proj"], "in", one),
+        )
+        axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
+            (_joined(name, key), "out"): (Axis(name, key, 0, _joined(name, key), "out"),) for key in ("A_log", "D")
+        }
+        yield Block(
+            ChannelGroup(children["in_proj"], slices, "mamba"),
+            axes=axes,
+            counters=self._counters([name], {_INNER_WIDTH: (width, 1)}),
+            config=self._config_key(("intermediate_size",), 1),
+        )
+
+    # --- embedding width -------------------------------------------------------------------------------------------
+
+    def _embeddings(self) -> Iterator[Block]:
+        """The residual stream: every side that has the config's hidden size and is no inner width."""
+        hidden = getattr(self.config, "hidden_size", None)
+        if not isinstance(hidden, int):
+            raise NotPrunableError("the config has no hidden_size")
+        inner = Finder(self.model, DEFAULT_KINDS)
+        if any(block.group.kind in ("experts", "expert_ffn") for block in inner.blocks.values()) or inner.left_out:
+            reasons = "; ".join(f"{name}: {why}" for name, why in inner.left_out.items())
+            raise NotPrunableError(f"the residual stream passes through fused experts or what is unknown {reasons}")
+        taken = {(part.module, part.side) for block in inner.blocks.values() for part in block.group.slices}
+        taken |= self._attention_sides()
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        one = _channels(hidden, 1)
+        slices: list[Slice] = []
+        axes: dict[tuple[str, Side], tuple[Axis, ...]] = {}
+        for name, module in self.modules.items():
+            sides: list[Side] = ["in"] if module is head else ["out", "in"]
+            for side in sides:
+                if (name, side) not in taken and self._size_or_none(name, side) == hidden:
+                    slices.append(Slice(name, side, one))
+            for key, parameter in module.named_parameters(recurse=False):
+                full = _joined(name, key)
+                if key not in ("weight", "bias") and parameter.dim() > 1 and parameter.shape[-1] == hidden:
+                    axes[full, "out"] = (Axis(name, key, parameter.dim() - 1, full, "out"),)
+                    slices.append(Slice(full, "out", one))
+        if getattr(self.config, "num_labels", None) == hidden or getattr(self.config, "vocab_size", None) == hidden:
+            raise NotPrunableError(f"the hidden size {hidden} is also a number of labels or tokens")
+        yield Block(
+            ChannelGroup(_embedding_name(self.modules), tuple(slices), "embedding"),
+            axes=axes,
+            counters=tuple(
+                Counter(name, key, 1)
+                for name, module in self.modules.items()
+                for key in _HIDDEN
+                if vars(module).get(key) == hidden and not self._is_attention(name)
+            ),
+            config=self._config_key(("hidden_size",), 1) if self.config is not None else {},
+            config_fixed=_fixed_head_size(inner.blocks.values()),
+        )
+
+    def _is_attention(self, name: str) -> bool:
+        return any(self._layer(name, child) is not None for names in _PROJECTIONS for child in names[:1]) or any(
+            self._layer(name, child) is not None for child in _FUSED_PROJECTIONS
+        )
+
+    def _attention_sides(self) -> set[tuple[str, Side]]:
+        """The inner sides of every attention, and the norms inside: of heads, whatever their size is."""
+        sides: set[tuple[str, Side]] = set()
+        for name in self.modules:
+            if not self._is_attention(name) or (output := self._output(name)) is None:
+                continue
+            sides.add((output, "in"))
+            for child_name, child in self.modules[name].named_children():
+                if _joined(name, child_name) != output and next(child.parameters(), None) is not None:
+                    sides.add((_joined(name, child_name), "out"))
+        return sides
+
+    # --- small things ----------------------------------------------------------------------------------------------
+
+    def _has(self, name: str, child: str) -> bool:
+        return _joined(name, child) in self.modules
+
+    def _layer(self, name: str, child: str) -> nn.Module | None:
+        module = self.modules.get(_joined(name, child))
+        return module if module is not None and layout_of(module) is not None else None
+
+    def _size(self, name: str, side: str) -> int:
+        layout = layout_of(self.modules[name])
+        assert layout is not None
+        return layout.sizes(self.modules[name].weight)[0 if side == "out" else 1]  # type: ignore[arg-type]
+
+    def _size_or_none(self, name: str, side: str) -> int | None:
+        module = self.modules[name]
+        if layout_of(module) is not None:
+            return self._size(name, side)
+        weight = getattr(module, "weight", None)
+        if side == "out" and isinstance(weight, Tensor) and (weight.dim() == 1 or isinstance(module, nn.Embedding)):
+            return int(weight.shape[-1])
+        return None
+
+    def _counters(
+        self, names: Sequence[str], counted: Mapping[tuple[str, ...], tuple[int, int]]
+    ) -> tuple[Counter, ...]:
+        """Attributes of these modules that have the value that they would count."""
+        return tuple(
+            Counter(name, key, per_unit)
+            for name in names
+            for keys, (value, per_unit) in counted.items()
+            for key in keys
+            if vars(self.modules[name]).get(key) == value
+        )
+
+    def _config_key(self, keys: Sequence[str], per_unit: int) -> dict[str, int]:
+        key = next((key for key in keys if hasattr(self.config, key)), None)
+        return {} if key is None else {key: per_unit}
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Query heads, heads of keys and values that they share, channels of a head."""
+
+    queries: int
+    shared: int
+    size: int
+
+
+def layout_of_child(module: nn.Module, child: str) -> Any:
+    found = getattr(module, child, None)
+    return layout_of(found) if isinstance(found, nn.Module) else None
+
+
+def _fixed_head_size(blocks: Any) -> dict[str, int]:
+    sizes = {block.config_fixed["head_dim"] for block in blocks if "head_dim" in block.config_fixed}
+    return {"head_dim": sizes.pop()} if len(sizes) == 1 else {}
+
+
+def _embedding_name(modules: Mapping[str, nn.Module]) -> str:
+    return next((name for name, module in modules.items() if isinstance(module, nn.Embedding)), "embedding")
+
+
+def _channels(units: int, width: int, copies: int = 1) -> Tensor:
+    """(units, copies * width): of ``copies`` stretches of ``units`` blocks, the u-th block of each."""
+    blocks = torch.arange(copies * units * width).reshape(copies, units, width)
+    return blocks.transpose(0, 1).reshape(units, copies * width)
+
+
+def _joined(name: str, child: str) -> str:
+    return f"{name}.{child}" if name else child

@@ -1,0 +1,292 @@
+"""Pruning transformers models by their own blocks: slicing, sizes, config and plan, without tracing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from obc.equivalent.layers import is_compiled
+from obc.equivalent.plan import Kept, PlanError, PruningPlan
+from obc.integrations.transformers_axes import Axis, layer_axes, narrow, sync_layer, without
+from obc.integrations.transformers_blocks import DEFAULT_KINDS, KINDS, Block, Finder
+from obc.integrations.transformers_config import with_widths
+from obc.integrations.transformers_costs import axis_key, transformer_costs
+from obc.pruning.measure import call, evaluating
+from obc.scoring.groups import ChannelGroup, Slice
+from obc.selection.costs import Costs
+
+
+def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -> list[ChannelGroup]:
+    """The coupled channels of a transformers model, in the order of its modules.
+
+    ============= ====================================================================================================
+    kind          one unit
+    ============= ====================================================================================================
+    "ffn"         a channel between the projections of a feed-forward block, plain or gated
+    "heads"       a head of keys and values with the query heads that share it; without sharing a head. Where all
+                  query heads share one, as "query_heads"
+    "query_heads" the j-th query head of every head of keys and values
+    "experts"     an expert of a mixture, with its row of the router
+    "expert_ffn"  the f-th inner channel of every expert of a mixture whose experts are one tensor
+    "mamba"       an inner channel of Mamba's mixer
+    "embedding"   a channel of the residual stream, everywhere; not among the default kinds
+    ============= ====================================================================================================
+
+    Slices of tensors outside ordinary layers have the tensor's name as their module; an expert as a whole lies in the
+    module of the experts. The scorer reads ordinary layers alone: ``scores.group`` names what it could not read.
+
+    Args:
+        model: a model of the transformers library, or one built and named like those: Llama, Qwen, Mistral, Gemma,
+            OPT, GPT-2, BERT, ViT, Mixtral, Mamba and their kin.
+        kinds: of groups to find.
+
+    Raises:
+        ValueError: an unknown kind, or "query_heads" together with "heads".
+    """
+    return [block.group for block in _found(model, kinds).blocks.values()]
+
+
+def _found(model: nn.Module, kinds: Sequence[str]) -> Finder:
+    if unknown := set(kinds) - set(KINDS):
+        raise ValueError(f"kinds are {', '.join(map(repr, KINDS))}, got {sorted(unknown)[0]!r}")
+    if {"heads", "query_heads"} <= set(kinds):
+        raise ValueError("'heads' and 'query_heads' remove the same query heads; prune by one kind, then by the other")
+    return Finder(model, kinds)
+
+
+class TransformersStructure:
+    """The prunable groups of a transformers model; see ``obc.pruning.Structure`` and :func:`transformer_groups`.
+
+    A unit's removal takes it out of every weight, of the modules' own counts of heads, channels and experts, and, where
+    all layers then agree, of the config, so that ``save_pretrained`` and ``from_pretrained`` round-trip; where they
+    don't, or the architecture can't express the widths, the config stays as it is, ``config_refused`` says why, and
+    :func:`save_pruned` saves the model. What remains of a router is renormalised by the model's own routing: as if the
+    removed experts' logits were minus infinity. Norms over the residual stream ("embedding") are over what remains.
+
+    Args:
+        model: pruned in place by :meth:`remove`.
+        kinds: of groups, see :func:`transformer_groups`.
+        uniform: ask ``obc.prune`` to keep equal widths in all layers: units are ranked within each layer.
+        ignored_layers: modules, or names of modules, whose own groups, and those of all modules inside, are left alone.
+        sequence_length: of the tokens that MACs count the products of queries, keys and values with; 0 leaves those
+            products out.
+        example_inputs: where given, the removal of one unit of every group is tried on a copy of the model.
+
+    Attributes:
+        left_out: what looks like a block, or was tried -> why it can't be pruned.
+        config_refused: why the config could not be adapted to the widths, or None.
+        uniform: as given.
+
+    Raises:
+        PlanError: the model is compiled or has parametrised layers, or the try failed.
+        ValueError: an unknown kind; an ignored layer that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kinds: Sequence[str] = DEFAULT_KINDS,
+        *,
+        uniform: bool = False,
+        ignored_layers: Sequence[nn.Module | str] = (),
+        sequence_length: int = 0,
+        example_inputs: Any = None,
+    ) -> None:
+        if is_compiled(model):
+            raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile")
+        for name, module in model.named_modules():
+            if parametrize.is_parametrized(module):
+                raise PlanError(f"{name or 'the model'} is parametrised and can't be sliced; merge it first")
+        self.model, self.uniform, self._sequence_length = model, uniform, sequence_length
+        finder = _found(model, kinds)
+        self._modules = finder.modules
+        self.left_out = finder.left_out
+        ignored = self._ignored(ignored_layers)
+        self._blocks = {
+            name: block
+            for name, block in finder.blocks.items()
+            if not any(part.side == "out" and part.module in ignored for part in block.group.slices)
+        }
+        self._kept: dict[str, Kept] = {}
+        self.config_refused: str | None = None
+        if example_inputs is not None:
+            self._try(example_inputs)
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What every layer kept so far, in terms of the unpruned model."""
+        return PruningPlan(self._kept)
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """The groups of the model as it is now, in the order of its modules."""
+        return tuple(block.group for block in self._blocks.values())
+
+    @property
+    def min_units(self) -> dict[str, int]:
+        """How many units of each group the model needs to run: experts that a token is routed to."""
+        return {name: block.min_units for name, block in self._blocks.items()}
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """The blocks behind the groups."""
+        return dict(self._blocks)
+
+    @property
+    def families(self) -> list[list[str]]:
+        """Groups that keep equal widths where widths are uniform: of one kind, config entry and size."""
+        found: dict[tuple[Any, ...], list[str]] = {}
+        for name, block in self._blocks.items():
+            found.setdefault((*block.family, block.group.size), []).append(name)
+        return list(found.values())
+
+    def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
+        """MACs for one token, or parameters: see :func:`transformers_costs.transformer_costs`."""
+        blocks = list(self._blocks.values())
+        axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
+        for index, block in enumerate(blocks):
+            for part in block.group.slices:
+                for axis in self._axes(block, part):
+                    axes.setdefault(axis_key(axis), []).append((index, part))
+        return transformer_costs(self.model, blocks, axes, unit, self._sequence_length)
+
+    def remove(self, units: Mapping[str, Tensor]) -> None:
+        """Remove these units of each named group, and record it in the plan; nothing is removed where that fails.
+
+        Raises:
+            KeyError: no group has the name.
+            IndexError: a group has no such unit.
+            ValueError: too little would be left of a group.
+        """
+        chosen = {name: self._checked(name, indices) for name, indices in units.items()}
+        chosen = {name: indices for name, indices in chosen.items() if len(indices)}
+        if not chosen:
+            return
+        for name, indices in chosen.items():
+            self._remove(name, indices)
+        self._adapt_config()
+
+    # --- checks ----------------------------------------------------------------------------------------------------
+
+    def _ignored(self, layers: Sequence[nn.Module | str]) -> set[str]:
+        names = {module: name for name, module in self._modules.items()}
+        ignored: set[str] = set()
+        for layer in layers:
+            name = layer if isinstance(layer, str) else names.get(layer)
+            if name not in self._modules:
+                raise ValueError(
+                    f"ignored_layers: the model has no layer {layer if isinstance(layer, str) else type(layer)}"
+                )
+            inside = [inner for inner in self._modules if inner == name or inner.startswith(f"{name}.") or name == ""]
+            ignored |= set(inside)
+            ignored |= {f"{inner}.{key}" for inner in inside for key, _ in self._modules[inner].named_parameters()}
+        return ignored
+
+    def _checked(self, name: str, indices: Tensor) -> Tensor:
+        if name not in self._blocks:
+            raise KeyError(f"no group is named {name!r}: there are {', '.join(map(repr, self._blocks))}")
+        block = self._blocks[name]
+        indices = torch.as_tensor(indices, dtype=torch.int64).cpu().unique()
+        size = block.group.size
+        if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < size:
+            raise IndexError(f"{name!r} has units 0 to {size - 1}, got {int(indices[0])} to {int(indices[-1])}")
+        if len(indices) and size - len(indices) < block.min_units:
+            raise ValueError(
+                f"{len(indices)} of the {size} units of {name!r} were to be removed; {block.min_units} must stay"
+            )
+        return indices
+
+    def _try(self, example_inputs: Any) -> None:
+        """Remove one unit of every group of a copy, and run it."""
+        trial = copy.copy(self)
+        trial.model = copy.deepcopy(self.model)
+        trial._modules = {name: trial.model.get_submodule(name) for name in self._modules}
+        trial._blocks, trial._kept = dict(self._blocks), {}
+        removable = {n: torch.tensor([0]) for n, b in self._blocks.items() if b.group.size > b.min_units}
+        try:
+            trial.remove(removable)
+            trial.plan.verify(self.model.state_dict(), trial.model)
+            with evaluating(trial.model), torch.no_grad():
+                call(trial.model, example_inputs)
+        except Exception as fault:  # whatever a model's own code raises is what is reported
+            names = ", ".join(map(repr, removable))
+            raise PlanError(
+                f"{type(self.model).__name__} does not run without one unit of each of {names}: "
+                f"{type(fault).__name__}: {fault}; choose other kinds or ignored_layers"
+            ) from fault
+
+    # --- removing --------------------------------------------------------------------------------------------------
+
+    def _axes(self, block: Block, part: Slice) -> tuple[Axis, ...]:
+        found = block.axes.get((part.module, part.side))
+        return layer_axes(part.module, self._modules[part.module], part.side) if found is None else found
+
+    def _remove(self, name: str, chosen: Tensor) -> None:
+        block = self._blocks[name]
+        removals = [
+            (self._axes(block, part), part.channels[chosen].flatten().sort().values) for part in block.group.slices
+        ]
+        for axes, removed in removals:
+            for axis in {(axis.key, axis.slot): axis for axis in axes}.values():
+                self._kept[axis.key] = narrow(self._kept, axis, self._tensor(axis).shape[axis.dim], removed)
+        lost = {axis_key(axis): removed for axes, removed in removals for axis in axes}
+        touched = dict.fromkeys(axis.module for axes, _ in removals for axis in axes)
+        shortened: set[tuple[int, int]] = set()
+        for axes, removed in removals:
+            for axis in axes:
+                self._shorten(axis, removed, shortened)
+        for layer in touched:
+            sync_layer(self._modules[layer])
+        for counter in block.counters:
+            module = self._modules[counter.module]
+            setattr(module, counter.attribute, getattr(module, counter.attribute) - counter.per_unit * len(chosen))
+        stays = torch.ones(block.group.size, dtype=torch.bool)
+        stays[chosen] = False
+        self._blocks[name] = _with_slices(block, lambda part: replace(part, channels=part.channels[stays]))
+        for other, of in self._blocks.items():
+            self._blocks[other] = _with_slices(of, lambda part, of=of: self._renumbered(of, part, lost))
+
+    def _renumbered(self, block: Block, part: Slice, lost: Mapping[tuple[str, int], Tensor]) -> Slice:
+        """The slice after other channels of the same tensor are gone."""
+        removed = lost.get(axis_key(self._axes(block, part)[0]))
+        if removed is None:
+            return part
+        return replace(part, channels=part.channels - torch.searchsorted(removed, part.channels))
+
+    def _tensor(self, axis: Axis) -> Tensor:
+        tensor: Tensor = getattr(self._modules[axis.module], axis.tensor)
+        return tensor
+
+    def _shorten(self, axis: Axis, removed: Tensor, shortened: set[tuple[int, int]]) -> None:
+        """Give the axis's module a shorter parameter; modules that share one share the new one, shortened once."""
+        old = self._tensor(axis)
+        if (id(old), axis.dim) in shortened:
+            return
+        new = nn.Parameter(without(old.detach(), axis.dim, removed), requires_grad=old.requires_grad)
+        shortened.add((id(new), axis.dim))
+        for module in self._modules.values():
+            for key, parameter in module._parameters.items():
+                if parameter is old:
+                    module._parameters[key] = new
+
+    def _adapt_config(self) -> None:
+        """Write the widths into the config where the config can say them; every module gets the new one."""
+        config = getattr(self.model, "config", None)
+        if config is None:
+            return
+        adapted, self.config_refused = with_widths(self.model, list(self._blocks.values()))
+        if adapted is None:
+            return
+        for module in self._modules.values():
+            if vars(module).get("config") is config:
+                module.config = adapted
+
+
+def _with_slices(block: Block, change: Any) -> Block:
+    return replace(block, group=replace(block.group, slices=tuple(change(part) for part in block.group.slices)))
