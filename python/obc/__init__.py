@@ -12,6 +12,7 @@ from obc.equivalent import (
     recalibrate_norms,
 )
 from obc.info import info
+from obc.integrations.transformers import transformer_groups
 from obc.scoring import ChannelRows, ChannelScores, JacobianScorer, Scores, score
 from obc.selection import select
 
@@ -33,5 +34,6 @@ __all__ = [
     "reference",
     "score",
     "select",
+    "transformer_groups",
     "use_backend",
 ]
