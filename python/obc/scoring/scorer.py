@@ -125,12 +125,14 @@ class JacobianScorer:
         attachment = Attachment(self.model, self._plan, self._reading)
         try:
             attachment.make()
+            self._attachment, self._looked_at_mode = attachment, False
+            _attached.update(attachment.modules)
+            return self
         except BaseException:
+            self._attachment = None
+            _attached.difference_update(attachment.modules)
             attachment.undo()
             raise
-        self._attachment, self._looked_at_mode = attachment, False
-        _attached.update(attachment.modules)
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
