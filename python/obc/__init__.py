@@ -13,6 +13,7 @@ from obc.equivalent import (
 )
 from obc.info import info
 from obc.integrations.transformers import transformer_groups
+from obc.pruning import PruningResult, prune
 from obc.scoring import ChannelRows, ChannelScores, JacobianScorer, Scores, score
 from obc.selection import select
 
@@ -24,12 +25,14 @@ __all__ = [
     "Kept",
     "PlanError",
     "PruningPlan",
+    "PruningResult",
     "Scores",
     "backends",
     "compensate",
     "equivalent_pruning",
     "info",
     "ops",
+    "prune",
     "recalibrate_norms",
     "reference",
     "score",

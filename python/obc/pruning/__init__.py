@@ -1,1 +1,9 @@
-"""Pruning a model in one call: criteria, selection, structure, compensation."""
+"""Pruning a whole model in one call, and what that needs: groups, costs, criteria."""
+
+from __future__ import annotations
+
+from obc.pruning.report import PruningReport, PruningResult, StepReport
+from obc.pruning.run import prune
+from obc.pruning.structure import Structure
+
+__all__ = ["PruningReport", "PruningResult", "StepReport", "Structure", "prune"]

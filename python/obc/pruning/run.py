@@ -6,7 +6,8 @@ import contextlib
 import copy
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -58,6 +59,7 @@ def prune(
     forward_fn: ForwardFn | None = None,
     structure: Structure | None = None,
     seed: int = 0,
+    on_step: Callable[[PruningResult], None] | None = None,
     progress: bool | None = None,
 ) -> PruningResult:
     """Prune ``model`` in place until a share ``macs`` of its multiply-accumulates remains, and return it with a plan.
@@ -102,6 +104,7 @@ def prune(
             mapping, ``model(batch[0])`` of a tuple or list such as (inputs, labels), ``model(batch)`` of the rest.
         structure: the groups, instead of those that Torch-Pruning finds.
         seed: of the criterion "random" and of label-free rows.
+        on_step: called after every step with what there is so far: to evaluate, or to keep copies.
         progress: show a progress bar; None shows it in a terminal only.
 
     Raises:
@@ -126,7 +129,8 @@ def prune(
         generator = torch.Generator().manual_seed(seed)
         loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
         subject = Subject(model, (), batches, loss, forward, slices, rows, generator)
-        _Job(structure, subject, report, choice, recalibrate).run(schedule, progress)
+        job = _Job(structure, subject, report, choice, recalibrate)
+        job.run(schedule, on_step, progress)
         with _timed(report, "verify"):
             _verify(structure.plan, snapshot.tensors(), model, recalibrate)
         if original is not None and compensate is not None:
@@ -293,7 +297,9 @@ class _Job:
         report.macs_before = round(self.full)
         report.parameters_before = round(structure.costs("parameters").total())
 
-    def run(self, schedule: Sequence[float], progress: bool | None) -> None:
+    def run(
+        self, schedule: Sequence[float], on_step: Callable[[PruningResult], None] | None, progress: bool | None
+    ) -> None:
         """Reach every share of the schedule, and fill the report."""
         if not self.widths:
             raise ValueError(f"no layer can be pruned{self._reasons()}")
@@ -302,21 +308,28 @@ class _Job:
         with tqdm(total=len(schedule), desc="prune", unit="step", disable=disable) as bar:
             for share in schedule:
                 self._step(share)
+                self._measure()
+                if on_step is not None:
+                    on_step(PruningResult(self.subject.model, self.structure.plan, self.report))
                 bar.set_postfix_str(f"{self.structure.costs('macs').total() / self.full:.3f} of the MACs")
                 bar.update()
+        for name, (before, after) in self.report.widths.items():
+            if after < _NARROW * before:
+                self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
+
+    def _measure(self) -> None:
+        """What the model costs now, for the report."""
         report = self.report
         report.macs_after = round(self.structure.costs("macs").total())
         report.parameters_after = round(self.structure.costs("parameters").total())
         report.widths = {group.name: (self.widths[group.name], group.size) for group in self.structure.groups}
-        for name, (before, after) in report.widths.items():
-            if after < _NARROW * before:
-                self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
 
     def _step(self, share: float) -> None:
         costs = self.structure.costs("macs")
         excess = costs.total() - share * self.full
-        if excess <= _ROUNDING * self.full:
-            return  # the step before went far enough
+        if excess <= _ROUNDING * self.full:  # the step before went far enough
+            self.report.steps.append(StepReport(share, costs.total() / self.full, {}))
+            return
         subject = replace(self.subject, groups=self.structure.groups)
         with _timed(self.report, "score"):
             rows = self._rows(subject)
@@ -332,31 +345,36 @@ class _Job:
                 recalibrate_norms(subject.model, subject.batches, subject.forward_fn)
 
     def _rows(self, subject: Subject) -> dict[str, Tensor]:
-        """Rows of every group; of a criterion without rows one, whose squares are the scores."""
+        """(N, units) rows of every group for joint selection, its (units,) scores for the independent one."""
         if self.choice.selection == "joint":
             found = read_rows(subject)
             self.report.unscored.update(found.unscored)
             gates = {group.name: group.gate_rows(found.rows) for group in subject.groups}
             rows = {name: values for name, values in gates.items() if values is not None}
         else:
-            scores = CRITERIA[self.choice.criterion](subject)
-            rows = {name: values.double().sqrt()[None] for name, values in scores.items()}
+            rows = CRITERIA[self.choice.criterion](subject)
         for name in {group.name for group in subject.groups} - set(rows):
             self.report.left_out[name] = f"the criterion {self.choice.criterion!r} has nothing to score in it"
         return rows
 
     def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float) -> dict[str, Tensor]:
+        """What ``obc.select`` removes; its warnings go into the report, the same one once."""
         choice = self.choice
-        return select(
-            rows,
-            costs,
-            excess,
-            selection=choice.selection,
-            shrinkage=choice.shrinkage,
-            per_cost=choice.per_cost,
-            min_units=choice.min_units,
-            round_to=choice.round_to,
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            removed = select(
+                rows,
+                costs,
+                excess,
+                selection=choice.selection,
+                shrinkage=choice.shrinkage,
+                per_cost=choice.per_cost,
+                min_units=choice.min_units,
+                round_to=choice.round_to,
+            )
+        for warning in caught:
+            self._warn(str(warning.message))
+        return removed
 
     def _check_reachable(self, share: float) -> None:
         costs = self.structure.costs("macs")
@@ -377,5 +395,7 @@ class _Job:
         return f" (not pruned: {reasons})" if reasons else ""
 
     def _warn(self, warning: str) -> None:
+        if warning in self.report.warnings:
+            return
         self.report.warnings.append(warning)
         logger.warning("obc.prune: %s", warning)
