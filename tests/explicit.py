@@ -9,6 +9,8 @@ from prunable import Pruned
 from torch import Tensor, nn
 
 from obc.equivalent import EquivalentPruning
+from obc.equivalent.folds import FoldedWeight
+from obc.equivalent.plan import Kept
 
 
 def mix(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
@@ -18,25 +20,49 @@ def mix(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
     return torch.einsum("...bi,bji->...bj", x, blocks).flatten(-2).movedim(-1, dim)
 
 
+def whole(dropped: Tensor, kept: Tensor) -> Tensor:
+    """(kept, all) from its columns of the dropped channels; those of the kept ones are the identity, for good."""
+    blocks = dropped if dropped.dim() == 3 else dropped[None]
+    size = blocks.shape[1] + blocks.shape[2]
+    local = kept.reshape(len(blocks), -1) % size
+    others = torch.stack([torch.tensor([i for i in range(size) if i not in block.tolist()]) for block in local])
+    ones = torch.ones(*local.shape, 1, dtype=dropped.dtype)
+    matrix = torch.zeros(*local.shape, size, dtype=dropped.dtype).scatter(2, local[..., None], ones)
+    return matrix.scatter(2, others.reshape(len(blocks), 1, -1).expand(blocks.shape), blocks)
+
+
 class Explicit(nn.Module):
-    """Decompressor, the unpruned layer, compressor."""
+    """Decompressor, the unpruned layer, compressor; with ``kept``, the factors are those of the dropped channels."""
 
     def __init__(
-        self, full: nn.Module, compressor: Tensor | None, decompressor: Tensor | None, in_repeat: int = 1
+        self,
+        full: nn.Module,
+        compressor: Tensor | None,
+        decompressor: Tensor | None,
+        in_repeat: int = 1,
+        kept: Kept | None = None,
     ) -> None:
         super().__init__()
-        self.full, self.in_repeat = full, in_repeat
+        self.full, self.in_repeat, self.kept = full, in_repeat, kept
         self.dim = -1 if isinstance(full, nn.Linear) else 1
         self.compressor = None if compressor is None else nn.Parameter(compressor)
         self.decompressor = None if decompressor is None else nn.Parameter(decompressor)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.decompressor is not None and self.in_repeat > 1:
-            x = mix(x.unflatten(-1, (-1, self.in_repeat)), self.decompressor, -2).flatten(-2)
-        elif self.decompressor is not None:
-            x = mix(x, self.decompressor, self.dim)
+        compressor, decompressor = self.compressor, self.decompressor
+        if self.kept is not None:
+            compressor = None if compressor is None else whole(compressor, self.kept.out_channels)
+            decompressor = None if decompressor is None else whole(decompressor.mT, self.kept.in_channels).mT
+        if decompressor is not None and self.in_repeat > 1:
+            x = mix(x.unflatten(-1, (-1, self.in_repeat)), decompressor, -2).flatten(-2)
+        elif decompressor is not None:
+            x = mix(x, decompressor, self.dim)
         x = self.full(x)
-        return x if self.compressor is None else mix(x, self.compressor, self.dim)
+        return x if compressor is None else mix(x, compressor, self.dim)
+
+
+def fold_of(equivalent: EquivalentPruning, layer: str) -> FoldedWeight:
+    return equivalent.model.get_submodule(layer).parametrizations.weight[0]
 
 
 def explicit_model(pruned: Pruned, equivalent: EquivalentPruning) -> nn.Module:
@@ -46,10 +72,11 @@ def explicit_model(pruned: Pruned, equivalent: EquivalentPruning) -> nn.Module:
     for name in originals:
         if not hasattr(folded[name], "parametrizations"):
             continue
-        fold = folded[name].parametrizations.weight[0]
+        fold = fold_of(equivalent, name)
         factors = (None if f is None else f.detach().clone() for f in (fold.compressor, fold.decompressor))
-        parent = model.get_submodule(name.rpartition(".")[0])
-        setattr(parent, name.rpartition(".")[2], Explicit(copy.deepcopy(originals[name]), *factors, fold.in_repeat))
+        kept = pruned.plan[name] if fold.reduced else None
+        explicit = Explicit(copy.deepcopy(originals[name]), *factors, fold.in_repeat, kept)
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], explicit)
     return model
 
 
@@ -61,3 +88,29 @@ def explicit_name(name: str, explicit: nn.Module) -> str:
         return f"{layer}.full.{tensor}" if which == "original" else f"{layer}.{which}"
     layer, _, tensor = name.rpartition(".")
     return f"{layer}.full.{tensor}" if isinstance(explicit.get_submodule(layer), Explicit) else name
+
+
+def as_stored(name: str, tensor: Tensor, explicit: nn.Module, pruned: Pruned) -> Tensor:
+    """The explicit model's ``tensor`` as the folded model's ``name`` orders it: for reduced factors kept ones first."""
+    layer = name.partition(".parametrizations.")[0]
+    if not name.endswith(".original") or explicit.get_submodule(layer).kept is None:
+        return tensor
+    kept, module = pruned.plan[layer], pruned.model.get_submodule(layer)
+    groups = getattr(module, "groups", 1)
+    transposed = isinstance(module, nn.ConvTranspose2d) and tensor.dim() > 1
+    for channels, dim in ((kept.out_channels, int(transposed)), (kept.in_columns, int(not transposed))):
+        if channels is None or dim >= tensor.dim():
+            continue
+        blocks = groups if groups > 1 or dim == 1 else kept.out_blocks
+        tensor = _kept_first(tensor, channels, dim, blocks, grouped_columns=groups > 1 and dim == 1)
+    return tensor
+
+
+def _kept_first(tensor: Tensor, kept: Tensor, dim: int, blocks: int, grouped_columns: bool) -> Tensor:
+    size = tensor.shape[dim] if grouped_columns else tensor.shape[dim] // blocks
+    parts = []
+    rows = tensor.unflatten(0, (blocks, -1)) if grouped_columns else tensor.unflatten(dim, (blocks, -1)).movedim(dim, 0)
+    for part, block in zip(rows, kept.reshape(blocks, -1) % size, strict=True):
+        order = block.tolist() + [i for i in range(size) if i not in block.tolist()]
+        parts.append(part.index_select(dim, torch.tensor(order)))
+    return torch.cat(parts, 0 if grouped_columns else dim)

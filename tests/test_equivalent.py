@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import copy
 import socket
+import warnings
+from typing import Literal
 
 import pytest
 import torch
-from explicit import explicit_model, explicit_name
+from explicit import as_stored, explicit_model, explicit_name
 from prunable import RECIPES, FlattenNet, Pruned
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
-from obc.equivalent import EquivalentPruning, PlanError, PruningPlan, equivalent_pruning, merge
+from obc.backends import gemm
+from obc.equivalent import EquivalentPruning, Kept, PlanError, PruningPlan, equivalent_pruning, merge
 
 # One optimizer step is linear in the gradients, whose rounding is 1e-16 of a sum of some hundred terms.
 EXACT = 1e-11
 
 
-def folded(name: str) -> tuple[Pruned, EquivalentPruning]:
+both_factors = pytest.mark.parametrize("factors", ["full", "reduced"])
+
+
+def folded(name: str, factors: Literal["full", "reduced"] = "full") -> tuple[Pruned, EquivalentPruning]:
     pruned = RECIPES[name].prune()
-    return pruned, equivalent_pruning(copy.deepcopy(pruned.model), pruned.state_dict, pruned.plan)
+    return pruned, equivalent_pruning(copy.deepcopy(pruned.model), pruned.state_dict, pruned.plan, factors=factors)
 
 
 def perturb_factors(equivalent: EquivalentPruning) -> None:
@@ -41,18 +47,20 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@both_factors
 @pytest.mark.parametrize("name", RECIPES)
-def test_starts_as_the_naively_pruned_model(name: str) -> None:
-    pruned, equivalent = folded(name)
+def test_starts_as_the_naively_pruned_model(name: str, factors: str) -> None:
+    pruned, equivalent = folded(name, factors)
     x = RECIPES[name].inputs()
     assert (equivalent.model(x) - pruned.model(x)).abs().max() <= EXACT
     assert any(parametrize.is_parametrized(module) for module in equivalent.model.modules())
 
 
+@both_factors
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", RECIPES)
-def test_forward_and_gradients_are_the_explicit_networks(name: str, training: bool) -> None:
-    pruned, equivalent = folded(name)
+def test_forward_and_gradients_are_the_explicit_networks(name: str, training: bool, factors: str) -> None:
+    pruned, equivalent = folded(name, factors)
     perturb_factors(equivalent)
     explicit = explicit_model(pruned, equivalent).train(training)
     equivalent.model.train(training)
@@ -64,12 +72,15 @@ def test_forward_and_gradients_are_the_explicit_networks(name: str, training: bo
     got = gradients(equivalent.model)
     assert {explicit_name(key, explicit) for key in got} == set(expected)
     for key, grad in got.items():
-        assert (grad - expected[explicit_name(key, explicit)]).abs().max() <= EXACT, key
+        truth = as_stored(key, expected[explicit_name(key, explicit)], explicit, pruned)
+        assert (grad - truth).abs().max() <= EXACT, key
 
 
+@both_factors
 @pytest.mark.parametrize("name", RECIPES)
-def test_trains_like_the_explicit_network(name: str) -> None:
-    pruned, equivalent = folded(name)
+def test_trains_like_the_explicit_network(name: str, factors: str) -> None:
+    """With "reduced" factors: like explicit layers whose kept part is frozen to the identity."""
+    pruned, equivalent = folded(name, factors)
     explicit = explicit_model(pruned, equivalent)
     models = (equivalent.model.train(), explicit.train())
     groups = equivalent.param_groups(lr=0.02, weight_decay=1e-3, lr_div=2.0, wd_div=4.0)
@@ -91,13 +102,15 @@ def test_trains_like_the_explicit_network(name: str) -> None:
             optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.95 * losses[0], "the training must be a stable one"
-    for key, parameter in twins.items():
-        assert (parameter - explicit_parameters[key]).abs().max() <= 1e-6, key
+    for key, parameter in equivalent.model.named_parameters():
+        truth = as_stored(key, explicit_parameters[explicit_name(key, explicit)], explicit, pruned)
+        assert (parameter - truth).abs().max() <= 1e-6, key
 
 
+@both_factors
 @pytest.mark.parametrize("name", RECIPES)
-def test_merged_is_the_folded_model_and_loads_into_the_naive_one(name: str) -> None:
-    pruned, equivalent = folded(name)
+def test_merged_is_the_folded_model_and_loads_into_the_naive_one(name: str, factors: str) -> None:
+    pruned, equivalent = folded(name, factors)
     perturb_factors(equivalent)
     equivalent.model.eval()
     x = RECIPES[name].inputs()
@@ -205,6 +218,169 @@ def test_compile() -> None:
     loss_of(compiled, x).backward()
     for key, grad in gradients(model).items():
         assert (grad - expected[key]).abs().max() <= EXACT, key
+
+
+@pytest.mark.slow
+@both_factors
+def test_training_compiled_by_inductor(factors: str) -> None:
+    """Forward, backward and the change that a step makes to factors that were the identity when it was compiled."""
+    _, equivalent = folded("flatten", factors)
+    twin = copy.deepcopy(equivalent.model)
+    models = (torch.compile(equivalent.model, fullgraph=True), twin)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9) for m in (equivalent.model, twin)]
+    for step in range(4):
+        x = RECIPES["flatten"].inputs(seed=step)
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, x).backward()
+            optimizer.step()
+    for (key, parameter), expected in zip(equivalent.model.named_parameters(), twin.parameters(), strict=True):
+        assert (parameter - expected).abs().max() <= EXACT, key
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@both_factors
+def test_identity_factors_take_channels_instead_of_multiplying(name: str, factors: str, monkeypatch) -> None:
+    pruned, equivalent = folded(name, factors)
+    x = RECIPES[name].inputs()
+    expected = pruned.model(x)
+
+    def multiply(*args: object, **options: object) -> None:
+        raise AssertionError("a fold multiplied although its factors are the identity")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("obc.ops.fold", multiply)
+        patched.setattr("obc.backends.gemm._products", multiply)
+        weights = [module.weight for module in equivalent.model.modules() if parametrize.is_parametrized(module)]
+    assert len(weights) > 0
+    assert (equivalent.model(x) - expected).abs().max() <= EXACT
+
+
+def optimizer_step(model: nn.Module) -> None:
+    loss_of(model, RECIPES["chain"].inputs()).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+
+
+def loaded(model: nn.Module) -> None:
+    state_dict = {
+        key: torch.randn_like(value) for key, value in model.state_dict().items() if value.is_floating_point()
+    }
+    model.load_state_dict(state_dict, strict=False)
+
+
+def assigned(model: nn.Module) -> None:
+    state_dict = {
+        key: torch.randn_like(value) for key, value in model.state_dict().items() if value.is_floating_point()
+    }
+    model.load_state_dict(state_dict, strict=False, assign=True)
+
+
+def written_past_the_version_counter(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("compressor"):
+            version = parameter._version
+            parameter.data.add_(0.1)
+            assert parameter._version == version
+
+
+def one_entry(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.features[3].parametrizations.weight[0].decompressor[-1, 0] = 1e-30
+
+
+CHANGES = [optimizer_step, loaded, assigned, written_past_the_version_counter, one_entry]
+
+
+@both_factors
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_any_change_of_the_factors_is_noticed(change, factors: str) -> None:
+    _, equivalent = folded("chain", factors)
+    model = equivalent.model.eval()
+    model(RECIPES["chain"].inputs())
+    change(model)
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            chain = module.parametrizations.weight
+            expected = gemm.fold(chain.original, chain[0].compressor, chain[0].decompressor, reduced=chain[0].reduced)
+            assert torch.equal(module.weight, expected)
+
+
+def test_a_compiled_model_notices_changed_factors() -> None:
+    _, equivalent = folded("chain")
+    model, x = equivalent.model.eval(), RECIPES["chain"].inputs()
+    model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    before = compiled(x)
+    perturb_factors(equivalent)
+    assert (compiled(x) - model(x)).abs().max() <= EXACT
+    assert not torch.allclose(compiled(x), before)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_reduced_factors_are_fewer(name: str) -> None:
+    (_, full), (_, reduced) = (folded(name, factors) for factors in ("full", "reduced"))
+    sizes = [sum(p.numel() for p in each.param_groups(0.1, 0.0)[1]["params"]) for each in (full, reduced)]
+    assert sizes[1] < sizes[0]
+    assert sum(reduced.break_even.values()) < sum(full.break_even.values())
+
+
+def test_reduced_factors_take_least_squares_decompressors_and_no_others() -> None:
+    pruned = RECIPES["flatten"].prune()
+    kept = pruned.plan["conv2"].in_channels
+    start = torch.randn(8, len(kept), dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"conv2 mixes kept channels.* pass factors='full'"):
+        equivalent_pruning(
+            pruned.model, pruned.state_dict, pruned.plan, decompressor={"conv2": start}, factors="reduced"
+        )
+    start[kept] = torch.eye(len(kept), dtype=torch.float64)
+    models = [
+        equivalent_pruning(
+            copy.deepcopy(pruned.model), pruned.state_dict, pruned.plan, decompressor={"conv2": start}, factors=factors
+        ).model
+        for factors in ("full", "reduced")
+    ]
+    assert (models[0].conv2.weight - models[1].conv2.weight).abs().max() <= EXACT
+
+
+def test_break_even_is_where_the_multiplications_are_equal() -> None:
+    """o = 12, i = 8 to k = 6, j = 4, a kernel of 9: the smaller of the two orders, against the explicit layers."""
+    original = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 12, 3), nn.Conv2d(12, 2, 3))
+    narrow, wide = torch.arange(4), torch.arange(6)
+    plan = PruningPlan({"0": Kept(narrow), "1": Kept(wide, narrow), "2": Kept(None, wide)})
+    pruned = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 3))
+    for name, kept in plan.items():
+        source, target = original.get_submodule(name), pruned.get_submodule(name)
+        rows = torch.arange(source.out_channels) if kept.out_channels is None else kept.out_channels
+        columns = torch.arange(source.in_channels) if kept.in_channels is None else kept.in_channels
+        target.weight, target.bias = nn.Parameter(source.weight[rows][:, columns]), nn.Parameter(source.bias[rows])
+    equivalent = equivalent_pruning(pruned, original.state_dict(), plan)
+    fold = 9 * min(6 * 12 * 8 + 6 * 8 * 4, 12 * 8 * 4 + 6 * 12 * 4)
+    explicit_per_position = 12 * 8 * 9 + 6 * 12 + 8 * 4
+    naive_per_position = 6 * 4 * 9
+    assert equivalent.break_even["1"] == pytest.approx(fold / (explicit_per_position - naive_per_position))
+
+
+@pytest.mark.parametrize(
+    "inputs", [lambda x: x, lambda x: (x,), lambda x: {"x": x}], ids=["tensor", "tuple", "mapping"]
+)
+def test_warns_of_layers_below_their_break_even(inputs) -> None:
+    pruned = RECIPES["flatten"].prune()
+    few, many = RECIPES["flatten"].inputs(1), RECIPES["flatten"].inputs(64)
+    statistics = pruned.model.norm1.running_mean.clone()
+    with pytest.warns(UserWarning, match=r"hidden \(T = 1, T\* = [0-9]+\).*accumulate.*'reduced'") as warned:
+        equivalent_pruning(copy.deepcopy(pruned.model), pruned.state_dict, pruned.plan, example_inputs=inputs(few))
+    assert "conv1" not in str(warned[0].message)  # 36 positions
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        equivalent_pruning(pruned.model, pruned.state_dict, pruned.plan, example_inputs=inputs(many))
+    assert torch.equal(pruned.model.norm1.running_mean, statistics)
+
+
+def test_rejects_unknown_factors() -> None:
+    pruned = RECIPES["flatten"].prune()
+    with pytest.raises(ValueError, match="factors must be 'full' or 'reduced', got 'half'"):
+        equivalent_pruning(pruned.model, pruned.state_dict, pruned.plan, factors="half")
 
 
 def test_export() -> None:

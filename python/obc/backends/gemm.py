@@ -30,27 +30,30 @@ from obc.reference import _accumulation_dtype, _blocks
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def compress_first(weight: Tensor, compressor: Tensor, decompressor: Tensor, groups: int, in_repeat: int) -> bool:
-    """Whether C W before (C W) D needs at most as many multiplications as W D before C (W D)."""
-    blocks_out, blocks_in = (max(groups, f.shape[0] if f.dim() == 3 else 1) for f in (compressor, decompressor))
-    out_channels, in_channels = weight.shape[0], weight.shape[1] // in_repeat
-    scale_out = compressor.shape[0] if compressor.dim() == 3 else 1
-    scale_in = decompressor.shape[0] if decompressor.dim() == 3 else 1
-    kept_out = compressor.shape[-2] * scale_out
-    kept_in = decompressor.shape[-1] * scale_in // groups  # columns of the folded weight
-    # What one entry of a product sums over: the channels of its diagonal block.
-    sum_out, sum_in = out_channels // blocks_out, in_channels * groups // blocks_in
-    first = kept_out * in_channels * sum_out + kept_out * kept_in * sum_in
-    return first <= out_channels * kept_in * sum_in + kept_out * kept_in * sum_out
-
-
-def _reduced_compress_first(compressor: Tensor, decompressor: Tensor, groups: int) -> bool:
-    """The same where the factors hold dropped channels only."""
-    (blocks_out, kept_out, dropped_out), (blocks_in, dropped_in, kept_in) = compressor.shape, decompressor.shape
-    columns_in = blocks_in // groups  # groups of a convolution are blocks of rows, not of a row's columns
-    rows, columns = blocks_out * kept_out, columns_in * kept_in
-    first = rows * (columns + columns_in * dropped_in) * dropped_out + rows * columns * dropped_in
-    return first <= (rows + blocks_out * dropped_out) * columns * dropped_in + rows * columns * dropped_out
+def multiplications(
+    weight: Tensor,
+    compressor: Tensor | None,
+    decompressor: Tensor | None,
+    groups: int = 1,
+    in_repeat: int = 1,
+    reduced: bool = False,
+) -> tuple[int, int]:
+    """What :func:`fold` multiplies with C before D, and with D before C; equal where there is one factor."""
+    positions = weight.shape[2:].numel() * in_repeat
+    rows, columns = weight.shape[0], weight.shape[1] // in_repeat
+    # Per factor: what remains of the rows or columns, and over how many channels one entry of its product sums.
+    kept_rows, summed_rows, kept_columns, summed_columns = rows, 0, columns, 0
+    if compressor is not None:
+        blocks = compressor.shape[0] if compressor.dim() == 3 else 1
+        kept_rows = compressor.shape[-2] * blocks
+        summed_rows = compressor.shape[-1] if reduced else rows // max(groups, blocks)
+    if decompressor is not None:
+        blocks = decompressor.shape[0] if decompressor.dim() == 3 else 1
+        kept_columns = decompressor.shape[-1] * blocks // groups
+        summed_columns = decompressor.shape[-2] if reduced else columns * groups // max(groups, blocks)
+    compress_first = kept_rows * columns * summed_rows + kept_rows * kept_columns * summed_columns
+    decompress_first = rows * kept_columns * summed_columns + kept_rows * kept_columns * summed_rows
+    return positions * compress_first, positions * decompress_first
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,9 @@ def _decompress(x: Tensor, d: Tensor, form: _Form) -> Tensor:
 # --- forward and backward -------------------------------------------------------------------------------------
 
 
-def _order(weight: Tensor, c: Tensor, d: Tensor, form: _Form) -> bool:
-    if form.reduced:
-        return _reduced_compress_first(c, d, form.groups)
-    return compress_first(weight, c, d, form.groups, form.in_repeat)
+def _compress_first(weight: Tensor, c: Tensor, d: Tensor, form: _Form) -> bool:
+    first, second = multiplications(weight, c, d, form.groups, form.in_repeat, form.reduced)
+    return first <= second
 
 
 def _as_blocks(factor: Tensor | None, groups: int) -> Tensor | None:
@@ -177,7 +179,7 @@ def _products(weight: Tensor, c: Tensor | None, d: Tensor | None, form: _Form) -
     """(the folded weight, in the dtype of accumulation and any layout; the product that its backward wants)."""
     first: Tensor | None = None
     folded = form.split(weight)
-    compress_before = c is None or d is None or _order(weight, c, d, form)
+    compress_before = c is None or d is None or _compress_first(weight, c, d, form)
     if c is not None and compress_before:
         first = folded = _compress(folded, c, form)
     if d is not None:
@@ -207,46 +209,52 @@ def fold_backward(
         first: the forward's first product (C W or W D), where it was kept; else it is formed again.
     """
     form = _form(weight, decompressor, groups, in_repeat, reduced)
-    c, d = _as_blocks(compressor, groups), _as_blocks(decompressor, groups)
-    back = _Backward(weight, c, d, form, needs)
-    g = form.split(grad)
-    dx: Tensor | None
+    with _no_autocast(weight.device.type):
+        c, d = _as_blocks(compressor, groups), _as_blocks(decompressor, groups)
+        dx, dc, dd = _gradients(form.split(grad), weight, c, d, _Backward(form.split(weight), c, d, form, needs), first)
+        return (
+            None if dx is None or not needs[0] else form.join(dx, weight.shape[1]).to(weight.dtype),
+            None if dc is None else _factor_grad(dc, compressor),
+            None if dd is None else _factor_grad(dd, decompressor),
+        )
+
+
+def _gradients(
+    g: Tensor, weight: Tensor, c: Tensor | None, d: Tensor | None, back: _Backward, first: Tensor | None
+) -> Grads:
+    """As blocks, and of the weight as (o, s, i)."""
+    needs, form = back.needs, back.form
+    dx: Tensor | None = g
     dc: Tensor | None = None
     dd: Tensor | None = None
-    if c is None and d is None:
-        dx = g
-    elif d is None:
-        dx, dc = back.through_compressor(g, back.x)
-    elif c is None:
-        dx, dd = back.through_decompressor(g, back.x)
-    elif _order(weight, c, d, form):
+    if c is not None and d is not None and _compress_first(weight, c, d, form):
         if first is None and needs[2]:
             first = _compress(back.x, c, form)
-        middle, dd = back.through_decompressor(g, first, inner=needs[0] or needs[1])
-        dx, dc = (None, None) if middle is None else back.through_compressor(middle, back.x)
-    else:
+        dx, dd = back.through_decompressor(g, first, inner=needs[0] or needs[1])
+        if dx is not None:
+            dx, dc = back.through_compressor(dx, back.x, inner=needs[0])
+    elif c is not None and d is not None:
         if first is None and needs[1]:
             first = _decompress(back.x, d, form)
-        middle, dc = back.through_compressor(g, first, inner=needs[0] or needs[2])
-        dx, dd = (None, None) if middle is None else back.through_decompressor(middle, back.x)
-    return (
-        None if dx is None or not needs[0] else form.join(dx, weight.shape[1]).to(weight.dtype),
-        None if dc is None else _factor_grad(dc, compressor),
-        None if dd is None else _factor_grad(dd, decompressor),
-    )
+        dx, dc = back.through_compressor(g, first, inner=needs[0] or needs[2])
+        if dx is not None:
+            dx, dd = back.through_decompressor(dx, back.x, inner=needs[0])
+    elif c is not None:
+        dx, dc = back.through_compressor(g, back.x, inner=needs[0])
+    elif d is not None:
+        dx, dd = back.through_decompressor(g, back.x, inner=needs[0])
+    return dx, dc, dd
 
 
 class _Backward:
     """Gradients through one factor at a time."""
 
     def __init__(
-        self, weight: Tensor, c: Tensor | None, d: Tensor | None, form: _Form, needs: tuple[bool, bool, bool]
+        self, x: Tensor, c: Tensor | None, d: Tensor | None, form: _Form, needs: tuple[bool, bool, bool]
     ) -> None:
-        self.x, self.c, self.d, self.form, self.needs = form.split(weight), c, d, form, needs
+        self.x, self.c, self.d, self.form, self.needs = x, c, d, form, needs
 
-    def through_compressor(
-        self, grad: Tensor, x: Tensor | None, inner: bool | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def through_compressor(self, grad: Tensor, x: Tensor | None, inner: bool) -> tuple[Tensor | None, Tensor | None]:
         """Of Y = C X: (dX = CT dY, dC = dY XT), of (rows, s, i)."""
         assert self.c is not None
         blocks, kept = self.c.shape[0], self.c.shape[1]
@@ -256,7 +264,7 @@ class _Backward:
         if self.needs[1]:
             assert x is not None
             dc = _mm(g, self.form.rows(x, blocks)[:, skip:].mT)
-        if not (self.needs[0] if inner is None else inner):
+        if not inner:
             return None, dc
         dx = g.new_empty(blocks, skip + self.c.shape[2], g.shape[2], dtype=_accumulation_dtype(g.dtype))
         _mm_into(dx[:, skip:], self.c.mT, g)
@@ -264,9 +272,7 @@ class _Backward:
             dx[:, :skip] = g
         return dx.reshape(blocks * dx.shape[1], grad.shape[1], grad.shape[2]), dc
 
-    def through_decompressor(
-        self, grad: Tensor, x: Tensor | None, inner: bool | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def through_decompressor(self, grad: Tensor, x: Tensor | None, inner: bool) -> tuple[Tensor | None, Tensor | None]:
         """Of Y = X D: (dX = dY DT, dD = XT dY), of (o, s, columns)."""
         assert self.d is not None
         blocks, kept = self.d.shape[0], self.d.shape[2]
@@ -276,7 +282,7 @@ class _Backward:
         if self.needs[2]:
             assert x is not None
             dd = _mm(self.form.columns(x, blocks)[..., skip:].mT, g)
-        if not (self.needs[0] if inner is None else inner):
+        if not inner:
             return None, dd
         dx = g.new_empty(blocks, g.shape[1], skip + self.d.shape[1], dtype=_accumulation_dtype(g.dtype))
         _mm_into(dx[..., skip:], g, self.d.mT)
@@ -319,10 +325,9 @@ class _Fold(torch.autograd.Function):
         if torch.is_grad_enabled():
             first = None  # a second backward goes through what the first product was formed of
         needs = ctx.needs_input_grad[:3]
-        with _no_autocast(weight.device.type):
-            found = fold_backward(
-                grads[0], weight, compressor, decompressor, groups, in_repeat, needs=needs, reduced=reduced, first=first
-            )
+        found = fold_backward(
+            grads[0], weight, compressor, decompressor, groups, in_repeat, needs=needs, reduced=reduced, first=first
+        )
         return (*found, None, None, None)
 
 

@@ -3,13 +3,14 @@
 A layer whose outputs were pruned gets weight = C W and bias = C b, one whose inputs were pruned weight = W D, one
 with both C W D, over the unpruned W, with C and D starting as rows and columns of the identity. Function, gradients
 and training trajectory are those of the network with explicit 1x1 layers, at the pruned model's activations.
+(The parametrisations themselves: :mod:`obc.equivalent.folds`.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,62 +19,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from obc import ops
+from obc.equivalent.break_even import break_even, positions, warn_below
+from obc.equivalent.folds import FoldedBias, FoldedTensor, FoldedWeight
 from obc.equivalent.layers import Layout, is_compiled, is_depthwise, layout_of, split_by_group
-from obc.equivalent.plan import Kept, PlanError, PruningPlan, named_modules, original_tensor
-
-
-class FoldedTensor(nn.Module):
-    """A parametrisation: one tensor of a layer as a fold of the original's.
-
-    Attributes:
-        held: the folded tensor that every forward shares inside :meth:`EquivalentPruning.accumulate`.
-        parameter_names: the layer's parameters in their order, to restore it when merging.
-    """
-
-    def __init__(self, parameter_names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.parameter_names = parameter_names
-        self.held: Tensor | None = None
-
-    def forward(self, original: Tensor) -> Tensor:
-        return self.fold(original) if self.held is None else self.held
-
-    def fold(self, original: Tensor) -> Tensor:
-        raise NotImplementedError
-
-
-class FoldedWeight(FoldedTensor):
-    """weight = C W D, by :func:`obc.ops.fold`."""
-
-    def __init__(
-        self,
-        parameter_names: tuple[str, ...],
-        compressor: nn.Parameter | None,
-        decompressor: nn.Parameter | None,
-        layout: Layout,
-        in_repeat: int,
-    ) -> None:
-        super().__init__(parameter_names)
-        self.compressor, self.decompressor = compressor, decompressor
-        self.groups, self.transposed, self.in_repeat = layout.groups, layout.transposed, in_repeat
-
-    def fold(self, original: Tensor) -> Tensor:
-        if not self.transposed:
-            return ops.fold(original, self.compressor, self.decompressor, self.groups, self.in_repeat)
-        rows, columns = (None if factor is None else factor.mT for factor in (self.decompressor, self.compressor))
-        return ops.fold(original, rows, columns, self.groups, self.in_repeat)  # of the weight transposed
-
-
-class FoldedBias(FoldedTensor):
-    """bias = C b, with the C of the layer's weight."""
-
-    def __init__(self, parameter_names: tuple[str, ...], compressor: nn.Parameter) -> None:
-        super().__init__(parameter_names)
-        self.compressor = compressor
-
-    def fold(self, original: Tensor) -> Tensor:
-        return ops.fold(original[:, None], self.compressor)[:, 0]
+from obc.equivalent.plan import Kept, PlanError, PruningPlan, named_modules, original_tensor, sliced_weight
 
 
 def equivalent_pruning(
@@ -82,12 +31,15 @@ def equivalent_pruning(
     plan: PruningPlan,
     *,
     decompressor: Literal["identity"] | Mapping[str, Tensor] = "identity",
+    factors: Literal["full", "reduced"] = "full",
+    example_inputs: Any = None,
 ) -> EquivalentPruning:
     """Give every pruned layer of ``pruned_model`` its original weight behind a compressor and a decompressor, in place.
 
     Linear and convolutional layers (transposed and grouped too, block-diagonal by group) are folded; norms,
     embeddings, depthwise convolutions and torch's own attention stay sliced. A fold costs the same for every batch
-    size: it pays off above about out * kept / (1 - kept) positions (batch x height x width, or tokens) per step.
+    size: below :attr:`EquivalentPruning.break_even` positions (batch x height x width, or tokens) per step, explicit
+    1x1 layers would be cheaper.
 
     The folded model's ``state_dict`` can be saved and loaded like any other's; to load it, build the same folded
     model from the original state dict and the plan first.
@@ -97,15 +49,24 @@ def equivalent_pruning(
         original_state_dict: the unpruned model's.
         plan: what :func:`~obc.integrations.torch_pruning.prune_step` recorded.
         decompressor: "identity", or per layer name the start of its D, (in, kept in) over channels; layers that it
-            doesn't name start as the identity.
+            doesn't name start as the identity. For "reduced" factors its kept rows must be the identity.
+        factors: "full" as in the paper, or "reduced": C and D over the dropped channels only, the kept ones staying
+            the identity. The same functions can be reached with fewer multiplications and parameters; the training
+            trajectory is another one.
+        example_inputs: what one training step feeds the model, a tensor, a tuple of arguments or a mapping of keyword
+            arguments. One forward pass in eval mode, without gradients, then counts each layer's positions, and
+            layers below their break-even are named in a warning.
 
     Returns:
         The handle for training and merging; its ``model`` is ``pruned_model``.
 
     Raises:
         PlanError: the plan doesn't describe the model (nothing has been changed then).
-        ValueError: the model is compiled, a layer is already parametrised, or a decompressor doesn't fit.
+        ValueError: the model is compiled, a layer is already parametrised, a decompressor doesn't fit, or ``factors``
+            is unknown.
     """
+    if factors not in ("full", "reduced"):
+        raise ValueError(f"factors must be 'full' or 'reduced', got {factors!r}")
     if is_compiled(pruned_model):
         raise ValueError("the model is compiled; fold the model that was passed to torch.compile, then compile it")
     layers = [
@@ -114,12 +75,15 @@ def equivalent_pruning(
         if (prepared := _prepare(name, module, original_state_dict, plan)) is not None
     ]
     starts: Mapping[str, Tensor] = {} if decompressor == "identity" else decompressor  # type: ignore[assignment]
-    if unknown := starts.keys() - {layer.name for layer in layers if layer.in_kept is not None}:
+    if unknown := starts.keys() - {layer.name for layer in layers if layer.kept.in_channels is not None}:
         raise ValueError(f"decompressors for layers whose inputs were not pruned: {', '.join(sorted(unknown))}")
-    factors = [(layer, *layer.factors(starts.get(layer.name))) for layer in layers]
-    for layer, compressor, start in factors:
-        layer.fold(compressor, start)
-    return EquivalentPruning(pruned_model)
+    folds = [(layer, layer.fold(starts.get(layer.name), factors == "reduced")) for layer in layers]
+    seen = {} if example_inputs is None else positions(pruned_model, [layer.name for layer in layers], example_inputs)
+    for layer, fold in folds:
+        layer.register(fold)
+    equivalent = EquivalentPruning(pruned_model)
+    warn_below(equivalent.break_even, seen)
+    return equivalent
 
 
 @dataclass(frozen=True)
@@ -133,50 +97,82 @@ class _Layer:
     bias: Tensor | None
     kept: Kept
 
-    @property
-    def in_kept(self) -> Tensor | None:
-        return self.kept.in_channels
-
-    def factors(self, start: Tensor | None) -> tuple[nn.Parameter | None, nn.Parameter | None]:
-        """C and D as they start."""
+    def fold(self, start: Tensor | None, reduced: bool) -> FoldedWeight:
+        """The fold of the weight as it starts."""
         rows, columns = self.layout.sizes(self.weight)
+        kept, groups = self.kept, self.layout.groups
         compressor = decompressor = None
-        if self.kept.out_channels is not None:
-            blocks = self.layout.groups if self.layout.groups > 1 else self.kept.out_blocks
-            compressor = nn.Parameter(self._selection(self.kept.out_channels, rows, blocks))
-        if self.in_kept is not None:
-            selection = self._selection(
-                self.in_kept, columns // self.kept.in_repeat, self.layout.groups
-            ).mT.contiguous()
-            decompressor = nn.Parameter(selection if start is None else self._started(start, selection))
-        return compressor, decompressor
+        if kept.out_channels is not None:
+            blocks = groups if groups > 1 else kept.out_blocks
+            compressor = nn.Parameter(self._factor(kept.out_channels, rows, blocks, None, reduced))
+        if kept.in_channels is not None:
+            factor = self._factor(kept.in_channels, columns // kept.in_repeat, groups, start, reduced)
+            decompressor = nn.Parameter(factor.mT.contiguous())
+        names = tuple(self.module._parameters)
+        stored = self._by_block(leading) if reduced else kept
+        return FoldedWeight(names, compressor, decompressor, self.layout, stored, reduced)
 
-    def _selection(self, kept: Tensor, size: int, blocks: int) -> Tensor:
-        """Rows of the identity: (kept, size), or its diagonal blocks."""
-        if blocks == 1:
-            return torch.eye(size, dtype=self.weight.dtype, device=self.weight.device)[kept.to(self.weight.device)]
+    def _factor(self, kept: Tensor, size: int, blocks: int, start: Tensor | None, reduced: bool) -> Tensor:
+        """C as it starts, or D transposed: (kept, size), (kept, dropped) where reduced, or their diagonal blocks."""
         local = split_by_group(kept, size, blocks)
         if local is None:
             raise PlanError(f"{self.name}: its {blocks} groups keep unequal numbers of channels: {kept.tolist()}")
-        return torch.eye(size // blocks, dtype=self.weight.dtype, device=self.weight.device)[
-            local.to(self.weight.device)
-        ]
+        local = local.to(self.weight.device)
+        factor = self.weight.new_zeros(*local.shape, size // blocks).scatter_(-1, local[..., None], 1.0)
+        if start is not None:
+            factor = self._started(start, factor)
+        if reduced:
+            factor = self._dropped(factor, local)
+        return factor[0] if blocks == 1 else factor
 
     def _started(self, start: Tensor, selection: Tensor) -> Tensor:
-        if start.shape != selection.shape:
+        expected = (selection[0] if len(selection) == 1 else selection).mT
+        if start.shape != expected.shape:
             raise ValueError(
-                f"the decompressor of {self.name} must be {tuple(selection.shape)}, got {tuple(start.shape)}; "
+                f"the decompressor of {self.name} must be {tuple(expected.shape)}, got {tuple(start.shape)}; "
                 f"it maps kept channels to original ones"
             )
-        return start.to(selection).clone()
+        return start.to(expected).mT.reshape(selection.shape)
 
-    def fold(self, compressor: nn.Parameter | None, decompressor: nn.Parameter | None) -> None:
+    def _dropped(self, factor: Tensor, local: Tensor) -> Tensor:
+        """(blocks, kept, dropped): the columns of the dropped channels; the kept ones' must be the identity."""
+        _, kept, size = factor.shape
+        order = torch.stack([kept_first(block, size, 1) for block in local])
+        ordered = factor.gather(2, order[:, None].expand(-1, kept, -1))
+        identity = torch.eye(kept, dtype=factor.dtype, device=factor.device)
+        # A least-squares decompressor has the identity there up to rounding.
+        if (ordered[..., :kept] - identity).abs().max() > torch.finfo(factor.dtype).eps ** 0.5:
+            raise ValueError(
+                f"the decompressor of {self.name} mixes kept channels, which reduced factors can't hold; "
+                f"pass factors='full', or one whose rows of kept channels are the identity"
+            )
+        return ordered[..., kept:].contiguous()
+
+    def register(self, fold: FoldedWeight) -> None:
         """Replace the pruned parameters by the original ones and register the folds."""
-        names = tuple(self.module._parameters)
-        layout, repeat = self.layout, self.kept.in_repeat
-        self._register("weight", self.weight, FoldedWeight(names, compressor, decompressor, layout, repeat))
-        if self.bias is not None and compressor is not None:
-            self._register("bias", self.bias, FoldedBias(names, compressor))
+        weight, bias = self.weight, self.bias
+        if fold.reduced:
+            order = self._kept_first()
+            weight = sliced_weight(weight, self.layout, order)
+            bias = bias if bias is None or order.out_channels is None else bias[order.out_channels.to(bias.device)]
+        self._register("weight", weight, fold)
+        if bias is not None and fold.compressor is not None:
+            self._register("bias", bias, FoldedBias(fold.parameter_names, fold.compressor, fold.reduced))
+
+    def _kept_first(self) -> Kept:
+        """All channels of the pruned sides, in each block the kept ones first: the order that reduced factors want."""
+        return self._by_block(kept_first)
+
+    def _by_block(self, indices: Callable[[Tensor, int, int], Tensor]) -> Kept:
+        """``indices`` (kept, how many there were, in how many blocks) of each pruned side."""
+        rows, columns = self.layout.sizes(self.weight)
+        kept, groups = self.kept, self.layout.groups
+        blocks = groups if groups > 1 else kept.out_blocks
+        return Kept(
+            None if kept.out_channels is None else indices(kept.out_channels, rows, blocks),
+            None if kept.in_channels is None else indices(kept.in_channels, columns // kept.in_repeat, groups),
+            kept.in_repeat,
+        )
 
     def _register(self, name: str, original: Tensor, folded: FoldedTensor) -> None:
         pruned = getattr(self.module, name)
@@ -184,6 +180,20 @@ class _Layer:
         setattr(self.module, name, nn.Parameter(values, requires_grad=pruned.requires_grad))
         # unsafe: a fold changes the shape, which is what it is for.
         parametrize.register_parametrization(self.module, name, folded, unsafe=True)
+
+
+def kept_first(kept: Tensor, size: int, blocks: int) -> Tensor:
+    """All ``size`` indices, inside each of ``blocks`` equal parts the kept ones before the others."""
+    dropped = torch.ones(size, dtype=torch.bool, device=kept.device)
+    dropped[kept] = False
+    others = torch.arange(size, device=kept.device)[dropped]
+    return torch.cat([kept.reshape(blocks, -1), others.reshape(blocks, -1)], 1).flatten()
+
+
+def leading(kept: Tensor, size: int, blocks: int) -> Tensor:
+    """Where :func:`kept_first` puts the kept indices."""
+    starts = torch.arange(blocks, device=kept.device)[:, None] * (size // blocks)
+    return (starts + torch.arange(len(kept) // blocks, device=kept.device)).flatten()
 
 
 def _positions_outside(weight: Tensor) -> Tensor:
@@ -220,6 +230,16 @@ class EquivalentPruning:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+
+    @property
+    def break_even(self) -> dict[str, float]:
+        """Per folded layer how many output positions a step needs for the fold to be cheaper than explicit layers."""
+        return {
+            name: break_even(chain[0], chain.original)
+            for name, module in named_modules(self.model)
+            if parametrize.is_parametrized(module, "weight")
+            and isinstance((chain := _chains(module)["weight"])[0], FoldedWeight)
+        }
 
     def param_groups(
         self, lr: float, weight_decay: float, lr_div: float = 1.0, wd_div: float = 1.0
@@ -294,8 +314,7 @@ def merge(model: nn.Module) -> nn.Module:
     if not layers:
         raise RuntimeError("the model has no folded layer: it was merged already, or never folded")
     for name, module in layers:
-        chains: Any = module.parametrizations
-        for tensor_name, chain in chains.items():
+        for tensor_name, chain in _chains(module).items():
             if len(chain) != 1 or not isinstance(chain[0], FoldedTensor):
                 raise RuntimeError(f"{name}.{tensor_name} has other parametrisations; remove them before merging")
     for name, module in layers:
@@ -304,10 +323,9 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def _merge_layer(name: str, module: nn.Module) -> None:
-    parametrizations: Any = module.parametrizations
     order: tuple[str, ...] = ()
     merged: dict[str, nn.Parameter] = {}
-    for tensor_name, chain in parametrizations.items():
+    for tensor_name, chain in _chains(module).items():
         order = chain[0].parameter_names
         with torch.no_grad():
             value = chain[0].fold(chain.original)
@@ -329,8 +347,13 @@ def _folds(model: nn.Module, recurse: bool = True) -> Iterator[tuple[Tensor, Fol
     """(original, fold) of every folded tensor."""
     for module in model.modules() if recurse else (model,):
         if parametrize.is_parametrized(module):
-            chains: Any = module.parametrizations
+            chains = _chains(module)
             yield from ((chain.original, chain[0]) for chain in chains.values() if isinstance(chain[0], FoldedTensor))
+
+
+def _chains(module: nn.Module) -> Any:
+    """The parametrisations of a module's tensors, by name."""
+    return module.parametrizations
 
 
 # Parameters that a merge took out of a model, by id, as long as something (an optimizer) keeps them alive.
