@@ -2,6 +2,7 @@
 
 from obc.scoring.checkpoint import CheckpointError
 from obc.scoring.errors import InplaceError, SampleRowsError, ScoringError
+from obc.scoring.estimate import MemoryEstimate, memory_estimate
 from obc.scoring.kept import ChannelRows, KeptRows
 from obc.scoring.label_free import LabelFreeLoss, label_free_loss
 from obc.scoring.report import Report
@@ -17,11 +18,13 @@ __all__ = [
     "JacobianScorer",
     "KeptRows",
     "LabelFreeLoss",
+    "MemoryEstimate",
     "Report",
     "SampleRowsError",
     "Scores",
     "ScoresError",
     "ScoringError",
     "label_free_loss",
+    "memory_estimate",
     "score",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.scoring.errors import InplaceError, SampleRowsError
+from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.scorer import JacobianScorer
 from obc.scoring.splitting import part_of, samples_in
 
@@ -36,7 +36,7 @@ class BatchRows:
     def batch(self, index: int, batch: Any) -> None:
         try:
             self._rows(index, batch)
-        except InplaceError as error:
+        except RowError as error:
             logger.warning("%s: it is repeated", error)
             self._rows(index, batch)
         except SampleRowsError as error:
@@ -50,12 +50,14 @@ class BatchRows:
                 for part, share in self._parts(index, batch):
                     loss = _checked_loss(index, self.loss_fn(self.scorer.model, part))
                     (loss * (share * self.loss_scale)).backward()
+                    del loss  # and with it the graph, before the next part makes its own
             return
         for part, _ in self._parts(index, batch):
             with self.scorer.row(self.loss_scale):
                 losses = _checked_losses(index, self.loss_fn(self.scorer.model, part))
                 self.scorer.check_samples(losses)
                 (losses.sum() * self.loss_scale).backward()
+                del losses
 
     def _parts(self, index: int, batch: Any) -> Iterator[tuple[Any, float]]:
         """The parts that a batch is read in, each with its share of the samples."""

@@ -46,7 +46,8 @@ class CheckGate(torch.autograd.Function):
 
     An output's gate keeps what it received, which nobody else sees; an input's gate keeps the clone, because others may
     change what it received. ``watch.output_changed`` is set when the tensor handed on was changed in place,
-    ``watch.input_changed`` when the tensor received was.
+    ``watch.input_changed`` when the tensor received was. What is kept is kept like any other saved tensor, so that
+    activation checkpointing drops it, but without its version: a change is noted here, not refused by autograd.
     """
 
     @staticmethod
@@ -54,19 +55,26 @@ class CheckGate(torch.autograd.Function):
         ctx: Any, activation: Tensor, gate: Tensor, channel_dim: int, per_sample: bool, fold: int, watch: Any
     ) -> Tensor:
         handed = activation.clone()
-        ctx.received, ctx.handed = activation.detach(), handed.detach()
+        ctx.received, ctx.handed = _version_alone(activation), _version_alone(handed)
         ctx.versions = ctx.received._version, ctx.handed._version
+        ctx.save_for_backward((activation if watch.keeps_received else handed).data)
         ctx.channel_dim, ctx.per_sample, ctx.fold, ctx.watch = channel_dim, per_sample, fold, watch
         return handed
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
+        (kept,), (grad,) = ctx.saved_tensors, grads
         ctx.watch.input_changed |= ctx.received._version != ctx.versions[0]
         ctx.watch.output_changed |= ctx.handed._version != ctx.versions[1]
-        kept = ctx.received if ctx.watch.keeps_received else ctx.handed
         dot = _folded_dot(kept, grad, ctx.channel_dim, ctx.per_sample, ctx.fold)
         return grad, dot, None, None, None, None
+
+
+def _version_alone(tensor: Tensor) -> Tensor:
+    """A tensor whose version is ``tensor``'s from now on, and which holds no memory."""
+    alias = tensor.detach()
+    alias.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # in place of the values; the version stays
+    return alias
 
 
 class TokenGate(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
 import logging
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from obc.scoring.batch_rows import BatchRows, LossFunction
 from obc.scoring.checkpoint import Checkpoint, CheckpointError
+from obc.scoring.evaluation import evaluating
 from obc.scoring.report import PeakMemory, Report
 from obc.scoring.scorer import JacobianScorer, Rows
 from obc.scoring.scores import Scores
@@ -42,7 +42,8 @@ def score(
     """Score every channel of a model by the Jacobian Criterion (arXiv 2508.05521).
 
     S[c] = sum over rows n of (w_c . dL_n/dw_c)^2. The model is in eval mode while it is scored and is left as it was:
-    training flags, ``requires_grad``, ``.grad``, hooks, also after an exception.
+    training flags, ``requires_grad``, ``.grad``, hooks, also after an exception. Activation checkpointing that was
+    switched on by ``model.gradient_checkpointing_enable()`` (transformers) stays on.
 
     Args:
         model: any module; put the batches on its device yourself, for example in ``loss_fn``.
@@ -111,7 +112,7 @@ class _Run:
         if self.saved is not None:
             self.saved.restore_random()
         memory, started = PeakMemory(scorer.devices), time.perf_counter()
-        with _evaluating(scorer.model), scorer:
+        with evaluating(scorer.model), scorer:
             disable = None if progress is None else not progress
             bar = tqdm(left, desc="score", unit="row", total=total, initial=self.done, disable=disable)
             for batch in bar:
@@ -147,15 +148,3 @@ def _from(batches: Iterable[Any], done: int) -> Iterator[Any]:
     if passed < done:
         raise CheckpointError(f"the checkpoint says that {done} batches are done, but there are only {passed}")
     return left
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own training flag is restored after it."""
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in training.items():
-            module.training = flag

@@ -1,0 +1,149 @@
+"""What scoring will take of memory, by part, from one micro-batch of one checking row and one row after it."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from obc.scoring.batch_rows import BatchRows, LossFunction
+from obc.scoring.evaluation import evaluating
+from obc.scoring.label_free import label_free_loss
+from obc.scoring.scorer import JacobianScorer, Rows
+from obc.scoring.splitting import part_of, samples_in
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a scoring run takes at its peak, by part.
+
+    Attributes:
+        weights: parameters and buffers of the model.
+        activations: what a forward and backward of one micro-batch hold at most at once: what autograd saves, and the
+            gradients on their way.
+        rows: the row being read, its gates and the sums.
+        checking_row: how much more the first row takes than a later one: copies of activations, one weight gradient at
+            a time.
+        kept_rows: rows that are kept.
+    """
+
+    weights: int
+    activations: int
+    rows: int
+    checking_row: int
+    kept_rows: int
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        return self.weights + self.activations + self.rows + self.checking_row + self.kept_rows
+
+    def __str__(self) -> str:
+        parts = [f"{name} {_readable(value)}" for name, value in vars(self).items()]
+        return f"{_readable(self.total)}: {', '.join(parts)}"
+
+
+def memory_estimate(
+    model: nn.Module,
+    batch: Any,
+    loss_fn: LossFunction | None = None,
+    *,
+    rows: Rows = "batch",
+    micro_batch: int | None = None,
+    keep_rows: int = 0,
+    **options: Any,
+) -> MemoryEstimate:
+    """What ``obc.score`` with these arguments will take at its peak, before it is started.
+
+    Reads a checking row and one more of the first ``micro_batch`` samples, and counts every tensor that torch makes or
+    lets go of meanwhile. Not counted: workspaces of kernels, what the allocator rounds up or keeps free, the batch.
+
+    Args:
+        model: left as it was.
+        batch: one batch like those to score with.
+        loss_fn: as for :func:`obc.score`; by default the label-free loss, which takes about the same.
+        rows: "batch" or "sample".
+        micro_batch: as for :func:`obc.score`.
+        keep_rows: how many rows will be kept in memory.
+        **options: of :class:`obc.JacobianScorer`.
+    """
+    if micro_batch is not None:
+        samples = samples_in(batch)
+        batch = part_of(batch, 0, min(micro_batch, samples), samples)
+    weights = _storages(itertools.chain(model.parameters(), model.buffers()))
+    tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
+    live = _LiveBytes(weights.keys() | _storages(tensors).keys())
+    with live:
+        scorer = JacobianScorer(model, rows=rows, **options)
+        reader = BatchRows(scorer, loss_fn or label_free_loss(rows=rows))
+        with evaluating(model), scorer:
+            first, _ = live.peak_of(lambda: reader.batch(0, batch))
+            later, between = live.peak_of(lambda: reader.batch(1, batch))
+    return MemoryEstimate(
+        weights=sum(weights.values()),
+        activations=later - between,
+        rows=between,
+        checking_row=max(0, first - later),
+        kept_rows=scorer.rows_bytes(keep_rows),
+    )
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage that an operator returns, from then until it is freed.
+
+    Args:
+        known: storages that were there before, by address.
+    """
+
+    def __init__(self, known: Iterable[int]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = set(known)
+        self._live: dict[int, weakref.ref[Any]] = {}
+
+    def peak_of(self, call: Callable[[], object]) -> tuple[int, int]:
+        """The most bytes that were live at once during ``call``, and those after it."""
+        self.peak = self.now
+        call()
+        return self.peak, self.now
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if size == 0 or address in self._known or address in self._live:
+            return
+
+        def freed(_: weakref.ref[Any]) -> None:
+            del self._live[address]
+            self.now -= size
+
+        self._live[address] = weakref.ref(storage, freed)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Address -> bytes of the storages of these tensors, each once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _readable(size: int) -> str:
+    value, units = float(size), iter(("B", "KiB", "MiB", "GiB", "TiB"))
+    unit = next(units)
+    while value >= 1024 and unit != "TiB":
+        value, unit = value / 1024, next(units)
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
