@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,8 +19,14 @@ from obc.integrations.transformers_blocks import DEFAULT_KINDS, KINDS, Block, Fi
 from obc.integrations.transformers_config import with_widths
 from obc.integrations.transformers_costs import axis_key, transformer_costs
 from obc.pruning.measure import call, evaluating
+from obc.pruning.structure import Limits
 from obc.scoring.groups import ChannelGroup, Slice
 from obc.selection.costs import Costs
+
+# Units of these kinds are no single channels, and no kernel runs faster on a multiple of them.
+_WHOLE = ("heads", "query_heads", "experts")
+# torch's grouped products want rows that begin at multiples of so many bytes.
+_GROUPED_BYTES = 16
 
 
 def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -> list[ChannelGroup]:
@@ -73,19 +80,22 @@ class TransformersStructure:
         model: pruned in place by :meth:`remove`.
         kinds: of groups, see :func:`transformer_groups`.
         uniform: ask ``obc.prune`` to keep equal widths in all layers: units are ranked within each layer.
+        round_to: ask it to keep widths that are multiples of this, of channels; heads and experts are never rounded.
+            Channels of fused experts stay multiples of 16 bytes in any case: grouped products need it.
         ignored_layers: modules, or names of modules, whose own groups, and those of all modules inside, are left alone.
         sequence_length: of the tokens that MACs count the products of queries, keys and values with; 0 leaves those
             products out.
-        example_inputs: where given, the removal of one unit of every group is tried on a copy of the model.
+        example_inputs: where given, removing one unit of every group, or as many as ``round_to``, is tried on a copy.
 
     Attributes:
         left_out: what looks like a block, or was tried -> why it can't be pruned.
         config_refused: why the config could not be adapted to the widths, or None.
         uniform: as given.
+        blocks: the blocks behind the groups, by name.
 
     Raises:
         PlanError: the model is compiled or has parametrised layers, or the try failed.
-        ValueError: an unknown kind; an ignored layer that the model does not have.
+        ValueError: an unknown kind; a ``round_to`` below 1; an ignored layer that the model does not have.
     """
 
     def __init__(
@@ -94,6 +104,7 @@ class TransformersStructure:
         kinds: Sequence[str] = DEFAULT_KINDS,
         *,
         uniform: bool = False,
+        round_to: int | None = None,
         ignored_layers: Sequence[nn.Module | str] = (),
         sequence_length: int = 0,
         example_inputs: Any = None,
@@ -103,12 +114,15 @@ class TransformersStructure:
         for name, module in model.named_modules():
             if parametrize.is_parametrized(module):
                 raise PlanError(f"{name or 'the model'} is parametrised and can't be sliced; merge it first")
+        if round_to is not None and round_to < 1:
+            raise ValueError(f"round_to must be at least 1, got {round_to}")
         self.model, self.uniform, self._sequence_length = model, uniform, sequence_length
+        self._round_to = round_to or 1
         finder = _found(model, kinds)
         self._modules = finder.modules
         self.left_out = finder.left_out
         ignored = self._ignored(ignored_layers)
-        self._blocks = {
+        self.blocks = {
             name: block
             for name, block in finder.blocks.items()
             if not any(part.side == "out" and part.module in ignored for part in block.group.slices)
@@ -126,29 +140,23 @@ class TransformersStructure:
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
         """The groups of the model as it is now, in the order of its modules."""
-        return tuple(block.group for block in self._blocks.values())
+        return tuple(block.group for block in self.blocks.values())
 
     @property
-    def min_units(self) -> dict[str, int]:
-        """How many units of each group the model needs to run: experts that a token is routed to."""
-        return {name: block.min_units for name, block in self._blocks.items()}
-
-    @property
-    def blocks(self) -> dict[str, Block]:
-        """The blocks behind the groups."""
-        return dict(self._blocks)
-
-    @property
-    def families(self) -> list[list[str]]:
-        """Groups that keep equal widths where widths are uniform: of one kind, config entry and size."""
-        found: dict[tuple[Any, ...], list[str]] = {}
-        for name, block in self._blocks.items():
-            found.setdefault((*block.family, block.group.size), []).append(name)
-        return list(found.values())
+    def limits(self) -> Limits:
+        """What widths ``obc.prune`` may choose: experts that a token is routed to stay, rounding, equal widths."""
+        families: dict[tuple[Any, ...], list[str]] = {}
+        for name, block in self.blocks.items():
+            families.setdefault((*block.family, block.group.size), []).append(name)
+        return Limits(
+            {name: block.min_units for name, block in self.blocks.items()},
+            {name: self._multiple(block) for name, block in self.blocks.items()},
+            list(families.values()) if self.uniform else (),
+        )
 
     def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
         """MACs for one token, or parameters: see :func:`transformers_costs.transformer_costs`."""
-        blocks = list(self._blocks.values())
+        blocks = list(self.blocks.values())
         axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
         for index, block in enumerate(blocks):
             for part in block.group.slices:
@@ -189,9 +197,9 @@ class TransformersStructure:
         return ignored
 
     def _checked(self, name: str, indices: Tensor) -> Tensor:
-        if name not in self._blocks:
-            raise KeyError(f"no group is named {name!r}: there are {', '.join(map(repr, self._blocks))}")
-        block = self._blocks[name]
+        if name not in self.blocks:
+            raise KeyError(f"no group is named {name!r}: there are {', '.join(map(repr, self.blocks))}")
+        block = self.blocks[name]
         indices = torch.as_tensor(indices, dtype=torch.int64).cpu().unique()
         size = block.group.size
         if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < size:
@@ -202,13 +210,25 @@ class TransformersStructure:
             )
         return indices
 
+    def _multiple(self, block: Block) -> int:
+        if block.group.kind in _WHOLE:
+            return 1
+        if block.group.kind == "expert_ffn":
+            weight = self._tensor(self._axes(block, block.group.slices[0])[0])
+            return math.lcm(self._round_to, max(1, _GROUPED_BYTES // weight.element_size()))
+        return self._round_to
+
     def _try(self, example_inputs: Any) -> None:
         """Remove one unit of every group of a copy, and run it."""
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
         trial._modules = {name: trial.model.get_submodule(name) for name in self._modules}
-        trial._blocks, trial._kept = dict(self._blocks), {}
-        removable = {n: torch.tensor([0]) for n, b in self._blocks.items() if b.group.size > b.min_units}
+        trial.blocks, trial._kept = dict(self.blocks), {}
+        removable = {
+            name: torch.arange(multiple)
+            for name, multiple in self.limits.round_to.items()
+            if self.blocks[name].group.size >= self.blocks[name].min_units + multiple
+        }
         try:
             trial.remove(removable)
             trial.plan.verify(self.model.state_dict(), trial.model)
@@ -228,7 +248,7 @@ class TransformersStructure:
         return layer_axes(part.module, self._modules[part.module], part.side) if found is None else found
 
     def _remove(self, name: str, chosen: Tensor) -> None:
-        block = self._blocks[name]
+        block = self.blocks[name]
         removals = [
             (self._axes(block, part), part.channels[chosen].flatten().sort().values) for part in block.group.slices
         ]
@@ -248,9 +268,9 @@ class TransformersStructure:
             setattr(module, counter.attribute, getattr(module, counter.attribute) - counter.per_unit * len(chosen))
         stays = torch.ones(block.group.size, dtype=torch.bool)
         stays[chosen] = False
-        self._blocks[name] = _with_slices(block, lambda part: replace(part, channels=part.channels[stays]))
-        for other, of in self._blocks.items():
-            self._blocks[other] = _with_slices(of, lambda part, of=of: self._renumbered(of, part, lost))
+        self.blocks[name] = _with_slices(block, lambda part: replace(part, channels=part.channels[stays]))
+        for other, of in self.blocks.items():
+            self.blocks[other] = _with_slices(of, lambda part, of=of: self._renumbered(of, part, lost))
 
     def _renumbered(self, block: Block, part: Slice, lost: Mapping[tuple[str, int], Tensor]) -> Slice:
         """The slice after other channels of the same tensor are gone."""
@@ -280,7 +300,7 @@ class TransformersStructure:
         config = getattr(self.model, "config", None)
         if config is None:
             return
-        adapted, self.config_refused = with_widths(self.model, list(self._blocks.values()))
+        adapted, self.config_refused = with_widths(self.model, list(self.blocks.values()))
         if adapted is None:
             return
         for module in self._modules.values():

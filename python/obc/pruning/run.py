@@ -22,10 +22,11 @@ from obc.equivalent.plan import PruningPlan, named_tensors
 from obc.pruning.criteria import CRITERIA, ForwardFn, LossFn, Subject, read_rows
 from obc.pruning.report import PruningReport, PruningResult, StepReport
 from obc.pruning.snapshot import Snapshot
-from obc.pruning.structure import Structure
+from obc.pruning.structure import Limits, Structure
 from obc.scoring.groups import ChannelGroup, Slices
 from obc.scoring.label_free import label_free_loss
 from obc.selection import Costs, select
+from obc.selection.uniform import select_uniform
 
 logger = logging.getLogger("obc")
 
@@ -96,7 +97,7 @@ def prune(
         rows: "batch" or "sample": what one row is.
         ignored_layers: layers or their names whose outputs keep their widths.
         num_heads: query, key and value projections, or their names -> number of heads: heads are removed as wholes.
-        round_to: widths, in units, become multiples of it.
+        round_to: widths, in units, become multiples of it, where ``structure`` does not say it for its groups.
         min_units: every group keeps at least so many.
         shrinkage: of interactions in joint selection; None chooses it from the numbers of rows and units.
         forward_fn: ``forward_fn(model, batch)`` returns the outputs to preserve, for recalibration, compensation and
@@ -359,19 +360,31 @@ class _Job:
 
     def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float) -> dict[str, Tensor]:
         """What ``obc.select`` removes; its warnings go into the report, the same one once."""
-        choice = self.choice
+        choice, limits = self.choice, self._limits()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            removed = select(
-                rows,
-                costs,
-                excess,
-                selection=choice.selection,
-                shrinkage=choice.shrinkage,
-                per_cost=choice.per_cost,
-                min_units=choice.min_units,
-                round_to=choice.round_to,
-            )
+            if limits.families:
+                removed = select_uniform(
+                    rows,
+                    costs,
+                    excess,
+                    limits.families,
+                    selection=choice.selection,
+                    shrinkage=choice.shrinkage,
+                    min_units=limits.min_units,
+                    round_to=limits.round_to,
+                )
+            else:
+                removed = select(
+                    rows,
+                    costs,
+                    excess,
+                    selection=choice.selection,
+                    shrinkage=choice.shrinkage,
+                    per_cost=choice.per_cost,
+                    min_units={name: limits.min_units[name] for name in rows},
+                    round_to={name: limits.round_to[name] for name in rows},
+                )
         for warning in caught:
             self._warn(str(warning.message))
         return removed
@@ -386,9 +399,18 @@ class _Job:
                 f"be pruned keeps its minimum{self._reasons()}"
             )
 
+    def _limits(self) -> Limits:
+        """The structure's limits and the caller's together."""
+        own: Limits = getattr(self.structure, "limits", Limits())
+        names = [group.name for group in self.structure.groups]
+        least = {name: max(self.choice.min_units, own.min_units.get(name, 1)) for name in names}
+        multiples = {name: own.round_to.get(name, self.choice.round_to or 1) for name in names}
+        return Limits(least, multiples, own.families)
+
     def _smallest(self, group: ChannelGroup) -> int:
-        rounding = self.choice.round_to or 1
-        return min(group.size, -(-self.choice.min_units // rounding) * rounding)
+        limits = self._limits()
+        multiple = limits.round_to[group.name]
+        return min(group.size, -(-limits.min_units[group.name] // multiple) * multiple)
 
     def _reasons(self) -> str:
         reasons = "; ".join(f"{name}: {why}" for name, why in self.report.left_out.items())

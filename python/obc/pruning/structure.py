@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from torch import Tensor, nn
@@ -12,8 +13,25 @@ from obc.scoring.groups import ChannelGroup
 from obc.selection.costs import Costs
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the widths of a structure's groups must be, besides what the caller of ``obc.prune`` asks for.
+
+    Attributes:
+        min_units: by group, how many units stay at least.
+        round_to: by group, a multiple of which stays.
+        families: names of groups that keep equal widths; empty where every width is free.
+    """
+
+    min_units: Mapping[str, int] = field(default_factory=dict)
+    round_to: Mapping[str, int] = field(default_factory=dict)
+    families: Sequence[Sequence[str]] = ()
+
+
 class Structure(Protocol):
     """A model's prunable groups. Implemented on Torch-Pruning's dependency graph, and for transformers without it.
+
+    A structure may have an attribute ``limits`` (:class:`Limits`) too.
 
     Attributes:
         model: the model, pruned in place.

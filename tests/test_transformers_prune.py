@@ -1,0 +1,142 @@
+"""``obc.prune`` on transformers models: budgets, equal widths, rounding, experts that must stay."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers_families import FAMILIES, double, output
+
+import obc
+from obc.integrations.transformers import TransformersStructure
+from obc.selection import BudgetError, Costs
+from obc.selection.uniform import select_uniform
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2", "vit", "mamba", "gemma"])
+def test_prune_reaches_its_share(family: str) -> None:
+    case = FAMILIES[family]()
+    structure = TransformersStructure(case.model)
+    result = obc.prune(case.model, None, case.batches, case.loss, macs=0.8, steps=2, structure=structure)
+    assert result.report.macs_after <= 0.8 * result.report.macs_before
+    assert result.report.parameters_after == sum(parameter.numel() for parameter in case.model.parameters())
+    assert output(case, case.model).isfinite().all()
+    result.plan.verify(FAMILIES[family]().model.state_dict(), case.model)
+
+
+def test_equal_widths_can_be_said_by_the_config() -> None:
+    case = FAMILIES["llama"]()
+    structure = TransformersStructure(case.model, uniform=True, round_to=8)
+    result = obc.prune(case.model, None, case.batches, case.loss, macs=0.8, steps=2, structure=structure)
+    widths = {group.kind: set() for group in structure.groups}
+    for group in structure.groups:
+        widths[group.kind].add(group.size)
+    assert {kind: len(found) for kind, found in widths.items()} == {"heads": 1, "ffn": 1}
+    assert widths["ffn"].pop() % 8 == 0
+    assert structure.config_refused is None
+    assert case.model.config.intermediate_size < 48
+    assert result.report.macs_after <= 0.8 * result.report.macs_before
+
+
+@pytest.mark.filterwarnings("ignore:.*rows:UserWarning")
+def test_equal_widths_still_rank_within_each_layer() -> None:
+    """The units that go from one layer are those that ``obc.select`` takes from it alone."""
+    case = FAMILIES["llama"]()
+    twin = copy.deepcopy(case.model)
+    structure = TransformersStructure(case.model, kinds=("ffn",), uniform=True)
+    groups = structure.groups
+    rows = obc.score(case.model, case.batches, case.loss, keep_rows=True).rows
+    result = obc.prune(case.model, None, case.batches, case.loss, macs=0.9, steps=1, structure=structure)
+    removed = 48 - structure.groups[0].size
+    assert removed > 0
+    for group in groups:
+        expected = obc.select({group.name: group.gate_rows(rows)}, {group.name: 1.0}, removed)[group.name]
+        kept = result.plan[group.name].out_channels
+        assert set(kept.tolist()) == set(range(48)) - set(expected.tolist())
+    result.plan.verify(twin.state_dict(), case.model)
+
+
+def test_a_failed_call_leaves_the_model_as_it_was() -> None:
+    case = FAMILIES["llama"]()
+    before = output(case, case.model)
+    calls = []
+
+    def loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        calls.append(model.config.intermediate_size)
+        if calls[-1] < 48:
+            raise RuntimeError("after the first step")
+        return case.loss(model, batch)
+
+    structure = TransformersStructure(case.model, uniform=True)
+    with pytest.raises(RuntimeError, match="after the first step"):
+        obc.prune(case.model, None, case.batches, loss, macs=0.7, steps=2, structure=structure)
+    assert min(calls) < 48
+    assert case.model.config.intermediate_size == 48
+    assert case.model.model.layers[0].mlp.intermediate_size == 48
+    assert torch.equal(output(case, case.model), before)
+
+
+def test_compensation_in_the_same_call() -> None:
+    case = FAMILIES["llama"]()
+    structure = TransformersStructure(case.model)
+    result = obc.prune(
+        case.model, None, case.batches, case.loss, macs=0.8, steps=1, structure=structure, compensate="ls"
+    )
+    report = result.report.compensation
+    assert report is not None
+    assert report.final_error <= report.naive_error
+
+
+# --- selection under equal widths ---------------------------------------------------------------------------------
+
+
+def two_layers(first: int = 12, second: int = 12, heads: int = 4) -> Costs:
+    return Costs(
+        ["a", "b", "h"], [first, second, heads], constant=10.0, linear=torch.tensor([1.0, 1.0, 5.0]), unit="macs"
+    )
+
+
+def rows_of(**sizes: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(32, size, generator=generator) for name, size in sizes.items()}
+
+
+def test_families_keep_the_largest_equal_share_that_frees_the_budget() -> None:
+    removed = select_uniform(rows_of(a=12, b=12, h=4), two_layers(), 16.0, [["a", "b"], ["h"]])
+    counts = {name: len(units) for name, units in removed.items()}
+    assert counts["a"] == counts["b"]
+    assert counts["a"] + counts["b"] + 5 * counts["h"] >= 16
+    # A little less of any family would not do: the share before has one head more, or one channel of each layer.
+    assert counts == {"a": 4, "b": 4, "h": 2}
+
+
+def test_uniform_widths_are_rounded_and_bounded() -> None:
+    rows = rows_of(a=12, b=12, h=4)
+    removed = select_uniform(
+        rows, two_layers(), 24.0, [["a", "b"], ["h"]], min_units={"h": 2}, round_to={"a": 4, "b": 4}
+    )
+    assert {name: len(units) for name, units in removed.items()} == {"a": 8, "b": 8, "h": 2}
+
+
+def test_families_without_rows_keep_their_widths() -> None:
+    removed = select_uniform(rows_of(a=12, h=4), two_layers(), 10.0, [["a", "b"], ["h"]])
+    assert {name: len(units) for name, units in removed.items()} == {"a": 0, "h": 2}
+
+
+def test_uniform_budgets_out_of_reach() -> None:
+    with pytest.raises(BudgetError, match="free at most 37 of the 40") as caught:
+        select_uniform(rows_of(a=12, b=12, h=4), two_layers(), 40.0, [["a", "b"], ["h"]])
+    assert caught.value.reachable == 37
+    with pytest.raises(ValueError, match=r"a, b have \[8, 12\]"):
+        select_uniform(rows_of(a=12, b=8, h=4), two_layers(second=8), 1.0, [["a", "b"], ["h"]])
+
+
+def test_prune_keeps_the_experts_that_tokens_go_to() -> None:
+    model = double(FAMILIES["mixtral"]())
+    structure = TransformersStructure(model, round_to=3)
+    kinds = {group.name: group.kind for group in structure.groups}
+    least = {kinds[name]: count for name, count in structure.limits.min_units.items()}
+    assert least == {"heads": 1, "experts": 2, "expert_ffn": 1}
+    multiples = {kinds[name]: count for name, count in structure.limits.round_to.items()}
+    assert multiples == {"heads": 1, "experts": 1, "expert_ffn": 6}

@@ -1,0 +1,257 @@
+"""Slicing transformers models against the original with the removed units masked out."""
+
+from __future__ import annotations
+
+import copy
+from types import MethodType
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers_families import FAMILIES, double, every_other, language_model, output
+
+from obc import PlanError
+from obc.integrations.transformers import TransformersStructure
+from obc.scoring.groups import ChannelGroup
+
+# float64 sums of other lengths: the order of additions differs.
+TOLERANCE = 1e-10
+
+
+def mask(model: nn.Module, group: ChannelGroup, units: Tensor) -> None:
+    """Take the units' contributions out of ``model``: columns that read them become zero, experts are never chosen."""
+    if group.kind == "experts":
+        router = next(part.module for part in group.slices if part.side == "out")
+        mask_experts(model.get_submodule(router), units)
+        return
+    for part in group.consumers:
+        channels = part.channels[units].flatten()
+        owner, _, name = part.module.rpartition(".")
+        if part.module not in dict(model.named_modules()):
+            getattr(model.get_submodule(owner), name).data.index_fill_(2, channels, 0.0)  # fused experts
+            continue
+        module = model.get_submodule(part.module)
+        dim = 0 if type(module).__name__ == "Conv1D" else 1
+        module.weight.data.index_fill_(dim, channels, 0.0)
+
+
+def mask_experts(router: Any, removed: Tensor) -> None:
+    """Routing as the library defines it, with minus infinity for the logits of the removed experts."""
+
+    def forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        logits = logits.index_fill(1, removed, -torch.inf)
+        values, indices = logits.float().softmax(-1).topk(self.top_k, dim=-1)  # in float32, as the library does
+        if getattr(self, "norm_topk_prob", True):
+            values = values / values.sum(-1, keepdim=True)
+        return logits, values, indices
+
+    router.forward = MethodType(forward, router)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pruned_model_is_the_original_without_the_contributions_of_what_went(family: str) -> None:
+    case = FAMILIES[family]()
+    model = double(case)
+    masked = copy.deepcopy(model)
+    original = copy.deepcopy(model.state_dict())
+    structure = TransformersStructure(model)
+    assert structure.groups
+    assert not structure.left_out
+    units = {g.name: every_other(g.size, structure.limits.min_units[g.name]) for g in structure.groups}
+    for group in structure.groups:
+        mask(masked, group, units[group.name])
+    before = output(case, model)
+    structure.remove(units)
+    structure.plan.verify(original, model)
+    after = output(case, model)
+    assert (after - before).abs().max() > 1e-3
+    torch.testing.assert_close(after, output(case, masked), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mamba", "mixtral", "phi3"])
+def test_steps_compose(family: str) -> None:
+    """What two steps keep, counted in the unpruned model, is what one step keeps that removes the same."""
+    case = FAMILIES[family]()
+    twice, once = double(case), double(case)
+    original = copy.deepcopy(twice.state_dict())
+    structure, direct = TransformersStructure(twice), TransformersStructure(once)
+    wide = [group.name for group in structure.groups if group.size >= 4 and structure.limits.min_units[group.name] == 1]
+    assert wide
+    structure.remove({name: torch.tensor([0]) for name in wide})
+    structure.remove({name: torch.tensor([1]) for name in wide})
+    direct.remove({name: torch.tensor([0, 2]) for name in wide})
+    structure.plan.verify(original, twice)
+    torch.testing.assert_close(output(case, twice), output(case, once), rtol=0, atol=0)
+    for one, other in zip(structure.groups, direct.groups, strict=True):
+        assert all(torch.equal(a.channels, b.channels) for a, b in zip(one.slices, other.slices, strict=True))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
+def test_query_heads_inside_their_groups(family: str) -> None:
+    case = FAMILIES[family]()
+    model = double(case)
+    masked = copy.deepcopy(model)
+    structure = TransformersStructure(model, kinds=("query_heads",))
+    assert [group.size for group in structure.groups] == [2, 2]
+    units = {group.name: torch.tensor([index]) for index, group in enumerate(structure.groups)}
+    for group in structure.groups:
+        mask(masked, group, units[group.name])
+    structure.remove(units)
+    torch.testing.assert_close(output(case, model), output(case, masked), rtol=0, atol=TOLERANCE)
+    assert model.config.num_attention_heads == 2
+    assert model.config.num_key_value_heads == 2
+
+
+def test_heads_then_query_heads() -> None:
+    case = FAMILIES["llama"]()
+    model = double(case)
+    masked = copy.deepcopy(model)
+    for kinds in (("heads",), ("query_heads",)):
+        structure = TransformersStructure(model, kinds=kinds)
+        structure.remove({group.name: torch.tensor([1]) for group in structure.groups})
+    for layer in masked.model.layers:  # heads 0 and 1 share keys and values, and of these head 0 stays
+        layer.self_attn.o_proj.weight.data[:, 8:] = 0
+    torch.testing.assert_close(output(case, model), output(case, masked), rtol=0, atol=TOLERANCE)
+
+
+def test_embedding_width_is_the_model_of_fewer_features() -> None:
+    """Norms are over what remains, so that the oracle is a model built with the smaller width from sliced weights."""
+    case = FAMILIES["llama"]()
+    model = double(case)
+    structure = TransformersStructure(model, kinds=("embedding",))
+    (group,) = structure.groups
+    removed = torch.arange(0, 32, 4)
+    kept = torch.tensor([channel for channel in range(32) if channel not in removed])
+    config = copy.deepcopy(model.config)
+    config.hidden_size, config.head_dim = 24, 8
+    expected = type(model)(config).double().eval()
+    reads = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head", "embed_tokens")
+    state = {}
+    for name, tensor in model.state_dict().items():
+        state[name] = tensor[:, kept] if any(layer in name for layer in reads) else tensor[kept]
+    expected.load_state_dict(state)
+    original = copy.deepcopy(model.state_dict())
+    structure.remove({group.name: removed})
+    structure.plan.verify(original, model)
+    torch.testing.assert_close(output(case, model), output(case, expected), rtol=0, atol=TOLERANCE)
+    assert model.config.hidden_size == 24
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bert", "vit", "opt"])
+def test_embedding_width_runs_and_verifies(family: str) -> None:
+    case = FAMILIES[family]()
+    model = double(case)
+    original = copy.deepcopy(model.state_dict())
+    structure = TransformersStructure(model, kinds=("embedding",))
+    (group,) = structure.groups
+    total = structure.costs("parameters").total
+    structure.remove({group.name: torch.tensor([1, 5])})
+    structure.plan.verify(original, model)
+    assert output(case, model).isfinite().all()
+    assert sum(parameter.numel() for parameter in model.parameters()) == total(torch.tensor([group.size - 2]))
+
+
+def test_tied_parameters_stay_tied() -> None:
+    model = FAMILIES["llama-tied"]().model
+    structure = TransformersStructure(model, kinds=("embedding",))
+    structure.remove({structure.groups[0].name: torch.tensor([3])})
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.shape == (31, 15)
+
+
+def test_frozen_parameters_stay_frozen_and_modes_stay() -> None:
+    model = FAMILIES["llama"]().model.train()
+    for parameter in model.model.layers[0].parameters():
+        parameter.requires_grad_(False)
+    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    structure = TransformersStructure(model)
+    structure.remove({group.name: torch.tensor([0]) for group in structure.groups})
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == frozen
+    assert all(module.training for module in model.modules())
+
+
+def test_modules_count_what_they_have() -> None:
+    model = FAMILIES["bert"]().model
+    structure = TransformersStructure(model)
+    structure.remove({group.name: torch.tensor([0]) for group in structure.groups})
+    attention = model.bert.encoder.layer[0].attention.self
+    assert (attention.num_attention_heads, attention.all_head_size, attention.attention_head_size) == (3, 24, 8)
+    assert (attention.query.out_features, attention.query.in_features) == (24, 32)
+    assert model.bert.encoder.layer[0].intermediate.dense.out_features == 47
+
+
+def test_routers_keep_as_many_experts_as_they_choose() -> None:
+    structure = TransformersStructure(FAMILIES["mixtral"]().model)
+    group = next(group for group in structure.groups if group.kind == "experts")
+    with pytest.raises(ValueError, match=r"3 of the 4 units of .* 2 must stay"):
+        structure.remove({group.name: torch.tensor([0, 1, 2])})
+    assert group.size == 4
+
+
+def test_errors_name_what_was_wrong() -> None:
+    structure = TransformersStructure(FAMILIES["llama"]().model)
+    name = structure.groups[0].name
+    with pytest.raises(KeyError, match="no group is named 'mlp'"):
+        structure.remove({"mlp": torch.tensor([0])})
+    with pytest.raises(IndexError, match="units 0 to 1, got 2 to 2"):
+        structure.remove({name: torch.tensor([2])})
+    with pytest.raises(ValueError, match="2 of the 2 units"):
+        structure.remove({name: torch.tensor([0, 1])})
+    with pytest.raises(ValueError, match=r"kinds are .*got 'neurons'"):
+        TransformersStructure(structure.model, kinds=("neurons",))
+    with pytest.raises(ValueError, match="by one kind, then by the other"):
+        TransformersStructure(structure.model, kinds=("heads", "query_heads"))
+    with pytest.raises(ValueError, match="no layer"):
+        TransformersStructure(structure.model, ignored_layers=("model.layers.9",))
+    assert len(structure.plan) == 0
+
+
+def test_a_wrong_unit_leaves_everything_as_it_was() -> None:
+    model = FAMILIES["llama"]().model
+    structure = TransformersStructure(model)
+    before = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    first, second, *_ = (group.name for group in structure.groups)
+    with pytest.raises(IndexError):
+        structure.remove({first: torch.tensor([0]), second: torch.tensor([48])})
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == before
+
+
+def test_ignored_layers_are_left_alone() -> None:
+    model = FAMILIES["llama"]().model
+    structure = TransformersStructure(model, ignored_layers=("model.layers.0", model.model.layers[1].mlp))
+    assert [group.name for group in structure.groups] == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_try_finds_models_that_do_not_run_pruned() -> None:
+    class Stubborn(nn.Module):
+        """Knows its width by heart."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.fc1(x).reshape(-1, 6))
+
+    model = Stubborn()
+    with pytest.raises(PlanError, match="does not run without one unit of each of 'fc1'"):
+        TransformersStructure(model, example_inputs=torch.randn(2, 4))
+    assert model.fc1.out_features == 6
+    llama = models.llama()
+    structure = TransformersStructure(llama.model, example_inputs={"input_ids": llama.batches[0]})
+    assert structure.groups[1].size == 48
+    assert len(structure.plan) == 0
+
+
+def test_what_is_not_understood_is_named() -> None:
+    case = language_model(
+        "GPTNeoX", vocab_size=31, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    structure = TransformersStructure(case.model)
+    assert [group.kind for group in structure.groups] == ["ffn"]
+    (reason,) = structure.left_out.values()
+    assert "query_key_value" in reason

@@ -1,0 +1,80 @@
+"""Tiny transformers models of every family whose groups are known, beside those of :mod:`models`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import models
+import torch
+from models import Case, case, token_losses, tokens
+from torch import Tensor, nn
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 31,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.1,
+    "use_cache": False,
+}
+
+
+def language_model(name: str, **sizes: Any) -> Case:
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    return case(lambda: getattr(transformers, f"{name}ForCausalLM")(config), tokens(31, 8), token_losses)
+
+
+def opt() -> Case:
+    sizes = {key: value for key, value in _SIZES.items() if key not in ("intermediate_size", "num_key_value_heads")}
+    return language_model("OPT", **sizes, ffn_dim=48, word_embed_proj_dim=32, init_std=0.1)
+
+
+def qwen2_moe() -> Case:
+    widths = {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    return language_model("Qwen2Moe", **_SIZES, **widths, num_experts=4, num_experts_per_tok=2)
+
+
+FAMILIES: dict[str, Callable[[], Case]] = {
+    "llama": models.llama,
+    "llama-tied": models.llama_tied,
+    "qwen2": lambda: language_model("Qwen2", **_SIZES),
+    "qwen3": lambda: language_model("Qwen3", **_SIZES, head_dim=16),
+    "mistral": lambda: language_model("Mistral", **_SIZES),
+    "phi3": lambda: language_model("Phi3", **_SIZES, pad_token_id=0),
+    "gemma": models.gemma,
+    "opt": opt,
+    "gpt2": models.gpt2,
+    "bert": models.bert,
+    "vit": models.vit,
+    "mamba": models.mamba,
+    "mixtral": lambda: language_model("Mixtral", **_SIZES, num_local_experts=4),
+    "qwen2-moe": qwen2_moe,
+}
+
+
+def output(case: Case, model: nn.Module) -> Tensor:
+    """The logits of the case's first batch."""
+    batch = case.batches[0]
+    with torch.no_grad():
+        if isinstance(batch, tuple):
+            return model(pixel_values=batch[0].to(models.dtype_of(model))).logits
+        return model(input_ids=batch).logits
+
+
+def double(case: Case) -> nn.Module:
+    """A float64 copy, so that slicing is compared without rounding."""
+    model = copy.deepcopy(case.model).double()
+    model.set_experts_implementation("eager")  # grouped products take no float64
+    return model
+
+
+def every_other(size: int, least: int = 1) -> Tensor:
+    """Some units to remove: not the first, nor a stretch, and never too many."""
+    return torch.arange(1, size, 2)[: size - least]
