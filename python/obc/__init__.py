@@ -14,7 +14,7 @@ from obc.equivalent import (
 from obc.info import info
 from obc.integrations.transformers import transformer_groups
 from obc.pruning import PruningResult, prune
-from obc.scoring import ChannelRows, ChannelScores, JacobianScorer, Scores, score
+from obc.scoring import ChannelRows, ChannelScores, JacobianScorer, Scores, memory_estimate, score
 from obc.selection import select
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "compensate",
     "equivalent_pruning",
     "info",
+    "memory_estimate",
     "ops",
     "prune",
     "recalibrate_norms",
