@@ -147,8 +147,17 @@ def _of_polynomial(names: Sequence[str], sizes: Sequence[int], costs: Costs, dev
 def _check_costs(name: str, values: Tensor) -> None:
     if not bool(values.isfinite().all()) or bool((values < 0).any()):
         raise ValueError(f"{name!r}: what a unit frees must be finite and not negative, got {float(values.min())}")
-    if not bool(values.any()):
-        warnings.warn(f"removing units of {name!r} frees nothing: it loses none", stacklevel=_CALLER + 2)
+
+
+def warn_if_free(names: Sequence[str], sizes: Sequence[int], costs: RemovalCosts) -> None:
+    """Names groups whose units free nothing."""
+    if costs.unit_costs is not None:
+        free = torch.stack([part.amax() for part in costs.unit_costs.split(list(sizes))]) == 0
+    else:
+        free = costs.slope == costs.curvature.diagonal()
+    if bool(free.any()):
+        groups = named([name for name, is_free in zip(names, free.tolist(), strict=True) if is_free])
+        warnings.warn(f"removing units of {groups} frees nothing: all of them stay", stacklevel=_CALLER)
 
 
 def warn_if_all_equal(values: Tensor, what: str) -> None:

@@ -100,6 +100,7 @@ def select(
     names, sizes = list(rows_by_group), [values.shape[-1] for values in rows]
     lowest, multiples = checks.limits(names, sizes, min_units, round_to)
     removal_costs = checks.removal_costs(names, sizes, costs, rows[0].device)
+    checks.warn_if_free(names, sizes, removal_costs)
     interacting = None
     if selection == "joint":
         units = checks.stacked(rows)

@@ -23,6 +23,13 @@ Ranking = Callable[[], Tensor]
 FLOAT64_BYTES = 8
 # So many rows of X times X^T run at the speed of a matrix product; a larger block only computes more in vain.
 BLOCK = 128
+# A column of such a product takes about an eighth of the time of one alone (measured: 2.1 and 20 ms, 512 x 100,000):
+# a block was worth its time where at least so many of its columns were used.
+WORTH = BLOCK // 8
+# So many columns are computed alone before another block is tried, which then cannot cost much.
+PATIENCE = 4 * BLOCK
+# On a CPU the whole matrix of more channels takes longer than those of its columns that are used.
+FEW_CHANNELS = 16 * BLOCK
 # With so few rows, reading X takes no longer than the rest of a removal: a cache of columns has nothing to save.
 FEW_ROWS = 16
 
@@ -40,12 +47,13 @@ def choose_form(units: Tensor, sizes: Sequence[int], *, chunks: bool, max_bytes:
         chunks: several units go at a time; then one pass over X serves them all, which a cache would not improve on.
     """
     channels, rows = units.shape
+    on_host = units.device.type == "cpu"
     blocks = sum(size * size for size in sizes) if chunks else 0
-    if (channels * channels + blocks) * FLOAT64_BYTES <= max_bytes:
+    if (channels * channels + blocks) * FLOAT64_BYTES <= max_bytes and not (on_host and channels > FEW_CHANNELS):
         return "full"
     fits = BLOCK * channels * FLOAT64_BYTES <= max_bytes
     # The host manages the cache: an accelerator would wait for it in every step, and reads X fast enough.
-    return "blocked" if fits and rows > FEW_ROWS and not chunks and units.device.type == "cpu" else "rows"
+    return "blocked" if on_host and fits and rows > FEW_ROWS and not chunks else "rows"
 
 
 def columns_of(form: Form, units: Tensor, max_bytes: int) -> Columns:
@@ -80,7 +88,8 @@ class BlockedGram:
     """Columns in blocks, for the units that rank next; at most ``max_bytes`` of them wait to be used.
 
     2 C N operations a column, at the speed of a matrix product: several times faster than one by one. A column is
-    used at most once. In vain are those of units that ranked high and then did not go.
+    used at most once, and in vain are those of units that rank high and do not go. Where too many are, columns are
+    computed alone, as in :class:`RowsOnly`.
     """
 
     def __init__(self, units: Tensor, max_bytes: int) -> None:
@@ -89,16 +98,26 @@ class BlockedGram:
         self._cache = torch.empty(slots, len(units), dtype=torch.float64, device=units.device)
         self._unit_in = torch.full((slots,), -1, device=units.device)
         self._slot_of: dict[int, int] = {}
+        self._found, self._alone = WORTH, 0  # since the last block
 
     def __call__(self, picks: Tensor, valid: Tensor, ranking: Ranking) -> Tensor:
         total = torch.zeros(len(self._units), dtype=torch.float64, device=self._units.device)
         for unit in picks[valid].tolist():
-            if unit not in self._slot_of:
-                self._fill(unit, ranking())
-            slot = self._slot_of.pop(unit)
-            self._unit_in[slot] = -1
-            total += self._cache[slot]
+            total += self._column(unit, ranking)
         return total
+
+    def _column(self, unit: int, ranking: Ranking) -> Tensor:
+        if unit in self._slot_of:
+            self._found += 1
+        elif self._found >= WORTH or self._alone >= PATIENCE:
+            self._fill(unit, ranking())
+            self._found = self._alone = 0
+        else:
+            self._alone += 1
+            return self._units @ self._units[unit]
+        slot = self._slot_of.pop(unit)
+        self._unit_in[slot] = -1
+        return self._cache[slot]
 
     def _fill(self, wanted: int, ranking: Tensor) -> None:
         """Columns of ``wanted`` and of those that rank next, in place of those that rank last."""
