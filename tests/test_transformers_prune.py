@@ -140,3 +140,13 @@ def test_prune_keeps_the_experts_that_tokens_go_to() -> None:
     assert least == {"heads": 1, "experts": 2, "expert_ffn": 1}
     multiples = {kinds[name]: count for name, count in structure.limits.round_to.items()}
     assert multiples == {"heads": 1, "experts": 1, "expert_ffn": 6}
+    assert {kinds[name] for name in structure.limits.whole} == {"heads", "experts"}
+
+
+def test_the_callers_rounding_spares_heads() -> None:
+    case = FAMILIES["llama"]()
+    structure = TransformersStructure(case.model)
+    obc.prune(case.model, None, case.batches, case.loss, macs=0.6, steps=1, structure=structure, round_to=16)
+    widths = {group.name: group.size for group in structure.groups}
+    assert all(widths[name] % 16 == 0 for name in widths if "mlp" in name)
+    assert min(widths[name] for name in widths if "attn" in name) == 1

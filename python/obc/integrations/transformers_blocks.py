@@ -67,6 +67,8 @@ class Block:
         counters: attributes of modules that count units.
         config: config key -> how much a unit counts there.
         config_fixed: config key -> a value that must be written down once units are gone (it was derived before).
+        reads_config: a module whose forward reads these counts from its config, as layers with one projection for
+            queries, keys and values do.
         min_units: so many must stay for the model to run.
         attended: channels per unit in the products of queries, keys and values.
         family: groups of one family keep equal widths where widths are uniform.
@@ -77,6 +79,7 @@ class Block:
     counters: tuple[Counter, ...] = ()
     config: Mapping[str, int] = field(default_factory=dict)
     config_fixed: Mapping[str, int] = field(default_factory=dict)
+    reads_config: str | None = None
     min_units: int = 1
     attended: int = 0
 
@@ -228,7 +231,7 @@ class Finder:
             raise NotPrunableError(f"{_joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
 
     def _attention(self, name: str, projections: Sequence[str], output: str, heads: _Heads, kind: str) -> Block:
-        queries, shared, size = heads.queries, heads.shared, heads.size
+        module, queries, shared, size = self.modules[name], heads.queries, heads.shared, heads.size
         ratio = queries // shared
         if kind == "heads":
             of_query, units = _channels(shared, ratio * size), shared
@@ -259,6 +262,7 @@ class Finder:
             counters=self._counters([name], counted),
             config=config if self.config is not None else {},
             config_fixed={"head_dim": size},
+            reads_config=name if projections[0].endswith("qkv_proj") and hasattr(module, "config") else None,
             attended=of_query.shape[1],
         )
 

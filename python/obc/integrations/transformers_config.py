@@ -46,6 +46,14 @@ def with_widths(model: nn.Module, blocks: Sequence[Block]) -> tuple[Any | None, 
     return config, None
 
 
+def own_config(config: Any, block: Block) -> Any:
+    """A copy of the config with one block's widths, for one module."""
+    own = copy.copy(config)
+    for key, per_unit in block.config.items():
+        setattr(own, key, block.group.size * per_unit)
+    return own
+
+
 def _derived_head_size(config: Any) -> int | None:
     """The size of a head that the config says, or that the library derives from it."""
     if (said := getattr(config, "head_dim", None)) is not None:

@@ -16,7 +16,7 @@ from obc.equivalent.layers import is_compiled
 from obc.equivalent.plan import Kept, PlanError, PruningPlan
 from obc.integrations.transformers_axes import Axis, layer_axes, narrow, sync_layer, without
 from obc.integrations.transformers_blocks import DEFAULT_KINDS, KINDS, Block, Finder
-from obc.integrations.transformers_config import with_widths
+from obc.integrations.transformers_config import own_config, with_widths
 from obc.integrations.transformers_costs import axis_key, transformer_costs
 from obc.pruning.measure import call, evaluating
 from obc.pruning.structure import Limits
@@ -86,6 +86,7 @@ class TransformersStructure:
         sequence_length: of the tokens that MACs count the products of queries, keys and values with; 0 leaves those
             products out.
         example_inputs: where given, removing one unit of every group, or as many as ``round_to``, is tried on a copy.
+        plan: of what was pruned before by another structure of the same model: this one's goes on from it.
 
     Attributes:
         left_out: what looks like a block, or was tried -> why it can't be pruned.
@@ -108,6 +109,7 @@ class TransformersStructure:
         ignored_layers: Sequence[nn.Module | str] = (),
         sequence_length: int = 0,
         example_inputs: Any = None,
+        plan: PruningPlan | None = None,
     ) -> None:
         if is_compiled(model):
             raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile")
@@ -127,7 +129,7 @@ class TransformersStructure:
             for name, block in finder.blocks.items()
             if not any(part.side == "out" and part.module in ignored for part in block.group.slices)
         }
-        self._kept: dict[str, Kept] = {}
+        self._kept: dict[str, Kept] = dict(plan or {})
         self.config_refused: str | None = None
         if example_inputs is not None:
             self._try(example_inputs)
@@ -151,6 +153,7 @@ class TransformersStructure:
         return Limits(
             {name: block.min_units for name, block in self.blocks.items()},
             {name: self._multiple(block) for name, block in self.blocks.items()},
+            [name for name, block in self.blocks.items() if block.group.kind in _WHOLE],
             list(families.values()) if self.uniform else (),
         )
 
@@ -296,15 +299,19 @@ class TransformersStructure:
                     module._parameters[key] = new
 
     def _adapt_config(self) -> None:
-        """Write the widths into the config where the config can say them; every module gets the new one."""
+        """Write the widths into the config where the config can say them; every module gets the new one.
+
+        Where it can't, modules that read counts of their own from it get one of their own.
+        """
         config = getattr(self.model, "config", None)
         if config is None:
             return
         adapted, self.config_refused = with_widths(self.model, list(self.blocks.values()))
-        if adapted is None:
-            return
-        for module in self._modules.values():
-            if vars(module).get("config") is config:
+        readers = {block.reads_config: block for block in self.blocks.values() if block.reads_config is not None}
+        for name, module in self._modules.items():
+            if name in readers:
+                module.config = own_config(config, readers[name]) if adapted is None else adapted
+            elif adapted is not None and vars(module).get("config") is config:
                 module.config = adapted
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
@@ -97,7 +98,7 @@ def prune(
         rows: "batch" or "sample": what one row is.
         ignored_layers: layers or their names whose outputs keep their widths.
         num_heads: query, key and value projections, or their names -> number of heads: heads are removed as wholes.
-        round_to: widths, in units, become multiples of it, where ``structure`` does not say it for its groups.
+        round_to: widths, in units, become multiples of it; a ``structure`` may spare groups of heads and experts.
         min_units: every group keeps at least so many.
         shrinkage: of interactions in joint selection; None chooses it from the numbers of rows and units.
         forward_fn: ``forward_fn(model, batch)`` returns the outputs to preserve, for recalibration, compensation and
@@ -404,8 +405,9 @@ class _Job:
         own: Limits = getattr(self.structure, "limits", Limits())
         names = [group.name for group in self.structure.groups]
         least = {name: max(self.choice.min_units, own.min_units.get(name, 1)) for name in names}
-        multiples = {name: own.round_to.get(name, self.choice.round_to or 1) for name in names}
-        return Limits(least, multiples, own.families)
+        asked = {name: 1 if name in own.whole else self.choice.round_to or 1 for name in names}
+        multiples = {name: math.lcm(asked[name], own.round_to.get(name, 1)) for name in names}
+        return Limits(least, multiples, own.whole, own.families)
 
     def _smallest(self, group: ChannelGroup) -> int:
         limits = self._limits()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -20,11 +20,13 @@ class Limits:
     Attributes:
         min_units: by group, how many units stay at least.
         round_to: by group, a multiple of which stays.
+        whole: groups whose units are no channels, such as heads: what the caller says about rounding spares them.
         families: names of groups that keep equal widths; empty where every width is free.
     """
 
     min_units: Mapping[str, int] = field(default_factory=dict)
     round_to: Mapping[str, int] = field(default_factory=dict)
+    whole: Collection[str] = ()
     families: Sequence[Sequence[str]] = ()
 
 
