@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,6 +22,9 @@ class Costs:
         linear: (groups,) float64.
         quadratic: (groups, groups) float64, symmetric.
         unit: "macs" or "parameters".
+
+    Raises:
+        ValueError: shapes do not fit the number of names, a name occurs twice, or a value is not finite.
     """
 
     def __init__(
@@ -38,12 +42,18 @@ class Costs:
         self.widths = torch.as_tensor(widths, dtype=torch.float64)
         self.linear = torch.zeros(size, dtype=torch.float64) if linear is None else linear.double()
         quadratic = torch.zeros(size, size, dtype=torch.float64) if quadratic is None else quadratic.double()
-        self.quadratic = (quadratic + quadratic.T) / 2
-        if len(self.widths) != size or self.linear.shape != (size,) or self.quadratic.shape != (size, size):
+        if self.widths.shape != (size,) or self.linear.shape != (size,) or quadratic.shape != (size, size):
             raise ValueError(
                 f"costs of {size} groups need {size} widths and linear terms and a {size} x {size} quadratic, got "
-                f"{len(self.widths)}, {tuple(self.linear.shape)} and {tuple(self.quadratic.shape)}"
+                f"{tuple(self.widths.shape)}, {tuple(self.linear.shape)} and {tuple(quadratic.shape)}"
             )
+        self.quadratic = (quadratic + quadratic.T) / 2
+        if len(set(self.names)) != size:
+            twice = next(name for name in self.names if self.names.count(name) > 1)
+            raise ValueError(f"two groups of the costs are named {twice!r}; rename one of them")
+        values = torch.cat([self.linear, self.quadratic.flatten(), self.widths])
+        if not (bool(values.isfinite().all()) and math.isfinite(self.constant)):
+            raise ValueError("costs and widths must be finite")
 
     def total(self, widths: Tensor | None = None) -> float:
         """The cost at ``widths``, by default as the model is now."""
@@ -57,7 +67,13 @@ class Costs:
 
     @classmethod
     def fixed(cls, costs: Mapping[str, float], widths: Mapping[str, int], unit: str = "macs") -> Costs:
-        """Every unit of a group frees the same, whatever the others' widths."""
-        names = list(costs)
-        linear = torch.tensor([float(costs[name]) for name in names], dtype=torch.float64)
-        return cls(names, [widths[name] for name in names], linear=linear, unit=unit)
+        """Every unit of a group frees the same, whatever the others' widths.
+
+        Raises:
+            ValueError: the two name different groups.
+        """
+        if set(costs) != set(widths):
+            different = ", ".join(map(repr, sorted(set(costs) ^ set(widths))))
+            raise ValueError(f"costs and widths must be of the same groups; only one of them has {different}")
+        linear = torch.tensor([float(value) for value in costs.values()], dtype=torch.float64)
+        return cls(list(costs), [widths[name] for name in costs], linear=linear, unit=unit)
