@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import socket
 
 import pytest
 import torch
@@ -360,6 +361,44 @@ def test_models_and_their_flags_are_left_as_they_were() -> None:
     assert not pruned.original.training
     assert not any(module._forward_pre_hooks for model in (pruned.model, pruned.original) for module in model.modules())
     assert all(parameter.requires_grad for parameter in pruned.model.parameters())
+
+
+def _compensate_in_two_processes(rank: int, port: int, results) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    group = torch.distributed.group.WORLD
+    try:
+        for mode in MODES:
+            pruned = RECIPES["resnet"].prune()
+            mine = batches("resnet")[5 * rank :][:5]  # the fifth of each process is held out, as of all ten
+            report = compensate(pruned.model, pruned.original, pruned.plan, mine, mode=mode, process_group=group)
+            state_dict = {key: tensor.numpy() for key, tensor in pruned.model.state_dict().items()}
+            results[mode, rank] = (state_dict, report.final_error, [layer.applied for layer in report.layers.values()])
+        with pytest.raises(ValueError, match="got 1 batches"):
+            compensate(pruned.model, pruned.original, pruned.plan, mine[: 1 + rank], process_group=group)
+        results["refused", rank] = True
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_with_batches_of_their_own_decide_as_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = torch.multiprocessing.get_context("spawn").Manager().dict()
+    torch.multiprocessing.spawn(_compensate_in_two_processes, (port, results), nprocs=2)
+    for mode in MODES:
+        pruned = RECIPES["resnet"].prune()
+        report = compensate(pruned.model, pruned.original, pruned.plan, batches("resnet"), mode=mode)
+        for rank in range(2):
+            state_dict, final_error, applied = results[mode, rank]
+            assert final_error == pytest.approx(report.final_error, rel=1e-9)
+            assert applied == [layer.applied for layer in report.layers.values()]
+            for key, tensor in pruned.model.state_dict().items():
+                assert (torch.from_numpy(state_dict[key]) - tensor).abs().max() <= 1e-9, key
+                assert (state_dict[key] == results[mode, 0][0][key]).all(), key
+    assert results["refused", 0]
+    assert results["refused", 1]
 
 
 def rejected(change) -> None:

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from obc.equivalent.layers import Layout
+from obc.equivalent.processes import ALONE, Processes
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -67,13 +68,16 @@ def outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn) -> 
     return [[leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()] for leaves in results]
 
 
-def output_error(got: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]]) -> float:
+def output_error(
+    got: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]], processes: Processes = ALONE
+) -> float:
     """Sum of squared differences over the sum of squares of ``expected``; infinite where something is not finite."""
     difference = energy = 0.0
     for got_leaves, expected_leaves in zip(got, expected, strict=True):
         for tensor, target in zip(got_leaves, expected_leaves, strict=True):
             difference += float((tensor.double() - target.double()).square().sum())
             energy += float(target.double().square().sum())
+    difference, energy = processes.total(difference, energy)
     error = difference / energy if energy else difference
     return error if error == error else float("inf")
 
@@ -83,7 +87,9 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
-def recalibrate_norms(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None) -> None:
+def recalibrate_norms(
+    model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None, *, process_group: Any = None
+) -> None:
     """Estimate the running statistics of every BatchNorm anew: the mean over ``batches`` of each batch's statistics.
 
     All other modules run in eval mode; training flags, momenta and the count of batches seen are restored. A model
@@ -93,13 +99,23 @@ def recalibrate_norms(model: nn.Module, batches: Iterable[Any], forward_fn: Forw
         model: changed in place.
         batches: any iterable, passed over once.
         forward_fn: ``forward_fn(model, batch)``; by default ``model(batch)``.
+        process_group: the mean is over the batches of all processes of this group.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, in no process.
     """
-    norms = batch_norms(model)
-    if not norms:
-        return
+    if norms := batch_norms(model):
+        device = next(iter(norms[0].buffers())).device
+        _recalibrate(model, norms, batches, forward_fn or default_forward, Processes(process_group, device))
+
+
+def _recalibrate(
+    model: nn.Module,
+    norms: Sequence[_BatchNorm],
+    batches: Iterable[Any],
+    forward_fn: ForwardFn,
+    processes: Processes,
+) -> None:
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     count = 0
     with evaluation(model):
@@ -110,9 +126,14 @@ def recalibrate_norms(model: nn.Module, batches: Iterable[Any], forward_fn: Forw
                 norm.num_batches_tracked = None if tracked is None else torch.zeros_like(tracked)
                 norm.momentum = None  # a cumulative mean
             for count, batch in enumerate(batches, 1):  # noqa: B007 - how many there were
-                (forward_fn or default_forward)(model, batch)
+                forward_fn(model, batch)
         finally:
             for norm, momentum, tracked in before:
                 norm.momentum, norm.num_batches_tracked = momentum, tracked
-    if count == 0:
+    (total,) = processes.total(count)
+    if total == 0:
         raise ValueError("recalibrate_norms got no batches; pass an iterable that is not used up")
+    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
+    for statistic in statistics if processes.group is not None else []:
+        statistic.mul_(count / total)
+    processes.add(statistics)

@@ -35,6 +35,7 @@ from obc.equivalent.calibration import recalibrate_norms as recalibrate
 from obc.equivalent.layers import Layout, is_compiled, is_depthwise, layout_of, split_by_group
 from obc.equivalent.moments import Fit, Moments, SingularError, Solution
 from obc.equivalent.plan import Kept, PlanError, PruningPlan, named_modules, original_tensor, sliced
+from obc.equivalent.processes import Processes
 
 # One batch in so many is held out. Fewer make the decision noisier, more take rows from the regression.
 _HELD_OUT = 5
@@ -117,6 +118,7 @@ def compensate(
     recalibrate_norms: bool = True,
     max_bytes: int = 2**31,
     keep_decompressors: bool = False,
+    process_group: Any = None,
     progress: bool | None = None,
 ) -> CompensationReport:
     """Compensate ``pruned_model`` in place from unlabelled batches; it keeps its shapes and its parameter names.
@@ -147,6 +149,8 @@ def compensate(
         recalibrate_norms: estimate BatchNorm statistics anew whenever weights changed.
         max_bytes: limit for the running sums of mode "ls": layers beyond it take further passes over the batches.
         keep_decompressors: keep every D, in * kept numbers a layer, in the report.
+        process_group: every process of this group holds the same models and passes batches of its own, not necessarily
+            as many; sums, errors and BatchNorm statistics are those of all of them, and all end with the same model.
         progress: show a progress bar; None shows it in a terminal only.
 
     Raises:
@@ -162,28 +166,29 @@ def compensate(
     for role, model in (("pruned", pruned_model), ("original", original_model)):
         if is_compiled(model):
             raise ValueError(f"the {role} model is compiled; pass the model itself and compile after compensation")
-    calibration, held_out = _split(list(batches))
+    processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
+    calibration, held_out = _split(list(batches), processes)
     forward = forward_fn or default_forward
     with evaluation(pruned_model, original_model):
         consumers = _consumers(pruned_model, original_model, plan)
-        called = list(inputs(original_model, list(consumers), calibration[0], forward))
-        late = [name for name in consumers if name not in called]  # branches that the first batch did not take
-        ordered = {name: consumers[name] for name in [*called, *late]}
+        ordered = _ordered(consumers, list(inputs(original_model, list(consumers), calibration[0], forward)), processes)
         norms = batch_norms(pruned_model) if recalibrate_norms else []
         disable = None if progress is None else not progress
-        options = _Options(forward, ridge, mode == "seq", max_bytes, keep_decompressors)
+        options = _Options(forward, ridge, mode == "seq", max_bytes, keep_decompressors, processes)
         run = _Run(pruned_model, original_model, ordered, (calibration, held_out), norms, options)
         with tqdm(total=run.steps, desc="compensate", unit="layer", disable=disable) as bar:
             run.compensate(bar)
             run.decide(bar)
+        run.share()
     run.report.seconds = time.perf_counter() - start
     return run.report
 
 
-def _split(batches: list[Any]) -> tuple[list[Any], list[Any]]:
+def _split(batches: list[Any], processes: Processes) -> tuple[list[Any], list[Any]]:
     """(calibration, held out): every fifth batch is held out, the last one where there are fewer."""
-    if len(batches) < 2:
-        raise ValueError(f"compensate got {len(batches)} batches; pass at least two: one of them is held out to decide")
+    (fewest,) = processes.least([len(batches)])  # all processes raise where one must: none is left waiting
+    if fewest < 2:
+        raise ValueError(f"compensate got {fewest} batches; pass at least two: one of them is held out to decide")
     if len(batches) < _HELD_OUT:
         return batches[:-1], batches[-1:]
     held_out = batches[_HELD_OUT - 1 :: _HELD_OUT]
@@ -267,6 +272,15 @@ def _consumers(pruned_model: nn.Module, original_model: nn.Module, plan: Pruning
     return found
 
 
+def _ordered(consumers: Mapping[str, _Consumer], called: Sequence[str], processes: Processes) -> dict[str, _Consumer]:
+    """In the order of execution; last those on branches that the first batch did not take."""
+    places = {name: place for place, name in enumerate(called)}
+    earliest = processes.least([places.get(name, len(consumers)) for name in consumers])
+    return {
+        name: consumers[name] for _, name in sorted(zip(earliest, consumers, strict=True), key=lambda entry: entry[0])
+    }
+
+
 @dataclass(frozen=True)
 class _Options:
     forward: ForwardFn
@@ -274,6 +288,7 @@ class _Options:
     sequential: bool
     max_bytes: int
     keep_decompressors: bool
+    processes: Processes
 
 
 @dataclass(frozen=True)
@@ -354,6 +369,8 @@ class _Run:
         self.report.moment_bytes = max(self.report.moment_bytes, taken)
         for batch in self.calibration:
             self._accumulate(moments, batch, paired)
+        for sums in moments.values():
+            sums.gather(self.options.processes)
         return moments
 
     def _accumulate(self, moments: Mapping[str, Moments], batch: Any, paired: bool) -> None:
@@ -426,6 +443,12 @@ class _Run:
             if applied is not None and applied.decompressor is not None:
                 report.decompressors[name] = applied.decompressor
 
+    def share(self) -> None:
+        """Give all processes the first one's result: on unlike machines the last bits of a solution may differ."""
+        statistics = (buffer for norm in self.norms for buffer in norm.buffers())
+        parameters = (parameter for consumer in self.consumers.values() for parameter in consumer.parameters())
+        self.options.processes.share([*parameters, *statistics])
+
     def _leave_naive(self) -> None:
         """Everything as it was, but for new norm statistics where those alone help."""
         self._put_all(self.naive)
@@ -449,14 +472,16 @@ class _Run:
 
     def _recalibrate(self) -> None:
         if self.norms:
-            recalibrate(self.pruned, self.calibration, self.options.forward)
+            group = self.options.processes.group
+            recalibrate(self.pruned, self.calibration, self.options.forward, process_group=group)
 
     def _error_recalibrated(self) -> float:
         self._recalibrate()
         return self._error()
 
     def _error(self) -> float:
-        return output_error(outputs(self.pruned, self.held_out, self.options.forward), self.expected)
+        got = outputs(self.pruned, self.held_out, self.options.forward)
+        return output_error(got, self.expected, self.options.processes)
 
 
 def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:

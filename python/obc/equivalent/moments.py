@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obc.equivalent.processes import Processes
+
 # A ridge that Cholesky can't use is multiplied by this, at most so many times; the one used is reported.
 _RIDGE_STEP = 10.0
 _RIDGE_STEPS = 6
@@ -104,6 +106,13 @@ class Moments:
         self.square += x.square().sum(1).to(self.square)
         self.fourth += x.pow(4).sum(1).to(self.fourth)
         self.samples += x.shape[1]
+
+    def gather(self, processes: Processes) -> None:
+        """Add up what the processes accumulated."""
+        samples = torch.tensor(self.samples)
+        sums = (self.cross, self.gram, self.sum_x, self.sum_z, self.square, self.fourth, samples)
+        processes.add(tensor for tensor in sums if tensor is not None)
+        self.samples = int(samples)
 
     def solve(self, ridge: float, intercept: bool, kurtosis_limit: float = math.inf) -> Solution:
         """The decompressor for these moments; dropped channels beyond the kurtosis limit stay naive.
