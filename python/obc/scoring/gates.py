@@ -46,8 +46,9 @@ class CheckGate(torch.autograd.Function):
 
     An output's gate keeps what it received, which nobody else sees; an input's gate keeps the clone, because others may
     change what it received. ``watch.output_changed`` is set when the tensor handed on was changed in place,
-    ``watch.input_changed`` when the tensor received was. What is kept is kept like any other saved tensor, so that
-    activation checkpointing drops it, but without its version: a change is noted here, not refused by autograd.
+    ``watch.input_changed`` when the tensor received was, ``watch.reached`` when a gradient came. What is kept is kept
+    like any other saved tensor, so that activation checkpointing drops it, but without its version: a change is noted
+    here, not refused by autograd.
     """
 
     @staticmethod
@@ -64,6 +65,7 @@ class CheckGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (kept,), (grad,) = ctx.saved_tensors, grads
+        ctx.watch.reached = True
         ctx.watch.input_changed |= ctx.received._version != ctx.versions[0]
         ctx.watch.output_changed |= ctx.handed._version != ctx.versions[1]
         dot = _folded_dot(kept, grad, ctx.channel_dim, ctx.per_sample, ctx.fold)

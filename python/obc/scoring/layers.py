@@ -11,6 +11,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from obc.scoring.sharding import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Rule:
         groups: groups of a convolution.
         looks_up: the module selects rows of its weight by integer input (an embedding).
         elementwise: the weight multiplies channels along its last dimension.
+        packed: the weight is stored in other numbers than it stands for (a quantised linear layer), so that it has no
+            gradient, and its shape does not tell the channels.
     """
 
     kind: Literal["gate", "norm", "weight"]
@@ -41,6 +46,7 @@ class Rule:
     groups: int = 1
     looks_up: bool = False
     elementwise: bool = False
+    packed: bool = False
 
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -65,6 +71,8 @@ def rule_for(module: nn.Module) -> Rule | str | None:
             in_dim=channel_dim,
             groups=module.groups,
         )
+    if (packed := _packed_weight(module)) is not None:
+        return Rule("gate", weight=packed, bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1, packed=True)
     if isinstance(module, nn.Linear):
         return Rule("gate", bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1)
     if _is_transformers_conv1d(module):  # GPT-2's linear layer with its weight stored (in, out)
@@ -84,7 +92,7 @@ def _elementwise_rule(module: nn.Module) -> Rule | str | None:
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     own = dict(module.named_parameters(recurse=False))
     if not own:
-        return None
+        return _lacking_weight(module)
     if isinstance(weight, Tensor) and set(own) <= {"weight", "bias"} and not list(module.children()):
         bias_name = None if bias is None else "bias"
         if weight.dim() == 1 and (bias is None or bias.shape == weight.shape):
@@ -98,6 +106,29 @@ def _elementwise_rule(module: nn.Module) -> Rule | str | None:
     return f"no rule for {type(module).__name__}'s own parameters ({names})"
 
 
+def _packed_weight(module: nn.Module) -> str | None:
+    """The name of a quantised linear layer's weight: a tensor of its own, of integers, of floats of one byte, or of
+    a class that holds other tensors; None where the module is no such layer.
+    """
+    if not all(type(getattr(module, features, None)) is int for features in ("in_features", "out_features")):
+        return None
+    for name in ("weight", "qweight", "weight_packed"):
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is None or is_dtensor(tensor):
+            continue
+        if not tensor.is_floating_point() or tensor.element_size() == 1 or is_traceable_wrapper_subclass(tensor):
+            return name
+    return None
+
+
+def _lacking_weight(module: nn.Module) -> str | None:
+    """Why a layer without parameters is not read: None for those that have no channels of their own."""
+    linear = all(type(getattr(module, features, None)) is int for features in ("in_features", "out_features"))
+    if linear and not list(module.children()):
+        return f"{type(module).__name__} is a linear layer whose weight is no tensor of its own"
+    return None
+
+
 def _is_transformers_conv1d(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
@@ -105,5 +136,7 @@ def _is_transformers_conv1d(module: nn.Module) -> bool:
 
 def channel_count(module: nn.Module, rule: Rule, axis: int) -> int:
     """Channels along ``axis`` of the module's weight; dimension 1 of a grouped weight holds one group's share."""
+    if rule.packed:
+        return int(module.out_features if axis == rule.out_axis else module.in_features)  # type: ignore[arg-type]
     weight = getattr(module, rule.weight)
     return int(weight.shape[axis]) * (rule.groups if axis == 1 else 1)

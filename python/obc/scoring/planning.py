@@ -71,7 +71,7 @@ class Plan:
         tied = [other.name for other in self.readers.values() if other is not reader and other.weight is reader.weight]
         with_others = f", tied with {', '.join(tied)}" if tied else ""
         if reader.how == "gate":
-            unchecked = not checked or not isinstance(reader.weight, nn.Parameter)
+            unchecked = not checked or reader.rule.packed or not isinstance(reader.weight, nn.Parameter)
             copied = " on a copy" if reader.copy_output else ""
             return f"gate{copied}{' (unchecked)' if unchecked else ''}{with_others}"
         return f"{reader.how}{with_others}"
@@ -80,6 +80,11 @@ class Plan:
         if reader.how == "weight gradient":
             return any(source.gradient.fired for source in self.sources if reader in source.readers)
         return reader.used or (reader.called and reader.how == "gate")
+
+    def without_source(self) -> list[Reader]:
+        """Readers whose gates no weight's gradient can check or replace."""
+        checked = {reader for source in self.sources for reader in source.readers}
+        return [reader for reader in self.readers.values() if reader.how == "gate" and reader not in checked]
 
     def layout(self) -> list[tuple[str, int, int]]:
         """(module, out channels, in channels or -1): what a saved state must agree with."""
@@ -198,7 +203,7 @@ def _plan_gradients(plan: Plan, per_sample: bool) -> None:
     biases: list[tuple[nn.Parameter, Slot]] = []
     for reader in plan.readers.values():
         weight = reader.weight
-        leaf = isinstance(weight, nn.Parameter) and weight.is_floating_point()
+        leaf = isinstance(weight, nn.Parameter) and weight.is_floating_point() and not reader.rule.packed
         if reader.rule.kind == "norm" and not per_sample and isinstance(weight, nn.Parameter):
             reader.how = "norm gradient"
             weights.append((weight, reader.out))

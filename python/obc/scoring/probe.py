@@ -53,6 +53,15 @@ def compare(readers: list[Reader], source: WeightGradient) -> str | None:
     return None
 
 
+def look_at(reader: Reader) -> None:
+    """What can be seen of a reader whose weight has no gradient to compare with; unscored where its gates fail."""
+    reader.notice_changes()
+    if reader.reason is None and reader.called and not reader.reached:
+        reader.reason = "no gradient came through it in the checking row"
+    if reader.reason is not None:
+        reader.scored = False
+
+
 def take_reference(readers: list[Reader]) -> None:
     """Replace the gates' row by the reference's in the slots of these readers."""
     for slot in _slots_of(readers):

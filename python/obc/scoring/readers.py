@@ -38,7 +38,7 @@ class _Watch:
 
     def __init__(self, keeps_received: bool) -> None:
         self.keeps_received = keeps_received
-        self.input_changed = self.output_changed = False
+        self.input_changed = self.output_changed = self.reached = False
 
 
 class Reader:
@@ -75,6 +75,11 @@ class Reader:
     def weight(self) -> Tensor:
         weight: Tensor = getattr(self.module, self.rule.weight)
         return weight
+
+    @property
+    def reached(self) -> bool:
+        """Whether in the checking row a gradient came to its output, and through it to its input."""
+        return self._watch_out.reached and (self.in_ is None or self._watch_in.reached)
 
     def attach(self, reading: Reading) -> None:
         """Put the gates on: hooks closest to the module's own forward, so that they see what it sees.

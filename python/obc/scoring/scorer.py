@@ -334,6 +334,8 @@ class JacobianScorer:
                 return False
         for source in self._plan.sources:
             self._settle(source)
+        for reader in self._plan.without_source():
+            probe.look_at(reader)
         fallen = [
             r.name for s in self._plan.sources if s.gradient.fired for r in s.readers if r.how != "gate" and r.scored
         ]

@@ -37,7 +37,8 @@ def refuse_changed(model: nn.Module, plan: Plan) -> None:
     modules = dict(model.named_modules())
     reads_gradients = bool(plan.sources or plan.norms)  # not of sharded models, which swap their parameters
     for name, reader in plan.readers.items():
-        replaced = reads_gradients and isinstance(reader.weight, nn.Parameter) and not plan.reads(reader.weight)
+        weight = None if reader.rule.packed else reader.weight
+        replaced = reads_gradients and isinstance(weight, nn.Parameter) and not plan.reads(weight)
         if replaced or modules.get(name) is not reader.module:
             raise ScoringError(f"{name!r} was replaced since this scorer was made; make a new scorer")
         if channel_count(reader.module, reader.rule, reader.rule.out_axis) != reader.out.size:
