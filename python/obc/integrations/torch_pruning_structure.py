@@ -113,14 +113,15 @@ class TorchPruningStructure:
         self._usage = measure(model, lambda: self._forward_fn(model, example_inputs))
         self._order = {name: place for place, name in enumerate(self._usage.order)}
         self._dims: dict[str, int] = {}
-        self._graph = self._trace(unwrapped_parameters or {})
+        self._unwrapped = dict(unwrapped_parameters or {})
+        self._graph = self._trace()
         self._recorder = self._new_recorder()
         self.left_out: dict[str, str] = {}
         self._roots: dict[str, _Root] = {}
         self._groups: dict[str, ChannelGroup] = {}
         self._find_groups()
         if check:
-            self._leave_out_broken(unwrapped_parameters or {})
+            self._leave_out_broken()
 
     @property
     def plan(self) -> PruningPlan:
@@ -172,10 +173,10 @@ class TorchPruningStructure:
             )
         return self._modules[layer]
 
-    def _trace(self, unwrapped_parameters: Mapping[str, int]) -> Any:
+    def _trace(self) -> Any:
         """Torch-Pruning's graph. It follows gradients, so that frozen parameters must not be frozen meanwhile."""
         named = dict(self.model.named_parameters())
-        for name in unwrapped_parameters:
+        for name in self._unwrapped:
             if name not in named:
                 raise ValueError(f"unwrapped_parameters: the model has no parameter {name!r}")
         frozen = [parameter for parameter in named.values() if not parameter.requires_grad]
@@ -188,7 +189,7 @@ class TorchPruningStructure:
                     self.model,
                     self._example_inputs,
                     forward_fn=self._forward_fn,
-                    unwrapped_parameters=[(named[name], dim) for name, dim in unwrapped_parameters.items()],
+                    unwrapped_parameters=[(named[name], dim) for name, dim in self._unwrapped.items()],
                     verbose=False,
                 )
         finally:
@@ -363,21 +364,21 @@ class TorchPruningStructure:
 
     # --- checking on a copy -----------------------------------------------------------------------------------
 
-    def _leave_out_broken(self, unwrapped_parameters: Mapping[str, int]) -> None:
+    def _leave_out_broken(self) -> None:
         """Leave out the groups whose pruning breaks the model: what tracing missed shows when the model runs."""
         removable = [name for name, group in self._groups.items() if group.size > 1]
-        if not removable or self._fault(removable, unwrapped_parameters) is None:
+        if not removable or self._fault(removable) is None:
             return
         for name in removable:
-            fault = self._fault([name], unwrapped_parameters)
+            fault = self._fault([name])
             if fault is not None:
                 self.left_out[name] = fault
                 del self._groups[name], self._roots[name]
         together = [name for name in removable if name in self._groups]
-        if together and (fault := self._fault(together, unwrapped_parameters)) is not None:
+        if together and (fault := self._fault(together)) is not None:
             raise PlanError(f"the model can't be pruned in {', '.join(map(repr, together))} together: {fault}")
 
-    def _fault(self, names: Sequence[str], unwrapped_parameters: Mapping[str, int]) -> str | None:
+    def _fault(self, names: Sequence[str]) -> str | None:
         """What goes wrong when the first unit of each of these groups is removed, or None."""
         trial = copy.copy(self)
         trial.model = copy.deepcopy(self.model)
@@ -385,7 +386,7 @@ class TorchPruningStructure:
         trial._names = {module: name for name, module in trial._modules.items()}
         twins = {self._modules[name]: module for name, module in trial._modules.items()}
         trial._heads = {twins[module]: count for module, count in self._heads.items()}
-        trial._graph = trial._trace(unwrapped_parameters)
+        trial._graph = trial._trace()
         trial._recorder = trial._new_recorder()
         trial._groups = dict(self._groups)
         trial._roots = {name: replace(root, module=twins[root.module]) for name, root in self._roots.items()}
@@ -404,16 +405,10 @@ class TorchPruningStructure:
 
     def _remove(self, name: str, chosen: Tensor) -> None:
         root, group = self._roots[name], self._groups[name]
-        pruner = self._graph.get_pruner_of_module(root.module)
-        handler = pruner.prune_out_channels if root.out else pruner.prune_in_channels
         removed = root.channels[chosen].flatten().sort().values
-        raw = self._graph.get_pruning_group(root.module, handler, removed.tolist())
         expected = {(part.module, part.side): set(part.channels[chosen].flatten().tolist()) for part in group.slices}
-        about_to = {key: set(channels) for key, channels in self._members(raw).items()}
-        if expected != about_to:
-            keys = [key for key in {**expected, **about_to} if expected.get(key) != about_to.get(key)]
-            raise PlanError(f"{name!r}: Torch-Pruning would remove other channels of {keys[0][0]!r} than its group's")
         frozen = [key for key, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        raw = self._raw_group(name, removed, expected)
         self._recorder.record(raw)
         raw.prune()
         for key in frozen:
@@ -426,6 +421,24 @@ class TorchPruningStructure:
         for other, of in self._groups.items():
             if any((part.module, part.side) in lost for part in of.slices):
                 self._groups[other] = replace(of, slices=tuple(_after(part, lost) for part in of.slices))
+
+    def _raw_group(self, name: str, removed: Tensor, expected: Mapping[tuple[str, Side], set[int]]) -> Any:
+        """Torch-Pruning's group that removes exactly ``expected``.
+
+        Its mapping through splits is wrong once a split tensor was pruned; tracing the model again puts it right.
+        """
+        root = self._roots[name]
+        for traced_again in (False, True):
+            if traced_again:
+                self._graph = self._recorder.graph = self._trace()
+            pruner = self._graph.get_pruner_of_module(root.module)
+            handler = pruner.prune_out_channels if root.out else pruner.prune_in_channels
+            raw = self._graph.get_pruning_group(root.module, handler, removed.tolist())
+            about_to = {key: set(channels) for key, channels in self._members(raw).items()}
+            if expected == about_to:
+                return raw
+        key = next(key for key in {**expected, **about_to} if expected.get(key) != about_to.get(key))
+        raise PlanError(f"{name!r}: Torch-Pruning would remove other channels of {key[0]!r} than its group's")
 
 
 class _Units:
