@@ -119,7 +119,7 @@ def test_repr_is_a_table() -> None:
     largest = cnn_scores()["conv1"].out_channels.max()
     assert f"{largest:.2e}" in body["conv1"]
     assert body["conv1"].split()[1:3] == ["16", "8"]
-    assert body["conv1"].endswith("gate")
+    assert body["conv1"].endswith("gate, out channels from the gradient of the norm behind it")
     columns = {line.rindex(line.split("  ")[-1].strip()) for line in lines[1:2]} | {
         line.index(how) for line, how in ((body["stem"], "gate"), (body["norm"], "norm gradient"))
     }

@@ -7,8 +7,16 @@ class ScoringError(RuntimeError):
     """A row could not be read; the message names the module, and the model is as it was."""
 
 
-class InplaceError(ScoringError):
-    """An activation was changed in place after a gate had read it; the row was dropped and can be repeated."""
+class RowError(ScoringError):
+    """A row was dropped and can be repeated: it will be read in another way."""
+
+
+class InplaceError(RowError):
+    """An activation was changed in place after a gate had read it."""
+
+
+class ChainError(RowError):
+    """The model did not go the way that it went in the checking row, and rows were to follow from others by it."""
 
 
 class SampleRowsError(ScoringError):

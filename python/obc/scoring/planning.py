@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from obc import ops
-from obc.scoring.gradients import WeightGradient
+from obc.scoring.chains import Candidates, Chains
+from obc.scoring.gradients import NormGradients, WeightGradient
 from obc.scoring.layers import Rule, channel_count, rule_for
 from obc.scoring.readers import Reader
 from obc.scoring.rows import FlatRow, Slot
@@ -37,6 +38,7 @@ class Plan:
         flats: one flat row per device and accumulation dtype.
         sources: the weights whose gradient can check or replace gates.
         norms: (parameter, slot) of norms read from their own gradients, weights and biases apart.
+        chains: what follows from what, once a row was checked.
     """
 
     readers: dict[str, Reader] = field(default_factory=dict)
@@ -44,6 +46,20 @@ class Plan:
     flats: dict[tuple[torch.device, torch.dtype], FlatRow] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     norms: list[list[tuple[nn.Parameter, Slot]]] = field(default_factory=list)
+    chains: Chains = field(default_factory=Chains)
+
+    def candidates(self) -> Candidates:
+        """To look for chains with."""
+        readers = [reader for reader in self.readers.values() if reader.how == "norm gradient"]
+        return Candidates({id(reader.weight): (reader.module, reader.out) for reader in readers})
+
+    def confirm_chains(self, candidates: Candidates, norms: Iterable[NormGradients]) -> None:
+        """Take over the chains that hold in the rows in hand, of modules that gates read."""
+        gated = set()
+        for reader in self.readers.values():
+            if reader.how == "gate" and reader.in_ is not None:  # without a gate before it, no graph leads up to it
+                gated |= {reader.out, reader.in_}
+        self.chains.confirm((one for one in candidates.found() if one.slot in gated), norms)
 
     def reads(self, parameter: nn.Parameter) -> bool:
         """Whether this very parameter is one whose gradient the plan reads."""
@@ -73,8 +89,13 @@ class Plan:
         if reader.how == "gate":
             unchecked = not checked or reader.rule.packed or not isinstance(reader.weight, nn.Parameter)
             copied = " on a copy" if reader.copy_output else ""
-            return f"gate{copied}{' (unchecked)' if unchecked else ''}{with_others}"
+            return f"gate{copied}{' (unchecked)' if unchecked else ''}{with_others}{self._chained(reader)}"
         return f"{reader.how}{with_others}"
+
+    def _chained(self, reader: Reader) -> str:
+        sides = [("out", reader.out)] + ([] if reader.in_ is None else [("in", reader.in_)])
+        found = [(side, self.chains.slots[slot]) for side, slot in sides if slot in self.chains.slots]
+        return "".join(f", {side} channels from {source}" for side, source in found)
 
     def _was_used(self, reader: Reader) -> bool:
         if reader.how == "weight gradient":
@@ -100,7 +121,14 @@ class Plan:
             "scores": [flat.scores.clone() for flat in self.flats.values()],
             "readers": {name: {key: getattr(reader, key) for key in _STATE} for name, reader in self.readers.items()},
             "fired": [source.gradient.fired for source in self.sources],
+            "chains": self.chains.state(self._slots(), self._modules()),
         }
+
+    def _slots(self) -> list[Slot]:
+        return [slot for flat in self.flats.values() for slot in flat.slots]
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: reader.module for name, reader in self.readers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state; ValueError, with nothing loaded, where it is of another model or of other options."""
@@ -119,6 +147,7 @@ class Plan:
                 setattr(self.readers[name], key, value)
         for source, fired in zip(self.sources, state["fired"], strict=True):
             source.gradient.fired = fired
+        self.chains.load(state["chains"], self._slots(), self._modules())
 
 
 # What a reader's state consists of.

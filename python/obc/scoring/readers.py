@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.scoring.chains import Candidates, Chains
 from obc.scoring.gates import CheckGate, Gate, TokenGate
 from obc.scoring.layers import Rule
 from obc.scoring.rows import Slot
@@ -25,19 +26,22 @@ class Reading:
         samples: samples in the row being read, known from its first activation.
         begins: the row being read has no activation yet, so what ``samples`` says is of a pass outside it.
         sharded: parameters lie on several processes; no row is checked, and what gates can't read is not read.
+        candidates: in the checking row, for what may follow from other rows; None where that is not asked for.
+        chains: which slots need no gate, because their rows follow from others.
     """
 
-    def __init__(self, per_sample: bool, checking: bool, sharded: bool = False) -> None:
-        self.per_sample, self.checking, self.sharded = per_sample, checking, sharded
+    def __init__(self, per_sample: bool, checking: bool, chains: Chains, sharded: bool = False) -> None:
+        self.per_sample, self.checking, self.chains, self.sharded = per_sample, checking, chains, sharded
         self.samples: int | None = None
         self.begins = False
+        self.candidates: Candidates | None = None
 
 
 class _Watch:
-    """What a :class:`CheckGate` keeps of its activation, and what it noticed about it."""
+    """What a :class:`CheckGate` keeps of its activation, and what it noticed about it; ``slot``: where its row lies."""
 
-    def __init__(self, keeps_received: bool) -> None:
-        self.keeps_received = keeps_received
+    def __init__(self, slot: Slot | None, keeps_received: bool) -> None:
+        self.slot, self.keeps_received = slot, keeps_received
         self.input_changed = self.output_changed = self.reached = False
 
 
@@ -63,7 +67,7 @@ class Reader:
         self.used = False
         self.copy_input = self.copy_output = False
         self.activation_dtypes: set[torch.dtype] = set()
-        self._watch_in, self._watch_out = _Watch(keeps_received=False), _Watch(keeps_received=True)
+        self._watch_in, self._watch_out = _Watch(in_, keeps_received=False), _Watch(out, keeps_received=True)
         self._reading: Reading
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -120,6 +124,10 @@ class Reader:
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self._reads() or not isinstance(output, Tensor) or self.rule.out_dim is None:
             return None
+        # A compiler's graph is not autograd's: there every slot has its gate.
+        if self.out in self._reading.chains.slots and not torch.compiler.is_compiling():
+            self._reading.chains.outputs[self.out] = output.grad_fn
+            return None
         if not self.called:
             self.called = True
         if self.rule.looks_up:
@@ -137,6 +145,10 @@ class Reader:
 
     def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
         reading = self._reading
+        if not (reading.checking or torch.compiler.is_compiling()) and slot is self.in_:
+            reading.chains.look(activation, slot)
+            if slot in reading.chains.slots:
+                return activation
         if type(activation) is not Tensor and is_dtensor(activation):
             part = LocalPart(activation, channel_dim)
             slot.see(part.first, part.tensor.shape[channel_dim] // fold)
@@ -149,6 +161,8 @@ class Reader:
         if reading.checking:
             self.activation_dtypes.add(activation.dtype)
         if reading.checking and not torch.compiler.is_compiling():
+            if slot is self.in_ and reading.candidates is not None:
+                reading.candidates.walk(activation, slot)
             return CheckGate.apply(activation, gate, channel_dim, reading.per_sample, fold, watch)  # type: ignore[no-any-return]
         if copy:
             activation = activation.clone()

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from obc.scoring import probe, verification
+from obc.scoring import probe, processes, verification
 from obc.scoring.attachment import Attachment
-from obc.scoring.errors import InplaceError, SampleRowsError, ScoringError
+from obc.scoring.errors import ChainError, InplaceError, SampleRowsError, ScoringError
 from obc.scoring.gradients import NormGradients
+from obc.scoring.kept import KeptRows
 from obc.scoring.planning import ModuleFilter, Source, make_plan
 from obc.scoring.readers import Reading
 from obc.scoring.rows import FlatRow, Slot
@@ -30,6 +31,7 @@ logger = logging.getLogger("obc")
 
 Rows = Literal["batch", "sample"]
 Fallback = Literal["weight_grad", "skip"]
+Combine = Literal["row", "scores"]
 
 # Models that a scorer is attached to: a second one would put gates on gates.
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -62,12 +64,17 @@ class JacobianScorer:
         strict: raise where a module ends unscored or a row is not finite.
         fallback: "weight_grad" reads modules that no gate serves from their weight's gradient; "skip" leaves them
             unscored.
-        process_group: rows are summed over this group before they are squared (every process has a part of the row).
+        process_group: the processes that score together, each with a model of its own or a part of one. Tensor
+            parallelism needs none: its processes are found in the model.
+        combine: "row": every process has a part of each row; parts are summed before they are squared. "scores": every
+            process has rows of its own; their squares are summed in :meth:`scores`, which all processes call.
         fold_groups: add up the groups of a grouped convolution's in channels before squaring, as the paper's code
             does, so that ``in_channels`` has C_in / groups entries.
         keep_rows: also keep every row that counts: ``scores().rows``. ``rows_bytes(n)`` says beforehand what they take.
         rows_to: where they are kept. "device": beside the row. "host": in the host's memory, pinned where CUDA is
             there. A path: in a file, which later rows at the same path replace.
+        chains: leave out gates whose rows follow from other rows, as the graph of the checking row suggests and its
+            numbers confirm (:mod:`obc.scoring.chains`).
 
     Raises:
         ValueError: no module can be scored, or an argument is not one of the values above.
@@ -83,17 +90,23 @@ class JacobianScorer:
         strict: bool = False,
         fallback: Fallback = "weight_grad",
         process_group: Any = None,
+        combine: Combine = "row",
         fold_groups: bool = False,
         keep_rows: bool = False,
         rows_to: RowsTo = "device",
+        chains: bool = True,
     ) -> None:
         if rows not in ("batch", "sample"):
             raise ValueError(f"rows must be 'batch' or 'sample', got {rows!r}")
         if fallback not in ("weight_grad", "skip"):
             raise ValueError(f"fallback must be 'weight_grad' or 'skip', got {fallback!r}")
+        if combine not in ("row", "scores"):
+            raise ValueError(f"combine must be 'row' or 'scores', got {combine!r}")
+        if combine == "scores" and process_group is None:
+            raise ValueError("combine='scores' needs the processes: pass process_group, torch.distributed.group.WORLD")
         verification.refuse_unreadable(model)
         self.model, self.rows, self.strict, self.fallback = model, rows, strict, fallback
-        self.process_group = process_group
+        self.process_group, self.combine = process_group, combine
         self.left_out: list[str] = []
         self._num_left_out = 0
         sharded, group = is_sharded(model), tensor_parallel_group(model)
@@ -102,8 +115,9 @@ class JacobianScorer:
             check = False
         self._row_parts = None if group is None else RowParts(group)
         self._checked = check
-        self._reading = Reading(rows == "sample", check, sharded)
         self._plan = make_plan(model, modules, rows == "sample", fold_groups)
+        self._reading = Reading(rows == "sample", check, self._plan.chains, sharded)
+        self._reading.candidates = self._plan.candidates() if chains and check else None
         self._attachment: Attachment | None = None
         self._in_row = self._looked_at_mode = False
         self._tally = Tally(self._flats[0].device)
@@ -125,6 +139,7 @@ class JacobianScorer:
         attachment = Attachment(self.model, self._plan, self._reading)
         try:
             attachment.make()
+            self._plan.chains.bind(attachment.norms)
             self._attachment, self._looked_at_mode = attachment, False
             _attached.update(attachment.modules)
             return self
@@ -169,7 +184,7 @@ class JacobianScorer:
         Raises:
             ScoringError: the scorer is not attached, rows are nested, gradients were replaced, or (``strict``) the row
                 is not finite.
-            InplaceError: an activation was changed in place; the row can be repeated.
+            RowError: an activation was changed in place, or the model took another way; the row can be repeated.
         """
         if self._attachment is None:
             raise ScoringError("the scorer is not attached: open rows inside `with scorer:`")
@@ -181,11 +196,14 @@ class JacobianScorer:
             self._end_row(float(loss_scale), samples)
         except BaseException as error:
             self._drop_row()
+            if isinstance(error, ChainError):
+                raise self._unchained_from_now_on(error) from error
             if isinstance(error, RuntimeError) and verification.is_inplace_error(error) and not self._reading.checking:
                 raise self._copy_from_now_on() from error
             raise
         finally:
             self._in_row = False
+            self._plan.chains.forget_row()
 
     def _begin_row(self, samples: int | None) -> None:
         self._in_row = True
@@ -213,7 +231,7 @@ class JacobianScorer:
     def _verify_read(self) -> None:
         """A row into which no backward added is a mistake; only a process among others may have no part in it."""
         unchanged = all(tensor._version == self._versions.get(id(tensor), 0) for tensor in self._accumulators())
-        if unchanged and self.process_group is None:
+        if unchanged and (self.process_group is None or self.combine == "scores"):
             raise ScoringError("no backward reached a scored module in this row; call loss.backward() inside it")
 
     def _end_row(self, loss_scale: float, samples: int | None) -> None:
@@ -225,13 +243,16 @@ class JacobianScorer:
         for norms in self._norms:
             norms.add_to_row(norms.flat.row)
         # While the checking row is not finite, it is left out, and the next one is checked.
+        if not self._reading.checking:
+            self._plan.chains.refuse_unseen()
+            self._plan.chains.fill()
         checked = not self._reading.checking or self._finish_check()
         assert self._attachment is not None
         self._attachment.drop_gradients()
         if self._row_parts is not None:
             for flat in self._flats:
                 self._row_parts.add_up(flat)
-        if self.process_group is not None:
+        if self.process_group is not None and self.combine == "row":
             for flat in self._flats:
                 row = flat.row if flat.samples is None else flat.samples
                 torch.distributed.all_reduce(row, group=self.process_group)
@@ -268,6 +289,12 @@ class JacobianScorer:
             self._attachment.drop_gradients()
         for flat in self._flats:
             flat.zero()
+
+    def _unchained_from_now_on(self, error: ChainError) -> ChainError:
+        self._plan.chains.give_up()
+        row = f"row {self._tally.read().ended}"
+        self.left_out.append(f"{row}: {error}")
+        return ChainError(f"{row} was dropped: {error}; every row is read by gates from now on, so repeat this row")
 
     def _copy_from_now_on(self) -> InplaceError:
         for reader in self._plan.readers.values():
@@ -342,6 +369,9 @@ class JacobianScorer:
         if self.rows == "sample" and (self._reading.samples or 1) > 1 and fallen:
             raise self._one_at_a_time(fallen)
         self._reading.checking = False
+        if self._reading.candidates is not None:
+            self._plan.confirm_chains(self._reading.candidates, self._norms)
+            self._reading.candidates = None
         for flat in self._flats:
             flat.reference = torch.empty(0)
         assert self._attachment is not None
@@ -422,24 +452,31 @@ class JacobianScorer:
         Raises:
             ScoringError: no finite row was ended.
         """
-        num_rows = self.num_rows
-        if num_rows == 0:
-            why = f"; left out: {self.left_out[0]}" if self.left_out else "; call backward inside `with scorer.row():`"
+        facts = processes.Facts(self.num_rows, self._coverage(), self.left_out)
+        sums = {flat: flat.scores for flat in self._flats}
+        together = self.combine == "scores"
+        if together:
+            facts = processes.all_facts(facts, self.process_group)
+            sums = {flat: processes.all_sums(scores, self.process_group) for flat, scores in sums.items()}
+        if facts.num_rows == 0:
+            how = "; call backward inside `with scorer.row():`"
+            why = f"; left out: {facts.left_out[0]}" if facts.left_out else how
             raise ScoringError(f"there is no row to score{why}")
         self._refuse_unscored()
-        coverage = self._coverage()
         channels = {}
         for name, reader in self._plan.readers.items():
-            if not coverage[name].startswith("unscored"):
-                channels[name] = ChannelScores(_scores_of(reader.out), _scores_of(reader.in_))
+            if not facts.coverage[name].startswith("unscored"):
+                channels[name] = ChannelScores(_of(sums, reader.out), _of(sums, reader.in_))
         metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version()}
-        if self.left_out:
-            metadata["left_out"] = "; ".join(self.left_out)
+        if facts.left_out:
+            metadata["left_out"] = "; ".join(facts.left_out)
         rows = None
         if self._store is not None:
             readers = [self._plan.readers[name] for name in channels]
             rows = self._store.kept({r.name: {"out_channels": r.out, "in_channels": r.in_} for r in readers})
-        return Scores(channels, num_rows=num_rows, coverage=coverage, metadata=metadata, rows=rows)
+            if together:
+                rows = KeptRows(processes.all_rows(rows.matrices, self.process_group), rows.columns)
+        return Scores(channels, num_rows=facts.num_rows, coverage=facts.coverage, metadata=metadata, rows=rows)
 
     @property
     def devices(self) -> set[torch.device]:
@@ -520,5 +557,5 @@ class JacobianScorer:
         self._reading.checking = state["checking"]
 
 
-def _scores_of(slot: Slot | None) -> Tensor | None:
-    return None if slot is None else slot.of(slot.flat.scores).detach().clone().float()
+def _of(sums: Mapping[FlatRow, Tensor], slot: Slot | None) -> Tensor | None:
+    return None if slot is None else slot.of(sums[slot.flat]).detach().clone().float()
