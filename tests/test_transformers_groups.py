@@ -1,0 +1,244 @@
+"""Groups of transformers models: what is found, what it scores, and what it costs."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+
+import oracle
+import pytest
+import torch
+from models import Case
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers_families import FAMILIES, double, every_other
+
+import obc
+from obc.integrations.transformers import TransformersStructure
+from obc.scoring.groups import ChannelGroup
+
+# Per layer: (kind, units), in the order of the modules.
+FOUND = {
+    "llama": [("heads", 2), ("ffn", 48)],
+    "llama-tied": [("heads", 2), ("ffn", 24)],
+    "qwen2": [("heads", 2), ("ffn", 48)],
+    "qwen3": [("heads", 2), ("ffn", 48)],
+    "mistral": [("heads", 2), ("ffn", 48)],
+    "phi3": [("heads", 2), ("ffn", 48)],
+    "gemma": [("query_heads", 2), ("ffn", 24)],
+    "opt": [("heads", 4), ("ffn", 48)],
+    "gpt2": [("heads", 2), ("ffn", 64)],
+    "bert": [("heads", 4), ("ffn", 48)],
+    "vit": [("heads", 4), ("ffn", 48)],
+    "mamba": [("mamba", 48)],
+    "mixtral": [("heads", 2), ("experts", 4), ("expert_ffn", 48)],
+    "qwen2-moe": [("heads", 2), ("experts", 4), ("expert_ffn", 24), ("ffn", 40)],
+}
+
+
+def layers(case: Case) -> int:
+    return int(case.model.config.num_hidden_layers)
+
+
+def test_every_family_has_an_expectation() -> None:
+    assert set(FOUND) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_of_every_family(family: str) -> None:
+    case = FAMILIES[family]()
+    groups = obc.transformer_groups(case.model)
+    assert [(group.kind, group.size) for group in groups] == FOUND[family] * layers(case)
+    assert len({group.name for group in groups}) == len(groups)
+    for group in groups:
+        assert group.consumers
+        for part in group.slices:
+            assert part.channels.shape[0] == group.size
+            assert part.channels.flatten().unique().numel() == part.channels.numel()
+
+
+def test_kinds_are_chosen() -> None:
+    model = FAMILIES["mixtral"]().model
+    assert {group.kind for group in obc.transformer_groups(model, kinds=("heads",))} == {"heads"}
+    assert {group.kind for group in obc.transformer_groups(model, kinds=("expert_ffn",))} == {"expert_ffn"}
+    assert [group.kind for group in obc.transformer_groups(FAMILIES["bert"]().model, kinds=("embedding",))] == [
+        "embedding"
+    ]
+
+
+def test_bare_models_have_groups_too() -> None:
+    """Names of modules are relative to what is passed; nothing hangs on the head."""
+    model = FAMILIES["llama"]().model
+    bare = [group.name for group in obc.transformer_groups(model.model)]
+    assert [f"model.{name}" for name in bare] == [group.name for group in obc.transformer_groups(model)]
+
+
+def test_importing_obc_imports_no_transformers() -> None:
+    code = "import sys, obc; assert callable(obc.transformer_groups); sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_norm_over_inner_channels_is_named() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.norm, self.fc2 = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4)
+
+    structure = TransformersStructure(Block())
+    assert structure.groups == ()
+    assert structure.left_out == {"": "norm normalises over the 6 channels"}
+
+
+def test_an_attention_with_more_than_its_projections_is_named() -> None:
+    model = FAMILIES["llama"]().model
+    model.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
+    structure = TransformersStructure(model, kinds=("heads",))
+    assert [group.name for group in structure.groups] == ["model.layers.1.self_attn.q_proj"]
+    assert structure.left_out == {
+        "model.layers.0.self_attn": "model.layers.0.self_attn.sinks of shape (4,) is not understood"
+    }
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def part_rows(rows: oracle.Rows, group: ChannelGroup) -> dict[tuple[str, str], Tensor]:
+    """(N, units) of every slice that the oracle has rows of, each unit's channels added up one by one."""
+    found = {}
+    for part in group.slices:
+        if part.module in rows:
+            out, in_ = rows[part.module]
+            side = out if part.side == "out" else in_
+            assert side is not None
+            units = [sum(side[:, channel] for channel in unit) for unit in part.channels.tolist()]
+            found[part.module, part.side] = torch.stack(units, dim=1)
+    return found
+
+
+def close(got: Tensor, expected: Tensor, scale: float) -> None:
+    """To four digits of the group's largest score: queries before a norm have none of their own but rounding."""
+    torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_group_scores_are_sums_of_squares_of_float64_weight_gradients(family: str) -> None:
+    case = FAMILIES[family]()
+    case.model.set_experts_implementation("eager")  # grouped products take no float64
+    groups = obc.transformer_groups(case.model)
+    rows = oracle.rows(case.model, case.batches, case.loss)
+    scores = obc.score(case.model, case.batches, case.loss, keep_rows=True)
+    every, gates = scores.group(groups), scores.group(groups, slices="gate")
+    assert every.exact
+    scored = 0
+    for group in groups:
+        parts = part_rows(rows, group)
+        assert set(every.parts[group.name]) == set(parts)
+        unread = {(part.module, part.side) for part in group.slices} - set(parts)
+        assert set(every.unscored[group.name]) == unread
+        if parts:
+            total = torch.stack([values.square().sum(0) for values in parts.values()]).sum(0)
+            scale = float(total.max())
+            close(every[group.name], total, scale)
+        for part, values in parts.items():
+            close(every.parts[group.name][part], values.square().sum(0), scale)
+        readers = [values for (_, side), values in parts.items() if side == "in"]
+        assert (group.name in gates) == bool(readers)
+        if readers:
+            scored += 1
+            close(gates[group.name], torch.stack(readers).sum(0).square().sum(0), scale)
+    assert scored
+
+
+def test_without_rows_a_unit_is_the_sum_of_its_channels() -> None:
+    case = FAMILIES["llama"]()
+    groups = obc.transformer_groups(case.model)
+    with_rows = obc.score(case.model, case.batches, case.loss, keep_rows=True).group(groups)
+    scores = obc.score(case.model, case.batches, case.loss)
+    without = scores.group(groups)
+    assert not without.exact
+    heads, channels = groups[0], groups[1]
+    torch.testing.assert_close(without[channels.name], with_rows[channels.name], rtol=1e-4, atol=0)
+    expected = sum(
+        (scores[p.module].out_channels if p.side == "out" else scores[p.module].in_channels)[p.channels].sum(1)
+        for p in heads.slices
+    )
+    torch.testing.assert_close(without[heads.name], expected)
+    assert not torch.allclose(without[heads.name], with_rows[heads.name], rtol=1e-2)
+    gate = scores.group(groups, slices="gate")
+    torch.testing.assert_close(gate[channels.name], scores["model.layers.0.mlp.down_proj"].in_channels)
+
+
+def test_what_the_scorer_can_not_read_is_named() -> None:
+    case = FAMILIES["mixtral"]()
+    groups = obc.transformer_groups(case.model)
+    scores = obc.score(case.model, case.batches, case.loss).group(groups)
+    experts = next(group for group in groups if group.kind == "expert_ffn")
+    assert experts.name not in scores
+    with pytest.raises(KeyError, match=r"gate_up_proj \(out\): the scorer has no rule for it"):
+        scores[experts.name]
+    assert "unscored" in repr(scores)
+    mamba = FAMILIES["mamba"]()
+    found = obc.score(mamba.model, mamba.batches, mamba.loss).group(obc.transformer_groups(mamba.model))
+    assert {name.rpartition(".")[2] for of in found.unscored.values() for name, _ in of} == {"A_log", "D"}
+
+
+def test_groups_of_another_width_are_refused() -> None:
+    case = FAMILIES["llama"]()
+    groups = obc.transformer_groups(case.model)
+    scores = obc.score(case.model, case.batches, case.loss)
+    structure = TransformersStructure(case.model)
+    structure.remove({group.name: torch.tensor([0]) for group in structure.groups})
+    pruned = obc.score(case.model, case.batches, case.loss)
+    with pytest.raises(ValueError, match=r"has channel 31 of .*q_proj.* scores of 16"):
+        pruned.group(groups)
+    with pytest.raises(ValueError, match="slices must be 'all' or 'gate', got 'some'"):
+        scores.group(groups, slices="some")
+    with pytest.raises(ValueError, match="two groups are named"):
+        scores.group([groups[0], groups[0]])
+    with pytest.raises(KeyError, match="no such group"):
+        scores.group(groups)["nowhere"]
+
+
+# --- costs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_costs_are_exact_before_and_after(family: str) -> None:
+    model = double(FAMILIES[family]())
+    structure = TransformersStructure(model)
+    parameters, macs = structure.costs("parameters"), structure.costs("macs")
+    assert parameters.total() == sum(parameter.numel() for parameter in model.parameters())
+    structure.remove({g.name: every_other(g.size, structure.limits.min_units[g.name]) for g in structure.groups})
+    after = structure.costs("parameters")
+    assert after.total() == sum(parameter.numel() for parameter in model.parameters())
+    assert parameters.total(after.widths) == after.total()
+    assert macs.total(after.widths) == structure.costs("macs").total() < macs.total()
+    with pytest.raises(ValueError, match="unit must be 'macs' or 'parameters', got 'flops'"):
+        structure.costs("flops")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "opt", "gpt2", "qwen3"])
+def test_macs_per_token_are_those_that_torch_counts(family: str) -> None:
+    """Half the operations of every matrix product in a forward pass, attention's included, over its tokens."""
+    case = FAMILIES[family]()
+    case.model.set_attn_implementation("eager")
+    structure = TransformersStructure(case.model, sequence_length=8)
+    structure.remove({group.name: torch.tensor([0]) for group in structure.groups})
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        case.model(input_ids=case.batches[0])
+    counted = counter.get_total_flops() / 2 / case.batches[0].numel()
+    assert structure.costs("macs").total() == counted
+
+
+def test_macs_of_experts_are_those_a_token_is_routed_to() -> None:
+    case = FAMILIES["mixtral"]()
+    structure = TransformersStructure(case.model)
+    by_kind = {
+        group.kind: float(freed)
+        for group, freed in zip(structure.groups, structure.costs("macs").marginal(), strict=True)
+    }
+    assert by_kind["experts"] == 32  # its row of the router
+    assert by_kind["expert_ffn"] == 2 * 3 * 32  # two experts, three products
+    copied = copy.deepcopy(case.model)
+    assert TransformersStructure(copied).costs("macs").total() == structure.costs("macs").total()
