@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 
-from obc.commands import demo, info, report, score
+from obc.commands import demo, info, prune, report, score
 from obc.commands.common import USAGE_ERROR, UsageError
 
-COMMANDS = (demo, score, report, info)
+COMMANDS = (demo, score, prune, report, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parsed = _parser().parse_args(arguments)
     try:
-        return int(parsed.command(parsed))
+        with _plain_warnings():
+            return int(parsed.command(parsed))
     except UsageError as error:
         print(f"obc {parsed.name}: {error}", file=sys.stderr)
         return USAGE_ERROR
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line each, without the place in obc's source that raised them."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -67,7 +67,7 @@ def _token_batches(
         raise UsageError(f"--data {data}: this model classifies images; pass a folder of images")
     if getattr(model.config, "vocab_size", None) is None:
         raise UsageError(f"--data {data}: this model reads no tokens; pass a folder of images")
-    tokenizer = _tokenizer(source)
+    tokenizer = tokenizer_of(source)
     length = _sequence_length(model, tokenizer, seq_len)
     start, end = ([], []) if loss != "masked-lm" else (_token(tokenizer, "cls"), _token(tokenizer, "sep"))
     inner = length - len(start) - len(end)
@@ -88,7 +88,7 @@ def _token_batches(
         yield _masked(batch, tokenizer, generator) if loss == "masked-lm" else {"input_ids": batch}
 
 
-def _tokenizer(source: Path) -> Any:
+def tokenizer_of(source: Path) -> Any:
     """The directory's tokenizer, None where it has none."""
     if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None

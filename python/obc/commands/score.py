@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 import obc
 from obc.commands import checkpoints, data
-from obc.commands.common import require, writable
+from obc.commands.common import UsageError, require, writable
 from obc.scoring import Scores
+from obc.scoring.errors import ScoringError
 
 _DESCRIPTION = """\
 Score every channel of a model that save_pretrained wrote, by the Jacobian Criterion, and write a safetensors file for
@@ -43,6 +43,10 @@ def add(commands: Any) -> None:
     score.add_argument("--loss", choices=checkpoints.LOSSES, default="auto", help="(default: by the model's head)")
     score.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), help="(default: the one the model was saved in)")
     score.add_argument("--device", help="cpu, cuda:0 ... (default: the first GPU, else the CPU)")
+    score.add_argument("--micro-batch", type=positive, help="samples at once: less memory, the same rows")
+    score.add_argument("--keep-rows", action="store_true", help="keep every row, for joint selection in obc prune")
+    score.add_argument("--checkpoint", type=Path, help="file to go on from after a kill, with the same arguments")
+    score.add_argument("--every", type=positive, default=10, help="batches between checkpoints (default: 10)")
     score.add_argument("--seed", type=int, default=0, help="of masks and random projections (default: 0)")
     score.set_defaults(command=run)
 
@@ -73,13 +77,27 @@ def run(parsed: argparse.Namespace) -> int:
     if len(batches) < parsed.batches:
         print(f"{parsed.data} gives {len(batches)} batches of the {parsed.batches} asked for", flush=True)
     loss = checkpoints.loss_of(checkpoint.loss, parsed.rows, parsed.seed)
-    start = time.perf_counter()
-    scores = obc.score(model, batches, loss, rows=parsed.rows)
-    seconds = time.perf_counter() - start
+    try:
+        scores = obc.score(
+            model,
+            batches,
+            loss,
+            rows=parsed.rows,
+            micro_batch=parsed.micro_batch,
+            keep_rows=parsed.keep_rows,
+            checkpoint=parsed.checkpoint,
+            every=parsed.every,
+        )
+    except (ScoringError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    assert scores.report is not None
     scores.metadata["loss"] = checkpoint.loss
     scores.save(out)
     print(summary(scores))
-    print(f"{len(batches)} batches of {_shape(batches[0])}, loss {checkpoint.loss}, {seconds:.1f} s; written: {out}")
+    peak = scores.report.peak_bytes
+    memory = "" if peak is None else f", peak memory {peak / 2**20:.0f} MiB"
+    took = f"{scores.report.seconds:.1f} s{memory}"
+    print(f"{len(batches)} batches of {_shape(batches[0])}, loss {checkpoint.loss}, {took}; written: {out}")
     return 0
 
 
@@ -87,9 +105,10 @@ def summary(scores: Scores) -> str:
     """How many modules were read in which way, and what is unscored by name."""
     ways: dict[str, int] = {}
     for how in scores.coverage.values():
-        ways[how] = ways.get(how, 0) + (not how.startswith("unscored"))
+        way = how.split(",")[0]  # chains name their partner after a comma
+        ways[way] = ways.get(way, 0) + (not how.startswith("unscored"))
     lines = [f"{len(scores)} modules scored by {scores.num_rows} rows"]
-    lines += [f"  {count} read by {how}" for how, count in ways.items() if count]
+    lines += [f"  {count} read by {way}" for way, count in ways.items() if count]
     lines += [f"  {name}: {how}" for name, how in scores.coverage.items() if how.startswith("unscored")]
     return "\n".join(lines)
 

@@ -1,0 +1,133 @@
+"""``obc prune``: a Python entry point, or a local transformers directory with its scores."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+
+import obc
+from obc.commands import checkpoints, entry_point, prune_scored
+from obc.commands.common import UsageError, folder, require
+from obc.commands.score import positive
+from obc.files import atomic_write
+
+_DESCRIPTION = f"""\
+Prune a model until a share of its multiply-accumulates remains.
+
+obc prune module:function        score, select, remove, step by step (obc.prune); writes model.safetensors (the pruned
+                                 state dict), plan.json (what every layer kept) and report.json.
+obc prune MODEL_DIR --scores F   prune a transformers directory by the scores that `obc score` wrote: no forward pass,
+                                 so that another --ratio costs seconds. Writes a directory that from_pretrained loads,
+                                 or, where no config can say the widths, one for
+                                 obc.integrations.transformers.load_pruned.
+
+{entry_point.DESCRIPTION}"""
+
+# Options of one of the two ways alone: attribute -> as it is written.
+_ENTRY_ONLY = {
+    "criterion": "--criterion",
+    "selection": "--selection",
+    "slices": "--slices",
+    "steps": "--steps",
+    "rows": "--rows",
+    "ignore": "--ignore",
+}
+_SCORED_ONLY = {
+    "scores": "--scores",
+    "uniform": "--uniform",
+    "data": "--data",
+    "seq_len": "--seq-len",
+    "dtype": "--dtype",
+    "device": "--device",
+}
+
+
+def add(commands: Any) -> None:
+    prune = commands.add_parser(
+        "prune",
+        help="prune a model of your own code, or a transformers directory by its scores",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    prune.add_argument("target", metavar="module:function | MODEL_DIR")
+    prune.add_argument("--out", type=Path, required=True, help="folder of what is written")
+    share = prune.add_mutually_exclusive_group()
+    share.add_argument("--macs", type=_share, help="share of the MACs that remains (default: 0.5)")
+    share.add_argument("--ratio", type=_share, help="share of the MACs that goes: --ratio 0.3 is --macs 0.7")
+    prune.add_argument("--round-to", type=positive, help="widths become multiples of it")
+    prune.add_argument("--compensate", choices=("ls", "seq"), help="reconstruct dropped channels by least squares")
+    prune.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    entry = prune.add_argument_group("module:function")
+    entry.add_argument("--criterion", help="jacobian (default), taylor, fisher, l1, random ...: see obc.prune")
+    entry.add_argument("--selection", choices=("joint", "independent"), help="(default: joint)")
+    entry.add_argument("--slices", choices=("gate", "all"), help="(default: gate)")
+    entry.add_argument("--steps", type=positive, help="scorings and removals (default: 8)")
+    entry.add_argument("--rows", choices=("batch", "sample"), help="(default: batch)")
+    entry.add_argument("--ignore", action="append", metavar="LAYER", help="keep this layer's width; may be repeated")
+    scored = prune.add_argument_group("MODEL_DIR")
+    scored.add_argument("--scores", type=Path, help="the file that obc score wrote")
+    scored.add_argument("--uniform", action="store_true", default=None, help="equal widths in all layers")
+    scored.add_argument("--data", type=Path, help="for --compensate: as of obc score")
+    scored.add_argument("--seq-len", type=positive, help="for --compensate: as of obc score")
+    scored.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), help="(default: the one it was saved in)")
+    scored.add_argument("--device", help="(default: the first GPU, else the CPU)")
+    prune.set_defaults(command=run)
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value:g}")
+    return value
+
+
+def run(parsed: argparse.Namespace) -> int:
+    macs = 1 - parsed.ratio if parsed.ratio is not None else parsed.macs or 0.5
+    if Path(parsed.target).is_dir():
+        _refuse(parsed, _ENTRY_ONLY, "is for module:function")
+        return prune_scored.run(parsed, macs)
+    _refuse(parsed, _SCORED_ONLY, f"is for a model directory, and {parsed.target} is none")
+    return _entry(parsed, macs)
+
+
+def _refuse(parsed: argparse.Namespace, options: dict[str, str], why: str) -> None:
+    for attribute, written in options.items():
+        if getattr(parsed, attribute) is not None:
+            raise UsageError(f"{written} {why}")
+
+
+def _entry(parsed: argparse.Namespace, macs: float) -> int:
+    require({"torch_pruning": "torch-pruning"})
+    subject = entry_point.load(parsed.target)
+    out = folder(parsed.out)
+    given = {name: getattr(parsed, name) for name in ("criterion", "selection", "slices", "steps", "rows")}
+    options = {name: value for name, value in given.items() if value is not None} | dict(subject.further)
+    if parsed.ignore:
+        options["ignored_layers"] = [*options.get("ignored_layers", ()), *parsed.ignore]
+    torch.manual_seed(parsed.seed)
+    try:
+        result = obc.prune(
+            subject.model,
+            subject.example_inputs,
+            subject.batches,
+            subject.loss_fn,
+            macs=macs,
+            compensate=parsed.compensate,
+            round_to=parsed.round_to,
+            seed=parsed.seed,
+            **options,
+        )
+    except (ValueError, obc.PlanError) as error:
+        raise UsageError(str(error)) from error
+    save_model(result.model, str(out / "model.safetensors"), force_contiguous=True)
+    result.plan.save(out / "plan.json")
+    with atomic_write(out / "report.json") as file:
+        file.write((json.dumps(result.report.as_dict(), indent=2) + "\n").encode())
+    print(result.report)
+    print(f"written: {out}/model.safetensors, plan.json, report.json")
+    return 0

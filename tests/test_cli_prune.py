@@ -1,0 +1,302 @@
+"""``obc prune``: a function of one's own, or a transformers directory by its scores; and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
+pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
+
+import transformers
+from safetensors.torch import load_file
+
+import obc
+from obc import cli
+from obc.integrations.transformers import load_pruned
+
+ENTRY = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
+
+
+def loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(24):
+        yield torch.randn(8, 4, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def good():
+    return model(), batches(), loss
+
+
+def named():
+    return {"model": model(), "batches": list(batches()), "loss_fn": loss, "ignored_layers": ["0"]}
+
+
+def with_example():
+    return model(), [{"x": x, "y": y} for x, y in batches()], lambda m, b: loss(m, (b["x"], b["y"])), torch.zeros(1, 4)
+
+
+bad = {
+    "pair": (1, 2),
+    "model": (1, [1], loss),
+    "loss": (model(), [1], None),
+    "batches": (model(), 7, loss),
+    "empty": (model(), [], loss),
+    "lacking": {"model": model(), "batches": [1]},
+    "unknown": {"model": model(), "batches": [1], "loss_fn": loss, "epochs": 3},
+    "example": (model(), [{"x": 1}], loss),
+}
+for name, value in bad.items():
+    globals()[f"bad_{name}"] = lambda value=value: value
+
+
+def broken():
+    raise RuntimeError("my own fault")
+
+
+number = 3
+"""
+
+
+@pytest.fixture
+def entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a module with the functions above, in the current folder."""
+    (tmp_path / "recipes_of_mine.py").write_text(ENTRY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "recipes_of_mine"
+    sys.modules.pop("recipes_of_mine", None)
+
+
+def prune(*arguments: object) -> int:
+    return cli.main(["prune", *map(str, arguments)])
+
+
+@pytest.mark.parametrize("function", ["good", "named", "with_example"])
+def test_an_entry_point_is_pruned_and_written(
+    function: str, entry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prune(f"{entry}:{function}", "--macs", 0.6, "--steps", 2, "--out", out) == 0
+    module = sys.modules[entry]
+    original = module.model()
+    plan, state = obc.PruningPlan.load(out / "plan.json"), load_file(out / "model.safetensors")
+    report = json.loads((out / "report.json").read_text())
+    assert report["macs_after"] <= 0.6 * report["macs_before"]
+    assert report["macs_before"] == 4 * 12 + 12 * 10 + 10 * 3
+    assert report["parameters_after"] == sum(tensor.numel() for tensor in state.values())
+    widths = [len(state[f"{layer}.weight"]) for layer in (0, 2)]
+    assert (widths[0] == 12) == (function == "named")  # the first layer was to be ignored
+    pruned = torch.nn.Sequential(
+        torch.nn.Linear(4, widths[0]),
+        torch.nn.ReLU(),
+        torch.nn.Linear(*widths),
+        torch.nn.ReLU(),
+        torch.nn.Linear(widths[1], 3),
+    )
+    pruned.load_state_dict(state)
+    plan.verify(original.state_dict(), pruned)
+    assert "written: " in capsys.readouterr().out
+
+
+def test_options_reach_the_library(entry: str, tmp_path: Path) -> None:
+    arguments = ["--ratio", 0.4, "--criterion", "l1", "--selection", "independent", "--steps", 1, "--ignore", "2"]
+    assert prune(f"{entry}:good", *arguments, "--compensate", "ls", "--out", tmp_path / "out") == 0
+    module = sys.modules[entry]
+    expected = obc.prune(
+        module.model(),
+        torch.zeros(1, 4),
+        list(module.batches()),
+        module.loss,
+        macs=0.6,
+        criterion="l1",
+        selection="independent",
+        steps=1,
+        ignored_layers=["2"],
+        compensate="ls",
+        progress=False,
+    )
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(found, dict(expected.model.state_dict()))
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("nowhere", "neither a directory nor module:function"),
+        ("no_such_module:f", "no module 'no_such_module'"),
+        ("no_such.module:f", "no module 'no_such.module'"),
+        ("recipes_of_mine:nothing", "has no 'nothing'"),
+        ("recipes_of_mine:number", "is not callable: int"),
+        ("recipes_of_mine:bad_pair", "must return (model, batches, loss_fn), got a tuple of 2"),
+        ("recipes_of_mine:bad_model", "the model must be a torch.nn.Module, got int"),
+        ("recipes_of_mine:bad_loss", "loss_fn must be callable"),
+        ("recipes_of_mine:bad_batches", "batches must be iterable, got int"),
+        ("recipes_of_mine:bad_empty", "batches is empty"),
+        ("recipes_of_mine:bad_lacking", "returned no 'loss_fn'"),
+        ("recipes_of_mine:bad_unknown", "returned 'epochs'"),
+        ("recipes_of_mine:bad_example", "no example_inputs can be taken"),
+        ("recipes_of_mine:good --criterion nonsense", "criterion must be one of"),
+        ("recipes_of_mine:good --ignore head", "head"),
+        ("recipes_of_mine:good --macs 0.001", "out of reach"),
+        ("recipes_of_mine:good --scores file", "--scores is for a model directory"),
+        ("recipes_of_mine:good --uniform", "--uniform is for a model directory"),
+    ],
+)
+@pytest.mark.usefixtures("entry")
+def test_what_cannot_be_pruned_is_said_in_one_line(
+    target: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert prune(*target.split(), "--out", tmp_path / "out") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("obc prune: ")
+    assert reason in said
+
+
+def test_what_the_function_raises_is_passed_on(entry: str, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="my own fault"):
+        prune(f"{entry}:broken", "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("share", ["0", "1", "1.5", "half"])
+def test_shares_lie_between_0_and_1(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prune("module:function", "--macs", share, "--out", "out")
+    assert "--macs" in capsys.readouterr().err
+
+
+# --- directories ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
+    path = tmp_path / "llama"
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    generator = torch.Generator().manual_seed(0)
+    lines = [json.dumps({"input_ids": torch.randint(20, (8,), generator=generator).tolist()}) for _ in range(200)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(params=["rows", "scores"])
+def scores(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "scores.safetensors"
+    keep = ["--keep-rows"] if request.param == "rows" else []
+    arguments = ["score", llama, "--data", tmp_path / "data.jsonl", "--out", path, "--batches", 40, "--seq-len", 8]
+    assert cli.main([*map(str, arguments), "--device", "cpu", "--batch-size", "1", *keep]) == 0
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are fewer:UserWarning")
+def test_a_directory_is_pruned_again_and_again_without_a_forward_pass(
+    llama: Path, scores: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patched:
+        forward = transformers.LlamaForCausalLM.forward
+        patched.setattr(transformers.LlamaForCausalLM, "forward", lambda *args, **more: pytest.fail("a forward pass"))
+        for ratio in (0.2, 0.4):
+            arguments = ["--scores", scores, "--ratio", ratio, "--device", "cpu"]
+            assert prune(llama, *arguments, "--out", tmp_path / str(ratio)) == 0
+    assert transformers.LlamaForCausalLM.forward is forward
+    original = transformers.LlamaForCausalLM.from_pretrained(llama)
+    sizes = []
+    for ratio in (0.2, 0.4):
+        pruned = load_pruned(tmp_path / str(ratio))
+        obc.PruningPlan.load(tmp_path / str(ratio) / "obc_plan.json").verify(original.state_dict(), pruned)
+        assert pruned(torch.arange(8)[None]).logits.isfinite().all()
+        sizes.append(sum(parameter.numel() for parameter in pruned.parameters()))
+    assert sizes[0] > sizes[1]
+    assert "remain; parameters" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are fewer:UserWarning")
+def test_equal_widths_load_by_from_pretrained(llama: Path, scores: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--scores", scores, "--ratio", 0.3, "--uniform", "--round-to", 8, "--device", "cpu", "--out", out]
+    assert prune(llama, *arguments) == 0
+    pruned = transformers.LlamaForCausalLM.from_pretrained(out)
+    assert pruned.config.intermediate_size % 8 == 0
+    assert pruned.config.intermediate_size < 32
+    original = transformers.LlamaForCausalLM.from_pretrained(llama)
+    obc.PruningPlan.load(out / "obc_plan.json").verify(original.state_dict(), pruned)
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are fewer:UserWarning")
+@pytest.mark.parametrize("scores", ["rows"], indirect=True)
+def test_compensation_of_a_directory(
+    llama: Path, scores: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--scores", scores, "--ratio", 0.3, "--device", "cpu", "--out", tmp_path / "out"]
+    data = ["--compensate", "ls", "--data", tmp_path / "data.jsonl", "--seq-len", 8]
+    assert prune(llama, *arguments, *data) == 0
+    naive, compensated = (
+        float(word) for word in capsys.readouterr().out.split("output error ")[1].split(",")[0].split(" -> ")
+    )
+    assert compensated <= naive
+    assert load_pruned(tmp_path / "out")(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def _other(llama: Path, tmp_path: Path) -> Path:
+    config = transformers.LlamaConfig.from_pretrained(llama)
+    config.intermediate_size = 40
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+@pytest.mark.parametrize("scores", ["scores"], indirect=True)
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (lambda llama, scores, tmp: [llama], "--scores is missing"),
+        (lambda llama, scores, tmp: [llama, "--scores", tmp / "none"], "no score file"),
+        (lambda llama, scores, tmp: [_other(llama, tmp), "--scores", scores], "scores are of another model"),
+        (lambda llama, scores, tmp: [llama, "--scores", scores, "--steps", 3], "--steps is for module:function"),
+        (lambda llama, scores, tmp: [llama, "--scores", scores, "--compensate", "ls"], "--compensate needs --data"),
+        (lambda llama, scores, tmp: [llama, "--scores", scores, "--ratio", 0.999], "can't"),
+        (lambda llama, scores, tmp: [llama, "--scores", scores, "--out", llama], "the model's own directory"),
+        (lambda llama, scores, tmp: [tmp, "--scores", scores], "has no config.json"),
+    ],
+    ids=["no-scores", "no-file", "other-model", "entry-option", "no-data", "too-much", "onto-itself", "no-model"],
+)
+def test_directories_that_cannot_be_pruned(
+    arguments: Callable[..., list[Any]],
+    reason: str,
+    llama: Path,
+    scores: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = {path: path.read_bytes() for path in llama.iterdir()}
+    given = arguments(llama, scores, tmp_path)
+    out = [] if "--out" in given else ["--out", tmp_path / "out"]
+    assert prune(*given, *out, "--device", "cpu") == 2
+    assert reason in capsys.readouterr().err.splitlines()[-1]
+    assert {path: path.read_bytes() for path in llama.iterdir()} == before
