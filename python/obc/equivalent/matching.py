@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from obc.equivalent.layers import expand, is_depthwise, layout_of
 from obc.equivalent.plan import Kept, PlanError, named_modules, original_tensor, with_columns
@@ -36,7 +37,8 @@ def match(original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) ->
         found = _match_module(name, module, tensors)
         if isinstance(module, nn.Linear) and found.in_channels is not None:
             width = original_state_dict[f"{name}.weight"].shape[1]
-            found = _with_flatten(found, width, kept, original_state_dict)
+            channel_first = {n: k for n, k in kept.items() if _is_channel_first(pruned_model.get_submodule(n))}
+            found = _with_flatten(found, width, channel_first, original_state_dict)
         kept[name] = found
     return kept
 
@@ -161,8 +163,16 @@ def _match_rows(originals: Tensor, pruneds: Tensor) -> Tensor | None:
     return torch.tensor(indices, dtype=torch.int64) if len(indices) == len(wanted) else None
 
 
+def _is_channel_first(module: nn.Module) -> bool:
+    """Whether a flatten behind it makes runs of columns of its channels: linear layers have their channels last."""
+    layout = layout_of(module)
+    if layout is not None:
+        return layout.convolution
+    return isinstance(module, _NormBase | nn.GroupNorm)
+
+
 def _with_flatten(found: Kept, width: int, earlier: Mapping[str, Kept], state_dict: Mapping[str, Tensor]) -> Kept:
-    """in_repeat of a Linear: the columns are whole blocks of channels that an earlier layer, the last such, kept."""
+    """in_repeat of a Linear: its columns are whole blocks of channels that one of ``earlier``, the last such, kept."""
     columns = found.in_channels
     if columns is None:
         return found
