@@ -1,25 +1,27 @@
 """All figures that need a GPU, in one run: ``python -m benchmarks.bench_gpu``. ``benchmarks/gpu.sh`` tests first.
 
 Method: correctness first, against the reference on the benchmarked inputs. Kernels are timed by replaying a CUDA graph
-that goes once through several input sets, together at least four times the L2 cache, so that every read comes from
-memory; median of the replays by events. The ceilings are measured in the same run: a device-to-device copy of as many
-bytes (bytes read plus written), and the matrix rate of ``torch.matmul``. Whole scoring runs are timed without graphs,
-as a user would run them. Sections past the time budget are left out and named; a section that fails is reported, the
-others run, and the exit code is 1.
+that goes through several input sets, together at least four times the L2 cache, so that every read comes from memory;
+median of the replays by events. The ceilings are measured in the same run: a device-to-device copy of as many bytes
+(bytes read plus written), and the matrix rate of ``torch.matmul``. Which backend is the default is decided by loops
+without a graph, as a user would call it. Whole scoring runs are timed without graphs too, a steady row both ways.
+
+Every row is written as it is measured. Each section has a share of the time, and what earlier ones leave; a section
+that is cut short, or left out, is named; one that fails is reported, the others run, and the exit code is 1.
+
+    python -m benchmarks.bench_gpu --dry-run    the same code on the CPU, small and once: its figures mean nothing
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,124 +30,47 @@ import torch
 from torch import Tensor, nn
 
 import obc
-from benchmarks.gpu_models import Workload, llama_1b, resnet50, resnet50_model
+from benchmarks import gpu_timing as timing
+from benchmarks.gpu_models import resnet50_model
+from benchmarks.gpu_scoring import scoring_section, small_model_section
 from obc import ops
 from obc.backends import gemm
 from obc_kernels.fold import MOST_KEPT_IN, fold_fits, fold_triton
 
-L2_MULTIPLE = 4  # input sets together are this many times the L2 cache
-REPLAYS = 15
-MIB = 2**20
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
-Rows = list[dict[str, Any]]
+Row = dict[str, Any]
+Rows = Iterator[Row]
 
 
-def seconds(call: Callable[[], Any], repeats: int = REPLAYS) -> float:
-    """Median time of one call on the current stream."""
-    call()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return statistics.median(times)
+def _pair(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> tuple[Tensor, Tensor]:
+    memory = torch.channels_last if channels_last else torch.contiguous_format
+    first, second = (
+        torch.randn(timing.sized(shape), device=timing.device()).to(dtype).contiguous(memory_format=memory)
+        for _ in range(2)
+    )
+    return first, second
 
 
-def graph_seconds(call: Callable[..., Any], input_sets: Sequence[tuple[Any, ...]]) -> float:
-    """Time of one ``call(*inputs)`` when a captured graph goes through all input sets, at least ten calls a graph."""
-    rounds = -(-10 // len(input_sets))
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for inputs in input_sets:
-            call(*inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(rounds):
-            for inputs in input_sets:
-                call(*inputs)
-    return seconds(graph.replay) / (rounds * len(input_sets))
-
-
-def sets(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
-    """Fresh input sets that together exceed the cache."""
-    first = make()
-    size = sum(tensor.numel() * tensor.element_size() for tensor in first)
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return [first, *(make() for _ in range(-(-L2_MULTIPLE * cache // size)))]
-
-
-def copy_rate(size: int) -> float:
-    """Bytes per second of a device-to-device copy that reads and writes ``size`` bytes in all."""
-
-    def make() -> tuple[Tensor, Tensor]:
-        source = torch.randn(size // 8, device="cuda")
-        return torch.empty_like(source), source
-
-    return size / graph_seconds(lambda target, source: target.copy_(source), sets(make))
-
-
-def matrix_rate(dtype: torch.dtype, size: int = 8192) -> float:
-    """FLOP/s of a large product of random matrices."""
-    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-    return 2 * size**3 / graph_seconds(torch.matmul, [(a, b)])
-
-
-def kernels(call: Callable[[], Any]) -> int:
-    """Kernels and copies that one call puts on the GPU."""
-    call()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-
-
-def gpu_backends() -> list[str]:
-    return [name for name in ("cuda", "triton") if name in obc.backends.available()]
-
-
-def flat(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [tensor for part in result for tensor in flat(part)]
-
-
-def check(call: Callable[[], Any]) -> None:
-    """The backend in use agrees with the reference, to 1e-3 of the largest entry (2e-2 where stored in half)."""
-    actual = flat(call())
-    with obc.use_backend("reference"):
-        truth = flat(call())
-    for got, want in zip(actual, truth, strict=True):
-        allowed = 2e-2 if want.dtype in (torch.bfloat16, torch.float16) else 1e-3
-        error, scale = (got.double() - want.double()).abs().max(), want.double().abs().max()
-        assert error <= allowed * scale, f"off by {error / scale:.2e} of the largest entry, allowed {allowed:.0e}"
+def _eager_weight_dot(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    product = w.float() * g
+    return product.sum(1), product.sum(0)
 
 
 def bandwidth_section() -> Rows:
-    """channel_dot, weight_dot and weight_moments as a share of the copy bandwidth."""
-
-    def pair(*shape: int, dtype: torch.dtype, channels_last: bool = False) -> Callable[[], tuple[Tensor, ...]]:
-        memory = torch.channels_last if channels_last else torch.contiguous_format
-        return lambda: tuple(
-            torch.randn(shape, device="cuda").to(dtype).contiguous(memory_format=memory) for _ in range(2)
-        )
-
-    cases: list[tuple[str, Callable[..., Any], Callable[..., Any], tuple[int, ...], bool]] = []
-    tokens = ("channel_dot tokens", lambda a, g: ops.channel_dot(a, g, -1), lambda a, g: (a.float() * g).sum((0, 1)))
+    """channel_dot, weight_dot and weight_moments as a share of the copy bandwidth, with eager and compiled torch."""
+    cases: list[tuple[str, Callable[..., Any], Callable[..., Any] | None, tuple[int, ...], bool]] = []
+    tokens = ("channel_dot tokens", lambda a, g: ops.channel_dot(a, g, 2), lambda a, g: (a.float() * g).sum((0, 1)))
     images = ("channel_dot images", lambda a, g: ops.channel_dot(a, g, 1), lambda a, g: (a.float() * g).sum((0, 2, 3)))
-    weights = ("weight_dot", ops.weight_dot, lambda w, g: (lambda p: (p.sum(1), p.sum(0)))(w.float() * g))
+    weights = ("weight_dot", ops.weight_dot, _eager_weight_dot)
     moments = ("weight_moments", ops.weight_moments, None)
-    for megabytes in (64, 256):
-        elements = megabytes * MIB // 2
+    for mebibytes in (64, 256):
+        elements = mebibytes * timing.MIB // 2
         cases += [
             (*tokens, (8, elements // 8 // 4096, 4096), False),
+            (*weights, (elements // 4096, 4096), False),
             (*images, (elements // (256 * 3136), 256, 56, 56), False),
             (*images, (elements // (256 * 3136), 256, 56, 56), True),
-            (*weights, (elements // 4096, 4096), False),
             (*moments, (elements // 4096, 4096), False),
         ]
     cases += [
@@ -153,79 +78,81 @@ def bandwidth_section() -> Rows:
         (*images, (512, 2048, 7, 7), False),
         (*tokens, (1, 64, 524_288), False),
     ]
-    rows: Rows = []
     for name, call, eager, shape, channels_last in cases:
         for dtype_name, dtype in DTYPES.items():
-            input_sets = sets(pair(*shape, dtype=dtype, channels_last=channels_last))
-            moved = sum(tensor.numel() * tensor.element_size() for tensor in input_sets[0])
-            ceiling = copy_rate(moved)
-            row = {"operator": name, "shape": list(shape), "channels_last": channels_last, "dtype": dtype_name}
-            row |= {"MiB": round(moved / MIB), "copy_GB_per_s": ceiling / 1e9}
-            for backend in gpu_backends():
+            input_sets = timing.sets(lambda: _pair(shape, dtype, channels_last))  # noqa: B023 - called at once
+            moved = timing.bytes_of(input_sets[0])
+            ceiling = timing.copy_rate(moved)
+            row: Row = {"operator": name, "shape": list(input_sets[0][0].shape), "channels_last": channels_last}
+            row |= {"dtype": dtype_name, "MiB": round(moved / timing.MIB), "copy_GB_per_s": ceiling / 1e9}
+            for backend in timing.backends():
                 with obc.use_backend(backend):
-                    check(lambda inputs=input_sets[0], call=call: call(*inputs))
-                    rate = moved / graph_seconds(call, input_sets)
+                    timing.check(lambda: call(*input_sets[0]))  # noqa: B023 - called at once
+                    rate = moved / timing.graph_seconds(call, input_sets)
                 row |= {f"{backend}_GB_per_s": rate / 1e9, f"{backend}_share_of_copy": rate / ceiling}
             if eager is not None:
-                row["eager_share_of_copy"] = moved / graph_seconds(eager, input_sets[:2]) / ceiling
-            rows.append(row)
-    return rows
+                row["eager_share_of_copy"] = moved / timing.graph_seconds(eager, input_sets[:2]) / ceiling
+            # Compiling takes seconds: once an operator, at the size that all shares are compared at.
+            if eager is not None and 256 <= moved // timing.MIB < 300 and not timing.is_dry():
+                compiled = torch.compile(eager, dynamic=False)
+                row["compiled_share_of_copy"] = moved / timing.graph_seconds(compiled, input_sets[:2]) / ceiling
+            yield row
 
 
-def llama_8b_layer() -> list[tuple[int, int]]:
+def llama_8b_layer() -> list[tuple[int, ...]]:
+    """The weights of one layer of Llama-3 8B."""
     return [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+
+
+def resnet50_weights() -> list[tuple[int, ...]]:
+    """Those of ResNet-50's convolutions and its linear layer."""
+    return [tuple(m.weight.shape) for m in resnet50_model().modules() if isinstance(m, nn.Conv2d | nn.Linear)]
 
 
 def list_section() -> Rows:
     """weight_dot_list: kernels on the GPU and time for a model's weights, against one weight_dot a layer."""
-    convolutions = [m for m in resnet50_model().modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    resnet = [tuple(m.weight.shape) for m in convolutions]
-    rows: Rows = []
-    for name, shapes in (("ResNet-50", resnet), ("Llama-8B layer", llama_8b_layer())):
-        weights, grads = ([torch.randn(s, device="cuda").bfloat16() for s in shapes] for _ in range(2))
-        moved = 2 * sum(weight.numel() * weight.element_size() for weight in weights)
-        row: dict[str, Any] = {"weights": name, "tensors": len(weights), "MiB": round(moved / MIB)}
-        for backend in gpu_backends():
+    for name, shapes in (("ResNet-50", resnet50_weights()), ("Llama-8B layer", llama_8b_layer())):
+        pairs = [_pair(shape, torch.bfloat16) for shape in shapes]
+        weights, grads = ([pair[side] for pair in pairs] for side in range(2))
+        moved = 2 * timing.bytes_of(weights)
+        row: Row = {"weights": name, "tensors": len(weights), "MiB": round(moved / timing.MIB)}
+        whole = lambda: ops.weight_dot_list(weights, grads)  # noqa: B023, E731 - called in this iteration only
+        each = lambda: [ops.weight_dot(w, g) for w, g in zip(weights, grads, strict=True)]  # noqa: B023, E731
+        for backend in timing.backends():
             with obc.use_backend(backend):
-                whole = lambda: ops.weight_dot_list(weights, grads)  # noqa: B023, E731 - called in this iteration only
-                each = lambda: [ops.weight_dot(w, g) for w, g in zip(weights, grads, strict=True)]  # noqa: B023, E731
-                check(whole)
+                timing.check(whole)
                 row |= {
-                    f"{backend}_list_kernels": kernels(whole),
-                    f"{backend}_list_ms": seconds(whole) * 1e3,
-                    f"{backend}_each_kernels": kernels(each),
-                    f"{backend}_each_ms": seconds(each) * 1e3,
-                    f"{backend}_list_graph_GB_per_s": moved / graph_seconds(whole, [()]) / 1e9,
+                    f"{backend}_list_kernels": timing.kernels(whole),
+                    f"{backend}_list_ms": timing.seconds(whole) * 1e3,
+                    f"{backend}_each_kernels": timing.kernels(each),
+                    f"{backend}_each_ms": timing.seconds(each) * 1e3,
+                    f"{backend}_list_graph_GB_per_s": moved / timing.graph_seconds(whole, [()]) / 1e9,
                 }
-        row["copy_GB_per_s"] = copy_rate(moved) / 1e9
-        rows.append(row)
-    return rows
+        row["copy_GB_per_s"] = timing.copy_rate(moved) / 1e9
+        yield row
 
 
 def end_row_section() -> Rows:
     """end_row: time and kernels of a row over the channels of small and large models."""
-    rows: Rows = []
     for channels in (4096, 100_000, 1_000_000):
-        groups = torch.arange(channels, device="cuda") // 5
-        scores, row = torch.zeros(channels, device="cuda"), torch.randn(channels, device="cuda")
-        for backend in [*gpu_backends(), "reference"]:
+        size = timing.sized((channels,))[0]
+        groups = torch.arange(size, device=timing.device()) // 5
+        scores, row = torch.zeros(size, device=timing.device()), torch.randn(size, device=timing.device())
+        plain = lambda: ops.end_row(scores, row)  # noqa: B023, E731 - called in this iteration only
+        grouped = lambda: ops.end_row(scores, row, 1.0, groups)  # noqa: B023, E731
+        for backend in [*timing.backends(), "reference"]:
             with obc.use_backend(backend):
-                plain, grouped = lambda: ops.end_row(scores, row), lambda: ops.end_row(scores, row, 1.0, groups)  # noqa: B023
-                rows.append(
-                    {
-                        "channels": channels,
-                        "backend": backend,
-                        "plain_us": graph_seconds(plain, [()]) * 1e6,
-                        "grouped_us": graph_seconds(grouped, [()]) * 1e6,
-                        "kernels": kernels(grouped),
-                    }
-                )
-    return rows
+                yield {
+                    "channels": size,
+                    "backend": backend,
+                    "plain_us": timing.graph_seconds(plain, [()]) * 1e6,
+                    "grouped_us": timing.graph_seconds(grouped, [()]) * 1e6,
+                    "kernels": timing.kernels(grouped),
+                }
 
 
 def fold_section() -> Rows:
     """fold: one launch and two products as a share of the matrix rate that torch.matmul reaches at 8192."""
-    rows: Rows = []
     shapes = [
         ((256, 64, 1, 1), 128, 32),
         ((512, 512), 256, 256),
@@ -239,128 +166,78 @@ def fold_section() -> Rows:
         for precision in ("highest", "high"):
             torch.set_float32_matmul_precision(precision)
             for name, dtype in DTYPES.items():
-                ceiling = matrix_rate(dtype)
+                ceiling = timing.matrix_rate(dtype)
                 for shape, kept_out, kept_in in shapes:
-                    weight = torch.randn(shape, device="cuda").to(dtype)
-                    c = torch.randn(kept_out, shape[0], device="cuda").to(dtype)
-                    d = torch.randn(shape[1], kept_in, device="cuda").to(dtype)
-                    row = {"dtype": name, "float32_matmul": precision, "matmul_TFLOP_per_s": ceiling / 1e12}
-                    rows.append(row | _fold_row((weight, c, d, 1, 1), ceiling))
+                    weight = torch.randn(timing.sized(shape), device=timing.device()).to(dtype)
+                    kept = [min(kept_out, weight.shape[0] // 2), min(kept_in, weight.shape[1] // 2)]
+                    c = torch.randn(kept[0], weight.shape[0], device=timing.device()).to(dtype)
+                    d = torch.randn(weight.shape[1], kept[1], device=timing.device()).to(dtype)
+                    row: Row = {"dtype": name, "float32_matmul": precision, "matmul_TFLOP_per_s": ceiling / 1e12}
+                    yield row | _fold_row(weight, c, d, ceiling)
     finally:
         torch.set_float32_matmul_precision(before)
-    return rows
 
 
-def _fold_row(inputs: tuple[Any, ...], ceiling: float) -> dict[str, Any]:
-    """One fold by two products and, where it is written for that, in one launch."""
-    weight, c, d, *_ = inputs
-    (out_channels, in_channels), kept_out, kept_in = weight.shape[:2], c.shape[0], d.shape[1]
-    area = weight[0, 0].numel()
-    compress_first = kept_out * in_channels * (out_channels + kept_in)
-    flops = 2 * area * min(compress_first, out_channels * kept_in * (in_channels + kept_out))
-    check(lambda: ops.fold(weight, c, d))
-    row: dict[str, Any] = {"shape": list(weight.shape), "kept": [kept_out, kept_in], "GFLOP": flops / 1e9}
-    products = graph_seconds(gemm.fold, [inputs])
+def _fold_row(weight: Tensor, c: Tensor, d: Tensor, ceiling: float) -> Row:
+    """One fold by two products and, where it is written for that, in one launch; and a forward with its backward."""
+    flops = 2 * min(gemm.multiplications(weight, c, d))
+    timing.check(lambda: ops.fold(weight, c, d))
+    row: Row = {"shape": list(weight.shape), "kept": [c.shape[0], d.shape[1]], "GFLOP": flops / 1e9}
+    products = timing.graph_seconds(gemm.fold, [(weight, c, d)])
     row |= {"products_us": products * 1e6, "products_share": flops / products / ceiling}
-    if kept_in <= MOST_KEPT_IN and area == 1:
-        launch = graph_seconds(fold_triton, [inputs])
+    if d.shape[1] <= MOST_KEPT_IN and weight[0, 0].numel() == 1 and not timing.is_dry():
+        launch = timing.graph_seconds(fold_triton, [(weight, c, d)])
         row |= {"one_launch_us": launch * 1e6, "one_launch_share": flops / launch / ceiling}
-        row["one_launch_is_chosen"] = fold_fits(*inputs)
-    return row
+        row["one_launch_is_chosen"] = fold_fits(weight, c, d, 1, 1)
+    leaves = [tensor.requires_grad_() for tensor in (weight, c, d)]
+    trained = timing.seconds(lambda: torch.autograd.grad(ops.fold(*leaves).sum(), leaves))
+    return row | {"forward_backward_us": trained * 1e6, "forward_backward_share": 3 * flops / trained / ceiling}
 
 
-# --- whole scoring runs ---------------------------------------------------------------------------------------------
-
-ROWS = 4
-
-
-def plain(work: Workload) -> None:
-    for _ in range(ROWS):
-        work.model.zero_grad(set_to_none=True)
-        work.loss(work.model, work.batch).backward()
-    work.model.zero_grad(set_to_none=True)
+# Elements of the first input in the middle of each size class of obc.backends.fastest.
+CLASS_SIZES = {"small": 2**14, "medium": 2**21, "large": 2**26}
 
 
-def floor(work: Workload) -> None:
-    """Frozen weights, no gates: what any method that reads activations and gradients pays at least."""
-    work.model.requires_grad_(False)
-    try:
-        for _ in range(ROWS):
-            work.loss_from_entry(work.model, work.entry.detach().requires_grad_()).backward()
-    finally:
-        work.model.requires_grad_(True)
+def _chosen_calls(elements: int, dtype: torch.dtype) -> dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]]]]:
+    """Per operator a call of ``elements`` and its input sets."""
+    width = min(4096, max(64, elements // 64))
+    matrices = timing.sets(lambda: _pair((elements // width, width), dtype))
+    halves = [[tensor.tensor_split(2) for tensor in matrix] for matrix in matrices]
+    calls: dict[str, tuple[Callable[..., Any], list[tuple[Any, ...]]]] = {
+        "channel_dot": (lambda a, g: ops.channel_dot(a, g, 1), [*matrices]),
+        "weight_dot": (ops.weight_dot, [*matrices]),
+        "weight_dot_list": (ops.weight_dot_list, [tuple(map(list, pair)) for pair in halves]),
+        "weight_moments": (ops.weight_moments, [*matrices]),
+    }
+    if dtype == torch.float32:
+        rows = [(torch.zeros_like(a.flatten()), g.flatten()) for a, g in matrices[:4]]
+        calls["end_row"] = (ops.end_row, [*rows])
+    return calls
 
 
-def scored(work: Workload) -> None:
-    obc.score(work.model, [work.batch] * ROWS, work.loss, progress=False)
+def defaults_section() -> Rows:
+    """Which backend is faster, by operator, dtype and size class, called in a loop: what backends/fastest.py holds."""
+    for size, elements in CLASS_SIZES.items():
+        elements = min(elements, 2**12) if timing.is_dry() else elements
+        for name, dtype in (*DTYPES.items(), ("f16", torch.float16)):
+            for operator, (call, input_sets) in _chosen_calls(elements, dtype).items():
+                row: Row = {"operator": operator, "dtype": name, "size": size, "elements": elements}
+                for backend in timing.backends():
+                    with obc.use_backend(backend):
+                        timing.check(lambda: call(*input_sets[0]))  # noqa: B023 - called at once
+                        row[f"{backend}_us"] = timing.loop_seconds(call, input_sets) * 1e6
+                yield row
 
 
-def weighted(model: nn.Module) -> list[nn.Parameter]:
-    return [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-
-
-def stored(work: Workload) -> None:
-    """The authors' way: every row's weight gradients stored, contracted at the end."""
-    weights = weighted(work.model)
-    rows: list[list[Tensor]] = []
-    for _ in range(ROWS):
-        work.model.zero_grad(set_to_none=True)
-        work.loss(work.model, work.batch).backward()
-        rows.append([weight.grad.detach().clone() for weight in weights if weight.grad is not None])
-    work.model.zero_grad(set_to_none=True)
-    for index, weight in enumerate(weights):
-        stacked = torch.stack([row[index] for row in rows])
-        products = (stacked * weight.detach()).flatten(3) if stacked.dim() > 3 else stacked * weight.detach()
-        spread = products.sum(3) if products.dim() > 3 else products
-        spread.sum(2).square().sum(0), spread.sum(1).square().sum(0)
-
-
-def contracted(work: Workload) -> None:
-    """Weight gradients contracted at once, a whole model by one weight_dot_list, and dropped."""
-    weights = weighted(work.model)
-    scores: list[Tensor] | None = None
-    for _ in range(ROWS):
-        work.model.zero_grad(set_to_none=True)
-        work.loss(work.model, work.batch).backward()
-        grads = [weight.grad.detach() for weight in weights if weight.grad is not None]
-        squares = [dot.square() for dot in flat(ops.weight_dot_list([w.detach() for w in weights], grads))]
-        scores = squares if scores is None else torch._foreach_add(scores, squares)
-    work.model.zero_grad(set_to_none=True)
-
-
-WAYS = {"plain": plain, "floor": floor, "obc.score": scored, "authors": stored, "contracted at once": contracted}
-
-
-def scoring_section() -> Rows:
-    """Time a row and peak memory of whole scoring runs relative to a plain forward and backward."""
-    rows: Rows = []
-    for make in (resnet50, llama_1b):
-        work = make("cuda")
-        base = 0.0
-        for way, run in WAYS.items():
-            for backend in gpu_backends() if way in ("obc.score", "contracted at once") else [None]:
-                with obc.use_backend(backend or obc.backends.chosen("cuda").name):
-                    run(work)  # compiles kernels, fills the allocator's cache
-                    torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                    per_row = seconds(lambda run=run, work=work: run(work), repeats=3) / ROWS
-                    peak = torch.cuda.max_memory_allocated() - before
-                base = base or per_row
-                row = {"model": work.name, "way": way, "backend": backend, "ms_per_row": per_row * 1e3}
-                rows.append(row | {"relative": per_row / base, "peak_MiB_above_model": round(peak / MIB)})
-        del work
-        gc.collect()
-        torch.cuda.empty_cache()
-    return rows
-
-
-SECTIONS: dict[str, Callable[[], Rows]] = {
-    "bandwidth": bandwidth_section,
-    "launches": list_section,
-    "scoring": scoring_section,
-    "fold": fold_section,
-    "end_row": end_row_section,
+# Each section and its share of the time.
+SECTIONS: dict[str, tuple[Callable[[], Rows], float]] = {
+    "defaults": (defaults_section, 0.15),
+    "bandwidth": (bandwidth_section, 0.3),
+    "launches": (list_section, 0.05),
+    "small_model": (small_model_section, 0.1),
+    "scoring": (scoring_section, 0.2),
+    "fold": (fold_section, 0.15),
+    "end_row": (end_row_section, 0.05),
 }
 
 
@@ -373,16 +250,20 @@ def facts() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError) as error:
             return f"unknown ({type(error).__name__})"
 
+    root = str(Path(__file__).resolve().parent.parent)
+    gpu: dict[str, Any] = {"gpu": "none: a dry run"}
+    if not timing.is_dry():
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "memory_GiB": round(properties.total_memory / 2**30),
+            "L2_MiB": properties.L2_cache_size / timing.MIB,
+            "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
     import triton
 
-    root = str(Path(__file__).resolve().parent.parent)
-    properties = torch.cuda.get_device_properties(0)
-    return {
-        "gpu": properties.name,
-        "multiprocessors": properties.multi_processor_count,
-        "memory_GiB": round(properties.total_memory / 2**30),
-        "L2_MiB": properties.L2_cache_size / MIB,
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+    return gpu | {
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
@@ -393,13 +274,46 @@ def facts() -> dict[str, Any]:
     }
 
 
-def table(name: str, rows: Rows) -> str:
+class Report:
+    """What was measured so far, on disk after every row: ``gpu-<name>.json`` and, as tables, ``.txt``."""
+
+    def __init__(self, out: Path) -> None:
+        self.content: dict[str, Any] = {"facts": facts(), "sections": {}, "failed": {}, "cut_short": [], "left_out": []}
+        out.mkdir(parents=True, exist_ok=True)
+        self.stem = out / f"gpu-{self.content['facts']['gpu'].replace(' ', '-').replace(':', '').lower()}"
+        self.write()
+
+    def write(self) -> None:
+        self.stem.with_suffix(".json").write_text(json.dumps(self.content, indent=1) + "\n")
+        shown = {key: value for key, value in self.content["facts"].items() if key != "backends"}
+        texts = [json.dumps(shown, indent=1), *(table(*section) for section in self.content["sections"].items())]
+        texts += [f"\n{name} FAILED\n{error}" for name, error in self.content["failed"].items()]
+        for word in ("cut_short", "left_out"):
+            texts += [f"\n{word.replace('_', ' ')}: {', '.join(self.content[word])}"] if self.content[word] else []
+        self.stem.with_suffix(".txt").write_text("\n".join(texts) + "\n")
+
+    def measure(self, name: str, end: float) -> None:
+        """Run a section until its rows are done or the time ``end`` has come."""
+        rows = self.content["sections"][name] = []
+        try:
+            for row in SECTIONS[name][0]():
+                rows.append(row)
+                self.write()
+                if time.monotonic() > end:
+                    self.content["cut_short"].append(name)
+                    break
+        except Exception:  # the report carries it, and the exit code; the other sections are worth having
+            self.content["failed"][name] = traceback.format_exc()
+        self.write()
+
+
+def table(name: str, rows: list[Row]) -> str:
     """Rows of one section under the union of their columns."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     cells = [columns, *[[_cell(row.get(column)) for column in columns] for row in rows]]
     widths = [max(len(line[index]) for line in cells) for index in range(len(columns))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join([f"\n{name}: {(SECTIONS[name].__doc__ or '').strip()}", *lines])
+    return "\n".join([f"\n{name}: {(SECTIONS[name][0].__doc__ or '').strip()}", *lines])
 
 
 def _cell(value: Any) -> str:
@@ -410,39 +324,40 @@ def _cell(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def main() -> int:
-    """Run the sections, print a table each, write ``gpu-<name>.json`` and ``.txt``; 1 if a section failed."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seconds", type=float, default=480, help="no section starts after this many")
+def main(arguments: list[str] | None = None) -> int:
+    """Run the sections, print a table each; 1 if a section failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_gpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=480, help="for all sections together (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    options = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, small and once: to try the script itself")
+    options = parser.parse_args(arguments)
+    if options.dry_run:
+        timing.dry_run()
+    elif not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device (--dry-run tries the script itself)")
+    torch.manual_seed(0)
     started = time.monotonic()
-    report: dict[str, Any] = {"facts": facts(), "sections": {}, "failed": {}, "left_out": []}
-    texts = [json.dumps({key: value for key, value in report["facts"].items() if key != "backends"}, indent=1)]
-    options.out.mkdir(parents=True, exist_ok=True)
-    stem = options.out / f"gpu-{report['facts']['gpu'].replace(' ', '-').lower()}"
+    report = Report(options.out)
+    shares = sum(SECTIONS[name][1] for name in options.sections)
+    end = started
     for name in options.sections:
-        if time.monotonic() - started > options.seconds:
-            report["left_out"].append(name)
+        begun = time.monotonic()
+        if begun > started + options.seconds:
+            report.content["left_out"].append(name)
+            report.write()
             continue
-        section_started = time.monotonic()
-        try:
-            report["sections"][name] = SECTIONS[name]()
-            texts.append(table(name, report["sections"][name]))
-        except Exception:  # the report carries it, and the exit code; the other sections are worth having
-            report["failed"][name] = traceback.format_exc()
-            texts.append(f"\n{name} FAILED\n{report['failed'][name]}")
-        texts.append(f"({time.monotonic() - section_started:.0f} s)")
-        print(*texts[-2:], sep="\n", flush=True)
-        stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-        stem.with_suffix(".txt").write_text("\n".join(texts) + "\n")
-        torch.cuda.empty_cache()
-    if report["left_out"]:
-        print(f"left out, the time was spent: {', '.join(report['left_out'])}")
-    return 1 if report["failed"] else 0
+        end += options.seconds * SECTIONS[name][1] / shares
+        report.measure(name, end)
+        print(table(name, report.content["sections"][name]))
+        print(report.content["failed"].get(name, ""), f"({time.monotonic() - begun:.0f} s)", flush=True)
+        if not options.dry_run:
+            torch.cuda.empty_cache()
+    for word in ("cut_short", "left_out"):
+        if report.content[word]:
+            print(f"{word.replace('_', ' ')}, the time was spent: {', '.join(report.content[word])}")
+    print(f"written: {report.stem.with_suffix('.json')}")
+    return 1 if report.content["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -62,36 +62,74 @@ def resnet50_model() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000))
 
 
-def resnet50(device: str, batch: int = 64) -> Workload:
-    """ResNet-50 in bfloat16 and channels-last memory on 224 x 224 images."""
+def resnet50(device: str, small: bool = False) -> Workload:
+    """ResNet-50 in bfloat16 and channels-last memory on 64 images of 224 x 224; small: on two of 32 x 32."""
     model = resnet50_model().to(device, torch.bfloat16).to(memory_format=torch.channels_last).eval()
-    images = torch.randn(batch, 3, 224, 224, device=device, dtype=torch.bfloat16)
-    images = images.contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(1000, (batch,), device=device)
+    images = torch.randn((2, 3, 32, 32) if small else (64, 3, 224, 224), device=device, dtype=torch.bfloat16)
+    return _classifier("ResNet-50", model, images.contiguous(memory_format=torch.channels_last), 1000)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 with a residual connection; where the width grows, the shortcut is a strided slice filled with zeros."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.stride, self.more = (2, out_channels - in_channels) if out_channels != in_channels else (1, 0)
+        self.body = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 3, self.stride, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(),
+            nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = nn.functional.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.more))
+        return torch.relu(self.body(x) + shortcut)
+
+
+def resnet56_model() -> nn.Sequential:
+    """The layers of ResNet-56 for 32 x 32 images."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    channels = 16
+    for width in (16, 32, 64):
+        for _ in range(9):
+            layers.append(BasicBlock(channels, width))
+            channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def resnet56(device: str) -> Workload:
+    """ResNet-56 in float32 on 64 images of 32 x 32: many small layers, bound by launches."""
+    return _classifier("ResNet-56", resnet56_model().to(device).eval(), torch.randn(64, 3, 32, 32, device=device), 10)
+
+
+def _classifier(name: str, model: nn.Module, images: Tensor, classes: int) -> Workload:
+    labels = torch.randint(classes, (images.shape[0],), device=images.device)
 
     def loss(model: nn.Module, batch: Tensor) -> Tensor:
         return nn.functional.cross_entropy(model(batch).float(), labels)
 
-    return Workload("ResNet-50", model, images, loss, loss, images)
+    return Workload(name, model, images, loss, loss, images)
 
 
-def llama_1b(device: str, batch: int = 4, tokens: int = 1024) -> Workload:
-    """A Llama of 1.1 billion parameters in bfloat16."""
+def llama_1b(device: str, small: bool = False) -> Workload:
+    """A Llama of 1.1 billion parameters in bfloat16 on 4 sequences of 1024; small: two layers of width 256."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
+        hidden_size=256 if small else 2048,
+        intermediate_size=512 if small else 8192,
+        num_hidden_layers=2 if small else 16,
         num_attention_heads=32,
         num_key_value_heads=8,
-        vocab_size=32_000,
+        vocab_size=320 if small else 32_000,
         tie_word_embeddings=False,
         use_cache=False,
     )
     with torch.device(device):
         model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    ids = torch.randint(config.vocab_size, (batch, tokens), device=device)
+    ids = torch.randint(config.vocab_size, (2, 16) if small else (4, 1024), device=device)
     embedded = model.get_input_embeddings()(ids).detach()
     return Workload(
         "Llama 1.1 B",

@@ -11,17 +11,20 @@ import torch
 # By device: what is tried in turn where nothing was measured.
 PREFERENCE = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference"), "xpu": ("triton", "reference")}
 
-# Elements of one input up to which a call is called so. Reading two float32 inputs of 2^18 elements takes a large GPU
-# half a microsecond: a launch costs more. 2^24 elements take 30 us and no longer fit into its cache.
-_SIZES = ((2**18, "small"), (2**24, "medium"))
+# The size classes, and elements of one input below which a call belongs to each but the last. Reading two float32
+# inputs of 2^18 elements takes a large GPU half a microsecond: a launch costs more. 2^24 elements take 30 us and no
+# longer fit into its cache.
+SIZES = ("small", "medium", "large")
+_LIMITS = (2**18, 2**24)
 
-# (operator, dtype, size) -> the backend that was faster on CUDA tensors. Empty until both have been measured there.
+# (operator, dtype, size) -> the backend that was faster on CUDA tensors. Empty until both have been measured there;
+# `python -m benchmarks.fastest_table RESULTS.json` prints it from results of benchmarks/gpu.sh.
 FASTEST: dict[tuple[str, torch.dtype, str], str] = {}
 
 
 def size_class(elements: int) -> str:
     """``small``, ``medium`` or ``large``: how many elements the first input has."""
-    return next((name for most, name in _SIZES if elements < most), "large")
+    return next((size for size, limit in zip(SIZES, _LIMITS, strict=False) if elements < limit), SIZES[-1])
 
 
 def order(device_type: str, operator: str, dtype: torch.dtype, elements: int) -> tuple[str, ...]:

@@ -1,0 +1,163 @@
+"""Whole scoring runs on a GPU: what bench_gpu's sections ``scoring`` and ``small_model`` measure."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import obc
+from benchmarks import gpu_timing as timing
+from benchmarks.gpu_models import Workload, llama_1b, resnet50, resnet56
+from obc import ops
+
+ROWS = 4
+
+
+def plain(work: Workload) -> None:
+    """Forward and backward with weight gradients."""
+    for _ in range(ROWS):
+        work.model.zero_grad(set_to_none=True)
+        work.loss(work.model, work.batch).backward()
+    work.model.zero_grad(set_to_none=True)
+
+
+def floor(work: Workload) -> None:
+    """Frozen weights, no gates: what any method that reads activations and gradients pays at least."""
+    work.model.requires_grad_(False)
+    try:
+        for _ in range(ROWS):
+            work.loss_from_entry(work.model, work.entry.detach().requires_grad_()).backward()
+    finally:
+        work.model.requires_grad_(True)
+
+
+def scored(work: Workload) -> None:
+    obc.score(work.model, [work.batch] * ROWS, work.loss, progress=False)
+
+
+def _weighted(model: nn.Module) -> list[nn.Parameter]:
+    return [m.weight for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+
+
+def stored(work: Workload) -> None:
+    """The authors' way: every row's weight gradients stored, contracted at the end."""
+    weights = _weighted(work.model)
+    rows: list[list[Tensor]] = []
+    for _ in range(ROWS):
+        work.model.zero_grad(set_to_none=True)
+        work.loss(work.model, work.batch).backward()
+        rows.append([weight.grad.detach().clone() for weight in weights if weight.grad is not None])
+    work.model.zero_grad(set_to_none=True)
+    for index, weight in enumerate(weights):
+        stacked = torch.stack([row[index] for row in rows])
+        products = (stacked * weight.detach()).flatten(3) if stacked.dim() > 3 else stacked * weight.detach()
+        spread = products.sum(3) if products.dim() > 3 else products
+        spread.sum(2).square().sum(0), spread.sum(1).square().sum(0)
+
+
+def contracted(work: Workload) -> None:
+    """Weight gradients contracted at once, a whole model by one weight_dot_list, and dropped."""
+    weights = _weighted(work.model)
+    scores: list[Tensor] | None = None
+    for _ in range(ROWS):
+        work.model.zero_grad(set_to_none=True)
+        work.loss(work.model, work.batch).backward()
+        grads = [weight.grad.detach() for weight in weights if weight.grad is not None]
+        dots = timing.flat(ops.weight_dot_list([w.detach() for w in weights], grads))
+        squares = [dot.square() for dot in dots]
+        scores = squares if scores is None else list(torch._foreach_add(scores, squares))
+    work.model.zero_grad(set_to_none=True)
+
+
+WAYS: dict[str, Callable[[Workload], None]] = {
+    "plain": plain,
+    "floor": floor,
+    "obc.score": scored,
+    "authors": stored,
+    "contracted at once": contracted,
+}
+
+
+def scoring_section() -> Iterator[dict[str, Any]]:
+    """Time a row and peak memory of whole scoring runs (4 rows, checking row included) relative to plain."""
+    for make in (resnet50, llama_1b):
+        work = make(timing.device(), small=timing.is_dry())
+        base = 0.0
+        for way, run in WAYS.items():
+            for backend in timing.backends() if way in ("obc.score", "contracted at once") else [None]:
+                with obc.use_backend(backend or obc.backends.chosen(timing.device()).name):
+                    per_row, peak = _row_cost(run, work)
+                base = base or per_row
+                row = {"model": work.name, "way": way, "backend": backend, "ms_per_row": per_row * 1e3}
+                yield row | {"relative": per_row / base, "peak_MiB_above_model": peak}
+        del work
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _row_cost(run: Callable[[Workload], None], work: Workload) -> tuple[float, int | None]:
+    """Seconds a row, and the peak of memory above what the model and batch take."""
+    if timing.is_dry():
+        return timing.wall_seconds(lambda: run(work)) / ROWS, None
+    run(work)  # compiles kernels, fills the allocator's cache
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    per_row = timing.seconds(lambda: run(work), repeats=3) / ROWS
+    return per_row, round((torch.cuda.max_memory_allocated() - before) / timing.MIB)
+
+
+def small_model_section() -> Iterator[dict[str, Any]]:
+    """ResNet-56 on 64 images of 32 x 32: a steady row against plain forward and backward, eager and as CUDA graphs."""
+    work = resnet56(timing.device())
+
+    def step() -> None:
+        work.loss(work.model, work.batch).backward()
+
+    def frozen() -> None:
+        work.loss_from_entry(work.model, entry).backward()
+
+    # Without zero_grad the gradients stay in their memory, as a captured backward needs it.
+    base, graph_base = _eager_and_graph(step)
+    yield _small_row("plain", None, base, graph_base, base, graph_base)
+    work.model.zero_grad(set_to_none=True)
+    work.model.requires_grad_(False)
+    entry = work.entry.detach().clone().requires_grad_()
+    yield _small_row("floor", None, *_eager_and_graph(frozen), base, graph_base)
+    work.model.requires_grad_(True)
+    for backend in timing.backends():
+        with obc.use_backend(backend):
+            scorer = obc.JacobianScorer(work.model)
+
+            def row(scorer: obc.JacobianScorer = scorer) -> None:
+                with scorer.row():
+                    step()
+
+            with scorer:
+                row()  # the checking row
+                times = _eager_and_graph(row)
+            yield _small_row("obc, a steady row", backend, *times, base, graph_base)
+
+
+def _eager_and_graph(call: Callable[[], None]) -> tuple[float, float]:
+    """Seconds of a call launched kernel by kernel, and of the replay of its CUDA graph."""
+    if timing.is_dry():
+        return timing.wall_seconds(call), timing.wall_seconds(call)
+    return timing.loop_seconds(call, [()]), timing.seconds(timing.captured(call).replay)
+
+
+def _small_row(
+    way: str, backend: str | None, eager: float, graph: float, base: float, graph_base: float
+) -> dict[str, Any]:
+    return {
+        "way": way,
+        "backend": backend,
+        "eager_ms": eager * 1e3,
+        "eager_relative": eager / base,
+        "graph_ms": graph * 1e3,
+        "graph_relative": graph / graph_base,
+    }
