@@ -36,6 +36,9 @@ FOUND = {
     "qwen2-moe": [("heads", 2), ("experts", 4), ("expert_ffn", 24), ("ffn", 40)],
 }
 
+# How the families call what holds all experts of a layer.
+EXPERTS = "mlp.experts"
+
 
 def layers(case: Case) -> int:
     return int(case.model.config.num_hidden_layers)
@@ -103,6 +106,23 @@ def test_an_attention_with_more_than_its_projections_is_named() -> None:
 # --- scores -------------------------------------------------------------------------------------------------------
 
 
+def expert_rows(case: Case) -> oracle.Rows:
+    """Of mixtures: rows of whole experts and of inner channels from the down projections, and those of routers."""
+    model = copy.deepcopy(case.model).double()
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for batch in case.batches:
+        model.zero_grad()
+        case.loss(model, batch).backward()
+        for name, module in model.named_modules():
+            if name.endswith(EXPERTS):
+                product = module.down_proj.detach() * module.down_proj.grad
+                found.setdefault(name, []).append((product.sum((1, 2)), product.sum((0, 1))))
+            elif type(module).__name__.endswith("Router"):
+                product = module.weight.detach() * module.weight.grad
+                found.setdefault(name, []).append((product.sum(1), product.sum(0)))
+    return {name: (torch.stack([o for o, _ in of]), torch.stack([i for _, i in of])) for name, of in found.items()}
+
+
 def part_rows(rows: oracle.Rows, group: ChannelGroup) -> dict[tuple[str, str], Tensor]:
     """(N, units) of every slice that the oracle has rows of, each unit's channels added up one by one."""
     found = {}
@@ -126,7 +146,7 @@ def test_group_scores_are_sums_of_squares_of_float64_weight_gradients(family: st
     case = FAMILIES[family]()
     case.model.set_experts_implementation("eager")  # grouped products take no float64
     groups = obc.transformer_groups(case.model)
-    rows = oracle.rows(case.model, case.batches, case.loss)
+    rows = oracle.rows(case.model, case.batches, case.loss) | expert_rows(case)
     scores = obc.score(case.model, case.batches, case.loss, keep_rows=True)
     every, gates = scores.group(groups), scores.group(groups, slices="gate")
     assert every.exact
@@ -142,7 +162,7 @@ def test_group_scores_are_sums_of_squares_of_float64_weight_gradients(family: st
             close(every[group.name], total, scale)
         for part, values in parts.items():
             close(every.parts[group.name][part], values.square().sum(0), scale)
-        readers = [values for (_, side), values in parts.items() if side == "in"]
+        readers = [values for (module, side), values in parts.items() if side == "in" or EXPERTS in module]
         assert (group.name in gates) == bool(readers)
         if readers:
             scored += 1
@@ -174,10 +194,11 @@ def test_what_the_scorer_can_not_read_is_named() -> None:
     groups = obc.transformer_groups(case.model)
     scores = obc.score(case.model, case.batches, case.loss).group(groups)
     experts = next(group for group in groups if group.kind == "expert_ffn")
-    assert experts.name not in scores
+    assert scores.unscored[experts.name] == {(experts.name, "out"): "the scorer has no rule for it"}
+    assert f"{experts.name} (out)  unscored: the scorer has no rule for it" in repr(scores)
+    heads_alone = obc.score(case.model, case.batches, case.loss, modules=lambda name, _: "attn" in name).group(groups)
     with pytest.raises(KeyError, match=r"gate_up_proj \(out\): the scorer has no rule for it"):
-        scores[experts.name]
-    assert "unscored" in repr(scores)
+        heads_alone[experts.name]
     mamba = FAMILIES["mamba"]()
     found = obc.score(mamba.model, mamba.batches, mamba.loss).group(obc.transformer_groups(mamba.model))
     assert {name.rpartition(".")[2] for of in found.unscored.values() for name, _ in of} == {"A_log", "D"}

@@ -29,11 +29,10 @@ def mask(model: nn.Module, group: ChannelGroup, units: Tensor) -> None:
         return
     for part in group.consumers:
         channels = part.channels[units].flatten()
-        owner, _, name = part.module.rpartition(".")
-        if part.module not in dict(model.named_modules()):
-            getattr(model.get_submodule(owner), name).data.index_fill_(2, channels, 0.0)  # fused experts
-            continue
         module = model.get_submodule(part.module)
+        if group.kind == "expert_ffn":
+            module.down_proj.data.index_fill_(2, channels, 0.0)
+            continue
         dim = 0 if type(module).__name__ == "Conv1D" else 1
         module.weight.data.index_fill_(dim, channels, 0.0)
 

@@ -288,12 +288,12 @@ class Finder:
             yield Block(
                 ChannelGroup(
                     up_key,
-                    (Slice(up_key, "out", _channels(width, 1, 2)), Slice(down_key, "in", _channels(width, 1))),
+                    (Slice(up_key, "out", _channels(width, 1, 2)), Slice(name, "in", _channels(width, 1))),
                     "expert_ffn",
                 ),
                 axes={
                     (up_key, "out"): (Axis(name, "gate_up_proj", 1, up_key, "out"),),
-                    (down_key, "in"): (Axis(name, "down_proj", 2, down_key, "in"),),
+                    (name, "in"): (Axis(name, "down_proj", 2, down_key, "in"),),
                 },
                 counters=self._counters([name], {_INNER_WIDTH: (width, 1)}),
                 config=self._config_key(("moe_intermediate_size", "intermediate_size"), 1),
@@ -314,7 +314,7 @@ class Finder:
         top = next((v for m in (router, parent) if isinstance(v := getattr(self.modules[m], "top_k", None), int)), 1)
         up_key, down_key = _joined(name, "gate_up_proj"), _joined(name, "down_proj")
         axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
-            (name, "in"): (
+            (name, "out"): (
                 Axis(name, "gate_up_proj", 0, up_key, "in"),
                 Axis(name, "down_proj", 0, down_key, "out"),
             )
@@ -324,7 +324,7 @@ class Finder:
             axes[router, "out"] = (Axis(router, "weight", 0, key, "out"),)
         one = _channels(count, 1)
         return Block(
-            ChannelGroup(name, (Slice(router, "out", one), Slice(name, "in", one)), "experts"),
+            ChannelGroup(name, (Slice(router, "out", one), Slice(name, "out", one)), "experts"),
             axes=axes,
             counters=self._counters([name, router, parent], {_EXPERTS: (count, 1)}),
             config=self._config_key(_EXPERTS, 1),

@@ -50,17 +50,18 @@ class NormGradients:
 class WeightGradient:
     """r read from a weight's own gradient, which is contracted as soon as autograd has it and dropped.
 
-    Serves the checking row and the modules that no gate can. ``out_slots`` and ``in_slots`` stand for dimensions 0 and
-    1 of the weight, whichever are the out and in channels of the modules that use it.
+    Serves the checking row and the modules that no gate can. ``rows`` and ``columns`` stand for dimensions 0 and
+    ``column_dim`` of the weight, whichever are the out and in channels of the modules that use it.
 
     Args:
         weight: a leaf parameter.
         rows: the slot of dimension 0, or None.
-        columns: the slot of dimension 1 (times groups), or None.
+        columns: the slot of dimension ``column_dim`` (times groups), or None.
         groups: groups of the convolution.
         fold: how many groups of columns share one slot entry.
         biases: (bias, its slot) of every module that uses the weight.
         elementwise: the weight multiplies channels along its last dimension (norms); ``rows`` is their slot.
+        column_dim: 2 for experts stored as one tensor, otherwise 1.
     """
 
     def __init__(
@@ -72,7 +73,9 @@ class WeightGradient:
         fold: int,
         biases: list[tuple[nn.Parameter, Slot]],
         elementwise: bool = False,
+        column_dim: int = 1,
     ) -> None:
+        self.column_dim = column_dim
         self.weight, self.rows, self.columns, self.groups, self.fold = weight, rows, columns, groups, fold
         self.biases, self.elementwise = biases, elementwise
         self.fired = False
@@ -110,6 +113,8 @@ class WeightGradient:
                 assert self.rows is not None
                 self.rows.of(target(self.rows.flat)).add_(_last_dim_dot(weight, grad))
                 return
+            if self.column_dim != 1:
+                weight, grad = weight.transpose(1, self.column_dim), grad.transpose(1, self.column_dim)
             row_dot, column_dot = ops.weight_dot(weight, grad, groups=self.groups)
             if self.rows is not None:
                 self.rows.of(target(self.rows.flat)).add_(row_dot)

@@ -86,14 +86,15 @@ def group_scores(scores: Scores, groups: Sequence[ChannelGroup], slices: Slices)
             for part in group.slices
             if (part.module, part.side) not in parts[name]
         }
-        total = group.scores(scores.rows, slices) if exact else _summed(parts[name], slices)
+        total = group.scores(scores.rows, slices) if exact else _summed(group, parts[name], slices)
         if total is not None:
             totals[name] = total
     return GroupScores(totals, parts, unscored, exact)
 
 
-def _summed(parts: Mapping[Part, Tensor], slices: Slices) -> Tensor | None:
-    chosen = [values for (_, side), values in parts.items() if slices == "all" or side == "in"]
+def _summed(group: ChannelGroup, parts: Mapping[Part, Tensor], slices: Slices) -> Tensor | None:
+    consumers = {(part.module, part.side) for part in group.consumers}
+    chosen = [values for part, values in parts.items() if slices == "all" or part in consumers]
     return torch.stack(chosen).sum(0) if chosen else None
 
 

@@ -63,8 +63,11 @@ class ChannelGroup:
 
     @property
     def consumers(self) -> tuple[Slice, ...]:
-        """The slices of layers that read the group's channels."""
-        return tuple(part for part in self.slices if part.side == "in")
+        """The slices of layers that read the group's channels.
+
+        Where there are none, because what units return is added up (experts), the last slice stands for them.
+        """
+        return tuple(part for part in self.slices if part.side == "in") or self.slices[-1:]
 
     def parts(self, rows: Mapping[str, Sided]) -> dict[tuple[str, Side], Tensor]:
         """(N, units) rows of every slice that has some: w_m . dL_n/dw_m, the slice's own channels added up."""
@@ -81,7 +84,8 @@ class ChannelGroup:
         r_g[n] = sum over consumers of w_in . dL_n/dw_in, before squaring. Equal to the sum over the producers' rows
         wherever the operations between are positively homogeneous.
         """
-        parts = [values for (_, side), values in self.parts(rows).items() if side == "in"]
+        consumers = {(part.module, part.side) for part in self.consumers}
+        parts = [values for part, values in self.parts(rows).items() if part in consumers]
         return torch.stack(parts).sum(0) if parts else None
 
     def scores(self, rows: Mapping[str, Sided], slices: Slices = "all") -> Tensor | None:

@@ -84,7 +84,22 @@ def rule_for(module: nn.Module) -> Rule | str | None:
             return "query, key and value of different widths have no common in channels"
         bias = None if module.in_proj_bias is None else "in_proj_bias"
         return Rule("weight", weight="in_proj_weight", bias=bias, in_axis=1)
-    return _elementwise_rule(module)
+    return _mixture_rule(module) or _elementwise_rule(module)
+
+
+def _mixture_rule(module: nn.Module) -> Rule | None:
+    """Experts stored as one tensor, and routers that multiply by a weight of their own.
+
+    Of experts the down projections are read, (experts, features, inner): out channels are whole experts, in channels
+    the inner ones, each of every expert. Up projections would say the same, gates aside.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    down = own.get("down_proj")
+    if down is not None and down.dim() == 3 and not getattr(module, "is_transposed", False):
+        return Rule("weight", weight="down_proj", out_axis=0, in_axis=2)
+    if set(own) == {"weight"} and own["weight"].dim() == 2 and isinstance(getattr(module, "top_k", None), int):
+        return Rule("weight", in_axis=1)
+    return None
 
 
 def _elementwise_rule(module: nn.Module) -> Rule | str | None:

@@ -279,15 +279,17 @@ def _weight_gradient(readers: list[Reader]) -> WeightGradient:
         bias = None if rule.bias is None else getattr(reader.module, rule.bias)
         if isinstance(bias, nn.Parameter):
             biases.append((bias, reader.out))
+    column_dim = 2 if 2 in by_axis else 1
     first = readers[0]
     weight = first.weight
     assert isinstance(weight, nn.Parameter)
     return WeightGradient(
         weight,
         by_axis.get(0),
-        by_axis.get(1),
+        by_axis.get(column_dim),
         max(reader.rule.groups for reader in readers),
         max(reader.fold for reader in readers),
         biases,
         elementwise=first.rule.elementwise,
+        column_dim=column_dim,
     )
