@@ -22,7 +22,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all bench triton-check cuda-check lint format
+.PHONY: help setup demo test test-all bench triton-check cuda-check sanitize fuzz nightly coverage mutation lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -60,6 +60,27 @@ triton-check: setup ## compile every Triton kernel for sm_80 and sm_90, print re
 
 cuda-check: setup ## compile every CUDA kernel for sm_80 and sm_90, print registers, spills and load widths
 	$(BIN)/python csrc/cuda/check.py $(ARGS)
+
+sanitize: setup ## the CPU operators under address, undefined-behaviour and thread sanitizers, and valgrind
+	PYTHON=$(BIN)/python csrc/sanitize.sh
+
+# Each of the nine tests of operators draws this many examples.
+FUZZ_EXAMPLES ?= 2500
+FUZZ_MODELS ?= 600
+FUZZ_SEED ?= 0
+fuzz: setup ## over 20,000 examples of operators, 600 random models against the oracle; FUZZ_SEED=1 draws others
+	OBC_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q --hypothesis-seed=$(FUZZ_SEED) tests/test_fuzz_ops.py
+	OBC_FUZZ_MODELS=$(FUZZ_MODELS) OBC_FUZZ_FIRST=$$(($(FUZZ_SEED) * $(FUZZ_MODELS))) \
+	  $(BIN)/python -m pytest -q tests/test_fuzz_models.py
+
+nightly: sanitize fuzz test-all mutation ## all of it: hours
+
+coverage: setup ## the test suite with its coverage of lines and branches
+	$(BIN)/python -m coverage run -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m coverage report
+
+mutation: setup ## a sample of mutants of reference.py, scoring/ and equivalent/: which of them no test notices
+	$(BIN)/python tests/mutation.py $(ARGS)
 
 lint: setup ## ruff, clang-format and mypy
 	$(BIN)/ruff check .
