@@ -126,15 +126,18 @@ class Greedy:
         self._units = torch.arange(len(problem.increments), device=device)
         self._places = torch.arange(max(problem.multiples), device=device)
 
+        self._gone = torch.full((max(problem.multiples),), math.inf, dtype=torch.float64, device=device)
         self._increments = problem.increments.clone()  # infinite where a unit is gone
         if problem.costs.unit_costs is not None:
             self._increments.masked_fill_(problem.costs.unit_costs <= 0, math.inf)  # what frees nothing stays
         self._widths = sizes
         self._slope = problem.costs.slope.clone()
+        self._own_curvature = problem.costs.curvature.diagonal()
         self._freed = torch.zeros((), dtype=torch.float64, device=device)
         # Products of rows walk at random with their roundings: by eps sqrt(rows) times the product of both norms.
-        self._norms = problem.increments.abs().sqrt()
-        self._rounding = self._norms * (TIE_DEVIATIONS * torch.finfo(torch.float64).eps * math.sqrt(problem.rows))
+        step = TIE_DEVIATIONS * torch.finfo(torch.float64).eps * math.sqrt(problem.rows)
+        self._squares = problem.increments.abs()
+        self._rounding, self._rounding_by_norm = step * self._squares, step * self._squares.sqrt()
         self._removed_squares = torch.zeros((), dtype=torch.float64, device=device)
 
     def until(self, budget: float) -> tuple[Tensor, float]:
@@ -160,63 +163,64 @@ class Greedy:
         """(C,) quotients of single units as they are now, infinite where nothing may go."""
         freed = self._problem.costs.unit_costs
         if freed is None:
-            freed = (self._slope - self._problem.costs.curvature.diagonal()).index_select(0, self._group_of)
-        may_go = (self._widths > self._lowest).index_select(0, self._group_of) & (freed > 0)
+            freed = (self._slope - self._own_curvature).clamp_min(0).index_select(0, self._group_of)
+        stays = (self._widths <= self._lowest).index_select(0, self._group_of)
         scores = quotient(self._increments, freed) if self._problem.per_cost else self._increments
-        return torch.where(may_go, scores, math.inf)
+        return scores.masked_fill(stays, math.inf)
 
     def _step(self) -> tuple[Tensor, Tensor]:
         """The units removed, (places,) and -1 for none, and what has been freed since the start."""
         chunk = (self._widths - 1) % self._multiples + 1
         proposals = self._propose(chunk)
-        may_go = (self._widths - chunk >= self._lowest) & (proposals.freed > 0)
-        score, upper = proposals.increments, proposals.increments + proposals.rounding
+        stays = (self._widths - chunk < self._lowest) | (proposals.freed <= 0)
+        score = proposals.increments.masked_fill(stays, math.inf)
+        upper = score + proposals.rounding
         if self._problem.per_cost:
-            score, upper = quotient(score, proposals.freed), quotient(upper, proposals.freed)
-        may_go = may_go & (score < math.inf)
-        score, upper = torch.where(may_go, score, math.inf), torch.where(may_go, upper, math.inf)
-        group = (score <= upper.amin()).to(torch.uint8).argmax(0, keepdim=True)
-
-        count = torch.where(may_go, chunk, 0).index_select(0, group)
-        valid = self._places < count
+            freed = proposals.freed.masked_fill(stays, 1.0)
+            score, upper = quotient(score, freed), quotient(upper, freed)
+        best = upper.amin()
+        group = (score <= best).to(torch.uint8).argmax(0, keepdim=True)
         units = proposals.units.index_select(1, group).flatten()
+
+        any_goes = best < math.inf
+        count = chunk.index_select(0, group) * any_goes
+        valid = self._places < count
         self._remove(group, count, units, valid)
-        self._freed = self._freed + torch.where(may_go, proposals.freed, 0.0).index_select(0, group)[0]
-        return torch.where(valid, units, -1), self._freed
+        self._freed = self._freed + torch.where(any_goes, proposals.freed.index_select(0, group)[0], 0.0)
+        return units.masked_fill(~valid, -1), self._freed
 
     def _propose(self, chunk: Tensor) -> Proposals:
         """The next ``chunk`` (groups,) units of every group."""
-        problem = self._problem
-        rounding = self._rounding
-        if self._interacting is not None:
-            others = 2 * self._interacting.strength * self._removed_squares.sqrt()
-            rounding = rounding * (self._norms + others)
-        else:
-            rounding = rounding * self._norms
-        increments = self._increments
-        total, total_rounding, freed = torch.zeros_like(self._slope).repeat(3, 1)
-        units: list[Tensor] = []
+        interacting, unit_costs = self._interacting, self._problem.costs.unit_costs
+        increments, rounding = self._increments, self._rounding
+        if interacting is not None:
+            others = (2 * interacting.strength) * self._removed_squares.sqrt()
+            rounding = torch.addcmul(rounding, self._rounding_by_norm, others)
+        picks: list[Tensor] = []
+        totals: list[Tensor] = []
         for place in range(len(self._places)):
-            scores, upper = increments, increments + rounding
-            if problem.costs.unit_costs is not None and problem.per_cost:
-                scores, upper = quotient(scores, problem.costs.unit_costs), quotient(upper, problem.costs.unit_costs)
-            lowest = self._per_group(upper, math.inf)
-            near = scores <= lowest.index_select(0, self._group_of)
-            picked = self._per_group(torch.where(near, self._units, len(near)), len(near))
-            units.append(picked)
-            wanted = place < chunk
-            total = torch.where(wanted, total + increments.index_select(0, picked), total)
-            total_rounding = torch.where(wanted, total_rounding + rounding.index_select(0, picked), total_rounding)
-            if problem.costs.unit_costs is not None:
-                freed = torch.where(wanted, freed + problem.costs.unit_costs.index_select(0, picked), freed)
-            if place + 1 < len(self._places):
-                if self._interacting is not None and self._interacting.within is not None:
-                    added = self._interacting.within(picked)
-                    increments = increments.add(added, alpha=2 * self._interacting.strength)
-                increments = increments.index_fill(0, picked, math.inf)
-        if problem.costs.unit_costs is None:
-            freed = self._slope * chunk - problem.costs.curvature.diagonal() * chunk.square()
-        return Proposals(total, total_rounding, freed, torch.stack(units))
+            if place:
+                if interacting is not None and interacting.within is not None:
+                    added = interacting.within(picks[-1])
+                    increments = increments.add(added, alpha=2 * interacting.strength)
+                increments = increments.index_fill(0, picks[-1], math.inf)
+            picks.append(self._first_of_each_group(increments, rounding))
+            values = [increments, rounding] if unit_costs is None else [increments, rounding, unit_costs]
+            of_picks = torch.stack([value.index_select(0, picks[-1]) for value in values])
+            totals.append(of_picks.masked_fill(place >= chunk, 0.0) if place else of_picks)
+        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
+        freed = (self._slope - self._own_curvature * chunk) * chunk if unit_costs is None else total[2]
+        return Proposals(total[0], total[1], freed, torch.stack(picks))
+
+    def _first_of_each_group(self, increments: Tensor, rounding: Tensor) -> Tensor:
+        """(groups,) of each group the unit with the lowest quotient, of equals the first; any where none is left."""
+        scores, upper = increments, increments + rounding
+        unit_costs = self._problem.costs.unit_costs
+        if unit_costs is not None and self._problem.per_cost:
+            scores, upper = quotient(scores, unit_costs), quotient(upper, unit_costs)
+        near = scores <= self._per_group(upper, math.inf).index_select(0, self._group_of)
+        places = self._units.masked_fill(~near, len(near))
+        return self._per_group(places, len(near))
 
     def _per_group(self, values: Tensor, highest: float) -> Tensor:
         """(groups,) minima."""
@@ -228,7 +232,7 @@ class Greedy:
         if self._interacting is not None:
             columns = self._interacting.columns(units, valid, self.ranking)
             self._increments.add_(columns, alpha=2 * self._interacting.strength)
-            self._removed_squares = self._removed_squares + (self._norms.index_select(0, units) * valid).square().sum()
-        self._increments.index_add_(0, units, torch.where(valid, math.inf, 0.0).double())
-        self._widths = self._widths.index_add(0, group, -count)
-        self._slope = self._slope - 2 * count * self._problem.costs.curvature.index_select(0, group)[0]
+            self._removed_squares = self._removed_squares + (self._squares.index_select(0, units) * valid).sum()
+        self._increments.index_add_(0, units, self._gone.masked_fill(~valid, 0.0))
+        self._widths = self._widths.index_add(0, group, count, alpha=-1)
+        self._slope = self._slope.sub(count * self._problem.costs.curvature.index_select(0, group)[0], alpha=2)
