@@ -31,8 +31,11 @@ class Block(nn.Module):
 
 def llama_like(batches: int = 4) -> Case:
     """Embedding, two blocks, norm and head; next-token losses."""
-    layers = [nn.Embedding(40, 32), Block(), Block(), nn.RMSNorm(32), nn.Linear(32, 40, bias=False)]
-    model = seeded(lambda: nn.Sequential(*layers)).eval()
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Embedding(40, 32), Block(), Block(), nn.RMSNorm(32), nn.Linear(32, 40, bias=False))
+
+    model = seeded(build).eval()
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randint(40, (4, 10), generator=generator) for _ in range(batches)]
     return Case(model, tokens, token_losses, model)

@@ -149,7 +149,7 @@ def _on_cpu(scores: obc.Scores) -> obc.Scores:
     channels = {
         name: obc.ChannelScores(moved(one.out_channels), moved(one.in_channels)) for name, one in scores.items()
     }
-    return obc.Scores(channels, num_rows=scores.num_rows, coverage=dict(scores.coverage))
+    return obc.Scores(channels, num_rows=scores.num_rows, coverage=dict(scores.coverage), metadata={})
 
 
 @pytest.mark.parametrize("family", [small_cnn, llama_like], ids=lambda family: family.__name__)
