@@ -210,6 +210,8 @@ V = torch.zeros(4)
         ((V.int(), V.int()), TypeError, "scores must be float32, .* got torch.int32"),
         ((V.half(), V.half()), TypeError, "scores must be float32 or float64, got torch.float16"),
         ((V.bfloat16(), V.bfloat16()), TypeError, "scores must be float32 or float64, got torch.bfloat16"),
+        ((V, V[:1].expand(4)), ValueError, "row is expanded, so that its entries share memory; clone it first"),
+        ((V[:1].expand(4), V), ValueError, "scores is expanded, so that its entries share memory; clone it first"),
         ((V, V, 0.0), ValueError, "loss_scale must not be 0"),
         ((V, V, 1.0, torch.zeros(4, dtype=torch.int32)), TypeError, "groups must be int64, got torch.int32"),
         ((V, V, 1.0, torch.zeros(5, dtype=torch.int64)), ValueError, r"groups has shape \(5,\), row \(4,\)"),

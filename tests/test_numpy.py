@@ -181,6 +181,11 @@ W = np.ones((4, 3), np.float32)
         (lambda: onp.end_row(np.ones(2), np.ones(2), 0.0), ValueError, "loss_scale must not be 0"),
         (lambda: onp.end_row(np.ones(2), np.broadcast_to(1.0, 2)), ValueError, "row is read-only"),
         (
+            lambda: onp.end_row(np.ones(2), np.lib.stride_tricks.as_strided(np.ones(1), (2,), (0,))),
+            ValueError,
+            "row is broadcast, so that its entries share memory; pass a copy",
+        ),
+        (
             lambda: onp.end_row(np.ones(2), np.ones(2), 1.0, np.zeros(2, np.int32)),
             TypeError,
             "must be int64, got int32",

@@ -241,6 +241,14 @@ def _check_fold(
     return (out_channels, in_channels * in_repeat, *weight.shape[2:])
 
 
+def _check_not_expanded(name: str, tensor: Tensor) -> None:
+    _require(
+        ValueError,
+        tensor.shape[0] < 2 or tensor.stride(0) != 0,
+        lambda: f"obc::end_row: {name} is expanded, so that its entries share memory; clone it first",
+    )
+
+
 def _check_end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tensor | None) -> None:
     _check_floating("end_row", "scores", scores)
     _require(
@@ -256,6 +264,8 @@ def _check_end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tenso
         lambda: f"obc::end_row: scores must be float32 or float64, got {scores.dtype}",
     )
     _check_same_kind("end_row", "scores", scores, "row", row)
+    _check_not_expanded("scores", scores)
+    _check_not_expanded("row", row)
     _require(ValueError, loss_scale != 0, lambda: "obc::end_row: loss_scale must not be 0")
     _require(
         RuntimeError,
