@@ -22,7 +22,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all bench triton-check cuda-check sanitize fuzz nightly coverage mutation lint format
+.PHONY: help setup demo test test-all bench bench-tables bench-check triton-check cuda-check sanitize fuzz nightly coverage mutation lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -54,6 +54,12 @@ test-all: setup ## the whole test suite
 
 bench: setup ## every benchmark; ARGS="--out" writes benchmarks/results, BENCHMARKS=bench_ops runs one
 	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name $(ARGS); done
+
+bench-tables: setup ## fill the tables of README.md and docs/ from benchmarks/results
+	$(BIN)/python -m benchmarks.tables $(ARGS)
+
+bench-check: setup ## run committed benchmarks again and name ratios that got worse beyond noise
+	$(BIN)/python -m benchmarks.check $(ARGS)
 
 triton-check: setup ## compile every Triton kernel for sm_80 and sm_90, print registers, spills and load widths
 	$(BIN)/python -m obc_kernels.aot --arch 80 90

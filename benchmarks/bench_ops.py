@@ -168,6 +168,7 @@ def fold(out: int, in_: int, kept_out: int, kept_in: int, *kernel: int) -> Case:
         baseline="reference",
         limit=plain_product(multiplications),
         bytes_moved=4 * (weight.numel() + c.numel() + d.numel() + kept_out * kept_in * positions),
+        flops=2 * multiplications,
         check=_same(lambda f: reference.fold(f(weight), f(c), f(d)), out + in_, weight.dtype),
     )
 

@@ -42,6 +42,7 @@ RESULTS = Path(__file__).parent / "results"
 MIN_PAIRS = 15  # rounds for a target within the interquartile range: the project's rule
 MIN_SAMPLE_S = 2e-3  # a thousand times the clock's resolution and a call's overhead
 WARM_UP_S = 0.2  # until caches, thread pools and the processor's clock have settled
+QUICK = 3  # rounds that show that a case runs, and nothing about its speed
 VOID_RATIO = 1.1  # threaded over one-thread time; smaller differences are noise, also on a quiet machine
 
 
@@ -75,6 +76,7 @@ class Case:
         check: raises AssertionError where a provider's first result is wrong.
         unchecked: providers that compute something else on purpose, such as a plain read.
         targets: what the project promises.
+        flops: multiplications and additions of any implementation; 0 where bytes alone decide.
     """
 
     providers: Sequence[Provider]
@@ -84,6 +86,7 @@ class Case:
     check: Callable[[Any], None]
     unchecked: frozenset[str] = frozenset()
     targets: Sequence[Target] = ()
+    flops: int = 0
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ class Result:
                 "p20_ms": quantile(times, 0.2) * 1e3,
                 "p80_ms": quantile(times, 0.8) * 1e3,
                 "gb_per_s": self.case.bytes_moved / statistics.median(times) / 1e9,
+                "gflop_per_s": self.case.flops / statistics.median(times) / 1e9,
+                "share_of_limit": self.ratio(self.case.limit.name, name).of_medians,
                 "against_baseline": vars(self.ratio(name, self.case.baseline)),
                 "against_limit": vars(self.ratio(name, self.case.limit.name)),
             }
@@ -144,6 +149,7 @@ class Result:
         return {
             "name": self.name,
             "bytes_moved": self.case.bytes_moved,
+            "flops": self.case.flops,
             "baseline": self.case.baseline,
             "limit": self.case.limit.name,
             "void": self.void,
@@ -155,12 +161,14 @@ class Result:
         return "void" if self.void else self.ratio(target.provider, target.against).verdict(target.at_most)
 
     def table(self) -> str:
-        head = ["", "median ms", "p20 - p80", "GB/s", f"x {self.case.baseline}", f"x {self.case.limit.name}"]
+        rate, unit = ("gflop_per_s", "GFLOP/s") if self.case.flops else ("gb_per_s", "GB/s")
+        head = ["", "median ms", "p20 - p80", unit, f"x {self.case.baseline}", f"x {self.case.limit.name}", "of limit"]
         lines = [head]
         for name, row in self.as_dict()["providers"].items():
             spread = f"{row['p20_ms']:.3f} - {row['p80_ms']:.3f}"
             ratios = [str(self.ratio(name, other)) for other in (self.case.baseline, self.case.limit.name)]
-            lines.append([name, f"{row['median_ms']:.3f}", spread, f"{row['gb_per_s']:.1f}", *ratios])
+            share = f"{row['share_of_limit']:.0%}"
+            lines.append([name, f"{row['median_ms']:.3f}", spread, f"{row[rate]:.1f}", *ratios, share])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = [self.name]
         text += [
@@ -293,6 +301,45 @@ def provenance(repeats: int, threads: int) -> dict[str, Any]:
     }
 
 
+def update(path: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> None:
+    """Write cases to ``path``: they take the place of cases of the same name there, all others stay.
+
+    Every case carries the provenance of its own run, so that a file may be filled by several runs.
+    """
+    earlier = json.loads(path.read_text())["cases"] if path.exists() else []
+    cases = {case["name"]: case for case in earlier}
+    cases |= {result["name"]: {**result, "provenance": dict(facts)} for result in results}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"provenance": dict(facts), "cases": list(cases.values())}, indent=2) + "\n")
+
+
+def parser_of(name: str, repeats: int = 21) -> argparse.ArgumentParser:
+    """The arguments that every benchmark has."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
+    parser.add_argument("--repeats", type=int, default=repeats, help="rounds a case (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} rounds a case: to see that it runs")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
+    parser.add_argument("--only", default="", help="run the cases whose name contains this; several after commas")
+    parser.add_argument(
+        "--out",
+        nargs="?",
+        type=Path,
+        const=RESULTS / f"{name}.json",
+        help=f"write each case as it ends (without a value: to benchmarks/results/{name}.json); others there stay",
+    )
+    return parser
+
+
+def chosen(titles: Sequence[str], arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """The titles that ``--only`` asks for."""
+    found = [title for title in titles if any(part in title for part in arguments.only.split(","))]
+    if not found:
+        parser.error(f"no case's name contains {arguments.only!r}")
+    if arguments.quick:
+        arguments.repeats = QUICK
+    return found
+
+
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -320,30 +367,19 @@ def main(name: str, cases: Mapping[str, Callable[[], Case]], argv: Sequence[str]
     Returns:
         The exit status: 1 where a case was void, else 0. A missed target is a result, not an error.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}")
-    parser.add_argument("--repeats", type=int, default=21, help="rounds a case (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--only", default="", help="run the cases whose name contains this")
-    parser.add_argument(
-        "--out",
-        nargs="?",
-        type=Path,
-        const=RESULTS / f"{name}.json",
-        help=f"write JSON here (without a value: benchmarks/results/{name}.json)",
-    )
+    parser = parser_of(name)
     arguments = parser.parse_args(argv)
+    titles = chosen(list(cases), arguments, parser)
     facts = provenance(arguments.repeats, arguments.threads)
     print(f"{facts['cpu']}, {facts['threads']} of {facts['logical_cpus']} logical CPUs, torch {facts['torch']}")
     print(f"{arguments.repeats} rounds; ratios: of medians (median of the rounds' [interquartile range])\n")
-    results = []
-    for title in (title for title in cases if arguments.only in title):
+    void = False
+    for title in titles:
         result = measure(title, cases[title](), arguments.repeats, arguments.threads)
         print(result.table() + "\n", flush=True)
-        results.append(result.as_dict())
-    if not results:
-        parser.error(f"no case's name contains {arguments.only!r}")
+        void |= bool(result.void)
+        if arguments.out:
+            update(arguments.out, facts, [result.as_dict()])
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"provenance": facts, "cases": results}, indent=2) + "\n")
         print(f"written: {arguments.out}")
-    return int(any(result["void"] for result in results))
+    return int(void)

@@ -97,6 +97,38 @@ def test_the_command_line_prints_tables_and_writes_json(
     assert table["providers"]["a"]["against_baseline"]["pairs"] == 3
 
 
+def test_later_runs_keep_the_cases_of_earlier_ones(tmp_path: Path, threads: None) -> None:
+    out = tmp_path / "some.json"
+    cases = {name: lambda: case(Provider("a", lambda: 1)) for name in ("one", "two", "three")}
+    common = ["--quick", "--threads", "1", "--out", str(out)]
+    assert harness.main("some", cases, [*common, "--only", "one,two"]) == 0
+    first = json.loads(out.read_text())
+    assert harness.main("some", cases, [*common, "--only", "two"]) == 0
+    second = json.loads(out.read_text())
+    assert [of["name"] for of in second["cases"]] == ["one", "two"]
+    assert second["cases"][0] == first["cases"][0]
+    assert second["cases"][1]["providers"]["a"]["against_baseline"]["pairs"] == harness.QUICK
+    assert second["cases"][1]["provenance"] == second["provenance"]
+
+
+def test_a_failing_case_leaves_those_before_it_written(tmp_path: Path, threads: None) -> None:
+    out = tmp_path / "some.json"
+    cases = {"good": lambda: case(Provider("a", lambda: 1)), "bad": lambda: pytest.fail("this case fails")}
+    with pytest.raises(pytest.fail.Exception):
+        harness.main("some", cases, ["--quick", "--threads", "1", "--out", str(out)])
+    assert [of["name"] for of in json.loads(out.read_text())["cases"]] == ["good"]
+
+
+def test_share_of_the_limit_and_flops() -> None:
+    limited = Case([Provider("a", lambda: 1)], "a", Provider("limit", lambda: 1), 8, lambda result: None, flops=10**6)
+    result = harness.Result("shares", limited, {"a": [0.004, 0.005, 0.003], "limit": [0.001, 0.003, 0.002]})
+    row = result.as_dict()["providers"]["a"]
+    assert row["share_of_limit"] == pytest.approx(0.5)
+    assert row["gflop_per_s"] == pytest.approx(1e6 / 0.004 / 1e9)
+    assert "GFLOP/s" in result.table()
+    assert "50%" in result.table()
+
+
 def test_the_command_line_refuses_a_name_that_no_case_has(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         harness.main("some", {"wanted": lambda: pytest.fail("not asked for")}, ["--only", "unknown"])

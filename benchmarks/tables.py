@@ -1,0 +1,195 @@
+"""The published tables, made from ``benchmarks/results``: ``make bench-tables``, or ``python -m benchmarks.tables``.
+
+README.md and the pages of docs/ hold blocks
+
+    <!-- table operators -->
+    ...
+    <!-- end -->
+
+whose inside is written here and nowhere else. A block is named after one of ``SUMMARIES``, or "cases FILE" for every
+case of a result file of the harness, or "rows FILE" for a file whose results are a list of rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS
+
+ROOT = Path(__file__).parents[1]
+_BLOCK = re.compile(r"<!-- table (?P<name>[^>]+?) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
+_MODELS = ("VGG-19", "ResNet-56", "Llama 16 M", "ViT 2.7 M")
+_OPERATORS = {
+    "weight_dot 4096x4096": "`weight_dot` 4096 x 4096",
+    "weight_dot 512x512x3x3": "`weight_dot` 512 x 512 x 3 x 3",
+    "channel_dot 64x64x32x32": "`channel_dot` (64, 64, 32, 32)",
+    "channel_dot 64x512x4x4": "`channel_dot` (64, 512, 4, 4)",
+    "channel_dot tokens 8x512x2048": "`channel_dot` tokens (8, 512, 2048)",
+}
+
+
+class TableError(ValueError):
+    """A block can't be filled; the message names it and says what to run."""
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """The files that may hold blocks."""
+    return [root / "README.md", *sorted((root / "docs").glob("*.md"))]
+
+
+def filled(text: str, results: Path = RESULTS) -> str:
+    """``text`` with every block made anew."""
+    return _BLOCK.sub(lambda found: _block(found["name"], results), text)
+
+
+def names(text: str) -> list[str]:
+    """The blocks of a page."""
+    return [found["name"] for found in _BLOCK.finditer(text)]
+
+
+def _block(name: str, results: Path) -> str:
+    kind, _, file = name.partition(" ")
+    if name in SUMMARIES:
+        content = SUMMARIES[name](results)
+    elif kind == "cases" and file:
+        content = all_cases(_read(results, file))
+    elif kind == "rows" and file:
+        content = all_rows(_read(results, file))
+    else:
+        raise TableError(f"no table is named {name!r}; known are {', '.join(SUMMARIES)}, 'cases FILE' and 'rows FILE'")
+    return f"<!-- table {name} -->\n{content}\n<!-- end -->"
+
+
+def _read(results: Path, name: str) -> dict[str, Any]:
+    path = results / f"{name}.json"
+    if not path.exists():
+        raise TableError(f"there is no {path.name} in {path.parent.name}; run the benchmark that writes it with --out")
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def _case(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    for case in content["cases"]:
+        if case["name"] == name:
+            return case
+    raise TableError(f"the results have no case {name!r}; run its benchmark with --out and --only {name!r}")
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table whose first column is text and whose others are numbers."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+# --- summaries -----------------------------------------------------------------------------------------------------
+
+
+def _scoring_rows(results: Path) -> str:
+    """Time of a steady row against forward and backward with weight gradients."""
+    content = _read(results, "bench_scoring_rows")
+    cases = [_case(content, f"{model}, a steady row") for model in _MODELS]
+    providers = {
+        "forward + backward": "forward + backward with weight gradients",
+        "floor": "floor: frozen weights, nothing read",
+        "obc batch rows": "obc, batch rows",
+        "obc sample rows": "obc, sample rows",
+    }
+    lines = [
+        [label, *(f"{case['providers'][name]['against_baseline']['paired_median']:.2f}" for case in cases)]
+        for name, label in providers.items()
+    ]
+    return markdown(["time of a row", *_MODELS], lines) + _source(cases[0].get("provenance", content["provenance"]))
+
+
+def _operators(results: Path) -> str:
+    """Time against two plain reads (median of paired rounds) and against torch.compile (ratio of medians)."""
+    content = _read(results, "bench_ops")
+    lines = []
+    for name, label in _OPERATORS.items():
+        case = _case(content, name)
+        reads = next(target for target in case["targets"] if target["against"] == "two plain reads")
+        times = {provider: row["median_ms"] for provider, row in case["providers"].items()}
+        compiled = times["obc"] / times["torch.compile"]
+        lines.append([label, f"{reads['paired_median']:.2f}", f"{compiled:.2f}"])
+    return markdown(["", "time / two plain reads", "time / `torch.compile`"], lines) + _source(content["provenance"])
+
+
+SUMMARIES: dict[str, Callable[[Path], str]] = {"scoring-rows": _scoring_rows, "operators": _operators}
+
+
+# --- whole files ---------------------------------------------------------------------------------------------------
+
+
+def all_cases(content: Mapping[str, Any]) -> str:
+    """Every case of a file: times with percentiles, rate, ratio to the baseline, share of the limit."""
+    parts = []
+    for case in content["cases"]:
+        rows, limit = case["providers"], case["limit"]
+        flops = case.get("flops", 0)
+        head = ["", "median ms", "p20 - p80", "GFLOP/s" if flops else "GB/s", f"x {case['baseline']}", f"of {limit}"]
+        lines = []
+        for name, row in rows.items():
+            rate = flops / row["median_ms"] / 1e6 if flops else row["gb_per_s"]
+            baseline = row["against_baseline"]
+            ratio = f"{baseline['paired_median']:.2f} [{baseline['q25']:.2f}, {baseline['q75']:.2f}]"
+            share = f"{rows[limit]['median_ms'] / row['median_ms']:.0%}"
+            spread = f"{row['p20_ms']:.3f} - {row['p80_ms']:.3f}"
+            lines.append([name, f"{row['median_ms']:.3f}", spread, f"{rate:.1f}", ratio, share])
+        void = "".join(f"\n\nVoid: {reason}." for reason in case["void"])
+        facts = _source(case["provenance"]) if "provenance" in case else ""
+        parts.append(f"**{case['name']}**\n\n{markdown(head, lines)}{void}{facts}")
+    return "\n\n".join(parts) + _source(content["provenance"])
+
+
+def all_rows(content: Mapping[str, Any]) -> str:
+    """The rows of a file, one column a field of the first."""
+    rows = content.get("rows") or content.get("results")
+    if not rows:
+        raise TableError("the file has no rows; is it one of cases?")
+    head = [name for name, value in rows[0].items() if not isinstance(value, (list, dict))]
+    lines = [[_cell(row.get(name)) for name in head] for row in rows]
+    return markdown(head, lines) + _source(content["provenance"])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "-"}[value]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _source(facts: Mapping[str, Any]) -> str:
+    """Where the figures come from."""
+    return (
+        f"\n\n<sub>`{facts['command']}`: {facts['cpu']}, {facts['threads']} of {facts['logical_cpus']} logical CPUs, "
+        f"torch {facts['torch']}, {facts['repeats']} rounds, {facts['date'][:10]}, commit {facts['commit'][:12]}</sub>"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description="Fill the tables of the pages.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page would change")
+    arguments = parser.parse_args(argv)
+    stale = []
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        try:
+            new = filled(text)
+        except TableError as error:
+            raise SystemExit(f"{page.name}: {error}") from error
+        if new != text:
+            stale.append(page)
+            if not arguments.check:
+                page.write_text(new, encoding="utf-8")
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {'differs from the results' if arguments.check else 'written'}")
+    return int(arguments.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
