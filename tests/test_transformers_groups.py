@@ -103,6 +103,17 @@ def test_an_attention_with_more_than_its_projections_is_named() -> None:
     }
 
 
+def test_packed_weights_are_named() -> None:
+    model = FAMILIES["llama"]().model
+    layer = model.model.layers[0].mlp.up_proj
+    layer.weight = nn.Parameter(torch.zeros(48 * 16, 1, dtype=torch.uint8), requires_grad=False)
+    structure = TransformersStructure(model, kinds=("ffn",))
+    assert [group.name for group in structure.groups] == ["model.layers.1.mlp.gate_proj"]
+    assert structure.left_out == {
+        "model.layers.0.mlp": "model.layers.0.mlp.up_proj stores its weight packed, as (768, 1) of torch.uint8"
+    }
+
+
 # --- scores -------------------------------------------------------------------------------------------------------
 
 

@@ -77,6 +77,14 @@ def test_a_failed_call_leaves_the_model_as_it_was() -> None:
     assert torch.equal(output(case, case.model), before)
 
 
+def test_without_example_inputs_the_models_own_blocks_are_pruned() -> None:
+    case = FAMILIES["llama"]()
+    result = obc.prune(case.model, None, case.batches, case.loss, macs=0.9, steps=1, ignored_layers=("lm_head",))
+    assert set(result.report.widths) == {group.name for group in obc.transformer_groups(case.model)}
+    with pytest.raises(ValueError, match="num_heads is for models that are traced"):
+        obc.prune(case.model, None, case.batches, case.loss, num_heads={"model.layers.0.self_attn.q_proj": 4})
+
+
 def test_compensation_in_the_same_call() -> None:
     case = FAMILIES["llama"]()
     structure = TransformersStructure(case.model)

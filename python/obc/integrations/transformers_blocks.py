@@ -434,9 +434,14 @@ class Finder:
         return module if module is not None and layout_of(module) is not None else None
 
     def _size(self, name: str, side: str) -> int:
-        layout = layout_of(self.modules[name])
+        module = self.modules[name]
+        layout, weight = layout_of(module), module.weight
         assert layout is not None
-        return layout.sizes(self.modules[name].weight)[0 if side == "out" else 1]  # type: ignore[arg-type]
+        assert isinstance(weight, Tensor)
+        stored = isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features)
+        if stored or not weight.is_floating_point():
+            raise NotPrunableError(f"{name} stores its weight packed, as {tuple(weight.shape)} of {weight.dtype}")
+        return layout.sizes(weight)[0 if side == "out" else 1]
 
     def _size_or_none(self, name: str, side: str) -> int | None:
         module = self.modules[name]

@@ -21,6 +21,7 @@ from obc.integrations.transformers_costs import axis_key, transformer_costs
 from obc.pruning.measure import call, evaluating
 from obc.pruning.structure import Limits
 from obc.scoring.groups import ChannelGroup, Slice
+from obc.scoring.sharding import is_sharded
 from obc.selection.costs import Costs
 
 # Units of these kinds are no single channels, and no kernel runs faster on a multiple of them.
@@ -95,7 +96,7 @@ class TransformersStructure:
         blocks: the blocks behind the groups, by name.
 
     Raises:
-        PlanError: the model is compiled or has parametrised layers, or the try failed.
+        PlanError: the model is compiled, spread over processes or has parametrised layers, or the try failed.
         ValueError: an unknown kind; a ``round_to`` below 1; an ignored layer that the model does not have.
     """
 
@@ -113,6 +114,8 @@ class TransformersStructure:
     ) -> None:
         if is_compiled(model):
             raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile")
+        if is_sharded(model):
+            raise PlanError("the model's parameters lie on several processes; prune it whole, then shard it")
         for name, module in model.named_modules():
             if parametrize.is_parametrized(module):
                 raise PlanError(f"{name or 'the model'} is parametrised and can't be sliced; merge it first")
@@ -179,8 +182,12 @@ class TransformersStructure:
         chosen = {name: indices for name, indices in chosen.items() if len(indices)}
         if not chosen:
             return
+        users: dict[int, list[dict[str, Any]]] = {}
+        for module in self._modules.values():
+            for parameter in module._parameters.values():
+                users.setdefault(id(parameter), []).append(module._parameters)
         for name, indices in chosen.items():
-            self._remove(name, indices)
+            self._remove(name, indices, users)
         self._adapt_config()
 
     # --- checks ----------------------------------------------------------------------------------------------------
@@ -250,7 +257,7 @@ class TransformersStructure:
         found = block.axes.get((part.module, part.side))
         return layer_axes(part.module, self._modules[part.module], part.side) if found is None else found
 
-    def _remove(self, name: str, chosen: Tensor) -> None:
+    def _remove(self, name: str, chosen: Tensor, users: dict[int, list[dict[str, Any]]]) -> None:
         block = self.blocks[name]
         removals = [
             (self._axes(block, part), part.channels[chosen].flatten().sort().values) for part in block.group.slices
@@ -260,10 +267,10 @@ class TransformersStructure:
                 self._kept[axis.key] = narrow(self._kept, axis, self._tensor(axis).shape[axis.dim], removed)
         lost = {axis_key(axis): removed for axes, removed in removals for axis in axes}
         touched = dict.fromkeys(axis.module for axes, _ in removals for axis in axes)
-        shortened: set[tuple[int, int]] = set()
+        shortened: dict[tuple[int, int], Tensor] = {}  # the tensors too: an id is one only while they are there
         for axes, removed in removals:
             for axis in axes:
-                self._shorten(axis, removed, shortened)
+                self._shorten(axis, removed, shortened, users)
         for layer in touched:
             sync_layer(self._modules[layer])
         for counter in block.counters:
@@ -286,17 +293,24 @@ class TransformersStructure:
         tensor: Tensor = getattr(self._modules[axis.module], axis.tensor)
         return tensor
 
-    def _shorten(self, axis: Axis, removed: Tensor, shortened: set[tuple[int, int]]) -> None:
+    def _shorten(
+        self,
+        axis: Axis,
+        removed: Tensor,
+        shortened: dict[tuple[int, int], Tensor],
+        users: dict[int, list[dict[str, Any]]],
+    ) -> None:
         """Give the axis's module a shorter parameter; modules that share one share the new one, shortened once."""
         old = self._tensor(axis)
         if (id(old), axis.dim) in shortened:
             return
         new = nn.Parameter(without(old.detach(), axis.dim, removed), requires_grad=old.requires_grad)
-        shortened.add((id(new), axis.dim))
-        for module in self._modules.values():
-            for key, parameter in module._parameters.items():
+        shortened[id(new), axis.dim] = new
+        users[id(new)] = users.pop(id(old))
+        for parameters in users[id(new)]:
+            for key, parameter in parameters.items():
                 if parameter is old:
-                    module._parameters[key] = new
+                    parameters[key] = new
 
     def _adapt_config(self) -> None:
         """Write the widths into the config where the config can say them; every module gets the new one.

@@ -53,6 +53,7 @@ def prune(
     labels: bool = True,
     compensate: Literal["ls", "seq"] | None = None,
     rows: Literal["batch", "sample"] = "batch",
+    micro_batch: int | None = None,
     ignored_layers: Sequence[nn.Module | str] = (),
     num_heads: Mapping[nn.Module | str, int] | None = None,
     round_to: int | None = None,
@@ -76,9 +77,10 @@ def prune(
     ranking of single channels (arXiv 2508.05521).
 
     Args:
-        model: any model that Torch-Pruning can trace, or the model of ``structure``.
+        model: any model that Torch-Pruning can trace, one of the transformers library, or that of ``structure``.
         example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of keywords;
-            unused with ``structure``.
+            unused with ``structure``. None: the model is one of the transformers library, and is pruned by its own
+            blocks, untraced (:class:`obc.integrations.transformers.TransformersStructure`).
         batches: what ``loss_fn`` takes; passed over twice a step. About 1000 samples; best as many batches as the
             widest layer has channels, because each is one row. An iterator is made a list.
         loss_fn: ``loss_fn(model, batch)``: a scalar loss, or with ``rows="sample"`` the vector of per-sample losses.
@@ -96,6 +98,7 @@ def prune(
         compensate: "ls" or "seq": at the end the consumers take over, by least squares, what the dropped channels
             carried (:func:`obc.compensate`). Needs a copy of the unpruned model meanwhile.
         rows: "batch" or "sample": what one row is.
+        micro_batch: the Jacobian Criterion runs batches in parts of at most so many samples (:func:`obc.score`).
         ignored_layers: layers or their names whose outputs keep their widths.
         num_heads: query, key and value projections, or their names -> number of heads: heads are removed as wholes.
         round_to: widths, in units, become multiples of it; a ``structure`` may spare groups of heads and experts.
@@ -125,12 +128,12 @@ def prune(
     snapshot, report = Snapshot(model), PruningReport()
     try:
         with _timed(report, "structure"):
-            structure = structure or _trace(model, example_inputs, ignored_layers, num_heads)
+            structure = structure or _structure(model, example_inputs, ignored_layers, num_heads)
         original = copy.deepcopy(model) if compensate is not None else None
         forward = _forward(loss_fn, forward_fn, labels)
         generator = torch.Generator().manual_seed(seed)
         loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
-        subject = Subject(model, (), batches, loss, forward, slices, rows, generator)
+        subject = Subject(model, (), batches, loss, forward, slices, rows, generator, micro_batch)
         job = _Job(structure, subject, report, choice, recalibrate)
         job.run(schedule, on_step, progress)
         with _timed(report, "verify"):
@@ -206,12 +209,18 @@ def _repeatable(batches: Iterable[Any]) -> Iterable[Any]:
     return batches
 
 
-def _trace(
+def _structure(
     model: nn.Module,
     example_inputs: Any,
     ignored_layers: Sequence[nn.Module | str],
     num_heads: Mapping[nn.Module | str, int] | None,
 ) -> Structure:
+    if example_inputs is None:
+        from obc.integrations.transformers import TransformersStructure
+
+        if num_heads:
+            raise ValueError("num_heads is for models that are traced; without example_inputs the config says it")
+        return TransformersStructure(model, ignored_layers=ignored_layers)
     from obc.integrations.torch_pruning_structure import TorchPruningStructure
 
     return TorchPruningStructure(model, example_inputs, ignored_layers=ignored_layers, num_heads=num_heads)
@@ -348,11 +357,16 @@ class _Job:
 
     def _rows(self, subject: Subject) -> dict[str, Tensor]:
         """(N, units) rows of every group for joint selection, its (units,) scores for the independent one."""
-        if self.choice.selection == "joint":
+        if self.choice.criterion == "jacobian":
             found = read_rows(subject)
             self.report.unscored.update(found.unscored)
-            gates = {group.name: group.gate_rows(found.rows) for group in subject.groups}
-            rows = {name: values for name, values in gates.items() if values is not None}
+            joint = self.choice.selection == "joint"
+            values = [
+                group.gate_rows(found.rows) if joint else group.scores(found.rows, subject.slices)
+                for group in subject.groups
+            ]
+            named = zip(subject.groups, values, strict=True)
+            rows = {group.name: of_group for group, of_group in named if of_group is not None}
         else:
             rows = CRITERIA[self.choice.criterion](subject)
         for name in {group.name for group in subject.groups} - set(rows):
