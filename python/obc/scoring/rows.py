@@ -6,6 +6,7 @@ place and ending a row is one ``end_row``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,3 +150,30 @@ class FlatRow:
     def label_of(self, index: int) -> str:
         """The slot that holds entry ``index``."""
         return next(slot.label for slot in self.slots if slot.start <= index < slot.stop)
+
+
+def find_faults(flats: Sequence[FlatRow], loss_scale: float) -> tuple[Tensor, Tensor]:
+    """Per sample, whether it is not finite and the first such entry, counted over all vectors.
+
+    A row that lies in several vectors is left out of all of them where one part is not finite.
+    """
+    faults = [flat.faults(loss_scale) for flat in flats]
+    if len(faults) == 1:
+        return faults[0]
+    bad, entries, before = torch.zeros_like(faults[0][0]), torch.zeros_like(faults[0][1]), 0
+    for flat, (part, part_entries) in zip(flats, faults, strict=True):
+        part = part.to(bad.device)
+        entries = torch.where(bad | ~part, entries, before + part_entries.to(bad.device))
+        bad, before = bad | part, before + flat.size
+    for flat in flats:
+        flat.rows()[:, bad.to(flat.device)] = float("nan")
+    return bad, entries
+
+
+def label_of(flats: Sequence[FlatRow], entry: int) -> str:
+    """The slot that holds ``entry``, counted over all vectors."""
+    for flat in flats:
+        if entry < flat.size:
+            return flat.label_of(entry)
+        entry -= flat.size
+    raise AssertionError("an entry lies in one of the vectors")

@@ -19,9 +19,9 @@ from obc.scoring.attachment import Attachment
 from obc.scoring.errors import ChainError, InplaceError, SampleRowsError, ScoringError
 from obc.scoring.gradients import NormGradients
 from obc.scoring.kept import KeptRows
-from obc.scoring.planning import ModuleFilter, Source, make_plan
+from obc.scoring.planning import ModuleFilter, make_plan
 from obc.scoring.readers import Reading
-from obc.scoring.rows import FlatRow, Slot
+from obc.scoring.rows import FlatRow, Slot, find_faults, label_of
 from obc.scoring.scores import ChannelScores, Scores, obc_version
 from obc.scoring.sharding import RowParts, is_sharded, tensor_parallel_group
 from obc.scoring.store import RowsTo, RowStore
@@ -124,7 +124,7 @@ class JacobianScorer:
         self._store = RowStore(self._flats, rows_to) if keep_rows else None
         self._versions: dict[int, int] = {}
         if not check:
-            self._settle_unchecked()
+            probe.settle_unchecked(self._plan, self.fallback != "skip")
 
     # --- attaching and detaching ------------------------------------------------------------------------------
 
@@ -256,7 +256,7 @@ class JacobianScorer:
             for flat in self._flats:
                 row = flat.row if flat.samples is None else flat.samples
                 torch.distributed.all_reduce(row, group=self.process_group)
-        bad, entries = self._find_faults(loss_scale)
+        bad, entries = find_faults(self._flats, loss_scale)
         self._tally.add(bad, entries, all_left_out=not checked)
         if self._store is not None and checked:
             self._store.append(~bad, loss_scale)
@@ -265,23 +265,6 @@ class JacobianScorer:
         self._reading.samples = None
         if self.strict or all(flat.device.type == "cpu" for flat in self._flats):
             self._name_left_out()
-
-    def _find_faults(self, loss_scale: float) -> tuple[Tensor, Tensor]:
-        """Per sample, whether it is not finite and the first such entry, counted over all vectors.
-
-        A row that lies in several vectors is left out of all of them where one part is not finite.
-        """
-        faults = [flat.faults(loss_scale) for flat in self._flats]
-        if len(faults) == 1:
-            return faults[0]
-        bad, entries, before = torch.zeros_like(faults[0][0]), torch.zeros_like(faults[0][1]), 0
-        for flat, (part, part_entries) in zip(self._flats, faults, strict=True):
-            part = part.to(bad.device)
-            entries = torch.where(bad | ~part, entries, before + part_entries.to(bad.device))
-            bad, before = bad | part, before + flat.size
-        for flat in self._flats:
-            flat.rows()[:, bad.to(flat.device)] = float("nan")
-        return bad, entries
 
     def _drop_row(self) -> None:
         self._reading.samples = None
@@ -332,7 +315,7 @@ class JacobianScorer:
         if not self._reading.checking and seen > 1:
             names = [r.name for r in self._plan.readers.values() if r.how == "weight gradient" and r.scored]
             if names:
-                raise self._one_at_a_time(names)
+                raise SampleRowsError.of(names)
 
     # --- the checking row -------------------------------------------------------------------------------------
 
@@ -359,15 +342,9 @@ class JacobianScorer:
         for flat in self._flats:
             if not bool((flat.row if flat.samples is None else flat.samples).isfinite().all()):
                 return False
-        for source in self._plan.sources:
-            self._settle(source)
-        for reader in self._plan.without_source():
-            probe.look_at(reader)
-        fallen = [
-            r.name for s in self._plan.sources if s.gradient.fired for r in s.readers if r.how != "gate" and r.scored
-        ]
+        fallen = probe.settle(self._plan, self.fallback != "skip")
         if self.rows == "sample" and (self._reading.samples or 1) > 1 and fallen:
-            raise self._one_at_a_time(fallen)
+            raise SampleRowsError.of(fallen)
         self._reading.checking = False
         if self._reading.candidates is not None:
             self._plan.confirm_chains(self._reading.candidates, self._norms)
@@ -378,31 +355,6 @@ class JacobianScorer:
         self._attachment.set_weight_gradients()
         self._refuse_unscored(later_rows=True)
         return True
-
-    def _settle(self, source: Source) -> None:
-        readers = source.readers
-        reason = probe.compare(readers, source.gradient)
-        if reason is None:
-            return
-        probe.take_reference(readers)
-        for reader in readers:
-            reader.how = "weight gradient"
-            reader.reason = reader.reason or reason
-            reader.scored = self.fallback != "skip"
-            logger.info("module %r is not read by gates: %s", reader.name, reader.reason)
-
-    def _settle_unchecked(self) -> None:
-        """Without a checking row: whatever no gate can serve is read from its weight's gradient."""
-        for source in self._plan.sources:
-            if any(reader.reason is not None for reader in source.readers):
-                for reader in source.readers:
-                    reader.how, reader.scored = "weight gradient", self.fallback != "skip"
-
-    def _one_at_a_time(self, names: list[str]) -> SampleRowsError:
-        shown = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        return SampleRowsError(
-            f"no gate can read {shown} per sample; pass one sample a row, or leave them out with fallback='skip'"
-        )
 
     def _refuse_unscored(self, later_rows: bool = False) -> None:
         """With ``later_rows`` to come, only what they can't change: a module not used so far may be used yet."""
@@ -430,18 +382,11 @@ class JacobianScorer:
         self._num_left_out += count.left_out
         row = f"row {count.row}" if self.rows == "batch" else f"row {count.row}, sample {count.sample}"
         more = f" (and {count.left_out - 1} more)" if count.left_out > 1 else ""
-        message = f"{row} is not finite, first in {self._label_of(count.entry)!r}, and was left out{more}"
+        message = f"{row} is not finite, first in {label_of(self._flats, count.entry)!r}, and was left out{more}"
         self.left_out.append(message)
         if self.strict:
             raise ScoringError(f"strict: {message}")
         warnings.warn(message, stacklevel=6)
-
-    def _label_of(self, entry: int) -> str:
-        for flat in self._flats:
-            if entry < flat.size:
-                return flat.label_of(entry)
-            entry -= flat.size
-        raise AssertionError("an entry lies in one of the vectors")
 
     def _coverage(self) -> dict[str, str]:
         return self._plan.coverage(self.model, self._checked)
