@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from obc.files import parse_json
 from obc.scoring.errors import ScoringError
 from obc.scoring.row_file import RowFile
 from obc.scoring.scorer import JacobianScorer
@@ -25,6 +26,7 @@ from obc.scoring.tensor_file import save_tensors
 logger = logging.getLogger("obc")
 
 _FORMAT = "obc.checkpoint/1"
+_PARTS = ("identity", "state", "progress")
 
 
 class CheckpointError(ScoringError):
@@ -70,22 +72,26 @@ class Checkpoint:
             self._rows_path.unlink(missing_ok=True)
             return None
         tensors, header = self._read()
-        there = json.loads(header["identity"])
+        try:
+            there, state, progress = (parse_json(header[key], dict[str, Any]) for key in _PARTS)
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
         for name, here in self.identity.items():
             if there.get(name) != here:
                 what = "weights" if name == "weights" else f"{name}={there.get(name)!r}, this run has {here!r}"
                 raise CheckpointError(
                     f"the checkpoint {self.path} is of another run: other {what}; delete it, or pass another path"
                 )
-        state = json.loads(header["state"]) | {"scores": _numbered(tensors, "scores")}
+        state["scores"] = _numbered(tensors, "scores")
         try:
             if (store := self.scorer.row_store) is not None:
                 state["kept_rows"] = self._load_rows(store, state["kept"])
             self.scorer.load_state_dict(state)
         except ValueError as error:
             raise CheckpointError(f"the checkpoint {self.path} is of another run: {error}") from error
+        except (AttributeError, KeyError, TypeError) as error:  # what is not of the kind that it should be
+            raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
         self._random = _numbered(tensors, "random")
-        progress: dict[str, Any] = json.loads(header["progress"])
         return progress
 
     def save(self, progress: Mapping[str, Any]) -> None:
@@ -95,7 +101,7 @@ class Checkpoint:
         state["kept"] = self._save_rows()
         tensors = {f"scores:{index}": flat for index, flat in enumerate(scores)}
         tensors |= {f"random:{index}": generator for index, generator in enumerate(_random_state())}
-        header = {"identity": self.identity, "state": state, "progress": dict(progress)}
+        header = dict(zip(_PARTS, (self.identity, state, dict(progress)), strict=True))
         save_tensors(
             self.path, tensors, {"format": _FORMAT} | {key: json.dumps(value) for key, value in header.items()}
         )

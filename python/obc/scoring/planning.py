@@ -140,11 +140,14 @@ class Plan:
             raise ValueError(
                 f"this state has {len(there)} modules, this model {len(here)}; use the same model and options"
             )
-        for flat, saved in zip(self.flats.values(), state["scores"], strict=True):
-            flat.scores.copy_(saved)
+        sums = [flat.scores for flat in self.flats.values()]
+        if [tuple(saved.shape) for saved in state["scores"]] != [tuple(flat.shape) for flat in sums]:
+            raise ValueError("the sums in this state have other lengths than its modules have channels; it is damaged")
+        for flat, saved in zip(sums, state["scores"], strict=True):
+            flat.copy_(saved)
         for name, values in state["readers"].items():
-            for key, value in values.items():
-                setattr(self.readers[name], key, value)
+            for key in _STATE:
+                setattr(self.readers[name], key, values[key])
         for source, fired in zip(self.sources, state["fired"], strict=True):
             source.gradient.fired = fired
         self.chains.load(state["chains"], self._slots(), self._modules())
