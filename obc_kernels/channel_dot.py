@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from obc_kernels import autotune
 from obc_kernels.launch import launch
 from obc_kernels.layout import (
     Walk,
@@ -98,10 +99,26 @@ class ChannelDotConfig:
     splits: int
     num_warps: int = 4
 
+    # About two waves of four programs on each of 132 multiprocessors: the second evens out the tail.
+    PROGRAMS = 1024
+
     @classmethod
     def from_heuristic(cls, walk: Walk, itemsize: int) -> ChannelDotConfig:
         block_c, block_p = cls.blocks_for(walk, itemsize)
         return cls(block_c, block_p, cls.splits_for(walk, block_c, block_p))
+
+    @classmethod
+    def variations(cls, walk: Walk, itemsize: int) -> dict[str, ChannelDotConfig]:
+        """The heuristic, tiles of half and of twice its positions, and half and twice its programs."""
+        block_c, block_p = cls.blocks_for(walk, itemsize)
+        half, double = max(1, block_p // 2), 2 * block_p
+        return {
+            autotune.HEURISTIC: cls.from_heuristic(walk, itemsize),
+            "half tile": cls(block_c, half, cls.splits_for(walk, block_c, half)),
+            "double tile": cls(block_c, double, cls.splits_for(walk, block_c, double), num_warps=8),
+            "half programs": cls(block_c, block_p, cls.splits_for(walk, block_c, block_p, cls.PROGRAMS // 2)),
+            "double programs": cls(block_c, block_p, cls.splits_for(walk, block_c, block_p, cls.PROGRAMS * 2)),
+        }
 
     @staticmethod
     def blocks_for(walk: Walk, itemsize: int) -> tuple[int, int]:
@@ -115,10 +132,8 @@ class ChannelDotConfig:
         return power_of_two(walk.channels, tile // block_p), block_p
 
     @staticmethod
-    def splits_for(walk: Walk, block_c: int, block_p: int) -> int:
+    def splits_for(walk: Walk, block_c: int, block_p: int, programs: int = PROGRAMS) -> int:
         """How many programs share the positions of one channel block."""
-        # About two waves of four programs on each of 132 multiprocessors: the second evens out the tail.
-        programs = 1024
         tiles = walk.outer_steps * ceil_div(walk.inner, block_p)
         wanted = ceil_div(programs, walk.rows * ceil_div(walk.channels, block_c))
         return ceil_div(tiles, ceil_div(tiles, min(tiles, wanted)))
@@ -142,7 +157,16 @@ def channel_dot_triton(
     shape = (walk.rows, walk.channels) if per_sample else (walk.channels,)
     if activation.numel() == 0:
         return activation.new_zeros(shape, dtype=accumulator(activation))
-    config = config or ChannelDotConfig.from_heuristic(walk, activation.element_size())
+    if config is None:
+        itemsize = activation.element_size()
+        config = autotune.choose(
+            "channel_dot",
+            (*walk.size_class, activation.dtype),
+            activation.device,
+            lambda: ChannelDotConfig.from_heuristic(walk, itemsize),
+            lambda: ChannelDotConfig.variations(walk, itemsize),
+            lambda config: channel_dot_triton(activation, grad, channel_dim, per_sample, config),
+        )
     channel_blocks, inner_tiles = ceil_div(walk.channels, config.block_c), ceil_div(walk.inner, config.block_p)
     tiles = walk.outer_steps * inner_tiles
     check_steps("channel_dot", tiles)

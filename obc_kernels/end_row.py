@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from obc_kernels import autotune
 from obc_kernels.launch import launch
 from obc_kernels.layout import ceil_div, power_of_two
 
@@ -147,6 +148,12 @@ class EndRowConfig:
             return cls(power_of_two(channels, 1024))
         return cls(power_of_two(channels, single), num_warps=16) if channels <= single else cls(block_c=1024)
 
+    @classmethod
+    def variations(cls, channels: int, itemsize: int) -> dict[str, EndRowConfig]:
+        """The heuristic, and tiles of 512 and 2048 channels over two launches."""
+        heuristic = {autotune.HEURISTIC: cls.from_heuristic(channels, itemsize)}
+        return heuristic | {"short tiles": cls(block_c=512), "long tiles": cls(block_c=2048, num_warps=8)}
+
 
 def end_row_triton(
     scores: Tensor,
@@ -159,7 +166,16 @@ def end_row_triton(
     channels = row.shape[0]
     if channels == 0:
         return torch.ones((), dtype=torch.bool, device=row.device)
-    config = config or EndRowConfig.from_heuristic(channels, row.element_size())
+    if config is None:
+        itemsize = row.element_size()
+        config = autotune.choose(
+            "end_row",
+            (*autotune.size_class(channels), groups is not None, row.dtype),
+            row.device,
+            lambda: EndRowConfig.from_heuristic(channels, itemsize),
+            lambda: EndRowConfig.variations(channels, itemsize),
+            lambda config: end_row_triton(scores.clone(), row.clone(), loss_scale, groups, config),
+        )
     tiles = ceil_div(channels, config.block_c)
     flag = torch.empty((), dtype=torch.bool, device=row.device)
     strides = row.stride(0), 0 if groups is None else groups.stride(0)

@@ -15,13 +15,14 @@ all J columns of the result. :func:`fold_fits` says where that holds and pays; e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from obc_kernels import autotune
 from obc_kernels.launch import launch
 from obc_kernels.layout import ceil_div, power_of_two
 
@@ -109,6 +110,17 @@ class FoldConfig:
             num_warps=8 if block_j > 128 else 4,
         )
 
+    @classmethod
+    def variations(cls, kept_in: int, exact: bool) -> dict[str, FoldConfig]:
+        """The heuristic, half its rows a program (more programs), other warps, and another stage in flight."""
+        base = cls.from_heuristic(kept_in, exact)
+        return {
+            autotune.HEURISTIC: base,
+            "half rows": replace(base, block_k=max(16, base.block_k // 2)),
+            "other warps": replace(base, num_warps=12 - base.num_warps),
+            "one more stage": replace(base, num_stages=base.num_stages + 1),
+        }
+
 
 def _as_matrices(weight: Tensor, in_repeat: int) -> Tensor | None:
     """(O, I, S) as a view; None where the kernel positions don't form one axis in memory."""
@@ -165,7 +177,15 @@ def fold_triton(
     folded = weight.new_empty((kept_out, kept_in, positions))
     highest = torch.get_float32_matmul_precision() == "highest"
     exact = highest and weight.dtype == torch.float32
-    config = config or FoldConfig.from_heuristic(kept_in, exact)
+    if config is None:
+        config = autotune.choose(
+            "fold",
+            (*autotune.size_class(*matrices.shape, kept_out, kept_in), exact, highest, weight.dtype),
+            weight.device,
+            lambda: FoldConfig.from_heuristic(kept_in, exact),
+            lambda: FoldConfig.variations(kept_in, exact),
+            lambda config: fold_triton(weight, compressor, decompressor, groups, in_repeat, config),
+        )
     launch(
         _fold_kernel,
         ceil_div(kept_out, config.block_k) * positions,

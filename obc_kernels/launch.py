@@ -37,6 +37,11 @@ def recording(dry: bool = False) -> Iterator[list[Launch]]:
         _recorder, _dry = before
 
 
+def is_dry() -> bool:
+    """Whether launches are recorded instead of run."""
+    return _dry
+
+
 def launch(
     kernel: Any,
     programs: int,

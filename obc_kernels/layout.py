@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from obc_kernels import autotune
+
 VECTOR_BYTES = 16  # the widest load of one thread
 
 
@@ -95,6 +97,12 @@ class Walk:
     @property
     def outer_steps(self) -> int:
         return math.prod(self.outer)
+
+    @property
+    def size_class(self) -> tuple[int | bool, ...]:
+        """What launch parameters that were tuned depend on."""
+        sizes = autotune.size_class(self.rows, self.channels, self.outer_steps, self.inner)
+        return (*sizes, self.channels_inner, self.align)
 
 
 def tile_elements(itemsize: int, align: int) -> int:

@@ -14,12 +14,13 @@ adds in a fixed order; the split depends on shape and strides alone.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from obc_kernels import autotune
 from obc_kernels.launch import launch
 from obc_kernels.layout import (
     VECTOR_BYTES,
@@ -277,6 +278,11 @@ class WeightWalk:
     def columns(self) -> int:
         return self.channels * self.positions
 
+    @property
+    def size_class(self) -> tuple[int | bool, ...]:
+        """What launch parameters that were tuned depend on."""
+        return (*autotune.size_class(self.groups, self.rows_per_group, self.columns), self.flat, self.align)
+
     @classmethod
     def over(cls, weight: Tensor, grad: Tensor, groups: int) -> WeightWalk | None:
         """None where the kernel positions form more than two separate axes in memory."""
@@ -346,6 +352,19 @@ class WeightDotConfig:
         )
         return cls(block_g, block_r, block_m, cls.tiles_for(tiles, most_programs=1024))
 
+    @classmethod
+    def variations(cls, walk: WeightWalk, itemsize: int) -> dict[str, WeightDotConfig]:
+        """The heuristic, tiles of half and of twice its rows, and half and twice its tiles a program."""
+        base = cls.from_heuristic(walk, itemsize)
+        tiles = base.tiles_per_split
+        return {
+            autotune.HEURISTIC: base,
+            "half tile": replace(base, block_r=max(1, base.block_r // 2)),
+            "double tile": replace(base, block_r=base.block_r * 2, num_warps=8),
+            "half tiles a program": replace(base, tiles_per_split=max(1, tiles // 2)),
+            "double tiles a program": replace(base, tiles_per_split=tiles * 2),
+        }
+
     @staticmethod
     def tiles_for(tiles: int, most_programs: int) -> int:
         """Tiles of rows per program: as many as leave ``most_programs``, at most eight.
@@ -393,7 +412,16 @@ def weight_dot_triton(
     walk = WeightWalk.over(weight, grad, groups)
     if walk is None:
         return weight_dot_triton(weight.contiguous(), grad.contiguous(), bias, bias_grad, groups, transposed, config)
-    config = config or WeightDotConfig.from_heuristic(walk, weight.element_size())
+    if config is None:
+        itemsize = weight.element_size()
+        config = autotune.choose(
+            "weight_dot",
+            (*walk.size_class, weight.dtype),
+            weight.device,
+            lambda: WeightDotConfig.from_heuristic(walk, itemsize),
+            lambda: WeightDotConfig.variations(walk, itemsize),
+            lambda config: weight_dot_triton(weight, grad, bias, bias_grad, groups, transposed, config),
+        )
     column_blocks, row_splits = config.column_blocks(walk), config.row_splits(walk)
     check_steps("weight_dot", config.programs(walk))
 

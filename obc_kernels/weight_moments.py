@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from obc_kernels import autotune
 from obc_kernels.channel_dot import ChannelDotConfig
 from obc_kernels.launch import launch
 from obc_kernels.layout import (
@@ -124,8 +125,26 @@ class WeightMomentsConfig:
         # Five accumulators: the terms of one thread are added before they reach them, which keeps channel_dot's tile
         # in registers.
         block_o, block_p = ChannelDotConfig.blocks_for(walk, itemsize)
+        return cls._of(walk, itemsize, block_o, block_p)
+
+    @classmethod
+    def _of(
+        cls, walk: Walk, itemsize: int, block_o: int, block_p: int, programs: int = ChannelDotConfig.PROGRAMS
+    ) -> WeightMomentsConfig:
         run = min(4 if walk.channels_inner else VECTOR_BYTES // itemsize, block_p)
-        return cls(block_o, block_p, run, ChannelDotConfig.splits_for(walk, block_o, block_p))
+        return cls(block_o, block_p, run, ChannelDotConfig.splits_for(walk, block_o, block_p, programs))
+
+    @classmethod
+    def variations(cls, walk: Walk, itemsize: int) -> dict[str, WeightMomentsConfig]:
+        """The heuristic, tiles of half its positions, and half and twice its programs."""
+        block_o, block_p = ChannelDotConfig.blocks_for(walk, itemsize)
+        programs = ChannelDotConfig.PROGRAMS
+        return {
+            autotune.HEURISTIC: cls.from_heuristic(walk, itemsize),
+            "half tile": cls._of(walk, itemsize, block_o, max(1, block_p // 2)),
+            "half programs": cls._of(walk, itemsize, block_o, block_p, programs // 2),
+            "double programs": cls._of(walk, itemsize, block_o, block_p, programs * 2),
+        }
 
 
 def weight_moments_triton(
@@ -141,7 +160,16 @@ def weight_moments_triton(
         return weight_moments_triton(weight.contiguous(), grad.contiguous(), config)
     if weight.numel() == 0:
         return _separate(weight.new_zeros((5, walk.channels), dtype=accumulator(weight)))
-    config = config or WeightMomentsConfig.from_heuristic(walk, weight.element_size())
+    if config is None:
+        itemsize = weight.element_size()
+        config = autotune.choose(
+            "weight_moments",
+            (*walk.size_class, weight.dtype),
+            weight.device,
+            lambda: WeightMomentsConfig.from_heuristic(walk, itemsize),
+            lambda: WeightMomentsConfig.variations(walk, itemsize),
+            lambda config: weight_moments_triton(weight, grad, config),
+        )
     blocks, inner_tiles = ceil_div(walk.channels, config.block_o), ceil_div(walk.inner, config.block_p)
     tiles = walk.outer_steps * inner_tiles
     check_steps("weight_moments", tiles)

@@ -48,11 +48,10 @@ def test_operators_interpreted(file: str) -> None:
     passed(run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}", "-k", selected, interpret=True))
 
 
-def test_launches_interpreted() -> None:
+@pytest.mark.parametrize("file", ["launches.py", "autotuning.py"])
+def test_launchers_interpreted(file: str) -> None:
     passed(
-        run_python(
-            "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_interpreted/launches.py", interpret=True
-        )
+        run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton_interpreted/{file}", interpret=True)
     )
 
 
