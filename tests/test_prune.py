@@ -65,6 +65,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "label-free": {"labels": False},
     "compensated": {"compensate": "seq"},
     "rounded": {"round_to": 4},
+    "micro-batches": {"micro_batch": 3},
     "minimum": {"min_units": 12},
     "one step": {"steps": 1},
     "explicit steps": {"steps": [0.9, 0.5]},
@@ -252,13 +253,16 @@ def test_on_step_sees_every_step() -> None:
     assert seen[-1][1] == macs_of(model)
 
 
-def test_heads_are_removed_as_wholes() -> None:
+def test_heads_are_removed_as_wholes_and_not_rounded() -> None:
     model = network(demo_models.transformer)
     heads = {f"layers.{i}.attention.{p}": 4 for i in range(3) for p in ("query", "key", "value")}
-    result = obc.prune(model, EXAMPLE, batches(), loss, macs=0.4, num_heads=heads, ignored_layers=["embed"], steps=2)
+    result = obc.prune(
+        model, EXAMPLE, batches(), loss, macs=0.4, num_heads=heads, ignored_layers=["embed"], round_to=3, steps=2
+    )
     widths = {len(kept.out_channels) for name, kept in result.plan.items() if name in heads}
     assert widths <= {8, 16, 24}
-    assert widths
+    assert widths & {8, 16}
+    assert all(len(result.plan[f"layers.{i}.mlp.0"].out_channels) % 3 == 0 for i in range(3))
 
 
 def test_the_whole_model_remains_at_one() -> None:
@@ -309,6 +313,8 @@ def test_nothing_to_score_on_or_by() -> None:
         obc.prune(model, EXAMPLE, batches())
     with pytest.raises(ValueError, match=r"no layer can be pruned.*head"):
         obc.prune(model, EXAMPLE, batches(), loss, ignored_layers=["stem", "blocks"])
+    with pytest.raises(ValueError, match=r"only transformers models.*pass example_inputs"):
+        obc.prune(model, None, batches(), loss)
     with pytest.raises(obc.PlanError, match="compiled"):
         obc.prune(torch.compile(model), EXAMPLE, batches(), loss)
     nn.utils.parametrizations.weight_norm(model.head)
@@ -371,7 +377,7 @@ def test_progress_is_quiet_unless_asked(capfd: pytest.CaptureFixture[str]) -> No
 def test_obc_imports_without_torch_pruning() -> None:
     code = (
         "import sys; sys.modules['torch_pruning'] = None; import obc\n"
-        "try:\n    obc.prune(__import__('torch').nn.Linear(2, 2), None, [1], len)\n"
+        "try:\n    obc.prune(__import__('torch').nn.Linear(2, 2), 0, [1], len)\n"
         "except ImportError as error:\n    print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,6 +17,7 @@ from obc.equivalent.layers import layout_of
 from obc.equivalent.plan import PlanError, PruningPlan
 from obc.integrations.torch_pruning_plan import PlanRecorder, refuse_unprunable
 from obc.pruning.measure import call, costs_of, evaluating, measure
+from obc.pruning.structure import Limits
 from obc.scoring.groups import ChannelGroup, Side, Slice
 from obc.scoring.layers import Rule, rule_for
 from obc.selection.costs import Costs
@@ -132,6 +133,11 @@ class TorchPruningStructure:
     def groups(self) -> tuple[ChannelGroup, ...]:
         """The groups of the model as it is now, in the order of execution."""
         return tuple(self._groups.values())
+
+    @property
+    def limits(self) -> Limits:
+        """Rounding of widths spares heads."""
+        return Limits(whole=[name for name, group in self._groups.items() if group.kind == "heads"])
 
     def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
         """The model's cost as an exact polynomial in the groups' widths: see :func:`obc.pruning.measure.costs_of`."""

@@ -40,6 +40,7 @@ class Subject:
         slices: whether the Jacobian Criterion reads every slice or the group's gate.
         rows: "batch" or "sample", of the Jacobian Criterion.
         generator: of random numbers.
+        micro_batch: samples that the Jacobian Criterion runs at once; None runs whole batches.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Subject:
     slices: Slices
     rows: Literal["batch", "sample"]
     generator: torch.Generator
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def read_rows(subject: Subject) -> GroupRows:
         subject.loss_fn,
         rows=subject.rows,
         keep_rows=True,
+        micro_batch=subject.micro_batch,
         modules=lambda name, module: name in wanted,
         progress=False,
     )

@@ -220,7 +220,13 @@ def _structure(
 
         if num_heads:
             raise ValueError("num_heads is for models that are traced; without example_inputs the config says it")
-        return TransformersStructure(model, ignored_layers=ignored_layers)
+        found = TransformersStructure(model, ignored_layers=ignored_layers)
+        if not found.groups:
+            raise ValueError(
+                f"nothing to prune was found in {type(model).__name__}: only transformers models are pruned without "
+                "being run; pass example_inputs"
+            )
+        return found
     from obc.integrations.torch_pruning_structure import TorchPruningStructure
 
     return TorchPruningStructure(model, example_inputs, ignored_layers=ignored_layers, num_heads=num_heads)
