@@ -97,6 +97,10 @@ def test_weight_dot_list_is_weight_dot_of_each() -> None:
         expected = reference.weight_dot(*layer)
         assert torch.equal(outs[n], expected[0])
         assert torch.equal(ins[n], expected[1])
+    outs, ins = reference.weight_dot_list(weights, grads)
+    for n, layer in enumerate(zip(weights, grads, strict=True)):
+        assert torch.equal(outs[n], reference.weight_dot(*layer)[0])
+        assert torch.equal(ins[n], reference.weight_dot(*layer)[1])
 
 
 def test_weight_moments_match_explicit_sums() -> None:
