@@ -267,6 +267,27 @@ def test_a_checkpoint_whose_rows_are_gone(damage: str, tmp_path: Path) -> None:
         obc.score(case.model, case.batches * 3, case.loss, keep_rows=True, checkpoint=tmp_path / "checkpoint")
 
 
+def _go_on_together(rank: int, store: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    case, path = models.residual_cnn(), Path(folder) / f"checkpoint{rank}"
+    group = torch.distributed.group.WORLD
+    broken_off(case, path, calls=5 if rank == 0 else 7)
+    with pytest.raises(CheckpointError, match=r"not of the same row, \[4, 6\] batches are done"):
+        obc.score(case.model, case.batches * 3, case.loss, checkpoint=path, process_group=group)
+    path.unlink()
+    broken_off(case, path, calls=5, process_group=group)
+    resumed = obc.score(case.model, case.batches * 3, case.loss, checkpoint=path, process_group=group)
+    assert_equal(resumed, obc.score(case.model, case.batches * 3, case.loss, process_group=group))
+    (Path(folder) / f"done{rank}").touch()
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_that_read_rows_together_go_on_together(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_go_on_together, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    assert {path.name for path in tmp_path.iterdir()} >= {"done0", "done1"}
+
+
 @pytest.mark.parametrize("every", [0, -3])
 def test_checkpoints_every_so_many_batches(every: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"every must be at least 1, got {every}"):

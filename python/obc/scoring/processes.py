@@ -28,15 +28,21 @@ class Facts:
 
 def all_facts(facts: Facts, group: Any) -> Facts:
     """The facts of every process in one. A module counts as scored where any process scored it."""
-    gathered: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(gathered, facts, group=group)
-    coverage = dict(gathered[0].coverage)
-    for other in gathered[1:]:
+    of_all = gathered(facts, group)
+    coverage = dict(of_all[0].coverage)
+    for other in of_all[1:]:
         for name, how in other.coverage.items():
             if coverage[name].startswith("unscored"):
                 coverage[name] = how
-    left_out = [f"process {rank}: {what}" for rank, one in enumerate(gathered) for what in one.left_out]
-    return Facts(sum(one.num_rows for one in gathered), coverage, left_out)
+    left_out = [f"process {rank}: {what}" for rank, one in enumerate(of_all) for what in one.left_out]
+    return Facts(sum(one.num_rows for one in of_all), coverage, left_out)
+
+
+def gathered(value: Any, group: Any) -> list[Any]:
+    """Every process's value, in the order of the processes."""
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
 
 
 def all_sums(sums: Tensor, group: Any) -> Tensor:

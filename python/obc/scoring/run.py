@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from obc.scoring.batch_rows import BatchRows, LossFunction
 from obc.scoring.checkpoint import Checkpoint, CheckpointError
 from obc.scoring.evaluation import evaluating
+from obc.scoring.processes import gathered
 from obc.scoring.report import PeakMemory, Report
 from obc.scoring.scorer import JacobianScorer, Rows
 from obc.scoring.scores import Scores
@@ -102,6 +103,18 @@ class _Run:
             reader.one_at_a_time = state["one_at_a_time"]
             of = "" if total is None else f" of {total}"
             logger.warning("going on from %s: %d batches%s are done", saved.path, self.done, of)
+        if saved is not None:
+            self._refuse_other_places()
+
+    def _refuse_other_places(self) -> None:
+        """Processes that read one row together must go on from the same one."""
+        for group in self.scorer.groups_in_step:
+            places = gathered(self.done, group)
+            if len(set(places)) > 1:
+                raise CheckpointError(
+                    f"the checkpoints of the processes are not of the same row, {places} batches are done: some were "
+                    "killed before they wrote theirs; delete them all to begin anew"
+                )
 
     def over(self, batches: Iterable[Any], progress: bool | None) -> Scores:
         scorer, total = self.scorer, self.total

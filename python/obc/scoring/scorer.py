@@ -424,6 +424,12 @@ class JacobianScorer:
         return Scores(channels, num_rows=facts.num_rows, coverage=facts.coverage, metadata=metadata, rows=rows)
 
     @property
+    def groups_in_step(self) -> list[Any]:
+        """The process groups that read every row together."""
+        together = [self.process_group] if self.process_group is not None and self.combine == "row" else []
+        return together + ([] if self._row_parts is None else [self._row_parts.group])
+
+    @property
     def devices(self) -> set[torch.device]:
         """The devices that rows are read on."""
         return {flat.device for flat in self._flats}
