@@ -71,6 +71,58 @@ def test_a_pruned_model_is_the_original_without_the_contributions_of_what_went(f
     torch.testing.assert_close(after, output(case, masked), rtol=0, atol=TOLERANCE)
 
 
+def kin() -> dict[str, tuple[Any, Any, set[str]]]:
+    """Class, config and kinds of groups of models that nothing above was written for."""
+    import transformers as t
+
+    sizes = {"vocab_size": 31, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    sizes |= {"intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    bart = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 64, "vocab_size": 31}
+    bart |= {
+        f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("ffn_dim", 48), ("attention_heads", 4))
+    }
+    t5 = {"vocab_size": 31, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
+    return {
+        "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config(**sizes, head_dim=8), {"heads", "ffn"}),
+        "starcoder2": (t.Starcoder2ForCausalLM, t.Starcoder2Config(**sizes), {"heads", "ffn"}),
+        "glm": (t.GlmForCausalLM, t.GlmConfig(**sizes, head_dim=8), {"heads", "ffn"}),
+        "gptj": (
+            t.GPTJForCausalLM,
+            t.GPTJConfig(vocab_size=31, n_embd=32, n_layer=1, n_head=4, rotary_dim=4),
+            {"heads", "ffn"},
+        ),
+        "olmo2": (t.Olmo2ForCausalLM, t.Olmo2Config(**sizes), {"ffn"}),
+        "distilbert": (
+            t.DistilBertForSequenceClassification,
+            t.DistilBertConfig(vocab_size=31, dim=32, hidden_dim=48, n_layers=1, n_heads=4),
+            {"heads", "ffn"},
+        ),
+        "bart": (t.BartForConditionalGeneration, t.BartConfig(**bart), {"heads", "ffn"}),
+        "t5": (t.T5ForConditionalGeneration, t.T5Config(**t5, decoder_start_token_id=0), {"ffn"}),
+    }
+
+
+@pytest.mark.parametrize("name", ["gemma2", "starcoder2", "glm", "gptj", "olmo2", "distilbert", "bart", "t5"])
+def test_their_kin_are_sliced_alike(name: str) -> None:
+    """What is found in other models of the library is sliced exactly; what is not understood is left alone."""
+    model_class, config, kinds = kin()[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = model_class(config).double().eval()
+    masked = copy.deepcopy(model)
+    batch = {"input_ids": torch.arange(3, 19).reshape(2, 8)}
+    if config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    structure = TransformersStructure(model)
+    assert {group.kind for group in structure.groups} == kinds
+    units = {group.name: every_other(group.size) for group in structure.groups}
+    for group in structure.groups:
+        mask(masked, group, units[group.name])
+    structure.remove(units)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, masked(**batch).logits, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mamba", "mixtral", "phi3"])
 def test_steps_compose(family: str) -> None:
     """What two steps keep, counted in the unpruned model, is what one step keeps that removes the same."""

@@ -173,10 +173,11 @@ class Finder:
     # --- attention -------------------------------------------------------------------------------------------------
 
     def _attentions(self, name: str, kinds: Sequence[str]) -> Iterator[Block]:
-        module = self.modules[name]
         for child in _UNREADABLE:
-            if layout_of_child(module, child) is not None:
+            if self._layer(name, child) is not None:
                 raise NotPrunableError(f"the order of queries, keys and values in {_joined(name, child)} is not known")
+        if all(self._layer(name, child) is not None for child in ("q", "k", "v", "o")):
+            raise NotPrunableError("attention with a bias of its own for relative positions is not understood")
         for names in _PROJECTIONS:
             if all(self._layer(name, child) is not None for child in names):
                 projections = [_joined(name, child) for child in names]
@@ -476,11 +477,6 @@ class _Heads:
     queries: int
     shared: int
     size: int
-
-
-def layout_of_child(module: nn.Module, child: str) -> Any:
-    found = getattr(module, child, None)
-    return layout_of(found) if isinstance(found, nn.Module) else None
 
 
 def _fixed_head_size(blocks: Any) -> dict[str, int]:

@@ -46,8 +46,9 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
     "embedding"   a channel of the residual stream, everywhere; not among the default kinds
     ============= ====================================================================================================
 
-    Slices of tensors outside ordinary layers have the tensor's name as their module; an expert as a whole lies in the
-    module of the experts. The scorer reads ordinary layers alone: ``scores.group`` names what it could not read.
+    Slices of tensors outside ordinary layers have the tensor's name as their module. Experts stored as one tensor are
+    one layer: whole experts are its outputs, their inner channels its inputs. What of all this the scorer has no rule
+    for (up projections of such experts, Mamba's A_log and D) is named by ``scores.group``.
 
     Args:
         model: a model of the transformers library, or one built and named like those: Llama, Qwen, Mistral, Gemma,
@@ -90,7 +91,7 @@ class TransformersStructure:
         plan: of what was pruned before by another structure of the same model: this one's goes on from it.
 
     Attributes:
-        left_out: what looks like a block, or was tried -> why it can't be pruned.
+        left_out: module that looks like a block -> why it can't be pruned.
         config_refused: why the config could not be adapted to the widths, or None.
         uniform: as given.
         blocks: the blocks behind the groups, by name.
@@ -132,6 +133,11 @@ class TransformersStructure:
             for name, block in finder.blocks.items()
             if not any(part.side == "out" and part.module in ignored for part in block.group.slices)
         }
+        self._reading: dict[tuple[str, int], list[str]] = {}  # axis -> the groups that lie there
+        for name, block in self.blocks.items():
+            for part in block.group.slices:
+                for axis in self._axes(block, part):
+                    self._reading.setdefault(axis_key(axis), []).append(name)
         self._kept: dict[str, Kept] = dict(plan or {})
         self.config_refused: str | None = None
         if example_inputs is not None:
@@ -279,7 +285,8 @@ class TransformersStructure:
         stays = torch.ones(block.group.size, dtype=torch.bool)
         stays[chosen] = False
         self.blocks[name] = _with_slices(block, lambda part: replace(part, channels=part.channels[stays]))
-        for other, of in self.blocks.items():
+        for other in dict.fromkeys(other for key in lost for other in self._reading[key]):
+            of = self.blocks[other]
             self.blocks[other] = _with_slices(of, lambda part, of=of: self._renumbered(of, part, lost))
 
     def _renumbered(self, block: Block, part: Slice, lost: Mapping[tuple[str, int], Tensor]) -> Slice:
