@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import shlex
 import statistics
 import sys
 import time
@@ -356,7 +357,17 @@ def tables(results: Results) -> str:
             lines += _table(results, task.name, kind.name)
     if results.cases:
         lines += ["\n### Paired differences to JC independent (paper), mean over ratios\n", *_paired(results)]
+        lines.append(f"\n{_select_share(results)}")
     return "\n".join(lines)
+
+
+def _select_share(results: Results) -> str:
+    """How much of pruning obc.select takes, of methods that score by rows."""
+    parts = [case["parts"] for key, case in results.cases.items() if key.startswith("prune/") and "/JC" in key]
+    shares = [100 * part["select"] / sum(part.values()) for part in parts]
+    return (
+        f"obc.select: {statistics.median(shares):.1f} % of obc.prune (median of {len(shares)} runs)" if shares else ""
+    )
 
 
 def _table(results: Results, task: str, kind: str) -> list[str]:
@@ -430,6 +441,9 @@ def write_json(results: Results, path: Path) -> None:
     """Everything in one file, with the provenance of every run that added to it."""
     lines = [json.loads(line) for line in results.path.read_text().splitlines()]
     runs = [line["provenance"] for line in lines if "provenance" in line]
+    for of_run in runs:  # of paths what is the same on any machine
+        words = shlex.split(of_run["command"])
+        of_run["command"] = shlex.join(Path(word).name if word.startswith("/") else word for word in words)
     path.write_text(json.dumps({"provenance": runs, "cases": list(results.cases.values())}, indent=1) + "\n")
 
 
