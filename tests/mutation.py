@@ -80,7 +80,9 @@ def changed(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def left_alone(node: ast.AST) -> bool:
-    """Messages, assertions, logs, warnings, annotations."""
+    """Messages, assertions (``strict=True`` is one), logs, warnings."""
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return True
     if isinstance(node, (ast.Raise, ast.Assert, ast.JoinedStr, ast.ImportFrom, ast.Import)):
         return True
     text = ast.unparse(node) if isinstance(node, ast.Expr) else ""

@@ -103,6 +103,12 @@ def test_weight_dot_list_is_weight_dot_of_each() -> None:
         assert torch.equal(ins[n], reference.weight_dot(*layer)[1])
 
 
+def test_weight_dot_list_of_lists_of_other_lengths_is_an_error() -> None:
+    weight = torch.randn(4, 3)
+    with pytest.raises(ValueError, match="shorter"):
+        reference.weight_dot_list([weight, weight], [weight])
+
+
 def test_weight_moments_match_explicit_sums() -> None:
     weight, grad = torch.randn(2, 4, 3, 2, dtype=torch.float64)
     moments = reference.weight_moments(weight, grad)
