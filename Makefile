@@ -68,7 +68,7 @@ cuda-check: setup ## compile every CUDA kernel for sm_80 and sm_90, print regist
 	$(BIN)/python csrc/cuda/check.py $(ARGS)
 
 sanitize: setup ## the CPU operators under address, undefined-behaviour and thread sanitizers, and valgrind
-	PYTHON=$(BIN)/python csrc/sanitize.sh
+	PYTHON=$(CURDIR)/$(BIN)/python csrc/sanitize.sh
 
 # Each of the nine tests of operators draws this many examples.
 FUZZ_EXAMPLES ?= 2500
