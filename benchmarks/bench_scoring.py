@@ -184,9 +184,8 @@ def _authors_run(subject: Subject, model: nn.Module, batches: Sequence[Any]) -> 
     return scores
 
 
-def _contracting(model: nn.Module) -> nn.Module:
-    """A copy whose weight gradients are contracted by weight_dot as soon as they are there, and dropped."""
-    model = copy.deepcopy(model)
+def contracting(model: nn.Module) -> nn.Module:
+    """``model`` itself, its weight gradients contracted by weight_dot as soon as they are there, and dropped."""
 
     def contract(weight: Tensor) -> None:
         assert weight.grad is not None
@@ -244,12 +243,12 @@ def steady_row(make: Callable[[], Subject], per_sample: bool = False) -> Case:
     torch.manual_seed(0)
     subject = make()
     batch, plain, frozen = subject.batches[0], copy.deepcopy(subject.model), _frozen(subject.model)
-    contracting = _contracting(subject.model)
+    contracted = contracting(copy.deepcopy(subject.model))
     providers = [
         Provider(PLAIN, lambda: _plain_row(subject, plain, batch)),
         Provider(BATCH_ROWS, _steady(subject, "batch")),
         Provider(SAMPLE_ROWS, _steady(subject, "sample")),
-        Provider("contracted at once", lambda: _plain_row(subject, contracting, batch)),
+        Provider("contracted at once", lambda: _plain_row(subject, contracted, batch)),
         *([Provider("vmap(grad)", _vmap(subject))] if per_sample else []),
     ]
     return Case(

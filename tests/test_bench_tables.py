@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import check, harness, tables
+from benchmarks import bench_large, check, harness, isolated, report, tables
 from benchmarks.harness import Case, Provider
+from obc import cli
+from obc.commands import bench
 
 FACTS = {
     "cpu": "a CPU",
@@ -150,3 +153,67 @@ def test_every_committed_case_can_be_run_again() -> None:
         content = json.loads((harness.RESULTS / f"{file}.json").read_text(encoding="utf-8"))
         cases = importlib.import_module(f"benchmarks.{module}").CASES
         assert {of["name"] for of in content["cases"]} <= set(cases)
+
+
+# --- pictures, and obc bench ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cases", "growth"])
+def test_results_are_drawn(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
+    grown = [{"name": f"{mib}", "way": "obc", "weights_mib": mib, "peak_mib": 2.0 * mib} for mib in (1.0, 2.0)]
+    content = {"cases": [case(0.5), case(0.7)], "growth": [*grown, {"name": "c", "way": "obc", "failed": "memory"}]}
+    file, picture = tmp_path / "some.json", tmp_path / "some.png"
+    file.write_text(json.dumps({"provenance": FACTS, "cases": content[kind]}))
+    assert report.main([str(file)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"drawn: {picture}\n"
+
+
+def test_obc_bench_runs_and_draws_what_is_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
+    commands: list[list[str]] = []
+
+    def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+        commands.append(command[2:])
+        out = Path(command[command.index("--out") + 1])
+        out.write_text("{}")
+        return subprocess.CompletedProcess(command, int("bench_dispatch" in command[2]))
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    out = tmp_path / "out"
+    arguments = ["bench", "ops", "large", "--quick", "--only", "x", "--threads", "1", "--out", str(out)]
+    assert cli.main(arguments) == 1  # the worst of the statuses
+    assert [command[0] for command in commands] == [
+        "benchmarks.bench_ops",
+        "benchmarks.report",
+        "benchmarks.bench_dispatch",
+        "benchmarks.report",
+        "benchmarks.bench_large",
+        "benchmarks.report",
+    ]
+    assert commands[0][1:] == ["--quick", "--threads", "1", "--only", "x", "--out", str(out / "bench_ops.json")]
+    assert commands[4][4:6] == ["--sizes", "x"]
+
+
+def test_obc_bench_refuses_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "everything"]) == 2
+    assert "there are ops, scoring, equivalent, large" in capsys.readouterr().err
+
+
+def test_every_benchmark_of_obc_bench_is_there() -> None:
+    files = {file for files in bench.BENCHMARKS.values() for file in files}
+    assert all((bench.checkout() / "benchmarks" / f"{file}.py").is_file() for file in files)
+
+
+def test_the_slope_is_of_the_line() -> None:
+    assert bench_large.slope([(1.0, 5.0), (2.0, 7.0), (4.0, 11.0)]) == pytest.approx(2.0)
+
+
+def test_peaks_are_measured_above_the_start() -> None:
+    found = isolated.measure(lambda: bytes(bytearray(b"x") * 2**26))  # a copy beside the original
+    assert 100 < found["peak_mib"] < 200
+
+
+def test_a_process_that_fails_says_why() -> None:
+    assert "no size contains 'none'" in isolated.run("bench_large", ["--sizes", "none"])["failed"]

@@ -1,0 +1,66 @@
+"""``obc bench``: the benchmarks of a source checkout, and a picture of what they found."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import obc
+from obc.commands.common import UsageError, folder, require
+
+# What is asked for -> the benchmarks that answer it.
+BENCHMARKS = {
+    "ops": ("bench_ops", "bench_dispatch"),
+    "scoring": ("bench_scoring", "bench_criteria"),
+    "equivalent": ("bench_equivalent",),
+    "large": ("bench_large",),
+}
+
+
+def add(commands: Any) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="time operators, scoring, folded fine-tuning, large models; draw the ratios",
+        description="Run the benchmarks of a source checkout, each provider beside its baseline and the machine's own "
+        "limit; write JSON and PNG. Quiet machines give figures; --quick only shows that everything runs.",
+    )
+    bench.add_argument("what", nargs="*", metavar="|".join(BENCHMARKS), help="(default: ops)")
+    bench.add_argument("--quick", action="store_true", help="three rounds a case")
+    bench.add_argument("--only", default="", help="cases whose name contains this; several after commas")
+    bench.add_argument("--threads", type=int, help="(default: torch's)")
+    bench.add_argument(
+        "--out", type=Path, default=Path("obc-bench"), help="folder of JSON and PNG (default: obc-bench)"
+    )
+    bench.set_defaults(command=run)
+
+
+def checkout() -> Path:
+    """The folder that holds the benchmarks."""
+    for root in (Path.cwd(), Path(obc.__file__).parents[2]):
+        if (root / "benchmarks" / "harness.py").is_file():
+            return root
+    raise UsageError("the benchmarks lie in obc's source checkout; run obc bench there")
+
+
+def run(parsed: argparse.Namespace) -> int:
+    asked = parsed.what or ["ops"]
+    if unknown := [name for name in asked if name not in BENCHMARKS]:
+        raise UsageError(f"no benchmark is named {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")
+    require({"matplotlib": "matplotlib"})
+    root, out = checkout(), folder(parsed.out).resolve()
+    options = ["--quick"] * parsed.quick
+    options += ["--threads", str(parsed.threads)] if parsed.threads else []
+    status = 0
+    for name in (file for what in dict.fromkeys(asked) for file in BENCHMARKS[what]):
+        result = out / f"{name}.json"
+        of_name = ["--sizes" if name == "bench_large" else "--only", parsed.only] if parsed.only else []
+        command = [sys.executable, "-m", f"benchmarks.{name}", *options, *of_name, "--out", str(result)]
+        status = max(status, subprocess.run(command, cwd=root).returncode)
+        if result.exists():
+            picture = result.with_suffix(".png")
+            drawn = [sys.executable, "-m", "benchmarks.report", str(result), "--out", str(picture)]
+            status = max(status, subprocess.run(drawn, cwd=root).returncode)
+    return status
