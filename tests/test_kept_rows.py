@@ -193,6 +193,25 @@ def test_memory_is_reserved_exactly_where_the_number_of_batches_is_known() -> No
     assert matrix.untyped_storage().nbytes() == 22 * 4 * matrix.shape[1]  # and one row for what is left out
 
 
+def test_rows_replayed_without_room_are_counted_and_refused() -> None:
+    """A captured CUDA graph replays what a row does on the device; the host's part, which makes room, is not run."""
+    scorer = obc.JacobianScorer(nn.Linear(3, 2), keep_rows=True)
+    store = scorer.row_store
+    assert store is not None
+    store.reserve(2)
+    (flat,) = store.flats
+    finite = torch.tensor([True])
+    for value in (1.0, 2.0):
+        flat.row.fill_(value)
+        for block in store._blocks:
+            block.append(finite, 1.0)
+    assert store.matrices()[0][:, 0].tolist() == [1.0, 2.0]
+    for block in store._blocks:
+        block.append(finite, 1.0)
+    with pytest.raises(ScoringError, match=r"3 rows were replayed where 2 have room.*reserve_rows\(3\)"):
+        store.matrices()
+
+
 def test_reserving_without_keeping_rows_is_refused() -> None:
     with pytest.raises(ScoringError, match="keep_rows=True"):
         obc.JacobianScorer(nn.Linear(3, 2)).reserve_rows(5)
