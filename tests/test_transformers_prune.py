@@ -68,7 +68,7 @@ def test_a_failed_call_leaves_the_model_as_it_was() -> None:
             raise RuntimeError("after the first step")
         return case.loss(model, batch)
 
-    structure = TransformersStructure(case.model, uniform=True)
+    structure = TransformersStructure(case.model, kinds=("ffn",), uniform=True)
     with pytest.raises(RuntimeError, match="after the first step"):
         obc.prune(case.model, None, case.batches, loss, macs=0.7, steps=2, structure=structure)
     assert min(calls) < 48
@@ -115,8 +115,15 @@ def test_families_keep_the_largest_equal_share_that_frees_the_budget() -> None:
     counts = {name: len(units) for name, units in removed.items()}
     assert counts["a"] == counts["b"]
     assert counts["a"] + counts["b"] + 5 * counts["h"] >= 16
-    # A little less of any family would not do: the share before has one head more, or one channel of each layer.
+    # At 5/8 of all widths the second head goes and, were it needed too, the fifth channel of both layers.
     assert counts == {"a": 4, "b": 4, "h": 2}
+
+
+def test_shares_are_of_the_full_widths() -> None:
+    """Families that lost half their width before are at the share that the others come to."""
+    costs = Costs(["a", "b"], [6, 12], linear=torch.tensor([1.0, 1.0]), unit="macs")
+    removed = select_uniform(rows_of(a=6, b=12), costs, 6.0, [["a"], ["b"]], full_widths={"a": 12, "b": 12})
+    assert {name: len(units) for name, units in removed.items()} == {"a": 0, "b": 6}
 
 
 def test_uniform_widths_are_rounded_and_bounded() -> None:

@@ -394,6 +394,7 @@ class _Job:
                     shrinkage=choice.shrinkage,
                     min_units=limits.min_units,
                     round_to=limits.round_to,
+                    full_widths=self.widths,
                 )
             else:
                 removed = select(

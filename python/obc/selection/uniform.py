@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,11 +26,12 @@ def select_uniform(
     shrinkage: float | None = None,
     min_units: Mapping[str, int] | None = None,
     round_to: Mapping[str, int] | None = None,
+    full_widths: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """Units to remove that free ``budget``, with equal widths within every family.
 
-    Every family keeps the same share of its units, the largest that frees the budget; rounding and minima apply to the
-    widths that follow. Which units go is chosen by :func:`obc.select` within each group alone.
+    Every family keeps the same share of its full width, to the nearest permitted one: the largest share that frees the
+    budget. Which units go is chosen by :func:`obc.select` within each group alone.
 
     Args:
         rows_by_group: as for :func:`obc.select`. Families of which a group has no rows keep their widths.
@@ -39,6 +42,7 @@ def select_uniform(
         shrinkage: the same.
         min_units: by group, how many units stay (1 where not named).
         round_to: by group, a multiple of which stays where units go (1 where not named).
+        full_widths: by group, what the share is of, for families that lost units before; by default the widths now.
 
     Returns:
         By group the indices of the units to remove: int64, ascending, on the CPU.
@@ -56,28 +60,29 @@ def select_uniform(
         if all(name in rows_by_group for name in family):
             lowest = max((min_units or {}).get(name, 1) for name in family)
             multiple = max((round_to or {}).get(name, 1) for name in family)
-            limits.append((family, widths.pop(), min(lowest, sizes[family[0]]), multiple))
+            limits.append(_Limits(family, widths.pop(), (full_widths or sizes)[family[0]], lowest, multiple))
 
-    def kept(share: float) -> dict[str, int]:
-        return {
-            name: _width(size, share, lowest, multiple) for family, size, lowest, multiple in limits for name in family
-        }
-
-    def freed(share: float) -> float:
-        widths = {**sizes, **kept(share)}
+    def freed(shares: Sequence[float]) -> float:
+        widths = {**sizes, **_kept(limits, shares)}
         return costs.total() - costs.total(torch.tensor([widths[name] for name in costs.names]))
 
-    if freed(0.0) < budget:
-        raise BudgetError(f"equal widths free at most {freed(0.0):g} of the {budget:g} to be freed", freed(0.0))
-    enough, too_much = 0.0, 1.0
+    most = freed([0.0] * len(limits))
+    if most < budget:
+        raise BudgetError(f"equal widths free at most {most:g} of the {budget:g} to be freed", most)
+    enough, too_large = 0.0, 1.0
     for _ in range(_HALVINGS):
-        middle = (enough + too_much) / 2
-        if freed(middle) >= budget:
+        middle = (enough + too_large) / 2
+        if freed([middle] * len(limits)) >= budget:
             enough = middle
         else:
-            too_much = middle
+            too_large = middle
+    # Where widths of several families change at this very share, not all of them may have to.
+    shares = [enough] * len(limits)
+    for index in range(len(limits)):
+        wider = [*shares[:index], too_large, *shares[index + 1 :]]
+        shares = wider if freed(wider) >= budget else shares
     removed = {name: torch.empty(0, dtype=torch.int64) for name in rows_by_group}
-    for name, width in kept(enough).items():
+    for name, width in _kept(limits, shares).items():
         if width < sizes[name]:
             chosen = select(
                 {name: rows_by_group[name]},
@@ -90,9 +95,22 @@ def select_uniform(
     return removed
 
 
-def _width(size: int, share: float, lowest: int, multiple: int) -> int:
-    """The largest permitted width within a share of ``size``; ``size`` itself where no smaller one is permitted."""
-    if share >= 1:
-        return size
-    width = int(share * size) // multiple * multiple
-    return min(size, max(width, -(-lowest // multiple) * multiple))
+def _kept(limits: Sequence[_Limits], shares: Sequence[float]) -> dict[str, int]:
+    return {name: limit.width(share) for limit, share in zip(limits, shares, strict=True) for name in limit.family}
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What the width of a family may be."""
+
+    family: Sequence[str]
+    size: int
+    full: int
+    lowest: int
+    multiple: int
+
+    def width(self, share: float) -> int:
+        """The permitted width nearest to a share of the full one, but not above the one now."""
+        nearest = math.floor(share * self.full / self.multiple + 0.5) * self.multiple
+        least = -(-self.lowest // self.multiple) * self.multiple
+        return min(self.size, max(nearest, least))
