@@ -1,17 +1,21 @@
 """Time of a training step with Equivalent Pruning: ``python -m benchmarks.bench_equivalent``.
 
 Side by side, each a step of SGD with momentum on the same batch: the unpruned model ("full"), the naively pruned one
-("naive"), the pruned one between explicit 1x1 layers, as in the paper ("explicit"), and ours ("folded"). Before
-anything is timed, the first losses of naive, explicit and folded are compared: they are one function at the start.
+("naive"), the pruned one between explicit 1x1 layers, as in the paper ("explicit"), and ours, with whole factors
+("folded") and with factors of the dropped channels only ("reduced"). Before anything is timed, the first losses of all
+pruned ones are compared: they are one function at the start.
 
 The limit is a naive step followed by the fold's own multiplications, forward and backward, as plain ``torch.mm`` of the
-same shapes: what no fold can beat.
+same shapes: what no fold of whole factors can beat. The line before each table says how many there are, and how fast
+``torch.mm`` is at them when it has the processor to itself for a moment.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -156,26 +160,33 @@ def explicit(naive: nn.Module, folded: nn.Module, original: nn.Module) -> nn.Mod
     return model
 
 
-def products(folded: nn.Module) -> Callable[[], None]:
-    """The fold's products and the two products of each one's backward, as plain torch.mm of their shapes."""
+def product_shapes(folded: nn.Module) -> list[tuple[int, int, int]]:
+    """(a, b, c) of every product a x b times b x c of the folds' forward."""
     shapes = []
     for module in folded.modules():
-        if parametrize.is_parametrized(module):
-            chain = module.parametrizations.weight
-            out_channels, in_channels = chain.original.shape[:2]
-            positions = chain.original.shape[2:].numel()
-            kept_out, kept_in = module.weight.shape[:2]
-            compressed, decompressed = (f is not None for f in (chain[0].compressor, chain[0].decompressor))
-            first = (kept_out, out_channels, in_channels * positions)
-            second = (kept_out * positions, in_channels, kept_in)
-            if compressed and decompressed:
-                other = [
-                    (out_channels * positions, in_channels, kept_in),
-                    (kept_out, out_channels, kept_in * positions),
-                ]
-                shapes += min([first, second], other, key=lambda pair: sum(a * b * c for a, b, c in pair))
-            elif compressed or decompressed:
-                shapes.append(first if compressed else second)
+        if not parametrize.is_parametrized(module):
+            continue
+        chain = module.parametrizations.weight
+        out_channels, in_channels = chain.original.shape[:2]
+        positions = chain.original.shape[2:].numel()
+        kept_out, kept_in = module.weight.shape[:2]
+        compressor, decompressor = chain[0].compressor, chain[0].decompressor
+        orders = []
+        for first in (True, False):  # C before D, D before C
+            order = []
+            if compressor is not None:
+                columns = in_channels if first else kept_in
+                order.append((kept_out, compressor.shape[1], columns * positions))
+            if decompressor is not None:
+                rows = kept_out if first else out_channels
+                order.append((rows * positions, decompressor.shape[0], kept_in))
+            orders.append(order)
+        shapes += min(orders, key=lambda order: sum(a * b * c for a, b, c in order))
+    return shapes
+
+
+def products(shapes: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
+    """Each product and the two of its backward, as plain torch.mm."""
     operands = [(torch.randn(a, b), torch.randn(b, c), torch.randn(a, c)) for a, b, c in shapes]
 
     def run() -> None:
@@ -185,6 +196,17 @@ def products(folded: nn.Module) -> Callable[[], None]:
             left.T @ grad
 
     return run
+
+
+def bound(name: str, shapes: Sequence[tuple[int, int, int]]) -> str:
+    """The FLOPs of a step's folds, and the time and rate of torch.mm at them."""
+    flops = 6 * sum(a * b * c for a, b, c in shapes)
+    run, seconds = products(shapes), math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        seconds = min(seconds, time.perf_counter() - start)
+    return f"{name} {flops / 1e9:.2f} GFLOP a step, {1e3 * seconds:.1f} ms at {flops / seconds / 1e9:.0f} GFLOP/s"
 
 
 def step(model: nn.Module, batch: Tensor, labels: Tensor) -> Callable[[], Tensor]:
@@ -212,8 +234,12 @@ def case(build: Callable[[], nn.Module], kept: float, batch_size: int, targets: 
         ignored += [naive.embed, *(part for layer in naive.layers for part in (layer.qkv, layer.out, layer.down))]
     plan = prune(naive, kept, ignored)
     plan.verify(original.state_dict(), naive)
-    folded = equivalent_pruning(copy.deepcopy(naive), original.state_dict(), plan).model
-    models = {"full": original, "naive": naive, "explicit": explicit(naive, folded, original), "folded": folded}
+    folded, reduced = (
+        equivalent_pruning(copy.deepcopy(naive), original.state_dict(), plan, factors=factors).model
+        for factors in ("full", "reduced")
+    )
+    models = {"full": original, "naive": naive, "explicit": explicit(naive, folded, original)}
+    models |= {"folded": folded, "reduced": reduced}
     batch, labels = torch.randn(batch_size, 3, 32, 32), torch.randint(CLASSES, (batch_size,))
     expected = F.cross_entropy(copy.deepcopy(naive).train()(batch), labels).item()
 
@@ -221,7 +247,8 @@ def case(build: Callable[[], nn.Module], kept: float, batch_size: int, targets: 
         # The same function, its sums in another order: float32 rounding through some tens of normalised layers.
         assert abs(loss.item() - expected) < 1e-3 * abs(expected), f"first loss {loss.item()}, expected {expected}"
 
-    naive_step, fold_products = step(copy.deepcopy(naive), batch, labels), products(folded)
+    naive_step, fold_products = step(copy.deepcopy(naive), batch, labels), products(product_shapes(folded))
+    print("products of torch.mm: " + "; ".join(bound(name, product_shapes(models[name])) for name in OURS))
     return Case(
         providers=[Provider(name, step(model, batch, labels)) for name, model in models.items()],
         baseline="naive",
@@ -233,16 +260,17 @@ def case(build: Callable[[], nn.Module], kept: float, batch_size: int, targets: 
     )
 
 
-HALF_OF_EXPLICIT = Target("folded", "explicit", 0.5)
+OURS = ("folded", "reduced")
+HALF_OF_EXPLICIT = [Target(name, "explicit", 0.5) for name in OURS]
 
 
 def _cases() -> dict[str, Callable[[], Case]]:
     cases: dict[str, Callable[[], Case]] = {}
     for times, kept in KEPT_WIDTH.items():
-        at_four = [HALF_OF_EXPLICIT] if times == 4 else []
-        vgg = [Target("folded", LIMIT, 1.1), *at_four]
-        resnet = [Target("folded", "naive", 1.3), *at_four] if times == 4 else []
-        vit = [Target("folded", "naive", 1.15), *at_four]
+        at_four = HALF_OF_EXPLICIT if times == 4 else []
+        vgg = [*(Target(name, LIMIT, 1.1) for name in OURS), *at_four]
+        resnet = [*(Target(name, "naive", 1.3) for name in OURS), *at_four] if times == 4 else []
+        vit = [*(Target(name, "naive", 1.15) for name in OURS), *at_four]
         cases |= {
             f"VGG-19, {times}x fewer MACs, batch 64": lambda kept=kept, t=vgg: case(vgg19, kept, 64, t),
             f"ResNet-56, {times}x fewer MACs, batch 64": lambda kept=kept, t=resnet: case(resnet56, kept, 64, t),

@@ -457,6 +457,13 @@ def test_too_few_samples_without_a_ridge_are_an_error() -> None:
         compensate(pruned.model, pruned.original, pruned.plan, data, ridge=0.0)
 
 
+def test_fewer_positions_than_channels_are_named() -> None:
+    pruned = RECIPES["flatten"].prune()
+    with pytest.warns(UserWarning, match=r"head \(2 positions for 5 channels\); pass more batches") as warned:
+        compensate(pruned.model, pruned.original, pruned.plan, [RECIPES["flatten"].inputs(2, s) for s in range(2)])
+    assert "conv2" not in str(warned[0].message)
+
+
 def test_recalibrate_norms_needs_batches() -> None:
     with pytest.raises(ValueError, match="got no batches"):
         recalibrate_norms(ConvChain(), iter(()))

@@ -377,6 +377,16 @@ def test_warns_of_layers_below_their_break_even(inputs) -> None:
     assert torch.equal(pruned.model.norm1.running_mean, statistics)
 
 
+@pytest.mark.parametrize("order", ["BC", "BCB"])
+def test_rejects_norms_before_the_compressor(order: str) -> None:
+    pruned = RECIPES["flatten"].prune()
+    with pytest.raises(ValueError, match=rf"conv1: order '{order}' has a norm .* use order='CB'"):
+        equivalent_pruning(pruned.model, pruned.state_dict, pruned.plan, order=order)
+    assert not any(map(parametrize.is_parametrized, pruned.model.modules()))
+    with pytest.raises(ValueError, match="order must be 'CB', got 'CBC'"):
+        equivalent_pruning(pruned.model, pruned.state_dict, pruned.plan, order="CBC")
+
+
 def test_rejects_unknown_factors() -> None:
     pruned = RECIPES["flatten"].prune()
     with pytest.raises(ValueError, match="factors must be 'full' or 'reduced', got 'half'"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -180,8 +181,22 @@ def compensate(
             run.compensate(bar)
             run.decide(bar)
         run.share()
+    _warn_of_few_rows(run)
     run.report.seconds = time.perf_counter() - start
     return run.report
+
+
+def _warn_of_few_rows(run: _Run) -> None:
+    kept = {name: consumer.positions.shape[1] for name, consumer in run.consumers.items()}
+    rows = {name: layer.rows for name, layer in run.report.layers.items()}
+    if few := [
+        f"{name} ({rows[name]} positions for {kept[name]} channels)" for name in rows if rows[name] < kept[name]
+    ]:
+        warnings.warn(
+            f"fewer calibration positions than kept channels, so that the ridge decides: {', '.join(few)}; "
+            f"pass more batches",
+            stacklevel=3,
+        )
 
 
 def _split(batches: list[Any], processes: Processes) -> tuple[list[Any], list[Any]]:

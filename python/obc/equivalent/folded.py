@@ -32,6 +32,7 @@ def equivalent_pruning(
     *,
     decompressor: Literal["identity"] | Mapping[str, Tensor] = "identity",
     factors: Literal["full", "reduced"] = "full",
+    order: Literal["CB"] = "CB",
     example_inputs: Any = None,
 ) -> EquivalentPruning:
     """Give every pruned layer of ``pruned_model`` its original weight behind a compressor and a decompressor, in place.
@@ -53,6 +54,8 @@ def equivalent_pruning(
         factors: "full" as in the paper, or "reduced": C and D over the dropped channels only, the kept ones staying
             the identity. The same functions can be reached with fewer multiplications and parameters; the training
             trajectory is another one.
+        order: "CB": the compressor stands before the norm. The paper's "BC" and "BCB", with a norm before the
+            compressor, can't be folded and are refused.
         example_inputs: what one training step feeds the model, a tensor, a tuple of arguments or a mapping of keyword
             arguments. One forward pass in eval mode, without gradients, then counts each layer's positions, and
             layers below their break-even are named in a warning.
@@ -63,10 +66,11 @@ def equivalent_pruning(
     Raises:
         PlanError: the plan doesn't describe the model (nothing has been changed then).
         ValueError: the model is compiled, a layer is already parametrised, a decompressor doesn't fit, or ``factors``
-            is unknown.
+            or ``order`` is none of the above.
     """
     if factors not in ("full", "reduced"):
         raise ValueError(f"factors must be 'full' or 'reduced', got {factors!r}")
+    _refuse_order(order, pruned_model, plan)
     if is_compiled(pruned_model):
         raise ValueError("the model is compiled; fold the model that was passed to torch.compile, then compile it")
     layers = [
@@ -84,6 +88,19 @@ def equivalent_pruning(
     equivalent = EquivalentPruning(pruned_model)
     warn_below(equivalent.break_even, seen)
     return equivalent
+
+
+def _refuse_order(order: str, model: nn.Module, plan: PruningPlan) -> None:
+    if order == "CB":
+        return
+    if order not in ("BC", "BCB"):
+        raise ValueError(f"order must be 'CB', got {order!r}")
+    pruned = (name for name, _ in named_modules(model) if plan.get(name, Kept()).out_channels is not None)
+    first = next(pruned, "the plan's first layer")
+    raise ValueError(
+        f"{first}: order {order!r} has a norm between the layer and its compressor; in training that norm depends on "
+        f"the batch, so the two are no one weight and can't be folded; use order='CB'"
+    )
 
 
 @dataclass(frozen=True)
