@@ -86,6 +86,27 @@ class Scaled(nn.Module):
         return self.head(x + self.scale * self.down(F.gelu(self.up(self.norm(x)))))
 
 
+class EncoderLayer(nn.TransformerEncoderLayer):
+    """torch's own: its attention is one module with a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 2, 12, batch_first=True)
+
+
+class Fused(nn.Module):
+    """Attention with one layer for queries, keys and values, each in heads of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.out, self.head = nn.Linear(3, 8), nn.Linear(8, 36), nn.Linear(12, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        query, key, value = (part.unflatten(-1, (-1, 4)).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        weights = (query @ key.transpose(-1, -2)).softmax(-1)
+        return self.head((x + self.out((weights @ value).transpose(1, 2).flatten(2))).mean(1))
+
+
 @dataclass
 class Net:
     """A network, what goes in, what Torch-Pruning must be told, and whether a unit can be silenced instead."""
@@ -115,6 +136,8 @@ NETS = {
     "dense": Net(Dense, (2, 5, 5)),
     "gated": Net(Gated, (5,)),
     "inverted": Net(Inverted, (2, 5, 5), silencing=False),
+    "fused": Net(Fused, (5, 3), {"num_heads": {"qkv": 3}}, silencing=False),
+    "attention": Net(lambda: nn.Sequential(nn.Linear(3, 8), EncoderLayer(), nn.Linear(8, 2)), (5, 3), silencing=False),
     "scaled": Net(Scaled, (5,), silencing=False),
 }
 NETS |= {
@@ -141,13 +164,18 @@ def counted_macs(model: nn.Module, x: Tensor) -> int:
     """Multiplications of convolutions and linear layers in one forward, from what runs."""
     total = 0
 
-    def count(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(module: Any, args: tuple[Tensor, ...], output: Any) -> None:
         nonlocal total
+        if isinstance(module, nn.MultiheadAttention):
+            tokens = args[0].numel() // module.embed_dim
+            total += tokens * (module.in_proj_weight.numel() + module.out_proj.weight.numel())
+            return
         transposed = isinstance(module, nn.ConvTranspose2d)
         applied = (args[0] if transposed else output).numel()
         total += applied * module.weight[0].numel()
 
-    handles = [m.register_forward_hook(count) for m in model.modules() if layout_of(m) is not None]
+    counted = [m for m in model.modules() if layout_of(m) is not None or isinstance(m, nn.MultiheadAttention)]
+    handles = [module.register_forward_hook(count) for module in counted]
     model(x)
     for handle in handles:
         handle.remove()
@@ -221,8 +249,14 @@ def test_units_are_what_must_go_together() -> None:
     assert channels(norm, "group_norm", "out") == [[0, 2, 4, 6], [1, 3, 5, 7]]
     grouped = group("grouped", "stem")
     assert channels(grouped, "grouped", "in") == [[i, i + 4] for i in range(4)]
+    fused = group("fused", "qkv")
+    assert channels(fused, "qkv", "out")[1] == [4, 5, 6, 7, 16, 17, 18, 19, 28, 29, 30, 31]
+    attention = group("attention", "0")
+    assert channels(attention, "1.self_attn", "out")[1] == [1, 5, 9, 13, 17, 21]
     heads = group("transformer", "layers.0.attention.query")
     assert heads.kind == "heads"
+    residual = group("transformer", "embed")
+    assert (residual.kind, residual.size) == ("channels", 32)
     assert channels(heads, "layers.0.attention.out", "in") == [list(range(8 * h, 8 * h + 8)) for h in range(4)]
 
 

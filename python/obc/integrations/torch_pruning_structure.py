@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,10 @@ from torch.nn.modules.conv import _ConvNd
 from obc.equivalent.layers import layout_of
 from obc.equivalent.plan import PlanError, PruningPlan
 from obc.integrations.torch_pruning_plan import PlanRecorder, refuse_unprunable
+from obc.integrations.torch_pruning_units import NotPrunableError, Units, after, renumbered, slice_of, without
 from obc.pruning.measure import call, costs_of, evaluating, measure
 from obc.pruning.structure import Limits
-from obc.scoring.groups import ChannelGroup, Side, Slice
+from obc.scoring.groups import ChannelGroup, Side
 from obc.scoring.layers import Rule, rule_for
 from obc.selection.costs import Costs
 
@@ -27,14 +27,8 @@ try:
 except ImportError as error:
     raise ImportError("obc.prune finds groups by Torch-Pruning: pip install torch-pruning") from error
 
-logger = logging.getLogger("obc")
-
 ForwardFn = Callable[[nn.Module, Any], Any]
 Layers = Sequence[nn.Module | str]
-
-
-class _NotPrunableError(ValueError):
-    """Why a group that Torch-Pruning found can't be pruned; kept as the reason why it is left out."""
 
 
 @dataclass(eq=False)
@@ -212,7 +206,7 @@ class TorchPruningStructure:
             name = min(self._producers(raw), key=self._place)
             try:
                 found.append((name, *self._group(name, raw)))
-            except _NotPrunableError as reason:
+            except NotPrunableError as reason:
                 self.left_out[name] = str(reason)
         for name, root, group in sorted(found, key=lambda entry: self._place(entry[0])):
             self._roots[name], self._groups[name] = root, group
@@ -229,7 +223,8 @@ class TorchPruningStructure:
         ]
 
     def _group(self, name: str, raw: Any) -> tuple[_Root, ChannelGroup]:
-        heads = {item[0].target.module for item in raw if item[0].target.module in self._heads}
+        pruned_out = {item[0].target.module for item in raw if self._graph.is_out_channel_pruning_fn(item[0].handler)}
+        heads = pruned_out & set(self._heads)
         out = True
         if heads:
             raw, out = self._rerooted(raw)
@@ -237,12 +232,12 @@ class TorchPruningStructure:
         root = raw[0][0].target.module
         self._refuse_outer(members, raw)
         size = len(raw[0][1])
-        units = _Units(size)
+        units = Units(size)
         self._join_heads(units, heads, size)
         self._join_divided(units, members)
         self._join_self_coupled(units, root, raw[0][0].handler, size)
         channels = units.table()
-        slices = tuple(_slice(module, side, of, channels) for (module, side), of in members.items())
+        slices = tuple(slice_of(module, side, of, channels) for (module, side), of in members.items())
         ordered = tuple(sorted(slices, key=lambda part: self._place(part.module)))
         kind = "heads" if heads else "channels"
         return _Root(root, out, channels), ChannelGroup(name, ordered, kind)
@@ -255,7 +250,7 @@ class TorchPruningStructure:
             if layout_of(layer) is not None and self._graph.is_in_channel_pruning_fn(dep.handler):
                 size = self._graph.get_in_channels(layer)
                 return self._graph.get_pruning_group(layer, dep.handler, list(range(size))), False
-        raise _NotPrunableError("no layer reads the attention's output")
+        raise NotPrunableError("no layer reads the attention's output")
 
     def _members(self, raw: Any) -> dict[tuple[str, Side], dict[int, int]]:
         """(module, side) -> channel -> root channel, of everything with parameters that the group prunes."""
@@ -267,7 +262,7 @@ class TorchPruningStructure:
             if not parts or not channels:
                 continue
             if roots is None or any(root is None for root in roots):
-                raise _NotPrunableError("Torch-Pruning does not say which channels go together (grouped queries)")
+                raise NotPrunableError("Torch-Pruning does not say which channels go together (grouped queries)")
             for name, side, copies in parts:
                 of_part = members.setdefault((name, side), {})
                 for offset in copies:
@@ -282,9 +277,9 @@ class TorchPruningStructure:
             return []  # an operation, an activation, a norm without parameters
         name = self._names[target]
         if isinstance(target, nn.RNNBase):
-            raise _NotPrunableError(f"a plan can't describe a pruned {type(target).__name__} ({name!r})")
+            raise NotPrunableError(f"a plan can't describe a pruned {type(target).__name__} ({name!r})")
         if isinstance(target, nn.LayerNorm) and len(target.normalized_shape) > 1:
-            raise _NotPrunableError(f"a plan can't describe {name!r}, a LayerNorm over several dimensions")
+            raise NotPrunableError(f"a plan can't describe {name!r}, a LayerNorm over several dimensions")
         if isinstance(target, nn.MultiheadAttention):
             thirds = [part * target.embed_dim for part in range(3)]
             of_out = f"{name}.out_proj" if name else "out_proj"
@@ -305,23 +300,23 @@ class TorchPruningStructure:
     def _refuse_outer(self, members: Mapping[tuple[str, Side], Any], raw: Any) -> None:
         returned = [name for name, side in members if side == "out" and name in self._usage.returned]
         if returned or any(type(item[0].target.module).__name__ == "_OutputOp" for item in raw):
-            raise _NotPrunableError("its width is that of the model's output")
+            raise NotPrunableError("its width is that of the model's output")
         if not any(side == "in" for _, side in members):
-            raise _NotPrunableError("no layer reads it")
+            raise NotPrunableError("no layer reads it")
 
     # --- units ------------------------------------------------------------------------------------------------
 
-    def _join_heads(self, units: _Units, layers: set[nn.Module], size: int) -> None:
+    def _join_heads(self, units: Units, layers: set[nn.Module], size: int) -> None:
         counts = {self._heads[layer] for layer in layers}
         if len(counts) > 1:
-            raise _NotPrunableError(f"its projections have different numbers of heads: {sorted(counts)}")
+            raise NotPrunableError(f"its projections have different numbers of heads: {sorted(counts)}")
         for count in counts:
             if size % count:
                 names = ", ".join(repr(self._names[layer]) for layer in layers)
                 raise ValueError(f"num_heads: {count} heads don't divide the {size} channels of {names}")
             units.join_blocks(count)
 
-    def _join_divided(self, units: _Units, members: Mapping[tuple[str, Side], Mapping[int, int]]) -> None:
+    def _join_divided(self, units: Units, members: Mapping[tuple[str, Side], Mapping[int, int]]) -> None:
         """Groups of a layer's channels keep equal widths: the channels of one place in each of them go together."""
         for (name, side), roots in members.items():
             module = self._modules.get(name)
@@ -332,7 +327,7 @@ class TorchPruningStructure:
                 continue
             size = self._size(module, side)
             if len(roots) < size:
-                raise _NotPrunableError(f"{name!r} reads other channels too and keeps {divisions} groups equally wide")
+                raise NotPrunableError(f"{name!r} reads other channels too and keeps {divisions} groups equally wide")
             width = size // divisions
             for channel, root in roots.items():
                 units.join(root, roots[channel % width])
@@ -353,7 +348,7 @@ class TorchPruningStructure:
         size = self._graph.get_out_channels(module) if side == "out" else self._graph.get_in_channels(module)
         return int(size)
 
-    def _join_self_coupled(self, units: _Units, root: nn.Module, handler: Any, size: int) -> None:
+    def _join_self_coupled(self, units: Units, root: nn.Module, handler: Any, size: int) -> None:
         """Channels of the root that go together, as the two halves before a gated unit do.
 
         A group of all channels does not show it, one of a single channel does: three are looked at first.
@@ -419,14 +414,14 @@ class TorchPruningStructure:
         raw.prune()
         for key in frozen:
             self.model.get_parameter(key).requires_grad_(False)
-        root.channels = _renumbered(_without(root.channels, chosen), removed)
+        root.channels = renumbered(without(root.channels, chosen), removed)
         self._groups[name] = replace(
-            group, slices=tuple(replace(part, channels=_without(part.channels, chosen)) for part in group.slices)
+            group, slices=tuple(replace(part, channels=without(part.channels, chosen)) for part in group.slices)
         )
         lost = {key: torch.tensor(sorted(channels), dtype=torch.int64) for key, channels in expected.items()}
         for other, of in self._groups.items():
             if any((part.module, part.side) in lost for part in of.slices):
-                self._groups[other] = replace(of, slices=tuple(_after(part, lost) for part in of.slices))
+                self._groups[other] = replace(of, slices=tuple(after(part, lost) for part in of.slices))
 
     def _raw_group(self, name: str, removed: Tensor, expected: Mapping[tuple[str, Side], set[int]]) -> Any:
         """Torch-Pruning's group that removes exactly ``expected``.
@@ -445,67 +440,6 @@ class TorchPruningStructure:
                 return raw
         key = next(key for key in {**expected, **about_to} if expected.get(key) != about_to.get(key))
         raise PlanError(f"{name!r}: Torch-Pruning would remove other channels of {key[0]!r} than its group's")
-
-
-class _Units:
-    """Root channels joined into units."""
-
-    def __init__(self, size: int) -> None:
-        self._parents = list(range(size))
-
-    def _find(self, channel: int) -> int:
-        while self._parents[channel] != channel:
-            self._parents[channel] = self._parents[self._parents[channel]]
-            channel = self._parents[channel]
-        return channel
-
-    def join(self, one: int, other: int) -> None:
-        first, second = sorted((self._find(one), self._find(other)))
-        self._parents[second] = first
-
-    def join_blocks(self, count: int) -> None:
-        """Make each of ``count`` equal blocks of consecutive channels one unit."""
-        width = len(self._parents) // count
-        for channel in range(len(self._parents)):
-            self.join(channel, channel - channel % width)
-
-    def table(self) -> Tensor:
-        """(units, k) the channels of each, ordered by the first."""
-        members: dict[int, list[int]] = {}
-        for channel in range(len(self._parents)):
-            members.setdefault(self._find(channel), []).append(channel)
-        sizes = {len(channels) for channels in members.values()}
-        if len(sizes) != 1:
-            raise _NotPrunableError(f"its units are of different sizes: {sorted(sizes)} channels")
-        return torch.tensor(list(members.values()), dtype=torch.int64)
-
-
-def _slice(module: str, side: Side, roots: Mapping[int, int], units: Tensor) -> Slice:
-    """The channels of one layer that go with each unit, in the order of the layer."""
-    unit_of = {int(root): unit for unit, members in enumerate(units.tolist()) for root in members}
-    per_unit: list[list[int]] = [[] for _ in range(len(units))]
-    for channel in sorted(roots):
-        per_unit[unit_of[roots[channel]]].append(channel)
-    sizes = {len(channels) for channels in per_unit}
-    if len(sizes) != 1 or 0 in sizes:
-        raise _NotPrunableError(f"its units take different numbers of channels of {module!r}: {sorted(sizes)}")
-    return Slice(module, side, torch.tensor(per_unit, dtype=torch.int64))
-
-
-def _without(table: Tensor, rows: Tensor) -> Tensor:
-    keep = torch.ones(len(table), dtype=torch.bool)
-    keep[rows] = False
-    return table[keep]
-
-
-def _renumbered(channels: Tensor, removed: Tensor) -> Tensor:
-    """The same channels counted without the ``removed`` ones (ascending, none of them among ``channels``)."""
-    return channels - torch.searchsorted(removed, channels)
-
-
-def _after(part: Slice, lost: Mapping[tuple[str, Side], Tensor]) -> Slice:
-    removed = lost.get((part.module, part.side))
-    return part if removed is None else replace(part, channels=_renumbered(part.channels, removed))
 
 
 def _refuse_untraceable(model: nn.Module) -> None:
