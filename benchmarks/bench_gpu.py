@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import obc
 from benchmarks import gpu_timing as timing
-from benchmarks.gpu_models import resnet50_model
+from benchmarks.gpu_models import llama_8b_layer, resnet50_weights
 from benchmarks.gpu_scoring import scoring_section, small_model_section
 from obc import ops
 from obc.backends import gemm
@@ -97,16 +97,6 @@ def bandwidth_section() -> Rows:
                 compiled = torch.compile(eager, dynamic=False)
                 row["compiled_share_of_copy"] = moved / timing.graph_seconds(compiled, input_sets[:2]) / ceiling
             yield row
-
-
-def llama_8b_layer() -> list[tuple[int, ...]]:
-    """The weights of one layer of Llama-3 8B."""
-    return [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
-
-
-def resnet50_weights() -> list[tuple[int, ...]]:
-    """Those of ResNet-50's convolutions and its linear layer."""
-    return [tuple(m.weight.shape) for m in resnet50_model().modules() if isinstance(m, nn.Conv2d | nn.Linear)]
 
 
 def list_section() -> Rows:

@@ -139,3 +139,13 @@ def llama_1b(device: str, small: bool = False) -> Workload:
         lambda model, entry: model(inputs_embeds=entry, labels=ids).loss,
         embedded,
     )
+
+
+def llama_8b_layer() -> list[tuple[int, ...]]:
+    """The weights of one layer of Llama-3 8B."""
+    return [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+
+
+def resnet50_weights() -> list[tuple[int, ...]]:
+    """Those of ResNet-50's convolutions and its linear layer."""
+    return [tuple(m.weight.shape) for m in resnet50_model().modules() if isinstance(m, nn.Conv2d | nn.Linear)]

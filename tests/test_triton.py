@@ -12,6 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks.gpu_models import llama_8b_layer, resnet50_weights
 
 pytest.importorskip("triton", reason="triton is not installed (pip install 'obc[triton]')")
 
@@ -78,6 +81,22 @@ assert replace(good, loads={}).faults
 
 def test_ahead_of_time_check_finds_faults() -> None:
     passed(run_python("-c", FAULTS, interpret=False))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "most"), [(resnet50_weights(), 3), (llama_8b_layer(), 2)], ids=["ResNet-50", "Llama-8B layer"]
+)
+def test_a_models_weights_take_few_launches(shapes: list[tuple[int, ...]], most: int) -> None:
+    """Counted, not run: the tensors have no memory. One launch for layers in vectors, one for others, one to finish."""
+    from obc_kernels import weight_dot_list_triton
+    from obc_kernels.launch import recording
+
+    weights = [torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes]
+    none, count = [None] * len(shapes), len(shapes)
+    with recording(dry=True) as launches:
+        weight_dot_list_triton(weights, weights, none, none, [1] * count, [False] * count)
+    assert len(launches) <= most
+    assert sum("finish" in launch.kernel.__name__ for launch in launches) == 1
 
 
 WITHOUT_TRITON = """
