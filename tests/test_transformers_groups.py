@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 
@@ -179,6 +180,20 @@ def test_group_scores_are_sums_of_squares_of_float64_weight_gradients(family: st
             scored += 1
             close(gates[group.name], torch.stack(readers).sum(0).square().sum(0), scale)
     assert scored
+
+
+def test_experts_are_scored_per_sample_too() -> None:
+    """No gate sees inside experts: samples go through the model one by one, with one row each."""
+    case = FAMILIES["mixtral"]()
+    case.model.set_experts_implementation("eager")
+    name = "model.layers.0.mlp.experts"
+    singles = [batch[index : index + 1] for batch in case.batches for index in range(len(batch))]
+    expected = expert_rows(dataclasses.replace(case, batches=singles))[name]
+    scores = obc.score(case.model, singles, case.losses, rows="sample")
+    assert str(scores.coverage[name]).startswith("weight gradient")
+    for got, rows in zip((scores[name].out_channels, scores[name].in_channels), expected, strict=True):
+        total = rows.square().sum(0)
+        close(got, total, float(total.max()))
 
 
 def test_without_rows_a_unit_is_the_sum_of_its_channels() -> None:

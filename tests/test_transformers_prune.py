@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,21 @@ def test_a_failed_call_leaves_the_model_as_it_was() -> None:
     assert case.model.config.intermediate_size == 48
     assert case.model.model.layers[0].mlp.intermediate_size == 48
     assert torch.equal(output(case, case.model), before)
+
+
+@pytest.mark.parametrize("options", [{}, {"selection": "independent", "slices": "all"}, {"per_macs": False}], ids=str)
+def test_experts_that_are_one_tensor_are_pruned(options: dict[str, Any]) -> None:
+    """By the library's default implementation, whose grouped products take whole 16 bytes alone."""
+    case = FAMILIES["mixtral"]()
+    structure = TransformersStructure(case.model)
+    result = obc.prune(case.model, None, case.batches, case.loss, macs=0.7, steps=2, structure=structure, **options)
+    assert result.report.macs_after <= 0.7 * result.report.macs_before
+    assert not result.report.left_out
+    assert output(case, case.model).isfinite().all()
+    widths = {group.kind: group.size for group in structure.groups}
+    assert widths["expert_ffn"] % 4 == 0
+    assert widths["experts"] >= 2
+    result.plan.verify(FAMILIES["mixtral"]().model.state_dict(), case.model)
 
 
 def test_without_example_inputs_the_models_own_blocks_are_pruned() -> None:
