@@ -20,9 +20,9 @@ Two things are left to matrix products, by these counts (4 TB/s, 6 TFLOP/s of bf
   multiprocessors (8 us), and 8 MiB of partial sums written and read (2 us). Four products move 3 MiB of intermediates
   (0.7 us) over the whole chip in four launches (12 us): nothing is gained, and at larger sizes the chip is lost.
 - Several layers at once. Where a fold is no matter of launches, batching can't help: a 4096 x 11008 weight at half the
-  channels is 0.2 TFLOP, hundreds of microseconds beside one launch. Where it is (18 layers 64 x 64 x 3 x 3 of ResNet-56,
-  3.5 MFLOP each) a batch saves 17 launches, 50 us, but its operands must lie together: 18 parameters and their factors
-  copied at every step (3.1 MiB read and written, and a launch for each of three lists), and the layers, which are folded
+  channels is 0.4 TFLOP, half a millisecond beside one launch. Where it is (18 layers 64 x 64 x 3 x 3 of ResNet-56,
+  3.5 MFLOP each) a batch saves 17 launches, 50 us, but its operands must lie together: 18 weights and their factors
+  copied at every step (2.8 MiB read and written, a launch for each of three lists), and the layers, which are folded
   one by one as the forward reaches them, folded before it. A CUDA graph of the step saves the same launches, and all
   others, without either.
 """
