@@ -69,7 +69,8 @@ def prune(
 
     In every step the criterion scores the model as it then is, ``obc.select`` chooses what to remove, and BatchNorm
     statistics are estimated anew. After step t of T at most a share macs^(t/T) remains: each step removes the same
-    share of what is left. After an exception the model is as it was before the call.
+    share of what is left. After an exception the model is as it was before the call; the unpruned weights are kept in
+    memory until then.
 
     The default chooses *sets* of channels (``selection="joint"``): in every row n the first-order change of the loss
     when all channels g of a set go is sum_g r_g[n]; the set with the smallest sum of its squares over the rows goes.
