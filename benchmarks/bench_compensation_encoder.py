@@ -228,11 +228,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts = provenance(1, arguments.threads) | {"sentences": arguments.sentences}
     encoder = Encoder()
     chosen = [corpus for corpus in CORPORA if arguments.corpus in (None, corpus.name)]
-    rows = [row for corpus in chosen for row in table(encoder, corpus, arguments)]
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"provenance": facts, "rows": rows}, indent=2) + "\n")
-        print(f"written: {arguments.out}")
+    rows: list[dict[str, Any]] = []
+    for result in (result for corpus in chosen for result in table(encoder, corpus, arguments)):
+        rows.append(result)
+        if arguments.out:  # after each row: a run takes long
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps({"provenance": facts, "rows": rows}, indent=2) + "\n")
     return int(any(result[mode] < result["naive"] for result in rows for mode in ("ls", "seq")))
 
 

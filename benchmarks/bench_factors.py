@@ -1,7 +1,7 @@
 """Fine-tuning with whole factors against factors of the dropped channels: ``python -m benchmarks.bench_factors``.
 
-The demo's networks, pruned by the Jacobian Criterion to half their MACs as in :mod:`benchmarks.bench_compensation`, then
-fine-tuned for a few epochs: naively, and by Equivalent Pruning with ``factors="full"`` and ``factors="reduced"``. All
+The demo's networks, pruned by the Jacobian Criterion to half their MACs as in :mod:`benchmarks.bench_compensation`,
+then fine-tuned for a few epochs: naively, and by Equivalent Pruning with ``factors="full"`` and "reduced". All
 have the same epochs, batches, optimizer, schedule and learning rates to try; each takes the one that does best on the
 validation split, and the table shows its accuracy on the test split, which is read once.
 """
