@@ -184,16 +184,17 @@ def _authors_run(subject: Subject, model: nn.Module, batches: Sequence[Any]) -> 
     return scores
 
 
+def contract_and_drop(weight: Tensor) -> None:
+    """A hook for gradients that have come: the weight's is contracted by weight_dot, and gone."""
+    assert weight.grad is not None
+    ops.weight_dot(weight.detach(), weight.grad)
+    weight.grad = None
+
+
 def contracting(model: nn.Module) -> nn.Module:
-    """``model`` itself, its weight gradients contracted by weight_dot as soon as they are there, and dropped."""
-
-    def contract(weight: Tensor) -> None:
-        assert weight.grad is not None
-        ops.weight_dot(weight.detach(), weight.grad)
-        weight.grad = None
-
+    """``model`` itself, its weight gradients contracted as soon as they are there, and dropped."""
     for weight in _weights(model):
-        weight.register_post_accumulate_grad_hook(contract)
+        weight.register_post_accumulate_grad_hook(contract_and_drop)
     return model
 
 
@@ -267,7 +268,7 @@ def whole_run(make: Callable[[], Subject]) -> Case:
     torch.manual_seed(0)
     subject = make()
     plain, frozen = copy.deepcopy(subject.model), _frozen(subject.model)
-    expected = _expected(subject)
+    expected = expected_scores(subject)
     names = [n for n, m in subject.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
 
     def score(rows: str) -> obc.Scores:
@@ -300,7 +301,7 @@ def whole_run(make: Callable[[], Subject]) -> Case:
     )
 
 
-def _expected(subject: Subject) -> list[Tensor]:
+def expected_scores(subject: Subject) -> list[Tensor]:
     """Out-channel scores from plain weight and bias gradients by the reference's definition."""
     model = copy.deepcopy(subject.model)
     modules = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
