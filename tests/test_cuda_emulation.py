@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import obc
+from benchmarks.gpu_models import llama_8b_layer, resnet50_weights
 from obc import ops, reference
 from obc.backends import BACKENDS, Backend, cuda
 
@@ -111,6 +112,37 @@ def test_noncontiguous(
         test_weight_dot.check_moments(weight, grad)
 
 
+def loads(library: ctypes.CDLL, call: Callable[[], object]) -> int:
+    """16-byte loads that one call makes."""
+    before = library.obc_emulation_vector_loads()
+    call()
+    return library.obc_emulation_vector_loads() - before
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(2, 3, 17, 17), (1, 2, 67, 67), (300, 8, 17, 17), (2, 2, 9, 9)], ids=str)
+def test_rows_that_begin_at_no_vector_are_read_in_vectors(
+    library: ctypes.CDLL, shape: tuple[int, ...], shift: int, dtype: torch.dtype
+) -> None:
+    """Maps of an odd number of positions: all but fewer than two vectors an output come by 16 bytes."""
+    activation, grad = (t.new_empty(t.numel() + 8)[shift : shift + t.numel()].view(shape).copy_(t)
+                        for t in test_channel_dot.pair(shape, dtype, "cpu"))  # fmt: skip
+    items, positions = 16 // dtype.itemsize, shape[2] * shape[3]
+    if positions > 256:  # fewer are read by tiles
+        count = loads(library, lambda: ops.channel_dot(activation, grad, 1, True))
+        assert count >= 2 * shape[0] * shape[1] * (positions // items - 1)
+    test_channel_dot.check(activation, grad, 1, True)
+    test_channel_dot.check(activation, grad, 1)
+    test_weight_dot.check_moments(activation.flatten(0, 1).flatten(1), grad.flatten(0, 1).flatten(1))
+
+
+def test_rows_that_begin_differently_in_both_arrays_are_read_by_element(library: ctypes.CDLL) -> None:
+    activation, grad = (torch.randn(1 + 2 * 289)[shift : shift + 578].view(1, 2, 17, 17) for shift in (0, 1))
+    assert loads(library, lambda: ops.channel_dot(activation, grad, 1, True)) == 0
+    test_channel_dot.check(activation, grad, 1, True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", WEIGHT_CASES, ids=str)
 def test_weight_dot_matches_reference(dtype: torch.dtype, case: test_weight_dot.Case) -> None:
@@ -168,6 +200,17 @@ def test_weight_dot_list_is_one_launch(library: ctypes.CDLL, dtype: torch.dtype)
             out, in_ = ops.weight_dot(*layer, groups[n], transposed[n])
             torch.testing.assert_close(outs[n], out)
             torch.testing.assert_close(ins[n], in_)
+
+
+@pytest.mark.parametrize("shapes", [resnet50_weights(), llama_8b_layer()], ids=["ResNet-50", "Llama-8B layer"])
+def test_a_models_weights_take_one_launch(library: ctypes.CDLL, shapes: list[tuple[int, ...]]) -> None:
+    """As many layers, of channels a 64th: what a launch holds does not depend on their sizes."""
+    weights = [torch.randn(max(1, out // 64), max(1, in_ // 64), *kernel) for out, in_, *kernel in shapes]
+    grads = [torch.randn_like(weight) for weight in weights]
+    ops.weight_dot_list(weights, grads)  # uploads the worklist
+    before = library.obc_emulation_launches()
+    ops.weight_dot_list(weights, grads)
+    assert library.obc_emulation_launches() - before == 1
 
 
 def test_weight_dot_list_of_more_layers_than_one_launch_takes(library: ctypes.CDLL) -> None:

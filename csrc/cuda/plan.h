@@ -118,6 +118,15 @@ inline void place_partials(Matrix& m, bool line_sums, Space& space) {
   m.line_counters = take(space.counters, m.tiles > 1 ? m.groups * m.chunks : 0);
 }
 
+// Whether every output's positions are adjacent in both arrays, and lie equally far from a multiple of 16 bytes there.
+inline bool can_peel(const Rows& r, int64_t vector, int item) {
+  bool alike = (reinterpret_cast<uintptr_t>(r.first) - reinterpret_cast<uintptr_t>(r.second)) % kVectorBytes == 0;
+  for (int64_t d = 0; d < r.outputs.count; ++d) alike &= (r.outputs.first[d] - r.outputs.second[d]) % vector == 0;
+  const bool adjacent = r.positions.count == 1 && r.positions.first[0] == 1 && r.positions.second[0] == 1;
+  // Below two vectors there may be no whole one.
+  return alike && adjacent && r.length >= 2 * vector && reinterpret_cast<uintptr_t>(r.first) % item == 0;
+}
+
 // Outputs are the `kept` dimensions in that order, positions the `summed` ones; nothing where axes are too many.
 inline std::optional<Rows> rows_of(const Pair& pair, const std::vector<Dim>& kept, const std::vector<Dim>& summed) {
   const std::optional<Axes> outputs = axes_of(kept), positions = axes_of(summed);
@@ -133,6 +142,10 @@ inline std::optional<Rows> rows_of(const Pair& pair, const std::vector<Dim>& kep
   r.vectors = r.positions.first[last] == 1 && r.positions.second[last] == 1 && r.positions.sizes[last] % vector == 0 &&
               multiples(r.positions, vector, 1) && multiples(r.outputs, vector) && aligned(r.first) &&
               aligned(r.second);
+  if (!r.vectors && can_peel(r, vector, element_size(pair.dtype))) {
+    r.vectors = true;
+    r.peeled = r.length;
+  }
   if (r.vectors) {
     r.length /= vector;
     r.positions.sizes[last] /= vector;

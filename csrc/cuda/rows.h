@@ -3,6 +3,9 @@
 // Positions are counted in loads (16-byte vectors, or single elements). A warp sums an output where there are enough
 // outputs to fill the device or few positions each; else a block does, or several blocks a share each, of which the
 // last one to end adds up the shares.
+//
+// Outputs whose positions are adjacent, but begin at no multiple of 16 bytes (maps of 17 x 17), are peeled: the
+// elements before the first and after the last whole vector are read one by one.
 #pragma once
 
 #include "device.h"
@@ -18,7 +21,8 @@ struct Rows {
   Axes outputs;
   int64_t count;
   Axes positions;
-  int64_t length;  // loads per output
+  int64_t length;  // loads per output, at most where it is peeled
+  int64_t peeled;  // elements per output where its vectors begin at an element of its own, else 0
   bool by_warp;
   int64_t splits;  // 1 where a warp sums an output
   int64_t share;   // loads of one split
@@ -44,8 +48,20 @@ __device__ void read_positions(
 ) {
   using Acc = Accumulator<T>;
   const Place start = place(r.outputs, output);
-  const T* const first = static_cast<const T*>(r.first) + start.first;
-  const T* const second = static_cast<const T*>(r.second) + start.second;
+  const T* first = static_cast<const T*>(r.first) + start.first;
+  const T* second = static_cast<const T*>(r.second) + start.second;
+  if (kItems > 1 && r.peeled > 0) {
+    const int64_t head = (kItems - reinterpret_cast<uintptr_t>(first) / sizeof(T) % kItems) % kItems;
+    const int64_t vectors = (r.peeled - head) / kItems, rest = r.peeled - vectors * kItems;
+    // Fewer than two vectors' elements, for as many of the threads that begin the output.
+    if (begin < rest) {
+      const int64_t at = begin < head ? begin : begin + vectors * kItems;
+      add_moments(sums, widen(__ldg(first + at)), widen(__ldg(second + at)));
+    }
+    first += head;
+    second += head;
+    if (end > vectors) end = vectors;
+  }
   for (int64_t position = begin; position < end; position += kLoadsAtOnce * step) {
     Loaded<T, kItems> a[kLoadsAtOnce], g[kLoadsAtOnce];
 #pragma unroll

@@ -3,6 +3,9 @@
 // Shapes: w and g (rows, ...), any strides, each its own; five results (rows,).
 // Bytes: both inputs once; where there are few rows, partial sums of at most 264 blocks written and read once.
 // Accumulation: float32, float64 for float64 input.
+//
+// Of a transposed weight, whose rows are adjacent, a warp's loads lie a row apart: each brings 32 bytes for one
+// element, and the warps beside it find the rest of them in the cache where it still is.
 
 #include "plan.h"
 

@@ -44,6 +44,7 @@ int barrier(int value);
 const uint64_t* exchange(uint64_t value);
 void pause();
 bool capturing();
+extern int64_t vector_loads;  // 16-byte loads so far
 
 }  // namespace emulation
 
@@ -82,6 +83,7 @@ template <class T>
 T __ldcs(const T* address) {
   // A vector load faults on the device where the address is no multiple of its size.
   if (reinterpret_cast<uintptr_t>(address) % alignof(T) != 0) __builtin_trap();
+  emulation::vector_loads += 1;
   return *address;
 }
 template <class T>

@@ -135,6 +135,8 @@ void pause() {
 
 bool capturing() { return capture != 0; }
 
+int64_t vector_loads = 0;
+
 void run(unsigned blocks, unsigned threads, bool cooperative, const std::function<void()>& body) {
   static std::vector<Fiber> fibers;
   launches += 1;
@@ -173,6 +175,8 @@ extern "C" {
 __attribute__((visibility("default"))) void obc_emulation_order(int order) { emulation::order = order; }
 __attribute__((visibility("default"))) void obc_emulation_capture(int capturing) { emulation::capture = capturing; }
 __attribute__((visibility("default"))) int64_t obc_emulation_launches() { return emulation::launches; }
+
+__attribute__((visibility("default"))) int64_t obc_emulation_vector_loads() { return emulation::vector_loads; }
 
 // What libtorch_cuda.so gives csrc/torch_cuda.cpp on a machine with a GPU.
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {
