@@ -1,4 +1,4 @@
-"""The ridge that makes a Gram matrix solvable: raised step by step, to the last one, and then an error."""
+"""Second moments: what they hold in memory, and the ridge that makes a Gram matrix solvable, raised step by step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from obc.equivalent.moments import _RIDGE_STEP, _RIDGE_STEPS, SingularError, _regress
+from obc.equivalent.moments import _RIDGE_STEP, _RIDGE_STEPS, Moments, SingularError, _regress
 
 RIDGE = 1e-6
 
@@ -28,3 +28,13 @@ def test_the_first_ridge_that_suffices_is_taken(step: int) -> None:
 def test_a_matrix_that_no_ridge_makes_solvable_is_an_error() -> None:
     with pytest.raises(SingularError, match="singular with a ridge of up to 1"):
         _regress(torch.eye(2, dtype=torch.float64)[None], gram(-2.0), RIDGE)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_what_moments_hold_is_what_they_say(paired: bool) -> None:
+    blocks, size, kept = 3, 7, 5
+    moments = Moments(torch.zeros(blocks, kept, dtype=torch.int64), size, paired)
+    held = [tensor for name, tensor in vars(moments).items() if isinstance(tensor, Tensor) and name != "kept"]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == Moments.bytes_for(
+        blocks, size, kept, paired
+    )
