@@ -133,6 +133,8 @@ def all_cases(content: Mapping[str, Any]) -> str:
         rows, limit = case["providers"], case["limit"]
         flops = case.get("flops", 0)
         head = ["", "median ms", "p20 - p80", "GFLOP/s" if flops else "GB/s", f"x {case['baseline']}", f"of {limit}"]
+        with_memory = any("peak_mib" in row for row in rows.values())
+        head += ["MiB above the model"] * with_memory
         lines = []
         for name, row in rows.items():
             rate = flops / row["median_ms"] / 1e6 if flops else row["gb_per_s"]
@@ -140,19 +142,22 @@ def all_cases(content: Mapping[str, Any]) -> str:
             ratio = f"{baseline['paired_median']:.2f} [{baseline['q25']:.2f}, {baseline['q75']:.2f}]"
             share = f"{rows[limit]['median_ms'] / row['median_ms']:.0%}"
             spread = f"{row['p20_ms']:.3f} - {row['p80_ms']:.3f}"
-            lines.append([name, f"{row['median_ms']:.3f}", spread, f"{rate:.1f}", ratio, share])
+            memory = [f"{row['peak_mib']:.0f}" if "peak_mib" in row else "-"] if with_memory else []
+            lines.append([name, f"{row['median_ms']:.3f}", spread, f"{rate:.1f}", ratio, share, *memory])
         void = "".join(f"\n\nVoid: {reason}." for reason in case["void"])
+        void += "".join(f"\n\nNot run: {way}: {why}." for way, why in case.get("refused", {}).items())
         facts = _source(case["provenance"]) if "provenance" in case else ""
         parts.append(f"**{case['name']}**\n\n{markdown(head, lines)}{void}{facts}")
     return "\n\n".join(parts) + _source(content["provenance"])
 
 
 def all_rows(content: Mapping[str, Any]) -> str:
-    """The rows of a file, one column a field of the first."""
-    rows = content.get("rows") or content.get("results")
-    if not rows:
+    """The rows of a file, one column a field that any of them has."""
+    rows = content.get("rows") or content.get("results") or content.get("cases")
+    if not rows or "providers" in rows[0]:
         raise TableError("the file has no rows; is it one of cases?")
-    head = [name for name, value in rows[0].items() if not isinstance(value, (list, dict))]
+    fields = {name: None for row in rows for name, value in row.items() if not isinstance(value, (list, dict))}
+    head = [name for name in fields if not (name == "name" and "way" in fields)]
     lines = [[_cell(row.get(name)) for name in head] for row in rows]
     return markdown(head, lines) + _source(content["provenance"])
 

@@ -85,6 +85,26 @@ def test_flops_decide_the_unit(results: Path) -> None:
     assert "| obc | 0.500 | 0.450 - 0.550 | 2000.0 |" in text
 
 
+def test_memory_and_refusals_of_criteria_are_shown() -> None:
+    measured = case(0.5) | {"refused": {"Opacus": "not installed"}}
+    measured["providers"]["obc"]["peak_mib"] = 12.4
+    text = tables.all_cases({"provenance": FACTS, "cases": [measured]})
+    assert "| MiB above the model |" in text
+    assert "| 50% | 12 |" in text
+    assert "Not run: Opacus: not installed." in text
+
+
+def test_rows_of_growth_have_every_field() -> None:
+    rows = [{"name": "a, obc", "way": "obc", "peak_mib": 2.5}, {"name": "a, plain", "way": "plain", "failed": "memory"}]
+    text = tables.all_rows({"provenance": FACTS, "cases": rows})
+    assert text.splitlines()[:4] == [
+        "| way | peak_mib | failed |",
+        "| --- | ---: | ---: |",
+        "| obc | 2.5 | - |",
+        "| plain | - | memory |",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [("unknown", "no table is named 'unknown'"), ("cases none", "there is no none.json"), ("rows some", "has no rows")],

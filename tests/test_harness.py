@@ -69,7 +69,7 @@ def test_every_round_times_every_provider_after_its_setup() -> None:
 
 
 def test_a_baseline_that_threads_slow_down_voids_the_run(threads: None) -> None:
-    crowded = Provider("crowded", lambda: time.sleep(0.01 if torch.get_num_threads() > 1 else 0.002))
+    crowded = Provider("crowded", lambda: time.sleep(0.1 if torch.get_num_threads() > 1 else 0.002))
     target = Target("crowded", "limit", at_most=1e9)
     result = harness.measure("crowd", case(crowded, targets=[target]), repeats=3, threads=2)
     assert "crowded with 2 threads takes" in result.void[0]
