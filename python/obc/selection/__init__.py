@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from obc.selection.choice import BudgetError, select
 from obc.selection.costs import Costs
+from obc.selection.shrinkage import estimated_shrinkage
 
-__all__ = ["BudgetError", "Costs", "select"]
+__all__ = ["BudgetError", "Costs", "estimated_shrinkage", "select"]

@@ -68,8 +68,9 @@ def select(
     "rows"    2 C N a step                   8 C N               none
     ========= ============================== =================== ======================
 
-    beside a float64 copy of the rows, 8 C N bytes. By default "full" where it fits ``max_bytes``, else "blocked" on a
-    CPU and "rows" elsewhere, and "rows" too where N is small or several units go in a step.
+    beside a float64 copy of the rows, 8 C N bytes. "blocked" reads as "rows" does where too many columns would be
+    computed in vain. By default "full" where it fits ``max_bytes``, on a CPU only up to 2048 channels; otherwise
+    "blocked" on a CPU and "rows" elsewhere; and "rows" where N is small or several units go in a step.
 
     Args:
         rows_by_group: (N, units) rows of every group, for example :meth:`ChannelGroup.gate_rows`. For "independent"
