@@ -56,8 +56,8 @@ def sums(calls: Calls, device: str) -> None:
         return torch.randn(shape, device=device).to(dtype), torch.randn(shape, device=device).to(dtype)
 
     for dtype in DTYPES:
-        # Short lines, several chunks and sections, few positions, many positions, several blocks an output.
-        for shape in ((900, 24), (4000, 24), (40, 6, 7, 7), (3, 2, 70, 70), (5, 33)):
+        # Short lines, several chunks and sections, few positions, many positions, an odd number of them, short rows.
+        for shape in ((900, 24), (4000, 24), (40, 6, 7, 7), (3, 2, 70, 70), (2, 3, 17, 17), (5, 33)):
             for a, g in zip(*map(layouts, pair(*shape, dtype=dtype)), strict=True):
                 calls.check(lambda a=a, g=g: ops.channel_dot(a, g, 1))
                 calls.check(lambda a=a, g=g: ops.channel_dot(a, g, 1, True))

@@ -169,11 +169,12 @@ def channel_dot_triton(
         )
     channel_blocks, inner_tiles = ceil_div(walk.channels, config.block_c), ceil_div(walk.inner, config.block_p)
     tiles = walk.outer_steps * inner_tiles
-    check_steps("channel_dot", tiles)
+    programs = channel_blocks * walk.rows * config.splits
+    check_steps("channel_dot", max(tiles, programs))
     partial = activation.new_empty((config.splits, *shape), dtype=accumulator(activation))
     launch(
         _channel_dot_kernel,
-        channel_blocks * walk.rows * config.splits,
+        programs,
         partial,
         activation,
         grad,

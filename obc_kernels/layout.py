@@ -150,7 +150,11 @@ def outer_offset(step, size_1, size_2, stride_0, stride_1, stride_2):
 
 
 def check_steps(op: str, tiles: int) -> None:
-    """Steps are counted in 32 bits (their offsets in 64): dividing 64-bit integers costs more than the loads."""
+    """Steps are counted in 32 bits (their offsets in 64): dividing 64-bit integers costs more than the loads.
+
+    The last of up to 2^12 shares of them may end beyond the last step, and must not wrap around.
+    """
     torch._check_value(
-        tiles < 2**31, lambda: f"obc::{op}: {tiles} tiles are more than 2^31; pass the tensors in contiguous memory"
+        tiles < 2**31 - 2**12,
+        lambda: f"obc::{op}: {tiles} tiles are more than 2^31; pass the tensors in contiguous memory",
     )

@@ -88,7 +88,7 @@ def tile_sums(
     column_acc = tl.zeros((BLOCK_G, BLOCK_R, BLOCK_M), dtype=row_ptr.dtype.element_ty)
     tiles = tl.cdiv(rows_per_group, BLOCK_R)
     for tile in range(split * tiles_per_split, tl.minimum(tiles, (split + 1) * tiles_per_split)):
-        r = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # [BLOCK_R], within the group
+        r = tile * BLOCK_R + tl.arange(0, BLOCK_R).to(tl.int64)  # [BLOCK_R], within the group
         row = g[:, None] * rows_per_group + r[None, :]  # [BLOCK_G, BLOCK_R]
         row_mask = (g < groups)[:, None] & (r < rows_per_group)[None, :]
         mask = row_mask[:, :, None] & m_mask[None, None, :]

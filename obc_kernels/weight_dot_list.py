@@ -155,6 +155,7 @@ class _Layer:
         walk = WeightWalk.over(weight, grad, groups)
         if walk is None:
             return cls.of(weight.contiguous(), grad.contiguous(), bias, bias_grad, groups, transposed)
+        check_steps("weight_dot_list", walk.rows_per_group)  # the kernel takes it in 32 bits
         return cls(weight, grad, bias, bias_grad, transposed, walk)
 
     @property

@@ -99,6 +99,20 @@ def test_a_models_weights_take_few_launches(shapes: list[tuple[int, ...]], most:
     assert sum("finish" in launch.kernel.__name__ for launch in launches) == 1
 
 
+def test_more_steps_than_32_bits_count_are_refused() -> None:
+    """Without memory: what is refused is refused before anything is launched."""
+    from obc_kernels import channel_dot_triton, weight_dot_list_triton
+    from obc_kernels.launch import recording
+
+    samples = torch.empty(2**31, 1, 2, device="meta")
+    rows = torch.empty(2**31, 1, device="meta")
+    with recording(dry=True):
+        with pytest.raises(ValueError, match=r"obc::channel_dot: 2147483648 tiles are more than 2\^31"):
+            channel_dot_triton(samples, samples, 1, per_sample=True)
+        with pytest.raises(ValueError, match=r"obc::weight_dot_list: 2147483648 tiles are more than 2\^31"):
+            weight_dot_list_triton([rows], [rows], [None], [None], [1], [False])
+
+
 WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None  # as where it is not installed

@@ -256,3 +256,13 @@ def test_weight_dot_and_moments_beyond_32_bits(shape: tuple[int, int]) -> None:
         assert (dot[0].item(), dot[-1].item(), dot.sum().item()) == (10.0, 6.0, 16.0)
     moments = ops.weight_moments(weight, grad)
     assert [moment[-1].item() for moment in moments] == [6.0, 36.0, 6.0, 9.0, 3.0]
+
+
+def test_weight_dot_of_almost_32_bits_of_rows() -> None:
+    """The last tile begins below 2^31 and would end beyond it."""
+    need_memory(40)
+    weight = torch.zeros(2**31 - 3, 1, dtype=torch.bfloat16, device="cuda")
+    weight[-1], weight[0] = 3.0, 5.0
+    rows, columns = ops.weight_dot(weight, weight)
+    assert (rows[0].item(), rows[-1].item(), columns.item()) == (25.0, 9.0, 34.0)
+    assert rows.count_nonzero().item() == 2
