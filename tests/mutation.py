@@ -32,7 +32,7 @@ AREAS = {
     "scoring": (
         "scoring/*.py",
         "scores kept_rows micro_batch scorer_hazards scorer_errors scorer checkpoint label_free scorer_precision files "
-        "faults scorer_compile fuzz_models",
+        "transformers_groups faults scorer_compile fuzz_models",
     ),
     "equivalent": ("equivalent/*.py", "plan moments equivalent compensate files"),
 }
