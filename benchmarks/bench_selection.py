@@ -340,11 +340,11 @@ class Cell:
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f} ± {self.spread:.1f}"
+        return f"{self.mean:.1f} ± {self.spread:.1f}" if self.seeds > 1 else f"{self.mean:.1f} (one)"
 
 
 def tables(results: Results) -> str:
-    """Markdown: per task and kind a table of mean ± standard deviation, then paired differences to the paper's."""
+    """Markdown: per task and kind a table of mean ± standard deviation over seeds, then paired differences."""
     lines = []
     for task in TASKS:
         for kind in KINDS:
