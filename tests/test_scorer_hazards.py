@@ -142,6 +142,13 @@ def test_unused_layers_are_named_unscored() -> None:
     assert_parity(scores, expected_scores(case), ["fc", "late", "late_norm", "head"])
 
 
+def test_samples_are_read_together_beside_a_layer_that_is_never_called(caplog: pytest.LogCaptureFixture) -> None:
+    case = nasty.branches(True, True, True)
+    scores = obc.score(case.model, case.batches, case.loss_fn("sample"), rows="sample")
+    assert "sample by sample" not in caplog.text
+    assert_parity(scores, expected_scores(case, "sample"), ["fc", "late", "late_norm", "head"])
+
+
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @pytest.mark.parametrize("use_late", [(True, False, True), (False, False, True), (False, True, False)], ids=str)
 def test_layers_used_in_some_rows_only(use_late: tuple[bool, ...], rows: str) -> None:

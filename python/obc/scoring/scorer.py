@@ -313,8 +313,9 @@ class JacobianScorer:
                 "sample rows need the samples along dim 0: use rows='batch' with one sample a batch"
             )
         if not self._reading.checking and seen > 1:
-            names = [r.name for r in self._plan.readers.values() if r.how == "weight gradient" and r.scored]
-            if names:
+            # Of those read so that no gradient reached yet, such as layers that are never called, no row is lost.
+            fired = [reader for source in self._plan.sources if source.gradient.fired for reader in source.readers]
+            if names := [reader.name for reader in fired if reader.how == "weight gradient" and reader.scored]:
                 raise SampleRowsError.of(names)
 
     # --- the checking row -------------------------------------------------------------------------------------
