@@ -77,7 +77,7 @@ def _chosen(structure: Any, scores: Scores, macs: float) -> dict[str, Tensor]:
     selection = "joint" if joint else "independent"
     options: dict[str, Any] = {"selection": selection, "min_units": limits.min_units, "round_to": limits.round_to}
     if limits.families:
-        return select_uniform(rows, costs, budget, limits.families, **options)
+        return select_uniform(rows, costs, budget, limits.families, widths=limits.widths, **options)
     return select(rows, costs, budget, **options)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,17 +12,29 @@ from torch import nn
 from obc.integrations.transformers_blocks import Block
 
 
-def with_widths(model: nn.Module, blocks: Sequence[Block]) -> tuple[Any | None, str | None]:
+def with_widths(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    sizes: Mapping[str, int] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> tuple[Any | None, str | None]:
     """(a copy of the model's config with the blocks' widths, None), or (None, why no config says them).
 
     Believed only where the model's class, built from it, has exactly the model's shapes; it is built without memory.
+
+    Args:
+        model: has the config.
+        blocks: of the model.
+        sizes: group -> units, where it is not as many as the group has now.
+        shapes: tensor -> the shape that it would have with these sizes, where that is not its shape now.
     """
     model_: Any = model
     config = copy.deepcopy(model_.config)
     values: dict[str, dict[int, str]] = {}
     for block in blocks:
+        size = (sizes or {}).get(block.group.name, block.group.size)
         for key, per_unit in block.config.items():
-            values.setdefault(key, {}).setdefault(block.group.size * per_unit, block.group.name)
+            values.setdefault(key, {}).setdefault(size * per_unit, block.group.name)
     for key, found in values.items():
         if len(found) > 1:
             widths = ", ".join(f"{value} ({name})" for value, name in found.items())
@@ -36,14 +48,32 @@ def with_widths(model: nn.Module, blocks: Sequence[Block]) -> tuple[Any | None, 
         skeleton = _skeleton(type(model), config)
     except Exception as refusal:  # transformers' own validation, of whatever type, is the reason that is reported
         return None, f"{type(config).__name__} refuses the widths: {refusal}"
-    expected = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    built = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     for name, tensor in model.state_dict().items():
-        if expected.get(name) != tensor.shape:
+        shape = tuple((shapes or {}).get(name, tensor.shape))
+        if built.get(name) != shape:
             return None, (
-                f"{type(config).__name__} can't say the widths: {name} is {tuple(tensor.shape)}, a model built from it "
-                f"has {tuple(expected.get(name, ()))}"
+                f"{type(config).__name__} can't say the widths: {name} is {shape}, a model built from it has "
+                f"{built.get(name, ())}"
             )
     return config, None
+
+
+def said_values(config: Any, blocks: Sequence[Block]) -> dict[str, Any]:
+    """What a config says of every key that the blocks' widths may change; keys that it lacks are left out."""
+    keys = [key for block in blocks for key in (*block.config, *block.config_fixed)]
+    return {key: getattr(config, key) for key in dict.fromkeys(keys) if hasattr(config, key)}
+
+
+def with_values(config: Any, blocks: Sequence[Block], values: Mapping[str, Any]) -> Any:
+    """A copy of the config that says ``values``, and nothing of the blocks' other keys: undoes :func:`with_widths`."""
+    former = copy.deepcopy(config)
+    for key in said_values(config, blocks):
+        if key in values:
+            setattr(former, key, values[key])
+        else:
+            delattr(former, key)
+    return former
 
 
 def own_config(config: Any, block: Block) -> Any:

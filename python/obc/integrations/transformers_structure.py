@@ -16,8 +16,9 @@ from obc.equivalent.layers import is_compiled
 from obc.equivalent.plan import Kept, PlanError, PruningPlan
 from obc.integrations.transformers_axes import Axis, layer_axes, narrow, sync_layer, without
 from obc.integrations.transformers_blocks import DEFAULT_KINDS, KINDS, Block, Finder
-from obc.integrations.transformers_config import own_config, with_widths
+from obc.integrations.transformers_config import own_config, said_values, with_values, with_widths
 from obc.integrations.transformers_costs import axis_key, transformer_costs
+from obc.integrations.transformers_widths import Expressible, expressible_widths, families_of
 from obc.pruning.measure import call, evaluating
 from obc.pruning.structure import Limits
 from obc.scoring.groups import ChannelGroup, Slice
@@ -74,14 +75,17 @@ class TransformersStructure:
 
     A unit's removal takes it out of every weight, of the modules' own counts of heads, channels and experts, and, where
     all layers then agree, of the config, so that ``save_pretrained`` and ``from_pretrained`` round-trip; where they
-    don't, or the architecture can't express the widths, the config stays as it is, ``config_refused`` says why, and
-    :func:`save_pruned` saves the model. What remains of a router is renormalised by the model's own routing: as if the
-    removed experts' logits were minus infinity. Norms over the residual stream ("embedding") are over what remains.
+    don't, or the architecture can't express the widths, the config says what it said of the unpruned model,
+    ``config_refused`` and ``warnings`` say why, and :func:`save_pruned` saves the model. What remains of a router is
+    renormalised by the model's own routing: as if the removed experts' logits were minus infinity. Norms over the
+    residual stream ("embedding") are over what remains.
 
     Args:
         model: pruned in place by :meth:`remove`.
         kinds: of groups, see :func:`transformer_groups`.
-        uniform: ask ``obc.prune`` to keep equal widths in all layers: units are ranked within each layer.
+        uniform: ask ``obc.prune`` to keep equal widths in all layers, and only such as the config can say: units are
+            ranked within each layer. Where the config has no word for fewer units of a kind (heads of BERT, GPT-2,
+            OPT), these all stay, and ``left_out`` says so.
         round_to: ask it to keep widths that are multiples of this, of channels; heads and experts are never rounded.
             Channels of fused experts stay multiples of 16 bytes in any case: grouped products need it.
         ignored_layers: modules, or names of modules, whose own groups, and those of all modules inside, are left alone.
@@ -91,7 +95,8 @@ class TransformersStructure:
         plan: of what was pruned before by another structure of the same model: this one's goes on from it.
 
     Attributes:
-        left_out: module that looks like a block -> why it can't be pruned.
+        left_out: module that looks like a block -> why it can't be pruned; with ``uniform`` also the first group of
+            those whose number of units the config has no word for.
         config_refused: why the config could not be adapted to the widths, or None.
         uniform: as given.
         blocks: the blocks behind the groups, by name.
@@ -140,6 +145,12 @@ class TransformersStructure:
                     self._reading.setdefault(axis_key(axis), []).append(name)
         self._kept: dict[str, Kept] = dict(plan or {})
         self.config_refused: str | None = None
+        self._adapted: Any = None
+        self._unpruned = said_values(getattr(model, "config", None), list(self.blocks.values()))
+        self._expressible = Expressible({}, {}, {})
+        if uniform:
+            self._expressible = expressible_widths(model, self.blocks, self._axes, self._multiple)
+            self.left_out = self.left_out | dict(self._expressible.refused)
         if example_inputs is not None:
             self._try(example_inputs)
 
@@ -156,15 +167,27 @@ class TransformersStructure:
     @property
     def limits(self) -> Limits:
         """What widths ``obc.prune`` may choose: experts that a token is routed to stay, rounding, equal widths."""
-        families: dict[tuple[Any, ...], list[str]] = {}
-        for name, block in self.blocks.items():
-            families.setdefault((*block.family, block.group.size), []).append(name)
+        multiples = {name: self._multiple(block) for name, block in self.blocks.items()}
         return Limits(
             {name: block.min_units for name, block in self.blocks.items()},
-            {name: self._multiple(block) for name, block in self.blocks.items()},
+            {
+                name: math.lcm(multiple, self._expressible.multiples.get(name, 1))
+                for name, multiple in multiples.items()
+            },
             [name for name, block in self.blocks.items() if block.group.kind in _WHOLE],
-            list(families.values()) if self.uniform else (),
+            families_of(self.blocks) if self.uniform else (),
+            self._expressible.widths,
         )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the caller should know about the model as it is now: whether ``save_pretrained`` serves."""
+        if self.config_refused is None:
+            return []
+        return [
+            "save_pretrained would write a folder that from_pretrained can't load, because the config is still the "
+            f"unpruned model's ({self.config_refused}); obc.integrations.transformers.save_pruned and load_pruned serve"
+        ]
 
     def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
         """MACs for one token, or parameters: see :func:`transformers_costs.transformer_costs`."""
@@ -322,18 +345,25 @@ class TransformersStructure:
     def _adapt_config(self) -> None:
         """Write the widths into the config where the config can say them; every module gets the new one.
 
-        Where it can't, modules that read counts of their own from it get one of their own.
+        Where it can't, the config says again what it said of the unpruned model, and not widths of some earlier step;
+        modules that read counts of their own from it get one of their own.
         """
         config = getattr(self.model, "config", None)
         if config is None:
             return
-        adapted, self.config_refused = with_widths(self.model, list(self.blocks.values()))
-        readers = {block.reads_config: block for block in self.blocks.values() if block.reads_config is not None}
+        blocks = list(self.blocks.values())
+        adapted, self.config_refused = with_widths(self.model, blocks)
+        new = config
+        if adapted is not None:
+            new = self._adapted = adapted
+        elif config is self._adapted:
+            new = with_values(config, blocks, self._unpruned)
+        readers = {block.reads_config: block for block in blocks if block.reads_config is not None}
         for name, module in self._modules.items():
             if name in readers:
-                module.config = own_config(config, readers[name]) if adapted is None else adapted
-            elif adapted is not None and vars(module).get("config") is config:
-                module.config = adapted
+                module.config = new if adapted is not None else own_config(new, readers[name])
+            elif vars(module).get("config") is config:
+                module.config = new
 
 
 def _with_slices(block: Block, change: Any) -> Block:

@@ -27,7 +27,7 @@ from obc.pruning.structure import Limits, Structure
 from obc.scoring.groups import ChannelGroup, Slices
 from obc.scoring.label_free import label_free_loss
 from obc.selection import Costs, select
-from obc.selection.uniform import select_uniform
+from obc.selection.uniform import permitted_widths, select_uniform
 
 logger = logging.getLogger("obc")
 
@@ -334,6 +334,8 @@ class _Job:
         for name, (before, after) in self.report.widths.items():
             if after < _NARROW * before:
                 self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
+        for warning in getattr(self.structure, "warnings", ()):
+            self._warn(warning)
 
     def _measure(self) -> None:
         """What the model costs now, for the report."""
@@ -396,6 +398,7 @@ class _Job:
                     min_units=limits.min_units,
                     round_to=limits.round_to,
                     full_widths=self.widths,
+                    widths=limits.widths,
                 )
             else:
                 removed = select(
@@ -429,12 +432,12 @@ class _Job:
         least = {name: max(self.choice.min_units, own.min_units.get(name, 1)) for name in names}
         asked = {name: 1 if name in own.whole else self.choice.round_to or 1 for name in names}
         multiples = {name: math.lcm(asked[name], own.round_to.get(name, 1)) for name in names}
-        return Limits(least, multiples, own.whole, own.families)
+        return replace(own, min_units=least, round_to=multiples)
 
     def _smallest(self, group: ChannelGroup) -> int:
         limits = self._limits()
-        multiple = limits.round_to[group.name]
-        return min(group.size, -(-limits.min_units[group.name] // multiple) * multiple)
+        least, multiple = limits.min_units[group.name], limits.round_to[group.name]
+        return permitted_widths(group.size, least, multiple, limits.widths.get(group.name))[0]
 
     def _reasons(self) -> str:
         reasons = "; ".join(f"{name}: {why}" for name, why in self.report.left_out.items())

@@ -22,18 +22,21 @@ class Limits:
         round_to: by group, a multiple of which stays.
         whole: groups whose units are no channels, such as heads: what the caller says about rounding spares them.
         families: names of groups that keep equal widths; empty where every width is free.
+        widths: by group of a family, the only widths that it may come to; any where it is not named.
     """
 
     min_units: Mapping[str, int] = field(default_factory=dict)
     round_to: Mapping[str, int] = field(default_factory=dict)
     whole: Collection[str] = ()
     families: Sequence[Sequence[str]] = ()
+    widths: Mapping[str, Collection[int]] = field(default_factory=dict)
 
 
 class Structure(Protocol):
     """A model's prunable groups. Implemented on Torch-Pruning's dependency graph, and for transformers without it.
 
-    A structure may have an attribute ``limits`` (:class:`Limits`) too.
+    A structure may have attributes ``limits`` (:class:`Limits`), ``left_out`` (name -> why it can't be pruned) and
+    ``warnings`` (what the caller should know about the model as it is now) too.
 
     Attributes:
         model: the model, pruned in place.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,7 @@ def select_uniform(
     min_units: Mapping[str, int] | None = None,
     round_to: Mapping[str, int] | None = None,
     full_widths: Mapping[str, int] | None = None,
+    widths: Mapping[str, Collection[int]] | None = None,
 ) -> dict[str, Tensor]:
     """Units to remove that free ``budget``, with equal widths within every family.
 
@@ -43,6 +45,7 @@ def select_uniform(
         min_units: by group, how many units stay (1 where not named).
         round_to: by group, a multiple of which stays where units go (1 where not named).
         full_widths: by group, what the share is of, for families that lost units before; by default the widths now.
+        widths: by group, the only ones that it may come to; any where it is not named. The width now is permitted.
 
     Returns:
         By group the indices of the units to remove: int64, ascending, on the CPU.
@@ -54,17 +57,20 @@ def select_uniform(
     sizes = {name: int(width) for name, width in zip(costs.names, costs.widths, strict=True)}
     limits = []
     for family in families:
-        widths = {sizes[name] for name in family}
-        if len(widths) > 1:
-            raise ValueError(f"groups of one family have different widths: {', '.join(family)} have {sorted(widths)}")
+        found = {sizes[name] for name in family}
+        if len(found) > 1:
+            raise ValueError(f"groups of one family have different widths: {', '.join(family)} have {sorted(found)}")
         if all(name in rows_by_group for name in family):
+            size = found.pop()
             lowest = max((min_units or {}).get(name, 1) for name in family)
-            multiple = max((round_to or {}).get(name, 1) for name in family)
-            limits.append(_Limits(family, widths.pop(), (full_widths or sizes)[family[0]], lowest, multiple))
+            multiple = math.lcm(*((round_to or {}).get(name, 1) for name in family))
+            only = [set((widths or {})[name]) for name in family if name in (widths or {})]
+            permitted = permitted_widths(size, lowest, multiple, set.intersection(*only) if only else None)
+            limits.append(_Limits(family, (full_widths or sizes)[family[0]], permitted))
 
     def freed(shares: Sequence[float]) -> float:
-        widths = {**sizes, **_kept(limits, shares)}
-        return costs.total() - costs.total(torch.tensor([widths[name] for name in costs.names]))
+        kept = {**sizes, **_kept(limits, shares)}
+        return costs.total() - costs.total(torch.tensor([kept[name] for name in costs.names]))
 
     most = freed([0.0] * len(limits))
     if most < budget:
@@ -95,6 +101,19 @@ def select_uniform(
     return removed
 
 
+def permitted_widths(size: int, lowest: int, multiple: int, only: Collection[int] | None = None) -> Sequence[int]:
+    """The widths that a group of ``size`` units may come to, ascending; the last is ``size`` itself.
+
+    Args:
+        size: the width now.
+        lowest: so many units stay.
+        multiple: a multiple of this stays where units go.
+        only: the widths to choose from; None: any.
+    """
+    least = -(-lowest // multiple) * multiple
+    return [*(width for width in range(least, size, multiple) if only is None or width in only), size]
+
+
 def _kept(limits: Sequence[_Limits], shares: Sequence[float]) -> dict[str, int]:
     return {name: limit.width(share) for limit, share in zip(limits, shares, strict=True) for name in limit.family}
 
@@ -104,13 +123,12 @@ class _Limits:
     """What the width of a family may be."""
 
     family: Sequence[str]
-    size: int
     full: int
-    lowest: int
-    multiple: int
+    permitted: Sequence[int]
 
     def width(self, share: float) -> int:
-        """The permitted width nearest to a share of the full one, but not above the one now."""
-        nearest = math.floor(share * self.full / self.multiple + 0.5) * self.multiple
-        least = -(-self.lowest // self.multiple) * self.multiple
-        return min(self.size, max(nearest, least))
+        """The permitted width nearest to a share of the full one; of two the larger."""
+        wanted = share * self.full
+        place = bisect_left(self.permitted, wanted)
+        nearest = self.permitted[max(place - 1, 0) : place + 1]
+        return min(nearest, key=lambda width: (abs(width - wanted), -width))
