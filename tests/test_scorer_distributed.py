@@ -187,7 +187,7 @@ SCENARIOS = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 4])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every scenario's scores, of every process: one start of the processes serves all tests."""
     where = tmp_path_factory.mktemp("scores")
