@@ -114,6 +114,21 @@ def test_heads_stay_where_the_config_has_no_word_for_fewer(family: str) -> None:
     assert f"all {len(heads)} such groups keep their {heads[0].size} units" in structure.left_out[heads[0].name]
 
 
+@pytest.mark.filterwarnings("ignore:.*rows:UserWarning")
+def test_widths_far_apart_are_not_overshot_on_the_way() -> None:
+    """In one step or eight: of 8, 4 or 2 heads 8 stay, because feed-forward blocks can give the rest."""
+    found = []
+    for steps in (1, 8):
+        of = MODELS["llama"]()
+        structure = TransformersStructure(of.model, uniform=True)
+        report = obc.prune(
+            of.model, None, of.batches, of.loss, macs=0.7, steps=steps, structure=structure, round_to=64
+        ).report
+        found.append(report.widths)
+    assert found[0] == found[1]
+    assert {after for _, after in found[0].values()} == {4, 128}  # all heads of keys and values; half the channels
+
+
 def test_shares_out_of_reach_name_what_is_reachable() -> None:
     of = bert()
     structure = TransformersStructure(of.model, uniform=True)

@@ -325,7 +325,7 @@ class _Job:
         disable = None if progress is None else not progress
         with tqdm(total=len(schedule), desc="prune", unit="step", disable=disable) as bar:
             for share in schedule:
-                self._step(share)
+                self._step(share, schedule[-1])
                 self._measure()
                 if on_step is not None:
                     on_step(PruningResult(self.subject.model, self.structure.plan, self.report))
@@ -344,7 +344,7 @@ class _Job:
         report.parameters_after = round(self.structure.costs("parameters").total())
         report.widths = {group.name: (self.widths[group.name], group.size) for group in self.structure.groups}
 
-    def _step(self, share: float) -> None:
+    def _step(self, share: float, last: float) -> None:
         costs = self.structure.costs("macs")
         excess = costs.total() - share * self.full
         if excess <= _ROUNDING * self.full:  # the step before went far enough
@@ -354,7 +354,7 @@ class _Job:
         with _timed(self.report, "score"):
             rows = self._rows(subject)
         with _timed(self.report, "select"):
-            removed = self._select(rows, costs, excess)
+            removed = self._select(rows, costs, excess, costs.total() - last * self.full)
         with _timed(self.report, "remove"):
             self.structure.remove(removed)
         reached = self.structure.costs("macs").total() / self.full
@@ -382,8 +382,8 @@ class _Job:
             self.report.left_out[name] = f"the criterion {self.choice.criterion!r} has nothing to score in it"
         return rows
 
-    def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float) -> dict[str, Tensor]:
-        """What ``obc.select`` removes; its warnings go into the report, the same one once."""
+    def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float, goal: float) -> dict[str, Tensor]:
+        """What ``obc.select`` removes to free ``excess``, of the ``goal`` of all steps; each warning is told once."""
         choice, limits = self.choice, self._limits()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
@@ -399,6 +399,7 @@ class _Job:
                     round_to=limits.round_to,
                     full_widths=self.widths,
                     widths=limits.widths,
+                    goal=goal,
                 )
             else:
                 removed = select(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,11 +29,13 @@ def select_uniform(
     round_to: Mapping[str, int] | None = None,
     full_widths: Mapping[str, int] | None = None,
     widths: Mapping[str, Collection[int]] | None = None,
+    goal: float | None = None,
 ) -> dict[str, Tensor]:
     """Units to remove that free ``budget``, with equal widths within every family.
 
     Every family keeps the same share of its full width, to the nearest permitted one: the largest share that frees the
-    budget. Which units go is chosen by :func:`obc.select` within each group alone.
+    budget. Families that came out below their share, one after another, keep the next width above it where the others
+    free enough. Which units go is chosen by :func:`obc.select` within each group alone.
 
     Args:
         rows_by_group: as for :func:`obc.select`. Families of which a group has no rows keep their widths.
@@ -46,6 +48,8 @@ def select_uniform(
         round_to: by group, a multiple of which stays where units go (1 where not named).
         full_widths: by group, what the share is of, for families that lost units before; by default the widths now.
         widths: by group, the only ones that it may come to; any where it is not named. The width now is permitted.
+        goal: what this and later calls free together: no family goes below the width that it has in the end, however
+            far apart the permitted ones are. By default the budget.
 
     Returns:
         By group the indices of the units to remove: int64, ascending, on the CPU.
@@ -68,27 +72,16 @@ def select_uniform(
             permitted = permitted_widths(size, lowest, multiple, set.intersection(*only) if only else None)
             limits.append(_Limits(family, (full_widths or sizes)[family[0]], permitted))
 
-    def freed(shares: Sequence[float]) -> float:
-        kept = {**sizes, **_kept(limits, shares)}
-        return costs.total() - costs.total(torch.tensor([kept[name] for name in costs.names]))
+    def freed(kept: Mapping[str, int]) -> float:
+        now = {**sizes, **kept}
+        return costs.total() - costs.total(torch.tensor([now[name] for name in costs.names]))
 
-    most = freed([0.0] * len(limits))
-    if most < budget:
-        raise BudgetError(f"equal widths free at most {most:g} of the {budget:g} to be freed", most)
-    enough, too_large = 0.0, 1.0
-    for _ in range(_HALVINGS):
-        middle = (enough + too_large) / 2
-        if freed([middle] * len(limits)) >= budget:
-            enough = middle
-        else:
-            too_large = middle
-    # Where widths of several families change at this very share, not all of them may have to.
-    shares = [enough] * len(limits)
-    for index in range(len(limits)):
-        wider = [*shares[:index], too_large, *shares[index + 1 :]]
-        shares = wider if freed(wider) >= budget else shares
+    if goal is not None and goal > budget:
+        final = _widths(limits, freed, goal)
+        limits = [limit.at_least(final[limit.family[0]]) for limit in limits]
+    kept = _widths(limits, freed, budget)
     removed = {name: torch.empty(0, dtype=torch.int64) for name in rows_by_group}
-    for name, width in _kept(limits, shares).items():
+    for name, width in kept.items():
         if width < sizes[name]:
             chosen = select(
                 {name: rows_by_group[name]},
@@ -114,8 +107,28 @@ def permitted_widths(size: int, lowest: int, multiple: int, only: Collection[int
     return [*(width for width in range(least, size, multiple) if only is None or width in only), size]
 
 
-def _kept(limits: Sequence[_Limits], shares: Sequence[float]) -> dict[str, int]:
-    return {name: limit.width(share) for limit, share in zip(limits, shares, strict=True) for name in limit.family}
+def _widths(limits: Sequence[_Limits], freed: Callable[[Mapping[str, int]], float], budget: float) -> dict[str, int]:
+    """By group, the widths at the largest share that frees the budget."""
+
+    def kept(share: float) -> dict[str, int]:
+        return {name: limit.width(share) for limit in limits for name in limit.family}
+
+    most = freed(kept(0.0))
+    if most < budget:
+        raise BudgetError(f"equal widths free at most {most:g} of the {budget:g} to be freed", most)
+    enough, too_large = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = (enough + too_large) / 2
+        if freed(kept(middle)) >= budget:
+            enough = middle
+        else:
+            too_large = middle
+    widths = kept(enough)
+    for limit in limits:
+        wider = widths | dict.fromkeys(limit.family, limit.width_above(too_large))
+        if wider[limit.family[0]] > widths[limit.family[0]] and freed(wider) >= budget:
+            widths = wider
+    return widths
 
 
 @dataclass(frozen=True)
@@ -132,3 +145,11 @@ class _Limits:
         place = bisect_left(self.permitted, wanted)
         nearest = self.permitted[max(place - 1, 0) : place + 1]
         return min(nearest, key=lambda width: (abs(width - wanted), -width))
+
+    def width_above(self, share: float) -> int:
+        """The smallest permitted width that is at least a share of the full one, where there is one."""
+        return self.permitted[min(bisect_left(self.permitted, share * self.full), len(self.permitted) - 1)]
+
+    def at_least(self, width: int) -> _Limits:
+        """The same, but for smaller widths."""
+        return replace(self, permitted=self.permitted[bisect_left(self.permitted, width) :])
