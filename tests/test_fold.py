@@ -207,6 +207,26 @@ def test_factors_of_dropped_channels_fold_like_whole_ones(case: Case, channels_i
     assert torch.autograd.gradcheck(reduced, given_tensors)
 
 
+@pytest.mark.parametrize("case", REDUCED[:2], ids=str)
+def test_fold_of_dropped_channels_can_be_differentiated_twice(case: Case) -> None:
+    """The backward that another one goes through must not write a gradient over what that one reads."""
+    tensors = [tensor.requires_grad_() for tensor in case.tensors(torch.float64, "cpu")]
+    assert torch.autograd.gradgradcheck(lambda *t: gemm.fold(*t, reduced=True), tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", REDUCED[:2], ids=str)
+def test_factors_of_dropped_channels_in_half_precision(case: Case, dtype: torch.dtype) -> None:
+    """Wide intermediates beside half-precision factors: the float32 result and gradients, rounded once."""
+    half = [tensor.requires_grad_() for tensor in case.tensors(dtype, "cpu")]
+    wide = [tensor.detach().float().requires_grad_() for tensor in half]
+    folded, expected = (gemm.fold(*tensors, reduced=True) for tensors in (half, wide))
+    grad = torch.randn_like(folded)
+    grads, expected_grads = torch.autograd.grad(folded, half, grad), torch.autograd.grad(expected, wide, grad.float())
+    for found, truth in zip((folded, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(found, truth.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+
+
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fold", FORMS, ids=["function", "operator"])

@@ -144,11 +144,20 @@ def _mm_into(target: Tensor, left: Tensor, right: Tensor) -> None:
         target.baddbmm_(left, right, beta=0)
 
 
+def _mm_added(summand: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """summand + left @ right, accumulated and returned in at least float32."""
+    if not summand.dtype == left.dtype == right.dtype == _accumulation_dtype(left.dtype):
+        return _mm(left, right).add_(summand)
+    if left.shape[0] == 1:
+        return torch.addmm(summand[0], left[0], right[0])[None]
+    return torch.baddbmm(summand, left, right)
+
+
 def _compress(x: Tensor, c: Tensor, form: _Form) -> Tensor:
     """(o, s, i) to (k, s, i)."""
     blocks, kept, _ = c.shape
     rows = form.rows(x, blocks)
-    mixed = _mm(c, rows[:, kept:]).add_(rows[:, :kept]) if form.reduced else _mm(c, rows)
+    mixed = _mm_added(rows[:, :kept], c, rows[:, kept:]) if form.reduced else _mm(c, rows)
     return mixed.reshape(blocks * kept, *x.shape[1:])
 
 
@@ -156,7 +165,7 @@ def _decompress(x: Tensor, d: Tensor, form: _Form) -> Tensor:
     """(o, s, i) to (o, s, j)."""
     blocks, _, kept = d.shape
     columns = form.columns(x, blocks)
-    mixed = _mm(columns[..., kept:], d).add_(columns[..., :kept]) if form.reduced else _mm(columns, d)
+    mixed = _mm_added(columns[..., :kept], columns[..., kept:], d) if form.reduced else _mm(columns, d)
     return form.uncolumns(mixed, x.shape[0])
 
 
@@ -230,9 +239,11 @@ def _gradients(
     if c is not None and d is not None and _compress_first(weight, c, d, form):
         if first is None and needs[2]:
             first = _compress(back.x, c, form)
-        dx, dd = back.through_decompressor(g, first, inner=needs[0] or needs[1])
+        whole = back.shared_gradient(c)
+        into = None if whole is None else whole[: c.shape[1]]
+        dx, dd = back.through_decompressor(g, first, inner=needs[0] or needs[1], into=into)
         if dx is not None:
-            dx, dc = back.through_compressor(dx, back.x, inner=needs[0])
+            dx, dc = back.through_compressor(dx, back.x, inner=needs[0], into=whole)
     elif c is not None and d is not None:
         if first is None and needs[1]:
             first = _decompress(back.x, d, form)
@@ -254,10 +265,20 @@ class _Backward:
     ) -> None:
         self.x, self.c, self.d, self.form, self.needs = x, c, d, form, needs
 
-    def through_compressor(self, grad: Tensor, x: Tensor | None, inner: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Of Y = C X: (dX = CT dY, dC = dY XT), of (rows, s, i)."""
+    def shared_gradient(self, c: Tensor) -> Tensor | None:
+        """Room for the weight's gradient whose first rows can hold that of C X, which is part of it; else None.
+
+        A backward that is itself recorded must not overwrite what its own backward reads.
+        """
+        shared = self.form.reduced and self.needs[0] and c.shape[0] == 1 and not torch.is_grad_enabled()
+        return self.x.new_empty(self.x.shape, dtype=_accumulation_dtype(self.x.dtype)) if shared else None
+
+    def through_compressor(
+        self, grad: Tensor, x: Tensor | None, inner: bool, into: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of Y = C X: (dX = CT dY, dC = dY XT), of (rows, s, i); ``into``: for dX, its first rows are ``grad``."""
         assert self.c is not None
-        blocks, kept = self.c.shape[0], self.c.shape[1]
+        blocks, kept, summed = self.c.shape
         skip = kept if self.form.reduced else 0
         g = self.form.rows(grad, blocks)
         dc = None
@@ -266,14 +287,18 @@ class _Backward:
             dc = _mm(g, self.form.rows(x, blocks)[:, skip:].mT)
         if not inner:
             return None, dc
-        dx = g.new_empty(blocks, skip + self.c.shape[2], g.shape[2], dtype=_accumulation_dtype(g.dtype))
-        _mm_into(dx[:, skip:], self.c.mT, g)
-        if skip:
-            dx[:, :skip] = g
-        return dx.reshape(blocks * dx.shape[1], grad.shape[1], grad.shape[2]), dc
+        dx = into
+        if dx is None:
+            rows = blocks * (skip + summed)
+            dx = grad.new_empty(rows, *grad.shape[1:], dtype=_accumulation_dtype(grad.dtype))
+            self.form.rows(dx, blocks)[:, :skip] = g[:, :skip]
+        _mm_into(self.form.rows(dx, blocks)[:, skip:], self.c.mT, g)
+        return dx, dc
 
-    def through_decompressor(self, grad: Tensor, x: Tensor | None, inner: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Of Y = X D: (dX = dY DT, dD = XT dY), of (o, s, columns)."""
+    def through_decompressor(
+        self, grad: Tensor, x: Tensor | None, inner: bool, into: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of Y = X D: (dX = dY DT, dD = XT dY), of (o, s, columns); ``into``: room for dX."""
         assert self.d is not None
         blocks, kept = self.d.shape[0], self.d.shape[2]
         skip = kept if self.form.reduced else 0
@@ -284,11 +309,13 @@ class _Backward:
             dd = _mm(self.form.columns(x, blocks)[..., skip:].mT, g)
         if not inner:
             return None, dd
-        dx = g.new_empty(blocks, g.shape[1], skip + self.d.shape[1], dtype=_accumulation_dtype(g.dtype))
-        _mm_into(dx[..., skip:], g, self.d.mT)
-        if skip:
-            dx[..., :skip] = g
-        return self.form.uncolumns(dx, grad.shape[0]), dd
+        dx = into
+        if dx is None:
+            dx = grad.new_empty(*grad.shape[:2], self.x.shape[2], dtype=_accumulation_dtype(grad.dtype))
+        columns = self.form.columns(dx, blocks)
+        columns[..., :skip] = g[..., :skip]
+        _mm_into(columns[..., skip:], g, self.d.mT)
+        return dx, dd
 
 
 def _factor_grad(grad: Tensor, factor: Tensor | None) -> Tensor:
