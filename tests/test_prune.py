@@ -331,6 +331,14 @@ def test_groups_without_scores_are_left_out() -> None:
     assert result.report.widths["classifier.0"] == (64, 64)
 
 
+def test_rows_of_zeros_are_refused() -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="all rows are zero"):
+        obc.prune(model, EXAMPLE, batches(), lambda model, batch: 0.0 * loss(model, batch))
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("compensate", [None, "ls"])
 def test_an_exception_restores_the_model(error: type[BaseException], compensate: str | None) -> None:

@@ -376,6 +376,11 @@ class _Job:
             ]
             named = zip(subject.groups, values, strict=True)
             rows = {group.name: of_group for group, of_group in named if of_group is not None}
+            if rows and not any(bool(of_group.any()) for of_group in rows.values()):
+                raise ValueError(
+                    "all rows are zero, so that no choice is better than another: no loss depends on what can be "
+                    "pruned; check loss_fn, and rows='sample' with losses that couple samples (then rows='batch')"
+                )
         else:
             rows = CRITERIA[self.choice.criterion](subject)
         for name in {group.name for group in subject.groups} - set(rows):
