@@ -47,7 +47,7 @@ demo: setup ## train small networks on digits, prune them by four criteria, prin
 	$(BIN)/obc demo $(ARGS)
 
 test: setup ## the test suite, without the tests marked slow
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
 
 test-all: setup ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

@@ -220,7 +220,14 @@ def large_case() -> Case:
 
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 def test_memory_that_runs_out_anywhere(rows: str) -> None:
-    """With more and more address space a run ends further on, by torch's error or Python's, and leaves no trace."""
+    """With more and more address space a run ends further on, by torch's error or Python's, and leaves no trace.
+
+    In a fresh process: the memory that earlier tests gave back would do for the whole run.
+    """
+    torch.multiprocessing.spawn(_run_out_of_memory, (rows,))
+
+
+def _run_out_of_memory(process: int, rows: str) -> None:
     case = large_case()
     expected = obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows)
     snapshot = Snapshot(unusual(case.model))

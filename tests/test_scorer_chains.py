@@ -164,6 +164,45 @@ def test_another_way_in_a_later_row(later: str, caplog: pytest.LogCaptureFixture
     assert_same(scores, expected)
 
 
+def test_changes_in_place_keep_their_gate() -> None:
+    """On a copy they leave one graph, in place another: a chain would break in the first later row."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 4)).eval()
+    generator = torch.Generator().manual_seed(2)
+    batches = [(torch.randn(4, 5, 6, generator=generator), torch.randint(4, (4, 5), generator=generator))] * 3
+
+    def of_tokens(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    scores = obc.score(model, batches, of_tokens)
+    assert scores.coverage["0"] == "gate on a copy"
+    assert "left_out" not in scores.metadata
+
+
+class DeadEnd(nn.Module):
+    """The second reader of the norm's output leads nowhere, so that it is not read by gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.dead, self.head = nn.Conv2d(8, 2, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.conv(x)))
+        self.dead(x)
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
+
+
+def test_a_reader_without_gradient_watches_no_chain() -> None:
+    model = DeadEnd().eval()
+    scores = obc.score(model, images(), loss)
+    assert "left_out" not in scores.metadata
+    assert scores.coverage["conv"].endswith("out channels from the gradient of the norm behind it")
+    assert_same(scores, obc.score(model, images(), loss, chains=False))
+
+
 def test_a_loop_of_ones_own_is_told_to_repeat_the_row() -> None:
     model = Branching("relu", "gelu", "gelu", "relu")
     scorer = obc.JacobianScorer(model)

@@ -55,11 +55,12 @@ class Plan:
 
     def confirm_chains(self, candidates: Candidates, norms: Iterable[NormGradients]) -> None:
         """Take over the chains that hold in the rows in hand, of modules that gates read."""
-        gated = set()
-        for reader in self.readers.values():
-            if reader.how == "gate" and reader.in_ is not None:  # without a gate before it, no graph leads up to it
-                gated |= {reader.out, reader.in_}
-        self.chains.confirm((one for one in candidates.found() if one.slot in gated), norms)
+        gated = [reader for reader in self.readers.values() if reader.how == "gate" and reader.in_ is not None]
+        inputs = {reader.in_ for reader in gated}
+        # What is changed in place was changed on a copy in the checking row, which leaves another graph.
+        outputs = {reader.out for reader in gated if not reader.copy_output}
+        found = [one for one in candidates.found() if one.seen_by in inputs]
+        self.chains.confirm((one for one in found if one.slot in inputs or one.slot in outputs), norms)
 
     def reads(self, parameter: nn.Parameter) -> bool:
         """Whether this very parameter is one whose gradient the plan reads."""
