@@ -76,15 +76,8 @@ def test_forward_and_gradients_are_the_explicit_networks(name: str, training: bo
         assert (grad - truth).abs().max() <= EXACT, key
 
 
-# 200 steps of the larger networks take a minute each.
-TRAINED = [
-    pytest.param(name, factors, marks=pytest.mark.slow if name in ("resnet", "flatten") else ())
-    for name in RECIPES
-    for factors in ("full", "reduced")
-]
-
-
-@pytest.mark.parametrize(("name", "factors"), TRAINED)
+@both_factors
+@pytest.mark.parametrize("name", RECIPES)
 def test_trains_like_the_explicit_network(name: str, factors: str) -> None:
     """With "reduced" factors: like explicit layers whose kept part is frozen to the identity."""
     pruned, equivalent = folded(name, factors)
