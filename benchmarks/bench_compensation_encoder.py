@@ -12,13 +12,19 @@ their batches out by itself) and the next ones are the test:
   similarity of this set was in view: its choice of kurtosis limits was made on it.
 - "docstrings": docstrings of the standard library, seed 1. Nothing was chosen on it; it is the table to quote.
 
+A seed decides which sentences calibrate and which test; ``--seeds`` draws others.
+
 Criteria that rank the channels of each layer once, and prune the same number in each: random; L1 (the weights in and
 out of a hidden channel); JC, the Jacobian Criterion with batch rows of an in-batch contrastive loss: the two halves of
-a sentence should find each other among the halves of the batch, which is close to what the encoder was trained for.
+a sentence should find each other among the halves of the batch, which is close to what the encoder was trained for;
+and with the same loss, or without one, the other criteria of ``obc.prune``, defined in ``obc.pruning.criteria``.
 
 Joint selection (``obc.prune``) of sets of channels over all layers, whose widths then differ, in four steps of an
 eighth each, scored anew before each, with a row for every sentence: "joint", of the sentence's own term of the same
 contrastive loss; "joint-label-free", of a random projection of its embedding.
+
+Rows that the file of ``--out`` already has are not run again; each says which command made it. ``--plot`` draws what
+the file has.
 """
 
 from __future__ import annotations
@@ -30,10 +36,11 @@ import importlib.util
 import json
 import random
 import re
+import statistics
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -46,8 +53,20 @@ import obc
 from benchmarks.harness import RESULTS, provenance
 from obc.equivalent import Kept, PruningPlan, compensate
 from obc.integrations.transformers import TransformersStructure
+from obc.pruning.criteria import CRITERIA as CRITERIA_OF_PRUNE
+from obc.pruning.criteria import Subject
 
-CRITERIA = ("random", "L1", "JC", "joint", "joint-label-free")
+# By layer, of obc.pruning.criteria: what they are called here and there.
+OTHERS = {
+    "L2": "l2",
+    "FPGM": "fpgm",
+    "WHC": "whc",
+    "Taylor": "taylor",
+    "Fisher": "fisher",
+    "reconstruction": "reconstruction",
+}
+CRITERIA = ("random", "L1", "JC", "joint", "joint-label-free", *OTHERS)
+STATES = ("naive", "ls", "seq")
 SHARES = (0.25, 0.5)
 JOINT_STEPS = (0.125, 0.25, 0.375, 0.5)  # scored anew before each; passes all SHARES
 BATCH = 32
@@ -246,21 +265,42 @@ def criteria(encoder: Encoder, texts: Sequence[str], seed: int) -> dict[str, Cal
         scores = obc.score(encoder.model, encoder.pairs(texts), contrastive_loss, progress=False)
         return [scores[up].out_channels + scores[down].in_channels for up, down in encoder.feed_forward]
 
+    def other(name: str) -> list[Tensor]:
+        found = CRITERIA_OF_PRUNE[name](_subject(encoder, texts, seed))
+        return [found[group.name] for group in TransformersStructure(encoder.model, kinds=("ffn",)).groups]
+
     makers: tuple[Callable[[], Pruned], ...] = (
         lambda: by_layer(encoder, random_scores()),
         lambda: by_layer(encoder, l1()),
         lambda: by_layer(encoder, jacobian()),
         lambda: joint(encoder, encoder.pairs(texts), contrastive_losses, seed),
         lambda: joint(encoder, encoder.batches(texts, seed), None, seed),
+        *(lambda name=name: by_layer(encoder, other(name)) for name in OTHERS.values()),
     )
     return dict(zip(CRITERIA, makers, strict=True))
 
 
-def row(encoder: Encoder, naive: nn.Module, plan: PruningPlan, calibration: Any, test: Any) -> dict[str, Any]:
+def _subject(encoder: Encoder, texts: Sequence[str], seed: int) -> Subject:
+    """What the criteria of ``obc.prune`` score: the hidden channels, in the order of the layers."""
+    return Subject(
+        encoder.model,
+        TransformersStructure(encoder.model, kinds=("ffn",)).groups,
+        encoder.pairs(texts),
+        contrastive_loss,
+        lambda model, pair: embed(model, pair[0]),
+        slices="all",
+        rows="batch",
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def row(
+    encoder: Encoder, naive: nn.Module, plan: PruningPlan, calibration: Any, test: Any, modes: Sequence[str]
+) -> dict[str, Any]:
     """Similarity naive and after each mode, the held-out errors that it decided by, and the seconds that it took."""
     widths = [naive.get_submodule(up).out_features for up, _ in encoder.feed_forward]
     result = {"widths": widths, "naive": similarity(naive, encoder.model, test)}
-    for mode in ("ls", "seq"):
+    for mode in modes:
         model = copy.deepcopy(naive)
         report = compensate(model, encoder.model, plan, calibration, embed, mode=mode, progress=False)
         result |= {
@@ -272,25 +312,67 @@ def row(encoder: Encoder, naive: nn.Module, plan: PruningPlan, calibration: Any,
     return result
 
 
-def table(encoder: Encoder, corpus: Corpus, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The rows of one corpus, each printed as it is there."""
+Key = tuple[str, int, str, float]
+
+
+def key_of(row: Mapping[str, Any]) -> Key:
+    return row["corpus"], row["seed"], row["criterion"], row["share"]
+
+
+def run(
+    encoder: Encoder, corpus: Corpus, arguments: argparse.Namespace, done: Collection[Key]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one corpus that are not done, each printed as it is there."""
     texts = corpus.sentences(2 * arguments.sentences)
     texts, test_texts = texts[: arguments.sentences], texts[arguments.sentences :]
     calibration, test = encoder.batches(texts, corpus.seed), encoder.batches(test_texts, corpus.seed)
     known = "in view while compensation was written" if corpus.tuned_on else "nothing was chosen on it"
-    print(f"\n{corpus.name} ({known}): cosine similarity to the unpruned model, {len(test_texts)} held-out sentences")
-    print(f"{'':16} {'pruned':>6} {'naive':>7} {'ls':>7} {'seq':>7} {'ls s':>7} {'seq s':>7}")
+    print(
+        f"\n{corpus.name} ({known}), seed {corpus.seed}: cosine similarity to the unpruned model, "
+        f"{len(test_texts)} held-out sentences\n{'':16} {'pruned':>6} {'naive':>7} "
+        + " ".join(f"{mode:>7}" for mode in arguments.modes)
+    )
     for name, pruned in criteria(encoder, texts, corpus.seed).items():
-        if name not in arguments.criterion:
+        wanted = {(corpus.name, corpus.seed, name, share) for share in SHARES} - set(done)
+        if name not in arguments.criterion or not wanted:
             continue
         for share, model, plan in pruned():
-            result = row(encoder, model, plan, calibration, test)
-            print(
-                f"{name:16} {share:6.0%} {result['naive']:7.3f} {result['ls']:7.3f} {result['seq']:7.3f} "
-                f"{result['ls_seconds']:7.1f} {result['seq_seconds']:7.1f}",
-                flush=True,
-            )
-            yield {"corpus": corpus.name, "seed": corpus.seed, "criterion": name, "share": share, **result}
+            result = {"corpus": corpus.name, "seed": corpus.seed, "criterion": name, "share": share}
+            if key_of(result) in wanted:
+                result |= row(encoder, model, plan, calibration, test, arguments.modes)
+                cells = " ".join(f"{result[state]:7.3f}" for state in ("naive", *arguments.modes))
+                print(f"{name:16} {share:6.0%} {cells}", flush=True)
+                yield result
+
+
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Similarity over the share that was pruned: a column a state, a line a corpus; mean and range over the seeds."""
+    from matplotlib.figure import Figure
+
+    corpora = list(dict.fromkeys(row["corpus"] for row in rows))
+    figure = Figure(figsize=(4.6 * len(STATES), 3.8 * len(corpora) + 0.8), layout="constrained")
+    panels = figure.subplots(len(corpora), len(STATES), squeeze=False, sharex=True, sharey=True)
+    for line, corpus in zip(panels, corpora, strict=True):
+        for panel, state in zip(line, STATES, strict=True):
+            for index, name in enumerate(CRITERIA):
+                of_name = [row for row in rows if (row["corpus"], row["criterion"]) == (corpus, name) and state in row]
+                found = [[row[state] for row in of_name if row["share"] == share] for share in SHARES]
+                if all(found):
+                    means = [statistics.mean(values) for values in found]
+                    reach = [[abs(end(v) - m) for v, m in zip(found, means, strict=True)] for end in (min, max)]
+                    style = "-" if name.startswith(("JC", "joint")) else "--"
+                    look = {"marker": "osD^vP*"[index % 7], "color": f"C{index % 10}", "capsize": 3}
+                    panel.errorbar(SHARES, means, reach, linestyle=style, label=name, **look)
+            panel.set_title(f"{corpus}, {state}", fontsize=10)
+            panel.grid(alpha=0.3)
+    panels[-1][0].set_xlabel("share of hidden channels pruned")
+    panels[0][0].set_ylabel("cosine similarity to the unpruned model")
+    figure.legend(*panels[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    figure.savefig(path, dpi=90)
+
+
+def _read(path: Path | None) -> list[dict[str, Any]]:
+    return json.loads(path.read_text())["rows"] if path is not None and path.exists() else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -298,23 +380,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_compensation_encoder")
     parser.add_argument("--sentences", type=int, default=512, help="to calibrate, and again to test (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--criterion", nargs="+", choices=CRITERIA, default=CRITERIA, help="only these")
+    parser.add_argument("--criterion", nargs="*", choices=CRITERIA, default=CRITERIA, help="only these")
     parser.add_argument("--corpus", choices=[corpus.name for corpus in CORPORA], help="only this one")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: each corpus's own")
+    parser.add_argument("--modes", nargs="+", choices=STATES[1:], default=STATES[1:], help="of compensation; both")
     parser.add_argument(
         "--out", nargs="?", type=Path, const=RESULTS / "bench_compensation_encoder.json", help="write JSON"
     )
+    parser.add_argument("--plot", type=Path, help="draw all rows of the file of --out")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     facts = provenance(1, arguments.threads) | {"sentences": arguments.sentences}
-    encoder = Encoder.pretrained()
-    chosen = [corpus for corpus in CORPORA if arguments.corpus in (None, corpus.name)]
-    rows: list[dict[str, Any]] = []
-    for result in (result for corpus in chosen for result in table(encoder, corpus, arguments)):
-        rows.append(result)
-        if arguments.out:  # after each row: a run takes long
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.write_text(json.dumps({"provenance": facts, "rows": rows}, indent=2) + "\n")
-    return int(any(result[mode] < result["naive"] for result in rows for mode in ("ls", "seq")))
+    rows = _read(arguments.out)
+    encoder = Encoder.pretrained() if arguments.criterion else None
+    for corpus in CORPORA:
+        for seed in arguments.seeds or [corpus.seed]:
+            if encoder is None or arguments.corpus not in (None, corpus.name):
+                continue
+            for result in run(encoder, replace(corpus, seed=seed), arguments, {key_of(row) for row in rows}):
+                rows.append(result | {"provenance": facts})
+                if arguments.out:  # after each row: a run takes long
+                    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                    arguments.out.write_text(json.dumps({"provenance": facts, "rows": rows}, indent=2) + "\n")
+    if arguments.plot:
+        draw(rows, arguments.plot)
+    return int(any(row[mode] < row["naive"] for row in rows for mode in STATES[1:] if mode in row))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -92,3 +94,31 @@ def test_a_row_of_a_pair_is_that_of_its_term(encoder: bench.Encoder) -> None:
         ).rows
         for _, down in encoder.feed_forward:
             torch.testing.assert_close(rows[down].in_channels[pair], term[down].in_channels[0], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", bench.OTHERS)
+def test_other_criteria_remove_the_shares_of_each_layer(encoder: bench.Encoder, name: str) -> None:
+    for share, model, _ in bench.criteria(encoder, TEXTS, seed=0)[name]():
+        widths = {model.get_submodule(up).out_features for up, _ in encoder.feed_forward}
+        assert widths == {round(WIDTH * (1 - share))}
+
+
+def test_other_criteria_come_in_the_order_of_the_layers(encoder: bench.Encoder) -> None:
+    _, plan = next((model, plan) for share, model, plan in bench.criteria(encoder, TEXTS, seed=0)["L2"]())
+    for names in encoder.feed_forward:
+        up, down = (encoder.model.get_submodule(name).weight.detach() for name in names)
+        norms = up.square().sum(1) + down.square().sum(0)
+        kept = norms.topk(round(WIDTH * (1 - bench.SHARES[0]))).indices.sort().values
+        torch.testing.assert_close(plan[names[0]].out_channels, kept)
+
+
+def test_a_picture_of_rows_of_which_some_have_one_mode_only(tmp_path: Path) -> None:
+    rows = [
+        {"corpus": "docstrings", "seed": seed, "criterion": name, "share": share, "naive": 0.8, "ls": 0.9}
+        | ({"seq": 0.95} if name == "JC" else {})
+        for seed in (1, 2)
+        for name in ("JC", "Taylor")
+        for share in bench.SHARES
+    ]
+    bench.draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
