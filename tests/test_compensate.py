@@ -11,6 +11,7 @@ import torch
 from prunable import RECIPES, ConvChain, Pruned
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.testing import assert_close
 
 from obc.equivalent import (
     Kept,
@@ -20,6 +21,7 @@ from obc.equivalent import (
     equivalent_pruning,
     recalibrate_norms,
 )
+from obc.equivalent.calibration import batch_norms
 from obc.equivalent.moments import Moments
 
 MODES = ["ls", "seq"]
@@ -349,6 +351,29 @@ def test_recalibrated_norms_have_the_batches_statistics() -> None:
     assert norm.training
     assert norm.momentum == 0.1
     assert torch.equal(norm.num_batches_tracked, tracked)
+
+
+def test_compensated_norms_have_the_statistics_of_the_final_weights() -> None:
+    """Estimating them once more from the same batches changes nothing."""
+    pruned, data = RECIPES["resnet"].prune(), batches("resnet", 5)
+    before = [norm.running_mean.clone() for norm in batch_norms(pruned.model)]
+    report = compensate(pruned.model, pruned.original, pruned.plan, data, mode="seq")
+    assert report.norms_recalibrated
+    again = copy.deepcopy(pruned.model)
+    recalibrate_norms(again, data[:4])  # the fifth is held out
+    assert_close(again.state_dict(), pruned.model.state_dict(), rtol=0, atol=0)
+    assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(batch_norms(again), before, strict=True))
+
+
+@pytest.mark.parametrize(("mode", "asked"), [("seq", False), ("ls", True)], ids=["not asked for", "harmful"])
+def test_norms_that_are_not_recalibrated_stay_as_they_were(mode: str, asked: bool) -> None:
+    """The recipe's random statistics are no data's: with those of the batches, mode "ls" ends worse than naive."""
+    pruned = RECIPES["resnet"].prune()
+    before = copy.deepcopy([norm.state_dict() for norm in batch_norms(pruned.model)])
+    data = batches("resnet", 5)
+    report = compensate(pruned.model, pruned.original, pruned.plan, data, mode=mode, recalibrate_norms=asked)
+    assert not report.norms_recalibrated
+    assert_close([norm.state_dict() for norm in batch_norms(pruned.model)], before, rtol=0, atol=0)
 
 
 def test_models_and_their_flags_are_left_as_they_were() -> None:
