@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import RESULTS, provenance
+from benchmarks.harness import RESULTS, provenance, write
 from obc.demo import measure
 from obc.demo.criteria import CRITERIA
 from obc.demo.data import Digits, digits
@@ -167,8 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{recipe.name}, seed {seed}: {ratio:.2f} times fewer MACs", flush=True)
     print("", *table(rows), "", *cost_table(rows), sep="\n")
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"provenance": facts, "rows": rows}, indent=2) + "\n")
+        write(arguments.out, facts, rows=rows)
         print(f"written: {arguments.out}")
     return 0
 

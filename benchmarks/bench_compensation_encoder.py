@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import obc
-from benchmarks.harness import RESULTS, provenance
+from benchmarks.harness import RESULTS, provenance, write
 from obc.equivalent import Kept, PruningPlan, compensate
 from obc.integrations.transformers import TransformersStructure
 from obc.pruning.criteria import CRITERIA as CRITERIA_OF_PRUNE
@@ -400,8 +400,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for result in run(encoder, replace(corpus, seed=seed), arguments, {key_of(row) for row in rows}):
                 rows.append(result | {"provenance": facts})
                 if arguments.out:  # after each row: a run takes long
-                    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                    arguments.out.write_text(json.dumps({"provenance": facts, "rows": rows}, indent=2) + "\n")
+                    write(arguments.out, facts, rows=rows)
     if arguments.plot:
         draw(rows, arguments.plot)
     return int(any(row[mode] < row["naive"] for row in rows for mode in STATES[1:] if mode in row))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.bench_compensation import NETWORKS, Pruned, pruned
-from benchmarks.harness import RESULTS, provenance
+from benchmarks.harness import RESULTS, provenance, write
 from obc.demo.train import accuracy, train
 from obc.equivalent import equivalent_pruning
 
@@ -77,8 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             means = (f"{statistics.fmean(c):.1f}±{statistics.stdev(c):.1f}" for c in zip(*of_network, strict=True))
             print(f"{'':16} mean {'':7} " + " ".join(f"{cell:>9}" for cell in means))
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"provenance": facts, "rows": rows}, indent=2) + "\n")
+        write(arguments.out, facts, rows=rows)
         print(f"written: {arguments.out}")
     return 0
 

@@ -2,7 +2,8 @@
 
 Peak memory and time per row on Llama-like models from configuration, random weights, batch of one sequence: plain
 inference, a plain fine-tuning step (SGD, so that no optimizer state hides the gradients), the paper's way (every
-weight gradient kept, contracted at the end), weight gradients contracted at once, and obc by batch and by sample rows.
+weight gradient kept, contracted at the end), weight gradients contracted at once, and obc by batch and by sample rows,
+whose first row also checks; "obc rows after the first" has that one behind it.
 Every case runs in a process of its own; its memory is what came on top of the weights. A way that needs more than
 ``--limit`` GiB together with the weights is not started, and is listed as such.
 
@@ -40,7 +41,15 @@ WIDTH = {
     "width 3072, 8 layers": (3072, 8192, 8),
 }
 SIZES = DEPTH | WIDTH
-WAYS = ("inference", "fine-tuning step", "authors' way", "contracted at once", "obc batch rows", "obc sample rows")
+WAYS = (
+    "inference",
+    "fine-tuning step",
+    "authors' way",
+    "contracted at once",
+    "obc batch rows",
+    "obc sample rows",
+    "obc rows after the first",
+)
 VOCABULARY, HEAD = 8192, 64
 ROWS = 4  # enough that what grows with rows shows
 GRADIENTS = {"fine-tuning step": 1, "authors' way": ROWS + 2}  # memory in weights, at least: to refuse what can't fit
@@ -120,6 +129,16 @@ def way_of(name: str, model: nn.Module, batches: Sequence[Tensor]) -> Callable[[
             model.zero_grad()
             loss(watched, batch).backward()
 
+    def later_rows() -> None:
+        for batch in batches:
+            with scorer.row():
+                loss(model, batch).backward()
+
+    if name == "obc rows after the first":
+        scorer = obc.JacobianScorer(model)
+        scorer.__enter__()  # the process ends with the case
+        with scorer.row():
+            loss(model, batches[0]).backward()
     watched = contracting(model) if name == "contracted at once" else model
     return {
         "inference": inference,
@@ -128,6 +147,7 @@ def way_of(name: str, model: nn.Module, batches: Sequence[Tensor]) -> Callable[[
         "contracted at once": at_once,
         "obc batch rows": lambda: obc.score(model, batches, loss, progress=False),
         "obc sample rows": lambda: obc.score(model, batches, losses, rows="sample", progress=False),
+        "obc rows after the first": later_rows,
     }[name]
 
 

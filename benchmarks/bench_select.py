@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import obc
-from benchmarks.harness import RESULTS, Case, Provider, measure, plain_product, provenance
+from benchmarks.harness import RESULTS, Case, Provider, measure, plain_product, provenance, write
 from obc.selection import Costs
 from obc.selection.interactions import FORMS, Form, choose_form
 from obc.selection.shrinkage import estimated_shrinkage
@@ -172,9 +172,7 @@ def main() -> int:
                 flush=True,
             )
     if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        content = {"provenance": facts, "cases": tables, "runs": runs}
-        arguments.out.write_text(json.dumps(content, indent=2) + "\n")
+        write(arguments.out, facts, cases=tables, runs=runs)
         print(f"written: {arguments.out}")
     return int(any(case["void"] for case in tables))
 

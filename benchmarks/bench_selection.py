@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
 import statistics
 import sys
 import time
@@ -442,9 +441,6 @@ def write_json(results: Results, path: Path) -> None:
     """Everything in one file, with the provenance of every run that added to it."""
     lines = [json.loads(line) for line in results.path.read_text().splitlines()]
     runs = [line["provenance"] for line in lines if "provenance" in line]
-    for of_run in runs:  # of paths what is the same on any machine
-        words = shlex.split(of_run["command"])
-        of_run["command"] = shlex.join(Path(word).name if word.startswith("/") else word for word in words)
     path.write_text(json.dumps({"provenance": runs, "cases": list(results.cases.values())}, indent=1) + "\n")
 
 

@@ -147,7 +147,8 @@ def _eager_and_graph(call: Callable[[], None]) -> tuple[float, float]:
     """Seconds of a call launched kernel by kernel, and of the replay of its CUDA graph."""
     if timing.is_dry():
         return timing.wall_seconds(call), timing.wall_seconds(call)
-    return timing.loop_seconds(call, [()]), timing.seconds(timing.captured(call).replay)
+    graph, _ = timing.captured(call)
+    return timing.loop_seconds(call, [()]), timing.seconds(graph.replay)
 
 
 def _small_row(

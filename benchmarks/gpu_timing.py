@@ -90,11 +90,12 @@ def graph_seconds(call: Callable[..., Any], input_sets: Sequence[tuple[Any, ...]
     if _dry:
         return wall_seconds(lambda: call(*input_sets[0]))
     turns = _over(input_sets)
-    return seconds(captured(lambda: [call(*inputs) for inputs in turns]).replay) / len(turns)
+    graph, _ = captured(lambda: [call(*inputs) for inputs in turns])
+    return seconds(graph.replay) / len(turns)
 
 
-def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of the call, which ran once before on a side stream, as captures want it."""
+def captured(call: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """A CUDA graph of the call, and its result, which a replay fills; it ran once before, on a side stream."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -102,8 +103,8 @@ def captured(call: Callable[[], Any]) -> torch.cuda.CUDAGraph:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    return graph
+        result = call()
+    return graph, result
 
 
 def loop_seconds(call: Callable[..., Any], input_sets: Sequence[tuple[Any, ...]]) -> float:

@@ -283,9 +283,10 @@ def _slowed_by_threads(case: Case, inner: dict[str, int], repeats: int, threads:
 
 
 def provenance(repeats: int, threads: int) -> dict[str, Any]:
-    """Where, when and with what a run was made."""
+    """Where, when and with what a run was made; of paths in the command what is the same on any machine."""
     import obc
 
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     return {
         "cpu": _cpu_name(),
         "logical_cpus": os.cpu_count(),
@@ -297,7 +298,7 @@ def provenance(repeats: int, threads: int) -> dict[str, Any]:
         "backend": obc.backends.chosen("cpu").name,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
     }
 
 
@@ -309,8 +310,13 @@ def update(path: Path, facts: Mapping[str, Any], results: Sequence[Mapping[str, 
     earlier = json.loads(path.read_text())["cases"] if path.exists() else []
     cases = {case["name"]: case for case in earlier}
     cases |= {result["name"]: {**result, "provenance": dict(facts)} for result in results}
+    write(path, facts, cases=list(cases.values()))
+
+
+def write(path: Path, facts: Mapping[str, Any], **content: Any) -> None:
+    """Write JSON of the provenance and of ``content``; the folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"provenance": dict(facts), "cases": list(cases.values())}, indent=2) + "\n")
+    path.write_text(json.dumps({"provenance": dict(facts), **content}, indent=2) + "\n")
 
 
 def parser_of(name: str, repeats: int = 21) -> argparse.ArgumentParser:

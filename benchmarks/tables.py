@@ -6,36 +6,26 @@ README.md and the pages of docs/ hold blocks
     ...
     <!-- end -->
 
-whose inside is written here and nowhere else. A block is named after one of ``SUMMARIES``, or "cases FILE" for every
-case of a result file of the harness, or "rows FILE" for a file whose results are a list of rows.
+whose inside is written here and nowhere else. A block is named after one of ``SUMMARIES`` (of
+:mod:`benchmarks.summaries`), or "cases FILE" for every case of a result file of the harness, or "rows FILE" for a file
+whose results are a list of rows.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS
+from benchmarks.markdown import TableError, markdown, read, source
+from benchmarks.summaries import SUMMARIES
 
 ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"<!-- table (?P<name>[^>]+?) -->\n(?P<body>.*?)<!-- end -->", re.DOTALL)
-_MODELS = ("VGG-19", "ResNet-56", "Llama 16 M", "ViT 2.7 M")
-_OPERATORS = {
-    "weight_dot 4096x4096": "`weight_dot` 4096 x 4096",
-    "weight_dot 512x512x3x3": "`weight_dot` 512 x 512 x 3 x 3",
-    "channel_dot 64x64x32x32": "`channel_dot` (64, 64, 32, 32)",
-    "channel_dot 64x512x4x4": "`channel_dot` (64, 512, 4, 4)",
-    "channel_dot tokens 8x512x2048": "`channel_dot` tokens (8, 512, 2048)",
-}
-
-
-class TableError(ValueError):
-    """A block can't be filled; the message names it and says what to run."""
 
 
 def pages(root: Path = ROOT) -> list[Path]:
@@ -58,69 +48,12 @@ def _block(name: str, results: Path) -> str:
     if name in SUMMARIES:
         content = SUMMARIES[name](results)
     elif kind == "cases" and file:
-        content = all_cases(_read(results, file))
+        content = all_cases(read(results, file))
     elif kind == "rows" and file:
-        content = all_rows(_read(results, file))
+        content = all_rows(read(results, file))
     else:
         raise TableError(f"no table is named {name!r}; known are {', '.join(SUMMARIES)}, 'cases FILE' and 'rows FILE'")
     return f"<!-- table {name} -->\n{content}\n<!-- end -->"
-
-
-def _read(results: Path, name: str) -> dict[str, Any]:
-    path = results / f"{name}.json"
-    if not path.exists():
-        raise TableError(f"there is no {path.name} in {path.parent.name}; run the benchmark that writes it with --out")
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def _case(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    for case in content["cases"]:
-        if case["name"] == name:
-            return case
-    raise TableError(f"the results have no case {name!r}; run its benchmark with --out and --only {name!r}")
-
-
-def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table whose first column is text and whose others are numbers."""
-    rule = ["---", *["---:"] * (len(head) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
-
-
-# --- summaries -----------------------------------------------------------------------------------------------------
-
-
-def _scoring_rows(results: Path) -> str:
-    """Time of a steady row against forward and backward with weight gradients."""
-    content = _read(results, "bench_scoring_rows")
-    cases = [_case(content, f"{model}, a steady row") for model in _MODELS]
-    providers = {
-        "forward + backward": "forward + backward with weight gradients",
-        "floor": "floor: frozen weights, nothing read",
-        "obc batch rows": "obc, batch rows",
-        "obc sample rows": "obc, sample rows",
-    }
-    lines = [
-        [label, *(f"{case['providers'][name]['against_baseline']['paired_median']:.2f}" for case in cases)]
-        for name, label in providers.items()
-    ]
-    return markdown(["time of a row", *_MODELS], lines) + _source(cases[0].get("provenance", content["provenance"]))
-
-
-def _operators(results: Path) -> str:
-    """Time against two plain reads (median of paired rounds) and against torch.compile (ratio of medians)."""
-    content = _read(results, "bench_ops")
-    lines = []
-    for name, label in _OPERATORS.items():
-        case = _case(content, name)
-        reads = next(target for target in case["targets"] if target["against"] == "two plain reads")
-        times = {provider: row["median_ms"] for provider, row in case["providers"].items()}
-        compiled = times["obc"] / times["torch.compile"]
-        lines.append([label, f"{reads['paired_median']:.2f}", f"{compiled:.2f}"])
-    return markdown(["", "time / two plain reads", "time / `torch.compile`"], lines) + _source(content["provenance"])
-
-
-SUMMARIES: dict[str, Callable[[Path], str]] = {"scoring-rows": _scoring_rows, "operators": _operators}
 
 
 # --- whole files ---------------------------------------------------------------------------------------------------
@@ -146,9 +79,9 @@ def all_cases(content: Mapping[str, Any]) -> str:
             lines.append([name, f"{row['median_ms']:.3f}", spread, f"{rate:.1f}", ratio, share, *memory])
         void = "".join(f"\n\nVoid: {reason}." for reason in case["void"])
         void += "".join(f"\n\nNot run: {way}: {why}." for way, why in case.get("refused", {}).items())
-        facts = _source(case["provenance"]) if "provenance" in case else ""
+        facts = source(case["provenance"]) if "provenance" in case else ""
         parts.append(f"**{case['name']}**\n\n{markdown(head, lines)}{void}{facts}")
-    return "\n\n".join(parts) + _source(content["provenance"])
+    return "\n\n".join(parts) + source(content["provenance"])
 
 
 def all_rows(content: Mapping[str, Any]) -> str:
@@ -159,21 +92,13 @@ def all_rows(content: Mapping[str, Any]) -> str:
     fields = {name: None for row in rows for name, value in row.items() if not isinstance(value, (list, dict))}
     head = [name for name in fields if not (name == "name" and "way" in fields)]
     lines = [[_cell(row.get(name)) for name in head] for row in rows]
-    return markdown(head, lines) + _source(content["provenance"])
+    return markdown(head, lines) + source(content["provenance"])
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "-"}[value]
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _source(facts: Mapping[str, Any]) -> str:
-    """Where the figures come from."""
-    return (
-        f"\n\n<sub>`{facts['command']}`: {facts['cpu']}, {facts['threads']} of {facts['logical_cpus']} logical CPUs, "
-        f"torch {facts['torch']}, {facts['repeats']} rounds, {facts['date'][:10]}, commit {facts['commit'][:12]}</sub>"
-    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

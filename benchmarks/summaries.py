@@ -1,0 +1,161 @@
+"""The tables of README.md and docs/ that show a part of a result file, or a mean over its rows."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.markdown import TableError, markdown, read, source
+
+_MODELS = ("VGG-19", "ResNet-56", "Llama 16 M", "ViT 2.7 M")
+_OPERATORS = {
+    "weight_dot 4096x4096": "`weight_dot` 4096 x 4096",
+    "weight_dot 512x512x3x3": "`weight_dot` 512 x 512 x 3 x 3",
+    "channel_dot 64x64x32x32": "`channel_dot` (64, 64, 32, 32)",
+    "channel_dot 64x512x4x4": "`channel_dot` (64, 512, 4, 4)",
+    "channel_dot tokens 8x512x2048": "`channel_dot` tokens (8, 512, 2048)",
+}
+
+
+def _case(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    for case in content["cases"]:
+        if case["name"] == name:
+            return case
+    raise TableError(f"the results have no case {name!r}; run its benchmark with --out and --only {name!r}")
+
+
+def _scoring_rows(results: Path) -> str:
+    """Time of a steady row against forward and backward with weight gradients."""
+    content = read(results, "bench_scoring_rows")
+    cases = [_case(content, f"{model}, a steady row") for model in _MODELS]
+    providers = {
+        "forward + backward": "forward + backward with weight gradients",
+        "floor": "floor: frozen weights, nothing read",
+        "obc batch rows": "obc, batch rows",
+        "obc sample rows": "obc, sample rows",
+    }
+    lines = [
+        [label, *(f"{case['providers'][name]['against_baseline']['paired_median']:.2f}" for case in cases)]
+        for name, label in providers.items()
+    ]
+    return markdown(["time of a row", *_MODELS], lines) + source(cases[0].get("provenance", content["provenance"]))
+
+
+def _operators(results: Path) -> str:
+    """Time against two plain reads (median of paired rounds) and against torch.compile (ratio of medians)."""
+    content = read(results, "bench_ops")
+    lines = []
+    for name, label in _OPERATORS.items():
+        case = _case(content, name)
+        reads = next(target for target in case["targets"] if target["against"] == "two plain reads")
+        times = {provider: row["median_ms"] for provider, row in case["providers"].items()}
+        compiled = times["obc"] / times["torch.compile"]
+        lines.append([label, f"{reads['paired_median']:.2f}", f"{compiled:.2f}"])
+    return markdown(["", "time / two plain reads", "time / `torch.compile`"], lines) + source(content["provenance"])
+
+
+# --- accuracies ----------------------------------------------------------------------------------------------------
+
+
+def _spread(values: Sequence[float | None], digits: int = 1) -> str:
+    """Mean and, of several, standard deviation."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return "-"
+    deviation = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{statistics.mean(found):.{digits}f}{deviation}"
+
+
+def _compensation(results: Path) -> str:
+    """Test accuracy in percent, mean over seeds: networks down, ways across."""
+    content = read(results, "bench_compensation")
+    names = list(dict.fromkeys(row["network"] for row in content["rows"]))
+    ways = list(content["rows"][0]["accuracy"])
+    lines = [
+        [way, *(_spread([row["accuracy"][way] for row in content["rows"] if row["network"] == name]) for name in names)]
+        for way in ways
+    ]
+    return markdown(["test accuracy, %", *names], lines) + source(content["provenance"])
+
+
+def _compensation_costs(results: Path) -> str:
+    """Seconds of compensation in epochs of forward passes of the unpruned network, and memory."""
+    content = read(results, "bench_compensation")
+    costs = {row["network"]: row["cost"] for row in content["rows"] if "cost" in row}
+    ways = [key.removesuffix("_seconds") for key in next(iter(costs.values())) if key.endswith("_seconds")]
+    lines = []
+    for way in ways:
+        cells = []
+        for cost in costs.values():
+            seconds, peak = cost[f"{way}_seconds"], cost[f"{way}_peak_bytes"] / 2**20
+            cells.append(f"{seconds:.2f} s, {seconds / cost['epoch_seconds']:.1f} epochs, {peak:.1f} MiB")
+        mode, _, samples = way.partition("_")
+        lines.append(["an epoch of forward passes" if mode == "epoch" else f"{mode}, {samples} images", *cells])
+    return markdown(["", *costs], lines) + source(content["provenance"])
+
+
+def _factors(results: Path) -> str:
+    """Test accuracy in percent after fine-tuning, mean over seeds."""
+    content = read(results, "bench_factors")
+    names, ways = (list(dict.fromkeys(row[key] for row in content["rows"])) for key in ("network", "way"))
+    tests = {
+        (name, way): [row["test"] for row in content["rows"] if (row["network"], row["way"]) == (name, way)]
+        for name in names
+        for way in ways
+    }
+    lines = [[way, *(_spread(tests[name, way]) for name in names)] for way in ways]
+    return markdown(["test accuracy, %", *names], lines) + source(content["provenance"])
+
+
+def _encoder(results: Path) -> str:
+    """Cosine similarity of sentence embeddings, mean over seeds: criteria down, shares and states across."""
+    content = read(results, "bench_compensation_encoder")
+    rows = content["rows"]
+    criteria = list(dict.fromkeys(row["criterion"] for row in rows))
+    columns = [(share, state) for share in (0.25, 0.5) for state in ("naive", "ls", "seq")]
+    parts = []
+    for corpus in ("docstrings", "topics"):
+        lines = []
+        for name in criteria:
+            of_name = [row for row in rows if (row["corpus"], row["criterion"]) == (corpus, name)]
+            if of_name:
+                seeds = len({row["seed"] for row in of_name})
+                found = ([row.get(state) for row in of_name if row["share"] == share] for share, state in columns)
+                lines.append([f"{name}, {seeds} seed{'s' * (seeds > 1)}", *(_spread(values, 3) for values in found)])
+        parts.append(markdown([corpus, *(f"{share:.0%} {state}" for share, state in columns)], lines))
+    return "\n\n".join(parts) + source(rows[-1].get("provenance", content["provenance"]))
+
+
+# --- large models --------------------------------------------------------------------------------------------------
+
+
+def _large(results: Path) -> str:
+    """Memory above the weights and seconds of a row: sizes down, ways across."""
+    content = read(results, "bench_large")
+    sizes, ways = (list(dict.fromkeys(row[key] for row in content["cases"])) for key in ("size", "way"))
+    lines = []
+    for size in sizes:
+        of_size = {row["way"]: row for row in content["cases"] if row["size"] == size}
+        cells = []
+        for way in ways:
+            row = of_size.get(way, {})
+            said = (
+                f"{row['peak_mib']:.0f}, {row['seconds_per_row']:.2f}" if "peak_mib" in row else row.get("failed", "-")
+            )
+            cells.append(said)
+        weights = next(iter(of_size.values()))["weights_mib"]
+        lines.append([f"{size}, {weights:.0f} MiB of weights", *cells])
+    return markdown(["MiB above the weights, s per row", *ways], lines) + source(content["provenance"])
+
+
+SUMMARIES: dict[str, Callable[[Path], str]] = {
+    "scoring-rows": _scoring_rows,
+    "operators": _operators,
+    "compensation": _compensation,
+    "compensation-costs": _compensation_costs,
+    "factors": _factors,
+    "encoder": _encoder,
+    "large": _large,
+}
