@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import obc
+from benchmarks.gpu_timing import captured
 
 pytestmark = pytest.mark.gpu
 
@@ -75,15 +76,7 @@ def test_a_captured_row_equals_eager_rows(family: Callable[[], Case], rows: Any)
 
     with scorer:
         row()  # the checking row
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            row()  # compiles and allocates
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            row()
+        graph, _ = captured(row)  # runs one row, which compiles and allocates
         for batch in later:
             pytree.tree_map(lambda to, new: to.copy_(new), still, batch)
             graph.replay()

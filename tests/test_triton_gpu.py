@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import obc
+from benchmarks.gpu_timing import captured
 from obc import ops
 
 pytestmark = pytest.mark.gpu
@@ -149,18 +150,11 @@ def test_does_not_synchronise(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_replays_from_a_graph(name: str) -> None:
     call = calls()[name]
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = call()
+    graph, result = captured(call)
     for _ in range(2):
         call.renew()
         graph.replay()
-        assert_same(captured, expected(call))
+        assert_same(result, expected(call))
     # What ran outside the graph meanwhile is not what the graph left behind.
     assert_same(call(), expected(call))
 
@@ -198,14 +192,7 @@ def test_a_row_of_gates_replays_from_a_graph() -> None:
         Gate.apply(layer(x), gate).square().mean().backward()
         return ops.end_row(scores, row)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        finite = step()
+    graph, finite = captured(step)
     scores.zero_()
     for _ in range(3):
         graph.replay()
