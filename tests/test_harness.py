@@ -133,3 +133,11 @@ def test_the_command_line_refuses_a_name_that_no_case_has(capsys: pytest.Capture
     with pytest.raises(SystemExit):
         harness.main("some", {"wanted": lambda: pytest.fail("not asked for")}, ["--only", "unknown"])
     assert "no case's name contains 'unknown'" in capsys.readouterr().err
+
+
+def test_rows_are_written_with_their_provenance(tmp_path: Path) -> None:
+    out = tmp_path / "results" / "some.json"
+    harness.write(out, {"threads": 1}, rows=[{"seed": 0}])
+    assert json.loads(out.read_text()) == {"provenance": {"threads": 1}, "rows": [{"seed": 0}]}
+    assert list(json.loads(out.read_text())) == ["provenance", "rows"]
+    assert out.read_text().endswith("}\n")
