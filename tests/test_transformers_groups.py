@@ -35,6 +35,8 @@ FOUND = {
     "mamba": [("mamba", 48)],
     "mixtral": [("heads", 2), ("experts", 4), ("expert_ffn", 48)],
     "qwen2-moe": [("heads", 2), ("experts", 4), ("expert_ffn", 24), ("ffn", 40)],
+    "deepseek-v2": [("heads", 4), ("expert_ffn", 16), ("experts", 4), ("ffn", 16)],
+    "deepseek-v3": [("heads", 4), ("ffn", 48)],
 }
 
 # How the families call what holds all experts of a layer.
@@ -101,6 +103,19 @@ def test_an_attention_with_more_than_its_projections_is_named() -> None:
     assert [group.name for group in structure.groups] == ["model.layers.1.self_attn.q_proj"]
     assert structure.left_out == {
         "model.layers.0.self_attn": "model.layers.0.self_attn.sinks of shape (4,) is not understood"
+    }
+
+
+def test_latent_attention_that_is_not_understood_is_named() -> None:
+    model = FAMILIES["deepseek-v3"]().model
+    first, second = (layer.self_attn for layer in model.model.layers)
+    first.indexer = nn.Linear(10, 4)  # as DeepSeek-V3.2's
+    second.v_head_dim = 4
+    structure = TransformersStructure(model, kinds=("heads",))
+    assert structure.groups == ()
+    assert structure.left_out == {
+        "model.layers.0.self_attn": "model.layers.0.self_attn.indexer.weight of shape (4, 10) is not understood",
+        "model.layers.1.self_attn": "its widths [40, 44, 20] are not 5 heads of [10, 10, 4] channels",
     }
 
 
@@ -265,7 +280,7 @@ def test_costs_are_exact_before_and_after(family: str) -> None:
         structure.costs("flops")
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "opt", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "opt", "gpt2", "qwen3", "deepseek-v3"])
 def test_macs_per_token_are_those_that_torch_counts(family: str) -> None:
     """Half the operations of every matrix product in a forward pass, attention's included, over its tokens."""
     case = FAMILIES[family]()

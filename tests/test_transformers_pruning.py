@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers_families import FAMILIES, double, every_other, language_model, output
+from transformers_families import FAMILIES, deepseek_v2, deepseek_v3, double, every_other, language_model, output
 
 from obc import PlanError
 from obc.integrations.transformers import TransformersStructure
@@ -40,11 +40,19 @@ def mask(model: nn.Module, group: ChannelGroup, units: Tensor) -> None:
 def mask_experts(router: Any, removed: Tensor) -> None:
     """Routing as the library defines it, with minus infinity for the logits of the removed experts."""
 
+    kept = [expert for expert in range(len(router.weight)) if expert not in removed]
+    deepseek = type(router).__name__.startswith("Deepseek")
+
     def forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
-        logits = logits.index_fill(1, removed, -torch.inf)
+        hidden, weight = hidden_states.reshape(-1, self.hidden_dim), self.weight[kept]
+        if deepseek:  # in float32, where products of other sizes round otherwise: only those of the kept experts
+            hidden, weight = hidden.float(), weight.float()
+        logits = hidden.new_full((len(hidden), len(self.weight)), -torch.inf)
+        logits[:, kept] = F.linear(hidden, weight)
         values, indices = logits.float().softmax(-1).topk(self.top_k, dim=-1)  # in float32, as the library does
-        if getattr(self, "norm_topk_prob", True):
+        if deepseek:
+            values = values * self.routed_scaling_factor
+        elif getattr(self, "norm_topk_prob", True):
             values = values / values.sum(-1, keepdim=True)
         return logits, values, indices
 
@@ -71,6 +79,36 @@ def test_a_pruned_model_is_the_original_without_the_contributions_of_what_went(f
     torch.testing.assert_close(after, output(case, masked), rtol=0, atol=TOLERANCE)
 
 
+def test_experts_of_deepseek_v3_lose_channels_and_none_of_them_goes() -> None:
+    """Its routers choose by scores with a bias each: what is left out of a choice is not what minus infinity leaves."""
+    case = deepseek_v3(dense=1)
+    model = double(case)
+    masked = copy.deepcopy(model)
+    structure = TransformersStructure(model)
+    kinds = [(group.kind, group.size) for group in structure.groups]
+    assert kinds == [("heads", 4), ("ffn", 48), ("heads", 4), ("expert_ffn", 16), ("ffn", 16)]
+    assert structure.left_out == {
+        "model.layers.1.mlp.experts": "the router model.layers.1.mlp.gate has more than a weight "
+        "(e_score_correction_bias)"
+    }
+    units = {group.name: every_other(group.size) for group in structure.groups}
+    for group in structure.groups:
+        mask(masked, group, units[group.name])
+    structure.remove(units)
+    torch.testing.assert_close(output(case, model), output(case, masked), rtol=0, atol=TOLERANCE)
+
+
+def test_routers_that_choose_among_groups_of_experts_keep_them_all() -> None:
+    model = deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy").model
+    structure = TransformersStructure(model, kinds=("experts",))
+    assert structure.groups == ()
+    assert structure.left_out == {
+        f"model.layers.{layer}.mlp.experts": f"the router model.layers.{layer}.mlp.gate has more than a weight "
+        "(num_group)"
+        for layer in range(2)
+    }
+
+
 def kin() -> dict[str, tuple[Any, Any, set[str]]]:
     """Class, config and kinds of groups of models that nothing above was written for."""
     import transformers as t
@@ -81,6 +119,8 @@ def kin() -> dict[str, tuple[Any, Any, set[str]]]:
     bart |= {
         f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in (("ffn_dim", 48), ("attention_heads", 4))
     }
+    latent = {"q_lora_rank": 10, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+    latent |= {"num_key_value_heads": 4}
     t5 = {"vocab_size": 31, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     return {
         "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config(**sizes, head_dim=8), {"heads", "ffn"}),
@@ -98,11 +138,14 @@ def kin() -> dict[str, tuple[Any, Any, set[str]]]:
             {"heads", "ffn"},
         ),
         "bart": (t.BartForConditionalGeneration, t.BartConfig(**bart), {"heads", "ffn"}),
+        "minicpm3": (t.MiniCPM3ForCausalLM, t.MiniCPM3Config(**sizes | latent), {"heads", "ffn"}),
         "t5": (t.T5ForConditionalGeneration, t.T5Config(**t5, decoder_start_token_id=0), {"ffn"}),
     }
 
 
-@pytest.mark.parametrize("name", ["gemma2", "starcoder2", "glm", "gptj", "olmo2", "distilbert", "bart", "t5"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", "starcoder2", "glm", "gptj", "olmo2", "distilbert", "bart", "t5", "minicpm3"]
+)
 def test_their_kin_are_sliced_alike(name: str) -> None:
     """What is found in other models of the library is sliced exactly; what is not understood is left alone."""
     model_class, config, kinds = kin()[name]
@@ -192,7 +235,7 @@ def test_embedding_width_is_the_model_of_fewer_features() -> None:
     assert model.config.hidden_size == 24
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bert", "vit", "opt"])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "bert", "vit", "opt", "deepseek-v3"])
 def test_embedding_width_runs_and_verifies(family: str) -> None:
     case = FAMILIES[family]()
     model = double(case)

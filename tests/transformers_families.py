@@ -41,6 +41,30 @@ def qwen2_moe() -> Case:
     return language_model("Qwen2Moe", **_SIZES, **widths, num_experts=4, num_experts_per_tok=2)
 
 
+# Keys are longer than values, so that no two sides of a head agree by chance.
+_LATENT = _SIZES | {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+}
+
+
+def deepseek_v2(**routing: Any) -> Case:
+    return language_model("DeepseekV2", **_LATENT, q_lora_rank=None, routed_scaling_factor=1.5, **routing)
+
+
+def deepseek_v3(dense: int) -> Case:
+    """``dense``: how many layers come before those with experts."""
+    routing = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": dense}
+    return language_model("DeepseekV3", **_LATENT, **routing, q_lora_rank=10)
+
+
 FAMILIES: dict[str, Callable[[], Case]] = {
     "llama": models.llama,
     "llama-tied": models.llama_tied,
@@ -56,6 +80,8 @@ FAMILIES: dict[str, Callable[[], Case]] = {
     "mamba": models.mamba,
     "mixtral": lambda: language_model("Mixtral", **_SIZES, num_local_experts=4),
     "qwen2-moe": qwen2_moe,
+    "deepseek-v2": deepseek_v2,
+    "deepseek-v3": lambda: deepseek_v3(dense=2),
 }
 
 

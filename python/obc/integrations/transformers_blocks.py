@@ -6,7 +6,7 @@ believed only where all their shapes agree. What looks like a block and is not u
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from obc.equivalent.layers import layout_of
-from obc.equivalent.plan import named_modules
 from obc.integrations.transformers_axes import Axis
+from obc.integrations.transformers_layers import Counter, Layers, NotPrunableError, channels, joined
 from obc.scoring.groups import ChannelGroup, Side, Slice
 
 KINDS = ("ffn", "heads", "query_heads", "experts", "expert_ffn", "mamba", "embedding")
@@ -36,6 +36,8 @@ _FUSED_GATED = (("gate_up_proj", "down_proj"),)
 _PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"))
 _FUSED_PROJECTIONS = ("c_attn", "qkv_proj")
 _OUTPUTS = ("o_proj", "out_proj", "c_proj", "out_lin", "dense")
+_LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_LATENT_COMMON = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
 _UNREADABLE = ("query_key_value", "Wqkv", "in_proj_qkv", "qkv")
 
 # What modules call the counts that pruning changes.
@@ -45,16 +47,8 @@ _KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 _ATTENTION_WIDTH = ("all_head_size", "split_size", "embed_dim", "dim")
 _HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_ROUTED_GROUPS = ("n_group", "num_group")
 _HIDDEN = ("hidden_size", "hidden_dim", "embed_dim")
-
-
-@dataclass(frozen=True)
-class Counter:
-    """A module's attribute that counts ``per_unit`` for every unit of a group."""
-
-    module: str
-    attribute: str
-    per_unit: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +64,7 @@ class Block:
         reads_config: a module whose forward reads these counts from its config, as layers with one projection for
             queries, keys and values do.
         min_units: so many must stay for the model to run.
-        attended: channels per unit in the products of queries, keys and values.
+        attended: channels per unit in the products of queries with keys and of weights with values, the mean of both.
         family: groups of one family keep equal widths where widths are uniform.
     """
 
@@ -81,18 +75,14 @@ class Block:
     config_fixed: Mapping[str, int] = field(default_factory=dict)
     reads_config: str | None = None
     min_units: int = 1
-    attended: int = 0
+    attended: float = 0.0
 
     @property
     def family(self) -> tuple[str, ...]:
         return (self.group.kind, *self.config)
 
 
-class NotPrunableError(ValueError):
-    """Why a block that was found can't be pruned."""
-
-
-class Finder:
+class Finder(Layers):
     """Finds the blocks of one model.
 
     Attributes:
@@ -101,8 +91,7 @@ class Finder:
     """
 
     def __init__(self, model: nn.Module, kinds: Sequence[str]) -> None:
-        self.model, self.config = model, getattr(model, "config", None)
-        self.modules = dict(named_modules(model))
+        super().__init__(model)
         self.blocks: dict[str, Block] = {}
         self.left_out: dict[str, str] = {}
         for name in self.modules:
@@ -138,7 +127,7 @@ class Finder:
             for names in candidates:
                 layers = [self._layer(name, child) for child in names]
                 if all(layer is not None for layer in layers):
-                    yield self._feed_forward(name, [_joined(name, child) for child in names], copies)
+                    yield self._feed_forward(name, [joined(name, child) for child in names], copies)
                     return
 
     def _feed_forward(self, name: str, layers: Sequence[str], copies: int) -> Block:
@@ -151,8 +140,8 @@ class Finder:
                 )
         for child in self._inner_norms(name, width, self._size(consumer, "out")):
             raise NotPrunableError(f"{child} normalises over the {width} channels")
-        slices = [Slice(layer, "out", _channels(width, 1, copies)) for layer in producers]
-        slices.append(Slice(consumer, "in", _channels(width, 1)))
+        slices = [Slice(layer, "out", channels(width, 1, copies)) for layer in producers]
+        slices.append(Slice(consumer, "in", channels(width, 1)))
         keys: tuple[str, ...] = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
         if "shared_expert" in name:
             keys = ("shared_expert_intermediate_size",)
@@ -168,22 +157,26 @@ class Finder:
         for child_name, child in self.modules[name].named_children():
             weight = getattr(child, "weight", None)
             if width != outer and isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == width:
-                yield _joined(name, child_name)
+                yield joined(name, child_name)
 
     # --- attention -------------------------------------------------------------------------------------------------
 
     def _attentions(self, name: str, kinds: Sequence[str]) -> Iterator[Block]:
         for child in _UNREADABLE:
             if self._layer(name, child) is not None:
-                raise NotPrunableError(f"the order of queries, keys and values in {_joined(name, child)} is not known")
+                raise NotPrunableError(f"the order of queries, keys and values in {joined(name, child)} is not known")
         if all(self._layer(name, child) is not None for child in ("q", "k", "v", "o")):
             raise NotPrunableError("attention with a bias of its own for relative positions is not understood")
+        if self._is_latent(name):
+            if "heads" in kinds:
+                yield self._latent_attention(name)
+            return
         for names in _PROJECTIONS:
             if all(self._layer(name, child) is not None for child in names):
-                projections = [_joined(name, child) for child in names]
+                projections = [joined(name, child) for child in names]
                 break
         else:
-            projections = [_joined(name, child) for child in _FUSED_PROJECTIONS if self._layer(name, child) is not None]
+            projections = [joined(name, child) for child in _FUSED_PROJECTIONS if self._layer(name, child) is not None]
         if not projections:
             return
         output = self._output(name)
@@ -199,9 +192,9 @@ class Finder:
     def _output(self, name: str) -> str | None:
         for child in _OUTPUTS:
             if self._layer(name, child) is not None:
-                return _joined(name, child)
+                return joined(name, child)
         parent = name.rpartition(".")[0]  # BERT: the projections in attention.self, the output in attention.output
-        return _joined(parent, "output.dense") if self._layer(parent, "output.dense") is not None else None
+        return joined(parent, "output.dense") if self._layer(parent, "output.dense") is not None else None
 
     def _head_shapes(self, name: str, projections: Sequence[str], output: str) -> _Heads:
         module, inner = self.modules[name], self._size(output, "in")
@@ -220,25 +213,24 @@ class Finder:
                 raise NotPrunableError(f"queries, keys, values and output have {[*widths, inner]} channels")
         if rest or shared < 1 or inner % (shared * size):
             raise NotPrunableError(f"its widths {[*widths, inner]} are no whole heads of {size} channels")
-        self._refuse_other_parameters(name, projections, output, size)
+        self._refuse_other_parameters(name, {*projections, output}, size)
         return _Heads(inner // size, shared, size)
 
-    def _refuse_other_parameters(self, name: str, projections: Sequence[str], output: str, size: int) -> None:
-        known = {*projections, output}
+    def _refuse_other_parameters(self, name: str, known: Collection[str], size: int) -> None:
         for key, parameter in self.modules[name].named_parameters():
-            owner = _joined(name, key).rpartition(".")[0]
+            owner = joined(name, key).rpartition(".")[0]
             if owner in known or (owner != name and parameter.shape == (size,)):  # a norm that all heads share
                 continue
-            raise NotPrunableError(f"{_joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
+            raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
 
     def _attention(self, name: str, projections: Sequence[str], output: str, heads: _Heads, kind: str) -> Block:
         module, queries, shared, size = self.modules[name], heads.queries, heads.shared, heads.size
         ratio = queries // shared
         if kind == "heads":
-            of_query, units = _channels(shared, ratio * size), shared
-            of_key: Tensor | None = _channels(shared, size)
+            of_query, units = channels(shared, ratio * size), shared
+            of_key: Tensor | None = channels(shared, size)
         else:  # query head j of every group of keys and values
-            of_query, of_key, units = _channels(ratio, size, shared), None, ratio
+            of_query, of_key, units = channels(ratio, size, shared), None, ratio
         if len(projections) == 1:
             inner, width = queries * size, shared * size
             parts = [of_query] if of_key is None else [of_query, of_key + inner, of_key + inner + width]
@@ -267,6 +259,40 @@ class Finder:
             attended=of_query.shape[1],
         )
 
+    def _is_latent(self, name: str) -> bool:
+        return self._layer(name, "kv_b_proj") is not None
+
+    def _latent_attention(self, name: str) -> Block:
+        """DeepSeek's: what is common to the heads stays; each has rows of its own in the second projections.
+
+        A row of q_b_proj belongs to one head's query, of kv_b_proj to its key or its value, whose sizes may differ.
+        The rotary part of the keys comes from the first projection, for all heads.
+        """
+        module = self.modules[name]
+        plain, rotary, value = (getattr(module, key, None) for key in _LATENT_SIZES)
+        queries = joined(name, "q_b_proj" if self._layer(name, "q_b_proj") is not None else "q_proj")
+        keys_and_values, output = joined(name, "kv_b_proj"), self._output(name)
+        if output is None or queries not in self.modules:
+            raise NotPrunableError(f"latent attention without {'output' if output is None else 'query'} projection")
+        if not (isinstance(plain, int) and isinstance(rotary, int) and isinstance(value, int)):
+            raise NotPrunableError(f"{type(module).__name__} does not say {', '.join(_LATENT_SIZES)}")
+        per_head = {queries: plain + rotary, keys_and_values: plain + value, output: value}
+        widths = [self._size(layer, "in" if layer == output else "out") for layer in per_head]
+        count = widths[-1] // value
+        if widths != [count * size for size in per_head.values()]:
+            raise NotPrunableError(f"its widths {widths} are not {count} heads of {[*per_head.values()]} channels")
+        common = {joined(name, child) for child in _LATENT_COMMON}
+        self._refuse_other_parameters(name, {*per_head, *common}, plain + rotary)
+        slices = [
+            Slice(layer, "in" if layer == output else "out", channels(count, size)) for layer, size in per_head.items()
+        ]
+        return Block(
+            ChannelGroup(queries, tuple(slices), "heads"),
+            counters=self._counters([name], {(*_HEADS, *_KEY_VALUE_HEADS): (count, 1)}),
+            config=self._config_key(("num_attention_heads",), 1) | self._config_key(("num_key_value_heads",), 1),
+            attended=(plain + rotary + value) / 2,
+        )
+
     # --- mixtures of experts ---------------------------------------------------------------------------------------
 
     def _experts(self, name: str, kinds: Sequence[str]) -> Iterator[Block]:
@@ -284,12 +310,12 @@ class Finder:
             raise NotPrunableError(f"experts stored as {shapes} are not understood")
         if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
             raise NotPrunableError("experts whose gate and up projections are interleaved are not understood")
-        up_key, down_key = _joined(name, "gate_up_proj"), _joined(name, "down_proj")
+        up_key, down_key = joined(name, "gate_up_proj"), joined(name, "down_proj")
         if "expert_ffn" in kinds:
             yield Block(
                 ChannelGroup(
                     up_key,
-                    (Slice(up_key, "out", _channels(width, 1, 2)), Slice(name, "in", _channels(width, 1))),
+                    (Slice(up_key, "out", channels(width, 1, 2)), Slice(name, "in", channels(width, 1))),
                     "expert_ffn",
                 ),
                 axes={
@@ -304,16 +330,17 @@ class Finder:
 
     def _whole_experts(self, name: str, count: int) -> Block:
         parent = name.rpartition(".")[0]
-        router = next((_joined(parent, child) for child in ("gate", "router") if self._has(parent, child)), None)
+        router = next((joined(parent, child) for child in ("gate", "router") if self._has(parent, child)), None)
         weight = None if router is None else getattr(self.modules[router], "weight", None)
         if router is None or not isinstance(weight, Tensor) or weight.dim() != 2 or len(weight) != count:
             raise NotPrunableError(f"no router with {count} rows was found beside it")
         others = [key for key, _ in self.modules[router].named_parameters() if key != "weight"]
         others += [key for key, _ in self.modules[router].named_buffers()]
-        if others or getattr(self.modules[router], "n_group", 1) not in (None, 1):
-            raise NotPrunableError(f"the router {router} has more than a weight ({', '.join(others) or 'n_group'})")
+        others += [key for key in _ROUTED_GROUPS if getattr(self.modules[router], key, 1) not in (None, 1)]
+        if others:
+            raise NotPrunableError(f"the router {router} has more than a weight ({', '.join(others)})")
         top = next((v for m in (router, parent) if isinstance(v := getattr(self.modules[m], "top_k", None), int)), 1)
-        up_key, down_key = _joined(name, "gate_up_proj"), _joined(name, "down_proj")
+        up_key, down_key = joined(name, "gate_up_proj"), joined(name, "down_proj")
         axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
             (name, "out"): (
                 Axis(name, "gate_up_proj", 0, up_key, "in"),
@@ -321,9 +348,9 @@ class Finder:
             )
         }
         if layout_of(self.modules[router]) is None:
-            key = _joined(router, "weight")
+            key = joined(router, "weight")
             axes[router, "out"] = (Axis(router, "weight", 0, key, "out"),)
-        one = _channels(count, 1)
+        one = channels(count, 1)
         return Block(
             ChannelGroup(name, (Slice(router, "out", one), Slice(name, "out", one)), "experts"),
             axes=axes,
@@ -339,25 +366,25 @@ class Finder:
         own = dict(module.named_parameters(recurse=False))
         if "A_log" not in own:
             return
-        children = {child: _joined(name, child) for child, _ in module.named_children()}
+        children = {child: joined(name, child) for child, _ in module.named_children()}
         expected = {"in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"}
         if set(own) != {"A_log", "D"} or not expected <= set(children):
             raise NotPrunableError(f"{type(module).__name__} is not understood: only Mamba's mixer is, not Mamba-2's")
         width = self._size(children["out_proj"], "in")
         if own["A_log"].shape[0] != width or self._size(children["in_proj"], "out") != 2 * width:
             raise NotPrunableError(f"its widths do not agree on {width} inner channels")
-        one = _channels(width, 1)
+        one = channels(width, 1)
         slices = (
-            Slice(children["in_proj"], "out", _channels(width, 1, 2)),
+            Slice(children["in_proj"], "out", channels(width, 1, 2)),
             Slice(children["conv1d"], "out", one),
             Slice(children["x_proj"], "in", one),
             Slice(children["dt_proj"], "out", one),
-            Slice(_joined(name, "A_log"), "out", one),
-            Slice(_joined(name, "D"), "out", one),
+            Slice(joined(name, "A_log"), "out", one),
+            Slice(joined(name, "D"), "out", one),
             Slice(children["out_proj"], "in", one),
         )
         axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
-            (_joined(name, key), "out"): (Axis(name, key, 0, _joined(name, key), "out"),) for key in ("A_log", "D")
+            (joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in ("A_log", "D")
         }
         yield Block(
             ChannelGroup(children["in_proj"], slices, "mamba"),
@@ -380,7 +407,7 @@ class Finder:
         taken = {(part.module, part.side) for block in inner.blocks.values() for part in block.group.slices}
         taken |= self._attention_sides()
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        one = _channels(hidden, 1)
+        one = channels(hidden, 1)
         slices: list[Slice] = []
         axes: dict[tuple[str, Side], tuple[Axis, ...]] = {}
         for name, module in self.modules.items():
@@ -389,7 +416,7 @@ class Finder:
                 if (name, side) not in taken and self._size_or_none(name, side) == hidden:
                     slices.append(Slice(name, side, one))
             for key, parameter in module.named_parameters(recurse=False):
-                full = _joined(name, key)
+                full = joined(name, key)
                 if key not in ("weight", "bias") and parameter.dim() > 1 and parameter.shape[-1] == hidden:
                     axes[full, "out"] = (Axis(name, key, parameter.dim() - 1, full, "out"),)
                     slices.append(Slice(full, "out", one))
@@ -409,9 +436,8 @@ class Finder:
         )
 
     def _is_attention(self, name: str) -> bool:
-        return any(self._layer(name, child) is not None for names in _PROJECTIONS for child in names[:1]) or any(
-            self._layer(name, child) is not None for child in _FUSED_PROJECTIONS
-        )
+        first = [*(names[0] for names in _PROJECTIONS), *_FUSED_PROJECTIONS]
+        return self._is_latent(name) or any(self._layer(name, child) is not None for child in first)
 
     def _attention_sides(self) -> set[tuple[str, Side]]:
         """The inner sides of every attention, and the norms inside: of heads, whatever their size is."""
@@ -420,54 +446,12 @@ class Finder:
             if not self._is_attention(name) or (output := self._output(name)) is None:
                 continue
             sides.add((output, "in"))
+            if self._is_latent(name):
+                sides |= {(joined(name, child), "in") for child in ("q_b_proj", "kv_b_proj")}
             for child_name, child in self.modules[name].named_children():
-                if _joined(name, child_name) != output and next(child.parameters(), None) is not None:
-                    sides.add((_joined(name, child_name), "out"))
+                if joined(name, child_name) != output and next(child.parameters(), None) is not None:
+                    sides.add((joined(name, child_name), "out"))
         return sides
-
-    # --- small things ----------------------------------------------------------------------------------------------
-
-    def _has(self, name: str, child: str) -> bool:
-        return _joined(name, child) in self.modules
-
-    def _layer(self, name: str, child: str) -> nn.Module | None:
-        module = self.modules.get(_joined(name, child))
-        return module if module is not None and layout_of(module) is not None else None
-
-    def _size(self, name: str, side: str) -> int:
-        module = self.modules[name]
-        layout, weight = layout_of(module), module.weight
-        assert layout is not None
-        assert isinstance(weight, Tensor)
-        stored = isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features)
-        if stored or not weight.is_floating_point():
-            raise NotPrunableError(f"{name} stores its weight packed, as {tuple(weight.shape)} of {weight.dtype}")
-        return layout.sizes(weight)[0 if side == "out" else 1]
-
-    def _size_or_none(self, name: str, side: str) -> int | None:
-        module = self.modules[name]
-        if layout_of(module) is not None:
-            return self._size(name, side)
-        weight = getattr(module, "weight", None)
-        if side == "out" and isinstance(weight, Tensor) and (weight.dim() == 1 or isinstance(module, nn.Embedding)):
-            return int(weight.shape[-1])
-        return None
-
-    def _counters(
-        self, names: Sequence[str], counted: Mapping[tuple[str, ...], tuple[int, int]]
-    ) -> tuple[Counter, ...]:
-        """Attributes of these modules that have the value that they would count."""
-        return tuple(
-            Counter(name, key, per_unit)
-            for name in names
-            for keys, (value, per_unit) in counted.items()
-            for key in keys
-            if vars(self.modules[name]).get(key) == value
-        )
-
-    def _config_key(self, keys: Sequence[str], per_unit: int) -> dict[str, int]:
-        key = next((key for key in keys if hasattr(self.config, key)), None)
-        return {} if key is None else {key: per_unit}
 
 
 @dataclass(frozen=True)
@@ -486,13 +470,3 @@ def _fixed_head_size(blocks: Any) -> dict[str, int]:
 
 def _embedding_name(modules: Mapping[str, nn.Module]) -> str:
     return next((name for name, module in modules.items() if isinstance(module, nn.Embedding)), "embedding")
-
-
-def _channels(units: int, width: int, copies: int = 1) -> Tensor:
-    """(units, copies * width): of ``copies`` stretches of ``units`` blocks, the u-th block of each."""
-    blocks = torch.arange(copies * units * width).reshape(copies, units, width)
-    return blocks.transpose(0, 1).reshape(units, copies * width)
-
-
-def _joined(name: str, child: str) -> str:
-    return f"{name}.{child}" if name else child

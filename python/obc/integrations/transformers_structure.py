@@ -39,7 +39,7 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
     ============= ====================================================================================================
     "ffn"         a channel between the projections of a feed-forward block, plain or gated
     "heads"       a head of keys and values with the query heads that share it; without sharing a head. Where all
-                  query heads share one, as "query_heads"
+                  query heads share one, as "query_heads". Of latent attention, a head's rows of the second projections
     "query_heads" the j-th query head of every head of keys and values
     "experts"     an expert of a mixture, with its row of the router
     "expert_ffn"  the f-th inner channel of every expert of a mixture whose experts are one tensor
@@ -53,7 +53,7 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
 
     Args:
         model: a model of the transformers library, or one built and named like those: Llama, Qwen, Mistral, Gemma,
-            OPT, GPT-2, BERT, ViT, Mixtral, Mamba and their kin.
+            OPT, GPT-2, BERT, ViT, Mixtral, Mamba, DeepSeek and their kin.
         kinds: of groups to find.
 
     Raises:
