@@ -55,6 +55,9 @@ def save(tmp_path: Path) -> Callable[..., Path]:
                 transformers.LlamaConfig(vocab_size=20, max_position_embeddings=12, **SMALL)
             ),
             "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=20, **SMALL)),
+            "albert": lambda: transformers.AlbertForMaskedLM(
+                transformers.AlbertConfig(vocab_size=20, embedding_size=8, **SMALL)
+            ),
             "encoder": lambda: transformers.BertModel(transformers.BertConfig(vocab_size=20, **SMALL)),
             "vit": lambda: transformers.ViTForImageClassification(
                 transformers.ViTConfig(image_size=8, patch_size=4, num_labels=3, **SMALL)
@@ -154,6 +157,32 @@ def test_images_are_scored(
     assert "gives 4 batches of the 50 asked for" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("micro_batch", "parts"), [(None, 1), (1, 2)])
+def test_activations_are_computed_again_in_backward(
+    micro_batch: int | None,
+    parts: int,
+    save: Callable[..., Path],
+    ids: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Every part of a row goes through the layer twice, and the scores are the same."""
+    path, plain, out = save("llama"), tmp_path / "plain", tmp_path / "out"
+    options = ["--data", ids, "--batches", 3, "--batch-size", 2, "--seq-len", 10]
+    assert run(path, *options, "--out", plain) == 0
+    samples: list[int] = []
+    block = transformers.models.llama.modeling_llama.LlamaMLP
+    forward = block.forward
+    monkeypatch.setattr(block, "forward", lambda self, x: samples.append(len(x)) or forward(self, x))
+    parting = [] if micro_batch is None else ["--micro-batch", micro_batch]
+    assert run(path, *options, "--out", out, "--checkpointing", *parting) == 0
+    assert samples[-2 * parts :] == [2 // parts] * 2 * parts
+    assert len(samples) >= 2 * parts * 3
+    expected, found = obc.Scores.load(plain), obc.Scores.load(out)
+    for name, channels in expected.items():
+        torch.testing.assert_close(found[name].out_channels, channels.out_channels, rtol=1e-4, atol=0)
+
+
 def test_sequences_follow_the_documents_without_padding(text: Path) -> None:
     words = tokenizer()
     (first, second) = data._sequences(text, words, 20, 8, 2)
@@ -209,6 +238,10 @@ def _written(path: Path, content: str) -> Path:
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--batch-size", 99], "pass more text"),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--loss", "masked-lm"], "needs another head"),
         (lambda save, ids, tmp: [save("llama"), "--data", tmp], "reads no images"),
+        (
+            lambda save, ids, tmp: [save("albert"), "--data", ids, "--checkpointing"],
+            "--checkpointing: this transformers has no activation checkpointing of AlbertForMaskedLM",
+        ),
         (lambda save, ids, tmp: [save("bert"), "--data", ids, "--seq-len", 9], "no tokenizer with a mask token"),
         (lambda save, ids, tmp: [save("vit"), "--data", ids], "this model classifies images"),
         (lambda save, ids, tmp: [save("vit"), "--data", tmp, "--batch-size", 1], "has 0 images"),

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.commands.common import UsageError
+from obc.scoring.evaluation import checkpoints_activations
 from obc.scoring.label_free import label_free_loss
 
 PACKAGES = {"transformers": "transformers"}
@@ -89,6 +90,19 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # keys and values for later tokens, which scoring never asks for
     return Checkpoint(model.to(device).eval(), own if loss == "auto" else loss, path)
+
+
+def recompute_activations(model: Any) -> None:
+    """Switch on activation checkpointing: backward computes each layer's activations again, forward keeps none."""
+    if getattr(model, "supports_gradient_checkpointing", False):
+        # The second is its older name.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    if not any(checkpoints_activations(module) for module in model.modules()):
+        raise UsageError(
+            f"--checkpointing: this transformers has no activation checkpointing of {type(model).__name__} outside "
+            "training; --micro-batch takes less memory, too"
+        )
 
 
 def device_of(name: str | None) -> torch.device:

@@ -44,6 +44,9 @@ def add(commands: Any) -> None:
     score.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), help="(default: the one the model was saved in)")
     score.add_argument("--device", help="cpu, cuda:0 ... (default: the first GPU, else the CPU)")
     score.add_argument("--micro-batch", type=positive, help="samples at once: less memory, the same rows")
+    score.add_argument(
+        "--checkpointing", action="store_true", help="compute activations again in backward: less memory, the same rows"
+    )
     score.add_argument("--keep-rows", action="store_true", help="keep every row, for joint selection in obc prune")
     score.add_argument("--checkpoint", type=Path, help="file to go on from after a kill, with the same arguments")
     score.add_argument("--every", type=positive, default=10, help="batches between checkpoints (default: 10)")
@@ -64,6 +67,8 @@ def run(parsed: argparse.Namespace) -> int:
     out = writable(parsed.out)
     checkpoint = checkpoints.load(parsed.model, parsed.dtype, checkpoints.device_of(parsed.device), parsed.loss)
     model = checkpoint.model
+    if parsed.checkpointing:
+        checkpoints.recompute_activations(model)
     batches = data.batches(
         parsed.data,
         model,

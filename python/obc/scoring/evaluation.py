@@ -17,7 +17,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     was called, they are in train mode when they decide about it, and in eval mode when they run.
     """
     training = {module: module.training for module in model.modules()}
-    layers = [module for module in training if _checkpoints(module)]
+    layers = [module for module in training if checkpoints_activations(module)]
     functions: dict[Any, Any] = {layer: layer._gradient_checkpointing_func for layer in layers}
     model.eval()
     try:
@@ -32,7 +32,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
-def _checkpoints(module: nn.Module) -> bool:
+def checkpoints_activations(module: nn.Module) -> bool:
     """Whether the module is a layer of transformers that nothing but checkpointing tells its training flag."""
     is_layer = any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
     return is_layer and getattr(module, "gradient_checkpointing", False)
