@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -209,6 +210,7 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(rows: str) -> None:
 
 # A batch whose activations take some 8 MB each, so that where memory ends depends on how much there is.
 LARGE = 1024
+MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of glibc's malloc.h
 
 
 def large_case() -> Case:
@@ -228,11 +230,13 @@ def test_memory_that_runs_out_anywhere(rows: str) -> None:
 
 
 def _run_out_of_memory(process: int, rows: str) -> None:
+    # Or malloc keeps as much of what is freed as makes the later runs succeed, on some days.
+    assert ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
     case = large_case()
     expected = obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows)
     snapshot = Snapshot(unusual(case.model))
     failures = []
-    for megabytes in (1, 5, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 480):
+    for megabytes in (1, 2, 5, 10, 15, 20, 30, 40, 60, 120, 480):
         try:
             with little_memory(megabytes):
                 scores = obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows)
