@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import (
@@ -28,6 +29,7 @@ import obc
 WORDS, WIDTH, HIDDEN = 11, 8, 16  # words do not divide evenly by the processes
 
 Batch = Tensor
+Group = dist.ProcessGroup | None
 
 
 class Block(nn.Module):
@@ -86,17 +88,26 @@ SEQUENCES = {
 }
 
 
-def split_columns_rows(model: Net) -> nn.Module:
+def one_mesh() -> DeviceMesh:
+    return init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def two_meshes() -> DeviceMesh:
+    """Pairs of processes share layers; the pairs have batches of their own."""
+    return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("data", "tensor"))
+
+
+def split_columns_rows(model: Net, mesh: DeviceMesh | None = None) -> nn.Module:
     """Feed-forward layers by columns and rows, the head by columns, everything else whole on every process."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or one_mesh()
     for block in model.blocks:
         parallelize_module(block, mesh, dict(COLUMNS_ROWS))
     return parallelize_module(model, mesh, {"head": ColwiseParallel(output_layouts=Replicate())})
 
 
-def split_sequences(model: Net) -> nn.Module:
+def split_sequences(model: Net, mesh: DeviceMesh | None = None) -> nn.Module:
     """The words by rows of their table, and norms and residuals by positions."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = mesh or one_mesh()
     for block in model.blocks:
         parallelize_module(block, mesh, dict(SEQUENCES))
     whole = {
@@ -106,11 +117,25 @@ def split_sequences(model: Net) -> nn.Module:
     return parallelize_module(model, mesh, whole)
 
 
-def shard_fully(model: Net) -> nn.Module:
-    for block in model.blocks:
-        fully_shard(block)
-    fully_shard(model)
+def shard_fully(model: nn.Module, mesh: DeviceMesh | None = None) -> nn.Module:
+    for block in model.get_submodule("blocks").children():
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
     return model
+
+
+def shard_with_replicas(model: Net) -> nn.Module:
+    return shard_fully(model, two_meshes())
+
+
+def split_and_shard(model: Net) -> nn.Module:
+    mesh = two_meshes()
+    return shard_fully(split_columns_rows(model, mesh["tensor"]), mesh["data"])
+
+
+def split_sequences_and_shard(model: Net) -> nn.Module:
+    mesh = two_meshes()
+    return shard_fully(split_sequences(model, mesh["tensor"]), mesh["data"])
 
 
 def wrap_data_parallel(model: Net) -> nn.Module:
@@ -122,18 +147,9 @@ def prepare_with_accelerate(model: Net) -> nn.Module:
     return prepared
 
 
-def share(items: list[Batch]) -> list[Batch]:
+def share(items: list[Batch], group: Group) -> list[Batch]:
     """This process's batches."""
-    return items[dist.get_rank() :: dist.get_world_size()]
-
-
-def part(batch: Batch) -> Batch:
-    """This process's samples of a batch."""
-    return batch.chunk(dist.get_world_size())[dist.get_rank()]
-
-
-def mean_over_processes(model: nn.Module, batch: Batch) -> Tensor:
-    return mean_loss(model, part(batch)) / dist.get_world_size()
+    return items[dist.get_rank(group) :: dist.get_world_size(group)]
 
 
 def batch_rows(model: nn.Module) -> obc.Scores:
@@ -144,23 +160,36 @@ def sample_rows(model: nn.Module) -> obc.Scores:
     return obc.score(model, batches(), sample_losses, rows="sample", progress=False)
 
 
-def own_rows(model: nn.Module) -> obc.Scores:
-    return obc.score(model, share(batches()), mean_loss, process_group=dist.group.WORLD, combine="scores")
+def own_rows(model: nn.Module, group: Group = None) -> obc.Scores:
+    group = group or dist.group.WORLD
+    return obc.score(model, share(batches(), group), mean_loss, process_group=group, combine="scores")
 
 
-def own_sample_rows(model: nn.Module) -> obc.Scores:
-    group = dist.group.WORLD
-    return obc.score(model, share(batches()), sample_losses, rows="sample", process_group=group, combine="scores")
+def own_sample_rows(model: nn.Module, group: Group = None) -> obc.Scores:
+    group = group or dist.group.WORLD
+    mine = share(batches(), group)
+    return obc.score(model, mine, sample_losses, rows="sample", process_group=group, combine="scores")
 
 
-def rows_over_processes(model: nn.Module) -> obc.Scores:
-    return obc.score(model, batches(), mean_over_processes, process_group=dist.group.WORLD)
+def rows_over_processes(model: nn.Module, group: Group = None) -> obc.Scores:
+    group = group or dist.group.WORLD
+
+    def mean_over_processes(model: nn.Module, batch: Batch) -> Tensor:
+        parts = dist.get_world_size(group)
+        return mean_loss(model, batch.chunk(parts)[dist.get_rank(group)]) / parts
+
+    return obc.score(model, batches(), mean_over_processes, process_group=group)
 
 
 def rows_of_each(model: nn.Module) -> obc.Scores:
-    return obc.score(
-        model, share(batches()), mean_loss, process_group=dist.group.WORLD, combine="scores", keep_rows=True
-    )
+    group = dist.group.WORLD
+    mine = share(batches(), group)
+    return obc.score(model, mine, mean_loss, process_group=group, combine="scores", keep_rows=True)
+
+
+def of_pairs(score: Callable[[nn.Module, Group], obc.Scores]) -> Callable[[nn.Module], obc.Scores]:
+    """Each pair of processes has batches of its own."""
+    return lambda model: score(model, two_meshes().get_group("data"))
 
 
 @dataclass(frozen=True)
@@ -180,6 +209,13 @@ SCENARIOS = {
     "fully sharded, rows over all processes": Scenario(shard_fully, rows_over_processes, batch_rows),
     "fully sharded, rows of each process": Scenario(shard_fully, own_rows, batch_rows),
     "fully sharded, sample rows of each process": Scenario(shard_fully, own_sample_rows, sample_rows),
+    "fully sharded with replicas, rows of each process": Scenario(shard_with_replicas, own_rows, batch_rows),
+    "split and sharded, rows over the pairs": Scenario(split_and_shard, of_pairs(rows_over_processes), batch_rows),
+    "split and sharded, rows of each pair": Scenario(split_and_shard, of_pairs(own_rows), batch_rows),
+    "split and sharded, sample rows of each pair": Scenario(split_and_shard, of_pairs(own_sample_rows), sample_rows),
+    "sequences split and sharded, rows of each pair": Scenario(
+        split_sequences_and_shard, of_pairs(own_rows), batch_rows
+    ),
     "data parallel, rows over all processes": Scenario(wrap_data_parallel, rows_over_processes, batch_rows),
     "data parallel, rows of each process": Scenario(wrap_data_parallel, own_rows, batch_rows),
     "data parallel, sample rows of each process": Scenario(wrap_data_parallel, own_sample_rows, sample_rows),
@@ -205,6 +241,7 @@ def _process(rank: int, processes: int, folder: str) -> None:
             scenario.score(scenario.prepare(net())).save(Path(folder) / f"{name} {rank}")
         _training_is_as_it_was(Path(folder) / f"trained {rank}")
         rows_of_each(net()).save(Path(folder) / f"kept rows {rank}")
+        (Path(folder) / f"refused {rank}").write_text(json.dumps(refused()))
     finally:
         dist.destroy_process_group()
 
@@ -247,6 +284,39 @@ def test_rows_of_each_process_are_gathered_in_the_order_of_the_processes(folder:
         for name, rows in alone.rows.items():
             expected = rows.out_channels[order]
             torch.testing.assert_close(scores.rows[name].out_channels, expected, rtol=1e-5, atol=1e-6)
+
+
+def refused() -> dict[str, str]:
+    """What is said of processes that would count rows twice, and of layers that only a part of the mesh shards."""
+    mesh = two_meshes()
+    blocks_alone, layers_alone = (split_columns_rows(net(), mesh["tensor"]) for _ in range(2))
+    for block in blocks_alone.get_submodule("blocks").children():
+        fully_shard(block, mesh=mesh["data"])
+    for block in layers_alone.get_submodule("blocks").children():
+        for layer in (block.up, block.down):
+            fully_shard(layer, mesh=mesh["data"])
+    said = {}
+    for name, model, score in (
+        ("common", split_columns_rows(net()), own_rows),
+        ("blocks alone", blocks_alone, batch_rows),
+        ("layers alone", layers_alone, batch_rows),
+    ):
+        try:
+            score(model)
+        except ValueError as error:
+            said[name] = str(error)
+    return said
+
+
+def test_what_cannot_be_scored_is_refused_with_the_way_out(folder: Path) -> None:
+    found = [json.loads(path.read_text()) for path in folder.glob("refused *")]
+    assert len(found) >= 2
+    for said in found:
+        assert "of process_group have parts of the same layers" in said["common"]
+        assert "pass the group of processes with other batches" in said["common"]
+        for name in ("blocks alone", "layers alone"):
+            assert "DeviceMesh((tensor=2)" in said[name]
+            assert "then pass the rest of its dimensions to fully_shard for the whole model" in said[name]
 
 
 def _training_is_as_it_was(path: Path) -> None:

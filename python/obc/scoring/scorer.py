@@ -23,7 +23,7 @@ from obc.scoring.planning import ModuleFilter, make_plan
 from obc.scoring.readers import Reading
 from obc.scoring.rows import FlatRow, Slot, find_faults, label_of
 from obc.scoring.scores import ChannelScores, Scores, obc_version
-from obc.scoring.sharding import RowParts, is_sharded, tensor_parallel_group
+from obc.scoring.sharding import RowParts, is_sharded, refuse_common_processes, tensor_parallel_group
 from obc.scoring.store import RowsTo, RowStore
 from obc.scoring.tally import Tally
 
@@ -65,7 +65,8 @@ class JacobianScorer:
         fallback: "weight_grad" reads modules that no gate serves from their weight's gradient; "skip" leaves them
             unscored.
         process_group: the processes that score together, each with a model of its own or a part of one. Tensor
-            parallelism needs none: its processes are found in the model.
+            parallelism needs none: its processes are found in the model. Together with ``fully_shard``: those of the
+            mesh's other dimensions.
         combine: "row": every process has a part of each row; parts are summed before they are squared. "scores": every
             process has rows of its own; their squares are summed in :meth:`scores`, which all processes call.
         fold_groups: add up the groups of a grouped convolution's in channels before squaring, as the paper's code
@@ -113,6 +114,8 @@ class JacobianScorer:
         if sharded and check:
             logger.info("no row is checked against weight gradients: no process has whole ones")
             check = False
+        if group is not None and process_group is not None:
+            refuse_common_processes(process_group, group)
         self._row_parts = None if group is None else RowParts(group)
         self._checked = check
         self._plan = make_plan(model, modules, rows == "sample", fold_groups)

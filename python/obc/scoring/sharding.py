@@ -43,18 +43,41 @@ def is_sharded(model: nn.Module) -> bool:
 def tensor_parallel_group(model: nn.Module) -> Any:
     """The processes that parts of the model's layers lie on; None where it is not tensor-parallel.
 
+    Where it is fully sharded as well, the parameters of such layers lie on a mesh whose last dimension they are.
+
     Raises:
-        ValueError: its parameters lie on several meshes, on one of several dimensions, or are also fully sharded.
+        ValueError: its parameters lie on meshes of which that can't be said.
     """
-    meshes = list(dict.fromkeys(p.device_mesh for p in model.parameters() if is_dtensor(p)))  # type: ignore[attr-defined]
-    if not meshes or (is_fully_sharded(model) and len(meshes) == 1 and meshes[0].ndim == 1):
-        return None
-    if len(meshes) > 1 or meshes[0].ndim > 1 or is_fully_sharded(model):
+    places = {p.device_mesh: p.placements for p in model.parameters() if is_dtensor(p)}  # type: ignore[attr-defined]
+    dimensions = 0
+    if is_fully_sharded(model):  # fully_shard's come first: one of shards, or one of replicas before it
+        dimensions = max((2 if placements[0].is_replicate() else 1 for placements in places.values()), default=1)
+    alone = [mesh for mesh in places if mesh.ndim == dimensions]
+    split = [mesh for mesh in places if mesh.ndim == dimensions + 1]
+    fits = len(alone) + len(split) == len(places) and len(alone) <= 1 and len(split) <= 1
+    if fits and alone and split:
+        fits = bool((split[0].mesh[..., split[0].get_local_rank(-1)] == alone[0].mesh).all())
+    if not fits:
         raise ValueError(
-            "the model's parameters lie on several process meshes, or on one of several dimensions "
-            f"({', '.join(map(str, meshes))}); score it with tensor parallelism or fully_shard alone"
+            f"the model's parameters lie on {', '.join(map(str, places))}, which are not one mesh of tensor "
+            "parallelism, one of fully_shard, or both; split layers over mesh['tensor'] of one mesh, then pass the "
+            "rest of its dimensions to fully_shard for the whole model"
         )
-    return meshes[0].get_group()
+    return split[0].get_group(-1) if split else None
+
+
+def refuse_common_processes(process_group: Any, tensor_group: Any) -> None:
+    """Processes that have parts of one model read the same batches: adding them up again would count rows twice.
+
+    Raises:
+        ValueError: several of the tensor-parallel processes are in ``process_group``.
+    """
+    common = set(dist.get_process_group_ranks(process_group)) & set(dist.get_process_group_ranks(tensor_group))
+    if len(common) > 1:
+        raise ValueError(
+            f"processes {sorted(common)} of process_group have parts of the same layers, which are added up anyway; "
+            "pass the group of processes with other batches, such as mesh.get_group('data'), or none"
+        )
 
 
 def data_parallel_modules(model: nn.Module) -> list[Any]:
