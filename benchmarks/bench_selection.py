@@ -43,7 +43,7 @@ from obc.pruning.report import PruningResult
 
 RATIOS = (1.3, 1.5, 2.0, 3.0)
 STEPS = (2, 1, 2, 3)  # re-scorings on the way to each ratio, from the one before
-IMAGES, BATCHES = 1024, 64  # training images that criteria read, in so many batches: the rows
+IMAGES, BATCHES = 1024, 64  # training images that criteria read, in so many batches: the rows, if not of samples
 CALIBRATION = 256
 TUNED_RATIOS = (2.0, 3.0)
 EPOCHS = {"short": 2, "longer": 10}
@@ -84,6 +84,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "JC joint": {"selection": "joint", "per_macs": False},
     "JC independent, per MACs": {"selection": "independent"},
     "JC joint, label-free, per MACs": {"selection": "joint", "labels": False},
+    "JC joint, sample rows, per MACs": {"selection": "joint", "rows": "sample"},
+    "JC independent, sample rows, per MACs": {"selection": "independent", "rows": "sample"},
     "Taylor": PAPER | {"criterion": "taylor"},
     "Fisher": PAPER | {"criterion": "fisher"},
     "L1": PAPER | {"criterion": "l1"},
@@ -134,6 +136,20 @@ def batches_of(split: Split, seed: int) -> list[Batch]:
 def loss(model: nn.Module, batch: Batch) -> Tensor:
     images, labels = batch
     return F.cross_entropy(model(images), labels)
+
+
+def losses(model: nn.Module, batch: Batch) -> Tensor:
+    """(B,) of every image."""
+    images, labels = batch
+    return F.cross_entropy(model(images), labels, reduction="none")
+
+
+def loss_of(method: str) -> Callable[[nn.Module, Batch], Tensor] | None:
+    """What a method takes the gradients of."""
+    options = METHODS[method]
+    if not options.get("labels", True):
+        return None
+    return losses if options.get("rows") == "sample" else loss
 
 
 def schedule() -> list[float]:
@@ -197,7 +213,7 @@ def run(
         model,
         torch.zeros(1, 1, SIZE, SIZE),
         batches_of(network.splits.train, network.seed),
-        loss if options.get("labels", True) else None,
+        loss_of(method),
         macs=1 / RATIOS[-1],
         steps=schedule(),
         recalibrate=recalibrate,
