@@ -312,11 +312,11 @@ def row(
     return result
 
 
-Key = tuple[str, int, str, float]
+Key = tuple[str, int, int, str, float]
 
 
 def key_of(row: Mapping[str, Any]) -> Key:
-    return row["corpus"], row["seed"], row["criterion"], row["share"]
+    return row["corpus"], row["sentences"], row["seed"], row["criterion"], row["share"]
 
 
 def run(
@@ -333,11 +333,12 @@ def run(
         + " ".join(f"{mode:>7}" for mode in arguments.modes)
     )
     for name, pruned in criteria(encoder, texts, corpus.seed).items():
-        wanted = {(corpus.name, corpus.seed, name, share) for share in SHARES} - set(done)
+        facts = {"corpus": corpus.name, "sentences": arguments.sentences, "seed": corpus.seed, "criterion": name}
+        wanted = {key_of(facts | {"share": share}) for share in SHARES} - set(done)
         if name not in arguments.criterion or not wanted:
             continue
         for share, model, plan in pruned():
-            result = {"corpus": corpus.name, "seed": corpus.seed, "criterion": name, "share": share}
+            result = facts | {"share": share}
             if key_of(result) in wanted:
                 result |= row(encoder, model, plan, calibration, test, arguments.modes)
                 cells = " ".join(f"{result[state]:7.3f}" for state in ("naive", *arguments.modes))
@@ -346,9 +347,14 @@ def run(
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Similarity over the share that was pruned: a column a state, a line a corpus; mean and range over the seeds."""
+    """Similarity over the share that was pruned: a column a state, a line a corpus; mean and range over the seeds.
+
+    Of the rows with as many sentences as most have.
+    """
     from matplotlib.figure import Figure
 
+    usual = statistics.mode(row["sentences"] for row in rows)
+    rows = [row for row in rows if row["sentences"] == usual]
     corpora = list(dict.fromkeys(row["corpus"] for row in rows))
     figure = Figure(figsize=(4.6 * len(STATES), 3.8 * len(corpora) + 0.8), layout="constrained")
     panels = figure.subplots(len(corpora), len(STATES), squeeze=False, sharex=True, sharey=True)
@@ -390,7 +396,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--plot", type=Path, help="draw all rows of the file of --out")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    facts = provenance(1, arguments.threads) | {"sentences": arguments.sentences}
+    facts = provenance(1, arguments.threads)
     rows = _read(arguments.out)
     encoder = Encoder.pretrained() if arguments.criterion else None
     for corpus in CORPORA:

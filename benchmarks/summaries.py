@@ -113,17 +113,17 @@ def _encoder(results: Path) -> str:
     """Cosine similarity of sentence embeddings, mean over seeds: criteria down, shares and states across."""
     content = read(results, "bench_compensation_encoder")
     rows = content["rows"]
-    criteria = list(dict.fromkeys(row["criterion"] for row in rows))
+    kinds = sorted({(row["sentences"], row["criterion"]) for row in rows})
     columns = [(share, state) for share in (0.25, 0.5) for state in ("naive", "ls", "seq")]
     parts = []
     for corpus in ("docstrings", "topics"):
         lines = []
-        for name in criteria:
-            of_name = [row for row in rows if (row["corpus"], row["criterion"]) == (corpus, name)]
-            if of_name:
-                seeds = len({row["seed"] for row in of_name})
-                found = ([row.get(state) for row in of_name if row["share"] == share] for share, state in columns)
-                lines.append([f"{name}, {seeds} seed{'s' * (seeds > 1)}", *(_spread(values, 3) for values in found)])
+        for kind in kinds:
+            of_kind = [row for row in rows if (row["corpus"], row["sentences"], row["criterion"]) == (corpus, *kind)]
+            if of_kind:
+                found = ([row.get(state) for row in of_kind if row["share"] == share] for share, state in columns)
+                facts = f"{kind[1]}, {kind[0]} sentences, n = {len({row['seed'] for row in of_kind})}"
+                lines.append([facts, *(_spread(values, 3) for values in found)])
         parts.append(markdown([corpus, *(f"{share:.0%} {state}" for share, state in columns)], lines))
     return "\n\n".join(parts) + source(rows[-1].get("provenance", content["provenance"]))
 

@@ -114,7 +114,8 @@ def test_other_criteria_come_in_the_order_of_the_layers(encoder: bench.Encoder) 
 
 def test_a_picture_of_rows_of_which_some_have_one_mode_only(tmp_path: Path) -> None:
     rows = [
-        {"corpus": "docstrings", "seed": seed, "criterion": name, "share": share, "naive": 0.8, "ls": 0.9}
+        {"corpus": "docstrings", "sentences": 8, "seed": seed, "criterion": name, "share": share}
+        | {"naive": 0.8, "ls": 0.9}
         | ({"seq": 0.95} if name == "JC" else {})
         for seed in (1, 2)
         for name in ("JC", "Taylor")
