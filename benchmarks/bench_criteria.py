@@ -14,8 +14,9 @@ Time and peak memory of scoring every layer once from the same batches, data and
 - JC by per-sample gradients of Opacus and of ``torch.func``: of every sample, then contracted.
 
 The limit is forward and backward with frozen weights: no criterion that reads gradients can be faster. Memory is of a
-process of its own, above the model. A way that a library refuses for a model is listed with its reason. After the
-tables: how time and memory grow with rows, batch and parameters, on the Llama (``--growth``).
+process of its own, above the model. A way that a library refuses for a model is listed with its reason (``REFUSALS``);
+any other error ends the run. After the tables: how time and memory grow with rows, batch and parameters, on the Llama
+(``--growth``).
 
 Opacus is optional: ``pip install --no-deps opacus opt-einsum`` leaves torch as it is.
 """
@@ -28,6 +29,7 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -45,6 +47,7 @@ ROWS = 8
 BATCH = 8
 FLOOR = "frozen forward + backward"
 OPACUS = "per-sample gradients, Opacus"
+FUNC = "per-sample gradients, torch.func"
 
 
 # --- models --------------------------------------------------------------------------------------------------------
@@ -218,7 +221,10 @@ def by_opacus(subject: Subject) -> None:
             wrapped.zero_grad()
             subject.losses(wrapped, batch).sum().backward()
             for weight in _weights(subject.model):
-                _contract(weight, weight.grad_sample).square().sum(0)  # type: ignore[attr-defined]
+                recorded = weight.grad_sample  # type: ignore[attr-defined]
+                if recorded is None:
+                    raise NotImplementedError(f"no per-sample gradients of a weight of shape {tuple(weight.shape)}")
+                _contract(weight, recorded).square().sum(0)
         wrapped.zero_grad()
         wrapped.to_standard_module()
 
@@ -251,8 +257,45 @@ WAYS: dict[str, Callable[[Subject], Any]] = {
     "obc, JC batch rows": partial(by_obc, rows="batch"),
     "obc, JC sample rows": partial(by_obc, rows="sample"),
     OPACUS: by_opacus,
-    "per-sample gradients, torch.func": by_func,
+    FUNC: by_func,
 }
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """How a library says that it does not take a model: an error of this kind, with one of these in its message."""
+
+    kind: type[Exception]
+    messages: tuple[str, ...] = ("",)
+
+    def covers(self, error: Exception) -> bool:
+        return isinstance(error, self.kind) and any(message in str(error) for message in self.messages)
+
+
+REFUSALS = {
+    OPACUS: (
+        Refusal(NotImplementedError),  # layers with buffers, weights that it did not see in use
+        Refusal(RuntimeError, ("is a view and is being modified inplace",)),  # what its hooks make of layers' outputs
+    ),
+    FUNC: (
+        Refusal(
+            RuntimeError,
+            (
+                "vmap: ",  # control flow and shapes that depend on data, random numbers
+                "that would mutate a captured Tensor",  # statistics of a BatchNorm in training mode
+                "Batch norm got a batched tensor",  # those of an InstanceNorm
+                "Cannot access data pointer of Tensor",  # NumPy
+            ),
+        ),
+    ),
+}
+
+
+def refusal(way: str, error: Exception) -> str | None:
+    """Why the library of this way does not take the model; None where the error is a fault."""
+    if not any(kind.covers(error) for kind in REFUSALS.get(way, ())):
+        return None
+    return f"{type(error).__name__}: {str(error).splitlines()[0]}"
 
 
 def frozen(subject: Subject) -> Callable[[], None]:
@@ -287,8 +330,10 @@ def case_of(make: Callable[[int, int], Subject], rows: int, batch: int) -> tuple
             own = for_opacus(subject)
         try:
             way(Subject(own.model, own.batches[:1], own.losses))
-        except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError) as error:
-            refused[name] = f"{type(error).__name__}: {(str(error) or '-').splitlines()[0]}"
+        except Exception as error:
+            if (why := refusal(name, error)) is None:
+                raise
+            refused[name] = why
             continue
         providers.append(Provider(name, partial(way, own)))
 
