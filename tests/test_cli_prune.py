@@ -117,6 +117,14 @@ def test_an_entry_point_is_pruned_and_written(
     assert "written: " in capsys.readouterr().out
 
 
+def test_the_budget_may_be_of_parameters(entry: str, tmp_path: Path) -> None:
+    assert prune(f"{entry}:good", "--params", 0.5, "--steps", 2, "--out", tmp_path / "out") == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["budget"] == "parameters"
+    assert report["parameters_after"] <= 0.5 * report["parameters_before"]
+    assert report["steps"][-1]["parameters"] == report["parameters_after"] / report["parameters_before"]
+
+
 def test_options_reach_the_library(entry: str, tmp_path: Path) -> None:
     arguments = ["--ratio", 0.4, "--criterion", "l1", "--selection", "independent", "--steps", 1, "--ignore", "2"]
     assert prune(f"{entry}:good", *arguments, "--compensate", "ls", "--out", tmp_path / "out") == 0
@@ -176,11 +184,18 @@ def test_what_the_function_raises_is_passed_on(entry: str, tmp_path: Path) -> No
         prune(f"{entry}:broken", "--out", tmp_path / "out")
 
 
+@pytest.mark.parametrize("option", ["--macs", "--params"])
 @pytest.mark.parametrize("share", ["0", "1", "1.5", "half"])
-def test_shares_lie_between_0_and_1(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shares_lie_between_0_and_1(share: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        prune("module:function", "--macs", share, "--out", "out")
-    assert "--macs" in capsys.readouterr().err
+        prune("module:function", option, share, "--out", "out")
+    assert option in capsys.readouterr().err
+
+
+def test_there_is_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        prune("module:function", "--params", 0.5, "--ratio", 0.5, "--out", "out")
+    assert "--ratio: not allowed with argument --params" in capsys.readouterr().err
 
 
 # --- directories ---------------------------------------------------------------------------------------------------
@@ -235,6 +250,19 @@ def test_a_directory_is_pruned_again_and_again_without_a_forward_pass(
         sizes.append(sum(parameter.numel() for parameter in pruned.parameters()))
     assert sizes[0] > sizes[1]
     assert "remain; parameters" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are fewer:UserWarning")
+@pytest.mark.parametrize("options", [[], ["--uniform"]], ids=["free", "uniform"])
+def test_a_directory_is_pruned_to_a_share_of_its_parameters(
+    options: list[str], llama: Path, scores: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert prune(llama, "--scores", scores, "--params", 0.8, *options, "--device", "cpu", "--out", out) == 0
+    whole = transformers.LlamaForCausalLM.from_pretrained(llama)
+    pruned = transformers.LlamaForCausalLM.from_pretrained(out) if options else load_pruned(out)
+    before, after = (sum(parameter.numel() for parameter in of.parameters()) for of in (whole, pruned))
+    assert after <= 0.8 * before
 
 
 @pytest.mark.filterwarnings("ignore:.*rows are fewer:UserWarning")

@@ -100,6 +100,22 @@ def test_prune_meets_the_target_and_its_plan_verifies(way: str) -> None:
     assert str(report.macs_after) in str(report)
 
 
+@pytest.mark.parametrize("way", ["joint", "independent", "not per MACs", "minimum"])
+@pytest.mark.parametrize("build", [demo_models.residual_cnn, demo_models.transformer])
+def test_the_budget_may_be_of_parameters(build: Callable[[], nn.Module], way: str) -> None:
+    model = network(build)
+    original = copy.deepcopy(model)
+    options = {"steps": 3} | WAYS[way]
+    report = obc.prune(model, EXAMPLE, batches(), loss, params=0.6, progress=False, **options).report
+    before, after = (sum(parameter.numel() for parameter in of.parameters()) for of in (original, model))
+    assert (report.budget, report.parameters_before, report.parameters_after) == ("parameters", before, after)
+    assert 0.5 < after / before <= 0.6
+    assert [step.target for step in report.steps] == pytest.approx([0.6 ** (step / 3) for step in (1, 2, 3)])
+    assert all(step.parameters <= step.target for step in report.steps)
+    assert report.steps[-1].parameters == after / before
+    assert report.steps[-1].macs == report.macs_after / report.macs_before
+
+
 def assert_sliced(plan: obc.PruningPlan, original: nn.Module, model: nn.Module, weights: bool) -> None:
     """The plan explains the shape of every layer; and, where nothing was compensated, every convolution's values."""
     for name, layer in model.named_modules():
@@ -276,6 +292,10 @@ def test_the_whole_model_remains_at_one() -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "macs zero": ({"macs": 0.0}, r"macs is the share that remains, in \(0, 1\], got 0.0"),
     "macs above": ({"macs": 2}, "got 2"),
+    "two budgets": ({"macs": 0.5, "params": 0.5}, "macs=0.5 and params=0.5 are two budgets"),
+    "params below": ({"params": -1.0}, r"params is the share that remains, in \(0, 1\], got -1.0"),
+    "params unreachable": ({"params": 1e-6}, "params=1e-06 is out of reach: 0.00"),
+    "steps of parameters": ({"params": 0.5, "steps": [0.8, 0.4]}, r"shares of parameters that descend to params=0.5"),
     "unreachable": ({"macs": 1e-6}, "out of reach: 0.00"),
     "unreachable by min_units": ({"macs": 0.5, "min_units": 60}, r"out of reach: 0\.[6-9]"),
     "criterion": ({"criterion": "magic"}, "criterion must be one of 'jacobian', 'random', 'l1'.*got 'magic'"),

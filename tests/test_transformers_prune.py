@@ -93,6 +93,33 @@ def test_experts_that_are_one_tensor_are_pruned(options: dict[str, Any]) -> None
     result.plan.verify(FAMILIES["mixtral"]().model.state_dict(), case.model)
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "deepseek-v2"])
+def test_the_budget_may_be_of_parameters(family: str, uniform: bool) -> None:
+    case = FAMILIES[family]()
+    before = sum(parameter.numel() for parameter in case.model.parameters())
+    structure = TransformersStructure(case.model, uniform=uniform)
+    report = obc.prune(case.model, None, case.batches, case.loss, params=0.8, steps=2, structure=structure).report
+    after = sum(parameter.numel() for parameter in case.model.parameters())
+    assert (report.parameters_before, report.parameters_after) == (before, after)
+    assert after <= 0.8 * before
+    assert [step.parameters for step in report.steps][-1] == after / before
+    assert output(case, case.model).isfinite().all()
+
+
+def test_whole_experts_free_parameters_and_hardly_any_macs() -> None:
+    """A token is routed to as many as before."""
+    case = FAMILIES["mixtral"]()
+    before = sum(parameter.numel() for parameter in case.model.parameters())
+    structure = TransformersStructure(case.model, kinds=("experts",))
+    with pytest.raises(ValueError, match=r"macs=0.8 is out of reach: 0\.99"):
+        obc.prune(case.model, None, case.batches, case.loss, macs=0.8, structure=structure)
+    report = obc.prune(case.model, None, case.batches, case.loss, params=0.8, steps=2, structure=structure).report
+    assert sum(parameter.numel() for parameter in case.model.parameters()) <= 0.8 * before
+    assert {(was, now) for was, now in report.widths.values()} <= {(4, 4), (4, 3), (4, 2)}
+    assert report.steps[-1].macs > 0.99
+
+
 def test_without_example_inputs_the_models_own_blocks_are_pruned() -> None:
     case = FAMILIES["llama"]()
     result = obc.prune(case.model, None, case.batches, case.loss, macs=0.9, steps=1, ignored_layers=("lm_head",))

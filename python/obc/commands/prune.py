@@ -15,9 +15,10 @@ from obc.commands import checkpoints, entry_point, prune_scored
 from obc.commands.common import UsageError, folder, require
 from obc.commands.score import positive
 from obc.files import atomic_write
+from obc.pruning.arguments import Budget
 
 _DESCRIPTION = f"""\
-Prune a model until a share of its multiply-accumulates remains.
+Prune a model until a share of its multiply-accumulates, or of its parameters, remains.
 
 obc prune module:function        score, select, remove, step by step (obc.prune); writes model.safetensors (the pruned
                                  state dict), plan.json (what every layer kept) and report.json.
@@ -58,6 +59,7 @@ def add(commands: Any) -> None:
     prune.add_argument("--out", type=Path, required=True, help="folder of what is written")
     share = prune.add_mutually_exclusive_group()
     share.add_argument("--macs", type=_share, help="share of the MACs that remains (default: 0.5)")
+    share.add_argument("--params", type=_share, help="instead: share of the parameters that remains")
     share.add_argument("--ratio", type=_share, help="share of the MACs that goes: --ratio 0.3 is --macs 0.7")
     prune.add_argument("--round-to", type=positive, help="widths become multiples of it")
     prune.add_argument("--compensate", choices=("ls", "seq"), help="reconstruct dropped channels by least squares")
@@ -87,12 +89,13 @@ def _share(text: str) -> float:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    macs = 1 - parsed.ratio if parsed.ratio is not None else parsed.macs or 0.5
+    macs = 1 - parsed.ratio if parsed.ratio is not None else parsed.macs
+    budget = Budget.of(macs, parsed.params)
     if Path(parsed.target).is_dir():
         _refuse(parsed, _ENTRY_ONLY, "is for module:function")
-        return prune_scored.run(parsed, macs)
+        return prune_scored.run(parsed, budget)
     _refuse(parsed, _SCORED_ONLY, f"is for a model directory, and {parsed.target} is none")
-    return _entry(parsed, macs)
+    return _entry(parsed, budget)
 
 
 def _refuse(parsed: argparse.Namespace, options: dict[str, str], why: str) -> None:
@@ -101,7 +104,7 @@ def _refuse(parsed: argparse.Namespace, options: dict[str, str], why: str) -> No
             raise UsageError(f"{written} {why}")
 
 
-def _entry(parsed: argparse.Namespace, macs: float) -> int:
+def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
     require({"torch_pruning": "torch-pruning"})
     subject = entry_point.load(parsed.target)
     out = folder(parsed.out)
@@ -109,6 +112,7 @@ def _entry(parsed: argparse.Namespace, macs: float) -> int:
     options = {name: value for name, value in given.items() if value is not None} | dict(subject.further)
     if parsed.ignore:
         options["ignored_layers"] = [*options.get("ignored_layers", ()), *parsed.ignore]
+    options[budget.argument] = budget.share
     torch.manual_seed(parsed.seed)
     try:
         result = obc.prune(
@@ -116,7 +120,6 @@ def _entry(parsed: argparse.Namespace, macs: float) -> int:
             subject.example_inputs,
             subject.batches,
             subject.loss_fn,
-            macs=macs,
             compensate=parsed.compensate,
             round_to=parsed.round_to,
             seed=parsed.seed,

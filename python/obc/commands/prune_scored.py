@@ -15,6 +15,7 @@ from obc.commands import checkpoints, data
 from obc.commands.common import UsageError, folder, require
 from obc.commands.report import load as load_scores
 from obc.equivalent.plan import PruningPlan
+from obc.pruning.arguments import Budget
 from obc.scoring import Scores
 from obc.selection import select
 from obc.selection.uniform import select_uniform
@@ -24,8 +25,8 @@ _CALIBRATION_BATCH = 4
 _PLAN = "obc_plan.json"
 
 
-def run(parsed: argparse.Namespace, macs: float) -> int:
-    """Prune ``parsed.target`` to a share ``macs`` of its MACs and write it to ``parsed.out``."""
+def run(parsed: argparse.Namespace, budget: Budget) -> int:
+    """Prune ``parsed.target`` to the budget and write it to ``parsed.out``."""
     require(checkpoints.PACKAGES)
     source, out = Path(parsed.target), parsed.out
     if parsed.scores is None:
@@ -45,7 +46,7 @@ def run(parsed: argparse.Namespace, macs: float) -> int:
         original = copy.deepcopy(model) if parsed.compensate else model
         before, widths = dict(model.state_dict()), {group.name: group.size for group in structure.groups}
         costs, parameters = structure.costs("macs").total(), structure.costs("parameters").total()
-        structure.remove(_chosen(structure, scores, macs))
+        structure.remove(_chosen(structure, scores, budget))
         structure.plan.verify(before, model)
     except (ValueError, obc.PlanError) as error:
         raise UsageError(str(error)) from error
@@ -61,9 +62,9 @@ def run(parsed: argparse.Namespace, macs: float) -> int:
     return 0
 
 
-def _chosen(structure: Any, scores: Scores, macs: float) -> dict[str, Tensor]:
+def _chosen(structure: Any, scores: Scores, budget: Budget) -> dict[str, Tensor]:
     """The units to remove: sets of them where the file has rows, else one by one."""
-    groups, costs, limits = structure.groups, structure.costs("macs"), structure.limits
+    groups, costs, limits = structure.groups, structure.costs(budget.unit), structure.limits
     joint = bool(scores.rows)
     values: Mapping[str, Tensor | None]
     if joint:
@@ -73,12 +74,12 @@ def _chosen(structure: Any, scores: Scores, macs: float) -> dict[str, Tensor]:
     rows = {name: of if joint else of.double().sqrt()[None] for name, of in values.items() if of is not None}
     if not rows:
         raise UsageError("the scores have nothing of any group that can be pruned; score the model itself")
-    budget = (1 - macs) * costs.total()
+    freed = (1 - budget.share) * costs.total()
     selection = "joint" if joint else "independent"
     options: dict[str, Any] = {"selection": selection, "min_units": limits.min_units, "round_to": limits.round_to}
     if limits.families:
-        return select_uniform(rows, costs, budget, limits.families, widths=limits.widths, **options)
-    return select(rows, costs, budget, **options)
+        return select_uniform(rows, costs, freed, limits.families, widths=limits.widths, **options)
+    return select(rows, costs, freed, **options)
 
 
 def _compensate(parsed: argparse.Namespace, model: Any, original: nn.Module, plan: PruningPlan) -> str:

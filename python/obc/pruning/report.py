@@ -10,6 +10,7 @@ from torch import nn
 
 from obc.equivalent.compensate import CompensationReport
 from obc.equivalent.plan import PruningPlan
+from obc.pruning.structure import Unit
 
 
 @dataclass(frozen=True)
@@ -17,14 +18,21 @@ class StepReport:
     """One scoring and removal.
 
     Attributes:
-        target: share of the unpruned model's MACs that was to be reached.
-        macs: share that remained after it; below the target by less than the last unit removed.
+        target: share of the unpruned model's MACs, or parameters, that was to be reached.
+        macs: share of the MACs that remained after it.
+        parameters: share of the parameters that remained after it. The one that was asked for is below the target by
+            less than the last unit removed.
         removed: units removed from each group, where any were.
     """
 
     target: float
     macs: float
+    parameters: float
     removed: Mapping[str, int]
+
+    def of(self, unit: Unit) -> float:
+        """The share of this unit that remained."""
+        return self.macs if unit == "macs" else self.parameters
 
 
 @dataclass
@@ -34,6 +42,7 @@ class PruningReport:
     MACs are of one call with the example inputs, counted as :func:`obc.pruning.measure.costs_of` says.
 
     Attributes:
+        budget: what ``steps`` have targets of, "macs" or "parameters".
         macs_before: of the unpruned model.
         macs_after: of the pruned model.
         parameters_before: of the unpruned model.
@@ -47,6 +56,7 @@ class PruningReport:
         compensation: the report of :func:`obc.compensate`, where it was asked for.
     """
 
+    budget: Unit = "macs"
     macs_before: int = 0
     macs_after: int = 0
     parameters_before: int = 0

@@ -1,4 +1,4 @@
-"""``obc.prune``: from a trained model to one with a given share of its multiply-accumulates, in one call."""
+"""``obc.prune``: from a trained model to one with a given share of its MACs or parameters, in one call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from obc.equivalent.calibration import recalibrate_norms
 from obc.equivalent.compensate import compensate as compensate_model
 from obc.equivalent.plan import PruningPlan, named_tensors
+from obc.pruning.arguments import Budget, check_choices, positive, repeatable
 from obc.pruning.criteria import CRITERIA, ForwardFn, LossFn, Subject, read_rows
 from obc.pruning.report import PruningReport, PruningResult, StepReport
 from obc.pruning.snapshot import Snapshot
-from obc.pruning.structure import Limits, Structure
+from obc.pruning.structure import Limits, Structure, Unit
 from obc.scoring.groups import ChannelGroup, Slices
 from obc.scoring.label_free import label_free_loss
 from obc.selection import Costs, select
@@ -35,6 +36,7 @@ logger = logging.getLogger("obc")
 _NARROW = 0.1
 # Costs are sums of large products in float64: a target that is met up to this is met.
 _ROUNDING = 1e-9
+_UNITS: tuple[Unit, Unit] = ("macs", "parameters")
 
 
 def prune(
@@ -43,7 +45,8 @@ def prune(
     batches: Iterable[Any],
     loss_fn: LossFn | ForwardFn | None = None,
     *,
-    macs: float = 0.5,
+    macs: float | None = None,
+    params: float | None = None,
     criterion: str = "jacobian",
     selection: Literal["joint", "independent"] = "joint",
     steps: int | Sequence[float] = 8,
@@ -65,10 +68,10 @@ def prune(
     on_step: Callable[[PruningResult], None] | None = None,
     progress: bool | None = None,
 ) -> PruningResult:
-    """Prune ``model`` in place until a share ``macs`` of its multiply-accumulates remains, and return it with a plan.
+    """Prune ``model`` in place until a share of its multiply-accumulates, or parameters, remains; with a plan.
 
     In every step the criterion scores the model as it then is, ``obc.select`` chooses what to remove, and BatchNorm
-    statistics are estimated anew. After step t of T at most a share macs^(t/T) remains: each step removes the same
+    statistics are estimated anew. After step t of T at most share^(t/T) remains: each step removes the same
     share of what is left. After an exception the model is as it was before the call; the unpruned weights are kept in
     memory until then.
 
@@ -86,14 +89,15 @@ def prune(
             widest layer has channels, because each is one row. An iterator is made a list.
         loss_fn: ``loss_fn(model, batch)``: a scalar loss, or with ``rows="sample"`` the vector of per-sample losses.
             With ``labels=False`` it may be None, or stands for ``forward_fn``.
-        macs: the share of MACs that remains, in (0, 1].
+        macs: the share of MACs that remains, in (0, 1]; 0.5 where ``params`` is not given either.
+        params: instead of ``macs``, the share of parameters that remains.
         criterion: "jacobian"; or, with ``selection="independent"``, one of "random", "l1", "l2", "bn_scale", "fpgm",
             "whc", "taylor", "fisher", "reconstruction": see :mod:`obc.pruning.criteria`.
         selection: "joint" or "independent".
-        steps: how often to score and remove; or the shares of MACs to reach, descending to ``macs``.
+        steps: how often to score and remove; or the shares to reach, descending to ``macs`` or ``params``.
         slices: "gate": one row per unit, of all its consumers together. "all": every slice is squared by itself, as in
             the paper; for independent selection.
-        per_macs: weigh what a unit costs the loss by the MACs that its removal frees.
+        per_macs: weigh what a unit costs the loss by the MACs (with ``params``: parameters) that its removal frees.
         recalibrate: estimate BatchNorm statistics anew after every step.
         labels: False scores without labels: rows are gradients of random projections of the model's outputs.
         compensate: "ls" or "seq": at the end the consumers take over, by least squares, what the dropped channels
@@ -118,14 +122,15 @@ def prune(
             share can't be reached: the message says which can.
         PlanError: the model is compiled or has parametrised layers.
     """
-    schedule = _schedule(macs, steps)
-    _check_choices(criterion, selection, slices, compensate, rows)
-    choice = _Choice(criterion, selection, per_macs, shrinkage, _positive("min_units", min_units), round_to)
+    budget = Budget.of(macs, params)
+    schedule = budget.schedule(steps)
+    check_choices(criterion, selection, slices, compensate, rows)
+    choice = _Choice(criterion, selection, per_macs, shrinkage, positive("min_units", min_units), round_to)
     if round_to is not None:
-        _positive("round_to", round_to)
+        positive("round_to", round_to)
     if labels and loss_fn is None:
         raise ValueError("loss_fn is needed where labels are used; labels=False scores by the model's outputs alone")
-    batches = _repeatable(batches)
+    batches = repeatable(batches)
     snapshot, report = Snapshot(model), PruningReport()
     try:
         with _timed(report, "structure"):
@@ -135,7 +140,7 @@ def prune(
         generator = torch.Generator().manual_seed(seed)
         loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
         subject = Subject(model, (), batches, loss, forward, slices, rows, generator, micro_batch)
-        job = _Job(structure, subject, report, choice, recalibrate)
+        job = _Job(structure, subject, report, budget, choice, recalibrate)
         job.run(schedule, on_step, progress)
         with _timed(report, "verify"):
             _verify(structure.plan, snapshot.tensors(), model, recalibrate)
@@ -154,60 +159,14 @@ def prune(
     except BaseException as error:
         snapshot.restore()
         if report.steps:
-            reached = f"{len(report.steps)} of {len(schedule)} steps, {report.steps[-1].macs:.3f} of the MACs"
+            share = report.steps[-1].of(budget.unit)
+            reached = f"{len(report.steps)} of {len(schedule)} steps, {share:.3f} of the {budget.noun}"
             _add_note(error, f"obc.prune had done {reached}; the model was restored to what it was")
         raise
     return PruningResult(model, structure.plan, report)
 
 
-# --- arguments ------------------------------------------------------------------------------------------------
-
-
-def _schedule(macs: float, steps: int | Sequence[float]) -> list[float]:
-    """The share of MACs after every step."""
-    if not 0 < macs <= 1:
-        raise ValueError(f"macs is the share that remains, in (0, 1], got {macs}")
-    if isinstance(steps, int):
-        count = _positive("steps", steps)
-        return [macs ** (step / count) for step in range(1, count + 1)]
-    shares = [float(share) for share in steps]
-    if not shares or shares[-1] != macs or shares != sorted(set(shares), reverse=True) or shares[0] > 1:
-        raise ValueError(f"steps must be shares of MACs that descend to macs={macs}, got {shares}")
-    return shares
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return value
-
-
-def _check_choices(criterion: str, selection: str, slices: str, compensate: str | None, rows: str) -> None:
-    for name, value, allowed in (
-        ("criterion", criterion, tuple(CRITERIA)),
-        ("selection", selection, ("joint", "independent")),
-        ("slices", slices, ("gate", "all")),
-        ("compensate", compensate, (None, "ls", "seq")),
-        ("rows", rows, ("batch", "sample")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    if selection == "joint" and criterion != "jacobian":
-        raise ValueError(
-            f"selection='joint' needs rows, which criterion={criterion!r} has none of; pass selection='independent', "
-            "or criterion='jacobian'"
-        )
-    if selection == "joint" and slices != "gate":
-        raise ValueError("selection='joint' works on one row per unit; pass slices='gate', or selection='independent'")
-
-
-def _repeatable(batches: Iterable[Any]) -> Iterable[Any]:
-    """``batches``, or a list of them where they can be passed over only once."""
-    if isinstance(batches, Iterator):
-        batches = list(batches)
-    if isinstance(batches, Sized) and len(batches) == 0:
-        raise ValueError("batches is empty: there is nothing to score")
-    return batches
+# --- what is pruned, and what it computes --------------------------------------------------------------------
 
 
 def _structure(
@@ -305,15 +264,26 @@ class _Job:
     """One call of :func:`prune`: scores, selects, removes, step by step."""
 
     def __init__(
-        self, structure: Structure, subject: Subject, report: PruningReport, choice: _Choice, recalibrate: bool
+        self,
+        structure: Structure,
+        subject: Subject,
+        report: PruningReport,
+        budget: Budget,
+        choice: _Choice,
+        recalibrate: bool,
     ) -> None:
         self.structure, self.subject, self.report = structure, subject, report
-        self.choice, self.recalibrate = choice, recalibrate
+        self.budget, self.choice, self.recalibrate = budget, choice, recalibrate
         self.widths = {group.name: group.size for group in structure.groups}
-        self.full = structure.costs("macs").total()
+        self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
+        self.full = self.unpruned[budget.unit]
         report.left_out = dict(getattr(structure, "left_out", {}))
-        report.macs_before = round(self.full)
-        report.parameters_before = round(structure.costs("parameters").total())
+        report.budget = budget.unit
+        report.macs_before, report.parameters_before = (round(self.unpruned[unit]) for unit in _UNITS)
+
+    def _costs(self) -> Costs:
+        """Of the model as it is now, in the unit of the budget."""
+        return self.structure.costs(self.budget.unit)
 
     def run(
         self, schedule: Sequence[float], on_step: Callable[[PruningResult], None] | None, progress: bool | None
@@ -329,7 +299,7 @@ class _Job:
                 self._measure()
                 if on_step is not None:
                     on_step(PruningResult(self.subject.model, self.structure.plan, self.report))
-                bar.set_postfix_str(f"{self.structure.costs('macs').total() / self.full:.3f} of the MACs")
+                bar.set_postfix_str(f"{self._costs().total() / self.full:.3f} of the {self.budget.noun}")
                 bar.update()
         for name, (before, after) in self.report.widths.items():
             if after < _NARROW * before:
@@ -340,15 +310,14 @@ class _Job:
     def _measure(self) -> None:
         """What the model costs now, for the report."""
         report = self.report
-        report.macs_after = round(self.structure.costs("macs").total())
-        report.parameters_after = round(self.structure.costs("parameters").total())
+        report.macs_after, report.parameters_after = (round(self.structure.costs(unit).total()) for unit in _UNITS)
         report.widths = {group.name: (self.widths[group.name], group.size) for group in self.structure.groups}
 
     def _step(self, share: float, last: float) -> None:
-        costs = self.structure.costs("macs")
+        costs = self._costs()
         excess = costs.total() - share * self.full
         if excess <= _ROUNDING * self.full:  # the step before went far enough
-            self.report.steps.append(StepReport(share, costs.total() / self.full, {}))
+            self._note_step(share, {})
             return
         subject = replace(self.subject, groups=self.structure.groups)
         with _timed(self.report, "score"):
@@ -357,12 +326,14 @@ class _Job:
             removed = self._select(rows, costs, excess, costs.total() - last * self.full)
         with _timed(self.report, "remove"):
             self.structure.remove(removed)
-        reached = self.structure.costs("macs").total() / self.full
-        counts = {name: len(units) for name, units in removed.items() if len(units)}
-        self.report.steps.append(StepReport(share, reached, counts))
+        self._note_step(share, {name: len(units) for name, units in removed.items() if len(units)})
         if self.recalibrate:
             with _timed(self.report, "recalibrate"):
                 recalibrate_norms(subject.model, subject.batches, subject.forward_fn)
+
+    def _note_step(self, target: float, removed: Mapping[str, int]) -> None:
+        macs, parameters = (self.structure.costs(unit).total() / self.unpruned[unit] for unit in _UNITS)
+        self.report.steps.append(StepReport(target, macs, parameters, removed))
 
     def _rows(self, subject: Subject) -> dict[str, Tensor]:
         """(N, units) rows of every group for joint selection, its (units,) scores for the independent one."""
@@ -422,13 +393,13 @@ class _Job:
         return removed
 
     def _check_reachable(self, share: float) -> None:
-        costs = self.structure.costs("macs")
+        costs = self._costs()
         smallest = torch.tensor([self._smallest(group) for group in self.structure.groups], dtype=torch.float64)
         least = costs.total(smallest) / self.full
         if least > share:
             raise ValueError(
-                f"macs={share:g} is out of reach: {least:.4f} remain where each of the {len(smallest)} groups that can "
-                f"be pruned keeps its minimum{self._reasons()}"
+                f"{self.budget.argument}={share:g} is out of reach: {least:.4f} remain where each of the "
+                f"{len(smallest)} groups that can be pruned keeps its minimum{self._reasons()}"
             )
 
     def _limits(self) -> Limits:

@@ -12,6 +12,8 @@ from obc.equivalent.plan import PruningPlan
 from obc.scoring.groups import ChannelGroup
 from obc.selection.costs import Costs
 
+Unit = Literal["macs", "parameters"]
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -52,7 +54,7 @@ class Structure(Protocol):
     @property
     def groups(self) -> Sequence[ChannelGroup]: ...
 
-    def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
+    def costs(self, unit: Unit) -> Costs:
         """Costs of the model as it is now, over its groups."""
 
     def remove(self, units: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,101 @@
+"""What ``obc.prune`` accepts: the budget and its steps, choices among named ways, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from typing import Any
+
+from obc.pruning.criteria import CRITERIA
+from obc.pruning.structure import Unit
+
+_DEFAULT_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What is to remain of the unpruned model.
+
+    Attributes:
+        unit: of its costs.
+        share: of these costs, in (0, 1].
+    """
+
+    unit: Unit
+    share: float
+
+    @classmethod
+    def of(cls, macs: float | None, params: float | None) -> Budget:
+        """The one that is given; half of the MACs where none is.
+
+        Raises:
+            ValueError: both are given, or the share does not lie in (0, 1].
+        """
+        if macs is not None and params is not None:
+            raise ValueError(f"macs={macs:g} and params={params:g} are two budgets; pass the one that is to be met")
+        if params is not None:
+            budget = cls("parameters", params)
+        else:
+            budget = cls("macs", _DEFAULT_SHARE if macs is None else macs)
+        if not 0 < budget.share <= 1:
+            raise ValueError(f"{budget.argument} is the share that remains, in (0, 1], got {budget.share}")
+        return budget
+
+    @property
+    def argument(self) -> str:
+        """As ``obc.prune`` calls it."""
+        return "macs" if self.unit == "macs" else "params"
+
+    @property
+    def noun(self) -> str:
+        """As messages call it."""
+        return "MACs" if self.unit == "macs" else "parameters"
+
+    def schedule(self, steps: int | Sequence[float]) -> list[float]:
+        """The share that remains after every step.
+
+        Raises:
+            ValueError: a number of steps below 1, or shares that do not descend to the budget's.
+        """
+        if isinstance(steps, int):
+            count = positive("steps", steps)
+            return [self.share ** (step / count) for step in range(1, count + 1)]
+        shares = [float(share) for share in steps]
+        if not shares or shares[-1] != self.share or shares != sorted(set(shares), reverse=True) or shares[0] > 1:
+            to = f"{self.argument}={self.share}"
+            raise ValueError(f"steps must be shares of {self.noun} that descend to {to}, got {shares}")
+        return shares
+
+
+def positive(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return value
+
+
+def check_choices(criterion: str, selection: str, slices: str, compensate: str | None, rows: str) -> None:
+    for name, value, allowed in (
+        ("criterion", criterion, tuple(CRITERIA)),
+        ("selection", selection, ("joint", "independent")),
+        ("slices", slices, ("gate", "all")),
+        ("compensate", compensate, (None, "ls", "seq")),
+        ("rows", rows, ("batch", "sample")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if selection == "joint" and criterion != "jacobian":
+        raise ValueError(
+            f"selection='joint' needs rows, which criterion={criterion!r} has none of; pass selection='independent', "
+            "or criterion='jacobian'"
+        )
+    if selection == "joint" and slices != "gate":
+        raise ValueError("selection='joint' works on one row per unit; pass slices='gate', or selection='independent'")
+
+
+def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
+    """``batches``, or a list of them where they can be passed over only once."""
+    if isinstance(batches, Iterator):
+        batches = list(batches)
+    if isinstance(batches, Sized) and len(batches) == 0:
+        raise ValueError("batches is empty: there is nothing to score")
+    return batches
