@@ -376,6 +376,30 @@ def test_norms_that_are_not_recalibrated_stay_as_they_were(mode: str, asked: boo
     assert_close([norm.state_dict() for norm in batch_norms(pruned.model)], before, rtol=0, atol=0)
 
 
+def test_norms_that_make_no_difference_stay_as_they_were() -> None:
+    """Beside a layer whose compensation does harm: the error with new statistics is the naive one, not below it."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.consumer, self.norm = nn.Linear(4, 2), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm(x)
+            return self.consumer(x[:, : self.consumer.weight.shape[1]])
+
+    original = Beside().double()
+    pruned = copy.deepcopy(original)
+    pruned.consumer.weight = nn.Parameter(original.consumer.weight[:, :3].detach())
+    plan = PruningPlan({"consumer": Kept(None, torch.arange(3))})
+    x = torch.randn(64, 4, dtype=torch.float64)
+    x[:, 3] = x[:, 0]
+    report = compensate(pruned, original, plan, [x, x * torch.tensor([1.0, 1, 1, -1])])
+    assert not report.layers["consumer"].applied
+    assert not report.norms_recalibrated
+    assert_close(pruned.norm.state_dict(), original.norm.state_dict(), rtol=0, atol=0)
+
+
 def test_models_and_their_flags_are_left_as_they_were() -> None:
     pruned = RECIPES["resnet"].prune()
     pruned.model.train()
