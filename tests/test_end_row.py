@@ -197,7 +197,39 @@ def test_end_row_does_not_wait_for_the_device(device: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-V = torch.zeros(4)
+SHARING = {
+    "same": lambda flat: (flat, flat),
+    "shifted": lambda flat: (flat[:-1], flat[1:]),
+    "reached by steps": lambda flat: (flat[1::3], flat[::2][: len(flat[1::3])]),
+    "one entry": lambda flat: (flat[3:4], flat[3:4]),
+}
+
+
+@pytest.mark.parametrize("device", TARGETS, indirect=True)
+@pytest.mark.parametrize("views", SHARING.values(), ids=SHARING)
+def test_end_row_refuses_vectors_that_share_memory(device: str, views: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+    flat = torch.randn(30, device=device)
+    before = flat.clone()
+    with pytest.raises(ValueError, match=r"obc::end_row: scores and row share memory.*clone one of them first"):
+        ops.end_row(*views(flat))
+    with pytest.raises(ValueError, match="share memory"):
+        torch.compile(lambda vector: ops.end_row(*views(vector)), fullgraph=True, backend="aot_eager")(flat)
+    assert torch.equal(flat, before)
+
+
+@pytest.mark.parametrize("device", TARGETS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_end_row_of_vectors_in_one_buffer(device: str, dtype: torch.dtype) -> None:
+    """Side by side, and interlaced."""
+    flat = torch.randn(2 * 33, dtype=dtype, device=device)
+    check(flat[33:], flat[:33])
+    flat.normal_()
+    check(flat[::2], flat[1::2])
+    check(flat[:1], flat[1:2])
+    check(flat[:0], flat[:0])
+
+
+V, W = torch.zeros(2, 4)
 
 
 @pytest.mark.parametrize(
@@ -212,10 +244,10 @@ V = torch.zeros(4)
         ((V.bfloat16(), V.bfloat16()), TypeError, "scores must be float32 or float64, got torch.bfloat16"),
         ((V, V[:1].expand(4)), ValueError, "row is expanded, so that its entries share memory; clone it first"),
         ((V[:1].expand(4), V), ValueError, "scores is expanded, so that its entries share memory; clone it first"),
-        ((V, V, 0.0), ValueError, "loss_scale must not be 0"),
-        ((V, V, 1.0, torch.zeros(4, dtype=torch.int32)), TypeError, "groups must be int64, got torch.int32"),
-        ((V, V, 1.0, torch.zeros(5, dtype=torch.int64)), ValueError, r"groups has shape \(5,\), row \(4,\)"),
-        ((V, V, 1.0, torch.zeros(4, dtype=torch.int64, device="meta")), ValueError, "groups is on meta, row on cpu"),
+        ((V, W, 0.0), ValueError, "loss_scale must not be 0"),
+        ((V, W, 1.0, torch.zeros(4, dtype=torch.int32)), TypeError, "groups must be int64, got torch.int32"),
+        ((V, W, 1.0, torch.zeros(5, dtype=torch.int64)), ValueError, r"groups has shape \(5,\), row \(4,\)"),
+        ((V, W, 1.0, torch.zeros(4, dtype=torch.int64, device="meta")), ValueError, "groups is on meta, row on cpu"),
         ((torch.zeros(4, requires_grad=True), V), RuntimeError, "not differentiable: .* detach them first"),
         ((V, torch.zeros(4, requires_grad=True)), RuntimeError, "not differentiable: .* detach them first"),
     ],

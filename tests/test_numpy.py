@@ -179,6 +179,7 @@ W = np.ones((4, 3), np.float32)
         (lambda: onp.end_row(np.ones(2, np.float16), np.ones(2, np.float16)), TypeError, "got float16"),
         (lambda: onp.end_row(np.ones(2), np.ones(3)), ValueError, "scores has 2 entries, row 3"),
         (lambda: onp.end_row(np.ones(2), np.ones(2), 0.0), ValueError, "loss_scale must not be 0"),
+        (lambda: onp.end_row(W[0], W[0, ::-1]), ValueError, "scores and row share memory.*pass a copy of one of them"),
         (lambda: onp.end_row(np.ones(2), np.broadcast_to(1.0, 2)), ValueError, "row is read-only"),
         (
             lambda: onp.end_row(np.ones(2), np.lib.stride_tricks.as_strided(np.ones(1), (2,), (0,))),

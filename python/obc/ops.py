@@ -249,6 +249,21 @@ def _check_not_expanded(name: str, tensor: Tensor) -> None:
     )
 
 
+def _addresses(vector: Tensor) -> range:
+    """Where the entries of a flat vector lie; the only entry of one may have any stride, also 0."""
+    step = max(1, vector.stride(0)) * vector.element_size()
+    return range(vector.data_ptr(), vector.data_ptr() + len(vector) * step, step)
+
+
+def _check_apart(scores: Tensor, row: Tensor) -> None:
+    """Both are written: no entry may be one of each. Fakes have no memory to ask this of."""
+    first, second = _addresses(scores), _addresses(row)
+    if first.start >= second.stop or second.start >= first.stop:
+        return
+    if any(address in first for address in second):  # else they interlace
+        raise ValueError("obc::end_row: scores and row share memory, and both are changed; clone one of them first")
+
+
 def _check_end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tensor | None) -> None:
     _check_floating("end_row", "scores", scores)
     _require(
@@ -359,6 +374,7 @@ def _fold(
 
 def _end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
     _check_end_row(scores, row, loss_scale, groups)
+    _check_apart(scores, row)
     call = backends.resolve("end_row", row.device.type, row.dtype, row.numel())
     finite = call(scores, row, loss_scale, groups)
     # A raw schema's mutation does not reach autograd's version counters by itself.
@@ -653,7 +669,7 @@ def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor
 
     Args:
         scores: flat float32 or float64 vector, one entry per group, or per channel without ``groups``.
-        row: flat vector of the same dtype and device, one entry per channel.
+        row: flat vector of the same dtype and device, one entry per channel; shares no entry with ``scores``.
         loss_scale: what the loss was multiplied by (a gradient scaler's scale).
         groups: int64 vector, the group of each channel, ascending.
 
@@ -661,7 +677,7 @@ def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor
         A 0-d bool tensor on the device: whether every square was finite. Not differentiable.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices don't fit.
+        ValueError, TypeError: shapes, dtypes or devices don't fit, or scores and row share memory.
         RuntimeError: an input requires grad.
     """
     return torch.ops.obc.end_row(scores, row, loss_scale, groups)

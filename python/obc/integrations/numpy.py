@@ -184,8 +184,8 @@ def end_row(scores: Array, row: Array, loss_scale: float = 1.0, groups: NDArray[
         Whether every square was finite; where not, nothing was added.
 
     Raises:
-        ValueError, TypeError: shapes or dtypes don't fit, a vector is read-only, or the groups are not ascending or
-            out of range.
+        ValueError, TypeError: shapes or dtypes don't fit, a vector is read-only, scores and row share memory, or the
+            groups are not ascending or out of range.
     """
     for name, array in (("scores", scores), ("row", row)):
         _check_array("end_row", name, array)
@@ -206,6 +206,8 @@ def end_row(scores: Array, row: Array, loss_scale: float = 1.0, groups: NDArray[
         if groups.shape != row.shape:
             raise ValueError(f"obc.end_row: groups has shape {groups.shape}, row {row.shape}")
         _check_strides("end_row", "groups", groups)
+    if np.shares_memory(scores, row):
+        raise ValueError("obc.end_row: scores and row share memory, and both are changed; pass a copy of one of them")
     finite, bad_group = _native.end_row(scores, row, loss_scale, groups)
     if bad_group >= 0:
         assert groups is not None
