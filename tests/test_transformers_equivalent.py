@@ -14,7 +14,7 @@ from transformers_families import FAMILIES, double, every_other, output
 import obc
 from obc.integrations.transformers import TransformersStructure
 
-DENSE = ["llama", "gemma", "bert", "gpt2", "vit", "phi3", "mamba"]
+DENSE = ["llama", "gemma", "bert", "gpt2", "vit", "phi3", "mamba", "deepseek-v3"]
 
 
 def logits(model: nn.Module, batch: Any) -> Tensor:
@@ -80,7 +80,7 @@ def test_folded_layers_start_exact_and_merge(family: str) -> None:
     assert shapes == {name: tensor.shape for name, tensor in naive.state_dict().items()}
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe"])
+@pytest.mark.parametrize("family", ["mixtral", "qwen2-moe", "deepseek-v2"])
 def test_fused_experts_stay_sliced_beside_folded_layers(family: str) -> None:
     case = FAMILIES[family]()
     original = double(case)

@@ -97,8 +97,9 @@ def test_widths_that_become_equal_again_are_said() -> None:
 
 
 @pytest.mark.parametrize("save", ["pretrained", "pruned"])
-def test_generation_with_a_cache_after_pruning_heads(save: str, tmp_path: Path) -> None:
-    case = FAMILIES["llama"]()
+@pytest.mark.parametrize("family", ["llama", "deepseek-v3"])
+def test_generation_with_a_cache_after_pruning_heads(family: str, save: str, tmp_path: Path) -> None:
+    case = FAMILIES[family]()
     structure = halved(case.model, "heads") if save == "pretrained" else uneven(case.model)
     if save == "pretrained":
         case.model.save_pretrained(tmp_path)
@@ -127,7 +128,7 @@ def test_heads_then_query_heads_and_feed_forward_round_trip(tmp_path: Path) -> N
 
 
 def test_embedding_width_round_trip(tmp_path: Path) -> None:
-    for family in ("llama-tied", "bert", "vit"):
+    for family in ("llama-tied", "bert", "vit", "deepseek-v3"):
         case = FAMILIES[family]()
         structure = TransformersStructure(case.model, ("embedding",))
         structure.remove({structure.groups[0].name: torch.tensor([1, 4])})
