@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from models import Case, case, token_losses, tokens
 from torch import Tensor, nn
-from transformers_families import FAMILIES, language_model, output
+from transformers_families import FAMILIES, deepseek_v2, deepseek_v3, language_model, output
 
 import obc
 from obc.integrations.transformers import TransformersStructure, load_pruned, save_pruned
@@ -79,6 +80,32 @@ def test_what_prune_leaves_is_read_back_by_from_pretrained(
     assert feed_forward == {of.model.config.intermediate_size}
     if round_to:
         assert feed_forward.pop() % round_to == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*rows:UserWarning")
+@pytest.mark.parametrize("build", [deepseek_v2, lambda: deepseek_v3(dense=0)], ids=["v2", "v3"])
+def test_a_shared_expert_is_as_wide_as_the_others(build: Callable[[], Case], tmp_path: Path) -> None:
+    """DeepSeek's config has one word for both."""
+    of = build()
+    structure = TransformersStructure(of.model, uniform=True)
+    assert not any("uniform" in reason for reason in structure.left_out.values())
+    obc.prune(of.model, None, of.batches, of.loss, params=0.7, steps=2, structure=structure)
+    assert structure.config_refused is None
+    of.model.save_pretrained(tmp_path)
+    loaded = type(of.model).from_pretrained(tmp_path).eval()
+    assert torch.equal(output(of, loaded), output(of, of.model))
+    widths = {group.size for group in structure.groups if group.kind in ("ffn", "expert_ffn")}
+    assert widths == {of.model.config.moe_intermediate_size}
+    assert widths <= {4, 8, 12}
+
+
+def test_several_shared_experts_are_no_multiple_that_the_config_could_say() -> None:
+    of = deepseek_v3(dense=0, n_shared_experts=2)
+    structure = TransformersStructure(of.model, uniform=True)
+    inner = [group for group in structure.groups if group.kind in ("ffn", "expert_ffn")]
+    assert {group.size for group in inner} == {16, 32}
+    assert structure.limits.widths == {group.name: (group.size,) for group in inner}
+    assert "all 2 such groups keep their 32 units" in structure.left_out["model.layers.0.mlp.shared_experts.gate_proj"]
 
 
 def test_numbers_of_heads_are_those_that_divide_the_hidden_size() -> None:

@@ -65,7 +65,7 @@ class Block:
             queries, keys and values do.
         min_units: so many must stay for the model to run.
         attended: channels per unit in the products of queries with keys and of weights with values, the mean of both.
-        family: groups of one family keep equal widths where widths are uniform.
+        family: groups of one family keep equal widths where widths are uniform: the config counts them as one.
     """
 
     group: ChannelGroup
@@ -79,7 +79,7 @@ class Block:
 
     @property
     def family(self) -> tuple[str, ...]:
-        return (self.group.kind, *self.config)
+        return tuple(self.config) or (self.group.kind,)
 
 
 class Finder(Layers):
@@ -145,6 +145,8 @@ class Finder(Layers):
         keys: tuple[str, ...] = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
         if "shared_expert" in name:
             keys = ("shared_expert_intermediate_size",)
+            if getattr(self.config, "n_shared_experts", None) == 1:  # of several, DeepSeek's config says a product
+                keys = (*keys, "moe_intermediate_size")
         elif ".experts." in name:
             keys = ("moe_intermediate_size", *keys)
         return Block(

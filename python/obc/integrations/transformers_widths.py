@@ -70,10 +70,12 @@ def expressible_widths(
     for family in sorted(families_of(blocks), key=lambda names: blocks[names[0]].group.kind == "embedding"):
         block = blocks[family[0]]
         size, kind = block.group.size, block.group.kind
-        multiple = multiple_of(block)
+        multiple = math.lcm(*(multiple_of(blocks[name]) for name in family))
+        least = max(blocks[name].min_units for name in family)
         if kind == "embedding":
-            multiple = multiples[family[0]] = math.lcm(multiple, *heads)
-        candidates = range(-(-block.min_units // multiple) * multiple, size, multiple)
+            multiple = math.lcm(multiple, *heads)
+        multiples |= dict.fromkeys(family, multiple)
+        candidates = range(-(-least // multiple) * multiple, size, multiple)
         if not candidates:
             continue
         tried = candidates if kind in _COUNTED else sorted({candidates[0], candidates[-1]})
