@@ -119,6 +119,17 @@ def test_latent_attention_that_is_not_understood_is_named() -> None:
     }
 
 
+def test_latent_attention_without_sizes_or_projections_is_named() -> None:
+    model = FAMILIES["deepseek-v3"]().model
+    first, second = (layer.self_attn for layer in model.model.layers)
+    del first.v_head_dim
+    second.q_b_proj = None
+    assert TransformersStructure(model, kinds=("heads",)).left_out == {
+        "model.layers.0.self_attn": "DeepseekV3Attention does not say qk_nope_head_dim, qk_rope_head_dim, v_head_dim",
+        "model.layers.1.self_attn": "latent attention without query projection",
+    }
+
+
 def test_packed_weights_are_named() -> None:
     model = FAMILIES["llama"]().model
     layer = model.model.layers[0].mlp.up_proj
