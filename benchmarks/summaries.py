@@ -128,6 +128,27 @@ def _encoder(results: Path) -> str:
     return "\n\n".join(parts) + source(rows[-1].get("provenance", content["provenance"]))
 
 
+# --- selection -----------------------------------------------------------------------------------------------------
+
+
+def _select(results: Path) -> str:
+    """Seconds and memory of one ``obc.select`` by channels and rows."""
+    content = read(results, "bench_select")
+    lines = [
+        [
+            f"{run['channels']:,} channels, {run['rows']:,} rows",
+            run["form"],
+            f"{run['removed']:,}",
+            f"{run['seconds']:.2f}",
+            f"{run['memory_mib']:.0f}",
+            f"{run['rows_mib']:.0f}",
+        ]
+        for run in content["runs"]
+    ]
+    head = ["", "form", "removed", "seconds", "MiB", "MiB of the rows"]
+    return markdown(head, lines) + source(content["provenance"])
+
+
 # --- large models --------------------------------------------------------------------------------------------------
 
 
@@ -157,5 +178,6 @@ SUMMARIES: dict[str, Callable[[Path], str]] = {
     "compensation-costs": _compensation_costs,
     "factors": _factors,
     "encoder": _encoder,
+    "select": _select,
     "large": _large,
 }
