@@ -82,7 +82,9 @@ fuzz: setup ## over 20,000 examples of operators, 600 random models against the 
 nightly: sanitize fuzz test-all mutation ## all of it: hours
 
 coverage: setup ## the test suite with its coverage of lines and branches
-	$(BIN)/python -m coverage run -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n auto -m "not slow" $(ARGS)
+	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
 mutation: setup ## a sample of mutants of reference.py, scoring/ and equivalent/: which of them no test notices
