@@ -113,33 +113,47 @@ class Greedy:
     A step looks, in each group, at the units that the group would lose next: one, or as many as lead to the next
     multiple, picked one after another with their interactions. The group whose units together have the lowest
     quotient loses them. Of equals the first group, and in it the first unit, goes.
+
+    The tensors are small, so that a step takes as long as the number of its operations says: some of them work in
+    place, constants are tensors made once, and numbers of units are float64, which needs no conversions.
     """
 
     def __init__(self, problem: Problem) -> None:
         device = problem.increments.device
+        groups, units = len(problem.sizes), len(problem.increments)
+
+        def float64(values: Sequence[float] | float) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=device)
+
         self._problem = problem
         self._interacting = problem.interacting
-        sizes = torch.tensor(problem.sizes, device=device)
-        self._lowest = torch.tensor(problem.lowest, device=device)
-        self._multiples = torch.tensor(problem.multiples, device=device)
-        self._group_of = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
-        self._units = torch.arange(len(problem.increments), device=device)
-        self._places = torch.arange(max(problem.multiples), device=device)
+        self._zero, self._infinity = float64(0.0), float64(math.inf)
+        self._no_unit, self._past_units = torch.tensor(-1, device=device), torch.tensor(units, device=device)
+        self._highest, self._past_all = self._infinity.repeat(groups), self._past_units.repeat(groups)
+        self._lowest, self._multiples = float64(problem.lowest), float64(problem.multiples)
+        self._group_of = torch.arange(groups, device=device).repeat_interleave(
+            torch.tensor(problem.sizes, device=device)
+        )
+        self._units = torch.arange(units, device=device)
+        self._places = torch.arange(max(problem.multiples), dtype=torch.float64, device=device)
+        self._one_each = torch.ones(groups, dtype=torch.float64, device=device)
 
-        self._gone = torch.full((max(problem.multiples),), math.inf, dtype=torch.float64, device=device)
         self._increments = problem.increments.clone()  # infinite where a unit is gone
         if problem.costs.unit_costs is not None:
             self._increments.masked_fill_(problem.costs.unit_costs <= 0, math.inf)  # what frees nothing stays
-        self._widths = sizes
+        self._widths = float64(problem.sizes)
         self._slope = problem.costs.slope.clone()
         self._own_curvature = problem.costs.curvature.diagonal()
-        self._freed = torch.zeros((), dtype=torch.float64, device=device)
+        self._freed = float64([0.0])
         # Products of rows walk at random with their roundings: by eps sqrt(rows) times the product of both norms.
         step = TIE_DEVIATIONS * torch.finfo(torch.float64).eps * math.sqrt(problem.rows)
         self._squares = problem.increments.abs()
         self._rounding, self._rounding_by_norm = step * self._squares, step * self._squares.sqrt()
-        self._removed_squares = torch.zeros((), dtype=torch.float64, device=device)
+        if problem.interacting is not None:
+            self._rounding_by_norm *= 2 * problem.interacting.strength
+        self._removed_squares = float64(0.0)
 
+    @torch.inference_mode()
     def until(self, budget: float) -> tuple[Tensor, float]:
         """Removes until ``budget`` is freed, or nothing more may go. The units in order, on the host, and the freed."""
         target = budget * (1 - BUDGET_ROUNDING)
@@ -150,7 +164,7 @@ class Greedy:
             picks.append(units)  # (steps, places), -1 where a place is empty, and all over once nothing may go
             enough = (freed >= target).nonzero()
             if len(enough):
-                last = int(enough[0])
+                last = int(enough[0, 0])
                 picks[-1] = units[: last + 1]
             elif bool((units[-1] >= 0).any()):
                 continue
@@ -169,33 +183,31 @@ class Greedy:
         return scores.masked_fill(stays, math.inf)
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        """The units removed, (places,) and -1 for none, and what has been freed since the start."""
-        chunk = (self._widths - 1) % self._multiples + 1
+        """The units removed, (places,) and -1 for none, and what has been freed since the start, (1,)."""
+        chunk = self._one_each if len(self._places) == 1 else (self._widths - 1) % self._multiples + 1
         proposals = self._propose(chunk)
-        stays = (self._widths - chunk < self._lowest) | (proposals.freed <= 0)
-        score = proposals.increments.masked_fill(stays, math.inf)
-        upper = score + proposals.rounding
-        if self._problem.per_cost:
-            freed = proposals.freed.masked_fill(stays, 1.0)
-            score, upper = quotient(score, freed), quotient(upper, freed)
+        stays = (self._widths - chunk < self._lowest) | (proposals.freed <= self._zero)
+        freed = proposals.freed.masked_fill_(stays, 1.0)
+        scores = torch.stack((proposals.increments, proposals.increments + proposals.rounding))
+        scores.masked_fill_(stays, math.inf)
+        score, upper = quotient(scores, freed) if self._problem.per_cost else scores
         best = upper.amin()
-        group = (score <= best).to(torch.uint8).argmax(0, keepdim=True)
-        units = proposals.units.index_select(1, group).flatten()
+        group = (score <= best).view(torch.uint8).argmax(0, keepdim=True)
+        units = proposals.units.index_select(1, group)[:, 0]
 
-        any_goes = best < math.inf
+        any_goes = best < self._infinity
         count = chunk.index_select(0, group) * any_goes
         valid = self._places < count
         self._remove(group, count, units, valid)
-        self._freed = self._freed + torch.where(any_goes, proposals.freed.index_select(0, group)[0], 0.0)
-        return units.masked_fill(~valid, -1), self._freed
+        self._freed = self._freed + torch.where(any_goes, freed.index_select(0, group), self._zero)
+        return torch.where(valid, units, self._no_unit), self._freed
 
     def _propose(self, chunk: Tensor) -> Proposals:
         """The next ``chunk`` (groups,) units of every group."""
         interacting, unit_costs = self._interacting, self._problem.costs.unit_costs
         increments, rounding = self._increments, self._rounding
         if interacting is not None:
-            others = (2 * interacting.strength) * self._removed_squares.sqrt()
-            rounding = torch.addcmul(rounding, self._rounding_by_norm, others)
+            rounding = torch.addcmul(rounding, self._rounding_by_norm, self._removed_squares.sqrt())
         picks: list[Tensor] = []
         totals: list[Tensor] = []
         for place in range(len(self._places)):
@@ -206,11 +218,13 @@ class Greedy:
                 increments = increments.index_fill(0, picks[-1], math.inf)
             picks.append(self._first_of_each_group(increments, rounding))
             values = [increments, rounding] if unit_costs is None else [increments, rounding, unit_costs]
-            of_picks = torch.stack([value.index_select(0, picks[-1]) for value in values])
-            totals.append(of_picks.masked_fill(place >= chunk, 0.0) if place else of_picks)
-        total = totals[0] if len(totals) == 1 else torch.stack(totals).sum(0)
-        freed = (self._slope - self._own_curvature * chunk) * chunk if unit_costs is None else total[2]
-        return Proposals(total[0], total[1], freed, torch.stack(picks))
+            of_picks = [value.index_select(0, picks[-1]) for value in values]
+            if place:
+                past = chunk <= place
+                of_picks = [sum_ + of.masked_fill_(past, 0.0) for sum_, of in zip(totals, of_picks, strict=True)]
+            totals = of_picks
+        freed = (self._slope - self._own_curvature * chunk) * chunk if unit_costs is None else totals[2]
+        return Proposals(totals[0], totals[1], freed, torch.stack(picks))
 
     def _first_of_each_group(self, increments: Tensor, rounding: Tensor) -> Tensor:
         """(groups,) of each group the unit with the lowest quotient, of equals the first; any where none is left."""
@@ -218,21 +232,17 @@ class Greedy:
         unit_costs = self._problem.costs.unit_costs
         if unit_costs is not None and self._problem.per_cost:
             scores, upper = quotient(scores, unit_costs), quotient(upper, unit_costs)
-        near = scores <= self._per_group(upper, math.inf).index_select(0, self._group_of)
-        places = self._units.masked_fill(~near, len(near))
-        return self._per_group(places, len(near))
-
-    def _per_group(self, values: Tensor, highest: float) -> Tensor:
-        """(groups,) minima."""
-        empty = torch.full_like(self._widths, highest, dtype=values.dtype)
-        return empty.scatter_reduce_(0, self._group_of, values, "amin")
+        lowest = self._highest.scatter_reduce(0, self._group_of, upper, "amin")
+        near = scores <= lowest.index_select(0, self._group_of)
+        places = torch.where(near, self._units, self._past_units)
+        return self._past_all.scatter_reduce(0, self._group_of, places, "amin")
 
     def _remove(self, group: Tensor, count: Tensor, units: Tensor, valid: Tensor) -> None:
         """``units`` that are ``valid`` (places,), ``count`` (1,) in number, of ``group`` (1,)."""
         if self._interacting is not None:
             columns = self._interacting.columns(units, valid, self.ranking)
             self._increments.add_(columns, alpha=2 * self._interacting.strength)
-            self._removed_squares = self._removed_squares + (self._squares.index_select(0, units) * valid).sum()
-        self._increments.index_add_(0, units, self._gone.masked_fill(~valid, 0.0))
-        self._widths = self._widths.index_add(0, group, count, alpha=-1)
-        self._slope = self._slope.sub(count * self._problem.costs.curvature.index_select(0, group)[0], alpha=2)
+            self._removed_squares += (self._squares.index_select(0, units) * valid).sum()
+        self._increments.index_add_(0, units, torch.where(valid, self._infinity, self._zero))
+        self._widths.index_add_(0, group, count, alpha=-1)
+        self._slope.addcmul_(self._problem.costs.curvature.index_select(0, group)[0], count, value=-2)
