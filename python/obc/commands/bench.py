@@ -21,6 +21,7 @@ BENCHMARKS = {
 
 
 def add(commands: Any) -> None:
+    """Add ``obc bench`` to the subparsers."""
     bench = commands.add_parser(
         "bench",
         help="time operators, scoring, folded fine-tuning, large models; draw the ratios",
@@ -46,6 +47,7 @@ def checkout() -> Path:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Run and draw what was asked for, each benchmark in a process of its own; the highest of their exit statuses."""
     asked = parsed.what or ["ops"]
     if unknown := [name for name in asked if name not in BENCHMARKS]:
         raise UsageError(f"no benchmark is named {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")

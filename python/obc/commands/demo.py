@@ -13,6 +13,7 @@ PACKAGES = {"sklearn": "scikit-learn", "torch_pruning": "torch-pruning", "matplo
 
 
 def add(commands: Any) -> None:
+    """Add ``obc demo`` to the subparsers."""
     demo = commands.add_parser(
         "demo",
         help="train small networks on digits, prune them by four criteria, print what each kept",
@@ -29,6 +30,7 @@ def add(commands: Any) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Prune by every criterion, print and draw what each kept; with ``--full`` fine-tune as well."""
     require(PACKAGES)
     picture = folder(parsed.out) / "demo.png"
     from obc.demo import finetune, report

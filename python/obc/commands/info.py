@@ -10,11 +10,13 @@ import obc
 
 
 def add(commands: Any) -> None:
+    """Add ``obc info`` to the subparsers."""
     info = commands.add_parser("info", help="print what is installed, what is missing, and how to get it")
     info.set_defaults(command=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Print :func:`obc.info`."""
     print("\n".join(lines(obc.info())))
     return 0
 
@@ -31,6 +33,7 @@ def lines(facts: Mapping[str, Any], indent: str = "") -> list[str]:
 
 
 def _words(value: Any) -> str:
+    """Without Python's spelling of None, bool and sequences."""
     if value is None:
         return "not set"
     if isinstance(value, bool):

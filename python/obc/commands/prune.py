@@ -49,6 +49,7 @@ _SCORED_ONLY = {
 
 
 def add(commands: Any) -> None:
+    """Add ``obc prune`` to the subparsers: the options of both ways, in a group each."""
     prune = commands.add_parser(
         "prune",
         help="prune a model of your own code, or a transformers directory by its scores",
@@ -82,6 +83,7 @@ def add(commands: Any) -> None:
 
 
 def _share(text: str) -> float:
+    """An argument that is some of a whole, not all of it."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value:g}")
@@ -89,6 +91,7 @@ def _share(text: str) -> float:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """By its scores where the target is a directory, else by obc.prune; options of the other way are refused."""
     macs = 1 - parsed.ratio if parsed.ratio is not None else parsed.macs
     budget = Budget.of(macs, parsed.params)
     if Path(parsed.target).is_dir():
@@ -99,12 +102,14 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _refuse(parsed: argparse.Namespace, options: dict[str, str], why: str) -> None:
+    """None of ``options`` may be given."""
     for attribute, written in options.items():
         if getattr(parsed, attribute) is not None:
             raise UsageError(f"{written} {why}")
 
 
 def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
+    """Prune the model of an entry point; write its state dict, the plan and the report."""
     require({"torch_pruning": "torch-pruning"})
     subject = entry_point.load(parsed.target)
     out = folder(parsed.out)

@@ -13,6 +13,7 @@ from obc.scoring import Scores
 
 
 def add(commands: Any) -> None:
+    """Add ``obc report`` to the subparsers."""
     report = commands.add_parser(
         "report",
         help="draw a score file as one HTML page",
@@ -33,6 +34,7 @@ def load(path: Path) -> Scores:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Write the page: all of it, or nothing."""
     scores = load(parsed.scores)
     with atomic_write(writable(parsed.out)) as file:
         file.write(page(scores, parsed.scores.name).encode())
