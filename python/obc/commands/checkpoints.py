@@ -132,6 +132,7 @@ def loss_of(kind: str, rows: Literal["batch", "sample"], seed: int) -> Losses:
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Without the labels, of which the model would compute its own loss, a mean over the batch."""
     return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
 
 

@@ -63,6 +63,7 @@ def batches(
 def _token_batches(
     data: Path, model: Any, source: Path, loss: str, count: int, size: int, seq_len: int | None, seed: int
 ) -> Iterator[dict[str, Tensor]]:
+    """Whole batches of whole sequences, masked where the loss needs it."""
     if loss == "label":
         raise UsageError(f"--data {data}: this model classifies images; pass a folder of images")
     if getattr(model.config, "vocab_size", None) is None:
@@ -101,6 +102,7 @@ def tokenizer_of(source: Path) -> Any:
 
 
 def _sequence_length(model: Any, tokenizer: Any, asked: int | None) -> int:
+    """As many tokens as asked for, else ``SEQUENCE``, within what model and tokenizer have room for."""
     most = [getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
     room = min((value for value in most if value), default=SEQUENCE)
     if asked is not None and asked > room:
@@ -166,6 +168,7 @@ def _paragraphs(file: Any) -> Iterator[str]:
 
 
 def _entry(data: Path, number: int, line: str) -> str | list[int]:
+    """A line's text or its token numbers; no tokens in an empty line."""
     if not line.strip():
         return []
     try:
@@ -196,6 +199,7 @@ def _masked(ids: Tensor, tokenizer: Any, generator: torch.Generator) -> dict[str
 def _image_batches(
     data: Path, model: Any, source: Path, loss: str, count: int, size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
+    """Whole batches of images in random order, with labels where the loss needs them."""
     if getattr(model.config, "image_size", None) is None:
         raise UsageError(f"--data {data}: this model reads no images; pass a .txt or .jsonl file")
     if loss in ("causal-lm", "masked-lm"):

@@ -71,6 +71,7 @@ def load(name: str) -> Subject:
 
 
 def _function(name: str) -> Callable[[], Any]:
+    """The function that ``module:function`` names; modules of the working directory are found."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise UsageError(f"{name!r} is neither a directory nor module:function")
@@ -92,6 +93,7 @@ def _function(name: str) -> Callable[[], Any]:
 
 
 def _first_sample(name: str, batch: Any) -> Any:
+    """Example inputs for tracing: the first sample of a batch, or of what leads it."""
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if isinstance(inputs, Tensor) and inputs.dim() > 0:
         return inputs[:1]

@@ -83,6 +83,7 @@ def _chosen(structure: Any, scores: Scores, budget: Budget) -> dict[str, Tensor]
 
 
 def _compensate(parsed: argparse.Namespace, model: Any, original: nn.Module, plan: PruningPlan) -> str:
+    """Compensate ``model`` in place from ``--data``, and say in a line what came of it."""
     batches = data.batches(
         parsed.data,
         original,
@@ -104,12 +105,14 @@ def _compensate(parsed: argparse.Namespace, model: Any, original: nn.Module, pla
 
 
 def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """What compensation preserves: the logits, or of a model without a head its last hidden state."""
     found = model(**batch)
     output: Tensor = next(found[key] for key in ("logits", "last_hidden_state") if found.get(key) is not None)
     return output
 
 
 def _save(model: Any, structure: Any, source: Path, out: Path) -> None:
+    """Write the model as ``from_pretrained`` loads it, or else as ``load_pruned`` does; the tokenizer beside it."""
     from obc.integrations.transformers import save_pruned
 
     if structure.config_refused is None:

@@ -25,6 +25,7 @@ and no labels."""
 
 
 def add(commands: Any) -> None:
+    """Add ``obc score`` to the subparsers."""
     score = commands.add_parser(
         "score",
         help="score a local transformers directory",
@@ -63,6 +64,7 @@ def positive(text: str) -> int:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Score a directory by local data, write the scores, and print how they were read."""
     require(checkpoints.PACKAGES)
     out = writable(parsed.out)
     checkpoint = checkpoints.load(parsed.model, parsed.dtype, checkpoints.device_of(parsed.device), parsed.loss)
@@ -119,6 +121,7 @@ def summary(scores: Scores) -> str:
 
 
 def _shape(batch: dict[str, Any]) -> str:
+    """Samples by tokens, or by channels, height and width."""
     values = batch.get("input_ids", batch.get("pixel_values"))
     assert values is not None
     return " x ".join(map(str, values.shape))
