@@ -422,13 +422,17 @@ def weight_dot_triton(
             lambda: WeightDotConfig.variations(walk, itemsize),
             lambda config: weight_dot_triton(weight, grad, bias, bias_grad, groups, transposed, config),
         )
-    column_blocks, row_splits = config.column_blocks(walk), config.row_splits(walk)
     check_steps("weight_dot", config.programs(walk))
+    partials = _partial_sums(weight, grad, walk, config)
+    row_dot, column_dot = _finished_dots(*partials, walk, bias, bias_grad, transposed, config)
+    return (column_dot, row_dot) if transposed else (row_dot, column_dot)
 
-    acc = accumulator(weight)
-    row_dot, column_dot = (weight.new_empty(size, dtype=acc) for size in (walk.rows, groups * walk.channels))
-    row_partial = weight.new_empty((column_blocks, walk.rows), dtype=acc)
-    column_partial = weight.new_empty((groups, row_splits, walk.columns), dtype=acc)
+
+def _partial_sums(weight: Tensor, grad: Tensor, walk: WeightWalk, config: WeightDotConfig) -> tuple[Tensor, Tensor]:
+    """The first stage: (column blocks, rows) and (groups, row splits, columns)."""
+    column_blocks, row_splits = config.column_blocks(walk), config.row_splits(walk)
+    row_partial = weight.new_empty((column_blocks, walk.rows), dtype=accumulator(weight))
+    column_partial = row_partial.new_empty((walk.groups, row_splits, walk.columns))
     launch(
         _weight_dot_kernel,
         config.programs(walk),
@@ -436,7 +440,7 @@ def weight_dot_triton(
         column_partial,
         weight,
         grad,
-        groups,
+        walk.groups,
         walk.rows_per_group,
         walk.columns,
         *walk.sizes[1:],
@@ -453,9 +457,23 @@ def weight_dot_triton(
         num_warps=config.num_warps,
         max_registers=128 if walk.flat else ADDRESS_REGISTERS,
     )
+    return row_partial, column_partial
+
+
+def _finished_dots(
+    row_partial: Tensor,
+    column_partial: Tensor,
+    walk: WeightWalk,
+    bias: Tensor | None,
+    bias_grad: Tensor | None,
+    transposed: bool,
+    config: WeightDotConfig,
+) -> tuple[Tensor, Tensor]:
+    """The second stage: (rows,) and (groups * channels,), with b * gb in the sums of the out channels."""
+    row_dot, column_dot = (row_partial.new_empty(size) for size in (walk.rows, walk.groups * walk.channels))
     launch(
         _weight_dot_finish_kernel,
-        ceil_div(walk.rows, config.BLOCK_N) + ceil_div(groups * walk.channels, config.BLOCK_N),
+        ceil_div(len(row_dot), config.BLOCK_N) + ceil_div(len(column_dot), config.BLOCK_N),
         row_dot,
         column_dot,
         row_partial,
@@ -463,11 +481,11 @@ def weight_dot_triton(
         bias,
         bias_grad,
         walk.rows,
-        column_blocks,
-        groups,
+        row_partial.shape[0],
+        walk.groups,
         walk.channels,
         walk.columns,
-        row_splits,
+        column_partial.shape[1],
         walk.positions,
         walk.stride_channel,
         walk.stride_position,
@@ -478,4 +496,4 @@ def weight_dot_triton(
         BLOCK_T=config.BLOCK_T,
         num_warps=config.num_warps,
     )
-    return (column_dot, row_dot) if transposed else (row_dot, column_dot)
+    return row_dot, column_dot
