@@ -56,6 +56,26 @@ def _operators(results: Path) -> str:
     return markdown(["", "time / two plain reads", "time / `torch.compile`"], lines) + source(content["provenance"])
 
 
+def _criteria(results: Path) -> str:
+    """Time of a criterion against a pass with weight gradients, and memory above the model: models across."""
+    content = read(results, "bench_criteria")
+    cases = content["cases"]
+    lines = []
+    for way in dict.fromkeys(name for case in cases for name in case["providers"]):
+        cells = []
+        for case in cases:
+            row = case["providers"].get(way)
+            if row is None:
+                cells.append("-")
+                continue
+            memory = f", {row['peak_mib']:.0f} MiB" if "peak_mib" in row else ""
+            cells.append(f"{row['against_baseline']['paired_median']:.2f}{memory}")
+        lines.append([way, *cells])
+    return markdown([f"time / {cases[0]['baseline']}, memory", *(case["name"] for case in cases)], lines) + source(
+        content["provenance"]
+    )
+
+
 # --- accuracies ----------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +194,7 @@ def _large(results: Path) -> str:
 SUMMARIES: dict[str, Callable[[Path], str]] = {
     "scoring-rows": _scoring_rows,
     "operators": _operators,
+    "criteria": _criteria,
     "compensation": _compensation,
     "compensation-costs": _compensation_costs,
     "factors": _factors,
