@@ -198,11 +198,13 @@ def contracting(model: nn.Module) -> nn.Module:
     return model
 
 
-def _steady(subject: Subject, rows: str) -> Callable[[], None]:
+def _steady(subject: Subject, rows: str, compiled: bool = False) -> Callable[[], None]:
     """One row of an attached scorer that has its checking row behind it. It stays attached, on a copy of its own."""
     model, batch = copy.deepcopy(subject.model), subject.batches[0]
     scorer = obc.JacobianScorer(model, rows=rows)
     scorer.__enter__()
+    if compiled:
+        model = torch.compile(model, fullgraph=True)
 
     def row() -> None:
         with scorer.row():
@@ -263,6 +265,30 @@ def steady_row(make: Callable[[], Subject], per_sample: bool = False) -> Case:
     )
 
 
+def compiled_row(make: Callable[[], Subject]) -> Case:
+    """One row after the checking row, of a model of images that torch.compile has captured whole, gates and all."""
+    torch.manual_seed(0)
+    subject = make()
+    batch, plain = subject.batches[0], copy.deepcopy(subject.model)
+    compiled = torch.compile(copy.deepcopy(subject.model), fullgraph=True)
+    frozen = torch.compile(copy.deepcopy(subject.model).requires_grad_(False), fullgraph=True)
+    watched = (batch[0].clone().requires_grad_(), batch[1])
+    providers = [
+        Provider(PLAIN, lambda: _plain_row(subject, plain, batch)),
+        Provider(f"{PLAIN}, compiled", lambda: _plain_row(subject, compiled, batch)),
+        Provider(BATCH_ROWS, _steady(subject, "batch")),
+        Provider(f"{BATCH_ROWS}, compiled", _steady(subject, "batch", compiled=True)),
+    ]
+    return Case(
+        providers,
+        baseline=PLAIN,
+        limit=Provider(f"{FLOOR}, compiled", lambda: subject.loss(frozen, watched).backward()),
+        bytes_moved=_bytes(subject.model),
+        check=lambda result: None,
+        unchecked=frozenset(provider.name for provider in providers),
+    )
+
+
 def whole_run(make: Callable[[], Subject]) -> Case:
     """RUN_ROWS rows, attaching, checking and detaching included."""
     torch.manual_seed(0)
@@ -320,6 +346,10 @@ CASES: dict[str, Callable[[], Case]] = {
     **{f"{name}, a steady row": lambda make=make: steady_row(make) for name, make in MODELS.items()},
     **{f"{name}, a run of {RUN_ROWS} rows": lambda make=make: whole_run(make) for name, make in MODELS.items()},
     "small CNN, a steady row": lambda: steady_row(small_cnn, per_sample=True),
+    **{
+        f"{name}, a compiled row": lambda make=make: compiled_row(make)
+        for name, make in {"small CNN": small_cnn, "ResNet-56": resnet56, "ViT 2.7 M": vit}.items()
+    },
 }
 
 
