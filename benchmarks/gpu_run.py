@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -200,6 +201,8 @@ def _run_part(part: Part, out: Path, allowed: float) -> dict[str, Any]:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            # Started in the background by a shell, this process ignores SIGINT, and so would its children.
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         ended = _wait(process, allowed)
     seconds = round(time.monotonic() - begun, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -46,6 +47,17 @@ def test_parts_run_within_the_limit_and_keep_what_others_found(tmp_path: Path) -
     late = gpu_run.run(parts[4:], tmp_path, seconds=20)
     assert late["parts"]["late"] == {"left_out": "12 s were left, it needs 10000"}
     assert not gpu_run.failed(late)
+
+
+def test_parts_are_interrupted_where_a_shell_has_this_process_ignore_it(tmp_path: Path) -> None:
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        hangs = Part("hangs", 1, python("import time; print('begun', flush=True); time.sleep(60)"))
+        report = gpu_run.run([hangs], tmp_path, seconds=gpu_run.GRACE + 4)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert report["parts"]["hangs"]["ended"] == "its time was over"
+    assert report["parts"]["hangs"]["exit_code"] == -signal.SIGINT
 
 
 def test_every_part_leaves_the_others_the_least_that_they_need() -> None:
