@@ -262,8 +262,10 @@ class Results:
         if path.exists():
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             self.cases = {line["key"]: line for line in lines if "key" in line}
-        else:
-            self._append({"provenance": provenance(1, torch.get_num_threads())})
+
+    def begin(self) -> None:
+        """Say which run the cases that follow are of."""
+        self._append({"provenance": provenance(1, torch.get_num_threads())})
 
     def add(self, key: str, values: Mapping[str, Any]) -> None:
         self.cases[key] = {"key": key, **values}
@@ -476,6 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = Results(arguments.out)
     if not arguments.report:
         warnings.simplefilter("ignore", UserWarning)
+        results.begin()
         if "prune" in arguments.stage:
             run_prune_stage(results, arguments.seeds, arguments.only, arguments.methods or list(METHODS))
         if "tune" in arguments.stage:
