@@ -267,6 +267,7 @@ def steady_row(make: Callable[[], Subject], per_sample: bool = False) -> Case:
 
 def compiled_row(make: Callable[[], Subject]) -> Case:
     """One row after the checking row, of a model of images that torch.compile has captured whole, gates and all."""
+    torch._dynamo.reset()  # models of the case before count against its limit
     torch.manual_seed(0)
     subject = make()
     batch, plain = subject.batches[0], copy.deepcopy(subject.model)
