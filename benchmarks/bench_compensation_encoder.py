@@ -373,7 +373,8 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
             panel.grid(alpha=0.3)
     panels[-1][0].set_xlabel("share of hidden channels pruned")
     panels[0][0].set_ylabel("cosine similarity to the unpruned model")
-    figure.legend(*panels[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=9)
+    fullest = max((panel.get_legend_handles_labels() for panel in panels.flat), key=lambda found: len(found[1]))
+    figure.legend(*fullest, loc="outside lower center", ncols=6, fontsize=9)
     figure.savefig(path, dpi=90)
 
 
