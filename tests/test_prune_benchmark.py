@@ -67,3 +67,9 @@ def test_learning_rates_are_chosen_on_the_validation_split(tmp_path: Path) -> No
             results.add(key, {"validation": validation if seed == 0 else 0.0, "test": test})
     assert bench.best_rate(results, "digits/vgg/0/L1/2.0/short") == 1e-3
     assert bench.accuracies(results, "digits", "vgg", "L1", 2.0, "short") == {0: 60.0, 1: 60.0}
+
+
+def test_fine_tuning_that_was_cut_short_is_not_reported(tmp_path: Path) -> None:
+    results = bench.Results(tmp_path / "results.jsonl")
+    results.add("tune/digits/vgg/0/L1/2.0/short/0.0003", {"validation": 0.5, "test": 0.9})
+    assert bench.accuracies(results, "digits", "vgg", "L1", 2.0, "short") == {}
