@@ -96,7 +96,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": PAPER | {"criterion": "random"},
     "reconstruction": PAPER | {"criterion": "reconstruction"},
 }
-TUNED_METHODS = ("JC joint, per MACs", "JC independent (paper)", "JC independent, per MACs", "Taylor", "random")
 
 
 # --- networks -------------------------------------------------------------------------------------------------
@@ -306,7 +305,7 @@ def run_prune_stage(results: Results, seeds: Sequence[int], only: str, methods: 
 def run_tune_stage(results: Results, seeds: Sequence[int], only: str, methods: Sequence[str]) -> None:
     for task, kind, seed in networks(seeds, only):
         network: Network | None = None
-        for method in methods:
+        for method in (m for m in methods if applicable(m, kind)):
             for ratio in TUNED_RATIOS:
                 for budget, epochs in EPOCHS.items():
                     case = f"{task.name}/{kind.name}/{{}}/{method}/{ratio}/{budget}"
@@ -471,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the file of results, one case a line")
     parser.add_argument("--stage", nargs="+", choices=("prune", "tune"), default=["prune", "tune"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS))
     parser.add_argument("--only", default="", help="networks whose task/kind starts so")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--report", action="store_true", help="print tables of what is there, and run nothing")
@@ -484,9 +483,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore", UserWarning)
         results.begin()
         if "prune" in arguments.stage:
-            run_prune_stage(results, arguments.seeds, arguments.only, arguments.methods or list(METHODS))
+            run_prune_stage(results, arguments.seeds, arguments.only, arguments.methods)
         if "tune" in arguments.stage:
-            run_tune_stage(results, arguments.seeds, arguments.only, arguments.methods or TUNED_METHODS)
+            run_tune_stage(results, arguments.seeds, arguments.only, arguments.methods)
     print(tables(results))
     if arguments.plot:
         draw(results, arguments.plot)
