@@ -358,8 +358,13 @@ class _Fold(torch.autograd.Function):
         return (*found, None, None, None)
 
 
+@torch.compiler.assume_constant_result  # torch 2.11's Dynamo can't trace it
+def _has_autocast(device: str) -> bool:
+    return torch.amp.is_autocast_available(device)
+
+
 def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
