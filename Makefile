@@ -1,6 +1,7 @@
 # The commands of this project. Each sets up .venv first where that is needed; `make help` lists them.
 #
 #   PYTHON=python3.12   the Python that .venv is made with (3.10 or newer)
+#   VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt   other versions, beside the usual ones
 #   ARGS="..."          more arguments for the command: make test ARGS="-k fold"
 #
 # pip's own settings hold too: PIP_EXTRA_INDEX_URL, for example, where another build of torch is wanted.
@@ -10,10 +11,11 @@
 
 PYTHON ?= python3
 VENV := .venv
+CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 
 # The pinned versions, also inside build environments. setup.py finds cmake and ninja on the path.
-export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_CONSTRAINT := $(CURDIR)/$(CONSTRAINTS)
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
@@ -22,7 +24,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all bench bench-tables bench-check triton-check cuda-check sanitize fuzz nightly coverage mutation lint format
+.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz nightly coverage mutation lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -31,11 +33,11 @@ setup: $(VENV)/obc.stamp ## create .venv, install everything into it and build t
 
 # torch and the build's tools come before obc, whose build runs without isolation: one torch, not two. (pip refuses a
 # constraint for build environments where there is none.)
-$(VENV)/tools.stamp: constraints.txt
+$(VENV)/tools.stamp: $(CONSTRAINTS)
 	@echo "Installing torch and the build's tools into $(VENV): minutes, the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet torch setuptools pybind11 cmake ninja
+	$(BIN)/python -m pip install --quiet torch 'setuptools>=77' pybind11 cmake ninja
 	@touch $@
 
 $(VENV)/obc.stamp: $(VENV)/tools.stamp pyproject.toml setup.py CMakeLists.txt $(NATIVE)
@@ -51,6 +53,9 @@ test: setup ## the test suite, without the tests marked slow
 
 test-all: setup ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
+
+test-oldest: ## make test on the oldest versions that obc supports, in .venv-oldest: downloads gigabytes
+	$(MAKE) test VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt
 
 bench: setup ## every benchmark; ARGS="--out" writes benchmarks/results, BENCHMARKS=bench_ops runs one
 	@set -e; for name in $(BENCHMARKS); do $(BIN)/python -m benchmarks.$$name $(ARGS); done

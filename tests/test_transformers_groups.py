@@ -293,14 +293,18 @@ def test_costs_are_exact_before_and_after(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "opt", "gpt2", "qwen3", "deepseek-v3"])
 def test_macs_per_token_are_those_that_torch_counts(family: str) -> None:
-    """Half the operations of every matrix product in a forward pass, attention's included, over its tokens."""
+    """Half the operations of every matrix product in a forward pass, attention's included, over its tokens.
+
+    Angles of rotary embeddings, once a model, are not counted: some versions of transformers multiply matrices there.
+    """
     case = FAMILIES[family]()
     case.model.set_attn_implementation("eager")
     structure = TransformersStructure(case.model, sequence_length=8)
     structure.remove({group.name: torch.tensor([0]) for group in structure.groups})
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         case.model(input_ids=case.batches[0])
-    counted = counter.get_total_flops() / 2 / case.batches[0].numel()
+    angles = sum(sum(of.values()) for name, of in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
+    counted = (counter.get_total_flops() - angles) / 2 / case.batches[0].numel()
     assert structure.costs("macs").total() == counted
 
 

@@ -98,6 +98,22 @@ def test_experts_of_deepseek_v3_lose_channels_and_none_of_them_goes() -> None:
     torch.testing.assert_close(output(case, model), output(case, masked), rtol=0, atol=TOLERANCE)
 
 
+def test_experts_stay_where_their_block_holds_what_the_router_adds() -> None:
+    """MiniMax-M2 keeps the correction bias beside the router, some versions of DeepSeek-V2 the number of groups."""
+    sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 1}
+    case = language_model("MiniMaxM2", **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    why = "the router model.layers.0.mlp.gate has more than a weight ({})"
+    structure = TransformersStructure(case.model, kinds=("experts",))
+    assert structure.groups == ()
+    assert structure.left_out == {"model.layers.0.mlp.experts": why.format("e_score_correction_bias")}
+    block = case.model.get_submodule("model.layers.0.mlp")
+    del block.e_score_correction_bias
+    assert [group.size for group in TransformersStructure(case.model, kinds=("experts",)).groups] == [4]
+    block.num_group = 2
+    structure = TransformersStructure(case.model, kinds=("experts",))
+    assert structure.left_out == {"model.layers.0.mlp.experts": why.format("num_group")}
+
+
 def test_routers_that_choose_among_groups_of_experts_keep_them_all() -> None:
     model = deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy").model
     structure = TransformersStructure(model, kinds=("experts",))

@@ -338,7 +338,11 @@ class Finder(Layers):
             raise NotPrunableError(f"no router with {count} rows was found beside it")
         others = [key for key, _ in self.modules[router].named_parameters() if key != "weight"]
         others += [key for key, _ in self.modules[router].named_buffers()]
-        others += [key for key in _ROUTED_GROUPS if getattr(self.modules[router], key, 1) not in (None, 1)]
+        # Some blocks keep a correction bias or the number of groups themselves, and hand it to the router.
+        others += [key for key, _ in self.modules[parent].named_parameters(recurse=False)]
+        others += [key for key, _ in self.modules[parent].named_buffers(recurse=False)]
+        holders = (self.modules[router], self.modules[parent])
+        others += [key for key in _ROUTED_GROUPS if any(getattr(m, key, 1) not in (None, 1) for m in holders)]
         if others:
             raise NotPrunableError(f"the router {router} has more than a weight ({', '.join(others)})")
         top = next((v for m in (router, parent) if isinstance(v := getattr(self.modules[m], "top_k", None), int)), 1)
