@@ -7,20 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_bench_tables import FACTS
 
 from benchmarks.markdown import TableError
 from benchmarks.summaries import SUMMARIES
-
-FACTS = {
-    "cpu": "a CPU",
-    "threads": 1,
-    "logical_cpus": 2,
-    "torch": "2.13.0",
-    "repeats": 1,
-    "date": "2026-11-21T00:00:00",
-    "commit": "0123456789abcdef",
-    "command": "python -m benchmarks.some",
-}
 
 
 def table(tmp_path: Path, name: str, file: str, content: dict[str, Any]) -> list[str]:

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obc import backends
+from obc import backends, checks
 from obc.backends import gemm
-
-_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _LIBRARY = torch.library.Library("obc", "DEF")
 _LIBRARY.define("channel_dot(Tensor activation, Tensor grad, int channel_dim, bool per_sample=False) -> Tensor")
@@ -40,275 +38,6 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --- checks, shared by the fakes and the implementations -----------------------------------------------------
-
-
-def _require(error: type[Exception], condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
-    """``torch._check_with``, which costs microseconds, only where the condition is symbolic or does not hold."""
-    if condition is not True:
-        torch._check_with(error, condition, message)
-
-
-def _check_floating(op: str, name: str, tensor: Tensor) -> None:
-    _require(
-        TypeError,
-        tensor.dtype in _FLOATING,
-        lambda: (
-            f"obc::{op}: {name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; convert it first"
-        ),
-    )
-
-
-def _check_alike(op: str, first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
-    """The two tensors have one shape, dtype and device."""
-    _require(
-        ValueError,
-        first.shape == tensor.shape,
-        lambda: (
-            f"obc::{op}: {name} has shape {tuple(tensor.shape)}, {first_name} has {tuple(first.shape)}; "
-            "pass equal shapes"
-        ),
-    )
-    _check_same_kind(op, first_name, first, name, tensor)
-
-
-def _check_same_kind(op: str, first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
-    _require(
-        TypeError,
-        first.dtype == tensor.dtype,
-        lambda: f"obc::{op}: {name} is {tensor.dtype}, {first_name} is {first.dtype}; pass one dtype",
-    )
-    _require(
-        ValueError,
-        first.device == tensor.device,
-        lambda: f"obc::{op}: {name} is on {tensor.device}, {first_name} on {first.device}; pass one device",
-    )
-
-
-def _check_channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool) -> int:
-    """Returns the channel dimension counted from 0."""
-    _check_floating("channel_dot", "activation", activation)
-    _check_alike("channel_dot", "activation", activation, "grad", grad)
-    dims = activation.dim()
-    _require(
-        IndexError,
-        -dims <= channel_dim < dims,
-        lambda: f"obc::channel_dot: channel_dim {channel_dim} is outside an activation of {dims} dimensions",
-    )
-    channel_dim = channel_dim % dims
-    _require(
-        ValueError,
-        not per_sample or channel_dim != 0,
-        lambda: "obc::channel_dot: per_sample needs samples along dim 0, but channel_dim is 0 too",
-    )
-    return channel_dim
-
-
-def _check_weight_dot(
-    weight: Tensor,
-    grad: Tensor,
-    bias: Tensor | None,
-    bias_grad: Tensor | None,
-    groups: int,
-    transposed: bool,
-    op: str = "weight_dot",
-) -> tuple[int, int]:
-    """Returns (out_channels, in_channels)."""
-    _check_floating(op, "weight", weight)
-    _check_alike(op, "weight", weight, "grad", grad)
-    _require(
-        ValueError,
-        weight.dim() >= 2,
-        lambda: f"obc::{op}: weight must be (out, in / groups, *kernel), got shape {tuple(weight.shape)}",
-    )
-    _require(
-        ValueError,
-        groups >= 1 and weight.shape[0] % groups == 0,
-        lambda: f"obc::{op}: dim 0 of the weight ({weight.shape[0]}) is not divisible into {groups} groups",
-    )
-    rows, columns = weight.shape[0], weight.shape[1] * groups
-    out_channels, in_channels = (columns, rows) if transposed else (rows, columns)
-    _require(
-        ValueError,
-        (bias is None) == (bias_grad is None),
-        lambda: f"obc::{op}: bias and bias_grad go together, got only {'bias' if bias_grad is None else 'bias_grad'}",
-    )
-    if bias is not None and bias_grad is not None:
-        _check_bias(op, weight, "bias", bias, out_channels)
-        _check_bias(op, weight, "bias_grad", bias_grad, out_channels)
-    return out_channels, in_channels
-
-
-def _check_bias(op: str, weight: Tensor, name: str, bias: Tensor, out_channels: int) -> None:
-    _require(
-        ValueError,
-        bias.dim() == 1 and bias.shape[0] == out_channels,
-        lambda: f"obc::{op}: {name} has shape {tuple(bias.shape)}, expected ({out_channels},)",
-    )
-    _check_same_kind(op, "weight", weight, name, bias)
-
-
-def _per_layer(
-    weights: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    biases: Sequence[Tensor | None] | None,
-    bias_grads: Sequence[Tensor | None] | None,
-    groups: Sequence[int] | None,
-    transposed: Sequence[bool] | None,
-) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, bool]]:
-    """The arguments of weight_dot_list transposed into one tuple per layer; defaults filled in, everything checked."""
-    count = len(weights)
-    columns: dict[str, Sequence[Any]] = {
-        "grads": grads,
-        "biases": [None] * count if biases is None else biases,
-        "bias_grads": [None] * count if bias_grads is None else bias_grads,
-        "groups": [1] * count if groups is None else groups,
-        "transposed": [False] * count if transposed is None else transposed,
-    }
-    for name, column in columns.items():
-        if len(column) != count:
-            raise ValueError(f"obc::weight_dot_list: {len(column)} {name} for {count} weights")
-    layers: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, bool]]
-    layers = list(zip(weights, *columns.values(), strict=True))
-    for layer in layers:
-        _check_weight_dot(*layer, "weight_dot_list")
-        if layer[0].device != weights[0].device:
-            devices = f"{weights[0].device} and {layer[0].device}"
-            raise ValueError(f"obc::weight_dot_list: weights on {devices}; pass one device a call")
-    return layers
-
-
-def _check_factor(name: str, factor: Tensor, weight: Tensor, side: int, size: int, groups: int) -> int:
-    """``factor`` fits ``size`` channels of the weight with its dimension ``side`` (-1 C, -2 D); returns those kept."""
-    _check_same_kind("fold", "weight", weight, name, factor)
-    _require(
-        ValueError,
-        factor.dim() in (2, 3),
-        lambda: f"obc::fold: {name} must be a matrix or (blocks, rows, columns), got shape {tuple(factor.shape)}",
-    )
-    blocks = factor.shape[0] if factor.dim() == 3 else 1
-    kept = factor.shape[-1 if side == -2 else -2]
-    _require(
-        ValueError,
-        factor.shape[side] * blocks == size,
-        lambda: (
-            f"obc::fold: {name} of shape {tuple(factor.shape)} does not fit {size} channels of a weight "
-            f"{tuple(weight.shape)} with groups={groups}"
-        ),
-    )
-    _require(
-        ValueError,
-        groups == 1 or (blocks == groups if factor.dim() == 3 else kept % groups == 0 and size % groups == 0),
-        lambda: f"obc::fold: {name} of shape {tuple(factor.shape)} can't be split into {groups} diagonal blocks",
-    )
-    return kept * blocks
-
-
-def _check_fold(
-    weight: Tensor, compressor: Tensor | None, decompressor: Tensor | None, groups: int, in_repeat: int
-) -> tuple[int, ...]:
-    """Returns the shape of the folded weight."""
-    _check_floating("fold", "weight", weight)
-    _require(
-        ValueError,
-        weight.dim() >= 2,
-        lambda: f"obc::fold: weight must be (out, in / groups, *kernel), got shape {tuple(weight.shape)}",
-    )
-    _require(
-        ValueError,
-        groups >= 1 and weight.shape[0] % groups == 0,
-        lambda: f"obc::fold: {weight.shape[0]} out channels are not divisible into {groups} groups",
-    )
-    _require(
-        ValueError,
-        in_repeat >= 1 and weight.shape[1] % in_repeat == 0,
-        lambda: f"obc::fold: {weight.shape[1]} columns are not divisible by in_repeat={in_repeat}",
-    )
-    _require(
-        ValueError,
-        in_repeat == 1 or (groups == 1 and weight.dim() == 2),
-        lambda: (
-            f"obc::fold: in_repeat={in_repeat} is for a Linear after flatten, got a weight of shape "
-            f"{tuple(weight.shape)} with groups={groups}"
-        ),
-    )
-    out_channels, in_channels = weight.shape[0], weight.shape[1] // in_repeat
-    if compressor is not None:
-        out_channels = _check_factor("compressor", compressor, weight, -1, out_channels, groups)
-    if decompressor is not None:
-        total = _check_factor("decompressor", decompressor, weight, -2, in_channels * groups, groups)
-        in_channels = total // groups
-    return (out_channels, in_channels * in_repeat, *weight.shape[2:])
-
-
-def _check_not_expanded(name: str, tensor: Tensor) -> None:
-    _require(
-        ValueError,
-        tensor.shape[0] < 2 or tensor.stride(0) != 0,
-        lambda: f"obc::end_row: {name} is expanded, so that its entries share memory; clone it first",
-    )
-
-
-def _addresses(vector: Tensor) -> range:
-    """Where the entries of a flat vector lie; the only entry of one may have any stride, also 0."""
-    step = max(1, vector.stride(0)) * vector.element_size()
-    return range(vector.data_ptr(), vector.data_ptr() + len(vector) * step, step)
-
-
-def _check_apart(scores: Tensor, row: Tensor) -> None:
-    """Both are written: no entry may be one of each. Fakes have no memory to ask this of."""
-    first, second = _addresses(scores), _addresses(row)
-    if first.start >= second.stop or second.start >= first.stop:
-        return
-    if any(address in first for address in second):  # else they interlace
-        raise ValueError("obc::end_row: scores and row share memory, and both are changed; clone one of them first")
-
-
-def _check_end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tensor | None) -> None:
-    _check_floating("end_row", "scores", scores)
-    _require(
-        ValueError,
-        scores.dim() == 1 and row.dim() == 1,
-        lambda: (
-            f"obc::end_row: scores and row are flat vectors, got shapes {tuple(scores.shape)} and {tuple(row.shape)}"
-        ),
-    )
-    _require(
-        TypeError,
-        scores.dtype in (torch.float32, torch.float64),
-        lambda: f"obc::end_row: scores must be float32 or float64, got {scores.dtype}",
-    )
-    _check_same_kind("end_row", "scores", scores, "row", row)
-    _check_not_expanded("scores", scores)
-    _check_not_expanded("row", row)
-    _require(ValueError, loss_scale != 0, lambda: "obc::end_row: loss_scale must not be 0")
-    _require(
-        RuntimeError,
-        not (scores.requires_grad or row.requires_grad),
-        lambda: "obc::end_row is not differentiable: it changes scores and row in place; detach them first",
-    )
-    if groups is None:
-        _require(
-            ValueError,
-            scores.shape == row.shape,
-            lambda: (
-                f"obc::end_row: scores has {scores.shape[0]} entries, row {row.shape[0]}; pass groups or equal lengths"
-            ),
-        )
-        return
-    _require(TypeError, groups.dtype == torch.int64, lambda: f"obc::end_row: groups must be int64, got {groups.dtype}")
-    _require(
-        ValueError,
-        groups.shape == row.shape,
-        lambda: f"obc::end_row: groups has shape {tuple(groups.shape)}, row {tuple(row.shape)}",
-    )
-    _require(
-        ValueError,
-        groups.device == row.device,
-        lambda: f"obc::end_row: groups is on {groups.device}, row on {row.device}",
-    )
-
-
 # --- implementations: check, then the backend ----------------------------------------------------------------
 
 
@@ -317,7 +46,7 @@ def channel_dot_undispatched(activation: Tensor, grad: Tensor, channel_dim: int,
 
     For a backward that nothing records, traces or compiles.
     """
-    channel_dim = _check_channel_dot(activation, grad, channel_dim, per_sample)
+    channel_dim = checks.channel_dot(activation, grad, channel_dim, per_sample)
     call = backends.resolve("channel_dot", activation.device.type, activation.dtype, activation.numel())
     return call(activation, grad, channel_dim, per_sample)
 
@@ -330,7 +59,7 @@ def _weight_dot(
     groups: int = 1,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check_weight_dot(weight, grad, bias, bias_grad, groups, transposed)
+    checks.weight_dot(weight, grad, bias, bias_grad, groups, transposed)
     call = backends.resolve("weight_dot", weight.device.type, weight.dtype, weight.numel())
     return call(weight, grad, bias, bias_grad, groups, transposed)
 
@@ -343,7 +72,7 @@ def _weight_dot_list(
     groups: Sequence[int] | None = None,
     transposed: Sequence[bool] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    layers = _per_layer(weights, grads, biases, bias_grads, groups, transposed)
+    layers = checks.per_layer(weights, grads, biases, bias_grads, groups, transposed)
     if not layers:
         return [], []
     columns = [list(column) for column in zip(*layers, strict=True)]
@@ -353,7 +82,7 @@ def _weight_dot_list(
 
 
 def _weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_weight_dot(weight, grad, None, None, 1, False, "weight_moments")
+    checks.weight_dot(weight, grad, None, None, 1, False, "weight_moments")
     call = backends.resolve("weight_moments", weight.device.type, weight.dtype, weight.numel())
     return call(weight, grad)
 
@@ -365,7 +94,7 @@ def _fold(
     groups: int = 1,
     in_repeat: int = 1,
 ) -> Tensor:
-    _check_fold(weight, compressor, decompressor, groups, in_repeat)
+    checks.fold(weight, compressor, decompressor, groups, in_repeat)
     if compressor is None and decompressor is None:
         return weight.clone(memory_format=torch.contiguous_format)
     call = backends.resolve("fold", weight.device.type, weight.dtype, weight.numel())
@@ -373,8 +102,8 @@ def _fold(
 
 
 def _end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
-    _check_end_row(scores, row, loss_scale, groups)
-    _check_apart(scores, row)
+    checks.end_row(scores, row, loss_scale, groups)
+    checks.apart(scores, row)
     call = backends.resolve("end_row", row.device.type, row.dtype, row.numel())
     finite = call(scores, row, loss_scale, groups)
     # A raw schema's mutation does not reach autograd's version counters by itself.
@@ -386,7 +115,7 @@ def _end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tenso
 
 
 def _channel_dot_fake(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
-    channel_dim = _check_channel_dot(activation, grad, channel_dim, per_sample)
+    channel_dim = checks.channel_dot(activation, grad, channel_dim, per_sample)
     channels = activation.shape[channel_dim]
     shape = (activation.shape[0], channels) if per_sample else (channels,)
     return activation.new_empty(shape, dtype=accumulation_dtype(activation.dtype))
@@ -400,7 +129,7 @@ def _weight_dot_fake(
     groups: int = 1,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    out_channels, in_channels = _check_weight_dot(weight, grad, bias, bias_grad, groups, transposed)
+    out_channels, in_channels = checks.weight_dot(weight, grad, bias, bias_grad, groups, transposed)
     dtype = accumulation_dtype(weight.dtype)
     return weight.new_empty(out_channels, dtype=dtype), weight.new_empty(in_channels, dtype=dtype)
 
@@ -413,13 +142,13 @@ def _weight_dot_list_fake(
     groups: Sequence[int] | None = None,
     transposed: Sequence[bool] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    layers = _per_layer(weights, grads, biases, bias_grads, groups, transposed)
+    layers = checks.per_layer(weights, grads, biases, bias_grads, groups, transposed)
     dots = [_weight_dot_fake(*layer) for layer in layers]
     return [out_dot for out_dot, _ in dots], [in_dot for _, in_dot in dots]
 
 
 def _weight_moments_fake(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check_weight_dot(weight, grad, None, None, 1, False, "weight_moments")
+    checks.weight_dot(weight, grad, None, None, 1, False, "weight_moments")
     dtype = accumulation_dtype(weight.dtype)
     first, second, third, fourth, fifth = (weight.new_empty(weight.shape[0], dtype=dtype) for _ in range(5))
     return first, second, third, fourth, fifth
@@ -432,11 +161,11 @@ def _fold_fake(
     groups: int = 1,
     in_repeat: int = 1,
 ) -> Tensor:
-    return weight.new_empty(_check_fold(weight, compressor, decompressor, groups, in_repeat))
+    return weight.new_empty(checks.fold(weight, compressor, decompressor, groups, in_repeat))
 
 
 def _end_row_fake(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
-    _check_end_row(scores, row, loss_scale, groups)
+    checks.end_row(scores, row, loss_scale, groups)
     return scores.new_empty((), dtype=torch.bool)
 
 
@@ -657,7 +386,7 @@ def fold(
         # The CPU's fold is matrix products that autograd knows: no operator of ours, so that its backward finds the
         # first product kept, and a small weight does not pay for a call through the dispatcher.
         if not torch.compiler.is_compiling():  # Dynamo can't trace the checks' messages; the products check shapes too
-            _check_fold(weight, compressor, decompressor, groups, in_repeat)
+            checks.fold(weight, compressor, decompressor, groups, in_repeat)
         return gemm.fold(weight, compressor, decompressor, groups, in_repeat)
     return torch.ops.obc.fold(weight, compressor, decompressor, groups, in_repeat)
 
