@@ -99,7 +99,7 @@ def _end_row_kernel(
         tl.store(flag_ptr, finite.to(tl.int8))
 
     target = c
-    ends = c < channels
+    ends = c < tl.where(finite != 0, channels, 0)  # nothing is added where the row is not finite
     if groups_ptr is not None:
         target = tl.load(groups_ptr + c * stride_g, mask=c < channels, other=0)
         following = tl.load(groups_ptr + (c + 1) * stride_g, mask=c + 1 < channels, other=-1)
@@ -107,9 +107,8 @@ def _end_row_kernel(
         squares, _ = tl.associative_scan((squares, target), 0, _add_segments)
         if share_ptr is not None:
             squares += _earlier_shares(share_ptr, groups_ptr, tile, target, stride_g, squares.dtype, BLOCK_C)
-    write = ends & (finite != 0)
-    scores = tl.load(scores_ptr + target * stride_s, mask=write, other=0.0)
-    tl.store(scores_ptr + target * stride_s, scores + squares, mask=write)
+    scores = tl.load(scores_ptr + target * stride_s, mask=ends, other=0.0)
+    tl.store(scores_ptr + target * stride_s, scores + squares, mask=ends)
     tl.store(row_ptr + c * stride_r, tl.zeros((BLOCK_C,), dtype=squares.dtype), mask=c < channels)
 
 

@@ -125,8 +125,8 @@ def _weight_dot_list_finish_kernel(
         stride_b, stride_gb = tl.load(record + 5), tl.load(record + 6)
         sums += bias_term(bias_ptr, bias_grad_ptr, i, i < count, stride_b, stride_gb, sums.dtype)
     offset = tl.load(record + 1)
-    tl.store(out_dot_ptr + offset + i, sums, mask=(i < count) & is_out)
-    tl.store(in_dot_ptr + offset + i, sums, mask=(i < count) & (is_out == 0))
+    tl.store(out_dot_ptr + offset + i, sums, mask=i < tl.where(is_out, count, 0))
+    tl.store(in_dot_ptr + offset + i, sums, mask=i < tl.where(is_out, 0, count))
 
 
 @dataclass
