@@ -80,9 +80,9 @@ FUZZ_EXAMPLES ?= 2500
 FUZZ_MODELS ?= 600
 FUZZ_SEED ?= 0
 fuzz: setup ## over 20,000 examples of operators, 600 random models against the oracle; FUZZ_SEED=1 draws others
-	OBC_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q --hypothesis-seed=$(FUZZ_SEED) tests/test_fuzz_ops.py
+	OBC_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest -q --hypothesis-seed=$(FUZZ_SEED) tests/ops/test_fuzz_ops.py
 	OBC_FUZZ_MODELS=$(FUZZ_MODELS) OBC_FUZZ_FIRST=$$(($(FUZZ_SEED) * $(FUZZ_MODELS))) \
-	  $(BIN)/python -m pytest -q tests/test_fuzz_models.py
+	  $(BIN)/python -m pytest -q tests/scoring/test_fuzz_models.py
 
 nightly: sanitize fuzz test-all mutation ## all of it: hours
 
@@ -92,7 +92,7 @@ coverage: setup ## the test suite with its coverage of lines and branches
 	$(BIN)/python -m coverage combine --quiet
 	$(BIN)/python -m coverage report
 
-mutation: setup ## a sample of mutants of reference.py, scoring/ and equivalent/: which of them no test notices
+mutation: setup ## a sample of mutants of reference.py, scoring/ and recovery/: which of them no test notices
 	$(BIN)/python tests/mutation.py $(ARGS)
 
 lint: setup ## ruff, clang-format and mypy

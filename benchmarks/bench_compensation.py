@@ -30,8 +30,8 @@ from obc.demo.data import Digits, digits
 from obc.demo.models import vgg
 from obc.demo.run import RECIPES, Recipe, count, seeded, steps
 from obc.demo.train import accuracy, train
-from obc.equivalent import PruningPlan, compensate, recalibrate_norms
-from obc.equivalent.calibration import batch_norms
+from obc.recovery import PruningPlan, compensate, recalibrate_norms
+from obc.recovery.calibration import batch_norms
 
 TIMES_FEWER_MACS = 2.0
 SAMPLES = (100, 1000)

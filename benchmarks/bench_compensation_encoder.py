@@ -17,7 +17,7 @@ A seed decides which sentences calibrate and which test; ``--seeds`` draws other
 Criteria that rank the channels of each layer once, and prune the same number in each: random; L1 (the weights in and
 out of a hidden channel); JC, the Jacobian Criterion with batch rows of an in-batch contrastive loss: the two halves of
 a sentence should find each other among the halves of the batch, which is close to what the encoder was trained for;
-and with the same loss, or without one, the other criteria of ``obc.prune``, defined in ``obc.pruning.criteria``.
+and with the same loss, or without one, the other criteria of ``obc.prune``, defined in ``obc.criteria``.
 
 Joint selection (``obc.prune``) of sets of channels over all layers, whose widths then differ, in four steps of an
 eighth each, scored anew before each, with a row for every sentence: "joint", of the sentence's own term of the same
@@ -51,12 +51,12 @@ from torch import Tensor, nn
 
 import obc
 from benchmarks.harness import RESULTS, provenance, write
-from obc.equivalent import Kept, PruningPlan, compensate
+from obc.criteria import CRITERIA as CRITERIA_OF_PRUNE
+from obc.criteria import Subject
 from obc.integrations.transformers import TransformersStructure
-from obc.pruning.criteria import CRITERIA as CRITERIA_OF_PRUNE
-from obc.pruning.criteria import Subject
+from obc.recovery import Kept, PruningPlan, compensate
 
-# By layer, of obc.pruning.criteria: what they are called here and there.
+# By layer, of obc.criteria: what they are called here and there.
 OTHERS = {
     "L2": "l2",
     "FPGM": "fpgm",

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmarks.harness import Case, Provider, Target, main
-from obc.equivalent import PruningPlan, equivalent_pruning
-from obc.integrations.torch_pruning_plan import prune_step
+from obc.recovery import PruningPlan, equivalent_pruning
+from obc.structures.traced_plan import prune_step
 
 CLASSES = 10
 LIMIT = "naive + products"

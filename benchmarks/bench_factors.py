@@ -21,7 +21,7 @@ import torch
 from benchmarks.bench_compensation import NETWORKS, Pruned, pruned
 from benchmarks.harness import RESULTS, provenance, write
 from obc.demo.train import accuracy, train
-from obc.equivalent import equivalent_pruning
+from obc.recovery import equivalent_pruning
 
 WAYS = ("naive", "full", "reduced")
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)

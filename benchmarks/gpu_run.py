@@ -36,13 +36,13 @@ GRACE = 8.0
 # The files of operators' tests have thousands of tests, for each of which Triton compiles kernels; those that look for
 # races, wrong addresses and wrong streams are few and come first.
 TEST_FILES = (
-    "test_triton_gpu.py",
-    "test_cuda.py",
-    "test_scorer_gpu.py",
-    "test_end_row.py",
-    "test_fold.py",
-    "test_weight_dot.py",
-    "test_channel_dot.py",
+    "backends/test_triton_gpu.py",
+    "backends/test_cuda.py",
+    "scoring/test_scorer_gpu.py",
+    "ops/test_end_row.py",
+    "ops/test_fold.py",
+    "ops/test_weight_dot.py",
+    "ops/test_channel_dot.py",
 )
 
 

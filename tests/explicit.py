@@ -8,9 +8,9 @@ import torch
 from prunable import Pruned
 from torch import Tensor, nn
 
-from obc.equivalent import EquivalentPruning
-from obc.equivalent.folds import FoldedWeight
-from obc.equivalent.plan import Kept
+from obc.model.kept import Kept
+from obc.recovery import EquivalentPruning
+from obc.recovery.folds import FoldedWeight
 
 
 def mix(x: Tensor, matrix: Tensor, dim: int) -> Tensor:

@@ -30,11 +30,11 @@ ROOT = Path(__file__).resolve().parent.parent
 AREAS = {
     "reference": ("reference.py", "reference end_row fold"),
     "scoring": (
-        "scoring/*.py",
+        "scoring/**/*.py",
         "scores kept_rows micro_batch scorer_hazards scorer_errors scorer checkpoint label_free scorer_precision files "
         "transformers_groups faults scorer_compile fuzz_models",
     ),
-    "equivalent": ("equivalent/*.py", "plan moments equivalent compensate files"),
+    "recovery": ("recovery/*.py", "plan moments equivalent compensate files"),
 }
 TIMEOUT = 600.0
 SWAPPED = {ast.Lt: ast.LtE, ast.Gt: ast.GtE, ast.Eq: ast.NotEq, ast.Is: ast.IsNot, ast.In: ast.NotIn}
@@ -158,7 +158,8 @@ def main() -> int:
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".*", "build", "results", "__pycache__"))
         for area in areas:
             pattern, names = AREAS[area]
-            tests = [f"tests/test_{name}.py" for name in names.split()]
+            files = [path for name in names.split() for path in ROOT.glob(f"tests/*/test_{name}.py")]
+            tests = [str(path.relative_to(ROOT)) for path in files]
             if noticed(copy, tests):
                 print((copy / "output").read_text()[-3000:])
                 print(f"{area}: the tests fail without a mutant")

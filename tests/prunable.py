@@ -13,8 +13,8 @@ from models import ResidualCNN, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import obc.equivalent
-from obc.integrations.torch_pruning_plan import prune_step
+import obc.recovery
+from obc.structures.traced_plan import prune_step
 
 
 class ConvChain(nn.Module):
@@ -122,7 +122,7 @@ class Pruned:
 
     original: nn.Module
     model: nn.Module
-    plan: obc.equivalent.PruningPlan
+    plan: obc.recovery.PruningPlan
 
     @property
     def state_dict(self) -> dict[str, Tensor]:

@@ -2,7 +2,9 @@
 
 from obc import backends, ops, reference
 from obc.backends import use_backend
-from obc.equivalent import (
+from obc.info import info
+from obc.pruning import PruningResult, prune
+from obc.recovery import (
     EquivalentPruning,
     Kept,
     PlanError,
@@ -11,11 +13,9 @@ from obc.equivalent import (
     equivalent_pruning,
     recalibrate_norms,
 )
-from obc.info import info
-from obc.integrations.transformers import transformer_groups
-from obc.pruning import PruningResult, prune
 from obc.scoring import ChannelRows, ChannelScores, JacobianScorer, Scores, memory_estimate, score
 from obc.selection import select
+from obc.structures.transformers import transformer_groups
 
 __all__ = [
     "ChannelRows",

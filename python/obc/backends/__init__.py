@@ -22,10 +22,9 @@ from typing import Any
 import torch
 
 from obc.backends.fastest import PREFERENCE, order, size_class
+from obc.backends.operators import OPERATORS
 
 logger = logging.getLogger("obc")
-
-OPERATORS = ("channel_dot", "weight_dot", "weight_dot_list", "weight_moments", "fold", "end_row")
 
 
 class BackendError(RuntimeError):

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from obc.backends import OPERATORS, gemm
+from obc.backends import gemm
+from obc.backends.operators import OPERATORS
 
 
 def load() -> SimpleNamespace:

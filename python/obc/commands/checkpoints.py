@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.commands.common import UsageError
-from obc.scoring.evaluation import checkpoints_activations
+from obc.model.evaluation import checkpoints_activations
 from obc.scoring.label_free import label_free_loss
 
 PACKAGES = {"transformers": "transformers"}

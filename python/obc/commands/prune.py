@@ -25,7 +25,7 @@ obc prune module:function        score, select, remove, step by step (obc.prune)
 obc prune MODEL_DIR --scores F   prune a transformers directory by the scores that `obc score` wrote: no forward pass,
                                  so that another --ratio costs seconds. Writes a directory that from_pretrained loads,
                                  or, where no config can say the widths, one for
-                                 obc.integrations.transformers.load_pruned.
+                                 obc.structures.transformers.load_pruned.
 
 {entry_point.DESCRIPTION}"""
 

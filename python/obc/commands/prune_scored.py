@@ -14,7 +14,7 @@ import obc
 from obc.commands import checkpoints, data
 from obc.commands.common import UsageError, folder, require
 from obc.commands.report import load as load_scores
-from obc.equivalent.plan import PruningPlan
+from obc.model.plan import PruningPlan
 from obc.pruning.arguments import Budget
 from obc.scoring import Scores
 from obc.selection import select
@@ -38,7 +38,7 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
     scores = load_scores(parsed.scores)
     checkpoint = checkpoints.load(source, parsed.dtype, checkpoints.device_of(parsed.device))
     model = checkpoint.model
-    from obc.integrations.transformers import TransformersStructure
+    from obc.structures.transformers import TransformersStructure
 
     try:
         scores.verify(model)
@@ -113,7 +113,7 @@ def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def _save(model: Any, structure: Any, source: Path, out: Path) -> None:
     """Write the model as ``from_pretrained`` loads it, or else as ``load_pruned`` does; the tokenizer beside it."""
-    from obc.integrations.transformers import save_pruned
+    from obc.structures.transformers import save_pruned
 
     if structure.config_refused is None:
         model.save_pretrained(out)
@@ -121,7 +121,7 @@ def _save(model: Any, structure: Any, source: Path, out: Path) -> None:
         print(f"written: {out}; from_pretrained loads it")
     else:
         save_pruned(model, structure.plan, out)
-        print(f"written: {out}; obc.integrations.transformers.load_pruned loads it: {structure.config_refused}")
+        print(f"written: {out}; obc.structures.transformers.load_pruned loads it: {structure.config_refused}")
     tokenizer = data.tokenizer_of(source)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from obc.commands.common import UsageError, writable
+from obc.commands.report_page import page
 from obc.files import atomic_write
-from obc.page import page
 from obc.scoring import Scores
 
 

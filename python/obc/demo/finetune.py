@@ -22,7 +22,7 @@ from obc.demo.data import Digits, Split, digits
 from obc.demo.recover import calibration
 from obc.demo.run import RECIPES, Recipe, one_thread, seeded, steps
 from obc.demo.train import accuracy, train
-from obc.equivalent import PruningPlan, compensate, equivalent_pruning
+from obc.recovery import PruningPlan, compensate, equivalent_pruning
 
 SEEDS = 3
 TARGET = 2.0  # times fewer MACs

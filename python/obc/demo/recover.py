@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from torch import Tensor, nn
 
 from obc.demo.data import Split
-from obc.equivalent import PruningPlan, compensate, recalibrate_norms
-from obc.equivalent.calibration import batch_norms
+from obc.recovery import PruningPlan, compensate, recalibrate_norms
+from obc.recovery.calibration import batch_norms
 
 CALIBRATION_IMAGES = 200  # of the training split, without their labels
 CALIBRATION_BATCH = 20

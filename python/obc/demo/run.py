@@ -24,8 +24,8 @@ from obc.demo.data import Digits, digits
 from obc.demo.models import IMAGE_SIZE, residual_cnn, transformer
 from obc.demo.recover import recovered
 from obc.demo.train import accuracy, train
-from obc.equivalent import PruningPlan
-from obc.integrations.torch_pruning_plan import prune_step
+from obc.recovery import PruningPlan
+from obc.structures.traced_plan import prune_step
 
 TARGETS = (1.3, 1.5, 2.0)  # times fewer MACs
 STEPS = 32  # each removes 1 / STEPS of the channels there were

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from obc.pruning.report import PruningReport, PruningResult, StepReport
 from obc.pruning.run import prune
-from obc.pruning.structure import Structure
+from obc.structures.protocol import Structure
 
 __all__ = ["PruningReport", "PruningResult", "StepReport", "Structure", "prune"]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
-from obc.pruning.criteria import CRITERIA
-from obc.pruning.structure import Unit
+from obc.criteria import CRITERIA
+from obc.structures.protocol import Unit
 
 _DEFAULT_SHARE = 0.5
 

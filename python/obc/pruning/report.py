@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from obc.equivalent.compensate import CompensationReport
-from obc.equivalent.plan import PruningPlan
-from obc.pruning.structure import Unit
+from obc.model.plan import PruningPlan
+from obc.recovery.compensate import CompensationReport
+from obc.structures.protocol import Unit
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class StepReport:
 class PruningReport:
     """What :func:`obc.prune` did.
 
-    MACs are of one call with the example inputs, counted as :func:`obc.pruning.measure.costs_of` says.
+    MACs are of one call with the example inputs, counted as :func:`obc.structures.measure.costs_of` says.
 
     Attributes:
         budget: what ``steps`` have targets of, "macs" or "parameters".

@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
-from obc.equivalent.calibration import recalibrate_norms
-from obc.equivalent.compensate import compensate as compensate_model
-from obc.equivalent.plan import PruningPlan, named_tensors
+from obc.criteria import CRITERIA, ForwardFn, LossFn, Subject, read_rows
+from obc.model.groups import ChannelGroup, Slices
+from obc.model.names import named_tensors
+from obc.model.plan import PruningPlan
 from obc.pruning.arguments import Budget, check_choices, positive, repeatable
-from obc.pruning.criteria import CRITERIA, ForwardFn, LossFn, Subject, read_rows
 from obc.pruning.report import PruningReport, PruningResult, StepReport
 from obc.pruning.snapshot import Snapshot
-from obc.pruning.structure import Limits, Structure, Unit
-from obc.scoring.groups import ChannelGroup, Slices
+from obc.recovery.calibration import recalibrate_norms
+from obc.recovery.compensate import compensate as compensate_model
 from obc.scoring.label_free import label_free_loss
 from obc.selection import Costs, select
 from obc.selection.uniform import permitted_widths, select_uniform
+from obc.structures.protocol import Limits, Structure, Unit
 
 logger = logging.getLogger("obc")
 
@@ -84,7 +85,7 @@ def prune(
         model: any model that Torch-Pruning can trace, one of the transformers library, or that of ``structure``.
         example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of keywords;
             unused with ``structure``. None: the model is one of the transformers library, and is pruned by its own
-            blocks, untraced (:class:`obc.integrations.transformers.TransformersStructure`).
+            blocks, untraced (:class:`obc.structures.transformers.TransformersStructure`).
         batches: what ``loss_fn`` takes; passed over twice a step. About 1000 samples; best as many batches as the
             widest layer has channels, because each is one row. An iterator is made a list.
         loss_fn: ``loss_fn(model, batch)``: a scalar loss, or with ``rows="sample"`` the vector of per-sample losses.
@@ -92,7 +93,7 @@ def prune(
         macs: the share of MACs that remains, in (0, 1]; 0.5 where ``params`` is not given either.
         params: instead of ``macs``, the share of parameters that remains.
         criterion: "jacobian"; or, with ``selection="independent"``, one of "random", "l1", "l2", "bn_scale", "fpgm",
-            "whc", "taylor", "fisher", "reconstruction": see :mod:`obc.pruning.criteria`.
+            "whc", "taylor", "fisher", "reconstruction": see :mod:`obc.criteria`.
         selection: "joint" or "independent".
         steps: how often to score and remove; or the shares to reach, descending to ``macs`` or ``params``.
         slices: "gate": one row per unit, of all its consumers together. "all": every slice is squared by itself, as in
@@ -176,7 +177,7 @@ def _structure(
     num_heads: Mapping[nn.Module | str, int] | None,
 ) -> Structure:
     if example_inputs is None:
-        from obc.integrations.transformers import TransformersStructure
+        from obc.structures.transformers import TransformersStructure
 
         if num_heads:
             raise ValueError("num_heads is for models that are traced; without example_inputs the config says it")
@@ -187,7 +188,7 @@ def _structure(
                 "being run; pass example_inputs"
             )
         return found
-    from obc.integrations.torch_pruning_structure import TorchPruningStructure
+    from obc.structures.traced import TorchPruningStructure
 
     return TorchPruningStructure(model, example_inputs, ignored_layers=ignored_layers, num_heads=num_heads)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from obc.equivalent.plan import named_tensors
+from obc.model.names import named_tensors
 
 
 class Snapshot:

@@ -3,12 +3,12 @@
 from obc.scoring.checkpoint import CheckpointError
 from obc.scoring.errors import InplaceError, SampleRowsError, ScoringError
 from obc.scoring.estimate import MemoryEstimate, memory_estimate
-from obc.scoring.kept import ChannelRows, KeptRows
 from obc.scoring.label_free import LabelFreeLoss, label_free_loss
-from obc.scoring.report import Report
+from obc.scoring.results.kept_rows import ChannelRows, KeptRows
+from obc.scoring.results.report import Report
+from obc.scoring.results.scores import ChannelScores, Scores, ScoresError
 from obc.scoring.run import score
 from obc.scoring.scorer import JacobianScorer
-from obc.scoring.scores import ChannelScores, Scores, ScoresError
 
 __all__ = [
     "ChannelRows",

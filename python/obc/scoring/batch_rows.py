@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.batches import part_of, samples_in
 from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.scorer import JacobianScorer
-from obc.scoring.splitting import part_of, samples_in
 
 logger = logging.getLogger("obc")
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from obc.files import parse_json
 from obc.scoring.errors import ScoringError
-from obc.scoring.row_file import RowFile
+from obc.scoring.results.row_file import RowFile
+from obc.scoring.results.row_store import RowStore
 from obc.scoring.scorer import JacobianScorer
-from obc.scoring.store import RowStore
-from obc.scoring.tensor_file import save_tensors
+from obc.tensor_file import save_tensors
 
 logger = logging.getLogger("obc")
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from obc.model.batches import part_of, samples_in
+from obc.model.evaluation import evaluating
 from obc.scoring.batch_rows import BatchRows, LossFunction
-from obc.scoring.evaluation import evaluating
 from obc.scoring.label_free import label_free_loss
 from obc.scoring.scorer import JacobianScorer, Rows
-from obc.scoring.splitting import part_of, samples_in
 
 
 @dataclass(frozen=True)

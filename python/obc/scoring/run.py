@@ -13,13 +13,13 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from obc.model.evaluation import evaluating
 from obc.scoring.batch_rows import BatchRows, LossFunction
 from obc.scoring.checkpoint import Checkpoint, CheckpointError
-from obc.scoring.evaluation import evaluating
-from obc.scoring.processes import gathered
-from obc.scoring.report import PeakMemory, Report
+from obc.scoring.results.merge import gathered
+from obc.scoring.results.report import PeakMemory, Report
+from obc.scoring.results.scores import Scores
 from obc.scoring.scorer import JacobianScorer, Rows
-from obc.scoring.scores import Scores
 
 logger = logging.getLogger("obc")
 

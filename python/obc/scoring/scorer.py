@@ -14,18 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from obc.scoring import probe, processes, verification
-from obc.scoring.attachment import Attachment
+from obc.model.sharding import is_sharded
 from obc.scoring.errors import ChainError, InplaceError, SampleRowsError, ScoringError
-from obc.scoring.gradients import NormGradients
-from obc.scoring.kept import KeptRows
-from obc.scoring.planning import ModuleFilter, make_plan
-from obc.scoring.readers import Reading
-from obc.scoring.rows import FlatRow, Slot, find_faults, label_of
-from obc.scoring.scores import ChannelScores, Scores, obc_version
-from obc.scoring.sharding import RowParts, is_sharded, refuse_common_processes, tensor_parallel_group
-from obc.scoring.store import RowsTo, RowStore
-from obc.scoring.tally import Tally
+from obc.scoring.reading import first_row, refusals
+from obc.scoring.reading.attachment import Attachment
+from obc.scoring.reading.flat_row import FlatRow, Slot, find_faults, label_of
+from obc.scoring.reading.gradients import NormGradients
+from obc.scoring.reading.module_readers import Reading
+from obc.scoring.reading.reading_plan import ModuleFilter, make_plan
+from obc.scoring.reading.row_counter import Tally
+from obc.scoring.results import merge
+from obc.scoring.results.kept_rows import KeptRows
+from obc.scoring.results.row_store import RowsTo, RowStore
+from obc.scoring.results.scores import ChannelScores, Scores, obc_version
+from obc.scoring.sharding import RowParts, refuse_common_processes, tensor_parallel_group
 
 logger = logging.getLogger("obc")
 
@@ -75,7 +77,7 @@ class JacobianScorer:
         rows_to: where they are kept. "device": beside the row. "host": in the host's memory, pinned where CUDA is
             there. A path: in a file, which later rows at the same path replace.
         chains: leave out gates whose rows follow from other rows, as the graph of the checking row suggests and its
-            numbers confirm (:mod:`obc.scoring.chains`).
+            numbers confirm (:mod:`obc.scoring.reading.chains`).
 
     Raises:
         ValueError: no module can be scored, or an argument is not one of the values above.
@@ -105,7 +107,7 @@ class JacobianScorer:
             raise ValueError(f"combine must be 'row' or 'scores', got {combine!r}")
         if combine == "scores" and process_group is None:
             raise ValueError("combine='scores' needs the processes: pass process_group, torch.distributed.group.WORLD")
-        verification.refuse_unreadable(model)
+        refusals.refuse_unreadable(model)
         self.model, self.rows, self.strict, self.fallback = model, rows, strict, fallback
         self.process_group, self.combine = process_group, combine
         self.left_out: list[str] = []
@@ -127,18 +129,18 @@ class JacobianScorer:
         self._store = RowStore(self._flats, rows_to) if keep_rows else None
         self._versions: dict[int, int] = {}
         if not check:
-            probe.settle_unchecked(self._plan, self.fallback != "skip")
+            first_row.settle_unchecked(self._plan, self.fallback != "skip")
 
     # --- attaching and detaching ------------------------------------------------------------------------------
 
     def __enter__(self) -> JacobianScorer:
         if self._attachment is not None:
             raise ScoringError("this scorer is attached already; leave its `with` block before entering it again")
-        verification.refuse_unreadable(self.model)
+        refusals.refuse_unreadable(self.model)
         if any(module in _attached for module in self.model.modules()):
             model = type(self.model).__name__
             raise ScoringError(f"another scorer is attached to this {model} or a part of it; leave its block first")
-        verification.refuse_changed(self.model, self._plan)
+        refusals.refuse_changed(self.model, self._plan)
         attachment = Attachment(self.model, self._plan, self._reading)
         try:
             attachment.make()
@@ -201,7 +203,7 @@ class JacobianScorer:
             self._drop_row()
             if isinstance(error, ChainError):
                 raise self._unchained_from_now_on(error) from error
-            if isinstance(error, RuntimeError) and verification.is_inplace_error(error) and not self._reading.checking:
+            if isinstance(error, RuntimeError) and refusals.is_inplace_error(error) and not self._reading.checking:
                 raise self._copy_from_now_on() from error
             raise
         finally:
@@ -240,7 +242,7 @@ class JacobianScorer:
     def _end_row(self, loss_scale: float, samples: int | None) -> None:
         if loss_scale == 0:
             raise ValueError("loss_scale must not be 0")
-        verification.refuse_replaced_gradients(self.model, self._flats, self._norms)
+        refusals.refuse_replaced_gradients(self.model, self._flats, self._norms)
         self._verify_read()
         self._verify_samples(samples)
         for norms in self._norms:
@@ -335,7 +337,7 @@ class JacobianScorer:
         if not self._reading.checking or losses.numel() < 2:
             return
         losses[0].backward(retain_graph=True)
-        for reader in probe.mixed_samples(list(self._plan.readers.values())):
+        for reader in first_row.mixed_samples(list(self._plan.readers.values())):
             reader.reason = "its activations along dim 0 are not one sample each"
         for flat in self._flats:
             flat.zero()
@@ -346,7 +348,7 @@ class JacobianScorer:
         for flat in self._flats:
             if not bool((flat.row if flat.samples is None else flat.samples).isfinite().all()):
                 return False
-        fallen = probe.settle(self._plan, self.fallback != "skip")
+        fallen = first_row.settle(self._plan, self.fallback != "skip")
         if self.rows == "sample" and (self._reading.samples or 1) > 1 and fallen:
             raise SampleRowsError.of(fallen)
         self._reading.checking = False
@@ -401,12 +403,12 @@ class JacobianScorer:
         Raises:
             ScoringError: no finite row was ended.
         """
-        facts = processes.Facts(self.num_rows, self._coverage(), self.left_out)
+        facts = merge.Facts(self.num_rows, self._coverage(), self.left_out)
         sums = {flat: flat.scores for flat in self._flats}
         together = self.combine == "scores"
         if together:
-            facts = processes.all_facts(facts, self.process_group)
-            sums = {flat: processes.all_sums(scores, self.process_group) for flat, scores in sums.items()}
+            facts = merge.all_facts(facts, self.process_group)
+            sums = {flat: merge.all_sums(scores, self.process_group) for flat, scores in sums.items()}
         if facts.num_rows == 0:
             how = "; call backward inside `with scorer.row():`"
             why = f"; left out: {facts.left_out[0]}" if facts.left_out else how
@@ -424,7 +426,7 @@ class JacobianScorer:
             readers = [self._plan.readers[name] for name in channels]
             rows = self._store.kept({r.name: {"out_channels": r.out, "in_channels": r.in_} for r in readers})
             if together:
-                rows = KeptRows(processes.all_rows(rows.matrices, self.process_group), rows.columns)
+                rows = KeptRows(merge.all_rows(rows.matrices, self.process_group), rows.columns)
         return Scores(channels, num_rows=facts.num_rows, coverage=facts.coverage, metadata=metadata, rows=rows)
 
     @property

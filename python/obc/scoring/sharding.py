@@ -8,7 +8,6 @@ same, which counts once.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,28 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from obc.scoring.rows import FlatRow, Slot
+from obc.model.sharding import is_dtensor, is_fully_sharded
+from obc.scoring.reading.flat_row import FlatRow, Slot
 
 # What processes compute from the same tensors differs by rounding at most; parts of a row don't come so close.
 _SAME = 1e-3
-
-
-def is_fully_sharded(model: nn.Module) -> bool:
-    """Whether a part of the model went through ``fully_shard``."""
-    # Importing it takes half a second, and a model that went through it has imported it.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
-
-
-def is_dtensor(tensor: Any) -> bool:
-    """Whether this is a tensor of several processes."""
-    distributed = sys.modules.get("torch.distributed.tensor")
-    return distributed is not None and isinstance(tensor, distributed.DTensor)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether parameters lie on several processes."""
-    return is_fully_sharded(model) or any(is_dtensor(parameter) for parameter in model.parameters())
 
 
 def tensor_parallel_group(model: nn.Module) -> Any:
@@ -78,13 +60,6 @@ def refuse_common_processes(process_group: Any, tensor_group: Any) -> None:
             f"processes {sorted(common)} of process_group have parts of the same layers, which are added up anyway; "
             "pass the group of processes with other batches, such as mesh.get_group('data'), or none"
         )
-
-
-def data_parallel_modules(model: nn.Module) -> list[Any]:
-    """The ``DistributedDataParallel`` wrappers in the model."""
-    if not dist.is_available():
-        return []
-    return [module for module in model.modules() if isinstance(module, nn.parallel.DistributedDataParallel)]
 
 
 class LocalPart:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from obc.model.costs import Costs
 from obc.selection.choice import BudgetError, select
-from obc.selection.costs import Costs
 from obc.selection.shrinkage import estimated_shrinkage
 
 __all__ = ["BudgetError", "Costs", "estimated_shrinkage", "select"]

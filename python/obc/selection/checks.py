@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from obc.selection.costs import Costs
+from obc.model.costs import Costs
 from obc.selection.greedy import RemovalCosts
 from obc.selection.interactions import FORMS
 

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from obc.model.costs import Costs
 from obc.selection import checks
-from obc.selection.costs import Costs
 from obc.selection.greedy import BUDGET_ROUNDING, Greedy, Interacting, Problem
 from obc.selection.interactions import Form, choose_form, columns_of, products_within
 from obc.selection.shrinkage import estimated_shrinkage

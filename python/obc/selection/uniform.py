@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from obc.model.costs import Costs
 from obc.selection.choice import BudgetError, Selection, select
-from obc.selection.costs import Costs
 
 # Halvings of the kept share: beyond the resolution of any width.
 _HALVINGS = 50

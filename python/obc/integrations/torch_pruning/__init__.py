@@ -1,0 +1,379 @@
+"""The Jacobian Criterion as an importance of Torch-Pruning (1.5.3 and later).
+
+>>> importance = JacobianImportance()
+>>> pruner = tp.pruner.BasePruner(model, example_inputs, importance, global_pruning=True, ...)
+>>> importance.score(model, batches, loss_fn)  # again before every step: pruning changes the channels
+>>> pruner.step()
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.integrations.torch_pruning.gradient_rows import GradientRows
+from obc.model.rules import Rule, channel_count, rule_for
+from obc.scoring.results.scores import ChannelScores, Scores
+from obc.scoring.run import score
+from obc.scoring.scorer import JacobianScorer
+from obc.structures.traced_plan import prune_step
+
+try:
+    from torch_pruning.pruner.importance import GroupMagnitudeImportance
+except ImportError as error:
+    raise ImportError("obc.integrations.torch_pruning needs Torch-Pruning: pip install torch-pruning") from error
+
+__all__ = ["JacobianImportance", "prune_step"]
+
+logger = logging.getLogger("obc")
+
+_REDUCTIONS = ("sum", "mean", "max", "prod", "first", "gate", None)
+_NORMALIZERS = ("sum", "standarization", "mean", "max", "gaussian", "lamp")  # spelt as in Torch-Pruning
+
+
+class JacobianImportance(GroupMagnitudeImportance):
+    """Importance of a group's root channels: the Jacobian Criterion of every slice that goes with each of them.
+
+    S_c = reduction over the group's layers m of sum over rows n of (w_m . dL_n/dw_m)^2, for the slices w_m that are
+    pruned with root channel c: of layers pruned at their output the weight's rows and the bias, of layers pruned at
+    their input the weight's columns, of norms, embeddings and other per-channel parameters their entries. Where one
+    layer loses several slices with one root channel (a Linear after flatten), they are added first.
+
+    It is filled in one of four ways: :meth:`score`; a loop of your own within ``with importance.scorer(model) as
+    scorer``; :class:`obc.Scores` assigned to ``importance.scores``; or, as in the paper's code, ``zero_score()``,
+    ``zero_grad()``, then ``accumulate_grad(model)`` after every ``loss.backward()``, then ``accumulate_score(model)``.
+
+    Scores hold for the channels that were scored. After ``pruner.step()`` score again; otherwise the next step raises.
+
+    Args:
+        group_reduction: "sum" (the criterion), "mean", "max", "prod", "first", "gate" (the last layer), or None: the
+            layers' (layers, channels) unreduced.
+        normalizer: None (the criterion), a callable, or one of Torch-Pruning's: "sum", "standarization", "mean",
+            "max", "gaussian", "lamp", "sentinel_<quantile>". A group of zeros stays a group of zeros.
+        strict: raise for a group with layers that have no scores; otherwise a warning names each of them once.
+
+    Raises:
+        ValueError: an unknown reduction or normalizer.
+    """
+
+    def __init__(
+        self,
+        group_reduction: str | None = "sum",
+        normalizer: str | Callable[[Tensor], Tensor] | None = None,
+        *,
+        strict: bool = False,
+    ) -> None:
+        if group_reduction not in _REDUCTIONS:
+            raise ValueError(f"group_reduction must be one of {_REDUCTIONS}, got {group_reduction!r}")
+        if isinstance(normalizer, str) and normalizer not in _NORMALIZERS and not normalizer.startswith("sentinel_"):
+            raise ValueError(
+                f"normalizer must be None, a callable, 'sentinel_<quantile>' or one of {_NORMALIZERS}, "
+                f"got {normalizer!r}"
+            )
+        super().__init__(group_reduction=group_reduction, normalizer=normalizer)
+        self.strict = strict
+        self._scores: Mapping[str, ChannelScores] | None = None
+        self._parameter_scores: dict[str, dict[int, Tensor]] = {}
+        self._rows: GradientRows | None = None
+        self._named: set[str] = set()
+
+    # --- filling ----------------------------------------------------------------------------------------------
+
+    @property
+    def scores(self) -> Mapping[str, ChannelScores] | None:
+        """The scores in use, by module name; None before scoring. Assign :class:`obc.Scores` to use them."""
+        return self._scores
+
+    @scores.setter
+    def scores(self, scores: Mapping[str, ChannelScores] | None) -> None:
+        self._scores, self._parameter_scores = scores, {}
+        self._named.clear()
+
+    def score(
+        self, model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Tensor], **options: Any
+    ) -> Scores:
+        """Score ``model`` by :func:`obc.score`, use the scores and return them. ``options`` are its options."""
+        scores = score(model, batches, loss_fn, **options)
+        self.scores = scores
+        return scores
+
+    def scorer(self, model: nn.Module, **options: Any) -> JacobianScorer:
+        """An :class:`obc.JacobianScorer` of ``model`` whose scores are used from the end of its ``with`` block on."""
+        return _FillingScorer(self, model, **options)
+
+    # --- filling as the paper's code does ---------------------------------------------------------------------
+
+    def zero_score(self) -> None:
+        """Forget the scores."""
+        self.scores = None
+        if self._rows is not None:
+            self._rows.zero_scores()
+
+    def zero_grad(self) -> None:
+        """Forget the rows that ``accumulate_score`` has not added yet. The model's gradients are left alone."""
+        if self._rows is not None:
+            self._rows.drop_pending()
+
+    def accumulate_grad(self, model: nn.Module, loss_scale: float = 1.0) -> None:
+        """Read one row from the gradients that ``loss.backward()`` left in the model.
+
+        The gradients are contracted at once, none is kept. Zero them between rows or let them add up: a row is what
+        was added since the previous one. The first row takes them as they are.
+
+        Args:
+            model: the model, with its gradients.
+            loss_scale: what the loss was multiplied by.
+
+        Raises:
+            RuntimeError: the model was pruned or replaced while rows of it were being added up.
+        """
+        if self._rows is not None and not self._rows.is_of(model):
+            if self._rows.pending_rows or self._scores is not None:
+                raise RuntimeError(
+                    "accumulate_grad: the model is another one, or was pruned, since the rows accumulated so far; call "
+                    "zero_score() and zero_grad() first"
+                )
+            self._rows = None
+        if self._rows is None:
+            self._rows = GradientRows(model)
+        self._rows.end_row(loss_scale)
+
+    def accumulate_score(self, model: nn.Module) -> None:
+        """Add the squares of the rows read since the last call to the scores.
+
+        Raises:
+            RuntimeError: there is no row of ``model``.
+        """
+        if self._rows is None or not self._rows.is_of(model):
+            raise RuntimeError("accumulate_score: there is no row of this model; call accumulate_grad(model) first")
+        self._rows.commit()
+        self.scores = self._rows.scores()
+        self._parameter_scores = self._rows.parameter_scores()
+
+    # --- the importance ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """The importance of a group of Torch-Pruning, or None where nothing in it has scores.
+
+        Args:
+            group: a ``tp.Group``, of all channels or of some.
+
+        Returns:
+            (root channels,) float32 in the order of the group's root indices.
+
+        Raises:
+            RuntimeError: nothing was scored yet.
+            ValueError: the scores are of another model, or of this one before it was pruned; or (``strict``) a layer
+                has no scores.
+        """
+        if self._scores is None:
+            raise RuntimeError("JacobianImportance has no scores yet: call .score(model, batches, loss_fn) first")
+        lookup = _Lookup(group._DG.model, self._scores, self._parameter_scores)
+        root_idxs = list(group[0][1])
+        place_of = {root: place for place, root in enumerate(root_idxs)}
+        parts, covered = [], []
+        for item in group:
+            dep, idxs = item[0], list(item[1])
+            channels = lookup.channels(dep) if idxs else None
+            if channels is None:
+                continue
+            roots = idxs if item is group[0] else _root_idxs(item)
+            if roots is None:
+                self._say_uncoupled(lookup.name_of(dep.target.module))
+                continue
+            places = torch.tensor([place_of[root] for root in roots], device=channels.device)
+            part = channels.new_zeros(len(root_idxs))
+            parts.append(part.index_add_(0, places, channels[idxs]))
+            covered.append(torch.zeros_like(part, dtype=torch.bool).index_fill_(0, places, True))
+        self._name_unscored(lookup.unscored)
+        if not parts:
+            return None
+        importance = _reduce_layers(self.group_reduction, parts, covered)
+        if self.normalizer is None or not (callable(self.normalizer) or bool(importance.any())):
+            return importance
+        return self._normalize(importance, self.normalizer)
+
+    def _name_unscored(self, unscored: Mapping[str, str]) -> None:
+        new = {name: reason for name, reason in unscored.items() if name not in self._named}
+        named = "; ".join(f"{name!r} ({reason})" for name, reason in new.items())
+        if self.strict and new:
+            raise ValueError(f"strict: layers to be pruned have no scores: {named}")
+        self._named.update(new)
+        if new:
+            warnings.warn(f"layers are pruned without a score of their own: {named}", stacklevel=3)
+
+    def _say_uncoupled(self, name: str) -> None:
+        """Grouped queries: a key or value channel serves several roots, and Torch-Pruning does not say which."""
+        if name not in self._named:
+            self._named.add(name)
+            logger.info("%r is left out of its group: Torch-Pruning gives it no root indices", name)
+
+
+class _FillingScorer(JacobianScorer):
+    """A scorer that hands its scores to an importance when its ``with`` block ends without an error."""
+
+    def __init__(self, importance: JacobianImportance, model: nn.Module, **options: Any) -> None:
+        super().__init__(model, **options)
+        self._importance = importance
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        if kind is None:
+            self._importance.scores = self.scores()
+
+
+class _Lookup:
+    """Finds the scores of what Torch-Pruning prunes, for one group.
+
+    Args:
+        model: the model that is pruned. Scores are found by its modules' names.
+        scores: by module name.
+        parameter_scores: by parameter name and dimension, for parameters of no scored module.
+
+    Attributes:
+        unscored: module or parameter name -> why it has no scores, of all that was looked up.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        scores: Mapping[str, ChannelScores],
+        parameter_scores: Mapping[str, Mapping[int, Tensor]],
+    ) -> None:
+        self._model, self._scores, self._parameter_scores = model, scores, parameter_scores
+        self._names = {id(module): name for name, module in model.named_modules()}
+        self._names.update((id(parameter), name) for name, parameter in model.named_parameters())
+        self._read: set[tuple[int, int]] = set()
+        self.unscored: dict[str, str] = {}
+        if not set(scores) & set(self._names.values()):
+            raise ValueError(
+                f"the scores are of another model: they hold {', '.join(map(repr, list(scores)[:3]))} ..., "
+                f"none of which {type(model).__name__} has; score the model that is pruned"
+            )
+
+    def name_of(self, module: nn.Module | nn.Parameter) -> str:
+        """The name of a module or parameter of the model."""
+        return self._names[id(module)]
+
+    def channels(self, dep: Any) -> Tensor | None:
+        """Scores of all channels of ``dep``'s target on the side that it prunes; None where there is nothing to add.
+
+        Raises:
+            ValueError: the target has another number of channels than when it was scored.
+        """
+        target = dep.target.module
+        if isinstance(target, nn.Parameter):
+            return self._of_parameter(target, dep.target.pruning_dim % target.dim())
+        if isinstance(target, nn.MultiheadAttention):
+            return self._of_attention(target)
+        rule = rule_for(target)
+        if rule is None and next(target.parameters(), None) is None:
+            return None  # an operation, an activation, a norm without parameters
+        name = self.name_of(target)
+        if not isinstance(rule, Rule):
+            self._note_unscored(name, rule or "it is pruned as a whole by a customised pruner")
+            return None
+        if isinstance(target, nn.PReLU) and target.num_parameters == 1:
+            return None  # one slope for all channels is not pruned
+        # Norms, depthwise convolutions and the like have one handler for both sides, named after the output.
+        out = dep.handler == dep.handler.__self__.prune_out_channels
+        return self._side(name, target, rule, out)
+
+    def _side(self, name: str, module: nn.Module, rule: Rule, out: bool) -> Tensor | None:
+        axis = _out_axis(module, rule) if out else rule.in_axis
+        values = None
+        if name in self._scores:
+            values = self._scores[name].out_channels if out else self._scores[name].in_channels
+        if values is None or axis is None:
+            self._note_unscored(name, "not among the scores")
+            return None
+        key = (id(getattr(module, rule.weight)), axis)
+        if key in self._read:
+            return None  # a tied weight: its score holds both uses and counts once
+        self._read.add(key)
+        count = channel_count(module, rule, axis)
+        if not out and rule.groups > 1 and len(values) * rule.groups == count:
+            values = values.repeat(rule.groups)  # scored with fold_groups=True
+        self._verify(name, len(values), count, "out" if out else "in")
+        return values
+
+    def _of_attention(self, attention: nn.MultiheadAttention) -> Tensor | None:
+        """Torch-Pruning takes a channel out of the query, key, value and output projections, on both sides."""
+        name = self.name_of(attention)
+        names = (name, f"{name}.out_proj" if name else "out_proj")
+        if any(part not in self._scores for part in names):
+            self._note_unscored(name, "not among the scores")
+            return None
+        sides = [side for part in names for side in (self._scores[part].out_channels, self._scores[part].in_channels)]
+        width = attention.embed_dim
+        for side, count in zip(sides, (3 * width, width, width, width), strict=True):
+            assert side is not None  # both are linear layers
+            self._verify(name, len(side), count, "projections'")
+        return torch.stack([side.reshape(-1, width).sum(0) for side in sides if side is not None]).sum(0)
+
+    def _of_parameter(self, parameter: nn.Parameter, axis: int) -> Tensor | None:
+        """A parameter that Torch-Pruning prunes by itself: of a layer that it does not know, or of no layer."""
+        name = self.name_of(parameter)
+        if name in self._parameter_scores:
+            values = self._parameter_scores[name][axis]
+            self._verify(name, len(values), parameter.shape[axis], f"dimension {axis}")
+            return values
+        owner_name, _, attribute = name.rpartition(".")
+        owner = self._model.get_submodule(owner_name)
+        rule = rule_for(owner)
+        if isinstance(rule, Rule) and attribute == rule.bias:
+            return None  # counted with the layer's weight
+        if isinstance(rule, Rule) and attribute == rule.weight and axis in (_out_axis(owner, rule), rule.in_axis):
+            return self._side(owner_name, owner, rule, axis == _out_axis(owner, rule))
+        self._note_unscored(name, "a parameter of no scored layer")
+        return None
+
+    def _verify(self, name: str, scored: int, present: int, side: str) -> None:
+        if scored != present:
+            raise ValueError(
+                f"{name!r} was scored with {scored} {side} channels and has {present} now: it was pruned since; score "
+                "the model again before the next step"
+            )
+
+    def _note_unscored(self, name: str, default: str) -> None:
+        coverage = getattr(self._scores, "coverage", {})
+        self.unscored[name] = coverage.get(name, default).removeprefix("unscored: ")
+
+
+def _root_idxs(item: Any) -> list[int] | None:
+    """The root index of each index of a group's item; None for items that Torch-Pruning left without."""
+    root_idxs = getattr(item, "root_idxs", None)
+    if root_idxs is None or any(root is None for root in root_idxs):
+        return None
+    return list(root_idxs)
+
+
+def _out_axis(module: nn.Module, rule: Rule) -> int:
+    return int(getattr(module, rule.weight).dim()) - 1 if rule.elementwise else rule.out_axis
+
+
+def _reduce_layers(reduction: str | None, parts: list[Tensor], covered: list[Tensor]) -> Tensor:
+    """One vector from a vector for each layer; ``covered`` says which root channels a layer has slices of."""
+    layers = torch.stack([part.to(parts[0].device) for part in parts])
+    if reduction == "sum":
+        return layers.sum(0)
+    if reduction == "mean":
+        return layers.mean(0)
+    if reduction == "max":
+        return layers.amax(0)
+    if reduction == "prod":
+        return layers.where(torch.stack([part.to(layers.device) for part in covered]), 1).prod(0)
+    if reduction == "first":
+        return layers[0]
+    if reduction == "gate":
+        return layers[-1]
+    return layers

@@ -1,0 +1,1 @@
+"""Facts about a model that everything else stands on."""

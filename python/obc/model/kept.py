@@ -1,0 +1,57 @@
+"""What one layer kept: the entry of a pruning plan, and what a further step leaves of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from obc.model.layouts import expand
+
+
+class PlanError(ValueError):
+    """A plan doesn't describe how the pruned model came from the original; names the layer and the two shapes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """What one layer, or one parameter outside any layer, kept.
+
+    Attributes:
+        out_channels: int64 indices of the kept channels on the output side, ascending; None where all are kept. Norms,
+            embeddings (their features) and parameters outside layers use this side.
+        in_channels: the same of the input side.
+        in_repeat: for a Linear after flatten, how many consecutive columns each in channel owns.
+        out_blocks: into how many diagonal blocks a compressor of the output falls (attention heads).
+        dim: for a parameter outside any layer, the dimension that ``out_channels`` indexes.
+        in_dim: the same for ``in_channels``, where such a parameter was pruned in two dimensions (fused experts).
+    """
+
+    out_channels: Tensor | None = None
+    in_channels: Tensor | None = None
+    in_repeat: int = 1
+    out_blocks: int = 1
+    dim: int | None = None
+    in_dim: int | None = None
+
+    @property
+    def in_columns(self) -> Tensor | None:
+        """The kept columns: ``in_channels`` expanded by ``in_repeat``."""
+        return None if self.in_channels is None else expand(self.in_channels, self.in_repeat)
+
+
+def narrowed(kept: Tensor | None, size: int, removed: Tensor) -> Tensor:
+    """The kept indices after a further step removed the positions ``removed`` of the ``size`` that were left."""
+    current = torch.arange(size) if kept is None else kept
+    stays = torch.ones(len(current), dtype=torch.bool)
+    stays[removed] = False
+    return current[stays]
+
+
+def with_columns(kept: Kept, columns: Tensor, repeat: int) -> Kept:
+    """``kept`` with in_channels from kept columns: blocks of ``repeat`` where they are whole, else single columns."""
+    channels = columns[::repeat] // repeat
+    if repeat > 1 and len(columns) % repeat == 0 and torch.equal(expand(channels, repeat), columns):
+        return replace(kept, in_channels=channels, in_repeat=repeat)
+    return replace(kept, in_channels=columns, in_repeat=1)

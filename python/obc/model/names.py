@@ -1,0 +1,24 @@
+"""A model's modules and tensors under the names that plans, scores and costs use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of every module under the first of its names: a module used twice has one entry in a plan."""
+    return iter(model.named_modules(remove_duplicate=True))
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
+    """(module name, module, tensor name, tensor) of everything that a state dict holds, once per module."""
+    for module_name, module in named_modules(model):
+        yield from ((module_name, module, name, p.detach()) for name, p in module.named_parameters(recurse=False))
+        persistent = (
+            (name, buffer)
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set
+        )
+        yield from ((module_name, module, name, buffer) for name, buffer in persistent)

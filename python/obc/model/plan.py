@@ -1,0 +1,169 @@
+"""What pruning kept of every layer: recorded, composed over steps, verified exactly, saved without pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import reprlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.files import atomic_write, parse_json
+from obc.model.kept import Kept, PlanError
+from obc.model.matching import match
+from obc.model.names import named_modules, named_tensors
+from obc.model.slicing import original_tensor, sliced
+
+_FORMAT = {"format": "obc.PruningPlan", "version": 1}
+
+# Channels, columns and blocks lie below; a damaged file may say otherwise.
+_LARGEST = 2**31
+# Fields that may be 0 or missing.
+_DIMENSIONS = ("dim", "in_dim")
+
+
+class PruningPlan(Mapping[str, Kept]):
+    """What every pruned layer kept of the original model, by module name (raw parameters: by parameter name)."""
+
+    def __init__(self, kept: Mapping[str, Kept] | None = None) -> None:
+        self._kept = dict(kept or {})
+
+    def __getitem__(self, name: str) -> Kept:
+        return self._kept[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __repr__(self) -> str:
+        return f"PruningPlan({len(self)} layers)"
+
+    def verify(self, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> None:
+        """Check that slicing the original by this plan gives every tensor of the pruned model, value by value.
+
+        Layers without an entry must be unchanged.
+
+        Raises:
+            PlanError: naming the first tensor that differs, and both shapes.
+        """
+        known = {name for name, _ in named_modules(pruned_model)} | {
+            name for name, _ in pruned_model.named_parameters()
+        }
+        for name in self:
+            if name not in known:
+                raise PlanError(
+                    f"the plan has an entry for {name!r}, which the pruned model lacks; pass the plan made for it"
+                )
+        for module_name, module, tensor_name, pruned in named_tensors(pruned_model):
+            self.verify_tensor(original_state_dict, module_name, module, tensor_name, pruned)
+
+    def verify_tensor(
+        self,
+        original_state_dict: Mapping[str, Tensor],
+        module_name: str,
+        module: nn.Module,
+        tensor_name: str,
+        pruned: Tensor,
+    ) -> None:
+        """:meth:`verify` of one tensor: ``pruned``, the tensor ``tensor_name`` of the pruned ``module``."""
+        key = f"{module_name}.{tensor_name}" if module_name else tensor_name
+        original = original_tensor(original_state_dict, key)
+        # torch's attention has one entry for itself and its output projection.
+        kept = self.get(key) or self.get(module_name) or self.get(module_name.removesuffix(".out_proj"))
+        expected = sliced(module, tensor_name, original, kept, key)
+        if expected.shape != pruned.shape:
+            raise PlanError(
+                f"{key}: the plan makes {tuple(expected.shape)} of the original's {tuple(original.shape)}, "
+                f"the pruned model has {tuple(pruned.shape)}; record the plan with prune_step while pruning"
+            )
+        if expected.dtype != pruned.dtype:
+            raise PlanError(
+                f"{key}: the original is {expected.dtype}, the pruned model {pruned.dtype}; convert one of them"
+            )
+        if not torch.equal(expected.to(pruned.device), pruned):
+            raise PlanError(
+                f"{key}: the original's {tuple(original.shape)} sliced by the plan has the pruned model's shape "
+                f"{tuple(pruned.shape)} but other values; the plan must be verified before anything trains"
+            )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON.
+
+        Raises:
+            OSError: the file can't be written; a file that was there is what it was.
+        """
+        layers = {name: {field: _plain(value) for field, value in vars(kept).items()} for name, kept in self.items()}
+        content = json.dumps(_FORMAT | {"layers": layers}).encode()
+        with atomic_write(path) as file:
+            file.write(content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningPlan:
+        """Read a plan written by :meth:`save`.
+
+        Raises:
+            PlanError: the file is no plan, one of another version, or damaged.
+            OSError: it can't be read.
+        """
+        with open(path, "rb") as file:
+            text = file.read()
+        name = os.fspath(path)
+        try:
+            content = parse_json(text, dict[str, Any])
+        except ValueError as error:
+            raise PlanError(f"{name} is not a pruning plan: {error}") from error
+        if any(content.get(key) != value for key, value in _FORMAT.items()):
+            raise PlanError(f"{name} is not a pruning plan of version {_FORMAT['version']}")
+        layers = content.get("layers")
+        if not isinstance(layers, dict):
+            raise PlanError(f"{name} is a damaged pruning plan: it has no layers")
+        try:
+            return cls({layer: _kept(fields) for layer, fields in layers.items()})
+        except ValueError as error:
+            raise PlanError(f"{name} is a damaged pruning plan: {error}") from error
+
+    @classmethod
+    def from_models(cls, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> PruningPlan:
+        """The plan of a model that was pruned elsewhere, found by matching values, and verified.
+
+        Channels with equal values are interchangeable and matched in ascending order. Whether a Linear follows a
+        flatten is inferred: its columns were kept in blocks and an earlier layer kept those channels.
+
+        Raises:
+            PlanError: a tensor of the pruned model is no slice of the original, or several slices explain it.
+        """
+        plan = cls(match(original_state_dict, pruned_model))
+        plan.verify(original_state_dict, pruned_model)
+        return plan
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _kept(fields: Any) -> Kept:
+    """The entry of one layer, from a file; ValueError where it is none."""
+    known = {field.name for field in dataclasses.fields(Kept)}
+    if not isinstance(fields, dict) or not fields.keys() <= known:
+        raise ValueError(f"a layer has the fields {', '.join(sorted(known))}, got {reprlib.repr(fields)}")
+    values: dict[str, Any] = {}
+    for name, value in fields.items():
+        if name.endswith("_channels"):
+            values[name] = None if value is None else _indices(name, value)
+        elif type(value) is int and 0 <= value < _LARGEST and (value > 0 or name in _DIMENSIONS):
+            values[name] = value
+        elif name not in _DIMENSIONS or value is not None:
+            raise ValueError(f"{name} must be a positive number, got {reprlib.repr(value)}")
+    return Kept(**values)
+
+
+def _indices(name: str, value: Any) -> Tensor:
+    if not isinstance(value, list) or not all(type(index) is int and 0 <= index < _LARGEST for index in value):
+        raise ValueError(f"{name} must be a list of indices, got {reprlib.repr(value)}")
+    return torch.tensor(value, dtype=torch.int64)

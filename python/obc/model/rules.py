@@ -1,0 +1,157 @@
+"""Which modules have channels to score, and where their channels lie.
+
+A rule says how a module's row of scores can be read: by gates on its input and output, from the gradients of its
+one-dimensional parameters, or only from its weight's gradient.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from obc.model.sharding import is_dtensor
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Where a module's channels lie.
+
+    Attributes:
+        kind: "gate" (activation times gradient at input and output), "norm" (an affine of one-dimensional weight and
+            bias), or "weight" (only the weight's gradient serves).
+        weight: the weight's attribute name.
+        bias: the bias's attribute name, or None.
+        out_axis: the weight's dimension of the out channels.
+        in_axis: the weight's dimension of the in channels, or None where the module has none.
+        out_dim: the channel dimension of the output, counted from the end; None where no gate serves it.
+        in_dim: the same for the input.
+        groups: groups of a convolution.
+        looks_up: the module selects rows of its weight by integer input (an embedding).
+        elementwise: the weight multiplies channels along its last dimension.
+        packed: the weight is stored in other numbers than it stands for (a quantised linear layer), so that it has no
+            gradient, and its shape does not tell the channels.
+    """
+
+    kind: Literal["gate", "norm", "weight"]
+    weight: str = "weight"
+    bias: str | None = None
+    out_axis: int = 0
+    in_axis: int | None = None
+    out_dim: int | None = None
+    in_dim: int | None = None
+    groups: int = 1
+    looks_up: bool = False
+    elementwise: bool = False
+    packed: bool = False
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def _bias_name(module: nn.Module) -> str | None:
+    return "bias" if getattr(module, "bias", None) is not None else None
+
+
+def rule_for(module: nn.Module) -> Rule | str | None:
+    """The rule of a module, the reason why none fits, or None where the module owns no parameters."""
+    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        channel_dim = -1 - len(module.kernel_size)
+        out_axis, in_axis = (1, 0) if isinstance(module, _TRANSPOSED) else (0, 1)
+        return Rule(
+            "gate",
+            bias=_bias_name(module),
+            out_axis=out_axis,
+            in_axis=in_axis,
+            out_dim=channel_dim,
+            in_dim=channel_dim,
+            groups=module.groups,
+        )
+    if (packed := _packed_weight(module)) is not None:
+        return Rule("gate", weight=packed, bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1, packed=True)
+    if isinstance(module, nn.Linear):
+        return Rule("gate", bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1)
+    if _is_transformers_conv1d(module):  # GPT-2's linear layer with its weight stored (in, out)
+        return Rule("gate", bias=_bias_name(module), out_axis=1, in_axis=0, out_dim=-1, in_dim=-1)
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return Rule("gate", out_axis=1, out_dim=-1, looks_up=True)
+    if isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is None:
+            return "query, key and value of different widths have no common in channels"
+        bias = None if module.in_proj_bias is None else "in_proj_bias"
+        return Rule("weight", weight="in_proj_weight", bias=bias, in_axis=1)
+    return _mixture_rule(module) or _elementwise_rule(module)
+
+
+def _mixture_rule(module: nn.Module) -> Rule | None:
+    """Experts stored as one tensor, and routers that multiply by a weight of their own.
+
+    Of experts the down projections are read, (experts, features, inner): out channels are whole experts, in channels
+    the inner ones, each of every expert. Up projections would say the same, gates aside.
+    """
+    own = dict(module.named_parameters(recurse=False))
+    down = own.get("down_proj")
+    if down is not None and down.dim() == 3 and not getattr(module, "is_transposed", False):
+        return Rule("weight", weight="down_proj", out_axis=0, in_axis=2)
+    if set(own) == {"weight"} and own["weight"].dim() == 2 and isinstance(getattr(module, "top_k", None), int):
+        return Rule("weight", in_axis=1)
+    return None
+
+
+def _elementwise_rule(module: nn.Module) -> Rule | str | None:
+    """Norms, PReLU, layer scales: a weight, and perhaps a bias, that multiply and shift each channel."""
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    own = dict(module.named_parameters(recurse=False))
+    if not own:
+        return _lacking_weight(module)
+    if isinstance(weight, Tensor) and set(own) <= {"weight", "bias"} and not list(module.children()):
+        bias_name = None if bias is None else "bias"
+        if weight.dim() == 1 and (bias is None or bias.shape == weight.shape):
+            out_dim = -1
+            if isinstance(module, (_NormBase, nn.GroupNorm, nn.PReLU)):
+                out_dim = 1
+            return Rule("norm", bias=bias_name, out_dim=out_dim, elementwise=True)
+        if isinstance(module, nn.LayerNorm):  # normalised over several dimensions: channels are the last one
+            return Rule("gate", bias=bias_name, out_axis=weight.dim() - 1, out_dim=-1, elementwise=True)
+    names = ", ".join(sorted(own)) or "weight"
+    return f"no rule for {type(module).__name__}'s own parameters ({names})"
+
+
+def _packed_weight(module: nn.Module) -> str | None:
+    """The name of a quantised linear layer's weight: a tensor of its own, of integers, of floats of one byte, or of
+    a class that holds other tensors; None where the module is no such layer.
+    """
+    if not all(type(getattr(module, features, None)) is int for features in ("in_features", "out_features")):
+        return None
+    for name in ("weight", "qweight", "weight_packed"):
+        tensor = module._parameters.get(name, module._buffers.get(name))
+        if tensor is None or is_dtensor(tensor):
+            continue
+        if not tensor.is_floating_point() or tensor.element_size() == 1 or is_traceable_wrapper_subclass(tensor):
+            return name
+    return None
+
+
+def _lacking_weight(module: nn.Module) -> str | None:
+    """Why a layer without parameters is not read: None for those that have no channels of their own."""
+    linear = all(type(getattr(module, features, None)) is int for features in ("in_features", "out_features"))
+    if linear and not list(module.children()):
+        return f"{type(module).__name__} is a linear layer whose weight is no tensor of its own"
+    return None
+
+
+def _is_transformers_conv1d(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
+
+
+def channel_count(module: nn.Module, rule: Rule, axis: int) -> int:
+    """Channels along ``axis`` of the module's weight; dimension 1 of a grouped weight holds one group's share."""
+    if rule.packed:
+        return int(module.out_features if axis == rule.out_axis else module.in_features)  # type: ignore[arg-type]
+    weight = getattr(module, rule.weight)
+    return int(weight.shape[axis]) * (rule.groups if axis == 1 else 1)

@@ -1,0 +1,96 @@
+"""What pruning leaves of a layer's tensors: the original's values at the kept indices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.kept import Kept, PlanError
+from obc.model.layouts import Layout, is_depthwise, layout_of, split_by_group
+
+
+def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
+    """``state_dict[key]``, detached; PlanError where it is missing."""
+    if key not in state_dict:
+        raise PlanError(f"the original state dict lacks {key!r} of the pruned model; pass the unpruned model's")
+    return state_dict[key].detach()
+
+
+def sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept | None, key: str) -> Tensor:
+    """What pruning leaves of ``original``, the tensor ``tensor_name`` of a layer like ``module``.
+
+    Raises:
+        PlanError: the indices don't fit.
+    """
+    if kept is None:
+        return original
+    try:
+        return _sliced(module, tensor_name, original, kept)
+    except (IndexError, ValueError) as error:
+        raise PlanError(
+            f"{key}: the plan does not fit the original's shape {tuple(original.shape)}: {error}"
+        ) from error
+
+
+def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept) -> Tensor:
+    if kept.dim is not None or kept.in_dim is not None:
+        taken = original if kept.dim is None else _take(original, kept.dim, kept.out_channels)
+        return taken if kept.in_dim is None else _take(taken, kept.in_dim, kept.in_channels)
+    if isinstance(module, nn.MultiheadAttention):
+        return _sliced_attention(tensor_name, original, kept)
+    if isinstance(module, nn.Embedding):
+        return _take(original, 1, kept.out_channels)
+    layout = layout_of(module)
+    if layout is None or tensor_name != "weight":
+        # Norms, PReLU, biases: one entry per channel; counters and single slopes have none.
+        return original if original.numel() == 1 and original.dim() == 0 else _take(original, -1, kept.out_channels)
+    if is_depthwise(module, original):
+        return _take(original, 0, kept.out_channels)
+    return sliced_weight(original, layout, kept)
+
+
+def sliced_weight(weight: Tensor, layout: Layout, kept: Kept) -> Tensor:
+    """The rows and columns of ``weight`` that ``kept`` names, in its order: of a grouped convolution in each group."""
+    if kept.in_channels is not None and len(kept.in_channels) * kept.in_repeat > weight.numel():
+        raise ValueError(f"{len(kept.in_channels)} in channels of {kept.in_repeat} columns each are more than it has")
+    rows, columns = kept.out_channels, kept.in_columns
+    if layout.transposed:
+        rows, columns = columns, rows
+    if layout.groups == 1:
+        return _take(_take(weight, 0, rows), 1, columns)
+    return _sliced_groups(weight, rows, columns, layout.groups)
+
+
+def _take(tensor: Tensor, dim: int, indices: Tensor | None) -> Tensor:
+    if indices is None:
+        return tensor
+    if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < tensor.shape[dim]:
+        # torch says so with another error for every number of dimensions.
+        raise IndexError(f"it keeps channel {int(indices.max())} of {tensor.shape[dim]}")
+    return tensor.index_select(dim, indices.to(tensor.device))
+
+
+def _sliced_groups(weight: Tensor, rows: Tensor | None, columns: Tensor | None, groups: int) -> Tensor:
+    blocks = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    for dim, indices, size in ((1, rows, weight.shape[0]), (2, columns, weight.shape[1] * groups)):
+        if indices is None:
+            continue
+        local = split_by_group(indices.to(weight.device), size, groups)
+        if local is None:
+            raise ValueError(f"its {groups} groups keep unequal numbers of channels")
+        blocks = torch.stack([block.index_select(dim - 1, index) for block, index in zip(blocks, local, strict=True)])
+    return blocks.flatten(0, 1)
+
+
+def _sliced_attention(tensor_name: str, original: Tensor, kept: Kept) -> Tensor:
+    """torch's own attention, pruned along its embedding: queries, keys and values lie stacked in ``in_proj``."""
+    features = kept.out_channels
+    if features is None:
+        return original
+    if tensor_name in ("bias_k", "bias_v"):
+        return _take(original, 2, features)
+    width = original.shape[0] // 3 if tensor_name.startswith("in_proj") else original.shape[0]
+    stacked = torch.cat([features + part * width for part in range(original.shape[0] // width)])
+    return _take(_take(original, 0, stacked), 1, features) if original.dim() == 2 else _take(original, 0, stacked)

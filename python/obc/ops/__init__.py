@@ -1,0 +1,413 @@
+"""The operators: every schema, fake and autograd formula of obc stands here and nowhere else.
+
+``torch.ops.obc.<op>`` is a Python implementation that checks its arguments and hands them to the backend of
+:mod:`obc.backends`. :mod:`obc.reference` is each operator's definition. All of them accumulate in float32
+(float64 for float64 input), read every element once and are deterministic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obc import backends
+from obc.backends import gemm
+from obc.ops import checks
+
+_LIBRARY = torch.library.Library("obc", "DEF")
+_LIBRARY.define("channel_dot(Tensor activation, Tensor grad, int channel_dim, bool per_sample=False) -> Tensor")
+_LIBRARY.define(
+    "weight_dot(Tensor weight, Tensor grad, Tensor? bias=None, Tensor? bias_grad=None, int groups=1, "
+    "bool transposed=False) -> (Tensor, Tensor)"
+)
+_LIBRARY.define(
+    "weight_dot_list(Tensor[] weights, Tensor[] grads, Tensor?[]? biases=None, Tensor?[]? bias_grads=None, "
+    "int[]? groups=None, bool[]? transposed=None) -> (Tensor[], Tensor[])"
+)
+_LIBRARY.define("weight_moments(Tensor weight, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_LIBRARY.define(
+    "fold(Tensor weight, Tensor? compressor=None, Tensor? decompressor=None, int groups=1, int in_repeat=1) -> Tensor"
+)
+_LIBRARY.define("end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) -> Tensor")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an operator sums inputs of ``dtype``: float64 for float64, float32 for all others."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- implementations: check, then the backend ----------------------------------------------------------------
+
+
+def channel_dot_undispatched(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
+    """:func:`channel_dot` on plain tensors without torch's dispatcher, whose share of a small call is the larger one.
+
+    For a backward that nothing records, traces or compiles.
+    """
+    channel_dim = checks.channel_dot(activation, grad, channel_dim, per_sample)
+    call = backends.resolve("channel_dot", activation.device.type, activation.dtype, activation.numel())
+    return call(activation, grad, channel_dim, per_sample)
+
+
+def _weight_dot(
+    weight: Tensor,
+    grad: Tensor,
+    bias: Tensor | None = None,
+    bias_grad: Tensor | None = None,
+    groups: int = 1,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    checks.weight_dot(weight, grad, bias, bias_grad, groups, transposed)
+    call = backends.resolve("weight_dot", weight.device.type, weight.dtype, weight.numel())
+    return call(weight, grad, bias, bias_grad, groups, transposed)
+
+
+def _weight_dot_list(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    bias_grads: Sequence[Tensor | None] | None = None,
+    groups: Sequence[int] | None = None,
+    transposed: Sequence[bool] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    layers = checks.per_layer(weights, grads, biases, bias_grads, groups, transposed)
+    if not layers:
+        return [], []
+    columns = [list(column) for column in zip(*layers, strict=True)]
+    elements = sum(weight.numel() for weight in weights)
+    call = backends.resolve("weight_dot_list", weights[0].device.type, weights[0].dtype, elements)
+    return call(*columns)
+
+
+def _weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    checks.weight_dot(weight, grad, None, None, 1, False, "weight_moments")
+    call = backends.resolve("weight_moments", weight.device.type, weight.dtype, weight.numel())
+    return call(weight, grad)
+
+
+def _fold(
+    weight: Tensor,
+    compressor: Tensor | None = None,
+    decompressor: Tensor | None = None,
+    groups: int = 1,
+    in_repeat: int = 1,
+) -> Tensor:
+    checks.fold(weight, compressor, decompressor, groups, in_repeat)
+    if compressor is None and decompressor is None:
+        return weight.clone(memory_format=torch.contiguous_format)
+    call = backends.resolve("fold", weight.device.type, weight.dtype, weight.numel())
+    return call(weight, compressor, decompressor, groups, in_repeat)
+
+
+def _end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
+    checks.end_row(scores, row, loss_scale, groups)
+    checks.apart(scores, row)
+    call = backends.resolve("end_row", row.device.type, row.dtype, row.numel())
+    finite = call(scores, row, loss_scale, groups)
+    # A raw schema's mutation does not reach autograd's version counters by itself.
+    torch.autograd.graph.increment_version((scores, row))
+    return finite
+
+
+# --- fakes: the same checks, then an empty result ------------------------------------------------------------
+
+
+def _channel_dot_fake(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
+    channel_dim = checks.channel_dot(activation, grad, channel_dim, per_sample)
+    channels = activation.shape[channel_dim]
+    shape = (activation.shape[0], channels) if per_sample else (channels,)
+    return activation.new_empty(shape, dtype=accumulation_dtype(activation.dtype))
+
+
+def _weight_dot_fake(
+    weight: Tensor,
+    grad: Tensor,
+    bias: Tensor | None = None,
+    bias_grad: Tensor | None = None,
+    groups: int = 1,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    out_channels, in_channels = checks.weight_dot(weight, grad, bias, bias_grad, groups, transposed)
+    dtype = accumulation_dtype(weight.dtype)
+    return weight.new_empty(out_channels, dtype=dtype), weight.new_empty(in_channels, dtype=dtype)
+
+
+def _weight_dot_list_fake(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    bias_grads: Sequence[Tensor | None] | None = None,
+    groups: Sequence[int] | None = None,
+    transposed: Sequence[bool] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    layers = checks.per_layer(weights, grads, biases, bias_grads, groups, transposed)
+    dots = [_weight_dot_fake(*layer) for layer in layers]
+    return [out_dot for out_dot, _ in dots], [in_dot for _, in_dot in dots]
+
+
+def _weight_moments_fake(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    checks.weight_dot(weight, grad, None, None, 1, False, "weight_moments")
+    dtype = accumulation_dtype(weight.dtype)
+    first, second, third, fourth, fifth = (weight.new_empty(weight.shape[0], dtype=dtype) for _ in range(5))
+    return first, second, third, fourth, fifth
+
+
+def _fold_fake(
+    weight: Tensor,
+    compressor: Tensor | None = None,
+    decompressor: Tensor | None = None,
+    groups: int = 1,
+    in_repeat: int = 1,
+) -> Tensor:
+    return weight.new_empty(checks.fold(weight, compressor, decompressor, groups, in_repeat))
+
+
+def _end_row_fake(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
+    checks.end_row(scores, row, loss_scale, groups)
+    return scores.new_empty((), dtype=torch.bool)
+
+
+# --- autograd -------------------------------------------------------------------------------------------------
+
+
+def _channel_dot_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    activation, grad, channel_dim, per_sample = inputs
+    ctx.save_for_backward(activation, grad)
+    ctx.channel_dim, ctx.per_sample = channel_dim % activation.dim(), per_sample
+
+
+def _channel_dot_backward(ctx: Any, grad_dot: Tensor) -> tuple[Tensor | None, ...]:
+    activation, grad = ctx.saved_tensors
+    shape = [1] * activation.dim()
+    shape[ctx.channel_dim] = activation.shape[ctx.channel_dim]
+    if ctx.per_sample:
+        shape[0] = activation.shape[0]
+    spread = grad_dot.reshape(shape)
+    grad_activation = (spread * grad).to(activation.dtype) if ctx.needs_input_grad[0] else None
+    grad_grad = (spread * activation).to(grad.dtype) if ctx.needs_input_grad[1] else None
+    return grad_activation, grad_grad, None, None
+
+
+def _weight_dot_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weight, grad, bias, bias_grad, groups, transposed = inputs
+    ctx.save_for_backward(weight, grad, bias, bias_grad)
+    ctx.groups, ctx.transposed = groups, transposed
+
+
+def _weight_dot_backward(ctx: Any, grad_out: Tensor, grad_in: Tensor) -> tuple[Tensor | None, ...]:
+    weight, grad, bias, bias_grad = ctx.saved_tensors
+    rows, columns = (grad_in, grad_out) if ctx.transposed else (grad_out, grad_in)
+    spread = rows.reshape(ctx.groups, -1, 1) + columns.reshape(ctx.groups, 1, -1)
+    spread = spread.reshape(*weight.shape[:2], *[1] * (weight.dim() - 2))
+    needs = ctx.needs_input_grad
+    return (
+        (spread * grad).to(weight.dtype) if needs[0] else None,
+        (spread * weight).to(grad.dtype) if needs[1] else None,
+        (grad_out * bias_grad).to(bias.dtype) if bias is not None and needs[2] else None,
+        (grad_out * bias).to(bias_grad.dtype) if bias is not None and needs[3] else None,
+        None,
+        None,
+    )
+
+
+def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, compressor, decompressor, groups, in_repeat = inputs
+    ctx.save_for_backward(weight, compressor, decompressor)
+    ctx.groups, ctx.in_repeat = groups, in_repeat
+
+
+def _fold_backward(ctx: Any, grad_folded: Tensor) -> tuple[Tensor | None, ...]:
+    weight, compressor, decompressor = ctx.saved_tensors
+    given = ctx.needs_input_grad  # arguments left at their defaults have no entry at its end
+    needs = (given[0], len(given) > 1 and given[1], len(given) > 2 and given[2])
+    grads = gemm.fold_backward(grad_folded, weight, compressor, decompressor, ctx.groups, ctx.in_repeat, needs=needs)
+    return (*grads, None, None)[: len(given)]
+
+
+def _not_differentiable(op: str, remedy: str) -> tuple[Callable[..., Any], Callable[..., None]]:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"obc::{op} is not differentiable; {remedy}")
+
+    return backward, lambda ctx, inputs, output: None
+
+
+def _register(
+    op: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    autograd: tuple[Callable[..., Any], Callable[..., None]] | None,
+) -> None:
+    _LIBRARY.impl(op, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"obc::{op}", fake, lib=_LIBRARY)
+    if autograd is not None:
+        backward, setup_context = autograd
+        torch.library.register_autograd(f"obc::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+_register("channel_dot", channel_dot_undispatched, _channel_dot_fake, (_channel_dot_backward, _channel_dot_setup))
+_register("weight_dot", _weight_dot, _weight_dot_fake, (_weight_dot_backward, _weight_dot_setup))
+_register(
+    "weight_dot_list",
+    _weight_dot_list,
+    _weight_dot_list_fake,
+    _not_differentiable("weight_dot_list", "call weight_dot layer by layer"),
+)
+_register(
+    "weight_moments",
+    _weight_moments,
+    _weight_moments_fake,
+    _not_differentiable("weight_moments", "write the moment that you need in plain torch"),
+)
+_register("fold", _fold, _fold_fake, (_fold_backward, _fold_setup))
+_register("end_row", _end_row, _end_row_fake, None)  # refuses inputs that require grad: it changes them in place
+
+
+# --- public functions -----------------------------------------------------------------------------------------
+
+
+def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
+    """Sum of activation times gradient per channel: one row of scores of a layer.
+
+    r[c] = sum over all other positions of activation[.., c, ..] * grad[.., c, ..]
+
+    Args:
+        activation: floating tensor of any layout, for example (N, C, *S), channels-last or (..., C).
+        grad: gradient of a loss by ``activation``: the same shape, dtype and device.
+        channel_dim: the dimension of the channels; negative counts from the end.
+        per_sample: keep the samples along dim 0 apart.
+
+    Returns:
+        (C,), or (N, C) with ``per_sample``; float32, or float64 for float64 input. Differentiable.
+
+    Raises:
+        ValueError, TypeError, IndexError: shapes, dtypes or devices differ, or ``channel_dim`` is out of range.
+    """
+    return torch.ops.obc.channel_dot(activation, grad, channel_dim, per_sample)
+
+
+def weight_dot(
+    weight: Tensor,
+    grad: Tensor,
+    bias: Tensor | None = None,
+    bias_grad: Tensor | None = None,
+    groups: int = 1,
+    transposed: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Both sums of weight times gradient, per out channel and per in channel, in one pass over the two tensors.
+
+    out_dot[o] = sum w[o] * g[o] + b[o] * gb[o];   in_dot[i] = sum w[:, i] * g[:, i]
+
+    Args:
+        weight: (out, in / groups, *kernel), or (in, out / groups, *kernel) with ``transposed``.
+        grad: its gradient: the same shape, dtype and device.
+        bias: (out,) or None.
+        bias_grad: the bias's gradient; given exactly when ``bias`` is.
+        groups: groups of the convolution; in_dot counts every in channel of every group.
+        transposed: the weight is a transposed convolution's.
+
+    Returns:
+        out_dot (out,) and in_dot (in,); float32, or float64 for float64 input. Differentiable.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices don't fit.
+    """
+    return torch.ops.obc.weight_dot(weight, grad, bias, bias_grad, groups, transposed)
+
+
+def weight_dot_list(
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    bias_grads: Sequence[Tensor | None] | None = None,
+    groups: Sequence[int] | None = None,
+    transposed: Sequence[bool] | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """:func:`weight_dot` of a whole model in one call.
+
+    Args:
+        weights, grads, biases, bias_grads, groups, transposed: per layer, the arguments of :func:`weight_dot`.
+
+    Returns:
+        The list of out_dots and the list of in_dots, one of each a layer. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: the lists differ in length, or a layer's tensors don't fit.
+    """
+    return torch.ops.obc.weight_dot_list(weights, grads, biases, bias_grads, groups, transposed)
+
+
+def weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Per row of dim 0: sum wg, sum (wg)^2, sum |wg|, sum w^2, sum |w|, all from one pass over the two tensors.
+
+    Args:
+        weight: (out, in / groups, *kernel).
+        grad: its gradient: the same shape, dtype and device.
+
+    Returns:
+        Five vectors (out,), float32, or float64 for float64 input. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices don't fit.
+    """
+    return torch.ops.obc.weight_moments(weight, grad)
+
+
+def fold(
+    weight: Tensor,
+    compressor: Tensor | None = None,
+    decompressor: Tensor | None = None,
+    groups: int = 1,
+    in_repeat: int = 1,
+) -> Tensor:
+    """The folded weight of Equivalent Pruning, W' = C W D over (out, in / groups, *kernel).
+
+    W'[k, j, s] = sum over o, i of C[k, o] * W[o, i, s] * D[i, j]
+
+    Args:
+        weight: (out, in / groups, *kernel).
+        compressor: C, (kept_out, out), or the diagonal blocks (blocks, kept_out / blocks, out / blocks). None is
+            the identity.
+        decompressor: D, (in, kept_in), or the diagonal blocks (blocks, in / blocks, kept_in / blocks). None is the
+            identity.
+        groups: groups of the convolution. With more than one, C and D must be block-diagonal: ``groups`` blocks, or
+            matrices of which only the diagonal blocks are read.
+        in_repeat: for a Linear after flatten, how many columns each in channel owns (D is then D x I).
+
+    Returns:
+        (kept_out, kept_in / groups, *kernel) in the dtype of ``weight``, products accumulated in float32 or better.
+        Differentiable in all three tensors.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices don't fit.
+    """
+    if weight.device.type == "cpu" and backends.requested() in (None, "cpu"):
+        # The CPU's fold is matrix products that autograd knows: no operator of ours, so that its backward finds the
+        # first product kept, and a small weight does not pay for a call through the dispatcher.
+        if not torch.compiler.is_compiling():  # Dynamo can't trace the checks' messages; the products check shapes too
+            checks.fold(weight, compressor, decompressor, groups, in_repeat)
+        return gemm.fold(weight, compressor, decompressor, groups, in_repeat)
+    return torch.ops.obc.fold(weight, compressor, decompressor, groups, in_repeat)
+
+
+def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
+    """End a row: scores[groups[c]] += (row[c] / loss_scale)^2, then row = 0, both in place and in one pass.
+
+    Where a square is not finite, nothing is added, and the row is zeroed all the same.
+
+    Args:
+        scores: flat float32 or float64 vector, one entry per group, or per channel without ``groups``.
+        row: flat vector of the same dtype and device, one entry per channel; shares no entry with ``scores``.
+        loss_scale: what the loss was multiplied by (a gradient scaler's scale).
+        groups: int64 vector, the group of each channel, ascending.
+
+    Returns:
+        A 0-d bool tensor on the device: whether every square was finite. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices don't fit, or scores and row share memory.
+        RuntimeError: an input requires grad.
+    """
+    return torch.ops.obc.end_row(scores, row, loss_scale, groups)

@@ -1,0 +1,83 @@
+"""From how many positions a step on a fold is cheaper than the explicit 1x1 layers that it stands for.
+
+With T output positions, kernel area s and o x i channels pruned to k x j, multiplications of a forward are
+
+    explicit  T (o i s + k o + i j)          folded  T k j s + F
+
+F being the fold's own, whatever the batch. The backward has twice as many of each. They are equal at T*.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.evaluation import call, evaluating
+from obc.model.layouts import layout_of
+from obc.recovery.folds import FoldedWeight
+
+
+def break_even(fold: FoldedWeight, original: Tensor) -> float:
+    """T* of one layer."""
+    rows, columns = fold.factors()
+    kept_rows, kept_columns, mixing = original.shape[0], original.shape[1], 0
+    if rows is not None:
+        blocks = rows.shape[0] if rows.dim() == 3 else 1
+        kept_rows = blocks * rows.shape[-2]
+        mixing += kept_rows * original.shape[0] // blocks
+    if columns is not None:
+        blocks = columns.shape[0] if columns.dim() == 3 else 1
+        kept_columns = blocks * columns.shape[-1] * fold.in_repeat // fold.groups
+        mixing += columns.shape[-1] * original.shape[1] * fold.groups  # of each of in_repeat columns
+    naive = kept_rows * kept_columns * original.shape[2:].numel()
+    return fold.multiplications(original) / (original.numel() + mixing - naive)
+
+
+def positions(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, int]:
+    """At how many positions one forward pass applies the weights of these layers; what it does not reach is left out.
+
+    Args:
+        model: the naively pruned model; run in eval mode, without gradients.
+        names: of its layers.
+        example_inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
+    """
+    seen: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            layout, weight = layout_of(module), module.weight
+            assert layout is not None
+            assert isinstance(weight, Tensor)
+            activation = args[0] if layout.transposed else output  # rows of a weight stored (in, out) are its inputs
+            seen[name] = seen.get(name, 0) + activation.numel() // max(1, weight.shape[0])
+
+        return count
+
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    try:
+        with evaluating(model), torch.no_grad():
+            call(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def warn_below(break_evens: Mapping[str, float], seen: Mapping[str, int]) -> None:
+    """Warn of the layers whose positions ``seen`` are fewer than their break-even, naming each with both."""
+    below = [
+        f"{name} (T = {seen[name]}, T* = {threshold:.0f})"
+        for name, threshold in break_evens.items()
+        if seen.get(name, threshold) < threshold
+    ]
+    if below:
+        warnings.warn(
+            f"with fewer than T* positions a step, folding costs more than explicit 1x1 layers: {', '.join(below)}; "
+            f"take larger batches, share one fold between micro-batches (EquivalentPruning.accumulate), or use "
+            f"factors='reduced'",
+            stacklevel=3,
+        )

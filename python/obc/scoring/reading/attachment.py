@@ -1,0 +1,124 @@
+"""What a scorer changes in a model while it is attached, and its undoing.
+
+Weights are frozen, norms keep their gradients in one flat vector, gates sit on inputs and outputs, and during the
+checking row every weight's gradient is contracted. ``undo`` leaves the model as it was: requires_grad, .grad, hooks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.sharding import data_parallel_modules, is_fully_sharded
+from obc.scoring.reading.gradients import NormGradients
+from obc.scoring.reading.module_readers import Reader, Reading
+from obc.scoring.reading.reading_plan import Plan
+
+
+class Attachment:
+    """The state of a model under scoring.
+
+    Args:
+        model: the model.
+        plan: what is read.
+        reading: which kind of row is read.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, reading: Reading) -> None:
+        self.model, self.plan, self.reading = model, plan, reading
+        self.modules = list(model.modules())
+        self.norms: list[NormGradients] = []
+        self._before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+        self._fastpath = torch.backends.mha.get_fastpath_enabled()
+        # fully_shard fixes what requires a gradient at the first forward: freezing it now would freeze it for good.
+        self._freezes = not is_fully_sharded(model)
+        self._synchronising = [
+            (wrapper, wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync)
+            for wrapper in data_parallel_modules(model)
+        ]
+        self._norm_hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+
+    def make(self) -> None:
+        """Attach. Undo also after an exception in here."""
+        # The encoder layers' fast path calls no module, so no gate would see it.
+        torch.backends.mha.set_fastpath_enabled(False)
+        for wrapper, _, _ in self._synchronising:  # every process's gradients are its own
+            wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
+        for parameter, requires_grad, _ in self._before:
+            parameter.requires_grad_(requires_grad and not self._freezes)
+            parameter.grad = None
+        for flat in self.plan.flats.values():
+            flat.zero()
+        self._set_norm_gradients()
+        if self.reading.checking:
+            self._set_reference_gradients()
+        else:
+            self.set_weight_gradients()
+        for reader in self.plan.readers.values():
+            if reader.how == "gate" and reader.scored:
+                if not self.reading.per_sample:
+                    for slot in reader.slots:
+                        slot.bind()
+                reader.attach(self.reading)
+
+    def undo(self) -> None:
+        """Leave the model as it was."""
+        for reader in self.plan.readers.values():
+            reader.detach()
+        for source in self.plan.sources:
+            source.gradient.detach()
+        for flat in self.plan.flats.values():
+            flat.release()
+        for handle in self._norm_hooks.values():
+            handle.remove()
+        for parameter, requires_grad, grad in self._before:
+            parameter.grad = None
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        for wrapper, backward, forward in self._synchronising:
+            wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = backward, forward
+        torch.backends.mha.set_fastpath_enabled(self._fastpath)
+        self.reading.samples = None
+
+    def drop_gradients(self) -> None:
+        """Where weights could not be frozen, let go of the gradients that a row left in them."""
+        if not self._freezes:
+            for parameter, _, _ in self._before:
+                parameter.grad = None
+
+    def set_weight_gradients(self) -> None:
+        """After the checking row: weights are frozen, but for those read from their gradient."""
+        for source in self.plan.sources:
+            if any(reader.how == "weight gradient" and reader.scored for reader in source.readers):
+                source.gradient.attach(lambda flat: flat.row)
+            else:
+                source.gradient.detach()
+
+    def _set_reference_gradients(self) -> None:
+        for flat in self.plan.flats.values():
+            flat.reference = torch.zeros_like(flat.row)
+        for source in self.plan.sources:
+            source.gradient.attach(lambda flat: flat.reference, measure=True)
+
+    def _set_norm_gradients(self) -> None:
+        self.norms = [NormGradients(entries[0][1].flat, entries) for entries in self.plan.norms]
+        for norms in self.norms:
+            for parameter in norms.parameters:
+                parameter.requires_grad_(True)
+            norms.bind()
+        for name, reader in self.plan.readers.items():
+            if reader.how == "norm gradient" and not reader.used:
+                weight = reader.weight
+                assert isinstance(weight, nn.Parameter)
+                self._norm_hooks[name] = weight.register_post_accumulate_grad_hook(self._note_use(name, reader))
+
+    def _note_use(self, name: str, reader: Reader) -> Callable[[Tensor], None]:
+        """A hook that notes that a gradient reached the norm, and leaves when it has."""
+
+        def note(parameter: Tensor) -> None:
+            reader.used = True
+            self._norm_hooks.pop(name).remove()
+
+        return note

@@ -1,0 +1,330 @@
+"""Chains: rows that follow from other rows, so that one read of an activation serves two layers.
+
+What lies between a layer's output y and the next one's input x decides. Where it is homogeneous of degree one in y
+(ReLU, pooling, a product with something else, attention in its values), Euler's theorem gives, if nothing else reads y,
+
+    sum over positions of y * dL/dy = sum over positions of x * dL/dx
+
+so the output's row is the input's, summed over what y was repeated to (flatten, grouped queries). An affine
+BatchNorm in eval mode before it has the row as well, gamma g_gamma + beta g_beta, and the convolution before that has
+
+    r = gamma (g_gamma + mean / std * g_beta).
+
+Candidates are found in the graph that autograd records in the checking row; a second reader shows in the numbers. None
+is used whose two sides did not agree there. In every later row each input looks whether the graph still leads to where
+it led then; where it does not, the row is dropped, and repeated without that chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.scoring.errors import ChainError
+from obc.scoring.reading.flat_row import FlatRow, Slot
+from obc.scoring.reading.gradients import NormGradients
+
+# How far both sides may lie apart, relative to the largest entry: their sums run in another order, nothing else.
+_TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9}
+
+# Graph nodes that are homogeneous of degree one in their first input, by the start of their names.
+_HOMOGENEOUS = (
+    *("Relu", "LeakyRelu", "PreluKernel", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "Mkldnn", "Mean"),
+    *("Upsample", "ConstantPad", "View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "Transpose"),
+    *("Permute", "TBackward", "Expand", "Clone", "Div"),
+)
+# Those that are so in every input, the others fixed.
+_MULTILINEAR = ("Mul", "Bmm")
+_ATTENTION, _VALUES = "ScaledDotProduct", 2  # and which of its inputs are the values
+
+# The walk from an input back to the nearest gates; between two layers lie a handful of nodes.
+_MOST_NODES = 64
+
+
+# From an input's graph node back: (a node's name, the input of it that the path goes on with), node by node.
+Path = tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The row of ``slot`` may follow from that of ``source``, or from the gradients of ``norm`` behind it.
+
+    Attributes:
+        slot: what needs no gate if so.
+        seen_by: the input that the path begins at.
+        path: to the output with ``slot``'s row, or to ``norm``.
+        source: another slot; None where ``norm``'s gradients serve.
+        norm: the BatchNorm that the path ends at, or None where it ends at an output.
+    """
+
+    slot: Slot
+    seen_by: Slot
+    path: Path
+    source: Slot | None = None
+    norm: nn.Module | None = None
+
+
+class Candidates:
+    """What the graph of the checking row says may follow from what.
+
+    Args:
+        norms: id of a norm's weight -> the norm and its slot.
+    """
+
+    def __init__(self, norms: dict[int, tuple[nn.Module, Slot]]) -> None:
+        self._norms = norms
+        self._found: dict[Candidate, int] = {}
+        self._walks: dict[Slot, int] = {}
+
+    def found(self) -> list[Candidate]:
+        """Those that every use of their input saw."""
+        return [one for one, times in self._found.items() if times == self._walks[one.seen_by]]
+
+    def walk(self, activation: Tensor, slot: Slot) -> None:
+        """Look at what made ``activation``, the input whose row is in ``slot``, back to the nearest gates."""
+        self._walks[slot] = self._walks.get(slot, 0) + 1
+        pending: list[tuple[Any, Path, bool]] = [(activation.grad_fn, (), True)]
+        for _ in range(_MOST_NODES):
+            if not pending:
+                return
+            node, path, homogeneous = pending.pop()
+            name = "" if node is None else node.name()
+            if name == "CheckGateBackward":
+                if homogeneous and node.watch.keeps_received:
+                    self._add(Candidate(node.watch.slot, slot, path, source=slot))
+            elif "BatchNorm" in name:
+                self._norm(node, path, slot, homogeneous)
+            elif node is not None:
+                through = _through(node, name) if homogeneous else ()
+                for index, (before, _) in enumerate(node.next_functions):
+                    pending.append((before, (*path, (name, index)), index in through))
+
+    def _norm(self, node: Any, path: Path, slot: Slot, homogeneous: bool) -> None:
+        (before, _), (weight, _), *_ = node.next_functions
+        norm, own = self._norms.get(id(getattr(weight, "variable", None)), (None, None))
+        if norm is None or own is None or norm.training:
+            return
+        if homogeneous:
+            self._add(Candidate(slot, slot, path, source=own, norm=norm))
+        if before is not None and before.name() == "CheckGateBackward" and before.watch.keeps_received:
+            self._add(Candidate(before.watch.slot, slot, path, norm=norm))
+
+    def _add(self, candidate: Candidate) -> None:
+        self._found[candidate] = self._found.get(candidate, 0) + 1
+
+
+def _through(node: Any, name: str) -> Collection[int]:
+    """The inputs in which this node is homogeneous."""
+    if name.startswith(_HOMOGENEOUS):
+        return (0,)
+    if name.startswith(_ATTENTION):
+        return (_VALUES,)
+    return range(len(node.next_functions)) if name.startswith(_MULTILINEAR) else ()
+
+
+class Chains:
+    """The chains of a model that held in its checking row.
+
+    Attributes:
+        slots: those that need no gate, each with what its row follows from.
+        outputs: in the row in hand, the graph node of every output without a gate.
+    """
+
+    def __init__(self) -> None:
+        self.slots: dict[Slot, str] = {}
+        self.outputs: dict[Slot, Any] = {}
+        self._chains: dict[Slot, _Copy | _Before] = {}
+        self._seen_by: dict[Slot, list[_Copy | _Before]] = {}
+        self._held: set[Slot] = set()
+
+    def confirm(self, candidates: Iterable[Candidate], norms: Iterable[NormGradients]) -> None:
+        """Take over the candidates whose two sides agree in the rows in hand."""
+        views = _views(norms)
+        sources: set[Slot] = set()
+        # Norms first: they have gradients of their own, so nothing needs to be read for what follows from them.
+        for candidate in sorted(candidates, key=lambda one: one.source is not None):
+            if candidate.slot in self.slots or candidate.slot in sources or candidate.source in self.slots:
+                continue
+            chain = _Before(candidate, views) if candidate.source is None else _Copy.of(candidate, candidate.source)
+            if chain is None or not chain.agrees():
+                continue
+            self._add(chain)
+            if candidate.source is not None:
+                sources.add(candidate.source)
+
+    def _add(self, chain: _Copy | _Before) -> None:
+        self._chains[chain.slot] = chain
+        self.slots[chain.slot] = chain.follows_from
+        self._seen_by.setdefault(chain.link.seen_by, []).append(chain)
+
+    def forget_row(self) -> None:
+        """Forget the row in hand, and the graph that it left."""
+        self.outputs.clear()
+        self._held.clear()
+
+    def look(self, activation: Tensor, slot: Slot) -> None:
+        """See whether ``activation``, the input whose row is in ``slot``, still comes from where its chains begin.
+
+        Raises:
+            ChainError: it does not.
+        """
+        for chain in self._seen_by.get(slot, ()):
+            if not chain.link_holds(activation.grad_fn, self.outputs):
+                raise ChainError(f"the input of {slot.label!r} came another way than in the checking row")
+            self._held.add(chain.slot)
+
+    def refuse_unseen(self) -> None:
+        """Refuse a row in which an output without a gate led to no input that would tell its row.
+
+        Raises:
+            ChainError: naming it.
+        """
+        for slot in self.outputs:
+            if slot not in self._held:
+                raise ChainError(f"the output of {slot.label!r} went another way than in the checking row")
+
+    def give_up(self) -> None:
+        """Have gates everywhere again."""
+        for of_slots in (self.slots, self.outputs, self._chains, self._seen_by, self._held):
+            of_slots.clear()
+
+    def bind(self, norms: Iterable[NormGradients]) -> None:
+        """Read the norms' gradients from where they are now."""
+        views = _views(norms)
+        for chain in self._chains.values():
+            if isinstance(chain, _Before):
+                chain.bind(views)
+
+    def fill(self) -> None:
+        """Write the rows that follow, of what took part in the row in hand, from those that were read."""
+        for slot, chain in self._chains.items():
+            if slot in self._held:
+                slot.of(_whole(slot.flat)).copy_(chain.row())
+
+    def state(self, slots: list[Slot], norms: Mapping[str, nn.Module]) -> list[list[Any]]:
+        """Plain values to go on from, in terms of positions among ``slots`` and names of ``norms``."""
+        place = {slot: index for index, slot in enumerate(slots)}
+        name = {norm: key for key, norm in norms.items()}
+        state = []
+        for chain in self._chains.values():
+            link = chain.link
+            source = None if link.source is None else place[link.source]
+            norm = None if link.norm is None else name[link.norm]
+            shape = [chain.repeats, chain.width] if isinstance(chain, _Copy) else []
+            state.append(
+                [place[link.slot], place[link.seen_by], [list(step) for step in link.path], source, norm, *shape]
+            )
+        return state
+
+    def load(self, state: Iterable[Sequence[Any]], slots: list[Slot], norms: Mapping[str, nn.Module]) -> None:
+        """Take over a :meth:`state`; :meth:`bind` comes when the scorer is attached."""
+        for place, seen_by, steps, source, norm, *shape in state:
+            path = tuple((name, index) for name, index in steps)
+            from_slot = None if source is None else slots[source]
+            link = Candidate(slots[place], slots[seen_by], path, from_slot, None if norm is None else norms[norm])
+            self._add(_Before(link, {}) if from_slot is None else _Copy(link, from_slot, *shape))
+
+
+def _views(norms: Iterable[NormGradients]) -> dict[int, Tensor]:
+    """id of a norm's parameter -> its gradient."""
+    return {id(p): view for one in norms for p, view in zip(one.parameters, one.views, strict=True)}
+
+
+def _whole(flat: FlatRow) -> Tensor:
+    return flat.row if flat.samples is None else flat.samples
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    if one.numel() == 0:
+        return False
+    largest = other.abs().amax()
+    return bool(largest > 0) and bool((one - other).abs().amax() <= _TOLERANCE[one.dtype] * largest)
+
+
+class _Chain:
+    """What both kinds of chains have in common."""
+
+    def __init__(self, link: Candidate) -> None:
+        self.link, self.slot = link, link.slot
+
+    def link_holds(self, node: Any, outputs: Mapping[Slot, Any]) -> bool:
+        """Whether the path from the input's node ends where it ended in the checking row."""
+        link = self.link
+        for name, index in link.path:
+            if node is None or node.name() != name:
+                return False
+            node = node.next_functions[index][0]
+        if link.norm is not None:
+            if node is None or link.norm.training or "BatchNorm" not in node.name():
+                return False
+            (before, _), (weight, _), *_ = node.next_functions
+            if getattr(weight, "variable", None) is not link.norm.weight:
+                return False
+            node = before
+        return link.slot is link.seen_by or (link.slot in outputs and outputs[link.slot] is node)
+
+
+class _Copy(_Chain):
+    """``source`` as (blocks, repeats, width), summed over the repeats, is the row of ``slot``."""
+
+    def __init__(self, link: Candidate, source: Slot, repeats: int, width: int) -> None:
+        super().__init__(link)
+        self.source, self.repeats, self.width = source, repeats, width
+        self.follows_from = f"the row of {source.label}"
+
+    @classmethod
+    def of(cls, link: Candidate, source: Slot) -> _Copy | None:
+        """The copy that agrees with the rows in hand; None where none does."""
+        slot = link.slot
+        if slot.flat is not source.flat or slot.size == 0 or source.size % slot.size:
+            return None
+        repeats = source.size // slot.size
+        widths = [1] if repeats == 1 else [width for width in range(1, slot.size + 1) if slot.size % width == 0]
+        return next((copy for copy in (cls(link, source, repeats, width) for width in widths) if copy.agrees()), None)
+
+    def row(self) -> Tensor:
+        rows = self.source.of(_whole(self.source.flat))
+        if self.repeats == 1:
+            return rows
+        return rows.unflatten(0, (-1, self.repeats, self.width)).sum(1).flatten(0, 1)
+
+    def agrees(self) -> bool:
+        return _agree(self.row(), self.slot.of(_whole(self.slot.flat)))
+
+
+class _Before(_Chain):
+    """r = gamma * g_gamma + (gamma * mean / std) * g_beta."""
+
+    follows_from = "the gradient of the norm behind it"
+
+    def __init__(self, link: Candidate, views: Mapping[int, Tensor]) -> None:
+        super().__init__(link)
+        self._terms: list[tuple[Tensor, Tensor]] = []
+        self.bind(views)
+
+    def bind(self, views: Mapping[int, Tensor]) -> None:
+        """Look up the gradients; there is no row where they can't serve."""
+        norm: Any = self.link.norm
+        gradients = [views.get(id(norm.weight)), views.get(id(norm.bias))]
+        # Gradients in half precision are too coarse for what cancels here.
+        right = norm.weight.dtype == self.slot.flat.dtype and norm.weight.numel() == self.slot.size
+        if norm.running_mean is None or not right or any(gradient is None for gradient in gradients):
+            return
+        weight = norm.weight.detach()
+        factors = (weight.clone(), weight * norm.running_mean / (norm.running_var + norm.eps).sqrt())
+        self._terms = [(f, view) for f, view in zip(factors, gradients, strict=True) if view is not None]
+
+    def row(self) -> Tensor:
+        (weight, weight_gradient), (bias, bias_gradient) = self._terms
+        return weight * weight_gradient + bias * bias_gradient
+
+    def agrees(self) -> bool:
+        return (
+            bool(self._terms)
+            and self.slot.flat.samples is None
+            and _agree(self.row(), self.slot.of(self.slot.flat.row))
+        )

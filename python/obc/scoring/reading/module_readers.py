@@ -1,0 +1,220 @@
+"""One reader per scored module: it puts gates on the module's input and output while the scorer is attached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.rules import Rule
+from obc.model.sharding import is_dtensor
+from obc.scoring.reading.chains import Candidates, Chains
+from obc.scoring.reading.flat_row import Slot
+from obc.scoring.reading.gates import CheckGate, Gate, TokenGate
+from obc.scoring.sharding import LocalPart
+
+# What a module's own forward calls its activation, where it comes by keyword.
+_ACTIVATION_KEYWORDS = ("input", "x", "hidden_states")
+
+
+class Reading:
+    """What all readers of a scorer share: which kind of row is being read.
+
+    Attributes:
+        per_sample: sample rows.
+        checking: the checking row is not over yet.
+        samples: samples in the row being read, known from its first activation.
+        begins: the row being read has no activation yet, so what ``samples`` says is of a pass outside it.
+        sharded: parameters lie on several processes; no row is checked, and what gates can't read is not read.
+        candidates: in the checking row, for what may follow from other rows; None where that is not asked for.
+        chains: which slots need no gate, because their rows follow from others.
+    """
+
+    def __init__(self, per_sample: bool, checking: bool, chains: Chains, sharded: bool = False) -> None:
+        self.per_sample, self.checking, self.chains, self.sharded = per_sample, checking, chains, sharded
+        self.samples: int | None = None
+        self.begins = False
+        self.candidates: Candidates | None = None
+
+
+class _Watch:
+    """What a :class:`CheckGate` keeps of its activation, and what it noticed about it; ``slot``: where its row lies."""
+
+    def __init__(self, slot: Slot | None, keeps_received: bool) -> None:
+        self.slot, self.keeps_received = slot, keeps_received
+        self.input_changed = self.output_changed = self.reached = False
+
+
+class Reader:
+    """Reads one module's rows.
+
+    Attributes:
+        how: "gate", "norm gradient" or "weight gradient": how rows are read after the checking row.
+        reason: why the module is not read by gates, or not read at all.
+        scored: False where the module is left out.
+        called: its forward ran with a gate.
+        used: its gradient was seen in at least one row.
+        activation_dtypes: of its input and output in the checking row.
+    """
+
+    def __init__(self, name: str, module: nn.Module, rule: Rule, out: Slot, in_: Slot | None, fold: int) -> None:
+        self.name, self.module, self.rule, self.out, self.in_, self.fold = name, module, rule, out, in_, fold
+        self.tokens: Slot | None = None
+        self.how = "gate"
+        self.reason: str | None = None
+        self.scored = True
+        self.called = False
+        self.used = False
+        self.copy_input = self.copy_output = False
+        self.activation_dtypes: set[torch.dtype] = set()
+        self._watch_in, self._watch_out = _Watch(in_, keeps_received=False), _Watch(out, keeps_received=True)
+        self._reading: Reading
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def slots(self) -> list[Slot]:
+        return [slot for slot in (self.out, self.in_, self.tokens) if slot is not None]
+
+    @property
+    def weight(self) -> Tensor:
+        weight: Tensor = getattr(self.module, self.rule.weight)
+        return weight
+
+    @property
+    def reached(self) -> bool:
+        """Whether in the checking row a gradient came to its output, and through it to its input."""
+        return self._watch_out.reached and (self.in_ is None or self._watch_in.reached)
+
+    def attach(self, reading: Reading) -> None:
+        """Put the gates on: hooks closest to the module's own forward, so that they see what it sees.
+
+        They stay on until :meth:`detach`, whatever ``how`` becomes: a compiled model does not notice hooks that go.
+        """
+        self._reading = reading
+        if self.in_ is not None:
+            self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
+        # What a table split over processes looks up is a part of the output only after the hook that adds the parts up.
+        last = self.rule.looks_up and is_dtensor(self.weight)
+        self._handles.append(self.module.register_forward_hook(self._after, prepend=not last, with_kwargs=True))
+
+    def detach(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def notice_changes(self) -> None:
+        """Take over what the checking row's gates saw: later gates hand on, or keep, copies."""
+        self.copy_output |= self._watch_out.output_changed
+        self.copy_input |= self._watch_in.input_changed
+        if self._watch_in.output_changed:
+            self.reason = "it changes its input in place"
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not self._reads() or self.in_ is None or self.rule.in_dim is None:
+            return None
+        if args and isinstance(args[0], Tensor):
+            gated = self._gate(args[0], self.in_, self.rule.in_dim, self.copy_input, self._watch_in, self.fold)
+            return (gated, *args[1:]), kwargs
+        for name in _ACTIVATION_KEYWORDS:
+            if isinstance(kwargs.get(name), Tensor):
+                gated = self._gate(kwargs[name], self.in_, self.rule.in_dim, self.copy_input, self._watch_in, self.fold)
+                return args, {**kwargs, name: gated}
+        return None
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self._reads() or not isinstance(output, Tensor) or self.rule.out_dim is None:
+            return None
+        # A compiler's graph is not autograd's: there every slot has its gate.
+        if self.out in self._reading.chains.slots and not torch.compiler.is_compiling():
+            self._reading.chains.outputs[self.out] = output.grad_fn
+            return None
+        if not self.called:
+            self.called = True
+        if self.rule.looks_up:
+            output = self._spread_over_samples(output)
+            if self.tokens is not None:
+                tokens = args[0] if args else kwargs["input"]
+                output = self._gate_tokens(output, tokens, self.tokens)
+        gated = self._gate(output, self.out, self.rule.out_dim, False, self._watch_out, 1)
+        # A compiler sees no version counters, and makes nothing of a copy that it finds needless.
+        copy = (self.copy_output and not self._reading.checking) or torch.compiler.is_compiling()
+        return gated.clone() if copy else gated
+
+    def _reads(self) -> bool:
+        return self.how == "gate" and self.scored and torch.is_grad_enabled()
+
+    def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
+        reading = self._reading
+        if not (reading.checking or torch.compiler.is_compiling()) and slot is self.in_:
+            reading.chains.look(activation, slot)
+            if slot in reading.chains.slots:
+                return activation
+        if type(activation) is not Tensor and is_dtensor(activation):
+            part = LocalPart(activation, channel_dim)
+            slot.see(part.first, part.tensor.shape[channel_dim] // fold)
+            return part.back(self._gate(part.tensor, slot, channel_dim, copy, watch, fold))
+        channels = slot.local_size * fold
+        if not activation.is_floating_point() or not self._bind(slot, activation, channel_dim, channels):
+            return activation
+        gate = slot.gate
+        assert gate is not None
+        if reading.checking:
+            self.activation_dtypes.add(activation.dtype)
+        if reading.checking and not torch.compiler.is_compiling():
+            if slot is self.in_ and reading.candidates is not None:
+                reading.candidates.walk(activation, slot)
+            return CheckGate.apply(activation, gate, channel_dim, reading.per_sample, fold, watch)  # type: ignore[no-any-return]
+        if copy:
+            activation = activation.clone()
+        return Gate.apply(activation, gate, channel_dim, reading.per_sample, fold)  # type: ignore[no-any-return]
+
+    def _gate_tokens(self, output: Tensor, tokens: Tensor, slot: Slot) -> Tensor:
+        if not self._bind(slot, output, -1, output.shape[-1]):
+            return output
+        return TokenGate.apply(output, slot.gate, tokens, self._reading.per_sample)  # type: ignore[no-any-return]
+
+    def _bind(self, slot: Slot, activation: Tensor, channel_dim: int, channels: int) -> bool:
+        """Have a gate of the right shape in the slot; False where this activation doesn't have that shape."""
+        reading, shape = self._reading, tuple(activation.shape)
+        if not -len(shape) <= channel_dim < len(shape) or shape[channel_dim] != channels:
+            self._refuse(f"its activation of shape {shape} does not have {channels} channels along dim {channel_dim}")
+            return False
+        if not reading.per_sample:
+            if slot.gate is None:  # it saw other channels of a distributed activation before
+                slot.bind()
+            return True
+        if channel_dim % len(shape) == 0:
+            self._refuse(f"its activation of shape {shape} has no dimension of samples")
+            return False
+        if reading.samples is None or reading.begins:
+            reading.samples, reading.begins = shape[0], False
+        if shape[0] != reading.samples:
+            self._refuse(f"its activation has {shape[0]} entries along dim 0 where {reading.samples} are samples")
+            return False
+        if slot.gate is None or slot.gate.shape[0] != reading.samples:
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "a compiled model needs its gates before its forward: use scorer.row(samples=B) around it"
+                )
+            slot.bind_samples(reading.samples)
+        return True
+
+    def _refuse(self, reason: str) -> None:
+        """In the checking row, note why gates can't serve this module; later, it is too late."""
+        self.reason = reason
+        if self._reading.sharded:
+            self.scored = False
+        elif not self._reading.checking:
+            self._reading.samples = None
+            raise ValueError(
+                f"module {self.name!r} can't be read by gates any more: {reason}, other than in the checking row; "
+                "score batches of one kind, or batches of one sample"
+            )
+
+    def _spread_over_samples(self, output: Tensor) -> Tensor:
+        """A look-up made once for all samples, such as positions, is spread over them so that each has its own row."""
+        samples = self._reading.samples
+        if self._reading.per_sample and samples is not None and output.dim() >= 2 and output.shape[0] == 1:
+            return output.expand(samples, *output.shape[1:])
+        return output

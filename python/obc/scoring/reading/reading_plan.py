@@ -1,0 +1,300 @@
+"""What a scorer will read: readers, slots of the flat rows, and the gradients that check or replace gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc import ops
+from obc.model.rules import Rule, channel_count, rule_for
+from obc.model.sharding import is_sharded
+from obc.scoring.reading.chains import Candidates, Chains
+from obc.scoring.reading.flat_row import FlatRow, Slot
+from obc.scoring.reading.gradients import NormGradients, WeightGradient
+from obc.scoring.reading.module_readers import Reader
+from obc.scoring.sharding import tied
+
+ModuleFilter = Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass
+class Source:
+    """A weight's gradient, and the readers that it checks or replaces: one, or several where the weight is tied."""
+
+    gradient: WeightGradient
+    readers: list[Reader]
+
+
+@dataclass
+class Plan:
+    """Everything that a scorer reads.
+
+    Attributes:
+        readers: by module name, in the order of the model.
+        unscored: module name -> why it has no rule.
+        flats: one flat row per device and accumulation dtype.
+        sources: the weights whose gradient can check or replace gates.
+        norms: (parameter, slot) of norms read from their own gradients, weights and biases apart.
+        chains: what follows from what, once a row was checked.
+    """
+
+    readers: dict[str, Reader] = field(default_factory=dict)
+    unscored: dict[str, str] = field(default_factory=dict)
+    flats: dict[tuple[torch.device, torch.dtype], FlatRow] = field(default_factory=dict)
+    sources: list[Source] = field(default_factory=list)
+    norms: list[list[tuple[nn.Parameter, Slot]]] = field(default_factory=list)
+    chains: Chains = field(default_factory=Chains)
+
+    def candidates(self) -> Candidates:
+        """To look for chains with."""
+        readers = [reader for reader in self.readers.values() if reader.how == "norm gradient"]
+        return Candidates({id(reader.weight): (reader.module, reader.out) for reader in readers})
+
+    def confirm_chains(self, candidates: Candidates, norms: Iterable[NormGradients]) -> None:
+        """Take over the chains that hold in the rows in hand, of modules that gates read."""
+        gated = [reader for reader in self.readers.values() if reader.how == "gate" and reader.in_ is not None]
+        inputs = {reader.in_ for reader in gated}
+        # What is changed in place was changed on a copy in the checking row, which leaves another graph.
+        outputs = {reader.out for reader in gated if not reader.copy_output}
+        found = [one for one in candidates.found() if one.seen_by in inputs]
+        self.chains.confirm((one for one in found if one.slot in inputs or one.slot in outputs), norms)
+
+    def reads(self, parameter: nn.Parameter) -> bool:
+        """Whether this very parameter is one whose gradient the plan reads."""
+        weights = [source.gradient.weight for source in self.sources]
+        norms = [norm for part in self.norms for norm, _ in part]
+        return any(parameter is known for known in (*weights, *norms))
+
+    def coverage(self, model: nn.Module, checked: bool) -> dict[str, str]:
+        """Module name -> how it is read, or "unscored: " and why not, in the order of the model."""
+        coverage = {}
+        for name, _ in model.named_modules():
+            if name in self.unscored:
+                coverage[name] = f"unscored: {self.unscored[name]}"
+            elif name in self.readers:
+                coverage[name] = self._how(self.readers[name], checked)
+        return coverage
+
+    def _how(self, reader: Reader, checked: bool) -> str:
+        if not reader.scored:
+            return f"unscored: {reader.reason}"
+        if not self._was_used(reader):
+            return "unscored: no gradient reached it in any row"
+        if reader.how == "weight gradient":
+            return f"weight gradient: {reader.reason}"
+        tied = [other.name for other in self.readers.values() if other is not reader and other.weight is reader.weight]
+        with_others = f", tied with {', '.join(tied)}" if tied else ""
+        if reader.how == "gate":
+            unchecked = not checked or reader.rule.packed or not isinstance(reader.weight, nn.Parameter)
+            copied = " on a copy" if reader.copy_output else ""
+            return f"gate{copied}{' (unchecked)' if unchecked else ''}{with_others}{self._chained(reader)}"
+        return f"{reader.how}{with_others}"
+
+    def _chained(self, reader: Reader) -> str:
+        sides = [("out", reader.out)] + ([] if reader.in_ is None else [("in", reader.in_)])
+        found = [(side, self.chains.slots[slot]) for side, slot in sides if slot in self.chains.slots]
+        return "".join(f", {side} channels from {source}" for side, source in found)
+
+    def _was_used(self, reader: Reader) -> bool:
+        if reader.how == "weight gradient":
+            return any(source.gradient.fired for source in self.sources if reader in source.readers)
+        return reader.used or (reader.called and reader.how == "gate")
+
+    def without_source(self) -> list[Reader]:
+        """Readers whose gates no weight's gradient can check or replace."""
+        checked = {reader for source in self.sources for reader in source.readers}
+        return [reader for reader in self.readers.values() if reader.how == "gate" and reader not in checked]
+
+    def layout(self) -> list[tuple[str, int, int]]:
+        """(module, out channels, in channels or -1): what a saved state must agree with."""
+        sizes = []
+        for name, reader in self.readers.items():
+            sizes.append((name, reader.out.size, -1 if reader.in_ is None else reader.in_.size))
+        return sizes
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums, and how each module is read."""
+        return {
+            "layout": self.layout(),
+            "scores": [flat.scores.clone() for flat in self.flats.values()],
+            "readers": {name: {key: getattr(reader, key) for key in _STATE} for name, reader in self.readers.items()},
+            "fired": [source.gradient.fired for source in self.sources],
+            "chains": self.chains.state(self._slots(), self._modules()),
+        }
+
+    def _slots(self) -> list[Slot]:
+        return [slot for flat in self.flats.values() for slot in flat.slots]
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {name: reader.module for name, reader in self.readers.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state; ValueError, with nothing loaded, where it is of another model or of other options."""
+        here, there = self.layout(), [tuple(entry) for entry in state["layout"]]
+        for mine, theirs in zip(here, there, strict=False):
+            if mine != theirs:
+                raise ValueError(f"this state is of another model or other options: it has {theirs}, this model {mine}")
+        if len(here) != len(there):
+            raise ValueError(
+                f"this state has {len(there)} modules, this model {len(here)}; use the same model and options"
+            )
+        sums = [flat.scores for flat in self.flats.values()]
+        if [tuple(saved.shape) for saved in state["scores"]] != [tuple(flat.shape) for flat in sums]:
+            raise ValueError("the sums in this state have other lengths than its modules have channels; it is damaged")
+        for flat, saved in zip(sums, state["scores"], strict=True):
+            flat.copy_(saved)
+        for name, values in state["readers"].items():
+            for key in _STATE:
+                setattr(self.readers[name], key, values[key])
+        for source, fired in zip(self.sources, state["fired"], strict=True):
+            source.gradient.fired = fired
+        self.chains.load(state["chains"], self._slots(), self._modules())
+
+
+# What a reader's state consists of.
+_STATE = ("how", "reason", "scored", "called", "used", "copy_input", "copy_output")
+
+
+def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn.Module], bool]:
+    if modules is None:
+        return lambda name, module: True
+    if callable(modules):
+        return modules
+    names = set(modules)
+    if unknown := sorted(names - {name for name, _ in model.named_modules()}):
+        raise ValueError(f"modules: the model has no module {unknown[0]!r}; names are those of model.named_modules()")
+    return lambda name, module: name in names
+
+
+def make_plan(model: nn.Module, modules: ModuleFilter | None, per_sample: bool, fold_groups: bool) -> Plan:
+    """Decide for every module of the model how it is going to be read.
+
+    Raises:
+        ValueError: no module can be scored, or ``modules`` names one that the model does not have.
+    """
+    plan, slots = Plan(), _Slots()
+    wanted = _wanted(model, modules)
+    for name, module in model.named_modules():
+        if not wanted(name, module):
+            continue
+        rule = rule_for(module)
+        if isinstance(rule, str):
+            plan.unscored[name] = rule
+        elif rule is not None:
+            plan.readers[name] = _reader(name, module, rule, slots, fold_groups)
+    if not plan.readers:
+        found = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
+        raise ValueError(f"{type(model).__name__} has no module that can be scored (its modules: {found})")
+    plan.flats = slots.flats
+    for reader in plan.readers.values():
+        if type(reader.module) is nn.Embedding:
+            reader.tokens = slots.known.get((id(reader.weight), 0))
+    if is_sharded(model):
+        _plan_sharded(plan)
+    else:
+        _plan_gradients(plan, per_sample)
+    for flat in plan.flats.values():
+        flat.allocate()
+    return plan
+
+
+class _Slots:
+    """The slots of all weights; one per weight and dimension, so that tied weights share theirs."""
+
+    def __init__(self) -> None:
+        self.flats: dict[tuple[torch.device, torch.dtype], FlatRow] = {}
+        self.known: dict[tuple[int, int], Slot] = {}
+
+    def of(self, name: str, module: nn.Module, rule: Rule, axis: int, fold: int) -> Slot:
+        weight: Tensor = getattr(module, rule.weight)
+        # A weight computed by a parametrisation is a new tensor at every look: the module stands for it.
+        key = (id(weight if isinstance(weight, nn.Parameter) else module), axis)
+        if key not in self.known:
+            kind = (weight.device, ops.accumulation_dtype(weight.dtype))
+            flat = self.flats.setdefault(kind, FlatRow(*kind))
+            self.known[key] = flat.add(name, channel_count(module, rule, axis) // fold)
+        return self.known[key]
+
+
+def _reader(name: str, module: nn.Module, rule: Rule, slots: _Slots, fold_groups: bool) -> Reader:
+    fold = rule.groups if fold_groups and rule.in_axis == 1 else 1
+    out = slots.of(name, module, rule, rule.out_axis, 1)
+    in_ = None if rule.in_axis is None else slots.of(name, module, rule, rule.in_axis, fold)
+    reader = Reader(name, module, rule, out, in_, fold)
+    padding = getattr(module, "padding_idx", None) if rule.looks_up else None
+    if padding is not None and bool(reader.weight[padding].any()):
+        reader.reason = "its padding row is not zero but has no gradient"
+    return reader
+
+
+def _plan_gradients(plan: Plan, per_sample: bool) -> None:
+    by_weight: dict[int, list[Reader]] = {}
+    weights: list[tuple[nn.Parameter, Slot]] = []
+    biases: list[tuple[nn.Parameter, Slot]] = []
+    for reader in plan.readers.values():
+        weight = reader.weight
+        leaf = isinstance(weight, nn.Parameter) and weight.is_floating_point() and not reader.rule.packed
+        if reader.rule.kind == "norm" and not per_sample and isinstance(weight, nn.Parameter):
+            reader.how = "norm gradient"
+            weights.append((weight, reader.out))
+            if reader.rule.bias is not None:
+                biases.append((getattr(reader.module, reader.rule.bias), reader.out))
+        elif leaf:
+            by_weight.setdefault(id(weight), []).append(reader)
+            if reader.rule.out_dim is None:
+                reader.reason = "no activation of its own parameters can be seen"
+        elif reader.rule.out_dim is None:
+            reader.scored, reader.reason = False, "its weight is computed and no gate serves it"
+    plan.norms = [part for entries in (weights, biases) for part in _by_kind(entries)]
+    plan.sources = [Source(_weight_gradient(readers), readers) for readers in by_weight.values()]
+
+
+def _plan_sharded(plan: Plan) -> None:
+    """No process has a whole weight's gradient: gates read everything, norms too, and what they can't is named."""
+    for reader in plan.readers.values():
+        if reader.rule.out_dim is None:
+            reader.scored, reader.reason = False, "no gate serves it, and its weight is spread over processes"
+    for reader in tied(plan.readers.values()):
+        reader.scored, reader.reason = False, "its weight is tied, and spread over processes"
+
+
+def _by_kind(entries: list[tuple[nn.Parameter, Slot]]) -> list[list[tuple[nn.Parameter, Slot]]]:
+    """Split by parameter dtype and flat row, and so that each slot stands once in every part."""
+    parts: dict[tuple[torch.dtype, FlatRow, int], list[tuple[nn.Parameter, Slot]]] = {}
+    seen: dict[Slot, int] = {}
+    for parameter, slot in entries:
+        turn = seen[slot] = seen.get(slot, -1) + 1
+        parts.setdefault((parameter.dtype, slot.flat, turn), []).append((parameter, slot))
+    return list(parts.values())
+
+
+def _weight_gradient(readers: list[Reader]) -> WeightGradient:
+    """The transient gradient of the weight that these readers share."""
+    by_axis: dict[int, Slot] = {}
+    biases = []
+    for reader in readers:
+        rule = reader.rule
+        by_axis[0 if rule.elementwise else rule.out_axis] = reader.out
+        if rule.in_axis is not None and reader.in_ is not None:
+            by_axis[rule.in_axis] = reader.in_
+        bias = None if rule.bias is None else getattr(reader.module, rule.bias)
+        if isinstance(bias, nn.Parameter):
+            biases.append((bias, reader.out))
+    column_dim = 2 if 2 in by_axis else 1
+    first = readers[0]
+    weight = first.weight
+    assert isinstance(weight, nn.Parameter)
+    return WeightGradient(
+        weight,
+        by_axis.get(0),
+        by_axis.get(column_dim),
+        max(reader.rule.groups for reader in readers),
+        max(reader.fold for reader in readers),
+        biases,
+        elementwise=first.rule.elementwise,
+        column_dim=column_dim,
+    )

@@ -1,0 +1,72 @@
+"""What makes rows wrong without a trace in them: refused before a row is read, or at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from obc.model.rules import channel_count
+from obc.scoring.errors import ScoringError
+from obc.scoring.reading.flat_row import FlatRow
+from obc.scoring.reading.gradients import NormGradients
+from obc.scoring.reading.reading_plan import Plan
+
+
+def refuse_unreadable(model: nn.Module) -> None:
+    """Refuse a model on which gates would not be seen, or whose parameters are not there yet."""
+    for name, module in model.named_modules():
+        if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
+            raise ScoringError(f"module {name!r} is not initialised yet; run one batch through the model first")
+        wrapped = type(module).__name__ == "OptimizedModule"
+        if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
+            what = f"module {name!r}" if name else "the model"
+            raise ScoringError(
+                f"{what} was compiled before attaching, so gates would not be seen; attach, then compile"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ScoringError(
+                f"module {name!r} is a ScriptModule, whose inside can't be read; score the module it was made of"
+            )
+
+
+def refuse_changed(model: nn.Module, plan: Plan) -> None:
+    """Refuse a model whose modules are no longer those that were planned for."""
+    modules = dict(model.named_modules())
+    reads_gradients = bool(plan.sources or plan.norms)  # not of sharded models, which swap their parameters
+    for name, reader in plan.readers.items():
+        weight = None if reader.rule.packed else reader.weight
+        replaced = reads_gradients and isinstance(weight, nn.Parameter) and not plan.reads(weight)
+        if replaced or modules.get(name) is not reader.module:
+            raise ScoringError(f"{name!r} was replaced since this scorer was made; make a new scorer")
+        if channel_count(reader.module, reader.rule, reader.rule.out_axis) != reader.out.size:
+            raise ScoringError(f"{name!r} changed its width since this scorer was made; make a new scorer")
+        if reader.weight.device != reader.out.flat.device:
+            where = reader.weight.device
+            raise ScoringError(f"{name!r} moved to {where} since this scorer was made; make a new scorer")
+
+
+def refuse_replaced_gradients(model: nn.Module, flats: Iterable[FlatRow], norms: Iterable[NormGradients]) -> None:
+    """Refuse a row whose gradients did not go where they were preset to."""
+    for flat in flats:
+        for slot in flat.slots:
+            if not slot.is_bound():
+                raise ScoringError(
+                    f"the gradient of {slot.label!r}'s gate was replaced instead of added to: call backward "
+                    "without create_graph=True, and leave the gates' .grad alone"
+                )
+    for norm in norms:
+        if (parameter := norm.unbound()) is not None:
+            name = next(name for name, p in model.named_parameters() if p is parameter)
+            raise ScoringError(
+                f"the gradient of {name!r} was replaced inside a row: call zero_grad() between rows, and backward "
+                "without create_graph=True"
+            )
+
+
+def is_inplace_error(error: RuntimeError) -> bool:
+    """Whether autograd found a tensor changed in place after it had been saved, or refused to let a view be changed."""
+    message = str(error)
+    return "modified by an inplace operation" in message or "is being modified inplace" in message

@@ -1,0 +1,254 @@
+"""Every row that counts, kept: on the row's device, or spilled to the host's memory or to a file.
+
+A row is written at a place counted on the device, and the place moves on only where the row was finite: nothing is read
+back, and what was left out is overwritten by the next row. Rows are spilled block by block, with one read a block.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from obc.scoring.errors import ScoringError
+from obc.scoring.reading.flat_row import FlatRow, Slot
+from obc.scoring.results.kept_rows import Columns, KeptRows
+from obc.scoring.results.row_file import RowFile
+
+logger = logging.getLogger("obc")
+
+# "device", "host", or the path of a file.
+RowsTo = str | PathLike[str]
+
+# A block on the device that is spilled when it is full: large enough that its one read back costs nothing.
+_SPILLED_BYTES = 32 << 20
+
+# Rows for which there is room at first where nobody said how many come.
+_FIRST_ROWS = 16
+
+
+class RowStore:
+    """The kept rows of a scorer.
+
+    Args:
+        flats: the vectors that hold the row in hand.
+        to: "device": beside them. "host": in the host's memory, pinned where CUDA is there. A path: in a file, which is
+            mapped into memory when it is read.
+    """
+
+    def __init__(self, flats: Sequence[FlatRow], to: RowsTo) -> None:
+        self.flats = list(flats)
+        self.width = sum(flat.size for flat in flats)
+        self.to = to
+        self._blocks = [_Block(flat) for flat in flats]
+        self._capacity = 0
+        self._bound = 0  # of the rows in the blocks: how many were offered since they were last counted
+        self._spills: _HostRows | RowFile | None = None
+        self.file_path = None if to in ("device", "host") else Path(to)
+        if self.file_path is not None:
+            RowFile.refuse_other(self.file_path)
+
+    def bytes(self, num_rows: int) -> int:
+        """What ``num_rows`` rows take: four bytes for each of their channels."""
+        return 4 * self.width * num_rows
+
+    @property
+    def memory_bytes(self) -> int:
+        """What the store takes of the devices' and the host's memory now, rows not yet there included."""
+        spilled = self._spills.matrix_bytes if isinstance(self._spills, _HostRows) else 0
+        return spilled + sum(block.rows.nbytes for block in self._blocks)
+
+    def reserve(self, num_rows: int) -> None:
+        """Make room for exactly ``num_rows`` more rows, and log the bytes."""
+        where = self.flats[0].device if self.to == "device" else self.to
+        logger.info("keeping %d rows: %d bytes on %s", num_rows, self.bytes(num_rows), where)
+        if (spill := self._spill()) is not None:
+            spill.reserve(num_rows)
+            if self._capacity == 0:
+                self._resize(min(num_rows, self._spilled_rows()))
+        elif self._bound + num_rows > self._capacity:
+            self._resize(self._bound + num_rows)
+
+    def append(self, finite: Tensor, loss_scale: float) -> None:
+        """Keep the row in hand.
+
+        Args:
+            finite: (samples,) bool, which samples of the row count; one for a batch row.
+            loss_scale: what the row is divided by.
+        """
+        samples = finite.numel()
+        if self._bound + samples > self._capacity:
+            self._make_room(samples)
+        for block in self._blocks:
+            block.append(finite, loss_scale)
+        self._bound += samples
+
+    def matrices(self, start: int = 0) -> list[Tensor]:
+        """Per flat vector, the (rows, channels) from row ``start`` on. Reads from the device."""
+        if (spill := self._spilled()) is not None:
+            return list(spill.matrix()[start:].split([flat.size for flat in self.flats], dim=1))
+        kept = self._count()
+        return [block.rows[start:kept] for block in self._blocks]
+
+    def kept(self, slots: Mapping[str, Mapping[str, Slot | None]]) -> KeptRows:
+        """The rows so far, which later ones don't change.
+
+        Args:
+            slots: module name -> side -> its slot.
+        """
+        if (spill := self._spilled()) is not None:
+            matrices = [spill.matrix()]
+            starts = itertools.accumulate((flat.size for flat in self.flats), initial=0)
+            places = {flat: (0, start) for flat, start in zip(self.flats, starts, strict=False)}
+        else:
+            matrices = self.matrices()
+            places = {flat: (index, 0) for index, flat in enumerate(self.flats)}
+
+        def columns(slot: Slot) -> Columns:
+            matrix, start = places[slot.flat]
+            return matrix, start + slot.start, start + slot.stop
+
+        sides = {name: {side: columns(slot) for side, slot in of.items() if slot} for name, of in slots.items()}
+        return KeptRows(matrices, sides)
+
+    def load(self, rows: Sequence[Tensor] | RowFile) -> None:
+        """Hold these rows, and no others: matrices as of :meth:`matrices`, or a file to go on with."""
+        for block in self._blocks:
+            block.count.zero_()
+        self._bound = 0
+        if isinstance(rows, RowFile):
+            self._spills = rows
+            return
+        num_rows = len(rows[0])
+        if self.to != "device":
+            self._spills = None
+            spill = self._spill()
+            assert spill is not None
+            spill.append(rows)
+            return
+        # Rows that were handed out may lie in the block: they stay what they are.
+        self._capacity = 0
+        self._resize(num_rows)
+        for block, matrix in zip(self._blocks, rows, strict=True):
+            block.rows[:num_rows].copy_(matrix)
+            block.count.fill_(num_rows)
+        self._bound = num_rows
+
+    @property
+    def file(self) -> RowFile | None:
+        """The file that holds the rows, where they go to one, with every row in it."""
+        spill = self._spilled()
+        return spill if isinstance(spill, RowFile) else None
+
+    def _spill(self) -> _HostRows | RowFile | None:
+        """Where rows go that have no room on the device, made when it is first needed; None where they stay there."""
+        if self._spills is None and self.to != "device":
+            if self.file_path is None:
+                self._spills = _HostRows(self.width, any(flat.device.type == "cuda" for flat in self.flats))
+            else:
+                self._spills = RowFile.create(self.file_path, self.width)
+        return self._spills
+
+    def _spilled(self) -> _HostRows | RowFile | None:
+        """The same, with every row in it. Reads from the device."""
+        spill = self._spill()
+        if spill is not None and (kept := self._count()):
+            spill.append([block.rows[:kept] for block in self._blocks])
+            for block in self._blocks:
+                block.count.zero_()
+        if spill is not None:
+            self._bound = 0
+        return spill
+
+    def _spilled_rows(self) -> int:
+        return max(1, _SPILLED_BYTES // max(1, 4 * self.width))
+
+    def _make_room(self, samples: int) -> None:
+        if any(flat.device.type == "cuda" for flat in self.flats) and torch.cuda.is_current_stream_capturing():
+            raise ScoringError(
+                f"no room for another row while a CUDA graph is captured ({self._capacity} rows): call "
+                "scorer.reserve_rows(n) with the number of replays before capturing"
+            )
+        if self._spilled() is not None:
+            if samples > self._capacity:
+                self._resize(max(samples, self._spilled_rows() if self._capacity == 0 else 0))
+            return
+        self._bound = self._count()
+        if self._bound + samples > self._capacity:
+            self._resize(max(self._bound + samples, 2 * self._capacity, _FIRST_ROWS))
+
+    def _count(self) -> int:
+        """Rows in the blocks. Reads from the device."""
+        count = int(self._blocks[0].count)
+        if count > self._capacity:
+            raise ScoringError(
+                f"{count} rows were replayed where {self._capacity} have room; call scorer.reserve_rows({count}) "
+                "before capturing the CUDA graph"
+            )
+        return count
+
+    def _resize(self, capacity: int) -> None:
+        kept = self._count()
+        for block in self._blocks:
+            block.resize(capacity, kept)
+        self._capacity = capacity
+
+
+class _Block:
+    """Rows of one flat vector on its device, and how many of them count.
+
+    There is one place more than the capacity: rows that don't count are written there where the block is full.
+    """
+
+    def __init__(self, flat: FlatRow) -> None:
+        self.flat = flat
+        self.rows = torch.empty(1, flat.size, device=flat.device)
+        self.count = torch.zeros((), dtype=torch.int64, device=flat.device)
+
+    def append(self, finite: Tensor, loss_scale: float) -> None:
+        last = len(self.rows) - 1
+        finite = finite.to(self.count.device)
+        places = torch.where(finite, self.count + finite.cumsum(0) - 1, last).clamp_(max=last)
+        self.rows.index_copy_(0, places, (self.flat.rows() / loss_scale).t().to(self.rows.dtype))
+        self.count += finite.sum()
+
+    def resize(self, capacity: int, kept: int) -> None:
+        rows = torch.empty(capacity + 1, self.flat.size, device=self.flat.device)
+        rows[:kept].copy_(self.rows[:kept])
+        self.rows = rows
+
+
+class _HostRows:
+    """Rows in the host's memory, which grows by doubling."""
+
+    def __init__(self, width: int, pinned: bool) -> None:
+        self.rows, self.pinned = 0, pinned
+        self._matrix = torch.empty(0, width, pin_memory=pinned)
+
+    @property
+    def matrix_bytes(self) -> int:
+        return self._matrix.nbytes
+
+    def reserve(self, num_rows: int) -> None:
+        if self.rows + num_rows > len(self._matrix):
+            matrix = torch.empty(self.rows + num_rows, self._matrix.shape[1], pin_memory=self.pinned)
+            matrix[: self.rows].copy_(self._matrix[: self.rows])
+            self._matrix = matrix
+
+    def append(self, parts: Sequence[Tensor]) -> None:
+        more = len(parts[0])
+        if self.rows + more > len(self._matrix):
+            self.reserve(max(more, len(self._matrix)))
+        start = 0
+        for part in parts:
+            self._matrix[self.rows : self.rows + more, start : start + part.shape[1]].copy_(part)
+            start += part.shape[1]
+        self.rows += more
+
+    def matrix(self) -> Tensor:
+        return self._matrix[: self.rows]

@@ -1,0 +1,292 @@
+"""The result of scoring: importance per channel of every module, what was read how, and its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from obc.files import parse_json
+from obc.model.groups import ChannelGroup, Slices
+from obc.scoring.results.group_scores import GroupScores, group_scores
+from obc.scoring.results.kept_rows import KeptRows
+from obc.scoring.results.report import Report
+from obc.tensor_file import save_tensors
+
+# Files without rows stay readable for those who know the first format only.
+_FORMAT, _FORMAT_WITH_ROWS = "obc.Scores/1", "obc.Scores/2"
+
+
+class ScoresError(ValueError):
+    """A score file is not one, or belongs to another model."""
+
+
+@dataclass(frozen=True)
+class ChannelScores:
+    """Importance of one module's channels: sums over the rows of squares of weight times gradient.
+
+    Attributes:
+        out_channels: (C_out,) float32, or None.
+        in_channels: (C_in,) float32, or None for modules without in channels (norms, embeddings).
+    """
+
+    out_channels: Tensor | None
+    in_channels: Tensor | None = None
+
+
+def obc_version() -> str:
+    """The installed version, or "unknown" for a source tree that was not installed."""
+    try:
+        return version("obc")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+class Scores(Mapping[str, ChannelScores]):
+    """Scores of a model, keyed by module name.
+
+    S[c] = sum over rows n of (w_c . dL_n/dw_c)^2 for the slice w_c of one channel in one module. A coupled group's
+    score is the sum over the slices it removes.
+
+    Attributes:
+        num_rows: rows that were added.
+        coverage: module name -> how its rows were read, or "unscored: " and why not.
+        metadata: model class, kind of rows, obc's version, rows left out.
+        rows: with ``keep_rows=True`` every row by module name, :class:`obc.ChannelRows`; otherwise empty.
+        report: time and memory that :func:`obc.score` took; None for scores made otherwise.
+    """
+
+    def __init__(
+        self,
+        channels: Mapping[str, ChannelScores],
+        *,
+        num_rows: int,
+        coverage: Mapping[str, str],
+        metadata: Mapping[str, str],
+        rows: KeptRows | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self._channels = dict(channels)
+        self.num_rows = num_rows
+        self.coverage = dict(coverage)
+        self.metadata = dict(metadata)
+        self.rows = KeptRows([], {}) if rows is None else rows
+        self.report = report
+
+    def __getitem__(self, name: str) -> ChannelScores:
+        try:
+            return self._channels[name]
+        except KeyError:
+            why = self.coverage.get(name, "no such module was there when the model was scored")
+            raise KeyError(f"no scores for module {name!r}: {why}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._channels)
+
+    def __len__(self) -> int:
+        return len(self._channels)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._channels
+
+    def __repr__(self) -> str:
+        return "\n".join([self._headline(), *_table(self._channels, self.coverage)])
+
+    def _headline(self) -> str:
+        unscored = sum(how.startswith("unscored") for how in self.coverage.values())
+        model = self.metadata.get("model", "a model")
+        rows = f"{self.num_rows} rows ({self.metadata.get('rows')})"
+        return f"Scores of {model}: {len(self)} modules, {rows}, {unscored} unscored"
+
+    def group(self, groups: Sequence[ChannelGroup], slices: Slices = "all") -> GroupScores:
+        """Scores of coupled channels: S_g = sum over the slices m of group g of S_m, per unit, with the parts listed.
+
+        Where rows were kept (``keep_rows=True``) a unit of several channels, such as a head, is one slice:
+        S_m = sum_n (sum over its channels c of r_c[n])^2. Without rows S_m is the sum of its channels' scores, which
+        leaves out how their rows agree or cancel.
+
+        Args:
+            groups: of the model as it was scored, for example :func:`obc.transformer_groups`.
+            slices: "all", the paper's sum over every slice; "gate", one gate on each unit: its consumers' rows are
+                added before squaring (without rows, their scores).
+
+        Raises:
+            ValueError: an unknown ``slices``, two groups of one name, or groups of a model of other widths.
+        """
+        return group_scores(self, self.rows, self.coverage, groups, slices)
+
+    def verify(self, model: nn.Module) -> None:
+        """Check that these scores are of ``model``: every module is there with as many channels.
+
+        Raises:
+            ScoresError: naming the first module that is not.
+        """
+        from obc.model.rules import Rule, channel_count, rule_for
+
+        modules = dict(model.named_modules())
+        for name, channels in self._channels.items():
+            if name not in modules:
+                raise ScoresError(f"these scores are of another model: it has no module {name!r}; score this model")
+            rule = rule_for(modules[name])
+            for side, values in (("out", channels.out_channels), ("in", channels.in_channels)):
+                expected: set[int] = set()
+                if isinstance(rule, Rule) and (axis := rule.out_axis if side == "out" else rule.in_axis) is not None:
+                    expected.add(channel_count(modules[name], rule, axis))
+                    if side == "in":  # fold_groups adds the groups up
+                        expected.add(channel_count(modules[name], rule, axis) // rule.groups)
+                if values is not None and values.numel() not in expected:
+                    raise ScoresError(
+                        f"these scores are of another model: {name!r} has {max(expected, default=None)} {side} "
+                        f"channels, the scores {values.numel()}; score the model again after every change of its widths"
+                    )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file: one tensor per module and side, the kept rows, everything else as metadata.
+
+        Raises:
+            OSError: the file can't be written; a file that was there is what it was.
+        """
+        tensors = {}
+        for name, channels in self._channels.items():
+            for side, values in (("out_channels", channels.out_channels), ("in_channels", channels.in_channels)):
+                if values is not None:
+                    tensors[f"{name}:{side}"] = values.detach().cpu().contiguous()
+        tensors |= {f"rows:{index}": matrix for index, matrix in enumerate(self.rows.matrices)}
+        metadata = {
+            "format": _FORMAT_WITH_ROWS if self.rows.matrices else _FORMAT,
+            "num_rows": str(self.num_rows),
+            "coverage": json.dumps(self.coverage),
+            "metadata": json.dumps(self.metadata),
+            "modules": json.dumps(list(self._channels)),
+        }
+        if self.report is not None:
+            metadata["report"] = json.dumps(asdict(self.report))
+        if self.rows.matrices:
+            metadata["row_columns"] = json.dumps(self.rows.columns)
+        save_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str], model: nn.Module | None = None) -> Scores:
+        """Read a file written by :meth:`save`.
+
+        Args:
+            path: the file.
+            model: where given, the scores are verified to be of this model.
+
+        Raises:
+            ScoresError: the file is not a score file, is damaged, or is of another model.
+            FileNotFoundError: there is no such file.
+        """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no score file at {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise ScoresError(f"{path} is not a score file, or is damaged: {error}") from error
+        if header.get("format") not in (_FORMAT, _FORMAT_WITH_ROWS):
+            raise ScoresError(
+                f"{path} is not a score file: format {header.get('format')!r}, expected {_FORMAT!r} or "
+                f"{_FORMAT_WITH_ROWS!r}"
+            )
+        try:
+            modules = parse_json(header["modules"], list[str])
+            coverage = parse_json(header["coverage"], dict[str, str])
+            metadata = parse_json(header["metadata"], dict[str, str])
+            num_rows = parse_json(header["num_rows"], int)
+            row_columns = parse_json(header.get("row_columns", "{}"), dict[str, dict[str, list[int]]])
+            report = Report(**parse_json(header["report"], dict[str, float | None])) if "report" in header else None
+        except (KeyError, TypeError, ValueError) as error:
+            raise ScoresError(f"{path} is a damaged score file: {error!r}") from error
+        if lacking := [name for name in modules if f"{name}:out_channels" not in tensors]:
+            raise ScoresError(f"{path} is a damaged score file: it has no scores of {lacking[0]!r}")
+        channels = {
+            name: ChannelScores(tensors.get(f"{name}:out_channels"), tensors.get(f"{name}:in_channels"))
+            for name in modules
+        }
+        for name, of in channels.items():
+            for side in (of.out_channels, of.in_channels):
+                if side is not None and (side.dim() != 1 or side.dtype != torch.float32):
+                    what = f"{side.dtype} of shape {tuple(side.shape)}, expected a float32 vector"
+                    raise ScoresError(f"{path} is a damaged score file: the scores of {name!r} are {what}")
+        rows = _loaded_rows(path, tensors, row_columns, num_rows)
+        scores = cls(channels, num_rows=num_rows, coverage=coverage, metadata=metadata, rows=rows, report=report)
+        if model is not None:
+            scores.verify(model)
+        return scores
+
+    def plot(self, path: str | PathLike[str]) -> None:
+        """Draw every module's out-channel scores, sorted, as one curve a module on a logarithmic axis.
+
+        Raises:
+            ImportError: matplotlib is missing; the message says how to get it.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("Scores.plot needs matplotlib: pip install 'obc[plot]'") from error
+        _draw(Figure, self._channels, self._headline(), path)
+
+
+def _loaded_rows(
+    path: str | PathLike[str], tensors: Mapping[str, Tensor], columns: Mapping[str, Any], num_rows: int
+) -> KeptRows:
+    matrices: list[Tensor] = []
+    while (matrix := tensors.get(f"rows:{len(matrices)}")) is not None:
+        matrices.append(matrix)
+    widths = [matrix.shape[1] for matrix in matrices if matrix.dim() == 2 and len(matrix) == num_rows]
+    places = {name: {side: tuple(place) for side, place in sides.items()} for name, sides in columns.items()}
+    fit = all(
+        len(place) == 3 and 0 <= place[0] < len(widths) and 0 <= place[1] <= place[2] <= widths[place[0]]
+        for sides in places.values()
+        for place in sides.values()
+    )
+    if len(widths) != len(matrices) or not fit:
+        raise ScoresError(f"{path} is a damaged score file: its rows are not those of {num_rows} rows of its modules")
+    return KeptRows(matrices, places)
+
+
+def _draw(figure_class: Any, channels: Mapping[str, ChannelScores], title: str, path: str | PathLike[str]) -> None:
+    drawn = {name: c.out_channels for name, c in channels.items() if c.out_channels is not None}
+    columns = 3
+    lines = max(1, -(-len(drawn) // columns))
+    figure = figure_class(figsize=(4.2 * columns, 1.9 * lines + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    grid = figure.subplots(lines, columns, squeeze=False)
+    for axis in grid.flat[len(drawn) :]:
+        axis.set_visible(False)
+    for axis, (name, values) in zip(grid.flat, drawn.items(), strict=False):
+        ordered = values.detach().float().cpu().sort(descending=True).values
+        axis.plot(ordered.clamp_min(torch.finfo(torch.float32).tiny).numpy(), linewidth=1.2)
+        axis.set_yscale("log")
+        axis.set_title(f"{name} ({values.numel()})", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("out channels, sorted", fontsize=9)
+    figure.supylabel("score", fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+def _table(channels: Mapping[str, ChannelScores], coverage: Mapping[str, str]) -> list[str]:
+    """One line a module: its channels on both sides, the range of its out-channel scores, and how it was read."""
+    header = ("module", "out", "in", "min", "median", "max", "read by")
+    lines: list[tuple[str, ...]] = [header]
+    for name, how in coverage.items():
+        scores = channels.get(name, ChannelScores(None))
+        values = scores.out_channels
+        spread = ("", "", "")
+        if values is not None and values.numel():
+            spread = (f"{values.min():.2e}", f"{values.median():.2e}", f"{values.max():.2e}")
+        sizes = ["" if side is None else str(side.numel()) for side in (values, scores.in_channels)]
+        lines.append((name or "(model)", *sizes, *spread, how))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

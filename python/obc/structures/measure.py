@@ -1,0 +1,219 @@
+"""What a model costs: how often each layer runs, measured once, and the polynomial in its groups' widths from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from obc.model.costs import Costs
+from obc.model.evaluation import evaluating
+from obc.model.groups import ChannelGroup
+from obc.model.layouts import layout_of
+from obc.model.names import named_modules
+
+
+@dataclass
+class Usage:
+    """What one forward pass showed.
+
+    Attributes:
+        positions: layer -> at how many positions its weight is applied: of the output; of the input for transposed
+            convolutions; tokens for linear layers. A layer that is called twice counts twice.
+        order: every module that was called, in the order of first calls.
+        depthwise: convolutions with one filter a channel, which lose groups where others lose channels.
+        returned: modules whose output the model returns as it is.
+        shapes: of the tensors that the model returns.
+    """
+
+    positions: dict[str, float] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+    depthwise: frozenset[str] = frozenset()
+    returned: frozenset[str] = frozenset()
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def measure(model: nn.Module, forward: Callable[[], Any]) -> Usage:
+    """The usage of ``model`` in one call of ``forward``, in eval mode and without gradients."""
+    usage = Usage()
+    called: dict[str, None] = {}
+    results: list[tuple[str, Tensor]] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            called[name] = None
+            results.extend((name, leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            for layer, positions in _positions(name, module, tensors, output):
+                usage.positions[layer] = usage.positions.get(layer, 0) + positions
+
+        return record
+
+    handles = [
+        module.register_forward_hook(hook(name), with_kwargs=True)
+        for name, module in named_modules(model)
+        if module is not model
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            returned = [leaf for leaf in pytree.tree_leaves(forward()) if isinstance(leaf, Tensor)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    usage.order = list(called)
+    usage.shapes = [tuple(leaf.shape) for leaf in returned]
+    usage.returned = frozenset(name for name, tensor in results if any(tensor is leaf for leaf in returned))
+    usage.depthwise = frozenset(
+        name
+        for name, module in named_modules(model)
+        if isinstance(module, _ConvNd) and module.groups == module.out_channels == module.in_channels > 1
+    )
+    return usage
+
+
+def _positions(name: str, module: nn.Module, inputs: Sequence[Tensor], output: Any) -> list[tuple[str, float]]:
+    if isinstance(module, nn.MultiheadAttention):
+        # Queries, keys and values are projected each by a third of one weight; the output projection runs inside.
+        tokens = [tensor.numel() / tensor.shape[-1] for tensor in inputs[:3]]
+        return [(name, sum(tokens) / 3), (f"{name}.out_proj" if name else "out_proj", tokens[0])]
+    layout = layout_of(module)
+    if layout is None:
+        return []
+    if isinstance(module, _ConvNd) and layout.transposed:
+        return [(name, inputs[0].numel() / module.in_channels)]
+    channels = module.out_channels if isinstance(module, _ConvNd) else output.shape[-1]
+    return [(name, output.numel() / channels)]
+
+
+def costs_of(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    usage: Usage,
+    unit: Literal["macs", "parameters"],
+    parameter_dims: Mapping[str, int] | None = None,
+) -> Costs:
+    """MACs or parameters of ``model`` as a polynomial in the widths of ``groups``, exact.
+
+    MACs are multiply-accumulates of convolutions, linear layers and attention's projections, without biases, norms,
+    activations and the products between queries, keys and values. Tied parameters count once.
+
+    Args:
+        model: as it is now.
+        groups: of the model as it is now.
+        usage: measured on the unpruned model.
+        unit: "macs" or "parameters".
+        parameter_dims: for slices of parameters outside any layer, the dimension that is pruned.
+
+    Raises:
+        ValueError: an unknown unit.
+    """
+    if unit not in ("macs", "parameters"):
+        raise ValueError(f"unit must be 'macs' or 'parameters', got {unit!r}")
+    polynomial = _Polynomial(groups)
+    seen: set[int] = set()
+    for name, module in named_modules(model):
+        if unit == "macs":
+            _add_macs(polynomial, name, module, usage)
+            continue
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                _add_parameter(polynomial, (name, key), module, parameter, usage, parameter_dims or {})
+    return polynomial.costs(unit)
+
+
+class _Polynomial:
+    """Sums of products of the sizes of layers' sides, which are affine in the groups' widths."""
+
+    def __init__(self, groups: Sequence[ChannelGroup]) -> None:
+        self.names = [group.name for group in groups]
+        self.widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64)
+        self._per_unit: dict[tuple[str, str], Tensor] = {}
+        for index, group in enumerate(groups):
+            for part in group.slices:
+                per_unit = self._per_unit.setdefault((part.module, part.side), torch.zeros_like(self.widths))
+                per_unit[index] += part.channels.shape[1]
+        self.constant = 0.0
+        self.linear = torch.zeros_like(self.widths)
+        self.quadratic = torch.zeros(len(groups), len(groups), dtype=torch.float64)
+
+    def side(self, module: str, side: str, size: int) -> tuple[float, Tensor]:
+        """(fixed channels, channels per unit of each group) of a side that has ``size`` channels now."""
+        per_unit = self._per_unit.get((module, side), torch.zeros_like(self.widths))
+        return size - float(per_unit @ self.widths), per_unit
+
+    def add(self, factor: float, one: tuple[float, Tensor], other: tuple[float, Tensor] | None = None) -> None:
+        """Add ``factor`` times the size of one side, times that of the other where there is one."""
+        fixed, per_unit = one
+        other_fixed, other_per_unit = other or (1.0, torch.zeros_like(self.widths))
+        self.constant += factor * fixed * other_fixed
+        self.linear += factor * (fixed * other_per_unit + other_fixed * per_unit)
+        self.quadratic += factor * torch.outer(per_unit, other_per_unit)
+
+    def costs(self, unit: str) -> Costs:
+        return Costs(
+            self.names,
+            self.widths,
+            constant=self.constant,
+            linear=self.linear,
+            quadratic=self.quadratic,
+            unit=unit,
+        )
+
+
+def _add_macs(polynomial: _Polynomial, name: str, module: nn.Module, usage: Usage) -> None:
+    positions = usage.positions.get(name)
+    if positions is None:
+        return  # no layer with a weight, or one that never ran
+    if isinstance(module, nn.MultiheadAttention):
+        _add_weight(polynomial, positions, name, (3 * module.embed_dim, module.embed_dim), 1)
+        return
+    _add_layer(polynomial, positions, name, module, usage)
+
+
+def _add_layer(polynomial: _Polynomial, factor: float, name: str, module: nn.Module, usage: Usage) -> None:
+    """``factor`` times the entries of a linear or convolutional layer's weight."""
+    layout, weight = layout_of(module), module.weight
+    assert layout is not None
+    assert isinstance(weight, Tensor)
+    area = weight[0, 0].numel()
+    out_size, in_size = layout.sizes(weight)
+    if name in usage.depthwise:
+        polynomial.add(factor * area, polynomial.side(name, "out", out_size))
+    else:
+        _add_weight(polynomial, factor * area, name, (out_size, in_size), layout.groups)
+
+
+def _add_weight(polynomial: _Polynomial, factor: float, name: str, sizes: tuple[int, int], groups: int) -> None:
+    out_side, in_side = (polynomial.side(name, side, size) for side, size in zip(("out", "in"), sizes, strict=True))
+    polynomial.add(factor / groups, out_side, in_side)
+
+
+def _add_parameter(
+    polynomial: _Polynomial,
+    names: tuple[str, str],
+    module: nn.Module,
+    parameter: Tensor,
+    usage: Usage,
+    dims: Mapping[str, int],
+) -> None:
+    name, key = names
+    full_name = f"{name}.{key}" if name else key
+    if full_name in dims:
+        size = parameter.shape[dims[full_name]]
+        polynomial.add(parameter.numel() / size, polynomial.side(full_name, "out", size))
+    elif layout_of(module) is not None and key == "weight":
+        _add_layer(polynomial, 1.0, name, module, usage)
+    elif isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
+        _add_weight(polynomial, 1.0, name, (3 * module.embed_dim, module.embed_dim), 1)
+    elif parameter.numel() == 1:
+        polynomial.constant += 1  # one slope for all channels
+    else:
+        size = parameter.shape[-1]
+        side = "in" if key in ("bias_k", "bias_v") else "out"
+        polynomial.add(parameter.numel() / size, polynomial.side(name, side, size))

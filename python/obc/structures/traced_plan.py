@@ -1,0 +1,150 @@
+"""One pruning step of Torch-Pruning, recorded: which indices every layer of every group kept."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from obc.model.kept import Kept, PlanError, narrowed, with_columns
+from obc.model.layouts import is_compiled, layout_of, split_by_group
+from obc.model.plan import PruningPlan
+
+
+def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
+    """Run ``pruner.step()`` and record what every layer kept, root and coupled, outputs and inputs.
+
+    Torch-Pruning's own history records root layers only, and wrongly where indices are passed to ``group.prune``.
+
+    Args:
+        pruner: a Torch-Pruning pruner (``BasePruner`` or a subclass).
+        plan: the plan of the steps before this one, recorded on the same model; None at the first step.
+
+    Returns:
+        The plan of all steps so far, in terms of the unpruned model. ``plan`` itself is not changed.
+
+    Raises:
+        PlanError: the model is compiled or has parametrised layers, or a layer can't be described by a plan (LSTM).
+    """
+    refuse_unprunable(pruner.model)
+    # What the pruner read when it was built: of the unpruned model, unless an earlier pruner pruned it before.
+    heads = {module: pruner.init_num_heads.get(module, now) for module, now in pruner.num_heads.items()}
+    recorder = PlanRecorder(pruner.DG, plan, heads, pruner.layer_init_out_ch)
+    for group in pruner.step(interactive=True):
+        recorder.record(group)
+        group.prune()
+    return PruningPlan(recorder.kept)
+
+
+def refuse_unprunable(model: nn.Module) -> None:
+    """Raise PlanError where ``model`` is compiled or has parametrised layers."""
+    if is_compiled(model):
+        raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile again")
+    for name, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise PlanError(f"{name or 'the model'} is parametrised, which Torch-Pruning can't slice; merge it first")
+
+
+class PlanRecorder:
+    """What every layer kept, one group after the other.
+
+    Args:
+        graph: Torch-Pruning's dependency graph of the model.
+        plan: of the steps before; in terms of the unpruned model.
+        heads: of the unpruned model, by query, key and value projection.
+        widths: out channels of the unpruned model's layers, at least of those with heads.
+
+    Attributes:
+        kept: by module or parameter name; changes with every record.
+    """
+
+    def __init__(
+        self,
+        graph: Any,
+        plan: PruningPlan | None = None,
+        heads: Mapping[nn.Module, int] | None = None,
+        widths: Mapping[nn.Module, int] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.kept: dict[str, Kept] = dict(plan or {})
+        self._names = {module: name for name, module in graph.model.named_modules()}
+        self._heads, self._widths = dict(heads or {}), dict(widths or {})
+        self._before = plan or PruningPlan()
+
+    def record(self, group: Any) -> None:
+        """Note what ``group`` is about to remove; call it before ``group.prune()``."""
+        for item in group:
+            dep, removed = item[0], torch.as_tensor([int(index) for index in item[1]], dtype=torch.int64)
+            if len(removed) == 0:
+                continue
+            module = dep.target.module
+            if isinstance(module, nn.Parameter):
+                self._parameter(module, dep.target.pruning_dim, removed)
+            elif module in self._names and next(module.parameters(recurse=True), None) is not None:
+                self._module(module, dep.handler, removed, getattr(item, "root_idxs", None))
+        self._attention_blocks(group)
+
+    def _parameter(self, parameter: nn.Parameter, dim: int, removed: Tensor) -> None:
+        name = self.graph._param_to_name[parameter]
+        before = self.kept.get(name, Kept(dim=dim))
+        self.kept[name] = replace(before, out_channels=narrowed(before.out_channels, parameter.shape[dim], removed))
+
+    def _module(self, module: nn.Module, handler: Callable[..., Any], removed: Tensor, roots: Any) -> None:
+        name = self._names[module]
+        if isinstance(module, nn.RNNBase):
+            raise PlanError(
+                f"{name}: a plan can't describe a pruned {type(module).__name__}; list it in ignored_layers"
+            )
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+            raise PlanError(f"{name}: a LayerNorm over {tuple(module.normalized_shape)} can't be recorded; ignore it")
+        before = self.kept.get(name, Kept())
+        if self.graph.is_out_channel_pruning_fn(handler) and (size := self.graph.get_out_channels(module)) is not None:
+            before = replace(before, out_channels=narrowed(before.out_channels, size, removed))
+        if self.graph.is_in_channel_pruning_fn(handler) and (size := self.graph.get_in_channels(module)) is not None:
+            before = self._narrow_columns(module, before, size, removed, roots)
+        self.kept[name] = before
+
+    def _narrow_columns(self, module: nn.Module, before: Kept, size: int, removed: Tensor, roots: Any) -> Kept:
+        if layout_of(module) is None and not isinstance(module, nn.MultiheadAttention):
+            return before  # norms, embeddings: one set of channels, which the output side holds
+        repeat = _repeat(removed.tolist(), roots, size) if isinstance(module, nn.Linear) else 1
+        if before.in_channels is not None:
+            repeat = math.gcd(repeat, before.in_repeat)
+        return with_columns(before, narrowed(before.in_columns, size, removed), repeat)
+
+    def _attention_blocks(self, group: Any) -> None:
+        """A compressor of queries, keys or values mixes inside each head as long as every head kept equally many."""
+        projections = {item[0].target.module for item in group if item[0].target.module in self._heads}
+        for module in projections:
+            name = self._names[module]
+            kept = self.kept.get(name)
+            if kept is None or kept.out_channels is None:
+                continue
+            fused = len(projections) == 1 and isinstance(module, nn.Linear)
+            blocks = self._heads[module] * (3 if fused else 1)
+            original = self._widths[module]
+            before = self._before.get(name, Kept()).out_channels
+            if before is not None and len(before) == original:
+                continue  # an earlier pruner's plan: what it decided about the heads of the unpruned model stands
+            even = original % blocks == 0 and split_by_group(kept.out_channels, original, blocks) is not None
+            self.kept[name] = replace(kept, out_blocks=blocks if even else 1)
+
+
+def _repeat(removed: Sequence[int], roots: Sequence[int | None] | None, size: int) -> int:
+    """How many consecutive columns one root channel owns behind a flatten; 1 where the indices don't tell."""
+    if roots is None or len(roots) != len(removed):
+        return 1
+    pairs = sorted(zip(removed, roots, strict=True), key=lambda pair: pair[0])
+    repeat = size
+    for root, run in itertools.groupby(enumerate(pairs), key=lambda entry: (entry[1][1], entry[1][0] - entry[0])):
+        columns = [column for _, (column, _) in run]
+        if root[0] is None:
+            return 1
+        repeat = math.gcd(repeat, columns[0], len(columns))
+    return repeat

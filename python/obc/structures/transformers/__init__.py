@@ -1,0 +1,12 @@
+"""Large models of the transformers library: their prunable groups, their pruning without tracing, their files.
+
+structure = TransformersStructure(model, uniform=True)
+result = obc.prune(model, None, batches, loss_fn, structure=structure, round_to=64)
+model.save_pretrained(folder)              # uniform widths that the config can say
+save_pruned(model, result.plan, folder)    # any widths; load_pruned(folder)
+"""
+
+from obc.structures.transformers.saving import load_pruned, save_pruned
+from obc.structures.transformers.structure import TransformersStructure, transformer_groups
+
+__all__ = ["TransformersStructure", "load_pruned", "save_pruned", "transformer_groups"]

@@ -1,0 +1,86 @@
+"""Where a slice of a model lies: tensors and their dimensions, and how removing from them is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from obc.model.groups import Side
+from obc.model.kept import Kept, narrowed
+from obc.model.layouts import is_depthwise, layout_of
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension of one tensor.
+
+    Attributes:
+        module: the name of the module that owns the tensor.
+        tensor: its name in the module.
+        dim: the dimension.
+        key: under which the plan records it.
+        slot: the side of the plan's entry.
+        raw: the tensor is no ordinary layer's: the plan's entry names the dimension.
+    """
+
+    module: str
+    tensor: str
+    dim: int
+    key: str
+    slot: Side
+    raw: bool = True
+
+
+def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
+    """The axes of one side of an ordinary layer: linear, convolution, norm or embedding."""
+    layout, weight = layout_of(module), module.weight
+    assert isinstance(weight, Tensor)
+    biased = isinstance(getattr(module, "bias", None), Tensor)
+    bias = (Axis(name, "bias", 0, name, "out", raw=False),) if biased and side == "out" else ()
+    if layout is None:
+        return (Axis(name, "weight", weight.dim() - 1, name, "out", raw=False), *bias)
+    if is_depthwise(module, weight):
+        return (Axis(name, "weight", 0, name, "out", raw=False), *bias)
+    dim = 0 if (side == "out") != layout.transposed else 1
+    return (Axis(name, "weight", dim, name, side, raw=False), *bias)
+
+
+def narrow(kept: Mapping[str, Kept], axis: Axis, size: int, removed: Tensor) -> Kept:
+    """The plan's entry of an axis after the positions ``removed`` of the ``size`` that it had are gone."""
+    before = kept.get(axis.key, Kept())
+    if axis.slot == "out":
+        dim = axis.dim if axis.raw else None
+        return replace(before, out_channels=narrowed(before.out_channels, size, removed), dim=dim)
+    dim = axis.dim if axis.raw else None
+    return replace(before, in_channels=narrowed(before.in_channels, size, removed), in_dim=dim)
+
+
+def without(tensor: Tensor, dim: int, removed: Tensor) -> Tensor:
+    """``tensor`` without the positions ``removed`` of ``dim``."""
+    stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
+    stays[removed] = False
+    return tensor.index_select(dim, stays.nonzero()[:, 0].to(tensor.device))
+
+
+def sync_layer(module: nn.Module) -> None:
+    """Make the sizes that a layer keeps as attributes those of its weight."""
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = weight.shape
+    elif isinstance(module, _ConvNd):
+        if module.groups > 1:
+            module.groups = module.in_channels = module.out_channels = weight.shape[0]
+        else:
+            module.out_channels, module.in_channels = weight.shape[:2]
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(weight.shape)
+    elif layout_of(module) is not None:  # GPT-2's
+        module.nx, module.nf = weight.shape  # type: ignore[assignment]

@@ -1,0 +1,168 @@
+"""Pruned transformers models in a folder, whatever their widths: config, plan and weights, without pickle."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from obc.files import atomic_write
+from obc.model.kept import Kept, PlanError
+from obc.model.plan import PruningPlan
+from obc.structures.transformers.blocks import DEFAULT_KINDS, Block
+from obc.structures.transformers.structure import TransformersStructure
+
+_PLAN, _WEIGHTS = "obc_plan.json", "model.safetensors"
+_FORMAT = "obc.pruned_model/1"
+# Query heads inside the groups of keys and values come after whole groups: each is counted by what the other leaves.
+_ROUNDS = (DEFAULT_KINDS, ("query_heads",), ("embedding",))
+
+
+def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLike[str]) -> None:
+    """Save a pruned transformers model into a folder: config.json, obc_plan.json and model.safetensors.
+
+    For models whose layers keep different widths, which no config can say; where ``save_pretrained`` serves, this does
+    too. Tied parameters are stored once. Values may have changed since pruning (fine-tuned, compensated).
+
+    Args:
+        model: the pruned model.
+        plan: its structure's.
+        directory: made where it is missing.
+
+    Raises:
+        ValueError: the model has no config, or belongs to no class of the transformers library.
+        OSError: a file can't be written; each file is written whole or not at all.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "to_dict"):
+        raise ValueError(f"{type(model).__name__} has no transformers config; save its state_dict and plan yourself")
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, tied = _distinct(model.state_dict())
+    content = config.to_dict() | {"architectures": [type(model).__name__]}
+    with atomic_write(folder / "config.json") as file:
+        file.write(json.dumps(content, indent=2, default=str).encode())
+    plan.save(folder / _PLAN)
+    _write(folder / _WEIGHTS, tensors, {"format": "pt", "obc_format": _FORMAT, "tied": json.dumps(tied)})
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        generation.save_pretrained(folder)
+
+
+def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] | None = None) -> nn.Module:
+    """Load a model that :func:`save_pruned` wrote, in eval mode.
+
+    The model is built from the config, cut to the plan's shapes, and then loaded strictly.
+
+    Args:
+        directory: the folder.
+        model_class: of the model; by default the class of the transformers library that the config names.
+
+    Raises:
+        PlanError: the folder is none that ``save_pruned`` wrote, or its files don't belong together.
+        ValueError: transformers has no class of the name; pass ``model_class``.
+    """
+    import transformers
+
+    folder = Path(directory)
+    if lacking := [name for name in ("config.json", _PLAN, _WEIGHTS) if not (folder / name).is_file()]:
+        raise PlanError(f"{folder} has no {lacking[0]}; it is no folder that save_pruned wrote")
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    named = (content.get("architectures") or [""])[0]
+    chosen = model_class or getattr(transformers, named, None)
+    if chosen is None:
+        raise ValueError(f"transformers has no class {named!r}; pass model_class=")
+    plan = PruningPlan.load(folder / _PLAN)
+    state = _read(folder / _WEIGHTS)
+    config_class: Any = chosen.config_class  # type: ignore[union-attr]
+    model: Any = chosen(config_class.from_pretrained(folder))
+    cut_to(model, plan)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, tensor in state.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise PlanError(f"{name}: config and plan make it {shapes.get(name)}, the file has {tuple(tensor.shape)}")
+    model.load_state_dict(state, strict=True, assign=True)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    if hasattr(model, "can_generate") and model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def cut_to(model: nn.Module, plan: PruningPlan) -> None:
+    """Remove units of every group, whichever, until it has as many as the plan keeps; a config may say them already."""
+    for kinds in _ROUNDS:
+        if kinds == ("embedding",) and not _keeps_fewer_features(model, plan):
+            continue
+        structure = TransformersStructure(model, kinds)
+        surplus = {}
+        for name, block in structure.blocks.items():
+            kept = _units_kept(block, plan)
+            if kept is not None and kept < block.group.size:
+                surplus[name] = torch.arange(kept, block.group.size)
+        structure.remove(surplus)
+
+
+def _units_kept(block: Block, plan: Mapping[str, Kept]) -> int | None:
+    """How many units the plan keeps: what its slices need at least, where query heads went from a group too."""
+    needed = []
+    for part in block.group.slices:
+        axes = block.axes.get((part.module, part.side))
+        key, slot = (axes[0].key, axes[0].slot) if axes else (part.module, part.side)
+        kept = plan.get(key)
+        channels = None if kept is None else kept.out_channels if slot == "out" else kept.in_channels
+        if channels is None:
+            return None  # its units are all there; another kind of group narrowed what the others share
+        needed.append(math.ceil(len(channels) / part.channels.shape[1]))
+    return max(needed)
+
+
+def _keeps_fewer_features(model: nn.Module, plan: Mapping[str, Kept]) -> bool:
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    return any(name in plan for name in embeddings) or any(
+        kept.dim is not None and kept.out_channels is not None and name.endswith(("cls_token", "position_embeddings"))
+        for name, kept in plan.items()
+    )
+
+
+def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors without those that share memory with an earlier one, name of such a one -> the earlier one's)."""
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in state.items():
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.numel() and place in first:
+            tied[name] = first[place]
+        else:
+            first[place] = name
+            tensors[name] = tensor.detach().cpu().contiguous()
+    return tensors, tied
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    with safe_open(str(path), framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("obc_format") != _FORMAT:
+            raise PlanError(f"{path} was not written by save_pruned; from_pretrained may read it")
+        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    return state | {name: state[of] for name, of in json.loads(metadata["tied"]).items()}

@@ -1,0 +1,371 @@
+"""Pruning transformers models by their own blocks: slicing, sizes, config and plan, without tracing."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from obc.model.costs import Costs
+from obc.model.evaluation import call, evaluating
+from obc.model.groups import ChannelGroup, Slice
+from obc.model.kept import Kept, PlanError
+from obc.model.layouts import is_compiled
+from obc.model.plan import PruningPlan
+from obc.model.sharding import is_sharded
+from obc.structures.protocol import Limits
+from obc.structures.transformers.axes import Axis, layer_axes, narrow, sync_layer, without
+from obc.structures.transformers.blocks import DEFAULT_KINDS, KINDS, Block, Finder
+from obc.structures.transformers.config import own_config, said_values, with_values, with_widths
+from obc.structures.transformers.costs import axis_key, transformer_costs
+from obc.structures.transformers.widths import Expressible, expressible_widths, families_of
+
+# Units of these kinds are no single channels, and no kernel runs faster on a multiple of them.
+_WHOLE = ("heads", "query_heads", "experts")
+# torch's grouped products want rows that begin at multiples of so many bytes.
+_GROUPED_BYTES = 16
+
+
+def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -> list[ChannelGroup]:
+    """The coupled channels of a transformers model, in the order of its modules.
+
+    ============= ====================================================================================================
+    kind          one unit
+    ============= ====================================================================================================
+    "ffn"         a channel between the projections of a feed-forward block, plain or gated
+    "heads"       a head of keys and values with the query heads that share it; without sharing a head. Where all
+                  query heads share one, as "query_heads". Of latent attention, a head's rows of the second projections
+    "query_heads" the j-th query head of every head of keys and values
+    "experts"     an expert of a mixture, with its row of the router
+    "expert_ffn"  the f-th inner channel of every expert of a mixture whose experts are one tensor
+    "mamba"       an inner channel of Mamba's mixer
+    "embedding"   a channel of the residual stream, everywhere; not among the default kinds
+    ============= ====================================================================================================
+
+    Slices of tensors outside ordinary layers have the tensor's name as their module. Experts stored as one tensor are
+    one layer: whole experts are its outputs, their inner channels its inputs. What of all this the scorer has no rule
+    for (up projections of such experts, Mamba's A_log and D) is named by ``scores.group``.
+
+    Args:
+        model: a model of the transformers library, or one built and named like those: Llama, Qwen, Mistral, Gemma,
+            OPT, GPT-2, BERT, ViT, Mixtral, Mamba, DeepSeek and their kin.
+        kinds: of groups to find.
+
+    Raises:
+        ValueError: an unknown kind, or "query_heads" together with "heads".
+    """
+    return [block.group for block in _found(model, kinds).blocks.values()]
+
+
+def _found(model: nn.Module, kinds: Sequence[str]) -> Finder:
+    if unknown := set(kinds) - set(KINDS):
+        raise ValueError(f"kinds are {', '.join(map(repr, KINDS))}, got {sorted(unknown)[0]!r}")
+    if {"heads", "query_heads"} <= set(kinds):
+        raise ValueError("'heads' and 'query_heads' remove the same query heads; prune by one kind, then by the other")
+    return Finder(model, kinds)
+
+
+class TransformersStructure:
+    """The prunable groups of a transformers model; see ``obc.pruning.Structure`` and :func:`transformer_groups`.
+
+    A unit's removal takes it out of every weight, of the modules' own counts of heads, channels and experts, and, where
+    all layers then agree, of the config, so that ``save_pretrained`` and ``from_pretrained`` round-trip; where they
+    don't, or the architecture can't express the widths, the config says what it said of the unpruned model,
+    ``config_refused`` and ``warnings`` say why, and :func:`save_pruned` saves the model. What remains of a router is
+    renormalised by the model's own routing: as if the removed experts' logits were minus infinity. Norms over the
+    residual stream ("embedding") are over what remains.
+
+    Args:
+        model: pruned in place by :meth:`remove`.
+        kinds: of groups, see :func:`transformer_groups`.
+        uniform: ask ``obc.prune`` to keep equal widths in all layers, and only such as the config can say: units are
+            ranked within each layer. Where the config has no word for fewer units of a kind (heads of BERT, GPT-2,
+            OPT), these all stay, and ``left_out`` says so.
+        round_to: ask it to keep widths that are multiples of this, of channels; heads and experts are never rounded.
+            Channels of fused experts stay multiples of 16 bytes in any case: grouped products need it.
+        ignored_layers: modules, or names of modules, whose own groups, and those of all modules inside, are left alone.
+        sequence_length: of the tokens that MACs count the products of queries, keys and values with; 0 leaves those
+            products out.
+        example_inputs: where given, removing one unit of every group, or as many as ``round_to``, is tried on a copy.
+        plan: of what was pruned before by another structure of the same model: this one's goes on from it.
+
+    Attributes:
+        left_out: module that looks like a block -> why it can't be pruned; with ``uniform`` also the first group of
+            those whose number of units the config has no word for.
+        config_refused: why the config could not be adapted to the widths, or None.
+        uniform: as given.
+        blocks: the blocks behind the groups, by name.
+
+    Raises:
+        PlanError: the model is compiled, spread over processes or has parametrised layers, or the try failed.
+        ValueError: an unknown kind; a ``round_to`` below 1; an ignored layer that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kinds: Sequence[str] = DEFAULT_KINDS,
+        *,
+        uniform: bool = False,
+        round_to: int | None = None,
+        ignored_layers: Sequence[nn.Module | str] = (),
+        sequence_length: int = 0,
+        example_inputs: Any = None,
+        plan: PruningPlan | None = None,
+    ) -> None:
+        if is_compiled(model):
+            raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile")
+        if is_sharded(model):
+            raise PlanError("the model's parameters lie on several processes; prune it whole, then shard it")
+        for name, module in model.named_modules():
+            if parametrize.is_parametrized(module):
+                raise PlanError(f"{name or 'the model'} is parametrised and can't be sliced; merge it first")
+        if round_to is not None and round_to < 1:
+            raise ValueError(f"round_to must be at least 1, got {round_to}")
+        self.model, self.uniform, self._sequence_length = model, uniform, sequence_length
+        self._round_to = round_to or 1
+        finder = _found(model, kinds)
+        self._modules = finder.modules
+        self.left_out = finder.left_out
+        ignored = self._ignored(ignored_layers)
+        self.blocks = {
+            name: block
+            for name, block in finder.blocks.items()
+            if not any(part.side == "out" and part.module in ignored for part in block.group.slices)
+        }
+        self._reading: dict[tuple[str, int], list[str]] = {}  # axis -> the groups that lie there
+        for name, block in self.blocks.items():
+            for part in block.group.slices:
+                for axis in self._axes(block, part):
+                    self._reading.setdefault(axis_key(axis), []).append(name)
+        self._kept: dict[str, Kept] = dict(plan or {})
+        self.config_refused: str | None = None
+        self._adapted: Any = None
+        self._unpruned = said_values(getattr(model, "config", None), list(self.blocks.values()))
+        self._expressible = Expressible({}, {}, {})
+        if uniform:
+            self._expressible = expressible_widths(model, self.blocks, self._axes, self._multiple)
+            self.left_out = self.left_out | dict(self._expressible.refused)
+        if example_inputs is not None:
+            self._try(example_inputs)
+
+    @property
+    def plan(self) -> PruningPlan:
+        """What every layer kept so far, in terms of the unpruned model."""
+        return PruningPlan(self._kept)
+
+    @property
+    def groups(self) -> tuple[ChannelGroup, ...]:
+        """The groups of the model as it is now, in the order of its modules."""
+        return tuple(block.group for block in self.blocks.values())
+
+    @property
+    def limits(self) -> Limits:
+        """What widths ``obc.prune`` may choose: experts that a token is routed to stay, rounding, equal widths."""
+        multiples = {name: self._multiple(block) for name, block in self.blocks.items()}
+        return Limits(
+            {name: block.min_units for name, block in self.blocks.items()},
+            {
+                name: math.lcm(multiple, self._expressible.multiples.get(name, 1))
+                for name, multiple in multiples.items()
+            },
+            [name for name, block in self.blocks.items() if block.group.kind in _WHOLE],
+            families_of(self.blocks) if self.uniform else (),
+            self._expressible.widths,
+        )
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the caller should know about the model as it is now: whether ``save_pretrained`` serves."""
+        if self.config_refused is None:
+            return []
+        return [
+            "save_pretrained would write a folder that from_pretrained can't load, because the config is still the "
+            f"unpruned model's ({self.config_refused}); obc.structures.transformers.save_pruned and load_pruned serve"
+        ]
+
+    def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
+        """MACs for one token, or parameters: see :func:`transformers_costs.transformer_costs`."""
+        blocks = list(self.blocks.values())
+        axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
+        for index, block in enumerate(blocks):
+            for part in block.group.slices:
+                for axis in self._axes(block, part):
+                    axes.setdefault(axis_key(axis), []).append((index, part))
+        return transformer_costs(self.model, blocks, axes, unit, self._sequence_length)
+
+    def remove(self, units: Mapping[str, Tensor]) -> None:
+        """Remove these units of each named group, and record it in the plan; nothing is removed where that fails.
+
+        Raises:
+            KeyError: no group has the name.
+            IndexError: a group has no such unit.
+            ValueError: too little would be left of a group.
+        """
+        chosen = {name: self._checked(name, indices) for name, indices in units.items()}
+        chosen = {name: indices for name, indices in chosen.items() if len(indices)}
+        if not chosen:
+            return
+        users: dict[int, list[dict[str, Any]]] = {}
+        for module in self._modules.values():
+            for parameter in module._parameters.values():
+                users.setdefault(id(parameter), []).append(module._parameters)
+        for name, indices in chosen.items():
+            self._remove(name, indices, users)
+        self._adapt_config()
+
+    # --- checks ----------------------------------------------------------------------------------------------------
+
+    def _ignored(self, layers: Sequence[nn.Module | str]) -> set[str]:
+        names = {module: name for name, module in self._modules.items()}
+        ignored: set[str] = set()
+        for layer in layers:
+            name = layer if isinstance(layer, str) else names.get(layer)
+            if name not in self._modules:
+                raise ValueError(
+                    f"ignored_layers: the model has no layer {layer if isinstance(layer, str) else type(layer)}"
+                )
+            inside = [inner for inner in self._modules if inner == name or inner.startswith(f"{name}.") or name == ""]
+            ignored |= set(inside)
+            ignored |= {f"{inner}.{key}" for inner in inside for key, _ in self._modules[inner].named_parameters()}
+        return ignored
+
+    def _checked(self, name: str, indices: Tensor) -> Tensor:
+        if name not in self.blocks:
+            raise KeyError(f"no group is named {name!r}: there are {', '.join(map(repr, self.blocks))}")
+        block = self.blocks[name]
+        indices = torch.as_tensor(indices, dtype=torch.int64).cpu().unique()
+        size = block.group.size
+        if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < size:
+            raise IndexError(f"{name!r} has units 0 to {size - 1}, got {int(indices[0])} to {int(indices[-1])}")
+        if len(indices) and size - len(indices) < block.min_units:
+            raise ValueError(
+                f"{len(indices)} of the {size} units of {name!r} were to be removed; {block.min_units} must stay"
+            )
+        return indices
+
+    def _multiple(self, block: Block) -> int:
+        if block.group.kind in _WHOLE:
+            return 1
+        if block.group.kind == "expert_ffn":
+            weight = self._tensor(self._axes(block, block.group.slices[0])[0])
+            return math.lcm(self._round_to, max(1, _GROUPED_BYTES // weight.element_size()))
+        return self._round_to
+
+    def _try(self, example_inputs: Any) -> None:
+        """Remove one unit of every group of a copy, and run it."""
+        trial = copy.copy(self)
+        trial.model = copy.deepcopy(self.model)
+        trial._modules = {name: trial.model.get_submodule(name) for name in self._modules}
+        trial.blocks, trial._kept = dict(self.blocks), {}
+        removable = {
+            name: torch.arange(multiple)
+            for name, multiple in self.limits.round_to.items()
+            if self.blocks[name].group.size >= self.blocks[name].min_units + multiple
+        }
+        try:
+            trial.remove(removable)
+            trial.plan.verify(self.model.state_dict(), trial.model)
+            with evaluating(trial.model), torch.no_grad():
+                call(trial.model, example_inputs)
+        except Exception as fault:  # whatever a model's own code raises is what is reported
+            names = ", ".join(map(repr, removable))
+            raise PlanError(
+                f"{type(self.model).__name__} does not run without one unit of each of {names}: "
+                f"{type(fault).__name__}: {fault}; choose other kinds or ignored_layers"
+            ) from fault
+
+    # --- removing --------------------------------------------------------------------------------------------------
+
+    def _axes(self, block: Block, part: Slice) -> tuple[Axis, ...]:
+        found = block.axes.get((part.module, part.side))
+        return layer_axes(part.module, self._modules[part.module], part.side) if found is None else found
+
+    def _remove(self, name: str, chosen: Tensor, users: dict[int, list[dict[str, Any]]]) -> None:
+        block = self.blocks[name]
+        removals = [
+            (self._axes(block, part), part.channels[chosen].flatten().sort().values) for part in block.group.slices
+        ]
+        for axes, removed in removals:
+            for axis in {(axis.key, axis.slot): axis for axis in axes}.values():
+                self._kept[axis.key] = narrow(self._kept, axis, self._tensor(axis).shape[axis.dim], removed)
+        lost = {axis_key(axis): removed for axes, removed in removals for axis in axes}
+        touched = dict.fromkeys(axis.module for axes, _ in removals for axis in axes)
+        shortened: dict[tuple[int, int], Tensor] = {}  # the tensors too: an id is one only while they are there
+        for axes, removed in removals:
+            for axis in axes:
+                self._shorten(axis, removed, shortened, users)
+        for layer in touched:
+            sync_layer(self._modules[layer])
+        for counter in block.counters:
+            module = self._modules[counter.module]
+            setattr(module, counter.attribute, getattr(module, counter.attribute) - counter.per_unit * len(chosen))
+        stays = torch.ones(block.group.size, dtype=torch.bool)
+        stays[chosen] = False
+        self.blocks[name] = _with_slices(block, lambda part: replace(part, channels=part.channels[stays]))
+        for other in dict.fromkeys(other for key in lost for other in self._reading[key]):
+            of = self.blocks[other]
+            self.blocks[other] = _with_slices(of, lambda part, of=of: self._renumbered(of, part, lost))
+
+    def _renumbered(self, block: Block, part: Slice, lost: Mapping[tuple[str, int], Tensor]) -> Slice:
+        """The slice after other channels of the same tensor are gone."""
+        removed = lost.get(axis_key(self._axes(block, part)[0]))
+        if removed is None:
+            return part
+        return replace(part, channels=part.channels - torch.searchsorted(removed, part.channels))
+
+    def _tensor(self, axis: Axis) -> Tensor:
+        tensor: Tensor = getattr(self._modules[axis.module], axis.tensor)
+        return tensor
+
+    def _shorten(
+        self,
+        axis: Axis,
+        removed: Tensor,
+        shortened: dict[tuple[int, int], Tensor],
+        users: dict[int, list[dict[str, Any]]],
+    ) -> None:
+        """Give the axis's module a shorter parameter; modules that share one share the new one, shortened once."""
+        old = self._tensor(axis)
+        if (id(old), axis.dim) in shortened:
+            return
+        new = nn.Parameter(without(old.detach(), axis.dim, removed), requires_grad=old.requires_grad)
+        shortened[id(new), axis.dim] = new
+        users[id(new)] = users.pop(id(old))
+        for parameters in users[id(new)]:
+            for key, parameter in parameters.items():
+                if parameter is old:
+                    parameters[key] = new
+
+    def _adapt_config(self) -> None:
+        """Write the widths into the config where the config can say them; every module gets the new one.
+
+        Where it can't, the config says again what it said of the unpruned model, and not widths of some earlier step;
+        modules that read counts of their own from it get one of their own.
+        """
+        config = getattr(self.model, "config", None)
+        if config is None:
+            return
+        blocks = list(self.blocks.values())
+        adapted, self.config_refused = with_widths(self.model, blocks)
+        new = config
+        if adapted is not None:
+            new = self._adapted = adapted
+        elif config is self._adapted:
+            new = with_values(config, blocks, self._unpruned)
+        readers = {block.reads_config: block for block in blocks if block.reads_config is not None}
+        for name, module in self._modules.items():
+            if name in readers:
+                module.config = new if adapted is not None else own_config(new, readers[name])
+            elif vars(module).get("config") is config:
+                module.config = new
+
+
+def _with_slices(block: Block, change: Any) -> Block:
+    return replace(block, group=replace(block.group, slices=tuple(change(part) for part in block.group.slices)))

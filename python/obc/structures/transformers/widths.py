@@ -1,0 +1,132 @@
+"""Which equal widths a transformers model's config can say: tried on the model's class before anything is pruned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from obc.model.groups import Slice
+from obc.structures.transformers.axes import Axis
+from obc.structures.transformers.blocks import Block
+from obc.structures.transformers.config import with_widths
+
+# Counts of heads may have to divide other sizes, so each is tried. Of other widths, all that lie between two are taken
+# to be as good as these.
+_COUNTED = ("heads", "query_heads")
+
+
+@dataclass(frozen=True)
+class Expressible:
+    """What a config can say.
+
+    Attributes:
+        widths: group -> the widths that it may have, where not all can be said.
+        refused: first group of a family -> why it has to stay as it is.
+        multiples: group -> a multiple of which it must keep.
+    """
+
+    widths: Mapping[str, Sequence[int]]
+    refused: Mapping[str, str]
+    multiples: Mapping[str, int]
+
+
+def families_of(blocks: Mapping[str, Block]) -> list[list[str]]:
+    """Names of the groups that keep equal widths: those that the config counts alike, and that are equal now."""
+    families: dict[tuple[Any, ...], list[str]] = {}
+    for name, block in blocks.items():
+        families.setdefault((*block.family, block.group.size), []).append(name)
+    return list(families.values())
+
+
+def expressible_widths(
+    model: nn.Module,
+    blocks: Mapping[str, Block],
+    axes_of: Callable[[Block, Slice], Sequence[Axis]],
+    multiple_of: Callable[[Block], int],
+) -> Expressible:
+    """The widths of every family that the config of the model can say, whatever those of the other families are.
+
+    Where not even the widths of the model as it is can be said, nothing is known, and nothing is ruled out.
+
+    Args:
+        model: with its config.
+        blocks: of the model, by group name.
+        axes_of: where a slice of a block lies.
+        multiple_of: a multiple of which a block keeps.
+    """
+    nothing = Expressible({}, {}, {})
+    if getattr(model, "config", None) is None or with_widths(model, list(blocks.values()))[1] is not None:
+        return nothing
+    trial = _Trial(model, blocks, axes_of)
+    widths: dict[str, Sequence[int]] = {}
+    refused: dict[str, str] = {}
+    multiples: dict[str, int] = {}
+    heads = {getattr(model.config, "num_attention_heads", None) or 1}
+    # The residual stream comes last: what its width is divided into is known then.
+    for family in sorted(families_of(blocks), key=lambda names: blocks[names[0]].group.kind == "embedding"):
+        block = blocks[family[0]]
+        size, kind = block.group.size, block.group.kind
+        multiple = math.lcm(*(multiple_of(blocks[name]) for name in family))
+        least = max(blocks[name].min_units for name in family)
+        if kind == "embedding":
+            multiple = math.lcm(multiple, *heads)
+        multiples |= dict.fromkeys(family, multiple)
+        candidates = range(-(-least // multiple) * multiple, size, multiple)
+        if not candidates:
+            continue
+        tried = candidates if kind in _COUNTED else sorted({candidates[0], candidates[-1]})
+        reasons = {width: trial.refusal(family, width) for width in tried}
+        said = [width for width, reason in reasons.items() if reason is None]
+        if kind in _COUNTED:
+            heads |= {width * block.config.get("num_attention_heads", 1) for width in said}
+        if len(said) == len(reasons):
+            continue
+        if kind not in _COUNTED:
+            said = []
+        for name in family:
+            widths[name] = (*said, size)
+        if not said:
+            reason = next(filter(None, reasons.values()))
+            refused[family[0]] = (
+                f"uniform=True keeps to widths that the config can say, so all {len(family)} such groups keep their "
+                f"{size} units; uniform=False and save_pruned prune them ({reason})"
+            )
+    return Expressible(widths, refused, multiples)
+
+
+class _Trial:
+    """Asks the config about widths that the model does not have."""
+
+    def __init__(
+        self, model: nn.Module, blocks: Mapping[str, Block], axes_of: Callable[[Block, Slice], Sequence[Axis]]
+    ) -> None:
+        self.model, self.blocks, self.axes_of = model, blocks, axes_of
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.names: dict[int, list[str]] = {}  # of one parameter: tied ones have several
+        for name, parameter in self.parameters.items():
+            self.names.setdefault(id(parameter), []).append(name)
+
+    def refusal(self, family: Sequence[str], width: int) -> str | None:
+        """Why the config can't say that the groups of a family have ``width`` units; None where it can."""
+        sizes = dict.fromkeys(family, width)
+        return with_widths(self.model, list(self.blocks.values()), sizes, self._shapes(sizes))[1]
+
+    def _shapes(self, sizes: Mapping[str, int]) -> dict[str, list[int]]:
+        """The shapes of the tensors that would change."""
+        lost: dict[tuple[str, int], int] = {}
+        for name, width in sizes.items():
+            block = self.blocks[name]
+            for part in block.group.slices:
+                channels = (block.group.size - width) * part.channels.shape[1]
+                for axis in self.axes_of(block, part):
+                    own = f"{axis.module}.{axis.tensor}" if axis.module else axis.tensor
+                    for tensor in self.names[id(self.parameters[own])]:
+                        lost[tensor, axis.dim] = channels
+        shapes: dict[str, list[int]] = {}
+        for (tensor, dim), channels in lost.items():
+            shapes.setdefault(tensor, list(self.parameters[tensor].shape))[dim] -= channels
+        return shapes

@@ -1,0 +1,103 @@
+"""What can be told of the CUDA kernels without a GPU: they compile as meant, and the table that chooses them holds."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+import obc
+from obc.backends import BACKENDS, cuda, fastest
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECK = ROOT / "csrc" / "cuda" / "check.py"
+
+_spec = importlib.util.spec_from_file_location("cuda_check", CHECK)
+assert _spec is not None
+assert _spec.loader is not None
+check = importlib.util.module_from_spec(_spec)
+sys.modules["cuda_check"] = check
+_spec.loader.exec_module(check)
+
+
+@pytest.mark.parametrize("arch", [pytest.param("80", marks=pytest.mark.slow), "90"])
+def test_kernels_compile_without_spills_and_with_wide_loads(arch: str) -> None:
+    if missing := check.missing_tools():
+        pytest.skip(f"no {' and no '.join(missing)} on this machine (the CUDA toolkit has them)")
+    done = subprocess.run([sys.executable, CHECK, "--arch", arch], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for kernel in ("channel_dot", "weight_dot", "weight_dot_list", "rows", "end_row", "upload"):
+        assert f"sm_{arch}  {kernel}_kernel " in done.stdout
+    for dtype in ("float32", "float64", "bfloat16", "float16"):
+        assert f"weight_dot_kernel {dtype} " in done.stdout
+
+
+def _kernel(name: str = "weight_dot_kernel float32", streaming: int = 128, count: int = 16, **fields: int) -> object:
+    values = {"registers": 96, "stack": 0, "shared": 0} | fields
+    return check.Kernel(name, "90", streaming=Counter({streaming: count}), **values)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fault"),
+    [
+        (_kernel(stack=8), "spills: 8 bytes of stack"),
+        (_kernel(local=3), "3 accesses to local memory"),
+        (_kernel(streaming=64), r"streaming loads of \[64\] bits, expected 128"),
+        (_kernel(count=7), "7 streaming loads of 128 bits, expected at least 8"),
+    ],
+)
+def test_check_names_the_fault(kernel: object, fault: str) -> None:
+    assert any(re.search(fault, found) for found in kernel.faults()), kernel.faults()
+
+
+def test_check_finds_no_fault_in_what_is_meant() -> None:
+    assert _kernel().faults() == []
+    assert _kernel("rows_kernel float32 items=1 moments=5", count=0).faults() == []
+    assert _kernel("end_row_kernel float32", count=0).faults() == []
+
+
+def test_check_reads_names_and_widths() -> None:
+    symbol = "_ZN3obc4cuda11rows_kernelI13__nv_bfloat16Li8ELi5EEEvNS0_4RowsEPNS0_13AccumulatorOfIT_E4typeEPjS7_"
+    assert check.readable(symbol) == "rows_kernel bfloat16 items=8 moments=5"
+    instructions = ("LDG.E.EF.128", "LDG.E.64.STRONG.GPU", "LDG.E", "LDG.E.U16")
+    assert [check.width_of(instruction) for instruction in instructions] == [128, 64, 32, 16]
+
+
+def test_library_needs_nothing_of_torch_but_the_stable_abi() -> None:
+    if not cuda.LIBRARY.exists():
+        pytest.skip("libobc_cuda.so was not built (no nvcc was found when obc was installed)")
+    if shutil.which("nm") is None:
+        pytest.skip("no nm on this machine (binutils has it)")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", cuda.LIBRARY], check=True, capture_output=True, text=True)
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
+    unstable = [symbol for symbol in symbols if "c10" in symbol and not symbol.startswith("torch_c10_cuda")]
+    unstable += [symbol for symbol in symbols if "3c10" in symbol or "2at" in symbol or "5torch" in symbol]
+    assert unstable == []
+
+
+def test_order_of_backends_follows_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fastest.order("cpu", "channel_dot", torch.float32, 1) == ("cpu", "reference")
+    assert fastest.order("cuda", "channel_dot", torch.float32, 1) == ("cuda", "triton", "reference")
+    monkeypatch.setitem(fastest.FASTEST, ("channel_dot", torch.bfloat16, "large"), "triton")
+    large, small = 2**25, 2**10
+    assert fastest.order("cuda", "channel_dot", torch.bfloat16, large) == ("triton", "cuda", "reference")
+    assert fastest.order("cuda", "channel_dot", torch.bfloat16, small)[0] == "cuda"
+    assert fastest.order("cuda", "channel_dot", torch.float32, large)[0] == "cuda"
+    assert fastest.order("cuda", "weight_dot", torch.bfloat16, large)[0] == "cuda"
+
+
+def test_table_names_operators_dtypes_sizes_and_backends_that_exist() -> None:
+    sizes = {fastest.size_class(elements) for elements in (0, 2**18, 2**24)}
+    for (operator, dtype, size), backend in fastest.FASTEST.items():
+        assert operator in obc.backends.OPERATORS
+        assert isinstance(dtype, torch.dtype)
+        assert size in sizes
+        assert backend in BACKENDS

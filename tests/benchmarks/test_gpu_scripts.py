@@ -1,0 +1,194 @@
+"""What benchmarks/gpu.sh runs where there is a GPU, tried without one: time limits, reports, the table of defaults."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_gpu, fastest_table, gpu_run
+from benchmarks.gpu_run import Part
+from obc.backends import fastest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(program: str) -> object:
+    return lambda out, seconds: [sys.executable, "-c", program]
+
+
+def test_parts_run_within_the_limit_and_keep_what_others_found(tmp_path: Path) -> None:
+    parts = [
+        Part("fails", 1, python("raise SystemExit(3)")),
+        Part("hangs", 1, python("import time; print('begun', flush=True); time.sleep(60)")),
+        Part("absent", 1, python(""), missing=lambda: "no such tool"),
+        Part("works", 2, python("print('done')"), outcome=lambda out: {"found": 7}),
+        Part("late", 10_000, python("")),
+    ]
+    begun = time.monotonic()
+    report = gpu_run.run(parts[:4], tmp_path, seconds=gpu_run.GRACE + 14)
+    assert time.monotonic() - begun < gpu_run.GRACE + 14
+    assert report == json.loads((tmp_path / "gpu-run.json").read_text())
+    results = report["parts"]
+    assert results["fails"]["exit_code"] == 3
+    assert results["hangs"]["ended"] == "its time was over"
+    assert results["hangs"]["seconds"] >= 1
+    assert (tmp_path / "gpu-hangs.log").read_text().startswith("begun")
+    assert results["absent"] == {"left_out": "no such tool"}
+    assert (results["works"]["exit_code"], results["works"]["found"]) == (0, 7)
+    assert gpu_run.failed(report)
+    late = gpu_run.run(parts[4:], tmp_path, seconds=20)
+    assert late["parts"]["late"] == {"left_out": "12 s were left, it needs 10000"}
+    assert not gpu_run.failed(late)
+
+
+def test_parts_are_interrupted_where_a_shell_has_this_process_ignore_it(tmp_path: Path) -> None:
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        hangs = Part("hangs", 1, python("import time; print('begun', flush=True); time.sleep(60)"))
+        report = gpu_run.run([hangs], tmp_path, seconds=gpu_run.GRACE + 4)
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert report["parts"]["hangs"]["ended"] == "its time was over"
+    assert report["parts"]["hangs"]["exit_code"] == -signal.SIGINT
+
+
+def test_every_part_leaves_the_others_the_least_that_they_need() -> None:
+    assert sum(part.least for part in gpu_run.PARTS) + gpu_run.GRACE <= 525
+    listed = set(gpu_run.TEST_FILES)
+    assert listed <= {str(path.relative_to(ROOT / "tests")) for path in (ROOT / "tests").glob("*/test_*.py")}
+
+
+def test_report_of_tests_counts_what_the_time_did_not_reach(tmp_path: Path) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest, time\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert 0\n"
+        "@pytest.mark.skip(reason='no second device')\n"
+        "def test_skipped(): pass\n"
+        "def test_long(): os.environ['OBC_TESTS_END'] = '0'\n"
+        "def test_late(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_budget"]
+    environment = {**os.environ, "OBC_TESTS_END": str(time.time() + 1000), "PYTHONPATH": str(ROOT)}
+    arguments = ["--rootdir", str(tmp_path), f"--junitxml={tmp_path / 'gpu-tests.xml'}", str(tmp_path)]
+    subprocess.run([*command, *arguments], env=environment, capture_output=True)
+    found = gpu_run.tested(tmp_path)
+    assert found == {
+        "passed": 2,
+        "failed": ["test_some::test_bad"],
+        "skipped": {"no second device": 1},
+        "not_run": 1,
+    }
+
+
+def test_shell_scripts_parse_and_name_what_they_would_run() -> None:
+    for script in ("gpu.sh", "sanitize_gpu.sh"):
+        subprocess.run(["sh", "-n", ROOT / "benchmarks" / script], check=True)
+    command = ["sh", ROOT / "benchmarks" / "gpu.sh", "--dry-run"]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [line.split(" ")[0] for line in done.stdout.splitlines()] == [part.name for part in gpu_run.PARTS]
+
+
+DRY = ["defaults", "bandwidth", "launches", "fold", "end_row"]
+
+
+@pytest.mark.parametrize(
+    "sections", [DRY, pytest.param(["small_model", "scoring"], marks=pytest.mark.slow)], ids=["operators", "models"]
+)
+def test_benchmarks_dry_run(sections: list[str], tmp_path: Path) -> None:
+    """The code that runs on a GPU, on the CPU: in a process of its own, because a dry run is for good."""
+    arguments = ["--dry-run", "--out", tmp_path, "--sections", *sections]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.bench_gpu", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    report = json.loads((tmp_path / "gpu-none-a-dry-run.json").read_text())
+    assert list(report["sections"]) == sections
+    assert all(report["sections"].values())
+    assert report["failed"] == {}
+    assert report["left_out"] == report["cut_short"] == []
+
+
+def test_a_section_that_fails_or_takes_too_long_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing() -> bench_gpu.Rows:
+        """Fails."""
+        yield {"n": 1}
+        raise RuntimeError("out of memory")
+
+    def endless() -> bench_gpu.Rows:
+        """Never ends."""
+        while True:
+            yield {"n": 2}
+
+    monkeypatch.setattr(bench_gpu, "facts", lambda: {"gpu": "Some GPU"})
+    monkeypatch.setattr(bench_gpu, "SECTIONS", {"failing": (failing, 1.0), "endless": (endless, 1.0)})
+    report = bench_gpu.Report(tmp_path)
+    report.measure("failing", end=time.monotonic() + 100)
+    report.measure("endless", end=time.monotonic())
+    written = json.loads((tmp_path / "gpu-some-gpu.json").read_text())
+    assert written["sections"] == {"failing": [{"n": 1}], "endless": [{"n": 2}]}
+    assert "out of memory" in written["failed"]["failing"]
+    assert written["cut_short"] == ["endless"]
+    assert "out of memory" in (tmp_path / "gpu-some-gpu.txt").read_text()
+
+
+def _row(operator: str, dtype: str, size: str, cuda: float, triton: float) -> dict[str, object]:
+    return {"operator": operator, "dtype": dtype, "size": size, "cuda_us": cuda, "triton_us": triton}
+
+
+def test_table_of_defaults_is_made_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is printed is Python that the order of backends follows."""
+    rows = [
+        _row("weight_dot", "f32", "small", 10.0, 9.0),
+        _row("weight_dot", "f32", "large", 10.0, 9.8),  # within the spread of two runs
+        _row("channel_dot", "bf16", "medium", 10.0, 12.0),
+        _row("channel_dot", "f16", "large", 10.0, 5.0),
+    ]
+    path = tmp_path / "gpu-some.json"
+    path.write_text(json.dumps({"sections": {"defaults": rows}}))
+    assert fastest_table.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "gpu-some.json" in printed
+    scope: dict[str, object] = {"torch": torch}
+    exec(printed, scope)
+    assert scope["FASTEST"] == {
+        ("channel_dot", torch.float16, "large"): "triton",
+        ("weight_dot", torch.float32, "small"): "triton",
+    }
+    scope.clear()
+    exec(fastest_table.source({}, "none.json"), scope | {"torch": torch}, scope)
+    assert scope["FASTEST"] == {}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no rows of the section 'defaults'"),
+        ([_row("fold", "f8", "small", 1, 1)], "unknown dtype or size"),
+        ([{"operator": "fold", "dtype": "f32", "size": "small", "triton_us": 1.0}], "no time of cuda"),
+    ],
+)
+def test_table_of_defaults_refuses_other_results(
+    rows: list[dict[str, object]], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"sections": {"defaults": rows}}))
+    with pytest.raises(SystemExit):
+        fastest_table.main([str(path)])
+    assert message in capsys.readouterr().err
+
+
+def test_sizes_that_are_measured_lie_in_the_classes_of_their_names() -> None:
+    assert tuple(bench_gpu.CLASS_SIZES) == fastest.SIZES
+    assert {name: fastest.size_class(size) for name, size in bench_gpu.CLASS_SIZES.items()} == {
+        name: name for name in fastest.SIZES
+    }

@@ -1,0 +1,239 @@
+"""Plans: recorded over steps, verified exactly, saved, and found again from values."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch_pruning as tp
+from prunable import RECIPES, Pruned, Recipe, TransformerBlock
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from obc.recovery import Kept, PlanError, PruningPlan
+from obc.structures.traced_plan import prune_step
+
+
+def assert_same_plan(got: PruningPlan, expected: PruningPlan) -> None:
+    assert set(got) == set(expected)
+    for name, kept in expected.items():
+        for field, value in vars(kept).items():
+            other = getattr(got[name], field)
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(other, value), f"{name}.{field}"
+            else:
+                assert other == value, f"{name}.{field}: {other} != {value}"
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", RECIPES)
+def test_prune_step_records_what_was_kept(name: str, steps: int) -> None:
+    pruned = RECIPES[name].prune(steps)
+    assert len(pruned.plan) > 0
+    pruned.plan.verify(pruned.state_dict, pruned.model)
+    x = RECIPES[name].inputs()
+    assert pruned.model(x).shape == pruned.original(x).shape
+
+
+def test_flatten_is_recorded_as_channels_with_a_repeat() -> None:
+    pruned = RECIPES["flatten"].prune()
+    kept = pruned.plan["hidden"]
+    assert kept.in_repeat == 9
+    assert torch.equal(kept.in_channels, pruned.plan["conv2"].out_channels)
+    assert pruned.model.hidden.in_features == 9 * len(kept.in_channels)
+
+
+def test_heads_that_keep_equally_many_channels_are_blocks() -> None:
+    pruned = RECIPES["vit"].prune()
+    assert {pruned.plan[f"attention.{name}"].out_blocks for name in ("query", "key", "value")} == {4}
+    assert pruned.plan["up"].out_blocks == 1
+
+
+def test_whole_heads_are_recorded_without_blocks() -> None:
+    recipe = RECIPES["vit"]
+    options = {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.5}
+    recipe = Recipe(recipe.build, recipe.shape, recipe.ignored, recipe.heads, options)
+    pruned = recipe.prune()
+    pruned.plan.verify(pruned.state_dict, pruned.model)
+    kept = pruned.plan["attention.query"]
+    assert len(kept.out_channels) == 4
+    assert kept.out_blocks == 1
+
+
+def test_residual_width_with_raw_parameters_and_torch_attention() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Linear(3, 8)
+            self.position = nn.Parameter(torch.randn(1, 5, 8))
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.embed(x) + self.position
+            return self.head(self.norm(x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
+
+    recipe = Recipe(Net, (5, 3))
+    pruned = recipe.prune(steps=2)
+    assert pruned.plan["position"].dim is not None
+    pruned.plan.verify(pruned.state_dict, pruned.model)
+
+
+def test_plans_of_two_pruners_compose() -> None:
+    recipe = RECIPES["vit"]
+    original = recipe.model()
+    pruned = copy.deepcopy(original)
+    plan = prune_step(recipe.pruner(pruned, ratio=0.25))
+    plan = prune_step(recipe.pruner(pruned, ratio=0.34), plan)
+    plan.verify(original.state_dict(), pruned)
+    assert pruned.up.out_features == len(plan["up"].out_channels) < 9
+
+
+def test_a_plan_is_not_changed_by_the_next_step() -> None:
+    recipe = RECIPES["chain"]
+    model = recipe.model()
+    pruner = recipe.pruner(model, steps=2)
+    first = prune_step(pruner)
+    widths = {name: len(kept.out_channels) for name, kept in first.items() if kept.out_channels is not None}
+    prune_step(pruner, first)
+    assert widths == {name: len(kept.out_channels) for name, kept in first.items() if kept.out_channels is not None}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_save_and_load(name: str, tmp_path) -> None:
+    pruned = RECIPES[name].prune()
+    pruned.plan.save(tmp_path / "plan.json")
+    loaded = PruningPlan.load(tmp_path / "plan.json")
+    assert_same_plan(loaded, pruned.plan)
+    loaded.verify(pruned.state_dict, pruned.model)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": "obc.PruningPlan", "version": 2, "layers": {}}'])
+def test_load_rejects_other_files(content: str, tmp_path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.raises(PlanError, match="not a pruning plan"):
+        PruningPlan.load(path)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_from_models_finds_the_plan(name: str) -> None:
+    pruned = RECIPES[name].prune(steps=2)
+    found = PruningPlan.from_models(pruned.state_dict, pruned.model)
+    assert set(found) == set(pruned.plan)
+    for layer, kept in pruned.plan.items():
+        for side in ("out_channels", "in_channels", "in_repeat"):
+            expected, got = getattr(kept, side), getattr(found[layer], side)
+            assert torch.equal(got, expected) if isinstance(expected, torch.Tensor) else got == expected, (layer, side)
+
+
+def test_from_models_with_few_distinct_values() -> None:
+    """Repeated values, as in half precision or quantised weights: any slice that explains them all will do."""
+    recipe = RECIPES["swiglu"]
+    original = recipe.model()
+    with torch.no_grad():
+        for parameter in original.parameters():
+            parameter.copy_((parameter * 6).round())
+    pruned = copy.deepcopy(original)
+    plan = prune_step(recipe.pruner(pruned))
+    plan.verify(original.state_dict(), pruned)
+    PruningPlan.from_models(original.state_dict(), pruned).verify(original.state_dict(), pruned)
+
+
+def test_from_models_rejects_another_model() -> None:
+    pruned = RECIPES["chain"].prune()
+    with torch.no_grad():
+        pruned.model.head.weight.add_(1)
+    with pytest.raises(PlanError, match=r"head\.weight: \(3, 6\) is no slice of the original's \(3, 12\)"):
+        PruningPlan.from_models(pruned.state_dict, pruned.model)
+
+
+def broken(change) -> Pruned:
+    pruned = RECIPES["flatten"].prune()
+    kept = dict(pruned.plan)
+    change(kept, pruned.model)
+    return Pruned(pruned.original, pruned.model, PruningPlan(kept))
+
+
+def trained(kept, model) -> None:
+    with torch.no_grad():
+        model.norm1.running_mean.add_(1e-9)
+
+
+REJECTED = {
+    "missing-layer": (lambda kept, model: kept.pop("conv2"), r"conv2.weight: the plan makes \(6, 8, 3, 3\)"),
+    "unknown-layer": (lambda kept, model: kept.update(other=Kept()), "'other', which the pruned model lacks"),
+    "other-channels": (
+        lambda kept, model: kept.update(conv1=Kept((kept["conv1"].out_channels + 1) % 8)),
+        r"conv1.weight: .*\(4, 2, 3, 3\) but other values",
+    ),
+    "out-of-range": (
+        lambda kept, model: kept.update(norm2=Kept(torch.tensor([0, 1, 6]))),
+        r"norm2.weight: the plan does not fit the original's shape \(6,\)",
+    ),
+    "trained": (trained, "norm1.running_mean: .* other values"),
+    "other-dtype": (lambda kept, model: model.float(), "conv1.weight: the original is torch.float64"),
+}
+
+
+@pytest.mark.parametrize("fault", REJECTED)
+def test_verify_rejects(fault: str) -> None:
+    change, message = REJECTED[fault]
+    pruned = broken(change)
+    with pytest.raises(PlanError, match=message):
+        pruned.plan.verify(pruned.state_dict, pruned.model)
+
+
+def test_unequal_groups_are_rejected() -> None:
+    """Torch-Pruning slices every group like the first; a grouped convolution that lost others computes nonsense."""
+    pruned = RECIPES["grouped"].prune()
+    kept = dict(pruned.plan)
+    kept["grouped"] = Kept(kept["grouped"].out_channels, torch.tensor([0, 1, 2, 4]))
+    with pytest.raises(PlanError, match=r"grouped\.weight: .* unequal numbers"):
+        PruningPlan(kept).verify(pruned.state_dict, pruned.model)
+
+
+def test_prune_step_refuses_parametrised_and_compiled_models() -> None:
+    recipe = RECIPES["chain"]
+    model = recipe.model()
+    pruner = recipe.pruner(model)
+    parametrizations.weight_norm(model.head)
+    with pytest.raises(PlanError, match="head is parametrised"):
+        prune_step(pruner)
+    pruner.model = torch.compile(recipe.model())
+    with pytest.raises(PlanError, match="compiled"):
+        prune_step(pruner)
+
+
+def test_prune_step_refuses_lstm() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 8, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.lstm(x)[0])
+
+    pruner = tp.pruner.BasePruner(
+        Net(),
+        torch.randn(2, 5, 3),
+        tp.importance.RandomImportance(),
+        pruning_ratio=0.5,
+        root_module_types=[nn.LSTM],
+        in_channel_groups={},
+        out_channel_groups={},
+    )
+    with pytest.raises(PlanError, match="lstm: a plan can't describe a pruned LSTM"):
+        prune_step(pruner)
+
+
+def test_prune_step_does_not_mistake_even_runs_for_a_flatten() -> None:
+    recipe = RECIPES["vit"]
+    model = TransformerBlock(False, 4).double()
+    with torch.no_grad():  # the norms decide: channels 0, 1, 4, 5, 8, 9 go, which look like blocks of two
+        model.up.weight.mul_(torch.tensor([1e-3, 1e-3, 1, 1] * 3, dtype=torch.float64)[:, None])
+        model.down.weight.mul_(torch.tensor([1e-3, 1e-3, 1, 1] * 3, dtype=torch.float64))
+    plan = prune_step(recipe.pruner(model))
+    assert plan["up"].out_channels.tolist() == [2, 3, 6, 7, 10, 11]
+    assert plan["down"].in_repeat == 1

@@ -1,0 +1,518 @@
+"""Compensation: the least-squares solution itself, the decision on held-out batches, both modes, and bad input."""
+
+from __future__ import annotations
+
+import copy
+import math
+import socket
+
+import pytest
+import torch
+from prunable import RECIPES, ConvChain, Pruned
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+from torch.testing import assert_close
+
+from obc.recovery import (
+    Kept,
+    PlanError,
+    PruningPlan,
+    compensate,
+    equivalent_pruning,
+    recalibrate_norms,
+)
+from obc.recovery.calibration import batch_norms
+from obc.recovery.moments import Moments
+
+MODES = ["ls", "seq"]
+
+
+def batches(name: str, count: int = 10, size: int = 16) -> list[Tensor]:
+    return [RECIPES[name].inputs(size, seed=100 + seed) for seed in range(count)]
+
+
+def output_error(model: nn.Module, original: nn.Module, inputs: list[Tensor]) -> float:
+    with torch.no_grad():
+        pairs = [(model.eval()(x), original.eval()(x)) for x in inputs]
+    return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs))
+
+
+class Redundant(nn.Module):
+    """Two layers around a ReLU; half of the hidden channels are affine in the other half, so nothing need be lost."""
+
+    def __init__(self, layer: str, bias: bool = True) -> None:
+        super().__init__()
+        if layer == "linear":
+            self.producer, self.consumer = nn.Linear(5, 8), nn.Linear(8, 4, bias=bias)
+        elif layer == "conv":
+            self.producer, self.consumer = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, bias=bias)
+        elif layer == "grouped":
+            self.producer, self.consumer = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3, groups=2, bias=bias)
+        elif layer == "transposed":
+            self.producer, self.consumer = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 4, 2, stride=2, bias=bias)
+        else:
+            self.producer, self.consumer = nn.Conv2d(3, 8, 3), nn.Linear(8 * 16, 4, bias=bias)
+        self.flatten = layer == "flatten"
+        with torch.no_grad():  # channels 4-7 are mixtures of 0-3 inside each half, where the groups of "grouped" lie
+            weight, offset = self.producer.weight, self.producer.bias
+            for target, first, second in ((2, 0, 1), (3, 1, 0), (6, 4, 5), (7, 5, 4)):
+                weight[target] = 0.7 * weight[first] - 0.4 * weight[second]
+                offset[target] = 0.7 * offset[first] - 0.4 * offset[second] + (0.5 if bias else 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.producer(x)
+        return self.consumer(x.flatten(1) if self.flatten else x)
+
+
+def prune_redundant(layer: str, bias: bool = True) -> tuple[Pruned, list[Tensor]]:
+    torch.manual_seed(1)
+    original = Redundant(layer, bias).double()
+    kept = torch.tensor([0, 1, 4, 5])
+    repeat = 16 if layer == "flatten" else 1
+    plan = PruningPlan({"producer": Kept(kept), "consumer": Kept(None, kept, repeat)})
+    pruned = copy.deepcopy(original)
+    for module, side in ((pruned.producer, "out"), (pruned.consumer, "in")):
+        if side == "out":
+            module.weight = nn.Parameter(module.weight[kept].detach())
+            module.bias = nn.Parameter(module.bias[kept].detach())
+        elif layer == "grouped":
+            module.weight = nn.Parameter(module.weight[:, :2].detach())
+            module.in_channels = 4
+        elif layer == "transposed":
+            module.weight = nn.Parameter(module.weight[kept].detach())
+            module.in_channels = 4
+        else:
+            columns = plan["consumer"].in_columns
+            module.weight = nn.Parameter(module.weight[:, columns].detach())
+    plan.verify(original.state_dict(), pruned)
+    shape = (5,) if layer == "linear" else (3, 6, 6)
+    inputs = [torch.randn(32, *shape, dtype=torch.float64) for _ in range(6)]
+    return Pruned(original, pruned, plan), inputs
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("layer", ["linear", "conv", "grouped", "transposed", "flatten"])
+def test_redundant_channels_are_recovered_exactly(layer: str, bias: bool, mode: str) -> None:
+    if layer == "transposed" and bias:
+        bias = False  # the mean can't pass through the bias of a layer whose outputs overlap: it is regressed through 0
+    pruned, inputs = prune_redundant(layer, bias)
+    report = compensate(pruned.model, pruned.original, pruned.plan, inputs, mode=mode, ridge=1e-12)
+    assert report.naive_error > 1e-2
+    assert report.layers["consumer"].applied
+    assert report.layers["consumer"].input_error_after < 1e-9
+    assert report.final_error < 1e-15
+    assert output_error(pruned.model, pruned.original, [torch.randn_like(x) for x in inputs]) < 1e-15
+
+
+def test_moments_solve_the_least_squares_problem() -> None:
+    """Against lstsq on all rows at once: pieces, both kinds of moments, ridge, intercept and the errors reported."""
+    torch.manual_seed(0)
+    kept = torch.tensor([1, 2, 5])
+    x = torch.randn(200, 6, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64) + torch.randn(6)
+    z = x[:, kept] + 0.3 * torch.randn(200, 3, dtype=torch.float64)
+    for paired, centred in ((True, True), (True, False), (False, True), (False, False)):
+        regressor = z if paired else x[:, kept]
+        moments = Moments(kept[None], 6, paired)
+        for rows, other in zip(x.split(64), regressor.split(64), strict=True):
+            moments.add(rows, other if paired else None)
+        solution = moments.solve(0.0, centred)
+        design = torch.cat([regressor, torch.ones(200, 1, dtype=torch.float64)], 1) if centred else regressor
+        expected = torch.linalg.lstsq(design, x).solution.T
+        assert (solution.decompressor - expected[:, :3]).abs().max() < 1e-10
+        if centred:
+            assert (solution.intercept - expected[:, 3]).abs().max() < 1e-10
+        residual = x - design @ expected.T
+        energy = x.square().sum()
+        assert solution.fit.error_after == pytest.approx(float(residual.square().sum() / energy))
+        naive = x.clone()
+        naive[:, kept] -= regressor
+        assert solution.fit.error_before == pytest.approx(float(naive.square().sum() / energy))
+
+
+def test_kept_channels_stay_the_identity_and_a_large_ridge_stays_naive() -> None:
+    torch.manual_seed(0)
+    kept = torch.tensor([[0, 3]])
+    moments = Moments(kept, 5, paired=False)
+    moments.add(torch.randn(100, 5) @ torch.randn(5, 5))
+    for ridge in (1e-4, 1e-1, 1e8):
+        decompressor = moments.solve(ridge, False).decompressor
+        assert (decompressor[kept[0]] - torch.eye(2)).abs().max() < 1e-6
+    assert decompressor[[1, 2, 4]].abs().max() < 1e-6
+
+
+def test_channels_that_few_positions_carry_can_stay_naive() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1000, 4, dtype=torch.float64)
+    x[:, 3] = 0.3 * x[:, 0]
+    x[::100, 2] = 20.0  # one position in a hundred: its kurtosis is about 100
+    moments = Moments(torch.tensor([[0, 1]]), 4, paired=False)
+    moments.add(x)
+    plain, limited = (moments.solve(1e-9, True, limit) for limit in (math.inf, 30.0))
+    assert (plain.fit.left_out, limited.fit.left_out) == (0, 1)
+    assert limited.decompressor[2].abs().max() == 0
+    assert limited.intercept[2] == 0
+    assert plain.intercept[2] != 0
+    assert limited.decompressor[3, 0] == pytest.approx(0.3)
+    residual = x - x[:, :2] @ limited.decompressor.T - limited.intercept
+    assert limited.fit.error_after == pytest.approx(float(residual.square().sum() / x.square().sum()))
+
+
+def test_held_out_batches_choose_the_kurtosis_limit() -> None:
+    """A channel that few positions carry, where the output saturates: its stand-in is noise at all the others."""
+
+    class Saturated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.consumer = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.consumer(x[:, : self.consumer.weight.shape[1]]))
+
+    original = Saturated().double()
+    with torch.no_grad():
+        original.consumer.weight.copy_(torch.tensor([[1.0, -0.5, 10, 0.5], [0.3, 0.8, -10, -0.6]]))
+    pruned = copy.deepcopy(original)
+    pruned.consumer.weight = nn.Parameter(original.consumer.weight[:, :2].detach())
+    plan = PruningPlan({"consumer": Kept(None, torch.arange(2))})
+    data = [torch.randn(400, 4, dtype=torch.float64) for _ in range(5)]
+    for x in data:
+        x[:, 2:] = 0
+        x[:, 3] = 0.5 * x[:, 0]
+        rare = x[:, 0] > 2.4
+        x[rare, 2] = 30.0
+    report = compensate(pruned, original, plan, data)
+    assert report.layers["consumer"].applied
+    assert report.layers["consumer"].left_out == 1
+    assert report.final_error < report.naive_error
+
+
+def test_a_singular_gram_matrix_takes_a_larger_ridge_and_reports_it() -> None:
+    moments = Moments(torch.tensor([[0, 1]]), 3, paired=False)
+    rows = torch.randn(50, 1, dtype=torch.float64)
+    moments.add(rows * torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))
+    solution = moments.solve(1e-17, False)
+    assert solution.fit.ridge > 1e-17
+    assert solution.fit.error_after < 1e-6
+
+
+def test_constant_channels_stay_naive() -> None:
+    moments = Moments(torch.tensor([[0, 1]]), 3, paired=False)
+    moments.add(torch.zeros(10, 3))
+    solution = moments.solve(1e-4, True)
+    assert torch.equal(solution.decompressor, torch.eye(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", RECIPES)
+def test_never_ends_below_naive_and_keeps_the_structure(name: str, mode: str) -> None:
+    pruned = RECIPES[name].prune()
+    naive = copy.deepcopy(pruned.model)
+    original_before = copy.deepcopy(pruned.state_dict)
+    data = batches(name)
+    report = compensate(pruned.model, pruned.original, pruned.plan, data, mode=mode, keep_decompressors=True)
+    assert list(report.layers)
+    assert report.final_error <= report.naive_error
+    assert output_error(pruned.model, pruned.original, data[4::5]) == pytest.approx(report.final_error, rel=1e-9)
+    assert output_error(naive, pruned.original, data[4::5]) == pytest.approx(report.naive_error, rel=1e-9)
+    naive.load_state_dict(pruned.model.state_dict(), strict=True)
+    for key, tensor in pruned.state_dict.items():
+        assert torch.equal(tensor, original_before[key]), f"{key} of the original changed"
+    assert report.final_error <= min(report.naive_error, report.compensated_error)
+    assert set(report.decompressors) == {key for key, layer in report.layers.items() if layer.applied}
+
+
+@pytest.mark.parametrize("name", ["vit", "swiglu"])
+def test_helps_on_inputs_that_it_never_saw(name: str) -> None:
+    pruned = RECIPES[name].prune()
+    fresh = [RECIPES[name].inputs(64, seed=seed) for seed in range(900, 903)]
+    before = output_error(pruned.model, pruned.original, fresh)
+    compensate(pruned.model, pruned.original, pruned.plan, batches(name, 20, 32), mode="seq")
+    assert output_error(pruned.model, pruned.original, fresh) < 0.9 * before
+
+
+def test_a_layer_that_would_do_harm_stays_naive() -> None:
+    """In the calibration batches a dropped channel follows a kept one, in the held-out one it does the reverse."""
+    pruned, _ = prune_redundant("linear")
+    with torch.no_grad():
+        pruned.original.producer.weight.copy_(torch.eye(8, 5))
+        pruned.original.producer.bias.zero_()
+        pruned.original.consumer.weight.copy_(torch.ones(4, 8))
+        kept = pruned.plan["producer"].out_channels
+        pruned.model.producer.weight.copy_(pruned.original.producer.weight[kept])
+        pruned.model.producer.bias.zero_()
+        pruned.model.consumer.weight.copy_(pruned.original.consumer.weight[:, kept])
+    x = torch.randn(64, 5, dtype=torch.float64)
+    x[:, 2] = x[:, 0]
+    reversed_x = x * torch.tensor([1.0, 1, -1, 1, 1], dtype=torch.float64)
+    before = copy.deepcopy(pruned.model.state_dict())
+    report = compensate(pruned.model, pruned.original, pruned.plan, [x, x, reversed_x])
+    layer = report.layers["consumer"]
+    assert not layer.applied
+    assert report.compensated_error > report.naive_error == layer.output_error_naive
+    assert layer.input_error_after < layer.input_error_before
+    assert report.final_error == report.naive_error
+    assert "(left naive)" in str(report)
+    for key, tensor in pruned.model.state_dict().items():
+        assert torch.equal(tensor, before[key]), key
+
+
+def test_one_harmful_layer_of_several_stays_naive() -> None:
+    """Two branches; channel 3 follows channel 0 in the calibration batches of both, held out in one only."""
+
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sound, self.harmful = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
+            layers = (self.sound, self.harmful)
+            return torch.cat(
+                [layer(part[:, : layer.weight.shape[1]]) for part, layer in zip(x, layers, strict=True)], 1
+            )
+
+    original = Branches().double()
+    pruned = copy.deepcopy(original)
+    plan = PruningPlan({name: Kept(None, torch.arange(3)) for name in ("sound", "harmful")})
+    for layer in (pruned.sound, pruned.harmful):
+        layer.weight = nn.Parameter(layer.weight[:, :3].detach())
+    x = torch.randn(64, 4, dtype=torch.float64)
+    x[:, 3] = x[:, 0]
+    turned = x * torch.tensor([1.0, 1, 1, -1], dtype=torch.float64)
+    report = compensate(pruned, original, plan, [(x, x), (x, turned)], ridge=1e-9)
+    assert {name: layer.applied for name, layer in report.layers.items()} == {"sound": True, "harmful": False}
+    assert report.layers["harmful"].output_error_naive < report.compensated_error
+    assert report.final_error < report.naive_error
+    assert torch.equal(pruned.harmful.weight, original.harmful.weight[:, :3])
+
+
+def test_seq_corrects_what_arrives() -> None:
+    """The first consumer loses for good what its inputs carried: only "seq" lets the second one make up for it."""
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    first, second = torch.arange(5), torch.arange(8)
+    plan = PruningPlan({"0": Kept(first), "2": Kept(second, first), "4": Kept(None, second)})
+    naive = copy.deepcopy(original)
+    for name, kept in plan.items():
+        layer = naive.get_submodule(name)
+        if kept.out_channels is not None:
+            layer.weight = nn.Parameter(layer.weight[kept.out_channels].detach())
+            layer.bias = nn.Parameter(layer.bias[kept.out_channels].detach())
+        if kept.in_channels is not None:
+            layer.weight = nn.Parameter(layer.weight[:, kept.in_channels].detach())
+    data = [torch.randn(64, 6, dtype=torch.float64) for _ in range(10)]
+    errors = {}
+    for mode in MODES:
+        errors[mode] = compensate(copy.deepcopy(naive), original, plan, data, mode=mode).final_error
+    assert errors["seq"] < errors["ls"]
+
+
+def test_decompressors_start_equivalent_pruning() -> None:
+    pruned = RECIPES["swiglu"].prune()
+    compensated = copy.deepcopy(pruned.model)
+    report = compensate(compensated, pruned.original, pruned.plan, batches("swiglu"), keep_decompressors=True)
+    equivalent = equivalent_pruning(pruned.model, pruned.state_dict, pruned.plan, decompressor=report.decompressors)
+    assert torch.allclose(equivalent.model.down.weight, compensated.down.weight, rtol=0, atol=1e-12)
+
+
+def test_few_bytes_take_more_passes_and_give_the_same_result() -> None:
+    pruned = RECIPES["chain"].prune()
+    reports, models = [], []
+    for limit in (2**31, 1):
+        model = copy.deepcopy(pruned.model)
+        reports.append(compensate(model, pruned.original, pruned.plan, batches("chain"), max_bytes=limit))
+        models.append(model)
+    assert reports[1].moment_bytes < reports[0].moment_bytes
+    for key, tensor in models[0].state_dict().items():
+        assert torch.equal(tensor, models[1].state_dict()[key]), key
+
+
+def test_forward_fn_nested_outputs_and_generators() -> None:
+    pruned = RECIPES["vit"].prune()
+    data = ({"x": x} for x in batches("vit"))
+    report = compensate(
+        pruned.model, pruned.original, pruned.plan, data, lambda model, batch: {"a": [model(batch["x"]), 3]}
+    )
+    assert report.final_error < report.naive_error
+
+
+def test_recalibrated_norms_have_the_batches_statistics() -> None:
+    model = ConvChain()
+    norm = model.features[1]
+    model.train()
+    data = [torch.randn(32, 2, 8, 8) + 1 for _ in range(3)]
+    tracked = norm.num_batches_tracked.clone()
+    recalibrate_norms(model, data)
+    activations = [model.features[0](x) for x in data]
+    mean = torch.stack([a.mean((0, 2, 3)) for a in activations]).mean(0)
+    var = torch.stack([a.var((0, 2, 3)) for a in activations]).mean(0)
+    assert torch.allclose(norm.running_mean, mean, atol=1e-5)
+    assert torch.allclose(norm.running_var, var, rtol=1e-4)
+    assert norm.training
+    assert norm.momentum == 0.1
+    assert torch.equal(norm.num_batches_tracked, tracked)
+
+
+def test_compensated_norms_have_the_statistics_of_the_final_weights() -> None:
+    """Estimating them once more from the same batches changes nothing."""
+    pruned, data = RECIPES["resnet"].prune(), batches("resnet", 5)
+    before = [norm.running_mean.clone() for norm in batch_norms(pruned.model)]
+    report = compensate(pruned.model, pruned.original, pruned.plan, data, mode="seq")
+    assert report.norms_recalibrated
+    again = copy.deepcopy(pruned.model)
+    recalibrate_norms(again, data[:4])  # the fifth is held out
+    assert_close(again.state_dict(), pruned.model.state_dict(), rtol=0, atol=0)
+    assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(batch_norms(again), before, strict=True))
+
+
+@pytest.mark.parametrize(("mode", "asked"), [("seq", False), ("ls", True)], ids=["not asked for", "harmful"])
+def test_norms_that_are_not_recalibrated_stay_as_they_were(mode: str, asked: bool) -> None:
+    """The recipe's random statistics are no data's: with those of the batches, mode "ls" ends worse than naive."""
+    pruned = RECIPES["resnet"].prune()
+    before = copy.deepcopy([norm.state_dict() for norm in batch_norms(pruned.model)])
+    data = batches("resnet", 5)
+    report = compensate(pruned.model, pruned.original, pruned.plan, data, mode=mode, recalibrate_norms=asked)
+    assert not report.norms_recalibrated
+    assert_close([norm.state_dict() for norm in batch_norms(pruned.model)], before, rtol=0, atol=0)
+
+
+def test_norms_that_make_no_difference_stay_as_they_were() -> None:
+    """Beside a layer whose compensation does harm: the error with new statistics is the naive one, not below it."""
+
+    class Beside(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.consumer, self.norm = nn.Linear(4, 2), nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm(x)
+            return self.consumer(x[:, : self.consumer.weight.shape[1]])
+
+    original = Beside().double()
+    pruned = copy.deepcopy(original)
+    pruned.consumer.weight = nn.Parameter(original.consumer.weight[:, :3].detach())
+    plan = PruningPlan({"consumer": Kept(None, torch.arange(3))})
+    x = torch.randn(64, 4, dtype=torch.float64)
+    x[:, 3] = x[:, 0]
+    report = compensate(pruned, original, plan, [x, x * torch.tensor([1.0, 1, 1, -1])])
+    assert not report.layers["consumer"].applied
+    assert not report.norms_recalibrated
+    assert_close(pruned.norm.state_dict(), original.norm.state_dict(), rtol=0, atol=0)
+
+
+def test_models_and_their_flags_are_left_as_they_were() -> None:
+    pruned = RECIPES["resnet"].prune()
+    pruned.model.train()
+    pruned.model.norm1.eval()
+    compensate(pruned.model, pruned.original, pruned.plan, batches("resnet", 3), mode="seq")
+    assert pruned.model.training
+    assert not pruned.model.norm1.training
+    assert not pruned.original.training
+    assert not any(module._forward_pre_hooks for model in (pruned.model, pruned.original) for module in model.modules())
+    assert all(parameter.requires_grad for parameter in pruned.model.parameters())
+
+
+def _compensate_in_two_processes(rank: int, port: int, results) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    group = torch.distributed.group.WORLD
+    try:
+        for mode in MODES:
+            pruned = RECIPES["resnet"].prune()
+            mine = batches("resnet")[5 * rank :][:5]  # the fifth of each process is held out, as of all ten
+            report = compensate(pruned.model, pruned.original, pruned.plan, mine, mode=mode, process_group=group)
+            state_dict = {key: tensor.numpy() for key, tensor in pruned.model.state_dict().items()}
+            results[mode, rank] = (state_dict, report.final_error, [layer.applied for layer in report.layers.values()])
+        with pytest.raises(ValueError, match="got 1 batches"):
+            compensate(pruned.model, pruned.original, pruned.plan, mine[: 1 + rank], process_group=group)
+        results["refused", rank] = True
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_with_batches_of_their_own_decide_as_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results = torch.multiprocessing.get_context("spawn").Manager().dict()
+    torch.multiprocessing.spawn(_compensate_in_two_processes, (port, results), nprocs=2)
+    for mode in MODES:
+        pruned = RECIPES["resnet"].prune()
+        report = compensate(pruned.model, pruned.original, pruned.plan, batches("resnet"), mode=mode)
+        for rank in range(2):
+            state_dict, final_error, applied = results[mode, rank]
+            assert final_error == pytest.approx(report.final_error, rel=1e-9)
+            assert applied == [layer.applied for layer in report.layers.values()]
+            for key, tensor in pruned.model.state_dict().items():
+                assert (torch.from_numpy(state_dict[key]) - tensor).abs().max() <= 1e-9, key
+                assert (state_dict[key] == results[mode, 0][0][key]).all(), key
+    assert results["refused", 0]
+    assert results["refused", 1]
+
+
+def rejected(change) -> None:
+    pruned = RECIPES["flatten"].prune()
+    data = batches("flatten", 3)
+    options: dict = {}
+    data = change(pruned, data, options) or data
+    compensate(pruned.model, pruned.original, pruned.plan, data, **options)
+
+
+def trained(pruned, data, options) -> None:
+    with torch.no_grad():
+        pruned.model.hidden.weight.add_(1)
+
+
+def unreached(pruned, data, options) -> None:
+    options["forward_fn"] = lambda model, x: model.conv1(x).mean()
+
+
+def parametrised(pruned, data, options) -> None:
+    parametrizations.weight_norm(pruned.model.hidden)
+
+
+def compiled(pruned, data, options) -> None:
+    pruned.model = torch.compile(pruned.model)
+
+
+BAD = {
+    "trained": (trained, PlanError, r"hidden\.weight: .* other values"),
+    "unreached": (unreached, ValueError, "no calibration batch reached conv2; pass batches"),
+    "one-batch": (lambda pruned, data, options: data[:1], ValueError, "got 1 batches; pass at least two"),
+    "mode": (lambda pruned, data, options: options.update(mode="lsq"), ValueError, "mode must be 'ls' or 'seq', got"),
+    "ridge": (
+        lambda pruned, data, options: options.update(ridge=-1.0),
+        ValueError,
+        "ridge must not be negative, got -1",
+    ),
+    "parametrised": (parametrised, ValueError, "hidden is parametrised"),
+    "compiled": (compiled, ValueError, "the pruned model is compiled"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_rejects(fault: str) -> None:
+    change, error, message = BAD[fault]
+    with pytest.raises(error, match=message):
+        rejected(change)
+
+
+def test_too_few_samples_without_a_ridge_are_an_error() -> None:
+    pruned = RECIPES["vit"].prune()
+    data = [RECIPES["vit"].inputs(1, seed=seed)[:, :1].repeat(1, 5, 1) for seed in range(2)]
+    with pytest.raises(
+        ValueError, match=r"attention\.out: its Gram matrix is singular .* it saw 5 positions for 4 kept"
+    ):
+        compensate(pruned.model, pruned.original, pruned.plan, data, ridge=0.0)
+
+
+def test_fewer_positions_than_channels_are_named() -> None:
+    pruned = RECIPES["flatten"].prune()
+    with pytest.warns(UserWarning, match=r"head \(2 positions for 5 channels\); pass more batches") as warned:
+        compensate(pruned.model, pruned.original, pruned.plan, [RECIPES["flatten"].inputs(2, s) for s in range(2)])
+    assert "conv2" not in str(warned[0].message)
+
+
+def test_recalibrate_norms_needs_batches() -> None:
+    with pytest.raises(ValueError, match="got no batches"):
+        recalibrate_norms(ConvChain(), iter(()))
