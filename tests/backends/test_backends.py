@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import obc
-from obc.backends import BACKENDS, OPERATORS, Backend, BackendError
+from obc.backends import BACKENDS, Backend, BackendError
+from obc.backends.operators import OPERATORS
 
 
 def fake_backend(name: str, devices: set[str], reason: str | None = None) -> Backend:

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import obc
 from obc.backends import BACKENDS, cuda, fastest
+from obc.backends.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = ROOT / "csrc" / "cuda" / "check.py"
@@ -97,7 +97,7 @@ def test_order_of_backends_follows_the_table(monkeypatch: pytest.MonkeyPatch) ->
 def test_table_names_operators_dtypes_sizes_and_backends_that_exist() -> None:
     sizes = {fastest.size_class(elements) for elements in (0, 2**18, 2**24)}
     for (operator, dtype, size), backend in fastest.FASTEST.items():
-        assert operator in obc.backends.OPERATORS
+        assert operator in OPERATORS
         assert isinstance(dtype, torch.dtype)
         assert size in sizes
         assert backend in BACKENDS

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from obc.backends.fastest import PREFERENCE, order, size_class
-from obc.backends.operators import OPERATORS
 
 logger = logging.getLogger("obc")
 
