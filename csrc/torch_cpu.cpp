@@ -1,8 +1,9 @@
 // Registers the CPU kernels with torch as obc_cpu::<op>, on LibTorch's stable ABI: one build serves torch 2.11 and
 // later.
 //
-// Signatures are those of obc::<op> in python/obc/ops/__init__.py, where the arguments are checked before they come here: below
-// torch 2.13 an error raised behind the ABI loses its message. end_row alone sends back a position to complain about.
+// Signatures are those of obc::<op> in python/obc/ops/__init__.py, where the arguments are checked before they come
+// here: below torch 2.13 an error raised behind the ABI loses its message. end_row alone sends back a position to
+// complain about.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -1,8 +1,8 @@
 // Registers the CUDA kernels with torch as obc_cuda::<op>, on LibTorch's stable ABI: one build serves torch 2.11 and
 // later, and needs neither a torch with CUDA nor a GPU.
 //
-// Signatures are those of obc::<op> in python/obc/ops/__init__.py, where the arguments are checked before they come here.
-// weight_dot_list takes layers of one dtype.
+// Signatures are those of obc::<op> in python/obc/ops/__init__.py, where the arguments are checked before they come
+// here. weight_dot_list takes layers of one dtype.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
