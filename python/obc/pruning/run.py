@@ -2,42 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import logging
-import math
-import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from tqdm.auto import tqdm
 
-from obc.criteria import CRITERIA, ForwardFn, LossFn, Subject, read_rows
-from obc.model.groups import ChannelGroup, Slices
+from obc.criteria import ForwardFn, LossFn, Subject
+from obc.model.groups import Slices
 from obc.model.names import named_tensors
 from obc.model.plan import PruningPlan
 from obc.pruning.arguments import Budget, check_choices, positive, repeatable
-from obc.pruning.report import PruningReport, PruningResult, StepReport
+from obc.pruning.job import Choice, Job, timed
+from obc.pruning.report import PruningReport, PruningResult
 from obc.pruning.snapshot import Snapshot
-from obc.recovery.calibration import recalibrate_norms
 from obc.recovery.compensate import compensate as compensate_model
 from obc.scoring.label_free import label_free_loss
-from obc.selection import Costs, select
-from obc.selection.uniform import permitted_widths, select_uniform
-from obc.structures.protocol import Limits, Structure, Unit
-
-logger = logging.getLogger("obc")
-
-# A group that keeps less is named: joint selection rarely goes there, and a network rarely recovers from it.
-_NARROW = 0.1
-# Costs are sums of large products in float64: a target that is met up to this is met.
-_ROUNDING = 1e-9
-_UNITS: tuple[Unit, Unit] = ("macs", "parameters")
+from obc.structures.protocol import Structure
 
 
 def prune(
@@ -126,7 +109,7 @@ def prune(
     budget = Budget.of(macs, params)
     schedule = budget.schedule(steps)
     check_choices(criterion, selection, slices, compensate, rows)
-    choice = _Choice(criterion, selection, per_macs, shrinkage, positive("min_units", min_units), round_to)
+    choice = Choice(criterion, selection, per_macs, shrinkage, positive("min_units", min_units), round_to)
     if round_to is not None:
         positive("round_to", round_to)
     if labels and loss_fn is None:
@@ -134,19 +117,19 @@ def prune(
     batches = repeatable(batches)
     snapshot, report = Snapshot(model), PruningReport()
     try:
-        with _timed(report, "structure"):
+        with timed(report, "structure"):
             structure = structure or _structure(model, example_inputs, ignored_layers, num_heads)
         original = copy.deepcopy(model) if compensate is not None else None
         forward = _forward(loss_fn, forward_fn, labels)
         generator = torch.Generator().manual_seed(seed)
         loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
         subject = Subject(model, (), batches, loss, forward, slices, rows, generator, micro_batch)
-        job = _Job(structure, subject, report, budget, choice, recalibrate)
+        job = Job(structure, subject, report, budget, choice, recalibrate)
         job.run(schedule, on_step, progress)
-        with _timed(report, "verify"):
+        with timed(report, "verify"):
             _verify(structure.plan, snapshot.tensors(), model, recalibrate)
         if original is not None and compensate is not None:
-            with _timed(report, "compensate"):
+            with timed(report, "compensate"):
                 report.compensation = compensate_model(
                     model,
                     original,
@@ -225,15 +208,6 @@ def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
     return forward
 
 
-@contextlib.contextmanager
-def _timed(report: PruningReport, part: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        report.seconds[part] = report.seconds.get(part, 0.0) + time.perf_counter() - start
-
-
 def _add_note(error: BaseException, note: str) -> None:
     """What ``BaseException.add_note`` does, which Python 3.10 lacks."""
     vars(error).setdefault("__notes__", []).append(note)
@@ -244,185 +218,3 @@ def _verify(plan: PruningPlan, original: Mapping[str, Tensor], model: nn.Module,
     for module_name, module, tensor_name, tensor in named_tensors(model):
         if not (recalibrated and isinstance(module, _BatchNorm) and tensor_name.startswith("running_")):
             plan.verify_tensor(original, module_name, module, tensor_name, tensor)
-
-
-# --- the work -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """How channels are chosen."""
-
-    criterion: str
-    selection: Literal["joint", "independent"]
-    per_cost: bool
-    shrinkage: float | None
-    min_units: int
-    round_to: int | None
-
-
-class _Job:
-    """One call of :func:`prune`: scores, selects, removes, step by step."""
-
-    def __init__(
-        self,
-        structure: Structure,
-        subject: Subject,
-        report: PruningReport,
-        budget: Budget,
-        choice: _Choice,
-        recalibrate: bool,
-    ) -> None:
-        self.structure, self.subject, self.report = structure, subject, report
-        self.budget, self.choice, self.recalibrate = budget, choice, recalibrate
-        self.widths = {group.name: group.size for group in structure.groups}
-        self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
-        self.full = self.unpruned[budget.unit]
-        report.left_out = dict(getattr(structure, "left_out", {}))
-        report.budget = budget.unit
-        report.macs_before, report.parameters_before = (round(self.unpruned[unit]) for unit in _UNITS)
-
-    def _costs(self) -> Costs:
-        """Of the model as it is now, in the unit of the budget."""
-        return self.structure.costs(self.budget.unit)
-
-    def run(
-        self, schedule: Sequence[float], on_step: Callable[[PruningResult], None] | None, progress: bool | None
-    ) -> None:
-        """Reach every share of the schedule, and fill the report."""
-        if not self.widths:
-            raise ValueError(f"no layer can be pruned{self._reasons()}")
-        self._check_reachable(schedule[-1])
-        disable = None if progress is None else not progress
-        with tqdm(total=len(schedule), desc="prune", unit="step", disable=disable) as bar:
-            for share in schedule:
-                self._step(share, schedule[-1])
-                self._measure()
-                if on_step is not None:
-                    on_step(PruningResult(self.subject.model, self.structure.plan, self.report))
-                bar.set_postfix_str(f"{self._costs().total() / self.full:.3f} of the {self.budget.noun}")
-                bar.update()
-        for name, (before, after) in self.report.widths.items():
-            if after < _NARROW * before:
-                self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
-        for warning in getattr(self.structure, "warnings", ()):
-            self._warn(warning)
-
-    def _measure(self) -> None:
-        """What the model costs now, for the report."""
-        report = self.report
-        report.macs_after, report.parameters_after = (round(self.structure.costs(unit).total()) for unit in _UNITS)
-        report.widths = {group.name: (self.widths[group.name], group.size) for group in self.structure.groups}
-
-    def _step(self, share: float, last: float) -> None:
-        costs = self._costs()
-        excess = costs.total() - share * self.full
-        if excess <= _ROUNDING * self.full:  # the step before went far enough
-            self._note_step(share, {})
-            return
-        subject = replace(self.subject, groups=self.structure.groups)
-        with _timed(self.report, "score"):
-            rows = self._rows(subject)
-        with _timed(self.report, "select"):
-            removed = self._select(rows, costs, excess, costs.total() - last * self.full)
-        with _timed(self.report, "remove"):
-            self.structure.remove(removed)
-        self._note_step(share, {name: len(units) for name, units in removed.items() if len(units)})
-        if self.recalibrate:
-            with _timed(self.report, "recalibrate"):
-                recalibrate_norms(subject.model, subject.batches, subject.forward_fn)
-
-    def _note_step(self, target: float, removed: Mapping[str, int]) -> None:
-        macs, parameters = (self.structure.costs(unit).total() / self.unpruned[unit] for unit in _UNITS)
-        self.report.steps.append(StepReport(target, macs, parameters, removed))
-
-    def _rows(self, subject: Subject) -> dict[str, Tensor]:
-        """(N, units) rows of every group for joint selection, its (units,) scores for the independent one."""
-        if self.choice.criterion == "jacobian":
-            found = read_rows(subject)
-            self.report.unscored.update(found.unscored)
-            joint = self.choice.selection == "joint"
-            values = [
-                group.gate_rows(found.rows) if joint else group.scores(found.rows, subject.slices)
-                for group in subject.groups
-            ]
-            named = zip(subject.groups, values, strict=True)
-            rows = {group.name: of_group for group, of_group in named if of_group is not None}
-            if rows and not any(bool(of_group.any()) for of_group in rows.values()):
-                raise ValueError(
-                    "all rows are zero, so that no choice is better than another: no loss depends on what can be "
-                    "pruned; check loss_fn, and rows='sample' with losses that couple samples (then rows='batch')"
-                )
-        else:
-            rows = CRITERIA[self.choice.criterion](subject)
-        for name in {group.name for group in subject.groups} - set(rows):
-            self.report.left_out[name] = f"the criterion {self.choice.criterion!r} has nothing to score in it"
-        return rows
-
-    def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float, goal: float) -> dict[str, Tensor]:
-        """What ``obc.select`` removes to free ``excess``, of the ``goal`` of all steps; each warning is told once."""
-        choice, limits = self.choice, self._limits()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", UserWarning)
-            if limits.families:
-                removed = select_uniform(
-                    rows,
-                    costs,
-                    excess,
-                    limits.families,
-                    selection=choice.selection,
-                    shrinkage=choice.shrinkage,
-                    min_units=limits.min_units,
-                    round_to=limits.round_to,
-                    full_widths=self.widths,
-                    widths=limits.widths,
-                    goal=goal,
-                )
-            else:
-                removed = select(
-                    rows,
-                    costs,
-                    excess,
-                    selection=choice.selection,
-                    shrinkage=choice.shrinkage,
-                    per_cost=choice.per_cost,
-                    min_units={name: limits.min_units[name] for name in rows},
-                    round_to={name: limits.round_to[name] for name in rows},
-                )
-        for warning in caught:
-            self._warn(str(warning.message))
-        return removed
-
-    def _check_reachable(self, share: float) -> None:
-        costs = self._costs()
-        smallest = torch.tensor([self._smallest(group) for group in self.structure.groups], dtype=torch.float64)
-        least = costs.total(smallest) / self.full
-        if least > share:
-            raise ValueError(
-                f"{self.budget.argument}={share:g} is out of reach: {least:.4f} remain where each of the "
-                f"{len(smallest)} groups that can be pruned keeps its minimum{self._reasons()}"
-            )
-
-    def _limits(self) -> Limits:
-        """The structure's limits and the caller's together."""
-        own: Limits = getattr(self.structure, "limits", Limits())
-        names = [group.name for group in self.structure.groups]
-        least = {name: max(self.choice.min_units, own.min_units.get(name, 1)) for name in names}
-        asked = {name: 1 if name in own.whole else self.choice.round_to or 1 for name in names}
-        multiples = {name: math.lcm(asked[name], own.round_to.get(name, 1)) for name in names}
-        return replace(own, min_units=least, round_to=multiples)
-
-    def _smallest(self, group: ChannelGroup) -> int:
-        limits = self._limits()
-        least, multiple = limits.min_units[group.name], limits.round_to[group.name]
-        return permitted_widths(group.size, least, multiple, limits.widths.get(group.name))[0]
-
-    def _reasons(self) -> str:
-        reasons = "; ".join(f"{name}: {why}" for name, why in self.report.left_out.items())
-        return f" (not pruned: {reasons})" if reasons else ""
-
-    def _warn(self, warning: str) -> None:
-        if warning in self.report.warnings:
-            return
-        self.report.warnings.append(warning)
-        logger.warning("obc.prune: %s", warning)

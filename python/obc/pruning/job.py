@@ -1,0 +1,221 @@
+"""The work of one ``obc.prune``: score, select, remove, step by step."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from obc.criteria import CRITERIA, Subject, read_rows
+from obc.model.groups import ChannelGroup
+from obc.pruning.arguments import Budget
+from obc.pruning.report import PruningReport, PruningResult, StepReport
+from obc.recovery.calibration import recalibrate_norms
+from obc.selection import Costs, select
+from obc.selection.uniform import permitted_widths, select_uniform
+from obc.structures.protocol import Limits, Structure, Unit
+
+logger = logging.getLogger("obc")
+
+# A group that keeps less is named: joint selection rarely goes there, and a network rarely recovers from it.
+_NARROW = 0.1
+# Costs are sums of large products in float64: a target that is met up to this is met.
+_ROUNDING = 1e-9
+_UNITS: tuple[Unit, Unit] = ("macs", "parameters")
+
+
+@contextlib.contextmanager
+def timed(report: PruningReport, part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.seconds[part] = report.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How channels are chosen."""
+
+    criterion: str
+    selection: Literal["joint", "independent"]
+    per_cost: bool
+    shrinkage: float | None
+    min_units: int
+    round_to: int | None
+
+
+class Job:
+    """One call of :func:`prune`: scores, selects, removes, step by step."""
+
+    def __init__(
+        self,
+        structure: Structure,
+        subject: Subject,
+        report: PruningReport,
+        budget: Budget,
+        choice: Choice,
+        recalibrate: bool,
+    ) -> None:
+        self.structure, self.subject, self.report = structure, subject, report
+        self.budget, self.choice, self.recalibrate = budget, choice, recalibrate
+        self.widths = {group.name: group.size for group in structure.groups}
+        self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
+        self.full = self.unpruned[budget.unit]
+        report.left_out = dict(getattr(structure, "left_out", {}))
+        report.budget = budget.unit
+        report.macs_before, report.parameters_before = (round(self.unpruned[unit]) for unit in _UNITS)
+
+    def _costs(self) -> Costs:
+        """Of the model as it is now, in the unit of the budget."""
+        return self.structure.costs(self.budget.unit)
+
+    def run(
+        self, schedule: Sequence[float], on_step: Callable[[PruningResult], None] | None, progress: bool | None
+    ) -> None:
+        """Reach every share of the schedule, and fill the report."""
+        if not self.widths:
+            raise ValueError(f"no layer can be pruned{self._reasons()}")
+        self._check_reachable(schedule[-1])
+        disable = None if progress is None else not progress
+        with tqdm(total=len(schedule), desc="prune", unit="step", disable=disable) as bar:
+            for share in schedule:
+                self._step(share, schedule[-1])
+                self._measure()
+                if on_step is not None:
+                    on_step(PruningResult(self.subject.model, self.structure.plan, self.report))
+                bar.set_postfix_str(f"{self._costs().total() / self.full:.3f} of the {self.budget.noun}")
+                bar.update()
+        for name, (before, after) in self.report.widths.items():
+            if after < _NARROW * before:
+                self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
+        for warning in getattr(self.structure, "warnings", ()):
+            self._warn(warning)
+
+    def _measure(self) -> None:
+        """What the model costs now, for the report."""
+        report = self.report
+        report.macs_after, report.parameters_after = (round(self.structure.costs(unit).total()) for unit in _UNITS)
+        report.widths = {group.name: (self.widths[group.name], group.size) for group in self.structure.groups}
+
+    def _step(self, share: float, last: float) -> None:
+        costs = self._costs()
+        excess = costs.total() - share * self.full
+        if excess <= _ROUNDING * self.full:  # the step before went far enough
+            self._note_step(share, {})
+            return
+        subject = replace(self.subject, groups=self.structure.groups)
+        with timed(self.report, "score"):
+            rows = self._rows(subject)
+        with timed(self.report, "select"):
+            removed = self._select(rows, costs, excess, costs.total() - last * self.full)
+        with timed(self.report, "remove"):
+            self.structure.remove(removed)
+        self._note_step(share, {name: len(units) for name, units in removed.items() if len(units)})
+        if self.recalibrate:
+            with timed(self.report, "recalibrate"):
+                recalibrate_norms(subject.model, subject.batches, subject.forward_fn)
+
+    def _note_step(self, target: float, removed: Mapping[str, int]) -> None:
+        macs, parameters = (self.structure.costs(unit).total() / self.unpruned[unit] for unit in _UNITS)
+        self.report.steps.append(StepReport(target, macs, parameters, removed))
+
+    def _rows(self, subject: Subject) -> dict[str, Tensor]:
+        """(N, units) rows of every group for joint selection, its (units,) scores for the independent one."""
+        if self.choice.criterion == "jacobian":
+            found = read_rows(subject)
+            self.report.unscored.update(found.unscored)
+            joint = self.choice.selection == "joint"
+            values = [
+                group.gate_rows(found.rows) if joint else group.scores(found.rows, subject.slices)
+                for group in subject.groups
+            ]
+            named = zip(subject.groups, values, strict=True)
+            rows = {group.name: of_group for group, of_group in named if of_group is not None}
+            if rows and not any(bool(of_group.any()) for of_group in rows.values()):
+                raise ValueError(
+                    "all rows are zero, so that no choice is better than another: no loss depends on what can be "
+                    "pruned; check loss_fn, and rows='sample' with losses that couple samples (then rows='batch')"
+                )
+        else:
+            rows = CRITERIA[self.choice.criterion](subject)
+        for name in {group.name for group in subject.groups} - set(rows):
+            self.report.left_out[name] = f"the criterion {self.choice.criterion!r} has nothing to score in it"
+        return rows
+
+    def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float, goal: float) -> dict[str, Tensor]:
+        """What ``obc.select`` removes to free ``excess``, of the ``goal`` of all steps; each warning is told once."""
+        choice, limits = self.choice, self._limits()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            if limits.families:
+                removed = select_uniform(
+                    rows,
+                    costs,
+                    excess,
+                    limits.families,
+                    selection=choice.selection,
+                    shrinkage=choice.shrinkage,
+                    min_units=limits.min_units,
+                    round_to=limits.round_to,
+                    full_widths=self.widths,
+                    widths=limits.widths,
+                    goal=goal,
+                )
+            else:
+                removed = select(
+                    rows,
+                    costs,
+                    excess,
+                    selection=choice.selection,
+                    shrinkage=choice.shrinkage,
+                    per_cost=choice.per_cost,
+                    min_units={name: limits.min_units[name] for name in rows},
+                    round_to={name: limits.round_to[name] for name in rows},
+                )
+        for warning in caught:
+            self._warn(str(warning.message))
+        return removed
+
+    def _check_reachable(self, share: float) -> None:
+        costs = self._costs()
+        smallest = torch.tensor([self._smallest(group) for group in self.structure.groups], dtype=torch.float64)
+        least = costs.total(smallest) / self.full
+        if least > share:
+            raise ValueError(
+                f"{self.budget.argument}={share:g} is out of reach: {least:.4f} remain where each of the "
+                f"{len(smallest)} groups that can be pruned keeps its minimum{self._reasons()}"
+            )
+
+    def _limits(self) -> Limits:
+        """The structure's limits and the caller's together."""
+        own: Limits = getattr(self.structure, "limits", Limits())
+        names = [group.name for group in self.structure.groups]
+        least = {name: max(self.choice.min_units, own.min_units.get(name, 1)) for name in names}
+        asked = {name: 1 if name in own.whole else self.choice.round_to or 1 for name in names}
+        multiples = {name: math.lcm(asked[name], own.round_to.get(name, 1)) for name in names}
+        return replace(own, min_units=least, round_to=multiples)
+
+    def _smallest(self, group: ChannelGroup) -> int:
+        limits = self._limits()
+        least, multiple = limits.min_units[group.name], limits.round_to[group.name]
+        return permitted_widths(group.size, least, multiple, limits.widths.get(group.name))[0]
+
+    def _reasons(self) -> str:
+        reasons = "; ".join(f"{name}: {why}" for name, why in self.report.left_out.items())
+        return f" (not pruned: {reasons})" if reasons else ""
+
+    def _warn(self, warning: str) -> None:
+        if warning in self.report.warnings:
+            return
+        self.report.warnings.append(warning)
+        logger.warning("obc.prune: %s", warning)
