@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from obc import backends
+from obc.distribution import DISTRIBUTION, obc_version
 
 ENVIRONMENT = {
     "OBC_BACKEND": "the backend of every operator (read when obc is imported)",
@@ -19,13 +19,6 @@ ENVIRONMENT = {
     "TRITON_INTERPRET": "1 runs the Triton kernels on CPU tensors, for tests",
 }
 """The environment variables that change what obc does while it runs. Those of the build stand in setup.py."""
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("obc")
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed (imported from its source tree)"
 
 
 def _build() -> dict[str, Any]:
@@ -45,13 +38,15 @@ def info() -> dict[str, Any]:
 
     Returns:
         "obc", "python", "torch", "platform": versions and the machine's kind;
+        "distribution": the name that pip knows obc by;
         "backends": per backend whether it is available, and if not "reason" and "remedy";
         "build": of the native code "compiler", "flags", the "torch" it was built with and the "instruction_set" in
         use, or why there is none and the remedy;
         "environment": obc's environment variables with their values, None where unset.
     """
     return {
-        "obc": _version(),
+        "obc": obc_version() or "not installed (imported from its source tree)",
+        "distribution": DISTRIBUTION,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "platform": f"{platform.system()} {platform.machine()}",

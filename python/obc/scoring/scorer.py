@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from obc.distribution import obc_version
 from obc.model.sharding import is_sharded
 from obc.scoring.errors import ChainError, InplaceError, SampleRowsError, ScoringError
 from obc.scoring.reading import first_row, refusals
@@ -26,7 +27,7 @@ from obc.scoring.reading.row_counter import Tally
 from obc.scoring.results import merge
 from obc.scoring.results.kept_rows import KeptRows
 from obc.scoring.results.row_store import RowsTo, RowStore
-from obc.scoring.results.scores import ChannelScores, Scores, obc_version
+from obc.scoring.results.scores import ChannelScores, Scores
 from obc.scoring.sharding import RowParts, refuse_common_processes, tensor_parallel_group
 
 logger = logging.getLogger("obc")
@@ -418,7 +419,7 @@ class JacobianScorer:
         for name, reader in self._plan.readers.items():
             if not facts.coverage[name].startswith("unscored"):
                 channels[name] = ChannelScores(_of(sums, reader.out), _of(sums, reader.in_))
-        metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version()}
+        metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version() or "unknown"}
         if facts.left_out:
             metadata["left_out"] = "; ".join(facts.left_out)
         rows = None

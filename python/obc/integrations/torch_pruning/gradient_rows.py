@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from obc import ops
+from obc.distribution import obc_version
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.scoring.reading.flat_row import FlatRow, Slot
-from obc.scoring.results.scores import ChannelScores, Scores, obc_version
+from obc.scoring.results.scores import ChannelScores, Scores
 
 
 @dataclass
@@ -214,7 +215,7 @@ class GradientRows:
                 channels[name] = ChannelScores(self._total(out), None if in_ is None else self._total(in_))
             else:
                 coverage[name] = "unscored: no gradient reached it in any row"
-        metadata = {"model": type(self.model).__name__, "rows": "batch", "obc": obc_version()}
+        metadata = {"model": type(self.model).__name__, "rows": "batch", "obc": obc_version() or "unknown"}
         return Scores(channels, num_rows=self.num_rows, coverage=coverage, metadata=metadata)
 
     def parameter_scores(self) -> dict[str, dict[int, Tensor]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from obc.distribution import install_command
 from obc.files import parse_json
 from obc.model.groups import ChannelGroup, Slices
 from obc.scoring.results.group_scores import GroupScores, group_scores
@@ -40,14 +40,6 @@ class ChannelScores:
 
     out_channels: Tensor | None
     in_channels: Tensor | None = None
-
-
-def obc_version() -> str:
-    """The installed version, or "unknown" for a source tree that was not installed."""
-    try:
-        return version("obc")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 class Scores(Mapping[str, ChannelScores]):
@@ -233,7 +225,7 @@ class Scores(Mapping[str, ChannelScores]):
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError("Scores.plot needs matplotlib: pip install 'obc[plot]'") from error
+            raise ImportError(f"Scores.plot needs matplotlib: {install_command('plot')}") from error
         _draw(Figure, self._channels, self._headline(), path)
 
 

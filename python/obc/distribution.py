@@ -1,0 +1,21 @@
+"""The name under which obc is installed, which is not the name that is imported, and its version."""
+
+from __future__ import annotations
+
+import importlib.metadata
+
+# `pip install obc` is another project.
+DISTRIBUTION = "optimal-brain-connection"
+
+
+def obc_version() -> str | None:
+    """The installed version; None where obc is imported from its source tree without being installed."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def install_command(extra: str) -> str:
+    """The shell command that installs obc with one of its extras."""
+    return f"pip install '{DISTRIBUTION}[{extra}]'"
