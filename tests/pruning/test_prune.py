@@ -289,6 +289,14 @@ def test_the_whole_model_remains_at_one() -> None:
     assert len(result.plan) == 0
 
 
+@pytest.mark.parametrize("options", [{"criterion": "taylor"}, {"criterion": "l1"}, {"slices": "all"}], ids=str)
+def test_what_has_no_rows_is_selected_independently(options: dict[str, Any]) -> None:
+    by_itself, asked = network(), network()
+    obc.prune(by_itself, EXAMPLE, batches(), loss, macs=0.7, steps=1, progress=False, **options)
+    obc.prune(asked, EXAMPLE, batches(), loss, macs=0.7, steps=1, progress=False, selection="independent", **options)
+    assert_equal(by_itself, asked)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "macs zero": ({"macs": 0.0}, r"macs is the share that remains, in \(0, 1\], got 0.0"),
     "macs above": ({"macs": 2}, "got 2"),
@@ -299,8 +307,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "unreachable": ({"macs": 1e-6}, "out of reach: 0.00"),
     "unreachable by min_units": ({"macs": 0.5, "min_units": 60}, r"out of reach: 0\.[6-9]"),
     "criterion": ({"criterion": "magic"}, "criterion must be one of 'jacobian', 'random', 'l1'.*got 'magic'"),
-    "joint without rows": ({"criterion": "l1"}, "pass selection='independent'"),
-    "joint of all slices": ({"slices": "all"}, "pass slices='gate'"),
+    "joint without rows": ({"criterion": "l1", "selection": "joint"}, "leave selection out"),
+    "joint of all slices": ({"slices": "all", "selection": "joint"}, "pass slices='gate'"),
     "selection": ({"selection": "both"}, "selection must be one of 'joint', 'independent', got 'both'"),
     "compensate": ({"compensate": "yes"}, "compensate must be one of None, 'ls', 'seq', got 'yes'"),
     "rows": ({"rows": "epoch"}, "rows must be one of"),
@@ -329,6 +337,10 @@ def test_nothing_to_score_on_or_by() -> None:
         obc.prune(model, EXAMPLE, [], loss)
     with pytest.raises(ValueError, match="batches is empty"):
         obc.prune(model, EXAMPLE, iter([]), loss)
+    with pytest.raises(ValueError, match="batches is missing"):
+        obc.prune(model, EXAMPLE)
+    with pytest.raises(ValueError, match=r"got function; without example_inputs.*by keyword"):
+        obc.prune(model, batches(), loss)
     with pytest.raises(ValueError, match="loss_fn is needed"):
         obc.prune(model, EXAMPLE, batches())
     with pytest.raises(ValueError, match=r"no layer can be pruned.*head"):

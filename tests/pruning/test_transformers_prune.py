@@ -26,6 +26,14 @@ def test_prune_reaches_its_share(family: str) -> None:
     result.plan.verify(FAMILIES[family]().model.state_dict(), case.model)
 
 
+def test_neither_example_inputs_nor_structure_is_needed() -> None:
+    case, twin = FAMILIES["llama"](), FAMILIES["llama"]()
+    result = obc.prune(case.model, batches=case.batches, loss_fn=case.loss, macs=0.8, steps=1)
+    obc.prune(twin.model, None, twin.batches, twin.loss, macs=0.8, steps=1, structure=TransformersStructure(twin.model))
+    assert result.report.macs_after < result.report.macs_before
+    assert torch.equal(output(case, case.model), output(twin, twin.model))
+
+
 def test_equal_widths_can_be_said_by_the_config() -> None:
     case = FAMILIES["llama"]()
     structure = TransformersStructure(case.model, uniform=True, round_to=8)

@@ -145,6 +145,17 @@ def test_scores_are_reproducible_and_leave_the_generator_alone(rows: str) -> Non
     assert not torch.equal(first["conv1"].out_channels, other["conv1"].out_channels)
 
 
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+def test_score_without_labels(rows: str) -> None:
+    case = models.residual_cnn()
+    expected = obc.score(case.model, case.batches, label_free_loss(rows=rows, seed=4), rows=rows)
+    assert_equal(obc.score(case.model, case.batches, labels=False, rows=rows, seed=4), expected)
+    forward = obc.score(case.model, case.batches, lambda model, batch: model(batch[0]), labels=False, rows=rows, seed=4)
+    assert_equal(forward, expected)
+    with pytest.raises(ValueError, match="loss_fn is missing; pass one, or labels=False"):
+        obc.score(case.model, case.batches, rows=rows)
+
+
 def test_rows_draw_afresh() -> None:
     case = models.residual_cnn()
     rows = obc.score(case.model, case.batches[:1] * 3, label_free_loss(), keep_rows=True).rows["conv1"].out_channels

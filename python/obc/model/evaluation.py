@@ -1,8 +1,9 @@
-"""Running a model: eval mode with the user's activation checkpointing left on, and how a model is called on inputs."""
+"""How a model is called on example inputs and on batches, and eval mode with activation checkpointing left on."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -11,17 +12,69 @@ from torch import nn
 ForwardFn = Callable[[nn.Module, Any], Any]
 
 
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    return model(batch)
-
-
 def call(model: nn.Module, example_inputs: Any) -> Any:
-    """``model(*inputs)`` of a tuple or list, ``model(**inputs)`` of a dict, ``model(inputs)`` of anything else."""
+    """The model on example inputs: ``model(*inputs)`` of a tuple or list, ``model(**inputs)`` of a mapping, else
+    ``model(inputs)``. Unlike a batch, example inputs have no labels beside them.
+    """
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
     if isinstance(example_inputs, (tuple, list)):
         return model(*example_inputs)
     return model(example_inputs)
+
+
+def call_on_batch(model: nn.Module, batch: Any) -> Any:
+    """The model on a batch of a data loader, by the arguments that its ``forward`` requires.
+
+    This is the default ``forward_fn`` everywhere. With k the number of arguments that ``forward`` requires, at least 1:
+
+    ================================== ============================================================================
+    batch                              call
+    ================================== ============================================================================
+    a mapping                          by keyword, without keys that ``forward`` does not take; ``model(batch)`` where
+                                       ``forward`` requires one argument, and none of the keys is its name
+    a tuple or list such as            the first k entries: ``model(inputs)`` for k = 1. Where k > 1 and the first
+    (inputs, labels)                   entry is a tuple or list of k, that one's entries: ``((a, b), labels)``
+    anything else                      ``model(batch)``
+    ================================== ============================================================================
+    """
+    if isinstance(batch, Mapping):
+        return _call_on_mapping(model, batch)
+    if not isinstance(batch, (tuple, list)) or not batch:
+        return model(batch)
+    count = max(1, len(_required_arguments(model)))
+    first = batch[0]
+    if count == 1:
+        return _call_on_mapping(model, first) if isinstance(first, Mapping) else model(first)
+    if isinstance(first, (tuple, list)) and len(first) == count:
+        return model(*first)
+    return model(*batch[:count])
+
+
+def _call_on_mapping(model: nn.Module, batch: Mapping[str, Any]) -> Any:
+    arguments = _arguments(model)
+    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments):
+        return model(**batch)
+    taken = {argument.name for argument in arguments} & set(batch)
+    if not taken and len(_required_arguments(model)) == 1:
+        return model(batch)
+    return model(**{name: value for name, value in batch.items() if name in taken})
+
+
+def _required_arguments(model: nn.Module) -> list[str]:
+    """The arguments of the model's ``forward`` that have no default."""
+    return [
+        argument.name
+        for argument in _arguments(model)
+        if argument.default is argument.empty
+        and argument.kind in (argument.POSITIONAL_ONLY, argument.POSITIONAL_OR_KEYWORD)
+    ]
+
+
+def _arguments(model: nn.Module) -> list[inspect.Parameter]:
+    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module
+    return list(inspect.signature(model.forward).parameters.values())
 
 
 @contextlib.contextmanager

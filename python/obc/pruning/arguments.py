@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from obc.criteria import CRITERIA
 from obc.structures.protocol import Unit
@@ -73,6 +73,15 @@ def positive(name: str, value: int) -> int:
     return value
 
 
+def chosen_selection(
+    criterion: str, selection: Literal["joint", "independent"] | None, slices: str
+) -> Literal["joint", "independent"]:
+    """``selection``; by default joint where the criterion has rows, one a unit, to choose sets by."""
+    if selection is not None:
+        return selection
+    return "joint" if criterion == "jacobian" and slices == "gate" else "independent"
+
+
 def check_choices(criterion: str, selection: str, slices: str, compensate: str | None, rows: str) -> None:
     for name, value, allowed in (
         ("criterion", criterion, tuple(CRITERIA)),
@@ -85,15 +94,26 @@ def check_choices(criterion: str, selection: str, slices: str, compensate: str |
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     if selection == "joint" and criterion != "jacobian":
         raise ValueError(
-            f"selection='joint' needs rows, which criterion={criterion!r} has none of; pass selection='independent', "
-            "or criterion='jacobian'"
+            f"selection='joint' needs rows, which criterion={criterion!r} has none of; leave selection out, or pass "
+            "criterion='jacobian'"
         )
     if selection == "joint" and slices != "gate":
         raise ValueError("selection='joint' works on one row per unit; pass slices='gate', or selection='independent'")
 
 
-def repeatable(batches: Iterable[Any]) -> Iterable[Any]:
-    """``batches``, or a list of them where they can be passed over only once."""
+def repeatable(batches: Iterable[Any] | None) -> Iterable[Any]:
+    """``batches``, or a list of them where they can be passed over only once.
+
+    Raises:
+        ValueError: they are missing, empty, or no iterable.
+    """
+    if batches is None:
+        raise ValueError("batches is missing: pass obc.prune(model, example_inputs, batches, loss_fn), or by keyword")
+    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise ValueError(
+            f"batches must be an iterable, got {type(batches).__name__}; without example_inputs pass the rest by "
+            "keyword: obc.prune(model, batches=..., loss_fn=...)"
+        )
     if isinstance(batches, Iterator):
         batches = list(batches)
     if isinstance(batches, Sized) and len(batches) == 0:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.criteria import ForwardFn, LossFn, Subject
+from obc.model.evaluation import call_on_batch
 from obc.model.groups import Slices
 from obc.model.names import named_tensors
 from obc.model.plan import PruningPlan
-from obc.pruning.arguments import Budget, check_choices, positive, repeatable
+from obc.pruning.arguments import Budget, check_choices, chosen_selection, positive, repeatable
 from obc.pruning.job import Choice, Job, timed
 from obc.pruning.report import PruningReport, PruningResult
 from obc.pruning.snapshot import Snapshot
@@ -25,14 +26,14 @@ from obc.structures.protocol import Structure
 
 def prune(
     model: nn.Module,
-    example_inputs: Any,
-    batches: Iterable[Any],
+    example_inputs: Any = None,
+    batches: Iterable[Any] | None = None,
     loss_fn: LossFn | ForwardFn | None = None,
     *,
     macs: float | None = None,
     params: float | None = None,
     criterion: str = "jacobian",
-    selection: Literal["joint", "independent"] = "joint",
+    selection: Literal["joint", "independent"] | None = None,
     steps: int | Sequence[float] = 8,
     slices: Slices = "gate",
     per_macs: bool = True,
@@ -67,7 +68,7 @@ def prune(
     Args:
         model: any model that Torch-Pruning can trace, one of the transformers library, or that of ``structure``.
         example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of keywords;
-            unused with ``structure``. None: the model is one of the transformers library, and is pruned by its own
+            unused with ``structure``. Left out: the model is one of the transformers library, and is pruned by its own
             blocks, untraced (:class:`obc.structures.transformers.TransformersStructure`).
         batches: what ``loss_fn`` takes; passed over twice a step. About 1000 samples; best as many batches as the
             widest layer has channels, because each is one row. An iterator is made a list.
@@ -75,9 +76,10 @@ def prune(
             With ``labels=False`` it may be None, or stands for ``forward_fn``.
         macs: the share of MACs that remains, in (0, 1]; 0.5 where ``params`` is not given either.
         params: instead of ``macs``, the share of parameters that remains.
-        criterion: "jacobian"; or, with ``selection="independent"``, one of "random", "l1", "l2", "bn_scale", "fpgm",
-            "whc", "taylor", "fisher", "reconstruction": see :mod:`obc.criteria`.
-        selection: "joint" or "independent".
+        criterion: "jacobian", "random", "l1", "l2", "bn_scale", "fpgm", "whc", "taylor", "fisher" or "reconstruction":
+            see :mod:`obc.criteria`.
+        selection: "joint" chooses sets of units by their rows, which only "jacobian" has; "independent" ranks single
+            units by their scores. None: joint where the criterion has rows and ``slices`` is "gate".
         steps: how often to score and remove; or the shares to reach, descending to ``macs`` or ``params``.
         slices: "gate": one row per unit, of all its consumers together. "all": every slice is squared by itself, as in
             the paper; for independent selection.
@@ -94,8 +96,8 @@ def prune(
         min_units: every group keeps at least so many.
         shrinkage: of interactions in joint selection; None chooses it from the numbers of rows and units.
         forward_fn: ``forward_fn(model, batch)`` returns the outputs to preserve, for recalibration, compensation and
-            label-free rows; by default what ``model`` returns inside ``loss_fn``; without one ``model(**batch)`` of a
-            mapping, ``model(batch[0])`` of a tuple or list such as (inputs, labels), ``model(batch)`` of the rest.
+            label-free rows; by default what ``model`` returns inside ``loss_fn``; without a ``loss_fn`` what it returns
+            on the batch (:func:`obc.model.evaluation.call_on_batch`).
         structure: the groups, instead of those that Torch-Pruning finds.
         seed: of the criterion "random" and of label-free rows.
         on_step: called after every step with what there is so far: to evaluate, or to keep copies.
@@ -108,13 +110,14 @@ def prune(
     """
     budget = Budget.of(macs, params)
     schedule = budget.schedule(steps)
+    selection = chosen_selection(criterion, selection, slices)
     check_choices(criterion, selection, slices, compensate, rows)
     choice = Choice(criterion, selection, per_macs, shrinkage, positive("min_units", min_units), round_to)
     if round_to is not None:
         positive("round_to", round_to)
+    batches = repeatable(batches)
     if labels and loss_fn is None:
         raise ValueError("loss_fn is needed where labels are used; labels=False scores by the model's outputs alone")
-    batches = repeatable(batches)
     snapshot, report = Snapshot(model), PruningReport()
     try:
         with timed(report, "structure"):
@@ -181,14 +184,8 @@ def _forward(loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, l
     if forward_fn is not None:
         return forward_fn
     if loss_fn is None:
-        return _call_on_batch
+        return call_on_batch
     return _outputs_inside(loss_fn) if labels else loss_fn
-
-
-def _call_on_batch(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _outputs_inside(loss_fn: LossFn) -> ForwardFn:

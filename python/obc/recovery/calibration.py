@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from obc.model.evaluation import ForwardFn, default_forward, evaluating
+from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
 from obc.model.layouts import Layout
 from obc.recovery.processes import ALONE, Processes
 
@@ -78,7 +78,8 @@ def recalibrate_norms(
     Args:
         model: changed in place.
         batches: any iterable, passed over once.
-        forward_fn: ``forward_fn(model, batch)``; by default ``model(batch)``.
+        forward_fn: ``forward_fn(model, batch)``; by default :func:`obc.model.evaluation.call_on_batch`, which takes
+            batches such as (inputs, labels).
         process_group: the mean is over the batches of all processes of this group.
 
     Raises:
@@ -86,7 +87,7 @@ def recalibrate_norms(
     """
     if norms := batch_norms(model):
         device = next(iter(norms[0].buffers())).device
-        _recalibrate(model, norms, batches, forward_fn or default_forward, Processes(process_group, device))
+        _recalibrate(model, norms, batches, forward_fn or call_on_batch, Processes(process_group, device))
 
 
 def _recalibrate(

@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
 from obc import ops
-from obc.model.evaluation import ForwardFn, default_forward, evaluating
+from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import Layout, is_compiled, is_depthwise, layout_of, split_by_group
 from obc.model.names import named_modules
@@ -140,7 +140,7 @@ def compensate(
         plan: what pruning kept.
         batches: calibration batches, at least two; a list is made of them, because they are used several times.
         forward_fn: ``forward_fn(model, batch)`` returns what is to be preserved, tensors in any nesting; by default
-            ``model(batch)``.
+            :func:`obc.model.evaluation.call_on_batch`, which takes batches such as (inputs, labels).
         mode: "ls" or "seq".
         ridge: relative to the mean diagonal of E[z zT].
         recalibrate_norms: estimate BatchNorm statistics anew whenever weights changed.
@@ -165,7 +165,7 @@ def compensate(
             raise ValueError(f"the {role} model is compiled; pass the model itself and compile after compensation")
     processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
     calibration, held_out = _split(list(batches), processes)
-    forward = forward_fn or default_forward
+    forward = forward_fn or call_on_batch
     with evaluating(pruned_model, original_model), torch.no_grad():
         consumers = _consumers(pruned_model, original_model, plan)
         ordered = _ordered(consumers, list(inputs(original_model, list(consumers), calibration[0], forward)), processes)

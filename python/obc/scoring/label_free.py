@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from obc.model.evaluation import call_on_batch
 from obc.scoring.scorer import Rows
 
 
@@ -26,8 +27,8 @@ def label_free_loss(
     order when channel c goes.
 
     Args:
-        forward_fn: ``forward_fn(model, batch)``; by default ``model(**batch)`` for a mapping, ``model(batch[0])`` for a
-            tuple or list such as (inputs, labels), ``model(batch)`` otherwise.
+        forward_fn: ``forward_fn(model, batch)`` returns the outputs; by default
+            :func:`obc.model.evaluation.call_on_batch`.
         rows: "batch": the mean over the samples, a scalar. "sample": the vector (B,).
         seed: v of sample b of row n depends on (seed, n, b) alone: the same in every run, however the batch is split.
         centre: v minus its mean over the classes, so that a shift of all logits, which no softmax sees, does not count.
@@ -50,7 +51,7 @@ class LabelFreeLoss:
     ) -> None:
         if rows not in ("batch", "sample"):
             raise ValueError(f"rows must be 'batch' or 'sample', got {rows!r}")
-        self.forward_fn, self.rows, self.seed, self.centre = forward_fn or _forward, rows, seed, centre
+        self.forward_fn, self.rows, self.seed, self.centre = forward_fn or call_on_batch, rows, seed, centre
         # What a run that goes on from a checkpoint must have in common with the one before.
         self.identity = {"label_free_seed": seed, "label_free_centre": centre}
         self._row = self._sample = 0
@@ -79,12 +80,6 @@ class LabelFreeLoss:
         generator = torch.Generator(like.device).manual_seed(int(state[0]) >> 1)
         dtype = torch.promote_types(like.dtype, torch.float32)
         return torch.randn(like.shape, generator=generator, dtype=dtype, device=like.device)
-
-
-def _forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 def _floating_output(output: Any) -> tuple[Tensor, bool]:

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from obc.model.evaluation import evaluating
 from obc.scoring.batch_rows import BatchRows, LossFunction
 from obc.scoring.checkpoint import Checkpoint, CheckpointError
+from obc.scoring.label_free import label_free_loss
 from obc.scoring.results.merge import gathered
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.results.scores import Scores
@@ -30,9 +31,11 @@ _MAY_DIFFER = ("model", "modules", "process_group", "rows_to")
 def score(
     model: nn.Module,
     batches: Iterable[Any],
-    loss_fn: LossFunction,
+    loss_fn: LossFunction | None = None,
     *,
     rows: Rows = "batch",
+    labels: bool = True,
+    seed: int = 0,
     progress: bool | None = None,
     micro_batch: int | None = None,
     loss_scale: float = 1.0,
@@ -50,8 +53,11 @@ def score(
         model: any module; put the batches on its device yourself, for example in ``loss_fn``.
         batches: any iterable; about 50 mini-batches in the paper.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar loss for ``rows="batch"``, or the vector (B,) of per-sample
-            losses for ``rows="sample"``.
+            losses for ``rows="sample"``. With ``labels=False`` it may be left out, or returns the model's outputs.
         rows: "batch": each batch is one row, the gradient of its loss. "sample": each sample is one row.
+        labels: False scores without labels, by gradients of random projections of the outputs:
+            :func:`obc.scoring.label_free_loss`.
+        seed: of these projections.
         progress: show a progress bar; None shows it in a terminal only.
         micro_batch: run a batch in parts of at most this many samples, cut along dim 0 of its tensors. A batch row is
             then the sum of the parts' losses, each weighted by its share of the samples: the mean loss of the batch,
@@ -77,6 +83,10 @@ def score(
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
+    if not labels:
+        loss_fn = label_free_loss(loss_fn, rows=rows, seed=seed)
+    elif loss_fn is None:
+        raise ValueError("loss_fn is missing; pass one, or labels=False to score by the model's outputs alone")
     scorer = JacobianScorer(model, rows=rows, **options)
     reader = BatchRows(scorer, loss_fn, micro_batch, loss_scale)
     total = len(batches) if isinstance(batches, Sized) else None
