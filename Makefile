@@ -24,7 +24,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz nightly coverage mutation lint format
+.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz nightly coverage mutation wheel lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -95,11 +95,20 @@ coverage: setup ## the test suite with its coverage of lines and branches
 mutation: setup ## a sample of mutants of reference.py, scoring/ and recovery/: which of them no test notices
 	$(BIN)/python tests/mutation.py $(ARGS)
 
-lint: setup ## ruff, clang-format and mypy
+# torch's own libraries stay outside: the importing process has its torch.
+wheel: setup ## build the source distribution and the wheel, each in isolation, into dist/
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist dist/*-linux_*.whl
+	rm dist/*-linux_*.whl
+	@ls -l dist
+
+lint: setup ## ruff, clang-format, mypy and the schema of workflows
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE) $(NATIVE_TESTS)
 	$(BIN)/mypy
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: setup ## rewrite the sources as lint wants them
 	$(BIN)/ruff check --fix .
