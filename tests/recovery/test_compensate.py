@@ -265,11 +265,9 @@ def test_one_harmful_layer_of_several_stays_naive() -> None:
             super().__init__()
             self.sound, self.harmful = nn.Linear(4, 2), nn.Linear(4, 2)
 
-        def forward(self, x: tuple[Tensor, Tensor]) -> Tensor:
-            layers = (self.sound, self.harmful)
-            return torch.cat(
-                [layer(part[:, : layer.weight.shape[1]]) for part, layer in zip(x, layers, strict=True)], 1
-            )
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            parts = ((self.sound, x), (self.harmful, y))
+            return torch.cat([layer(part[:, : layer.weight.shape[1]]) for layer, part in parts], 1)
 
     original = Branches().double()
     pruned = copy.deepcopy(original)
