@@ -48,8 +48,8 @@ $(VENV)/obc.stamp: $(VENV)/tools.stamp pyproject.toml setup.py CMakeLists.txt $(
 demo: setup ## train small networks on digits, prune them by four criteria, print what each kept
 	$(BIN)/obc demo $(ARGS)
 
-test: setup ## the test suite, without the tests marked slow
-	$(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
+## the test suite, without the tests marked slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
 
 test-all: setup ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)

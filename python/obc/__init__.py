@@ -5,13 +5,16 @@ from obc.backends import use_backend
 from obc.info import info
 from obc.pruning import PruningResult, prune
 from obc.recovery import (
+    Distillation,
     EquivalentPruning,
     Kept,
     PlanError,
     PruningPlan,
+    RecoveryReport,
     compensate,
     equivalent_pruning,
     recalibrate_norms,
+    recover,
 )
 from obc.scoring import ChannelRows, ChannelScores, JacobianScorer, Scores, memory_estimate, score
 from obc.selection import select
@@ -20,12 +23,14 @@ from obc.structures.transformers import transformer_groups
 __all__ = [
     "ChannelRows",
     "ChannelScores",
+    "Distillation",
     "EquivalentPruning",
     "JacobianScorer",
     "Kept",
     "PlanError",
     "PruningPlan",
     "PruningResult",
+    "RecoveryReport",
     "Scores",
     "backends",
     "compensate",
@@ -35,6 +40,7 @@ __all__ = [
     "ops",
     "prune",
     "recalibrate_norms",
+    "recover",
     "reference",
     "score",
     "select",

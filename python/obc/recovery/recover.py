@@ -1,0 +1,246 @@
+"""``obc.recover``: short training of a pruned model against the unpruned one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from obc.model.plan import PruningPlan
+from obc.recovery.distillation import Distillation
+from obc.recovery.trained import Trained, prepared
+from obc.recovery.training_state import load_training, save_training
+
+logger = logging.getLogger("obc")
+
+Train = Literal["naive", "folded", "lora"]
+
+
+@dataclass
+class RecoveryReport:
+    """What training did.
+
+    Attributes:
+        losses: of every optimizer step, the mean over its batches.
+        evaluations: (step, what ``evaluate`` returned).
+        trained_parameters: how many numbers were trained.
+        seconds: in all.
+        resumed_at: the step that a checkpoint had reached; 0 for a fresh start.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    evaluations: list[tuple[int, float]] = field(default_factory=list)
+    trained_parameters: int = 0
+    seconds: float = 0.0
+    resumed_at: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.losses)} steps in {self.seconds:.1f} s, {self.trained_parameters:,} parameters trained"]
+        if self.losses:
+            lines.append(f"loss {self.losses[0]:.4g} at the first step, {self.losses[-1]:.4g} at the last")
+        lines += [f"step {step}: {value:.5g}" for step, value in self.evaluations]
+        return "\n".join(lines)
+
+
+def recover(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    *,
+    steps: int,
+    lr: float,
+    train: Train = "naive",
+    plan: PruningPlan | None = None,
+    distillation: Distillation | None = None,
+    weight_decay: float = 0.0,
+    warmup: float = 0.05,
+    clip: float | None = 1.0,
+    accumulate: int = 1,
+    rank: int = 8,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    every: int | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> RecoveryReport:
+    """Train the pruned ``model`` in place to compute again what the unpruned ``teacher`` computes.
+
+    AdamW with a linear warm-up and a cosine decay to 0. The loss needs no labels by default: the forward KL divergence
+    of the logits (:class:`obc.Distillation`). The model trains in train mode and the teacher stays in eval mode.
+
+    Args:
+        model: the pruned model. With ``train="folded"`` or ``"lora"`` what trains is merged at the end: the model is a
+            plain one again.
+        teacher: the unpruned model; unchanged.
+        batches: passed over again and again until ``steps`` are done.
+        steps: optimizer steps.
+        lr: the peak learning rate.
+        train: "naive": every parameter of the pruned model. "folded": the compressors and decompressors of Equivalent
+            Pruning too (:func:`obc.equivalent_pruning`), which needs ``plan`` and a model that was only pruned, not
+            compensated. "lora": low-rank updates of linear and convolutional layers (needs peft).
+        plan: what pruning kept, for ``train="folded"``.
+        distillation: what is compared.
+        weight_decay: of AdamW; biases, norms and compressors have none.
+        warmup: the share of the steps in which the rate rises.
+        clip: the largest norm of the gradient; None leaves it as it is.
+        accumulate: batches of one optimizer step. Folds are computed once a step, exactly.
+        rank: of "lora".
+        evaluate: ``evaluate(model)`` returns a number, lower or higher is better as you like; called before the first
+            step, every ``every`` steps and after the last, in eval mode and without gradients.
+        every: steps between evaluations and checkpoints; None evaluates and saves at the end only.
+        checkpoint: a file from which a run with the same arguments resumes; replaced as training goes on.
+        progress: show a progress bar; None shows it in a terminal only.
+
+    Raises:
+        ValueError: an argument is not one of the values above, ``batches`` is empty, or the loss is not finite: the
+            message names the step, and the model keeps the parameters before that step.
+        PlanError: the plan does not describe how ``model`` came from ``teacher`` (``train="folded"``).
+        ImportError: peft is missing (``train="lora"``).
+    """
+    _check(steps, lr, accumulate, warmup, every)
+    started = time.perf_counter()
+    distillation = distillation or Distillation()
+    report = RecoveryReport()
+    flags = {module: module.training for part in (model, teacher) for module in part.modules()}
+    trained = prepared(model, teacher, train, plan, rank)
+    try:
+        job = _Training(trained, teacher, distillation, steps, lr, weight_decay, warmup, clip, report)
+        if checkpoint is not None:
+            report.resumed_at = load_training(checkpoint, trained.model, job.optimizer, report)
+        teacher.eval()
+        source = _endless(batches, skip=report.resumed_at * accumulate)
+        bar = tqdm(
+            range(report.resumed_at, steps), desc="obc.recover", disable=None if progress is None else not progress
+        )
+        for step in bar:
+            if step == 0:
+                job.evaluate(0, evaluate)
+            job.step([next(source) for _ in range(accumulate)], step)
+            due = step + 1 == steps or (every is not None and (step + 1) % every == 0)
+            if due:
+                job.evaluate(step + 1, evaluate)
+            if due and checkpoint is not None:
+                save_training(checkpoint, step + 1, trained.model, job.optimizer, report)
+    finally:
+        trained.merge()
+        for module, flag in flags.items():
+            module.training = flag
+        report.seconds = time.perf_counter() - started
+    return report
+
+
+class _Training:
+    """One optimizer with its schedule, and what a step does."""
+
+    def __init__(
+        self,
+        trained: Trained,
+        teacher: nn.Module,
+        distillation: Distillation,
+        steps: int,
+        lr: float,
+        weight_decay: float,
+        warmup: float,
+        clip: float | None,
+        report: RecoveryReport,
+    ) -> None:
+        self.trained, self.teacher, self.distillation, self.clip, self.report = (
+            trained,
+            teacher,
+            distillation,
+            clip,
+            report,
+        )
+        report.trained_parameters = sum(parameter.numel() for parameter in trained.parameters)
+        self.optimizer = torch.optim.AdamW(_groups(trained, weight_decay), lr=lr)
+        self.lr, self.schedule = lr, _cosine(steps, warmup)
+
+    def step(self, batches: Sequence[Any], number: int) -> None:
+        """One optimizer step on the mean of the batches' losses."""
+        self.trained.model.train()
+        total = 0.0
+        with self.trained.accumulate():
+            for batch in batches:
+                loss = self.distillation.loss(self.trained.model, self.teacher, batch) / len(batches)
+                total += _finite(loss, number)
+                loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.trained.parameters, self.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * self.schedule(number)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.report.losses.append(total)
+
+    def evaluate(self, step: int, evaluate: Callable[[nn.Module], float] | None) -> None:
+        """Note what the caller's function says of the model as it is now."""
+        if evaluate is None:
+            return
+        self.trained.model.eval()
+        with torch.no_grad():
+            value = float(evaluate(self.trained.model))
+        self.report.evaluations.append((step, value))
+        logger.info("obc.recover: step %d: %.5g", step, value)
+
+
+def _check(steps: int, lr: float, accumulate: int, warmup: float, every: int | None) -> None:
+    for name, value in (("steps", steps), ("accumulate", accumulate), ("every", 1 if every is None else every)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if not lr > 0:
+        raise ValueError(f"lr must be positive, got {lr}")
+    if not 0 <= warmup < 1:
+        raise ValueError(f"warmup is a share of the steps, in [0, 1), got {warmup}")
+
+
+def _groups(trained: Trained, weight_decay: float) -> list[dict[str, Any]]:
+    decayed = [p for p in trained.parameters if p.dim() > 1 and id(p) not in trained.factors]
+    others = [p for p in trained.parameters if p.dim() <= 1 or id(p) in trained.factors]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
+    rising = round(steps * warmup)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+    return factor
+
+
+def _endless(batches: Iterable[Any], skip: int) -> Iterator[Any]:
+    """The batches again and again, without the first ``skip``."""
+    if isinstance(batches, Iterator):
+        batches = list(batches)
+    count = 0
+    while True:
+        before = count
+        for batch in batches:
+            if count >= skip:
+                yield batch
+            count += 1
+        if count == before:
+            raise ValueError("batches is empty: there is nothing to train on")
+
+
+def _finite(loss: Tensor, step: int) -> float:
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ValueError(
+            f"the loss is {value} at step {step}; the model keeps the parameters of the step before: take a lower lr, "
+            "or look for bad values in this step's batches"
+        )
+    return value

@@ -1,0 +1,89 @@
+"""Checkpoints of training without pickle: parameters, optimizer state and random numbers in one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from obc.files import atomic_write
+
+_FORMAT = "obc.training/1"
+
+
+def save_training(
+    path: str | PathLike[str],
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    report: Any,
+) -> None:
+    """Write everything that a run needs to go on after ``step``; the file is there whole or not at all."""
+    tensors = {f"model.{name}": tensor for name, tensor in _own_tensors(model).items()}
+    for index, state in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
+    tensors["random"] = torch.get_rng_state()
+    contents = {key: value for key, value in asdict(report).items() if key in ("losses", "evaluations")}
+    metadata = {
+        "format": _FORMAT,
+        "step": str(step),
+        "report": json.dumps(contents),
+    }
+    with atomic_write(path) as file:
+        file.write(save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata))
+
+
+def load_training(path: str | PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, report: Any) -> int:
+    """Put a run back where :func:`save_training` left it, and return its step; 0 where there is no file.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another model or optimizer.
+    """
+    if not Path(path).exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a training checkpoint, or is damaged: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} is not a training checkpoint: format {metadata.get('format')!r}, expected {_FORMAT!r}"
+        )
+    own = _own_tensors(model)
+    for name, tensor in own.items():
+        saved = tensors.get(f"model.{name}")
+        if saved is None or saved.shape != tensor.shape:
+            found = "nothing" if saved is None else f"shape {tuple(saved.shape)}"
+            raise ValueError(f"{path} is of another model: it has {found} for {name}, which has {tuple(tensor.shape)}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[f"model.{name}"])
+    _load_optimizer(optimizer, tensors)
+    step, contents = int(metadata["step"]), json.loads(metadata["report"])
+    report.losses[:] = contents["losses"]
+    report.evaluations[:] = [tuple(entry) for entry in contents["evaluations"]]
+    torch.set_rng_state(tensors["random"])
+    return step
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", 2)
+            state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers, each under the first of its names."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}

@@ -1,0 +1,150 @@
+"""obc.recover: what trains comes closer to the teacher, is a plain model afterwards, and resumes bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import obc
+
+
+def networks() -> tuple[nn.Module, nn.Module, obc.PruningPlan]:
+    """(pruned, unpruned, plan): a small network half of whose MACs went."""
+    teacher = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    batches = [(torch.randn(16, 6), torch.randint(0, 4, (16,))) for _ in range(8)]
+    pruned = copy.deepcopy(teacher)
+    loss = lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])  # noqa: E731
+    plan = obc.prune(pruned, batches[0][0], batches, loss, macs=0.5, steps=1, progress=False).plan
+    return pruned, teacher, plan
+
+
+BATCHES = [torch.randn(16, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+
+
+def divergence(teacher: nn.Module) -> Any:
+    def evaluate(model: nn.Module) -> float:
+        return sum(obc.Distillation().loss(model, teacher, batch).item() for batch in BATCHES)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("train", ["naive", "folded", "lora"])
+def test_training_brings_the_pruned_model_closer_and_leaves_a_plain_one(train: Any) -> None:
+    pruned, teacher, plan = networks()
+    before, shapes = copy.deepcopy(teacher.state_dict()), {k: v.shape for k, v in pruned.state_dict().items()}
+    evaluate = divergence(teacher)
+    report = obc.recover(pruned, teacher, BATCHES, steps=40, lr=0.02, train=train, plan=plan, evaluate=evaluate)
+    (first, start), (last, end) = report.evaluations
+    assert (first, last) == (0, 40)
+    assert end < 0.7 * start
+    assert evaluate(pruned) == pytest.approx(end, rel=1e-3), "merging changed what the model computes"
+    assert {k: v.shape for k, v in pruned.state_dict().items()} == shapes
+    assert all(type(module) in (nn.Sequential, nn.Linear, nn.ReLU) for module in pruned.modules())
+    assert all(parameter.requires_grad for parameter in pruned.parameters())
+    assert all(torch.equal(teacher.state_dict()[name], value) for name, value in before.items())
+    assert len(report.losses) == 40
+    assert "40 steps" in str(report)
+
+
+def test_folded_and_naive_training_start_from_one_function() -> None:
+    pruned, teacher, plan = networks()
+    starts = []
+    for train in ("naive", "folded"):
+        model = copy.deepcopy(pruned)
+        report = obc.recover(
+            model, teacher, BATCHES, steps=1, lr=1e-9, train=train, plan=plan, evaluate=divergence(teacher)
+        )
+        starts.append(report.evaluations[0][1])
+    assert starts[0] == pytest.approx(starts[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("train", ["naive", "folded"])
+def test_accumulated_batches_are_one_large_batch(train: Any) -> None:
+    pruned, teacher, plan = networks()
+    results = []
+    for batches, accumulate in ((BATCHES[:4], 4), ([torch.cat(BATCHES[:4])], 1)):
+        model = copy.deepcopy(pruned)
+        obc.recover(
+            model, teacher, batches, steps=3, lr=0.01, train=train, plan=plan, accumulate=accumulate, progress=False
+        )
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(value, results[1][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", ["naive", "folded", "lora"])
+def test_a_run_that_was_cut_short_resumes_bit_for_bit(train: Any, tmp_path: Path) -> None:
+    pruned, teacher, plan = networks()
+    options: dict[str, Any] = {"steps": 8, "lr": 0.01, "train": train, "plan": plan, "every": 4, "progress": False}
+
+    def run(model: nn.Module, path: Path, stop: int | None = None) -> obc.RecoveryReport:
+        torch.manual_seed(3)
+        seen = 0
+
+        def evaluate(network: nn.Module) -> float:
+            nonlocal seen
+            seen += 1
+            if stop is not None and seen > stop:
+                raise KeyboardInterrupt
+            return 0.0
+
+        return obc.recover(model, teacher, BATCHES, checkpoint=path, evaluate=evaluate, **options)
+
+    whole = copy.deepcopy(pruned)
+    run(whole, tmp_path / "whole")
+    cut = copy.deepcopy(pruned)
+    with pytest.raises(KeyboardInterrupt):
+        run(cut, tmp_path / "cut", stop=2)  # killed at step 8's evaluation: the checkpoint is of step 4
+    again = copy.deepcopy(pruned)
+    report = run(again, tmp_path / "cut")
+    assert report.resumed_at == 4
+    assert len(report.losses) == 8
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_model() -> None:
+    pruned, teacher, _ = networks()
+    batches = [BATCHES[0], torch.full((4, 6), float("nan"))]
+    with pytest.raises(ValueError, match="the loss is nan at step 1"):
+        obc.recover(pruned, teacher, batches, steps=5, lr=0.01, progress=False)
+    assert all(value.isfinite().all() for value in pruned.state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train": "magic"}, "train must be one of 'naive', 'folded', 'lora', got 'magic'"),
+        ({"train": "folded"}, "needs plan="),
+        ({"steps": 0}, "steps must be a positive integer, got 0"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"warmup": 1.0}, "warmup is a share"),
+        ({"accumulate": 0}, "accumulate must be a positive integer"),
+    ],
+)
+def test_bad_arguments_are_refused(changed: dict[str, Any], message: str) -> None:
+    pruned, teacher, _ = networks()
+    with pytest.raises(ValueError, match=message):
+        obc.recover(pruned, teacher, BATCHES, **({"steps": 2, "lr": 0.01, "progress": False} | changed))
+
+
+def test_empty_batches_are_refused() -> None:
+    pruned, teacher, _ = networks()
+    with pytest.raises(ValueError, match="batches is empty"):
+        obc.recover(pruned, teacher, [], steps=2, lr=0.01, progress=False)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    pruned, teacher, _ = networks()
+    obc.recover(pruned, teacher, BATCHES, steps=1, lr=0.01, checkpoint=tmp_path / "state", progress=False)
+    other = nn.Linear(6, 4)
+    with pytest.raises(ValueError, match="of another model: it has nothing for weight"):
+        obc.recover(other, teacher, BATCHES, steps=2, lr=0.01, checkpoint=tmp_path / "state", progress=False)
+    (tmp_path / "state").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match="not a training checkpoint, or is damaged"):
+        obc.recover(pruned, teacher, BATCHES, steps=2, lr=0.01, checkpoint=tmp_path / "state", progress=False)
