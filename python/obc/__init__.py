@@ -18,6 +18,7 @@ from obc.recovery import (
 )
 from obc.scoring import ChannelRows, ChannelScores, JacobianScorer, Scores, memory_estimate, score
 from obc.selection import select
+from obc.statistics import Statistics, collect
 from obc.structures.transformers import transformer_groups
 
 __all__ = [
@@ -32,7 +33,9 @@ __all__ = [
     "PruningResult",
     "RecoveryReport",
     "Scores",
+    "Statistics",
     "backends",
+    "collect",
     "compensate",
     "equivalent_pruning",
     "info",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 import itertools
 import json
 import logging
@@ -12,11 +11,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from obc.files import parse_json
+from obc.model.fingerprint import fingerprint, random_state, set_random_state
 from obc.scoring.errors import ScoringError
 from obc.scoring.results.row_file import RowFile
 from obc.scoring.results.row_store import RowStore
@@ -51,7 +50,7 @@ class Checkpoint:
             "model": type(scorer.model).__name__,
             **{name: json.loads(json.dumps(value)) for name, value in options.items()},
             "keep_rows": scorer.row_store is not None,
-            "weights": _fingerprint(scorer.model),
+            "weights": fingerprint(scorer.model),
         }
         self._rows_path = self.path.with_name(self.path.name + ".rows")
         self._rows: RowFile | None = None
@@ -100,7 +99,7 @@ class Checkpoint:
         scores = state.pop("scores")
         state["kept"] = self._save_rows()
         tensors = {f"scores:{index}": flat for index, flat in enumerate(scores)}
-        tensors |= {f"random:{index}": generator for index, generator in enumerate(_random_state())}
+        tensors |= {f"random:{index}": generator for index, generator in enumerate(random_state())}
         header = dict(zip(_PARTS, (self.identity, state, dict(progress)), strict=True))
         save_tensors(
             self.path, tensors, {"format": _FORMAT} | {key: json.dumps(value) for key, value in header.items()}
@@ -108,10 +107,7 @@ class Checkpoint:
 
     def restore_random(self) -> None:
         """Set torch's generators to where they were; call it once the batches are where they were."""
-        if self._random:
-            torch.set_rng_state(self._random[0])
-            if len(self._random) > 1:
-                torch.cuda.set_rng_state_all(self._random[1:])
+        set_random_state(self._random)
 
     def remove(self) -> None:
         """The run is over: a later one with other batches must not go on from here."""
@@ -155,21 +151,3 @@ def _numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
     """The tensors "name:0", "name:1" and so on."""
     keys = itertools.takewhile(lambda key: key in tensors, (f"{name}:{index}" for index in itertools.count()))
     return [tensors[key] for key in keys]
-
-
-def _random_state() -> list[Tensor]:
-    """The states of torch's generators: the CPU's, and those of CUDA devices where they are in use."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [torch.get_rng_state(), *cuda]
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """A hash over names, shapes and sums of the bits of every parameter and buffer; integers, so exact everywhere."""
-    digest = hashlib.sha256()
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
-        tensor = tensor.detach()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        integers = torch.int16 if tensor.element_size() % 2 == 0 else torch.uint8
-        bits = torch.atleast_1d(tensor).contiguous().view(integers)
-        digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from obc.model.batches import part_of, samples_in
 from obc.model.evaluation import evaluating
+from obc.model.readable import readable
 from obc.scoring.batch_rows import BatchRows, LossFunction
 from obc.scoring.label_free import label_free_loss
 from obc.scoring.scorer import JacobianScorer, Rows
@@ -46,8 +47,8 @@ class MemoryEstimate:
         return self.weights + self.activations + self.rows + self.checking_row + self.kept_rows
 
     def __str__(self) -> str:
-        parts = [f"{name} {_readable(value)}" for name, value in vars(self).items()]
-        return f"{_readable(self.total)}: {', '.join(parts)}"
+        parts = [f"{name} {readable(value)}" for name, value in vars(self).items()]
+        return f"{readable(self.total)}: {', '.join(parts)}"
 
 
 def memory_estimate(
@@ -139,11 +140,3 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
     """Address -> bytes of the storages of these tensors, each once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-
-def _readable(size: int) -> str:
-    value, units = float(size), iter(("B", "KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    while value >= 1024 and unit != "TiB":
-        value, unit = value / 1024, next(units)
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

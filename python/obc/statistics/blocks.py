@@ -1,0 +1,205 @@
+"""How much residual blocks change what they are given: the statistic of depth pruning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from obc.model.names import named_modules
+from obc.statistics.errors import StatisticsError
+from obc.statistics.part import Part, is_running_again
+from obc.statistics.reader import Groups, Handle, Reader, first_tensor
+from obc.statistics.sums import Sums
+
+Tokens = Literal["all", "last"]
+
+
+@dataclass(frozen=True, eq=False)
+class BlockSums:
+    """Sums over tokens of a block's input x and output y (of ``span`` blocks: the last one's output).
+
+    Attributes:
+        count: tokens; pixels of feature maps.
+        cosine: sum cos(x, y).
+        angle: sum arccos(cos(x, y)) / pi, between 0 and 1 a token.
+        difference: sum |y - x|^2.
+        input: sum |x|^2.
+        output: sum |y|^2.
+    """
+
+    count: int
+    cosine: float
+    angle: float
+    difference: float
+    input: float
+    output: float
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Similarity of what residual blocks read and return, per token. Forward only.
+
+    Args:
+        tokens: "all", or "last": the last token of each sequence that the attention mask lets count.
+        span: compare the input of each block with the output of the span - 1 blocks after it: windows of consecutive
+            blocks, under the name of their first.
+        modules: names of the blocks, in the order of execution; by default :func:`residual_blocks`.
+    """
+
+    tokens: Tokens = "all"
+    span: int = 1
+    modules: Sequence[str] | None = None
+
+    name: ClassVar[str] = "blocks"
+    backward: ClassVar[bool] = False
+
+    def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        if self.tokens not in ("all", "last"):
+            raise StatisticsError(f"Blocks(tokens=...) must be 'all' or 'last', got {self.tokens!r}")
+        known = dict(named_modules(model))
+        names = residual_blocks(model) if self.modules is None else list(self.modules)
+        if unknown := [name for name in names if name not in known]:
+            raise StatisticsError(f"Blocks(modules=...): the model has no module {unknown[0]!r}")
+        if not names:
+            raise StatisticsError(
+                f"no residual blocks were found in {type(model).__name__}: name them, Blocks(modules=[...])"
+            )
+        if not 1 <= self.span <= len(names):
+            raise StatisticsError(
+                f"Blocks(span=...) must lie in 1 to {len(names)}, the number of blocks, got {self.span}"
+            )
+        return _Reader(Sums(self.name), part, {name: known[name] for name in names}, self)
+
+    def identity(self) -> dict[str, Any]:
+        modules = None if self.modules is None else list(self.modules)
+        return {"tokens": self.tokens, "span": self.span, "modules": modules}
+
+
+def residual_blocks(model: nn.Module) -> list[str]:
+    """Names of what looks like residual blocks: the members of lists and sequences that hold modules of one kind.
+
+    The outermost such lists count; a member must have modules inside it. Whether its output has its input's shape shows
+    when the model runs: what has not is left out then.
+    """
+    found: list[str] = []
+    for name, module in named_modules(model):
+        if any(name.startswith(f"{block}.") or name == block for block in found):
+            continue
+        if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
+            continue
+        kinds = [type(child) for child in module.children()]
+        inner = all(any(True for _ in child.children()) for child in module.children())
+        if inner and kinds.count(kinds[0]) == len(kinds):
+            found += [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+    return found
+
+
+class _Reader(Reader):
+    def __init__(self, sums: Sums, part: Part, blocks: Mapping[str, nn.Module], options: Blocks) -> None:
+        super().__init__(sums, part)
+        self.blocks, self.options = dict(blocks), options
+        self._order = list(blocks)
+        self._inputs: dict[str, Tensor] = {}
+        windows = self._order[: len(self._order) - options.span + 1]
+        self.coverage = dict.fromkeys(windows, "input and output")
+
+    def attach(self) -> list[Handle]:
+        handles: list[Handle] = []
+        for name, block in self.blocks.items():
+            if name in self.coverage:
+                handles.append(block.register_forward_pre_hook(self._before(name), with_kwargs=True))
+            handles.append(block.register_forward_hook(self._after(name)))
+        return handles
+
+    def begin(self) -> None:
+        super().begin()
+        self._inputs.clear()
+
+    def part_ends(self) -> None:
+        self._inputs.clear()
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.part.reading and not is_running_again():
+                x = first_tensor(args, kwargs)
+                if x is not None:
+                    self._inputs[name] = x.detach().clone()  # the residual may be added in place
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., None]:
+        place = self._order.index(name) - self.options.span + 1
+        first = self._order[place] if place >= 0 else None
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if first is None or not self.part.reading or is_running_again():
+                return
+            x = self._inputs.pop(first, None)
+            y = first_tensor([*output] if isinstance(output, (tuple, list)) else [output], {})
+            if x is None or y is None:
+                self.coverage[first] = "unread: its input or output is no floating tensor"
+            elif x.shape != y.shape:
+                shapes = f"{tuple(x.shape)} to {tuple(y.shape)}"
+                self.coverage[first] = f"unread: it is no residual block, it changes the shape from {shapes}"
+            else:
+                self.called.add(first)
+                with torch.no_grad():
+                    self._read(first, x, y.detach().to(x.device))
+
+        return hook
+
+    def _read(self, name: str, x: Tensor, y: Tensor) -> None:
+        dim = channel_dim(self.blocks[name], x)
+        valid = self.part.valid_positions(x, dim)
+        if self.options.tokens == "last":
+            if x.dim() != 3:
+                raise StatisticsError(
+                    f"Blocks(tokens='last') needs hidden states (B, T, C), {name!r} reads {tuple(x.shape)}"
+                )
+            last = _last(x, valid)
+            x, y = (states[torch.arange(len(states), device=states.device), last] for states in (x, y))
+            valid, dim = None if valid is None else valid.any(1), 1
+        x, y = (states.movedim(dim, -1).reshape(-1, states.shape[dim]) for states in (x, y))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, y = x.to(dtype), y.to(dtype)
+        cosine = nn.functional.cosine_similarity(x, y, dim=-1).clamp(-1, 1)
+        per_token = torch.stack(
+            [
+                torch.ones_like(cosine),
+                cosine,
+                cosine.arccos() / math.pi,
+                (y - x).square().sum(-1),
+                x.square().sum(-1),
+                y.square().sum(-1),
+            ]
+        )
+        if valid is not None:
+            per_token = per_token.masked_fill(~valid.reshape(-1), 0)
+        self.sums.add(name, "sums", per_token.double().sum(1))
+
+    def result(self, fields: Mapping[str, Tensor]) -> BlockSums:
+        count, *sums = fields["sums"].tolist()
+        return BlockSums(int(count), *sums)
+
+
+def _last(x: Tensor, valid: Tensor | None) -> Tensor:
+    """(B,) the place of the last token that counts."""
+    if valid is None:
+        return torch.full((len(x),), x.shape[1] - 1, device=x.device)
+    places = torch.arange(x.shape[1], device=x.device)
+    return (valid * places).amax(1)
+
+
+def channel_dim(block: nn.Module, x: Tensor) -> int:
+    """Dimension 1 of feature maps that a convolution of the block reads; otherwise the last."""
+    if x.dim() > 3:
+        widths = {module.in_channels for module in block.modules() if isinstance(module, _ConvNd)}
+        if x.shape[1] in widths:
+            return 1
+    return x.dim() - 1

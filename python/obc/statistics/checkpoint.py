@@ -1,0 +1,144 @@
+"""A collection that goes on where it was killed: sums, rows and generators after every few batches, in one file."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from obc.files import parse_json
+from obc.model.fingerprint import fingerprint, random_state, set_random_state
+from obc.scoring.checkpoint import CheckpointError
+from obc.scoring.scorer import JacobianScorer
+from obc.statistics.reader import Reader
+from obc.tensor_file import save_tensors
+
+_FORMAT = "obc.statistics.checkpoint/1"
+_LISTS = ("scores", "kept_rows")  # of the scorer's state: lists of tensors
+
+
+class Checkpoint:
+    """The state of one run of :func:`obc.collect` in a safetensors file, replaced as a whole each time.
+
+    Args:
+        path: of the file.
+        model: whose statistics.
+        options: what must be the same in a run that goes on: name -> plain value.
+        readers: by statistic.
+        scorer: of the rows; None without.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        model: nn.Module,
+        options: Mapping[str, Any],
+        readers: Mapping[str, Reader],
+        scorer: JacobianScorer | None,
+    ) -> None:
+        self.path, self.readers, self.scorer = Path(path), readers, scorer
+        self.identity = json.loads(json.dumps({"model": type(model).__name__, **options}))
+        self.identity["weights"] = fingerprint(model)
+        self._random: list[Tensor] = []
+
+    def resume(self) -> dict[str, Any] | None:
+        """Load the state; what :meth:`save` was given, or None where there is no checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model, other weights or other options.
+        """
+        pattern = f".{glob.escape(self.path.name[:100])}.{'[0-9a-f]' * 16}.tmp"
+        for left in self.path.parent.glob(pattern):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        if not self.path.exists():
+            return None
+        tensors, header = self._read()
+        try:
+            identity, state, progress = (
+                parse_json(header[key], dict[str, Any]) for key in ("identity", "state", "progress")
+            )
+            self._refuse_other(identity)
+            self._load(tensors, state)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
+        self._random = _numbered(tensors, "random")
+        return progress
+
+    def restore_random(self) -> None:
+        """Set torch's generators to where they were; call it once the batches are where they were."""
+        set_random_state(self._random)
+
+    def save(self, progress: Mapping[str, Any]) -> None:
+        """Write the state, and what :meth:`resume` is to give back."""
+        tensors = {f"random:{index}": generator for index, generator in enumerate(random_state())}
+        state: dict[str, Any] = {"readers": {}, "scorer": None}
+        for name, reader in self.readers.items():
+            left_out = list(reader.sums.settle())
+            facts = {"coverage": reader.coverage, "called": sorted(reader.called), "left_out": left_out}
+            state["readers"][name] = facts
+            for (module, field), total in reader.sums.totals.items():
+                tensors[f"{name}:{field}:{module}"] = total
+        if self.scorer is not None:
+            of_scorer = self.scorer.state_dict()
+            for key in _LISTS:
+                for index, tensor in enumerate(of_scorer.pop(key)):
+                    tensors[f"{key}:{index}"] = tensor
+            state["scorer"] = of_scorer
+        header = {"identity": self.identity, "state": state, "progress": dict(progress)}
+        texts = {key: json.dumps(value) for key, value in header.items()}
+        save_tensors(self.path, tensors, {"format": _FORMAT, **texts})
+
+    def remove(self) -> None:
+        """The run is over: a later one with other batches must not go on from here."""
+        self.path.unlink(missing_ok=True)
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        try:
+            with safe_open(str(self.path), framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise CheckpointError(f"{self.path} is no checkpoint, or is damaged: {error}; delete it") from error
+        if header.get("format") != _FORMAT:
+            found = header.get("format")
+            raise CheckpointError(
+                f"{self.path} is no checkpoint of obc.collect: format {found!r}, expected {_FORMAT!r}; delete it"
+            )
+        return tensors, header
+
+    def _refuse_other(self, identity: Mapping[str, Any]) -> None:
+        for name, here in self.identity.items():
+            if identity.get(name) != here:
+                what = "weights" if name == "weights" else f"{name}={identity.get(name)!r}, this run has {here!r}"
+                raise CheckpointError(
+                    f"the checkpoint {self.path} is of another run: other {what}; delete it, or pass another path"
+                )
+
+    def _load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        for name, reader in self.readers.items():
+            facts = state["readers"][name]
+            reader.coverage.update(facts["coverage"])
+            reader.called.update(facts["called"])
+            reader.sums.left_out[:] = facts["left_out"]
+            prefix = f"{name}:"
+            for key in tensors:
+                if key.startswith(prefix):
+                    field, _, module = key.removeprefix(prefix).partition(":")
+                    reader.sums.totals[module, field] = tensors[key]
+        if self.scorer is not None:
+            lists = {key: _numbered(tensors, key) for key in _LISTS}
+            self.scorer.load_state_dict({**state["scorer"], **lists})
+
+
+def _numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """The tensors "name:0", "name:1" and so on."""
+    found: list[Tensor] = []
+    while f"{name}:{len(found)}" in tensors:
+        found.append(tensors[f"{name}:{len(found)}"])
+    return found

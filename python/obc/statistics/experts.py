@@ -1,0 +1,164 @@
+"""How experts of a mixture are used: the statistic of REAP, of frequency and of activation norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from obc.model.names import named_modules
+from obc.statistics.errors import StatisticsError
+from obc.statistics.part import Part, is_running_again
+from obc.statistics.reader import Groups, Handle, Reader
+from obc.statistics.sums import Sums
+
+Gates = Literal["routed", "softmax"]
+_ROUTERS = ("gate", "router")
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSums:
+    """Sums over the tokens routed to each expert e; tensors are (experts,) float64.
+
+    Attributes:
+        count: tokens.
+        gate: sum g_e.
+        norm: sum |f_e(x)|_2.
+        gate_norm: sum g_e |f_e(x)|_2.
+    """
+
+    count: Tensor
+    gate: Tensor
+    norm: Tensor
+    gate_norm: Tensor
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Use of every expert: count, sum g, sum |f(x)|, sum g |f(x)| over the tokens routed to it. Forward only.
+
+    Read at modules that hold all experts in one (as the transformers library's do) and are called with hidden states
+    (T, d), expert indices (T, k) and weights (T, k). The outputs of the k experts of a token are computed once more,
+    by the module itself: about as much as the experts took.
+
+    Args:
+        gates: "routed": g is the weight that the model multiplies with (of the top k, renormalised where the model
+            does so). "softmax": the router's softmax over all experts, as REAP's code takes it.
+    """
+
+    gates: Gates = "routed"
+
+    name: ClassVar[str] = "experts"
+    backward: ClassVar[bool] = False
+
+    def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        if self.gates not in ("routed", "softmax"):
+            raise StatisticsError(f"Experts(gates=...) must be 'routed' or 'softmax', got {self.gates!r}")
+        return _Reader(Sums(self.name), part, model, groups, self.gates)
+
+    def identity(self) -> dict[str, Any]:
+        return {"gates": self.gates}
+
+
+class _Reader(Reader):
+    def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups, gates: Gates) -> None:
+        super().__init__(sums, part)
+        self._gates, self._again = gates, False
+        modules = dict(named_modules(model))
+        wanted = None if groups is None else {s.module for g in groups if g.kind == "experts" for s in g.slices}
+        self.mixtures = {
+            name: module
+            for name, module in modules.items()
+            if holds_experts(module) and (wanted is None or name in wanted)
+        }
+        self.coverage = dict.fromkeys(self.mixtures, "calls")
+        self._routers = {name: self._router(name, modules) for name in self.mixtures}
+
+    def _router(self, name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
+        if self._gates == "routed":
+            return None
+        parent, count = name.rpartition(".")[0], expert_count(modules[name])
+        for child in _ROUTERS:
+            router = modules.get(f"{parent}.{child}" if parent else child)
+            weight = getattr(router, "weight", None)
+            if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == count:
+                return router
+        raise StatisticsError(f"{name!r} has no router with {count} rows beside it; use Experts(gates='routed')")
+
+    def attach(self) -> list[Handle]:
+        return [
+            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            for name, module in self.mixtures.items()
+        ]
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.part.reading and not self._again and not is_running_again():
+                with torch.no_grad():
+                    self._read(name, module, [*args, *kwargs.values()])
+
+        return hook
+
+    def _read(self, name: str, module: nn.Module, inputs: list[Any]) -> None:
+        if not _is_routed_call(inputs):
+            shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in inputs]
+            self.coverage[name] = f"unread: called with {shapes}, not with states, expert indices and weights"
+            return
+        self.called.add(name)
+        hidden, indices, weights = inputs[:3]
+        experts = expert_count(module)
+        valid = self.part.valid_positions(hidden, hidden.dim() - 1)
+        counted = indices < experts  # an index beyond the last is how parallel processes say: not here
+        if valid is not None:
+            counted = counted & valid.reshape(-1, 1)
+        router = self._routers[name]
+        gates = weights
+        if router is not None:
+            assert isinstance(router.weight, Tensor)
+            logits = F.linear(hidden.float(), router.weight.float())
+            gates = logits.softmax(-1).gather(1, indices.clamp_max(experts - 1))
+        norms = torch.stack([self._norms(module, hidden, indices, weights, k) for k in range(indices.shape[1])], 1)
+        values = torch.stack([torch.ones_like(norms), gates.to(norms), norms, gates.to(norms) * norms])
+        values = values.masked_fill(~counted, 0).flatten(1).double()
+        sums = values.new_zeros(4, experts)
+        sums.index_add_(1, indices.clamp_max(experts - 1).flatten(), values)
+        self.sums.add(name, "sums", sums)
+
+    def _norms(self, module: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor, k: int) -> Tensor:
+        """(T,) the norm of what the k-th expert of each token returns: the module itself with that expert alone."""
+        self._again = True
+        try:
+            output = module.forward(hidden, indices[:, k : k + 1], torch.ones_like(weights[:, k : k + 1]))
+        finally:
+            self._again = False
+        return output.float().norm(dim=-1)
+
+    def result(self, fields: Mapping[str, Tensor]) -> ExpertSums:
+        return ExpertSums(*fields["sums"].unbind())
+
+    def bytes(self) -> int:
+        return sum(4 * 16 * expert_count(module) for module in self.mixtures.values())
+
+
+def holds_experts(module: nn.Module) -> bool:
+    """Whether all experts of a mixture are parameters of this one module."""
+    tensors = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    return all(isinstance(tensor, Tensor) and tensor.dim() == 3 for tensor in tensors)
+
+
+def expert_count(module: nn.Module) -> int:
+    """How many experts the module holds."""
+    assert isinstance(module.down_proj, Tensor)
+    return len(module.down_proj)
+
+
+def _is_routed_call(inputs: list[Any]) -> bool:
+    tensors = inputs[:3]
+    if len(tensors) < 3 or not all(isinstance(value, Tensor) and value.dim() == 2 for value in tensors):
+        return False
+    hidden, indices, weights = tensors
+    return not indices.is_floating_point() and indices.shape == weights.shape and len(hidden) == len(indices)

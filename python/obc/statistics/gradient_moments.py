@@ -1,0 +1,114 @@
+"""Moments of the gradients that come back to what layers read, per channel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from obc import ops
+from obc.statistics.part import Part
+from obc.statistics.reader import Groups, Handle, InputReader, Reader, flat_rows, input_dim, input_width
+from obc.statistics.sums import Sums
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGradients:
+    """Sums of g = dL/dx over the positions of one layer's input, through this layer alone; tensors are (C,) float64.
+
+    L is the loss of the batch, with ``rows="sample"`` that of the sample.
+
+    Attributes:
+        count: positions that a gradient came back to.
+        absolute: sum |g|.
+        square: sum g^2.
+    """
+
+    count: int
+    absolute: Tensor
+    square: Tensor
+
+
+@dataclass(frozen=True)
+class GradientMoments:
+    """Gradient moments at consumers' inputs: sum |g|, sum g^2. Needs a loss."""
+
+    name: ClassVar[str] = "gradient_moments"
+    backward: ClassVar[bool] = True
+
+    def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        return _Reader(Sums(self.name), part, model, groups)
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward shows the gradient to ``read``. The leaf brings the backward here past frozen weights."""
+
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, leaf: Tensor, read: Callable[[Tensor], None]) -> Tensor:
+        ctx.read = read
+        return activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            ctx.read(grads[0])
+        return grads[0], None, None
+
+
+class _Reader(InputReader):
+    """A part's backward may be run more than once (to see whether samples are apart): the last one counts."""
+
+    def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups) -> None:
+        super().__init__(sums, part, model, groups)
+        self._of_part = Sums(sums.name)
+        self._leaf = torch.zeros((), requires_grad=True)
+
+    def attach(self) -> list[Handle]:
+        return [
+            module.register_forward_pre_hook(self._tap(name), with_kwargs=True) for name, module in self.layers.items()
+        ]
+
+    def begin(self) -> None:
+        super().begin()
+        self._of_part.begin()
+
+    def backward_begins(self) -> None:
+        self._of_part.begin()
+
+    def part_ends(self) -> None:
+        self._of_part.hand_over(self.sums)
+
+    def read_gradient(self, name: str, grad: Tensor, channel_dim: int, valid: Tensor | None) -> None:
+        """Add what came back to the input of one call."""
+        values = flat_rows(grad, channel_dim).to(ops.accumulation_dtype(grad.dtype))
+        if valid is not None:
+            values = values.masked_fill(~valid.reshape(-1, 1), 0)
+        count = torch.tensor(len(values)) if valid is None else valid.sum()
+        self._of_part.add(name, "count", count.to(values.device, torch.float64))
+        self._of_part.add(name, "sums", torch.stack([values.abs().sum(0), values.square().sum(0)]))
+
+    def result(self, fields: Mapping[str, Tensor]) -> ChannelGradients:
+        return ChannelGradients(int(fields["count"]), *fields["sums"].unbind())
+
+    def bytes(self) -> int:
+        return sum(2 * (8 + 2 * 4) * input_width(layer) for layer in self.layers.values())
+
+    def _tap(self, name: str) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            if not self.part.reading:
+                return None
+            x = self.checked_input(name, module, args, kwargs)
+            dim = input_dim(module, x)
+            valid = self.part.valid_positions(x, dim)
+            self.note_call(name, x, dim)
+            tapped = _Tap.apply(x, self._leaf, lambda grad: self.read_gradient(name, grad, dim, valid))
+            swapped = {key: tapped if value is x else value for key, value in kwargs.items()}
+            return tuple(tapped if value is x else value for value in args), swapped
+
+        return hook

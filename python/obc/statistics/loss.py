@@ -1,0 +1,95 @@
+"""The loss as readers see it: which part of a batch is run, and where each backward begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.batches import part_of, samples_in
+from obc.statistics.errors import StatisticsError
+from obc.statistics.part import Part
+from obc.statistics.reader import Reader
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+class WatchedLoss:
+    """A loss function that tells the readers what is run.
+
+    A batch may be run again, because its row had to be dropped; ``seek(row, 0)`` says that it begins. A part's backward
+    may be run twice, to see whether samples are apart; the gradient at the loss says that one begins. A forward pass
+    without gradients only counts samples, and nothing is read of it.
+    """
+
+    def __init__(self, loss_fn: LossFn, part: Part, readers: Sequence[Reader]) -> None:
+        self._loss_fn, self._part, self._readers = loss_fn, part, readers
+
+    def seek(self, row: int, sample: int) -> None:
+        """The next call is of batch ``row``, from its sample ``sample`` on."""
+        if (seek := getattr(self._loss_fn, "seek", None)) is not None:
+            seek(row, sample)
+        for reader in self._readers:
+            if sample == 0:
+                reader.begin()
+            else:
+                reader.part_ends()
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            self._part.reading = False
+            return self._loss_fn(model, batch)
+        self._part.begin(batch)
+        self._part.reading = True
+        losses = self._loss_fn(model, batch)
+        if isinstance(losses, Tensor) and losses.requires_grad:
+            losses.register_hook(self._backward_begins)
+        return losses
+
+    def _backward_begins(self, grad: Tensor) -> None:
+        for reader in self._readers:
+            reader.backward_begins()
+
+
+def run_backward(
+    model: nn.Module, loss: WatchedLoss, index: int, batch: Any, rows: Literal["batch", "sample"], size: int | None
+) -> None:
+    """Forward and backward of one batch, where no rows are read.
+
+    Raises:
+        StatisticsError: the loss has another shape than ``rows`` asks for, or no graph.
+    """
+    for part, share in _parts(loss, index, batch, size):
+        losses = loss(model, part)
+        wanted = 0 if rows == "batch" else 1
+        if not isinstance(losses, Tensor) or (losses.numel() != 1 if wanted == 0 else losses.dim() != 1):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            needs = "a scalar" if wanted == 0 else "the vector (B,) of per-sample losses"
+            raise StatisticsError(f"batch {index}: loss_fn returned {got}, but rows={rows!r} needs {needs}")
+        if not losses.requires_grad:
+            raise StatisticsError(
+                f"batch {index}: the loss has no graph; compute it from the model's output without no_grad or detach"
+            )
+        (losses.sum() * (share if rows == "batch" else 1.0)).backward()
+
+
+def _parts(loss: WatchedLoss, index: int, batch: Any, size: int | None) -> Iterator[tuple[Any, float]]:
+    """The parts that a batch is run in, each with its share of the samples."""
+    loss.seek(index, 0)
+    samples = 0 if size is None else samples_in(batch)
+    if size is None or size >= samples:
+        yield batch, 1.0
+        return
+    for start in range(0, samples, size):
+        stop = min(start + size, samples)
+        loss.seek(index, start)
+        yield part_of(batch, start, stop, samples), (stop - start) / samples
+
+
+def run_forward(model: nn.Module, batch: Any) -> Any:
+    """``model(**batch)`` of a mapping, ``model(batch[0])`` of a tuple or list, ``model(batch)`` of anything else."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)

@@ -1,0 +1,74 @@
+"""Moments of what layers read, per channel: the statistic of FLAP, Wanda-sp, Minitron and CFSP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from obc.statistics.channel_moments import masked_channel_moments
+from obc.statistics.part import Part
+from obc.statistics.reader import Groups, InputReader, Reader, input_width
+from obc.statistics.sums import Sums
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelMoments:
+    """Sums over the positions of one layer's input, per channel; tensors are (C,) float64.
+
+    Attributes:
+        count: n, positions: tokens, pixels.
+        samples: samples that had a position.
+        sum: sum x.
+        square: sum x^2.
+        absolute: sum |x|.
+        mean_absolute_square: sum over samples of (mean over the sample's positions of |x|)^2.
+    """
+
+    count: int
+    samples: int
+    sum: Tensor
+    square: Tensor
+    absolute: Tensor
+    mean_absolute_square: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """E x."""
+        return self.sum / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """E x^2 - (E x)^2, not below 0."""
+        return (self.square / self.count - self.mean.square()).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Input moments of consumers: n, sum x, sum x^2, sum |x|, sum over samples of (mean |x|)^2. Forward only."""
+
+    name: ClassVar[str] = "moments"
+    backward: ClassVar[bool] = False
+
+    def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        return _Reader(Sums(self.name), part, model, groups)
+
+    def identity(self) -> dict[str, Any]:
+        return {}
+
+
+class _Reader(InputReader):
+    def read(self, name: str, x: Tensor, channel_dim: int) -> None:
+        counts, sums = masked_channel_moments(x, channel_dim, self.part.valid_positions(x, channel_dim))
+        self.sums.add(name, "counts", counts)
+        self.sums.add(name, "sums", sums)
+
+    def result(self, fields: Mapping[str, Tensor]) -> ChannelMoments:
+        counts = [int(count) for count in fields["counts"].tolist()]
+        return ChannelMoments(counts[0], counts[1], *fields["sums"].unbind())
+
+    def bytes(self) -> int:
+        of_total, of_batch = 8, 4
+        return sum(4 * (of_total + of_batch) * input_width(layer) for layer in self.layers.values())

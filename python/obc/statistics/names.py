@@ -1,0 +1,42 @@
+"""The statistics by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from obc.statistics.blocks import Blocks
+from obc.statistics.errors import StatisticsError
+from obc.statistics.experts import Experts
+from obc.statistics.gradient_moments import GradientMoments
+from obc.statistics.gram import Gram
+from obc.statistics.moments import Moments
+from obc.statistics.reader import Statistic
+from obc.statistics.rows import Rows
+
+Chosen = Statistic | Rows
+
+STATISTICS: dict[str, type[Rows | Moments | Gram | GradientMoments | Experts | Blocks]] = {
+    kind.name: kind for kind in (Rows, Moments, Gram, GradientMoments, Experts, Blocks)
+}
+
+
+def chosen_statistics(statistics: str | Chosen | Sequence[str | Chosen]) -> list[Chosen]:
+    """Objects for names, with their default options.
+
+    Raises:
+        StatisticsError: a name that is none, the same statistic twice, or none at all.
+    """
+    listed = list(statistics) if isinstance(statistics, (list, tuple, set, frozenset)) else [statistics]
+    found: dict[str, Chosen] = {}
+    for one in listed:
+        if isinstance(one, str) and one not in STATISTICS:
+            raise StatisticsError(f"statistics are {', '.join(map(repr, STATISTICS))}, got {one!r}")
+        chosen: Chosen = STATISTICS[one]() if isinstance(one, str) else one  # type: ignore[assignment]
+        if not hasattr(chosen, "name") or chosen.name not in STATISTICS:
+            raise StatisticsError(f"a statistic is a name or an object of obc.statistics, got {one!r}")
+        if chosen.name in found:
+            raise StatisticsError(f"the statistic {chosen.name!r} was asked for twice")
+        found[chosen.name] = chosen
+    if not found:
+        raise StatisticsError(f"statistics is empty: name some of {', '.join(map(repr, STATISTICS))}")
+    return list(found.values())

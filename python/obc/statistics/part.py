@@ -1,0 +1,52 @@
+"""The part of a batch that the model is being run on: which of its positions count, and whether anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Part:
+    """What readers ask about the forward pass that they see.
+
+    Attributes:
+        batch: the part of the batch.
+        valid: (B, T) bool, where the batch carries an ``attention_mask``; None: every position counts.
+        reading: False while the model runs for another purpose.
+    """
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+        self.valid: Tensor | None = None
+        self.reading = False
+
+    def begin(self, batch: Any) -> None:
+        """The model is about to run on this."""
+        self.batch = batch
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        self.valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def valid_positions(self, x: Tensor, channel_dim: int) -> Tensor | None:
+        """(B, T) bool where the positions of ``x`` are those of the attention mask; None where all count.
+
+        ``x`` is (B, T, C), or (B * T, C) as mixtures of experts flatten it. One entry a sample, (B, C), counts whole.
+        """
+        if self.valid is None or channel_dim % x.dim() != x.dim() - 1:
+            return None
+        if x.shape[:-1] == self.valid.shape or (x.dim() == 2 and x.shape[0] == self.valid.numel()):
+            return self.valid.to(x.device)
+        return None
+
+    def ignores_mask(self, x: Tensor, channel_dim: int) -> bool:
+        """Whether the batch carries a mask that does not fit ``x``, so that padding counts."""
+        if self.valid is None or self.valid_positions(x, channel_dim) is not None:
+            return False
+        return not (x.dim() == 2 and x.shape[0] == len(self.valid))
+
+
+def is_running_again() -> bool:
+    """Whether a forward pass is run inside a backward, as activation checkpointing does: it was read before."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,0 +1,252 @@
+"""What a run collected: statistics by module, what was read how, and their file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from obc.files import parse_json
+from obc.scoring.results.kept_rows import KeptRows
+from obc.scoring.results.report import Report
+from obc.statistics.blocks import BlockSums
+from obc.statistics.errors import StatisticsError
+from obc.statistics.experts import ExpertSums
+from obc.statistics.gradient_moments import ChannelGradients
+from obc.statistics.gram import GramSum
+from obc.statistics.moments import ChannelMoments
+from obc.tensor_file import save_tensors
+
+_FORMAT = "obc.Statistics/1"
+
+# Statistic -> what it gives back for one module. A new one is a line here.
+RESULTS: dict[str, type[Any]] = {
+    "moments": ChannelMoments,
+    "gram": GramSum,
+    "gradient_moments": ChannelGradients,
+    "experts": ExpertSums,
+    "blocks": BlockSums,
+}
+
+Value = TypeVar("Value")
+
+
+class ByModule(Mapping[str, Value], Generic[Value]):
+    """One statistic's results by module name; asking for a module that was not read says why it was not."""
+
+    def __init__(self, name: str, values: Mapping[str, Value], coverage: Mapping[str, str]) -> None:
+        self._name, self._values, self._coverage = name, dict(values), dict(coverage)
+
+    def __getitem__(self, module: str) -> Value:
+        try:
+            return self._values[module]
+        except KeyError:
+            why = self._coverage.get(module, "it is not among the modules that were read; check groups=")
+            raise KeyError(f"no {self._name} of module {module!r}: {why}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, module: object) -> bool:
+        return module in self._values
+
+
+class Statistics:
+    """What :func:`obc.collect` read: sums over all positions, samples or rows, not means.
+
+    ``rows[module]`` is as ``Scores.rows``; ``moments[module]``, ``gram[module]``, ``gradient_moments[module]``,
+    ``experts[module]`` and ``blocks[module]`` are :class:`obc.statistics.ChannelMoments`, ``GramSum``,
+    ``ChannelGradients``, ``ExpertSums`` and ``BlockSums``.
+
+    Attributes:
+        collected: names of the statistics that were collected.
+        num_batches: batches that were run, of all processes.
+        coverage: statistic -> module -> how it was read, or "unread: " and why not.
+        left_out: what was left out of which statistic because it was not finite.
+        metadata: model class, kind of rows, obc's version.
+        report: time and memory; None for statistics that were loaded without.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, Mapping[str, Any]],
+        *,
+        rows: KeptRows | None,
+        num_batches: int,
+        coverage: Mapping[str, Mapping[str, str]],
+        left_out: Sequence[str] = (),
+        metadata: Mapping[str, str] | None = None,
+        report: Report | None = None,
+    ) -> None:
+        self.coverage = {name: dict(modules) for name, modules in coverage.items()}
+        self._values = {name: ByModule(name, found, self.coverage.get(name, {})) for name, found in values.items()}
+        self._rows = rows
+        self.num_batches, self.left_out, self.report = num_batches, list(left_out), report
+        self.metadata = dict(metadata or {})
+
+    @property
+    def collected(self) -> tuple[str, ...]:
+        return (*(("rows",) if self._rows is not None else ()), *self._values)
+
+    @property
+    def rows(self) -> KeptRows:
+        if self._rows is None:
+            raise self._missing("rows")
+        return self._rows
+
+    @property
+    def moments(self) -> ByModule[ChannelMoments]:
+        return self._of("moments")
+
+    @property
+    def gram(self) -> ByModule[GramSum]:
+        return self._of("gram")
+
+    @property
+    def gradient_moments(self) -> ByModule[ChannelGradients]:
+        return self._of("gradient_moments")
+
+    @property
+    def experts(self) -> ByModule[ExpertSums]:
+        return self._of("experts")
+
+    @property
+    def blocks(self) -> ByModule[BlockSums]:
+        return self._of("blocks")
+
+    def require(self, names: Sequence[str], what: str) -> None:
+        """Check that these statistics are here.
+
+        Raises:
+            StatisticsError: one is not; it says what was collected and what ``what`` needs.
+        """
+        for name in names:
+            if name not in self.collected:
+                raise StatisticsError(
+                    f"{what} needs the statistic {name!r}, which was not collected (there are "
+                    f"{', '.join(self.collected) or 'none'}); pass statistics={list(names)!r} to obc.collect"
+                )
+
+    def _of(self, name: str) -> ByModule[Any]:
+        if name not in self._values:
+            raise self._missing(name)
+        return self._values[name]
+
+    def _missing(self, name: str) -> StatisticsError:
+        there = ", ".join(self.collected) or "none"
+        return StatisticsError(f"{name!r} was not collected (there are {there}); add it to statistics= of obc.collect")
+
+    def __repr__(self) -> str:
+        model = self.metadata.get("model", "a model")
+        parts = [f"{name} of {len(found)} modules" for name, found in self._values.items()]
+        if self._rows is not None:
+            parts.insert(0, f"rows of {len(self._rows)} modules")
+        return f"Statistics of {model} over {self.num_batches} batches: {', '.join(parts)}"
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a safetensors file: one tensor per statistic, module and sum, everything else as metadata.
+
+        Raises:
+            OSError: the file can't be written; a file that was there is what it was.
+        """
+        tensors: dict[str, Tensor] = {}
+        numbers: dict[str, dict[str, dict[str, float]]] = {}
+        for name, found in self._values.items():
+            numbers[name] = {}
+            for module, value in found.items():
+                plain = numbers[name].setdefault(module, {})
+                for field in fields(value):
+                    of_field = getattr(value, field.name)
+                    if isinstance(of_field, Tensor):
+                        tensors[f"{name}:{field.name}:{module}"] = of_field
+                    else:
+                        plain[field.name] = of_field
+        header: dict[str, Any] = {
+            "numbers": numbers,
+            "num_batches": self.num_batches,
+            "coverage": self.coverage,
+            "left_out": self.left_out,
+            "metadata": self.metadata,
+            "report": None if self.report is None else asdict(self.report),
+            "rows": None if self._rows is None else self._rows.columns,
+        }
+        if self._rows is not None:
+            tensors |= {f"rows:{index}": matrix for index, matrix in enumerate(self._rows.matrices)}
+        texts = {key: json.dumps(value) for key, value in header.items()}
+        save_tensors(path, tensors, {"format": _FORMAT, **texts})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Statistics:
+        """Read a file written by :meth:`save`.
+
+        Raises:
+            StatisticsError: the file is none, or is damaged.
+            FileNotFoundError: there is no such file.
+        """
+        if not Path(path).exists():
+            raise FileNotFoundError(f"no file of statistics at {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                header = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise StatisticsError(f"{path} is not a file of statistics, or is damaged: {error}") from error
+        if header.get("format") != _FORMAT:
+            raise StatisticsError(
+                f"{path} is not a file of statistics: format {header.get('format')!r}, expected {_FORMAT!r}"
+            )
+        try:
+            return cls._parsed(header, tensors)
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise StatisticsError(f"{path} is a damaged file of statistics: {error!r}") from error
+
+    @classmethod
+    def _parsed(cls, header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Statistics:
+        numbers = parse_json(header["numbers"], dict[str, dict[str, dict[str, float]]])
+        values: dict[str, dict[str, Any]] = {}
+        for name, modules in numbers.items():
+            kind = RESULTS[name]
+            values[name] = {}
+            for module, plain in modules.items():
+                parts: dict[str, Any] = dict(plain)
+                for field in fields(kind):
+                    if field.name not in parts:
+                        parts[field.name] = tensors[f"{name}:{field.name}:{module}"]
+                        if parts[field.name].dtype != torch.float64:
+                            raise ValueError(f"{name} of {module!r} is {parts[field.name].dtype}")
+                values[name][module] = kind(**parts)
+        columns = parse_json(header["rows"], dict[str, dict[str, list[int]]] | None)
+        report = parse_json(header["report"], dict[str, float | None] | None)
+        return cls(
+            values,
+            rows=None if columns is None else _rows(columns, tensors),
+            num_batches=parse_json(header["num_batches"], int),
+            coverage=parse_json(header["coverage"], dict[str, dict[str, str]]),
+            left_out=parse_json(header["left_out"], list[str]),
+            metadata=parse_json(header["metadata"], dict[str, str]),
+            report=None if report is None else Report(**report),
+        )
+
+
+def _rows(columns: Mapping[str, Mapping[str, list[int]]], tensors: Mapping[str, Tensor]) -> KeptRows:
+    matrices: list[Tensor] = []
+    while (matrix := tensors.get(f"rows:{len(matrices)}")) is not None:
+        matrices.append(matrix)
+    for sides in columns.values():
+        for matrix_index, start, stop in sides.values():
+            if not 0 <= start <= stop <= matrices[matrix_index].shape[1]:
+                raise ValueError(f"columns {start} to {stop} of {matrices[matrix_index].shape[1]}")
+    places = {
+        name: {side: (place[0], place[1], place[2]) for side, place in sides.items()} for name, sides in columns.items()
+    }
+    return KeptRows(matrices, places)

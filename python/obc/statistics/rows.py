@@ -1,0 +1,39 @@
+"""Rows of the Jacobian Criterion as a statistic of the same run, read by the scorer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import nn
+
+from obc.model.groups import Slices
+from obc.statistics.errors import StatisticsError
+from obc.statistics.reader import Groups
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows r[n] = w . dL_n/dw of every channel (:class:`obc.JacobianScorer`). Needs a loss.
+
+    Args:
+        slices: with groups, "gate" reads their consumers, "all" every layer that they slice.
+    """
+
+    slices: Slices = "gate"
+
+    name: ClassVar[str] = "rows"
+    backward: ClassVar[bool] = True
+
+    def wanted(self, model: nn.Module, groups: Groups) -> set[str] | None:
+        """The modules to read; None: all."""
+        if self.slices not in ("gate", "all"):
+            raise StatisticsError(f"Rows(slices=...) must be 'gate' or 'all', got {self.slices!r}")
+        if groups is None:
+            return None
+        return {
+            part.module for group in groups for part in (group.consumers if self.slices == "gate" else group.slices)
+        }
+
+    def identity(self) -> dict[str, Any]:
+        return {"slices": self.slices}

@@ -1,0 +1,349 @@
+"""``obc.collect``: any set of statistics in one run over the batches."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from tqdm.auto import tqdm
+
+from obc.model.batches import part_of, samples_in
+from obc.model.evaluation import ForwardFn, evaluating
+from obc.model.layouts import is_compiled
+from obc.scoring.batch_rows import BatchRows
+from obc.scoring.checkpoint import CheckpointError
+from obc.scoring.results.report import PeakMemory, Report
+from obc.scoring.results.scores import obc_version
+from obc.scoring.scorer import JacobianScorer
+from obc.scoring.scorer import Rows as RowKind
+from obc.statistics.checkpoint import Checkpoint
+from obc.statistics.errors import StatisticsError
+from obc.statistics.loss import WatchedLoss, run_backward, run_forward
+from obc.statistics.memory import refuse_too_large, stated
+from obc.statistics.names import Chosen, chosen_statistics
+from obc.statistics.part import Part
+from obc.statistics.reader import Groups, Reader
+from obc.statistics.results import Statistics
+from obc.statistics.rows import Rows
+
+logger = logging.getLogger("obc")
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss_fn: LossFn | None = None,
+    *,
+    statistics: str | Chosen | Sequence[str | Chosen],
+    groups: Groups = None,
+    rows: RowKind = "batch",
+    micro_batch: int | None = None,
+    forward_fn: ForwardFn | None = None,
+    checkpoint: str | PathLike[str] | None = None,
+    every: int = 10,
+    progress: bool | None = None,
+    process_group: Any = None,
+) -> Statistics:
+    """Collect statistics of a model, all in one run over the batches.
+
+    ==================== ===================== ======== ===========================================================
+    name                 at                    needs    sums
+    ==================== ===================== ======== ===========================================================
+    "rows"               layers                loss     rows r[n] of the Jacobian Criterion, every one kept
+    "moments"            consumers' inputs     forward  n, x, x^2, |x|, (mean |x| of a sample)^2, per channel
+    "gram"               consumers' inputs     forward  omega x x^T and omega x, per pair of channels
+    "gradient_moments"   consumers' inputs     loss     |g| and g^2 of g = dL/dx, per channel
+    "experts"            mixtures of experts   forward  tokens, g, |f(x)|, g |f(x)|, per expert
+    "blocks"             residual blocks       forward  cosine, angle, squared norms of input, output, difference
+    ==================== ===================== ======== ===========================================================
+
+    The model is in eval mode meanwhile and is left as it was, also after an exception. Sums are accumulated on the
+    device of what is read: one batch in float32 (float64 for float64 models), all batches in float64. A batch whose
+    summands of one statistic are not finite is left out of that statistic and named in ``left_out``; modules that were
+    never called are named in ``coverage`` and in a warning.
+
+    Padding: where a batch is a mapping with an ``attention_mask`` (B, T), positions with 0 are left out of everything
+    but rows and gradients' losses, which ``loss_fn`` masks.
+
+    Args:
+        model: any module that is not compiled; put the batches on its device yourself.
+        batches: any iterable.
+        loss_fn: ``loss_fn(model, batch)``: a scalar, or with ``rows="sample"`` the vector (B,) of per-sample losses.
+            Where no statistic needs gradients it may be None, or is run forward only, under ``inference_mode``.
+        statistics: names, or objects with options such as ``obc.statistics.Gram(weight=...)``.
+        groups: only what these groups need is read: their consumers' inputs. None: every layer.
+        rows: "batch": a loss is a batch's. "sample": a loss is a sample's.
+        micro_batch: run a batch in parts of at most so many samples; sums and batch rows stay those of the batch.
+        forward_fn: ``forward_fn(model, batch)`` where there is no loss; by default ``model(**batch)`` of a mapping,
+            ``model(batch[0])`` of a tuple or list, ``model(batch)`` of anything else.
+        checkpoint: a file that the state is written to after every ``every`` batches; a run that was killed and is
+            started again with the same arguments goes on from it, to the same bits (:func:`obc.score`).
+        every: batches between checkpoints.
+        progress: show a progress bar; None shows it in a terminal only.
+        process_group: processes with the same model and batches of their own: sums are added up, rows put below each
+            other, in the order of the processes. All of them return the same statistics.
+
+    Raises:
+        StatisticsError: an unknown statistic, a loss that is missing, a Gram matrix that the device can't hold,
+            nothing to read, no batches, or no finite batch.
+        CheckpointError: the checkpoint is damaged, or of another run.
+    """
+    if every < 1 or (micro_batch is not None and micro_batch < 1):
+        raise StatisticsError(f"every and micro_batch must be at least 1, got {every} and {micro_batch}")
+    if rows not in ("batch", "sample"):
+        raise StatisticsError(f"rows must be 'batch' or 'sample', got {rows!r}")
+    for name, module in model.named_modules():
+        if is_compiled(module):
+            raise StatisticsError(
+                f"{name or 'the model'} is compiled, so that hooks are not seen; collect, then compile"
+            )
+    chosen = chosen_statistics(statistics)
+    if loss_fn is None and (needy := [one.name for one in chosen if one.backward]):
+        raise StatisticsError(f"{needy[0]!r} needs gradients: pass loss_fn, or obc.scoring.label_free_loss()")
+    run = _Run(model, chosen, groups, rows, micro_batch, process_group)
+    total = len(batches) if isinstance(batches, Sized) else None
+    if checkpoint is not None:
+        options: dict[str, Any] = {"batches": total, "rows": rows, "micro_batch": micro_batch}
+        options |= {f"statistic {one.name}": one.identity() for one in chosen}
+        options |= {"groups": None if groups is None else [group.name for group in groups]}
+        options |= getattr(loss_fn, "identity", {})
+        run.saved = Checkpoint(checkpoint, model, options, run.readers, run.scorer)
+    run.over(batches, loss_fn or forward_fn or run_forward, total, every, progress)
+    return run.statistics()
+
+
+class _Run:
+    """One call of :func:`collect`, or the rest of one that was killed."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chosen: Sequence[Chosen],
+        groups: Groups,
+        rows: RowKind,
+        micro_batch: int | None,
+        process_group: Any,
+    ) -> None:
+        self.model, self.rows, self.micro_batch, self.process_group = model, rows, micro_batch, process_group
+        self.part, self.done = Part(), 0
+        self.backward = any(one.backward for one in chosen)
+        self.readers: dict[str, Reader] = {}
+        self.scorer: JacobianScorer | None = None
+        for one in chosen:
+            if isinstance(one, Rows):
+                self.scorer = self._scorer(one.wanted(model, groups))
+            else:
+                self.readers[one.name] = one.reader(model, groups, self.part)
+        for name, reader in self.readers.items():
+            if not any(not how.startswith("unread") for how in reader.coverage.values()):
+                why = "; ".join(f"{module}: {how}" for module, how in reader.coverage.items())
+                raise StatisticsError(f"there is nothing to read {name!r} of in this model{why and f' ({why})'}")
+        refuse_too_large(self.readers.values())
+        logger.info("obc.collect holds %s", stated({name: reader.bytes() for name, reader in self.readers.items()}))
+        self.report: Report | None = None
+        self.saved: Checkpoint | None = None
+
+    def _scorer(self, wanted: set[str] | None) -> JacobianScorer:
+        options: dict[str, Any] = {"rows": self.rows, "keep_rows": True}
+        if wanted is not None:
+            options["modules"] = lambda name, module: name in wanted
+        if self.process_group is not None:
+            options |= {"process_group": self.process_group, "combine": "scores"}
+        return JacobianScorer(self.model, **options)
+
+    def over(
+        self, batches: Iterable[Any], call: Callable[..., Any], total: int | None, every: int, progress: bool | None
+    ) -> None:
+        """Read every batch."""
+        earlier = 0.0
+        if self.saved is not None and (state := self.saved.resume()) is not None:
+            self.done, earlier = state["batches"], state["seconds"]
+            logger.warning("going on from %s: %d batches are done", self.saved.path, self.done)
+        left = _from(batches, self.done)
+        if self.saved is not None:
+            self.saved.restore_random()
+        devices = {parameter.device for parameter in self.model.parameters()}
+        memory, started = PeakMemory(devices), time.perf_counter()
+        with self._attached(call) as read:
+            disable = None if progress is None else not progress
+            for batch in tqdm(left, desc="collect", unit="batch", total=total, initial=self.done, disable=disable):
+                read(batch)
+                self.done += 1
+                if self.saved is not None and self.done % every == 0:
+                    seconds = earlier + time.perf_counter() - started
+                    self.saved.save({"batches": self.done, "seconds": seconds})
+        held = sum(reader.bytes() for reader in self.readers.values())
+        kept = 0 if self.scorer is None else self.scorer.kept_bytes
+        seconds = earlier + time.perf_counter() - started
+        self.report = Report(seconds, self.done, memory.read(), held + kept)
+
+    @contextlib.contextmanager
+    def _attached(self, call: Callable[..., Any]) -> Iterator[Callable[[Any], None]]:
+        """Hooks in the model; what is given reads one batch."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            fast = torch.backends.mha.get_fastpath_enabled()
+            stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+            torch.backends.mha.set_fastpath_enabled(False)  # it calls no module
+            for reader in self.readers.values():
+                for handle in reader.attach():
+                    stack.callback(handle.remove)
+            if not self.backward:
+                yield lambda batch: self._forward_only(call, batch)
+                return
+            loss = WatchedLoss(call, self.part, list(self.readers.values()))
+            if self.scorer is None:
+                stack.enter_context(_frozen(self.model))
+                yield lambda batch: self._with_backward(
+                    lambda: run_backward(self.model, loss, self.done, batch, self.rows, self.micro_batch)
+                )
+                return
+            stack.enter_context(self.scorer)
+            rows = BatchRows(self.scorer, loss, self.micro_batch)
+            yield lambda batch: self._with_backward(lambda: rows.batch(self.done, batch))
+
+    def _forward_only(self, call: Callable[..., Any], batch: Any) -> None:
+        for reader in self.readers.values():
+            reader.begin()
+        samples = 0 if self.micro_batch is None else samples_in(batch)
+        step = self.micro_batch or 1
+        parts = [batch]
+        if samples > step:
+            parts = [part_of(batch, at, min(at + step, samples), samples) for at in range(0, samples, step)]
+        for part in parts:
+            self.part.begin(part)
+            self.part.reading = True
+            try:
+                with torch.inference_mode():
+                    call(self.model, part)
+            finally:
+                self.part.reading = False
+            for reader in self.readers.values():
+                reader.part_ends()
+        self._commit()
+
+    def _with_backward(self, read: Callable[[], None]) -> None:
+        try:
+            read()
+        finally:
+            self.part.reading = False
+        for reader in self.readers.values():
+            reader.part_ends()
+        self._commit()
+
+    def _commit(self) -> None:
+        with torch.no_grad():
+            for reader in self.readers.values():
+                reader.sums.commit(self.done)
+
+    def statistics(self) -> Statistics:
+        """What was read, of all processes."""
+        if self.process_group is not None:
+            for reader in self.readers.values():
+                reader.sums.merge(self.process_group)
+        everyone = self._of_all_processes()
+        count = sum(facts["batches"] for facts in everyone)
+        if count == 0:
+            raise StatisticsError("batches is empty: there is nothing to collect; a generator can be read only once")
+        coverage = _merged([facts["coverage"] for facts in everyone])
+        left_out = [line for facts in everyone for line in facts["left_out"]]
+        values: dict[str, dict[str, Any]] = {}
+        for name, reader in self.readers.items():
+            fields = reader.sums.fields()
+            values[name] = {module: reader.result(fields[module]) for module in reader.coverage if module in fields}
+            if not values[name]:
+                why = left_out[0] if left_out else next(iter(coverage[name].values()), "nothing was called")
+                raise StatisticsError(f"no batch gave {name!r} anything to read: {why}")
+        kept = None
+        if self.scorer is not None:
+            scores = self.scorer.scores()
+            kept, coverage["rows"] = scores.rows, scores.coverage
+            left_out += [scores.metadata["left_out"]] if "left_out" in scores.metadata else []
+        self._warn(coverage, left_out)
+        metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version()}
+        if self.saved is not None:
+            self.saved.remove()
+        return Statistics(
+            values,
+            rows=kept,
+            num_batches=count,
+            coverage=coverage,
+            left_out=left_out,
+            metadata=metadata,
+            report=self.report,
+        )
+
+    def _of_all_processes(self) -> list[dict[str, Any]]:
+        facts = {
+            "batches": self.done,
+            "coverage": {name: reader.final_coverage() for name, reader in self.readers.items()},
+            "left_out": [line for reader in self.readers.values() for line in reader.sums.settle()],
+        }
+        if self.process_group is None:
+            return [facts]
+        everyone: list[dict[str, Any]] = [{}] * dist.get_world_size(self.process_group)
+        dist.all_gather_object(everyone, facts, group=self.process_group)
+        for rank, one in enumerate(everyone):
+            one["left_out"] = [f"process {rank}: {line}" for line in one["left_out"]]
+        return everyone
+
+    def _warn(self, coverage: Mapping[str, Mapping[str, str]], left_out: Sequence[str]) -> None:
+        lines = list(left_out[:3]) + ([f"and {len(left_out) - 3} more"] if len(left_out) > 3 else [])
+        for name in self.readers:
+            unread = [
+                f"{module!r} ({how.removeprefix('unread: ')})"
+                for module, how in coverage[name].items()
+                if how.startswith("unread")
+            ]
+            if unread:
+                more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+                lines.append(f"no {name} of {', '.join(unread[:3])}{more}")
+        for line in lines:
+            warnings.warn(f"obc.collect: {line}", stacklevel=4)
+
+
+def _merged(coverages: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, str]]:
+    """A module counts as read where any process read it."""
+    merged: dict[str, dict[str, str]] = {}
+    for coverage in coverages:
+        for name, modules in coverage.items():
+            mine = merged.setdefault(name, {})
+            for module, how in modules.items():
+                if module not in mine or mine[module].startswith("unread"):
+                    mine[module] = how
+    return merged
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside the block: only gradients of activations are computed."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)
+
+
+def _from(batches: Iterable[Any], done: int) -> Iterator[Any]:
+    """The batches from number ``done`` on; those before are not loaded where batches can be indexed."""
+    if done and isinstance(batches, Sized) and hasattr(batches, "__getitem__") and not isinstance(batches, Mapping):
+        return (batches[index] for index in range(done, len(batches)))
+    left = iter(batches)
+    passed = sum(1 for _ in itertools.islice(left, done))
+    if passed < done:
+        raise CheckpointError(f"the checkpoint says that {done} batches are done, but there are only {passed}")
+    return left
