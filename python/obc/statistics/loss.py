@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -86,10 +86,3 @@ def _parts(loss: WatchedLoss, index: int, batch: Any, size: int | None) -> Itera
         stop = min(start + size, samples)
         loss.seek(index, start)
         yield part_of(batch, start, stop, samples), (stop - start) / samples
-
-
-def run_forward(model: nn.Module, batch: Any) -> Any:
-    """``model(**batch)`` of a mapping, ``model(batch[0])`` of a tuple or list, ``model(batch)`` of anything else."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from tqdm.auto import tqdm
 
+from obc.distribution import obc_version
 from obc.model.batches import part_of, samples_in
-from obc.model.evaluation import ForwardFn, evaluating
+from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
 from obc.model.layouts import is_compiled
 from obc.scoring.batch_rows import BatchRows
 from obc.scoring.checkpoint import CheckpointError
 from obc.scoring.results.report import PeakMemory, Report
-from obc.scoring.results.scores import obc_version
 from obc.scoring.scorer import JacobianScorer
 from obc.scoring.scorer import Rows as RowKind
 from obc.statistics.checkpoint import Checkpoint
 from obc.statistics.errors import StatisticsError
-from obc.statistics.loss import WatchedLoss, run_backward, run_forward
+from obc.statistics.loss import WatchedLoss, run_backward
 from obc.statistics.memory import refuse_too_large, stated
 from obc.statistics.names import Chosen, chosen_statistics
 from obc.statistics.part import Part
@@ -85,8 +85,8 @@ def collect(
         groups: only what these groups need is read: their consumers' inputs. None: every layer.
         rows: "batch": a loss is a batch's. "sample": a loss is a sample's.
         micro_batch: run a batch in parts of at most so many samples; sums and batch rows stay those of the batch.
-        forward_fn: ``forward_fn(model, batch)`` where there is no loss; by default ``model(**batch)`` of a mapping,
-            ``model(batch[0])`` of a tuple or list, ``model(batch)`` of anything else.
+        forward_fn: ``forward_fn(model, batch)`` where there is no loss; by default
+            :func:`obc.model.evaluation.call_on_batch`.
         checkpoint: a file that the state is written to after every ``every`` batches; a run that was killed and is
             started again with the same arguments goes on from it, to the same bits (:func:`obc.score`).
         every: batches between checkpoints.
@@ -119,7 +119,7 @@ def collect(
         options |= {"groups": None if groups is None else [group.name for group in groups]}
         options |= getattr(loss_fn, "identity", {})
         run.saved = Checkpoint(checkpoint, model, options, run.readers, run.scorer)
-    run.over(batches, loss_fn or forward_fn or run_forward, total, every, progress)
+    run.over(batches, loss_fn or forward_fn or call_on_batch, total, every, progress)
     return run.statistics()
 
 
@@ -271,7 +271,7 @@ class _Run:
             kept, coverage["rows"] = scores.rows, scores.coverage
             left_out += [scores.metadata["left_out"]] if "left_out" in scores.metadata else []
         self._warn(coverage, left_out)
-        metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version()}
+        metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version() or "unknown"}
         if self.saved is not None:
             self.saved.remove()
         return Statistics(
