@@ -15,6 +15,11 @@ from obc.scoring.scorer import JacobianScorer
 
 logger = logging.getLogger("obc")
 
+# A batch is repeated after each thing that is found out about the model: at most a few in its first row.
+_REPEATS = 7
+# In half precision the same losses come out of another order of operations up to a percent.
+_SAME_LOSS = 1e-2
+
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
@@ -32,45 +37,63 @@ class BatchRows:
             raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
         self.scorer, self.loss_fn, self.micro_batch, self.loss_scale = scorer, loss_fn, micro_batch, loss_scale
         self.one_at_a_time = False
+        self._read = 0  # samples of the batch in hand that are rows already: what is repeated begins behind them
 
     def batch(self, index: int, batch: Any) -> None:
-        try:
-            self._rows(index, batch)
-        except RowError as error:
-            logger.warning("%s: it is repeated", error)
-            self._rows(index, batch)
-        except SampleRowsError as error:
-            logger.warning("scoring sample by sample, which is slower: %s", error)
-            self.one_at_a_time = True
-            self._rows(index, batch)
+        self._read = 0
+        for repeats_left in reversed(range(_REPEATS)):
+            try:
+                self._rows(index, batch)
+                return
+            except (RowError, SampleRowsError) as error:
+                if not repeats_left:
+                    raise
+                if isinstance(error, RowError):
+                    logger.warning("%s: it is repeated", error)
+                else:
+                    logger.warning("scoring sample by sample, which is slower: %s", error)
+                    self.one_at_a_time = True
 
     def _rows(self, index: int, batch: Any) -> None:
         if self.scorer.rows == "batch":
             with self.scorer.row(self.loss_scale):
-                for part, share in self._parts(index, batch):
+                for part, share, _ in self._parts(index, batch):
                     loss = _checked_loss(index, self.loss_fn(self.scorer.model, part))
                     (loss * (share * self.loss_scale)).backward()
                     del loss  # and with it the graph, before the next part makes its own
             return
-        for part, _ in self._parts(index, batch):
+        for part, _, start in self._parts(index, batch):
             with self.scorer.row(self.loss_scale):
                 losses = _checked_losses(index, self.loss_fn(self.scorer.model, part))
                 self.scorer.check_samples(losses)
+                self._check_spread(losses, index, part, start)
                 (losses.sum() * self.loss_scale).backward()
+                count = losses.numel()
                 del losses
+            self._read = start + count
 
-    def _parts(self, index: int, batch: Any) -> Iterator[tuple[Any, float]]:
-        """The parts that a batch is read in, each with its share of the samples."""
+    def _check_spread(self, losses: Tensor, index: int, part: Any, start: int) -> None:
+        """Look-ups that were spread over the samples must not have changed the losses."""
+        if not self.scorer.spread:
+            return
+        self._seek(index, start)
+        with torch.no_grad():  # no gate is on
+            plain = self.loss_fn(self.scorer.model, part)
+        if plain.shape != losses.shape or not torch.allclose(plain, losses, rtol=_SAME_LOSS, equal_nan=True):
+            raise self.scorer.unspread()
+
+    def _parts(self, index: int, batch: Any) -> Iterator[tuple[Any, float, int]]:
+        """The parts that a batch is read in, each with its share of the samples and the first of them."""
         self._seek(index, 0)
         size = 1 if self.one_at_a_time else self.micro_batch
         samples = 0 if size is None else self._samples_in(batch)
-        if size is None or size >= samples:
-            yield batch, 1.0
+        if size is None or (size >= samples and not self._read):
+            yield batch, 1.0, 0
             return
-        for start in range(0, samples, size):
+        for start in range(self._read, samples, size):
             stop = min(start + size, samples)
             self._seek(index, start)
-            yield part_of(batch, start, stop, samples), (stop - start) / samples
+            yield part_of(batch, start, stop, samples), (stop - start) / samples, start
 
     def _samples_in(self, batch: Any) -> int:
         if self.micro_batch is not None:

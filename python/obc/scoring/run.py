@@ -77,7 +77,7 @@ def score(
         memory.
 
     Raises:
-        ValueError: ``batches`` is empty, or a loss has the wrong shape or no graph.
+        ValueError: ``batches`` is empty, a loss has the wrong shape or no graph, or all rows are zero.
         ScoringError: no row was finite, or (``strict``) something is unscored or not finite.
         CheckpointError: the checkpoint is damaged, or of another model, other weights or other arguments.
     """
@@ -146,6 +146,7 @@ class _Run:
         if self.done == 0:
             raise ValueError("batches is empty: there is nothing to score; a generator can be read only once")
         scores = scorer.scores()
+        _refuse_zeros(scores)
         seconds = self.earlier_seconds + time.perf_counter() - started
         scores.report = Report(seconds, scores.num_rows, memory.read(), kept_bytes)
         if self.saved is not None:
@@ -160,6 +161,15 @@ class _Run:
         if self.saved is not None and self.done % self.every == 0:
             state = {"batches": self.done, "seconds": seconds, "one_at_a_time": self.reader.one_at_a_time}
             self.saved.save(state)
+
+
+def _refuse_zeros(scores: Scores) -> None:
+    values = (values for sided in scores.values() for values in (sided.out_channels, sided.in_channels))
+    if not any(bool(tensor.any()) for tensor in values if tensor is not None):
+        raise ValueError(
+            "all rows are zero: no loss depends on what was scored; check loss_fn, and rows='sample' with losses "
+            "that couple samples (then rows='batch')"
+        )
 
 
 def _from(batches: Iterable[Any], done: int) -> Iterator[Any]:

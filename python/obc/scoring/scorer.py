@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.distribution import obc_version
 from obc.model.sharding import is_sharded
-from obc.scoring.errors import ChainError, InplaceError, SampleRowsError, ScoringError
+from obc.scoring.errors import ChainError, InplaceError, RowError, SampleRowsError, ScoringError
 from obc.scoring.reading import first_row, refusals
 from obc.scoring.reading.attachment import Attachment
 from obc.scoring.reading.flat_row import FlatRow, Slot, find_faults, label_of
 from obc.scoring.reading.gradients import NormGradients
-from obc.scoring.reading.module_readers import Reading
+from obc.scoring.reading.module_readers import Reader, Reading
 from obc.scoring.reading.reading_plan import ModuleFilter, make_plan
 from obc.scoring.reading.row_counter import Tally
 from obc.scoring.results import merge
@@ -129,6 +129,7 @@ class JacobianScorer:
         self._tally = Tally(self._flats[0].device)
         self._store = RowStore(self._flats, rows_to) if keep_rows else None
         self._versions: dict[int, int] = {}
+        self._reasons: dict[Reader, str | None] = {}  # as they were before the checking row
         if not check:
             first_row.settle_unchecked(self._plan, self.fallback != "skip")
 
@@ -206,6 +207,8 @@ class JacobianScorer:
                 raise self._unchained_from_now_on(error) from error
             if isinstance(error, RuntimeError) and refusals.is_inplace_error(error) and not self._reading.checking:
                 raise self._copy_from_now_on() from error
+            if isinstance(error, Exception) and not isinstance(error, ScoringError) and self._reading.spread:
+                raise self.unspread() from error
             raise
         finally:
             self._in_row = False
@@ -214,6 +217,9 @@ class JacobianScorer:
     def _begin_row(self, samples: int | None) -> None:
         self._in_row = True
         self._reading.begins = samples is None
+        self._reading.counted_by, self._reading.spread = None, []
+        if self._reading.checking:
+            self._reasons = {reader: reader.reason for reader in self._plan.readers.values()}
         if samples is not None and self._reading.samples is None and self.rows == "sample":
             self._reading.samples = samples
             for reader in self._plan.readers.values():
@@ -262,6 +268,9 @@ class JacobianScorer:
             for flat in self._flats:
                 row = flat.row if flat.samples is None else flat.samples
                 torch.distributed.all_reduce(row, group=self.process_group)
+        if self.rows == "sample":
+            for flat in self._flats:  # where no gate was bound there are none, or those of an earlier row
+                flat.sample_rows(self._reading.samples or 1)
         bad, entries = find_faults(self._flats, loss_scale)
         self._tally.add(bad, entries, all_left_out=not checked)
         if self._store is not None and checked:
@@ -334,15 +343,46 @@ class JacobianScorer:
         Args:
             losses: (B,) per-sample losses with their graph; it is kept.
         """
+        if self._reading.samples is None:  # no gate was bound
+            self._reading.samples, self._reading.begins = losses.numel(), False
+        self._refuse_shared_count(losses.numel())
         self._verify_samples(losses.numel())
         if not self._reading.checking or losses.numel() < 2:
             return
-        losses[0].backward(retain_graph=True)
-        for reader in first_row.mixed_samples(list(self._plan.readers.values())):
-            reader.reason = "its activations along dim 0 are not one sample each"
-        for flat in self._flats:
-            flat.zero()
-            flat.reference.zero_()
+        for sample in (0, losses.numel() - 1):
+            losses[sample].backward(retain_graph=True)
+            for reader in first_row.mixed_samples(list(self._plan.readers.values()), sample):
+                reader.reason = "its activations along dim 0 are not one sample each"
+            for flat in self._flats:
+                flat.zero()
+                flat.reference.zero_()
+
+    def _refuse_shared_count(self, samples: int) -> None:
+        """An output made once for all samples, and before all others, does not say how many there are."""
+        reading, counted_by = self._reading, self._reading.counted_by
+        if not reading.checking or counted_by is None or not reading.samples == 1 < samples:
+            return
+        if counted_by.rule.looks_up:
+            counted_by.shared = True
+            raise self._repeated(f"{counted_by.name!r} is looked up once for all samples")
+
+    @property
+    def spread(self) -> list[str]:
+        """In the checking row: look-ups made once for all samples that were spread over them."""
+        return [reader.name for reader in self._reading.spread]
+
+    def unspread(self) -> RowError:
+        """Hand on these look-ups as they are from now on; the row in hand has to be repeated."""
+        names = self.spread
+        for reader in self._reading.spread:
+            reader.shared = True
+        return self._repeated(f"the model does not run as before with {', '.join(names)} spread over the samples")
+
+    def _repeated(self, why: str) -> RowError:
+        """Forget what the checking row noted so far."""
+        for reader, reason in self._reasons.items():
+            reader.reason = reason
+        return RowError(f"row {self._tally.read().ended} was dropped: {why}; repeat this row")
 
     def _finish_check(self) -> bool:
         """Compare, decide how every module is read, take the right values; False where the row is not finite."""

@@ -112,14 +112,17 @@ def _take_reference(readers: list[Reader]) -> None:
         slot.of(flat.row).copy_(slot.of(flat.reference))
 
 
-def mixed_samples(readers: list[Reader]) -> list[Reader]:
-    """After the backward of the first sample's loss alone: readers in whose rows other samples are not zero."""
-    return [reader for reader in readers if any(_others_are_not_zero(slot) for slot in reader.slots)]
+def mixed_samples(readers: list[Reader], sample: int) -> list[Reader]:
+    """After the backward of one sample's loss alone: readers in whose rows other samples are not zero."""
+    return [reader for reader in readers if any(_others_are_not_zero(slot, sample) for slot in reader.slots)]
 
 
-def _others_are_not_zero(slot: Slot) -> bool:
+def _others_are_not_zero(slot: Slot, sample: int) -> bool:
     samples = slot.flat.samples
-    return samples is not None and bool(slot.of(samples)[:, 1:].any())
+    if samples is None:
+        return False
+    others = torch.arange(samples.shape[1], device=samples.device) != sample
+    return bool(slot.of(samples)[:, others].any())
 
 
 def _slots_of(readers: list[Reader]) -> list[Slot]:

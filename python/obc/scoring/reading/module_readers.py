@@ -26,6 +26,8 @@ class Reading:
         checking: the checking row is not over yet.
         samples: samples in the row being read, known from its first activation.
         begins: the row being read has no activation yet, so what ``samples`` says is of a pass outside it.
+        counted_by: the reader whose activation told ``samples``; None where the caller told it.
+        spread: readers whose output was spread over the samples of this row.
         sharded: parameters lie on several processes; no row is checked, and what gates can't read is not read.
         candidates: in the checking row, for what may follow from other rows; None where that is not asked for.
         chains: which slots need no gate, because their rows follow from others.
@@ -35,6 +37,8 @@ class Reading:
         self.per_sample, self.checking, self.chains, self.sharded = per_sample, checking, chains, sharded
         self.samples: int | None = None
         self.begins = False
+        self.counted_by: Reader | None = None
+        self.spread: list[Reader] = []
         self.candidates: Candidates | None = None
 
 
@@ -56,6 +60,7 @@ class Reader:
         called: its forward ran with a gate.
         used: its gradient was seen in at least one row.
         activation_dtypes: of its input and output in the checking row.
+        shared: its output is made once for all samples, and the model can't have it spread over them.
     """
 
     def __init__(self, name: str, module: nn.Module, rule: Rule, out: Slot, in_: Slot | None, fold: int) -> None:
@@ -66,7 +71,7 @@ class Reader:
         self.scored = True
         self.called = False
         self.used = False
-        self.copy_input = self.copy_output = False
+        self.copy_input = self.copy_output = self.shared = False
         self.activation_dtypes: set[torch.dtype] = set()
         self._watch_in, self._watch_out = _Watch(in_, keeps_received=False), _Watch(out, keeps_received=True)
         self._reading: Reading
@@ -188,7 +193,10 @@ class Reader:
             self._refuse(f"its activation of shape {shape} has no dimension of samples")
             return False
         if reading.samples is None or reading.begins:
-            reading.samples, reading.begins = shape[0], False
+            if self.shared:
+                self._refuse("its output is made once for all samples")
+                return False
+            reading.samples, reading.begins, reading.counted_by = shape[0], False, self
         if shape[0] != reading.samples:
             self._refuse(f"its activation has {shape[0]} entries along dim 0 where {reading.samples} are samples")
             return False
@@ -214,7 +222,12 @@ class Reader:
 
     def _spread_over_samples(self, output: Tensor) -> Tensor:
         """A look-up made once for all samples, such as positions, is spread over them so that each has its own row."""
-        samples = self._reading.samples
-        if self._reading.per_sample and samples is not None and output.dim() >= 2 and output.shape[0] == 1:
-            return output.expand(samples, *output.shape[1:])
-        return output
+        reading = self._reading
+        samples = reading.samples
+        if not reading.per_sample or samples is None or samples == 1 or self.shared:
+            return output
+        if output.dim() < 2 or output.shape[0] != 1:
+            return output
+        if reading.checking:
+            reading.spread.append(self)
+        return output.expand(samples, *output.shape[1:])
