@@ -72,6 +72,8 @@ def test_a_failed_call_leaves_the_model_as_it_was() -> None:
     calls = []
 
     def loss(model: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        if model is not case.model:  # a copy, on which removing is tried
+            return case.loss(model, batch)
         calls.append(model.config.intermediate_size)
         if calls[-1] < 48:
             raise RuntimeError("after the first step")

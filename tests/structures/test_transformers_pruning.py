@@ -348,12 +348,16 @@ def test_a_try_finds_models_that_do_not_run_pruned() -> None:
             return self.fc2(self.fc1(x).reshape(-1, 6))
 
     model = Stubborn()
-    with pytest.raises(PlanError, match="does not run without one unit of each of 'fc1'"):
-        TransformersStructure(model, example_inputs=torch.randn(2, 4))
+    stubborn = TransformersStructure(model, example_inputs=torch.randn(2, 4))
+    assert not stubborn.groups
+    assert "does not run without 3 of the 6 units" in stubborn.left_out["fc1"]
     assert model.fc1.out_features == 6
     llama = models.llama()
     structure = TransformersStructure(llama.model, example_inputs={"input_ids": llama.batches[0]})
     assert structure.groups[1].size == 48
+    assert not structure.left_out
+    assert structure.proof is not None
+    assert structure.proof.proved == [group.name for group in structure.groups]
     assert len(structure.plan) == 0
 
 

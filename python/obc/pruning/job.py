@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from obc.criteria import CRITERIA, Subject, read_rows
 from obc.model.groups import ChannelGroup
 from obc.pruning.arguments import Budget
+from obc.pruning.final_proof import FinalProof
 from obc.pruning.report import PruningReport, PruningResult, StepReport
 from obc.recovery.calibration import recalibrate_norms
 from obc.selection import Costs, select
@@ -65,7 +66,9 @@ class Job:
         budget: Budget,
         choice: Choice,
         recalibrate: bool,
+        final_proof: FinalProof | None = None,
     ) -> None:
+        self.final_proof = final_proof
         self.structure, self.subject, self.report = structure, subject, report
         self.budget, self.choice, self.recalibrate = budget, choice, recalibrate
         self.widths = {group.name: group.size for group in structure.groups}
@@ -105,6 +108,10 @@ class Job:
         """What the model costs now, for the report."""
         report = self.report
         report.macs_after, report.parameters_after = (round(self.structure.costs(unit).total()) for unit in _UNITS)
+        counted = sum(parameter.numel() for parameter in self.subject.model.parameters())
+        if report.parameters_after != counted:
+            self._warn(f"the structure counts {report.parameters_after} parameters, the model has {counted}")
+            report.parameters_after = counted
         report.widths = {group.name: (self.widths[group.name], group.size) for group in self.structure.groups}
 
     def _step(self, share: float, last: float) -> None:
@@ -120,6 +127,8 @@ class Job:
             removed = self._select(rows, costs, excess, costs.total() - last * self.full)
         with timed(self.report, "remove"):
             self.structure.remove(removed)
+        if self.final_proof is not None:
+            self.final_proof.note(removed)
         self._note_step(share, {name: len(units) for name, units in removed.items() if len(units)})
         if self.recalibrate:
             with timed(self.report, "recalibrate"):

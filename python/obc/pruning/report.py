@@ -10,6 +10,7 @@ from torch import nn
 
 from obc.model.plan import PruningPlan
 from obc.recovery.compensate import CompensationReport
+from obc.structures.proof import Proof
 from obc.structures.protocol import Unit
 
 
@@ -53,6 +54,12 @@ class PruningReport:
         unscored: layers whose rows were wanted and could not be read -> why.
         left_out: groups that were not pruned -> why.
         warnings: what deserves a second look.
+        proof: which groups were tried, and what was found (:mod:`obc.structures.proof`); None where they can't be.
+        error: the largest relative difference between the pruned model and the unpruned one with the same units masked,
+            of what layers read and of outputs on the first batch, before compensation and with equal statistics in
+            BatchNorms; None where they were not compared.
+        tolerance: the difference that rounding explains (:class:`obc.structures.comparison.Observation`).
+        unproved: groups, or "the whole model", of which nothing could be proved -> why.
         compensation: the report of :func:`obc.compensate`, where it was asked for.
     """
 
@@ -67,12 +74,17 @@ class PruningReport:
     unscored: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    proof: Proof | None = None
+    error: float | None = None
+    tolerance: float | None = None
+    unproved: dict[str, str] = field(default_factory=dict)
     compensation: CompensationReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, for JSON; of the compensation what its report says about layers."""
         fields = {name: value for name, value in vars(self).items() if name != "compensation"}
         fields["steps"] = [asdict(step) for step in self.steps]
+        fields["proof"] = None if self.proof is None else asdict(self.proof)
         if self.compensation is not None:
             fields["compensation"] = {
                 "naive_error": self.compensation.naive_error,
@@ -92,9 +104,21 @@ class PruningReport:
         lines += [f"  {name:{width}}  {before:6d} -> {after:6d}" for name, (before, after) in self.widths.items()]
         lines += [f"  {name}: not pruned: {why}" for name, why in self.left_out.items()]
         lines += [f"  {name}: not scored: {why}" for name, why in self.unscored.items()]
+        lines += [f"  {name}: not proved: {why}" for name, why in self.unproved.items()]
+        lines += [self._proved()]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines.append("seconds: " + ", ".join(f"{part} {spent:.2f}" for part, spent in self.seconds.items()))
         return "\n".join(lines)
+
+    def _proved(self) -> str:
+        tried = 0 if self.proof is None else len(self.proof.proved)
+        of_groups = f"{tried} groups tried and right"
+        if self.error is None or self.tolerance is None:
+            return f"not proved: the pruned model was not compared with the masked one; {of_groups}"
+        return (
+            f"proved: the pruned model equals the masked one up to {self.error:.1e} (rounding explains "
+            f"{self.tolerance:.1e}); {of_groups}"
+        )
 
 
 def _change(what: str, before: int, after: int) -> str:

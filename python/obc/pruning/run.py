@@ -16,6 +16,7 @@ from obc.model.groups import Slices
 from obc.model.names import named_tensors
 from obc.model.plan import PruningPlan
 from obc.pruning.arguments import Budget, check_choices, chosen_selection, positive, repeatable
+from obc.pruning.final_proof import FinalProof, prove_groups, run_on
 from obc.pruning.job import Choice, Job, timed
 from obc.pruning.report import PruningReport, PruningResult
 from obc.pruning.snapshot import Snapshot
@@ -50,6 +51,7 @@ def prune(
     forward_fn: ForwardFn | None = None,
     structure: Structure | None = None,
     seed: int = 0,
+    verify: bool = True,
     on_step: Callable[[PruningResult], None] | None = None,
     progress: bool | None = None,
 ) -> PruningResult:
@@ -100,6 +102,8 @@ def prune(
             on the batch (:func:`obc.model.evaluation.call_on_batch`).
         structure: the groups, instead of those that Torch-Pruning finds.
         seed: of the criterion "random" and of label-free rows.
+        verify: compare the pruned model on the first batch with the unpruned one, its removed channels masked, before
+            it is compensated. Takes three forward passes.
         on_step: called after every step with what there is so far: to evaluate, or to keep copies.
         progress: show a progress bar; None shows it in a terminal only.
 
@@ -107,6 +111,8 @@ def prune(
         ValueError: an argument is not one of the values above, no layer can be pruned, ``batches`` is empty, or the
             share can't be reached: the message says which can.
         PlanError: the model is compiled or has parametrised layers.
+        ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
+            that differs.
     """
     budget = Budget.of(macs, params)
     schedule = budget.schedule(steps)
@@ -122,15 +128,22 @@ def prune(
     try:
         with timed(report, "structure"):
             structure = structure or _structure(model, example_inputs, ignored_layers, num_heads)
+        first = next(iter(batches))
+        with timed(report, "verify"):
+            run = run_on(first, loss_fn, forward_fn)
+            prove_groups(structure, run, report)
+            final_proof = FinalProof(structure, run) if verify else None
         original = copy.deepcopy(model) if compensate is not None else None
         forward = _forward(loss_fn, forward_fn, labels)
         generator = torch.Generator().manual_seed(seed)
         loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
         subject = Subject(model, (), batches, loss, forward, slices, rows, generator, micro_batch)
-        job = Job(structure, subject, report, budget, choice, recalibrate)
+        job = Job(structure, subject, report, budget, choice, recalibrate, final_proof)
         job.run(schedule, on_step, progress)
         with timed(report, "verify"):
             _verify(structure.plan, snapshot.tensors(), model, recalibrate)
+            if final_proof is not None:
+                final_proof.check(model, report)
         if original is not None and compensate is not None:
             with timed(report, "compensate"):
                 report.compensation = compensate_model(

@@ -59,3 +59,16 @@ class Structure(Protocol):
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
         """Remove these units (int64 indices into each named group as it is now), and record it in the plan."""
+
+
+class Provable(Structure, Protocol):
+    """A structure whose groups can be tried on copies of its model: :func:`obc.structures.proof.prove` does."""
+
+    def twin(self, model: nn.Module) -> Structure:
+        """The same groups on ``model``, a copy of this structure's own as it is now, with a plan that begins there.
+
+        What is removed from the twin changes nothing here.
+        """
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Take a group out of ``groups``, and note the reason in ``left_out``."""

@@ -19,7 +19,9 @@ from obc.model.kept import PlanError
 from obc.model.layouts import layout_of
 from obc.model.plan import PruningPlan
 from obc.model.rules import Rule, rule_for
+from obc.model.shared_copy import share_again, shared_parameters
 from obc.structures.measure import costs_of, measure
+from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits
 from obc.structures.traced_plan import PlanRecorder, refuse_unprunable
 from obc.structures.traced_units import NotPrunableError, Units, after, renumbered, slice_of, without
@@ -51,8 +53,8 @@ class TorchPruningStructure:
     """The prunable groups of any model that Torch-Pruning (1.5.3 and later) can trace; see ``obc.pruning.Structure``.
 
     Left out are widths that are no inner matter: of layers in ``ignored_layers``, of the model's outputs, of channels
-    that nothing reads, of layers that a plan can't describe, and of layers that the model does not run with after one
-    unit of them is removed (which is tried on a copy). ``left_out`` names them.
+    that nothing reads, of layers that a plan can't describe, and of groups whose removal is wrong: where the model
+    without half of the units, tried on a copy, differs from the model with these units masked. ``left_out`` names them.
 
     A unit is one channel with everything coupled to it; one channel out of every group of a grouped convolution or a
     GroupNorm; one head where ``num_heads`` says so. The model's own count of heads, where it keeps one, is yours to
@@ -71,10 +73,11 @@ class TorchPruningStructure:
             any nesting.
         unwrapped_parameters: parameter name -> dimension to prune, of parameters outside any layer; the last dimension
             of more than one entry by default.
-        check: remove a unit of every group of a copy, run the copy, and leave out groups that break it.
+        check: try every group on a copy and leave out those whose removal is wrong (:mod:`obc.structures.proof`).
 
     Attributes:
         left_out: group -> why it can't be pruned.
+        proof: what was found out about every group; None without ``check``.
 
     Raises:
         PlanError: the model is compiled or has parametrised layers.
@@ -108,6 +111,7 @@ class TorchPruningStructure:
         }
         self._usage = measure(model, lambda: self._forward_fn(model, example_inputs))
         self._order = {name: place for place, name in enumerate(self._usage.order)}
+        self._shared = shared_parameters(model)
         self._dims: dict[str, int] = {}
         self._unwrapped = dict(unwrapped_parameters or {})
         self._graph = self._trace()
@@ -116,8 +120,10 @@ class TorchPruningStructure:
         self._roots: dict[str, _Root] = {}
         self._groups: dict[str, ChannelGroup] = {}
         self._find_groups()
+        self.proof: Proof | None = None
         if check:
-            self._leave_out_broken()
+            varied = varied_inputs(example_inputs)
+            self.proof = prove(self, lambda copied: self._forward_fn(copied, varied))
 
     @property
     def plan(self) -> PruningPlan:
@@ -145,7 +151,8 @@ class TorchPruningStructure:
             KeyError: no group has the name.
             IndexError: a group has no such unit.
             ValueError: nothing would be left of a group.
-            PlanError: Torch-Pruning is about to remove other channels than the group's.
+            PlanError: Torch-Pruning is about to remove other channels than the group's, or layers that share a
+                parameter would lose different channels.
         """
         for name, chosen in units.items():
             if name not in self._groups:
@@ -158,6 +165,7 @@ class TorchPruningStructure:
                 raise ValueError(f"all {size} units of {name!r} were to be removed; keep at least one")
             if len(chosen):
                 self._remove(name, chosen)
+        share_again(self.model, self._shared)
 
     # --- finding groups ---------------------------------------------------------------------------------------
 
@@ -364,44 +372,26 @@ class TorchPruningStructure:
             for other in coupled(channel):
                 units.join(channel, other)
 
-    # --- checking on a copy -----------------------------------------------------------------------------------
+    # --- on a copy --------------------------------------------------------------------------------------------
 
-    def _leave_out_broken(self) -> None:
-        """Leave out the groups whose pruning breaks the model: what tracing missed shows when the model runs."""
-        removable = [name for name, group in self._groups.items() if group.size > 1]
-        if not removable or self._fault(removable) is None:
-            return
-        for name in removable:
-            fault = self._fault([name])
-            if fault is not None:
-                self.left_out[name] = fault
-                del self._groups[name], self._roots[name]
-        together = [name for name in removable if name in self._groups]
-        if together and (fault := self._fault(together)) is not None:
-            raise PlanError(f"the model can't be pruned in {', '.join(map(repr, together))} together: {fault}")
+    def twin(self, model: nn.Module) -> TorchPruningStructure:
+        """The same groups on ``model``, a copy of this structure's own as it is now; it is traced for that."""
+        twin = copy.copy(self)
+        twin.model = model
+        twin._modules = dict(model.named_modules(remove_duplicate=True))
+        twin._names = {module: name for name, module in twin._modules.items()}
+        modules = {self._modules[name]: module for name, module in twin._modules.items()}
+        twin._heads = {modules[module]: count for module, count in self._heads.items()}
+        twin._graph = twin._trace()
+        twin._recorder = twin._new_recorder()
+        twin._groups, twin.left_out = dict(self._groups), dict(self.left_out)
+        twin._roots = {name: replace(root, module=modules[root.module]) for name, root in self._roots.items()}
+        return twin
 
-    def _fault(self, names: Sequence[str]) -> str | None:
-        """What goes wrong when the first unit of each of these groups is removed, or None."""
-        trial = copy.copy(self)
-        trial.model = copy.deepcopy(self.model)
-        trial._modules = dict(trial.model.named_modules(remove_duplicate=True))
-        trial._names = {module: name for name, module in trial._modules.items()}
-        twins = {self._modules[name]: module for name, module in trial._modules.items()}
-        trial._heads = {twins[module]: count for module, count in self._heads.items()}
-        trial._graph = trial._trace()
-        trial._recorder = trial._new_recorder()
-        trial._groups = dict(self._groups)
-        trial._roots = {name: replace(root, module=twins[root.module]) for name, root in self._roots.items()}
-        try:
-            for name in names:
-                trial.remove({name: torch.tensor([0])})
-            trial.plan.verify(self.model.state_dict(), trial.model)
-            shapes = measure(trial.model, lambda: self._forward_fn(trial.model, self._example_inputs)).shapes
-        except Exception as fault:  # whatever a model's own code raises is the reason that is reported
-            return f"the model does not run without one unit of it: {type(fault).__name__}: {fault}"
-        if shapes != self._usage.shapes:
-            return f"removing one unit of it changes the model's output from {self._usage.shapes} to {shapes}"
-        return None
+    def leave_out(self, name: str, reason: str) -> None:
+        """Take a group out of ``groups``, and note the reason in ``left_out``."""
+        self.left_out[name] = reason
+        del self._groups[name], self._roots[name]
 
     # --- removing ---------------------------------------------------------------------------------------------
 

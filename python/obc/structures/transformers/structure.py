@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from obc.model.costs import Costs
-from obc.model.evaluation import call, evaluating
+from obc.model.evaluation import call
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan
 from obc.model.sharding import is_sharded
+from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits
 from obc.structures.transformers.axes import Axis, layer_axes, narrow, sync_layer, without
 from obc.structures.transformers.blocks import DEFAULT_KINDS, KINDS, Block, Finder
@@ -92,7 +93,8 @@ class TransformersStructure:
         ignored_layers: modules, or names of modules, whose own groups, and those of all modules inside, are left alone.
         sequence_length: of the tokens that MACs count the products of queries, keys and values with; 0 leaves those
             products out.
-        example_inputs: where given, removing one unit of every group, or as many as ``round_to``, is tried on a copy.
+        example_inputs: where given, every group is tried on copies of the model, and left out where its removal is
+            wrong (:mod:`obc.structures.proof`). ``obc.prune`` does so on its first batch where it was not done before.
         plan: of what was pruned before by another structure of the same model: this one's goes on from it.
 
     Attributes:
@@ -101,9 +103,10 @@ class TransformersStructure:
         config_refused: why the config could not be adapted to the widths, or None.
         uniform: as given.
         blocks: the blocks behind the groups, by name.
+        proof: what was found out about every group; None where none was tried.
 
     Raises:
-        PlanError: the model is compiled, spread over processes or has parametrised layers, or the try failed.
+        PlanError: the model is compiled, spread over processes or has parametrised layers.
         ValueError: an unknown kind; a ``round_to`` below 1; an ignored layer that the model does not have.
     """
 
@@ -152,8 +155,10 @@ class TransformersStructure:
         if uniform:
             self._expressible = expressible_widths(model, self.blocks, self._axes, self._multiple)
             self.left_out = self.left_out | dict(self._expressible.refused)
+        self.proof: Proof | None = None
         if example_inputs is not None:
-            self._try(example_inputs)
+            varied = varied_inputs(example_inputs)
+            self.proof = prove(self, lambda copied: call(copied, varied))
 
     @property
     def plan(self) -> PruningPlan:
@@ -258,28 +263,25 @@ class TransformersStructure:
             return math.lcm(self._round_to, max(1, _GROUPED_BYTES // weight.element_size()))
         return self._round_to
 
-    def _try(self, example_inputs: Any) -> None:
-        """Remove one unit of every group of a copy, and run it."""
-        trial = copy.copy(self)
-        trial.model = copy.deepcopy(self.model)
-        trial._modules = {name: trial.model.get_submodule(name) for name in self._modules}
-        trial.blocks, trial._kept = dict(self.blocks), {}
-        removable = {
-            name: torch.arange(multiple)
-            for name, multiple in self.limits.round_to.items()
-            if self.blocks[name].group.size >= self.blocks[name].min_units + multiple
-        }
-        try:
-            trial.remove(removable)
-            trial.plan.verify(self.model.state_dict(), trial.model)
-            with evaluating(trial.model), torch.no_grad():
-                call(trial.model, example_inputs)
-        except Exception as fault:  # whatever a model's own code raises is what is reported
-            names = ", ".join(map(repr, removable))
-            raise PlanError(
-                f"{type(self.model).__name__} does not run without one unit of each of {names}: "
-                f"{type(fault).__name__}: {fault}; choose other kinds or ignored_layers"
-            ) from fault
+    # --- on a copy -------------------------------------------------------------------------------------------------
+
+    def twin(self, model: nn.Module) -> TransformersStructure:
+        """The same groups on ``model``, a copy of this structure's own as it is now."""
+        twin = copy.copy(self)
+        twin.model = model
+        twin._modules = {name: model.get_submodule(name) for name in self._modules}
+        twin.blocks, twin.left_out = dict(self.blocks), dict(self.left_out)
+        twin._kept, twin._adapted = {}, None
+        return twin
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Take a group out of ``groups``, with ``uniform`` its whole family; note the reason in ``left_out``."""
+        family = next(family for family in families_of(self.blocks) if name in family) if self.uniform else [name]
+        for member in family:
+            del self.blocks[member]
+            self.left_out[member] = reason if member == name else f"it keeps the width of {name}, left out: {reason}"
+        for names in self._reading.values():
+            names[:] = [reader for reader in names if reader in self.blocks]
 
     # --- removing --------------------------------------------------------------------------------------------------
 

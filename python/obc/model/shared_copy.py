@@ -1,0 +1,94 @@
+"""A copy of a model's modules that shares the memory of its weights, to try things on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.kept import PlanError
+from obc.model.names import named_modules
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Copies of all modules of ``model``, with parameters that share the memory of its own; buffers are copied.
+
+    The parameters are new objects without gradients. Giving the copy other or shorter ones, or other flags, leaves
+    ``model`` as it is; writing into their values would not.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                memo[id(parameter)] = _alias(parameter)
+        # Tensors in plain attributes may have a history, which can't be copied.
+        memo |= {id(value): value for value in vars(module).values() if isinstance(value, Tensor)}
+    return copy.deepcopy(model, memo)
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    if type(parameter) is not nn.Parameter:
+        return parameter  # a class with a state of its own
+    return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+
+
+Uses = dict[int, list[tuple[dict[str, Any], str]]]
+
+
+def parameter_uses(model: nn.Module) -> Uses:
+    """id of a parameter -> (the dict of a module that holds it, its name there): several where it is shared."""
+    uses: Uses = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                uses.setdefault(id(parameter), []).append((module._parameters, key))
+    return uses
+
+
+def replace_parameter(uses: Uses, old: nn.Parameter, new: Tensor) -> None:
+    """Give every module that holds ``old`` one parameter with the values of ``new``."""
+    parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+    holders = uses.pop(id(old))
+    uses[id(parameter)] = holders
+    for parameters, key in holders:
+        parameters[key] = parameter
+
+
+def shared_parameters(model: nn.Module) -> list[list[str]]:
+    """The names of every parameter that several modules hold."""
+    names: dict[int, list[str]] = {}
+    for module_name, module in named_modules(model):
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                names.setdefault(id(parameter), []).append(f"{module_name}.{key}" if module_name else key)
+    return [found for found in names.values() if len(found) > 1]
+
+
+def share_again(model: nn.Module, shared: Sequence[Sequence[str]]) -> None:
+    """Make one parameter again of those that were one before each module was sliced by itself.
+
+    Args:
+        model: sliced.
+        shared: the names of every parameter that modules shared, by :func:`shared_parameters`.
+
+    Raises:
+        PlanError: their values differ, because the modules lost different channels.
+    """
+    for names in shared:
+        holders = [_holder(model, name) for name in names]
+        first = holders[0][0][holders[0][1]]
+        for name, (parameters, key) in zip(names[1:], holders[1:], strict=True):
+            other = parameters[key]
+            if other is first:
+                continue
+            if other.shape != first.shape or not torch.equal(other, first):
+                raise PlanError(f"{names[0]} and {name} are one parameter, of which each would lose other channels")
+            parameters[key] = first
+
+
+def _holder(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    module, _, key = name.rpartition(".")
+    return model.get_submodule(module)._parameters, key

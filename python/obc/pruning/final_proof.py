@@ -1,0 +1,124 @@
+"""The proof of a whole ``obc.prune``: on the first batch, the pruned model equals the masked unpruned one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from obc.model.evaluation import ForwardFn, call_on_batch
+from obc.model.names import named_modules
+from obc.model.shared_copy import shared_copy
+from obc.pruning.report import PruningReport
+from obc.structures.comparison import Difference, compare, observe
+from obc.structures.masking import Lost, kept_of, lost_channels, masked_copy, unmaskable
+from obc.structures.proof import ProofError, Run, lost_inputs, prove
+from obc.structures.protocol import Structure
+
+_MODEL = "the whole model"
+
+
+def run_on(batch: Any, loss_fn: Any, forward_fn: ForwardFn | None) -> Run:
+    """``run(model)``: what ``forward_fn`` returns on the batch; without it all that ``loss_fn`` computes."""
+
+    def run(model: nn.Module) -> Any:
+        if forward_fn is not None:
+            return forward_fn(model, batch)
+        if loss_fn is None:
+            return call_on_batch(model, batch)
+        outputs: list[Any] = []
+        handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            return [loss_fn(model, batch), outputs]
+        finally:
+            handle.remove()
+
+    return run
+
+
+def prove_groups(structure: Structure, run: Run, report: PruningReport) -> None:
+    """Try the structure's groups, where that was not done when it was made, and report what is known of them."""
+    proof = getattr(structure, "proof", None)
+    if proof is None and hasattr(structure, "twin") and hasattr(structure, "leave_out"):
+        proof = prove(structure, run)  # type: ignore[arg-type]
+    report.proof = proof
+    if proof is None:
+        reason = f"{type(structure).__name__} can't be tried on a copy of the model: it has no twin and leave_out"
+        report.unproved |= {group.name: reason for group in structure.groups}
+    else:
+        report.unproved |= proof.unproved
+
+
+class FinalProof:
+    """Remembers the unpruned model, which costs no memory beside what undoes the pruning, and what is removed.
+
+    Args:
+        structure: of the unpruned model.
+        run: see :func:`run_on`.
+    """
+
+    def __init__(self, structure: Structure, run: Run) -> None:
+        self._reference, self._groups, self._run = shared_copy(structure.model), tuple(structure.groups), run
+        self._alive = {group.name: torch.arange(group.size) for group in self._groups}
+
+    def note(self, removed: Mapping[str, Tensor]) -> None:
+        """These units, indices into the groups as they are before, are removed."""
+        for name, units in removed.items():
+            stays = torch.ones(len(self._alive[name]), dtype=torch.bool)
+            stays[units.cpu()] = False
+            self._alive[name] = self._alive[name][stays]
+
+    def check(self, model: nn.Module, report: PruningReport) -> None:
+        """Compare ``model`` with the unpruned one, masked; normalised by the statistics of the unpruned one, both.
+
+        Raises:
+            ProofError: they differ; names the first layer that does.
+        """
+        gone = {group.name: kept_of(group.size, self._alive[group.name]) for group in self._groups}
+        for group in self._groups:
+            if len(gone[group.name]) and (reason := unmaskable(self._reference, group)) is not None:
+                report.unproved[_MODEL] = f"{group.name} can't be masked: {reason}"
+                return
+        difference, tolerance = self._difference(model, gone, report)
+        if difference is None:
+            return
+        if difference.where is not None:
+            raise ProofError(
+                f"the pruned model does not compute what the unpruned one computes with the same units masked: "
+                f"{difference.where}, where rounding explains {tolerance:.2g}; leave the layers before it out with "
+                "ignored_layers. verify=False skips this check"
+            )
+        report.error, report.tolerance = difference.error, tolerance
+
+    def _difference(
+        self, model: nn.Module, gone: Mapping[str, Tensor], report: PruningReport
+    ) -> tuple[Difference | None, float]:
+        lost = lost_inputs(self._reference, self._groups, gone)
+        try:
+            masked = masked_copy(self._reference, self._groups, gone)
+            expected = observe(masked, self._run, lost)
+            if not expected.finite:
+                report.unproved[_MODEL] = "the masked model's outputs are not finite on the first batch"
+                return None, 0.0
+            repeated = compare(expected, observe(masked, self._run, lost))
+        except Exception as error:  # the model's own code
+            report.unproved[_MODEL] = f"the masked model does not run: {type(error).__name__}: {error}"
+            return None, 0.0
+        if repeated.where is not None:
+            report.unproved[_MODEL] = f"it does not return the same twice on the first batch: {repeated.where}"
+            return None, 0.0
+        pruned = shared_copy(model)
+        self._take_statistics(pruned, lost_channels(self._groups, gone))
+        return compare(expected, observe(pruned, self._run)), expected.tolerance
+
+    def _take_statistics(self, pruned: nn.Module, lost: Lost) -> None:
+        """Give BatchNorms the unpruned model's statistics, which were estimated anew."""
+        norms = dict(named_modules(self._reference))
+        for name, module in named_modules(pruned):
+            if isinstance(module, _BatchNorm) and module.track_running_stats:
+                norm: Any = norms[name]
+                kept = kept_of(norm.num_features, lost.get((name, "out"))).to(norm.running_mean.device)
+                module.running_mean, module.running_var = norm.running_mean[kept], norm.running_var[kept]

@@ -1,0 +1,195 @@
+"""What removing units must compute: the unpruned model with these units at zero wherever they are read.
+
+A layer that reads a channel at zero, and one whose weights for the channel are zero, compute the same. So the columns
+of the consumers' weights are set to zero: that also reaches layers whose weights are used without calling them.
+
+Three kinds of modules compute something else without a channel than with the channel at zero, and have counterparts
+that are exact: norms over channels take their statistics from the channels that stay; routers give the removed experts
+a logit of minus infinity; :class:`torch.nn.MultiheadAttention`, where it loses channels inside its heads, scales its
+products by the width that remains.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.overrides import TorchFunctionMode
+
+from obc.model.groups import ChannelGroup, Side
+from obc.model.names import named_modules
+from obc.model.rules import Rule, rule_for
+from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
+
+Lost = dict[tuple[str, Side], Tensor]
+# Statistics of these are of one channel alone, or there are none.
+_PER_CHANNEL = (_NormBase, nn.PReLU)
+
+
+class UnmaskableError(ValueError):
+    """Why no model with units masked can be made."""
+
+
+def lost_channels(groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> Lost:
+    """(module, side) -> the channels, ascending, that go with these units of each named group."""
+    lost: Lost = {}
+    for group in groups:
+        units = removed.get(group.name)
+        if units is None or not len(units):
+            continue
+        for part in group.slices:
+            channels = part.channels[units.cpu()].flatten()
+            before = lost.get((part.module, part.side), channels[:0])
+            lost[part.module, part.side] = torch.cat([before, channels]).unique()
+    return lost
+
+
+def kept_of(size: int, lost: Tensor | None) -> Tensor:
+    """The channels of ``size`` that stay, ascending."""
+    stays = torch.ones(size, dtype=torch.bool)
+    if lost is not None:
+        stays[lost] = False
+    return stays.nonzero()[:, 0]
+
+
+def unmaskable(model: nn.Module, group: ChannelGroup) -> str | None:
+    """Why units of this group can't be masked, or None."""
+    modules = dict(named_modules(model))
+    if group.kind == "experts":
+        routers = [part for part in group.slices if _is_router(modules.get(part.module), group)]
+        return None if routers else "which module routes to its experts is not known"
+    consumers = [part.module for part in group.slices if part.side == "in"]
+    if not consumers:
+        return "no layer that reads it is known"
+    for name in consumers:
+        rule = rule_for(modules[name]) if name in modules else None
+        if not isinstance(rule, Rule) or rule.in_axis is None or rule.packed:
+            return f"where {name} keeps its in channels is not known"
+    return None
+
+
+def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of ``model`` that computes what it must compute without these units.
+
+    Memory: that of the consumers' weights; all others are shared with ``model``.
+
+    Args:
+        model: left as it is.
+        groups: of the model.
+        removed: group name -> int64 indices of units.
+
+    Raises:
+        UnmaskableError: the units of a group can't be masked.
+    """
+    masked = shared_copy(model)
+    modules, uses = dict(named_modules(masked)), parameter_uses(masked)
+    for group in groups:
+        if group.name in removed and len(removed[group.name]) and (reason := unmaskable(masked, group)) is not None:
+            raise UnmaskableError(f"{group.name}: {reason}")
+    for (name, side), channels in lost_channels(groups, removed).items():
+        module = modules.get(name)
+        if module is None:
+            continue  # a parameter outside any layer: nobody reads what it loses
+        if isinstance(module, nn.MultiheadAttention) and side == "out":
+            _mask_attention(uses, module, channels)
+        elif side == "in":
+            _zero_columns(uses, module, channels)
+        elif isinstance(rule := rule_for(module), Rule) and rule.elementwise and not isinstance(module, _PER_CHANNEL):
+            _normalise_kept(module, rule, channels)
+    for group in groups:
+        if group.kind == "experts" and group.name in removed:
+            for part in group.slices:
+                if _is_router(module := modules.get(part.module), group):
+                    assert module is not None
+                    _route_elsewhere(module, part.channels[removed[group.name].cpu()].flatten())
+    return masked
+
+
+def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:
+    rule = rule_for(module)
+    assert isinstance(rule, Rule)
+    assert rule.in_axis is not None
+    old = getattr(module, rule.weight)
+    weight, channels = old.detach().clone(), channels.to(old.device)
+    if rule.groups > 1 and rule.in_axis == 1:
+        width = weight.shape[1]  # of one group's channels
+        weight.unflatten(0, (rule.groups, -1))[channels // width, :, channels % width] = 0
+    else:
+        weight.index_fill_(rule.in_axis, channels, 0)
+    replace_parameter(uses, old, weight)
+
+
+def _mask_attention(uses: Uses, module: nn.MultiheadAttention, channels: Tensor) -> None:
+    """Queries without the channels that go, scaled from the width of a head that was to the one that remains."""
+    width = module.embed_dim
+    channels = channels[channels < width]  # of queries, keys, values that lie stacked
+    scale = math.sqrt(width / (width - len(channels)))
+    for old in (module.in_proj_weight, module.in_proj_bias):
+        if old is not None:
+            new = old.detach().clone()
+            new[:width] *= scale
+            new[channels.to(new.device)] = 0
+            replace_parameter(uses, old, new)
+
+
+def _normalise_kept(module: nn.Module, rule: Rule, channels: Tensor) -> None:
+    """Make a norm compute what it computes of the channels that stay, and zero in place of the others."""
+    weight = getattr(module, rule.weight)
+    kept = kept_of(weight.shape[-1], channels).to(weight.device)
+    inner: Any = copy.copy(module)
+    vars(inner)["_parameters"] = {
+        key: None if parameter is None else nn.Parameter(parameter.detach()[..., kept], requires_grad=False)
+        for key, parameter in module._parameters.items()
+    }
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        inner.normalized_shape = (len(kept),)
+    elif isinstance(module, nn.GroupNorm):
+        inner.num_channels = len(kept)
+    assert rule.out_dim is not None
+    dim = rule.out_dim
+
+    def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        normalised = inner.forward(x.index_select(dim, kept), *args, **kwargs)
+        return normalised.new_zeros(x.shape).index_copy(dim, kept, normalised)
+
+    module.forward = over_kept
+
+
+# --- routers --------------------------------------------------------------------------------------------------
+
+
+def _is_router(module: nn.Module | None, group: ChannelGroup) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == group.size
+
+
+class _WithoutExperts(TorchFunctionMode):
+    """Logits of minus infinity for some rows of a linear layer with so many rows."""
+
+    def __init__(self, rows: int, removed: Tensor) -> None:
+        super().__init__()
+        self._rows, self._removed = rows, removed
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is F.linear and result.shape[-1] == self._rows:
+            return result.index_fill(-1, self._removed.to(result.device), -math.inf)
+        return result
+
+
+def _route_elsewhere(router: nn.Module, removed: Tensor) -> None:
+    forward, rows = router.forward, len(router.weight)  # type: ignore[arg-type]
+
+    def without_experts(*args: Any, **kwargs: Any) -> Any:
+        with _WithoutExperts(rows, removed):
+            return forward(*args, **kwargs)
+
+    router.forward = without_experts

@@ -1,0 +1,338 @@
+"""The proof that removing units is right: the sliced model equals the unpruned one with these units masked.
+
+Every group is tried with about half of its units, chosen at random, on copies of the model that share its weights: one
+is sliced by the structure, one masked (:mod:`obc.structures.masking`), and both run on the same inputs
+(:mod:`obc.structures.comparison`). All groups are tried at once; where that fails, halves of them are, down to single
+ones. A second try removes other units, so that a unit in another's place shows in one of the two. Parameters that hold
+one value only (norms at their start, layers that begin at zero) get random values in both copies, lest they hide what
+lies before them.
+
+A try costs two forward passes, and what the structure needs to slice (one that traces: a third).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
+
+from obc.model.groups import ChannelGroup
+from obc.model.kept import PlanError
+from obc.model.shared_copy import parameter_uses, replace_parameter, shared_copy, shared_parameters
+from obc.structures.comparison import Observation, Reading, compare, observe
+from obc.structures.masking import kept_of, lost_channels, masked_copy, unmaskable
+from obc.structures.protocol import Limits, Provable
+
+Run = Callable[[nn.Module], Any]
+_TRIES = 2
+# So many of the units that stay must be told apart by what their consumers read.
+_SEEN = 0.5
+
+
+class ProofError(PlanError):
+    """The pruned model does not compute what the unpruned one computes with the same units masked."""
+
+
+@dataclass
+class Proof:
+    """What was proved of a structure's groups.
+
+    Attributes:
+        proved: groups whose removal equals masking.
+        left_out: group -> why removing its units is wrong.
+        unproved: group -> why nothing can be said about it.
+        error: the largest relative difference between a sliced and a masked model, of the groups that are proved.
+        tolerance: what rounding explains: see :attr:`obc.structures.comparison.Observation.tolerance`.
+        passes: forward passes that it took, without those of tracing.
+    """
+
+    proved: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    unproved: dict[str, str] = field(default_factory=dict)
+    error: float = 0.0
+    tolerance: float = 0.0
+    passes: int = 0
+
+
+def prove(structure: Provable, run: Run, *, seed: int = 0) -> Proof:
+    """Try every group of ``structure``, and tell it to leave out those whose removal is wrong.
+
+    Args:
+        structure: its model and what it has removed so far stay as they are.
+        run: ``run(model)`` returns the model's outputs on inputs that are always the same, in any nesting.
+        seed: of the choice of units.
+    """
+    proof = _Prover(structure, run, seed).prove()
+    for name, reason in proof.left_out.items():
+        structure.leave_out(name, reason)
+    return proof
+
+
+class _Prover:
+    def __init__(self, structure: Provable, run: Run, seed: int) -> None:
+        self.structure, self.run, self.seed = structure, run, seed
+        self.groups = {group.name: group for group in structure.groups}
+        self.proof = Proof()
+        self.seen: set[str] = set()
+
+    def prove(self) -> Proof:
+        proof, limits = self.proof, getattr(self.structure, "limits", Limits())
+        self.removals = [
+            {name: units for name, group in self.groups.items() if len(units := self._units(group, limits, number))}
+            for number in range(_TRIES)
+        ]
+        names = [name for name in self.groups if name in self.removals[0]]
+        if not names:
+            return proof
+        try:
+            self.base = self._base()
+        except Exception as error:  # a model's own code: of copying, or of running
+            proof.unproved |= dict.fromkeys(names, f"a copy of the model does not run: {type(error).__name__}: {error}")
+            return proof
+        proof.unproved |= {n: why for n in names if (why := unmaskable(self.base, self.groups[n])) is not None}
+        maskable = [name for name in names if name not in proof.unproved]
+        others = [name for name in names if name in proof.unproved]
+        for number in range(_TRIES):
+            maskable, others = self._passing(maskable, number), self._passing(others, number)
+        unseen = set(maskable) - self.seen - set(proof.unproved)
+        proof.unproved |= {name: self._unseen(name) for name in maskable if name in unseen}
+        proof.unproved = {name: why for name, why in proof.unproved.items() if name not in proof.left_out}
+        proof.proved = [name for name in maskable if name not in proof.unproved]
+        return proof
+
+    def _base(self) -> nn.Module:
+        """What is sliced and masked: the model with some values varied where it runs so, else as it is."""
+        varied = varied_copy(self.structure.model)
+        self.unmasked = self._observe(varied)
+        if self.unmasked.finite:
+            return varied
+        plain = shared_copy(self.structure.model)
+        self.unmasked = self._observe(plain)
+        return plain
+
+    def _units(self, group: ChannelGroup, limits: Limits, number: int) -> Tensor:
+        """About half of the units, others in every try; none where no smaller width is permitted."""
+        size, least = group.size, max(1, limits.min_units.get(group.name, 1))
+        multiple = limits.round_to.get(group.name, 1)
+        permitted = [width for width in range(least, size) if width % multiple == 0]
+        if not permitted:
+            return torch.empty(0, dtype=torch.int64)
+        gone = size - min(permitted, key=lambda width: abs(width - size / 2))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {group.name}".encode()))
+        order = torch.randperm(size, generator=generator)
+        # Half of what one try removes is removed in the next as well: so every quarter has a fate of its own.
+        return order.roll(-number * max(1, gone // 2))[:gone].sort().values
+
+    # --- which of them pass ---------------------------------------------------------------------------------
+
+    def _passing(self, names: Sequence[str], number: int) -> list[str]:
+        """Those of the groups that pass, together; the others are left out."""
+        if not names or self._fault(names, number) is None:
+            return list(names)
+        if not self._repeats(names, number):
+            self.proof.unproved |= dict.fromkeys(names, "the model returns something else at every call")
+            return list(names)
+        # Groups of the same kind pass or fail alike: they stand together, so that halves are mostly of one sort.
+        alike = sorted(names, key=lambda name: ("".join(c for c in name if not c.isdigit()), names.index(name)))
+        passing = self._halved(alike, number)
+        if len(passing) > 1 and self._fault(passing, number) is not None:
+            passing = self._one_by_one(passing, number)
+        return [name for name in names if name in passing]
+
+    def _halved(self, names: Sequence[str], number: int) -> list[str]:
+        if len(names) == 1:
+            fault = self._fault(names, number)
+            if fault is not None:
+                self.proof.left_out[names[0]] = fault
+            return [] if fault is not None else list(names)
+        middle = len(names) // 2
+        passing: list[str] = []
+        for half in (names[:middle], names[middle:]):
+            passes = len(half) > 1 and self._fault(half, number) is None
+            passing += half if passes else self._halved(half, number)
+        return passing
+
+    def _one_by_one(self, names: Sequence[str], number: int) -> list[str]:
+        """As many as pass together: each passes alone, but not beside all others."""
+        together: list[str] = []
+        for name in names:
+            fault = self._fault([*together, name], number)
+            if fault is None:
+                together.append(name)
+            else:
+                self.proof.left_out[name] = f"it can't be pruned together with {', '.join(together)}: {fault}"
+        return together
+
+    # --- one try --------------------------------------------------------------------------------------------
+
+    def _fault(self, names: Sequence[str], number: int) -> str | None:
+        """What is wrong with removing units of these groups, or None."""
+        removed = {name: self.removals[number][name] for name in names}
+        try:
+            masked = self._masked(names, removed)
+        except _MaskedError as error:
+            return str(error)
+        try:
+            trial = self.structure.twin(shared_copy(self.base))
+            for part in _parts(removed, number + 1):
+                trial.remove(part)
+            trial.plan.verify(self.base.state_dict(), trial.model)
+            sliced = self._observe(trial.model)
+        except Exception as fault:  # whatever a model's own code raises is the reason that is reported
+            return self._said(
+                names, f"the model does not run without {self._shares(removed)}: {type(fault).__name__}: {fault}"
+            )
+        if masked is None:
+            return None
+        found = compare(masked, sliced)
+        if found.where is None:
+            self.proof.error = max(self.proof.error, found.error)
+            self.proof.tolerance = max(self.proof.tolerance, masked.tolerance)
+            self._note_seen(names, masked, removed)
+            return None
+        if "output changes" in found.where:
+            return self._said(names, f"the model returns something else without {self._shares(removed)}: {found.where}")
+        return self._said(names, f"its consumers do not see its channels in this order: {found.where}")
+
+    def _masked(self, names: Sequence[str], removed: Mapping[str, Tensor]) -> Observation | None:
+        """The unpruned model with these units masked; None where that can't be had of a group."""
+        if any(name in self.proof.unproved for name in names):
+            return None
+        groups = [self.groups[name] for name in names]
+        try:
+            return self._observe(masked_copy(self.base, groups, removed), lost_inputs(self.base, groups, removed))
+        except Exception as error:
+            reason = f"the masked model does not run: {type(error).__name__}: {error}"
+            if len(names) > 1:
+                raise _MaskedError(reason) from error
+            self.proof.unproved[names[0]] = reason
+            return None
+
+    def _repeats(self, names: Sequence[str], number: int) -> bool:
+        """Whether the masked model returns the same twice."""
+        removed = {name: self.removals[number][name] for name in names}
+        try:
+            one, other = (self._masked(names, removed) for _ in range(2))
+        except _MaskedError:
+            return True
+        return one is None or other is None or compare(one, other).where is None
+
+    def _observe(self, model: nn.Module, lost: Mapping[str, Tensor] | None = None) -> Observation:
+        self.proof.passes += 1
+        return observe(model, self.run, lost)
+
+    # --- what is said about it ------------------------------------------------------------------------------
+
+    def _shares(self, removed: Mapping[str, Tensor]) -> str:
+        return " and ".join(f"{len(units)} of the {self.groups[name].size} units" for name, units in removed.items())
+
+    def _said(self, names: Sequence[str], what: str) -> str:
+        """The fault, with the parameters that layers of these groups share with others."""
+        modules = {part.module for name in names for part in self.groups[name].slices}
+        shared = [
+            " and ".join(tied)
+            for tied in shared_parameters(self.base)
+            if any(name.rpartition(".")[0] in modules for name in tied)
+        ]
+        return what + (f"; {', '.join(shared)} are one parameter" if shared else "")
+
+    def _note_seen(self, names: Sequence[str], masked: Observation, removed: Mapping[str, Tensor]) -> None:
+        lost = lost_inputs(self.base, [self.groups[name] for name in names], removed)
+        for name in names:
+            stays = kept_of(self.groups[name].size, removed[name])
+            for part in self.groups[name].consumers:
+                readings = masked.readings.get(part.module, [])
+                channels = part.channels[stays]
+                if part.module in lost:
+                    channels = channels - torch.searchsorted(lost[part.module], channels)
+                apart = max((_told_apart(reading, channels) for reading in readings), default=0)
+                bypassed = not readings and any(part.module.startswith(called) for called in masked.called if called)
+                if bypassed or apart >= _SEEN * len(stays):
+                    self.seen.add(name)
+
+    def _unseen(self, name: str) -> str:
+        consumers = [part.module for part in self.groups[name].consumers]
+        if not any(module in self.unmasked.called for module in consumers):
+            return f"{', '.join(consumers)} did not run"
+        return f"what {', '.join(consumers)} read is zero, or the same, for most of its units"
+
+
+class _MaskedError(Exception):
+    """A masked model does not run."""
+
+
+def lost_inputs(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Layer -> the channels of its input that go with these units; depthwise convolutions read what they write."""
+    lost: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for (name, side), channels in lost_channels(groups, removed).items():
+        module = modules.get(name)
+        depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
+        if side == "in" or depthwise:
+            lost[name] = channels
+    return lost
+
+
+def _parts(removed: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
+    """The same ascending units in so many removals, one after the other: each counts what the ones before left."""
+    parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for name, units in removed.items():
+        gone = 0
+        for part, chosen in zip(parts, units.tensor_split(count), strict=True):
+            if len(chosen):
+                part[name] = chosen - gone
+                gone += len(chosen)
+    return parts
+
+
+def _told_apart(reading: Reading, channels: Tensor) -> int:
+    """How many rows of ``channels`` read something, and each something else."""
+    sums = reading.sums[channels]
+    return len(sums[(sums != 0).any(1)].unique(dim=0))
+
+
+# --- values that hide nothing ---------------------------------------------------------------------------------
+
+
+def varied_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in which parameters that hold one value only are random around it: nothing hides behind 0."""
+    varied = shared_copy(model)
+    uses = parameter_uses(varied)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in list({id(p): p for p in varied.parameters()}.values()):
+        if parameter.is_floating_point() and parameter.numel() > 1 and is_constant(parameter.detach()):
+            replace_parameter(uses, parameter, vary(parameter.detach(), generator))
+    return varied
+
+
+def varied_inputs(inputs: Any) -> Any:
+    """Example inputs, of which floating tensors that hold one value only are random around it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def of_leaf(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 1 and is_constant(leaf.detach()):
+            return vary(leaf.detach(), generator)
+        return leaf
+
+    return pytree.tree_map(of_leaf, inputs)
+
+
+def is_constant(tensor: Tensor) -> bool:
+    first = tensor[(0,) * tensor.dim()]
+    return bool(first == tensor[(-1,) * tensor.dim()]) and bool((tensor == first).all())
+
+
+def vary(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Between half and one and a half times the value; of zeros, normal with the size of a fresh layer's weights."""
+    noise = torch.rand(tensor.shape, generator=generator).to(tensor)
+    if bool(tensor.any()):
+        return tensor * (0.5 + noise)
+    normal = torch.randn(tensor.shape, generator=generator).to(tensor)
+    fan_in = tensor[0].numel() if tensor.dim() > 1 else 4
+    return normal / fan_in**0.5
