@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers_families import FAMILIES, deepseek_v2, deepseek_v3, double, every_other, language_model, output
 
-from obc import PlanError
 from obc.integrations.transformers import TransformersStructure
 from obc.model.groups import ChannelGroup
 
