@@ -1,6 +1,6 @@
 """obc: structural pruning by Optimal Brain Connection (arXiv 2508.05521)."""
 
-from obc import backends, ops, reference
+from obc import backends, ops, quality, reference
 from obc.backends import use_backend
 from obc.info import info
 from obc.pruning import PruningResult, prune
@@ -42,6 +42,7 @@ __all__ = [
     "memory_estimate",
     "ops",
     "prune",
+    "quality",
     "recalibrate_norms",
     "recover",
     "reference",

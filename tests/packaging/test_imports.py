@@ -23,6 +23,7 @@ FLOORS = (
     ("recovery",),
     ("pruning",),
     ("integrations",),
+    ("quality",),
     ("demo", "info"),
     ("commands",),
     ("cli",),

@@ -66,8 +66,17 @@ def config_of(path: Path) -> Any:
 
 
 def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto") -> Checkpoint:
-    """The model of a directory that ``save_pretrained`` wrote; ``dtype`` None keeps the one it was saved in."""
+    """The model of a directory that ``save_pretrained``, or obc's ``save_pruned``, wrote.
+
+    Args:
+        path: the directory.
+        dtype: None keeps the one it was saved in.
+        device: where the model goes.
+        loss: one of :data:`LOSSES`; "auto" follows the model's head.
+    """
     import transformers
+
+    from obc.structures.transformers.saving import is_saved_pruned, load_pruned
 
     config = config_of(path)
     architecture = (config.architectures or [""])[0]
@@ -79,9 +88,13 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
         )
     wanted = DTYPES[dtype] if dtype else "auto"
     try:
-        model = getattr(transformers, loader).from_pretrained(
-            path, dtype=wanted, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        if is_saved_pruned(path):
+            model = load_pruned(path)
+            model = model if wanted == "auto" else model.to(wanted)
+        else:
+            model = getattr(transformers, loader).from_pretrained(
+                path, dtype=wanted, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(
             f"can't load {architecture or 'the model'} from {path}: {_line(error)}; the directory must hold "
@@ -152,6 +165,13 @@ def _masked(model: nn.Module, batch: Batch) -> Tensor:
 
 def _labelled(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(_logits(model, batch).float(), batch["labels"], reduction="none")
+
+
+def outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """The logits on a batch, or of a model without a head its last hidden state; labels are left out."""
+    found = model(**{name: value for name, value in batch.items() if name != "labels"})
+    output: Tensor = next(found[key] for key in ("logits", "last_hidden_state") if found.get(key) is not None)
+    return output
 
 
 def _line(error: BaseException) -> str:

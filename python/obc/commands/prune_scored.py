@@ -19,10 +19,10 @@ from obc.pruning.arguments import Budget
 from obc.scoring import Scores
 from obc.selection import select
 from obc.selection.uniform import select_uniform
+from obc.structures.transformers.saving import PLAN_FILE
 
 _CALIBRATION_BATCHES = 32
 _CALIBRATION_BATCH = 4
-_PLAN = "obc_plan.json"
 
 
 def run(parsed: argparse.Namespace, budget: Budget) -> int:
@@ -95,7 +95,7 @@ def _compensate(parsed: argparse.Namespace, model: Any, original: nn.Module, pla
         seed=parsed.seed,
     )
     try:
-        report = obc.compensate(model, original, plan, batches, _outputs, mode=parsed.compensate)
+        report = obc.compensate(model, original, plan, batches, checkpoints.outputs, mode=parsed.compensate)
     except ValueError as error:
         raise UsageError(f"--compensate: {error}") from error
     return (
@@ -104,20 +104,13 @@ def _compensate(parsed: argparse.Namespace, model: Any, original: nn.Module, pla
     )
 
 
-def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """What compensation preserves: the logits, or of a model without a head its last hidden state."""
-    found = model(**batch)
-    output: Tensor = next(found[key] for key in ("logits", "last_hidden_state") if found.get(key) is not None)
-    return output
-
-
 def _save(model: Any, structure: Any, source: Path, out: Path) -> None:
     """Write the model as ``from_pretrained`` loads it, or else as ``load_pruned`` does; the tokenizer beside it."""
     from obc.structures.transformers import save_pruned
 
     if structure.config_refused is None:
         model.save_pretrained(out)
-        structure.plan.save(out / _PLAN)
+        structure.plan.save(out / PLAN_FILE)
         print(f"written: {out}; from_pretrained loads it")
     else:
         save_pruned(model, structure.plan, out)

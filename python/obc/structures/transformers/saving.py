@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -21,7 +21,7 @@ from obc.model.plan import PruningPlan
 from obc.structures.transformers.blocks import DEFAULT_KINDS, Block
 from obc.structures.transformers.structure import TransformersStructure
 
-_PLAN, _WEIGHTS = "obc_plan.json", "model.safetensors"
+PLAN_FILE, _WEIGHTS = "obc_plan.json", "model.safetensors"
 _FORMAT = "obc.pruned_model/1"
 # Query heads inside the groups of keys and values come after whole groups: each is counted by what the other leaves.
 _ROUNDS = (DEFAULT_KINDS, ("query_heads",), ("embedding",))
@@ -51,7 +51,7 @@ def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLik
     content = config.to_dict() | {"architectures": [type(model).__name__]}
     with atomic_write(folder / "config.json") as file:
         file.write(json.dumps(content, indent=2, default=str).encode())
-    plan.save(folder / _PLAN)
+    plan.save(folder / PLAN_FILE)
     _write(folder / _WEIGHTS, tensors, {"format": "pt", "obc_format": _FORMAT, "tied": json.dumps(tied)})
     generation = getattr(model, "generation_config", None)
     if generation is not None:
@@ -74,14 +74,14 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
     import transformers
 
     folder = Path(directory)
-    if lacking := [name for name in ("config.json", _PLAN, _WEIGHTS) if not (folder / name).is_file()]:
+    if lacking := [name for name in ("config.json", PLAN_FILE, _WEIGHTS) if not (folder / name).is_file()]:
         raise PlanError(f"{folder} has no {lacking[0]}; it is no folder that save_pruned wrote")
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = (content.get("architectures") or [""])[0]
     chosen = model_class or getattr(transformers, named, None)
     if chosen is None:
         raise ValueError(f"transformers has no class {named!r}; pass model_class=")
-    plan = PruningPlan.load(folder / _PLAN)
+    plan = PruningPlan.load(folder / PLAN_FILE)
     state = _read(folder / _WEIGHTS)
     config_class: Any = chosen.config_class  # type: ignore[union-attr]
     model: Any = chosen(config_class.from_pretrained(folder))
@@ -96,6 +96,18 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
     if hasattr(model, "can_generate") and model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def is_saved_pruned(directory: str | os.PathLike[str]) -> bool:
+    """Whether :func:`save_pruned` wrote this folder: its config alone does not say the model's widths."""
+    weights = Path(directory) / _WEIGHTS
+    if not weights.is_file():
+        return False
+    try:
+        with safe_open(weights, framework="pt") as file:
+            return (file.metadata() or {}).get("obc_format") == _FORMAT
+    except SafetensorError:
+        return False
 
 
 def cut_to(model: nn.Module, plan: PruningPlan) -> None:

@@ -1,0 +1,115 @@
+"""``obc evaluate``: perplexity, accuracy, agreement with another model, and speed of a local transformers directory."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from obc import quality
+from obc.commands import checkpoints, data
+from obc.commands.common import UsageError, require
+from obc.commands.score import positive
+from obc.model.evaluation import evaluating
+
+_DESCRIPTION = """\
+Say how good the model of a directory is: perplexity of a causal language model, accuracy of an image classifier.
+With --reference, the unpruned model's directory, also how far the two agree. Directories that save_pretrained or obc's
+save_pruned wrote; nothing is fetched.
+
+Perplexity: windows of --seq-len tokens start every --stride tokens; every token is predicted once, by the first window
+that holds it. The stride is printed with the figure, which means nothing without it."""
+
+_ROUNDS = 7
+
+
+def add(commands: Any) -> None:
+    """Add ``obc evaluate`` to the subparsers."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="perplexity, accuracy, agreement, speed",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    evaluate.add_argument("model", type=Path, metavar="MODEL_DIR", help="a directory of a model, pruned or not")
+    evaluate.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")
+    evaluate.add_argument("--reference", type=Path, metavar="MODEL_DIR", help="the unpruned model's directory")
+    evaluate.add_argument("--seq-len", type=positive, help="tokens of a window (default: as in obc score)")
+    evaluate.add_argument("--stride", type=positive, help="tokens between windows (default: --seq-len, no overlap)")
+    evaluate.add_argument("--batches", type=positive, default=50, help="at most so many are read (default: 50)")
+    evaluate.add_argument("--batch-size", type=positive, default=4, help="samples of a batch (default: 4)")
+    evaluate.add_argument("--measure", action="store_true", help="also time a forward pass, beside the reference's")
+    evaluate.add_argument(
+        "--dtype", choices=tuple(checkpoints.DTYPES), help="(default: the one the model was saved in)"
+    )
+    evaluate.add_argument("--device", help="cpu, cuda:0 ... (default: the first GPU, else the CPU)")
+    evaluate.set_defaults(command=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Print one line a figure."""
+    require(checkpoints.PACKAGES)
+    device = checkpoints.device_of(parsed.device)
+    checkpoint = checkpoints.load(parsed.model, parsed.dtype, device)
+    reference = None if parsed.reference is None else checkpoints.load(parsed.reference, parsed.dtype, device)
+    source = parsed.model if data.tokenizer_of(parsed.model) or reference is None else parsed.reference
+    batches = data.batches(
+        parsed.data,
+        checkpoint.model,
+        source,
+        checkpoint.loss if checkpoint.loss != "masked-lm" else "label-free",
+        count=parsed.batches,
+        size=parsed.batch_size,
+        seq_len=parsed.seq_len,
+        seed=0,
+    )
+    models = {"": checkpoint.model} if reference is None else {"": checkpoint.model, "reference: ": reference.model}
+    try:
+        for name, model in models.items():
+            print("\n".join(name + line for line in _figures(model, checkpoint.loss, batches, parsed.stride)))
+        if reference is not None:
+            both = (checkpoint.model, reference.model, batches, checkpoints.outputs)
+            print(f"agreement: {quality.agreement(*both):.4f}")
+            print(f"cosine: {quality.cosine(*both):.4f}")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if parsed.measure:
+        print("\n".join(_speed(models, batches[0])))
+    return 0
+
+
+def _figures(model: Any, loss: str, batches: list[Any], stride: int | None) -> list[str]:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    lines = [f"parameters: {parameters:,}"]
+    if loss == "causal-lm":
+        tokens = torch.cat([batch["input_ids"].flatten() for batch in batches])
+        length = batches[0]["input_ids"].shape[1]
+        found = quality.perplexity(model, tokens, length=length, stride=stride, batch_size=len(batches[0]["input_ids"]))
+        lines.append(f"{found}, windows of {length} tokens every {stride or length}")
+    elif loss == "label":
+        lines.append(f"accuracy: {quality.accuracy(model, batches, checkpoints.outputs):.4f}")
+    return lines
+
+
+def _speed(models: dict[str, Any], batch: Any) -> list[str]:
+    """Median seconds of a forward pass; the models take turns, so that a drifting machine is fair to both."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    with evaluating(*models.values()), torch.inference_mode():
+        for _ in range(_ROUNDS + 1):
+            for name, model in models.items():
+                started = time.perf_counter()
+                checkpoints.outputs(model, batch)
+                if next(model.parameters()).is_cuda:
+                    torch.cuda.synchronize()
+                seconds[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
+    lines = [f"{name}seconds of a forward pass: {value:.4f}" for name, value in medians.items()]
+    if len(medians) == 2:
+        ours, theirs = medians.values()
+        how = f"medians of {_ROUNDS} paired rounds, {torch.get_num_threads()} threads"
+        lines.append(f"speed-up: {theirs / ours:.2f} ({how})")
+    return lines

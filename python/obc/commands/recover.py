@@ -1,0 +1,108 @@
+"""``obc recover``: train a pruned transformers directory for a while against the unpruned one."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import obc
+from obc.commands import checkpoints, data
+from obc.commands.common import UsageError, folder, require
+from obc.commands.score import positive
+from obc.structures.transformers.saving import PLAN_FILE, is_saved_pruned, save_pruned
+
+_DESCRIPTION = """\
+Train the model of a pruned directory to compute again what the unpruned one computes: the divergence of their
+predictions, which needs no labels. What trains: every weight (naive), Equivalent Pruning's factors too (folded), or
+low-rank updates (lora); the result is a plain model."""
+
+
+def add(commands: Any) -> None:
+    """Add ``obc recover`` to the subparsers."""
+    recover = commands.add_parser(
+        "recover",
+        help="distil the unpruned model into the pruned one",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    recover.add_argument("model", type=Path, metavar="PRUNED_DIR", help="what obc prune wrote")
+    recover.add_argument("--teacher", type=Path, required=True, metavar="MODEL_DIR", help="the unpruned directory")
+    recover.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")
+    recover.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the recovered model goes")
+    recover.add_argument("--steps", type=positive, default=100, help="optimizer steps (default: 100)")
+    recover.add_argument("--lr", type=float, default=1e-4, help="the peak learning rate (default: 1e-4)")
+    recover.add_argument("--train", choices=("naive", "folded", "lora"), default="naive", help="(default: naive)")
+    recover.add_argument("--rank", type=positive, default=8, help="of --train lora (default: 8)")
+    recover.add_argument("--temperature", type=float, default=1.0, help="of the predictions (default: 1)")
+    recover.add_argument("--accumulate", type=positive, default=1, help="batches of a step (default: 1)")
+    recover.add_argument("--batches", type=positive, default=200, help="at most so many are read (default: 200)")
+    recover.add_argument("--batch-size", type=positive, default=4, help="samples of a batch (default: 4)")
+    recover.add_argument("--seq-len", type=positive, help="tokens of a sequence (default: as in obc score)")
+    recover.add_argument("--checkpoint", type=Path, help="file to resume from after a kill, with the same arguments")
+    recover.add_argument("--every", type=positive, default=20, help="steps between checkpoints (default: 20)")
+    recover.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), help="(default: that of the files)")
+    recover.add_argument("--device", help="cpu, cuda:0 ... (default: the first GPU, else the CPU)")
+    recover.set_defaults(command=run)
+
+
+def run(parsed: argparse.Namespace) -> int:
+    """Train, save, and print the report."""
+    require(checkpoints.PACKAGES)
+    if parsed.out.resolve() in (parsed.model.resolve(), parsed.teacher.resolve()):
+        raise UsageError(f"--out {parsed.out} is one of the models' own directories; choose another")
+    out = folder(parsed.out)
+    device = checkpoints.device_of(parsed.device)
+    pruned = checkpoints.load(parsed.model, parsed.dtype, device)
+    teacher = checkpoints.load(parsed.teacher, parsed.dtype, device)
+    batches = data.batches(
+        parsed.data,
+        teacher.model,
+        parsed.teacher,
+        "label-free",
+        count=parsed.batches,
+        size=parsed.batch_size,
+        seq_len=parsed.seq_len,
+        seed=0,
+    )
+    try:
+        plan = _plan(parsed.model, pruned.model, teacher.model, needed=parsed.train == "folded")
+        report = obc.recover(
+            pruned.model,
+            teacher.model,
+            batches,
+            steps=parsed.steps,
+            lr=parsed.lr,
+            train=parsed.train,
+            plan=plan,
+            rank=parsed.rank,
+            accumulate=parsed.accumulate,
+            distillation=obc.Distillation(temperature=parsed.temperature, forward_fn=checkpoints.outputs),
+            checkpoint=parsed.checkpoint,
+            every=parsed.every,
+        )
+    except (ValueError, ImportError) as error:
+        raise UsageError(str(error)) from error
+    _save(pruned.model, plan, parsed.model, out)
+    print(report)
+    print(f"written: {out}")
+    return 0
+
+
+def _plan(path: Path, model: Any, teacher: Any, needed: bool) -> obc.PruningPlan | None:
+    if (path / PLAN_FILE).is_file():
+        return obc.PruningPlan.load(path / PLAN_FILE)
+    return obc.PruningPlan.from_models(teacher.state_dict(), model) if needed else None
+
+
+def _save(model: Any, plan: obc.PruningPlan | None, source: Path, out: Path) -> None:
+    """As the pruned model was saved, with its tokenizer."""
+    if plan is not None and is_saved_pruned(source):
+        save_pruned(model, plan, out)
+    else:
+        model.save_pretrained(out)
+        if plan is not None:
+            plan.save(out / PLAN_FILE)
+    tokenizer = data.tokenizer_of(source)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)

@@ -1,0 +1,165 @@
+"""How good a model is: perplexity on tokens, accuracy, and agreement with another model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity with its spread.
+
+    Attributes:
+        perplexity: exp of the mean loss of a token.
+        losses: (windows,) float64: the mean loss of each window's predicted tokens, in nats.
+        counts: (windows,) int64: how many tokens each window predicts.
+        standard_error: of the mean loss in nats, over windows; nan for a single one.
+    """
+
+    perplexity: float
+    losses: Tensor
+    counts: Tensor
+    standard_error: float
+
+    def __str__(self) -> str:
+        return (
+            f"perplexity {self.perplexity:.2f} (loss ± {self.standard_error:.4f} nats, {int(self.counts.sum())} tokens)"
+        )
+
+
+def perplexity(
+    model: Any, tokens: Tensor, *, length: int, stride: int | None = None, batch_size: int = 1
+) -> Perplexity:
+    """Perplexity of a causal language model on one long text, by windows.
+
+    Windows of ``length`` tokens start every ``stride`` tokens; each token of the text but the first is predicted once,
+    by the first window that holds it, from what stands before it there. With ``stride == length`` windows don't
+    overlap and each window's first token is not predicted; a smaller stride gives more context and takes longer.
+
+    Args:
+        model: returns ``.logits`` (batch, length, vocabulary) for ``model(input_ids=...)``; run in eval mode.
+        tokens: (N,) token ids of the text.
+        length: tokens of a window, at least 2.
+        stride: tokens between the starts of windows, in [1, length]; ``length`` where it is None.
+        batch_size: windows run together.
+
+    Raises:
+        ValueError: an argument is not one of the values above, the text is shorter than two tokens, or a loss is not
+            finite.
+    """
+    stride = length if stride is None else stride
+    if length < 2 or not 1 <= stride <= length:
+        raise ValueError(f"length must be at least 2 and stride in [1, length], got length={length}, stride={stride}")
+    if tokens.dim() != 1 or len(tokens) < 2:
+        raise ValueError(f"tokens must be one row of at least 2 token ids, got shape {tuple(tokens.shape)}")
+    device = next(model.parameters()).device
+    losses, counts = [], []
+    with evaluating(model), torch.inference_mode():
+        for group in _window_batches(len(tokens), length, stride, batch_size):
+            ids = torch.stack([tokens[start:stop] for start, stop, _ in group]).to(device)
+            logits = model(input_ids=ids).logits[:, :-1].float()
+            loss = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").double().cpu()
+            for row, (_, _, new) in zip(loss, group, strict=True):
+                losses.append(row[-new:].mean())
+                counts.append(new)
+    found, weights = torch.stack(losses), torch.tensor(counts)
+    if not bool(found.isfinite().all()):
+        raise ValueError(f"the loss of window {int((~found.isfinite()).nonzero()[0])} is not finite")
+    mean = float((found * weights).sum() / weights.sum())
+    error = float(found.std() / math.sqrt(len(found))) if len(found) > 1 else math.nan
+    return Perplexity(math.exp(mean), found, weights, error)
+
+
+def _window_batches(size: int, length: int, stride: int, batch_size: int) -> Iterable[list[tuple[int, int, int]]]:
+    """(start, stop, predicted tokens) of every window, those of equal length together."""
+    windows: list[tuple[int, int, int]] = []
+    done = 0  # tokens before this one are predicted
+    for start in range(0, size - 1, stride):
+        stop = min(start + length, size)
+        new = stop - max(done, start + 1)
+        if new > 0:
+            windows.append((start, stop, new))
+        done = stop
+        if stop == size:
+            break
+    group: list[tuple[int, int, int]] = []
+    for window in windows:
+        if group and (len(group) == batch_size or window[1] - window[0] != group[0][1] - group[0][0]):
+            yield group
+            group = []
+        group.append(window)
+    yield group
+
+
+def accuracy(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = call_on_batch) -> float:
+    """The share of samples whose label has the largest logit.
+
+    Args:
+        model: run in eval mode; returns logits (B, classes), or an output with ``.logits``.
+        batches: (inputs, labels), or mappings with "labels".
+        forward_fn: ``forward_fn(model, batch)``.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    right = total = 0
+    with evaluating(model), torch.inference_mode():
+        for batch in batches:
+            labels = batch["labels"] if isinstance(batch, dict) else batch[1]
+            predicted = _tensor(forward_fn(model, batch)).argmax(-1)
+            right += int((predicted == labels.to(predicted.device)).sum())
+            total += labels.numel()
+    if total == 0:
+        raise ValueError("accuracy got no batches; pass an iterable that is not used up")
+    return right / total
+
+
+def agreement(
+    model: nn.Module, reference: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = call_on_batch
+) -> float:
+    """The share of positions at which both models have the same largest logit."""
+    same = total = 0
+    with evaluating(model, reference), torch.inference_mode():
+        for batch in batches:
+            ours, theirs = (_tensor(forward_fn(network, batch)).argmax(-1) for network in (model, reference))
+            same += int((ours == theirs).sum())
+            total += ours.numel()
+    if total == 0:
+        raise ValueError("agreement got no batches; pass an iterable that is not used up")
+    return same / total
+
+
+def cosine(
+    model: nn.Module, reference: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = call_on_batch
+) -> float:
+    """Mean cosine similarity of the two models' outputs, over everything but the last dimension."""
+    total, count = 0.0, 0
+    with evaluating(model, reference), torch.inference_mode():
+        for batch in batches:
+            ours, theirs = (_tensor(forward_fn(network, batch)).float() for network in (model, reference))
+            similarity = F.cosine_similarity(ours, theirs, dim=-1)
+            total += float(similarity.double().sum())
+            count += similarity.numel()
+    if count == 0:
+        raise ValueError("cosine got no batches; pass an iterable that is not used up")
+    return total / count
+
+
+def _tensor(outputs: Any) -> Tensor:
+    """The logits, the last hidden state, or the first tensor of a model's outputs."""
+    for name in ("logits", "last_hidden_state"):
+        if isinstance(found := getattr(outputs, name, None), Tensor):
+            return found
+    found = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+    if not isinstance(found, Tensor):
+        raise ValueError(f"no logits in an output of type {type(outputs).__name__}; pass forward_fn")
+    return found

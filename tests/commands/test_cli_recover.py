@@ -1,0 +1,110 @@
+"""obc recover and obc evaluate on a directory that obc prune wrote, and on what can't be recovered."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import obc
+from obc import cli, quality
+from obc.commands import checkpoints
+from obc.structures.transformers.saving import is_saved_pruned
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
+    generator = torch.Generator().manual_seed(0)
+    lines = [json.dumps({"input_ids": torch.randint(20, (8,), generator=generator).tolist()}) for _ in range(200)]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    return tmp_path / "llama"
+
+
+@pytest.fixture(params=["free", "uniform"])
+def pruned(request: pytest.FixtureRequest, llama: Path, tmp_path: Path) -> Path:
+    data, scores = tmp_path / "data.jsonl", tmp_path / "scores.safetensors"
+    common = ["--device", "cpu"]
+    arguments = ["score", llama, "--data", data, "--out", scores, "--batches", 20, "--seq-len", 8, *common]
+    assert cli.main([*map(str, arguments)]) == 0
+    uniform = ["--uniform"] if request.param == "uniform" else []
+    arguments = ["prune", llama, "--scores", scores, "--ratio", 0.3, "--out", tmp_path / "pruned", *uniform, *common]
+    assert cli.main([*map(str, arguments)]) == 0
+    return tmp_path / "pruned"
+
+
+def run(command: str, *arguments: object) -> int:
+    return cli.main([command, *map(str, arguments), "--device", "cpu", "--seq-len", "8"])
+
+
+def figure(pattern: str, text: str) -> list[float]:
+    return [float(value.replace(",", "")) for value in re.findall(pattern, text)]
+
+
+def divergence(path: Path, teacher: Path, data: Path) -> float:
+    """What training lowers, on the data it trained on."""
+    student, wanted = (checkpoints.load(folder, None, torch.device("cpu")).model for folder in (path, teacher))
+    ids = torch.tensor([json.loads(line)["input_ids"] for line in data.read_text().splitlines()])
+    return obc.Distillation().loss(student, wanted, {"input_ids": ids}).item()
+
+
+@pytest.mark.parametrize("train", ["naive", "folded", "lora"])
+def test_a_pruned_directory_is_recovered_and_evaluated(
+    pruned: Path, llama: Path, tmp_path: Path, train: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tmp_path / "data.jsonl", tmp_path / "out"
+    arguments = ["--teacher", llama, "--data", data, "--out", out, "--steps", 60, "--lr", 0.003, "--train", train]
+    assert run("recover", pruned, *arguments) == 0
+    assert "60 steps" in capsys.readouterr().out
+    assert run("evaluate", out, "--data", data, "--reference", llama, "--measure") == 0
+    printed = capsys.readouterr().out
+    assert "windows of 8 tokens every 8" in printed
+    assert "speed-up" in printed
+    ours, theirs = figure(r"parameters: ([\d,]+)", printed)
+    assert ours < theirs
+    before, after = (divergence(path, llama, data) for path in (pruned, out))
+    assert after < 0.9 * before
+    (cosine,) = figure(r"cosine: ([\d.]+)", printed)
+    assert -1 <= cosine <= 1
+
+
+def test_perplexity_is_that_of_the_library(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    assert run("evaluate", llama, "--data", data, "--batches", 5, "--stride", 3) == 0
+    (printed,) = figure(r"perplexity ([\d.]+)", capsys.readouterr().out)
+    tokens = torch.tensor([json.loads(line)["input_ids"] for line in data.read_text().splitlines()][:20]).flatten()
+    model = transformers.LlamaForCausalLM.from_pretrained(llama)
+    expected = quality.perplexity(model, tokens, length=8, stride=3).perplexity
+    assert printed == pytest.approx(expected, abs=0.01)
+
+
+def test_a_recovered_directory_keeps_its_plan(pruned: Path, llama: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "out", tmp_path / "data.jsonl"
+    assert run("recover", pruned, "--teacher", llama, "--data", data, "--out", out, "--steps", 1) == 0
+    assert (out / "obc_plan.json").read_text() == (pruned / "obc_plan.json").read_text()
+    assert is_saved_pruned(out) == is_saved_pruned(pruned)
+
+
+def test_what_cannot_be_recovered_is_said_in_one_line(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    assert run("recover", llama, "--teacher", llama, "--data", data, "--out", llama) == 2
+    assert "is one of the models' own directories" in capsys.readouterr().err
+    assert run("evaluate", llama, "--data", data, "--stride", 9) == 2
+    assert "stride=9" in capsys.readouterr().err
