@@ -16,7 +16,7 @@ from obc.recovery import (
     recalibrate_norms,
     recover,
 )
-from obc.scoring import ChannelRows, ChannelScores, JacobianScorer, Scores, memory_estimate, score
+from obc.scoring import ChannelRows, ChannelScores, Coverage, JacobianScorer, Scores, memory_estimate, score
 from obc.selection import select
 from obc.statistics import Statistics, collect
 from obc.structures.transformers import transformer_groups
@@ -24,6 +24,7 @@ from obc.structures.transformers import transformer_groups
 __all__ = [
     "ChannelRows",
     "ChannelScores",
+    "Coverage",
     "Distillation",
     "EquivalentPruning",
     "JacobianScorer",

@@ -97,6 +97,7 @@ def test_coverage_says_how_each_module_was_read() -> None:
     assert str(coverage["fc"]).startswith("gate")
     assert str(coverage["late_norm"]).startswith("norm gradient")
     assert str(coverage["unused"]).startswith("unscored: ")
+    assert (coverage["unused"].scored, coverage["unused"].reason) == (False, "no gradient reached it in any row")
     assert "late" not in coverage  # not asked for, so nothing to report
 
 
@@ -144,8 +145,23 @@ def test_a_saved_file_gives_the_same_scores(make: Callable[[], obc.Scores], tmp_
     assert_equal(loaded, scores)
     assert loaded.num_rows == scores.num_rows
     assert dict(loaded.coverage) == dict(scores.coverage)
+    assert all(how.fields() == scores.coverage[name].fields() for name, how in loaded.coverage.items())
     assert loaded.metadata == scores.metadata
     assert repr(loaded) == repr(scores)
+
+
+@pytest.mark.parametrize("form", ["obc.Scores/1", "obc.Scores/2"])
+def test_files_of_earlier_formats_are_read(form: str, file: Path) -> None:
+    """Their coverage is text alone."""
+    tensors, header = header_of(file)
+    assert header["format"] == "obc.Scores/3"
+    text = {name: str(how) for name, how in cnn_scores().coverage.items()}
+    save_file(tensors, str(file), metadata=header | {"format": form, "coverage": json.dumps(text)})
+    loaded = obc.Scores.load(file)
+    assert_equal(loaded, cnn_scores())
+    assert {name: how.fields() for name, how in loaded.coverage.items()} == {
+        name: how.fields() for name, how in cnn_scores().coverage.items()
+    }
 
 
 def test_paths_may_be_strings(tmp_path: Path) -> None:
@@ -265,11 +281,17 @@ def broken_coverage(tensors: dict[str, Any], header: dict[str, str]) -> None:
     header["coverage"] = "{"
 
 
+def coverage_of_other_fields(tensors: dict[str, Any], header: dict[str, str]) -> None:
+    header["coverage"] = json.dumps({"conv1": {"how": "gate", "why": "not"}})
+
+
 def without_a_tensor(tensors: dict[str, Any], header: dict[str, str]) -> None:
     del tensors["conv1:out_channels"]
 
 
-@pytest.mark.parametrize("damage", [without_rows, rows_not_a_number, broken_coverage, without_a_tensor])
+@pytest.mark.parametrize(
+    "damage", [without_rows, rows_not_a_number, broken_coverage, coverage_of_other_fields, without_a_tensor]
+)
 def test_a_damaged_file(damage: Callable[[dict[str, Any], dict[str, str]], None], file: Path) -> None:
     tensors, header = header_of(file)
     damage(tensors, header)

@@ -66,20 +66,20 @@ def _chosen(structure: Any, scores: Scores, budget: Budget) -> dict[str, Tensor]
     """The units to remove: sets of them where the file has rows, else one by one."""
     groups, costs, limits = structure.groups, structure.costs(budget.unit), structure.limits
     joint = bool(scores.rows)
-    values: Mapping[str, Tensor | None]
+    values: dict[str, Tensor]
     if joint:
-        values = {group.name: group.gate_rows(scores.rows) for group in groups}
+        rows = ((group.name, group.gate_rows(scores.rows)) for group in groups)
+        values = {name: found for name, found in rows if found is not None}
     else:
         values = dict(scores.group(groups, slices="gate"))
-    rows = {name: of if joint else of.double().sqrt()[None] for name, of in values.items() if of is not None}
-    if not rows:
+    if not values:
         raise UsageError("the scores have nothing of any group that can be pruned; score the model itself")
     freed = (1 - budget.share) * costs.total()
     selection = "joint" if joint else "independent"
     options: dict[str, Any] = {"selection": selection, "min_units": limits.min_units, "round_to": limits.round_to}
     if limits.families:
-        return select_uniform(rows, costs, freed, limits.families, widths=limits.widths, **options)
-    return select(rows, costs, freed, **options)
+        return select_uniform(values, costs, freed, limits.families, widths=limits.widths, **options)
+    return select(values, costs, freed, **options)
 
 
 def _compensate(parsed: argparse.Namespace, model: Any, original: nn.Module, plan: PruningPlan) -> str:

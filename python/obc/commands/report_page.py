@@ -37,7 +37,7 @@ th:first-child, td:first-child, th:last-child, td:last-child { text-align: left;
 
 def page(scores: Scores, source: str) -> str:
     """The page of ``scores``, which come from the file ``source``."""
-    unscored = [name for name, how in scores.coverage.items() if how.startswith("unscored")]
+    unscored = [name for name, how in scores.coverage.items() if not how.scored]
     facts = {
         "file": source,
         "modules scored": str(len(scores)),
@@ -158,7 +158,7 @@ def _table(scores: Scores) -> str:
             numbers = [f"{values.min():.2e}", f"{values.median():.2e}", f"{values.max():.2e}"]
         sizes = ["" if side is None else str(side.numel()) for side in (values, channels.in_channels)]
         cells = "".join(f"<td>{cell}</td>" for cell in (_name(name), *sizes, *numbers, escape(how)))
-        lines.append(f"<tr{' class=unscored' if how.startswith('unscored') else ''}>{cells}</tr>")
+        lines.append(f"<tr{'' if how.scored else ' class=unscored'}>{cells}</tr>")
     return f"<table>{''.join(lines)}</table>"
 
 

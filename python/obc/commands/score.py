@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import obc
 from obc.commands import checkpoints, data
 from obc.commands.common import UsageError, require, writable
-from obc.scoring import Scores
+from obc.scoring import Coverage, Scores
 from obc.scoring.errors import ScoringError
 
 _DESCRIPTION = """\
@@ -110,14 +111,16 @@ def run(parsed: argparse.Namespace) -> int:
 
 def summary(scores: Scores) -> str:
     """How many modules were read in which way, and what is unscored by name."""
-    ways: dict[str, int] = {}
-    for how in scores.coverage.values():
-        way = how.split(",")[0]  # chains name their partner after a comma
-        ways[way] = ways.get(way, 0) + (not how.startswith("unscored"))
+    ways = Counter(_way(how) for how in scores.coverage.values() if how.scored)
     lines = [f"{len(scores)} modules scored by {scores.num_rows} rows"]
-    lines += [f"  {count} read by {way}" for way, count in ways.items() if count]
-    lines += [f"  {name}: {how}" for name, how in scores.coverage.items() if how.startswith("unscored")]
+    lines += [f"  {count} read by {way}" for way, count in ways.items()]
+    lines += [f"  {name}: {how}" for name, how in scores.coverage.items() if not how.scored]
     return "\n".join(lines)
+
+
+def _way(how: Coverage) -> Coverage:
+    """How a module was read, without the names of the modules that it shares rows with."""
+    return Coverage(how.how, how.reason, copied=how.copied, checked=how.checked)
 
 
 def _shape(batch: dict[str, Any]) -> str:

@@ -83,8 +83,8 @@ def read_rows(subject: Subject) -> GroupRows:
         modules=lambda name, module: name in wanted,
         progress=False,
     )
-    unscored = {name: how.removeprefix("unscored: ") for name, how in scores.coverage.items() if "unscored" in how}
-    return GroupRows(scores.rows, {name: why for name, why in unscored.items() if name in wanted})
+    unscored = {name: str(how.reason) for name, how in scores.coverage.items() if name in wanted and not how.scored}
+    return GroupRows(scores.rows, unscored)
 
 
 def random(subject: Subject) -> GroupScores:

@@ -1,6 +1,7 @@
 """Scoring by the Jacobian Criterion."""
 
 from obc.scoring.checkpoint import CheckpointError
+from obc.scoring.coverage import Coverage
 from obc.scoring.errors import InplaceError, SampleRowsError, ScoringError
 from obc.scoring.estimate import MemoryEstimate, memory_estimate
 from obc.scoring.label_free import LabelFreeLoss, label_free_loss
@@ -14,6 +15,7 @@ __all__ = [
     "ChannelRows",
     "ChannelScores",
     "CheckpointError",
+    "Coverage",
     "InplaceError",
     "JacobianScorer",
     "KeptRows",

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.distribution import obc_version
 from obc.model.sharding import is_sharded
+from obc.scoring.coverage import Coverage
 from obc.scoring.errors import ChainError, InplaceError, RowError, SampleRowsError, ScoringError
 from obc.scoring.reading import first_row, refusals
 from obc.scoring.reading.attachment import Attachment
@@ -405,7 +406,7 @@ class JacobianScorer:
 
     def _refuse_unscored(self, later_rows: bool = False) -> None:
         """With ``later_rows`` to come, only what they can't change: a module not used so far may be used yet."""
-        unscored = {name: how for name, how in self._coverage().items() if how.startswith("unscored")}
+        unscored = {name: how for name, how in self._coverage().items() if not how.scored}
         if later_rows:
             readers = self._plan.readers
             unscored = {name: how for name, how in unscored.items() if name not in readers or not readers[name].scored}
@@ -435,7 +436,7 @@ class JacobianScorer:
             raise ScoringError(f"strict: {message}")
         warnings.warn(message, stacklevel=6)
 
-    def _coverage(self) -> dict[str, str]:
+    def _coverage(self) -> dict[str, Coverage]:
         return self._plan.coverage(self.model, self._checked)
 
     def scores(self) -> Scores:
@@ -457,7 +458,7 @@ class JacobianScorer:
         self._refuse_unscored()
         channels = {}
         for name, reader in self._plan.readers.items():
-            if not facts.coverage[name].startswith("unscored"):
+            if facts.coverage[name].scored:
                 channels[name] = ChannelScores(_of(sums, reader.out), _of(sums, reader.in_))
         metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version() or "unknown"}
         if facts.left_out:

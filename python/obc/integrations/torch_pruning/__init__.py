@@ -345,8 +345,8 @@ class _Lookup:
             )
 
     def _note_unscored(self, name: str, default: str) -> None:
-        coverage = getattr(self._scores, "coverage", {})
-        self.unscored[name] = coverage.get(name, default).removeprefix("unscored: ")
+        found = getattr(self._scores, "coverage", {}).get(name)
+        self.unscored[name] = default if found is None else str(found.reason or found)
 
 
 def _root_idxs(item: Any) -> list[int] | None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from obc import ops
 from obc.distribution import obc_version
 from obc.model.rules import Rule, channel_count, rule_for
+from obc.scoring.coverage import Coverage
 from obc.scoring.reading.flat_row import FlatRow, Slot
 from obc.scoring.results.scores import ChannelScores, Scores
 
@@ -207,14 +208,14 @@ class GradientRows:
 
     def scores(self) -> Scores:
         """The committed scores, per module."""
-        coverage = {name: f"unscored: {reason}" for name, reason in self._unscored.items()}
+        coverage = {name: Coverage.unscored(reason) for name, reason in self._unscored.items()}
         channels = {}
         for name, (rule, out, in_) in self._modules.items():
             if getattr(self.model.get_submodule(name), rule.weight) in self._reached:
-                coverage[name] = "weight gradient at hand"
+                coverage[name] = Coverage("weight gradient at hand")
                 channels[name] = ChannelScores(self._total(out), None if in_ is None else self._total(in_))
             else:
-                coverage[name] = "unscored: no gradient reached it in any row"
+                coverage[name] = Coverage.unscored("no gradient reached it in any row")
         metadata = {"model": type(self.model).__name__, "rows": "batch", "obc": obc_version() or "unknown"}
         return Scores(channels, num_rows=self.num_rows, coverage=coverage, metadata=metadata)
 

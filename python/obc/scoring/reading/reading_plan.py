@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from obc import ops
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.model.sharding import is_sharded
+from obc.scoring.coverage import Coverage
 from obc.scoring.reading.chains import Candidates, Chains
 from obc.scoring.reading.flat_row import FlatRow, Slot
 from obc.scoring.reading.gradients import NormGradients, WeightGradient
@@ -69,35 +70,30 @@ class Plan:
         norms = [norm for part in self.norms for norm, _ in part]
         return any(parameter is known for known in (*weights, *norms))
 
-    def coverage(self, model: nn.Module, checked: bool) -> dict[str, str]:
-        """Module name -> how it is read, or "unscored: " and why not, in the order of the model."""
+    def coverage(self, model: nn.Module, checked: bool) -> dict[str, Coverage]:
+        """Module name -> how it is read, or why not, in the order of the model."""
         coverage = {}
         for name, _ in model.named_modules():
             if name in self.unscored:
-                coverage[name] = f"unscored: {self.unscored[name]}"
+                coverage[name] = Coverage.unscored(self.unscored[name])
             elif name in self.readers:
                 coverage[name] = self._how(self.readers[name], checked)
         return coverage
 
-    def _how(self, reader: Reader, checked: bool) -> str:
+    def _how(self, reader: Reader, checked: bool) -> Coverage:
         if not reader.scored:
-            return f"unscored: {reader.reason}"
+            return Coverage.unscored(str(reader.reason))
         if not self._was_used(reader):
-            return "unscored: no gradient reached it in any row"
+            return Coverage.unscored("no gradient reached it in any row")
         if reader.how == "weight gradient":
-            return f"weight gradient: {reader.reason}"
+            return Coverage(reader.how, reader.reason)
         tied = [other.name for other in self.readers.values() if other is not reader and other.weight is reader.weight]
-        with_others = f", tied with {', '.join(tied)}" if tied else ""
-        if reader.how == "gate":
-            unchecked = not checked or reader.rule.packed or not isinstance(reader.weight, nn.Parameter)
-            copied = " on a copy" if reader.copy_output else ""
-            return f"gate{copied}{' (unchecked)' if unchecked else ''}{with_others}{self._chained(reader)}"
-        return f"{reader.how}{with_others}"
-
-    def _chained(self, reader: Reader) -> str:
-        sides = [("out", reader.out)] + ([] if reader.in_ is None else [("in", reader.in_)])
-        found = [(side, self.chains.slots[slot]) for side, slot in sides if slot in self.chains.slots]
-        return "".join(f", {side} channels from {source}" for side, source in found)
+        if reader.how != "gate":
+            return Coverage(reader.how, tied=tied)
+        checked = checked and not reader.rule.packed and isinstance(reader.weight, nn.Parameter)
+        sides = {"out": reader.out} | ({} if reader.in_ is None else {"in": reader.in_})
+        chained = [(side, self.chains.slots[slot]) for side, slot in sides.items() if slot in self.chains.slots]
+        return Coverage("gate", copied=reader.copy_output, checked=checked, tied=tied, chained=chained)
 
     def _was_used(self, reader: Reader) -> bool:
         if reader.how == "weight gradient":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from obc.model.groups import ChannelGroup, Side, Sided, Slice, Slices, by_name
+from obc.scoring.coverage import Coverage
 
 Part = tuple[str, Side]
 
@@ -66,7 +67,7 @@ class GroupScores(Mapping[str, Tensor]):
 def group_scores(
     scores: Mapping[str, Sided],
     rows: Mapping[str, Sided],
-    coverage: Mapping[str, str],
+    coverage: Mapping[str, Coverage],
     groups: Sequence[ChannelGroup],
     slices: Slices,
 ) -> GroupScores:
@@ -113,8 +114,8 @@ def _check_fit(scores: Mapping[str, Sided], group: ChannelGroup) -> None:
             )
 
 
-def _reason(coverage: Mapping[str, str], part: Slice) -> str:
+def _reason(coverage: Mapping[str, Coverage], part: Slice) -> str:
     how = coverage.get(part.module)
     if how is None:
         return "the scorer has no rule for it"
-    return how.removeprefix("unscored: ") if how.startswith("unscored") else f"it has no {part.side} channels"
+    return f"it has no {part.side} channels" if how.scored else str(how.reason)

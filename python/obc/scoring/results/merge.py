@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from obc.scoring.coverage import Coverage
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -17,12 +19,12 @@ class Facts:
 
     Attributes:
         num_rows: rows that count.
-        coverage: module name -> how it is read, or "unscored: " and why not.
+        coverage: module name -> how it is read.
         left_out: the rows that were left out, each with its reason.
     """
 
     num_rows: int
-    coverage: dict[str, str]
+    coverage: dict[str, Coverage]
     left_out: list[str]
 
 
@@ -32,7 +34,7 @@ def all_facts(facts: Facts, group: Any) -> Facts:
     coverage = dict(of_all[0].coverage)
     for other in of_all[1:]:
         for name, how in other.coverage.items():
-            if coverage[name].startswith("unscored"):
+            if not coverage[name].scored:
                 coverage[name] = how
     left_out = [f"process {rank}: {what}" for rank, one in enumerate(of_all) for what in one.left_out]
     return Facts(sum(one.num_rows for one in of_all), coverage, left_out)

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from obc.distribution import install_command
 from obc.files import parse_json
 from obc.model.groups import ChannelGroup, Slices
+from obc.scoring.coverage import Coverage
 from obc.scoring.results.group_scores import GroupScores, group_scores
 from obc.scoring.results.kept_rows import KeptRows
 from obc.scoring.results.report import Report
 from obc.tensor_file import save_tensors
 
-# Files without rows stay readable for those who know the first format only.
-_FORMAT, _FORMAT_WITH_ROWS = "obc.Scores/1", "obc.Scores/2"
+_FORMAT = "obc.Scores/3"
+# Earlier files: coverage is text alone, and the second holds rows as well.
+_READABLE = ("obc.Scores/1", "obc.Scores/2", _FORMAT)
 
 
 class ScoresError(ValueError):
@@ -50,7 +52,7 @@ class Scores(Mapping[str, ChannelScores]):
 
     Attributes:
         num_rows: rows that were added.
-        coverage: module name -> how its rows were read, or "unscored: " and why not.
+        coverage: module name -> how its rows were read, or why not: :class:`obc.Coverage`, which is a string as well.
         metadata: model class, kind of rows, obc's version, rows left out.
         rows: with ``keep_rows=True`` every row by module name, :class:`obc.ChannelRows`; otherwise empty.
         report: time and memory that :func:`obc.score` took; None for scores made otherwise.
@@ -68,7 +70,7 @@ class Scores(Mapping[str, ChannelScores]):
     ) -> None:
         self._channels = dict(channels)
         self.num_rows = num_rows
-        self.coverage = dict(coverage)
+        self.coverage = {name: Coverage.parse(how) for name, how in coverage.items()}
         self.metadata = dict(metadata)
         self.rows = KeptRows([], {}) if rows is None else rows
         self.report = report
@@ -93,7 +95,7 @@ class Scores(Mapping[str, ChannelScores]):
         return "\n".join([self._headline(), *_table(self._channels, self.coverage)])
 
     def _headline(self) -> str:
-        unscored = sum(how.startswith("unscored") for how in self.coverage.values())
+        unscored = sum(not how.scored for how in self.coverage.values())
         model = self.metadata.get("model", "a model")
         rows = f"{self.num_rows} rows ({self.metadata.get('rows')})"
         return f"Scores of {model}: {len(self)} modules, {rows}, {unscored} unscored"
@@ -153,9 +155,9 @@ class Scores(Mapping[str, ChannelScores]):
                     tensors[f"{name}:{side}"] = values.detach().cpu().contiguous()
         tensors |= {f"rows:{index}": matrix for index, matrix in enumerate(self.rows.matrices)}
         metadata = {
-            "format": _FORMAT_WITH_ROWS if self.rows.matrices else _FORMAT,
+            "format": _FORMAT,
             "num_rows": str(self.num_rows),
-            "coverage": json.dumps(self.coverage),
+            "coverage": json.dumps({name: how.fields() for name, how in self.coverage.items()}),
             "metadata": json.dumps(self.metadata),
             "modules": json.dumps(list(self._channels)),
         }
@@ -185,14 +187,11 @@ class Scores(Mapping[str, ChannelScores]):
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
         except SafetensorError as error:
             raise ScoresError(f"{path} is not a score file, or is damaged: {error}") from error
-        if header.get("format") not in (_FORMAT, _FORMAT_WITH_ROWS):
-            raise ScoresError(
-                f"{path} is not a score file: format {header.get('format')!r}, expected {_FORMAT!r} or "
-                f"{_FORMAT_WITH_ROWS!r}"
-            )
+        if (form := header.get("format")) not in _READABLE:
+            raise ScoresError(f"{path} is not a score file: format {form!r}, expected one of {', '.join(_READABLE)}")
         try:
             modules = parse_json(header["modules"], list[str])
-            coverage = parse_json(header["coverage"], dict[str, str])
+            coverage = _parsed_coverage(header["coverage"])
             metadata = parse_json(header["metadata"], dict[str, str])
             num_rows = parse_json(header["num_rows"], int)
             row_columns = parse_json(header.get("row_columns", "{}"), dict[str, dict[str, list[int]]])
@@ -227,6 +226,11 @@ class Scores(Mapping[str, ChannelScores]):
         except ImportError as error:
             raise ImportError(f"Scores.plot needs matplotlib: {install_command('plot')}") from error
         _draw(Figure, self._channels, self._headline(), path)
+
+
+def _parsed_coverage(text: str) -> dict[str, Coverage]:
+    parsed = parse_json(text, dict[str, str | dict[str, Any]])
+    return {name: Coverage.parse(how) if isinstance(how, str) else Coverage(**how) for name, how in parsed.items()}
 
 
 def _loaded_rows(
@@ -268,7 +272,7 @@ def _draw(figure_class: Any, channels: Mapping[str, ChannelScores], title: str, 
     figure.savefig(path, dpi=110)
 
 
-def _table(channels: Mapping[str, ChannelScores], coverage: Mapping[str, str]) -> list[str]:
+def _table(channels: Mapping[str, ChannelScores], coverage: Mapping[str, Coverage]) -> list[str]:
     """One line a module: its channels on both sides, the range of its out-channel scores, and how it was read."""
     header = ("module", "out", "in", "min", "median", "max", "read by")
     lines: list[tuple[str, ...]] = [header]
