@@ -268,7 +268,7 @@ class _Run:
         kept = None
         if self.scorer is not None:
             scores = self.scorer.scores()
-            kept, coverage["rows"] = scores.rows, scores.coverage
+            kept, coverage["rows"] = scores.rows, {name: str(how) for name, how in scores.coverage.items()}
             left_out += [scores.metadata["left_out"]] if "left_out" in scores.metadata else []
         self._warn(coverage, left_out)
         metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version() or "unknown"}
