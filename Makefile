@@ -24,7 +24,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz nightly coverage mutation wheel lint format
+.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz nightly coverage mutation wheel examples audit licences lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -94,6 +94,17 @@ coverage: setup ## the test suite with its coverage of lines and branches
 
 mutation: setup ## a sample of mutants of reference.py, scoring/ and recovery/: which of them no test notices
 	$(BIN)/python tests/mutation.py $(ARGS)
+
+examples: setup ## run every script of examples/, in small
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/examples $(ARGS)
+
+audit: setup ## ask the index's advisories about what is installed
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --skip-editable
+
+licences: setup ## the licence of every installed package
+	$(BIN)/python -m pip install --quiet pip-licenses
+	$(BIN)/pip-licenses --order license
 
 # torch's own libraries stay outside: the importing process has its torch.
 wheel: setup ## build the source distribution and the wheel, each in isolation, into dist/

@@ -1,0 +1,40 @@
+"""Every script of examples/ runs as its first lines say, in small."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+# script -> (how it is started, its arguments, what it prints)
+RUNS: dict[str, tuple[list[str], list[str], str]] = {
+    "prune_image_model.py": ([], ["--epochs", "3"], "fine-tuned: accuracy"),
+    "prune_llm.py": ([], ["--tiny", "--seq-len", "32", "--steps", "4", "OUT"], "recovered: perplexity"),
+    "prune_detector.py": ([], [], "(4, 8, 16, 16)"),
+    "with_torch_pruning.py": ([], [], "Linear(in_features="),
+    "two_processes.py": (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+        [],
+        "8 rows on 2 processes",
+    ),
+}
+
+
+def test_every_example_is_run() -> None:
+    assert {path.name for path in EXAMPLES.glob("*.py")} == set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_example_runs(name: str, tmp_path: Path) -> None:
+    launcher, arguments, expected = RUNS[name]
+    words = [str(tmp_path / word) if word == "OUT" else word for word in arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, *launcher, str(EXAMPLES / name), *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert expected in done.stdout, done.stdout[-2000:]
