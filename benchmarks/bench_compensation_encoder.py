@@ -51,8 +51,7 @@ from torch import Tensor, nn
 
 import obc
 from benchmarks.harness import RESULTS, provenance, write
-from obc.criteria import CRITERIA as CRITERIA_OF_PRUNE
-from obc.criteria import Subject
+from obc.criteria import Subject, group_scores
 from obc.integrations.transformers import TransformersStructure
 from obc.recovery import Kept, PruningPlan, compensate
 
@@ -266,7 +265,7 @@ def criteria(encoder: Encoder, texts: Sequence[str], seed: int) -> dict[str, Cal
         return [scores[up].out_channels + scores[down].in_channels for up, down in encoder.feed_forward]
 
     def other(name: str) -> list[Tensor]:
-        found = CRITERIA_OF_PRUNE[name](_subject(encoder, texts, seed))
+        found = group_scores(name, _subject(encoder, texts, seed))
         return [found[group.name] for group in TransformersStructure(encoder.model, kinds=("ffn",)).groups]
 
     makers: tuple[Callable[[], Pruned], ...] = (

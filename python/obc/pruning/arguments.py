@@ -6,7 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from obc.criteria import CRITERIA
+from obc.criteria import Jacobian, get
+from obc.criteria.protocol import name_of
+from obc.model.groups import Slices
+from obc.selection.allocation import Allocation, allocation_of
 from obc.structures.protocol import Unit
 
 _DEFAULT_SHARE = 0.5
@@ -74,28 +77,50 @@ def positive(name: str, value: int) -> int:
 
 
 def chosen_selection(
-    criterion: str, selection: Literal["joint", "independent"] | None, slices: str
+    criterion: Any, selection: Literal["joint", "independent"] | None, slices: str
 ) -> Literal["joint", "independent"]:
     """``selection``; by default joint where the criterion has rows, one a unit, to choose sets by."""
     if selection is not None:
         return selection
-    return "joint" if criterion == "jacobian" and slices == "gate" else "independent"
+    return "joint" if has_rows(criterion) and slices == "gate" else "independent"
 
 
-def check_choices(criterion: str, selection: str, slices: str, compensate: str | None, rows: str) -> None:
+def has_rows(criterion: Any) -> bool:
+    """Whether sets of units can be chosen by the criterion's rows."""
+    return isinstance(criterion, Jacobian) or hasattr(criterion, "measure_rows")
+
+
+def chosen_criterion(criterion: Any, slices: Slices) -> tuple[Any, Slices]:
+    """The criterion, and the slices that the Jacobian Criterion reads: an object's own."""
+    found = get(criterion)
+    if isinstance(found, Jacobian):
+        if isinstance(criterion, str):
+            found = Jacobian(slices if slices in ("gate", "all") else "gate")
+        else:
+            slices = found.slices
+    return found, slices
+
+
+def chosen_allocation(allocation: Any, criterion: Any) -> Allocation:
+    """``allocation``; by default what the criterion was published with, or all units compete."""
+    if allocation is None:
+        allocation = getattr(criterion, "allocation", None) or "global"
+    return allocation_of(allocation)
+
+
+def check_choices(criterion: Any, selection: str, slices: str, compensate: str | None, rows: str) -> None:
     for name, value, allowed in (
-        ("criterion", criterion, tuple(CRITERIA)),
         ("selection", selection, ("joint", "independent")),
         ("slices", slices, ("gate", "all")),
-        ("compensate", compensate, (None, "ls", "seq")),
+        ("compensate", compensate, (None, "mean", "ls", "seq")),
         ("rows", rows, ("batch", "sample")),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-    if selection == "joint" and criterion != "jacobian":
+    if selection == "joint" and not has_rows(criterion):
         raise ValueError(
-            f"selection='joint' needs rows, which criterion={criterion!r} has none of; leave selection out, or pass "
-            "criterion='jacobian'"
+            f"selection='joint' needs rows, which criterion={name_of(criterion)!r} has none of; leave selection out, "
+            "or pass criterion='jacobian'"
         )
     if selection == "joint" and slices != "gate":
         raise ValueError("selection='joint' works on one row per unit; pass slices='gate', or selection='independent'")

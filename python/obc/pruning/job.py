@@ -9,20 +9,25 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from obc.criteria import CRITERIA, Subject, read_rows
+from obc.criteria import Jacobian, Subject
+from obc.criteria.protocol import name_of
+from obc.criteria.rows import read_rows
+from obc.criteria.scoring import collected, scored
 from obc.model.groups import ChannelGroup
 from obc.pruning.arguments import Budget
 from obc.pruning.final_proof import FinalProof
 from obc.pruning.report import PruningReport, PruningResult, StepReport
 from obc.recovery.calibration import recalibrate_norms
-from obc.selection import Costs, select
-from obc.selection.uniform import permitted_widths, select_uniform
+from obc.selection import Costs
+from obc.selection.allocation import Allocation, Task
+from obc.selection.uniform import permitted_widths
+from obc.statistics.results import Statistics
 from obc.structures.protocol import Limits, Structure, Unit
 
 logger = logging.getLogger("obc")
@@ -47,7 +52,8 @@ def timed(report: PruningReport, part: str) -> Iterator[None]:
 class Choice:
     """How channels are chosen."""
 
-    criterion: str
+    criterion: Any
+    allocation: Allocation
     selection: Literal["joint", "independent"]
     per_cost: bool
     shrinkage: float | None
@@ -72,6 +78,7 @@ class Job:
         self.structure, self.subject, self.report = structure, subject, report
         self.budget, self.choice, self.recalibrate = budget, choice, recalibrate
         self.widths = {group.name: group.size for group in structure.groups}
+        self._importance: Mapping[str, float] = {}
         self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
         self.full = self.unpruned[budget.unit]
         report.left_out = dict(getattr(structure, "left_out", {}))
@@ -140,57 +147,70 @@ class Job:
 
     def _rows(self, subject: Subject) -> dict[str, Tensor]:
         """(N, units) rows of every group for joint selection, its (units,) scores for the independent one."""
-        if self.choice.criterion == "jacobian":
-            found = read_rows(subject)
-            self.report.unscored.update(found.unscored)
-            joint = self.choice.selection == "joint"
-            values = [
-                group.gate_rows(found.rows) if joint else group.scores(found.rows, subject.slices)
-                for group in subject.groups
-            ]
-            named = zip(subject.groups, values, strict=True)
-            rows = {group.name: of_group for group, of_group in named if of_group is not None}
-            if rows and not any(bool(of_group.any()) for of_group in rows.values()):
-                raise ValueError(
-                    "all rows are zero, so that no choice is better than another: no loss depends on what can be "
-                    "pruned; check loss_fn, and rows='sample' with losses that couple samples (then rows='batch')"
-                )
+        criterion, also = self.choice.criterion, tuple(getattr(self.choice.allocation, "needs", ()))
+        if isinstance(criterion, Jacobian):
+            rows = self._jacobian(subject)
+        elif self.choice.selection == "joint":
+            rows = criterion.measure_rows(subject)
         else:
-            rows = CRITERIA[self.choice.criterion](subject)
+            rows, statistics = scored(criterion, subject, also)
+            self._note_importance(statistics)
+            also = ()
+        if also:
+            self._note_importance(collected([], also, subject))
         for name in {group.name for group in subject.groups} - set(rows):
-            self.report.left_out[name] = f"the criterion {self.choice.criterion!r} has nothing to score in it"
+            self.report.left_out[name] = f"the criterion {name_of(criterion)!r} has nothing to score in it"
+        if not rows:
+            raise ValueError(
+                f"the criterion {name_of(criterion)!r} scores no group of this model{self._reasons()}; it scores "
+                f"{criterion.about.kinds if getattr(criterion, 'about', None) else 'other units'}"
+            )
         return rows
 
+    def _jacobian(self, subject: Subject) -> dict[str, Tensor]:
+        found = read_rows(subject)
+        self.report.unscored.update(found.unscored)
+        joint = self.choice.selection == "joint"
+        values = [
+            group.gate_rows(found.rows) if joint else group.scores(found.rows, subject.slices)
+            for group in subject.groups
+        ]
+        named = zip(subject.groups, values, strict=True)
+        rows = {group.name: of_group for group, of_group in named if of_group is not None}
+        if rows and not any(bool(of_group.any()) for of_group in rows.values()):
+            raise ValueError(
+                "all rows are zero, so that no choice is better than another: no loss depends on what can be "
+                "pruned; check loss_fn, and rows='sample' with losses that couple samples (then rows='batch')"
+            )
+        return rows
+
+    def _note_importance(self, statistics: Statistics) -> None:
+        """What a profile follows."""
+        importance = getattr(self.choice.allocation, "importance", None)
+        self._importance = {} if importance is None else importance(statistics)
+
     def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float, goal: float) -> dict[str, Tensor]:
-        """What ``obc.select`` removes to free ``excess``, of the ``goal`` of all steps; each warning is told once."""
+        """What the allocation removes to free ``excess``, of the ``goal`` of all steps; each warning is told once."""
         choice, limits = self.choice, self._limits()
+        task = Task(
+            rows,
+            self.structure.groups,
+            costs,
+            excess,
+            selection=choice.selection,
+            shrinkage=choice.shrinkage,
+            per_cost=choice.per_cost,
+            min_units=limits.min_units,
+            round_to=limits.round_to,
+            full_widths=self.widths,
+            families=limits.families,
+            widths=limits.widths,
+            goal=goal,
+            importance=self._importance,
+        )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            if limits.families:
-                removed = select_uniform(
-                    rows,
-                    costs,
-                    excess,
-                    limits.families,
-                    selection=choice.selection,
-                    shrinkage=choice.shrinkage,
-                    min_units=limits.min_units,
-                    round_to=limits.round_to,
-                    full_widths=self.widths,
-                    widths=limits.widths,
-                    goal=goal,
-                )
-            else:
-                removed = select(
-                    rows,
-                    costs,
-                    excess,
-                    selection=choice.selection,
-                    shrinkage=choice.shrinkage,
-                    per_cost=choice.per_cost,
-                    min_units={name: limits.min_units[name] for name in rows},
-                    round_to={name: limits.round_to[name] for name in rows},
-                )
+            removed = choice.allocation.select(task)
         for warning in caught:
             self._warn(str(warning.message))
         return removed

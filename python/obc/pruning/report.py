@@ -10,6 +10,7 @@ from torch import nn
 
 from obc.model.plan import PruningPlan
 from obc.recovery.compensate import CompensationReport
+from obc.recovery.mean_bias import MeansReport
 from obc.structures.proof import Proof
 from obc.structures.protocol import Unit
 
@@ -61,6 +62,7 @@ class PruningReport:
         tolerance: the difference that rounding explains (:class:`obc.structures.comparison.Observation`).
         unproved: groups, or "the whole model", of which nothing could be proved -> why.
         compensation: the report of :func:`obc.compensate`, where it was asked for.
+        means: what biases took over, with ``compensate="mean"``.
     """
 
     budget: Unit = "macs"
@@ -79,12 +81,14 @@ class PruningReport:
     tolerance: float | None = None
     unproved: dict[str, str] = field(default_factory=dict)
     compensation: CompensationReport | None = None
+    means: MeansReport | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain Python values, for JSON; of the compensation what its report says about layers."""
         fields = {name: value for name, value in vars(self).items() if name != "compensation"}
         fields["steps"] = [asdict(step) for step in self.steps]
         fields["proof"] = None if self.proof is None else asdict(self.proof)
+        fields["means"] = None if self.means is None else asdict(self.means)
         if self.compensation is not None:
             fields["compensation"] = {
                 "naive_error": self.compensation.naive_error,

@@ -10,17 +10,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from obc.criteria import ForwardFn, LossFn, Subject
-from obc.model.evaluation import call_on_batch
+from obc.criteria import Subject
+from obc.criteria.protocol import LossFn
+from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import Slices
 from obc.model.names import named_tensors
 from obc.model.plan import PruningPlan
-from obc.pruning.arguments import Budget, check_choices, chosen_selection, positive, repeatable
+from obc.pruning.arguments import (
+    Budget,
+    check_choices,
+    chosen_allocation,
+    chosen_criterion,
+    chosen_selection,
+    positive,
+    repeatable,
+)
 from obc.pruning.final_proof import FinalProof, prove_groups, run_on
 from obc.pruning.job import Choice, Job, timed
 from obc.pruning.report import PruningReport, PruningResult
 from obc.pruning.snapshot import Snapshot
 from obc.recovery.compensate import compensate as compensate_model
+from obc.recovery.mean_bias import absorb_means
 from obc.scoring.label_free import label_free_loss
 from obc.structures.protocol import Structure
 
@@ -33,14 +43,15 @@ def prune(
     *,
     macs: float | None = None,
     params: float | None = None,
-    criterion: str = "jacobian",
+    criterion: str | Any = "jacobian",
+    allocation: str | Any | None = None,
     selection: Literal["joint", "independent"] | None = None,
     steps: int | Sequence[float] = 8,
     slices: Slices = "gate",
-    per_macs: bool = True,
+    per_macs: bool | None = None,
     recalibrate: bool = True,
     labels: bool = True,
-    compensate: Literal["ls", "seq"] | None = None,
+    compensate: Literal["mean", "ls", "seq"] | None = None,
     rows: Literal["batch", "sample"] = "batch",
     micro_batch: int | None = None,
     ignored_layers: Sequence[nn.Module | str] = (),
@@ -78,18 +89,24 @@ def prune(
             With ``labels=False`` it may be None, or stands for ``forward_fn``.
         macs: the share of MACs that remains, in (0, 1]; 0.5 where ``params`` is not given either.
         params: instead of ``macs``, the share of parameters that remains.
-        criterion: "jacobian", "random", "l1", "l2", "bn_scale", "fpgm", "whc", "taylor", "fisher" or "reconstruction":
-            see :mod:`obc.criteria`.
+        criterion: "jacobian" or another name of ``obc.criteria.available()`` (docs/criteria.md); an object with
+            ``needs`` and ``score(group, statistics, model)``; or such a function.
+        allocation: how much each group loses: "global" (all units compete), "uniform" (equal shares), "equal" (equal
+            widths of groups of one kind), "profile" (blocks that change their input more keep more), "two_classes"
+            (attention apart), a mapping of names to strengths, or an object of :mod:`obc.selection.allocation`. None:
+            what the criterion was published with, else "global".
         selection: "joint" chooses sets of units by their rows, which only "jacobian" has; "independent" ranks single
             units by their scores. None: joint where the criterion has rows and ``slices`` is "gate".
         steps: how often to score and remove; or the shares to reach, descending to ``macs`` or ``params``.
         slices: "gate": one row per unit, of all its consumers together. "all": every slice is squared by itself, as in
             the paper; for independent selection.
         per_macs: weigh what a unit costs the loss by the MACs (with ``params``: parameters) that its removal frees.
+            None: unless the criterion's scores are standardised or ranks.
         recalibrate: estimate BatchNorm statistics anew after every step.
         labels: False scores without labels: rows are gradients of random projections of the model's outputs.
         compensate: "ls" or "seq": at the end the consumers take over, by least squares, what the dropped channels
-            carried (:func:`obc.compensate`). Needs a copy of the unpruned model meanwhile.
+            carried (:func:`obc.compensate`). "mean": their biases take what the dropped channels carried on average
+            (:func:`obc.recovery.mean_bias.absorb_means`). Needs a copy of the unpruned model meanwhile.
         rows: "batch" or "sample": what one row is.
         micro_batch: the Jacobian Criterion runs batches in parts of at most so many samples (:func:`obc.score`).
         ignored_layers: layers or their names whose outputs keep their widths.
@@ -116,9 +133,14 @@ def prune(
     """
     budget = Budget.of(macs, params)
     schedule = budget.schedule(steps)
+    criterion, slices = chosen_criterion(criterion, slices)
     selection = chosen_selection(criterion, selection, slices)
     check_choices(criterion, selection, slices, compensate, rows)
-    choice = Choice(criterion, selection, per_macs, shrinkage, positive("min_units", min_units), round_to)
+    per_cost = getattr(criterion, "per_cost", True) if per_macs is None else per_macs
+    least = positive("min_units", min_units)
+    choice = Choice(
+        criterion, chosen_allocation(allocation, criterion), selection, per_cost, shrinkage, least, round_to
+    )
     if round_to is not None:
         positive("round_to", round_to)
     batches = repeatable(batches)
@@ -144,7 +166,11 @@ def prune(
             _verify(structure.plan, snapshot.tensors(), model, recalibrate)
             if final_proof is not None:
                 final_proof.check(model, report)
-        if original is not None and compensate is not None:
+        if original is not None and compensate == "mean":
+            with timed(report, "compensate"):
+                report.means = absorb_means(model, original, structure.plan, batches, forward)
+                report.warnings += report.means.warnings
+        elif original is not None and compensate is not None:
             with timed(report, "compensate"):
                 report.compensation = compensate_model(
                     model,
@@ -152,7 +178,7 @@ def prune(
                     structure.plan,
                     batches,
                     forward,
-                    mode=compensate,
+                    mode="seq" if compensate == "seq" else "ls",
                     recalibrate_norms=recalibrate,
                     progress=progress,
                 )

@@ -30,6 +30,7 @@ def select_uniform(
     full_widths: Mapping[str, int] | None = None,
     widths: Mapping[str, Collection[int]] | None = None,
     goal: float | None = None,
+    shares: Callable[[str, float], float] | None = None,
 ) -> dict[str, Tensor]:
     """Units to remove that free ``budget``, with equal widths within every family.
 
@@ -50,6 +51,8 @@ def select_uniform(
         widths: by group, the only ones that it may come to; any where it is not named. The width now is permitted.
         goal: what this and later calls free together: no family goes below the width that it has in the end, however
             far apart the permitted ones are. By default the budget.
+        shares: shares(name of a family's first group, level) -> the share that it keeps at a level in [0, 1]; grows
+            with the level up to 1. By default every family keeps the level itself.
 
     Returns:
         By group the indices of the units to remove: int64, ascending, on the CPU.
@@ -77,9 +80,9 @@ def select_uniform(
         return costs.total() - costs.total(torch.tensor([now[name] for name in costs.names]))
 
     if goal is not None and goal > budget:
-        final = _widths(limits, freed, goal)
+        final = _widths(limits, freed, goal, shares)
         limits = [limit.at_least(final[limit.family[0]]) for limit in limits]
-    kept = _widths(limits, freed, budget)
+    kept = _widths(limits, freed, budget, shares)
     removed = {name: torch.empty(0, dtype=torch.int64) for name in rows_by_group}
     for name, width in kept.items():
         if width < sizes[name]:
@@ -107,11 +110,19 @@ def permitted_widths(size: int, lowest: int, multiple: int, only: Collection[int
     return [*(width for width in range(least, size, multiple) if only is None or width in only), size]
 
 
-def _widths(limits: Sequence[_Limits], freed: Callable[[Mapping[str, int]], float], budget: float) -> dict[str, int]:
-    """By group, the widths at the largest share that frees the budget."""
+def _widths(
+    limits: Sequence[_Limits],
+    freed: Callable[[Mapping[str, int]], float],
+    budget: float,
+    shares: Callable[[str, float], float] | None,
+) -> dict[str, int]:
+    """By group, the widths at the largest level that frees the budget."""
 
-    def kept(share: float) -> dict[str, int]:
-        return {name: limit.width(share) for limit in limits for name in limit.family}
+    def share_of(limit: _Limits, level: float) -> float:
+        return level if shares is None else shares(limit.family[0], level)
+
+    def kept(level: float) -> dict[str, int]:
+        return {name: limit.width(share_of(limit, level)) for limit in limits for name in limit.family}
 
     most = freed(kept(0.0))
     if most < budget:
@@ -125,7 +136,7 @@ def _widths(limits: Sequence[_Limits], freed: Callable[[Mapping[str, int]], floa
             too_large = middle
     widths = kept(enough)
     for limit in limits:
-        wider = widths | dict.fromkeys(limit.family, limit.width_above(too_large))
+        wider = widths | dict.fromkeys(limit.family, limit.width_above(share_of(limit, too_large)))
         if wider[limit.family[0]] > widths[limit.family[0]] and freed(wider) >= budget:
             widths = wider
     return widths

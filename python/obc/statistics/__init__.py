@@ -10,6 +10,7 @@ from obc.statistics.moments import ChannelMoments, Moments
 from obc.statistics.results import Statistics
 from obc.statistics.rows import Rows
 from obc.statistics.run import collect
+from obc.statistics.weight_gradients import WeightGradients, WeightGradientSums
 
 __all__ = [
     "BlockSums",
@@ -25,6 +26,8 @@ __all__ = [
     "Rows",
     "Statistics",
     "StatisticsError",
+    "WeightGradientSums",
+    "WeightGradients",
     "collect",
     "memory_estimate",
     "residual_blocks",

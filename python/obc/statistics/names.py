@@ -12,11 +12,12 @@ from obc.statistics.gram import Gram
 from obc.statistics.moments import Moments
 from obc.statistics.reader import Statistic
 from obc.statistics.rows import Rows
+from obc.statistics.weight_gradients import WeightGradients
 
 Chosen = Statistic | Rows
 
-STATISTICS: dict[str, type[Rows | Moments | Gram | GradientMoments | Experts | Blocks]] = {
-    kind.name: kind for kind in (Rows, Moments, Gram, GradientMoments, Experts, Blocks)
+STATISTICS: dict[str, type[Rows | Moments | Gram | GradientMoments | Experts | Blocks | WeightGradients]] = {
+    kind.name: kind for kind in (Rows, Moments, Gram, GradientMoments, Experts, Blocks, WeightGradients)
 }
 
 

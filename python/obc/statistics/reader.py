@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -65,6 +65,9 @@ class Reader:
 
     def part_ends(self) -> None:
         """The part, forward and backward, is over."""
+
+    def batch_ends(self) -> None:
+        """All parts of the batch are over."""
 
     def result(self, fields: Mapping[str, Tensor]) -> Any:
         """What the sums of one module are given back as."""
@@ -196,16 +199,3 @@ def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | Non
 def flat_rows(x: Tensor, channel_dim: int) -> Tensor:
     """(positions, C) of a layer's input."""
     return x.movedim(channel_dim, -1).reshape(-1, x.shape[channel_dim])
-
-
-def of_named(model: nn.Module, modules: Sequence[str] | None, what: str) -> Iterator[tuple[str, nn.Module]]:
-    """The named modules, or all of them.
-
-    Raises:
-        StatisticsError: the model has no module of a name.
-    """
-    found = dict(named_modules(model))
-    for name in found if modules is None else modules:
-        if name not in found:
-            raise StatisticsError(f"{what}: the model has no module {name!r}")
-        yield name, found[name]

@@ -9,7 +9,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -22,6 +21,7 @@ from obc.statistics.experts import ExpertSums
 from obc.statistics.gradient_moments import ChannelGradients
 from obc.statistics.gram import GramSum
 from obc.statistics.moments import ChannelMoments
+from obc.statistics.weight_gradients import WeightGradientSums
 from obc.tensor_file import save_tensors
 
 _FORMAT = "obc.Statistics/1"
@@ -33,7 +33,10 @@ RESULTS: dict[str, type[Any]] = {
     "gradient_moments": ChannelGradients,
     "experts": ExpertSums,
     "blocks": BlockSums,
+    "weight_gradients": WeightGradientSums,
 }
+
+OPTIONAL = (("weight_gradients", "square"),)  # what a statistic may have left out
 
 Value = TypeVar("Value")
 
@@ -124,6 +127,10 @@ class Statistics:
     def blocks(self) -> ByModule[BlockSums]:
         return self._of("blocks")
 
+    @property
+    def weight_gradients(self) -> ByModule[WeightGradientSums]:
+        return self._of("weight_gradients")
+
     def require(self, names: Sequence[str], what: str) -> None:
         """Check that these statistics are here.
 
@@ -169,7 +176,7 @@ class Statistics:
                     of_field = getattr(value, field.name)
                     if isinstance(of_field, Tensor):
                         tensors[f"{name}:{field.name}:{module}"] = of_field
-                    else:
+                    elif of_field is not None:
                         plain[field.name] = of_field
         header: dict[str, Any] = {
             "numbers": numbers,
@@ -221,9 +228,8 @@ class Statistics:
                 parts: dict[str, Any] = dict(plain)
                 for field in fields(kind):
                     if field.name not in parts:
-                        parts[field.name] = tensors[f"{name}:{field.name}:{module}"]
-                        if parts[field.name].dtype != torch.float64:
-                            raise ValueError(f"{name} of {module!r} is {parts[field.name].dtype}")
+                        key = f"{name}:{field.name}:{module}"
+                        parts[field.name] = tensors.get(key) if (name, field.name) in OPTIONAL else tensors[key]
                 values[name][module] = kind(**parts)
         columns = parse_json(header["rows"], dict[str, dict[str, list[int]]] | None)
         report = parse_json(header["report"], dict[str, float | None] | None)

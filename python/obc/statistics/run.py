@@ -64,6 +64,7 @@ def collect(
     "moments"            consumers' inputs     forward  n, x, x^2, |x|, (mean |x| of a sample)^2, per channel
     "gram"               consumers' inputs     forward  omega x x^T and omega x, per pair of channels
     "gradient_moments"   consumers' inputs     loss     |g| and g^2 of g = dL/dx, per channel
+    "weight_gradients"   weights               loss     dL/dw (and its square), per weight: of the model's size
     "experts"            mixtures of experts   forward  tokens, g, |f(x)|, g |f(x)|, per expert
     "blocks"             residual blocks       forward  cosine, angle, squared norms of input, output, difference
     ==================== ===================== ======== ===========================================================
@@ -109,6 +110,8 @@ def collect(
                 f"{name or 'the model'} is compiled, so that hooks are not seen; collect, then compile"
             )
     chosen = chosen_statistics(statistics)
+    if {"rows", "weight_gradients"} <= {one.name for one in chosen}:
+        raise StatisticsError("rows freeze the weights: collect 'weight_gradients' in a run of its own")
     if loss_fn is None and (needy := [one.name for one in chosen if one.backward]):
         raise StatisticsError(f"{needy[0]!r} needs gradients: pass loss_fn, or obc.scoring.label_free_loss()")
     run = _Run(model, chosen, groups, rows, micro_batch, process_group)
@@ -196,6 +199,8 @@ class _Run:
             fast = torch.backends.mha.get_fastpath_enabled()
             stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
             torch.backends.mha.set_fastpath_enabled(False)  # it calls no module
+            if self.backward and self.scorer is None:
+                stack.enter_context(_frozen(self.model))
             for reader in self.readers.values():
                 for handle in reader.attach():
                     stack.callback(handle.remove)
@@ -204,7 +209,6 @@ class _Run:
                 return
             loss = WatchedLoss(call, self.part, list(self.readers.values()))
             if self.scorer is None:
-                stack.enter_context(_frozen(self.model))
                 yield lambda batch: self._with_backward(
                     lambda: run_backward(self.model, loss, self.done, batch, self.rows, self.micro_batch)
                 )
@@ -245,6 +249,7 @@ class _Run:
     def _commit(self) -> None:
         with torch.no_grad():
             for reader in self.readers.values():
+                reader.batch_ends()
                 reader.sums.commit(self.done)
 
     def statistics(self) -> Statistics:

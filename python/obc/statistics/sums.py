@@ -22,12 +22,17 @@ class Sums:
         name: of the statistic.
         checked: what of a summand shows whether it is finite; all of it by default.
         to: where the totals lie; None: where the summands do.
+        dtype: of the totals.
     """
 
     def __init__(
-        self, name: str, checked: Callable[[Tensor], Tensor] = lambda values: values, to: torch.device | None = None
+        self,
+        name: str,
+        checked: Callable[[Tensor], Tensor] = lambda values: values,
+        to: torch.device | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
-        self.name, self.checked, self.to = name, checked, to
+        self.name, self.checked, self.to, self.dtype = name, checked, to, dtype
         self.totals: dict[Key, Tensor] = {}
         self.left_out: list[str] = []
         self._batch: dict[Key, Tensor] = {}
@@ -109,13 +114,13 @@ class Sums:
                     )
         device = next((total.device for total in self.totals.values()), torch.device("cpu"))
         for key in sorted(shapes):
-            total = self.totals.setdefault(key, torch.zeros(shapes[key], dtype=torch.float64, device=device))
+            total = self.totals.setdefault(key, torch.zeros(shapes[key], dtype=self.dtype, device=device))
             dist.all_reduce(total, group=group)  # type: ignore[arg-type]
 
     def _total(self, key: Key, like: Tensor) -> Tensor:
         device = self.to or like.device
         if key not in self.totals:
-            self.totals[key] = torch.zeros(like.shape, dtype=torch.float64, device=device)
+            self.totals[key] = torch.zeros(like.shape, dtype=self.dtype, device=device)
         elif self.totals[key].device != device:  # loaded from a checkpoint
             self.totals[key] = self.totals[key].to(device)
         return self.totals[key]

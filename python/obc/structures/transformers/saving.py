@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from obc.files import atomic_write
 from obc.model.kept import Kept, PlanError
+from obc.model.layouts import layout_of
 from obc.model.plan import PruningPlan
 from obc.structures.transformers.blocks import DEFAULT_KINDS, Block
 from obc.structures.transformers.structure import TransformersStructure
@@ -86,6 +87,7 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
     config_class: Any = chosen.config_class  # type: ignore[union-attr]
     model: Any = chosen(config_class.from_pretrained(folder))
     cut_to(model, plan)
+    _create_biases(model, state)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if shapes.get(name) != tuple(tensor.shape):
@@ -108,6 +110,15 @@ def is_saved_pruned(directory: str | os.PathLike[str]) -> bool:
             return (file.metadata() or {}).get("obc_format") == _FORMAT
     except SafetensorError:
         return False
+
+
+def _create_biases(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give layers the biases that were created after pruning, which no config says."""
+    modules = dict(model.named_modules())
+    for name, tensor in state.items():
+        module = modules.get(name.removesuffix(".bias"))
+        if name.endswith(".bias") and module is not None and layout_of(module) is not None and module.bias is None:
+            module.bias = nn.Parameter(torch.empty_like(tensor))
 
 
 def cut_to(model: nn.Module, plan: PruningPlan) -> None:

@@ -1,0 +1,141 @@
+"""Criteria of input moments: FLAP, Wanda-sp, Minitron, CFSP. Forward passes alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from obc.criteria.protocol import About, Criterion
+from obc.criteria.units import TINY, Consumer, standardised, sum_over_consumers
+from obc.model.groups import ChannelGroup
+from obc.selection.allocation import BlockProfile
+from obc.statistics.results import Statistics
+
+
+class FLAP(Criterion):
+    """S_j = Var(x_j) |W_:j|^2 of every in channel, standardised within the consumer; a unit's is its channels' mean.
+
+    FLAP (An et al., arXiv 2312.11983, "WIFV"): one threshold for all groups; what dropped channels carried on average
+    goes into the consumer's bias, ``compensate="mean"``.
+
+    Args:
+        standardise: False leaves S as it is.
+    """
+
+    name = "flap"
+    about = About(
+        "FLAP (WIFV); the criterion of HARP's and LOP's feed-forward part",
+        "arXiv 2312.11983",
+        "z-score within the layer of Var(x_j) |W_:j|^2",
+        "forward",
+        differs="copies in HARP and CFSP prune feed-forward channels only, with a running variance that starts at 0",
+    )
+    needs = ("moments",)
+    update = "mean"
+    per_cost = False
+
+    def __init__(self, standardise: bool = True) -> None:
+        self.standardise = standardise
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        def value(consumer: Consumer) -> Tensor:
+            fluctuation = statistics.moments[consumer.name].variance.cpu() * consumer.square
+            if not self.standardise:
+                return fluctuation[consumer.channels].mean(1)
+            scores = torch.zeros_like(fluctuation)
+            used = consumer.channels.flatten()
+            scores[used] = standardised(fluctuation[used])
+            return scores[consumer.channels].mean(1)
+
+        return sum_over_consumers(group, model, value)
+
+
+class WandaSP(Criterion):
+    """S_j = sqrt(E x_j^2) sum_i |W_ij| of every in channel, added over a unit's channels.
+
+    Wanda (Sun et al., arXiv 2306.11695) by columns, the baseline of FLAP's code; equal shares in every group.
+    """
+
+    name = "wanda_sp"
+    about = About(
+        "Wanda-sp",
+        "arXiv 2306.11695; code of FLAP",
+        "sum over the unit's channels j of sqrt(E x_j^2) sum_i |W_ij|",
+        "forward",
+        differs="the code takes |x_j|_2 over all tokens, a common factor",
+    )
+    needs = ("moments",)
+    allocation = "uniform"
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        def value(consumer: Consumer) -> Tensor:
+            moments = statistics.moments[consumer.name]
+            rms = (moments.square.cpu() / moments.count).sqrt()
+            return (rms * consumer.columns.abs().sum(1))[consumer.channels].sum(1)
+
+        return sum_over_consumers(group, model, value)
+
+
+class Minitron(Criterion):
+    """s_u = |s_c over the unit's channels c|_2, s_c = sqrt(sum over samples of (mean over tokens of |x_c|)^2).
+
+    Minitron (Muralidharan et al., arXiv 2407.14679) and Minitron-SSM (arXiv 2504.11409), as in Model-Optimizer: at the
+    input of the second feed-forward layer, of the attention's output projection, of Mamba's. Equal widths.
+    """
+
+    name = "minitron"
+    about = About(
+        "Minitron, Minitron-SSM (activations)",
+        "arXiv 2407.14679, 2504.11409; code NVIDIA/Model-Optimizer",
+        "norm over the unit's channels of sqrt(sum_b (mean_t |x_btc|)^2)",
+        "forward",
+        differs="its code adds calls up instead of taking means, which leaves the order as it is",
+        missing="hidden size by post-norm activations; candidates of widths and distillation: use a trainer",
+    )
+    needs = ("moments",)
+    allocation = "equal"
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        def value(consumer: Consumer) -> Tensor:
+            squares = statistics.moments[consumer.name].mean_absolute_square.cpu()
+            return squares[consumer.channels].sum(1).sqrt()
+
+        return sum_over_consumers(group, model, value)
+
+
+class CFSP(Criterion):
+    """Fine score of CFSP (code wyxscir/CFSP): |x_j|_2^power; coarse shares by the angle between a block's ends.
+
+    Args:
+        weights: False: the released code, whose weight terms cancel: each of the three |W| / sum |W| sums to 1 over the
+            axis that is averaged, so that S_j = (3 / hidden) |x_j|_2^power. True: |x_j|_2^power times the mean over
+            outputs i of |W_ij| / sum_k |W_ik| in the consumer, the term of the paper's relative weights that sees x_j.
+        power: of the norm.
+    """
+
+    name = "cfsp"
+    about = About(
+        "CFSP",
+        "code wyxscir/CFSP",
+        "|x_j|_2^power; shares of a sigmoid of the blocks' angular distance",
+        "forward",
+        kinds="feed-forward channels, heads",
+        differs="the weight terms of its code cancel (weights=False, default); weights=True has the paper's",
+        missing="LoRA ranks by block importance",
+    )
+    needs = ("moments", "blocks")
+    per_cost = False
+
+    def __init__(self, weights: bool = False, power: float = 1.0) -> None:
+        self.weights, self.power = weights, power
+        self.allocation = BlockProfile("angle", "sigmoid")
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        def value(consumer: Consumer) -> Tensor:
+            norms = statistics.moments[consumer.name].square.cpu().sqrt().pow(self.power)
+            if self.weights:
+                absolute = consumer.columns.abs()
+                norms = norms * (absolute / absolute.sum(0).clamp_min(TINY)).mean(1)
+            return norms[consumer.channels].sum(1)
+
+        return sum_over_consumers(group, model, value)

@@ -1,0 +1,96 @@
+"""How much of what its consumers compute is lost with each unit, from unlabelled batches and without gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from obc.model.evaluation import evaluating
+from obc.model.groups import ChannelGroup, Slice
+from obc.model.layouts import layout_of
+
+
+def relative_errors(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    batches: Iterable[Any],
+    forward_fn: Callable[[nn.Module, Any], Any],
+) -> dict[str, Tensor]:
+    """Per group (units,) float64: the sum over consumers m of E|W_m x_u|^2 / E|y_m|^2.
+
+    x_u is what of the consumer's input x belongs to unit u, y_m its output, and E runs over all batches and positions.
+    Cost: about two forward passes of the consumers.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    modules = dict(model.named_modules())
+    consumed: dict[str, list[tuple[str, Slice]]] = {}
+    for group in groups:
+        for part in group.consumers:
+            if part.module in modules and layout_of(modules[part.module]) is not None:
+                consumed.setdefault(part.module, []).append((group.name, part))
+    energies: dict[tuple[str, str], Tensor] = {}
+    outputs: dict[str, float] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def accumulate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            outputs[name] = outputs.get(name, 0.0) + float(output.double().square().sum())
+            for group_name, part in consumed[name]:
+                energy = _energies(module, x, part)
+                energies[group_name, name] = energies.get((group_name, name), torch.zeros_like(energy)) + energy
+
+        return accumulate
+
+    handles = [modules[name].register_forward_hook(hook(name), with_kwargs=True) for name in consumed]
+    count = 0
+    try:
+        with evaluating(model), torch.no_grad():
+            for count, batch in enumerate(batches, 1):  # noqa: B007 - how many there were
+                forward_fn(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if count == 0:
+        raise ValueError("batches is empty: there is nothing to reconstruct; a generator can be read only once")
+    found: dict[str, Tensor] = {}
+    for (group_name, name), energy in energies.items():
+        relative = energy / max(outputs[name], torch.finfo(torch.float64).tiny)
+        found[group_name] = relative if group_name not in found else found[group_name] + relative
+    return found
+
+
+def _energies(module: nn.Module, x: Tensor, part: Slice) -> Tensor:
+    """(units,) float64: the sum of squares of what a layer makes of each unit's channels alone, without its bias."""
+    channels = part.channels.to(x.device)
+    if not isinstance(module, _ConvNd):
+        return _linear_energies(module, x, channels)
+    return torch.stack([_alone(module, of_unit)(x[:, of_unit]).double().square().sum() for of_unit in channels])
+
+
+def _linear_energies(module: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
+    """Sum over positions p and outputs o of (sum_k W[o, u, k] x[p, u, k])^2, by the k x k moments of x and of W."""
+    layout, weight = layout_of(module), module.weight
+    assert layout is not None
+    assert isinstance(weight, Tensor)
+    columns = (weight.T if layout.transposed else weight).double()[:, channels]  # (out, units, k)
+    inputs = x.reshape(-1, x.shape[-1]).double()[:, channels]  # (positions, units, k)
+    of_weight, of_input = (torch.einsum("puk,pul->ukl", t, t) for t in (columns, inputs))
+    return (of_weight * of_input).sum((1, 2))
+
+
+def _alone(module: _ConvNd, channels: Tensor) -> nn.Module:
+    """The layer with these in channels alone, one or more in each of its groups, and without a bias."""
+    alone = copy.copy(module)
+    alone.__dict__ = dict(module.__dict__)
+    alone._forward_hooks, alone._forward_pre_hooks = type(module._forward_hooks)(), type(module._forward_hooks)()
+    weight = module.weight
+    chosen = weight[channels] if module.transposed else weight[:, (channels % weight.shape[1]).unique()]
+    alone._parameters = {"weight": nn.Parameter(chosen, requires_grad=False), "bias": None}
+    return alone

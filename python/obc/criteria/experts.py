@@ -1,0 +1,84 @@
+"""Criteria of whole experts: REAP, frequency, activation norms. Forward passes alone."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import Tensor, nn
+
+from obc.criteria.protocol import About, Criterion
+from obc.model.groups import ChannelGroup
+from obc.statistics.experts import Experts, ExpertSums, Gates
+from obc.statistics.results import Statistics
+
+logger = logging.getLogger("obc")
+
+
+class ExpertCriterion(Criterion):
+    """A criterion of the tokens that were routed to each expert; experts that none reached score 0 and are named.
+
+    Args:
+        gates: which g: see :class:`obc.statistics.Experts`.
+    """
+
+    allocation = "uniform"
+    per_cost = False
+
+    def __init__(self, gates: Gates = "routed") -> None:
+        self.needs = (Experts(gates),)
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        if group.kind != "experts":
+            return None
+        found = next((statistics.experts[s.module] for s in group.slices if s.module in statistics.experts), None)
+        if found is None:
+            return None
+        unreached = (found.count == 0).nonzero().flatten().tolist()
+        if unreached:
+            logger.warning(
+                "%s: no token reached experts %s, which score 0; pass more batches", group.name, str(unreached)[1:-1]
+            )
+        order = group.slices[-1].channels[:, 0].to(found.count.device)
+        return self.of_experts(found)[order]
+
+    def of_experts(self, sums: ExpertSums) -> Tensor:
+        """(experts,) scores."""
+        raise NotImplementedError
+
+
+class REAP(ExpertCriterion):
+    """S_e = mean over the tokens routed to e of g_e |f_e(x)|_2 (REAP, code CerebrasResearch/reap)."""
+
+    name = "reap"
+    about = About(
+        "REAP",
+        "arXiv 2510.13999; code CerebrasResearch/reap",
+        "mean over routed tokens of g_e |f_e(x)|_2",
+        "forward",
+        kinds="experts",
+        differs="its code takes g from a softmax over all experts: gates='softmax'; it runs all experts on every token",
+        missing="keeping 'super experts' by their largest activation",
+    )
+
+    def of_experts(self, sums: ExpertSums) -> Tensor:
+        return sums.gate_norm / sums.count.clamp_min(1)
+
+
+class ExpertFrequency(ExpertCriterion):
+    """S_e = how many tokens were routed to e (Z-code's expert pruning by utilisation, and a baseline of REAP's)."""
+
+    name = "expert_frequency"
+    about = About("expert frequency, Z-code", "code CerebrasResearch/reap", "tokens routed", "forward", kinds="experts")
+
+    def of_experts(self, sums: ExpertSums) -> Tensor:
+        return sums.count
+
+
+class ExpertNorm(ExpertCriterion):
+    """S_e = sum over the tokens routed to e of |f_e(x)|_2 ("EAN", a baseline of REAP's)."""
+
+    name = "expert_norm"
+    about = About("EAN", "code CerebrasResearch/reap", "sum over routed tokens of |f_e|_2", "forward", kinds="experts")
+
+    def of_experts(self, sums: ExpertSums) -> Tensor:
+        return sums.norm

@@ -1,0 +1,150 @@
+"""Criteria of weight times weight gradient: Taylor, Fisher, LLM-Pruner, NIRVANA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from obc.criteria.protocol import About, Criterion
+from obc.criteria.units import mean_over_slices, module_of, of_units, weight_of
+from obc.model.groups import ChannelGroup, Slice
+from obc.selection.allocation import TwoClasses
+from obc.statistics.results import Statistics
+from obc.statistics.weight_gradients import WeightGradients
+
+
+class Taylor(Criterion):
+    """S_u = mean over slices m of sum over w in W_m,u of |w g|, g the sum over batches of dL_n/dw.
+
+    First-order Taylor as in Torch-Pruning's default, without its division by the group's mean (Molchanov et al.,
+    arXiv 1906.10771, rank globally by it).
+    """
+
+    name = "taylor"
+    about = About("Taylor (first order)", "arXiv 1906.10771", "mean over slices of sum |w g|", "labels")
+    needs = ("weight_gradients",)
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        def value(part: Slice) -> Tensor | None:
+            found = products(part, statistics, model)
+            return None if found is None else found[0].abs().sum(1)
+
+        return mean_over_slices(group, value)
+
+
+class Fisher(Criterion):
+    """S_u = sum over slices m, batches n and w in W_m,u of (w dL_n/dw)^2: the empirical Fisher's diagonal."""
+
+    name = "fisher"
+    about = About("Fisher (diagonal)", "arXiv 1801.05787", "sum over slices and rows n of sum (w g_n)^2", "labels")
+    needs = (WeightGradients(square=True),)
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        parts = [found[1].sum(1) for _, found in _of_slices(group, statistics, model)]
+        return torch.stack(parts).sum(0) if parts else None
+
+
+class LLMPruner(Criterion):
+    """Taylor of LLM-Pruner (Ma et al., arXiv 2305.11627), summed over the group's slices m.
+
+    "element":  S_u = sum_m sum over w in W_m,u of |w g|        with ``second_order``  |w g - 1/2 w^2 F|
+    "vector":   S_u = sum_m |sum over w in W_m,u of w g|        the same
+    with g the sum over batches of dL_n/dw, and F the mean over batches of (dL_n/dw)^2.
+
+    Args:
+        form: "element" or "vector".
+        second_order: with the diagonal of the empirical Fisher for the Hessian; the paper's "element^2".
+    """
+
+    allocation = "uniform"
+
+    def __init__(self, form: Literal["element", "vector"] = "element", second_order: bool = False) -> None:
+        if form not in ("element", "vector"):
+            raise ValueError(f"form must be 'element' or 'vector', got {form!r}")
+        self.form, self.second_order = form, second_order
+        self.name = f"llm_pruner_{form}"  # type: ignore[misc]
+        self.needs = (WeightGradients(square=second_order),)
+        inner = "sum |w g|" if form == "element" else "|sum w g|"
+        self.about = About(  # type: ignore[misc]
+            f"LLM-Pruner ({form})",
+            "arXiv 2305.11627",
+            f"sum over slices of {inner}; second_order: w g - w^2 F / 2",
+            "labels",
+            differs="published code averages F over samples; here over batches: pass batches of one sample",
+            missing="LoRA after pruning: use any trainer",
+        )
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        parts = []
+        for part, (first, second) in _of_slices(group, statistics, model):
+            count = statistics.weight_gradients[part.module].count
+            salience = first - 0.5 * second / count if self.second_order else first
+            parts.append(salience.abs().sum(1) if self.form == "element" else salience.sum(1).abs())
+        return torch.stack(parts).sum(0) if parts else None
+
+
+class Nirvana(Criterion):
+    """S_u = sum over slices m of sum over w in W_m,u of |w df/dw|, f a functional of the outputs without labels.
+
+    NIRVANA (code: iDEA-iSAIL-Lab-UIUC/NIRVANA), from the neural tangent kernel under Adam. Attention and feed-forward
+    units are ranked apart (``obc.selection.TwoClasses``).
+
+    Args:
+        over: "sequence": f = mean over samples and logits of the maximum over the *sequence*, as the published code
+            has it. "vocabulary": the mean over tokens of the largest logit.
+        gamma: feed-forward parameters removed for each of attention: 3.36 for Llama-3.1-8B, 3.0 for 3.2-3B.
+    """
+
+    name = "nirvana"
+    about = About(
+        "NIRVANA",
+        "code of iDEA-iSAIL-Lab-UIUC/NIRVANA",
+        "sum over slices of sum |w df/dw|, f without labels",
+        "gradients",
+        kinds="heads, feed-forward channels",
+        differs="its f takes the maximum over the sequence, not the vocabulary: over='sequence' (default)",
+        missing="the choice of calibration data by KL, which its released script replaces by fixed seeds",
+    )
+    needs = ("weight_gradients",)
+
+    def __init__(self, over: Literal["sequence", "vocabulary"] = "sequence", gamma: float = 3.36) -> None:
+        if over not in ("sequence", "vocabulary"):
+            raise ValueError(f"over must be 'sequence' or 'vocabulary', got {over!r}")
+        self.over = over
+        self.allocation = TwoClasses(gamma)
+
+    def functional(self, output: Any) -> Tensor:
+        """f of what the model returned."""
+        logits = output if isinstance(output, Tensor) else output["logits"] if "logits" in output else output[0]
+        if logits.dim() != 3:
+            return logits.amax(-1).mean()
+        return logits.amax(1).mean() if self.over == "sequence" else logits.amax(-1).mean()
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        parts = [first.abs().sum(1) for _, (first, _) in _of_slices(group, statistics, model)]
+        return torch.stack(parts).sum(0) if parts else None
+
+
+def products(part: Slice, statistics: Statistics, model: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """(units, entries) w g and w^2 sum g_n^2 of one slice, float64 on the CPU; None of slices without a gradient."""
+    module = module_of(model, part)
+    weight = weight_of(module)
+    if module is None or weight is None or part.module not in statistics.weight_gradients:
+        return None
+    found = statistics.weight_gradients[part.module]
+    first = of_units(module, weight * found.total, part).double().cpu()
+    if found.square is None:
+        return first, torch.zeros_like(first)
+    return first, of_units(module, weight.square() * found.square, part).double().cpu()
+
+
+def _of_slices(
+    group: ChannelGroup, statistics: Statistics, model: nn.Module
+) -> Iterator[tuple[Slice, tuple[Tensor, Tensor]]]:
+    for part in group.slices:
+        found = products(part, statistics, model)
+        if found is not None:
+            yield part, found

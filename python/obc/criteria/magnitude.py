@@ -1,0 +1,113 @@
+"""Criteria of weights alone. Without data they are comparable between groups only relative to each group's mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from obc import ops
+from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.units import mean_over_slices, module_of, of_units, relative, weight_of
+from obc.model.groups import ChannelGroup, Slice
+from obc.statistics.results import Statistics
+
+
+class Random(MeasuredCriterion):
+    """S_u uniform in [0, 1), from the seed of ``obc.prune``."""
+
+    name = "random"
+    about = About("random", "baseline", "uniform in [0, 1)", "weights", kinds="all")
+
+    def measure(self, subject: Subject) -> GroupScores:
+        return {group.name: torch.rand(group.size, generator=subject.generator) for group in subject.groups}
+
+
+class Magnitude(Criterion):
+    """S_u = mean over slices m of |W_m,u|_1, or |W_m,u|_2^2, relative to the group's mean.
+
+    Li et al., arXiv 1608.08710, over whole groups of coupled slices as in Torch-Pruning.
+    """
+
+    def __init__(self, power: int) -> None:
+        self.name, self._moment = f"l{power}", {1: 4, 2: 3}[power]  # type: ignore[misc]
+        formula = f"mean over slices of sum |w|^{power}, / group mean"
+        self.about = About(f"L{power} magnitude", "arXiv 1608.08710", formula, "weights")  # type: ignore[misc]
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        return by_weights(group, model, lambda weights: ops.weight_moments(weights, weights)[self._moment])
+
+
+class BNScale(Criterion):
+    """S_u = mean over the group's BatchNorms of |gamma_u| (Network Slimming, Liu et al., arXiv 1708.06519).
+
+    Groups without a BatchNorm have none.
+    """
+
+    name = "bn_scale"
+    about = About(
+        "Network Slimming",
+        "arXiv 1708.06519",
+        "mean over BatchNorms of |gamma_u|",
+        "weights",
+        kinds="channels behind a BatchNorm",
+        missing="the L1 penalty on gamma during training",
+    )
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        def of_norm(part: Slice) -> Tensor | None:
+            module = module_of(model, part)
+            if not isinstance(module, _BatchNorm) or not module.affine:
+                return None
+            return module.weight.detach()[part.channels.to(module.weight.device)].abs().mean(1)
+
+        return mean_over_slices(group, of_norm)
+
+
+class FPGM(Criterion):
+    """S_u = mean over producers m of sum_v |W_m,u - W_m,v|_2, relative to the group's mean.
+
+    Distance to the geometric median, He et al., arXiv 1811.00250.
+    """
+
+    name = "fpgm"
+    about = About("FPGM", "arXiv 1811.00250", "mean over producers of sum_v |W_u - W_v|, / group mean", "weights")
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        return by_weights(group, model, lambda weights: torch.cdist(weights, weights).sum(1), producers=True)
+
+
+class WHC(Criterion):
+    """S_u = mean over producers m of |W_u| sum_(v != u) |W_v| (1 - |cos(W_u, W_v)|), relative to the group's mean.
+
+    Weighted Hybrid Criterion, Chen et al., arXiv 2302.08185.
+    """
+
+    name = "whc"
+    formula = "mean over producers of |W_u| sum_v |W_v| (1 - |cos(W_u, W_v)|), / group mean"
+    about = About("WHC", "arXiv 2302.08185", formula, "weights")
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        def hybrid(weights: Tensor) -> Tensor:
+            norms = weights.norm(dim=1)
+            products = norms[:, None] * norms - (weights @ weights.T).abs()
+            return products.fill_diagonal_(0).sum(1)
+
+        return by_weights(group, model, hybrid, producers=True)
+
+
+def by_weights(
+    group: ChannelGroup, model: nn.Module, value: Callable[[Tensor], Tensor], producers: bool = False
+) -> Tensor | None:
+    """The mean of ``value`` of (units, entries) over the layers' slices, relative to the group's mean."""
+
+    def of_part(part: Slice) -> Tensor | None:
+        module = module_of(model, part)
+        weight = weight_of(module)
+        if module is None or weight is None or (producers and part.side == "in"):
+            return None
+        return value(of_units(module, weight, part).contiguous())
+
+    return relative(mean_over_slices(group, of_part))

@@ -1,0 +1,183 @@
+"""Optimal Brain Surgeon on a consumer's input: what the output loses when a unit goes and the others take over.
+
+With G = E[x x^T] + lambda I, P = G^-1 and W_u the consumer's columns of unit u, the loss of the output and the weight
+that attains it are
+
+    e_u = tr(W_u (P_uu)^-1 W_u^T),        W' = W - W_u (P_uu)^-1 P_u:
+
+the error of least squares on the kept channels, so that ``compensate="ls"`` is the update.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from obc.criteria.protocol import About, Criterion
+from obc.criteria.units import Consumer, consumers_of
+from obc.model.groups import ChannelGroup
+from obc.selection.allocation import LogProfile
+from obc.statistics.results import Statistics
+
+# At most so many removals one by one; larger groups lose several units between two updates of the inverse.
+_GREEDY_STEPS = 512
+
+
+class OBS(Criterion):
+    """e_u = sum over consumers of tr(W_u (P_uu)^-1 W_u^T): SlimGPT, ZipLM, OBS-Diff, DarwinLM's and Tyr's local part.
+
+    Greedy: units go one by one, P and W are updated after each, and a unit's score is its error when it went, not below
+    that of any that went before, so that the order is kept. Heads are whole blocks (P_uu)^-1.
+
+    Args:
+        greedy: False scores every unit as if it were the first to go.
+        heads: "exact": the whole block, as ZipLM and DarwinLM. "cholesky": sum over the head's columns j of
+            |W_:j|^2 / d_j with d the squared diagonal of the Cholesky factor of the head's block of P, as in SlimGPT.
+        first_order: Tyr's term: sum over the unit's columns of |(G W^T)_j . W_j|, with G the undamped Gram matrix.
+        ridge: lambda, relative to the mean diagonal.
+    """
+
+    name = "obs"
+    about = About(
+        "SlimGPT, ZipLM, OBS-Diff, DarwinLM and Tyr (local part)",
+        "SlimGPT (NeurIPS 2024); ZipLM arXiv 2302.04089; code IST-DASLab/DarwinLM, AMD-AGI/Tyr-the-Pruner",
+        "tr(W_u (P_uu)^-1 W_u^T), P = (E[x x^T] + lambda I)^-1; greedy with updates",
+        "forward",
+        differs="SlimGPT's code takes diagonals of Cholesky factors for heads: heads='cholesky'; Tyr's its first-order "
+        "term without abs, weighted by half the curvature: first_order=True has the paper's with abs",
+        missing="sequential collection on the model pruned so far; Tyr's weighted error accumulation",
+    )
+    needs = ("gram",)
+    update = "ls"
+
+    def __init__(
+        self,
+        greedy: bool = True,
+        heads: Literal["exact", "cholesky"] = "exact",
+        first_order: bool = False,
+        ridge: float = 1e-2,
+    ) -> None:
+        if heads not in ("exact", "cholesky"):
+            raise ValueError(f"heads must be 'exact' or 'cholesky', got {heads!r}")
+        self.greedy, self.heads, self.first_order, self.ridge = greedy, heads, first_order, ridge
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        states = [
+            State.of(consumer, second_moment(consumer, statistics), self.ridge)
+            for consumer in consumers_of(group, model)
+            if consumer.name in statistics.gram
+        ]
+        if not states:
+            return None
+        if not self.greedy:
+            return self._errors(states)
+        scores = torch.full((group.size,), float("inf"), dtype=torch.float64)
+        alive = torch.ones(group.size, dtype=torch.bool)
+        step, highest = -(-group.size // _GREEDY_STEPS), 0.0
+        while bool(alive.any()):
+            errors = self._errors(states).masked_fill(~alive, float("inf"))
+            gone = errors.argsort(stable=True)[: min(step, int(alive.sum()))]
+            for unit in gone.tolist():
+                highest = max(highest, float(errors[unit]))
+                scores[unit] = highest
+            alive[gone] = False
+            for state in states:
+                state.remove(gone)
+        return scores
+
+    def _errors(self, states: list[State]) -> Tensor:
+        total = torch.stack([state.errors(self.heads) for state in states]).sum(0)
+        if self.first_order:
+            total = total / 2 + torch.stack([state.first_order() for state in states]).sum(0)
+        return total
+
+
+class SlimGPT(OBS):
+    """OBS with SlimGPT's heads and its ratios, which grow logarithmically from the first to the last layer."""
+
+    name = "slimgpt"
+    about = About(
+        "SlimGPT",
+        "SlimGPT (NeurIPS 2024), README of its repository",
+        "tr(W_u (P_uu)^-1 W_u^T), heads by Cholesky diagonals; ratios grow logarithmically with depth",
+        "forward",
+        kinds="heads, feed-forward channels",
+        missing="collection layer by layer on the pruned model's activations",
+    )
+
+    def __init__(self, ridge: float = 1e-2, first: float = 0.0625, last: float = 0.25) -> None:
+        super().__init__(heads="cholesky", ridge=ridge)
+        self.allocation = LogProfile(first, last)
+
+
+@dataclass
+class State:
+    """One consumer in the course of greedy removal: its weight's columns and the inverse of what is left.
+
+    Attributes:
+        consumer: as it was.
+        gram: (in, in) E[x x^T], undamped.
+        columns: (in, entries) the weight as the removals so far updated it; zero where channels are gone.
+        inverse: (in, in) P; the identity where channels are gone.
+    """
+
+    consumer: Consumer
+    gram: Tensor
+    columns: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> State:
+        return cls(consumer, gram, consumer.columns.clone(), inverse(gram, ridge))
+
+    def errors(self, heads: str = "exact") -> Tensor:
+        """(units,) e_u of every unit that is still there."""
+        channels = self.consumer.channels
+        columns = self.columns[channels]  # (units, k, entries)
+        if channels.shape[1] == 1:
+            return columns[:, 0].square().sum(1) / self.inverse.diagonal()[channels[:, 0]]
+        blocks = self.inverse[channels[:, :, None], channels[:, None, :]]
+        if heads == "cholesky":
+            diagonal = torch.linalg.cholesky(blocks).diagonal(dim1=1, dim2=2).square()
+            return (columns.square().sum(2) / diagonal).sum(1)
+        return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+
+    def first_order(self) -> Tensor:
+        """(units,) the sum over the unit's columns j of |(G W^T)_j . W_j|."""
+        through = (self.gram @ self.columns * self.columns).sum(1).abs()
+        return through[self.consumer.channels].sum(1)
+
+    def remove(self, units: Tensor) -> None:
+        """Take out these units and let the others take over."""
+        gone = self.consumer.channels[units].flatten()
+        solved = torch.linalg.solve(self.inverse[gone[:, None], gone], self.inverse[gone])  # (P_dd)^-1 P_d:
+        self.columns -= solved.mT @ self.columns[gone]
+        self.columns[gone] = 0.0
+        self.inverse -= self.inverse[:, gone] @ solved
+        self.inverse[gone] = 0.0
+        self.inverse[:, gone] = 0.0
+        self.inverse[gone, gone] = 1.0
+
+
+def second_moment(consumer: Consumer, statistics: Statistics, centred: bool = False) -> Tensor:
+    """(in, in) E[x x^T] of a consumer's input, on the CPU; zero between channels of different convolution groups."""
+    found = statistics.gram[consumer.name]
+    gram = (found.centred() if centred else found.total).cpu() / found.count
+    if consumer.groups > 1:
+        group = torch.arange(len(gram)) // (len(gram) // consumer.groups)
+        gram = gram.masked_fill(group[:, None] != group, 0.0)
+    return gram
+
+
+def inverse(gram: Tensor, ridge: float) -> Tensor:
+    """(G + lambda I)^-1, lambda = ridge * mean diagonal."""
+    mean = gram.diagonal().mean()
+    damping = ridge * (mean if bool(mean > 0) else torch.ones_like(mean))
+    identity = torch.eye(len(gram), dtype=gram.dtype)
+    factor, failed = torch.linalg.cholesky_ex(gram + damping * identity)
+    if bool(failed):
+        raise ValueError(f"a Gram matrix is singular with ridge={ridge:g}; pass more batches, or a larger ridge")
+    return torch.cholesky_inverse(factor)

@@ -1,0 +1,131 @@
+"""What a criterion is: which statistics it needs, and one score a unit from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.evaluation import ForwardFn
+from obc.model.groups import ChannelGroup, Slices
+from obc.statistics.names import Chosen
+from obc.statistics.results import Statistics
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+GroupScores = dict[str, Tensor]
+Needs = tuple["str | Chosen", ...]
+ScoreFunction = Callable[[ChannelGroup, Statistics, nn.Module], "Tensor | None"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is scored, and on what.
+
+    Attributes:
+        model: as it is now.
+        groups: its groups.
+        batches: an iterable that can be passed over again.
+        loss_fn: ``loss_fn(model, batch)``.
+        forward_fn: ``forward_fn(model, batch)``: any forward pass.
+        slices: whether the Jacobian Criterion reads every slice or the group's gate.
+        rows: "batch" or "sample", of the Jacobian Criterion.
+        generator: of random numbers.
+        micro_batch: samples that are run at once; None runs whole batches.
+    """
+
+    model: nn.Module
+    groups: Sequence[ChannelGroup]
+    batches: Iterable[Any]
+    loss_fn: LossFn
+    forward_fn: ForwardFn
+    slices: Slices
+    rows: Literal["batch", "sample"]
+    generator: torch.Generator
+    micro_batch: int | None = None
+
+
+@dataclass(frozen=True)
+class About:
+    """What the table of criteria says of one.
+
+    Attributes:
+        system: the published system's name.
+        source: where it is published.
+        formula: S_u in one line.
+        passes: what its statistics take: "weights", "forward", "gradients" (any loss, also one without labels) or
+            "labels" (published with a loss on labels; any other can be passed).
+        kinds: kinds of units that it scores.
+        differs: what the published code does differently, and the option that does so here.
+        missing: what of the system does not work here, and why.
+    """
+
+    system: str
+    source: str
+    formula: str
+    passes: Literal["weights", "forward", "gradients", "labels"]
+    kinds: str = "channels, heads"
+    differs: str = ""
+    missing: str = ""
+
+
+class Criterion:
+    """A criterion: ``score(group, statistics, model)`` gives one number a unit, the least important lowest.
+
+    Any object with ``needs`` and ``score`` serves as well; the other attributes are optional.
+
+    Attributes:
+        name: in the registry.
+        about: for the table of criteria.
+        needs: names of statistics, or their objects; nothing for criteria of weights alone.
+        allocation: what it was published with: a name or object that ``obc.prune(allocation=...)`` takes.
+        update: what it was published with: a value of ``obc.prune(compensate=...)``.
+        per_cost: whether scores may be divided by what a unit costs; not where they are ranks or standardised.
+    """
+
+    name: ClassVar[str] = ""
+    about: ClassVar[About | None] = None
+    needs: Needs = ()
+    allocation: Any = None
+    update: str | None = None
+    per_cost: bool = True
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) scores of one group, or None where it has nothing that the criterion scores."""
+        raise NotImplementedError
+
+    def finish(self, scores: GroupScores, statistics: Statistics, model: nn.Module) -> GroupScores:
+        """A last look at the scores of all groups together."""
+        return scores
+
+
+class MeasuredCriterion(Criterion):
+    """A criterion that runs the model in ways of its own, and scores all groups at once."""
+
+    def measure(self, subject: Subject) -> GroupScores:
+        """Scores of every group that has some."""
+        raise NotImplementedError
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        raise TypeError(f"{self.name!r} runs the model itself: pass it to obc.prune, or call measure(subject)")
+
+
+class FromFunction(Criterion):
+    """A function (group, statistics, model) -> (units,) as a criterion; ``function.needs`` names its statistics."""
+
+    def __init__(self, function: ScoreFunction) -> None:
+        self.function, self.needs = function, tuple(getattr(function, "needs", ()))
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        return self.function(group, statistics, model)
+
+
+def name_of(criterion: Any) -> str:
+    """What messages call it."""
+    function = getattr(criterion, "function", None)
+    return getattr(criterion, "name", "") or getattr(function, "__name__", type(criterion).__name__)
+
+
+Named = Mapping[str, Criterion]

@@ -1,0 +1,63 @@
+"""Criteria by name, and what ``obc.prune(criterion=...)`` makes of its argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from obc.criteria.protocol import Criterion, FromFunction
+
+_REGISTERED: dict[str, Any] = {}
+
+
+def register(name: str, criterion: Any) -> None:
+    """Make ``criterion`` known as ``name`` to ``obc.prune``, the command line and the table of criteria.
+
+    Args:
+        name: free, or the name of the same criterion.
+        criterion: an object with ``needs`` and ``score``, or a function (group, statistics, model) -> (units,).
+
+    Raises:
+        ValueError: another criterion has the name.
+        TypeError: it is no criterion.
+    """
+    if name in _REGISTERED and _REGISTERED[name] is not criterion:
+        raise ValueError(f"a criterion {name!r} is registered already; choose another name")
+    as_criterion(criterion)
+    _REGISTERED[name] = criterion
+
+
+def available() -> list[str]:
+    """The names of all registered criteria."""
+    return list(_REGISTERED)
+
+
+def get(criterion: str | Any) -> Any:
+    """The criterion that a name, an object or a function stands for.
+
+    Raises:
+        ValueError: an unknown name; it lists the known.
+        TypeError: it is no criterion.
+    """
+    if isinstance(criterion, str):
+        if criterion not in _REGISTERED:
+            raise ValueError(f"criterion must be one of {', '.join(map(repr, _REGISTERED))}, got {criterion!r}")
+        criterion = _REGISTERED[criterion]
+    return as_criterion(criterion)
+
+
+def as_criterion(criterion: Any) -> Any:
+    """An object with ``needs`` and ``score``; of a function one is made.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(criterion, type):
+        raise TypeError(f"criterion must be an object, got the class {criterion.__name__}: call it")
+    if isinstance(criterion, Criterion) or (hasattr(criterion, "score") and hasattr(criterion, "needs")):
+        return criterion
+    if callable(criterion):
+        return FromFunction(criterion)
+    raise TypeError(
+        "a criterion is a name, an object with needs and score(group, statistics, model), or such a function, got "
+        f"{criterion!r}"
+    )

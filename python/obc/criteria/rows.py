@@ -1,0 +1,173 @@
+"""Criteria of rows r_m,u[n] = w . dL_n/dw: the Jacobian Criterion, NViT's and GAPrune's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.criteria.protocol import About, Criterion, GroupScores, LossFn, MeasuredCriterion, Subject
+from obc.criteria.units import TINY
+from obc.model.groups import ChannelGroup, Sided, Slices
+from obc.scoring.run import score
+from obc.statistics.results import Statistics
+from obc.statistics.rows import Rows
+
+
+@dataclass(frozen=True)
+class GroupRows:
+    """Rows of every group, and what had none.
+
+    Attributes:
+        rows: module -> (N, channels) on both sides.
+        unscored: module -> why it has no rows.
+    """
+
+    rows: Mapping[str, Sided]
+    unscored: Mapping[str, str]
+
+
+def read_rows(subject: Subject) -> GroupRows:
+    """Rows of the layers that the groups' scores need: of the consumers for gates, else of every slice."""
+    wanted = Rows(subject.slices).wanted(subject.model, subject.groups) or set()
+    scores = score(
+        subject.model,
+        subject.batches,
+        subject.loss_fn,
+        rows=subject.rows,
+        keep_rows=True,
+        micro_batch=subject.micro_batch,
+        modules=lambda name, module: name in wanted,
+        progress=False,
+    )
+    unscored = {name: str(how.reason) for name, how in scores.coverage.items() if name in wanted and not how.scored}
+    return GroupRows(scores.rows, unscored)
+
+
+class Jacobian(Criterion):
+    """S_u = sum over n and m of r_m,u[n]^2, or of the gate: sum over n of (sum over consumers r_m,u[n])^2.
+
+    The Jacobian Criterion (arXiv 2508.05521). With ``selection="joint"`` the gate's rows are used instead of scores.
+
+    Args:
+        slices: "gate" or "all"; "all" is the paper's.
+    """
+
+    name = "jacobian"
+    about = About(
+        "Optimal Brain Connection",
+        "arXiv 2508.05521",
+        "sum over rows n of (sum over consumers of w . dL_n/dw)^2",
+        "labels",
+        kinds="all that have rows",
+        differs="slices='all' squares every slice by itself, as the paper does",
+    )
+
+    def __init__(self, slices: Slices = "gate") -> None:
+        self.slices = slices
+        self.needs = (Rows(slices),)
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        return group.scores(statistics.rows, self.slices)
+
+
+class NViT(Criterion):
+    """S_u = kind's weight x mean over n of (sum over all slices m of r_m,u[n])^2.
+
+    NViT (Yang et al., arXiv 2110.04869; code NVlabs/NViT, method 23): the square of the sum over everything that goes
+    with a unit, one row a batch.
+
+    Args:
+        weights: kind of units -> a factor of r before squaring; the code has 1/6 for heads, 1/12 for the embedding.
+        latency: group's name -> milliseconds that one unit of it costs; subtracted times ``eta``.
+        eta: of the latency.
+    """
+
+    name = "nvit"
+    about = About(
+        "NViT",
+        "arXiv 2110.04869; code NVlabs/NViT",
+        "mean over n of (sum over all slices of w . dL_n/dw)^2 - eta latency",
+        "labels",
+        kinds="all that have rows",
+        differs="its code divides r by 6 for heads and by 12 for the embedding: weights=NViT.CODE_WEIGHTS",
+        missing="its latency tables: pass milliseconds a unit as latency=; momentum over steps",
+    )
+    needs = (Rows("all"),)
+    CODE_WEIGHTS: Mapping[str, float] = {"heads": 1 / 6, "query_heads": 1 / 6, "embedding": 1 / 12}
+
+    def __init__(
+        self, weights: Mapping[str, float] | None = None, latency: Mapping[str, float] | None = None, eta: float = 1.0
+    ) -> None:
+        self.weights, self.latency, self.eta = dict(weights or {}), dict(latency or {}), eta
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        parts = list(group.parts(statistics.rows).values())
+        if not parts:
+            return None
+        r = torch.stack(parts).double().sum(0) * self.weights.get(group.kind, 1.0)
+        return r.square().mean(0) - self.eta * self.latency.get(group.name, 0.0)
+
+
+class GAPrune(MeasuredCriterion):
+    """S_u = (sum r_dom^2 - beta sum r_gen^2) clip(1 + 0.2 cos, 0.8, 1.2), with r of two sets of batches.
+
+    GAPrune (code yixuantt/GAPrune) lifted from weights to units: the domain's importance less the general one, and the
+    cosine of the two mean rows over the unit's channels.
+
+    Args:
+        general: batches of general data, passed over once a scoring; the domain's are those of ``obc.prune``.
+        general_loss: their loss; by default the same.
+        beta: of the general importance.
+    """
+
+    name = "gaprune"
+    about = About(
+        "GAPrune",
+        "code of yixuantt/GAPrune",
+        "(sum r_dom^2 - beta sum r_gen^2) clip(1 + 0.2 cos(mean r_dom, mean r_gen), 0.8, 1.2)",
+        "labels",
+        kinds="all that have rows",
+        differs="published for single weights, with softplus and a magnitude term; here per unit, from rows",
+    )
+    per_cost = False
+
+    def __init__(
+        self, general: Iterable[Any] | None = None, general_loss: LossFn | None = None, beta: float = 1.0
+    ) -> None:
+        self.general, self.general_loss, self.beta = general, general_loss, beta
+
+    def measure(self, subject: Subject) -> GroupScores:
+        if self.general is None:
+            raise ValueError("GAPrune compares two domains: pass criterion=obc.criteria.GAPrune(general=batches)")
+        loss = self.general_loss or subject.loss_fn
+        domain = read_rows(subject).rows
+        general = read_rows(replace(subject, batches=self.general, loss_fn=loss)).rows
+        found: GroupScores = {}
+        for group in subject.groups:
+            dom, gen = group.gate_rows(domain), group.gate_rows(general)
+            if dom is None or gen is None:
+                continue
+            importance = dom.double().square().sum(0) - self.beta * gen.double().square().sum(0)
+            align = _cosine(_mean_channels(group, domain), _mean_channels(group, general))
+            found[group.name] = importance * (1 + 0.2 * align).clamp(0.8, 1.2)
+        return found
+
+
+def _mean_channels(group: ChannelGroup, rows: Mapping[str, Sided]) -> Tensor:
+    """(units, all consumers' channels of a unit) the mean row of each channel."""
+    parts = []
+    for part in group.consumers:
+        if part.module in rows:
+            sided = rows[part.module]
+            values = sided.in_channels if part.side == "in" else sided.out_channels
+            assert values is not None
+            parts.append(values.double().mean(0)[part.channels.to(values.device)])
+    return torch.cat(parts, 1)
+
+
+def _cosine(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp_min(TINY)

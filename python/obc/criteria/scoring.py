@@ -1,0 +1,106 @@
+"""Scores of every group by a criterion: its statistics are collected in one run, then each group is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from obc.criteria.protocol import GroupScores, LossFn, Subject, name_of
+from obc.criteria.registry import get
+from obc.statistics.names import Chosen, chosen_statistics
+from obc.statistics.results import Statistics
+from obc.statistics.run import collect
+
+
+def group_scores(criterion: Any, subject: Subject) -> GroupScores:
+    """(units,) scores of every group that the criterion has something to score in, the least important lowest.
+
+    Args:
+        criterion: a name, an object or a function.
+        subject: what is scored.
+
+    Raises:
+        ValueError: scores of another shape than (units,), or not finite; it names the group.
+    """
+    return scored(criterion, subject)[0]
+
+
+def scored(criterion: Any, subject: Subject, also: Sequence[str] = ()) -> tuple[GroupScores, Statistics]:
+    """:func:`group_scores`, and what was collected: with the statistics ``also`` in it."""
+    criterion = get(criterion)
+    measure = getattr(criterion, "measure", None)
+    statistics = collected([] if measure else needed(criterion), also, subject, getattr(criterion, "functional", None))
+    if measure is not None:
+        found = measure(subject)
+    else:
+        found = scores_from(criterion, subject.groups, statistics, subject.model)
+    for group in subject.groups:
+        if group.name in found:
+            _check(criterion, group.name, group.size, found[group.name])
+    return found, statistics
+
+
+def scores_from(criterion: Any, groups: Any, statistics: Statistics, model: nn.Module) -> GroupScores:
+    """The scores from statistics that were collected before, for example by one run for several criteria.
+
+    Raises:
+        StatisticsError: the criterion needs what was not collected.
+    """
+    criterion = get(criterion)
+    statistics.require([one.name for one in needed(criterion)], f"the criterion {name_of(criterion)!r}")
+    found = {}
+    for group in groups:
+        scores = criterion.score(group, statistics, model)
+        if scores is not None:
+            found[group.name] = scores
+    finish = getattr(criterion, "finish", None)
+    return found if finish is None else finish(found, statistics, model)
+
+
+def needed(criterion: Any) -> list[Chosen]:
+    """The statistics that it needs."""
+    return chosen_statistics(list(criterion.needs)) if criterion.needs else []
+
+
+def collected(
+    needs: Sequence[Chosen], also: Sequence[str], subject: Subject, functional: Callable[[Any], Tensor] | None = None
+) -> Statistics:
+    """What is needed, collected in one run; nothing is run where that is nothing."""
+    names = {one.name for one in needs}
+    further = [name for name in also if name not in names]
+    chosen = [*needs, *(chosen_statistics(further) if further else [])]
+    if not chosen:
+        return Statistics({}, rows=None, num_batches=0, coverage={})
+    loss = subject.loss_fn if functional is None else _functional_loss(functional, subject)
+    return collect(
+        subject.model,
+        subject.batches,
+        loss if any(one.backward for one in chosen) else None,
+        statistics=chosen,
+        groups=subject.groups,
+        rows=subject.rows,
+        micro_batch=subject.micro_batch,
+        forward_fn=subject.forward_fn,
+        progress=False,
+    )
+
+
+def _functional_loss(functional: Callable[[Any], Tensor], subject: Subject) -> LossFn:
+    """A criterion's own functional of the outputs."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        output = subject.forward_fn(model, batch)
+        return functional(output[0] if isinstance(output, list) and len(output) == 1 else output)
+
+    return loss
+
+
+def _check(criterion: Any, group: str, size: int, scores: Any) -> None:
+    what = f"the criterion {name_of(criterion)!r} gave the group {group!r}"
+    if not isinstance(scores, Tensor) or scores.shape != (size,):
+        shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise ValueError(f"{what} {shape}; it must give a tensor of one score a unit, ({size},)")
+    if not bool(scores.isfinite().all()):
+        raise ValueError(f"{what} scores that are not finite; check the batches and the loss")

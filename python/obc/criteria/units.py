@@ -1,0 +1,104 @@
+"""What criteria look at: the weights and statistics of what units take with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.groups import ChannelGroup, Slice
+from obc.model.layouts import layout_of
+from obc.statistics.weight_gradients import floating_weight
+
+# Divisors that could vanish are not below this.
+TINY = torch.finfo(torch.float64).tiny
+
+
+@dataclass(frozen=True, eq=False)
+class Consumer:
+    """One layer that reads a group's channels.
+
+    Attributes:
+        name: of the module.
+        module: the layer.
+        channels: (units, k) int64 on the CPU: its in channels that go with each unit.
+        columns: (in, entries) float64 on the CPU: the weight's entries of each in channel. Entries of one column are
+            outputs, for convolutions every output and tap.
+    """
+
+    name: str
+    module: nn.Module
+    channels: Tensor
+    columns: Tensor
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution: channels of different groups reach different outputs."""
+        layout = layout_of(self.module)
+        return 1 if layout is None else layout.groups
+
+    @property
+    def square(self) -> Tensor:
+        """(in,) |W_:j|^2."""
+        return self.columns.square().sum(1)
+
+
+def consumers_of(group: ChannelGroup, model: nn.Module) -> Iterator[Consumer]:
+    """The group's consumers that are linear layers or convolutions with floating weights."""
+    modules = dict(model.named_modules())
+    for part in group.consumers:
+        module = modules.get(part.module)
+        if part.side == "in" and module is not None and layout_of(module) is not None:
+            weight = floating_weight(module)
+            if weight is not None:
+                columns = by_channel(module, weight.detach(), "in").double().cpu()
+                yield Consumer(part.module, module, part.channels.cpu(), columns)
+
+
+def by_channel(module: nn.Module, tensor: Tensor, side: str) -> Tensor:
+    """(channels, entries) of a tensor shaped like the layer's weight, by the channels of one side."""
+    layout = layout_of(module)
+    transposed, groups = (False, 1) if layout is None else (layout.transposed, layout.groups)
+    if (side == "in") != transposed:  # dim 1: one group's channels, of which each group has its own
+        tensor = tensor.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return tensor.flatten(1)
+
+
+def of_units(module: nn.Module, tensor: Tensor, part: Slice) -> Tensor:
+    """(units, entries) what of ``tensor``, shaped like the layer's weight, goes with each unit."""
+    return by_channel(module, tensor, part.side)[part.channels.to(tensor.device)].flatten(1)
+
+
+def mean_over_slices(group: ChannelGroup, value: Callable[[Slice], Tensor | None]) -> Tensor | None:
+    """The mean over the group's slices of (units,) values, of those that have some."""
+    parts = [values.double().cpu() for part in group.slices if (values := value(part)) is not None]
+    return torch.stack(parts).mean(0) if parts else None
+
+
+def sum_over_consumers(group: ChannelGroup, model: nn.Module, value: Callable[[Consumer], Tensor]) -> Tensor | None:
+    """The sum over the group's consumers of (units,) values; None where none can be read."""
+    parts = [value(consumer) for consumer in consumers_of(group, model)]
+    return torch.stack(parts).sum(0) if parts else None
+
+
+def relative(scores: Tensor | None) -> Tensor | None:
+    """Scores divided by their mean, as Torch-Pruning does to rank units of several groups by weights alone."""
+    return None if scores is None else scores / scores.mean().clamp_min(TINY)
+
+
+def standardised(values: Tensor) -> Tensor:
+    """Values minus their mean, over their standard deviation."""
+    deviation = values.std(correction=0) if len(values) > 1 else values.new_ones(())
+    return (values - values.mean()) / deviation.clamp_min(TINY)
+
+
+def module_of(model: nn.Module, part: Slice) -> nn.Module | None:
+    return dict(model.named_modules()).get(part.module)
+
+
+def weight_of(module: nn.Module | None) -> Tensor | None:
+    """The weight of a layer that has slices on both sides."""
+    weight = None if module is None else floating_weight(module)
+    return None if weight is None else weight.detach()

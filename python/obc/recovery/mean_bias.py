@@ -1,0 +1,129 @@
+"""What dropped channels carried on average goes into their consumers' biases: the update of FLAP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.evaluation import ForwardFn
+from obc.model.groups import ChannelGroup, Slice
+from obc.model.kept import Kept
+from obc.model.layouts import expand, is_depthwise, layout_of
+from obc.model.names import named_modules
+from obc.model.plan import PruningPlan
+from obc.model.slicing import original_tensor, sliced
+from obc.statistics.run import collect
+
+
+@dataclass
+class MeansReport:
+    """What :func:`absorb_means` did.
+
+    Attributes:
+        absorbed: consumers whose bias took over what their dropped channels carried on average.
+        created: those of them that had no bias before.
+        left: consumers that stayed as they were -> why.
+        warnings: what the caller should know.
+    """
+
+    absorbed: list[str] = field(default_factory=list)
+    created: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def absorb_means(
+    pruned_model: nn.Module,
+    original_model: nn.Module,
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    forward_fn: ForwardFn | None = None,
+) -> MeansReport:
+    """bias += W_d E[x_d] in every consumer of dropped channels d, in place; a bias is created where there is none.
+
+    x is the consumer's input in the unpruned model (An et al., arXiv 2312.11983). Convolutions that pad with zeros stay
+    as they are: at the border the dropped channels had another mean.
+
+    A created bias is a parameter like any other, which ``torch.save`` and ``obc.structures.transformers.save_pruned``
+    keep; ``save_pretrained`` writes it, but ``from_pretrained`` drops it, because no config can say it. The report
+    warns of that.
+
+    Args:
+        pruned_model: changed in place.
+        original_model: the unpruned model; unchanged.
+        plan: what pruning kept.
+        batches: calibration batches, passed over once, without gradients.
+        forward_fn: as for :func:`obc.collect`.
+    """
+    report = MeansReport()
+    state = original_model.state_dict()
+    consumers: dict[str, Kept] = {}
+    for name, module in named_modules(pruned_model):
+        kept = plan.get(name)
+        if kept is None or kept.in_channels is None or layout_of(module) is None:
+            continue
+        if is_depthwise(module, original_tensor(state, f"{name}.weight")):
+            continue
+        if _pads_with_zeros(module):
+            report.left[name] = "it pads with zeros, where dropped channels had another mean"
+        else:
+            consumers[name] = kept
+    if not consumers:
+        return report
+    slices = tuple(Slice(name, "in", torch.zeros(1, 1, dtype=torch.int64)) for name in consumers)
+    groups = [ChannelGroup("consumers", slices)]
+    moments = collect(
+        original_model, batches, statistics="moments", groups=groups, forward_fn=forward_fn, progress=False
+    ).moments
+    modules = dict(named_modules(pruned_model))
+    with torch.no_grad():
+        for name, kept in consumers.items():
+            if name not in moments:
+                report.left[name] = "no batch reached it"
+                continue
+            original = original_tensor(state, f"{name}.weight")
+            weight = sliced(modules[name], "weight", original, Kept(kept.out_channels), name)
+            _absorb(name, modules[name], weight, kept, moments[name].mean, report)
+    if report.created and hasattr(pruned_model, "save_pretrained"):
+        named = ", ".join(report.created[:3]) + (" and more" if len(report.created) > 3 else "")
+        report.warnings.append(
+            f"{named} have a bias now that no config can say: from_pretrained would drop it; "
+            "obc.structures.transformers.save_pruned and load_pruned keep it"
+        )
+    return report
+
+
+def _absorb(name: str, module: nn.Module, weight: Tensor, kept: Kept, mean: Tensor, report: MeansReport) -> None:
+    """Add what the dropped channels carry at their means; ``weight`` has the kept outputs and all inputs."""
+    assert kept.in_channels is not None
+    dropped = torch.ones(len(mean), dtype=torch.bool)
+    dropped[expand(kept.in_channels.cpu(), kept.in_repeat)] = False
+    constant = mean.cpu() * dropped
+    layout = layout_of(module)
+    assert layout is not None
+    matrix = (weight.transpose(0, 1) if layout.transposed else weight).double().cpu()
+    if layout.convolution:  # every tap reads the same mean
+        matrix = matrix.flatten(2).sum(2)
+    through = matrix.unflatten(0, (layout.groups, -1)) @ constant.reshape(layout.groups, -1, 1)
+    shift = through.flatten().to(weight)
+    if module.bias is None:
+        module.bias = nn.Parameter(shift.clone())
+        report.created.append(name)
+    else:
+        assert isinstance(module.bias, Tensor)
+        module.bias += shift
+    report.absorbed.append(name)
+
+
+def _pads_with_zeros(module: nn.Module) -> bool:
+    padding: Any = getattr(module, "padding", 0)
+    if layout_of(module) is None or getattr(module, "padding_mode", "") != "zeros" or padding == "valid":
+        return False
+    layout = layout_of(module)
+    if layout is not None and layout.convolution and layout.transposed:
+        return True  # its borders are reached by fewer taps, whatever the padding
+    return isinstance(padding, str) or any(padding)

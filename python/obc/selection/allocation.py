@@ -1,0 +1,312 @@
+"""Allocations: how much each group loses, whatever the criterion; which of its units go follows from their scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from obc.model.costs import Costs
+from obc.model.groups import ChannelGroup
+from obc.selection.choice import BudgetError, Selection, select
+from obc.selection.uniform import select_uniform
+
+# How strongly a sigmoid profile tells blocks apart: an importance one standard deviation off shifts its argument by 1.
+_STEEPNESS = 1.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an allocation decides on.
+
+    Attributes:
+        scores: by group (N, units) rows or (units,) scores.
+        groups: of the model, in the order of execution.
+        costs: of the model as it is now.
+        budget: how much to free, in the unit of the costs.
+        selection: how units are chosen within what a group loses.
+        shrinkage: of interactions in joint selection.
+        per_cost: whether scores are weighed by what a unit frees, where units of several groups compete.
+        min_units: by group, how many stay.
+        round_to: by group, a multiple of which stays.
+        full_widths: by group, the unpruned widths.
+        families: names of groups that must keep equal widths; empty where every width is free.
+        widths: by group of a family, the only widths that it may come to.
+        goal: what this and later steps free together.
+        importance: block or group name -> importance, for profiles that follow it.
+    """
+
+    scores: Mapping[str, Tensor]
+    groups: Sequence[ChannelGroup]
+    costs: Costs
+    budget: float
+    selection: Selection = "independent"
+    shrinkage: float | None = None
+    per_cost: bool = True
+    min_units: Mapping[str, int] = field(default_factory=dict)
+    round_to: Mapping[str, int] = field(default_factory=dict)
+    full_widths: Mapping[str, int] = field(default_factory=dict)
+    families: Sequence[Sequence[str]] = ()
+    widths: Mapping[str, Collection[int]] = field(default_factory=dict)
+    goal: float | None = None
+    importance: Mapping[str, float] = field(default_factory=dict)
+
+    def by_shares(
+        self, families: Sequence[Sequence[str]], shares: Callable[[str, float], float] | None = None
+    ) -> dict[str, Tensor]:
+        """:func:`obc.selection.uniform.select_uniform` of this task."""
+        return select_uniform(
+            self.scores,
+            self.costs,
+            self.budget,
+            families,
+            selection=self.selection,
+            shrinkage=self.shrinkage,
+            min_units=self.min_units,
+            round_to=self.round_to,
+            full_widths=self.full_widths or None,
+            widths=self.widths,
+            goal=self.goal,
+            shares=shares,
+        )
+
+    def scored(self) -> list[ChannelGroup]:
+        """The groups that have scores."""
+        return [group for group in self.groups if group.name in self.scores]
+
+
+class Allocation(Protocol):
+    """An allocation. ``needs`` (names of statistics) is optional: they are collected with the criterion's."""
+
+    def select(self, task: Task) -> dict[str, Tensor]:
+        """By group the indices of the units that go, int64 and ascending, so that the task's budget is freed."""
+
+
+class Global:
+    """Units of all groups compete (:func:`obc.select`); where families keep equal widths, within each family."""
+
+    def select(self, task: Task) -> dict[str, Tensor]:
+        if task.families:
+            return task.by_shares(task.families)
+        return select(
+            task.scores,
+            task.costs,
+            task.budget,
+            selection=task.selection,
+            shrinkage=task.shrinkage,
+            per_cost=task.per_cost,
+            min_units={name: task.min_units.get(name, 1) for name in task.scores},
+            round_to={name: task.round_to.get(name, 1) for name in task.scores},
+        )
+
+
+class Uniform:
+    """Every group keeps the same share of its units."""
+
+    def select(self, task: Task) -> dict[str, Tensor]:
+        return task.by_shares(task.families or [[group.name] for group in task.scored()])
+
+
+class Equal:
+    """Groups of one kind that have equal widths keep equal widths, and all kinds the same share."""
+
+    def select(self, task: Task) -> dict[str, Tensor]:
+        if task.families:
+            return task.by_shares(task.families)
+        families: dict[tuple[str, int], list[str]] = {}
+        for group in task.scored():
+            families.setdefault((group.kind, group.size), []).append(group.name)
+        return task.by_shares(list(families.values()))
+
+
+class Profile:
+    """Each group loses a multiple of what the others lose: its share that goes is min(1, t a), with one t for all.
+
+    Args:
+        strengths: group's name, or a part of names that ends at a dot (a block), -> a >= 0; 1 where nothing is said.
+    """
+
+    def __init__(self, strengths: Mapping[str, float]) -> None:
+        if bad := [name for name, value in strengths.items() if not 0 <= value < math.inf]:
+            raise ValueError(
+                f"a profile's strengths must be finite and not negative, got {strengths[bad[0]]} for {bad[0]!r}"
+            )
+        self.strengths = dict(strengths)
+
+    def of(self, task: Task) -> dict[str, float]:
+        """Group -> a."""
+        return {group.name: found_for(group.name, self.strengths, 1.0) for group in task.scored()}
+
+    def select(self, task: Task) -> dict[str, Tensor]:
+        if task.families:
+            raise ValueError("a profile gives groups different widths: it can't be had with equal ones (uniform=True)")
+        strengths = self.of(task)
+
+        def share(name: str, level: float) -> float:
+            if strengths[name] == 0:
+                return 1.0
+            return 1.0 if level >= 1 else max(0.0, 1 - (1 - level) / max(level, 1e-12) * strengths[name])
+
+        return task.by_shares([[name] for name in strengths], share)
+
+
+class LogProfile(Profile):
+    """Shares that go grow with the logarithm of depth from ``first`` to ``last``, up to a common factor (SlimGPT).
+
+    Args:
+        first: of the first block.
+        last: of the last one.
+    """
+
+    def __init__(self, first: float = 0.0625, last: float = 0.25) -> None:
+        if not first > 0 or not last > 0:
+            raise ValueError(f"LogProfile needs positive shares, got {first} and {last}")
+        self.first, self.last = first, last
+
+    def of(self, task: Task) -> dict[str, float]:
+        blocks = list(dict.fromkeys(block_of(group.name) for group in task.scored()))
+        rise = {
+            block: self.first + (self.last - self.first) * math.log1p(place) / (math.log(len(blocks)) or 1.0)
+            for place, block in enumerate(blocks)
+        }
+        return {group.name: rise[block_of(group.name)] for group in task.scored()}
+
+
+class BlockProfile(Profile):
+    """Blocks that change their input more keep more.
+
+    With I the importance of a group's block and z its z-score over the blocks: "sigmoid": share that stays
+    proportional to sigma(z); "linear": share that goes proportional to 1 - I / max I + 0.1.
+
+    Args:
+        by: "angle", or "cosine": E arccos(cos) / pi or 1 - E cos of block input and output.
+        shape: "sigmoid" (CFSP) or "linear".
+    """
+
+    needs = ("blocks",)
+
+    def __init__(
+        self, by: Literal["angle", "cosine"] = "angle", shape: Literal["sigmoid", "linear"] = "sigmoid"
+    ) -> None:
+        if by not in ("angle", "cosine") or shape not in ("sigmoid", "linear"):
+            raise ValueError(
+                f"BlockProfile takes 'angle' or 'cosine', and 'sigmoid' or 'linear', got {by!r}, {shape!r}"
+            )
+        self.by, self.shape = by, shape
+
+    def importance(self, statistics: Any) -> dict[str, float]:
+        """Block -> its importance."""
+        return {
+            name: sums.angle / sums.count if self.by == "angle" else 1 - sums.cosine / sums.count
+            for name, sums in statistics.blocks.items()
+        }
+
+    def of(self, task: Task) -> dict[str, float]:
+        if not task.importance:
+            raise ValueError("BlockProfile needs the similarity of the blocks: statistics=['blocks', ...]")
+        names = [group.name for group in task.scored()]
+        values = torch.tensor([found_for(name, task.importance, math.nan) for name in names], dtype=torch.float64)
+        if bool(values.isnan().any()):
+            lost = names[int(values.isnan().nonzero()[0])]
+            raise ValueError(f"{lost!r} lies in no block that was read ({', '.join(task.importance)})")
+        if self.shape == "linear":
+            return dict(zip(names, (1.1 - values / values.amax()).tolist(), strict=True))
+        deviation = values.std(correction=0).clamp_min(1e-12)
+        stays = torch.sigmoid(_STEEPNESS * (values - values.mean()) / deviation)
+        return dict(zip(names, (1 / stays).tolist(), strict=True))
+
+
+class TwoClasses:
+    """Attention and everything else are ranked apart; the rest loses ``gamma`` times what attention loses (NIRVANA).
+
+    Args:
+        gamma: budget of the rest over that of attention.
+    """
+
+    def __init__(self, gamma: float = 3.36) -> None:
+        if gamma <= 0:
+            raise ValueError(f"gamma must be positive, got {gamma}")
+        self.gamma = gamma
+
+    def select(self, task: Task) -> dict[str, Tensor]:
+        attention = {group.name for group in task.scored() if group.kind in ("heads", "query_heads")}
+        rest = {group.name for group in task.scored()} - attention
+        if not attention or not rest:
+            return Global().select(task)
+        share = task.budget / (1 + self.gamma)
+        removed: dict[str, Tensor] = {}
+        freed = 0.0
+        for names, budget in ((attention, share), (rest, None)):
+            wanted = task.budget - freed if budget is None else budget
+            part = _only(task, names, max(wanted, 0.0))
+            try:
+                found = Global().select(part)
+            except BudgetError as error:  # attention can give no more: the rest gives what is left
+                if budget is None:
+                    raise
+                found = Global().select(_only(task, names, error.reachable))
+            removed |= found
+            freed = task.costs.total() - task.costs.total(_widths_after(task.costs, removed))
+        return removed
+
+
+def _only(task: Task, names: Collection[str], budget: float) -> Task:
+    families = [family for family in task.families if set(family) <= set(names)]
+    scores = {name: values for name, values in task.scores.items() if name in names}
+    return replace(task, scores=scores, budget=budget, families=families, goal=None)
+
+
+def _widths_after(costs: Costs, removed: Mapping[str, Tensor]) -> Tensor:
+    gone = torch.tensor([len(removed.get(name, ())) for name in costs.names], dtype=torch.float64)
+    return costs.widths - gone
+
+
+def found_for(name: str, values: Mapping[str, float], default: float) -> float:
+    """The value of a name, or of the longest part of it that ends before a dot."""
+    while name:
+        if name in values:
+            return values[name]
+        name = name.rpartition(".")[0]
+    return default
+
+
+def block_of(name: str) -> str:
+    """What a layer's name has up to its first number: its place in the depth."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: place + 1])
+    return name
+
+
+ALLOCATIONS: dict[str, Callable[[], Allocation]] = {
+    "global": Global,
+    "uniform": Uniform,
+    "equal": Equal,
+    "profile": BlockProfile,
+    "two_classes": TwoClasses,
+}
+
+
+def allocation_of(allocation: str | Allocation) -> Allocation:
+    """The allocation that a name, a mapping of strengths or an object stands for.
+
+    Raises:
+        ValueError: an unknown name; it lists the known.
+        TypeError: it is none.
+    """
+    if isinstance(allocation, str):
+        if allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
+        return ALLOCATIONS[allocation]()
+    if isinstance(allocation, Mapping):
+        return Profile(allocation)
+    if isinstance(allocation, type) or not hasattr(allocation, "select"):
+        raise TypeError(
+            f"an allocation is a name, a mapping of strengths or an object with select(task), got {allocation!r}"
+        )
+    return allocation

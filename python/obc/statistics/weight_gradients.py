@@ -1,0 +1,131 @@
+"""Sums of weight gradients and of their squares: the statistic of Taylor and Fisher criteria."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.layouts import layout_of
+from obc.model.names import named_modules
+from obc.statistics.part import Part
+from obc.statistics.reader import Groups, Handle, Reader
+from obc.statistics.sums import Sums
+
+
+@dataclass(frozen=True, eq=False)
+class WeightGradientSums:
+    """Sums over the rows n of one layer's weight gradient; tensors are shaped like the weight, float32.
+
+    Attributes:
+        count: rows: batches.
+        total: sum dL_n/dw.
+        square: sum (dL_n/dw)^2, or None where it was not asked for.
+    """
+
+    count: int
+    total: Tensor
+    square: Tensor | None
+
+
+@dataclass(frozen=True)
+class WeightGradients:
+    """Sums of the weight gradients of every layer that the groups slice, one row a batch. Needs a loss.
+
+    Takes two weights in float32 a layer (three with ``square``), besides the gradient itself: unlike every other
+    statistic its memory is of the model's size, which is why its sums are not float64. It can't be collected together
+    with rows, which freeze the weights.
+
+    Args:
+        square: also the sum of squares.
+    """
+
+    square: bool = False
+
+    name: ClassVar[str] = "weight_gradients"
+    backward: ClassVar[bool] = True
+
+    def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        return _Reader(Sums(self.name, dtype=torch.float32), part, model, groups, self.square)
+
+    def identity(self) -> dict[str, Any]:
+        return {"square": self.square}
+
+
+class _Reader(Reader):
+    """Parts of a batch add up in the weight's gradient before it is squared."""
+
+    def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups, square: bool) -> None:
+        super().__init__(sums, part)
+        self._square = square
+        wanted = None if groups is None else {part.module for group in groups for part in group.slices}
+        self.weights = {
+            name: weight
+            for name, module in named_modules(model)
+            if (wanted is None or name in wanted) and (weight := floating_weight(module)) is not None
+        }
+        self.coverage = dict.fromkeys(self.weights, "weight gradient")
+        self._of_batch: dict[str, Tensor] = {}
+
+    def attach(self) -> list[Handle]:
+        handles: list[Handle] = [_Restoration(weight) for weight in self.weights.values()]
+        for name, weight in self.weights.items():
+            weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(self._hook(name)))
+        return handles
+
+    def begin(self) -> None:
+        super().begin()
+        self._of_batch.clear()
+
+    def batch_ends(self) -> None:
+        for name, gradient in self._of_batch.items():
+            self.sums.add(name, "total", gradient)
+            if self._square:
+                self.sums.add(name, "square", gradient.square())
+            self.sums.add(name, "count", torch.ones((), device=gradient.device))
+        self._of_batch.clear()
+
+    def _hook(self, name: str) -> Callable[[Tensor], None]:
+        def hook(weight: Tensor) -> None:
+            gradient, weight.grad = weight.grad, None
+            if gradient is None or not self.part.reading:
+                return
+            self.called.add(name)
+            with torch.no_grad():
+                gradient = gradient.to_dense().float() if gradient.is_sparse else gradient.float()
+                before = self._of_batch.get(name)
+                self._of_batch[name] = gradient if before is None else before.add_(gradient)
+
+        return hook
+
+    def result(self, fields: Mapping[str, Tensor]) -> WeightGradientSums:
+        return WeightGradientSums(int(fields["count"]), fields["total"], fields.get("square"))
+
+    def bytes(self) -> int:
+        copies = 4 * (3 + 2 * self._square)
+        return sum(copies * weight.numel() for weight in self.weights.values())
+
+
+class _Restoration:
+    """Gives a weight its own gradient and flag back."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        self._weight, self._before = weight, (weight.requires_grad, weight.grad)
+        weight.grad = None
+
+    def remove(self) -> None:
+        requires_grad, grad = self._before
+        self._weight.requires_grad_(requires_grad)
+        self._weight.grad = grad
+
+
+def floating_weight(module: nn.Module) -> nn.Parameter | None:
+    """The weight of a layer that has slices on both sides, where it is one of floating numbers."""
+    weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else None
+    if weight is None and layout_of(module) is not None:
+        weight = module._parameters.get("weight")
+    return weight if isinstance(weight, nn.Parameter) and weight.is_floating_point() else None
