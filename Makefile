@@ -24,7 +24,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz nightly coverage mutation wheel examples audit licences lint format
+.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz nightly coverage mutation wheel examples audit licences docs lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -113,6 +113,12 @@ wheel: setup ## build the source distribution and the wheel, each in isolation, 
 	$(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist dist/*-linux_*.whl
 	rm dist/*-linux_*.whl
 	@ls -l dist
+
+# Python alone makes it: nothing is fetched. -W: a warning is an error; all of them are shown first.
+docs: setup ## the pages of docs/ as a site in build/docs, with the API reference from the docstrings
+	$(BIN)/python docs/drawings.py
+	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs $(ARGS)
+	@echo "built: build/docs/index.html"
 
 lint: setup ## ruff, clang-format, mypy and the schema of workflows
 	$(BIN)/ruff check .

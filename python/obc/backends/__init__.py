@@ -1,10 +1,10 @@
 """Which implementation runs an operator: one record per backend and the choice among them.
 
-============  ==========================  ====================================================================
+============  ===========================  ====================================================================
 explicit      ``with obc.use_backend(n)``  always obeyed; raises where it can't serve the tensor
 environment   ``OBC_BACKEND=n``            the same, for the whole process (read at import)
-best          :mod:`obc.backends.fastest`  first available by device, operator, dtype and size; logged once
-============  ==========================  ====================================================================
+best          :mod:`obc.backends.fastest`   first available by device, operator, dtype and size; logged once
+============  ===========================  ====================================================================
 
 A backend is a module-like object with one callable per operator, each with the operator's positional signature.
 """

@@ -1,0 +1,90 @@
+"""The Python blocks of the pages run, in order, in one namespace a page."""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """(line of its first statement, source) of every fenced Python block."""
+    text = page.read_text(encoding="utf-8")
+    return [(text[: found.start(1)].count("\n") + 1, found[1]) for found in _BLOCK.finditer(text)]
+
+
+def run(page: Path, namespace: dict[str, Any]) -> None:
+    for line, source in blocks(page):
+        # Blank lines before the block: an error names the line of the page.
+        exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("name", ["cnn", "llm", "own_loop"])
+def test_the_tutorial_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # tutorials write files
+    page = ROOT / "docs" / "tutorials" / f"{name}.md"
+    assert len(blocks(page)) >= 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few rows are asked for, so that the test is short
+        module = types.ModuleType("tutorial")  # so that its classes can be pickled
+        monkeypatch.setitem(sys.modules, "tutorial", module)
+        run(page, vars(module))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
+
+
+class _Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.layer1, self.head = nn.Conv2d(3, 8, 3), nn.Sequential(_Block(), _Block()), nn.Linear(8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer1(self.stem(x)).mean((2, 3)))
+
+
+def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block, given the model and the batches that they speak of."""
+    transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
+    monkeypatch.chdir(tmp_path)
+    prune, score, formula, language_model = (
+        compile(code, "README.md", "exec") for _, code in blocks(ROOT / "README.md")
+    )
+    network = _Network().eval()
+    batches = [(torch.randn(4, 3, 10, 10), torch.randint(0, 10, (4,))) for _ in range(10)]
+    before = sum(parameter.numel() for parameter in network.parameters())
+    given: dict[str, Any] = {"torch": torch, "model": network, "batches": batches, "example_inputs": batches[0][0]}
+    exec(prune, given)
+    assert sum(parameter.numel() for parameter in network.parameters()) < before
+    exec(score, given)
+    given["layer"] = network.get_submodule("layer1.0.conv1")
+    exec(formula, given)
+    torch.testing.assert_close(given["S"], given["scores"]["layer1.0.conv1"].out_channels, rtol=1e-3, atol=1e-9)
+
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+    )
+    given["model"] = transformers.LlamaForCausalLM(config).eval()
+    given["batches"] = [{"input_ids": torch.randint(0, 64, (2, 12))} for _ in range(8)]
+    given["loss_fn"] = lambda model, batch: model(**batch, labels=batch["input_ids"]).loss
+    exec(language_model, given)
+    again = transformers.LlamaForCausalLM.from_pretrained("pruned")
+    assert again.config.intermediate_size < 64

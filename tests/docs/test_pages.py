@@ -1,0 +1,139 @@
+"""The pages: built without a warning, complete, short where they promise it, and true about the source's files."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+EVERYWHERE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
+
+# What a stranger needs to find.
+TOPICS = (
+    *("architecture", "scoring", "glossary", "environment", "files", "large_models", "measured", "install", "pruning"),
+    *("extending/criterion", "extending/operator", "extending/transformer_family", "api/index"),
+    *("tutorials/cnn", "tutorials/llm", "tutorials/own_loop"),
+)
+
+
+# Public names that are modules, whose members have pages.
+_PACKAGES_OF_OBC = ("backends", "criteria", "ops", "quality", "reference", "statistics")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; one build serves all tests of this file."""
+    out = tmp_path_factory.mktemp("docs")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(out)]
+    built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert built.returncode == 0, built.stderr
+    return out
+
+
+def test_the_site_builds_without_a_warning(site: Path) -> None:
+    for topic in TOPICS:
+        assert (site / f"{topic}.html").is_file()
+
+
+def test_the_built_pages_load_nothing_from_elsewhere(site: Path) -> None:
+    loading = re.compile(r"""<(?:script|img|link|iframe)\b[^>]*(?:src|href)=["'](?:https?:)?//""")
+    for page in site.rglob("*.html"):
+        assert not loading.findall(page.read_text(encoding="utf-8")), page
+
+
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    from sphinx.util.inventory import InventoryFile
+
+    with (site / "objects.inv").open("rb") as file:
+        loaded = InventoryFile.load(file, "", lambda base, path: path)
+    entries = getattr(loaded, "data", loaded)  # a mapping before Sphinx 8.2
+    documented = {name.rpartition(".")[2] for kind, names in entries.items() if kind[:3] == "py:" for name in names}
+    missing = []
+    for package in ("obc", "obc.statistics", "obc.scoring", "obc.selection", "obc.pruning", "obc.recovery"):
+        names = importlib.import_module(package).__all__
+        missing += [f"{package}.{name}" for name in names if name not in documented and name not in _PACKAGES_OF_OBC]
+    assert not missing, f"add them to a page of docs/api: {missing}"
+
+
+def test_readme_fits_two_screens() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 120
+
+
+def test_readme_says_what_has_not_run_on_a_gpu() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "The Triton and CUDA kernels have not run on a GPU" in text
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    """Sphinx checks those between the pages of docs/."""
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        linked = page.parent / path
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+_ROOTS = ("python/", "csrc/", "obc_kernels/", "tests/", "benchmarks/", "docs/", "examples/")
+_PACKAGE = tuple(f"{folder.name}/" for folder in (ROOT / "python" / "obc").iterdir() if folder.is_dir())
+
+
+@pytest.mark.parametrize("page", EVERYWHERE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    named = re.findall(r"`([\w./]+/[\w.]*)`", page.read_text(encoding="utf-8"))
+    for name in named:
+        if name.startswith(_ROOTS):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+        elif name.startswith(_PACKAGE):
+            assert (ROOT / "python" / "obc" / name).exists(), f"{page.name} names {name} in python/obc"
+
+
+def _source(*suffixes: str) -> str:
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    paths = [ROOT / name for name in listed.splitlines() if name.endswith(suffixes)]
+    return "\n".join(path.read_text(encoding="utf-8") for path in paths if path.is_file())
+
+
+def test_every_environment_variable_is_on_its_page() -> None:
+    reads = r"""(?:environ(?:\.get\(|\[)|getenv\()\s*["'](OBC_\w+|TRITON_INTERPRET)["']"""
+    used = set(re.findall(reads, _source(".py", ".cpp", ".h", ".cu", ".cuh")))
+    assert len(used) >= 8
+    page = (DOCS / "environment.md").read_text(encoding="utf-8")
+    assert not {name for name in used if f"`{name}`" not in page}
+
+
+def test_the_glossary_defines_each_word_once() -> None:
+    text = (DOCS / "glossary.md").read_text(encoding="utf-8")
+    heads = [
+        line for line, following in zip(text.splitlines(), text.splitlines()[1:], strict=False) if following[:2] == ": "
+    ]
+    terms = [term.strip().lower() for head in heads for term in head.split(",")]
+    assert len(terms) == len(set(terms))
+    words = ["row", "slot", "gate", "chain", "unit", "group", "slice", "side", "plan", "fold", "statistic", "criterion"]
+    assert set(words) <= {word for term in terms for word in term.split()}
+
+
+def test_the_pictures_are_those_that_the_script_draws() -> None:
+    scope: dict[str, object] = {"__name__": "drawings", "__file__": str(DOCS / "drawings.py")}
+    exec((DOCS / "drawings.py").read_text(encoding="utf-8"), scope)
+    pictures = scope["PICTURES"]
+    assert isinstance(pictures, dict)
+    for name, draw in pictures.items():
+        assert (DOCS / "_static" / name).read_text(encoding="utf-8") == draw(), "run python docs/drawings.py"
+
+
+def test_the_architecture_shows_every_folder() -> None:
+    page = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    for folder in _PACKAGE:
+        if not folder.startswith(("_", "__pycache__")):
+            assert f"`{folder}`" in page, folder
