@@ -24,7 +24,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz nightly coverage mutation wheel examples audit licences docs lint format
+.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz wirings nightly coverage mutation wheel examples audit licences docs lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -84,7 +84,13 @@ fuzz: setup ## over 20,000 examples of operators, 600 random models against the 
 	OBC_FUZZ_MODELS=$(FUZZ_MODELS) OBC_FUZZ_FIRST=$$(($(FUZZ_SEED) * $(FUZZ_MODELS))) \
 	  $(BIN)/python -m pytest -q tests/scoring/test_fuzz_models.py
 
-nightly: sanitize fuzz test-all mutation ## all of it: hours
+# Networks with random wirings between layers.
+WIRINGS ?= 400
+wirings: setup ## random permutations, splits, stacks, views, shuffles between layers: pruned exactly, or left out
+	OBC_WIRINGS=$(WIRINGS) OBC_WIRINGS_FIRST=$$(($(FUZZ_SEED) * $(WIRINGS))) \
+	  $(BIN)/python -m pytest -q tests/structures/test_random_wirings.py
+
+nightly: sanitize fuzz wirings test-all mutation ## all of it: hours
 
 coverage: setup ## the test suite with its coverage of lines and branches
 	$(BIN)/python -m coverage erase

@@ -25,14 +25,15 @@ from torch.utils import _pytree as pytree
 from obc.model.groups import ChannelGroup
 from obc.model.kept import PlanError
 from obc.model.shared_copy import parameter_uses, replace_parameter, shared_copy, shared_parameters
-from obc.structures.comparison import Observation, Reading, compare, observe
+from obc.structures.comparison import Observation, compare, observe
 from obc.structures.masking import kept_of, lost_channels, masked_copy, unmaskable
 from obc.structures.protocol import Limits, Provable
 
 Run = Callable[[nn.Module], Any]
 _TRIES = 2
-# So many of the units that stay must be told apart by what their consumers read.
-_SEEN = 0.5
+# So many of the units must be told apart by what their consumers read: half of them are silent behind a ReLU, and
+# half go in each try.
+_SEEN = 0.25
 
 
 class ProofError(PlanError):
@@ -79,7 +80,7 @@ class _Prover:
         self.structure, self.run, self.seed = structure, run, seed
         self.groups = {group.name: group for group in structure.groups}
         self.proof = Proof()
-        self.seen: set[str] = set()
+        self.seen: dict[str, set[int]] = {name: set() for name in self.groups}
 
     def prove(self) -> Proof:
         proof, limits = self.proof, getattr(self.structure, "limits", Limits())
@@ -100,8 +101,8 @@ class _Prover:
         others = [name for name in names if name in proof.unproved]
         for number in range(_TRIES):
             maskable, others = self._passing(maskable, number), self._passing(others, number)
-        unseen = set(maskable) - self.seen - set(proof.unproved)
-        proof.unproved |= {name: self._unseen(name) for name in maskable if name in unseen}
+        unseen = [name for name in maskable if len(self.seen[name]) < _SEEN * self.groups[name].size]
+        proof.unproved |= {name: self._unseen(name) for name in unseen if name not in proof.unproved}
         proof.unproved = {name: why for name, why in proof.unproved.items() if name not in proof.left_out}
         proof.proved = [name for name in maskable if name not in proof.unproved]
         return proof
@@ -243,6 +244,7 @@ class _Prover:
         return what + (f"; {', '.join(shared)} are one parameter" if shared else "")
 
     def _note_seen(self, names: Sequence[str], masked: Observation, removed: Mapping[str, Tensor]) -> None:
+        """Which units' channels are read, and tell themselves from the others'."""
         lost = lost_inputs(self.base, [self.groups[name] for name in names], removed)
         for name in names:
             stays = kept_of(self.groups[name].size, removed[name])
@@ -251,10 +253,11 @@ class _Prover:
                 channels = part.channels[stays]
                 if part.module in lost:
                     channels = channels - torch.searchsorted(lost[part.module], channels)
-                apart = max((_told_apart(reading, channels) for reading in readings), default=0)
-                bypassed = not readings and any(part.module.startswith(called) for called in masked.called if called)
-                if bypassed or apart >= _SEEN * len(stays):
-                    self.seen.add(name)
+                for reading in readings:
+                    self.seen[name] |= set(stays[_told_apart(reading.sums[channels])].tolist())
+                # Layers whose weights are used without calling them: something in or around them ran.
+                if not readings and any(part.module.startswith(called) for called in masked.called if called):
+                    self.seen[name] |= set(stays.tolist())
 
     def _unseen(self, name: str) -> str:
         consumers = [part.module for part in self.groups[name].consumers]
@@ -291,10 +294,12 @@ def _parts(removed: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]
     return parts
 
 
-def _told_apart(reading: Reading, channels: Tensor) -> int:
-    """How many rows of ``channels`` read something, and each something else."""
-    sums = reading.sums[channels]
-    return len(sums[(sums != 0).any(1)].unique(dim=0))
+def _told_apart(sums: Tensor) -> Tensor:
+    """The rows that are not zero, and of equal ones the first."""
+    _, places = sums.unique(dim=0, return_inverse=True)
+    first = torch.full((len(sums),), len(sums)).scatter_reduce(0, places, torch.arange(len(sums)), "amin")
+    rows = first[first < len(sums)]
+    return rows[(sums[rows] != 0).any(1)]
 
 
 # --- values that hide nothing ---------------------------------------------------------------------------------

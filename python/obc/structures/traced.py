@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from obc.model.shared_copy import share_again, shared_parameters
 from obc.structures.measure import costs_of, measure
 from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits
-from obc.structures.traced_plan import PlanRecorder, refuse_unprunable
+from obc.structures.traced_plan import PlanRecorder, holds_channels, refuse_unprunable
 from obc.structures.traced_units import NotPrunableError, Units, after, renumbered, slice_of, without
 
 try:
@@ -32,6 +32,10 @@ except ImportError as error:
     raise ImportError("obc.prune finds groups by Torch-Pruning: pip install torch-pruning") from error
 
 Layers = Sequence[nn.Module | str]
+_ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
+# What Torch-Pruning raises where its own arithmetic on channels goes wrong.
+_INSIDE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+_UNFOLLOWED = "Torch-Pruning can't follow its channels"
 
 
 @dataclass(eq=False)
@@ -211,14 +215,35 @@ class TorchPruningStructure:
 
     def _find_groups(self) -> None:
         found = []
-        for raw in self._graph.get_all_groups(ignored_layers=list(self._ignored)):
+        for raw in self._raw_groups():
             name = min(self._producers(raw), key=self._place)
             try:
                 found.append((name, *self._group(name, raw)))
             except NotPrunableError as reason:
                 self.left_out[name] = str(reason)
+            except _INSIDE as error:
+                self.left_out[name] = f"{_UNFOLLOWED}: {type(error).__name__}: {error}"
         for name, root, group in sorted(found, key=lambda entry: self._place(entry[0])):
             self._roots[name], self._groups[name] = root, group
+
+    def _raw_groups(self) -> Iterator[Any]:
+        """Torch-Pruning's groups, each from the first of its layers, but for those that it fails on."""
+        graph, seen = self._graph, set(self._graph.IGNORED_LAYERS_IN_TRACING) | self._ignored
+        for module in list(graph.module2node):
+            if not isinstance(module, _ROOTS) or module in seen:
+                continue
+            pruner = graph.get_pruner_of_module(module)
+            if pruner is None or (width := pruner.get_out_channels(module)) is None:
+                continue
+            try:
+                raw = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
+            except _INSIDE as error:
+                self.left_out[self._names[module]] = f"{_UNFOLLOWED}: {type(error).__name__}: {error}"
+                continue
+            pruned = {item[0].target.module for item in raw if graph.is_out_channel_pruning_fn(item[0].handler)}
+            seen |= pruned
+            if not pruned & self._ignored:
+                yield raw
 
     def _place(self, name: str) -> int:
         return self._order.get(name, self._order.get(name.rpartition(".")[0], len(self._order)))
@@ -282,8 +307,8 @@ class TorchPruningStructure:
         """(name, side, offsets of the copies of its channels) of what one item of a group prunes."""
         if isinstance(target, nn.Parameter):
             return self._parts_of_parameter(target, dep.target.pruning_dim % target.dim())
-        if target not in self._names or next(target.parameters(), None) is None:
-            return []  # an operation, an activation, a norm without parameters
+        if target not in self._names or not holds_channels(target):
+            return []  # an operation, an activation, a norm without values of its own
         name = self._names[target]
         if isinstance(target, nn.RNNBase):
             raise NotPrunableError(f"a plan can't describe a pruned {type(target).__name__} ({name!r})")

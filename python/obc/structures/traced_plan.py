@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from obc.model.kept import Kept, PlanError, narrowed, with_columns
@@ -51,6 +52,12 @@ def refuse_unprunable(model: nn.Module) -> None:
             raise PlanError(f"{name or 'the model'} is parametrised, which Torch-Pruning can't slice; merge it first")
 
 
+def holds_channels(module: nn.Module) -> bool:
+    """Whether a module has values that are pruned: parameters, or the statistics of a norm without them."""
+    has_statistics = isinstance(module, _NormBase) and module.running_mean is not None
+    return has_statistics or next(module.parameters(), None) is not None
+
+
 class PlanRecorder:
     """What every layer kept, one group after the other.
 
@@ -86,7 +93,7 @@ class PlanRecorder:
             module = dep.target.module
             if isinstance(module, nn.Parameter):
                 self._parameter(module, dep.target.pruning_dim, removed)
-            elif module in self._names and next(module.parameters(recurse=True), None) is not None:
+            elif module in self._names and holds_channels(module):
                 self._module(module, dep.handler, removed, getattr(item, "root_idxs", None))
         self._attention_blocks(group)
 

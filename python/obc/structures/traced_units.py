@@ -28,6 +28,9 @@ class Units:
         return channel
 
     def join(self, one: int, other: int) -> None:
+        size = len(self._parents)
+        if max(one, other) >= size:
+            raise NotPrunableError(f"Torch-Pruning couples a channel {max(one, other)} to its {size}")
         first, second = sorted((self._find(one), self._find(other)))
         self._parents[second] = first
 

@@ -1,0 +1,336 @@
+"""The proof that removing equals masking: what it must see, what it must not mind, what it costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers_families import FAMILIES
+
+pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
+
+import random_wirings as wirings
+from random_wirings import Stage, Wired, without
+
+from obc.structures import proof as proofs
+from obc.structures.comparison import observe
+from obc.structures.proof import prove
+from obc.structures.traced import TorchPruningStructure
+from obc.structures.transformers import TransformersStructure
+
+SIZE = 8
+
+
+def wired(moves: Callable[[Tensor], Tensor], channels: int = 12, between: nn.Module | None = None) -> Wired:
+    """conv, moves, and a 1x1 convolution (or a linear layer behind a flatten) that reads what they make."""
+    torch.manual_seed(0)
+    parts: list[Any] = [("between", between)] if between is not None else []
+    stage = Stage([*parts, ("moves", moves)])
+    places = len(stage.sources(channels, SIZE))
+    flat = moves(torch.zeros(1, channels, SIZE, SIZE)).dim() == 2
+    reader: nn.Module = nn.Linear(places, 8) if flat else nn.Conv2d(places, 8, 1)
+    return Wired([nn.Conv2d(3, channels, 3, padding=1), reader], [stage], nn.Linear(8, 5)).double().eval()
+
+
+def images(count: int = 2) -> Tensor:
+    return torch.randn(count, 3, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+RIGHT: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda x: x,
+    "flattened with channels first": wirings.channels_first,
+}
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "halves exchanged twice":  # where Torch-Pruning itself fails
+    lambda x: torch.cat(torch.cat(x.chunk(2, 1)[::-1], 1).chunk(2, 1)[::-1], 1),
+    "flattened with channels last": wirings.channels_last,
+    "patches with channels last": lambda x: x.permute(0, 2, 3, 1).unfold(1, 4, 4).unfold(2, 4, 4).flatten(1),
+    "flip": lambda x: x.flip(1),
+    "roll": lambda x: x.roll(5, 1),
+    "roll by half": lambda x: x.roll(6, 1),
+    "index": lambda x: x[:, torch.arange(x.shape[1] - 1, -1, -1)],
+    "index_select": lambda x: x.index_select(1, torch.arange(x.shape[1]).roll(1)),
+    "gather": lambda x: x.gather(1, torch.arange(x.shape[1]).roll(3)[None, :, None, None].expand_as(x)),
+    "every second first": lambda x: torch.cat([x[:, ::2], x[:, 1::2]], 1),
+    "stack before the channels": lambda x: torch.stack((x, x), 1).flatten(1, 2),
+    "shuffle by view": lambda x: x.view(len(x), 3, -1, *x.shape[2:]).transpose(1, 2).reshape(x.shape),
+    "transposed with einsum": lambda x: torch.einsum("nchw->nhwc", x).flatten(1),
+    "unbind by view": lambda x: torch.cat(x.view(len(x), 2, -1, *x.shape[2:]).unbind(1)[::-1], 1),
+}
+
+
+@pytest.mark.parametrize("name", [*RIGHT, *WRONG])
+def test_channels_in_another_order_are_left_out(name: str) -> None:
+    net = wired({**RIGHT, **WRONG}[name])
+    structure = TorchPruningStructure(copy.deepcopy(net), images())
+    if name in RIGHT:
+        assert "layers.0" not in structure.left_out
+        assert structure.proof is not None
+        assert "layers.0" in structure.proof.proved
+    structure.remove({group.name: torch.tensor([1, 2, 5]) for group in structure.groups})
+    torch.testing.assert_close(structure.model(images()), without(net, structure.plan, SIZE)(images()))
+    if name in WRONG:
+        assert "layers.0" in structure.left_out
+
+
+@pytest.mark.parametrize("name", ["depthwise", "norm", "slopes"])
+@pytest.mark.parametrize("order", ["as it is", "flip"])
+def test_layers_between_do_not_hide_the_order(name: str, order: str) -> None:
+    between: dict[str, nn.Module] = {
+        "depthwise": nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False),
+        "norm": nn.BatchNorm2d(12, affine=False),
+        "slopes": nn.PReLU(12),
+    }
+    structure = TorchPruningStructure(wired({**RIGHT, **WRONG}[order], between=between[name]), images())
+    assert ("layers.0" in structure.left_out) == (order == "flip")
+
+
+class Maxout(nn.Module):
+    """Something is done to parts of the channels, which a view makes."""
+
+    def __init__(self, parts: Callable[[Tensor], Tensor], channels: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 3, padding=1)
+        self.c, self.head = nn.Conv2d(channels, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.parts(F.relu(self.b(F.relu(self.a(x)))))
+        return self.head(F.relu(self.c(x)).mean((2, 3)))
+
+
+PARTS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "neighbours": (lambda x: x.view(len(x), -1, 2, *x.shape[2:]).amax(2), 6),
+    "halves": (lambda x: x.view(len(x), 2, -1, *x.shape[2:]).amax(1), 6),
+    "thirds": (lambda x: (lambda p, q, r: p * q + r)(*x.view(len(x), 3, -1, *x.shape[2:]).unbind(1)), 4),
+    "means of neighbours": (lambda x: x.unflatten(1, (-1, 3)).mean(2), 4),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_made_by_a_view_are_pruned_exactly_or_left_out(name: str) -> None:
+    """Truth: whatever the consumer loses reads zero there, in the unpruned model."""
+    torch.manual_seed(0)
+    net = Maxout(*PARTS[name]).double().eval()
+    structure = TorchPruningStructure(copy.deepcopy(net), images())
+    for _ in range(3):
+        structure.remove({group.name: torch.tensor([group.size // 2]) for group in structure.groups})
+    for group, reader in (("a", net.b), ("b", net.c), ("c", net.head)):
+        kept = structure.plan[group].out_channels if group in structure.plan else None
+        columns = structure.plan[{"a": "b", "b": "c", "c": "head"}[group]].in_channels if kept is not None else None
+        if columns is not None:
+            wirings.zero_inputs(reader, sorted(set(range(reader.weight.shape[1])) - set(columns.tolist())))
+    torch.testing.assert_close(structure.model(images()), net(images()))
+    assert {"a", "c"} <= {group.name for group in structure.groups}
+
+
+def test_the_shuffle_between_grouped_convolutions_is_left_out() -> None:
+    class ShuffleNet(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.g1, self.dw = nn.Conv2d(3, 12, 1, groups=3), nn.Conv2d(12, 12, 3, padding=1, groups=12)
+            self.g2, self.head = nn.Conv2d(12, 9, 1, groups=3), nn.Linear(9, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.relu(self.g1(x))
+            y = y.view(len(y), 3, -1, *y.shape[2:]).transpose(1, 2).reshape(y.shape)
+            return self.head(self.g2(self.dw(y)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    structure = TorchPruningStructure(ShuffleNet().double(), images())
+    assert [group.name for group in structure.groups] == ["g2"]
+    assert "order" in structure.left_out["g1"]
+
+
+# --- what must not hide a fault -----------------------------------------------------------------------------------
+
+
+class Branch(nn.Module):
+    """A residual branch whose wiring is wrong, behind something that hides it in the output."""
+
+    def __init__(self, hide: str) -> None:
+        super().__init__()
+        self.stem, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 12, 3, padding=1), nn.Conv2d(12, 6, 1)
+        self.norm, self.head = nn.BatchNorm2d(6), nn.Linear(6, 5)
+        self.scale = nn.Parameter(torch.full((6, 1, 1), 1e-9 if hide == "tiny scale" else 1.0))
+        if hide == "zero gamma":
+            nn.init.zeros_(self.norm.weight)
+        if hide == "zero weight":
+            nn.init.zeros_(self.b.weight)
+            nn.init.zeros_(self.b.bias)
+        if hide == "equal weights":
+            nn.init.constant_(self.a.weight, 0.1)
+        if hide == "zero weights everywhere":
+            for parameter in self.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.scale * self.norm(self.b(F.relu(self.a(x)).flip(1)))
+        return self.head(x.mean((2, 3)))
+
+
+HIDDEN = ("nothing", "zero gamma", "zero weight", "tiny scale", "equal weights", "zero weights everywhere")
+
+
+@pytest.mark.parametrize("hide", HIDDEN)
+@pytest.mark.parametrize("example", ["images", "zeros"])
+def test_a_fault_is_seen_where_the_output_hides_it(hide: str, example: str) -> None:
+    torch.manual_seed(0)
+    x = images().float() if example == "images" else torch.zeros(1, 3, SIZE, SIZE)
+    structure = TorchPruningStructure(Branch(hide), x)
+    assert "order" in structure.left_out["a"]
+
+
+def test_what_the_batch_does_not_show_is_called_unproved() -> None:
+    class Dead(nn.Module):
+        """Units that no input wakes, and a layer that is not used on this input."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 12), nn.Linear(12, 4), nn.Linear(4, 3)
+            with torch.no_grad():
+                self.a.bias[2:] -= 100
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(F.relu(self.b(F.relu(self.a(x)))))
+
+    torch.manual_seed(0)
+    structure = TorchPruningStructure(Dead(), torch.randn(4, 6))
+    assert structure.proof is not None
+    assert structure.proof.proved == ["b"]
+    assert "zero, or the same" in structure.proof.unproved["a"]
+    assert {group.name for group in structure.groups} == {"a", "b"}
+
+
+def test_a_model_that_returns_something_else_every_time_is_called_unproved() -> None:
+    calls = iter(range(10**6))
+
+    class Restless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(self.a(x + next(calls))))
+
+    structure = TorchPruningStructure(Restless(), torch.randn(4, 6))
+    assert structure.proof is not None
+    assert "something else at every call" in structure.proof.unproved["a"]
+
+
+def test_random_numbers_inside_the_model_are_the_same_for_both() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.relu(self.a(x + torch.randn_like(x))))
+
+    structure = TorchPruningStructure(Noisy(), torch.ones(4, 6))
+    assert structure.proof is not None
+    assert structure.proof.proved == ["a"]
+    state = torch.get_rng_state()
+    observe(structure.model, lambda model: model(torch.ones(4, 6)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# --- which groups are at fault, and what it costs -----------------------------------------------------------------
+
+
+def test_one_wrong_group_among_many_is_found_in_few_passes() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(16))
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for index, layer in enumerate(self.layers):
+                x = layer(x).tanh()
+                x = x.flip(1) if index in (5, 11) else x
+            return self.head(x)
+
+    torch.manual_seed(0)
+    net = Deep()
+    structure = TorchPruningStructure(net, torch.randn(8, 16))
+    assert set(structure.left_out) == {"layers.5", "layers.11", "head"}
+    assert structure.proof is not None
+    # Twice down a tree of sixteen, two models each; one by one would take 64 and more.
+    assert structure.proof.passes <= 48
+    good = TorchPruningStructure(net, torch.randn(8, 16), ignored_layers=["layers.5", "layers.11"])
+    assert good.proof is not None
+    assert good.proof.passes == 1 + 2 * 2
+    assert len(good.proof.proved) == 14
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    net = wired(WRONG["flip"]).float().train()
+    net.layers[0].weight.requires_grad_(False)
+    net.head.weight.grad = torch.ones_like(net.head.weight)
+    values = {name: (tensor, tensor.clone()) for name, tensor in net.state_dict(keep_vars=True).items()}
+    TorchPruningStructure(net, images().float())
+    for name, tensor in net.state_dict(keep_vars=True).items():
+        assert tensor is values[name][0]
+        assert torch.equal(tensor, values[name][1])
+    assert net.training
+    assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["layers.0.weight"]
+    assert not any(module._forward_hooks for module in net.modules())
+    assert net.head.weight.grad is not None
+
+
+def test_two_tries_tell_all_units_of_small_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any exchange of two of four channels shows in one of the tries."""
+    for one in range(4):
+        for other in range(one):
+            order = list(range(4))
+            order[one], order[other] = other, one
+            structure = TorchPruningStructure(wired(lambda x, order=order: x[:, order[: x.shape[1]]], 4), images())
+            assert "layers.0" in structure.left_out, (one, other)
+    assert proofs._TRIES == 2
+
+
+# --- masking is not slicing: exact counterparts ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kinds", [("ffn", "heads", "experts", "expert_ffn", "mamba"), ("embedding",)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_of_transformers_are_proved(family: str, kinds: tuple[str, ...]) -> None:
+    """Norms over the residual stream, routers and scan included."""
+    case = FAMILIES[family]()
+    structure = TransformersStructure(case.model, kinds)
+    if not structure.groups:
+        pytest.skip(f"{family} has no groups of {kinds}")
+    batch = case.batches[0]
+    inputs = {"pixel_values": batch[0]} if isinstance(batch, tuple) else {"input_ids": batch}
+    found = prove(structure, lambda model: model(**inputs))
+    assert found.proved == [group.name for group in structure.groups]
+    assert not found.left_out
+    assert not found.unproved
+    assert found.error < found.tolerance < 1e-3
+    assert found.passes == 5
+    assert len(structure.plan) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_half_precision_is_proved_by_what_layers_read(dtype: torch.dtype) -> None:
+    case = FAMILIES["llama"]()
+    model = case.model.to(dtype)
+    right = TransformersStructure(model, example_inputs={"input_ids": case.batches[0]})
+    assert right.proof is not None
+    assert len(right.proof.proved) == len(right.groups) == 4
+    for layer in model.model.layers:
+        layer.mlp.act_fn = nn.Sequential(layer.mlp.act_fn, Flipped())
+    wrong = TransformersStructure(model, example_inputs={"input_ids": case.batches[0]})
+    assert [group.kind for group in wrong.groups] == ["heads", "heads"]
+
+
+class Flipped(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flip(-1)

@@ -1,0 +1,62 @@
+"""Random wirings between layers: what is pruned is pruned exactly, or it is left out; never wrong.
+
+``make wirings`` draws OBC_WIRINGS networks from the number OBC_WIRINGS_FIRST on; the closing lines count them.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
+
+from random_wirings import Wired, random_wired, without
+
+from obc.structures.traced import TorchPruningStructure
+
+FIRST = int(os.environ.get("OBC_WIRINGS_FIRST", "0"))
+WIRINGS = range(FIRST, FIRST + int(os.environ.get("OBC_WIRINGS", "25")))
+SIZE = 6
+counts: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _print_counts(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
+        said = ", ".join(f"{counts[key]} {key}" for key in ("groups exact", "groups left out", "wrong"))
+        print(f"\nwirings: {counts['networks']} random networks: {said}")
+
+
+def removed_in_steps(net: Wired, x: Tensor, seed: int) -> TorchPruningStructure:
+    """A structure of a copy of ``net`` without some units of every group, removed in two steps."""
+    structure = TorchPruningStructure(copy.deepcopy(net), x)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(2):
+        structure.remove(
+            {
+                group.name: torch.randperm(group.size, generator=generator)[: max(1, group.size // 3)]
+                for group in structure.groups
+                if group.size > 1
+            }
+        )
+    return structure
+
+
+@pytest.mark.parametrize("seed", WIRINGS)
+def test_a_random_wiring_is_pruned_exactly_or_left_out(seed: int) -> None:
+    net = random_wired(seed)
+    x = torch.randn(3, 6, SIZE, SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    structure = removed_in_steps(net, x, seed)
+    counts["networks"] += 1
+    counts["groups left out"] += len(structure.left_out) - 1  # the head's width is the output's
+    expected, got = without(net, structure.plan, SIZE)(x), structure.model(x)
+    exact = torch.allclose(got, expected, rtol=1e-9, atol=1e-9)
+    counts["groups exact" if exact else "wrong"] += len(structure.groups) or (not exact)
+    assert exact, f"{net}\nleft out: {structure.left_out}"
