@@ -10,9 +10,11 @@ import torch
 
 from obc import backends
 from obc.distribution import DISTRIBUTION, obc_version
+from obc.scoring.reading import native_gates
 
 ENVIRONMENT = {
     "OBC_BACKEND": "the backend of every operator (read when obc is imported)",
+    "OBC_NATIVE_GATES": "0 reads rows by the gates in Python, not by those in C++ (read before every row)",
     "OBC_CPU_ISA": "the highest instruction set the CPU kernels may use: x86-64-v4, x86-64-v3 or baseline",
     "OBC_NUM_THREADS": "threads of the NumPy entry points (torch's operators use torch's own number)",
     "OBC_AUTOTUNE": "1 lets Triton search its launch configurations instead of using the fixed ones",
@@ -33,6 +35,13 @@ def _build() -> dict[str, Any]:
     return {"available": True, **_native.build_facts(), "instruction_set": _native.instruction_set()}
 
 
+def _gates() -> dict[str, Any]:
+    if reason := native_gates.why_unavailable():
+        remedy = "install obc again, with this torch and a C++20 compiler; until then gates run in Python"
+        return {"available": False, "reason": reason, "remedy": remedy}
+    return {"available": True}
+
+
 def info() -> dict[str, Any]:
     """Facts about this installation.
 
@@ -42,6 +51,7 @@ def info() -> dict[str, Any]:
         "backends": per backend whether it is available, and if not "reason" and "remedy";
         "build": of the native code "compiler", "flags", the "torch" it was built with and the "instruction_set" in
         use, or why there is none and the remedy;
+        "gates": whether scoring's gates run in C++, and if not "reason" and "remedy";
         "environment": obc's environment variables with their values, None where unset.
     """
     return {
@@ -52,5 +62,6 @@ def info() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.machine()}",
         "backends": backends.describe(),
         "build": _build(),
+        "gates": _gates(),
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
     }

@@ -13,6 +13,7 @@ import torch
 
 import obc
 from obc.backends.cpu import LIBRARY
+from obc.scoring.reading import native_gates
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,11 +45,19 @@ def test_arguments_of_the_library_are_those_of_ops(name: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="reads ELF with readelf")
-def test_library_names_torch_by_soname_without_a_path() -> None:
-    dynamic = subprocess.run(["readelf", "-d", LIBRARY], capture_output=True, text=True, check=True).stdout
+@pytest.mark.parametrize("library", [LIBRARY, native_gates.path()], ids=["operators", "gates"])
+def test_library_names_torch_by_soname_without_a_path(library: Path) -> None:
+    dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     assert "[libtorch_cpu.so]" in dynamic
     assert "RPATH" not in dynamic
     assert "RUNPATH" not in dynamic
+
+
+def test_gates_were_built_for_this_torch() -> None:
+    assert native_gates.why_unavailable() is None
+    assert obc.info()["gates"] == {"available": True}
+    version = ".".join(torch.__version__.split(".")[:2])
+    assert native_gates.path().name.startswith(f"gates-torch{version}.")
 
 
 def test_info_names_versions_backends_and_build() -> None:

@@ -16,7 +16,9 @@ from transformers import BatchEncoding
 import obc
 from obc.model.batches import part_of, samples_in
 
-# The demand: parts and whole differ by the order of float32 sums alone.
+pytestmark = pytest.mark.usefixtures("gates")
+
+# Parts and whole differ by the order of float32 sums alone.
 TOLERANCE = 1e-5
 
 

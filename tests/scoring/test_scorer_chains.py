@@ -15,6 +15,8 @@ from torch.nn import functional as F
 import obc
 from obc.scoring.errors import ChainError
 
+pytestmark = pytest.mark.usefixtures("gates")
+
 BATCH = 6
 
 

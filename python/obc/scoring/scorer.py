@@ -217,8 +217,7 @@ class JacobianScorer:
 
     def _begin_row(self, samples: int | None) -> None:
         self._in_row = True
-        self._reading.begins = samples is None
-        self._reading.counted_by, self._reading.spread = None, []
+        self._reading.begin_row(samples)
         if self._reading.checking:
             self._reasons = {reader: reader.reason for reader in self._plan.readers.values()}
         if samples is not None and self._reading.samples is None and self.rows == "sample":
@@ -290,14 +289,14 @@ class JacobianScorer:
             flat.zero()
 
     def _unchained_from_now_on(self, error: ChainError) -> ChainError:
-        self._plan.chains.give_up()
+        self._plan.give_up_chains()
         row = f"row {self._tally.read().ended}"
         self.left_out.append(f"{row}: {error}")
         return ChainError(f"{row} was dropped: {error}; every row is read by gates from now on, so repeat this row")
 
     def _copy_from_now_on(self) -> InplaceError:
         for reader in self._plan.readers.values():
-            reader.copy_output = reader.copy_input = True
+            reader.copy_from_now_on()
         row = f"row {self._tally.read().ended}"
         self.left_out.append(f"{row}: an activation was changed in place after a gate had read it")
         return InplaceError(

@@ -132,6 +132,7 @@ class Chains:
     Attributes:
         slots: those that need no gate, each with what its row follows from.
         outputs: in the row in hand, the graph node of every output without a gate.
+        held: in the row in hand, the slots whose chains were seen to hold.
     """
 
     def __init__(self) -> None:
@@ -139,7 +140,7 @@ class Chains:
         self.outputs: dict[Slot, Any] = {}
         self._chains: dict[Slot, _Copy | _Before] = {}
         self._seen_by: dict[Slot, list[_Copy | _Before]] = {}
-        self._held: set[Slot] = set()
+        self.held: set[Slot] = set()
 
     def confirm(self, candidates: Iterable[Candidate], norms: Iterable[NormGradients]) -> None:
         """Take over the candidates whose two sides agree in the rows in hand."""
@@ -164,7 +165,7 @@ class Chains:
     def forget_row(self) -> None:
         """Forget the row in hand, and the graph that it left."""
         self.outputs.clear()
-        self._held.clear()
+        self.held.clear()
 
     def look(self, activation: Tensor, slot: Slot) -> None:
         """See whether ``activation``, the input whose row is in ``slot``, still comes from where its chains begin.
@@ -175,7 +176,18 @@ class Chains:
         for chain in self._seen_by.get(slot, ()):
             if not chain.link_holds(activation.grad_fn, self.outputs):
                 raise ChainError(f"the input of {slot.label!r} came another way than in the checking row")
-            self._held.add(chain.slot)
+            self.held.add(chain.slot)
+
+    def links(self, slot: Slot) -> tuple[Any, ...]:
+        """What :meth:`look` asks of the input whose row is in ``slot``, for a gate in C++.
+
+        One (slot, whether it is the input's own, norm, the norm's weight, path) for each chain.
+        """
+        links = [chain.link for chain in self._seen_by.get(slot, ())]
+        return tuple(
+            (link.slot, link.slot is link.seen_by, link.norm, getattr(link.norm, "weight", None), link.path)
+            for link in links
+        )
 
     def refuse_unseen(self) -> None:
         """Refuse a row in which an output without a gate led to no input that would tell its row.
@@ -184,12 +196,12 @@ class Chains:
             ChainError: naming it.
         """
         for slot in self.outputs:
-            if slot not in self._held:
+            if slot not in self.held:
                 raise ChainError(f"the output of {slot.label!r} went another way than in the checking row")
 
     def give_up(self) -> None:
         """Have gates everywhere again."""
-        for of_slots in (self.slots, self.outputs, self._chains, self._seen_by, self._held):
+        for of_slots in (self.slots, self.outputs, self._chains, self._seen_by, self.held):
             of_slots.clear()
 
     def bind(self, norms: Iterable[NormGradients]) -> None:
@@ -202,7 +214,7 @@ class Chains:
     def fill(self) -> None:
         """Write the rows that follow, of what took part in the row in hand, from those that were read."""
         for slot, chain in self._chains.items():
-            if slot in self._held:
+            if slot in self.held:
                 slot.of(_whole(slot.flat)).copy_(chain.row())
 
     def state(self, slots: list[Slot], norms: Mapping[str, nn.Module]) -> list[list[Any]]:

@@ -4,7 +4,7 @@ A gate is a zero leaf of one entry per channel (per sample and channel for sampl
 activation through an identity. The identity's backward hands the gradient on unchanged and gives the gate
 ``channel_dot(activation, gradient)``. Autograd then adds over every use, micro-batch and checkpointed segment,
 straight into the slice of one flat vector that the gate's ``.grad`` was preset to. Nothing has side effects, so
-``torch.compile`` traces it.
+``torch.compile`` traces it. :mod:`obc.scoring.reading.native_gates` does the same in C++.
 """
 
 from __future__ import annotations
@@ -15,6 +15,17 @@ import torch
 from torch import Tensor
 
 from obc import ops
+
+
+def pass_gate(
+    native: Any | None, activation: Tensor, gate: Tensor, channel_dim: int, per_sample: bool, fold: int
+) -> Tensor:
+    """``activation`` through a gate: of the library ``native`` where there is one and it serves this tensor."""
+    if native is not None:
+        gated = native.gate(activation, gate, channel_dim, per_sample, fold)
+        if gated is not NotImplemented:
+            return gated  # type: ignore[no-any-return]
+    return Gate.apply(activation, gate, channel_dim, per_sample, fold)  # type: ignore[no-any-return]
 
 
 def _folded_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool, fold: int) -> Tensor:

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from obc.model.rules import Rule
 from obc.model.sharding import is_dtensor
+from obc.scoring.reading import native_gates
 from obc.scoring.reading.chains import Candidates, Chains
 from obc.scoring.reading.flat_row import Slot
-from obc.scoring.reading.gates import CheckGate, Gate, TokenGate
+from obc.scoring.reading.gates import CheckGate, TokenGate, pass_gate
 from obc.scoring.sharding import LocalPart
 
 # What a module's own forward calls its activation, where it comes by keyword.
@@ -31,6 +33,7 @@ class Reading:
         sharded: parameters lie on several processes; no row is checked, and what gates can't read is not read.
         candidates: in the checking row, for what may follow from other rows; None where that is not asked for.
         chains: which slots need no gate, because their rows follow from others.
+        native: the library of gates in C++, or None where the row in hand is read by those in Python.
     """
 
     def __init__(self, per_sample: bool, checking: bool, chains: Chains, sharded: bool = False) -> None:
@@ -40,6 +43,13 @@ class Reading:
         self.counted_by: Reader | None = None
         self.spread: list[Reader] = []
         self.candidates: Candidates | None = None
+        self.native: Any | None = None
+
+    def begin_row(self, samples: int | None) -> None:
+        """A row begins, of so many samples if that is known."""
+        self.begins = samples is None
+        self.counted_by, self.spread = None, []
+        self.native = native_gates.library()
 
 
 class _Watch:
@@ -75,6 +85,8 @@ class Reader:
         self.activation_dtypes: set[torch.dtype] = set()
         self._watch_in, self._watch_out = _Watch(in_, keeps_received=False), _Watch(out, keeps_received=True)
         self._reading: Reading
+        self._native_in: Any = None  # native_gates' Gate, once a row after the checking one came through here
+        self._native_out: Any = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
@@ -107,6 +119,16 @@ class Reader:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.forget_native()
+
+    def forget_native(self) -> None:
+        """What the gates in C++ were made for has changed: they are made anew."""
+        self._native_in = self._native_out = None
+
+    def copy_from_now_on(self) -> None:
+        """Gates keep, and hand on, copies."""
+        self.copy_output = self.copy_input = True
+        self.forget_native()
 
     def notice_changes(self) -> None:
         """Take over what the checking row's gates saw: later gates hand on, or keep, copies."""
@@ -116,10 +138,15 @@ class Reader:
             self.reason = "it changes its input in place"
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._native_in is not None and self._reading.native is not None and not is_compiling():
+            result = self._native_in.before(args, kwargs)
+            if result is not NotImplemented:
+                return result
         if not self._reads() or self.in_ is None or self.rule.in_dim is None:
             return None
         if args and isinstance(args[0], Tensor):
             gated = self._gate(args[0], self.in_, self.rule.in_dim, self.copy_input, self._watch_in, self.fold)
+            self._take_over_input(args[0])
             return (gated, *args[1:]), kwargs
         for name in _ACTIVATION_KEYWORDS:
             if isinstance(kwargs.get(name), Tensor):
@@ -128,11 +155,16 @@ class Reader:
         return None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._native_out is not None and self._reading.native is not None and not is_compiling():
+            result = self._native_out.after(output)
+            if result is not NotImplemented:
+                return result
         if not self._reads() or not isinstance(output, Tensor) or self.rule.out_dim is None:
             return None
         # A compiler's graph is not autograd's: there every slot has its gate.
-        if self.out in self._reading.chains.slots and not torch.compiler.is_compiling():
+        if self.out in self._reading.chains.slots and not is_compiling():
             self._reading.chains.outputs[self.out] = output.grad_fn
+            self._take_over_output(output)
             return None
         if not self.called:
             self.called = True
@@ -142,8 +174,9 @@ class Reader:
                 tokens = args[0] if args else kwargs["input"]
                 output = self._gate_tokens(output, tokens, self.tokens)
         gated = self._gate(output, self.out, self.rule.out_dim, False, self._watch_out, 1)
+        self._take_over_output(output)
         # A compiler sees no version counters, and makes nothing of a copy that it finds needless.
-        copy = (self.copy_output and not self._reading.checking) or torch.compiler.is_compiling()
+        copy = (self.copy_output and not self._reading.checking) or is_compiling()
         return gated.clone() if copy else gated
 
     def _reads(self) -> bool:
@@ -151,7 +184,7 @@ class Reader:
 
     def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
         reading = self._reading
-        if not (reading.checking or torch.compiler.is_compiling()) and slot is self.in_:
+        if not (reading.checking or is_compiling()) and slot is self.in_:
             reading.chains.look(activation, slot)
             if slot in reading.chains.slots:
                 return activation
@@ -166,13 +199,54 @@ class Reader:
         assert gate is not None
         if reading.checking:
             self.activation_dtypes.add(activation.dtype)
-        if reading.checking and not torch.compiler.is_compiling():
+        if reading.checking and not is_compiling():
             if slot is self.in_ and reading.candidates is not None:
                 reading.candidates.walk(activation, slot)
             return CheckGate.apply(activation, gate, channel_dim, reading.per_sample, fold, watch)  # type: ignore[no-any-return]
         if copy:
             activation = activation.clone()
-        return Gate.apply(activation, gate, channel_dim, reading.per_sample, fold)  # type: ignore[no-any-return]
+        return pass_gate(
+            None if is_compiling() else reading.native, activation, gate, channel_dim, reading.per_sample, fold
+        )
+
+    def _native_serves(self, activation: Tensor) -> bool:
+        """Whether a gate in C++ can take over from here: in later batch rows, for such tensors, where there is one."""
+        reading = self._reading
+        return (
+            reading.native is not None
+            and not (reading.checking or reading.per_sample or reading.sharded or is_compiling())
+            and type(activation) is Tensor
+        )
+
+    def _take_over_input(self, activation: Tensor) -> None:
+        if self._native_serves(activation):
+            assert self.in_ is not None
+            assert self.rule.in_dim is not None
+            self._native_in = self._native_gate(self.in_, self.rule.in_dim, self.fold, copy_before=self.copy_input)
+
+    def _take_over_output(self, output: Tensor) -> None:
+        if self._native_serves(output) and not self.rule.looks_up:
+            assert self.rule.out_dim is not None
+            self._native_out = self._native_gate(self.out, self.rule.out_dim, 1, copy_after=self.copy_output)
+
+    def _native_gate(
+        self, slot: Slot, channel_dim: int, fold: int, copy_before: bool = False, copy_after: bool = False
+    ) -> Any:
+        reading = self._reading
+        chains = reading.chains
+        assert reading.native is not None
+        return reading.native.Gate(
+            slot=slot,
+            gate=None if slot in chains.slots else slot.gate,
+            channel_dim=channel_dim,
+            channels=slot.local_size * fold,
+            fold=fold,
+            copy_before=copy_before,
+            copy_after=copy_after,
+            outputs=chains.outputs,
+            held=chains.held,
+            links=chains.links(slot) if slot is self.in_ else (),
+        )
 
     def _gate_tokens(self, output: Tensor, tokens: Tensor, slot: Slot) -> Tensor:
         if not self._bind(slot, output, -1, output.shape[-1]):
@@ -201,7 +275,7 @@ class Reader:
             self._refuse(f"its activation has {shape[0]} entries along dim 0 where {reading.samples} are samples")
             return False
         if slot.gate is None or slot.gate.shape[0] != reading.samples:
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 raise RuntimeError(
                     "a compiled model needs its gates before its forward: use scorer.row(samples=B) around it"
                 )

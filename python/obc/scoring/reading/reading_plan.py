@@ -64,6 +64,12 @@ class Plan:
         found = [one for one in candidates.found() if one.seen_by in inputs]
         self.chains.confirm((one for one in found if one.slot in inputs or one.slot in outputs), norms)
 
+    def give_up_chains(self) -> None:
+        """Have gates everywhere again."""
+        self.chains.give_up()
+        for reader in self.readers.values():
+            reader.forget_native()
+
     def reads(self, parameter: nn.Parameter) -> bool:
         """Whether this very parameter is one whose gradient the plan reads."""
         weights = [source.gradient.weight for source in self.sources]

@@ -1,0 +1,66 @@
+"""Gates in C++ (``csrc/torch_gates.cpp``), where they were built for the torch and the Python that run.
+
+They read the same rows as those of :mod:`obc.scoring.reading.gates`, to the bit, in a sixth of the time. A library
+with autograd nodes serves one version of torch, so its name holds that version; without a library for this one, with
+``OBC_NATIVE_GATES=0`` and under ``torch.compile`` the gates in Python serve.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from obc import backends
+
+logger = logging.getLogger("obc")
+
+SWITCH = "OBC_NATIVE_GATES"
+
+# Backends asked for by name that the library's own sums are the same as.
+_SAME_SUMS = (None, "cpu", "cuda")
+
+
+def path() -> Path:
+    """Where the library for this torch and this Python lies, if it was built."""
+    version = ".".join(torch.__version__.split(".")[:2])
+    name = f"gates-torch{version}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return Path(__file__).resolve().parents[2] / "_lib" / name
+
+
+@functools.cache
+def _load() -> Any:
+    """The library; ImportError, with the reason, where it can't be used."""
+    if not path().exists():
+        raise ImportError(f"{path().name} was not built: install obc again with this torch, and a C++20 compiler")
+    backends.BACKENDS["cpu"].load()  # the gates' operator for what their own kernel does not serve
+    spec = importlib.util.spec_from_file_location("obc_gates", path())
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def why_unavailable() -> str | None:
+    """Why gates run in Python on this installation, or None where they don't."""
+    try:
+        _load()
+    except ImportError as error:
+        logger.info("gates run in Python: %s", error)
+        return str(error)
+    return None
+
+
+def library() -> Any | None:
+    """The library, or None where a row must be read by the gates in Python. Asked anew before every row."""
+    if os.environ.get(SWITCH) == "0" or backends.requested() not in _SAME_SUMS:
+        return None
+    return None if why_unavailable() else _load()
