@@ -17,6 +17,7 @@ from prunable import RECIPES, Recipe  # noqa: E402
 from obc.criteria import Jacobian, Subject, available, group_scores  # noqa: E402
 from obc.model.groups import ChannelGroup, Slice, Slices  # noqa: E402
 from obc.model.layouts import layout_of  # noqa: E402
+from obc.model.usable_batches import UsableBatches  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
 
 # What scores experts, blocks or two domains.
@@ -39,7 +40,7 @@ def subject(recipe: Recipe, slices: Slices = "gate") -> Subject:
     def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
         return model(batch[0])
 
-    return Subject(model, structure.groups, batches, loss, forward, slices, "batch", torch.Generator())
+    return Subject(model, structure.groups, UsableBatches(batches), loss, forward, slices, "batch", torch.Generator())
 
 
 def mask(layer: Any, part: Slice, unit: int) -> Tensor:

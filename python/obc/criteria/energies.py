@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.evaluation import evaluating
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
+from obc.model.usable_batches import UsableBatches, all_finite
 
 
 def relative_errors(
     model: nn.Module,
     groups: Sequence[ChannelGroup],
-    batches: Iterable[Any],
+    batches: UsableBatches,
     forward_fn: Callable[[nn.Module, Any], Any],
 ) -> dict[str, Tensor]:
     """Per group (units,) float64: the sum over consumers m of E|W_m x_u|^2 / E|y_m|^2.
@@ -36,24 +37,32 @@ def relative_errors(
             if part.module in modules and layout_of(modules[part.module]) is not None:
                 consumed.setdefault(part.module, []).append((group.name, part))
     energies: dict[tuple[str, str], Tensor] = {}
-    outputs: dict[str, float] = {}
+    outputs: dict[str, Tensor] = {}
+    of_batch: list[tuple[str, Tensor, list[tuple[str, Tensor]]]] = []  # added only where all of it is finite
 
     def hook(name: str) -> Callable[..., None]:
-        def accumulate(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+        def collect(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            outputs[name] = outputs.get(name, 0.0) + float(output.double().square().sum())
-            for group_name, part in consumed[name]:
-                energy = _energies(module, x, part)
-                energies[group_name, name] = energies.get((group_name, name), torch.zeros_like(energy)) + energy
+            parts = [(group_name, _energies(module, x, part)) for group_name, part in consumed[name]]
+            of_batch.append((name, output.double().square().sum(), parts))
 
-        return accumulate
+        return collect
 
     handles = [modules[name].register_forward_hook(hook(name), with_kwargs=True) for name in consumed]
     count = 0
     try:
         with evaluating(model), torch.no_grad():
             for count, batch in enumerate(batches, 1):  # noqa: B007 - how many there were
+                of_batch.clear()
                 forward_fn(model, batch)
+                if not all_finite(of_batch):
+                    batches.leave_out("what a layer makes of it is not finite")
+                    continue
+                for name, energy, parts in of_batch:
+                    outputs[name] = outputs.get(name, torch.zeros_like(energy)) + energy
+                    for group_name, of_units in parts:
+                        key = group_name, name
+                        energies[key] = energies.get(key, torch.zeros_like(of_units)) + of_units
     finally:
         for handle in handles:
             handle.remove()
@@ -61,7 +70,7 @@ def relative_errors(
         raise ValueError("batches is empty: there is nothing to reconstruct; a generator can be read only once")
     found: dict[str, Tensor] = {}
     for (group_name, name), energy in energies.items():
-        relative = energy / max(outputs[name], torch.finfo(torch.float64).tiny)
+        relative = energy / outputs[name].clamp_min(torch.finfo(torch.float64).tiny)
         found[group_name] = relative if group_name not in found else found[group_name] + relative
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from obc.model.evaluation import ForwardFn
 from obc.model.groups import ChannelGroup, Slices
+from obc.model.usable_batches import UsableBatches
 from obc.statistics.names import Chosen
 from obc.statistics.results import Statistics
 
@@ -27,7 +28,7 @@ class Subject:
     Attributes:
         model: as it is now.
         groups: its groups.
-        batches: an iterable that can be passed over again.
+        batches: can be passed over again; those that are not finite are left out from then on.
         loss_fn: ``loss_fn(model, batch)``.
         forward_fn: ``forward_fn(model, batch)``: any forward pass.
         slices: whether the Jacobian Criterion reads every slice or the group's gate.
@@ -38,7 +39,7 @@ class Subject:
 
     model: nn.Module
     groups: Sequence[ChannelGroup]
-    batches: Iterable[Any]
+    batches: UsableBatches
     loss_fn: LossFn
     forward_fn: ForwardFn
     slices: Slices

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from obc.criteria.protocol import About, Criterion, GroupScores, LossFn, MeasuredCriterion, Subject
 from obc.criteria.units import TINY
 from obc.model.groups import ChannelGroup, Sided, Slices
+from obc.model.usable_batches import UsableBatches
 from obc.scoring.run import score
 from obc.statistics.results import Statistics
 from obc.statistics.rows import Rows
@@ -145,7 +146,7 @@ class GAPrune(MeasuredCriterion):
             raise ValueError("GAPrune compares two domains: pass criterion=obc.criteria.GAPrune(general=batches)")
         loss = self.general_loss or subject.loss_fn
         domain = read_rows(subject).rows
-        general = read_rows(replace(subject, batches=self.general, loss_fn=loss)).rows
+        general = read_rows(replace(subject, batches=UsableBatches.of(self.general), loss_fn=loss)).rows
         found: GroupScores = {}
         for group in subject.groups:
             dom, gen = group.gate_rows(domain), group.gate_rows(general)

@@ -81,6 +81,7 @@ class Job:
         self._importance: Mapping[str, float] = {}
         self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
         self.full = self.unpruned[budget.unit]
+        subject.batches.on_left_out = self._warn
         report.left_out = dict(getattr(structure, "left_out", {}))
         report.budget = budget.unit
         report.macs_before, report.parameters_before = (round(self.unpruned[unit]) for unit in _UNITS)
@@ -130,6 +131,7 @@ class Job:
         subject = replace(self.subject, groups=self.structure.groups)
         with timed(self.report, "score"):
             rows = self._rows(subject)
+            subject.batches.refuse_many()
         with timed(self.report, "select"):
             removed = self._select(rows, costs, excess, costs.total() - last * self.full)
         with timed(self.report, "remove"):

@@ -16,6 +16,7 @@ from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import Slices
 from obc.model.names import named_tensors
 from obc.model.plan import PruningPlan
+from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import (
     Budget,
     check_choices,
@@ -84,7 +85,8 @@ def prune(
             unused with ``structure``. Left out: the model is one of the transformers library, and is pruned by its own
             blocks, untraced (:class:`obc.structures.transformers.TransformersStructure`).
         batches: what ``loss_fn`` takes; passed over twice a step. About 1000 samples; best as many batches as the
-            widest layer has channels, because each is one row. An iterator is made a list.
+            widest layer has channels, because each is one row. An iterator is made a list. A batch on which something
+            is not finite, such as a row or a BatchNorm's statistic, is left out of everything from then on, and named.
         loss_fn: ``loss_fn(model, batch)``: a scalar loss, or with ``rows="sample"`` the vector of per-sample losses.
             With ``labels=False`` it may be None, or stands for ``forward_fn``.
         macs: the share of MACs that remains, in (0, 1]; 0.5 where ``params`` is not given either.
@@ -125,8 +127,8 @@ def prune(
         progress: show a progress bar; None shows it in a terminal only.
 
     Raises:
-        ValueError: an argument is not one of the values above, no layer can be pruned, ``batches`` is empty, or the
-            share can't be reached: the message says which can.
+        ValueError: an argument is not one of the values above, no layer can be pruned, ``batches`` is empty, more than
+            a tenth of them are not finite, or the share can't be reached: the message says which can.
         PlanError: the model is compiled or has parametrised layers.
         ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
             that differs.
@@ -143,14 +145,14 @@ def prune(
     )
     if round_to is not None:
         positive("round_to", round_to)
-    batches = repeatable(batches)
+    usable = UsableBatches(repeatable(batches))
     if labels and loss_fn is None:
         raise ValueError("loss_fn is needed where labels are used; labels=False scores by the model's outputs alone")
     snapshot, report = Snapshot(model), PruningReport()
     try:
         with timed(report, "structure"):
             structure = structure or _structure(model, example_inputs, ignored_layers, num_heads)
-        first = next(iter(batches))
+        first = next(iter(usable))
         with timed(report, "verify"):
             run = run_on(first, loss_fn, forward_fn)
             prove_groups(structure, run, report)
@@ -159,7 +161,7 @@ def prune(
         forward = _forward(loss_fn, forward_fn, labels)
         generator = torch.Generator().manual_seed(seed)
         loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
-        subject = Subject(model, (), batches, loss, forward, slices, rows, generator, micro_batch)
+        subject = Subject(model, (), usable, loss, forward, slices, rows, generator, micro_batch)
         job = Job(structure, subject, report, budget, choice, recalibrate, final_proof)
         job.run(schedule, on_step, progress)
         with timed(report, "verify"):
@@ -168,7 +170,7 @@ def prune(
                 final_proof.check(model, report)
         if original is not None and compensate == "mean":
             with timed(report, "compensate"):
-                report.means = absorb_means(model, original, structure.plan, batches, forward)
+                report.means = absorb_means(model, original, structure.plan, usable, forward)
                 report.warnings += report.means.warnings
         elif original is not None and compensate is not None:
             with timed(report, "compensate"):
@@ -176,7 +178,7 @@ def prune(
                     model,
                     original,
                     structure.plan,
-                    batches,
+                    usable,
                     forward,
                     mode="seq" if compensate == "seq" else "ls",
                     recalibrate_norms=recalibrate,

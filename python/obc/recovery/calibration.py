@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
 from obc.model.layouts import Layout
+from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.processes import ALONE, Processes
 
 
@@ -48,6 +49,18 @@ def outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn) -> 
     return [[leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()] for leaves in results]
 
 
+def finite_outputs(model: nn.Module, batches: UsableBatches, forward_fn: ForwardFn) -> list[list[Tensor]]:
+    """:func:`outputs`, without the batches whose outputs are not finite: they are left out from now on."""
+    found = []
+    for batch in batches:
+        (tensors,) = outputs(model, [batch], forward_fn)
+        if all_finite(tensors):
+            found.append(tensors)
+        else:
+            batches.leave_out("the model's outputs on it are not finite")
+    return found
+
+
 def output_error(
     got: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]], processes: Processes = ALONE
 ) -> float:
@@ -82,39 +95,80 @@ def recalibrate_norms(
             batches such as (inputs, labels).
         process_group: the mean is over the batches of all processes of this group.
 
+    A batch that makes a statistic not finite is left out and named; where it fails, the model keeps its statistics.
+
     Raises:
-        ValueError: there are no batches, in no process.
+        ValueError: there are no batches, in no process, or more than a tenth of them can't be used.
     """
     if norms := batch_norms(model):
         device = next(iter(norms[0].buffers())).device
-        _recalibrate(model, norms, batches, forward_fn or call_on_batch, Processes(process_group, device))
+        usable = UsableBatches.of(batches)
+        _recalibrate(model, norms, usable, forward_fn or call_on_batch, Processes(process_group, device))
 
 
 def _recalibrate(
     model: nn.Module,
     norms: Sequence[_BatchNorm],
-    batches: Iterable[Any],
+    batches: UsableBatches,
     forward_fn: ForwardFn,
     processes: Processes,
 ) -> None:
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
-    count = 0
-    with evaluating(model), torch.no_grad():
-        try:
+    unchanged = {norm: _statistics(norm, copy=True) for norm in norms}
+    try:
+        with evaluating(model), torch.no_grad():
             for norm in norms:
                 norm.train()
+                for statistic in _statistics(norm):
+                    statistic.zero_()  # the mean starts anew, also where a statistic is not finite
                 tracked = norm.num_batches_tracked
                 norm.num_batches_tracked = None if tracked is None else torch.zeros_like(tracked)
                 norm.momentum = None  # a cumulative mean
-            for count, batch in enumerate(batches, 1):  # noqa: B007 - how many there were
-                forward_fn(model, batch)
-        finally:
-            for norm, momentum, tracked in before:
-                norm.momentum, norm.num_batches_tracked = momentum, tracked
-    (total,) = processes.total(count)
-    if total == 0:
-        raise ValueError("recalibrate_norms got no batches; pass an iterable that is not used up")
-    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var) if s is not None]
-    for statistic in statistics if processes.group is not None else []:
-        statistic.mul_(count / total)
-    processes.add(statistics)
+            count = _pass_over(model, norms, batches, forward_fn)
+            (total,) = processes.total(count)
+            batches.refuse_many(processes.total)
+            if total == 0:
+                raise ValueError("recalibrate_norms got no batches; pass an iterable that is not used up")
+            _put_back({norm: values for norm, values in unchanged.items() if _never_ran(norm)})
+            statistics = [statistic for norm in norms for statistic in _statistics(norm)]
+            for statistic in statistics if processes.group is not None else []:
+                statistic.mul_(count / total)
+            processes.add(statistics)
+    except BaseException:
+        _put_back(unchanged)
+        raise
+    finally:
+        for norm, momentum, tracked in before:
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
+
+
+def _statistics(norm: _BatchNorm, copy: bool = False) -> list[Tensor]:
+    found = [statistic for statistic in (norm.running_mean, norm.running_var) if statistic is not None]
+    return [statistic.clone() for statistic in found] if copy else found
+
+
+def _put_back(statistics: Mapping[_BatchNorm, Sequence[Tensor]]) -> None:
+    with torch.no_grad():
+        for norm, values in statistics.items():
+            for statistic, value in zip(_statistics(norm), values, strict=True):
+                statistic.copy_(value)
+
+
+def _never_ran(norm: _BatchNorm) -> bool:
+    return norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0
+
+
+def _pass_over(model: nn.Module, norms: Sequence[_BatchNorm], batches: UsableBatches, forward_fn: ForwardFn) -> int:
+    """Run the model on the batches; what one that is not finite did to the statistics is undone. How many were."""
+    count = 0
+    for batch in batches:
+        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        before = [buffer.clone() for buffer in buffers]
+        forward_fn(model, batch)
+        if all_finite(buffers):
+            count += 1
+            continue
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        batches.leave_out("what it gives a BatchNorm is not finite")
+    return count

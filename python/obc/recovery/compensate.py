@@ -29,7 +29,8 @@ from obc.model.layouts import Layout, is_compiled, is_depthwise, layout_of, spli
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
 from obc.model.slicing import original_tensor, sliced
-from obc.recovery.calibration import batch_norms, channel_rows, inputs, output_error, outputs
+from obc.model.usable_batches import UsableBatches, all_finite
+from obc.recovery.calibration import batch_norms, channel_rows, finite_outputs, inputs, output_error, outputs
 from obc.recovery.calibration import recalibrate_norms as recalibrate
 from obc.recovery.moments import Fit, Moments, SingularError, Solution
 from obc.recovery.processes import Processes
@@ -138,7 +139,8 @@ def compensate(
         pruned_model: as pruning left it; its device and dtype are those of ``original_model``.
         original_model: the unpruned model; unchanged.
         plan: what pruning kept.
-        batches: calibration batches, at least two; a list is made of them, because they are used several times.
+        batches: calibration batches, at least two; a list is made of them, because they are used several times. Those
+            on which something is not finite are left out and named.
         forward_fn: ``forward_fn(model, batch)`` returns what is to be preserved, tensors in any nesting; by default
             :func:`obc.model.evaluation.call_on_batch`, which takes batches such as (inputs, labels).
         mode: "ls" or "seq".
@@ -152,8 +154,9 @@ def compensate(
 
     Raises:
         PlanError: the plan doesn't describe the consumers' weights.
-        ValueError: an unknown mode, a negative ridge, fewer than two batches, a consumer that no batch reached, a Gram
-            matrix that is singular in spite of the ridge, or a compiled or parametrised model.
+        ValueError: an unknown mode, a negative ridge, fewer than two batches, more than a tenth of them not finite, a
+            consumer that no batch reached, a Gram matrix that is singular in spite of the ridge, or a compiled or
+            parametrised model.
     """
     start = time.perf_counter()
     if mode not in ("ls", "seq"):
@@ -164,11 +167,13 @@ def compensate(
         if is_compiled(model):
             raise ValueError(f"the {role} model is compiled; pass the model itself and compile after compensation")
     processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
-    calibration, held_out = _split(list(batches), processes)
+    usable = UsableBatches.of(batches)
+    calibration, held_out = _split(usable, processes)
     forward = forward_fn or call_on_batch
     with evaluating(pruned_model, original_model), torch.no_grad():
         consumers = _consumers(pruned_model, original_model, plan)
-        ordered = _ordered(consumers, list(inputs(original_model, list(consumers), calibration[0], forward)), processes)
+        called = list(inputs(original_model, list(consumers), next(iter(calibration)), forward))
+        ordered = _ordered(consumers, called, processes)
         norms = batch_norms(pruned_model) if recalibrate_norms else []
         disable = None if progress is None else not progress
         options = _Options(forward, ridge, mode == "seq", max_bytes, keep_decompressors, processes)
@@ -195,15 +200,16 @@ def _warn_of_few_rows(run: _Run) -> None:
         )
 
 
-def _split(batches: list[Any], processes: Processes) -> tuple[list[Any], list[Any]]:
+def _split(usable: UsableBatches, processes: Processes) -> tuple[UsableBatches, UsableBatches]:
     """(calibration, held out): every fifth batch is held out, the last one where there are fewer."""
+    batches = usable.numbered()
     (fewest,) = processes.least([len(batches)])  # all processes raise where one must: none is left waiting
     if fewest < 2:
         raise ValueError(f"compensate got {fewest} batches; pass at least two: one of them is held out to decide")
     if len(batches) < _HELD_OUT:
-        return batches[:-1], batches[-1:]
-    held_out = batches[_HELD_OUT - 1 :: _HELD_OUT]
-    return [batch for index, batch in enumerate(batches) if (index + 1) % _HELD_OUT], held_out
+        return usable.part(batches[:-1]), usable.part(batches[-1:])
+    calibration = [batch for index, batch in enumerate(batches) if (index + 1) % _HELD_OUT]
+    return usable.part(calibration), usable.part(batches[_HELD_OUT - 1 :: _HELD_OUT])
 
 
 @dataclass
@@ -320,14 +326,15 @@ class _Run:
         pruned: nn.Module,
         original: nn.Module,
         consumers: Mapping[str, _Consumer],
-        batches: tuple[Sequence[Any], Sequence[Any]],
+        batches: tuple[UsableBatches, UsableBatches],
         norms: Sequence[_BatchNorm],
         options: _Options,
     ) -> None:
         self.pruned, self.original, self.consumers, self.options = pruned, original, consumers, options
         self.calibration, self.held_out = batches
         self.norms, self.norm_states = norms, [copy.deepcopy(norm.state_dict()) for norm in norms]
-        self.expected = outputs(original, self.held_out, options.forward)
+        self.expected = finite_outputs(original, self.held_out, options.forward)
+        self.held_out.refuse_many(options.processes.total)
         self.naive = {name: _copies(consumer.parameters()) for name, consumer in consumers.items()}
         self.compensated: dict[str, _Compensated] = {}
         self.second: dict[str, _Compensated] = {}
@@ -380,6 +387,7 @@ class _Run:
         self.report.moment_bytes = max(self.report.moment_bytes, taken)
         for batch in self.calibration:
             self._accumulate(moments, batch, paired)
+        self.calibration.refuse_many(self.options.processes.total)
         for sums in moments.values():
             sums.gather(self.options.processes)
         return moments
@@ -387,6 +395,9 @@ class _Run:
     def _accumulate(self, moments: Mapping[str, Moments], batch: Any, paired: bool) -> None:
         full = inputs(self.original, list(moments), batch, self.options.forward)
         pruned = inputs(self.pruned, list(moments), batch, self.options.forward) if paired else {}
+        if not all_finite((list(full.values()), list(pruned.values()))):
+            self.calibration.leave_out("a layer's input on it is not finite")
+            return
         for name, calls in full.items():
             rows = self.consumers[name].rows
             arriving = [rows(z) for z in pruned[name]] if paired else [None] * len(calls)

@@ -28,6 +28,7 @@ class BatchRows:
 
     Attributes:
         one_at_a_time: sample rows must come one sample at a time.
+        losses: of the batch read last, detached; a loss may be not finite where its row is.
     """
 
     def __init__(
@@ -37,10 +38,11 @@ class BatchRows:
             raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
         self.scorer, self.loss_fn, self.micro_batch, self.loss_scale = scorer, loss_fn, micro_batch, loss_scale
         self.one_at_a_time = False
+        self.losses: list[Tensor] = []
         self._read = 0  # samples of the batch in hand that are rows already: what is repeated begins behind them
 
     def batch(self, index: int, batch: Any) -> None:
-        self._read = 0
+        self._read, self.losses = 0, []
         for repeats_left in reversed(range(_REPEATS)):
             try:
                 self._rows(index, batch)
@@ -60,6 +62,7 @@ class BatchRows:
                 for part, share, _ in self._parts(index, batch):
                     loss = _checked_loss(index, self.loss_fn(self.scorer.model, part))
                     (loss * (share * self.loss_scale)).backward()
+                    self.losses.append(loss.detach())
                     del loss  # and with it the graph, before the next part makes its own
             return
         for part, _, start in self._parts(index, batch):
@@ -68,9 +71,9 @@ class BatchRows:
                 self.scorer.check_samples(losses)
                 self._check_spread(losses, index, part, start)
                 (losses.sum() * self.loss_scale).backward()
-                count = losses.numel()
+                self.losses.append(losses.detach())
                 del losses
-            self._read = start + count
+            self._read = start + self.losses[-1].numel()
 
     def _check_spread(self, losses: Tensor, index: int, part: Any, start: int) -> None:
         """Look-ups that were spread over the samples must not have changed the losses."""

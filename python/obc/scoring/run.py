@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from obc.model.evaluation import evaluating
+from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows, LossFunction
 from obc.scoring.checkpoint import Checkpoint, CheckpointError
 from obc.scoring.label_free import label_free_loss
@@ -51,7 +52,7 @@ def score(
 
     Args:
         model: any module; put the batches on its device yourself, for example in ``loss_fn``.
-        batches: any iterable; about 50 mini-batches in the paper.
+        batches: any iterable; about 50 mini-batches in the paper. Rows that are not finite are left out and named.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar loss for ``rows="batch"``, or the vector (B,) of per-sample
             losses for ``rows="sample"``. With ``labels=False`` it may be left out, or returns the model's outputs.
         rows: "batch": each batch is one row, the gradient of its loss. "sample": each sample is one row.
@@ -90,6 +91,8 @@ def score(
     scorer = JacobianScorer(model, rows=rows, **options)
     reader = BatchRows(scorer, loss_fn, micro_batch, loss_scale)
     total = len(batches) if isinstance(batches, Sized) else None
+    if isinstance(batches, UsableBatches):
+        total = batches.count
     saved = None
     if checkpoint is not None:
         all_options = inspect.signature(JacobianScorer).bind(model, rows=rows, **options)
@@ -131,7 +134,8 @@ class _Run:
         if scorer.row_store is not None and total and scorer.rows == "batch":
             scorer.reserve_rows(total - self.done)
             self._has_room = True
-        left = _from(batches, self.done)
+        usable = batches if isinstance(batches, UsableBatches) else None
+        left = _from(batches, self.done) if usable is None else usable.over(_from(usable.all, self.done), self.done)
         if self.saved is not None:
             self.saved.restore_random()
         memory, started = PeakMemory(scorer.devices), time.perf_counter()
@@ -139,8 +143,11 @@ class _Run:
             disable = None if progress is None else not progress
             bar = tqdm(left, desc="score", unit="row", total=total, initial=self.done, disable=disable)
             for batch in bar:
+                left_out = 0 if usable is None else scorer.rows_left_out
                 self.reader.batch(self.done, batch)
                 self.done += 1
+                if usable is not None:
+                    self._judge(usable, scorer.rows_left_out > left_out)
                 self._after_batch(self.earlier_seconds + time.perf_counter() - started)
             kept_bytes = scorer.kept_bytes
         if self.done == 0:
@@ -152,6 +159,12 @@ class _Run:
         if self.saved is not None:
             self.saved.remove()
         return scores
+
+    def _judge(self, usable: UsableBatches, row_left_out: bool) -> None:
+        if row_left_out:
+            usable.leave_out(self.scorer.left_out[-1].partition(", and was left out")[0])
+        elif not all_finite(self.reader.losses):
+            usable.leave_out("its loss is not finite")
 
     def _after_batch(self, seconds: float) -> None:
         scorer, total = self.scorer, self.total

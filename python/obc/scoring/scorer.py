@@ -420,6 +420,12 @@ class JacobianScorer:
         self._name_left_out()
         return self._tally.read().read - self._num_left_out
 
+    @property
+    def rows_left_out(self) -> int:
+        """Rows, or samples, that were left out so far because they were not finite. Reads from the device."""
+        self._name_left_out()
+        return self._num_left_out
+
     def _name_left_out(self) -> None:
         """Name the rows that were not finite; they were left out of the sums already. Reads from the device."""
         count = self._tally.read()

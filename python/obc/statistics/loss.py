@@ -22,15 +22,21 @@ class WatchedLoss:
     A batch may be run again, because its row had to be dropped; ``seek(row, 0)`` says that it begins. A part's backward
     may be run twice, to see whether samples are apart; the gradient at the loss says that one begins. A forward pass
     without gradients only counts samples, and nothing is read of it.
+
+    Attributes:
+        losses: of the batch read last, detached.
     """
 
     def __init__(self, loss_fn: LossFn, part: Part, readers: Sequence[Reader]) -> None:
         self._loss_fn, self._part, self._readers = loss_fn, part, readers
+        self.losses: list[Tensor] = []
 
     def seek(self, row: int, sample: int) -> None:
         """The next call is of batch ``row``, from its sample ``sample`` on."""
         if (seek := getattr(self._loss_fn, "seek", None)) is not None:
             seek(row, sample)
+        if sample == 0:
+            self.losses.clear()
         for reader in self._readers:
             if sample == 0:
                 reader.begin()
@@ -45,6 +51,7 @@ class WatchedLoss:
         self._part.reading = True
         losses = self._loss_fn(model, batch)
         if isinstance(losses, Tensor) and losses.requires_grad:
+            self.losses.append(losses.detach())
             losses.register_hook(self._backward_begins)
         return losses
 

@@ -20,6 +20,7 @@ from obc.distribution import obc_version
 from obc.model.batches import part_of, samples_in
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
 from obc.model.layouts import is_compiled
+from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
 from obc.scoring.checkpoint import CheckpointError
 from obc.scoring.results.report import PeakMemory, Report
@@ -156,6 +157,8 @@ class _Run:
         logger.info("obc.collect holds %s", stated({name: reader.bytes() for name, reader in self.readers.items()}))
         self.report: Report | None = None
         self.saved: Checkpoint | None = None
+        self._losses: list[Tensor] = []  # of the batch read last
+        self._left_out = 0  # how often something was not finite so far
 
     def _scorer(self, wanted: set[str] | None) -> JacobianScorer:
         options: dict[str, Any] = {"rows": self.rows, "keep_rows": True}
@@ -183,6 +186,8 @@ class _Run:
             for batch in tqdm(left, desc="collect", unit="batch", total=total, initial=self.done, disable=disable):
                 read(batch)
                 self.done += 1
+                if isinstance(batches, UsableBatches):
+                    self._judge(batches)
                 if self.saved is not None and self.done % every == 0:
                     seconds = earlier + time.perf_counter() - started
                     self.saved.save({"batches": self.done, "seconds": seconds})
@@ -190,6 +195,16 @@ class _Run:
         kept = 0 if self.scorer is None else self.scorer.kept_bytes
         seconds = earlier + time.perf_counter() - started
         self.report = Report(seconds, self.done, memory.read(), held + kept)
+
+    def _judge(self, batches: UsableBatches) -> None:
+        """Whether later passes may use the batch read last. Reads from the device."""
+        lines = [line for reader in self.readers.values() for line in reader.sums.settle()]
+        rows = 0 if self.scorer is None else self.scorer.rows_left_out
+        left_out, self._left_out = self._left_out, len(lines) + rows
+        if self._left_out > left_out:
+            batches.leave_out(lines[-1].partition(": ")[2].partition(";")[0] if lines else "its row is not finite")
+        elif not all_finite(self._losses):
+            batches.leave_out("its loss is not finite")
 
     @contextlib.contextmanager
     def _attached(self, call: Callable[..., Any]) -> Iterator[Callable[[Any], None]]:
@@ -208,6 +223,7 @@ class _Run:
                 yield lambda batch: self._forward_only(call, batch)
                 return
             loss = WatchedLoss(call, self.part, list(self.readers.values()))
+            self._losses = loss.losses
             if self.scorer is None:
                 yield lambda batch: self._with_backward(
                     lambda: run_backward(self.model, loss, self.done, batch, self.rows, self.micro_batch)

@@ -1,0 +1,112 @@
+"""Batches without those in which something is not finite: what one pass leaves out, every later pass leaves out too."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# With more left out than this share of the batches, what is estimated from the rest is not what was asked for.
+_MOST_LEFT_OUT = 0.1
+
+
+class UsableBatches:
+    """Batches to pass over again and again; a pass that finds one not finite names it, and no later pass sees it.
+
+    >>> for batch in usable:
+    ...     if not all_finite(model(batch)):
+    ...         usable.leave_out("its outputs are not finite")
+
+    Attributes:
+        left_out: number of a batch, counted from 0 over all of them -> why it is left out.
+        on_batch: called with the number of each batch before it is handed on, and how many there are (None: unknown).
+        on_left_out: called with the message where a batch is left out; by default it is a warning.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches, self._numbers, self._whole = batches, None, self
+        self._seen, self._current = 0, -1
+        self.left_out = {}
+        self.on_batch = lambda number, count: None
+        self.on_left_out = lambda message: warnings.warn(message, stacklevel=4)
+
+    _numbers: Sequence[int] | None
+    _whole: UsableBatches
+    left_out: dict[int, str]
+    on_batch: Callable[[int, int | None], None]
+    on_left_out: Callable[[str], None]
+
+    @classmethod
+    def of(cls, batches: Iterable[Any]) -> UsableBatches:
+        """The batches themselves where they are usable ones already, so that those left out before stay left out."""
+        return batches if isinstance(batches, cls) else cls(batches)
+
+    def part(self, numbered: Sequence[tuple[int, Any]]) -> UsableBatches:
+        """Some of them, as :meth:`numbered` gave them, under the same numbers. All share what is left out."""
+        some = UsableBatches([batch for _, batch in numbered])
+        some._numbers, some._whole = [number for number, _ in numbered], self._whole
+        some.left_out, some.on_batch, some.on_left_out = self.left_out, self.on_batch, self.on_left_out
+        return some
+
+    def numbered(self) -> list[tuple[int, Any]]:
+        """The usable ones with their numbers."""
+        return [(self._current, batch) for batch in self]
+
+    def over(self, batches: Iterable[Any], first: int = 0) -> Iterator[Any]:
+        """The usable ones of ``batches``, which are those from number ``first`` on."""
+        for index, batch in enumerate(batches, first):
+            number = index if self._numbers is None else self._numbers[index]
+            self._seen = max(self._seen, index + 1)
+            if number in self.left_out:
+                continue
+            self._current = number
+            self.on_batch(number, self.count)
+            yield batch
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.over(self._batches)
+
+    @property
+    def all(self) -> Iterable[Any]:
+        """As they were given, with those that are left out."""
+        return self._batches
+
+    @property
+    def count(self) -> int | None:
+        """How many there are, with those that are left out; None where that is unknown before they were passed over."""
+        return len(self._batches) if isinstance(self._batches, Sized) else self._seen or None
+
+    def leave_out(self, why: str) -> None:
+        """The batch that was handed on last is not usable."""
+        self.left_out[self._current] = why
+        self.on_left_out(f"batch {self._current} is left out: {why}")
+
+    def refuse_many(self, total: Callable[..., Sequence[float]] | None = None) -> None:
+        """After a pass.
+
+        Args:
+            total: sums numbers over the processes that have batches of their own.
+
+        Raises:
+            ValueError: more than a tenth of all batches are left out.
+        """
+        numbers: Sequence[float] = (len(self.left_out), self._whole.count or 0)
+        bad, count = map(int, numbers if total is None else total(*numbers))
+        if bad <= _MOST_LEFT_OUT * count:
+            return
+        shown = "; ".join(f"batch {number}: {why}" for number, why in list(self.left_out.items())[:3])
+        raise ValueError(
+            f"{bad} of {count} batches are not usable, more than a tenth{shown and f' ({shown})'}: look for values "
+            "that are not finite in these batches, then in the loss"
+        )
+
+
+def all_finite(value: Any) -> bool:
+    """Whether every floating tensor in ``value``, nested in any way, is finite."""
+    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    flags = [tensor.isfinite().all() for tensor in tensors]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
