@@ -78,7 +78,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["a NaN", "infinite"])
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.filterwarnings("ignore")
 def test_pruning_with_a_bad_batch_is_pruning_without_it(fault: str, criterion: str) -> None:
@@ -87,6 +87,16 @@ def test_pruning_with_a_bad_batch_is_pruning_without_it(fault: str, criterion: s
     result = obc.prune(model, data[0][0], data, loss, **options)
     obc.prune(expected, data[0][0], good(), loss, **options)
     assert_same(model, expected)
+    assert any(f"batch {BAD} is left out" in warning for warning in result.report.warnings)
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.filterwarnings("ignore")
+def test_what_overflows_in_one_place_is_left_out_of_all_others(criterion: str) -> None:
+    """Gradients of 1e38 may still be finite, and variances are not."""
+    model, data = network(), batches(FAULTS["overflowing"])
+    result = obc.prune(model, data[0][0], data, loss, macs=0.7, steps=2, criterion=criterion, compensate="ls")
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert any(f"batch {BAD} is left out" in warning for warning in result.report.warnings)
 
 
