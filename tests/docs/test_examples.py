@@ -30,11 +30,11 @@ def run(page: Path, namespace: dict[str, Any]) -> None:
         exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", ["cnn", "llm", "own_loop"])
-def test_the_tutorial_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["tutorials/cnn", "tutorials/llm", "tutorials/own_loop", "statistics"])
+def test_the_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # tutorials write files
-    page = ROOT / "docs" / "tutorials" / f"{name}.md"
-    assert len(blocks(page)) >= 5
+    page = ROOT / "docs" / f"{name}.md"
+    assert len(blocks(page)) >= 3
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # few rows are asked for, so that the test is short
         module = types.ModuleType("tutorial")  # so that its classes can be pickled

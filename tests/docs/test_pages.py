@@ -24,42 +24,38 @@ TOPICS = (
 
 
 # Public names that are modules, whose members have pages.
-_PACKAGES_OF_OBC = ("backends", "criteria", "ops", "quality", "reference", "statistics")
+_MODULES = ("backends", "criteria", "ops", "quality", "reference", "statistics")
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built site; one build serves all tests of this file."""
-    out = tmp_path_factory.mktemp("docs")
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(out)]
+def test_the_site_builds_without_a_warning_or_the_network_and_lists_every_public_name(tmp_path: Path) -> None:
+    """One test, because a build takes seconds and parallel tests would each make their own."""
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)]
     built = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert built.returncode == 0, built.stderr
-    return out
-
-
-def test_the_site_builds_without_a_warning(site: Path) -> None:
     for topic in TOPICS:
-        assert (site / f"{topic}.html").is_file()
-
-
-def test_the_built_pages_load_nothing_from_elsewhere(site: Path) -> None:
-    loading = re.compile(r"""<(?:script|img|link|iframe)\b[^>]*(?:src|href)=["'](?:https?:)?//""")
-    for page in site.rglob("*.html"):
-        assert not loading.findall(page.read_text(encoding="utf-8")), page
-
-
-def test_every_public_name_is_in_the_reference(site: Path) -> None:
-    from sphinx.util.inventory import InventoryFile
-
-    with (site / "objects.inv").open("rb") as file:
-        loaded = InventoryFile.load(file, "", lambda base, path: path)
-    entries = getattr(loaded, "data", loaded)  # a mapping before Sphinx 8.2
-    documented = {name.rpartition(".")[2] for kind, names in entries.items() if kind[:3] == "py:" for name in names}
+        assert (tmp_path / f"{topic}.html").is_file()
+    for page in tmp_path.rglob("*.html"):
+        assert not _LOADING.findall(page.read_text(encoding="utf-8")), page
+    documented = _documented(tmp_path / "objects.inv")
     missing = []
     for package in ("obc", "obc.statistics", "obc.scoring", "obc.selection", "obc.pruning", "obc.recovery"):
         names = importlib.import_module(package).__all__
-        missing += [f"{package}.{name}" for name in names if name not in documented and name not in _PACKAGES_OF_OBC]
+        missing += [f"{package}.{name}" for name in names if name not in documented and name not in _MODULES]
     assert not missing, f"add them to a page of docs/api: {missing}"
+
+
+# A page that loads anything from another host.
+_LOADING = re.compile(r"""<(?:script|img|link|iframe)\b[^>]*(?:src|href)=["'](?:https?:)?//""")
+
+
+def _documented(inventory: Path) -> set[str]:
+    """The last part of every Python name in the reference."""
+    from sphinx.util.inventory import InventoryFile
+
+    with inventory.open("rb") as file:
+        loaded = InventoryFile.load(file, "", lambda base, path: path)
+    entries = getattr(loaded, "data", loaded)  # a mapping before Sphinx 8.2
+    return {name.rpartition(".")[2] for kind, names in entries.items() if kind.startswith("py:") for name in names}
 
 
 def test_readme_fits_two_screens() -> None:
@@ -114,10 +110,7 @@ def test_every_environment_variable_is_on_its_page() -> None:
 
 def test_the_glossary_defines_each_word_once() -> None:
     text = (DOCS / "glossary.md").read_text(encoding="utf-8")
-    heads = [
-        line for line, following in zip(text.splitlines(), text.splitlines()[1:], strict=False) if following[:2] == ": "
-    ]
-    terms = [term.strip().lower() for head in heads for term in head.split(",")]
+    terms = [term.strip().lower() for head in re.findall(r"^## (.+)$", text, re.MULTILINE) for term in head.split(",")]
     assert len(terms) == len(set(terms))
     words = ["row", "slot", "gate", "chain", "unit", "group", "slice", "side", "plan", "fold", "statistic", "criterion"]
     assert set(words) <= {word for term in terms for word in term.split()}
