@@ -6,10 +6,13 @@ W_m,u . dL_n/dW_m,u its row, x the input of a consumer. ``docs/criteria.md`` has
 
 from obc.criteria.activations import CFSP, FLAP, Minitron, WandaSP
 from obc.criteria.catalogue import CRITERIA
+from obc.criteria.compensated import KFAC, CompensatedJacobian
+from obc.criteria.curvature import FastOBA
 from obc.criteria.depth import AngularDistance, BlockInfluence
 from obc.criteria.experts import REAP, ExpertFrequency, ExpertNorm
 from obc.criteria.gradients import Fisher, LLMPruner, Nirvana, Taylor
 from obc.criteria.magnitude import FPGM, WHC, BNScale, Magnitude, Random
+from obc.criteria.masked import MaskedEvaluation
 from obc.criteria.obs import OBS, SlimGPT
 from obc.criteria.protocol import About, Criterion, MeasuredCriterion, Subject
 from obc.criteria.reconstruction import Reconstruction
@@ -22,6 +25,7 @@ __all__ = [
     "CRITERIA",
     "FLAP",
     "FPGM",
+    "KFAC",
     "OBS",
     "REAP",
     "WHC",
@@ -29,14 +33,17 @@ __all__ = [
     "AngularDistance",
     "BNScale",
     "BlockInfluence",
+    "CompensatedJacobian",
     "Criterion",
     "ExpertFrequency",
     "ExpertNorm",
+    "FastOBA",
     "Fisher",
     "GAPrune",
     "Jacobian",
     "LLMPruner",
     "Magnitude",
+    "MaskedEvaluation",
     "MeasuredCriterion",
     "Minitron",
     "NViT",

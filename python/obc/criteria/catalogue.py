@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from obc.criteria.activations import CFSP, FLAP, Minitron, WandaSP
+from obc.criteria.compensated import KFAC, CompensatedJacobian
+from obc.criteria.curvature import FastOBA
 from obc.criteria.depth import AngularDistance, BlockInfluence
 from obc.criteria.experts import REAP, ExpertFrequency, ExpertNorm
 from obc.criteria.gradients import Fisher, LLMPruner, Nirvana, Taylor
 from obc.criteria.magnitude import FPGM, WHC, BNScale, Magnitude, Random
+from obc.criteria.masked import MaskedEvaluation
 from obc.criteria.obs import OBS, SlimGPT
 from obc.criteria.reconstruction import Reconstruction
 from obc.criteria.registry import register
@@ -14,6 +17,8 @@ from obc.criteria.rows import GAPrune, Jacobian, NViT
 
 CRITERIA = (
     Jacobian(),
+    CompensatedJacobian(),
+    KFAC(),
     Random(),
     Magnitude(1),
     Magnitude(2),
@@ -37,6 +42,8 @@ CRITERIA = (
     Nirvana(),
     NViT(),
     GAPrune(),
+    FastOBA(),
+    MaskedEvaluation(),
     BlockInfluence(),
     AngularDistance(),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -93,3 +94,16 @@ def _parts(loss: WatchedLoss, index: int, batch: Any, size: int | None) -> Itera
         stop = min(start + size, samples)
         loss.seek(index, start)
         yield part_of(batch, start, stop, samples), (stop - start) / samples
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside the block: only gradients of activations are computed."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad_(requires_grad)

@@ -28,7 +28,7 @@ from obc.scoring.scorer import JacobianScorer
 from obc.scoring.scorer import Rows as RowKind
 from obc.statistics.checkpoint import Checkpoint
 from obc.statistics.errors import StatisticsError
-from obc.statistics.loss import WatchedLoss, run_backward
+from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.memory import refuse_too_large, stated
 from obc.statistics.names import Chosen, chosen_statistics
 from obc.statistics.part import Part
@@ -215,7 +215,7 @@ class _Run:
             stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
             torch.backends.mha.set_fastpath_enabled(False)  # it calls no module
             if self.backward and self.scorer is None:
-                stack.enter_context(_frozen(self.model))
+                stack.enter_context(frozen(self.model))
             for reader in self.readers.values():
                 for handle in reader.attach():
                     stack.callback(handle.remove)
@@ -344,19 +344,6 @@ def _merged(coverages: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, d
                 if module not in mine or mine[module].startswith("unread"):
                     mine[module] = how
     return merged
-
-
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside the block: only gradients of activations are computed."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, requires_grad in before:
-            parameter.requires_grad_(requires_grad)
 
 
 def _from(batches: Iterable[Any], done: int) -> Iterator[Any]:
