@@ -141,6 +141,7 @@ class Chains:
         self._chains: dict[Slot, _Copy | _Before] = {}
         self._seen_by: dict[Slot, list[_Copy | _Before]] = {}
         self.held: set[Slot] = set()
+        self._fill: _Fill | None = None  # made by the first row that needs it
 
     def confirm(self, candidates: Iterable[Candidate], norms: Iterable[NormGradients]) -> None:
         """Take over the candidates whose two sides agree in the rows in hand."""
@@ -160,6 +161,7 @@ class Chains:
     def _add(self, chain: _Copy | _Before) -> None:
         self._chains[chain.slot] = chain
         self.slots[chain.slot] = chain.follows_from
+        self._fill = None
         self._seen_by.setdefault(chain.link.seen_by, []).append(chain)
 
     def forget_row(self) -> None:
@@ -203,6 +205,7 @@ class Chains:
         """Have gates everywhere again."""
         for of_slots in (self.slots, self.outputs, self._chains, self._seen_by, self.held):
             of_slots.clear()
+        self._fill = None
 
     def bind(self, norms: Iterable[NormGradients]) -> None:
         """Read the norms' gradients from where they are now."""
@@ -210,9 +213,15 @@ class Chains:
         for chain in self._chains.values():
             if isinstance(chain, _Before):
                 chain.bind(views)
+        self._fill = None
 
     def fill(self) -> None:
         """Write the rows that follow, of what took part in the row in hand, from those that were read."""
+        if len(self.held) == len(self._chains):
+            if self._fill is None:
+                self._fill = _Fill(self._chains.values())
+            self._fill.run()
+            return
         for slot, chain in self._chains.items():
             if slot in self.held:
                 slot.of(_whole(slot.flat)).copy_(chain.row())
@@ -330,6 +339,11 @@ class _Before(_Chain):
         factors = (weight.clone(), weight * norm.running_mean / (norm.running_var + norm.eps).sqrt())
         self._terms = [(f, view) for f, view in zip(factors, gradients, strict=True) if view is not None]
 
+    @property
+    def terms(self) -> list[tuple[Tensor, Tensor]]:
+        """(factor, gradient) of the norm's weight, then of its bias."""
+        return self._terms
+
     def row(self) -> Tensor:
         (weight, weight_gradient), (bias, bias_gradient) = self._terms
         return weight * weight_gradient + bias * bias_gradient
@@ -340,3 +354,60 @@ class _Before(_Chain):
             and self.slot.flat.samples is None
             and _agree(self.row(), self.slot.of(self.slot.flat.row))
         )
+
+
+class _Fill:
+    """All chains of a model at once: a few operations on flat vectors in place of a few for every chain.
+
+    No chain's source is another chain's slot, so that their order does not matter.
+    """
+
+    def __init__(self, chains: Iterable[_Copy | _Before]) -> None:
+        self._alone: list[_Copy] = []
+        copies: dict[FlatRow, list[_Copy]] = {}
+        befores: dict[tuple[FlatRow, int, int], list[_Before]] = {}
+        for chain in chains:
+            if isinstance(chain, _Before):
+                weight, bias = (gradient.untyped_storage().data_ptr() for _, gradient in chain.terms)
+                befores.setdefault((chain.slot.flat, weight, bias), []).append(chain)
+            elif chain.repeats == 1:
+                copies.setdefault(chain.slot.flat, []).append(chain)
+            else:
+                self._alone.append(chain)
+        self._copies = [
+            (flat, _channels(flat, [one.slot for one in some]), _channels(flat, [one.source for one in some]))
+            for flat, some in copies.items()
+        ]
+        self._befores = [
+            (flat, _channels(flat, [one.slot for one in some]), _Term(some, 0), _Term(some, 1))
+            for (flat, _, _), some in befores.items()
+        ]
+
+    def run(self) -> None:
+        for flat, slots, sources in self._copies:
+            rows = _whole(flat)
+            rows[slots] = rows[sources]
+        for flat, slots, weights, biases in self._befores:
+            flat.row[slots] = weights.product() + biases.product()
+        for chain in self._alone:
+            chain.slot.of(_whole(chain.slot.flat)).copy_(chain.row())
+
+
+def _channels(flat: FlatRow, slots: Iterable[Slot]) -> Tensor:
+    """The entries of these slots in their flat row, one slot after another."""
+    return torch.cat([torch.arange(slot.start, slot.stop, device=flat.device) for slot in slots])
+
+
+class _Term:
+    """Term ``index`` of several chains, factor times gradient, whose gradients are views of one vector."""
+
+    def __init__(self, chains: Sequence[_Before], index: int) -> None:
+        terms = [chain.terms[index] for chain in chains]
+        first = terms[0][1]
+        self._whole = first.as_strided((first.untyped_storage().nbytes() // first.element_size(),), (1,), 0)
+        places = [torch.arange(len(view), device=view.device) + int(view.storage_offset()) for _, view in terms]
+        self._places = torch.cat(places)
+        self._factors = torch.cat([factor for factor, _ in terms])
+
+    def product(self) -> Tensor:
+        return self._factors * self._whole[self._places]

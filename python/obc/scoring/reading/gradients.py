@@ -34,7 +34,8 @@ class NormGradients:
         """Give every parameter its slice as gradient, and clear it."""
         self.gradient.zero_()
         for parameter, view in zip(self.parameters, self.views, strict=True):
-            parameter.grad = view
+            if parameter.grad is not view:
+                parameter.grad = view
 
     def unbound(self) -> nn.Parameter | None:
         """A parameter whose gradient is no longer its slice, or None."""
