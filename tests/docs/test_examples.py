@@ -30,7 +30,9 @@ def run(page: Path, namespace: dict[str, Any]) -> None:
         exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
 
 
-@pytest.mark.parametrize("name", ["tutorials/cnn", "tutorials/llm", "tutorials/own_loop", "statistics"])
+@pytest.mark.parametrize(
+    "name", ["tutorials/cnn", "tutorials/llm", "tutorials/own_loop", "statistics", "extending/criterion"]
+)
 def test_the_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # tutorials write files
     page = ROOT / "docs" / f"{name}.md"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -103,9 +105,18 @@ def _source(*suffixes: str) -> str:
 def test_every_environment_variable_is_on_its_page() -> None:
     reads = r"""(?:environ(?:\.get\(|\[)|getenv\()\s*["'](OBC_\w+|TRITON_INTERPRET)["']"""
     used = set(re.findall(reads, _source(".py", ".cpp", ".h", ".cu", ".cuh")))
+    used |= set(importlib.import_module("obc.info").ENVIRONMENT)
     assert len(used) >= 8
     page = (DOCS / "environment.md").read_text(encoding="utf-8")
     assert not {name for name in used if f"`{name}`" not in page}
+
+
+def test_every_file_format_is_on_its_page() -> None:
+    formats = set(re.findall(r"""["'](obc\.[A-Za-z_.]+(?:/\d+)?) ?["']""", _source(".py")))
+    formats = {name for name in formats if "/" in name}
+    assert len(formats) >= 5
+    page = (DOCS / "files.md").read_text(encoding="utf-8")
+    assert not {name for name in formats if f"`{name}" not in page}
 
 
 def test_the_glossary_defines_each_word_once() -> None:
@@ -116,13 +127,19 @@ def test_the_glossary_defines_each_word_once() -> None:
     assert set(words) <= {word for term in terms for word in term.split()}
 
 
+def _run(script: str) -> dict[str, Any]:
+    """What a script of docs/ defines."""
+    return runpy.run_path(str(DOCS / script))
+
+
 def test_the_pictures_are_those_that_the_script_draws() -> None:
-    scope: dict[str, object] = {"__name__": "drawings", "__file__": str(DOCS / "drawings.py")}
-    exec((DOCS / "drawings.py").read_text(encoding="utf-8"), scope)
-    pictures = scope["PICTURES"]
-    assert isinstance(pictures, dict)
-    for name, draw in pictures.items():
+    for name, draw in _run("drawings.py")["PICTURES"].items():
         assert (DOCS / "_static" / name).read_text(encoding="utf-8") == draw(), "run python docs/drawings.py"
+
+
+def test_the_table_of_criteria_is_what_they_say_about_themselves() -> None:
+    written = (DOCS / "criteria.md").read_text(encoding="utf-8")
+    assert written == _run("criteria_table.py")["page"](), "run python docs/criteria_table.py"
 
 
 def test_the_architecture_shows_every_folder() -> None:
