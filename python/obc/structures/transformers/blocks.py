@@ -10,12 +10,13 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.layouts import layout_of
 from obc.structures.transformers.axes import Axis
+from obc.structures.transformers.heads import Heads, head_channels
 from obc.structures.transformers.layers import Counter, Layers, NotPrunableError, channels, joined
 
 KINDS = ("ffn", "heads", "query_heads", "experts", "expert_ffn", "mamba", "embedding")
@@ -48,6 +49,7 @@ _ATTENTION_WIDTH = ("all_head_size", "split_size", "embed_dim", "dim")
 _HEAD_SIZE = ("head_dim", "attention_head_size", "head_size")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _ROUTED_GROUPS = ("n_group", "num_group")
+_TABLE = "relative_position_bias_table"
 _HIDDEN = ("hidden_size", "hidden_dim", "embed_dim")
 
 
@@ -141,6 +143,7 @@ class Finder(Layers):
         for child in self._inner_norms(name, width, self._size(consumer, "out")):
             raise NotPrunableError(f"{child} normalises over the {width} channels")
         slices = [Slice(layer, "out", channels(width, 1, copies)) for layer in producers]
+        slices += [Slice(layer, "out", channels(width, 1)) for layer in self._between(name, layers, width)]
         slices.append(Slice(consumer, "in", channels(width, 1)))
         keys: tuple[str, ...] = ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff")
         if "shared_expert" in name:
@@ -160,6 +163,20 @@ class Finder(Layers):
             weight = getattr(child, "weight", None)
             if width != outer and isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == width:
                 yield joined(name, child_name)
+
+    def _between(self, name: str, layers: Sequence[str], width: int) -> list[str]:
+        """Depthwise convolutions over the inner channels; what else has so many is not understood."""
+        outer = self._size(layers[-1], "out")
+        between = []
+        for inner, module in self.modules[name].named_modules():
+            layer = joined(name, inner)
+            if layer in layers or layout_of(module) is None or width == outer:
+                continue
+            if isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels == width:
+                between.append(layer)
+            elif width in (self._size(layer, "out"), self._size(layer, "in")):
+                raise NotPrunableError(f"{layer} has {width} channels too, and how they are used is not known")
+        return between
 
     # --- attention -------------------------------------------------------------------------------------------------
 
@@ -198,7 +215,7 @@ class Finder(Layers):
         parent = name.rpartition(".")[0]  # BERT: the projections in attention.self, the output in attention.output
         return joined(parent, "output.dense") if self._layer(parent, "output.dense") is not None else None
 
-    def _head_shapes(self, name: str, projections: Sequence[str], output: str) -> _Heads:
+    def _head_shapes(self, name: str, projections: Sequence[str], output: str) -> Heads:
         module, inner = self.modules[name], self._size(output, "in")
         size = next((int(value) for key in _HEAD_SIZE if isinstance(value := getattr(module, key, None), int)), None)
         if size is None:
@@ -216,50 +233,55 @@ class Finder(Layers):
         if rest or shared < 1 or inner % (shared * size):
             raise NotPrunableError(f"its widths {[*widths, inner]} are no whole heads of {size} channels")
         self._refuse_other_parameters(name, {*projections, output}, size)
-        return _Heads(inner // size, shared, size)
+        return Heads(inner // size, shared, size)
 
     def _refuse_other_parameters(self, name: str, known: Collection[str], size: int) -> None:
         for key, parameter in self.modules[name].named_parameters():
             owner = joined(name, key).rpartition(".")[0]
-            if owner in known or (owner != name and parameter.shape == (size,)):  # a norm that all heads share
+            if owner in known or key == _TABLE or (owner != name and parameter.shape == (size,)):  # a norm of all heads
                 continue
             raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
 
-    def _attention(self, name: str, projections: Sequence[str], output: str, heads: _Heads, kind: str) -> Block:
-        module, queries, shared, size = self.modules[name], heads.queries, heads.shared, heads.size
-        ratio = queries // shared
-        if kind == "heads":
-            of_query, units = channels(shared, ratio * size), shared
-            of_key: Tensor | None = channels(shared, size)
-        else:  # query head j of every group of keys and values
-            of_query, of_key, units = channels(ratio, size, shared), None, ratio
-        if len(projections) == 1:
-            inner, width = queries * size, shared * size
-            parts = [of_query] if of_key is None else [of_query, of_key + inner, of_key + inner + width]
-            slices = [Slice(projections[0], "out", torch.cat(parts, dim=1))]
-        else:
-            slices = [Slice(projections[0], "out", of_query)]
-            slices += [] if of_key is None else [Slice(projection, "out", of_key) for projection in projections[1:]]
-        slices.append(Slice(output, "in", of_query))
-        per_unit = queries // units
+    def _attention(self, name: str, projections: Sequence[str], output: str, heads: Heads, kind: str) -> Block:
+        module, size = self.modules[name], heads.size
+        rows = head_channels(module, heads, kind, fused=len(projections) == 1)
+        slices = [Slice(layer, "out", of) for layer, of in zip(projections, rows.projections, strict=False)]
+        slices.append(Slice(output, "in", rows.output))
+        units = len(rows.output)
+        per_unit = heads.queries // units
         counted: dict[tuple[str, ...], tuple[int, int]] = {
-            _HEADS: (queries, per_unit),
-            _ATTENTION_WIDTH: (queries * size, per_unit * size),
+            _HEADS: (heads.queries, per_unit),
+            _ATTENTION_WIDTH: (heads.queries * size, per_unit * size),
         }
         config = {"num_attention_heads": per_unit}
         if kind == "heads":
-            counted[_KEY_VALUE_HEADS] = (shared, 1)
-            config |= self._config_key(("num_key_value_heads",), 1)
+            counted[_KEY_VALUE_HEADS] = (heads.shared, heads.shared // units)
+            config |= self._config_key(("num_key_value_heads",), heads.shared // units)
         else:
-            counted[("num_key_value_groups",)] = (ratio, 1)
+            counted[("num_key_value_groups",)] = (heads.queries // heads.shared, 1)
+        axes: dict[tuple[str, Side], tuple[Axis, ...]] = {}
+        for owner, key in self._tables(name, heads.queries):
+            table = joined(owner, key)
+            axes[table, "out"] = (Axis(owner, key, 1, table, "out"),)
+            slices.append(Slice(table, "out", rows.output[:, ::size] // size))
         return Block(
             ChannelGroup(projections[0], tuple(slices), kind),
-            counters=self._counters([name], counted),
+            axes=axes,
+            counters=(*self._counters([name], counted), *(Counter(name, key, 1) for key in rows.counters)),
             config=config if self.config is not None else {},
             config_fixed={"head_dim": size},
             reads_config=name if projections[0].endswith("qkv_proj") and hasattr(module, "config") else None,
-            attended=of_query.shape[1],
+            attended=rows.output.shape[1],
         )
+
+    def _tables(self, name: str, count: int) -> Iterator[tuple[str, str]]:
+        """(module, parameter) of tables of relative positions, one column a head: in an attention or beside it."""
+        parent = name.rpartition(".")[0]
+        beside = [joined(parent, child) for child, _ in self.modules[parent].named_children()] if parent else []
+        for owner in dict.fromkeys([name, *beside]):
+            table = self.modules[owner]._parameters.get(_TABLE)
+            if table is not None and table.dim() == 2 and table.shape[1] == count:
+                yield owner, _TABLE
 
     def _is_latent(self, name: str) -> bool:
         return self._layer(name, "kv_b_proj") is not None
@@ -458,15 +480,6 @@ class Finder(Layers):
                 if joined(name, child_name) != output and next(child.parameters(), None) is not None:
                     sides.add((joined(name, child_name), "out"))
         return sides
-
-
-@dataclass(frozen=True)
-class _Heads:
-    """Query heads, heads of keys and values that they share, channels of a head."""
-
-    queries: int
-    shared: int
-    size: int
 
 
 def _fixed_head_size(blocks: Any) -> dict[str, int]:

@@ -1,0 +1,204 @@
+"""Attentions whose fused projection has another order, blocks that hold more than their projections, wrapped layers.
+
+The truth is masking in float64: the output projection reads zero of a head, the second projection of a channel.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
+
+import obc  # noqa: E402
+from obc.structures.transformers import TransformersStructure, load_pruned, save_pruned  # noqa: E402
+
+LANGUAGE: dict[str, Any] = {"vocab_size": 37, "n_embd": 32, "n_layer": 2, "n_positions": 40}
+VISION: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 32,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_labels": 4,
+}
+
+
+def initialised(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0, 0.2)
+    return model.double().eval()
+
+
+def language(name: str, **config: Any) -> nn.Module:
+    made = getattr(transformers, f"{name}Config")(**LANGUAGE, **config)
+    return initialised(transformers.AutoModelForCausalLM.from_config(made))
+
+
+def segformer() -> nn.Module:
+    sizes = {"hidden_sizes": [8, 16], "num_encoder_blocks": 2, "depths": [1, 1], "sr_ratios": [2, 1]}
+    sizes |= {"num_attention_heads": [1, 2], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2]}
+    return initialised(
+        transformers.SegformerForImageClassification(transformers.SegformerConfig(**sizes, num_labels=4))
+    )
+
+
+def beit(**config: Any) -> nn.Module:
+    return initialised(transformers.BeitForImageClassification(transformers.BeitConfig(**VISION, **config)))
+
+
+@dataclass
+class Case:
+    """A model, what it takes, and where a unit of its groups of one kind is read: consumer and channels a unit."""
+
+    build: Callable[[], nn.Module]
+    kind: str
+    reader: str
+    width: int
+    units: tuple[int, ...] = (1,)
+    size: int = 16
+
+    def inputs(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        if self.size == 0:
+            return {"input_ids": torch.randint(0, 37, (2, 9), generator=generator)}
+        return {"pixel_values": torch.randn(2, 3, self.size, self.size, dtype=torch.float64, generator=generator)}
+
+
+CASES = {
+    "codegen, a head a block": Case(
+        lambda: language("CodeGen", n_ctx=40, n_head=4, rotary_dim=4), "heads", "attn.out_proj", 8, (1, 2), 0
+    ),
+    "codegen, heads in blocks": Case(
+        lambda: language("CodeGen", n_ctx=40, n_head=8, rotary_dim=4), "heads", "attn.out_proj", 4, (1,), 0
+    ),
+    "gpt-bigcode, by head": Case(
+        lambda: language("GPTBigCode", n_head=4, multi_query=False), "heads", "attn.c_proj", 8, (0, 2), 0
+    ),
+    "gpt-bigcode, one key": Case(
+        lambda: language("GPTBigCode", n_head=4, multi_query=True), "query_heads", "attn.c_proj", 8, (1,), 0
+    ),
+    "segformer": Case(segformer, "ffn", "mlp.fc2", 1, (0, 3, 7), 32),
+    "beit, tables of layers": Case(
+        lambda: beit(use_relative_position_bias=True), "heads", "attention.o_proj", 4, (1, 3)
+    ),
+    "beit, no table": Case(beit, "heads", "attention.o_proj", 4, (0,)),
+}
+
+
+def columns(case: Case, size: int) -> list[int]:
+    """Of the reader: in CodeGen's blocks of several heads a unit is one head of each of four."""
+    if case.kind == "heads" and size * case.width < 32 and case.size == 0:
+        return [
+            block * size * case.width + unit * case.width + i
+            for block in range(4)
+            for unit in case.units
+            for i in range(case.width)
+        ]
+    return [unit * case.width + i for unit in case.units for i in range(case.width)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_unit_is_what_its_reader_reads(name: str) -> None:
+    case = CASES[name]
+    model = case.build()
+    masked = copy.deepcopy(model)
+    structure = TransformersStructure(model)
+    groups = [group for group in structure.groups if group.kind == case.kind]
+    assert groups
+    for group in groups:
+        block = group.name.split(f".{case.reader.split('.')[0]}.")[0]
+        reader: Any = masked.get_submodule(f"{block}.{case.reader}")
+        reader.weight.data[:, columns(case, group.size)] = 0
+    structure.remove({group.name: torch.tensor(case.units) for group in groups})
+    inputs = case.inputs()
+    torch.testing.assert_close(model(**inputs).logits, masked(**inputs).logits, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["codegen, a head a block", "segformer", "beit, tables of layers"])
+def test_they_are_saved_and_loaded(name: str, tmp_path: Any) -> None:
+    case = CASES[name]
+    model = case.build()
+    structure = TransformersStructure(model)
+    structure.remove({group.name: torch.tensor([1]) for group in structure.groups if group.size > 1})
+    save_pruned(model, structure.plan, tmp_path)
+    loaded = load_pruned(tmp_path).double()
+    inputs = case.inputs()
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_table_that_all_layers_share_keeps_their_heads() -> None:
+    model = beit(use_shared_relative_position_bias=True)
+    inputs = CASES["segformer"].inputs() | {"pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64)}
+    structure = TransformersStructure(model, example_inputs=inputs)
+    assert {group.kind for group in structure.groups} == {"ffn"}
+    assert "does not run without" in structure.left_out["beit.layers.0.attention.q_proj"]
+
+
+# --- wrapped layers -----------------------------------------------------------------------------------------------
+
+
+class LoRA(nn.Module):
+    """What adapters look like: the layer, and two small ones beside it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+def llama() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    ).eval()
+
+
+def own_adapters(layer: str) -> nn.Module:
+    model = llama()
+    for block in model.model.layers:
+        part = block.mlp if hasattr(block.mlp, layer) else block.self_attn
+        setattr(part, layer, LoRA(getattr(part, layer)))
+    return model
+
+
+def peft_adapters(layer: str) -> nn.Module:
+    peft = pytest.importorskip("peft", reason="peft is missing: pip install peft")
+    return peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=[layer])).eval()
+
+
+@pytest.mark.parametrize("adapted", [own_adapters, peft_adapters])
+@pytest.mark.parametrize("layer", ["gate_proj", "up_proj", "down_proj", "q_proj", "v_proj", "o_proj"])
+def test_blocks_with_a_wrapped_layer_are_left_out_or_pruned_rightly(
+    layer: str, adapted: Callable[[str], nn.Module]
+) -> None:
+    model = adapted(layer)
+    batches = [torch.randint(0, 37, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
+
+    def loss(model: Any, tokens: Tensor) -> Tensor:
+        return model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    report = obc.prune(model, None, batches, loss, macs=0.9, steps=1, progress=False).report
+    assert report.error is not None
+    assert torch.isfinite(loss(model, batches[0]))
+    kept_whole = "mlp" if layer in ("gate_proj", "up_proj", "down_proj") else "self_attn"
+    assert not any(kept_whole in name for name in report.widths)
+    assert report.widths
+
+
+def test_a_wrapped_gate_is_seen_without_running_the_model() -> None:
+    structure = TransformersStructure(own_adapters("gate_proj"))
+    assert {group.kind for group in structure.groups} == {"heads"}
+    assert "gate_proj.base_layer has 48 channels too" in structure.left_out["model.layers.0.mlp"]
