@@ -3,6 +3,7 @@
 from obc import backends, ops, quality, reference
 from obc.backends import use_backend
 from obc.info import info
+from obc.model.errors import PruningError
 from obc.pruning import PruningResult, prune
 from obc.recovery import (
     Distillation,
@@ -30,6 +31,7 @@ __all__ = [
     "JacobianScorer",
     "Kept",
     "PlanError",
+    "PruningError",
     "PruningPlan",
     "PruningResult",
     "RecoveryReport",

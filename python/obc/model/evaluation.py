@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from obc.model.errors import explained
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 
@@ -37,7 +40,16 @@ def call_on_batch(model: nn.Module, batch: Any) -> Any:
     (inputs, labels)                   entry is a tuple or list of k, that one's entries: ``((a, b), labels)``
     anything else                      ``model(batch)``
     ================================== ============================================================================
+
+    Raises:
+        PruningError: the model fails on it.
     """
+    remedy = "pass forward_fn(model, batch), which calls it as it is to be called"
+    with explained(model, f"calling it on a batch ({type(batch).__name__})", remedy):
+        return _call_on_batch(model, batch)
+
+
+def _call_on_batch(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return _call_on_mapping(model, batch)
     if not isinstance(batch, (tuple, list)) or not batch:
@@ -75,6 +87,26 @@ def _arguments(model: nn.Module) -> list[inspect.Parameter]:
     while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         model = model.module
     return list(inspect.signature(model.forward).parameters.values())
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in what a model takes or returns, nested in sequences, mappings and dataclasses."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        inner: Iterable[Any] = value.values()
+    elif isinstance(value, (tuple, list, set, frozenset)):
+        inner = value
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        inner = (getattr(value, field.name, None) for field in dataclasses.fields(value))
+    else:
+        return []
+    return [tensor for item in inner for tensor in tensors_in(item)]
+
+
+def differentiable(output: Any) -> list[Tensor]:
+    """The tensors of a model's output that gradients flow from."""
+    return [tensor for tensor in tensors_in(output) if tensor.requires_grad]
 
 
 @contextlib.contextmanager

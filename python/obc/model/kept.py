@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from obc.model.errors import PruningError
 from obc.model.layouts import expand
 
 
-class PlanError(ValueError):
+class PlanError(PruningError):
     """A plan doesn't describe how the pruned model came from the original; names the layer and the two shapes."""
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from obc.model.evaluation import tensors_in
 
 # With more left out than this share of the batches, what is estimated from the rest is not what was asked for.
 _MOST_LEFT_OUT = 0.1
@@ -107,6 +107,6 @@ class UsableBatches:
 
 def all_finite(value: Any) -> bool:
     """Whether every floating tensor in ``value``, nested in any way, is finite."""
-    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    tensors = [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
     flags = [tensor.isfinite().all() for tensor in tensors]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())

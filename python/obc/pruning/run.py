@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.criteria import Subject
 from obc.criteria.protocol import LossFn
+from obc.model.errors import PruningError, explained
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import Slices
 from obc.model.names import named_tensors
@@ -129,7 +130,8 @@ def prune(
     Raises:
         ValueError: an argument is not one of the values above, no layer can be pruned, ``batches`` is empty, more than
             a tenth of them are not finite, or the share can't be reached: the message says which can.
-        PlanError: the model is compiled or has parametrised layers.
+        PruningError: the model does not run, or can't be traced or copied; the original error is its cause.
+        PlanError: the model can't be pruned as it is: compiled, wrapped, with adapters or with computed weights.
         ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
             that differs.
     """
@@ -148,6 +150,11 @@ def prune(
     usable = UsableBatches(repeatable(batches))
     if labels and loss_fn is None:
         raise ValueError("loss_fn is needed where labels are used; labels=False scores by the model's outputs alone")
+    if structure is not None and structure.model is not model:
+        raise PruningError(
+            f"the structure was made for another model, a {type(structure.model).__name__}, than the "
+            f"{type(model).__name__} to be pruned; make one for this model, or pass that one"
+        )
     snapshot, report = Snapshot(model), PruningReport()
     try:
         with timed(report, "structure"):
@@ -157,7 +164,7 @@ def prune(
             run = run_on(first, loss_fn, forward_fn)
             prove_groups(structure, run, report)
             final_proof = FinalProof(structure, run) if verify else None
-        original = copy.deepcopy(model) if compensate is not None else None
+        original = _copied(model) if compensate is not None else None
         forward = _forward(loss_fn, forward_fn, labels)
         generator = torch.Generator().manual_seed(seed)
         loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
@@ -218,6 +225,12 @@ def _structure(
     from obc.structures.traced import TorchPruningStructure
 
     return TorchPruningStructure(model, example_inputs, ignored_layers=ignored_layers, num_heads=num_heads)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    remedy = "prune with compensate=None, then obc.compensate with an unpruned model of your own"
+    with explained(model, "copying it (copy.deepcopy)", remedy):
+        return copy.deepcopy(model)
 
 
 def _forward(loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool) -> ForwardFn:

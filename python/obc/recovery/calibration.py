@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
-from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
+from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_in
 from obc.model.layouts import Layout
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.processes import ALONE, Processes
@@ -45,8 +44,8 @@ def channel_rows(x: Tensor, layout: Layout, repeat: int) -> Tensor:
 
 def outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn) -> list[list[Tensor]]:
     """The floating tensors that ``forward_fn`` returns, batch by batch."""
-    results = (pytree.tree_leaves(forward_fn(model, batch)) for batch in batches)
-    return [[leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()] for leaves in results]
+    results = (tensors_in(forward_fn(model, batch)) for batch in batches)
+    return [[tensor for tensor in tensors if tensor.is_floating_point()] for tensors in results]
 
 
 def finite_outputs(model: nn.Module, batches: UsableBatches, forward_fn: ForwardFn) -> list[list[Tensor]]:

@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from obc.model.evaluation import call_on_batch
+from obc.model.evaluation import call_on_batch, tensors_in
 from obc.scoring.scorer import Rows
 
 
@@ -90,9 +89,9 @@ def _floating_output(output: Any) -> tuple[Tensor, bool]:
         value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
         if isinstance(value, Tensor):
             return _with_samples(value), name == "last_hidden_state"
-    for leaf in pytree.tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            return _with_samples(leaf), False
+    for tensor in tensors_in(output):
+        if tensor.is_floating_point():
+            return _with_samples(tensor), False
     raise ValueError(f"forward_fn returned no floating tensor but {type(output).__name__}; pass one that does")
 
 

@@ -206,7 +206,7 @@ class JacobianScorer:
             self._drop_row()
             if isinstance(error, ChainError):
                 raise self._unchained_from_now_on(error) from error
-            if isinstance(error, RuntimeError) and refusals.is_inplace_error(error) and not self._reading.checking:
+            if refusals.is_inplace_error(error) and not self._reading.checking:
                 raise self._copy_from_now_on() from error
             if isinstance(error, Exception) and not isinstance(error, ScoringError) and self._reading.spread:
                 raise self.unspread() from error

@@ -9,10 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.utils import _pytree as pytree
 
 from obc.model.costs import Costs
-from obc.model.evaluation import evaluating
+from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
@@ -47,8 +46,8 @@ def measure(model: nn.Module, forward: Callable[[], Any]) -> Usage:
     def hook(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             called[name] = None
-            results.extend((name, leaf) for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            results.extend((name, tensor) for tensor in tensors_in(output))
+            tensors = tensors_in((args, kwargs))
             for layer, positions in _positions(name, module, tensors, output):
                 usage.positions[layer] = usage.positions.get(layer, 0) + positions
 
@@ -61,7 +60,7 @@ def measure(model: nn.Module, forward: Callable[[], Any]) -> Usage:
     ]
     try:
         with evaluating(model), torch.no_grad():
-            returned = [leaf for leaf in pytree.tree_leaves(forward()) if isinstance(leaf, Tensor)]
+            returned = tensors_in(forward())
     finally:
         for handle in handles:
             handle.remove()

@@ -13,17 +13,19 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.costs import Costs
-from obc.model.evaluation import ForwardFn, call, evaluating
+from obc.model.errors import explained
+from obc.model.evaluation import ForwardFn, call, differentiable, evaluating
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import PlanError
 from obc.model.layouts import layout_of
 from obc.model.plan import PruningPlan
+from obc.model.refusals import refuse_unprunable
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import share_again, shared_parameters
 from obc.structures.measure import costs_of, measure
 from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits
-from obc.structures.traced_plan import PlanRecorder, holds_channels, refuse_unprunable
+from obc.structures.traced_plan import PlanRecorder, holds_channels
 from obc.structures.traced_units import NotPrunableError, Units, after, renumbered, slice_of, without
 
 try:
@@ -35,6 +37,11 @@ Layers = Sequence[nn.Module | str]
 _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
 # What Torch-Pruning raises where its own arithmetic on channels goes wrong.
 _INSIDE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+_INPUTS = "pass what its forward takes: a tensor, a tuple of arguments, or a dict of keywords"
+_UNTRACEABLE = (
+    "write this operation another way, or pass structure=: one of your own, or for models that are built like those of "
+    "the transformers library obc.structures.transformers.TransformersStructure(model)"
+)
 _UNFOLLOWED = "Torch-Pruning can't follow its channels"
 
 
@@ -84,7 +91,8 @@ class TorchPruningStructure:
         proof: what was found out about every group; None without ``check``.
 
     Raises:
-        PlanError: the model is compiled or has parametrised layers.
+        PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`).
+        PruningError: the model does not run on the example inputs, or Torch-Pruning can't trace it.
         ValueError: a name that no layer has; heads that don't divide a projection; a model that Torch-Pruning is known
             not to trace.
     """
@@ -113,7 +121,8 @@ class TorchPruningStructure:
             "in": {self._layer(layer, "in_channel_groups"): n for layer, n in (in_channel_groups or {}).items()},
             "out": {self._layer(layer, "out_channel_groups"): n for layer, n in (out_channel_groups or {}).items()},
         }
-        self._usage = measure(model, lambda: self._forward_fn(model, example_inputs))
+        with explained(model, "running it on example_inputs", _INPUTS):
+            self._usage = measure(model, lambda: self._forward_fn(model, example_inputs))
         self._order = {name: place for place, name in enumerate(self._usage.order)}
         self._shared = shared_parameters(model)
         self._dims: dict[str, int] = {}
@@ -197,11 +206,12 @@ class TorchPruningStructure:
         try:
             for parameter in floating:
                 parameter.requires_grad_(True)
-            with evaluating(self.model), torch.enable_grad():
+            explaining = explained(self.model, "tracing it with Torch-Pruning", _UNTRACEABLE)
+            with explaining, evaluating(self.model), torch.enable_grad():
                 return tp.DependencyGraph().build_dependency(
                     self.model,
                     self._example_inputs,
-                    forward_fn=self._forward_fn,
+                    forward_fn=lambda model, inputs: differentiable(self._forward_fn(model, inputs)),
                     unwrapped_parameters=[(named[name], dim) for name, dim in self._unwrapped.items()],
                     verbose=False,
                 )

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import parametrize
 
 from obc.model.kept import Kept, PlanError, narrowed, with_columns
-from obc.model.layouts import is_compiled, layout_of, split_by_group
+from obc.model.layouts import layout_of, split_by_group
 from obc.model.plan import PruningPlan
+from obc.model.refusals import refuse_unprunable
 
 
 def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
@@ -31,7 +31,8 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
         The plan of all steps so far, in terms of the unpruned model. ``plan`` itself is not changed.
 
     Raises:
-        PlanError: the model is compiled or has parametrised layers, or a layer can't be described by a plan (LSTM).
+        PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`), or a layer can't be described by a
+            plan (LSTM).
     """
     refuse_unprunable(pruner.model)
     # What the pruner read when it was built: of the unpruned model, unless an earlier pruner pruned it before.
@@ -41,15 +42,6 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
         recorder.record(group)
         group.prune()
     return PruningPlan(recorder.kept)
-
-
-def refuse_unprunable(model: nn.Module) -> None:
-    """Raise PlanError where ``model`` is compiled or has parametrised layers."""
-    if is_compiled(model):
-        raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile again")
-    for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            raise PlanError(f"{name or 'the model'} is parametrised, which Torch-Pruning can't slice; merge it first")
 
 
 def holds_channels(module: nn.Module) -> bool:

@@ -66,7 +66,9 @@ def refuse_replaced_gradients(model: nn.Module, flats: Iterable[FlatRow], norms:
             )
 
 
-def is_inplace_error(error: RuntimeError) -> bool:
+def is_inplace_error(error: BaseException | None) -> bool:
     """Whether autograd found a tensor changed in place after it had been saved, or refused to let a view be changed."""
+    if not isinstance(error, RuntimeError):
+        return error is not None and is_inplace_error(error.__cause__)
     message = str(error)
     return "modified by an inplace operation" in message or "is being modified inplace" in message

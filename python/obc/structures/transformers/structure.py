@@ -10,15 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from obc.model.costs import Costs
 from obc.model.evaluation import call
 from obc.model.groups import ChannelGroup, Slice
-from obc.model.kept import Kept, PlanError
-from obc.model.layouts import is_compiled
+from obc.model.kept import Kept
 from obc.model.plan import PruningPlan
-from obc.model.sharding import is_sharded
+from obc.model.refusals import refuse_unprunable
 from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits
 from obc.structures.transformers.axes import Axis, layer_axes, narrow, sync_layer, without
@@ -106,7 +104,7 @@ class TransformersStructure:
         proof: what was found out about every group; None where none was tried.
 
     Raises:
-        PlanError: the model is compiled, spread over processes or has parametrised layers.
+        PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`).
         ValueError: an unknown kind; a ``round_to`` below 1; an ignored layer that the model does not have.
     """
 
@@ -122,13 +120,7 @@ class TransformersStructure:
         example_inputs: Any = None,
         plan: PruningPlan | None = None,
     ) -> None:
-        if is_compiled(model):
-            raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile")
-        if is_sharded(model):
-            raise PlanError("the model's parameters lie on several processes; prune it whole, then shard it")
-        for name, module in model.named_modules():
-            if parametrize.is_parametrized(module):
-                raise PlanError(f"{name or 'the model'} is parametrised and can't be sliced; merge it first")
+        refuse_unprunable(model)
         if round_to is not None and round_to < 1:
             raise ValueError(f"round_to must be at least 1, got {round_to}")
         self.model, self.uniform, self._sequence_length = model, uniform, sequence_length

@@ -1,0 +1,71 @@
+"""What can't be pruned as it is, whatever its layers are: compiled, wrapped, adapted and computed models."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from obc.model.kept import PlanError
+from obc.model.layouts import is_compiled
+from obc.model.sharding import is_sharded
+
+# Classes of the hooks that compute a weight before every forward -> how to make it a parameter again.
+_REMOVERS = {
+    "WeightNorm": "torch.nn.utils.remove_weight_norm",
+    "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
+    "BasePruningMethod": "torch.nn.utils.prune.remove",
+}
+
+
+def refuse_unprunable(model: nn.Module) -> None:
+    """Refuse models whose layers can't be given smaller weights; the message says what can be pruned instead.
+
+    Raises:
+        PlanError: the model is compiled, scripted, wrapped for several processes or GPUs, spread over processes, has
+            adapters that are not merged, or weights that are computed from others.
+    """
+    name = type(model).__name__
+    if is_compiled(model):
+        raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile again")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise PlanError(f"{name} is a ScriptModule, whose layers can't be changed; prune the model it was made of")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise PlanError(f"the model is wrapped in {name}; prune model.module, then wrap it again")
+    if is_sharded(model):
+        raise PlanError("the model's parameters lie on several processes; prune it whole, then shard it")
+    _refuse_adapted(model)
+    for layer, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            raise PlanError(
+                f"{layer or 'the model'} is parametrised and can't be sliced; merge it first: "
+                f"torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        _refuse_computed(layer, module)
+
+
+def _refuse_adapted(model: nn.Module) -> None:
+    """Adapters of PEFT: layers in whose place stands one that adds something to what they compute."""
+    base = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    if base is None:
+        return
+    for layer, module in model.named_modules():
+        if isinstance(module, base):
+            raise PlanError(
+                f"{type(model).__name__} has adapters of PEFT ({layer!r} is a {type(module).__name__}), which widths "
+                "of its own would not fit; prune model.merge_and_unload(), or adapt the pruned model"
+            )
+
+
+def _refuse_computed(layer: str, module: nn.Module) -> None:
+    """Weights that a hook computes before every forward are no parameters."""
+    for hook in module._forward_pre_hooks.values():
+        for base in type(hook).__mro__:
+            if base.__module__.startswith("torch.nn.utils.") and base.__name__ in _REMOVERS:
+                raise PlanError(
+                    f"{layer or 'the model'} has a weight that {base.__name__} computes before every forward, so that "
+                    f"it can't be sliced; make it a parameter again: {_REMOVERS[base.__name__]}(module"
+                    f"{', name' if base.__name__ == 'BasePruningMethod' else ''})"
+                )
