@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from obc.model.evaluation import evaluating
+from obc.model.evaluation import evaluating, tensors_in
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.model.rules import Rule, rule_for
@@ -107,11 +106,11 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], lost: Mapping[str
         handles.append(module.register_forward_hook(_recorder(seen, name, (lost or {}).get(name)), with_kwargs=True))
     try:
         with evaluating(model), torch.no_grad(), _same_random_numbers(model):
-            returned = pytree.tree_leaves(run(model))
+            returned = tensors_in(run(model))
     finally:
         for handle in handles:
             handle.remove()
-    seen.outputs = [leaf.detach() for leaf in returned if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    seen.outputs = [tensor.detach() for tensor in returned if tensor.is_floating_point()]
     return seen
 
 
