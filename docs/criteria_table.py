@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from obc.criteria import CRITERIA
+from obc.criteria.elsewhere import ELSEWHERE
 
 PAGE = Path(__file__).parent / "criteria.md"
 
@@ -62,6 +63,8 @@ def page() -> str:
         _table(["name", "source", "statistics", "allocation", "update"], published),
         "## Where the published code differs, and what is not covered\n",
         _table(["name", "published code", "not covered"], differs),
+        "## Other systems of the field\n\nWithout a criterion of their own here:\n",
+        _table(["system", "what works", "what does not, and why"], [[name, *said] for name, said in ELSEWHERE.items()]),
     ]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)
 

@@ -8,10 +8,10 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-from obc.commands import bench, demo, evaluate, info, prune, recover, report, score
+from obc.commands import bench, criteria, demo, evaluate, info, prune, recover, report, score
 from obc.commands.common import USAGE_ERROR, UsageError
 
-COMMANDS = (demo, score, prune, recover, evaluate, report, bench, info)
+COMMANDS = (demo, score, prune, criteria, recover, evaluate, report, bench, info)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

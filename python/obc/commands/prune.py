@@ -31,7 +31,6 @@ obc prune MODEL_DIR --scores F   prune a transformers directory by the scores th
 
 # Options of one of the two ways alone: attribute -> as it is written.
 _ENTRY_ONLY = {
-    "criterion": "--criterion",
     "selection": "--selection",
     "slices": "--slices",
     "steps": "--steps",
@@ -63,17 +62,20 @@ def add(commands: Any) -> None:
     share.add_argument("--params", type=_share, help="instead: share of the parameters that remains")
     share.add_argument("--ratio", type=_share, help="share of the MACs that goes: --ratio 0.3 is --macs 0.7")
     prune.add_argument("--round-to", type=positive, help="widths become multiples of it")
-    prune.add_argument("--compensate", choices=("ls", "seq"), help="reconstruct dropped channels by least squares")
+    prune.add_argument("--compensate", choices=("mean", "ls", "seq"), help="let the rest take over what went")
     prune.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    prune.add_argument(
+        "--criterion", help="(default: jacobian); obc criteria lists them; of a MODEL_DIR with its statistics"
+    )
+    prune.add_argument("--allocation", help="global, uniform, equal, profile, two_classes ...: see obc.prune")
     entry = prune.add_argument_group("module:function")
-    entry.add_argument("--criterion", help="jacobian (default), taylor, fisher, l1, random ...: see obc.prune")
     entry.add_argument("--selection", choices=("joint", "independent"), help="(default: joint)")
     entry.add_argument("--slices", choices=("gate", "all"), help="(default: gate)")
     entry.add_argument("--steps", type=positive, help="scorings and removals (default: 8)")
     entry.add_argument("--rows", choices=("batch", "sample"), help="(default: batch)")
     entry.add_argument("--ignore", action="append", metavar="LAYER", help="keep this layer's width; may be repeated")
     scored = prune.add_argument_group("MODEL_DIR")
-    scored.add_argument("--scores", type=Path, help="the file that obc score wrote")
+    scored.add_argument("--scores", type=Path, help="the file that obc score wrote; with --criterion the statistics")
     scored.add_argument("--uniform", action="store_true", default=None, help="equal widths in all layers")
     scored.add_argument("--data", type=Path, help="for --compensate: as of obc score")
     scored.add_argument("--seq-len", type=positive, help="for --compensate: as of obc score")
@@ -113,7 +115,9 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
     require({"torch_pruning": "torch-pruning"})
     subject = entry_point.load(parsed.target)
     out = folder(parsed.out)
-    given = {name: getattr(parsed, name) for name in ("criterion", "selection", "slices", "steps", "rows")}
+    given = {
+        name: getattr(parsed, name) for name in ("criterion", "allocation", "selection", "slices", "steps", "rows")
+    }
     options = {name: value for name, value in given.items() if value is not None} | dict(subject.further)
     if parsed.ignore:
         options["ignored_layers"] = [*options.get("ignored_layers", ()), *parsed.ignore]

@@ -13,10 +13,13 @@ import obc
 from obc.commands import checkpoints, data
 from obc.commands.common import UsageError, folder, require
 from obc.commands.report import load as load_scores
+from obc.criteria import get, scores_from
 from obc.model.plan import PruningPlan
-from obc.pruning.arguments import Budget
+from obc.pruning.arguments import Budget, chosen_allocation
+from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
 from obc.selection import select
+from obc.selection.allocation import Task
 from obc.selection.uniform import select_uniform
 from obc.structures.transformers.saving import PLAN_FILE
 
@@ -34,18 +37,25 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
         raise UsageError("--compensate needs --data: a .txt or .jsonl file, or a folder of images")
     if out.resolve() == source.resolve():
         raise UsageError(f"--out {out} is the model's own directory; choose another")
-    scores = load_scores(parsed.scores)
+    if parsed.criterion is None and parsed.allocation is not None:
+        raise UsageError("--allocation of a model directory needs --criterion, and the statistics in --scores")
+    scores = load_scores(parsed.scores) if parsed.criterion is None else _statistics(parsed.scores)
     checkpoint = checkpoints.load(source, parsed.dtype, checkpoints.device_of(parsed.device))
     model = checkpoint.model
     from obc.structures.transformers import TransformersStructure
 
     try:
-        scores.verify(model)
+        if isinstance(scores, Scores):
+            scores.verify(model)
         structure = TransformersStructure(model, uniform=bool(parsed.uniform), round_to=parsed.round_to)
         original = copy.deepcopy(model) if parsed.compensate else model
         before, widths = dict(model.state_dict()), {group.name: group.size for group in structure.groups}
         costs, parameters = structure.costs("macs").total(), structure.costs("parameters").total()
-        structure.remove(_chosen(structure, scores, budget))
+        if isinstance(scores, Scores):
+            chosen = _chosen(structure, scores, budget)
+        else:
+            chosen = _by_criterion(structure, scores, budget, parsed.criterion, parsed.allocation)
+        structure.remove(chosen)
         structure.plan.verify(before, model)
     except (ValueError, obc.PlanError) as error:
         raise UsageError(str(error)) from error
@@ -59,6 +69,41 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
         print(_compensate(parsed, model, original, structure.plan))
     _save(model, structure, source, folder(out))
     return 0
+
+
+def _statistics(path: Path) -> obc.Statistics:
+    """The statistics of a file."""
+    try:
+        return obc.Statistics.load(path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--criterion needs statistics, obc score --statistics: {error}") from error
+
+
+def _by_criterion(
+    structure: Any, statistics: obc.Statistics, budget: Budget, criterion: str, allocation: str | None
+) -> dict[str, Tensor]:
+    """The units to remove by a criterion of statistics."""
+    found, limits, costs = get(criterion), structure.limits, structure.costs(budget.unit)
+    if hasattr(found, "measure"):
+        raise UsageError(f"--criterion {criterion} runs the model itself: prune by a module:function")
+    chosen = chosen_allocation(allocation, found)
+    importance = getattr(chosen, "importance", None)
+    scores = scores_from(found, structure.groups, statistics, structure.model)
+    if not scores:
+        raise UsageError(f"--criterion {criterion} scores no group of this model")
+    task = Task(
+        scores,
+        structure.groups,
+        costs,
+        (1 - budget.share) * costs.total(),
+        per_cost=getattr(found, "per_cost", True),
+        min_units=limits.min_units,
+        round_to=limits.round_to,
+        families=limits.families,
+        widths=limits.widths,
+        importance={} if importance is None else importance(statistics),
+    )
+    return chosen.select(task)
 
 
 def _chosen(structure: Any, scores: Scores, budget: Budget) -> dict[str, Tensor]:
@@ -93,6 +138,10 @@ def _compensate(parsed: argparse.Namespace, model: Any, original: nn.Module, pla
         seq_len=parsed.seq_len,
         seed=parsed.seed,
     )
+    if parsed.compensate == "mean":
+        means = absorb_means(model, original, plan, batches, checkpoints.outputs)
+        lines = [f"{len(means.absorbed)} biases took over means, {len(means.created)} of them new", *means.warnings]
+        return "\n".join(lines)
     try:
         report = obc.compensate(model, original, plan, batches, checkpoints.outputs, mode=parsed.compensate)
     except ValueError as error:

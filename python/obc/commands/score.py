@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import obc
 from obc.commands import checkpoints, data
 from obc.commands.common import UsageError, require, writable
@@ -49,6 +51,12 @@ def add(commands: Any) -> None:
     score.add_argument(
         "--checkpointing", action="store_true", help="compute activations again in backward: less memory, the same rows"
     )
+    score.add_argument(
+        "--statistics",
+        metavar="NAMES",
+        help="instead of scores, collect these statistics (moments,gram ...: what obc criteria says a criterion needs) "
+        "of the groups that can be pruned",
+    )
     score.add_argument("--keep-rows", action="store_true", help="keep every row, for joint selection in obc prune")
     score.add_argument("--checkpoint", type=Path, help="file to go on from after a kill, with the same arguments")
     score.add_argument("--every", type=positive, default=10, help="batches between checkpoints (default: 10)")
@@ -85,6 +93,8 @@ def run(parsed: argparse.Namespace) -> int:
     if len(batches) < parsed.batches:
         print(f"{parsed.data} gives {len(batches)} batches of the {parsed.batches} asked for", flush=True)
     loss = checkpoints.loss_of(checkpoint.loss, parsed.rows, parsed.seed)
+    if parsed.statistics:
+        return _collect(parsed, model, batches, loss, out)
     try:
         scores = obc.score(
             model,
@@ -106,6 +116,28 @@ def run(parsed: argparse.Namespace) -> int:
     memory = "" if peak is None else f", peak memory {peak / 2**20:.0f} MiB"
     took = f"{scores.report.seconds:.1f} s{memory}"
     print(f"{len(batches)} batches of {_shape(batches[0])}, loss {checkpoint.loss}, {took}; written: {out}")
+    return 0
+
+
+def _collect(parsed: argparse.Namespace, model: nn.Module, batches: Any, loss: Any, out: Path) -> int:
+    """Collect statistics, and write them."""
+    try:
+        statistics = obc.collect(
+            model,
+            batches,
+            loss,
+            statistics=[name.strip() for name in parsed.statistics.split(",")],
+            groups=obc.transformer_groups(model),
+            rows=parsed.rows,
+            micro_batch=parsed.micro_batch,
+            checkpoint=parsed.checkpoint,
+            every=parsed.every,
+        )
+    except (ScoringError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    statistics.save(out)
+    assert statistics.report is not None
+    print(f"{statistics}\n{statistics.report.seconds:.1f} s; written: {out}")
     return 0
 
 

@@ -9,7 +9,6 @@ channels, with y = dL_n/dx at the same positions:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +22,12 @@ from obc.criteria.scoring import collected
 from obc.criteria.units import Consumer, consumers_of
 from obc.model.evaluation import evaluating
 from obc.model.groups import ChannelGroup
+from obc.model.usable_batches import UsableBatches
 from obc.statistics.gram import Gram
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.part import Part
 from obc.statistics.reader import first_tensor, flat_rows, input_dim
 from obc.statistics.results import Statistics
-
-logger = logging.getLogger("obc")
 
 
 class CompensatedJacobian(MeasuredCriterion):
@@ -186,23 +184,21 @@ def _read(subject: Subject, taps: list[_Residuals]) -> dict[str, Tensor]:
         return tuple(tapped if value is x else value for value in args), swapped
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in at]
-    loss, bad = WatchedLoss(subject.loss_fn, Part(), []), 0
+    loss, batches = WatchedLoss(subject.loss_fn, Part(), []), UsableBatches.of(subject.batches)
     try:
         with evaluating(subject.model), frozen(subject.model):
-            for index, batch in enumerate(subject.batches):
+            for index, batch in enumerate(batches):
                 now.clear()
                 run_backward(subject.model, loss, index, batch, subject.rows, subject.micro_batch)
                 rows = {tap: _joined(parts, per_sample) for tap, parts in now.items()}
-                if all(bool(values.isfinite().all()) for values in rows.values()):
-                    for tap, values in rows.items():
-                        tap.rows.append(values)
-                else:
-                    bad += 1
+                if not all(bool(values.isfinite().all()) for values in rows.values()):
+                    batches.leave_out("its rows are not finite")
+                    continue
+                for tap, values in rows.items():
+                    tap.rows.append(values)
     finally:
         for handle in handles:
             handle.remove()
-    if bad:
-        logger.warning("compensated_jacobian: %d batches gave rows that are not finite, and were left out", bad)
     return _by_group(subject, taps)
 
 

@@ -91,9 +91,12 @@ class Evaluation:
                 self._dense = [self._output(subject.model, batch) for batch in subject.batches]
 
     def __call__(self, masks: Mapping[str, Tensor]) -> float:
-        """The mean over the batches."""
+        """The mean over the batches with the units masked whose mask is True."""
+        return self.of_removed({name: mask.nonzero().flatten() for name, mask in masks.items()})
+
+    def of_removed(self, removed: Mapping[str, Tensor]) -> float:
+        """The mean over the batches with these units masked."""
         total, count = 0.0, 0
-        removed = {name: mask.nonzero().flatten() for name, mask in masks.items()}
         model = masked_copy(self.subject.model, self.subject.groups, removed)
         with evaluating(model), torch.no_grad():
             for index, batch in enumerate(self.subject.batches):

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from obc.criteria import Jacobian, get
 from obc.criteria.protocol import name_of
 from obc.model.groups import Slices
-from obc.selection.allocation import Allocation, allocation_of
+from obc.selection.allocation import Allocation
+from obc.selection.allocations import allocation_of
 from obc.structures.protocol import Unit
 
 _DEFAULT_SHARE = 0.5

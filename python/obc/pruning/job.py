@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from obc.criteria import Jacobian, Subject
+from obc.criteria.masked import Evaluation
 from obc.criteria.protocol import name_of
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
@@ -79,6 +80,7 @@ class Job:
         self.budget, self.choice, self.recalibrate = budget, choice, recalibrate
         self.widths = {group.name: group.size for group in structure.groups}
         self._importance: Mapping[str, float] = {}
+        self._evaluation: Evaluation | None = None
         self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
         self.full = self.unpruned[budget.unit]
         subject.batches.on_left_out = self._warn
@@ -209,13 +211,22 @@ class Job:
             widths=limits.widths,
             goal=goal,
             importance=self._importance,
+            evaluate=self._evaluate if getattr(choice.allocation, "evaluates", False) else None,
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             removed = choice.allocation.select(task)
+        self._evaluation = None  # of this step's model
         for warning in caught:
             self._warn(str(warning.message))
         return removed
+
+    def _evaluate(self, removed: Mapping[str, Tensor]) -> float:
+        """What the model's output loses with these units masked."""
+        if self._evaluation is None:
+            metric: Any = getattr(self.choice.allocation, "metric", "kl")
+            self._evaluation = Evaluation(replace(self.subject, groups=self.structure.groups), metric)
+        return self._evaluation.of_removed(removed)
 
     def _check_reachable(self, share: float) -> None:
         costs = self._costs()

@@ -38,6 +38,7 @@ class Task:
         widths: by group of a family, the only widths that it may come to.
         goal: what this and later steps free together.
         importance: block or group name -> importance, for profiles that follow it.
+        evaluate: what the model's output loses with these units of each group masked; for searches.
     """
 
     scores: Mapping[str, Tensor]
@@ -54,6 +55,7 @@ class Task:
     widths: Mapping[str, Collection[int]] = field(default_factory=dict)
     goal: float | None = None
     importance: Mapping[str, float] = field(default_factory=dict)
+    evaluate: Callable[[Mapping[str, Tensor]], float] | None = None
 
     def by_shares(
         self, families: Sequence[Sequence[str]], shares: Callable[[str, float], float] | None = None
@@ -237,32 +239,33 @@ class TwoClasses:
         rest = {group.name for group in task.scored()} - attention
         if not attention or not rest:
             return Global().select(task)
-        share = task.budget / (1 + self.gamma)
-        removed: dict[str, Tensor] = {}
-        freed = 0.0
-        for names, budget in ((attention, share), (rest, None)):
-            wanted = task.budget - freed if budget is None else budget
-            part = _only(task, names, max(wanted, 0.0))
-            try:
-                found = Global().select(part)
-            except BudgetError as error:  # attention can give no more: the rest gives what is left
-                if budget is None:
-                    raise
-                found = Global().select(_only(task, names, error.reachable))
-            removed |= found
-            freed = task.costs.total() - task.costs.total(_widths_after(task.costs, removed))
+        removed = _at_most(task, attention, task.budget / (1 + self.gamma))
+        removed |= _at_most(task, rest, task.budget - _freed(task.costs, removed))
+        missing = task.budget - _freed(task.costs, removed)
+        if missing > 1e-9 * task.budget:  # the rest can give no more: attention gives what is missing
+            from_rest = {name: units for name, units in removed.items() if name in rest}
+            wanted = task.budget - _freed(task.costs, from_rest)
+            removed = from_rest | Global().select(_only(task, attention, wanted))
         return removed
+
+
+def _at_most(task: Task, names: Collection[str], budget: float) -> dict[str, Tensor]:
+    """What frees the budget, or as much as these groups can."""
+    try:
+        return Global().select(_only(task, names, max(budget, 0.0)))
+    except BudgetError as error:
+        return Global().select(_only(task, names, error.reachable))
+
+
+def _freed(costs: Costs, removed: Mapping[str, Tensor]) -> float:
+    gone = torch.tensor([len(removed.get(name, ())) for name in costs.names], dtype=torch.float64)
+    return costs.total() - costs.total(costs.widths - gone)
 
 
 def _only(task: Task, names: Collection[str], budget: float) -> Task:
     families = [family for family in task.families if set(family) <= set(names)]
     scores = {name: values for name, values in task.scores.items() if name in names}
     return replace(task, scores=scores, budget=budget, families=families, goal=None)
-
-
-def _widths_after(costs: Costs, removed: Mapping[str, Tensor]) -> Tensor:
-    gone = torch.tensor([len(removed.get(name, ())) for name in costs.names], dtype=torch.float64)
-    return costs.widths - gone
 
 
 def found_for(name: str, values: Mapping[str, float], default: float) -> float:
@@ -281,32 +284,3 @@ def block_of(name: str) -> str:
         if part.isdigit():
             return ".".join(parts[: place + 1])
     return name
-
-
-ALLOCATIONS: dict[str, Callable[[], Allocation]] = {
-    "global": Global,
-    "uniform": Uniform,
-    "equal": Equal,
-    "profile": BlockProfile,
-    "two_classes": TwoClasses,
-}
-
-
-def allocation_of(allocation: str | Allocation) -> Allocation:
-    """The allocation that a name, a mapping of strengths or an object stands for.
-
-    Raises:
-        ValueError: an unknown name; it lists the known.
-        TypeError: it is none.
-    """
-    if isinstance(allocation, str):
-        if allocation not in ALLOCATIONS:
-            raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
-        return ALLOCATIONS[allocation]()
-    if isinstance(allocation, Mapping):
-        return Profile(allocation)
-    if isinstance(allocation, type) or not hasattr(allocation, "select"):
-        raise TypeError(
-            f"an allocation is a name, a mapping of strengths or an object with select(task), got {allocation!r}"
-        )
-    return allocation

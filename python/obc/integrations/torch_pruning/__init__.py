@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.integrations.torch_pruning.criterion_importance import CriterionImportance
 from obc.integrations.torch_pruning.gradient_rows import GradientRows
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.scoring.results.scores import ChannelScores, Scores
@@ -29,7 +30,7 @@ try:
 except ImportError as error:
     raise ImportError("obc.integrations.torch_pruning needs Torch-Pruning: pip install torch-pruning") from error
 
-__all__ = ["JacobianImportance", "prune_step"]
+__all__ = ["CriterionImportance", "JacobianImportance", "prune_step"]
 
 logger = logging.getLogger("obc")
 

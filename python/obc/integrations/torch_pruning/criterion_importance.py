@@ -1,0 +1,160 @@
+"""Every criterion of obc as an importance of Torch-Pruning.
+
+>>> importance = CriterionImportance("flap")
+>>> pruner = tp.pruner.BasePruner(model, example_inputs, importance, global_pruning=True, ...)
+>>> importance.score(model, batches)  # again before every step: pruning changes the channels
+>>> pruner.step()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.criteria import Subject, get
+from obc.criteria.protocol import name_of
+from obc.criteria.scoring import needed, scores_from
+from obc.model.evaluation import ForwardFn, call_on_batch
+from obc.model.groups import ChannelGroup, Slice
+from obc.model.usable_batches import UsableBatches
+from obc.statistics.results import Statistics
+from obc.statistics.run import collect
+
+try:
+    from torch_pruning.pruner.importance import Importance
+except ImportError as error:
+    raise ImportError("obc.integrations.torch_pruning needs Torch-Pruning: pip install torch-pruning") from error
+
+
+class CriterionImportance(Importance):
+    """Importance of a group's root channels by a criterion of :mod:`obc.criteria`, one unit a root channel.
+
+    Scores hold for the channels that were scored. After ``pruner.step()`` score again; otherwise the next step raises.
+
+    Args:
+        criterion: a name of ``obc.criteria.available()``, an object, or a function (group, statistics, model).
+        seed: of the criterion "random".
+    """
+
+    def __init__(self, criterion: str | Any, seed: int = 0) -> None:
+        self.criterion = get(criterion)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._statistics: Statistics | None = None
+        self._subject: Subject | None = None
+        self._shapes: dict[str, tuple[int, ...]] = {}
+
+    def score(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any] = (),
+        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        *,
+        forward_fn: ForwardFn | None = None,
+        micro_batch: int | None = None,
+    ) -> Statistics:
+        """Collect what the criterion needs of ``model``; criteria of weights alone need no batches.
+
+        Criteria that run the model themselves keep the batches, and run when a group is scored.
+
+        Args:
+            model: the model that is pruned.
+            batches: as for :func:`obc.collect`; a list where the criterion runs the model itself.
+            loss_fn: ``loss_fn(model, batch)``, where the criterion needs gradients.
+            forward_fn: ``forward_fn(model, batch)``; by default :func:`obc.model.evaluation.call_on_batch`.
+            micro_batch: as for :func:`obc.collect`.
+        """
+        measures = hasattr(self.criterion, "measure")
+        kept = UsableBatches(list(batches)) if measures else UsableBatches(())
+        loss, forward = loss_fn or _no_loss, forward_fn or call_on_batch
+        self._subject = Subject(model, (), kept, loss, forward, "gate", "batch", self._generator, micro_batch)
+        self._statistics = Statistics({}, rows=None, num_batches=0, coverage={})
+        if not measures and (chosen := needed(self.criterion)):
+            self._statistics = collect(
+                model,
+                batches,
+                loss_fn if any(one.backward for one in chosen) else None,
+                statistics=chosen,
+                micro_batch=micro_batch,
+                forward_fn=forward_fn,
+            )
+        self._shapes = _shapes(model)
+        return self._statistics
+
+    @torch.no_grad()
+    def __call__(self, group: Any) -> Tensor | None:
+        """The importance of a group of Torch-Pruning; None where the criterion has nothing to score in it.
+
+        Returns:
+            (root channels,) float64 on the CPU, in the order of the group's root indices.
+
+        Raises:
+            RuntimeError: nothing was scored yet, or the model was pruned since.
+        """
+        if self._subject is None or self._statistics is None:
+            raise RuntimeError(f"{name_of(self.criterion)!r} has no statistics yet: call .score(model, batches) first")
+        model = group._DG.model
+        found = channel_group(group, model)
+        if found is None:
+            return None
+        now = _shapes(model)
+        for part in found.slices:
+            if now.get(part.module) != self._shapes.get(part.module):
+                raise RuntimeError(
+                    f"{part.module!r} was scored with a weight of shape {self._shapes.get(part.module)} and has "
+                    f"{now.get(part.module)} now: it was pruned since; score again before the next step"
+                )
+        if hasattr(self.criterion, "measure"):
+            with torch.enable_grad():
+                scores = self.criterion.measure(replace(self._subject, model=model, groups=(found,)))
+        else:
+            scores = scores_from(self.criterion, [found], self._statistics, model)
+        return scores.get(found.name)
+
+
+def channel_group(group: Any, model: nn.Module) -> ChannelGroup | None:
+    """A group of Torch-Pruning with one unit a root channel; None where it has no layer with a name.
+
+    Layers that give roots different numbers of channels, or whose roots Torch-Pruning does not say, are left out.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    roots = list(group[0][1])
+    place = {root: index for index, root in enumerate(roots)}
+    slices: dict[tuple[str, str], list[list[int]]] = {}
+    for item in group:
+        dep, channels = item[0], list(item[1])
+        module = dep.target.module
+        of_roots = roots if item is group[0] else getattr(item, "root_idxs", None)
+        if module not in names or of_roots is None or any(root is None for root in of_roots):
+            continue
+        side = "out" if dep.handler == dep.handler.__self__.prune_out_channels else "in"
+        table = slices.setdefault((names[module], side), [[] for _ in roots])
+        for channel, root in zip(channels, of_roots, strict=True):
+            if channel not in table[place[root]]:
+                table[place[root]].append(channel)
+    parts = [
+        Slice(name, side, torch.tensor(table, dtype=torch.int64))  # type: ignore[arg-type]
+        for (name, side), table in slices.items()
+        if len({len(channels) for channels in table}) == 1 and table[0] and _has_parameters(model, name)
+    ]
+    return ChannelGroup(parts[0].module, tuple(parts)) if parts else None
+
+
+def _has_parameters(model: nn.Module, name: str) -> bool:
+    return any(True for _ in model.get_submodule(name).parameters())
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Module -> the shape of its weight."""
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+    }
+
+
+def _no_loss(model: nn.Module, batch: Any) -> Tensor:
+    raise ValueError("this criterion needs gradients: pass loss_fn to score()")

@@ -1,0 +1,37 @@
+"""The allocations by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from obc.selection.allocation import Allocation, BlockProfile, Equal, Global, Profile, TwoClasses, Uniform
+from obc.selection.search import Search
+
+ALLOCATIONS: dict[str, Callable[[], Allocation]] = {
+    "global": Global,
+    "uniform": Uniform,
+    "equal": Equal,
+    "profile": BlockProfile,
+    "two_classes": TwoClasses,
+    "search": Search,
+}
+
+
+def allocation_of(allocation: str | Allocation) -> Allocation:
+    """The allocation that a name, a mapping of strengths or an object stands for.
+
+    Raises:
+        ValueError: an unknown name; it lists the known.
+        TypeError: it is none.
+    """
+    if isinstance(allocation, str):
+        if allocation not in ALLOCATIONS:
+            raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
+        return ALLOCATIONS[allocation]()
+    if isinstance(allocation, Mapping):
+        return Profile(allocation)
+    if isinstance(allocation, type) or not hasattr(allocation, "select"):
+        raise TypeError(
+            f"an allocation is a name, a mapping of strengths or an object with select(task), got {allocation!r}"
+        )
+    return allocation

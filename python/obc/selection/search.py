@@ -1,0 +1,117 @@
+"""Allocation by evolutionary search: which widths disturb the model's output least, measured with units masked."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from obc.selection.allocation import Task, Uniform
+
+_ATTEMPTS = 50  # mutations tried for one child before its parent is taken again
+
+
+class Search:
+    """Elitist evolution over the groups' widths (DarwinLM, Týr-the-Pruner), from equal shares on.
+
+    Which units of a group go follows from their scores; a child takes one level from a group and gives it to another of
+    the same kind, one to ``mutations`` times, and still frees the budget. The fitness is what the model's output loses
+    with the chosen units masked: see :class:`obc.criteria.MaskedEvaluation`.
+
+    Cost: 1 + generations * offspring forward passes over the batches.
+
+    Args:
+        generations: how often children are made.
+        offspring: children of a generation.
+        survivors: parents of the next one, the best of parents and children.
+        levels: widths of a group lie on so many levels.
+        mutations: at most so many exchanges make a child.
+        metric: "kl", "mse" or "loss".
+        seed: of the mutations.
+    """
+
+    evaluates = True
+
+    def __init__(
+        self,
+        generations: int = 10,
+        offspring: int = 8,
+        survivors: int = 2,
+        levels: int = 16,
+        mutations: int = 3,
+        metric: str = "kl",
+        seed: int = 0,
+    ) -> None:
+        for name, value in (("generations", generations), ("offspring", offspring), ("survivors", survivors)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if levels < 2 or mutations < 1:
+            raise ValueError(f"levels must be at least 2 and mutations at least 1, got {levels} and {mutations}")
+        self.generations, self.offspring, self.survivors = generations, offspring, survivors
+        self.levels, self.mutations, self.metric, self.seed = levels, mutations, metric, seed
+        self.history: list[float] = []
+
+    def select(self, task: Task) -> dict[str, Tensor]:
+        if task.evaluate is None:
+            raise ValueError("allocation='search' measures the model: it is for obc.prune, not for scores of a file")
+        if task.families:
+            raise ValueError("a search gives groups different widths: it can't be had with equal ones (uniform=True)")
+        chance, order = random.Random(self.seed), {name: _ranked(values) for name, values in task.scores.items()}
+        start = {name: len(units) for name, units in Uniform().select(task).items()}
+
+        def chosen(counts: Mapping[str, int]) -> dict[str, Tensor]:
+            return {name: order[name][:count].sort().values for name, count in counts.items()}
+
+        assert task.evaluate is not None
+        parents = [(task.evaluate(chosen(start)), start)]
+        self.history = [parents[0][0]]
+        for _ in range(self.generations):
+            children: list[tuple[float, dict[str, int]]] = []
+            for index in range(self.offspring):
+                child = self._child(task, parents[index % len(parents)][1], chance)
+                if all(child != counts for _, counts in [*parents, *children]):
+                    children.append((task.evaluate(chosen(child)), child))
+            parents = sorted([*parents, *children], key=lambda entry: entry[0])[: self.survivors]
+            self.history.append(parents[0][0])
+        return chosen(parents[0][1])
+
+    def _child(self, task: Task, parent: Mapping[str, int], chance: random.Random) -> dict[str, int]:
+        kinds: dict[str, list[str]] = {}
+        for group in task.scored():
+            kinds.setdefault(group.kind, []).append(group.name)
+        sizes = {group.name: group.size for group in task.scored()}
+        for _ in range(_ATTEMPTS):
+            child = dict(parent)
+            for _ in range(chance.randint(1, self.mutations)):
+                names = chance.choice([names for names in kinds.values() if len(names) > 1] or [list(sizes)])
+                more, less = chance.choice(names), chance.choice(names)
+                if more == less:
+                    continue
+                child[more] += self._step(task, more, sizes[more])
+                child[less] -= self._step(task, less, sizes[less])
+            if child != parent and self._fits(task, child, sizes):
+                return child
+        return dict(parent)
+
+    def _step(self, task: Task, name: str, size: int) -> int:
+        multiple = task.round_to.get(name, 1)
+        return max(multiple, size // self.levels // multiple * multiple)
+
+    def _fits(self, task: Task, counts: Mapping[str, int], sizes: Mapping[str, int]) -> bool:
+        for name, count in counts.items():
+            stays = sizes[name] - count
+            if count < 0 or stays < task.min_units.get(name, 1):
+                return False
+            if count and stays % task.round_to.get(name, 1):
+                return False
+        gone = torch.tensor([counts.get(name, 0) for name in task.costs.names], dtype=torch.float64)
+        freed = task.costs.total() - task.costs.total(task.costs.widths - gone)
+        return freed >= task.budget * (1 - 1e-9)
+
+
+def _ranked(values: Tensor) -> Tensor:
+    """Units from the least important on."""
+    scores = values if values.dim() == 1 else values.double().square().sum(0)
+    return scores.argsort(stable=True).cpu()
