@@ -2,6 +2,7 @@
 
 Bytes a call, the floor of every implementation: channel_dot, weight_dot and weight_moments read their two inputs
 once (results are negligible); end_row reads and writes both vectors. fold is bound by multiplications instead.
+channel_moments reads its one input once.
 "Two plain reads" is ``torch.dot`` of each of the two inputs with itself.
 """
 
@@ -22,6 +23,7 @@ from obc import ops, reference
 from tests.tolerances import allowed_error
 
 PLAIN_READS = "two plain reads"
+PLAIN_READ = "one plain read"
 # What the project promises of the reductions, and of weight_dot against torch.compile.
 READS_TARGET = Target("obc", PLAIN_READS, 1.3)
 COMPILED_TARGET = Target("obc", "torch.compile", 1 / 4)
@@ -90,6 +92,36 @@ def weight_moments(*shape: int) -> Case:
         check=_same(lambda f: reference.weight_moments(f(weight), f(grad)), size // shape[0], weight.dtype),
         unchecked=frozenset({PLAIN_READS}),
     )
+
+
+def channel_moments(*shape: int, channel_dim: int = 1) -> Case:
+    x = torch.randn(shape)
+    size, flat = x.numel(), _flat(x)
+    return Case(
+        [
+            *_providers(ops.channel_moments, reference.channel_moments, (x, channel_dim)),
+            Provider(PLAIN_READ, lambda: torch.dot(flat, flat)),
+        ],
+        baseline="reference",
+        limit=plain_read(4 * size),
+        bytes_moved=4 * size,
+        # A square has twice the relative error of its root; the sum of x is as inexact as that of |x|.
+        check=_moments_check(x, channel_dim),
+        unchecked=frozenset({PLAIN_READ}),
+        targets=[Target("obc", PLAIN_READ, 1.2)],
+    )
+
+
+def _moments_check(x: Tensor, channel_dim: int) -> Callable[[Any], None]:
+    truths = reference.channel_moments(x.double(), channel_dim)
+    magnitudes = (truths[2], truths[1], truths[2], 2 * truths[3])
+
+    def check(result: Any) -> None:
+        for actual, truth, magnitude in zip(result, truths, magnitudes, strict=True):
+            allowed = allowed_error(truth, magnitude, x.numel() // len(truth), x.dtype, actual.dtype)
+            assert ((actual.double() - truth).abs() <= allowed).all()
+
+    return check
 
 
 def channel_dot(*shape: int, channel_dim: int = 1, channels_last: bool = False, promised: bool = True) -> Case:
@@ -199,6 +231,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "channel_dot tokens 8x512x2048": lambda: channel_dot(8, 512, 2048, channel_dim=-1),
     "channel_dot channels-last 64x64x32x32": lambda: channel_dot(64, 64, 32, 32, channels_last=True, promised=False),
     "channel_dot channels-last 64x512x4x4": lambda: channel_dot(64, 512, 4, 4, channels_last=True, promised=False),
+    "channel_moments 64x64x32x32": lambda: channel_moments(64, 64, 32, 32),
+    "channel_moments tokens 8x512x2048": lambda: channel_moments(8, 512, 2048, channel_dim=-1),
+    "channel_moments rows 4096x4096": lambda: channel_moments(4096, 4096),
     "end_row 20000": lambda: end_row(20_000),
     "end_row 1000000 in 100000 groups": lambda: end_row(1_000_000, 100_000),
     "weight_moments 4096x4096": lambda: weight_moments(4096, 4096),
@@ -211,6 +246,7 @@ CASES: dict[str, Callable[[], Case]] = {
 SMALL: dict[str, Callable[[], Case]] = {
     "weight_dot": lambda: weight_dot(256, 256),
     "channel_dot": lambda: channel_dot(8, 64, 16, 16),
+    "channel_moments": lambda: channel_moments(8, 64, 16, 16),
     "end_row": lambda: end_row(10_000),
     "weight_moments": lambda: weight_moments(256, 256),
     "fold": lambda: fold(64, 64, 32, 32, 3, 3),

@@ -146,6 +146,25 @@ ArrayList weight_moments(const py::array& weight, const py::array& grad) {
   return sums;
 }
 
+ArrayList channel_moments(const py::array& x, int64_t channel_dim, const std::optional<py::array>& mask) {
+  ArrayList sums;
+  void* moments[4];
+  for (void*& moment : moments) {
+    sums.push_back(empty_sums({x.shape(channel_dim)}, x));
+    moment = sums.back().mutable_data();
+  }
+  Arrays arrays(x, x);
+  if (mask) {
+    arrays.second_strides = strides_of(*mask);
+    arrays.second_strides.insert(arrays.second_strides.begin() + channel_dim, 0);
+    arrays.pair.second = mask->data();
+    arrays.pair.second_strides = arrays.second_strides.data();
+  }
+  const py::gil_scoped_release unlocked;
+  obc::cpu::channel_moments(arrays.pair, channel_dim, mask.has_value(), moments, kParallel);
+  return sums;
+}
+
 // Whether every square was finite, and the position of the first bad group or -1.
 std::pair<bool, int64_t> end_row(
     py::array scores, py::array row, double loss_scale, const std::optional<py::array>& groups
@@ -186,5 +205,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("channel_dot", channel_dot);
   module.def("weight_dot_list", weight_dot_list);
   module.def("weight_moments", weight_moments);
+  module.def("channel_moments", channel_moments);
   module.def("end_row", end_row);
 }

@@ -6,6 +6,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <initializer_list>
+#include <optional>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -38,6 +40,23 @@ inline cpu::Pair pair_of(const Tensor& first, const Tensor& second) {
       second.strides().data()
   };
 }
+
+// A tensor and its mask, of the same sizes but for the channels, along which the mask's stride is 0; without a mask the
+// tensor twice.
+struct MaskedPair {
+  MaskedPair(const Tensor& x, int64_t channel_dim, const std::optional<Tensor>& mask) : pair(pair_of(x, x)) {
+    if (!mask) return;
+    for (int64_t d = 0; d < mask->dim(); ++d) strides.push_back(mask->stride(d));
+    strides.insert(strides.begin() + channel_dim, 0);
+    pair.second = mask->const_data_ptr();
+    pair.second_strides = strides.data();
+  }
+  MaskedPair(const MaskedPair&) = delete;
+  MaskedPair& operator=(const MaskedPair&) = delete;
+
+  std::vector<int64_t> strides;
+  cpu::Pair pair;
+};
 
 // An uninitialised contiguous tensor of at most two dimensions on the device of `like`.
 inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const Tensor& like) {

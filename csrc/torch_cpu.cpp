@@ -1,7 +1,7 @@
 // Registers the CPU kernels with torch as obc_cpu::<op>, on LibTorch's stable ABI: one build serves torch 2.11 and
 // later.
 //
-// Signatures are those of obc::<op> in python/obc/ops/__init__.py, where the arguments are checked before they come
+// Schemas come from the table in python/obc/backends/operators.py; python/obc/ops checks the arguments before they come
 // here: below torch 2.13 an error raised behind the ABI loses its message. end_row alone sends back a position to
 // complain about.
 
@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "schemas.h"
 #include "tensors.h"
 
 namespace {
@@ -118,6 +119,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> weight_moments(const Tensor& 
   return {sums[0], sums[1], sums[2], sums[3], sums[4]};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_moments(
+    const Tensor& x, int64_t channel_dim, const std::optional<Tensor>& mask
+) {
+  const int64_t channels = x.size(channel_dim);
+  const Tensor sums[4] =
+      {empty_sums({channels}, x), empty_sums({channels}, x), empty_sums({channels}, x), empty_sums({channels}, x)};
+  void* const moments[4] =
+      {sums[0].mutable_data_ptr(), sums[1].mutable_data_ptr(), sums[2].mutable_data_ptr(), sums[3].mutable_data_ptr()};
+  const obc::MaskedPair pair(x, channel_dim, mask);
+  obc::cpu::channel_moments(pair.pair, channel_dim, mask.has_value(), moments, kParallel);
+  return {sums[0], sums[1], sums[2], sums[3]};
+}
+
 std::tuple<Tensor, int64_t> end_row(
     const Tensor& scores, const Tensor& row, double loss_scale, const std::optional<Tensor>& groups
 ) {
@@ -141,24 +155,17 @@ std::tuple<Tensor, int64_t> end_row(
 }  // namespace
 
 STABLE_TORCH_LIBRARY(obc_cpu, library) {
-  library.def("channel_dot(Tensor activation, Tensor grad, int channel_dim, bool per_sample=False) -> Tensor");
-  library.def(
-      "weight_dot(Tensor weight, Tensor grad, Tensor? bias=None, Tensor? bias_grad=None, int groups=1, "
-      "bool transposed=False) -> (Tensor, Tensor)"
-  );
-  library.def(
-      "weight_dot_list(Tensor[] weights, Tensor[] grads, Tensor?[]? biases=None, Tensor?[]? bias_grads=None, "
-      "int[]? groups=None, bool[]? transposed=None) -> (Tensor[], Tensor[])"
-  );
-  library.def("weight_moments(Tensor weight, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) "
-      "-> (Tensor finite, int bad_group)"
-  );
+  OBC_DEFINE(CPU, channel_dot);
+  OBC_DEFINE(CPU, channel_moments);
+  OBC_DEFINE(CPU, weight_dot);
+  OBC_DEFINE(CPU, weight_dot_list);
+  OBC_DEFINE(CPU, weight_moments);
+  OBC_DEFINE(CPU, end_row);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(obc_cpu, CPU, library) {
   library.impl("channel_dot", TORCH_BOX(&channel_dot));
+  library.impl("channel_moments", TORCH_BOX(&channel_moments));
   library.impl("weight_dot", TORCH_BOX(&weight_dot));
   library.impl("weight_dot_list", TORCH_BOX(&weight_dot_list));
   library.impl("weight_moments", TORCH_BOX(&weight_moments));

@@ -1,7 +1,7 @@
 // Registers the CUDA kernels with torch as obc_cuda::<op>, on LibTorch's stable ABI: one build serves torch 2.11 and
 // later, and needs neither a torch with CUDA nor a GPU.
 //
-// Signatures are those of obc::<op> in python/obc/ops/__init__.py, where the arguments are checked before they come
+// Schemas come from the table in python/obc/backends/operators.py; python/obc/ops checks the arguments before they come
 // here. weight_dot_list takes layers of one dtype.
 
 #include <cuda_runtime.h>
@@ -20,6 +20,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "schemas.h"
 #include "tensors.h"
 
 // The dispatch key under which the operators are registered; the emulation of the tests runs them on CPU tensors.
@@ -32,11 +33,13 @@ namespace {
 using obc::dtype_of;
 using obc::empty;
 using obc::empty_sums;
+using obc::MaskedPair;
 using obc::pair_of;
 using obc::Tensor;
 using obc::cpu::Pair;
 using obc::cpu::WeightDot;
 using torch::stable::accelerator::DeviceGuard;
+using Tensors = std::vector<Tensor>;
 
 cudaStream_t current_stream(int32_t device) {
   void* stream = nullptr;
@@ -124,6 +127,28 @@ Tensor channel_dot(const Tensor& activation, const Tensor& grad, int64_t channel
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> channel_moments(
+    const Tensor& x, int64_t channel_dim, const std::optional<Tensor>& mask
+) {
+  Call call(x);
+  const int64_t channels = x.size(channel_dim);
+  Tensors sums;
+  void* moments[4];
+  for (void*& moment : moments) {
+    sums.push_back(empty_sums({channels}, x));
+    moment = sums.back().mutable_data_ptr();
+  }
+  const MaskedPair pair(x, channel_dim, mask);
+  if (!obc::cuda::channel_moments(pair.pair, channel_dim, mask.has_value(), moments, call)) {
+    const Tensor copy = torch::stable::contiguous(x);
+    std::optional<Tensor> mask_copy;
+    if (mask) mask_copy = torch::stable::contiguous(*mask);
+    const MaskedPair copies(copy, channel_dim, mask_copy);
+    obc::cuda::channel_moments(copies.pair, channel_dim, mask.has_value(), moments, call);
+  }
+  return {sums[0], sums[1], sums[2], sums[3]};
+}
+
 std::tuple<Tensor, Tensor> weight_dot(
     const Tensor& weight,
     const Tensor& grad,
@@ -154,7 +179,6 @@ std::tuple<Tensor, Tensor> weight_dot(
   return {row_dot, column_dot};
 }
 
-using Tensors = std::vector<Tensor>;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 // Everything that a worklist is made of, and where it runs.
@@ -312,21 +336,17 @@ Tensor end_row(const Tensor& scores, const Tensor& row, double loss_scale, const
 }  // namespace
 
 STABLE_TORCH_LIBRARY(obc_cuda, library) {
-  library.def("channel_dot(Tensor activation, Tensor grad, int channel_dim, bool per_sample=False) -> Tensor");
-  library.def(
-      "weight_dot(Tensor weight, Tensor grad, Tensor? bias=None, Tensor? bias_grad=None, int groups=1, "
-      "bool transposed=False) -> (Tensor, Tensor)"
-  );
-  library.def(
-      "weight_dot_list(Tensor[] weights, Tensor[] grads, Tensor?[] biases, Tensor?[] bias_grads, int[] groups, "
-      "bool[] transposed) -> (Tensor[], Tensor[])"
-  );
-  library.def("weight_moments(Tensor weight, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def("end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) -> Tensor");
+  OBC_DEFINE(CUDA, channel_dot);
+  OBC_DEFINE(CUDA, channel_moments);
+  OBC_DEFINE(CUDA, weight_dot);
+  OBC_DEFINE(CUDA, weight_dot_list);
+  OBC_DEFINE(CUDA, weight_moments);
+  OBC_DEFINE(CUDA, end_row);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(obc_cuda, OBC_CUDA_DISPATCH_KEY, library) {
   library.impl("channel_dot", TORCH_BOX(&channel_dot));
+  library.impl("channel_moments", TORCH_BOX(&channel_moments));
   library.impl("weight_dot", TORCH_BOX(&weight_dot));
   library.impl("weight_dot_list", TORCH_BOX(&weight_dot_list));
   library.impl("weight_moments", TORCH_BOX(&weight_moments));

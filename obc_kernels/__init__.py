@@ -13,6 +13,7 @@ import torch
 
 _LAUNCHERS = {
     "channel_dot_triton": "obc_kernels.channel_dot",
+    "channel_moments_triton": "obc_kernels.channel_moments",
     "weight_dot_triton": "obc_kernels.weight_dot",
     "weight_dot_list_triton": "obc_kernels.weight_dot_list",
     "weight_moments_triton": "obc_kernels.weight_moments",

@@ -31,6 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from obc_kernels.channel_dot import channel_dot_triton
+from obc_kernels.channel_moments import channel_moments_triton
 from obc_kernels.end_row import end_row_triton
 from obc_kernels.fold import fold_triton
 from obc_kernels.launch import Launch, recording
@@ -46,10 +47,16 @@ TYPE_NAMES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
-SECOND_STAGES = ("_sum_partials_kernel", "_weight_dot_finish_kernel", "_weight_dot_list_finish_kernel")
+SECOND_STAGES = (
+    "_sum_partials_kernel",
+    "_channel_moments_finish_kernel",
+    "_weight_dot_finish_kernel",
+    "_weight_dot_list_finish_kernel",
+)
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,14 @@ def _channel_dot(
     return run
 
 
+def _channel_moments(shape: tuple[int, ...], dim: int, masked: bool = False) -> Callable[[torch.dtype], Any]:
+    def run(dtype: torch.dtype) -> Any:
+        mask = _empty(torch.bool, *shape[:dim], *shape[dim + 1 :]) if masked else None
+        return channel_moments_triton(_empty(dtype, *shape), dim, mask)
+
+    return run
+
+
 def _weights(
     launcher: Callable[..., Any], shape: tuple[int, ...], groups: int | None = None, step: int = 1
 ) -> Callable[[torch.dtype], Any]:
@@ -158,6 +173,9 @@ CASES = (
     Case("channel_dot", "channel-first 14x14", _channel_dot((64, 256, 14, 14), 1), aligned=False),
     Case("channel_dot", "few channels", _channel_dot((64, 3, 224, 224), 1)),
     Case("channel_dot", "strided", _channel_dot((64, 256, 56, 56), 1, step=2), aligned=False),
+    Case("channel_moments", "tokens", _channel_moments((8, 2048, 4096), 2)),
+    Case("channel_moments", "tokens, masked", _channel_moments((8, 2048, 4096), 2, masked=True)),
+    Case("channel_moments", "channel-first", _channel_moments((64, 256, 56, 56), 1)),
     Case("weight_dot", "linear", _weights(weight_dot_triton, (4096, 4096), groups=1)),
     Case("weight_dot", "conv", _weights(weight_dot_triton, (512, 256, 3, 3), groups=1)),
     Case("weight_dot", "depthwise", _weights(weight_dot_triton, (512, 1, 3, 3), groups=512), aligned=False),

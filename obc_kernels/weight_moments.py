@@ -31,7 +31,7 @@ from obc_kernels.partials import sum_partials
 
 
 @triton.jit
-def _narrowed(terms, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr, RUN: tl.constexpr, ROWS_INNER: tl.constexpr):
+def narrowed(terms, BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr, RUN: tl.constexpr, ROWS_INNER: tl.constexpr):
     """[BLOCK_O, BLOCK_P / RUN]: sums of the ``RUN`` positions that one thread holds, so that no thread waits.
 
     Those are neighbours where positions are adjacent in memory, and every (BLOCK_P / RUN)-th where rows are.
@@ -97,11 +97,11 @@ def _weight_moments_kernel(
         w = tl.load(w_tile + (w_row[:, None] + w_position[None, :]), mask=mask, other=0.0).to(ACC)
         g = tl.load(g_tile + (g_row[:, None] + g_position[None, :]), mask=mask, other=0.0).to(ACC)
         wg = w * g
-        dot += _narrowed(wg, BLOCK_O, BLOCK_P, RUN, ROWS_INNER)
-        dot_square += _narrowed(wg * wg, BLOCK_O, BLOCK_P, RUN, ROWS_INNER)
-        dot_abs += _narrowed(tl.abs(wg), BLOCK_O, BLOCK_P, RUN, ROWS_INNER)
-        square += _narrowed(w * w, BLOCK_O, BLOCK_P, RUN, ROWS_INNER)
-        magnitude += _narrowed(tl.abs(w), BLOCK_O, BLOCK_P, RUN, ROWS_INNER)
+        dot += narrowed(wg, BLOCK_O, BLOCK_P, RUN, ROWS_INNER)
+        dot_square += narrowed(wg * wg, BLOCK_O, BLOCK_P, RUN, ROWS_INNER)
+        dot_abs += narrowed(tl.abs(wg), BLOCK_O, BLOCK_P, RUN, ROWS_INNER)
+        square += narrowed(w * w, BLOCK_O, BLOCK_P, RUN, ROWS_INNER)
+        magnitude += narrowed(tl.abs(w), BLOCK_O, BLOCK_P, RUN, ROWS_INNER)
     out = partial_ptr + split.to(tl.int64) * 5 * out_channels + o
     tl.store(out, tl.sum(dot, axis=1), mask=o_mask)
     tl.store(out + out_channels, tl.sum(dot_square, axis=1), mask=o_mask)

@@ -66,6 +66,13 @@ void weight_dot(const std::vector<WeightDot>& layers, const ParallelFor& paralle
 // Per row of dim 0, five contiguous vectors: sum wg, sum (wg)^2, sum |wg|, sum w^2, sum |w|.
 void weight_moments(const Pair& weight, void* const moments[5], const ParallelFor& parallel);
 
+// Per channel, four contiguous vectors: sum x, sum x^2, sum |x|, and over the samples along dim 0 the sum of
+// (mean over the sample's positions of |x|)^2. `pair` is x and, where `masked`, a mask of bytes with stride 0 along the
+// channels: positions where it is 0 don't count. Without a mask the second array is x again.
+void channel_moments(
+    const Pair& pair, int64_t channel_dim, bool masked, void* const moments[4], const ParallelFor& parallel
+);
+
 struct EndRow {
   Dtype dtype;  // float32 or float64
   void* scores;

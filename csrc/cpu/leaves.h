@@ -1,11 +1,12 @@
 // The leaf kernels: sums of products over a (rows, columns) matrix, compiled once per instruction set.
 //
-// Every operator is put together from these four. A leaf runs in one thread, allocates nothing, and sums in an order
+// Every operator is put together from these. A leaf runs in one thread, allocates nothing, and sums in an order
 // that is fixed by (rows, columns) alone: lanes are 128 bytes (row_dots) or 64 bytes wide whatever the registers,
 // contraction to fused multiply-add is off, and a rest shorter than the lanes is padded with zeros.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -29,6 +30,15 @@ struct Leaves {
   void (*row_column_sums)(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* row_sums, Acc* column_sums);
   // sums[m * sums_stride + r] = sum_j of wg, (wg)^2, |wg|, w^2, |w| for m = 0 ... 4
   void (*row_moments)(Matrix w, Matrix g, int64_t rows, int64_t columns, Acc* sums, int64_t sums_stride);
+
+  using Bits = std::conditional_t<sizeof(Acc) == 8, uint64_t, uint32_t>;
+  // sum[r] += sum_j x[r, j], square[r] and absolute[r] likewise of x^2 and |x|; where `mask` is given, of the x whose
+  // mask[j] is all ones; the others' are zero.
+  void (*row_sums)(Matrix x, const Bits* mask, int64_t rows, int64_t columns, Acc* sum, Acc* square, Acc* absolute);
+  // sum[j] += sum_r x[r, j] and so on, of `rows` rows that begin starts[r] elements after the matrix.
+  void (*column_moments)(
+      Matrix x, const int64_t* starts, int64_t rows, int64_t columns, Acc* sum, Acc* square, Acc* absolute
+  );
 };
 
 // The leaves for inputs of `dtype`; Acc is double exactly for float64.

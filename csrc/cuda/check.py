@@ -65,7 +65,8 @@ class Kernel:
     def reads_vectors(self) -> bool:
         """Whether this kernel reads its inputs by 16-byte loads where they allow it."""
         items = re.search(r"items=(\d+)", self.name)
-        return "upload" not in self.name and "end_row" not in self.name and not (items and items[1] == "1")
+        others = ("upload", "end_row", "finish")  # tables, vectors of scores, partial sums
+        return not any(word in self.name for word in others) and not (items and items[1] == "1")
 
     def faults(self) -> list[str]:
         faults = []

@@ -48,6 +48,9 @@ bool weight_dot(const WeightDot& layer, Context& context);
 // Per row of dim 0, five contiguous vectors: sum wg, sum (wg)^2, sum |wg|, sum w^2, sum |w|.
 bool weight_moments(const Pair& weight, void* const moments[5], Context& context);
 
+// As obc::cpu::channel_moments.
+bool channel_moments(const Pair& pair, int64_t channel_dim, bool masked, void* const moments[4], Context& context);
+
 // Layers of one dtype prepared for one launch. The table holds pointers, sizes and strides of what is read; where the
 // results go is told to each launch.
 struct Worklist {

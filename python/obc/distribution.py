@@ -8,6 +8,10 @@ import importlib.metadata
 DISTRIBUTION = "optimal-brain-connection"
 
 
+# What builds the native libraries of a source tree anew.
+REBUILD = "pip install --no-build-isolation -e . in obc's source tree, or reinstall obc"
+
+
 def obc_version() -> str | None:
     """The installed version; None where obc is imported from its source tree without being installed."""
     try:

@@ -31,6 +31,24 @@ def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: 
     return product.sum(summed) if summed else product
 
 
+def channel_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Per channel: sum x, sum x^2, sum |x|, and over samples n the sum of (mean over n's positions of |x|)^2.
+
+    ``mask`` has the shape of x without its channels; positions where it is False don't count.
+    """
+    values = _wide(x).movedim(channel_dim, -1)
+    count = values.shape[1:-1].numel()
+    values = values.reshape(x.shape[0], count, values.shape[-1])  # (n, s, c)
+    counts = values.new_full((x.shape[0], 1), count)
+    if mask is not None:
+        mask = mask.reshape(x.shape[0], count, 1)
+        values = torch.where(mask, values, torch.zeros_like(values))
+        counts = mask.sum(1).to(values.dtype)
+    absolute = values.abs().sum(1)  # (n, c)
+    means = absolute / counts.clamp_min(1)
+    return values.sum((0, 1)), values.square().sum((0, 1)), absolute.sum(0), means.square().sum(0)
+
+
 def weight_dot(
     weight: Tensor,
     grad: Tensor,

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import test_channel_dot
+import test_channel_moments
 import test_weight_dot
 import torch
 from cases import DTYPES, LAYOUTS, layout_id, poison_heap, shapes, strided
@@ -23,7 +24,7 @@ from torch import Tensor
 import obc
 from benchmarks.gpu_models import llama_8b_layer, resnet50_weights
 from obc import ops, reference
-from obc.backends import BACKENDS, Backend, cuda
+from obc.backends import BACKENDS, Backend, cuda, native
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler (g++ or c++, or CXX)")
 
@@ -33,7 +34,8 @@ ORDERS = ["forward", "backward", "interleaved"]
 @functools.cache
 def _load() -> SimpleNamespace:
     torch.ops.load_library(build.build())
-    return cuda.operators()
+    native.check("cuda")
+    return cuda.operators(torch.ops.obc_cuda)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -110,6 +112,39 @@ def test_noncontiguous(
         weight, grad, bias, bias_grad = layout(weight), grad_layout(grad), layout(bias), grad_layout(bias_grad)
         test_weight_dot.check([weight, grad, bias, bias_grad], case.groups, case.transposed)
         test_weight_dot.check_moments(weight, grad)
+
+
+MOMENT_CASES = [case for case in test_channel_moments.CASES if max(case[0]) < 10_000]
+MOMENT_CASES += [((2, 5, 40, 40), 1), ((70, 24, 1, 4), 1), ((5, 1200, 24), -1), ((1, 4000, 6), -1), ((9, 300), 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", MOMENT_CASES, ids=test_channel_moments.case_id)
+def test_channel_moments_matches_reference(dtype: torch.dtype, case: tuple[tuple[int, ...], int]) -> None:
+    shape, channel_dim = case
+    x = torch.randn(shape).to(dtype)
+    mask = test_channel_moments.mask_for(x, channel_dim)
+    poison_heap()
+    test_channel_moments.check(x, channel_dim)
+    test_channel_moments.check(x, channel_dim, mask)
+    expected = ops.channel_moments(x, channel_dim, mask)
+    poisoned = test_channel_moments.poisoned(x, channel_dim, mask)
+    assert all(map(torch.equal, ops.channel_moments(poisoned, channel_dim, mask), expected))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_channel_moments_noncontiguous(layout: Callable[[Tensor], Tensor]) -> None:
+    for shape in ((5, 33), (2, 20, 4, 6), (2, 5, 3, 4, 3)):
+        x = layout(torch.randn(shape))
+        for channel_dim in {1, len(shape) - 1}:
+            test_channel_moments.check(x, channel_dim)
+            test_channel_moments.check(x, channel_dim, layout(test_channel_moments.mask_for(x, channel_dim)))
+
+
+def test_channel_moments_of_more_axes_than_a_kernel_walks_are_copied() -> None:
+    x = torch.randn(4, 3, 4, 3, 4, 3, 4)[::2, :2, ::2, :2, ::2, :2, ::2]
+    test_channel_moments.check(x, 1)
+    test_channel_moments.check(x, 3, test_channel_moments.mask_for(x, 3))
 
 
 def loads(library: ctypes.CDLL, call: Callable[[], object]) -> int:
@@ -261,6 +296,8 @@ SPLIT = [
     lambda: ops.channel_dot(torch.randn(40, 6, 7, 7), torch.randn(40, 6, 7, 7), 1, True),
     lambda: torch.cat(ops.weight_dot(torch.randn(150, 700), torch.randn(150, 700))),
     lambda: torch.cat(ops.weight_dot(torch.randn(36, 20, 3), torch.randn(36, 20, 3), groups=2)),
+    lambda: torch.cat(ops.channel_moments(torch.randn(3, 900, 24), 2)),
+    lambda: torch.cat(ops.channel_moments(torch.randn(2, 2, 70, 70), 1)),
     lambda: torch.cat(ops.weight_moments(torch.randn(2, 9000), torch.randn(2, 9000))),
     lambda: torch.cat(ops.weight_dot_list([torch.randn(150, 700)], [torch.randn(150, 700)])[0]),
 ]

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 
+from obc.backends.operators import header
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-OPERATORS = ("channel_dot", "weight_dot", "weight_moments", "end_row")
+OPERATORS = ("channel_dot", "channel_moments", "weight_dot", "weight_moments", "end_row")
 # -O1 is where compiling and running together take least time. FORTIFY's longjmp refuses to change stacks.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
 FLAGS += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DOBC_CUDA_DISPATCH_KEY=CPU"]
@@ -29,7 +31,8 @@ def build() -> Path:
     torch_root = Path(torch.__file__).parent
     sources = [ROOT / "csrc" / "cuda" / f"{op}.cu" for op in OPERATORS]
     sources += [ROOT / "csrc" / "torch_cuda.cpp", HERE / "emulation.cpp"]
-    read = sorted({*sources, *HERE.glob("*.h"), *(ROOT / "csrc").glob("**/*.h"), Path(__file__)})
+    schemas = ROOT / "python" / "obc" / "backends" / "operators.py"
+    read = sorted({*sources, schemas, *HERE.glob("*.h"), *(ROOT / "csrc").glob("**/*.h"), Path(__file__)})
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in read) + torch.__version__.encode())
     folder = ROOT / "build" / f"cuda-emulation-{digest.hexdigest()[:16]}"
     library = folder / "libobc_cuda_emulated.so"
@@ -38,7 +41,8 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tool = compiler()
     assert tool is not None, "no C++ compiler"
-    include = ["-I", str(HERE), "-I", str(ROOT / "csrc"), "-isystem", str(torch_root / "include")]
+    (folder / "obc_schemas.h").write_text(header())
+    include = ["-I", str(folder), "-I", str(HERE), "-I", str(ROOT / "csrc"), "-isystem", str(torch_root / "include")]
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"

@@ -74,6 +74,18 @@ def test_channel_dot_equals_torch(pair: tuple[NDArray, NDArray], data: st.DataOb
     _bits(actual, obc.ops.channel_dot(torch.from_numpy(activation), torch.from_numpy(grad), channel_dim, per_sample))
 
 
+@given(pairs(least_dims=2), st.data())
+def test_channel_moments_equals_torch(pair: tuple[NDArray, NDArray], data: st.DataObject) -> None:
+    x, other = pair
+    channel_dim = data.draw(st.integers(1, x.ndim - 1))
+    mask = np.take(other, 0, channel_dim) > 0 if other.shape[channel_dim] and data.draw(st.booleans()) else None
+    expected = obc.ops.channel_moments(
+        torch.from_numpy(x), channel_dim, None if mask is None else torch.from_numpy(mask)
+    )
+    for actual, moment in zip(onp.channel_moments(x, channel_dim, mask), expected, strict=True):
+        _bits(actual, moment)
+
+
 @given(pairs(least_dims=2), st.booleans(), st.sampled_from([1, 2, 3]), st.booleans())
 def test_weight_dot_equals_torch(pair: tuple[NDArray, NDArray], transposed: bool, groups: int, with_bias: bool) -> None:
     weight, grad = pair

@@ -137,6 +137,22 @@ def test_channel_dot(pair: tuple[Tensor, Tensor], data: st.DataObject) -> None:
 
 
 @fuzz
+@given(data=st.data(), shape=shapes.filter(lambda s: len(s) > 1), dtype=DTYPES)
+def test_channel_moments(data: st.DataObject, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    counts["channel_moments"] += 1
+    x = data.draw(tensors(shape, dtype))
+    channel_dim = data.draw(st.integers(1 - len(shape), len(shape) - 1).filter(lambda d: d % len(shape) != 0))
+    axis, mask = channel_dim % len(shape), None
+    if data.draw(st.booleans()):
+        mask = data.draw(tensors((*shape[:axis], *shape[axis + 1 :]), torch.float32)) > 0
+    truths = reference.channel_moments(truth_of(x), channel_dim, mask)
+    magnitudes = (truths[2], truths[1], truths[2], 2 * truths[3])  # a square has twice the relative error of its root
+    terms = x.numel() // max(1, shape[axis])
+    for actual, truth, magnitude in zip(ops.channel_moments(x, channel_dim, mask), truths, magnitudes, strict=True):
+        assert_sum_close(actual, truth, magnitude, terms, dtype)
+
+
+@fuzz
 @given(arguments=weights())
 def test_weight_dot(arguments: tuple) -> None:
     counts["weight_dot"] += 1
@@ -240,6 +256,7 @@ def test_values_that_are_not_finite(data: st.DataObject, pair: tuple[Tensor, Ten
     tables = [
         ([ops.channel_dot(activation, grad, 1)], [reference.channel_dot(*exact_pair, 1)]),
         ([ops.channel_dot(activation, grad, 1, True)], [reference.channel_dot(*exact_pair, 1, True)]),
+        (ops.channel_moments(activation, 1), reference.channel_moments(exact_pair[0], 1)),
         (ops.weight_dot(activation, grad), reference.weight_dot(*exact_pair)),
         (ops.weight_moments(activation, grad), reference.weight_moments(*exact_pair)),
     ]
@@ -296,6 +313,9 @@ def test_strides_beyond_32_bits(stride: int) -> None:
         for channel_dim in (0, 1):
             truth = reference.channel_dot(truth_of(view), truth_of(view), channel_dim)
             assert_sum_close(ops.channel_dot(view, view, channel_dim), truth, truth, 50, torch.float16)
+    truths = reference.channel_moments(truth_of(tensor), 1)
+    for actual, truth in zip(ops.channel_moments(tensor, 1), truths, strict=True):
+        assert_sum_close(actual, truth, 2 * truth.abs(), 50, torch.float16)
     truths = reference.weight_moments(truth_of(tensor), truth_of(tensor))
     for actual, truth in zip(ops.weight_moments(tensor, tensor), truths, strict=True):
         assert_sum_close(actual, truth, truth.abs(), 50, torch.float16)
@@ -320,6 +340,7 @@ def test_arguments_that_do_not_fit_are_refused_by_name(data: st.DataObject) -> N
         st.sampled_from(
             [
                 ("channel_dot", _any_tensor, _any_tensor, _any_number, st.booleans()),
+                ("channel_moments", _any_tensor, _any_number, st.none() | _any_tensor),
                 ("weight_dot", _any_tensor, _any_tensor, *[st.none() | _any_tensor] * 2, _any_number, st.booleans()),
                 ("weight_moments", _any_tensor, _any_tensor),
                 ("fold", _any_tensor, *[st.none() | _any_tensor] * 2, _any_number, _any_number),

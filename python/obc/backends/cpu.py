@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor
 
-from obc.backends import gemm
-
-LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "libobc_cpu.so"
+from obc.backends import gemm, native
 
 
 def load() -> SimpleNamespace:
     """Load the library and return its operators; ImportError where it was not built."""
-    if not LIBRARY.exists():
-        raise ImportError("the CPU kernels were not built (no C++ compiler was found when obc was installed)")
-    torch.ops.load_library(LIBRARY)
-    native = torch.ops.obc_cpu
+    library = native.load("cpu", "the CPU kernels were not built (no C++ compiler was found when obc was installed)")
 
     def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
-        finite, bad_group = native.end_row.default(scores, row, loss_scale, groups)
+        finite, bad_group = library.end_row.default(scores, row, loss_scale, groups)
         if bad_group >= 0:
             assert groups is not None
             raise ValueError(describe_bad_group(bad_group, int(groups[bad_group]), scores.shape[0]))
         return finite
 
     return SimpleNamespace(
-        channel_dot=native.channel_dot.default,
-        weight_dot=native.weight_dot.default,
-        weight_dot_list=native.weight_dot_list.default,
-        weight_moments=native.weight_moments.default,
+        channel_dot=library.channel_dot.default,
+        channel_moments=library.channel_moments.default,
+        weight_dot=library.weight_dot.default,
+        weight_dot_list=library.weight_dot_list.default,
+        weight_moments=library.weight_moments.default,
         fold=gemm.fold,
         end_row=end_row,
     )

@@ -10,30 +10,24 @@ scores make it report the row as not finite, and nothing is added.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from obc.backends import gemm
-
-LIBRARY = Path(__file__).resolve().parent.parent / "_lib" / "libobc_cuda.so"
+from obc.backends import gemm, native
 
 
 def load() -> SimpleNamespace:
     """Load the library and return its operators; ImportError where torch has no CUDA or it was not built."""
     if not torch.cuda.is_available():
         raise ImportError("torch sees no CUDA device")
-    if not LIBRARY.exists():
-        raise ImportError("the CUDA kernels were not built (no nvcc was found when obc was installed)")
-    torch.ops.load_library(LIBRARY)
-    return operators()
+    return operators(native.load("cuda", "the CUDA kernels were not built (no nvcc was found when obc was installed)"))
 
 
-def operators() -> SimpleNamespace:
+def operators(library: Any) -> SimpleNamespace:
     """The operators of the loaded library, with the signatures of :mod:`obc.ops`."""
-    native = torch.ops.obc_cuda
 
     def weight_dot_list(
         weights: Sequence[Tensor],
@@ -48,16 +42,17 @@ def operators() -> SimpleNamespace:
         columns = (weights, grads, biases, bias_grads, groups, transposed)
         for dtype in dict.fromkeys(weight.dtype for weight in weights):
             members = [i for i, weight in enumerate(weights) if weight.dtype == dtype]
-            dots = native.weight_dot_list.default(*([column[i] for i in members] for column in columns))
+            dots = library.weight_dot_list.default(*([column[i] for i in members] for column in columns))
             for i, out_dot, in_dot in zip(members, *dots, strict=True):
                 outs[i], ins[i] = out_dot, in_dot
         return outs, ins
 
     return SimpleNamespace(
-        channel_dot=native.channel_dot.default,
-        weight_dot=native.weight_dot.default,
+        channel_dot=library.channel_dot.default,
+        channel_moments=library.channel_moments.default,
+        weight_dot=library.weight_dot.default,
         weight_dot_list=weight_dot_list,
-        weight_moments=native.weight_moments.default,
-        end_row=native.end_row.default,
+        weight_moments=library.weight_moments.default,
+        end_row=library.end_row.default,
         fold=gemm.fold,
     )

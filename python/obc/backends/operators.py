@@ -1,3 +1,100 @@
-"""The operators that every backend has, by name."""
+"""The operators' table: every name and schema of obc stands here and nowhere else.
 
-OPERATORS = ("channel_dot", "weight_dot", "weight_dot_list", "weight_moments", "fold", "end_row")
+Read from it are the schemas of ``obc::<op>`` (:mod:`obc.ops`), those that the native libraries register (CMake runs
+this file, see ``main``), the check of a library that is loaded (:mod:`obc.backends.native`), and what every backend
+must offer. It imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+# The native libraries: ``libobc_<library>.so`` registers its operators as ``obc_<library>::<op>``.
+LIBRARIES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator.
+
+    Attributes:
+        name: of ``obc::<name>``, of the function in :mod:`obc.ops`, :mod:`obc.reference` and every backend.
+        schema: arguments and results in the language of ``torch.library``; ``(a!)`` marks what is changed in place.
+        libraries: the native libraries that register it.
+        native: library -> schema, where a library registers another one than ``schema``.
+    """
+
+    name: str
+    schema: str
+    libraries: tuple[str, ...] = LIBRARIES
+    native: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def mutated(self) -> tuple[str, ...]:
+        """The arguments that a call changes in place."""
+        return tuple(re.findall(r"\(\w+!\)\S* (\w+)", self.schema))
+
+    def native_schema(self, library: str) -> str:
+        """What ``libobc_<library>.so`` registers, name included."""
+        return self.name + self.native.get(library, self.schema)
+
+
+TABLE = (
+    Operator("channel_dot", "(Tensor activation, Tensor grad, int channel_dim, bool per_sample=False) -> Tensor"),
+    Operator("channel_moments", "(Tensor x, int channel_dim, Tensor? mask=None) -> (Tensor, Tensor, Tensor, Tensor)"),
+    Operator(
+        "weight_dot",
+        "(Tensor weight, Tensor grad, Tensor? bias=None, Tensor? bias_grad=None, int groups=1, bool transposed=False) "
+        "-> (Tensor, Tensor)",
+    ),
+    Operator(
+        "weight_dot_list",
+        "(Tensor[] weights, Tensor[] grads, Tensor?[]? biases=None, Tensor?[]? bias_grads=None, int[]? groups=None, "
+        "bool[]? transposed=None) -> (Tensor[], Tensor[])",
+        # A backend is called with every argument; the CUDA library takes layers of one dtype.
+        native={
+            "cuda": "(Tensor[] weights, Tensor[] grads, Tensor?[] biases, Tensor?[] bias_grads, int[] groups, "
+            "bool[] transposed) -> (Tensor[], Tensor[])"
+        },
+    ),
+    Operator("weight_moments", "(Tensor weight, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"),
+    Operator(
+        "fold",
+        "(Tensor weight, Tensor? compressor=None, Tensor? decompressor=None, int groups=1, int in_repeat=1) -> Tensor",
+        libraries=(),  # matrix products of the platform: obc.backends.gemm
+    ),
+    Operator(
+        "end_row",
+        "(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) -> Tensor",
+        # On the CPU a wrong group is reported by its position, else -1.
+        native={
+            "cpu": "(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) "
+            "-> (Tensor finite, int bad_group)"
+        },
+    ),
+)
+
+OPERATORS = tuple(operator.name for operator in TABLE)
+
+
+def header() -> str:
+    """The C++ header from which the native libraries define their operators: OBC_CPU_SCHEMA_channel_dot and so on."""
+    lines = ["// Written by python/obc/backends/operators.py; the table stands there.", "#pragma once", ""]
+    for library in LIBRARIES:
+        for operator in TABLE:
+            if library in operator.libraries:
+                macro = f"OBC_{library.upper()}_SCHEMA_{operator.name}"
+                lines.append(f'#define {macro} "{operator.native_schema(library)}"')
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Print the header."""
+    sys.stdout.write(header())
+
+
+if __name__ == "__main__":
+    main()

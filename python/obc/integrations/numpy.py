@@ -115,6 +115,35 @@ def channel_dot(activation: Array, grad: Array, channel_dim: int, per_sample: bo
     return _native.channel_dot(activation, grad, channel_dim, per_sample)
 
 
+def channel_moments(
+    x: Array, channel_dim: int, mask: NDArray[np.bool_] | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """Per channel sum x, sum x^2, sum |x|, sum of squared sample means of |x|. See :func:`obc.ops.channel_moments`.
+
+    Raises:
+        ValueError, TypeError, IndexError: ``channel_dim`` is 0 or out of range, or the mask does not fit.
+    """
+    _check_array("channel_moments", "x", x)
+    dims = x.ndim
+    if not -dims <= channel_dim < dims:
+        raise IndexError(f"obc.channel_moments: channel_dim {channel_dim} is outside x of {dims} dimensions")
+    channel_dim %= dims
+    if channel_dim == 0:
+        raise ValueError("obc.channel_moments: samples are along dim 0, but channel_dim is 0 too; add a batch of one")
+    if mask is not None:
+        if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_:
+            kind = mask.dtype if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise TypeError(f"obc.channel_moments: mask must be a bool array, got {kind}")
+        shape = x.shape[:channel_dim] + x.shape[channel_dim + 1 :]
+        if mask.shape != shape:
+            raise ValueError(
+                f"obc.channel_moments: mask has shape {mask.shape}, expected {shape}: that of x, {x.shape}, without "
+                f"its dim {channel_dim}"
+            )
+    first, second, third, fourth = _native.channel_moments(x, channel_dim, mask)
+    return first, second, third, fourth
+
+
 def weight_dot(
     weight: Array,
     grad: Array,

@@ -1,4 +1,5 @@
-"""The operators: every schema, fake and autograd formula of obc stands here and nowhere else.
+"""The operators: every fake and autograd formula of obc stands here and nowhere else; their schemas in a table,
+:mod:`obc.backends.operators`.
 
 ``torch.ops.obc.<op>`` is a Python implementation that checks its arguments and hands them to the backend of
 :mod:`obc.backends`. :mod:`obc.reference` is each operator's definition. All of them accumulate in float32
@@ -15,23 +16,12 @@ from torch import Tensor
 
 from obc import backends
 from obc.backends import gemm
+from obc.backends.operators import TABLE
 from obc.ops import checks
 
 _LIBRARY = torch.library.Library("obc", "DEF")
-_LIBRARY.define("channel_dot(Tensor activation, Tensor grad, int channel_dim, bool per_sample=False) -> Tensor")
-_LIBRARY.define(
-    "weight_dot(Tensor weight, Tensor grad, Tensor? bias=None, Tensor? bias_grad=None, int groups=1, "
-    "bool transposed=False) -> (Tensor, Tensor)"
-)
-_LIBRARY.define(
-    "weight_dot_list(Tensor[] weights, Tensor[] grads, Tensor?[]? biases=None, Tensor?[]? bias_grads=None, "
-    "int[]? groups=None, bool[]? transposed=None) -> (Tensor[], Tensor[])"
-)
-_LIBRARY.define("weight_moments(Tensor weight, Tensor grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-_LIBRARY.define(
-    "fold(Tensor weight, Tensor? compressor=None, Tensor? decompressor=None, int groups=1, int in_repeat=1) -> Tensor"
-)
-_LIBRARY.define("end_row(Tensor(a!) scores, Tensor(b!) row, float loss_scale=1.0, Tensor? groups=None) -> Tensor")
+for _operator in TABLE:
+    _LIBRARY.define(_operator.name + _operator.schema)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -50,6 +40,12 @@ def channel_dot_undispatched(activation: Tensor, grad: Tensor, channel_dim: int,
     channel_dim = checks.channel_dot(activation, grad, channel_dim, per_sample)
     call = backends.resolve("channel_dot", activation.device.type, activation.dtype, activation.numel())
     return call(activation, grad, channel_dim, per_sample)
+
+
+def _channel_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channel_dim = checks.channel_moments(x, channel_dim, mask)
+    call = backends.resolve("channel_moments", x.device.type, x.dtype, x.numel())
+    return call(x, channel_dim, mask)
 
 
 def _weight_dot(
@@ -120,6 +116,15 @@ def _channel_dot_fake(activation: Tensor, grad: Tensor, channel_dim: int, per_sa
     channels = activation.shape[channel_dim]
     shape = (activation.shape[0], channels) if per_sample else (channels,)
     return activation.new_empty(shape, dtype=accumulation_dtype(activation.dtype))
+
+
+def _channel_moments_fake(
+    x: Tensor, channel_dim: int, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels = x.shape[checks.channel_moments(x, channel_dim, mask)]
+    dtype = accumulation_dtype(x.dtype)
+    first, second, third, fourth = (x.new_empty(channels, dtype=dtype) for _ in range(4))
+    return first, second, third, fourth
 
 
 def _weight_dot_fake(
@@ -248,6 +253,12 @@ def _register(
 
 
 _register("channel_dot", channel_dot_undispatched, _channel_dot_fake, (_channel_dot_backward, _channel_dot_setup))
+_register(
+    "channel_moments",
+    _channel_moments,
+    _channel_moments_fake,
+    _not_differentiable("channel_moments", "detach x, or write the moment that you need in plain torch"),
+)
 _register("weight_dot", _weight_dot, _weight_dot_fake, (_weight_dot_backward, _weight_dot_setup))
 _register(
     "weight_dot_list",
@@ -286,6 +297,30 @@ def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: 
         ValueError, TypeError, IndexError: shapes, dtypes or devices differ, or ``channel_dim`` is out of range.
     """
     return torch.ops.obc.channel_dot(activation, grad, channel_dim, per_sample)
+
+
+def channel_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four sums per channel of what a layer reads, from one reading of ``x``; the mean, variance and norms follow.
+
+    Over all positions p of all samples b:  sum x,  sum x^2,  sum |x|,
+    and over the samples:                   sum over b of (mean over p of |x[b, p]|)^2
+
+    Args:
+        x: floating tensor of any layout with samples along dim 0, for example (B, C, *S), channels-last or (B, T, C);
+            a position is an index of every dimension but those of samples and channels. (B, C): one position a sample.
+        channel_dim: the dimension of the channels, not the first; negative counts from the end.
+        mask: bool, the shape of ``x`` without its channels, on its device. Positions where it is False (padding) don't
+            count: a sample's mean is over those that do, and a sample without any adds nothing.
+
+    Returns:
+        Four tensors (C,), float32, or float64 for float64 input. How many positions and samples there were follows from
+        the shape or the mask. Not differentiable.
+
+    Raises:
+        ValueError, TypeError, IndexError: ``channel_dim`` is 0 or out of range, x is not floating, or the mask does not
+            fit.
+    """
+    return torch.ops.obc.channel_moments(x, channel_dim, mask)
 
 
 def weight_dot(

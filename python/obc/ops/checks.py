@@ -75,6 +75,41 @@ def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: 
     return channel_dim
 
 
+def channel_moments(x: Tensor, channel_dim: int, mask: Tensor | None) -> int:
+    """Returns the channel dimension counted from 0."""
+    _check_floating("channel_moments", "x", x)
+    dims = x.dim()
+    _require(
+        IndexError,
+        -dims <= channel_dim < dims,
+        lambda: f"obc::channel_moments: channel_dim {channel_dim} is outside x of {dims} dimensions",
+    )
+    channel_dim = channel_dim % dims
+    _require(
+        ValueError,
+        channel_dim != 0,
+        lambda: "obc::channel_moments: samples are along dim 0, but channel_dim is 0 too; unsqueeze a batch of one",
+    )
+    if mask is None:
+        return channel_dim
+    _require(TypeError, mask.dtype == torch.bool, lambda: f"obc::channel_moments: mask must be bool, got {mask.dtype}")
+    shape = x.shape[:channel_dim] + x.shape[channel_dim + 1 :]
+    _require(
+        ValueError,
+        mask.shape == shape,
+        lambda: (
+            f"obc::channel_moments: mask has shape {tuple(mask.shape)}, expected {tuple(shape)}: that of x, "
+            f"{tuple(x.shape)}, without its dim {channel_dim}"
+        ),
+    )
+    _require(
+        ValueError,
+        mask.device == x.device,
+        lambda: f"obc::channel_moments: mask is on {mask.device}, x on {x.device}; pass one device",
+    )
+    return channel_dim
+
+
 def weight_dot(
     weight: Tensor,
     grad: Tensor,
