@@ -237,3 +237,41 @@ def test_prune_step_does_not_mistake_even_runs_for_a_flatten() -> None:
     plan = prune_step(recipe.pruner(model))
     assert plan["up"].out_channels.tolist() == [2, 3, 6, 7, 10, 11]
     assert plan["down"].in_repeat == 1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_plan_applied_to_the_unpruned_model_gives_the_pruned_one(name: str) -> None:
+    pruned = RECIPES[name].prune(2)
+    again = pruned.plan.apply(copy.deepcopy(pruned.original))
+    expected = pruned.model.state_dict()
+    assert {key: value.tolist() for key, value in again.state_dict().items()} == {
+        key: value.tolist() for key, value in expected.items()
+    }
+    x = RECIPES[name].inputs()
+    assert torch.equal(again.eval()(x), pruned.model.eval()(x))
+    assert str(again) == str(pruned.model)  # the sizes that layers print
+    randomised = {
+        key: torch.rand_like(value) if value.is_floating_point() else value for key, value in expected.items()
+    }
+    again.load_state_dict(randomised)
+
+
+def test_shared_parameters_stay_shared_when_a_plan_is_applied() -> None:
+    model = nn.Module()
+    model.table, model.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+    model.head.weight = model.table.weight
+    features = torch.tensor([0, 2, 5])
+    PruningPlan({"table": Kept(features), "head": Kept(None, features)}).apply(model)
+    assert model.head.weight is model.table.weight
+    assert model.head.weight.shape == (7, 3)
+    assert (model.table.embedding_dim, model.head.in_features) == (3, 3)
+
+
+def test_a_plan_that_does_not_fit_changes_nothing() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
+    before = copy.deepcopy(model.state_dict())
+    for plan in ({"0": Kept(torch.tensor([0, 1])), "1": Kept(None, torch.tensor([9]))}, {"2": Kept(torch.tensor([0]))}):
+        with pytest.raises(PlanError, match=r"1\.weight: the plan does not fit|has an entry for '2'"):
+            PruningPlan(plan).apply(model)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        assert model[0].out_features == 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +41,12 @@ class Kept:
     def in_columns(self) -> Tensor | None:
         """The kept columns: ``in_channels`` expanded by ``in_repeat``."""
         return None if self.in_channels is None else expand(self.in_channels, self.in_repeat)
+
+
+def kept_of(plan: Mapping[str, Kept], module_name: str, key: str) -> Kept | None:
+    """What a plan says of the tensor ``key`` of a module; None where it is whole."""
+    # torch's attention has one entry for itself and its output projection.
+    return plan.get(key) or plan.get(module_name) or plan.get(module_name.removesuffix(".out_proj"))
 
 
 def narrowed(kept: Tensor | None, size: int, removed: Tensor) -> Tensor:

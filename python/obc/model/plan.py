@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from obc.files import atomic_write, parse_json
-from obc.model.kept import Kept, PlanError
+from obc.model.cutting import cut
+from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.matching import match
 from obc.model.names import named_modules, named_tensors
 from obc.model.slicing import original_tensor, sliced
@@ -74,9 +75,7 @@ class PruningPlan(Mapping[str, Kept]):
         """:meth:`verify` of one tensor: ``pruned``, the tensor ``tensor_name`` of the pruned ``module``."""
         key = f"{module_name}.{tensor_name}" if module_name else tensor_name
         original = original_tensor(original_state_dict, key)
-        # torch's attention has one entry for itself and its output projection.
-        kept = self.get(key) or self.get(module_name) or self.get(module_name.removesuffix(".out_proj"))
-        expected = sliced(module, tensor_name, original, kept, key)
+        expected = sliced(module, tensor_name, original, kept_of(self, module_name, key), key)
         if expected.shape != pruned.shape:
             raise PlanError(
                 f"{key}: the plan makes {tuple(expected.shape)} of the original's {tuple(original.shape)}, "
@@ -91,6 +90,25 @@ class PruningPlan(Mapping[str, Kept]):
                 f"{key}: the original's {tuple(original.shape)} sliced by the plan has the pruned model's shape "
                 f"{tuple(pruned.shape)} but other values; the plan must be verified before anything trains"
             )
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Cut an unpruned model to what this plan kept, in place: to load a pruned state dict into it.
+
+        >>> model = build()  # the unpruned model's class and arguments
+        >>> obc.PruningPlan.load("plan.json").apply(model).load_state_dict(pruned_state_dict)
+
+        Sizes of torch's own layers follow. Counts that modules of your own keep, such as a number of heads, don't: set
+        them yourself where whole heads were removed. Models of the transformers library have
+        :func:`obc.structures.transformers.load_pruned`.
+
+        Returns:
+            The model.
+
+        Raises:
+            PlanError: the plan names what the model lacks, or does not fit a tensor's shape; the model is unchanged.
+        """
+        cut(model, self)
+        return model
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON.

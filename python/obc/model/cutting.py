@@ -1,0 +1,94 @@
+"""A plan carried out on the unpruned model: every tensor is cut to what was kept, and the layers' sizes follow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from obc.model.kept import Kept, PlanError, kept_of
+from obc.model.layouts import is_depthwise, layout_of
+from obc.model.names import named_modules
+from obc.model.slicing import sliced
+
+
+def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
+    """Cut ``model`` in place; shared parameters stay shared.
+
+    Raises:
+        PlanError: the plan names what the model lacks, or does not fit a tensor's shape; nothing has been changed then.
+    """
+    _refuse_unknown(model, plan)
+    made: dict[int, Tensor] = {}
+    changes: list[tuple[nn.Module, str, Tensor]] = []
+    depthwise: set[nn.Module] = set()
+    for module_name, module in named_modules(model):
+        weight = module._parameters.get("weight")
+        if weight is not None and is_depthwise(module, weight):
+            depthwise.add(module)
+        persistent = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
+        for name in (*module._parameters, *persistent):
+            tensor = module._parameters.get(name, module._buffers.get(name))
+            if tensor is None:
+                continue
+            key = f"{module_name}.{name}" if module_name else name
+            if id(tensor) not in made:
+                made[id(tensor)] = _cut_tensor(module, name, tensor, kept_of(plan, module_name, key), key)
+            changes.append((module, name, made[id(tensor)]))
+    for module, name, tensor in changes:
+        if isinstance(tensor, nn.Parameter):
+            module._parameters[name] = tensor
+        else:
+            module._buffers[name] = tensor
+    for module in dict.fromkeys(module for module, _, _ in changes):
+        _sync(module, module in depthwise)
+
+
+def _refuse_unknown(model: nn.Module, plan: Mapping[str, Kept]) -> None:
+    known = {name for name, _ in named_modules(model)} | {name for name, _ in model.named_parameters()}
+    for name in plan:
+        if name not in known:
+            raise PlanError(f"the plan has an entry for {name!r}, which {type(model).__name__} lacks")
+
+
+def _cut_tensor(module: nn.Module, name: str, tensor: Tensor, kept: Kept | None, key: str) -> Tensor:
+    taken = sliced(module, name, tensor.detach(), kept, key)
+    if taken.shape == tensor.shape:
+        return tensor
+    return nn.Parameter(taken, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else taken
+
+
+def _sync(module: nn.Module, depthwise: bool) -> None:
+    """Make the sizes that a layer keeps as attributes those of its tensors."""
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.MultiheadAttention):
+        module.embed_dim = module.kdim = module.vdim = module.out_proj.out_features = module.out_proj.weight.shape[0]
+        module.out_proj.in_features = module.out_proj.weight.shape[1]
+        module.head_dim = module.embed_dim // module.num_heads
+    elif isinstance(module, _NormBase):
+        if (own := weight if weight is not None else module._buffers.get("running_mean")) is not None:
+            module.num_features = len(own)
+    elif weight is None:
+        return
+    elif isinstance(module, _ConvNd) and depthwise:
+        module.groups = module.in_channels = module.out_channels = len(weight)
+    elif isinstance(module, (_ConvNd, nn.Linear)):
+        layout = layout_of(module)
+        assert layout is not None
+        out_channels, in_channels = layout.sizes(weight)
+        if isinstance(module, nn.Linear):
+            module.out_features, module.in_features = out_channels, in_channels
+        else:
+            module.out_channels, module.in_channels = out_channels, in_channels
+    elif isinstance(module, nn.Embedding):
+        module.embedding_dim = weight.shape[1]
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(weight)
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = tuple(weight.shape)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(weight)
+    elif layout_of(module) is not None:  # GPT-2's linear layer
+        module.nx, module.nf = weight.shape  # type: ignore[assignment]
