@@ -48,7 +48,7 @@ class FastOBA(MeasuredCriterion):
 
     def measure(self, subject: Subject) -> GroupScores:
         subject = replace(subject, slices="all")
-        names = Rows("all").wanted(subject.model, subject.groups) or set()
+        names = set(Rows("all").wanted(subject.model, subject.groups) or ())
         at = {0.0: _rows(subject)}
         for step in (self.epsilon, -self.epsilon):
             with _scaled(subject.model, names, 1 + step):

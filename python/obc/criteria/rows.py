@@ -33,7 +33,7 @@ class GroupRows:
 
 def read_rows(subject: Subject) -> GroupRows:
     """Rows of the layers that the groups' scores need: of the consumers for gates, else of every slice."""
-    wanted = Rows(subject.slices).wanted(subject.model, subject.groups) or set()
+    wanted = Rows(subject.slices).wanted(subject.model, subject.groups) or {}
     scores = score(
         subject.model,
         subject.batches,
@@ -41,7 +41,7 @@ def read_rows(subject: Subject) -> GroupRows:
         rows=subject.rows,
         keep_rows=True,
         micro_batch=subject.micro_batch,
-        modules=lambda name, module: name in wanted,
+        modules=wanted,
         progress=False,
     )
     unscored = {name: str(how.reason) for name, how in scores.coverage.items() if name in wanted and not how.scored}

@@ -62,7 +62,9 @@ class JacobianScorer:
         model: any module. Parameters frozen before are scored too; everything is restored on exit.
         rows: "batch": each row is the gradient of one loss. "sample": each sample along dim 0 is a row of its own;
             call backward on the *sum* of per-sample losses, one backward a ``row()``.
-        modules: names, or a predicate (name, module) -> bool, of the modules to score; all by default.
+        modules: the modules to score, all by default: names, a predicate (name, module) -> bool, or a mapping of names
+            to what is read of each, "in" channels, "out" channels or both: ``{"conv2": ["in"]}``. Of what is not read
+            no gate is placed and nothing is kept. (Tied weights are read where one of their uses is.)
         check: compare gates with weight gradients in the first row, and read the modules that disagree from their
             weight's gradient.
         strict: raise where a module ends unscored or a row is not finite.
@@ -562,4 +564,4 @@ class JacobianScorer:
 
 
 def _of(sums: Mapping[FlatRow, Tensor], slot: Slot | None) -> Tensor | None:
-    return None if slot is None else slot.of(sums[slot.flat]).detach().clone().float()
+    return None if slot is None or not slot.read else slot.of(sums[slot.flat]).detach().clone().float()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from obc.model.groups import Slices
+from obc.model.groups import Side, Slices
 from obc.statistics.errors import StatisticsError
 from obc.statistics.reader import Groups
 
@@ -25,15 +25,19 @@ class Rows:
     name: ClassVar[str] = "rows"
     backward: ClassVar[bool] = True
 
-    def wanted(self, model: nn.Module, groups: Groups) -> set[str] | None:
-        """The modules to read; None: all."""
+    def wanted(self, model: nn.Module, groups: Groups) -> dict[str, set[Side]] | None:
+        """The modules to read, and what of each: "in" channels, "out" channels or both; None: all of all."""
         if self.slices not in ("gate", "all"):
             raise StatisticsError(f"Rows(slices=...) must be 'gate' or 'all', got {self.slices!r}")
         if groups is None:
             return None
-        return {
-            part.module for group in groups for part in (group.consumers if self.slices == "gate" else group.slices)
-        }
+        names = {name for name, _ in model.named_modules()}
+        sides: dict[str, set[Side]] = {}
+        for group in groups:
+            for part in group.consumers if self.slices == "gate" else group.slices:
+                if part.module in names:
+                    sides.setdefault(part.module, set()).add(part.side)
+        return sides
 
     def identity(self) -> dict[str, Any]:
         return {"slices": self.slices}

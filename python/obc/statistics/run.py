@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from obc.distribution import obc_version
 from obc.model.batches import part_of, samples_in
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
+from obc.model.groups import Side
 from obc.model.layouts import is_compiled
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
@@ -160,10 +161,8 @@ class _Run:
         self._losses: list[Tensor] = []  # of the batch read last
         self._left_out = 0  # how often something was not finite so far
 
-    def _scorer(self, wanted: set[str] | None) -> JacobianScorer:
-        options: dict[str, Any] = {"rows": self.rows, "keep_rows": True}
-        if wanted is not None:
-            options["modules"] = lambda name, module: name in wanted
+    def _scorer(self, wanted: Mapping[str, set[Side]] | None) -> JacobianScorer:
+        options: dict[str, Any] = {"rows": self.rows, "keep_rows": True, "modules": wanted}
         if self.process_group is not None:
             options |= {"process_group": self.process_group, "combine": "scores"}
         return JacobianScorer(self.model, **options)

@@ -23,6 +23,7 @@ class Slot:
 
     Attributes:
         shard: (first, count) of the channels that this process sees; None where it sees all.
+        read: False where nobody asked for these channels: only their number is known, no row has entries for them.
     """
 
     label: str
@@ -32,6 +33,7 @@ class Slot:
     gate: Tensor | None = None
     view: Tensor | None = None
     shard: tuple[int, int] | None = None
+    read: bool = True
 
     @property
     def size(self) -> int:

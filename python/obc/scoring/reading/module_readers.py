@@ -91,7 +91,8 @@ class Reader:
 
     @property
     def slots(self) -> list[Slot]:
-        return [slot for slot in (self.out, self.in_, self.tokens) if slot is not None]
+        """What is read of it."""
+        return [slot for slot in (self.out, self.in_, self.tokens) if slot is not None and slot.read]
 
     @property
     def weight(self) -> Tensor:
@@ -101,7 +102,8 @@ class Reader:
     @property
     def reached(self) -> bool:
         """Whether in the checking row a gradient came to its output, and through it to its input."""
-        return self._watch_out.reached and (self.in_ is None or self._watch_in.reached)
+        sides = ((self.out, self._watch_out), (self.in_, self._watch_in))
+        return all(watch.reached for slot, watch in sides if slot is not None and slot.read)
 
     def attach(self, reading: Reading) -> None:
         """Put the gates on: hooks closest to the module's own forward, so that they see what it sees.
@@ -113,7 +115,8 @@ class Reader:
             self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
         # What a table split over processes looks up is a part of the output only after the hook that adds the parts up.
         last = self.rule.looks_up and is_dtensor(self.weight)
-        self._handles.append(self.module.register_forward_hook(self._after, prepend=not last, with_kwargs=True))
+        if self.out.read or self.tokens is not None:
+            self._handles.append(self.module.register_forward_hook(self._after, prepend=not last, with_kwargs=True))
 
     def detach(self) -> None:
         for handle in self._handles:
@@ -144,6 +147,8 @@ class Reader:
                 return result
         if not self._reads() or self.in_ is None or self.rule.in_dim is None:
             return None
+        if not (self.called or self.out.read):  # otherwise its output's hook notes it
+            self.called = True
         if args and isinstance(args[0], Tensor):
             gated = self._gate(args[0], self.in_, self.rule.in_dim, self.copy_input, self._watch_in, self.fold)
             self._take_over_input(args[0])
@@ -184,6 +189,9 @@ class Reader:
 
     def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
         reading = self._reading
+        if not slot.read:
+            # Only the checking row, with weights that need gradients, has the layer save its input: of its own.
+            return activation.clone() if reading.checking and slot is self.in_ else activation
         if not (reading.checking or is_compiling()) and slot is self.in_:
             reading.chains.look(activation, slot)
             if slot in reading.chains.slots:
@@ -219,13 +227,12 @@ class Reader:
         )
 
     def _take_over_input(self, activation: Tensor) -> None:
-        if self._native_serves(activation):
-            assert self.in_ is not None
+        if self.in_ is not None and self.in_.read and self._native_serves(activation):
             assert self.rule.in_dim is not None
             self._native_in = self._native_gate(self.in_, self.rule.in_dim, self.fold, copy_before=self.copy_input)
 
     def _take_over_output(self, output: Tensor) -> None:
-        if self._native_serves(output) and not self.rule.looks_up:
+        if self.out.read and self._native_serves(output) and not self.rule.looks_up:
             assert self.rule.out_dim is not None
             self._native_out = self._native_gate(self.out, self.rule.out_dim, 1, copy_after=self.copy_output)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obc import ops
+from obc.model.groups import Side
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.model.sharding import is_sharded
 from obc.scoring.coverage import Coverage
@@ -19,7 +20,8 @@ from obc.scoring.reading.gradients import NormGradients, WeightGradient
 from obc.scoring.reading.module_readers import Reader
 from obc.scoring.sharding import tied
 
-ModuleFilter = Iterable[str] | Callable[[str, nn.Module], bool]
+ModuleFilter = Iterable[str] | Mapping[str, Iterable[Side]] | Callable[[str, nn.Module], bool]
+_SIDES: frozenset[Side] = frozenset(("in", "out"))
 
 
 @dataclass
@@ -112,11 +114,8 @@ class Plan:
         return [reader for reader in self.readers.values() if reader.how == "gate" and reader not in checked]
 
     def layout(self) -> list[tuple[str, int, int]]:
-        """(module, out channels, in channels or -1): what a saved state must agree with."""
-        sizes = []
-        for name, reader in self.readers.items():
-            sizes.append((name, reader.out.size, -1 if reader.in_ is None else reader.in_.size))
-        return sizes
+        """(module, out channels, in channels), -1 for a side that is not read: what a saved state must agree with."""
+        return [(name, _size_of(reader.out), _size_of(reader.in_)) for name, reader in self.readers.items()]
 
     def state_dict(self) -> dict[str, Any]:
         """The sums, and how each module is read."""
@@ -161,15 +160,26 @@ class Plan:
 _STATE = ("how", "reason", "scored", "called", "used", "copy_input", "copy_output")
 
 
-def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn.Module], bool]:
+def _size_of(slot: Slot | None) -> int:
+    return slot.size if slot is not None and slot.read else -1
+
+
+def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn.Module], frozenset[Side]]:
+    """Which sides of a module are to be read."""
     if modules is None:
-        return lambda name, module: True
+        return lambda name, module: _SIDES
     if callable(modules):
-        return modules
-    names = set(modules)
-    if unknown := sorted(names - {name for name, _ in model.named_modules()}):
+        predicate = modules
+        return lambda name, module: _SIDES if predicate(name, module) else frozenset()
+    sides: dict[str, frozenset[Side]] = dict.fromkeys(modules, _SIDES)
+    if isinstance(modules, Mapping):
+        sides = {name: frozenset(of_module) for name, of_module in modules.items()}
+        for name, of_module in sides.items():
+            if not of_module or of_module - _SIDES:
+                raise ValueError(f"modules: {name!r} must have 'in', 'out' or both, got {sorted(of_module)}")
+    if unknown := sorted(sides.keys() - {name for name, _ in model.named_modules()}):
         raise ValueError(f"modules: the model has no module {unknown[0]!r}; names are those of model.named_modules()")
-    return lambda name, module: name in names
+    return lambda name, module: sides.get(name, frozenset())
 
 
 def make_plan(model: nn.Module, modules: ModuleFilter | None, per_sample: bool, fold_groups: bool) -> Plan:
@@ -179,22 +189,26 @@ def make_plan(model: nn.Module, modules: ModuleFilter | None, per_sample: bool, 
         ValueError: no module can be scored, or ``modules`` names one that the model does not have.
     """
     plan, slots = Plan(), _Slots()
+    rules: dict[str, tuple[nn.Module, Rule]] = {}
     wanted = _wanted(model, modules)
     for name, module in model.named_modules():
-        if not wanted(name, module):
+        if not (sides := wanted(name, module)):
             continue
         rule = rule_for(module)
         if isinstance(rule, str):
             plan.unscored[name] = rule
-        elif rule is not None:
-            plan.readers[name] = _reader(name, module, rule, slots, fold_groups)
+        elif rule is not None and slots.ask(module, rule, sides):
+            rules[name] = module, rule
+    for name, (module, rule) in rules.items():
+        plan.readers[name] = _reader(name, module, rule, slots, fold_groups)
     if not plan.readers:
         found = ", ".join(sorted({type(m).__name__ for m in model.modules()}))
         raise ValueError(f"{type(model).__name__} has no module that can be scored (its modules: {found})")
     plan.flats = slots.flats
     for reader in plan.readers.values():
         if type(reader.module) is nn.Embedding:
-            reader.tokens = slots.known.get((id(reader.weight), 0))
+            tokens = slots.known.get((id(reader.weight), 0))
+            reader.tokens = tokens if tokens is not None and tokens.read else None
     if is_sharded(model):
         _plan_sharded(plan)
     else:
@@ -210,16 +224,35 @@ class _Slots:
     def __init__(self) -> None:
         self.flats: dict[tuple[torch.device, torch.dtype], FlatRow] = {}
         self.known: dict[tuple[int, int], Slot] = {}
+        self._asked: set[tuple[int, int]] = set()
+
+    def ask(self, module: nn.Module, rule: Rule, sides: Iterable[Side]) -> bool:
+        """Note that these sides of a module are to be read; False where it has none of them.
+
+        Of a tied weight a slot is read at every use where it is asked for at one.
+        """
+        axes: dict[Side, int | None] = {"out": rule.out_axis, "in": rule.in_axis}
+        asked = {_key(module, rule, axis) for side in sides if (axis := axes[side]) is not None}
+        self._asked |= asked
+        return bool(asked)
 
     def of(self, name: str, module: nn.Module, rule: Rule, axis: int, fold: int) -> Slot:
-        weight: Tensor = getattr(module, rule.weight)
-        # A weight computed by a parametrisation is a new tensor at every look: the module stands for it.
-        key = (id(weight if isinstance(weight, nn.Parameter) else module), axis)
+        key = _key(module, rule, axis)
         if key not in self.known:
+            weight: Tensor = getattr(module, rule.weight)
             kind = (weight.device, ops.accumulation_dtype(weight.dtype))
-            flat = self.flats.setdefault(kind, FlatRow(*kind))
-            self.known[key] = flat.add(name, channel_count(module, rule, axis) // fold)
+            size = channel_count(module, rule, axis) // fold
+            if key in self._asked:
+                self.known[key] = self.flats.setdefault(kind, FlatRow(*kind)).add(name, size)
+            else:
+                self.known[key] = Slot(name, FlatRow(*kind), 0, size, read=False)
         return self.known[key]
+
+
+def _key(module: nn.Module, rule: Rule, axis: int) -> tuple[int, int]:
+    # A weight computed by a parametrisation is a new tensor at every look: the module stands for it.
+    weight = getattr(module, rule.weight)
+    return id(weight if isinstance(weight, nn.Parameter) else module), axis
 
 
 def _reader(name: str, module: nn.Module, rule: Rule, slots: _Slots, fold_groups: bool) -> Reader:
@@ -280,13 +313,14 @@ def _weight_gradient(readers: list[Reader]) -> WeightGradient:
     biases = []
     for reader in readers:
         rule = reader.rule
-        by_axis[0 if rule.elementwise else rule.out_axis] = reader.out
-        if rule.in_axis is not None and reader.in_ is not None:
+        if reader.out.read:
+            by_axis[0 if rule.elementwise else rule.out_axis] = reader.out
+        if rule.in_axis is not None and reader.in_ is not None and reader.in_.read:
             by_axis[rule.in_axis] = reader.in_
         bias = None if rule.bias is None else getattr(reader.module, rule.bias)
-        if isinstance(bias, nn.Parameter):
+        if isinstance(bias, nn.Parameter) and reader.out.read:
             biases.append((bias, reader.out))
-    column_dim = 2 if 2 in by_axis else 1
+    column_dim = 2 if any(2 in (reader.rule.in_axis, reader.rule.out_axis) for reader in readers) else 1
     first = readers[0]
     weight = first.weight
     assert isinstance(weight, nn.Parameter)

@@ -113,8 +113,11 @@ class RowStore:
             matrix, start = places[slot.flat]
             return matrix, start + slot.start, start + slot.stop
 
-        sides = {name: {side: columns(slot) for side, slot in of.items() if slot} for name, of in slots.items()}
-        return KeptRows(matrices, sides)
+        named = {
+            name: {side: columns(slot) for side, slot in sides.items() if slot is not None and slot.read}
+            for name, sides in slots.items()
+        }
+        return KeptRows(matrices, named)
 
     def load(self, rows: Sequence[Tensor] | RowFile) -> None:
         """Hold these rows, and no others: matrices as of :meth:`matrices`, or a file to go on with."""
