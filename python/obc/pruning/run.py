@@ -27,7 +27,7 @@ from obc.pruning.arguments import (
     positive,
     repeatable,
 )
-from obc.pruning.final_proof import FinalProof, prove_groups, run_on
+from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on
 from obc.pruning.job import Choice, Job, timed
 from obc.pruning.report import PruningReport, PruningResult
 from obc.pruning.snapshot import Snapshot
@@ -159,9 +159,7 @@ def prune(
     try:
         with timed(report, "structure"):
             structure = structure or _structure(model, example_inputs, ignored_layers, num_heads)
-        first = next(iter(usable))
-        with timed(report, "verify"):
-            run = run_on(first, loss_fn, forward_fn)
+            run = run_on(first_finite(usable), loss_fn, forward_fn)
             prove_groups(structure, run, report)
             final_proof = FinalProof(structure, run) if verify else None
         original = _copied(model) if compensate is not None else None
