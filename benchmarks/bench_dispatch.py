@@ -3,12 +3,15 @@
 Tensors of eight elements, so that nothing is computed: a call of each operator through ``obc.ops`` and through
 ``torch.ops.obc``, the backend's own callable below it, and the definition in torch; then a gate on a layer, forward and
 backward, against the same layer without one. Small networks (ResNet-56, small ViTs) are bound by these. The limit is
-one ``torch.mul``, or for gates the layer itself.
+one ``torch.mul``, or for gates the layer itself. After the tables: the CPU time of one gate, in C++ and in Python, on
+one thread: how much more a longer chain of layers costs gated than frozen, per gate, and what a row costs once.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +22,13 @@ from torch import Tensor, nn
 import obc
 from benchmarks.harness import Case, Provider, main
 from obc import ops, reference
+from obc.scoring.reading import native_gates
 
 _SIZE = 8
+# Layers of the two chains whose difference gives the cost of one gate, and of the fewest seconds of how many rounds.
+_FEW, _MANY = 16, 96
+_ROUNDS, _CALLS = 9, 20
+GATE_TARGET_US = 12.0
 
 
 def _inputs(name: str) -> tuple[Any, ...]:
@@ -105,6 +113,61 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+def _cpu_us(call: Callable[[], object]) -> float:
+    """Microseconds of this thread's CPU time, which a busy machine disturbs least."""
+    call()
+    rounds = []
+    for _ in range(_ROUNDS):
+        start = time.thread_time()
+        for _ in range(_CALLS):
+            call()
+        rounds.append((time.thread_time() - start) / _CALLS)
+    return 1e6 * min(rounds)
+
+
+def _gates_us(layers: int, chains: bool) -> tuple[float, int]:
+    """(what gates add to a chain of layers, how many inputs and outputs have a gate, or a chain in its place)."""
+    torch.manual_seed(0)
+    frozen = nn.Sequential(*(nn.Linear(_SIZE, _SIZE) for _ in range(layers))).eval().requires_grad_(False)
+    scored = nn.Sequential(*(nn.Linear(_SIZE, _SIZE) for _ in range(layers))).eval()
+    x = torch.ones(1, _SIZE)
+    watched = x.clone().requires_grad_()
+    scorer = obc.JacobianScorer(scored, chains=chains)
+
+    def row() -> None:
+        with scorer.row():
+            scored(x).sum().backward()
+
+    with scorer:
+        row()
+        row()
+        added = _cpu_us(row) - _cpu_us(lambda: frozen(watched).sum().backward())
+    return added, 2 * layers
+
+
+def print_gates() -> None:
+    """The CPU time of one gate by each kind, and of a row without any."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for kind, switch in (("C++", "1"), ("Python", "0")):
+        os.environ[native_gates.SWITCH] = switch
+        if switch == "1" and (reason := native_gates.why_unavailable()):
+            print(f"gates in C++: not here, {reason}")
+            continue
+        for chains in (False, True):
+            (few, few_gates), (many, many_gates) = (_gates_us(layers, chains) for layers in (_FEW, _MANY))
+            gate = (many - few) / (many_gates - few_gates)
+            line = (
+                f"gates in {kind}, {'with' if chains else 'without'} chains: {gate:.1f} us of CPU time a gate or chain"
+            )
+            line += f", {few - few_gates * gate:.0f} us a row; one thread"
+            if switch == "1":
+                line += f" (target: at most {GATE_TARGET_US:g}): {'met' if gate <= GATE_TARGET_US else 'missed'}"
+            print(line, flush=True)
+    del os.environ[native_gates.SWITCH]
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("title", CASES)
 def test_overhead(benchmark: Any, title: str) -> None:
     """obc's provider, checked, then timed."""
@@ -117,4 +180,6 @@ def test_overhead(benchmark: Any, title: str) -> None:
 
 if __name__ == "__main__":
     with obc.use_backend("cpu"):
-        sys.exit(main("bench_dispatch", CASES))
+        status = main("bench_dispatch", CASES)
+        print_gates()
+    sys.exit(status)

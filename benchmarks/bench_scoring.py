@@ -3,7 +3,7 @@
 One table for a steady row and one for a whole run (the checking row included) of each model. The floor, also the
 limit of the tables, is forward and backward with frozen weights and nothing read: activation gradients alone. "GB/s"
 counts the parameters, read once in a row. After the tables: how far peak memory grows from 2 to 32 rows on the Llama,
-each in a process of its own.
+each in a process of its own; and what a row keeps for its backward, beside what the floor keeps.
 """
 
 from __future__ import annotations
@@ -385,10 +385,57 @@ def print_memory() -> None:
         print(line, flush=True)
 
 
+# --- what is kept for the backward ---------------------------------------------------------------------------------
+
+
+def _kept_mib(model: nn.Module, forward: Callable[[], Tensor]) -> float:
+    """MiB of the storages that autograd saves in one forward pass, parameters and buffers left out."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = forward()
+    loss.backward()
+    return sum(kept.values()) / 2**20
+
+
+def _kept_by_rows(subject: Subject, modules: Any = None) -> float:
+    model, batch = copy.deepcopy(subject.model), subject.batches[0]
+    scorer = obc.JacobianScorer(model, modules=modules)
+    with scorer:
+        with scorer.row():
+            subject.loss(model, batch).backward()
+        with scorer.row():
+            return _kept_mib(model, lambda: subject.loss(model, batch))
+
+
+def print_kept() -> None:
+    """What the activations kept for a backward take: at the floor, in a row, and in a row of inputs alone."""
+    for name, make in {**MODELS, "small CNN": small_cnn}.items():
+        torch.manual_seed(0)
+        subject = make()
+        frozen = _frozen(subject.model)
+        floor = _kept_mib(frozen, lambda subject=subject, frozen=frozen: subject.loss(frozen, subject.batches[0]))
+        inputs = {n: ["in"] for n, m in subject.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+        rows, consumers = _kept_by_rows(subject), _kept_by_rows(subject, inputs)
+        print(
+            f"{name}: {floor:.1f} MiB kept for the backward at the floor, {rows - floor:+.1f} in a row, "
+            f"{consumers - floor:+.1f} in a row of layers' inputs alone",
+            flush=True,
+        )
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak-of"]:
         _print_peak(sys.argv[2], int(sys.argv[3]))
         sys.exit()
     status = main("bench_scoring", CASES)
     print_memory()
+    print_kept()
     sys.exit(status)

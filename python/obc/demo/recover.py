@@ -12,7 +12,7 @@ from obc.recovery import PruningPlan, compensate, recalibrate_norms
 from obc.recovery.calibration import batch_norms
 
 CALIBRATION_IMAGES = 200  # of the training split, without their labels
-CALIBRATION_BATCH = 20
+CALIBRATION_BATCH = 100
 
 RAW, RECALIBRATED, LEAST_SQUARES, SEQUENTIAL = "raw", "BN recalibrated", "compensated (ls)", "compensated (seq)"
 WAYS = (RAW, RECALIBRATED, LEAST_SQUARES, SEQUENTIAL)
