@@ -310,7 +310,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "joint without rows": ({"criterion": "l1", "selection": "joint"}, "leave selection out"),
     "joint of all slices": ({"slices": "all", "selection": "joint"}, "pass slices='gate'"),
     "selection": ({"selection": "both"}, "selection must be one of 'joint', 'independent', got 'both'"),
-    "compensate": ({"compensate": "yes"}, "compensate must be one of None, 'mean', 'ls', 'seq', got 'yes'"),
+    "compensate": ({"compensate": "yes"}, "compensate must be one of None, 'mean', 'correct', 'ls', 'seq', got 'yes'"),
     "rows": ({"rows": "epoch"}, "rows must be one of"),
     "slices": ({"slices": "some"}, "slices must be one of"),
     "ignored": ({"ignored_layers": ["layer9"]}, "no layer is named 'layer9'"),

@@ -62,7 +62,9 @@ def add(commands: Any) -> None:
     share.add_argument("--params", type=_share, help="instead: share of the parameters that remains")
     share.add_argument("--ratio", type=_share, help="share of the MACs that goes: --ratio 0.3 is --macs 0.7")
     prune.add_argument("--round-to", type=positive, help="widths become multiples of it")
-    prune.add_argument("--compensate", choices=("mean", "ls", "seq"), help="let the rest take over what went")
+    prune.add_argument(
+        "--compensate", choices=("mean", "correct", "ls", "seq"), help="let the rest take over what went"
+    )
     prune.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     prune.add_argument(
         "--criterion", help="(default: jacobian); obc criteria lists them; of a MODEL_DIR with its statistics"

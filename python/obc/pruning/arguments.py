@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from obc.criteria import Jacobian, get
 from obc.criteria.protocol import name_of
@@ -109,11 +109,21 @@ def chosen_allocation(allocation: Any, criterion: Any) -> Allocation:
     return allocation_of(allocation)
 
 
+Compensation = Literal["mean", "correct", "ls", "seq"]
+
+
+def chosen_compensation(compensate: Compensation | bool | None) -> Compensation | None:
+    """``compensate``; True is the best without training that is known, "correct"."""
+    if isinstance(compensate, bool):
+        return "correct" if compensate else None
+    return compensate
+
+
 def check_choices(criterion: Any, selection: str, slices: str, compensate: str | None, rows: str) -> None:
     for name, value, allowed in (
         ("selection", selection, ("joint", "independent")),
         ("slices", slices, ("gate", "all")),
-        ("compensate", compensate, (None, "mean", "ls", "seq")),
+        ("compensate", compensate, (None, *get_args(Compensation))),
         ("rows", rows, ("batch", "sample")),
     ):
         if value not in allowed:

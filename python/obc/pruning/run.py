@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,20 @@ from obc.model.plan import PruningPlan
 from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import (
     Budget,
+    Compensation,
     check_choices,
     chosen_allocation,
+    chosen_compensation,
     chosen_criterion,
     chosen_selection,
     positive,
     repeatable,
 )
-from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on
+from obc.pruning.final_proof import FinalProof, prove_groups, run_on
 from obc.pruning.job import Choice, Job, timed
 from obc.pruning.report import PruningReport, PruningResult
 from obc.pruning.snapshot import Snapshot
+from obc.recovery.compensate import Mode
 from obc.recovery.compensate import compensate as compensate_model
 from obc.recovery.mean_bias import absorb_means
 from obc.scoring.label_free import label_free_loss
@@ -53,7 +56,7 @@ def prune(
     per_macs: bool | None = None,
     recalibrate: bool = True,
     labels: bool = True,
-    compensate: Literal["mean", "ls", "seq"] | None = None,
+    compensate: Compensation | bool | None = None,
     rows: Literal["batch", "sample"] = "batch",
     micro_batch: int | None = None,
     ignored_layers: Sequence[nn.Module | str] = (),
@@ -107,8 +110,9 @@ def prune(
             None: unless the criterion's scores are standardised or ranks.
         recalibrate: estimate BatchNorm statistics anew after every step.
         labels: False scores without labels: rows are gradients of random projections of the model's outputs.
-        compensate: "ls" or "seq": at the end the consumers take over, by least squares, what the dropped channels
-            carried (:func:`obc.compensate`). "mean": their biases take what the dropped channels carried on average
+        compensate: at the end the consumers take over, by least squares, what the dropped channels carried
+            (:func:`obc.compensate`): "correct" or True, which also repairs what layers before them broke; "ls"; "seq".
+            "mean": their biases take what the dropped channels carried on average
             (:func:`obc.recovery.mean_bias.absorb_means`). Needs a copy of the unpruned model meanwhile.
         rows: "batch" or "sample": what one row is.
         micro_batch: the Jacobian Criterion runs batches in parts of at most so many samples (:func:`obc.score`).
@@ -139,6 +143,7 @@ def prune(
     schedule = budget.schedule(steps)
     criterion, slices = chosen_criterion(criterion, slices)
     selection = chosen_selection(criterion, selection, slices)
+    compensate = chosen_compensation(compensate)
     check_choices(criterion, selection, slices, compensate, rows)
     per_cost = getattr(criterion, "per_cost", True) if per_macs is None else per_macs
     least = positive("min_units", min_units)
@@ -159,7 +164,9 @@ def prune(
     try:
         with timed(report, "structure"):
             structure = structure or _structure(model, example_inputs, ignored_layers, num_heads)
-            run = run_on(first_finite(usable), loss_fn, forward_fn)
+        first = next(iter(usable))
+        with timed(report, "verify"):
+            run = run_on(first, loss_fn, forward_fn)
             prove_groups(structure, run, report)
             final_proof = FinalProof(structure, run) if verify else None
         original = _copied(model) if compensate is not None else None
@@ -185,7 +192,7 @@ def prune(
                     structure.plan,
                     usable,
                     forward,
-                    mode="seq" if compensate == "seq" else "ls",
+                    mode=cast(Mode, compensate),
                     recalibrate_norms=recalibrate,
                     progress=progress,
                 )

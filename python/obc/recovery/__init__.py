@@ -5,7 +5,8 @@ from __future__ import annotations
 from obc.model.kept import Kept, PlanError
 from obc.model.plan import PruningPlan
 from obc.recovery.calibration import recalibrate_norms
-from obc.recovery.compensate import CompensationReport, LayerCompensation, compensate
+from obc.recovery.compensate import compensate
+from obc.recovery.compensation_report import CompensationReport, LayerCompensation, LayerCorrection
 from obc.recovery.distillation import Distillation, hidden_distillation, logit_distillation
 from obc.recovery.equivalent_pruning import EquivalentPruning, equivalent_pruning, merge
 from obc.recovery.recover import RecoveryReport, recover
@@ -16,6 +17,7 @@ __all__ = [
     "EquivalentPruning",
     "Kept",
     "LayerCompensation",
+    "LayerCorrection",
     "PlanError",
     "PruningPlan",
     "RecoveryReport",

@@ -14,6 +14,9 @@ from obc.model.layouts import Layout
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.processes import ALONE, Processes
 
+# Outputs are turned to float64 in pieces of so many numbers.
+_PIECE = 2**22
+
 
 def inputs(model: nn.Module, names: Sequence[str], batch: Any, forward_fn: ForwardFn) -> dict[str, list[Tensor]]:
     """The inputs of the modules ``names`` in one forward pass, call by call, by name in the order of first calls."""
@@ -61,7 +64,7 @@ def finite_outputs(model: nn.Module, batches: UsableBatches, forward_fn: Forward
 
 
 def output_error(
-    got: Sequence[Sequence[Tensor]], expected: Sequence[Sequence[Tensor]], processes: Processes = ALONE
+    got: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]], processes: Processes = ALONE
 ) -> float:
     """Sum of squared differences over the sum of squares of ``expected``; infinite where something is not finite."""
     difference = energy = 0.0
@@ -69,6 +72,35 @@ def output_error(
         for tensor, target in zip(got_leaves, expected_leaves, strict=True):
             difference += float((tensor.double() - target.double()).square().sum())
             energy += float(target.double().square().sum())
+    difference, energy = processes.total(difference, energy)
+    error = difference / energy if energy else difference
+    return error if error == error else float("inf")
+
+
+def streamed_error(
+    model: nn.Module,
+    expected: nn.Module,
+    batches: UsableBatches,
+    forward_fn: ForwardFn,
+    processes: Processes = ALONE,
+) -> float:
+    """:func:`output_error` of ``model`` against ``expected``, both run on one batch after the other; none is kept.
+
+    A batch on which what ``expected`` returns is not finite is left out.
+    """
+    difference = energy = 0.0
+    for batch in batches:
+        (wanted,) = outputs(expected, [batch], forward_fn)
+        if not all_finite(wanted):
+            batches.leave_out("the model's outputs on it are not finite")
+            continue
+        (got,) = outputs(model, [batch], forward_fn)
+        for tensor, target in zip(got, wanted, strict=True):
+            for part, part_of_target in zip(
+                tensor.reshape(-1).split(_PIECE), target.reshape(-1).split(_PIECE), strict=True
+            ):
+                difference += float((part.double() - part_of_target.double()).square().sum())
+                energy += float(part_of_target.double().square().sum())
     difference, energy = processes.total(difference, energy)
     error = difference / energy if energy else difference
     return error if error == error else float("inf")
@@ -102,16 +134,17 @@ def recalibrate_norms(
     if norms := batch_norms(model):
         device = next(iter(norms[0].buffers())).device
         usable = UsableBatches.of(batches)
-        _recalibrate(model, norms, usable, forward_fn or call_on_batch, Processes(process_group, device))
+        recalibrate_from(model, norms, usable, forward_fn or call_on_batch, Processes(process_group, device))
 
 
-def _recalibrate(
+def recalibrate_from(
     model: nn.Module,
     norms: Sequence[_BatchNorm],
     batches: UsableBatches,
     forward_fn: ForwardFn,
     processes: Processes,
 ) -> None:
+    """:func:`recalibrate_norms` of some norms; ``forward_fn`` may run a part of a model alone."""
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
     unchanged = {norm: _statistics(norm, copy=True) for norm in norms}
     try:

@@ -1,0 +1,109 @@
+"""What compensation did, layer by layer and for the whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerCompensation:
+    """What compensation did for one consumer.
+
+    Attributes:
+        input_error_before: E |x - naive|^2 / E |x|^2 of its reconstructed input on the calibration batches.
+        input_error_after: the same with the decompressor.
+        output_error_naive: of the model's output on the held-out batches, with this layer naive and all others
+            compensated.
+        applied: whether the layer kept its compensation.
+        rows: how many input positions the regression saw.
+        ridge: the relative ridge that was used; larger than the one asked for where Cholesky needed it.
+        left_out: dropped channels that stayed naive because few positions carry them.
+    """
+
+    input_error_before: float
+    input_error_after: float
+    output_error_naive: float
+    applied: bool
+    rows: int
+    ridge: float
+    left_out: int
+
+    def __str__(self) -> str:
+        return f"{self.input_error_before:.4f} -> {self.input_error_after:.4f}   {self.output_error_naive:.4f}"
+
+
+@dataclass(frozen=True)
+class LayerCorrection:
+    """What mode "correct" did for one consumer.
+
+    Errors are relative squared errors on the held-out batches at the layer's point: of the residual stream that its
+    output enters, or of its own output.
+
+    Attributes:
+        on_stream: whether its point is a residual stream.
+        error_before: with the layer naive and all before it compensated.
+        error_after: with what the layer became.
+        applied: whether it was changed.
+        rows: how many input positions the regression saw.
+        ridge: the relative ridge that was chosen; 0 where nothing was changed.
+    """
+
+    on_stream: bool
+    error_before: float
+    error_after: float
+    applied: bool
+    rows: int
+    ridge: float
+
+    def __str__(self) -> str:
+        place = "stream" if self.on_stream else "output"
+        return f"{self.error_before:.4f} -> {self.error_after:.4f}   {place}, ridge {self.ridge:g}"
+
+
+@dataclass
+class CompensationReport:
+    """What :func:`compensate` did.
+
+    Errors are relative squared errors of the model's output against the unpruned model's on the held-out batches.
+
+    Attributes:
+        layers: per consumer, in the order of execution.
+        naive_error: before anything.
+        compensated_error: with every layer compensated in one way.
+        final_error: at the end; never above ``naive_error``.
+        norms_recalibrated: whether BatchNorm statistics were estimated anew; not where the model has none, it was not
+            asked for, or the held-out error is lower without.
+        decompressors: D of every layer that kept its compensation, in the form that ``equivalent_pruning`` takes; only
+            where asked for.
+        moment_bytes: the largest memory that the running sums took.
+        stream_bytes: mode "correct": the largest memory that both models' tensors between modules took.
+        notes: what did not go as usual.
+        seconds: wall time.
+    """
+
+    layers: dict[str, LayerCompensation | LayerCorrection] = field(default_factory=dict)
+    naive_error: float = 0.0
+    compensated_error: float = 0.0
+    final_error: float = 0.0
+    norms_recalibrated: bool = False
+    decompressors: dict[str, Tensor] = field(default_factory=dict)
+    moment_bytes: int = 0
+    stream_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def leave_naive(self) -> None:
+        """Everything was put back to what it was."""
+        self.final_error, self.norms_recalibrated = self.naive_error, False
+        self.layers = {name: replace(layer, applied=False) for name, layer in self.layers.items()}
+
+    def __str__(self) -> str:
+        of_input = any(isinstance(layer, LayerCompensation) for layer in self.layers.values())
+        title = f"{'input error':>16}   output error if naive" if of_input else f"{'error':>16}   where"
+        lines = [f"{'layer':40} {title}"]
+        for name, layer in self.layers.items():
+            lines.append(f"{name:40} {layer}{'' if layer.applied else ' (left naive)'}")
+        errors = f"naive {self.naive_error:.4f}, all {self.compensated_error:.4f}, final {self.final_error:.4f}"
+        return "\n".join([*lines, f"held-out output error: {errors}", *self.notes])

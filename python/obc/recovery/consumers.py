@@ -1,0 +1,117 @@
+"""The layers that lost inputs: what they were, how their inputs read as rows, and what a decompressor makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from obc import ops
+from obc.model.kept import Kept, PlanError
+from obc.model.layouts import Layout, is_depthwise, layout_of, split_by_group
+from obc.model.names import named_modules
+from obc.model.plan import PruningPlan
+from obc.model.slicing import original_tensor, sliced
+from obc.recovery.calibration import channel_rows
+from obc.recovery.moments import Moments, Solution
+from obc.recovery.processes import Processes
+
+
+@dataclass
+class Consumer:
+    """A layer whose inputs were pruned."""
+
+    module: nn.Module
+    layout: Layout
+    weight: Tensor  # kept out channels, all in channels
+    positions: Tensor  # (blocks, kept in / blocks): the kept channels inside their block
+    size: int  # channels of a block before pruning
+    repeat: int
+
+    @property
+    def intercept(self) -> bool:
+        module: Any = self.module
+        padded = self.layout.convolution and module.padding_mode == "zeros" and module.padding not in ("valid", 0)
+        padded = padded and (isinstance(module.padding, str) or any(module.padding))
+        return module.bias is not None and not padded and not (self.layout.convolution and self.layout.transposed)
+
+    @property
+    def has_bias(self) -> bool:
+        return self.module.bias is not None
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether several input positions add to one output position: a transposed convolution."""
+        return self.layout.convolution and self.layout.transposed
+
+    def bytes(self, paired: bool) -> int:
+        return Moments.bytes_for(len(self.positions), self.size, self.positions.shape[1], paired)
+
+    def moments(self, paired: bool) -> Moments:
+        return Moments(self.positions, self.size, paired)
+
+    def rows(self, x: Tensor) -> Tensor:
+        return channel_rows(x, self.layout, self.repeat)
+
+    def parameters(self) -> list[Tensor]:
+        module: Any = self.module
+        return [parameter.detach() for parameter in (module.weight, module.bias) if parameter is not None]
+
+    def apply(self, solution: Solution) -> None:
+        """weight = W D; bias += W intercept."""
+        decompressor = solution.decompressor.to(self.weight)
+        if self.layout.transposed:
+            folded = ops.fold(self.weight, decompressor.mT, None, self.layout.groups)
+        else:
+            folded = ops.fold(self.weight, None, decompressor, self.layout.groups, self.repeat)
+        module: Any = self.module
+        module.weight.copy_(folded)
+        if solution.intercept is not None:
+            module.bias += self._through(solution.intercept)
+
+    def _through(self, constant: Tensor) -> Tensor:
+        """What the layer makes of an input that is ``constant`` (in,) at every position."""
+        weight = (self.weight.transpose(0, 1) if self.layout.transposed else self.weight).double()
+        per_channel = (
+            weight.flatten(2).sum(2) if self.layout.convolution else weight.unflatten(1, (-1, self.repeat)).sum(2)
+        )
+        blocks = per_channel.unflatten(0, (self.layout.groups, -1))
+        through = blocks @ constant.to(blocks).reshape(self.layout.groups, -1, 1)
+        return through.flatten().to(self.weight.dtype)
+
+
+def find_consumers(pruned_model: nn.Module, original_model: nn.Module, plan: PruningPlan) -> dict[str, Consumer]:
+    """The layers whose inputs were pruned, checked against the plan."""
+    state_dict = original_model.state_dict()
+    found = {}
+    for name, module in named_modules(pruned_model):
+        kept, layout = plan.get(name), layout_of(module)
+        if kept is None or kept.in_channels is None or layout is None:
+            continue
+        if parametrize.is_parametrized(module):
+            raise ValueError(f"{name} is parametrised; compensate the naive model, or merge first")
+        weight = original_tensor(state_dict, f"{name}.weight")
+        if is_depthwise(module, weight):
+            continue
+        plan.verify_tensor(state_dict, name, module, "weight", module.weight.detach())  # type: ignore[union-attr, operator]
+        in_channels = layout.sizes(weight)[1] // kept.in_repeat
+        positions = split_by_group(kept.in_channels, in_channels, layout.groups)
+        if positions is None:
+            raise PlanError(f"{name}: its {layout.groups} groups keep unequal numbers of channels")
+        rows = sliced(module, "weight", weight, Kept(kept.out_channels), f"{name}.weight")
+        found[name] = Consumer(module, layout, rows, positions, in_channels // layout.groups, kept.in_repeat)
+    return found
+
+
+def in_execution_order(
+    consumers: Mapping[str, Consumer], called: Sequence[str], processes: Processes
+) -> dict[str, Consumer]:
+    """In the order of execution; last those on branches that the first batch did not take."""
+    places = {name: place for place, name in enumerate(called)}
+    earliest = processes.least([places.get(name, len(consumers)) for name in consumers])
+    return {
+        name: consumers[name] for _, name in sorted(zip(earliest, consumers, strict=True), key=lambda entry: entry[0])
+    }

@@ -1,0 +1,448 @@
+"""Mode "correct" of compensation: errors are corrected as they arise, layer by layer in the order of execution.
+
+The output of a layer on a residual branch enters a sum, its point (:mod:`obc.recovery.stream_points`). With S_full the
+sum in the unpruned model and S_pruned in the pruned one, compensated up to here, the layer's weight becomes
+
+    W' = W + E[(S_full - S_pruned) zT] (E[z zT] + lambda I)^-1
+
+where z is what arrives at it (:mod:`obc.recovery.normal_equations`): the regression of W x_full plus the error of the
+stream, minus what W already makes of z. So each layer repairs what all before it broke, as far as its input allows. A
+layer that enters no sum has its own output as its point. Layers that write one sum in parallel come one after the
+other: each sees the error that those before it left. Layers that read the same tensor and have points of their own
+don't see each other's changes and are solved together.
+
+The unpruned and the pruned model run side by side through a chain of modules (:mod:`obc.recovery.segments`): of every
+module the unpruned one runs once, the pruned one up to each layer and once more, and only the tensors between modules
+are kept. Layers outside the chain are reached by running the models from the start up to them.
+
+Held-out batches run along. For every layer they choose the ridge, or to leave the layer as it was; at the end, whether
+the model's output came closer to the unpruned model's at all.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from obc.model.evaluation import ForwardFn
+from obc.model.usable_batches import UsableBatches, all_finite
+from obc.recovery.calibration import batch_norms, recalibrate_from, streamed_error
+from obc.recovery.compensation_report import CompensationReport, LayerCorrection
+from obc.recovery.consumers import Consumer
+from obc.recovery.layer_rows import apply_change, columns_of, drawn_rows, input_rows, output_rows
+from obc.recovery.moments import Moments
+from obc.recovery.normal_equations import Change, NormalEquations
+from obc.recovery.padding import valid_rows
+from obc.recovery.processes import Processes
+from obc.recovery.segments import Arguments, capture, find_chain, replays, stream_of
+from obc.recovery.stream_points import Call, Seen, observe
+
+# Relative ridges that held-out batches choose from.
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+# Channels that enter the sum by a factor this much smaller than the largest can't correct it.
+_SMALLEST_FACTOR = 1e-3
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of :func:`obc.compensate`."""
+
+    forward: ForwardFn
+    ridges: Sequence[float]
+    offload: bool
+    processes: Processes
+
+
+@dataclass
+class _Layer:
+    """A layer to correct, and what one run of the unpruned model showed of it."""
+
+    name: str
+    consumer: Consumer
+    out_channels: Tensor | None
+    summed: bool = False
+    calls: int = 0
+    scope: str = ""
+    source: int = 0
+    order: int = 2**31  # last, where the first batch does not reach it
+
+
+@dataclass
+class _Sums:
+    """What one layer's regression accumulates over calibration and held-out batches, and the point's energy there."""
+
+    fit: NormalEquations
+    check: NormalEquations
+    factors: Tensor | float = 1.0
+    energy: float = 0.0
+    reached: bool = False
+    inputs: Moments | None = None  # instead, of a layer whose outputs overlap
+
+
+@dataclass
+class _Place:
+    """Where layers are corrected: the whole models, or one module of the chain.
+
+    Attributes:
+        full: runs the unpruned model's part on a batch, by its index.
+        pruned: likewise the pruned model's.
+        layers: in it.
+        points: by batch, of a module of the chain: the unpruned model's points, which are kept while it is worked on.
+    """
+
+    full: Callable[[int], Any]
+    pruned: Callable[[int], Any]
+    layers: list[_Layer]
+    points: list[dict[str, list[Tensor]]] = field(default_factory=list)
+
+
+class CorrectRun:
+    """One call of :func:`obc.compensate` in mode "correct"."""
+
+    def __init__(
+        self,
+        pruned: nn.Module,
+        original: nn.Module,
+        consumers: Mapping[str, Consumer],
+        out_channels: Mapping[str, Tensor | None],
+        batches: tuple[UsableBatches, UsableBatches],
+        norms: Sequence[_BatchNorm],
+        options: Options,
+    ) -> None:
+        self.pruned, self.original, self.options = pruned, original, options
+        self.consumers, self.norms = consumers, norms
+        self.usable, self.held_out = batches
+        numbered = [each.numbered() for each in batches]
+        self.calibration = len(numbered[0])
+        self.numbers, self.batches = zip(*numbered[0], *numbered[1], strict=True)
+        self.all_batches = int(options.processes.total(self.calibration)[0])
+        self.report = CompensationReport(naive_error=self._error())
+        self.before = copy.deepcopy([module.state_dict() for module in self._changed()])
+        self.layers = [_Layer(name, consumer, out_channels[name]) for name, consumer in consumers.items()]
+
+    def _changed(self) -> list[nn.Module]:
+        return [*(consumer.module for consumer in self.consumers.values()), *self.norms]
+
+    def _error(self) -> float:
+        forward, processes = self.options.forward, self.options.processes
+        error = streamed_error(self.pruned, self.original, self.held_out, forward, processes)
+        self.held_out.refuse_many(processes.total)
+        return error
+
+    def _live(self) -> list[int]:
+        """The indices of the batches that are not left out."""
+        return [index for index, number in enumerate(self.numbers) if number not in self.usable.left_out]
+
+    def _leave_out(self, index: int) -> None:
+        number, why = self.numbers[index], "what a layer makes of it is not finite"
+        self.usable.left_out[number] = why
+        self.usable.on_left_out(f"batch {number} is left out: {why}")
+
+    # --- the order of work ------------------------------------------------------------------------------------
+
+    def run(self, bar: Any) -> CompensationReport:
+        """Correct every layer, and keep the result if the held-out output error falls."""
+        bar.total = len(self.layers)
+        self._look()
+        chain = self._chain()
+        inside = {layer.name for layer in self.layers if any(_inside(layer.scope, name) for name in chain)}
+        first = min((layer.order for layer in self.layers if layer.name in inside), default=0)
+        others = [layer for layer in self.layers if layer.name not in inside]
+        whole = _Place(self._whole(self.original), self._whole(self.pruned), [])
+        whole.layers = [layer for layer in others if layer.order < first]
+        self._correct(whole, bar)
+        if chain:
+            self._run_chain(chain, [layer for layer in self.layers if layer.name in inside], bar)
+        whole.layers = [layer for layer in others if layer.order >= first]
+        self._correct(whole, bar)
+        self._decide(chain)
+        self.options.processes.share(tensor for module in self._changed() for tensor in module.state_dict().values())
+        return self.report
+
+    def _look(self) -> None:
+        """Learn from the unpruned model's run on one batch where every layer's output goes."""
+        modules = {layer.name: self.original.get_submodule(layer.name) for layer in self.layers}
+        seen = observe(partial(self._whole(self.original), 0), modules, set(), whole=self.original)
+        by_name = {layer.name: layer for layer in self.layers}
+        for order, (name, calls) in enumerate(seen.calls.items()):
+            layer = by_name[name]
+            # An output that goes different ways in different calls has no one point but itself.
+            layer.summed = all(call.summed for call in calls) and not layer.consumer.overlaps
+            layer.calls, layer.order, layer.source = len(calls), order, calls[0].source
+            layer.scope = calls[0].scope if layer.summed else name
+        self.layers.sort(key=lambda layer: layer.order)
+
+    def _chain(self) -> list[str]:
+        run = partial(self._whole(self.original), 0)
+        names = [layer.name for layer in self.layers if layer.calls]
+        chain = find_chain(self.original, run, {layer.name: layer.scope for layer in self.layers}, names)
+        if chain and (why := replays(self.original, chain, run)) is not None:
+            self.report.notes.append(f"every layer was reached from the model's start: {why}")
+            chain = []
+        (agreed,) = self.options.processes.least([len(chain)])
+        return chain if agreed == len(chain) else []
+
+    def _whole(self, model: nn.Module) -> Callable[[int], Any]:
+        return lambda index: self.options.forward(model, self.batches[index])
+
+    # --- the chain --------------------------------------------------------------------------------------------
+
+    def _run_chain(self, chain: list[str], layers: list[_Layer], bar: Any) -> None:
+        full, pruned = (self._captured(model, chain) for model in (self.original, self.pruned))
+        for place, name in enumerate(chain):
+            module, kept = self.original.get_submodule(name), self.pruned.get_submodule(name)
+            here = _Place(
+                partial(_call, full, module, place),
+                partial(_call, pruned, kept, place),
+                [layer for layer in layers if _inside(layer.scope, name)],
+            )
+            after = self._run_full(here)
+            self._correct(here, bar)
+            self._renew_norms(here, kept, after)
+            for index, stream in enumerate(after):
+                full[index].stream = stream
+                pruned[index].stream = self._stored(stream_of(here.pruned(index)))
+
+    def _captured(self, model: nn.Module, chain: list[str]) -> list[_Stream]:
+        run = self._whole(model)
+        streams = []
+        shared = False
+        for index in range(len(self.batches)):
+            start, arguments = capture(model, chain, partial(run, index), first_only=shared)
+            shared = shared or all(beside.same_as(arguments[0]) for beside in arguments)
+            streams.append(_Stream(self._stored(start), arguments, start.device))
+        return streams
+
+    def _stored(self, stream: Tensor | None) -> Tensor:
+        assert stream is not None
+        stored = stream.detach().cpu() if self.options.offload else stream.detach()
+        self.report.stream_bytes = max(self.report.stream_bytes, 2 * len(self.batches) * stored.nbytes)
+        return stored
+
+    def _run_full(self, here: _Place) -> list[Tensor]:
+        """Run the unpruned module on every batch; keep the points of its layers and what it hands on."""
+        after = []
+        modules = {layer.name: self.original.get_submodule(layer.name) for layer in here.layers}
+        own = {layer.name for layer in here.layers if not layer.summed}
+        for index in range(len(self.batches)):
+            seen = observe(partial(here.full, index), modules, own)
+            here.points.append(self._targets(here.layers, seen))
+            after.append(self._stored(stream_of(seen.output)))
+        return after
+
+    def _targets(self, layers: Sequence[_Layer], seen: Seen) -> dict[str, list[Tensor]]:
+        """The unpruned model's points; of a layer whose outputs overlap its inputs."""
+        found = {}
+        for layer in layers:
+            calls = seen.calls.get(layer.name, [])
+            tensors = [call.x if layer.consumer.overlaps else call.point for call in calls]
+            found[layer.name] = [tensor.cpu() for tensor in tensors] if self.options.offload else tensors
+        return found
+
+    def _renew_norms(self, here: _Place, module: nn.Module, after: list[Tensor]) -> None:
+        """Estimate the module's BatchNorm statistics anew, where what it hands on comes closer by it."""
+        norms = [norm for norm in batch_norms(module) if any(norm is other for other in self.norms)]
+        if not norms:
+            return
+        before, states = self._distance(here, after), copy.deepcopy([norm.state_dict() for norm in norms])
+        indices = UsableBatches([index for index in self._live() if index < self.calibration])
+        recalibrate_from(module, norms, indices, lambda _, index: here.pruned(index), self.options.processes)
+        if self._distance(here, after) < before:
+            self.report.norms_recalibrated = True
+            return
+        for norm, state in zip(norms, states, strict=True):
+            norm.load_state_dict(state)
+
+    def _distance(self, here: _Place, after: list[Tensor]) -> float:
+        total = 0.0
+        for index in self._live():
+            if index < self.calibration:
+                continue
+            got = stream_of(here.pruned(index))
+            if got is None or got.shape != after[index].shape:
+                return 0.0  # the stream itself lost channels: there is nothing to compare, and the norms stay
+            total += float((got.double() - after[index].to(got.device).double()).square().sum())
+        return self.options.processes.total(total)[0]
+
+    # --- layers -----------------------------------------------------------------------------------------------
+
+    def _correct(self, here: _Place, bar: Any) -> None:
+        for wave in _waves(here.layers):
+            sums = {layer.name: self._new_sums(layer) for layer in wave}
+            for index in self._live():
+                self._accumulate(here, wave, sums, index)
+            self.usable.refuse_many(self.options.processes.total)
+            self.report.moment_bytes = max(
+                self.report.moment_bytes, sum(each.fit.bytes + each.check.bytes for each in sums.values())
+            )
+            for layer in wave:
+                self._solve(layer, sums[layer.name])
+                bar.update()
+
+    def _new_sums(self, layer: _Layer) -> _Sums:
+        module = layer.consumer.module
+        shape = columns_of(module, layer.consumer.layout)
+        device = next(module.parameters()).device
+        return _Sums(NormalEquations(*shape, device), NormalEquations(*shape, device))
+
+    def _accumulate(self, here: _Place, wave: list[_Layer], sums: dict[str, _Sums], index: int) -> None:
+        own = {layer.name for layer in wave if not layer.summed}
+        stop = sum(layer.calls for layer in wave) or None
+        modules = {layer.name: layer.consumer.module for layer in wave}
+        if here.points:
+            points = here.points[index]
+        else:
+            originals = {name: self.original.get_submodule(name) for name in modules}
+            seen = observe(partial(here.full, index), originals, own, stop)
+            points = self._targets(wave, seen)
+        arrived = observe(partial(here.pruned, index), modules, own, stop).calls
+        if not all_finite((points, [[(call.x, call.point) for call in calls] for calls in arrived.values()])):
+            self._leave_out(index)
+            return
+        for layer in wave:
+            targets, calls = points.get(layer.name, []), arrived.get(layer.name, [])
+            if len(targets) != len(calls):
+                continue
+            for target, call in zip(targets, calls, strict=True):
+                self._add(layer, sums[layer.name], target, call, index)
+
+    def _add(self, layer: _Layer, sums: _Sums, target: Tensor, call: Call, index: int) -> None:
+        """Add what one call of a layer shows; nothing where the models ran it on different positions."""
+        layout, module = layer.consumer.layout, layer.consumer.module
+        sums.reached = True
+        if layer.consumer.overlaps:
+            if target.shape[0] == call.x.shape[0] and target.shape[2:] == call.x.shape[2:]:
+                moments = sums.inputs = sums.inputs or layer.consumer.moments(paired=True)
+                moments.add(layer.consumer.rows(target.to(call.x.device)), layer.consumer.rows(call.x))
+            return
+        dim = 1 if layout.convolution else -1
+        target = target.to(call.point.device)
+        if layer.out_channels is not None and target.shape[dim] != call.point.shape[dim]:
+            target = target.index_select(dim, layer.out_channels.to(target.device))
+        if target.shape != call.point.shape:
+            return
+        positions = call.point.numel() // call.point.shape[dim]
+        rows = drawn_rows(module, layout, positions, self.all_batches)
+        if not layout.convolution:
+            rows = valid_rows(self.batches[index], call.x)
+        inverse, sums.factors = _inverse(call.scale, call.point, dim)
+        error = output_rows(layout, _difference(target, call.point), rows)
+        if inverse is not None:
+            error = error * inverse.reshape(layout.groups, 1, -1)
+        held_out = index >= self.calibration
+        (sums.check if held_out else sums.fit).add(input_rows(module, layout, call.x, rows), error)
+        if held_out:
+            sums.energy += float(output_rows(layout, target, rows).double().square().sum())
+
+    def _solve(self, layer: _Layer, sums: _Sums) -> None:
+        if not self.options.processes.total(sums.reached)[0]:
+            raise ValueError(
+                f"no calibration batch reached {layer.name}; pass batches and a forward_fn that call it as a module, "
+                f"or leave the layers before it unpruned"
+            )
+        if sums.inputs is not None:
+            self._reconstruct(layer, sums.inputs)
+            return
+        for equations in (sums.fit, sums.check):
+            equations.gather(self.options.processes)
+        (energy,) = self.options.processes.total(sums.energy)
+        if sums.fit.rows == 0 or sums.check.rows == 0:
+            self.report.notes.append(f"{layer.name} stays naive: the two models never ran it on the same positions")
+            self.report.layers[layer.name] = LayerCorrection(layer.summed, 0.0, 0.0, False, 0, 0.0)
+            return
+        candidates: list[Change | None] = [None, *sums.fit.changes(self.options.ridges, layer.consumer.has_bias)]
+        squares = torch.as_tensor(sums.factors, dtype=torch.float64, device=sums.check.energy.device).square()
+        squares = squares if squares.dim() == 0 else squares.reshape(sums.check.energy.shape)
+        errors = [float((sums.check.error(change) * squares).sum()) / (energy or 1.0) for change in candidates]
+        best = min(range(len(errors)), key=errors.__getitem__)
+        change = candidates[best]
+        if change is not None:
+            apply_change(layer.consumer.module, layer.consumer.layout, change)
+        self.report.layers[layer.name] = LayerCorrection(
+            layer.summed, errors[0], errors[best], change is not None, sums.fit.rows, change.ridge if change else 0.0
+        )
+
+    def _reconstruct(self, layer: _Layer, moments: Moments) -> None:
+        """A layer whose outputs overlap is no matrix product of its input's rows: its input is reconstructed."""
+        moments.gather(self.options.processes)
+        solution = moments.solve(min(self.options.ridges), intercept=False)
+        layer.consumer.apply(solution)
+        fit = solution.fit
+        self.report.layers[layer.name] = LayerCorrection(
+            False, fit.error_before, fit.error_after, True, moments.samples, fit.ridge
+        )
+
+    def _decide(self, chain: list[str]) -> None:
+        report = self.report
+        report.compensated_error = report.final_error = self._error()
+        inside = [norm for name in chain for norm in batch_norms(self.pruned.get_submodule(name))]
+        outside = [norm for norm in self.norms if not any(norm is other for other in inside)]
+        if outside:
+            states = copy.deepcopy([norm.state_dict() for norm in outside])
+            recalibrate_from(self.pruned, outside, self.usable, self.options.forward, self.options.processes)
+            if (error := self._error()) < report.final_error:
+                report.final_error, report.norms_recalibrated = error, True
+            else:
+                for norm, state in zip(outside, states, strict=True):
+                    norm.load_state_dict(state)
+        if not report.final_error < report.naive_error:
+            for module, state in zip(self._changed(), self.before, strict=True):
+                module.load_state_dict(state)
+            report.leave_naive()
+
+
+@dataclass
+class _Stream:
+    """One batch between two modules of the chain."""
+
+    stream: Tensor
+    arguments: list[Arguments]
+    device: torch.device
+
+    def call(self, module: nn.Module, place: int) -> Any:
+        # A copy: a module may change its input in place.
+        stream = self.stream.to(self.device) if self.stream.device != self.device else self.stream.clone()
+        return self.arguments[place].call(module, stream)
+
+
+def _call(streams: Sequence[_Stream], module: nn.Module, place: int, index: int) -> Any:
+    return streams[index].call(module, place)
+
+
+def _inside(scope: str, module: str) -> bool:
+    return scope == module or scope.startswith(f"{module}.")
+
+
+def _waves(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
+    """Layers that are solved together: they read the same tensor and their points are their own."""
+    wave: list[_Layer] = []
+    for layer in layers:
+        together = wave and not (layer.summed or wave[-1].summed)
+        if wave and not (together and layer.source == wave[-1].source and layer.calls == wave[-1].calls == 1):
+            yield wave
+            wave = []
+        wave.append(layer)
+    if wave:
+        yield wave
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b, of half-precision tensors in float32."""
+    return a - b if a.dtype in (torch.float32, torch.float64) else a.float() - b.float()
+
+
+def _inverse(scale: Tensor | float, point: Tensor, dim: int) -> tuple[Tensor | None, Tensor | float]:
+    """(1 / scale, 0 where a channel can't correct anything; scale)."""
+    if isinstance(scale, float):
+        if scale == 1.0:
+            return None, 1.0
+        scale = torch.full((point.shape[dim],), scale, device=point.device)
+    usable = scale.abs() > _SMALLEST_FACTOR * scale.abs().max()
+    return torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale)), scale

@@ -1,0 +1,76 @@
+"""A layer as a matrix product: its input as rows of what one output position reads, and a change of its weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from obc.model.layouts import Layout
+from obc.recovery.normal_equations import Change
+
+# Convolutions have far more positions than a regression needs: so many rows per column are drawn, over all batches.
+_ROWS_PER_COLUMN = 32
+
+
+def columns_of(module: nn.Module, layout: Layout) -> tuple[int, int, int]:
+    """(blocks, columns, outputs) of the matrix that the layer multiplies with; of a convolution with all its taps."""
+    weight: Any = module.weight
+    if layout.transposed:  # transformers' Conv1D: (in, out)
+        return 1, weight.shape[0], weight.shape[1]
+    return layout.groups, weight[0].numel(), weight.shape[0] // layout.groups
+
+
+def drawn_rows(module: nn.Module, layout: Layout, positions: int, batches: int) -> Any:
+    """Which positions of a batch are read: indices, or a slice of all."""
+    if not layout.convolution:
+        return slice(None)
+    wanted = -(-_ROWS_PER_COLUMN * columns_of(module, layout)[1] // batches)
+    if positions <= wanted:
+        return slice(None)
+    # The same positions of every batch: what is drawn does not depend on the order or the process.
+    return torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
+
+
+def input_rows(module: nn.Module, layout: Layout, x: Tensor, rows: Any) -> Tensor:
+    """(blocks, rows, columns) of the layer's input."""
+    if not layout.convolution:
+        return x.reshape(-1, x.shape[-1])[rows][None]
+    patches = _patches(module, x)
+    dims = (patches.dim() - 2) // 2
+    positions = patches.movedim(1, 1 + dims)  # (batch, *positions, channels, *taps)
+    shape = positions.shape[: 1 + dims]
+    index = torch.arange(shape.numel(), device=x.device)[rows if isinstance(rows, slice) else rows.to(x.device)]
+    taken = positions[torch.unravel_index(index, shape)]
+    return taken.unflatten(1, (layout.groups, -1)).flatten(2).transpose(0, 1)
+
+
+def output_rows(layout: Layout, y: Tensor, rows: Any) -> Tensor:
+    """(blocks, rows, outputs) of a tensor of the layer's output shape, at the same positions."""
+    flat = y.movedim(1, -1).reshape(-1, y.shape[1]) if layout.convolution else y.reshape(-1, y.shape[-1])
+    taken = flat[rows if isinstance(rows, slice) else rows.to(y.device)]
+    return taken.unflatten(1, (layout.groups, -1)).transpose(0, 1)
+
+
+def _patches(module: Any, x: Tensor) -> Tensor:
+    """(batch, channels, *positions, *taps) of a convolution's input, a view of the padded input."""
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    if any(module._reversed_padding_repeated_twice):
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+    sizes = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for dim, (taps, stride, dilation) in enumerate(sizes, 2):
+        x = x.unfold(dim, dilation * (taps - 1) + 1, stride)[..., ::dilation]
+    return x
+
+
+def apply_change(module: nn.Module, layout: Layout, change: Change) -> None:
+    """weight += change, in place; bias likewise."""
+    weight: Any = module.weight
+    flat = change.weight.flatten(0, 1)
+    added = flat.mT if layout.transposed else flat.reshape(weight.shape)
+    weight.copy_((weight.double() + added.to(weight.device)).to(weight.dtype))
+    if change.bias is not None:
+        bias: Any = module.bias
+        bias.copy_((bias.double() + change.bias.flatten().to(bias.device)).to(bias.dtype))

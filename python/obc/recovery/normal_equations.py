@@ -1,0 +1,119 @@
+"""How a layer's weight must change so that an error goes: ridge regression of the error on the layer's input.
+
+With z what arrives at the layer, e the error at the point that its output enters, and a the factors by which it does,
+
+    change = diag(1/a) E[e zT] (E[z zT] + lambda I)^-1,      lambda = ridge * mean diagonal of E[z zT]
+
+so that a growing ridge leaves the weight as it was. With an intercept the moments are centred, and the layer's bias
+takes diag(1/a) E[e] - change E[z].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obc.recovery.processes import Processes
+
+# Rows are turned to float64 in pieces of so many, so that no float64 copy of a whole batch is made.
+_PIECE = 4096
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of a layer's weight and bias.
+
+    Attributes:
+        weight: (blocks, out / blocks, columns) float64.
+        bias: (blocks, out / blocks) float64; None without an intercept.
+        ridge: relative to the mean diagonal.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    ridge: float
+
+
+class NormalEquations:
+    """Running sums in float64 per diagonal block: sum z zT, sum e zT, sum z, sum e, sum e^2.
+
+    Args:
+        blocks: groups of a convolution; else 1.
+        columns: of z in a block.
+        outputs: of e in a block.
+        device: where the sums are.
+    """
+
+    def __init__(self, blocks: int, columns: int, outputs: int, device: torch.device) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(blocks, *shape, dtype=torch.float64, device=device)
+
+        self.gram, self.cross = zeros(columns, columns), zeros(outputs, columns)
+        self.sum_z, self.sum_e, self.energy = zeros(columns), zeros(outputs), zeros(outputs)
+        self.rows = 0
+
+    @property
+    def bytes(self) -> int:
+        return sum(8 * sums.numel() for sums in self._sums())
+
+    def _sums(self) -> tuple[Tensor, ...]:
+        return self.gram, self.cross, self.sum_z, self.sum_e, self.energy
+
+    def add(self, z: Tensor, error: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows: z (blocks, rows, columns), error (blocks, rows, outputs), weights (rows,), by default 1."""
+        for start in range(0, z.shape[1], _PIECE):
+            piece = slice(start, start + _PIECE)
+            rows, errors = z[:, piece].to(self.gram), error[:, piece].to(self.gram)
+            weighted, weighted_errors = rows, errors
+            if weights is not None:
+                factor = weights[piece].to(self.gram)[:, None]
+                weighted, weighted_errors = rows * factor, errors * factor
+            self.gram += weighted.mT @ rows
+            self.cross += weighted_errors.mT @ rows
+            self.sum_z += weighted.sum(1)
+            self.sum_e += weighted_errors.sum(1)
+            self.energy += (weighted_errors * errors).sum(1)
+        self.rows += z.shape[1]
+
+    def gather(self, processes: Processes) -> None:
+        """Add up what the processes accumulated."""
+        rows = torch.tensor(self.rows)
+        processes.add([*self._sums(), rows])
+        self.rows = int(rows)
+
+    def changes(self, ridges: Sequence[float], intercept: bool) -> list[Change]:
+        """The solution under every ridge with which the Gram matrix can be factorised."""
+        count = max(self.rows, 1)
+        gram, cross = self.gram / count, self.cross / count
+        mean_z, mean_e = self.sum_z / count, self.sum_e / count
+        if intercept:
+            gram = gram - mean_z[..., None] * mean_z[:, None]
+            cross = cross - mean_e[..., None] * mean_z[:, None]
+        diagonal = gram.diagonal(dim1=-2, dim2=-1)
+        mean = diagonal.mean(-1, keepdim=True)
+        mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # constant inputs: any positive number solves to zero
+        found = []
+        for ridge in ridges:
+            damped = gram.clone()
+            damped.diagonal(dim1=-2, dim2=-1).add_(ridge * mean)
+            factor, failed = torch.linalg.cholesky_ex(damped)
+            if bool(failed.any()):
+                continue
+            weight = torch.cholesky_solve(cross.mT, factor).mT
+            bias = mean_e - (weight @ mean_z[..., None])[..., 0] if intercept else None
+            found.append(Change(weight, bias, ridge))
+        return found
+
+    def error(self, change: Change | None) -> Tensor:
+        """(blocks, outputs): sum (e - change z)^2 over the rows; without a change sum e^2."""
+        if change is None:
+            return self.energy
+        weight = change.weight
+        error = self.energy - 2 * (weight * self.cross).sum(-1) + ((weight @ self.gram) * weight).sum(-1)
+        if change.bias is not None:
+            rest = self.sum_e - (weight @ self.sum_z[..., None])[..., 0]
+            error = error - 2 * change.bias * rest + self.rows * change.bias.square()
+        return error.clamp_min(0.0)

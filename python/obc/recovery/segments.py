@@ -1,0 +1,287 @@
+"""A model as a chain of modules that hand one tensor on: decoder layers, residual blocks, the layers of a plain chain.
+
+The chain is found by watching one forward pass: which module's input is the very tensor that another returned. Of all
+chains it is the one whose modules hold the most layers of interest, in the most pieces; a module counts for a layer
+only if it also holds the sum that the layer's output enters. A chain is used only where its modules, run one by one on
+what they were seen to get, return what they were seen to return.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from obc.recovery.stream_points import Reached
+
+
+@dataclass
+class _Event:
+    """One module's only call in the watched pass."""
+
+    name: str
+    start: int
+    inputs: list[int]
+    end: int = -1
+    output: int = -1
+
+
+class _Watcher:
+    """Records every module's call with the tensors it got and returned, which it keeps, so that ids stay theirs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.events: dict[str, _Event] = {}
+        self.repeated: set[str] = set()
+        self.alive: list[Any] = []
+        self.clock = 0
+        self.handles: list[Any] = []
+        for name, module in model.named_modules():
+            if name:
+                self.handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+                self.handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if name in self.events:
+                self.repeated.add(name)
+                return
+            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.alive += tensors
+            event = _Event(name, self.clock, [id(tensor) for tensor in tensors])
+            self.events[name] = event
+            self.clock += 1
+
+        return record
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            event = self.events[name]
+            tensor = stream_of(output)
+            event.end, self.clock = self.clock, self.clock + 1
+            if tensor is None or name in self.repeated:
+                return
+            self.alive.append(tensor)
+            event.output = id(tensor)
+
+        return record
+
+    def sources(self, event: _Event) -> list[str]:
+        """The modules, inner and outer, that returned one of the event's inputs, as it was when the event began."""
+        found = []
+        for other in self.events.values():
+            is_source = (
+                other.output in event.inputs and 0 <= other.end < event.start and other.name not in self.repeated
+            )
+            if is_source and self._last(other, event):
+                found.append(other.name)
+        return found
+
+    def needs_more(self, event: _Event, source: str, path: Sequence[str]) -> bool:
+        """Whether the event gets, beside the stream, something that the path to its source made."""
+        start, stream = self.events[path[0]].start, self.events[source].output
+        beside = set(event.inputs) - {stream}
+        return any(other.output in beside and other.start >= start for other in self.events.values())
+
+    def _last(self, source: _Event, event: _Event) -> bool:
+        """Whether nothing else returned the same tensor, changed in place, between the two."""
+        return not any(
+            other.output == source.output
+            and source.end < other.end < event.start
+            and not source.name.startswith(f"{other.name}.")
+            for other in self.events.values()
+        )
+
+
+def stream_of(output: Any) -> Tensor | None:
+    """The tensor that a module hands on: its output, or the first entry of a tuple."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def find_chain(model: nn.Module, run: Callable[[], Any], scopes: Mapping[str, str], layers: Sequence[str]) -> list[str]:
+    """The names of the chain's modules in order; empty where no module holds one of the layers.
+
+    Args:
+        model: watched while it runs.
+        run: runs it on one batch.
+        scopes: by layer the innermost module that holds both it and its point.
+        layers: that should be covered.
+    """
+    watcher = _Watcher(model)
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in watcher.handles:
+            handle.remove()
+    events = [event for event in watcher.events.values() if event.name not in watcher.repeated and event.output != -1]
+    best: dict[str, tuple[int, int, str | None]] = {}
+    for event in sorted(events, key=lambda event: event.end):
+        covered = sum(_holds(event.name, scopes[layer]) for layer in layers)
+        sources = [name for name in watcher.sources(event) if name in best]
+        candidates = [
+            (best[name][0], best[name][1], name)
+            for name in sources
+            if not watcher.needs_more(event, name, _path(best, name))
+        ]
+        before = max(candidates, default=(0, 0, None), key=lambda entry: entry[:2])
+        best[event.name] = (before[0] + covered, before[1] + (covered > 0), before[2])
+    if not best:
+        return []
+    path = _path(best, max(best, key=lambda name: best[name][:2]))
+    # What comes before the first layer of interest is the same in both models.
+    first = next((place for place, name in enumerate(path) if best[name][0] > 0), len(path))
+    return path[first:]
+
+
+def _path(best: Mapping[str, tuple[int, int, str | None]], last: str | None) -> list[str]:
+    path = []
+    while last is not None:
+        path.append(last)
+        last = best[last][2]
+    return path[::-1]
+
+
+def _holds(module: str, scope: str) -> bool:
+    return scope == module or scope.startswith(f"{module}.")
+
+
+@dataclass
+class Arguments:
+    """What a module of the chain was called with, the stream left out."""
+
+    leaves: list[Any]
+    spec: Any
+    stream: int
+
+    @classmethod
+    def of(cls, args: Any, kwargs: Any, stream: Tensor | None) -> Arguments:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if stream is None:
+            place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
+        else:
+            place = next(i for i, leaf in enumerate(leaves) if leaf is stream)
+        return cls([None if i == place else leaf for i, leaf in enumerate(leaves)], spec, place)
+
+    def call(self, module: nn.Module, stream: Tensor) -> Any:
+        leaves = [stream if i == self.stream else leaf for i, leaf in enumerate(self.leaves)]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return module(*args, **kwargs)
+
+    def same_as(self, other: Arguments) -> bool:
+        """Whether it holds the same objects at the same places."""
+        return (
+            self.spec == other.spec
+            and self.stream == other.stream
+            and all(a is b or _equal(a, b) for a, b in zip(self.leaves, other.leaves, strict=True))
+        )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    plain = (int, float, bool, str, type(None))
+    return isinstance(a, plain) and isinstance(b, plain) and a == b
+
+
+def capture(
+    model: nn.Module, chain: Sequence[str], run: Callable[[], Any], first_only: bool
+) -> tuple[Tensor, list[Arguments]]:
+    """The stream before the chain and every module's arguments beside it; the run stops when the last is known.
+
+    Args:
+        model: run once.
+        chain: its modules.
+        run: runs it on a batch.
+        first_only: all modules get what the first one gets: the run stops there.
+    """
+    streams: list[Tensor] = []
+    found: list[Arguments] = []
+    expected: list[Tensor | None] = [None]
+    wanted = 1 if first_only else len(chain)
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        arguments = Arguments.of(args, kwargs, expected[0])
+        if not found:
+            leaf = pytree.tree_leaves((args, kwargs))[arguments.stream]
+            streams.append(leaf.detach().clone())
+        found.append(arguments)
+        if len(found) == wanted:
+            raise Reached
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        expected[0] = stream_of(output)
+
+    handles = []
+    for name in chain:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        with torch.no_grad(), contextlib.suppress(Reached):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return streams[0], found * len(chain) if first_only else found
+
+
+def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> str | None:
+    """None if the chain, run module by module, returns what the model's run shows; else why not.
+
+    The stream before the chain is changed in both: what the modules get beside the stream must not depend on it.
+    """
+    start, arguments = capture(model, chain, run, first_only=False)
+    changed = start * 1.25
+    shown: list[Tensor] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        place = arguments[0].stream
+        return pytree.tree_unflatten([changed.clone() if i == place else leaf for i, leaf in enumerate(leaves)], spec)
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        tensor = stream_of(output)
+        shown.append(torch.empty(0) if tensor is None else tensor.detach().clone())
+
+    handles = [model.get_submodule(name).register_forward_hook(after, with_kwargs=True) for name in chain]
+    handles.append(model.get_submodule(chain[0]).register_forward_pre_hook(before, with_kwargs=True))
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    with torch.no_grad():
+        for _ in range(2):  # twice: a module that keeps something from one run to the next is noticed
+            stream: Tensor | None = changed
+            for name, beside, seen in zip(chain, arguments, shown, strict=True):
+                assert stream is not None
+                stream = stream_of(beside.call(model.get_submodule(name), stream.clone()))
+                if stream is None or stream.shape != seen.shape or not _close(stream, seen):
+                    return f"{name}, run by itself, does not return what it returns inside the model"
+    return None
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Up to rounding: another batch size or kernel must not look like another computation."""
+    return bool((a.double() - b.double()).norm() <= 1e-3 * b.double().norm())
+
+
+@contextlib.contextmanager
+def without_cache(*models: nn.Module) -> Iterator[None]:
+    """Models of transformers don't build a cache of keys and values, which a module that runs again would extend."""
+    configs: list[Any] = [getattr(model, "config", None) for model in models]
+    configs = [config for config in configs if isinstance(getattr(config, "use_cache", None), bool)]
+    before = [config.use_cache for config in configs]
+    try:
+        for config in configs:
+            config.use_cache = False
+        yield
+    finally:
+        for config, use in zip(configs, before, strict=True):
+            config.use_cache = use

@@ -1,0 +1,374 @@
+"""Mode "correct" of compensation: the points of layers, chains of modules, and the regression against formulas."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import obc
+from obc.model.layouts import layout_of
+from obc.recovery import Kept, PruningPlan, compensate
+from obc.recovery.layer_rows import columns_of, input_rows, output_rows
+from obc.recovery.normal_equations import NormalEquations
+from obc.recovery.segments import find_chain, replays, without_cache
+from obc.recovery.stream_points import observe
+
+
+def prune_inputs(model: nn.Module, kept: dict[str, Tensor], producers: dict[str, str]) -> tuple[nn.Module, PruningPlan]:
+    """A copy whose layers keep these inputs, and whose producers these outputs."""
+    pruned, plan = copy.deepcopy(model), {}
+    for name, channels in kept.items():
+        consumer, producer = pruned.get_submodule(name), pruned.get_submodule(producers[name])
+        consumer.weight = nn.Parameter(consumer.weight[:, channels].detach().clone())
+        producer.weight = nn.Parameter(producer.weight[channels].detach().clone())
+        producer.bias = nn.Parameter(producer.bias[channels].detach().clone())
+        plan[name] = Kept(None, channels)
+        plan[producers[name]] = Kept(channels)
+    return pruned, PruningPlan(plan)
+
+
+class Block(nn.Module):
+    """x + down(gelu(up(norm(x)))), a residual branch; ``scale`` multiplies it."""
+
+    def __init__(self, width: int, hidden: int, scale: bool = False) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+        self.scale = nn.Parameter(torch.rand(width) + 0.5) if scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.down(F.gelu(self.up(self.norm(x))))
+        return x + (branch if self.scale is None else branch * self.scale)
+
+
+class Stack(nn.Module):
+    def __init__(self, scale: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(6, 16, scale) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def pruned_stack(scale: bool = False) -> tuple[Stack, nn.Module, PruningPlan, list[Tensor]]:
+    torch.manual_seed(0)
+    original = Stack(scale).double()
+    names = [f"blocks.{i}.down" for i in range(3)]
+    kept = {name: torch.randperm(16)[:8].sort().values for name in names}
+    pruned, plan = prune_inputs(original, kept, {name: name.replace("down", "up") for name in names})
+    return original, pruned, plan, [torch.randn(8, 5, 6, dtype=torch.float64) for _ in range(5)]
+
+
+@pytest.mark.parametrize("scale", [False, True], ids=["plain", "scaled-branch"])
+def test_weights_are_those_of_the_formula(scale: bool) -> None:
+    """Block by block by hand: lstsq of the stream's error on what arrives, divided by the branch's factors."""
+    original, pruned, plan, batches = pruned_stack(scale)
+    expected = copy.deepcopy(pruned)
+    report = compensate(pruned, original, plan, batches, mode="correct", ridge=0.0)
+    full = corrected = torch.cat(batches[:4]).flatten(0, 1)
+    with torch.no_grad():
+        for block, kept in zip(original.blocks, expected.blocks, strict=True):
+            full, z = block(full), F.gelu(kept.up(kept.norm(corrected)))
+            error = (full - kept(corrected)) / (1 if block.scale is None else block.scale)
+            design = torch.cat([z, torch.ones(len(z), 1, dtype=z.dtype)], 1)
+            change = torch.linalg.lstsq(design, error).solution.T
+            kept.down.weight += change[:, :-1]
+            kept.down.bias += change[:, -1]
+            corrected = kept(corrected)
+    for got, wanted in zip(pruned.blocks, expected.blocks, strict=True):
+        assert_close(got.down.weight, wanted.down.weight, rtol=1e-7, atol=1e-9)
+        assert_close(got.down.bias, wanted.down.bias, rtol=1e-7, atol=1e-9)
+    assert all(layer.on_stream and layer.applied for layer in report.layers.values())
+    assert not report.notes
+    assert report.stream_bytes == 2 * 5 * batches[0].nbytes
+    with torch.no_grad():
+        errors = [float((pruned(x) - original(x)).square().sum() / original(x).square().sum()) for x in batches[4:]]
+    assert report.final_error == pytest.approx(errors[0])
+    assert report.layers["blocks.2.down"].error_after == pytest.approx(errors[0])
+
+
+def test_it_beats_least_squares_where_errors_add_up() -> None:
+    errors = {}
+    for mode in ("ls", "seq", "correct"):
+        original, pruned, plan, batches = pruned_stack()
+        errors[mode] = compensate(pruned, original, plan, batches, mode=mode).final_error
+    assert errors["correct"] < 0.9 * min(errors["ls"], errors["seq"])
+
+
+def test_a_plain_chain_gets_what_mode_seq_gives_it() -> None:
+    """Without a stream the target is the layer's own output: W D of mode "seq", with the same ridge."""
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    kept = {"2": torch.arange(5), "4": torch.arange(8)}
+    plan = PruningPlan({"0": Kept(kept["2"]), "2": Kept(kept["4"], kept["2"]), "4": Kept(None, kept["4"])})
+    models = []
+    for mode in ("seq", "correct"):
+        pruned = copy.deepcopy(original)
+        for name, kept_of in plan.items():
+            layer = pruned.get_submodule(name)
+            if kept_of.out_channels is not None:
+                layer.weight = nn.Parameter(layer.weight[kept_of.out_channels].detach())
+                layer.bias = nn.Parameter(layer.bias[kept_of.out_channels].detach())
+            if kept_of.in_channels is not None:
+                layer.weight = nn.Parameter(layer.weight[:, kept_of.in_channels].detach())
+        data = [torch.randn(64, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+        report = compensate(pruned, original, plan, data, mode=mode, ridge=1e-4)
+        assert all(layer.applied for layer in report.layers.values())
+        models.append(pruned)
+    for seq, correct in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_close(correct, seq, rtol=1e-9, atol=1e-10)
+
+
+def tiny(name: str) -> tuple[nn.Module, dict[str, bool]]:
+    """A model of the transformers library, and per consumer whether its output enters a residual stream."""
+    torch.manual_seed(0)
+    if name == "llama":
+        config = LlamaConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        return LlamaForCausalLM(config), {"self_attn.o_proj": True, "mlp.down_proj": True, "mlp.up_proj": False}
+    if name == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=32, n_head=4, n_layer=2, n_positions=32)), {
+            "attn.c_proj": True,
+            "mlp.c_proj": True,
+            "mlp.c_fc": False,
+        }
+    if name == "gptj":
+        config = GPTJConfig(vocab_size=50, n_embd=32, n_head=4, n_layer=2, n_positions=32, rotary_dim=4)
+        return GPTJForCausalLM(config), {"attn.out_proj": True, "mlp.fc_out": True, "mlp.fc_in": False}
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
+    return BertModel(config), {"attention.output.dense": True, "output.dense": True, "intermediate.dense": False}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "bert"])
+def test_layers_of_transformers_have_their_points_and_chains(name: str) -> None:
+    """In GPT-J attention and feed-forward write one sum; elsewhere each has its own."""
+    model, ends = tiny(name)
+    model.eval()
+    tokens = torch.randint(50, (2, 8))
+    modules = {n: m for n, m in model.named_modules() if any(n.endswith(f".{end}") for end in ends)}
+    run = lambda: model(input_ids=tokens)  # noqa: E731
+    with without_cache(model):
+        seen = observe(run, modules, set(), whole=model).calls
+        expected = {n: any(summed and n.endswith(f".{end}") for end, summed in ends.items()) for n in modules}
+        assert {n: calls[0].summed for n, calls in seen.items()} == expected
+        points = [calls[0].point for calls in seen.values() if calls[0].summed]
+        distinct = {tuple(point.flatten().tolist()) for point in points}
+        assert len(points) == 4
+        assert len(distinct) == (2 if name == "gptj" else 4)
+        scopes = {n: calls[0].scope if calls[0].summed else n for n, calls in seen.items()}
+        chain = find_chain(model, run, scopes, list(modules))
+        layers = {"llama": "model.layers", "gpt2": "transformer.h", "gptj": "transformer.h", "bert": "encoder.layer"}
+        assert [n for n in chain if any(s.startswith(n) for s in scopes.values())] == [
+            f"{layers[name]}.{i}" for i in (0, 1)
+        ]
+        assert replays(model, chain, run) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "bert"])
+def test_pruned_transformers_come_closer_than_by_least_squares(name: str) -> None:
+    model, _ = tiny(name)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.data *= 5
+    model.eval()
+    batches = [{"input_ids": torch.randint(50, (8, 16))} for _ in range(10)]
+    forward = lambda m, batch: m(**batch)[0]  # noqa: E731
+    pruned = obc.prune(
+        copy.deepcopy(model), None, batches, forward, labels=False, criterion="random", params=0.7, steps=1
+    )
+    reports = {}
+    for mode in ("ls", "correct"):
+        copied = copy.deepcopy(pruned.model)
+        reports[mode] = compensate(copied, model, pruned.plan, batches, forward, mode=mode)
+    assert reports["correct"].final_error < reports["ls"].final_error < reports["ls"].naive_error
+    assert not reports["correct"].notes
+
+
+class Residual(nn.Module):
+    """A residual block of convolutions, its sum rectified in place."""
+
+    def __init__(self, width: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
+        self.conv2, self.norm2 = nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width)
+        self.skip = nn.Conv2d(width, width, 1, stride) if stride > 1 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)), inplace=True)))
+        out += self.skip(x)
+        return F.relu(out, inplace=True)
+
+
+def test_the_point_of_a_convolution_is_the_sum_behind_its_norm() -> None:
+    torch.manual_seed(0)
+    block = Residual(6).eval()
+    block.norm2.running_var.uniform_(0.5, 2)
+    block.norm2.weight.data.uniform_(0.5, 2)
+    x = torch.randn(2, 6, 5, 5)
+    seen = observe(lambda: block(x), {"conv2": block.conv2}, set(), whole=block).calls["conv2"]
+    inside = F.relu(block.norm1(block.conv1(x)))
+    assert seen[0].summed
+    assert_close(seen[0].point, block.norm2(block.conv2(inside)) + x)  # before the rectifier, which works in place
+    assert_close(seen[0].scale, block.norm2.weight / (block.norm2.running_var + block.norm2.eps).sqrt())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"dilation": 2, "padding": "same"},
+        {"groups": 2},
+        {"padding_mode": "reflect", "padding": 1},
+    ],
+    ids=["plain", "stride", "dilation", "groups", "reflect"],
+)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_rows_times_the_weight_are_the_convolution(options: dict, dims: int) -> None:
+    torch.manual_seed(0)
+    conv = getattr(nn, f"Conv{dims}d")(4, 6, 3, **options).double()
+    if options.get("padding_mode") == "reflect" and dims == 3:
+        conv.padding_mode = "circular"
+    x = torch.randn(2, 4, *[7, 6, 5][:dims], dtype=torch.float64)
+    layout = layout_of(conv)
+    rows = input_rows(conv, layout, x, slice(None))
+    blocks, columns, outputs = columns_of(conv, layout)
+    weight = conv.weight.reshape(blocks, outputs, columns)
+    product = rows @ weight.mT + conv.bias.reshape(blocks, 1, outputs)
+    assert_close(product, output_rows(layout, conv(x), slice(None)))
+
+
+def test_normal_equations_solve_weighted_ridge_regression() -> None:
+    """Against lstsq with the ridge and the weights as extra rows and factors."""
+    torch.manual_seed(0)
+    z, e, w = torch.randn(50, 4).double(), torch.randn(50, 3).double(), torch.rand(50).double()
+    equations = NormalEquations(1, 4, 3, torch.device("cpu"))
+    for rows in (slice(0, 20), slice(20, 50)):
+        equations.add(z[None, rows], e[None, rows], w[rows])
+    ridge = 0.1
+    (change,) = equations.changes([ridge], intercept=False)
+    lam = ridge * (z.square() * w[:, None]).sum(0).mean()
+    design = torch.cat([z * w.sqrt()[:, None], lam.sqrt() * torch.eye(4).double()])
+    target = torch.cat([e * w.sqrt()[:, None], torch.zeros(4, 3).double()])
+    assert_close(change.weight[0], torch.linalg.lstsq(design, target).solution.T)
+    error = (w[:, None] * (e - z @ change.weight[0].T).square()).sum(0)
+    assert_close(equations.error(change)[0], error)
+    assert_close(equations.error(None)[0], (w[:, None] * e.square()).sum(0))
+
+
+def test_held_out_batches_choose_the_ridge_or_nothing() -> None:
+    """Calibration rows show a relation that held-out rows reverse: the layer stays as it was."""
+    torch.manual_seed(0)
+    original = nn.Sequential(nn.Linear(4, 2, bias=False)).double()
+    pruned = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
+    pruned[0].weight = nn.Parameter(original[0].weight[:, :3].detach().clone())
+    plan = PruningPlan({"0": Kept(None, torch.arange(3))})
+    x = torch.randn(64, 4, dtype=torch.float64)
+    x[:, 3] = x[:, 0]
+    run = lambda model, batch: model[0](batch[:, : model[0].weight.shape[1]])  # noqa: E731
+    turned = x * torch.tensor([1.0, 1, 1, -1], dtype=torch.float64)
+    for data, applied in (([x, x, x], True), ([x, x, turned], False)):
+        model = copy.deepcopy(pruned)
+        report = compensate(model, original, plan, data, run, mode="correct")
+        assert report.layers["0"].applied is applied
+        assert (report.layers["0"].ridge == 1e-5) is applied
+        assert torch.equal(model[0].weight, pruned[0].weight) is not applied
+
+
+def test_padding_does_not_count() -> None:
+    """Whatever stands at padded positions, the result is the same."""
+    model, _ = tiny("bert")
+    model.eval()
+    forward = lambda m, batch: m(**batch)[0][batch["attention_mask"].bool()]  # noqa: E731
+    mask = torch.ones(8, 12, dtype=torch.int64)
+    mask[:, 9:] = 0
+    tokens = [torch.randint(50, (8, 12)) for _ in range(6)]
+    plans = obc.prune(
+        copy.deepcopy(model),
+        None,
+        [{"input_ids": t, "attention_mask": mask} for t in tokens],
+        forward,
+        labels=False,
+        criterion="random",
+        params=0.7,
+        steps=1,
+    )
+    models = []
+    for fill in (1, 2):
+        batches = [{"input_ids": t.masked_fill(mask == 0, fill), "attention_mask": mask} for t in tokens]
+        copied = copy.deepcopy(plans.model)
+        compensate(copied, model, plans.plan, batches, forward, mode="correct", ridge=1e-3)
+        models.append(copied)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_offloaded_streams_give_the_same(offload: bool) -> None:
+    original, pruned, plan, batches = pruned_stack()
+    again = copy.deepcopy(pruned)
+    compensate(pruned, original, plan, batches, mode="correct")
+    compensate(again, original, plan, batches, mode="correct", offload=offload)
+    assert_close(again.state_dict(), pruned.state_dict(), rtol=0, atol=0)
+
+
+def test_a_model_whose_modules_form_no_chain_is_corrected_all_the_same() -> None:
+    """The blocks' calls hand on another tensor than they return; what is learned is the same as with a chain."""
+
+    class Woven(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x) * 1.0
+            return x
+
+    original, pruned, plan, batches = pruned_stack()
+    chained = copy.deepcopy(pruned)
+    compensate(chained, original, plan, batches, mode="correct")
+    original.__class__ = pruned.__class__ = Woven
+    report = compensate(pruned, original, plan, batches, mode="correct")
+    assert report.stream_bytes <= 2 * 5 * batches[0].nbytes
+    assert_close(pruned.state_dict(), chained.state_dict(), rtol=1e-7, atol=1e-9)
+
+
+def test_prune_takes_it_as_its_best() -> None:
+    model, _ = tiny("llama")
+    batches = [torch.randint(50, (4, 16)) for _ in range(6)]
+    forward = lambda m, batch: m(input_ids=batch).logits  # noqa: E731
+    results = [
+        obc.prune(
+            copy.deepcopy(model), None, batches, forward, labels=False, params=0.8, steps=1, compensate=compensate
+        )
+        for compensate in (True, "correct")
+    ]
+    for a, b in zip(results[0].model.parameters(), results[1].model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert results[0].report.compensation.layers
