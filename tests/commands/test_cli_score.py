@@ -290,3 +290,35 @@ def test_a_device_out_of_reach_is_refused(
 ) -> None:
     assert cli.main(["score", str(save("llama")), "--data", str(ids), "--device", device]) == 2
     assert f"--device {device}: " in capsys.readouterr().err
+
+
+def test_statistics_are_collected_and_a_directory_is_pruned_by_them(
+    save: Callable[..., Path], ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out, pruned = save("llama"), tmp_path / "statistics", tmp_path / "pruned"
+    arguments = ["score", str(model), "--data", str(ids), "--batches", "3", "--batch-size", "2", "--out", str(out)]
+    assert cli.main([*arguments, "--statistics", "moments, gram"]) == 0
+    statistics = obc.Statistics.load(out)
+    assert statistics.collected == ("moments", "gram")
+    assert set(statistics.gram) == {"model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"}
+    prune = ["prune", str(model), "--scores", str(out), "--ratio", "0.2", "--out", str(pruned)]
+    by_criterion = [*prune, "--criterion", "flap", "--allocation", "uniform"]
+    assert cli.main([*by_criterion, "--compensate", "mean", "--data", str(ids)]) == 0
+    assert "biases took over means" in capsys.readouterr().out
+    from obc.structures.transformers import load_pruned
+
+    loaded = load_pruned(pruned) if (pruned / "obc_plan.json").exists() else None
+    assert loaded is not None
+    assert loaded.model.layers[0].mlp.down_proj.in_features < 24
+    refused = {
+        ("--criterion", "reap"): "which was not collected",
+        ("--criterion", "masked"): "runs the model itself",
+        ("--criterion", "flop"): "criterion must be one of",
+        ("--allocation", "uniform"): "needs --criterion",
+        (): "is not a score file",
+    }
+    for options, message in refused.items():
+        assert cli.main([*prune, *options]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main([*arguments, "--statistics", "grams"]) == 2
+    assert "statistics are 'rows', 'moments'" in capsys.readouterr().err

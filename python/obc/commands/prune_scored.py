@@ -67,6 +67,8 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
         print(f"  {name}: not pruned: {why}")
     if parsed.compensate:
         print(_compensate(parsed, model, original, structure.plan))
+        if set(model.state_dict()) != set(before):
+            structure.config_refused = "layers have biases now that no config can say"
     _save(model, structure, source, folder(out))
     return 0
 

@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
 from obc.criteria.rows import read_rows
 from obc.criteria.units import relative
-from obc.statistics.rows import Rows
 
 
 class FastOBA(MeasuredCriterion):
     """S_u = |mean over slices m and rows n of sum over i in W_m,u of w_i (H_n w)_i|, relative to the group's mean.
 
-    FastOBA ("Optimal Brain Apoptosis"; code NEU-REAL/OBA), its second-order term. With every scored parameter scaled by
-    (1 + t), dr_u/dt at t = 0 is r_u + sum w_i (Hw)_i, so that two more runs replace the double backward:
+    FastOBA ("Optimal Brain Apoptosis"; code NEU-REAL/OBA), its second-order term. With every parameter of the model
+    scaled by (1 + t), dr_u/dt at t = 0 is r_u + sum w_i (Hw)_i, so that two more runs replace the double backward:
 
         sum w_i (Hw)_i = (r_u(1 + eps) - r_u(1 - eps)) / 2 eps - r_u(1)
 
@@ -37,7 +36,7 @@ class FastOBA(MeasuredCriterion):
         "|mean over slices and rows of sum w_i (Hw)_i|, / group mean",
         "labels",
         kinds="all that have rows",
-        differs="its code scores no biases and norms; here a slice is a layer's weight and bias",
+        differs="its code leaves biases and norms out; here H acts on all parameters, and a slice has its bias",
         missing="OBA's series and parallel terms between layers",
     )
 
@@ -48,10 +47,9 @@ class FastOBA(MeasuredCriterion):
 
     def measure(self, subject: Subject) -> GroupScores:
         subject = replace(subject, slices="all")
-        names = set(Rows("all").wanted(subject.model, subject.groups) or ())
         at = {0.0: _rows(subject)}
         for step in (self.epsilon, -self.epsilon):
-            with _scaled(subject.model, names, 1 + step):
+            with _scaled(subject.model, 1 + step):
                 at[step] = _rows(subject)
         found: GroupScores = {}
         for group in subject.groups:
@@ -75,15 +73,9 @@ def _rows(subject: Subject) -> dict[str, dict[tuple[str, str], Tensor]]:
 
 
 @contextlib.contextmanager
-def _scaled(model: nn.Module, names: set[str], factor: float) -> Iterator[None]:
-    """The named modules' own parameters times ``factor`` inside the block, and their own bits after it."""
-    parameters = {
-        id(parameter): parameter
-        for name, module in model.named_modules()
-        if name in names
-        for parameter in module.parameters(recurse=False)
-        if parameter.is_floating_point()
-    }
+def _scaled(model: nn.Module, factor: float) -> Iterator[None]:
+    """The model's parameters times ``factor`` inside the block, and their own bits after it."""
+    parameters = {id(parameter): parameter for parameter in model.parameters() if parameter.is_floating_point()}
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     try:
         with torch.no_grad():

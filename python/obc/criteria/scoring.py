@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from obc.criteria.protocol import GroupScores, LossFn, Subject, name_of
 from obc.criteria.registry import get
+from obc.model.evaluation import ForwardFn
 from obc.statistics.names import Chosen, chosen_statistics
 from obc.statistics.results import Statistics
 from obc.statistics.run import collect
@@ -73,7 +74,7 @@ def collected(
     chosen = [*needs, *(chosen_statistics(further) if further else [])]
     if not chosen:
         return Statistics({}, rows=None, num_batches=0, coverage={})
-    loss = subject.loss_fn if functional is None else _functional_loss(functional, subject)
+    loss = subject.loss_fn if functional is None else functional_loss(functional, subject.forward_fn)
     return collect(
         subject.model,
         subject.batches,
@@ -87,11 +88,11 @@ def collected(
     )
 
 
-def _functional_loss(functional: Callable[[Any], Tensor], subject: Subject) -> LossFn:
+def functional_loss(functional: Callable[[Any], Tensor], forward_fn: ForwardFn) -> LossFn:
     """A criterion's own functional of the outputs."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
-        output = subject.forward_fn(model, batch)
+        output = forward_fn(model, batch)
         return functional(output[0] if isinstance(output, list) and len(output) == 1 else output)
 
     return loss

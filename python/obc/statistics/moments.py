@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from obc.statistics.channel_moments import masked_channel_moments
+from obc.statistics.channel_moments import moments_of
 from obc.statistics.part import Part
 from obc.statistics.reader import Groups, InputReader, Reader, input_width
 from obc.statistics.sums import Sums
@@ -61,7 +61,7 @@ class Moments:
 
 class _Reader(InputReader):
     def read(self, name: str, x: Tensor, channel_dim: int) -> None:
-        counts, sums = masked_channel_moments(x, channel_dim, self.part.valid_positions(x, channel_dim))
+        counts, sums = moments_of(x, channel_dim, self.part.valid_positions(x, channel_dim))
         self.sums.add(name, "counts", counts)
         self.sums.add(name, "sums", sums)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from obc.criteria import Subject, get
 from obc.criteria.protocol import name_of
-from obc.criteria.scoring import needed, scores_from
+from obc.criteria.scoring import functional_loss, needed, scores_from
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.usable_batches import UsableBatches
@@ -69,7 +69,10 @@ class CriterionImportance(Importance):
         """
         measures = hasattr(self.criterion, "measure")
         kept = UsableBatches(list(batches)) if measures else UsableBatches(())
-        loss, forward = loss_fn or _no_loss, forward_fn or call_on_batch
+        functional, forward = getattr(self.criterion, "functional", None), forward_fn or call_on_batch
+        if functional is not None:
+            loss_fn = functional_loss(functional, forward)
+        loss = loss_fn or _no_loss
         self._subject = Subject(model, (), kept, loss, forward, "gate", "batch", self._generator, micro_batch)
         self._statistics = Statistics({}, rows=None, num_batches=0, coverage={})
         if not measures and (chosen := needed(self.criterion)):
