@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/greedy.h"
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
 
@@ -187,6 +188,51 @@ std::pair<bool, int64_t> end_row(
   return {finite, bad_group};
 }
 
+// obc::cpu::Greedy over arrays that Python keeps: contiguous float64, checked in python/obc/selection/compiled.py.
+class GreedySteps {
+ public:
+  GreedySteps(
+      const py::array_t<int64_t>& sizes,
+      const std::vector<py::array_t<double>>& constants,
+      const std::optional<py::array_t<double>>& unit_costs,
+      const std::vector<py::array_t<double>>& state,
+      bool per_cost,
+      double column_factor
+  )
+      : sizes_(sizes), constants_(constants), unit_costs_(unit_costs), state_(state) {
+    greedy_.units = state_[0].size();
+    greedy_.groups = sizes_.size();
+    greedy_.sizes = sizes_.data();
+    greedy_.lowest_widths = constants_[0].data();
+    greedy_.curvature = constants_[1].data();
+    greedy_.squares = constants_[2].data();
+    greedy_.rounding_of = constants_[3].data();
+    greedy_.rounding_by_norm = constants_[4].data();
+    greedy_.unit_costs = unit_costs_ ? unit_costs_->data() : nullptr;
+    greedy_.per_cost = per_cost;
+    greedy_.interacting = column_factor != 0;
+    greedy_.column_factor = column_factor;
+    greedy_.increments = state_[0].mutable_data();
+    greedy_.widths = state_[1].mutable_data();
+    greedy_.slope = state_[2].mutable_data();
+    greedy_.removed_squares = state_[3].mutable_data();
+    greedy_.freed = state_[4].mutable_data();
+  }
+
+  int64_t step(const std::optional<py::array_t<double>>& column) {
+    const double* const values = column ? column->data() : nullptr;
+    const py::gil_scoped_release unlocked;
+    return greedy_.step(values);
+  }
+
+ private:
+  const py::array_t<int64_t> sizes_;
+  const std::vector<py::array_t<double>> constants_;
+  const std::optional<py::array_t<double>> unit_costs_;
+  std::vector<py::array_t<double>> state_;
+  obc::cpu::Greedy greedy_;
+};
+
 py::dict build_facts() {
   py::dict facts;
   facts["compiler"] = OBC_COMPILER;
@@ -207,4 +253,15 @@ PYBIND11_MODULE(_native, module) {
   module.def("weight_moments", weight_moments);
   module.def("channel_moments", channel_moments);
   module.def("end_row", end_row);
+  py::class_<GreedySteps>(module, "GreedySteps")
+      .def(
+          py::init<
+              const py::array_t<int64_t>&,
+              const std::vector<py::array_t<double>>&,
+              const std::optional<py::array_t<double>>&,
+              const std::vector<py::array_t<double>>&,
+              bool,
+              double>()
+      )
+      .def("step", &GreedySteps::step);
 }

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from obc.model.costs import Costs
 from obc.selection import checks
-from obc.selection.greedy import BUDGET_ROUNDING, Greedy, Interacting, Problem
+from obc.selection.compiled import greedy
+from obc.selection.greedy import BUDGET_ROUNDING, Interacting, Problem
 from obc.selection.interactions import Form, choose_form, columns_of, products_within
 from obc.selection.shrinkage import estimated_shrinkage
 
@@ -140,10 +141,10 @@ def _within_budget(names: Sequence[str], problem: Problem, budget: float, unit: 
     enough = budget * (1 - BUDGET_ROUNDING)
     freed = 0.0
     if reachable >= enough:
-        chosen, freed = Greedy(problem).until(budget)
+        chosen, freed = greedy(problem).until(budget)
         if freed < enough and problem.costs.unit_costs is not None:
             # Cheap units went where dear ones had to: now those alone may go which free the most in their groups.
-            chosen, freed = Greedy(_dearest(problem)).until(budget)
+            chosen, freed = greedy(_dearest(problem)).until(budget)
         if freed >= enough:
             return chosen
         reachable = freed

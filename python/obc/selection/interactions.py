@@ -38,6 +38,9 @@ class Columns(Protocol):
     def __call__(self, picks: Tensor, valid: Tensor, ranking: Ranking) -> Tensor:
         """(C,) the sum of the columns ``picks`` (k,) of X X^T, of those that are ``valid`` (k,)."""
 
+    def column(self, unit: int, ranking: Ranking) -> Tensor:
+        """(C,) one column; it may be overwritten by the next call."""
+
 
 def choose_form(units: Tensor, sizes: Sequence[int], *, chunks: bool, max_bytes: int) -> Form:
     """The fastest form that holds at most ``max_bytes`` beside X (C, N).
@@ -73,6 +76,9 @@ class FullGram:
         rows = self._gram.index_select(0, picks)
         return rows[0] if len(picks) == 1 else valid.double() @ rows
 
+    def column(self, unit: int, ranking: Ranking) -> Tensor:
+        return self._gram[unit]
+
 
 class RowsOnly:
     """X (sum of the picked rows of X): 2 C N operations and 8 C N bytes read a step, and no matrix."""
@@ -82,6 +88,9 @@ class RowsOnly:
 
     def __call__(self, picks: Tensor, valid: Tensor, ranking: Ranking) -> Tensor:
         return self._units @ (valid.double() @ self._units.index_select(0, picks))
+
+    def column(self, unit: int, ranking: Ranking) -> Tensor:
+        return self._units @ self._units[unit]
 
 
 class BlockedGram:
@@ -103,10 +112,10 @@ class BlockedGram:
     def __call__(self, picks: Tensor, valid: Tensor, ranking: Ranking) -> Tensor:
         total = torch.zeros(len(self._units), dtype=torch.float64, device=self._units.device)
         for unit in picks[valid].tolist():
-            total += self._column(unit, ranking)
+            total += self.column(unit, ranking)
         return total
 
-    def _column(self, unit: int, ranking: Ranking) -> Tensor:
+    def column(self, unit: int, ranking: Ranking) -> Tensor:
         if unit in self._slot_of:
             self._found += 1
         elif self._found >= WORTH or self._alone >= PATIENCE:

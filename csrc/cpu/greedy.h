@@ -1,0 +1,49 @@
+// The state of obc.select's greedy choice: arrays of the caller, changed in place.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace obc::cpu {
+
+// `units` units in `groups` groups side by side. Names are those of python/obc/selection/greedy.py.
+struct Greedy {
+  int64_t units, groups;
+  const int64_t* sizes;            // (groups,)
+  const double* lowest_widths;     // (groups,)
+  const double* curvature;         // (groups, groups)
+  const double* unit_costs;        // (units,), or null
+  const double* squares;           // (units,)
+  const double* rounding_of;       // (units,)
+  const double* rounding_by_norm;  // (units,)
+  bool per_cost;
+  bool interacting;
+  double column_factor;  // twice the strength of interactions
+
+  double* increments;  // (units,), infinite where a unit is gone
+  double* widths;      // (groups,)
+  double* slope;       // (groups,)
+  double* removed_squares;
+  double* freed;
+
+  // Adds the column of the unit that went last, if it is given, and removes the next: returns it, or -1 where none may
+  // go.
+  int64_t step(const double* column);
+
+ private:
+  struct Proposal {
+    int64_t unit;
+    double freed;
+    double score;
+  };
+
+  double rounding(int64_t unit) const;
+  double score(int64_t unit) const;
+  double upper(int64_t unit) const;
+  int64_t first_of(int64_t begin, int64_t end) const;
+
+  std::vector<Proposal> proposals_;
+  double norm_ = 0;  // of the rows removed so far
+};
+
+}  // namespace obc::cpu

@@ -1,0 +1,68 @@
+"""The greedy choice on the CPU by a compiled step: the choices of :class:`obc.selection.greedy.Greedy`, one thread."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from obc.selection.greedy import BUDGET_ROUNDING, Greedy, Problem
+
+try:
+    from obc import _native
+except ImportError:  # obc was installed without a compiler: obc info says so
+    _native = None  # type: ignore[assignment]
+
+
+def greedy(problem: Problem) -> Greedy:
+    """The choice for this problem: compiled where it can be, which is on the CPU and where units go one by one."""
+    on_cpu = problem.increments.device.type == "cpu"
+    if _native is not None and on_cpu and max(problem.multiples) == 1:
+        return CompiledGreedy(problem)
+    return Greedy(problem)
+
+
+class CompiledGreedy(Greedy):
+    """:class:`Greedy` whose steps are ``csrc/cpu/greedy.cpp``.
+
+    A step of tensor operations takes tens of microseconds however small they are, and wakes threads that have nothing
+    to do; this one reads the units once. Columns of the Gram matrix still come from torch.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        costs, interacting = problem.costs, problem.interacting
+        constants = (self._lowest, costs.curvature, self._squares, self._rounding, self._rounding_by_norm)
+        self._freed, self._removed_squares = self._freed.reshape(1), self._removed_squares.reshape(1)
+        state = (self._increments, self._widths, self._slope, self._removed_squares, self._freed)
+        self._steps = _native.GreedySteps(
+            np.array(problem.sizes, dtype=np.int64),
+            [_array(value) for value in constants],
+            None if costs.unit_costs is None else _array(costs.unit_costs),
+            [value.numpy() for value in state],
+            problem.per_cost,
+            0.0 if interacting is None else 2 * interacting.strength,
+        )
+
+    @torch.inference_mode()
+    def until(self, budget: float) -> tuple[Tensor, float]:
+        target = budget * (1 - BUDGET_ROUNDING)
+        freed = self._freed.numpy()
+        order: list[int] = []
+        column: Any = None
+        while True:
+            unit = self._steps.step(column)
+            if unit < 0:
+                break
+            order.append(unit)
+            if freed[0] >= target:
+                break
+            if self._interacting is not None:
+                column = self._interacting.columns.column(unit, self.ranking).numpy()
+        return torch.tensor(order, dtype=torch.int64), float(freed[0])
+
+
+def _array(value: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:
+    return value.contiguous().numpy()

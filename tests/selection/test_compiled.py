@@ -1,0 +1,129 @@
+"""The compiled steps of the greedy choice against the tensor operations that define them: the same units, ties too."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import obc
+from obc.selection import Costs, choice, compiled
+from obc.selection.choice import BudgetError
+from obc.selection.greedy import Greedy
+from obc.selection.interactions import FORMS
+
+if compiled._native is None:
+    pytest.skip("obc's native module was not built", allow_module_level=True)
+
+
+def both(rows: dict[str, Tensor], costs: object, share: float, **options: object) -> list[object]:
+    """What the compiled steps choose and what the tensor operations choose: units, or the most that can be freed."""
+    total = costs.total() if isinstance(costs, Costs) else sum(_total(costs[name], rows[name]) for name in rows)
+    chosen: list[object] = []
+    for made in (compiled.greedy, Greedy):
+        with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
+            warnings.simplefilter("ignore")
+            patch.setattr(choice, "greedy", made)
+            try:
+                chosen.append({k: v.tolist() for k, v in obc.select(rows, costs, share * total, **options).items()})
+            except BudgetError as error:
+                chosen.append(pytest.approx(error.reachable))
+    return chosen
+
+
+def _total(cost: Tensor | float, rows: Tensor) -> float:
+    return float(cost.sum()) if isinstance(cost, Tensor) else cost * rows.shape[-1]
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[dict[str, Tensor], object]:
+    """Groups of units, some of them copies or opposites of others; costs of all three kinds."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    count = draw(st.integers(1, 24))
+    widths = draw(st.lists(st.integers(1, 30), min_size=1, max_size=5))
+    rows = {}
+    for place, width in enumerate(widths):
+        values = torch.randn(count, width, generator=generator)
+        if draw(st.booleans()):  # families: equal units, and units that cancel each other
+            parents = torch.randint(max(1, width // 3), (width,), generator=generator)
+            signs = torch.randint(0, 2, (width,), generator=generator) * 2.0 - 1
+            values = values[:, parents] * signs
+        if draw(st.booleans()):
+            values = values.round()  # many exact ties
+        rows[f"group {place}"] = values
+    kind = draw(st.sampled_from(["polynomial", "group", "unit"]))
+    if kind == "group":
+        return rows, {name: float(place + 1) for place, name in enumerate(rows)}
+    if kind == "unit":
+        costs = {
+            name: torch.randint(0, 4, (values.shape[1],), generator=generator).double() for name, values in rows.items()
+        }
+        return rows, {name: cost + (cost.sum() == 0) for name, cost in costs.items()}
+    groups = len(widths)
+    quadratic = torch.diag(torch.full((groups - 1,), 9.0), 1)
+    linear = torch.zeros(groups)
+    linear[0], linear[-1] = 27.0, 10.0
+    return rows, Costs(list(rows), widths, linear=linear, quadratic=quadratic)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    problem=problems(),
+    share=st.floats(0.05, 0.9),
+    form=st.sampled_from(FORMS),
+    selection=st.sampled_from(["joint", "independent"]),
+    per_cost=st.booleans(),
+    min_units=st.integers(1, 3),
+    round_to=st.sampled_from([None, None, 2, 4]),
+    shrinkage=st.sampled_from([None, 0.0, 0.3]),
+)
+def test_the_compiled_steps_choose_the_same(
+    problem: tuple[dict[str, Tensor], object],
+    share: float,
+    form: str,
+    selection: str,
+    per_cost: bool,
+    min_units: int,
+    round_to: int | None,
+    shrinkage: float | None,
+) -> None:
+    rows, costs = problem
+    least = min(min_units, *(values.shape[1] for values in rows.values()))
+    first, second = both(
+        rows,
+        costs,
+        share,
+        form=form,
+        selection=selection,
+        per_cost=per_cost,
+        min_units=least,
+        round_to=round_to,
+        shrinkage=shrinkage,
+    )
+    assert first == second
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_compiled_steps_choose_the_same_in_wide_groups(form: str) -> None:
+    """Wider than the lanes of a step, more units than one block of columns."""
+    torch.manual_seed(0)
+    rows = {f"group {place}": torch.randn(40, width) for place, width in enumerate((1, 7, 8, 9, 333, 500))}
+    costs = {name: float(place + 1) for place, name in enumerate(rows)}
+    first, second = both(rows, costs, 0.6, form=form)
+    assert first == second
+
+
+def test_units_one_by_one_on_the_cpu_are_chosen_by_compiled_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = []
+    monkeypatch.setattr(
+        compiled.CompiledGreedy, "until", lambda self, budget: used.append(self) or (torch.tensor([0]), budget)
+    )
+    rows = {"a": torch.randn(20, 8)}
+    obc.select(rows, {"a": 1.0}, 1.0)
+    assert len(used) == 1
+    obc.select(rows, {"a": 1.0}, 2.0, round_to=2)
+    assert len(used) == 1
