@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import obc
 from obc.scoring import ScoringError
+from obc.scoring.reading.flat_row import EndedRow
 from obc.scoring.results.row_file import RowFile
 
 FAMILIES = {
@@ -200,14 +201,11 @@ def test_rows_replayed_without_room_are_counted_and_refused() -> None:
     assert store is not None
     store.reserve(2)
     (flat,) = store.flats
-    finite = torch.tensor([True])
-    for value in (1.0, 2.0):
-        flat.row.fill_(value)
-        for block in store._blocks:
-            block.append(finite, 1.0)
+    rows = [EndedRow([torch.full((flat.size, 1), value)], torch.tensor([True])) for value in (1.0, 2.0)]
+    for row in rows:
+        store.append(row)
     assert store.matrices()[0][:, 0].tolist() == [1.0, 2.0]
-    for block in store._blocks:
-        block.append(finite, 1.0)
+    store.append(rows[0])
     with pytest.raises(ScoringError, match=r"3 rows were replayed where 2 have room.*reserve_rows\(3\)"):
         store.matrices()
 

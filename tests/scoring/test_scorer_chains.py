@@ -218,7 +218,7 @@ def test_a_loop_of_ones_own_is_told_to_repeat_the_row() -> None:
         for batch in (second, third):
             with scorer.row():
                 loss(model, batch).backward()
-    assert scorer.num_rows == 3
+    assert scorer.count_rows() == 3
     assert_same(scorer.scores(), obc.score(Branching("relu", "gelu", "relu"), vectors(3), loss, chains=False))
 
 

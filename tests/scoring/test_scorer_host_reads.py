@@ -66,7 +66,7 @@ def test_rows_after_the_checking_row_read_nothing_back(family: Callable[[], Case
         with NoHostReads():
             for batch in case.batches[1:]:
                 row(batch)
-    assert scorer.num_rows > 1
+    assert scorer.count_rows() > 1
 
 
 def test_the_mode_sees_what_the_checking_row_reads() -> None:
@@ -125,5 +125,5 @@ def test_several_vectors_are_left_out_together_without_a_read() -> None:
         for index, x in enumerate(inputs):
             with NoHostReads() if index else torch.enable_grad(), scorer.row():
                 model(x).square().mean().backward()
-    assert scorer.num_rows == 2
+    assert scorer.count_rows() == 2
     assert [text.split(",")[0] for text in scorer.left_out] == ["row 1 is not finite"]

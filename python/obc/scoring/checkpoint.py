@@ -131,7 +131,7 @@ class Checkpoint:
         store = self.scorer.row_store
         if store is None:
             return 0
-        file = store.file
+        file = store.written_file()
         if file is None:
             if self._rows is None:
                 self._rows = RowFile.create(self._rows_path, store.width)

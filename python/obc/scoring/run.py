@@ -143,11 +143,11 @@ class _Run:
             disable = None if progress is None else not progress
             bar = tqdm(left, desc="score", unit="row", total=total, initial=self.done, disable=disable)
             for batch in bar:
-                left_out = 0 if usable is None else scorer.rows_left_out
+                left_out = 0 if usable is None else scorer.count_left_out()
                 self.reader.batch(self.done, batch)
                 self.done += 1
                 if usable is not None:
-                    self._judge(usable, scorer.rows_left_out > left_out)
+                    self._judge(usable, scorer.count_left_out() > left_out)
                 self._after_batch(self.earlier_seconds + time.perf_counter() - started)
             kept_bytes = scorer.kept_bytes
         if self.done == 0:
@@ -170,7 +170,8 @@ class _Run:
         scorer, total = self.scorer, self.total
         if not self._has_room and scorer.row_store is not None and total is not None:
             self._has_room = True
-            scorer.reserve_rows(-(-scorer.num_rows * total // self.done) - scorer.num_rows)
+            rows = scorer.count_rows()
+            scorer.reserve_rows(-(-rows * total // self.done) - rows)
         if self.saved is not None and self.done % self.every == 0:
             state = {"batches": self.done, "seconds": seconds, "one_at_a_time": self.reader.one_at_a_time}
             self.saved.save(state)

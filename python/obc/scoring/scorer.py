@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -12,24 +11,24 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.distribution import obc_version
 from obc.model.sharding import is_sharded
 from obc.scoring.coverage import Coverage
-from obc.scoring.errors import ChainError, InplaceError, RowError, SampleRowsError, ScoringError
-from obc.scoring.reading import first_row, refusals
+from obc.scoring.errors import ChainError, InplaceError, RowError, ScoringError
+from obc.scoring.reading import refusals
 from obc.scoring.reading.attachment import Attachment
-from obc.scoring.reading.flat_row import FlatRow, Slot, find_faults, label_of
-from obc.scoring.reading.gradients import NormGradients
-from obc.scoring.reading.module_readers import Reader, Reading
+from obc.scoring.reading.checking_row import CheckingRow
+from obc.scoring.reading.flat_row import FlatRow, Slot, end_row
+from obc.scoring.reading.module_readers import Reading
 from obc.scoring.reading.reading_plan import ModuleFilter, make_plan
-from obc.scoring.reading.row_counter import Tally
+from obc.scoring.reading.row_counter import RowCounter
+from obc.scoring.reading.row_in_hand import RowInHand
 from obc.scoring.results import merge
 from obc.scoring.results.kept_rows import KeptRows
 from obc.scoring.results.row_store import RowsTo, RowStore
 from obc.scoring.results.scores import ChannelScores, Scores
-from obc.scoring.sharding import RowParts, refuse_common_processes, tensor_parallel_group
+from obc.scoring.sharding import SharedRows
 
 logger = logging.getLogger("obc")
 
@@ -103,38 +102,25 @@ class JacobianScorer:
         rows_to: RowsTo = "device",
         chains: bool = True,
     ) -> None:
-        if rows not in ("batch", "sample"):
-            raise ValueError(f"rows must be 'batch' or 'sample', got {rows!r}")
-        if fallback not in ("weight_grad", "skip"):
-            raise ValueError(f"fallback must be 'weight_grad' or 'skip', got {fallback!r}")
-        if combine not in ("row", "scores"):
-            raise ValueError(f"combine must be 'row' or 'scores', got {combine!r}")
-        if combine == "scores" and process_group is None:
-            raise ValueError("combine='scores' needs the processes: pass process_group, torch.distributed.group.WORLD")
+        _check_arguments(rows, fallback, combine, process_group)
         refusals.refuse_unreadable(model)
-        self.model, self.rows, self.strict, self.fallback = model, rows, strict, fallback
+        self.model, self.rows, self.strict = model, rows, strict
         self.process_group, self.combine = process_group, combine
-        self.left_out: list[str] = []
-        self._num_left_out = 0
-        sharded, group = is_sharded(model), tensor_parallel_group(model)
+        self._shared = SharedRows(model, process_group, combine == "row")
+        per_sample, sharded = rows == "sample", is_sharded(model)
         if sharded and check:
             logger.info("no row is checked against weight gradients: no process has whole ones")
             check = False
-        if group is not None and process_group is not None:
-            refuse_common_processes(process_group, group)
-        self._row_parts = None if group is None else RowParts(group)
-        self._checked = check
-        self._plan = make_plan(model, modules, rows == "sample", fold_groups)
-        self._reading = Reading(rows == "sample", check, self._plan.chains, sharded)
+        self._was_checked = check
+        self._plan = make_plan(model, modules, per_sample, fold_groups)
+        self._reading = Reading(per_sample, check, self._plan.chains, sharded)
         self._reading.candidates = self._plan.candidates() if chains and check else None
-        self._attachment: Attachment | None = None
-        self._in_row = self._looked_at_mode = False
-        self._tally = Tally(self._flats[0].device)
+        self._counter = RowCounter(self._flats, per_sample, strict)
+        self._check = CheckingRow(self._plan, self._reading, self._counter, fallback != "skip")
         self._store = RowStore(self._flats, rows_to) if keep_rows else None
-        self._versions: dict[int, int] = {}
-        self._reasons: dict[Reader, str | None] = {}  # as they were before the checking row
-        if not check:
-            first_row.settle_unchecked(self._plan, self.fallback != "skip")
+        self._attachment: Attachment | None = None
+        self._row: RowInHand | None = None
+        self._looked_at_mode = False
 
     # --- attaching and detaching ------------------------------------------------------------------------------
 
@@ -167,15 +153,11 @@ class JacobianScorer:
         _attached.difference_update(attachment.modules)
         attachment.undo()
         if kind is None:
-            self._name_left_out()
+            self._counter.name_faults()
 
     @property
     def _flats(self) -> list[FlatRow]:
         return list(self._plan.flats.values())
-
-    @property
-    def _norms(self) -> list[NormGradients]:
-        return [] if self._attachment is None else self._attachment.norms
 
     # --- rows -------------------------------------------------------------------------------------------------
 
@@ -198,175 +180,90 @@ class JacobianScorer:
         """
         if self._attachment is None:
             raise ScoringError("the scorer is not attached: open rows inside `with scorer:`")
-        if self._in_row:
+        if self._row is not None:
             raise ScoringError("rows can't be nested: leave the open `with scorer.row():` first")
-        self._begin_row(samples)
-        try:
-            yield
-            self._end_row(float(loss_scale), samples)
-        except BaseException as error:
-            self._drop_row()
-            if isinstance(error, ChainError):
-                raise self._unchained_from_now_on(error) from error
-            if refusals.is_inplace_error(error) and not self._reading.checking:
-                raise self._copy_from_now_on() from error
-            if isinstance(error, Exception) and not isinstance(error, ScoringError) and self._reading.spread:
-                raise self.unspread() from error
-            raise
-        finally:
-            self._in_row = False
-            self._plan.chains.forget_row()
-
-    def _begin_row(self, samples: int | None) -> None:
-        self._in_row = True
-        self._reading.begin_row(samples)
-        if self._reading.checking:
-            self._reasons = {reader: reader.reason for reader in self._plan.readers.values()}
-        if samples is not None and self._reading.samples is None and self.rows == "sample":
-            self._reading.samples = samples
-            for reader in self._plan.readers.values():
-                for slot in reader.slots:
-                    slot.bind_samples(samples)
-        self._warn_train_mode()
-        for flat in self._flats:
-            flat.zero()
-            flat.reference.zero_()
-        for norms in self._norms:
-            norms.bind()
-        for source in self._plan.sources:
-            source.gradient.magnitude = 0.0
-        self._versions = {id(tensor): tensor._version for tensor in self._accumulators()}
-
-    def _accumulators(self) -> list[Tensor]:
-        """Everything that a backward adds to."""
-        flats = [tensor for flat in self._flats for tensor in (flat.row, flat.reference, flat.samples)]
-        return [tensor for tensor in (*flats, *(norms.gradient for norms in self._norms)) if tensor is not None]
-
-    def _verify_read(self) -> None:
-        """A row into which no backward added is a mistake; only a process among others may have no part in it."""
-        unchanged = all(tensor._version == self._versions.get(id(tensor), 0) for tensor in self._accumulators())
-        if unchanged and (self.process_group is None or self.combine == "scores"):
-            raise ScoringError("no backward reached a scored module in this row; call loss.backward() inside it")
-
-    def _end_row(self, loss_scale: float, samples: int | None) -> None:
         if loss_scale == 0:
             raise ValueError("loss_scale must not be 0")
-        refusals.refuse_replaced_gradients(self.model, self._flats, self._norms)
-        self._verify_read()
-        self._verify_samples(samples)
-        for norms in self._norms:
-            norms.add_to_row(norms.flat.row)
-        # While the checking row is not finite, it is left out, and the next one is checked.
-        if not self._reading.checking:
-            self._plan.chains.refuse_unseen()
-            self._plan.chains.fill()
-        checked = not self._reading.checking or self._finish_check()
-        assert self._attachment is not None
-        self._attachment.drop_gradients()
-        if self._row_parts is not None:
-            for flat in self._flats:
-                self._row_parts.add_up(flat)
-        if self.process_group is not None and self.combine == "row":
-            for flat in self._flats:
-                row = flat.row if flat.samples is None else flat.samples
-                torch.distributed.all_reduce(row, group=self.process_group)
+        self._warn_train_mode()
+        self._check.begin()
+        self._row = RowInHand(self.model, self._plan, self._reading, self._attachment, samples)
+        try:
+            yield
+            self._end_row(self._row, self._attachment, float(loss_scale))
+        except BaseException as error:
+            self._row.drop()
+            if (repeatable := self._repeatable(error)) is not None:
+                raise repeatable from error
+            raise
+        finally:
+            self._row = None
+            self._plan.chains.forget_row()
+
+    def _end_row(self, row: RowInHand, attachment: Attachment, loss_scale: float) -> None:
+        row.complete(may_be_empty=self.process_group is not None and self.combine == "row")
+        # A checking row that is not finite is dropped, and the next one is checked.
+        counts = not self._reading.checking or self._settle_check(attachment)
+        attachment.drop_gradients()
+        self._shared.add_up(self._flats)
+        samples = self._reading.samples or 1
         if self.rows == "sample":
             for flat in self._flats:  # where no gate was bound there are none, or those of an earlier row
-                flat.sample_rows(self._reading.samples or 1)
-        bad, entries = find_faults(self._flats, loss_scale)
-        self._tally.add(bad, entries, all_left_out=not checked)
-        if self._store is not None and checked:
-            self._store.append(~bad, loss_scale)
-        for flat in self._flats:
-            flat.end_row(loss_scale if checked else float("nan"))
+                flat.sample_rows(samples)
+        if self._store is not None and counts:
+            self._store.make_room(samples)
+        ended = end_row(self._flats, loss_scale, add=counts)
+        self._counter.add(ended, dropped=not counts)
+        if self._store is not None and counts:
+            self._store.append(ended)
         self._reading.samples = None
-        if self.strict or all(flat.device.type == "cpu" for flat in self._flats):
-            self._name_left_out()
+        if self.strict or self.devices == {torch.device("cpu")}:
+            self._counter.name_faults()
 
-    def _drop_row(self) -> None:
-        self._reading.samples = None
-        if self._attachment is not None:
-            self._attachment.drop_gradients()
-        for flat in self._flats:
-            flat.zero()
+    def _settle_check(self, attachment: Attachment) -> bool:
+        settled = self._check.settle(attachment)
+        if settled:
+            self._refuse_unscored(later_rows=True)
+        return settled
 
-    def _unchained_from_now_on(self, error: ChainError) -> ChainError:
-        self._plan.give_up_chains()
-        row = f"row {self._tally.read().ended}"
-        self.left_out.append(f"{row}: {error}")
-        return ChainError(f"{row} was dropped: {error}; every row is read by gates from now on, so repeat this row")
+    def _repeatable(self, error: BaseException) -> RowError | None:
+        """Have the row read in another way from now on; None where repeating it would not help."""
+        if isinstance(error, ChainError):
+            self._plan.give_up_chains()
+            row = self._leave_out(str(error))
+            return ChainError(f"{row} was dropped: {error}; every row is read by gates from now on, so repeat this row")
+        if refusals.is_inplace_error(error) and not self._reading.checking:
+            for reader in self._plan.readers.values():
+                reader.copy_from_now_on()
+            why = "an activation was changed in place after a gate had read it"
+            return InplaceError(
+                f"{self._leave_out(why)} was dropped: {why}, which did not happen in the checking row; gates work on "
+                "copies from now on, so repeat this row"
+            )
+        if isinstance(error, Exception) and not isinstance(error, ScoringError) and self._reading.spread:
+            return self.unspread()
+        return None
 
-    def _copy_from_now_on(self) -> InplaceError:
-        for reader in self._plan.readers.values():
-            reader.copy_from_now_on()
-        row = f"row {self._tally.read().ended}"
-        self.left_out.append(f"{row}: an activation was changed in place after a gate had read it")
-        return InplaceError(
-            f"{row} was dropped: an activation was changed in place after a gate had read it, which "
-            "did not happen in the checking row; gates work on copies from now on, so repeat this row"
-        )
+    def _leave_out(self, why: str) -> str:
+        """Note why the row in hand is left out; which row it is."""
+        row = self._counter.row()
+        self._counter.left_out.append(f"{row}: {why}")
+        return row
 
     def _warn_train_mode(self) -> None:
         """Once each time the scorer is attached, at its first row: the mode may be set after attaching."""
-        if self._looked_at_mode:
-            return
-        self._looked_at_mode = True
-        for name, module in self.model.named_modules():
-            if isinstance(module, _BatchNorm) and module.training:
-                warnings.warn(
-                    f"BatchNorm {name!r} is in train mode: a layer before it scores 0 up to rounding, and samples are "
-                    "mixed; call model.eval() before scoring",
-                    stacklevel=5,
-                )
-                return
-
-    def _verify_samples(self, samples: int | None) -> None:
-        seen = self._reading.samples
-        if self.rows != "sample" or seen is None:
-            return
-        if samples is not None and samples != seen:
-            raise ScoringError(
-                f"the loss has {samples} samples, but the model's first activation has {seen} entries along dim 0; "
-                "sample rows need the samples along dim 0: use rows='batch' with one sample a batch"
-            )
-        if not self._reading.checking and seen > 1:
-            # Of those read so that no gradient reached yet, such as layers that are never called, no row is lost.
-            fired = [reader for source in self._plan.sources if source.gradient.fired for reader in source.readers]
-            if names := [reader.name for reader in fired if reader.how == "weight gradient" and reader.scored]:
-                raise SampleRowsError.of(names)
-
-    # --- the checking row -------------------------------------------------------------------------------------
+        if not self._looked_at_mode:
+            self._looked_at_mode = True
+            refusals.warn_train_mode(self.model, stacklevel=4)
 
     def check_samples(self, losses: Tensor) -> None:
-        """Make sure that dim 0 is the samples: by their number, in the checking row by the first loss's backward alone.
+        """Make sure that dim 0 is the samples: by their number, in the checking row by single losses' backwards.
 
         Modules whose rows mix samples (BatchNorm in train mode, another layout) are read one sample at a time.
 
         Args:
             losses: (B,) per-sample losses with their graph; it is kept.
         """
-        if self._reading.samples is None:  # no gate was bound
-            self._reading.samples, self._reading.begins = losses.numel(), False
-        self._refuse_shared_count(losses.numel())
-        self._verify_samples(losses.numel())
-        if not self._reading.checking or losses.numel() < 2:
-            return
-        for sample in (0, losses.numel() - 1):
-            losses[sample].backward(retain_graph=True)
-            for reader in first_row.mixed_samples(list(self._plan.readers.values()), sample):
-                reader.reason = "its activations along dim 0 are not one sample each"
-            for flat in self._flats:
-                flat.zero()
-                flat.reference.zero_()
-
-    def _refuse_shared_count(self, samples: int) -> None:
-        """An output made once for all samples, and before all others, does not say how many there are."""
-        reading, counted_by = self._reading, self._reading.counted_by
-        if not reading.checking or counted_by is None or not reading.samples == 1 < samples:
-            return
-        if counted_by.rule.looks_up:
-            counted_by.shared = True
-            raise self._repeated(f"{counted_by.name!r} is looked up once for all samples")
+        self._check.check_samples(losses)
 
     @property
     def spread(self) -> list[str]:
@@ -375,76 +272,36 @@ class JacobianScorer:
 
     def unspread(self) -> RowError:
         """Hand on these look-ups as they are from now on; the row in hand has to be repeated."""
-        names = self.spread
-        for reader in self._reading.spread:
-            reader.shared = True
-        return self._repeated(f"the model does not run as before with {', '.join(names)} spread over the samples")
-
-    def _repeated(self, why: str) -> RowError:
-        """Forget what the checking row noted so far."""
-        for reader, reason in self._reasons.items():
-            reader.reason = reason
-        return RowError(f"row {self._tally.read().ended} was dropped: {why}; repeat this row")
-
-    def _finish_check(self) -> bool:
-        """Compare, decide how every module is read, take the right values; False where the row is not finite."""
-        for flat in self._flats:
-            if not bool((flat.row if flat.samples is None else flat.samples).isfinite().all()):
-                return False
-        fallen = first_row.settle(self._plan, self.fallback != "skip")
-        if self.rows == "sample" and (self._reading.samples or 1) > 1 and fallen:
-            raise SampleRowsError.of(fallen)
-        self._reading.checking = False
-        if self._reading.candidates is not None:
-            self._plan.confirm_chains(self._reading.candidates, self._norms)
-            self._reading.candidates = None
-        for flat in self._flats:
-            flat.reference = torch.empty(0)
-        assert self._attachment is not None
-        self._attachment.set_weight_gradients()
-        self._refuse_unscored(later_rows=True)
-        return True
+        return self._check.unspread()
 
     def _refuse_unscored(self, later_rows: bool = False) -> None:
         """With ``later_rows`` to come, only what they can't change: a module not used so far may be used yet."""
+        if not self.strict:
+            return
         unscored = {name: how for name, how in self._coverage().items() if not how.scored}
         if later_rows:
             readers = self._plan.readers
             unscored = {name: how for name, how in unscored.items() if name not in readers or not readers[name].scored}
-        if self.strict and unscored:
+        if unscored:
             raise ScoringError(f"strict: {'; '.join(f'{name!r} is {how}' for name, how in unscored.items())}")
 
     # --- results ----------------------------------------------------------------------------------------------
 
     @property
-    def num_rows(self) -> int:
+    def left_out(self) -> list[str]:
+        """The rows that were left out so far, each with its reason."""
+        return self._counter.left_out
+
+    def count_rows(self) -> int:
         """Rows, or samples, that were added so far. Reads from the device."""
-        self._name_left_out()
-        return self._tally.read().read - self._num_left_out
+        return self._counter.count()
 
-    @property
-    def rows_left_out(self) -> int:
+    def count_left_out(self) -> int:
         """Rows, or samples, that were left out so far because they were not finite. Reads from the device."""
-        self._name_left_out()
-        return self._num_left_out
-
-    def _name_left_out(self) -> None:
-        """Name the rows that were not finite; they were left out of the sums already. Reads from the device."""
-        count = self._tally.read()
-        if not count.left_out:
-            return
-        self._tally.forget_left_out()
-        self._num_left_out += count.left_out
-        row = f"row {count.row}" if self.rows == "batch" else f"row {count.row}, sample {count.sample}"
-        more = f" (and {count.left_out - 1} more)" if count.left_out > 1 else ""
-        message = f"{row} is not finite, first in {label_of(self._flats, count.entry)!r}, and was left out{more}"
-        self.left_out.append(message)
-        if self.strict:
-            raise ScoringError(f"strict: {message}")
-        warnings.warn(message, stacklevel=6)
+        return self._counter.count_left_out()
 
     def _coverage(self) -> dict[str, Coverage]:
-        return self._plan.coverage(self.model, self._checked)
+        return self._plan.coverage(self.model, self._was_checked)
 
     def scores(self) -> Scores:
         """The scores of all rows so far.
@@ -452,10 +309,9 @@ class JacobianScorer:
         Raises:
             ScoringError: no finite row was ended.
         """
-        facts = merge.Facts(self.num_rows, self._coverage(), self.left_out)
+        facts = merge.Facts(self.count_rows(), self._coverage(), self.left_out)
         sums = {flat: flat.scores for flat in self._flats}
-        together = self.combine == "scores"
-        if together:
+        if self.combine == "scores":
             facts = merge.all_facts(facts, self.process_group)
             sums = {flat: merge.all_sums(scores, self.process_group) for flat, scores in sums.items()}
         if facts.num_rows == 0:
@@ -463,26 +319,35 @@ class JacobianScorer:
             why = f"; left out: {facts.left_out[0]}" if facts.left_out else how
             raise ScoringError(f"there is no row to score{why}")
         self._refuse_unscored()
-        channels = {}
-        for name, reader in self._plan.readers.items():
-            if facts.coverage[name].scored:
-                channels[name] = ChannelScores(_of(sums, reader.out), _of(sums, reader.in_))
+        slots = {name: self._plan.sides(name) for name in self._plan.readers if facts.coverage[name].scored}
+        found = {
+            name: {side: slot.of(sums[slot.flat]).detach().clone().float() for side, slot in sides.items()}
+            for name, sides in slots.items()
+        }
+        channels = {name: ChannelScores(**({"out_channels": None} | sides)) for name, sides in found.items()}
         metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version() or "unknown"}
         if facts.left_out:
             metadata["left_out"] = "; ".join(facts.left_out)
-        rows = None
-        if self._store is not None:
-            readers = [self._plan.readers[name] for name in channels]
-            rows = self._store.kept({r.name: {"out_channels": r.out, "in_channels": r.in_} for r in readers})
-            if together:
-                rows = KeptRows(merge.all_rows(rows.matrices, self.process_group), rows.columns)
-        return Scores(channels, num_rows=facts.num_rows, coverage=facts.coverage, metadata=metadata, rows=rows)
+        return Scores(
+            channels,
+            num_rows=facts.num_rows,
+            coverage=facts.coverage,
+            metadata=metadata,
+            rows=self._kept_rows(slots),
+        )
+
+    def _kept_rows(self, slots: Mapping[str, Mapping[str, Slot]]) -> KeptRows | None:
+        if self._store is None:
+            return None
+        rows = self._store.kept(slots)
+        if self.combine == "scores":
+            rows = KeptRows(merge.all_rows(rows.matrices, self.process_group), rows.columns)
+        return rows
 
     @property
     def groups_in_step(self) -> list[Any]:
         """The process groups that read every row together."""
-        together = [self.process_group] if self.process_group is not None and self.combine == "row" else []
-        return together + ([] if self._row_parts is None else [self._row_parts.group])
+        return self._shared.groups
 
     @property
     def devices(self) -> set[torch.device]:
@@ -492,9 +357,10 @@ class JacobianScorer:
     @property
     def kept_bytes(self) -> int:
         """What the scorer holds between rows: the row, its gates, the sums, and kept rows in memory."""
-        norms = sum(norms.gradient.nbytes for norms in self._norms)
+        norms = [] if self._attachment is None else self._attachment.norms
         store = 0 if self._store is None else self._store.memory_bytes
-        return sum(flat.nbytes for flat in self._flats) + norms + store
+        gradients = sum(part.gradient.nbytes for part in norms)
+        return sum(flat.nbytes for flat in self._flats) + self._counter.nbytes + gradients + store
 
     @property
     def row_store(self) -> RowStore | None:
@@ -523,11 +389,11 @@ class JacobianScorer:
         Args:
             kept_rows: False leaves the kept rows out.
         """
-        num_rows, count = self.num_rows, self._tally.read()
+        num_rows = self.count_rows()
         state = {
             "rows": self.rows,
             "num_rows": num_rows,
-            "rows_ended": count.ended,
+            "rows_ended": self._counter.read().ended,
             "left_out": list(self.left_out),
             "checking": self._reading.checking,
             **self._plan.state_dict(),
@@ -557,11 +423,17 @@ class JacobianScorer:
         self._plan.load_state_dict(state)
         if self._store is not None:
             self._store.load(state["kept_rows"])
-        self._tally = Tally(self._flats[0].device, ended=state["rows_ended"], read=state["num_rows"])
-        self._num_left_out = 0
-        self.left_out = list(state["left_out"])
+        self._counter.load(state["rows_ended"], state["num_rows"], state["left_out"])
         self._reading.checking = state["checking"]
 
 
-def _of(sums: Mapping[FlatRow, Tensor], slot: Slot | None) -> Tensor | None:
-    return None if slot is None or not slot.read else slot.of(sums[slot.flat]).detach().clone().float()
+def _check_arguments(rows: str, fallback: str, combine: str, process_group: Any) -> None:
+    for name, value, known in (
+        ("rows", rows, ("batch", "sample")),
+        ("fallback", fallback, ("weight_grad", "skip")),
+        ("combine", combine, ("row", "scores")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
+    if combine == "scores" and process_group is None:
+        raise ValueError("combine='scores' needs the processes: pass process_group, torch.distributed.group.WORLD")

@@ -103,7 +103,7 @@ class RowParts:
 
     def add_up(self, flat: FlatRow) -> None:
         """Replace the row in ``flat`` by the whole one, the same on every process."""
-        row = flat.row if flat.samples is None else flat.samples
+        row = flat.values
         undecided = [slot for slot in flat.slots if slot not in self._shares]
         if undecided:
             parts = [torch.empty_like(row) for _ in range(self.group.size())]
@@ -119,6 +119,38 @@ class RowParts:
         largest, difference = parts.abs().amax(), (parts - parts[:1]).abs().amax()
         if bool(largest.isfinite()) and bool(largest > 0):
             self._shares[slot] = 1 / self.group.size() if bool(difference <= _SAME * largest) else 1.0
+
+
+class SharedRows:
+    """Rows of which several processes have a part each: those of tensor parallelism, and those of ``process_group``.
+
+    Args:
+        model: the model, of which tensor parallelism is read.
+        process_group: the processes that score together, or None.
+        in_step: these processes sum their parts of each row; False: each has rows of its own.
+
+    Attributes:
+        groups: the process groups that read every row together.
+
+    Raises:
+        ValueError: several of the tensor-parallel processes are in ``process_group``.
+    """
+
+    def __init__(self, model: nn.Module, process_group: Any, in_step: bool) -> None:
+        tensor_group = tensor_parallel_group(model)
+        if tensor_group is not None and process_group is not None:
+            refuse_common_processes(process_group, tensor_group)
+        self._parts = None if tensor_group is None else RowParts(tensor_group)
+        self._process_group = process_group if in_step else None
+        self.groups = [group for group in (self._process_group, tensor_group) if group is not None]
+
+    def add_up(self, flats: Iterable[FlatRow]) -> None:
+        """Replace the row in hand by the sum of its parts, the same on every process."""
+        for flat in flats:
+            if self._parts is not None:
+                self._parts.add_up(flat)
+            if self._process_group is not None:
+                dist.all_reduce(flat.values, group=self._process_group)
 
 
 def tied(readers: Iterable[Any]) -> Iterator[Any]:

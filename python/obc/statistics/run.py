@@ -198,7 +198,7 @@ class _Run:
     def _judge(self, batches: UsableBatches) -> None:
         """Whether later passes may use the batch read last. Reads from the device."""
         lines = [line for reader in self.readers.values() for line in reader.sums.settle()]
-        rows = 0 if self.scorer is None else self.scorer.rows_left_out
+        rows = 0 if self.scorer is None else self.scorer.count_left_out()
         left_out, self._left_out = self._left_out, len(lines) + rows
         if self._left_out > left_out:
             batches.leave_out(lines[-1].partition(": ")[2].partition(";")[0] if lines else "its row is not finite")

@@ -20,7 +20,7 @@ from obc import ops
 from obc.distribution import obc_version
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.scoring.coverage import Coverage
-from obc.scoring.reading.flat_row import FlatRow, Slot
+from obc.scoring.reading.flat_row import FlatRow, Slot, end_row
 from obc.scoring.results.scores import ChannelScores, Scores
 
 
@@ -122,22 +122,15 @@ class GradientRows:
         ]
         self._reached.update(parameter for parameter, _ in new)
         self._contract(new, sign=1)
-        bad = self._first_not_finite(loss_scale)
-        for flat in self._flats.values():
-            # A row spread over several vectors is left out of all of them when one part is not finite.
-            flat.end_row(loss_scale if bad is None else float("nan"))
-        if bad is None:
+        flats = list(self._flats.values())
+        ended = end_row(flats, loss_scale)
+        if bool(ended.finite):
             self.pending_rows += 1
         else:
-            warnings.warn(f"a row is not finite, first in {bad!r}, and was left out", stacklevel=3)
+            faults = (flat.first_fault(values[:, 0]) for flat, values in zip(flats, ended.values, strict=True))
+            first = next(label for label in faults if label is not None)
+            warnings.warn(f"a row is not finite, first in {first!r}, and was left out", stacklevel=3)
         self._watch()
-
-    def _first_not_finite(self, loss_scale: float) -> str | None:
-        for flat in self._flats.values():
-            bad, entries = flat.faults(loss_scale)
-            if bool(bad.any()):
-                return flat.label_of(int(entries[0]))
-        return None
 
     def _watch(self) -> None:
         self._backward_seen = False

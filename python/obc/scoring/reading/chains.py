@@ -203,8 +203,8 @@ class Chains:
 
     def give_up(self) -> None:
         """Have gates everywhere again."""
-        for of_slots in (self.slots, self.outputs, self._chains, self._seen_by, self.held):
-            of_slots.clear()
+        for by_slot in (self.slots, self.outputs, self._chains, self._seen_by, self.held):
+            by_slot.clear()
         self._fill = None
 
     def bind(self, norms: Iterable[NormGradients]) -> None:
@@ -224,7 +224,7 @@ class Chains:
             return
         for slot, chain in self._chains.items():
             if slot in self.held:
-                slot.of(_whole(slot.flat)).copy_(chain.row())
+                slot.of(slot.flat.values).copy_(chain.row())
 
     def state(self, slots: list[Slot], norms: Mapping[str, nn.Module]) -> list[list[Any]]:
         """Plain values to go on from, in terms of positions among ``slots`` and names of ``norms``."""
@@ -253,10 +253,6 @@ class Chains:
 def _views(norms: Iterable[NormGradients]) -> dict[int, Tensor]:
     """id of a norm's parameter -> its gradient."""
     return {id(p): view for one in norms for p, view in zip(one.parameters, one.views, strict=True)}
-
-
-def _whole(flat: FlatRow) -> Tensor:
-    return flat.row if flat.samples is None else flat.samples
 
 
 def _agree(one: Tensor, other: Tensor) -> bool:
@@ -308,13 +304,13 @@ class _Copy(_Chain):
         return next((copy for copy in (cls(link, source, repeats, width) for width in widths) if copy.agrees()), None)
 
     def row(self) -> Tensor:
-        rows = self.source.of(_whole(self.source.flat))
+        rows = self.source.of(self.source.flat.values)
         if self.repeats == 1:
             return rows
         return rows.unflatten(0, (-1, self.repeats, self.width)).sum(1).flatten(0, 1)
 
     def agrees(self) -> bool:
-        return _agree(self.row(), self.slot.of(_whole(self.slot.flat)))
+        return _agree(self.row(), self.slot.of(self.slot.flat.values))
 
 
 class _Before(_Chain):
@@ -385,12 +381,12 @@ class _Fill:
 
     def run(self) -> None:
         for flat, slots, sources in self._copies:
-            rows = _whole(flat)
+            rows = flat.values
             rows[slots] = rows[sources]
         for flat, slots, weights, biases in self._befores:
             flat.row[slots] = weights.product() + biases.product()
         for chain in self._alone:
-            chain.slot.of(_whole(chain.slot.flat)).copy_(chain.row())
+            chain.slot.of(chain.slot.flat.values).copy_(chain.row())
 
 
 def _channels(flat: FlatRow, slots: Iterable[Slot]) -> Tensor:

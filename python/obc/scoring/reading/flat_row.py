@@ -1,7 +1,7 @@
 """The flat vectors that hold one row of scores and the sum of squares, and their slices.
 
 One :class:`FlatRow` per device and accumulation dtype. A gate's ``.grad`` is a slice of it, so autograd adds in
-place and ending a row is one ``end_row``.
+place and ending a row is one operator, ``obc.ops.end_row``.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Slot:
         return self.size if self.shard is None else self.shard[1]
 
     def of(self, flat_vector: Tensor) -> Tensor:
+        """The slot's channels of a vector, or of a matrix of one column a sample, laid out like the flat row."""
         return flat_vector[self.start : self.stop]
 
     def _local_of(self, flat_vector: Tensor) -> Tensor:
@@ -118,30 +119,19 @@ class FlatRow:
         for slot in self.slots:
             slot.release()
 
-    def rows(self) -> Tensor:
-        """The row in hand as (channels, samples), one sample for a batch row."""
-        if self.samples is None:
-            return self.row[:, None]
-        if self.samples.shape[1] == 1:
-            # Transient weight gradients have no per-sample form: they serve rows of one sample, where they add here.
+    @property
+    def values(self) -> Tensor:
+        """The row in hand: (channels,), or (channels, samples) for sample rows."""
+        return self.row if self.samples is None else self.samples
+
+    def join_samples(self) -> None:
+        """Add the row of transient weight gradients to that of the gates, where both serve one sample.
+
+        They have no per-sample form, so rows of several samples hold nothing of theirs.
+        """
+        if self.samples is not None and self.samples.shape[1] == 1:
             self.samples += self.row[:, None]
             self.row.zero_()
-        return self.samples
-
-    def faults(self, loss_scale: float) -> tuple[Tensor, Tensor]:
-        """Per sample, whether a square of the row is not finite, and the first entry of which that is so."""
-        bad = (self.rows() / loss_scale).square().isfinite().logical_not()
-        return bad.any(0), bad.to(torch.uint8).argmax(0)
-
-    def end_row(self, loss_scale: float) -> None:
-        """Add the squares of the row, or of each sample's, where they are finite, and clear it, without a host read."""
-        if self.samples is None:
-            ops.end_row(self.scores, self.row, loss_scale)
-            return
-        squares = (self.rows() / loss_scale).square()
-        finite = squares.isfinite().all(0)
-        self.scores += torch.where(finite, squares, torch.zeros_like(squares)).sum(1)
-        self.zero()
 
     @property
     def nbytes(self) -> int:
@@ -149,33 +139,57 @@ class FlatRow:
         tensors = [self.row, self.reference, self.scores, self.samples, *(slot.gate for slot in self.slots)]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
-    def label_of(self, index: int) -> str:
-        """The slot that holds entry ``index``."""
-        return next(slot.label for slot in self.slots if slot.start <= index < slot.stop)
+    def first_fault(self, values: Tensor) -> str | None:
+        """The label of the first slot that has a value without a finite square; None where all squares are finite."""
+        fine = values.square().isfinite().tolist()
+        return next((slot.label for slot in self.slots if not all(fine[slot.start : slot.stop])), None)
 
 
-def find_faults(flats: Sequence[FlatRow], loss_scale: float) -> tuple[Tensor, Tensor]:
-    """Per sample, whether it is not finite and the first such entry, counted over all vectors.
+@dataclass(frozen=True)
+class EndedRow:
+    """A row that was ended.
 
-    A row that lies in several vectors is left out of all of them where one part is not finite.
+    Attributes:
+        values: per flat row, (channels, samples), one sample for a batch row, divided by the loss scale.
+        finite: (samples,) bool, of which all squares are finite in every flat row.
     """
-    faults = [flat.faults(loss_scale) for flat in flats]
-    if len(faults) == 1:
-        return faults[0]
-    bad, entries, before = torch.zeros_like(faults[0][0]), torch.zeros_like(faults[0][1]), 0
-    for flat, (part, part_entries) in zip(flats, faults, strict=True):
-        part = part.to(bad.device)
-        entries = torch.where(bad | ~part, entries, before + part_entries.to(bad.device))
-        bad, before = bad | part, before + flat.size
-    for flat in flats:
-        flat.rows()[:, bad.to(flat.device)] = float("nan")
-    return bad, entries
+
+    values: list[Tensor]
+    finite: Tensor
+
+    def faulty_sample(self) -> Tensor:
+        """(1,) int64, the first sample that is not finite; without a host read, and 0 where all are."""
+        return self.finite.to(torch.uint8).argmin().reshape(1)
 
 
-def label_of(flats: Sequence[FlatRow], entry: int) -> str:
-    """The slot that holds ``entry``, counted over all vectors."""
+def end_row(flats: Sequence[FlatRow], loss_scale: float, *, add: bool = True) -> EndedRow:
+    """Add the squares of the row in hand, or of each sample's, where they are finite, and clear it.
+
+    A row that lies in several flat rows is left out of all of them where one part is not finite. Nothing is read from
+    the device.
+
+    Args:
+        flats: all flat rows of one model.
+        loss_scale: what the row is divided by.
+        add: False drops the row: it is looked at and cleared, and nothing is added.
+    """
     for flat in flats:
-        if entry < flat.size:
-            return flat.label_of(entry)
-        entry -= flat.size
-    raise AssertionError("an entry lies in one of the vectors")
+        flat.join_samples()
+    values = [flat.values.reshape(flat.size, -1) / loss_scale for flat in flats]
+    if all(flat.samples is None for flat in flats):
+        # One vector takes the squares right away; of several, each has to wait for what the others say.
+        waits = len(flats) > 1 or not add
+        sums = [torch.zeros_like(flat.scores) if waits else flat.scores for flat in flats]
+        flags = [ops.end_row(total, flat.row, loss_scale)[None] for flat, total in zip(flats, sums, strict=True)]
+    else:
+        waits, sums = True, [part.square() for part in values]
+        flags = [squares.isfinite().all(0) for squares in sums]
+    finite = flags[0]
+    for flag in flags[1:]:
+        finite = finite & flag.to(finite.device)
+    for flat, found in zip(flats, sums, strict=True):
+        if waits and add:
+            squares = found.reshape(flat.size, -1)
+            flat.scores += torch.where(finite.to(flat.device), squares, torch.zeros_like(squares)).sum(1)
+        flat.zero()
+    return EndedRow(values, finite)

@@ -113,6 +113,12 @@ class Plan:
         checked = {reader for source in self.sources for reader in source.readers}
         return [reader for reader in self.readers.values() if reader.how == "gate" and reader not in checked]
 
+    def sides(self, name: str) -> dict[str, Slot]:
+        """Where the rows of a module lie: "out_channels" and "in_channels", as far as they are read -> slot."""
+        reader = self.readers[name]
+        slots = {"out_channels": reader.out, "in_channels": reader.in_}
+        return {side: slot for side, slot in slots.items() if slot is not None and slot.read}
+
     def layout(self) -> list[tuple[str, int, int]]:
         """(module, out channels, in channels), -1 for a side that is not read: what a saved state must agree with."""
         return [(name, _size_of(reader.out), _size_of(reader.in_)) for name, reader in self.readers.items()]

@@ -1,17 +1,20 @@
-"""What makes rows wrong without a trace in them: refused before a row is read, or at its end."""
+"""What would make rows wrong without leaving a trace in them: refused before a row is read, or at its end."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from obc.model.rules import channel_count
-from obc.scoring.errors import ScoringError
+from obc.scoring.errors import SampleRowsError, ScoringError
 from obc.scoring.reading.flat_row import FlatRow
 from obc.scoring.reading.gradients import NormGradients
+from obc.scoring.reading.module_readers import Reading
 from obc.scoring.reading.reading_plan import Plan
 
 
@@ -64,6 +67,45 @@ def refuse_replaced_gradients(model: nn.Module, flats: Iterable[FlatRow], norms:
                 f"the gradient of {name!r} was replaced inside a row: call zero_grad() between rows, and backward "
                 "without create_graph=True"
             )
+
+
+def refuse_samples(plan: Plan, reading: Reading, samples: int | None) -> None:
+    """Refuse a row whose samples don't lie along dim 0, or of which some module has no per-sample form.
+
+    Args:
+        plan: what is read.
+        reading: which kind of row is read, and how many samples its activations have.
+        samples: how many the caller has; None where it does not say.
+
+    Raises:
+        ScoringError: the numbers differ.
+        SampleRowsError: modules are read from their weight's gradient, and there are several samples.
+    """
+    seen = reading.samples
+    if not reading.per_sample or seen is None:
+        return
+    if samples is not None and samples != seen:
+        raise ScoringError(
+            f"the loss has {samples} samples, but the model's first activation has {seen} entries along dim 0; "
+            "sample rows need the samples along dim 0: use rows='batch' with one sample a batch"
+        )
+    if not reading.checking and seen > 1:
+        # A layer that no gradient has reached so far, such as one that is never called, loses no row.
+        fired = [reader for source in plan.sources if source.gradient.fired for reader in source.readers]
+        if names := [reader.name for reader in fired if reader.how == "weight gradient" and reader.scored]:
+            raise SampleRowsError.of(names)
+
+
+def warn_train_mode(model: nn.Module, stacklevel: int) -> None:
+    """Warn where a BatchNorm is in train mode."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            warnings.warn(
+                f"BatchNorm {name!r} is in train mode: a layer before it scores 0 up to rounding, and samples are "
+                "mixed; call model.eval() before scoring",
+                stacklevel=stacklevel + 1,
+            )
+            return
 
 
 def is_inplace_error(error: BaseException | None) -> bool:

@@ -1,60 +1,119 @@
-"""Counts of rows, kept on the device: ending a row reads nothing back, so that it can be captured in a CUDA graph."""
+"""How many rows were read, and which were left out; counted on the device, so that a CUDA graph can capture a row."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+from obc.scoring.errors import ScoringError
+from obc.scoring.reading.flat_row import EndedRow, FlatRow
 
 
 @dataclass(frozen=True)
 class Count:
-    """What a tally held when it was read.
+    """What the device counted.
 
     Attributes:
-        ended: rows ended since the scorer was made, several samples being one.
+        ended: rows ended since the scorer was made; the samples of one batch are one.
         read: rows, or samples, that were read.
-        left_out: how many of them were not finite, not named yet.
-        row, sample, entry: of the first of those: its row, its sample, and the first entry that was not finite.
+        unnamed: how many of them were not finite and are not named yet.
+        row, sample: where the first of those was read.
     """
 
     ended: int
     read: int
-    left_out: int
+    unnamed: int
     row: int
     sample: int
-    entry: int
 
 
-class Tally:
-    """Counts rows on ``device``."""
+class RowCounter:
+    """Counts rows, and names those that are left out.
 
-    def __init__(self, device: torch.device, ended: int = 0, read: int = 0) -> None:
-        self._counts = torch.tensor([ended, read, 0, 0, 0, 0], device=device)
+    Args:
+        flats: the flat rows of the model.
+        per_sample: each sample is a row.
+        strict: a row that is not finite raises instead of warning.
 
-    def add(self, bad: Tensor, entries: Tensor, all_left_out: bool = False) -> None:
-        """Count one row.
+    Attributes:
+        left_out: one line for each row, or run of rows, that was left out.
+    """
+
+    def __init__(self, flats: Sequence[FlatRow], per_sample: bool, strict: bool) -> None:
+        self.left_out: list[str] = []
+        self._flats, self._per_sample, self._strict = list(flats), per_sample, strict
+        self._counts = torch.zeros(5, dtype=torch.int64, device=flats[0].device)
+        self._faulty = [torch.zeros_like(flat.scores) for flat in flats]
+        self._num_left_out = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(faulty.nbytes for faulty in self._faulty)
+
+    def add(self, ended: EndedRow, dropped: bool = False) -> None:
+        """Count a row; reads nothing from the device.
 
         Args:
-            bad: (samples,) bool, which were not finite; one for a batch row.
-            entries: (samples,) int64, the first entry of each that was not.
-            all_left_out: the finite samples are left out too.
+            ended: the row.
+            dropped: its finite samples are left out too.
         """
-        counts = self._counts
-        left_out = bad.numel() if all_left_out else bad.sum()
-        sample = bad.to(torch.uint8).argmax().reshape(1)
-        first = torch.cat([counts[:1], sample, entries.gather(0, sample)])
-        is_first = bad.any() & (counts[2] == 0)
-        counts[3:] = torch.where(is_first, first, counts[3:])
+        counts, sample = self._counts, ended.faulty_sample()
+        is_first = ~ended.finite.all() & (counts[2] == 0)
+        for faulty, values in zip(self._faulty, ended.values, strict=True):
+            found = values.index_select(1, sample.to(values.device))[:, 0]
+            torch.where(is_first.to(values.device), found, faulty, out=faulty)
+        counts[3:] = torch.where(is_first, torch.cat([counts[:1], sample]), counts[3:])
         counts[0] += 1
-        counts[1] += bad.numel()
-        counts[2] += left_out
+        counts[1] += ended.finite.numel()
+        counts[2] += ended.finite.numel() if dropped else (~ended.finite).sum()
 
     def read(self) -> Count:
-        """The counts so far."""
+        """What was counted so far. Reads from the device."""
         return Count(*self._counts.tolist())
 
-    def forget_left_out(self) -> None:
-        """What was left out has been named: count it from here on anew."""
+    def count(self) -> int:
+        """Rows, or samples, that were added to the scores. Reads from the device and names what was left out."""
+        self.name_faults()
+        return self.read().read - self._num_left_out
+
+    def count_left_out(self) -> int:
+        """Rows, or samples, that were left out because they were not finite. Reads from the device and names them."""
+        self.name_faults()
+        return self._num_left_out
+
+    def row(self) -> str:
+        """The row in hand, for messages. Reads from the device."""
+        return f"row {self.read().ended}"
+
+    def name_faults(self) -> None:
+        """Name the rows that were not finite since the last call. Reads from the device.
+
+        Raises:
+            ScoringError: there are some, and the scorer is strict.
+        """
+        count = self.read()
+        if not count.unnamed:
+            return
         self._counts[2] = 0
+        self._num_left_out += count.unnamed
+        row = f"row {count.row}, sample {count.sample}" if self._per_sample else f"row {count.row}"
+        more = f" (and {count.unnamed - 1} more)" if count.unnamed > 1 else ""
+        message = f"{row} is not finite, first in {self._first_fault()!r}, and was left out{more}"
+        self.left_out.append(message)
+        if self._strict:
+            raise ScoringError(f"strict: {message}")
+        warnings.warn(message, stacklevel=6)
+
+    def _first_fault(self) -> str:
+        for flat, faulty in zip(self._flats, self._faulty, strict=True):
+            if (label := flat.first_fault(faulty)) is not None:
+                return label
+        raise AssertionError("a row that is not finite has an entry that is not")
+
+    def load(self, ended: int, read: int, left_out: Sequence[str]) -> None:
+        """Go on from these counts."""
+        self._counts.copy_(torch.tensor([ended, read, 0, 0, 0]))
+        self._num_left_out, self.left_out = 0, list(left_out)

@@ -1,7 +1,8 @@
-"""Every row that counts, kept: on the row's device, or spilled to the host's memory or to a file.
+"""Keeps every row that counts: on the row's device, in the host's memory, or in a file.
 
-A row is written at a place counted on the device, and the place moves on only where the row was finite: nothing is read
-back, and what was left out is overwritten by the next row. Rows are spilled block by block, with one read a block.
+A row is written at a place counted on the device. The place moves on only if the row was finite, so that nothing is
+read back, and a row that was left out is overwritten by the next one. Rows are spilled to the host or the file block
+by block, with one read from the device per block.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from obc.scoring.errors import ScoringError
-from obc.scoring.reading.flat_row import FlatRow, Slot
+from obc.scoring.reading.flat_row import EndedRow, FlatRow, Slot
 from obc.scoring.results.kept_rows import Columns, KeptRows
 from obc.scoring.results.row_file import RowFile
 
@@ -28,7 +29,7 @@ RowsTo = str | PathLike[str]
 # A block on the device that is spilled when it is full: large enough that its one read back costs nothing.
 _SPILLED_BYTES = 32 << 20
 
-# Rows for which there is room at first where nobody said how many come.
+# Room for so many rows is made at first, unless ``reserve`` told how many will come.
 _FIRST_ROWS = 16
 
 
@@ -74,19 +75,16 @@ class RowStore:
         elif self._bound + num_rows > self._capacity:
             self._resize(self._bound + num_rows)
 
-    def append(self, finite: Tensor, loss_scale: float) -> None:
-        """Keep the row in hand.
-
-        Args:
-            finite: (samples,) bool, which samples of the row count; one for a batch row.
-            loss_scale: what the row is divided by.
-        """
-        samples = finite.numel()
+    def make_room(self, samples: int) -> None:
+        """Make sure that ``samples`` more rows fit."""
         if self._bound + samples > self._capacity:
-            self._make_room(samples)
-        for block in self._blocks:
-            block.append(finite, loss_scale)
-        self._bound += samples
+            self._enlarge(samples)
+
+    def append(self, ended: EndedRow) -> None:
+        """Keep a row, of which the finite samples count; :meth:`make_room` comes before."""
+        for block, values in zip(self._blocks, ended.values, strict=True):
+            block.append(values, ended.finite)
+        self._bound += ended.finite.numel()
 
     def matrices(self, start: int = 0) -> list[Tensor]:
         """Per flat vector, the (rows, channels) from row ``start`` on. Reads from the device."""
@@ -95,7 +93,7 @@ class RowStore:
         kept = self._count()
         return [block.rows[start:kept] for block in self._blocks]
 
-    def kept(self, slots: Mapping[str, Mapping[str, Slot | None]]) -> KeptRows:
+    def kept(self, slots: Mapping[str, Mapping[str, Slot]]) -> KeptRows:
         """The rows so far, which later ones don't change.
 
         Args:
@@ -113,10 +111,7 @@ class RowStore:
             matrix, start = places[slot.flat]
             return matrix, start + slot.start, start + slot.stop
 
-        named = {
-            name: {side: columns(slot) for side, slot in sides.items() if slot is not None and slot.read}
-            for name, sides in slots.items()
-        }
+        named = {name: {side: columns(slot) for side, slot in sides.items()} for name, sides in slots.items()}
         return KeptRows(matrices, named)
 
     def load(self, rows: Sequence[Tensor] | RowFile) -> None:
@@ -142,9 +137,8 @@ class RowStore:
             block.count.fill_(num_rows)
         self._bound = num_rows
 
-    @property
-    def file(self) -> RowFile | None:
-        """The file that holds the rows, where they go to one, with every row in it."""
+    def written_file(self) -> RowFile | None:
+        """The file that holds the rows, where they go to one, once every row is in it. Reads from the device."""
         spill = self._spilled()
         return spill if isinstance(spill, RowFile) else None
 
@@ -171,7 +165,7 @@ class RowStore:
     def _spilled_rows(self) -> int:
         return max(1, _SPILLED_BYTES // max(1, 4 * self.width))
 
-    def _make_room(self, samples: int) -> None:
+    def _enlarge(self, samples: int) -> None:
         if any(flat.device.type == "cuda" for flat in self.flats) and torch.cuda.is_current_stream_capturing():
             raise ScoringError(
                 f"no room for another row while a CUDA graph is captured ({self._capacity} rows): call "
@@ -213,11 +207,11 @@ class _Block:
         self.rows = torch.empty(1, flat.size, device=flat.device)
         self.count = torch.zeros((), dtype=torch.int64, device=flat.device)
 
-    def append(self, finite: Tensor, loss_scale: float) -> None:
+    def append(self, values: Tensor, finite: Tensor) -> None:
         last = len(self.rows) - 1
         finite = finite.to(self.count.device)
         places = torch.where(finite, self.count + finite.cumsum(0) - 1, last).clamp_(max=last)
-        self.rows.index_copy_(0, places, (self.flat.rows() / loss_scale).t().to(self.rows.dtype))
+        self.rows.index_copy_(0, places, values.t().to(self.rows.dtype))
         self.count += finite.sum()
 
     def resize(self, capacity: int, kept: int) -> None:
