@@ -306,7 +306,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "steps of parameters": ({"params": 0.5, "steps": [0.8, 0.4]}, r"shares of parameters that descend to params=0.5"),
     "unreachable": ({"macs": 1e-6}, "out of reach: 0.00"),
     "unreachable by min_units": ({"macs": 0.5, "min_units": 60}, r"out of reach: 0\.[6-9]"),
-    "criterion": ({"criterion": "magic"}, "criterion must be one of 'jacobian', 'random', 'l1'.*got 'magic'"),
+    "criterion": ({"criterion": "magic"}, "criterion must be one of 'jacobian', .*'random', 'l1'.*got 'magic'"),
     "joint without rows": ({"criterion": "l1", "selection": "joint"}, "leave selection out"),
     "joint of all slices": ({"slices": "all", "selection": "joint"}, "pass slices='gate'"),
     "selection": ({"selection": "both"}, "selection must be one of 'joint', 'independent', got 'both'"),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -23,7 +21,7 @@ from obc.criteria.scoring import collected, scored
 from obc.model.groups import ChannelGroup
 from obc.pruning.arguments import Budget
 from obc.pruning.final_proof import FinalProof
-from obc.pruning.report import PruningReport, PruningResult, StepReport
+from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
 from obc.recovery.calibration import recalibrate_norms
 from obc.selection import Costs
 from obc.selection.allocation import Allocation, Task
@@ -38,15 +36,6 @@ _NARROW = 0.1
 # Costs are sums of large products in float64: a target that is met up to this is met.
 _ROUNDING = 1e-9
 _UNITS: tuple[Unit, Unit] = ("macs", "parameters")
-
-
-@contextlib.contextmanager
-def timed(report: PruningReport, part: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        report.seconds[part] = report.seconds.get(part, 0.0) + time.perf_counter() - start
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,17 +43,22 @@ class StepReport:
 class PruningReport:
     """What :func:`obc.prune` did.
 
-    MACs are of one call with the example inputs, counted as :func:`obc.structures.measure.costs_of` says.
+    MACs are predicted: those of one call with the example inputs, as :func:`obc.structures.measure.costs_of` says; of
+    transformers models those of the first batch, or for one token where that makes no difference
+    (:func:`obc.structures.transformers.costs.transformer_costs`).
 
     Attributes:
         budget: what ``steps`` have targets of, "macs" or "parameters".
         macs_before: of the unpruned model.
         macs_after: of the pruned model.
+        macs_measured: the share of the MACs executed on the first batch that the pruned model executes, all products of
+            matrices counted; None where they could not be counted.
         parameters_before: of the unpruned model.
         parameters_after: of the pruned model.
         widths: group -> (units before, units after).
         steps: one entry a step that removed something.
-        seconds: wall time by part: "structure", "score", "select", "remove", "recalibrate", "compensate", "verify".
+        seconds: wall time by part: "structure", "count", "score", "select", "remove", "recalibrate", "compensate",
+            "verify".
         unscored: layers whose rows were wanted and could not be read -> why.
         left_out: groups that were not pruned -> why.
         warnings: what deserves a second look.
@@ -68,6 +75,7 @@ class PruningReport:
     budget: Unit = "macs"
     macs_before: int = 0
     macs_after: int = 0
+    macs_measured: float | None = None
     parameters_before: int = 0
     parameters_after: int = 0
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -101,7 +109,7 @@ class PruningReport:
 
     def __str__(self) -> str:
         lines = [
-            _change("MACs", self.macs_before, self.macs_after),
+            _change("MACs", self.macs_before, self.macs_after) + self._measured(),
             _change("parameters", self.parameters_before, self.parameters_after),
         ]
         width = max(map(len, self.widths), default=0)
@@ -113,6 +121,12 @@ class PruningReport:
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines.append("seconds: " + ", ".join(f"{part} {spent:.2f}" for part, spent in self.seconds.items()))
         return "\n".join(lines)
+
+    def _measured(self) -> str:
+        if self.macs_measured is None or not self.macs_before:
+            return ""
+        predicted = self.macs_after / self.macs_before
+        return f", predicted {predicted:.3f}; measured {self.macs_measured:.3f} on the first batch"
 
     def _proved(self) -> str:
         tried = 0 if self.proof is None else len(self.proof.proved)
@@ -143,3 +157,13 @@ class PruningResult:
     model: nn.Module
     plan: PruningPlan
     report: PruningReport
+
+
+@contextlib.contextmanager
+def timed(report: PruningReport, part: str) -> Iterator[None]:
+    """Add the wall time of the block to ``report.seconds[part]``."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        report.seconds[part] = report.seconds.get(part, 0.0) + time.perf_counter() - start

@@ -29,9 +29,10 @@ from obc.pruning.arguments import (
     positive,
     repeatable,
 )
-from obc.pruning.final_proof import FinalProof, prove_groups, run_on
-from obc.pruning.job import Choice, Job, timed
-from obc.pruning.report import PruningReport, PruningResult
+from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on
+from obc.pruning.job import Choice, Job
+from obc.pruning.measured_macs import MeasuredMacs
+from obc.pruning.report import PruningReport, PruningResult, timed
 from obc.pruning.snapshot import Snapshot
 from obc.recovery.compensate import Mode
 from obc.recovery.compensate import compensate as compensate_model
@@ -164,11 +165,10 @@ def prune(
     try:
         with timed(report, "structure"):
             structure = structure or _structure(model, example_inputs, ignored_layers, num_heads)
-        first = next(iter(usable))
-        with timed(report, "verify"):
-            run = run_on(first, loss_fn, forward_fn)
+            run = run_on(first_finite(usable), loss_fn, forward_fn)
             prove_groups(structure, run, report)
             final_proof = FinalProof(structure, run) if verify else None
+        counted = MeasuredMacs(structure, run, report)
         original = _copied(model) if compensate is not None else None
         forward = _forward(loss_fn, forward_fn, labels)
         generator = torch.Generator().manual_seed(seed)
@@ -180,6 +180,7 @@ def prune(
             _verify(structure.plan, snapshot.tensors(), model, recalibrate)
             if final_proof is not None:
                 final_proof.check(model, report)
+        counted.finish(model)
         if original is not None and compensate == "mean":
             with timed(report, "compensate"):
                 report.means = absorb_means(model, original, structure.plan, usable, forward)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
@@ -14,6 +15,7 @@ from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.blocks import Block
+from obc.structures.transformers.calibration import Calibration
 
 # (fixed size, size per unit of every group)
 _Size = tuple[float, Tensor]
@@ -25,6 +27,7 @@ def transformer_costs(
     axes: Mapping[tuple[str, int], Sequence[tuple[int, Slice]]],
     unit: Literal["macs", "parameters"],
     sequence_length: int = 0,
+    calibration: Calibration | None = None,
 ) -> Costs:
     """Parameters, or multiply-accumulates for one token, exact in the widths of the blocks' groups.
 
@@ -39,6 +42,7 @@ def transformer_costs(
         axes: (parameter name, dimension) -> the indices of the blocks, and their slices, that lie there.
         unit: "macs" or "parameters".
         sequence_length: positions that each token attends to.
+        calibration: MACs are those of a whole batch, as they were counted on the unpruned model.
 
     Raises:
         ValueError: an unknown unit.
@@ -48,19 +52,33 @@ def transformer_costs(
     widths = torch.tensor([float(block.group.size) for block in blocks], dtype=torch.float64)
     constant, linear = 0.0, torch.zeros_like(widths)
     quadratic = torch.zeros(len(widths), len(widths), dtype=torch.float64)
-    for name, tensor, skipped, factor in _terms(model, unit):
+    for module, name, tensor, skipped, factor in _terms(model, unit):
+        if unit == "macs" and calibration is not None:
+            factor *= calibration.factors.get(module, 0.0)
         sizes = [_size(tensor, name, dim, axes, widths) for dim in range(tensor.dim()) if dim not in skipped]
         c, a, b = _product(sizes, widths)
         constant, linear, quadratic = constant + factor * c, linear + factor * a, quadratic + factor * b
-    if unit == "macs" and sequence_length:
+    if unit == "macs" and calibration is not None:
+        constant += calibration.constant
+        linear = linear + torch.tensor([calibration.per_unit.get(b.group.name, 0.0) for b in blocks]).double()
+    elif unit == "macs" and sequence_length:
         linear = linear + torch.tensor([2.0 * sequence_length * block.attended for block in blocks]).double()
     return Costs(
         [b.group.name for b in blocks], widths, constant=constant, linear=linear, quadratic=quadratic, unit=unit
     )
 
 
-def _terms(model: nn.Module, unit: str) -> Iterator[tuple[str, Tensor, tuple[int, ...], float]]:
-    """(parameter name, parameter, dimensions that don't count, how often it counts)."""
+def macs_for_one_token(model: nn.Module) -> dict[str, float]:
+    """Module -> MACs of its weights for one token."""
+    found: dict[str, float] = {}
+    for module, _, tensor, skipped, factor in _terms(model, "macs"):
+        sizes = [size for dim, size in enumerate(tensor.shape) if dim not in skipped]
+        found[module] = found.get(module, 0.0) + factor * math.prod(sizes)
+    return found
+
+
+def _terms(model: nn.Module, unit: str) -> Iterator[tuple[str, str, Tensor, tuple[int, ...], float]]:
+    """(module, parameter name, parameter, dimensions that don't count, how often it counts)."""
     seen: set[int] = set()
     for module_name, module in named_modules(model):
         for key, parameter in module.named_parameters(recurse=False):
@@ -68,13 +86,13 @@ def _terms(model: nn.Module, unit: str) -> Iterator[tuple[str, Tensor, tuple[int
             if unit == "parameters":
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield name, parameter, (), 1.0
+                    yield module_name, name, parameter, (), 1.0
             elif layout_of(module) is not None and key == "weight":
-                yield name, parameter, (), 1.0
+                yield module_name, name, parameter, (), 1.0
             elif parameter.dim() == 3 and key in ("gate_up_proj", "down_proj"):
-                yield name, parameter, (0,), float(_routed(model, module_name))
+                yield module_name, name, parameter, (0,), float(_routed(model, module_name))
             elif _is_router(module, key, parameter):
-                yield name, parameter, (), 1.0
+                yield module_name, name, parameter, (), 1.0
 
 
 def _is_router(module: nn.Module, key: str, parameter: Tensor) -> bool:

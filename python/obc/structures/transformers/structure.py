@@ -21,8 +21,9 @@ from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits
 from obc.structures.transformers.axes import Axis, layer_axes, narrow, sync_layer, without
 from obc.structures.transformers.blocks import DEFAULT_KINDS, KINDS, Block, Finder
+from obc.structures.transformers.calibration import Calibration, calibrate
 from obc.structures.transformers.config import own_config, said_values, with_values, with_widths
-from obc.structures.transformers.costs import axis_key, transformer_costs
+from obc.structures.transformers.costs import axis_key, macs_for_one_token, transformer_costs
 from obc.structures.transformers.widths import Expressible, expressible_widths, families_of
 
 # Units of these kinds are no single channels, and no kernel runs faster on a multiple of them.
@@ -147,6 +148,7 @@ class TransformersStructure:
         if uniform:
             self._expressible = expressible_widths(model, self.blocks, self._axes, self._multiple)
             self.left_out = self.left_out | dict(self._expressible.refused)
+        self._calibration: Calibration | None = None
         self.proof: Proof | None = None
         if example_inputs is not None:
             varied = varied_inputs(example_inputs)
@@ -188,14 +190,25 @@ class TransformersStructure:
         ]
 
     def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
-        """MACs for one token, or parameters: see :func:`transformers_costs.transformer_costs`."""
+        """Parameters, or MACs, for one token or calibrated: see :func:`transformers_costs.transformer_costs`."""
         blocks = list(self.blocks.values())
         axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
         for index, block in enumerate(blocks):
             for part in block.group.slices:
                 for axis in self._axes(block, part):
                     axes.setdefault(axis_key(axis), []).append((index, part))
-        return transformer_costs(self.model, blocks, axes, unit, self._sequence_length)
+        return transformer_costs(self.model, blocks, axes, unit, self._sequence_length, self._calibration)
+
+    def calibrate(self, counted: Mapping[str, float]) -> None:
+        """Let MACs be those that the model executes, where they differ from those for one token by more than a percent.
+
+        Layers may see other numbers of positions than tokens (stages of an image model, convolutions, routed experts),
+        and queries, keys and values are multiplied without a weight. Call it before anything is removed.
+
+        Args:
+            counted: what :func:`obc.structures.counted_macs.counted_macs` says of the model on a batch.
+        """
+        self._calibration = calibrate(counted, macs_for_one_token(self.model), list(self.blocks.values()))
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
         """Remove these units of each named group, and record it in the plan; nothing is removed where that fails.

@@ -1,0 +1,60 @@
+"""The MACs that the model executes on the first batch, before and after: what predicted ones are held against."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from obc.model.errors import PruningError
+from obc.pruning.report import PruningReport, timed
+from obc.structures.counted_macs import counted_macs
+from obc.structures.protocol import Structure
+
+logger = logging.getLogger("obc")
+
+# A larger difference between the predicted and the measured share is named.
+_DIFFERENT = 0.01
+
+
+class MeasuredMacs:
+    """Counts the unpruned model's MACs, calibrates the structure's by them, and counts again at the end.
+
+    Args:
+        structure: of the unpruned model.
+        run: ``run(model)`` runs it on the first batch.
+        report: gets ``macs_measured``, and a warning where nothing can be counted.
+    """
+
+    def __init__(self, structure: Structure, run: Callable[[nn.Module], Any], report: PruningReport) -> None:
+        self._run, self._report = run, report
+        self._before = 0.0
+        try:
+            with timed(report, "count"):
+                counted = counted_macs(structure.model, run)
+        except PruningError as error:
+            self._warn(f"MACs could not be counted, and are those that the structure predicts: {error}")
+            return
+        self._before = sum(counted.values())
+        if (calibrate := getattr(structure, "calibrate", None)) is not None:
+            calibrate(counted)
+
+    def finish(self, model: nn.Module) -> None:
+        """Count what the pruned model executes."""
+        report = self._report
+        if not self._before:
+            return
+        with timed(report, "count"):
+            report.macs_measured = sum(counted_macs(model, self._run).values()) / self._before
+        predicted = report.macs_after / report.macs_before if report.macs_before else 1.0
+        if abs(report.macs_measured - predicted) > _DIFFERENT:
+            self._warn(
+                f"{report.macs_measured:.3f} of the MACs that the first batch takes remain, where {predicted:.3f} were "
+                "predicted"
+            )
+
+    def _warn(self, warning: str) -> None:
+        self._report.warnings.append(warning)
+        logger.warning("obc.prune: %s", warning)

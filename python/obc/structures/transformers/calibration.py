@@ -1,0 +1,97 @@
+"""How often a model applies each weight, from the MACs that it executes: what the polynomial of costs is scaled by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from obc.structures.transformers.blocks import Block
+
+# Where every module's MACs differ by less from the same multiple of those for one token, that multiple says nothing.
+_SAME = 0.01
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What scales the costs of the unpruned model to the MACs that it executes.
+
+    Attributes:
+        factors: module -> how often each of its weights is applied in the whole batch.
+        per_unit: group -> MACs per unit outside any weight's: products of queries, keys and values.
+        constant: MACs that no group changes, outside any weight's.
+    """
+
+    factors: Mapping[str, float]
+    per_unit: Mapping[str, float]
+    constant: float
+
+
+def calibrate(
+    counted: Mapping[str, float], predicted: Mapping[str, float], blocks: Sequence[Block]
+) -> Calibration | None:
+    """The calibration, or None where the prediction for one token is the same for all modules but for one multiple.
+
+    A weight's MACs are those counted in its module. What is counted in a module without a weight, such as attention's
+    products, belongs to the block around it, one unit as much as the other, or else to no group.
+
+    Args:
+        counted: module -> MACs in its own forward, of the unpruned model (:func:`obc.structures.counted_macs`).
+        predicted: module -> MACs of its weights for one token.
+        blocks: of the unpruned model.
+    """
+    outside = {module: macs for module, macs in counted.items() if macs and not predicted.get(module)}
+    if _agrees(counted, predicted, sum(outside.values())):
+        return None
+    factors = {module: counted.get(module, 0.0) / macs for module, macs in predicted.items() if macs}
+    per_unit: dict[str, float] = {}
+    constant = 0.0
+    for module, macs in outside.items():
+        owners = _owners(module, predicted, blocks)
+        size = sum(block.group.size for block in owners)
+        if not size:
+            constant += macs
+        for block in owners:
+            per_unit[block.group.name] = per_unit.get(block.group.name, 0.0) + macs / size
+    return Calibration(factors, per_unit, constant)
+
+
+def _owners(module: str, predicted: Mapping[str, float], blocks: Sequence[Block]) -> list[Block]:
+    """The blocks whose units share what is computed in ``module`` without a weight of its own.
+
+    Attention's products belong to the heads around them. What else a module computes belongs to a block if all weights
+    inside the module are the block's, as in a mixer of Mamba.
+    """
+    attending = [block for block in blocks if block.attended and _lies_in(module, _place(block))]
+    if attending:
+        nearest = max(len(_place(block)) for block in attending)
+        return [block for block in attending if len(_place(block)) == nearest]
+    weights = {name for name in predicted if _lies_in(name, module)}
+    own = [block for block in blocks if weights and weights <= {part.module for part in block.group.slices}]
+    return own[:1]
+
+
+def _agrees(counted: Mapping[str, float], predicted: Mapping[str, float], outside: float) -> bool:
+    total, per_token = sum(counted.values()), sum(predicted.values())
+    if not total or not per_token:
+        return True
+    if outside > _SAME * total:
+        return False
+    expected = {module: macs * total / per_token for module, macs in predicted.items()}
+    return all(abs(counted.get(module, 0.0) - macs) <= _SAME * macs for module, macs in expected.items())
+
+
+def _place(block: Block) -> str:
+    """The innermost module that holds all of a block's slices."""
+    paths = [part.module.split(".") for part in block.group.slices]
+    common = []
+    for names in zip(*paths, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    whole = ".".join(common)
+    # Slices of one layer alone lie in that layer; what is around it is the module that calls it.
+    return whole if any(path != common for path in paths) else whole.rpartition(".")[0]
+
+
+def _lies_in(module: str, place: str) -> bool:
+    return bool(place) and (module == place or module.startswith(f"{place}."))
