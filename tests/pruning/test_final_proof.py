@@ -261,3 +261,25 @@ def test_a_group_that_nobody_is_known_to_read_is_named() -> None:
         selection="independent",
     ).report
     assert "no layer that reads it is known" in report.unproved["the whole model"]
+
+
+def test_a_first_batch_that_is_not_finite_proves_nothing_and_harms_nothing() -> None:
+    batches = data()
+    batches[0] = (torch.full_like(batches[0][0], torch.nan), batches[0][1])
+    model = net()
+    report = obc.prune(model, batches[1][0], batches, loss, macs=0.6, progress=False).report
+    assert report.error is not None
+    assert not report.unproved
+    assert set(report.widths) == {"a", "b"}
+
+
+def test_outputs_that_are_not_finite_prove_nothing() -> None:
+    class Infinite(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([super().forward(x), torch.full((len(x), 1), torch.inf)], 1)
+
+    torch.manual_seed(0)
+    structure = TorchPruningStructure(Infinite(), data()[0][0])
+    assert structure.proof is not None
+    assert "not finite" in structure.proof.unproved["a"]
+    assert [group.name for group in structure.groups] == ["a", "b"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
 
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.names import named_modules
@@ -19,6 +20,17 @@ from obc.structures.proof import ProofError, Run, lost_inputs, prove
 from obc.structures.protocol import Structure
 
 _MODEL = "the whole model"
+
+
+def first_finite(batches: Iterable[Any]) -> Any:
+    """The first batch whose floating tensors are finite; the first one where none is."""
+    first = None
+    for number, batch in enumerate(batches):
+        first = batch if number == 0 else first
+        leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        if all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+            return batch
+    return first
 
 
 def run_on(batch: Any, loss_fn: Any, forward_fn: ForwardFn | None) -> Run:

@@ -100,8 +100,8 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
             _mask_attention(uses, module, channels)
         elif side == "in":
             _zero_columns(uses, module, channels)
-        elif isinstance(rule := rule_for(module), Rule) and rule.elementwise and not isinstance(module, _PER_CHANNEL):
-            _normalise_kept(module, rule, channels)
+        elif (over := _normalised(module)) is not None:
+            _normalise_kept(module, *over, channels)
     for group in groups:
         if group.kind == "experts" and group.name in removed:
             for part in group.slices:
@@ -138,23 +138,34 @@ def _mask_attention(uses: Uses, module: nn.MultiheadAttention, channels: Tensor)
             replace_parameter(uses, old, new)
 
 
-def _normalise_kept(module: nn.Module, rule: Rule, channels: Tensor) -> None:
+def _normalised(module: nn.Module) -> tuple[int, int] | None:
+    """(channels, their dimension) of a norm over channels; None of every other module."""
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return module.normalized_shape[-1], -1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels, 1
+    rule = rule_for(module)
+    if not isinstance(rule, Rule) or not rule.elementwise or isinstance(module, _PER_CHANNEL):
+        return None
+    assert rule.out_dim is not None
+    return getattr(module, rule.weight).shape[-1], rule.out_dim
+
+
+def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) -> None:
     """Make a norm compute what it computes of the channels that stay, and zero in place of the others."""
-    weight = getattr(module, rule.weight)
-    kept = kept_of(weight.shape[-1], channels).to(weight.device)
+    stays = kept_of(size, channels)
     inner: Any = copy.copy(module)
     vars(inner)["_parameters"] = {
-        key: None if parameter is None else nn.Parameter(parameter.detach()[..., kept], requires_grad=False)
+        key: None if parameter is None else nn.Parameter(parameter.detach()[..., stays], requires_grad=False)
         for key, parameter in module._parameters.items()
     }
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        inner.normalized_shape = (len(kept),)
+        inner.normalized_shape = (len(stays),)
     elif isinstance(module, nn.GroupNorm):
-        inner.num_channels = len(kept)
-    assert rule.out_dim is not None
-    dim = rule.out_dim
+        inner.num_channels = len(stays)
 
     def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        kept = stays.to(x.device)
         normalised = inner.forward(x.index_select(dim, kept), *args, **kwargs)
         return normalised.new_zeros(x.shape).index_copy(dim, kept, normalised)
 

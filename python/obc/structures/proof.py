@@ -12,6 +12,7 @@ A try costs two forward passes, and what the structure needs to slice (one that 
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +52,8 @@ class Proof:
         error: the largest relative difference between a sliced and a masked model, of the groups that are proved.
         tolerance: what rounding explains: see :attr:`obc.structures.comparison.Observation.tolerance`.
         passes: forward passes that it took, without those of tracing.
+        tries: copies that were sliced: a structure that traces ran once more for each.
+        seconds: that it took, with tracing.
     """
 
     proved: list[str] = field(default_factory=list)
@@ -59,6 +62,8 @@ class Proof:
     error: float = 0.0
     tolerance: float = 0.0
     passes: int = 0
+    tries: int = 0
+    seconds: float = 0.0
 
 
 def prove(structure: Provable, run: Run, *, seed: int = 0) -> Proof:
@@ -69,7 +74,9 @@ def prove(structure: Provable, run: Run, *, seed: int = 0) -> Proof:
         run: ``run(model)`` returns the model's outputs on inputs that are always the same, in any nesting.
         seed: of the choice of units.
     """
+    start = time.perf_counter()
     proof = _Prover(structure, run, seed).prove()
+    proof.seconds = time.perf_counter() - start
     for name, reason in proof.left_out.items():
         structure.leave_out(name, reason)
     return proof
@@ -97,6 +104,8 @@ class _Prover:
             proof.unproved |= dict.fromkeys(names, f"a copy of the model does not run: {type(error).__name__}: {error}")
             return proof
         proof.unproved |= {n: why for n in names if (why := unmaskable(self.base, self.groups[n])) is not None}
+        if not self.unmasked.finite:
+            proof.unproved |= dict.fromkeys(names, "the model's outputs are not finite on this batch")
         maskable = [name for name in names if name not in proof.unproved]
         others = [name for name in names if name in proof.unproved]
         for number in range(_TRIES):
@@ -179,6 +188,7 @@ class _Prover:
             masked = self._masked(names, removed)
         except _MaskedError as error:
             return str(error)
+        self.proof.tries += 1
         try:
             trial = self.structure.twin(shared_copy(self.base))
             for part in _parts(removed, number + 1):
@@ -207,13 +217,17 @@ class _Prover:
             return None
         groups = [self.groups[name] for name in names]
         try:
-            return self._observe(masked_copy(self.base, groups, removed), lost_inputs(self.base, groups, removed))
+            found = self._observe(masked_copy(self.base, groups, removed), lost_inputs(self.base, groups, removed))
         except Exception as error:
             reason = f"the masked model does not run: {type(error).__name__}: {error}"
-            if len(names) > 1:
-                raise _MaskedError(reason) from error
-            self.proof.unproved[names[0]] = reason
-            return None
+        else:
+            if found.finite:
+                return found
+            reason = "the masked model's outputs are not finite"
+        if len(names) > 1:
+            raise _MaskedError(reason)
+        self.proof.unproved[names[0]] = reason
+        return None
 
     def _repeats(self, names: Sequence[str], number: int) -> bool:
         """Whether the masked model returns the same twice."""
