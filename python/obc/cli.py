@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parsed = _parser().parse_args(arguments)
     try:
-        with _plain_warnings():
+        with _plain_warnings(), _progress_lines():
             return int(parsed.command(parsed))
     except UsageError as error:
         print(f"obc {parsed.name}: {error}", file=sys.stderr)
@@ -34,6 +35,21 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
+
+
+@contextlib.contextmanager
+def _progress_lines() -> Iterator[None]:
+    """A line of progress every 30 seconds on standard error, where that is no terminal and shows no bar."""
+    logger, handler = logging.getLogger("obc.progress"), logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -60,6 +60,7 @@ def add(commands: Any) -> None:
     share = prune.add_mutually_exclusive_group()
     share.add_argument("--macs", type=_share, help="share of the MACs that remains (default: 0.5)")
     share.add_argument("--params", type=_share, help="instead: share of the parameters that remains")
+    share.add_argument("--blocks", type=_share, help="instead: share that remains of the parameters that can be pruned")
     share.add_argument("--ratio", type=_share, help="share of the MACs that goes: --ratio 0.3 is --macs 0.7")
     prune.add_argument("--round-to", type=positive, help="widths become multiples of it")
     prune.add_argument(
@@ -97,7 +98,7 @@ def _share(text: str) -> float:
 def run(parsed: argparse.Namespace) -> int:
     """By its scores where the target is a directory, else by obc.prune; options of the other way are refused."""
     macs = 1 - parsed.ratio if parsed.ratio is not None else parsed.macs
-    budget = Budget.of(macs, parsed.params)
+    budget = Budget.of(macs, parsed.params, parsed.blocks)
     if Path(parsed.target).is_dir():
         _refuse(parsed, _ENTRY_ONLY, "is for module:function")
         return prune_scored.run(parsed, budget)

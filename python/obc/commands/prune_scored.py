@@ -97,7 +97,7 @@ def _by_criterion(
         scores,
         structure.groups,
         costs,
-        (1 - budget.share) * costs.total(),
+        (1 - budget.share) * budget.counted(costs),
         per_cost=getattr(found, "per_cost", True),
         min_units=limits.min_units,
         round_to=limits.round_to,
@@ -120,7 +120,7 @@ def _chosen(structure: Any, scores: Scores, budget: Budget) -> dict[str, Tensor]
         values = dict(scores.group(groups, slices="gate"))
     if not values:
         raise UsageError("the scores have nothing of any group that can be pruned; score the model itself")
-    freed = (1 - budget.share) * costs.total()
+    freed = (1 - budget.share) * budget.counted(costs)
     selection = "joint" if joint else "independent"
     options: dict[str, Any] = {"selection": selection, "min_units": limits.min_units, "round_to": limits.round_to}
     if limits.families:

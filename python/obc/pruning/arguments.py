@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from torch import Tensor
+
 from obc.criteria import Jacobian, get
 from obc.criteria.protocol import name_of
+from obc.model.costs import Costs
 from obc.model.groups import Slices
 from obc.selection.allocation import Allocation
 from obc.selection.allocations import allocation_of
@@ -23,24 +26,28 @@ class Budget:
     Attributes:
         unit: of its costs.
         share: of these costs, in (0, 1].
+        blocks: only what depends on the groups' widths counts: neither embeddings nor a head.
     """
 
     unit: Unit
     share: float
+    blocks: bool = False
 
     @classmethod
-    def of(cls, macs: float | None, params: float | None) -> Budget:
+    def of(cls, macs: float | None, params: float | None, blocks: float | None = None) -> Budget:
         """The one that is given; half of the MACs where none is.
 
         Raises:
-            ValueError: both are given, or the share does not lie in (0, 1].
+            ValueError: several are given, or the share does not lie in (0, 1].
         """
-        if macs is not None and params is not None:
-            raise ValueError(f"macs={macs:g} and params={params:g} are two budgets; pass the one that is to be met")
-        if params is not None:
-            budget = cls("parameters", params)
-        else:
-            budget = cls("macs", _DEFAULT_SHARE if macs is None else macs)
+        given = {"macs": macs, "params": params, "blocks": blocks}
+        shares = {name: share for name, share in given.items() if share is not None}
+        if len(shares) > 1:
+            said = " and ".join(f"{name}={share:g}" for name, share in shares.items())
+            count = "two" if len(shares) == 2 else "three"
+            raise ValueError(f"{said} are {count} budgets; pass the one that is to be met")
+        name, share = next(iter(shares.items()), ("macs", _DEFAULT_SHARE))
+        budget = cls("macs" if name == "macs" else "parameters", share, name == "blocks")
         if not 0 < budget.share <= 1:
             raise ValueError(f"{budget.argument} is the share that remains, in (0, 1], got {budget.share}")
         return budget
@@ -48,12 +55,16 @@ class Budget:
     @property
     def argument(self) -> str:
         """As ``obc.prune`` calls it."""
-        return "macs" if self.unit == "macs" else "params"
+        return "blocks" if self.blocks else "macs" if self.unit == "macs" else "params"
 
     @property
     def noun(self) -> str:
         """As messages call it."""
-        return "MACs" if self.unit == "macs" else "parameters"
+        return "prunable parameters" if self.blocks else "MACs" if self.unit == "macs" else "parameters"
+
+    def counted(self, costs: Costs, widths: Tensor | None = None) -> float:
+        """What of the costs, at ``widths`` or as the model is now, the share is of."""
+        return costs.total(widths) - (costs.constant if self.blocks else 0.0)
 
     def schedule(self, steps: int | Sequence[float]) -> list[float]:
         """The share that remains after every step.

@@ -19,6 +19,7 @@ from obc.criteria.protocol import name_of
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
 from obc.model.groups import ChannelGroup
+from obc.model.progress import ProgressLog
 from obc.pruning.arguments import Budget
 from obc.pruning.final_proof import FinalProof
 from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
@@ -71,7 +72,7 @@ class Job:
         self._importance: Mapping[str, float] = {}
         self._evaluation: Evaluation | None = None
         self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
-        self.full = self.unpruned[budget.unit]
+        self.full = budget.counted(structure.costs(budget.unit))
         subject.batches.on_left_out = self._warn
         report.left_out = dict(getattr(structure, "left_out", {}))
         report.budget = budget.unit
@@ -89,14 +90,18 @@ class Job:
             raise ValueError(f"no layer can be pruned{self._reasons()}")
         self._check_reachable(schedule[-1])
         disable = None if progress is None else not progress
+        log = ProgressLog("obc.prune", progress)
+        self.subject.batches.on_batch = log.tick
         with tqdm(total=len(schedule), desc="prune", unit="step", disable=disable) as bar:
-            for share in schedule:
+            for number, share in enumerate(schedule, 1):
+                log.doing = f"step {number} of {len(schedule)}"
                 self._step(share, schedule[-1])
                 self._measure()
                 if on_step is not None:
                     on_step(PruningResult(self.subject.model, self.structure.plan, self.report))
-                bar.set_postfix_str(f"{self._costs().total() / self.full:.3f} of the {self.budget.noun}")
+                bar.set_postfix_str(f"{self.budget.counted(self._costs()) / self.full:.3f} of the {self.budget.noun}")
                 bar.update()
+        log.doing = "after the last step"
         for name, (before, after) in self.report.widths.items():
             if after < _NARROW * before:
                 self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
@@ -115,7 +120,8 @@ class Job:
 
     def _step(self, share: float, last: float) -> None:
         costs = self._costs()
-        excess = costs.total() - share * self.full
+        counted = self.budget.counted(costs)
+        excess = counted - share * self.full
         if excess <= _ROUNDING * self.full:  # the step before went far enough
             self._note_step(share, {})
             return
@@ -124,7 +130,7 @@ class Job:
             rows = self._rows(subject)
             subject.batches.refuse_many()
         with timed(self.report, "select"):
-            removed = self._select(rows, costs, excess, costs.total() - last * self.full)
+            removed = self._select(rows, costs, excess, counted - last * self.full)
         with timed(self.report, "remove"):
             self.structure.remove(removed)
         if self.final_proof is not None:
@@ -220,7 +226,7 @@ class Job:
     def _check_reachable(self, share: float) -> None:
         costs = self._costs()
         smallest = torch.tensor([self._smallest(group) for group in self.structure.groups], dtype=torch.float64)
-        least = costs.total(smallest) / self.full
+        least = self.budget.counted(costs, smallest) / self.full
         if least > share:
             raise ValueError(
                 f"{self.budget.argument}={share:g} is out of reach: {least:.4f} remain where each of the "

@@ -49,6 +49,7 @@ def prune(
     *,
     macs: float | None = None,
     params: float | None = None,
+    blocks: float | None = None,
     criterion: str | Any = "jacobian",
     allocation: str | Any | None = None,
     selection: Literal["joint", "independent"] | None = None,
@@ -96,6 +97,8 @@ def prune(
             With ``labels=False`` it may be None, or stands for ``forward_fn``.
         macs: the share of MACs that remains, in (0, 1]; 0.5 where ``params`` is not given either.
         params: instead of ``macs``, the share of parameters that remains.
+        blocks: instead, the share that remains of the parameters that can be pruned: those whose number depends on a
+            group's width, without embeddings, a head, and layers that are left out.
         criterion: "jacobian" or another name of ``obc.criteria.available()`` (docs/criteria.md); an object with
             ``needs`` and ``score(group, statistics, model)``; or such a function.
         allocation: how much each group loses: "global" (all units compete), "uniform" (equal shares), "equal" (equal
@@ -140,7 +143,7 @@ def prune(
         ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
             that differs.
     """
-    budget = Budget.of(macs, params)
+    budget = Budget.of(macs, params, blocks)
     schedule = budget.schedule(steps)
     criterion, slices = chosen_criterion(criterion, slices)
     selection = chosen_selection(criterion, selection, slices)

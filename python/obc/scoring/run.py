@@ -14,6 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from obc.model.evaluation import evaluating
+from obc.model.progress import ProgressLog
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows, LossFunction
 from obc.scoring.checkpoint import Checkpoint, CheckpointError
@@ -142,7 +143,9 @@ class _Run:
         with evaluating(scorer.model), scorer:
             disable = None if progress is None else not progress
             bar = tqdm(left, desc="score", unit="row", total=total, initial=self.done, disable=disable)
+            log = ProgressLog("obc.score", progress)
             for batch in bar:
+                log.tick(self.done, total)
                 left_out = 0 if usable is None else scorer.count_left_out()
                 self.reader.batch(self.done, batch)
                 self.done += 1

@@ -21,6 +21,7 @@ from obc.model.batches import part_of, samples_in
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
 from obc.model.groups import Side
 from obc.model.layouts import is_compiled
+from obc.model.progress import ProgressLog
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
 from obc.scoring.checkpoint import CheckpointError
@@ -182,7 +183,9 @@ class _Run:
         memory, started = PeakMemory(devices), time.perf_counter()
         with self._attached(call) as read:
             disable = None if progress is None else not progress
+            log = ProgressLog("obc.collect", progress)
             for batch in tqdm(left, desc="collect", unit="batch", total=total, initial=self.done, disable=disable):
+                log.tick(self.done, total)
                 read(batch)
                 self.done += 1
                 if isinstance(batches, UsableBatches):
