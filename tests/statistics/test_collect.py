@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 import obc
-from obc.statistics import Blocks, Experts, Gram, StatisticsError, memory, residual_blocks
+from obc.statistics import Blocks, Experts, Gram, StatisticsError, memory, residual_blocks, sums
 from obc.statistics.run import collect
 
 CASES: dict[str, Callable[[], Case]] = {
@@ -484,6 +485,59 @@ def test_a_batch_that_is_not_finite_is_left_out_and_named() -> None:
         assert any("batch 1: gram" in line for line in got.left_out)
     with pytest.raises(StatisticsError, match=r"batch 0: moments of .* is not finite"):
         collect(case.model, [bad], case.loss, statistics="moments")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_device_that_is_not_waited_for_leaves_the_same_batches_out(
+    backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: what is not finite becomes zero without being read, and is named at the end."""
+    case = models.residual_cnn()
+    bad = (case.batches[0][0].clone().index_fill(0, torch.tensor([1]), float("inf")), case.batches[0][1])
+    batches = [case.batches[0], bad, case.batches[1]]
+    names = ["moments", "gram", *(["gradient_moments"] if backward else [])]
+    loss = case.loss if backward else None
+
+    def run(of: list[Any]) -> obc.Statistics:
+        return collect(case.model, of, loss, statistics=names, forward_fn=forward)
+
+    with pytest.warns(UserWarning, match="not finite"):
+        at_once = run(batches)
+    monkeypatch.setattr(sums, "reads_at_once", lambda device: False)
+    with pytest.warns(UserWarning, match="not finite"):
+        later = run(batches)
+    assert later.left_out == at_once.left_out
+    for name in names:
+        assert_same(later, at_once, name)
+    with pytest.raises(StatisticsError, match=r"batch 0: moments of .* is not finite"):
+        run([bad])
+
+
+def run_until_killed(folder: Path) -> None:
+    """Collect in a process that kills itself in the middle of the fourth batch."""
+
+    def batches() -> Iterator[Any]:
+        for index, batch in enumerate(models.residual_cnn().batches * 2):
+            if index == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield batch
+
+    case = models.residual_cnn()
+    collect(case.model, batches(), case.loss, statistics=["rows", "moments"], checkpoint=folder / "state", every=2)
+
+
+def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
+    process = torch.multiprocessing.get_context("spawn").Process(target=run_until_killed, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    case = models.residual_cnn()
+    options: dict[str, Any] = {"statistics": ["rows", "moments"]}
+    assert (tmp_path / "state").exists()
+    resumed = collect(case.model, iter(case.batches * 2), case.loss, checkpoint=tmp_path / "state", **options)
+    whole = collect(case.model, iter(case.batches * 2), case.loss, **options)
+    assert_same(resumed, whole, "moments")
+    assert torch.equal(resumed.rows["head"].in_channels, whole.rows["head"].in_channels)
 
 
 def test_modules_that_are_never_called_are_named() -> None:

@@ -265,7 +265,7 @@ class _Run:
         self._commit()
 
     def _commit(self) -> None:
-        with torch.no_grad():
+        with torch.inference_mode():  # what forward passes gave may be changed in place only here
             for reader in self.readers.values():
                 reader.batch_ends()
                 reader.sums.commit(self.done)
@@ -285,7 +285,7 @@ class _Run:
         for name, reader in self.readers.items():
             fields = reader.sums.fields()
             values[name] = {module: reader.result(fields[module]) for module in reader.coverage if module in fields}
-            if not values[name]:
+            if not values[name] or len(reader.sums.settle()) >= count:
                 why = left_out[0] if left_out else next(iter(coverage[name].values()), "nothing was called")
                 raise StatisticsError(f"no batch gave {name!r} anything to read: {why}")
         kept = None

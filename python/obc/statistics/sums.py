@@ -71,7 +71,7 @@ class Sums:
             return
         first = next(iter(added.values())).device
         flags = torch.stack([self.checked(values).isfinite().all().to(first) for values in added.values()])
-        if first.type == "cpu":
+        if reads_at_once(first):
             if not bool(flags.all()):
                 self._name(batch, list(added), flags)
                 return
@@ -120,7 +120,8 @@ class Sums:
     def _total(self, key: Key, like: Tensor) -> Tensor:
         device = self.to or like.device
         if key not in self.totals:
-            self.totals[key] = torch.zeros(like.shape, dtype=self.dtype, device=device)
+            with torch.inference_mode(False):  # later batches and processes add to it outside
+                self.totals[key] = torch.zeros(like.shape, dtype=self.dtype, device=device)
         elif self.totals[key].device != device:  # loaded from a checkpoint
             self.totals[key] = self.totals[key].to(device)
         return self.totals[key]
@@ -128,3 +129,8 @@ class Sums:
     def _name(self, batch: int, keys: list[Key], flags: Tensor) -> None:
         module = next(key[0] for key, finite in zip(keys, flags.tolist(), strict=True) if not finite)
         self.left_out.append(f"batch {batch}: {self.name} of {module!r} is not finite; the batch was left out of it")
+
+
+def reads_at_once(device: torch.device) -> bool:
+    """Whether asking if a batch was finite costs nothing; elsewhere it would wait for the device."""
+    return device.type == "cpu"
