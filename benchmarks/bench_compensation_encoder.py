@@ -65,7 +65,7 @@ OTHERS = {
     "reconstruction": "reconstruction",
 }
 CRITERIA = ("random", "L1", "JC", "joint", "joint-label-free", *OTHERS)
-STATES = ("naive", "ls", "seq")
+STATES = ("naive", "ls", "seq", "correct")
 SHARES = (0.25, 0.5)
 JOINT_STEPS = (0.125, 0.25, 0.375, 0.5)  # scored anew before each; passes all SHARES
 BATCH = 32
@@ -389,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--criterion", nargs="*", choices=CRITERIA, default=CRITERIA, help="only these")
     parser.add_argument("--corpus", choices=[corpus.name for corpus in CORPORA], help="only this one")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: each corpus's own")
-    parser.add_argument("--modes", nargs="+", choices=STATES[1:], default=STATES[1:], help="of compensation; both")
+    parser.add_argument("--modes", nargs="+", choices=STATES[1:], default=STATES[1:], help="of compensation; all")
     parser.add_argument(
         "--out", nargs="?", type=Path, const=RESULTS / "bench_compensation_encoder.json", help="write JSON"
     )
