@@ -174,17 +174,9 @@ def own_adapters(layer: str) -> nn.Module:
     return model
 
 
-def peft_adapters(layer: str) -> nn.Module:
-    peft = pytest.importorskip("peft", reason="peft is missing: pip install peft")
-    return peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=[layer])).eval()
-
-
-@pytest.mark.parametrize("adapted", [own_adapters, peft_adapters])
 @pytest.mark.parametrize("layer", ["gate_proj", "up_proj", "down_proj", "q_proj", "v_proj", "o_proj"])
-def test_blocks_with_a_wrapped_layer_are_left_out_or_pruned_rightly(
-    layer: str, adapted: Callable[[str], nn.Module]
-) -> None:
-    model = adapted(layer)
+def test_blocks_with_a_wrapped_layer_are_left_out(layer: str) -> None:
+    model = own_adapters(layer)
     batches = [torch.randint(0, 37, (2, 8), generator=torch.Generator().manual_seed(seed)) for seed in range(6)]
 
     def loss(model: Any, tokens: Tensor) -> Tensor:
@@ -196,6 +188,15 @@ def test_blocks_with_a_wrapped_layer_are_left_out_or_pruned_rightly(
     kept_whole = "mlp" if layer in ("gate_proj", "up_proj", "down_proj") else "self_attn"
     assert not any(kept_whole in name for name in report.widths)
     assert report.widths
+
+
+@pytest.mark.parametrize("layer", ["gate_proj", "down_proj", "v_proj"])
+def test_adapters_of_peft_are_refused_with_what_to_do(layer: str) -> None:
+    peft = pytest.importorskip("peft", reason="peft is missing: pip install peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=[layer])).eval()
+    with pytest.raises(ValueError, match="merge_and_unload"):
+        TransformersStructure(model)
+    assert TransformersStructure(model.merge_and_unload()).groups
 
 
 def test_a_wrapped_gate_is_seen_without_running_the_model() -> None:
