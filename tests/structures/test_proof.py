@@ -78,6 +78,19 @@ def test_channels_in_another_order_are_left_out(name: str) -> None:
         assert "layers.0" in structure.left_out
 
 
+def test_a_search_without_end_is_given_up() -> None:
+    """Torch-Pruning follows ever more channels here, in a circle, until the memory is full."""
+
+    def moves(x: Tensor) -> Tensor:
+        x = x.unflatten(1, (-1, 2)).transpose(1, 2).flatten(1, 2)
+        return wirings.channels_last(torch.stack([x, x], 2).flatten(1, 2))
+
+    between = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
+    structure = TorchPruningStructure(wired(moves, between=between), images())
+    assert "channels in a circle" in structure.left_out["layers.0"]
+    assert [group.name for group in structure.groups] == ["layers.1"]
+
+
 @pytest.mark.parametrize("name", ["depthwise", "norm", "slopes"])
 @pytest.mark.parametrize("order", ["as it is", "flip"])
 def test_layers_between_do_not_hide_the_order(name: str, order: str) -> None:

@@ -25,6 +25,7 @@ from obc.model.shared_copy import share_again, shared_parameters
 from obc.structures.measure import costs_of, measure
 from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits
+from obc.structures.traced_bounds import bound_searches
 from obc.structures.traced_plan import PlanRecorder, holds_channels
 from obc.structures.traced_units import NotPrunableError, Units, after, renumbered, slice_of, without
 
@@ -208,7 +209,7 @@ class TorchPruningStructure:
                 parameter.requires_grad_(True)
             explaining = explained(self.model, "tracing it with Torch-Pruning", _UNTRACEABLE)
             with explaining, evaluating(self.model), torch.enable_grad():
-                return tp.DependencyGraph().build_dependency(
+                graph = tp.DependencyGraph().build_dependency(
                     self.model,
                     self._example_inputs,
                     forward_fn=lambda model, inputs: differentiable(self._forward_fn(model, inputs)),
@@ -218,6 +219,8 @@ class TorchPruningStructure:
         finally:
             for parameter in floating:
                 parameter.requires_grad_(False)
+        bound_searches(graph, self.model)
+        return graph
 
     def _new_recorder(self) -> PlanRecorder:
         widths = {module: self._graph.get_out_channels(module) for module in self._heads}
