@@ -67,6 +67,8 @@ def _process_docstring(app: Any, what: str, name: str, thing: Any, options: Any,
     for number, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...", "===", "..")):
             lines[number] = _plain_formulas(line)
+    if what in ("attribute", "data", "property"):
+        lines.insert(0, "")  # napoleon takes what stands before a colon in the first line for a type
 
 
 def setup(app: Any) -> None:

@@ -147,3 +147,26 @@ def test_the_architecture_shows_every_folder() -> None:
     for folder in _PACKAGE:
         if not folder.startswith(("_", "__pycache__")):
             assert f"`{folder}`" in page, folder
+
+
+def _exists(name: str) -> bool:
+    """Whether a dotted name is a module, or a member of one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        try:
+            thing: Any = importlib.import_module(".".join(parts[:length]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[length:]:
+            if not hasattr(thing, part) and part not in getattr(thing, "__annotations__", {}):
+                return False
+            thing = getattr(thing, part, None)
+        return True
+    return False
+
+
+def test_what_docstrings_refer_to_exists() -> None:
+    pattern = r":(?:func|class|meth|mod|attr|data|exc):`~?((?:obc|obc_kernels)(?:\.\w+)+)`"
+    named = set(re.findall(pattern, _source(".py", ".md")))
+    assert len(named) >= 20
+    assert not {name for name in named if not _exists(name)}

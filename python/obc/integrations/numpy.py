@@ -100,7 +100,7 @@ def _check_flat(op: str, name: str, array: NDArray[Any]) -> None:
 
 
 def channel_dot(activation: Array, grad: Array, channel_dim: int, per_sample: bool = False) -> Array:
-    """Sum of activation times gradient per channel: (C,), or (N, C) with ``per_sample``. See :func:`obc.channel_dot`.
+    """Sum of activation times gradient per channel: (C,), or (N, C) with ``per_sample``: :func:`obc.ops.channel_dot`.
 
     Raises:
         ValueError, TypeError, IndexError: shapes or dtypes differ, or ``channel_dim`` is out of range.

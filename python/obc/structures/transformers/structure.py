@@ -190,7 +190,7 @@ class TransformersStructure:
         ]
 
     def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
-        """Parameters, or MACs, for one token or calibrated: see :func:`transformers_costs.transformer_costs`."""
+        """Parameters, or MACs for one token or calibrated (:mod:`obc.structures.transformers.costs`)."""
         blocks = list(self.blocks.values())
         axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
         for index, block in enumerate(blocks):
