@@ -359,7 +359,7 @@ def test_a_model_whose_modules_form_no_chain_is_corrected_all_the_same() -> None
     assert_close(pruned.state_dict(), chained.state_dict(), rtol=1e-7, atol=1e-9)
 
 
-def test_prune_takes_it_as_its_best() -> None:
+def test_prune_takes_it_where_compensate_is_true() -> None:
     model, _ = tiny("llama")
     batches = [torch.randint(50, (4, 16)) for _ in range(6)]
     forward = lambda m, batch: m(input_ids=batch).logits  # noqa: E731

@@ -124,7 +124,7 @@ Compensation = Literal["mean", "correct", "ls", "seq"]
 
 
 def chosen_compensation(compensate: Compensation | bool | None) -> Compensation | None:
-    """``compensate``; True is the best without training that is known, "correct"."""
+    """``compensate``; True stands for "correct"."""
     if isinstance(compensate, bool):
         return "correct" if compensate else None
     return compensate
