@@ -217,7 +217,7 @@ def joint(
     """Sets of channels chosen together over all layers, without ``losses`` label-free; a row for every sample."""
     model = copy.deepcopy(encoder.model)
     structure = TransformersStructure(model, kinds=("ffn",))
-    costs = structure.costs("macs")
+    costs = structure.costs("parameters")
     free = 1 - costs.total(torch.zeros(len(costs.widths))) / costs.total()  # what all hidden channels take
     width = sum(group.size for group in structure.groups)
     found: list[tuple[float, nn.Module, PruningPlan]] = []
@@ -234,7 +234,7 @@ def joint(
         batches,
         losses,
         structure=structure,
-        macs=1 - free * JOINT_STEPS[-1],
+        params=1 - free * JOINT_STEPS[-1],
         steps=[1 - free * share for share in JOINT_STEPS],
         labels=losses is not None,
         rows="sample",

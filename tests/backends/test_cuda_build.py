@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from obc.backends import BACKENDS, cuda, fastest
+from obc.backends import BACKENDS, fastest
+from obc.backends.native import FOLDER
 from obc.backends.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
+LIBRARY = FOLDER / "libobc_cuda.so"
 CHECK = ROOT / "csrc" / "cuda" / "check.py"
 
 _spec = importlib.util.spec_from_file_location("cuda_check", CHECK)
@@ -71,11 +73,11 @@ def test_check_reads_names_and_widths() -> None:
 
 
 def test_library_needs_nothing_of_torch_but_the_stable_abi() -> None:
-    if not cuda.LIBRARY.exists():
+    if not LIBRARY.exists():
         pytest.skip("libobc_cuda.so was not built (no nvcc was found when obc was installed)")
     if shutil.which("nm") is None:
         pytest.skip("no nm on this machine (binutils has it)")
-    listed = subprocess.run(["nm", "-D", "--undefined-only", cuda.LIBRARY], check=True, capture_output=True, text=True)
+    listed = subprocess.run(["nm", "-D", "--undefined-only", LIBRARY], check=True, capture_output=True, text=True)
     symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
     assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
     unstable = [symbol for symbol in symbols if "c10" in symbol and not symbol.startswith("torch_c10_cuda")]

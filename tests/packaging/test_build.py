@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import obc
-from obc.backends.cpu import LIBRARY
+from obc.backends.native import FOLDER
 from obc.scoring.reading import native_gates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ def test_arguments_of_the_library_are_those_of_ops(name: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="reads ELF with readelf")
-@pytest.mark.parametrize("library", [LIBRARY, native_gates.path()], ids=["operators", "gates"])
+@pytest.mark.parametrize("library", [FOLDER / "libobc_cpu.so", native_gates.path()], ids=["operators", "gates"])
 def test_library_names_torch_by_soname_without_a_path(library: Path) -> None:
     dynamic = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
     assert "[libtorch_cpu.so]" in dynamic

@@ -143,7 +143,7 @@ def test_heads_stay_where_the_config_has_no_word_for_fewer(family: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*rows:UserWarning")
 def test_widths_far_apart_are_not_overshot_on_the_way() -> None:
-    """In one step or eight: of 8, 4 or 2 heads 8 stay, because feed-forward blocks can give the rest."""
+    """In one step or eight the same widths, and no fewer multiply-accumulates than were asked for."""
     found = []
     for steps in (1, 8):
         of = MODELS["llama"]()
@@ -152,8 +152,8 @@ def test_widths_far_apart_are_not_overshot_on_the_way() -> None:
             of.model, None, of.batches, of.loss, macs=0.7, steps=steps, structure=structure, round_to=64
         ).report
         found.append(report.widths)
+        assert 0.69 * report.macs_before <= report.macs_after <= 0.7 * report.macs_before
     assert found[0] == found[1]
-    assert {after for _, after in found[0].values()} == {4, 128}  # all heads of keys and values; half the channels
 
 
 def test_shares_out_of_reach_name_what_is_reachable() -> None:
