@@ -110,7 +110,7 @@ std::optional<Rows> plan_rows(const Pair& pair, const std::vector<Dim>& dims) {
   for (const Dim& dim : dims) (dim.role == kSummed ? summed : kept).push_back(dim);
   // Samples before channels, as in the result.
   std::sort(kept.begin(), kept.end(), [](const Dim& a, const Dim& b) { return a.role < b.role; });
-  return rows_of(pair, kept, summed);
+  return rows_of(pair, kept, summed, true);
 }
 
 template <class T>

@@ -4,8 +4,10 @@
 
 A row is one kernel: registers, spills and shared memory from the compiler, loads from global memory by width in bits
 from the machine code. Inputs are read with 16-byte streaming loads wherever they allow it; in machine code those are
-the loads marked EF (evict first), and no other load is. The exit code is 1 where a kernel spills to local memory,
-where a streaming load is narrower than 128 bits, or where a kernel that should have eight of them has fewer.
+the loads marked EF (evict first), and no other load is. "per vector" is the number of machine instructions in the
+kernel's code for each of these loads. The exit code is 1 where a kernel spills to local memory, where a streaming load
+is narrower than 128 bits, where a kernel that should have eight of them has fewer, or where its instructions per vector
+exceed their budget (BUDGET, measured; a change that needs more must say so there).
 
 Needs nvcc, and cuobjdump: the toolkit's, or the one that comes with Triton.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -33,6 +36,41 @@ ARCHITECTURES = ("80", "90")
 LOADS_AT_ONCE = 8
 
 TYPES = {"f": "float32", "d": "float64", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
+
+# Machine instructions in a kernel's code per streaming 16-byte load: the larger count of sm_80 and sm_90, by nvcc 13.
+# The whole code counts, prologue and last sums too, so that this bounds growth and says nothing of speed.
+BUDGET = {
+    "channel_dot_kernel bfloat16": 386,
+    "channel_dot_kernel float16": 382,
+    "channel_dot_kernel float32": 363,
+    "channel_dot_kernel float64": 366,
+    "columns_kernel bfloat16 items=8": 254,
+    "columns_kernel float16 items=8": 250,
+    "columns_kernel float32 items=4": 230,
+    "columns_kernel float64 items=2": 223,
+    "rows_kernel bfloat16 items=8 moments=1": 153,
+    "rows_kernel bfloat16 items=8 moments=5": 215,
+    "rows_kernel float16 items=8 moments=1": 149,
+    "rows_kernel float16 items=8 moments=5": 211,
+    "rows_kernel float32 items=4 moments=1": 140,
+    "rows_kernel float32 items=4 moments=5": 192,
+    "rows_kernel float64 items=2 moments=1": 140,
+    "rows_kernel float64 items=2 moments=5": 210,
+    "rows_of_positions_kernel bfloat16 items=8": 391,
+    "rows_of_positions_kernel float16 items=8": 387,
+    "rows_of_positions_kernel float32 items=4": 288,
+    "rows_of_positions_kernel float64 items=2": 261,
+    "weight_dot_kernel bfloat16": 633,
+    "weight_dot_kernel float16": 626,
+    "weight_dot_kernel float32": 594,
+    "weight_dot_kernel float64": 610,
+    "weight_dot_list_kernel bfloat16": 781,
+    "weight_dot_list_kernel float16": 774,
+    "weight_dot_list_kernel float32": 734,
+    "weight_dot_list_kernel float64": 752,
+}
+# Other versions of the compiler differ by so much.
+SLACK = 0.1
 
 
 def find_tool(name: str) -> str | None:
@@ -60,6 +98,12 @@ class Kernel:
     loads: Counter[int] = field(default_factory=Counter)  # by width in bits, the streaming ones apart
     streaming: Counter[int] = field(default_factory=Counter)
     local: int = 0  # instructions that read or write local memory
+    instructions: int = 0
+
+    @property
+    def per_vector(self) -> float:
+        """Machine instructions in the kernel's code for each of its streaming 16-byte loads."""
+        return self.instructions / max(1, self.streaming[128])
 
     @property
     def reads_vectors(self) -> bool:
@@ -76,6 +120,11 @@ class Kernel:
             faults.append(f"streaming loads of {narrow} bits, expected 128")
         if self.reads_vectors and self.streaming[128] < LOADS_AT_ONCE:
             faults.append(f"{self.streaming[128]} streaming loads of 128 bits, expected at least {LOADS_AT_ONCE}")
+        budget = BUDGET.get(self.name)
+        if self.reads_vectors and budget is None:
+            faults.append(f"no budget of instructions per vector; BUDGET should say {math.ceil(self.per_vector)}")
+        elif budget is not None and self.per_vector > budget * (1 + SLACK):
+            faults.append(f"{self.per_vector:.0f} instructions per vector, the budget is {budget}")
         return [f"sm_{self.arch} {self.name}: {fault}" for fault in faults]
 
     def row(self) -> str:
@@ -83,7 +132,8 @@ class Kernel:
         others = [f"{count}x{width}" for width, count in sorted(self.loads.items(), reverse=True)]
         return (
             f"sm_{self.arch}  {self.name:42} {self.registers:9} {self.stack + self.local:7} {self.shared:7}  "
-            f"{' '.join(loads) or '-':14} {' '.join(others) or '-'}"
+            f"{self.per_vector if self.reads_vectors else 0:10.0f}  {' '.join(loads) or '-':14} "
+            f"{' '.join(others) or '-'}"
         )
 
 
@@ -125,6 +175,7 @@ def inspect(source: Path, arch: str) -> list[Kernel]:
     for symbol, registers, stack, shared in re.findall(pattern, usage):
         kernels[symbol] = Kernel(readable(symbol), arch, int(registers), int(stack), int(shared))
     for symbol, body in re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", code, re.DOTALL):
+        kernels[symbol].instructions = len(re.findall(r"/\*[0-9a-f]{4,}\*/ +\S", body))
         for instruction in re.findall(r"\b(LD[GL]?\.?\S*|STL\S*)", body):
             if instruction.startswith(("LDL", "STL")):
                 kernels[symbol].local += 1
@@ -144,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs = [(source, arch) for arch in archs for source in sorted(HERE.glob("*.cu"))]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         kernels = [kernel for found in pool.map(lambda job: inspect(*job), jobs) for kernel in found]
-    print(f"arch   {'kernel':42} registers  spills  shared  streaming      other loads")
+    print(f"arch   {'kernel':42} registers  spills  shared  per vector  streaming      other loads")
     for kernel in sorted(kernels, key=lambda kernel: (kernel.arch, kernel.name)):
         print(kernel.row())
     faults = [fault for kernel in kernels for fault in kernel.faults()]

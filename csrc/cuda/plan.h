@@ -118,17 +118,25 @@ inline void place_partials(Matrix& m, bool line_sums, Space& space) {
   m.line_counters = take(space.counters, m.tiles > 1 ? m.groups * m.chunks : 0);
 }
 
-// Whether every output's positions are adjacent in both arrays, and lie equally far from a multiple of 16 bytes there.
-inline bool can_peel(const Rows& r, int64_t vector, int item) {
+// Whether every output's positions are runs that are adjacent in both arrays, and lie equally far from a multiple of 16
+// bytes there.
+inline bool can_peel(const Rows& r, int64_t vector, int item, bool several_runs) {
   bool alike = (reinterpret_cast<uintptr_t>(r.first) - reinterpret_cast<uintptr_t>(r.second)) % kVectorBytes == 0;
   for (int64_t d = 0; d < r.outputs.count; ++d) alike &= (r.outputs.first[d] - r.outputs.second[d]) % vector == 0;
-  const bool adjacent = r.positions.count == 1 && r.positions.first[0] == 1 && r.positions.second[0] == 1;
-  // Below two vectors there may be no whole one.
-  return alike && adjacent && r.length >= 2 * vector && reinterpret_cast<uintptr_t>(r.first) % item == 0;
+  const int64_t last = r.positions.count - 1;
+  if (last > 0 && !several_runs) return false;
+  for (int64_t d = 0; d < last; ++d) alike &= (r.positions.first[d] - r.positions.second[d]) % vector == 0;
+  const bool adjacent = r.positions.first[last] == 1 && r.positions.second[last] == 1;
+  // Below two vectors there may be no whole one; and of several runs each has as many loads as single elements.
+  const int64_t least = last == 0 ? 2 * vector : 2 * vector * vector;
+  return alike && adjacent && r.positions.sizes[last] >= least && reinterpret_cast<uintptr_t>(r.first) % item == 0;
 }
 
 // Outputs are the `kept` dimensions in that order, positions the `summed` ones; nothing where axes are too many.
-inline std::optional<Rows> rows_of(const Pair& pair, const std::vector<Dim>& kept, const std::vector<Dim>& summed) {
+// `several_runs`: the kernel peels more than one run of an output, for which five sums leave it no registers.
+inline std::optional<Rows> rows_of(
+    const Pair& pair, const std::vector<Dim>& kept, const std::vector<Dim>& summed, bool several_runs
+) {
   const std::optional<Axes> outputs = axes_of(kept), positions = axes_of(summed);
   if (!outputs || !positions) return std::nullopt;
   Rows r = {};
@@ -142,13 +150,13 @@ inline std::optional<Rows> rows_of(const Pair& pair, const std::vector<Dim>& kep
   r.vectors = r.positions.first[last] == 1 && r.positions.second[last] == 1 && r.positions.sizes[last] % vector == 0 &&
               multiples(r.positions, vector, 1) && multiples(r.outputs, vector) && aligned(r.first) &&
               aligned(r.second);
-  if (!r.vectors && can_peel(r, vector, element_size(pair.dtype))) {
+  if (!r.vectors && can_peel(r, vector, element_size(pair.dtype), several_runs)) {
     r.vectors = true;
-    r.peeled = r.length;
+    r.peeled = r.positions.sizes[last];
   }
   if (r.vectors) {
-    r.length /= vector;
     r.positions.sizes[last] /= vector;
+    r.length = r.length / (r.peeled > 0 ? r.peeled : r.positions.sizes[last] * vector) * r.positions.sizes[last];
     r.positions.first[last] = r.positions.second[last] = vector;
   }
   // A block's every thread should have a full set of loads, and a warp should not be left alone with more than that.

@@ -4,8 +4,8 @@
 // outputs to fill the device or few positions each; else a block does, or several blocks a share each, of which the
 // last one to end adds up the shares.
 //
-// Outputs whose positions are adjacent, but begin at no multiple of 16 bytes (maps of 17 x 17), are peeled: the
-// elements before the first and after the last whole vector are read one by one.
+// Positions that lie in runs of adjacent elements which begin at no multiple of 16 bytes (maps of 17 x 17, one run for
+// each sample) are peeled: a run's elements before its first and after its last whole vector are read one by one.
 #pragma once
 
 #include "device.h"
@@ -22,7 +22,7 @@ struct Rows {
   int64_t count;
   Axes positions;
   int64_t length;  // loads per output, at most where it is peeled
-  int64_t peeled;  // elements per output where its vectors begin at an element of its own, else 0
+  int64_t peeled;  // elements of a run where its vectors begin at an element of its own, else 0
   bool by_warp;
   int64_t splits;  // 1 where a warp sums an output
   int64_t share;   // loads of one split
@@ -35,9 +35,58 @@ __device__ void add_moments(Acc (&sums)[kMoments], Acc a, Acc g) {
   sums[0] += product;
   if constexpr (kMoments == 5) {
     sums[1] += product * product;
-    sums[2] += product < 0 ? -product : product;
+    sums[2] += fabs(product);
     sums[3] += a * a;
-    sums[4] += a < 0 ? -a : a;
+    sums[4] += fabs(a);
+  }
+}
+
+// The same for positions in several peeled runs. A load is a vector of a run; where the run has one vector less than
+// there is room for, because it begins late, its last load is nothing. Load v brings the v-th of the single elements
+// too.
+template <class T, int kItems, int kMoments>
+__device__ void read_runs(
+    const Rows& r,
+    const T* first,
+    const T* second,
+    int64_t begin,
+    int64_t end,
+    int64_t step,
+    Accumulator<T> (&sums)[kMoments]
+) {
+  using Acc = Accumulator<T>;
+  const int64_t room = r.positions.sizes[r.positions.count - 1];
+  for (int64_t position = begin; position < end; position += kLoadsAtOnce * step) {
+    Loaded<T, kItems> a[kLoadsAtOnce], g[kLoadsAtOnce];
+#pragma unroll
+    for (int n = 0; n < kLoadsAtOnce; ++n) {
+      a[n].clear();
+      g[n].clear();
+      const int64_t here = position + n * step;
+      if (here >= end) continue;
+      const int64_t load = here - quotient(here, room) * room;
+      const Place at = place(r.positions, here);
+      const T* const a_run = first + at.first - load * kItems;
+      const T* const g_run = second + at.second - load * kItems;
+      const int64_t head = (kItems - reinterpret_cast<uintptr_t>(a_run) / sizeof(T) % kItems) % kItems;
+      const int64_t vectors = (r.peeled - head) / kItems, single = r.peeled - vectors * kItems;
+      if (load < vectors) {
+        a[n].load(first + at.first + head);
+        g[n].load(second + at.second + head);
+      }
+      if (load < single) {
+        const int64_t element = load < head ? load : load + vectors * kItems;
+        add_moments(sums, widen(__ldg(a_run + element)), widen(__ldg(g_run + element)));
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kLoadsAtOnce; ++n) {
+      Acc left[kItems], right[kItems];
+      a[n].unpack(left);
+      g[n].unpack(right);
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) add_moments(sums, left[i], right[i]);
+    }
   }
 }
 
@@ -50,6 +99,12 @@ __device__ void read_positions(
   const Place start = place(r.outputs, output);
   const T* first = static_cast<const T*>(r.first) + start.first;
   const T* second = static_cast<const T*>(r.second) + start.second;
+  if constexpr (kItems > 1 && kMoments == 1) {
+    if (r.peeled > 0 && r.positions.count > 1) {
+      read_runs<T, kItems>(r, first, second, begin, end, step, sums);
+      return;
+    }
+  }
   if (kItems > 1 && r.peeled > 0) {
     const int64_t head = (kItems - reinterpret_cast<uintptr_t>(first) / sizeof(T) % kItems) % kItems;
     const int64_t vectors = (r.peeled - head) / kItems, rest = r.peeled - vectors * kItems;

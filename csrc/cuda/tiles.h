@@ -229,6 +229,7 @@ __device__ void run_item(
   const int terms = static_cast<int>(m.terms);
   const auto of_tile = [&](int64_t channel, int64_t term) {
     const int t = static_cast<int>(term);
+    if (terms == 1) return shared[t * stride + channel * m.channel_stride];
     return shared[t / terms * stride + channel * m.channel_stride + t % terms * m.term_stride];
   };
   const auto finish = [&](int64_t channel, Acc sum) {

@@ -30,7 +30,7 @@ bool weight_moments(const Pair& weight, void* const moments[kMoments], Context& 
     for (int m = 0; m < kMoments; ++m) context.check(cudaMemsetAsync(moments[m], 0, bytes, context.stream));
     return true;
   }
-  const std::optional<Rows> rows = rows_of(weight, {row}, cpu::canonical(std::move(columns)));
+  const std::optional<Rows> rows = rows_of(weight, {row}, cpu::canonical(std::move(columns)), false);
   if (!rows) return false;
   for_type(weight.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
