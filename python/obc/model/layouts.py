@@ -1,49 +1,20 @@
-"""Where a module keeps its channels: the one description that slicing, folding and compensation share."""
+"""Channels of linear and convolutional layers: what slicing, folding and compensation need to know of them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
+
+from obc.model.rules import Rule, is_transformers_conv1d, rule_for
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a layer with out and in channels stores them.
-
-    Attributes:
-        transposed: the weight is (in, out / groups, *kernel) instead of (out, in / groups, *kernel).
-        groups: groups of the convolution, 1 for a linear layer.
-        convolution: whether its channels lie along dim 1 of its input and output; else along the last.
-    """
-
-    transposed: bool
-    groups: int
-    convolution: bool
-
-    def sizes(self, weight: Tensor) -> tuple[int, int]:
-        """(out channels, in channels) of ``weight``, the pruned layer's or the original's: grouping stays."""
-        rows, columns = weight.shape[0], weight.shape[1] * self.groups
-        return (columns, rows) if self.transposed else (rows, columns)
-
-
-def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a linear or convolutional layer; None for every other module."""
-    if isinstance(module, _ConvNd):
-        return Layout(isinstance(module, _ConvTransposeNd), module.groups, True)
-    if isinstance(module, nn.Linear):
-        return Layout(False, 1, False)
-    if _is_transformers_conv1d(module):
-        return Layout(True, 1, False)
-    return None
-
-
-def _is_transformers_conv1d(module: nn.Module) -> bool:
-    # By name: transformers must not be imported for it.
-    cls = type(module)
-    return cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"
+def layout_of(module: nn.Module) -> Rule | None:
+    """Where the channels of a linear or convolutional layer lie; None for every other module."""
+    if not isinstance(module, (_ConvNd, nn.Linear)) and not is_transformers_conv1d(module):
+        return None
+    rule = rule_for(module)
+    return rule if isinstance(rule, Rule) else None
 
 
 def is_depthwise(module: nn.Module, original_weight: Tensor) -> bool:

@@ -48,6 +48,21 @@ class Rule:
     elementwise: bool = False
     packed: bool = False
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the weight is (in, out / groups, *kernel) instead of (out, in / groups, *kernel)."""
+        return self.out_axis == 1
+
+    @property
+    def convolution(self) -> bool:
+        """Whether the channels lie along dim 1 of the input and output, before the positions; else along the last."""
+        return self.out_dim is not None and self.out_dim < -1
+
+    def sizes(self, weight: Tensor) -> tuple[int, int]:
+        """(out channels, in channels) of ``weight``, of this layer before or after pruning: grouping stays."""
+        rows, columns = weight.shape[0], weight.shape[1] * self.groups
+        return (columns, rows) if self.transposed else (rows, columns)
+
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -75,7 +90,7 @@ def rule_for(module: nn.Module) -> Rule | str | None:
         return Rule("gate", weight=packed, bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1, packed=True)
     if isinstance(module, nn.Linear):
         return Rule("gate", bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1)
-    if _is_transformers_conv1d(module):  # GPT-2's linear layer with its weight stored (in, out)
+    if is_transformers_conv1d(module):  # GPT-2's linear layer with its weight stored (in, out)
         return Rule("gate", bias=_bias_name(module), out_axis=1, in_axis=0, out_dim=-1, in_dim=-1)
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return Rule("gate", out_axis=1, out_dim=-1, looks_up=True)
@@ -144,7 +159,8 @@ def _lacking_weight(module: nn.Module) -> str | None:
     return None
 
 
-def _is_transformers_conv1d(module: nn.Module) -> bool:
+def is_transformers_conv1d(module: nn.Module) -> bool:
+    """Whether this is GPT-2's linear layer, told by its name: transformers must not be imported for it."""
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
 

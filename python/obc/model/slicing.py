@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.kept import Kept, PlanError
-from obc.model.layouts import Layout, is_depthwise, layout_of, split_by_group
+from obc.model.layouts import is_depthwise, layout_of, split_by_group
+from obc.model.rules import Rule
 
 
 def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
@@ -51,7 +52,7 @@ def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept) -
     return sliced_weight(original, layout, kept)
 
 
-def sliced_weight(weight: Tensor, layout: Layout, kept: Kept) -> Tensor:
+def sliced_weight(weight: Tensor, layout: Rule, kept: Kept) -> Tensor:
     """The rows and columns of ``weight`` that ``kept`` names, in its order: of a grouped convolution in each group."""
     if kept.in_channels is not None and len(kept.in_channels) * kept.in_repeat > weight.numel():
         raise ValueError(f"{len(kept.in_channels)} in channels of {kept.in_repeat} columns each are more than it has")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_in
-from obc.model.layouts import Layout
+from obc.model.rules import Rule
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.processes import ALONE, Processes
 
@@ -37,7 +37,7 @@ def inputs(model: nn.Module, names: Sequence[str], batch: Any, forward_fn: Forwa
     return seen
 
 
-def channel_rows(x: Tensor, layout: Layout, repeat: int) -> Tensor:
+def channel_rows(x: Tensor, layout: Rule, repeat: int) -> Tensor:
     """(positions, channels) of a layer's input; behind a flatten every column of a channel is a position."""
     if layout.convolution:
         return x.movedim(1, -1).reshape(-1, x.shape[1])

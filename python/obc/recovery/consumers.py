@@ -11,9 +11,10 @@ from torch.nn.utils import parametrize
 
 from obc import ops
 from obc.model.kept import Kept, PlanError
-from obc.model.layouts import Layout, is_depthwise, layout_of, split_by_group
+from obc.model.layouts import is_depthwise, layout_of, split_by_group
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
+from obc.model.rules import Rule
 from obc.model.slicing import original_tensor, sliced
 from obc.recovery.calibration import channel_rows
 from obc.recovery.moments import Moments, Solution
@@ -25,7 +26,7 @@ class Consumer:
     """A layer whose inputs were pruned."""
 
     module: nn.Module
-    layout: Layout
+    layout: Rule
     weight: Tensor  # kept out channels, all in channels
     positions: Tensor  # (blocks, kept in / blocks): the kept channels inside their block
     size: int  # channels of a block before pruning

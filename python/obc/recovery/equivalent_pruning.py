@@ -20,9 +20,10 @@ from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from obc.model.kept import Kept, PlanError
-from obc.model.layouts import Layout, is_compiled, is_depthwise, layout_of, split_by_group
+from obc.model.layouts import is_compiled, is_depthwise, layout_of, split_by_group
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
+from obc.model.rules import Rule
 from obc.model.slicing import original_tensor, sliced_weight
 from obc.recovery.break_even import break_even, positions, warn_below
 from obc.recovery.folds import FoldedBias, FoldedTensor, FoldedWeight
@@ -112,7 +113,7 @@ class _Layer:
 
     name: str
     module: nn.Module
-    layout: Layout
+    layout: Rule
     weight: Tensor
     bias: Tensor | None
     kept: Kept

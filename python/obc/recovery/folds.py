@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from obc import ops
 from obc.backends import gemm
 from obc.model.kept import Kept
-from obc.model.layouts import Layout
+from obc.model.rules import Rule
 from obc.model.slicing import sliced_weight
 
 
@@ -56,7 +56,7 @@ class FoldedWeight(FoldedTensor):
         parameter_names: tuple[str, ...],
         compressor: nn.Parameter | None,
         decompressor: nn.Parameter | None,
-        layout: Layout,
+        layout: Rule,
         kept: Kept,
         reduced: bool,
     ) -> None:

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obc.model.layouts import Layout
+from obc.model.rules import Rule
 from obc.recovery.normal_equations import Change
 
 # Convolutions have far more positions than a regression needs: so many rows per column are drawn, over all batches.
 _ROWS_PER_COLUMN = 32
 
 
-def columns_of(module: nn.Module, layout: Layout) -> tuple[int, int, int]:
+def columns_of(module: nn.Module, layout: Rule) -> tuple[int, int, int]:
     """(blocks, columns, outputs) of the matrix that the layer multiplies with; of a convolution with all its taps."""
     weight: Any = module.weight
     if layout.transposed:  # transformers' Conv1D: (in, out)
@@ -23,7 +23,7 @@ def columns_of(module: nn.Module, layout: Layout) -> tuple[int, int, int]:
     return layout.groups, weight[0].numel(), weight.shape[0] // layout.groups
 
 
-def drawn_rows(module: nn.Module, layout: Layout, positions: int, batches: int) -> Any:
+def drawn_rows(module: nn.Module, layout: Rule, positions: int, batches: int) -> Any:
     """Which positions of a batch are read: indices, or a slice of all."""
     if not layout.convolution:
         return slice(None)
@@ -34,7 +34,7 @@ def drawn_rows(module: nn.Module, layout: Layout, positions: int, batches: int) 
     return torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
 
 
-def input_rows(module: nn.Module, layout: Layout, x: Tensor, rows: Any) -> Tensor:
+def input_rows(module: nn.Module, layout: Rule, x: Tensor, rows: Any) -> Tensor:
     """(blocks, rows, columns) of the layer's input."""
     if not layout.convolution:
         return x.reshape(-1, x.shape[-1])[rows][None]
@@ -47,7 +47,7 @@ def input_rows(module: nn.Module, layout: Layout, x: Tensor, rows: Any) -> Tenso
     return taken.unflatten(1, (layout.groups, -1)).flatten(2).transpose(0, 1)
 
 
-def output_rows(layout: Layout, y: Tensor, rows: Any) -> Tensor:
+def output_rows(layout: Rule, y: Tensor, rows: Any) -> Tensor:
     """(blocks, rows, outputs) of a tensor of the layer's output shape, at the same positions."""
     flat = y.movedim(1, -1).reshape(-1, y.shape[1]) if layout.convolution else y.reshape(-1, y.shape[-1])
     taken = flat[rows if isinstance(rows, slice) else rows.to(y.device)]
@@ -65,7 +65,7 @@ def _patches(module: Any, x: Tensor) -> Tensor:
     return x
 
 
-def apply_change(module: nn.Module, layout: Layout, change: Change) -> None:
+def apply_change(module: nn.Module, layout: Rule, change: Change) -> None:
     """weight += change, in place; bias likewise."""
     weight: Any = module.weight
     flat = change.weight.flatten(0, 1)
