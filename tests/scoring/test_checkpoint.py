@@ -42,7 +42,7 @@ def assert_survives(kills: int, variant: tuple[str, ...], folder: Path) -> None:
     said = done.stdout.splitlines()
     assert said.count("killed: killed") == kills, done.stdout + done.stderr
     assert said.count("unbroken: exit 0") == said.count("killed: exit 0") == 1, done.stdout + done.stderr
-    assert any("going on from" in line for line in said), done.stdout
+    assert any("resuming from" in line for line in said), done.stdout
     unbroken, killed = (obc.Scores.load(folder / name / "scores.safetensors") for name in ("unbroken", "killed"))
     assert_equal(unbroken, killed)
     assert_rows_equal(unbroken, killed)
@@ -121,7 +121,7 @@ def test_where_it_goes_on_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFix
     case = models.residual_cnn()
     broken_off(case, tmp_path / "checkpoint")
     obc.score(case.model, case.batches * 3, case.loss, checkpoint=tmp_path / "checkpoint")
-    assert f"going on from {tmp_path / 'checkpoint'}: 4 batches of 9 are done" in caplog.text
+    assert f"resuming from {tmp_path / 'checkpoint'}: 4 batches of 9 are done" in caplog.text
 
 
 def test_a_row_left_out_before_is_still_named(tmp_path: Path) -> None:

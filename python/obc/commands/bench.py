@@ -58,8 +58,8 @@ def run(parsed: argparse.Namespace) -> int:
     status = 0
     for name in (file for what in dict.fromkeys(asked) for file in BENCHMARKS[what]):
         result = out / f"{name}.json"
-        of_name = ["--sizes" if name == "bench_large" else "--only", parsed.only] if parsed.only else []
-        command = [sys.executable, "-m", f"benchmarks.{name}", *options, *of_name, "--out", str(result)]
+        only = ["--sizes" if name == "bench_large" else "--only", parsed.only] if parsed.only else []
+        command = [sys.executable, "-m", f"benchmarks.{name}", *options, *only, "--out", str(result)]
         status = max(status, subprocess.run(command, cwd=root).returncode)
         if result.exists():
             picture = result.with_suffix(".png")

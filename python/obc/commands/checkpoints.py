@@ -140,8 +140,8 @@ def loss_of(kind: str, rows: Literal["batch", "sample"], seed: int) -> Losses:
     """
     if kind == "label-free":
         return label_free_loss(rows=rows, seed=seed)
-    of_samples = {"causal-lm": _next_token, "masked-lm": _masked, "label": _labelled}[kind]
-    return of_samples if rows == "sample" else lambda model, batch: of_samples(model, batch).mean()
+    sample_losses = {"causal-lm": _next_token, "masked-lm": _masked, "label": _labelled}[kind]
+    return sample_losses if rows == "sample" else lambda model, batch: sample_losses(model, batch).mean()
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -151,8 +151,8 @@ def _logits(model: nn.Module, batch: Batch) -> Tensor:
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean over each sample's tokens that have a label."""
-    of_tokens = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-    return of_tokens.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
+    token_losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    return token_losses.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
 
 
 def _next_token(model: nn.Module, batch: Batch) -> Tensor:

@@ -128,7 +128,7 @@ def _strip(scores: Scores) -> str:
         values = _values(scores[name].out_channels)
         if values:
             spread.append((name, values[-1], values[len(values) // 2], values[0]))
-    low, high = _range([value for _, *of in spread for value in of])
+    low, high = _range([value for _, *values in spread for value in values])
     step = _STRIP_WIDTH / max(1, len(spread))
     width = round(max(0.5, step * 0.7), 2)
     bars = []

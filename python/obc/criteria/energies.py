@@ -38,13 +38,13 @@ def relative_errors(
                 consumed.setdefault(part.module, []).append((group.name, part))
     energies: dict[tuple[str, str], Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    of_batch: list[tuple[str, Tensor, list[tuple[str, Tensor]]]] = []  # added only where all of it is finite
+    energies_in_batch: list[tuple[str, Tensor, list[tuple[str, Tensor]]]] = []  # added only where all of it is finite
 
     def hook(name: str) -> Callable[..., None]:
         def collect(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             parts = [(group_name, _energies(module, x, part)) for group_name, part in consumed[name]]
-            of_batch.append((name, output.double().square().sum(), parts))
+            energies_in_batch.append((name, output.double().square().sum(), parts))
 
         return collect
 
@@ -53,16 +53,16 @@ def relative_errors(
     try:
         with evaluating(model), torch.no_grad():
             for count, batch in enumerate(batches, 1):  # noqa: B007 - how many there were
-                of_batch.clear()
+                energies_in_batch.clear()
                 forward_fn(model, batch)
-                if not all_finite(of_batch):
+                if not all_finite(energies_in_batch):
                     batches.leave_out("what a layer makes of it is not finite")
                     continue
-                for name, energy, parts in of_batch:
+                for name, energy, parts in energies_in_batch:
                     outputs[name] = outputs.get(name, torch.zeros_like(energy)) + energy
-                    for group_name, of_units in parts:
+                    for group_name, unit_energies in parts:
                         key = group_name, name
-                        energies[key] = energies.get(key, torch.zeros_like(of_units)) + of_units
+                        energies[key] = energies.get(key, torch.zeros_like(unit_energies)) + unit_energies
     finally:
         for handle in handles:
             handle.remove()
@@ -80,7 +80,7 @@ def _energies(module: nn.Module, x: Tensor, part: Slice) -> Tensor:
     channels = part.channels.to(x.device)
     if not isinstance(module, _ConvNd):
         return _linear_energies(module, x, channels)
-    return torch.stack([_alone(module, of_unit)(x[:, of_unit]).double().square().sum() for of_unit in channels])
+    return torch.stack([_alone(module, unit)(x[:, unit]).double().square().sum() for unit in channels])
 
 
 def _linear_energies(module: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
@@ -90,8 +90,8 @@ def _linear_energies(module: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
     assert isinstance(weight, Tensor)
     columns = (weight.T if layout.transposed else weight).double()[:, channels]  # (out, units, k)
     inputs = x.reshape(-1, x.shape[-1]).double()[:, channels]  # (positions, units, k)
-    of_weight, of_input = (torch.einsum("puk,pul->ukl", t, t) for t in (columns, inputs))
-    return (of_weight * of_input).sum((1, 2))
+    weight_moments, input_moments = (torch.einsum("puk,pul->ukl", t, t) for t in (columns, inputs))
+    return (weight_moments * input_moments).sum((1, 2))
 
 
 def _alone(module: _ConvNd, channels: Tensor) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.criteria.protocol import About, Criterion
-from obc.criteria.units import mean_over_slices, module_of, of_units, weight_of
+from obc.criteria.units import by_unit, mean_over_slices, module_of, weight_of
 from obc.model.groups import ChannelGroup, Slice
 from obc.selection.allocation import TwoClasses
 from obc.statistics.results import Statistics
@@ -135,10 +135,10 @@ def products(part: Slice, statistics: Statistics, model: nn.Module) -> tuple[Ten
     if module is None or weight is None or part.module not in statistics.weight_gradients:
         return None
     found = statistics.weight_gradients[part.module]
-    first = of_units(module, weight * found.total, part).double().cpu()
+    first = by_unit(module, weight * found.total, part).double().cpu()
     if found.square is None:
         return first, torch.zeros_like(first)
-    return first, of_units(module, weight.square() * found.square, part).double().cpu()
+    return first, by_unit(module, weight.square() * found.square, part).double().cpu()
 
 
 def _of_slices(

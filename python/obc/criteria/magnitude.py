@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc import ops
 from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion, Subject
-from obc.criteria.units import mean_over_slices, module_of, of_units, relative, weight_of
+from obc.criteria.units import by_unit, mean_over_slices, module_of, relative, weight_of
 from obc.model.groups import ChannelGroup, Slice
 from obc.statistics.results import Statistics
 
@@ -57,13 +57,13 @@ class BNScale(Criterion):
     )
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        def of_norm(part: Slice) -> Tensor | None:
+        def norm_values(part: Slice) -> Tensor | None:
             module = module_of(model, part)
             if not isinstance(module, _BatchNorm) or not module.affine:
                 return None
             return module.weight.detach()[part.channels.to(module.weight.device)].abs().mean(1)
 
-        return mean_over_slices(group, of_norm)
+        return mean_over_slices(group, norm_values)
 
 
 class FPGM(Criterion):
@@ -103,11 +103,11 @@ def by_weights(
 ) -> Tensor | None:
     """The mean of ``value`` of (units, entries) over the layers' slices, relative to the group's mean."""
 
-    def of_part(part: Slice) -> Tensor | None:
+    def part_values(part: Slice) -> Tensor | None:
         module = module_of(model, part)
         weight = weight_of(module)
         if module is None or weight is None or (producers and part.side == "in"):
             return None
-        return value(of_units(module, weight, part).contiguous())
+        return value(by_unit(module, weight, part).contiguous())
 
-    return relative(mean_over_slices(group, of_part))
+    return relative(mean_over_slices(group, part_values))

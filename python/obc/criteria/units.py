@@ -66,7 +66,7 @@ def by_channel(module: nn.Module, tensor: Tensor, side: str) -> Tensor:
     return tensor.flatten(1)
 
 
-def of_units(module: nn.Module, tensor: Tensor, part: Slice) -> Tensor:
+def by_unit(module: nn.Module, tensor: Tensor, part: Slice) -> Tensor:
     """(units, entries) what of ``tensor``, shaped like the layer's weight, goes with each unit."""
     return by_channel(module, tensor, part.side)[part.channels.to(tensor.device)].flatten(1)
 

@@ -128,8 +128,8 @@ def _compare(recipe: Recipe, seeds: range, criterion: Criterion, say: Callable[[
         after.append(accuracy(pruned.model, data.test))
         found.append([_best(way, pruned, data, seed) for way in WAYS])
     ways = []
-    for way, of_seeds in zip(WAYS, zip(*found, strict=True), strict=True):
-        rates, accuracies = zip(*of_seeds, strict=True)
+    for way, by_seed in zip(WAYS, zip(*found, strict=True), strict=True):
+        rates, accuracies = zip(*by_seed, strict=True)
         ways.append(FineTuned(way.name, rates, accuracies))
     return FineTuning(recipe.name, tuple(unpruned), tuple(after), tuple(ways))
 

@@ -47,12 +47,14 @@ def headline(result: ModelResult) -> str:
 def table(result: ModelResult) -> str:
     """Per target one line a criterion: actual MACs, accuracy in every way; then what scoring costs."""
     lines = [["criterion", "fewer MACs", *WAYS]]
-    for points in zip(*(of.points for of in result.criteria), strict=True):
-        for of, point in zip(result.criteria, points, strict=True):
-            lines.append([of.criterion, f"{point.macs_ratio:.2f}x", *(_percent(point.accuracy[way]) for way in WAYS)])
+    for points in zip(*(found.points for found in result.criteria), strict=True):
+        for found, point in zip(result.criteria, points, strict=True):
+            lines.append(
+                [found.criterion, f"{point.macs_ratio:.2f}x", *(_percent(point.accuracy[way]) for way in WAYS)]
+            )
     costs = [["criterion", "scoring", "peak memory"]]
-    for of in result.criteria:
-        costs.append([of.criterion, f"{1000 * of.seconds:.1f} ms", f"{of.peak_bytes / 2**20:.2f} MiB"])
+    for found in result.criteria:
+        costs.append([found.criterion, f"{1000 * found.seconds:.1f} ms", f"{found.peak_bytes / 2**20:.2f} MiB"])
     return "\n".join([headline(result), *_aligned(lines, len(result.criteria)), "", *_aligned(costs)])
 
 
@@ -61,9 +63,9 @@ def fine_tuning_table(result: FineTuning) -> str:
     lines = [["fine-tuned", "mean", "lowest - highest", "learning rates chosen"]]
     plain = (("unpruned", result.unpruned), ("pruned, not fine-tuned", result.pruned))
     lines += [[name, _percent(statistics.fmean(values)), _range(values), ""] for name, values in plain]
-    for of in result.ways:
-        rates = ", ".join(f"{rate:g}" for rate in of.learning_rates)
-        lines.append([of.way, _percent(of.mean), _range(of.accuracies), rates])
+    for found in result.ways:
+        rates = ", ".join(f"{rate:g}" for rate in found.learning_rates)
+        lines.append([found.way, _percent(found.mean), _range(found.accuracies), rates])
     return "\n".join([f"{result.model}, {TARGET:g}x fewer MACs by the Jacobian Criterion", *_aligned(lines)])
 
 
@@ -111,19 +113,19 @@ def draw(results: Sequence[ModelResult], path: Path) -> None:
         raw.sharey(compensated)
         _draw_accuracy(raw, result, RAW, headline(result))
         _draw_accuracy(compensated, result, SEQUENTIAL, "the same networks, compensated")
-        names = [of.criterion for of in result.criteria]
-        _draw_bars(times, names, [1000 * of.seconds for of in result.criteria], "scoring once, ms", "{:.1f}")
-        _draw_bars(peaks, names, [of.peak_bytes / 2**20 for of in result.criteria], "peak memory, MiB", "{:.2f}")
+        names = [found.criterion for found in result.criteria]
+        _draw_bars(times, names, [1000 * found.seconds for found in result.criteria], "scoring once, ms", "{:.1f}")
+        _draw_bars(peaks, names, [found.peak_bytes / 2**20 for found in result.criteria], "peak memory, MiB", "{:.2f}")
     figure.supxlabel(protocol(), fontsize=8.5)
     figure.savefig(path, dpi=_DPI)
 
 
 def _draw_accuracy(axis: Any, result: ModelResult, way: str, title: str) -> None:
-    for of, colour, marker in zip(result.criteria, _COLOURS, _MARKERS, strict=False):
-        ratios = [1.0, *[point.macs_ratio for point in of.points]]
-        accuracies = [result.accuracy, *[point.accuracy[way] for point in of.points]]
+    for found, colour, marker in zip(result.criteria, _COLOURS, _MARKERS, strict=False):
+        ratios = [1.0, *[point.macs_ratio for point in found.points]]
+        accuracies = [result.accuracy, *[point.accuracy[way] for point in found.points]]
         values = [math.nan if value is None else 100 * value for value in accuracies]
-        axis.plot(ratios, values, color=colour, marker=marker, label=of.criterion, linewidth=2, markersize=7)
+        axis.plot(ratios, values, color=colour, marker=marker, label=found.criterion, linewidth=2, markersize=7)
     axis.set_title(title, fontsize=10, loc="left")
     axis.set_xlabel("times fewer MACs")
     axis.set_ylabel(f"held-out accuracy, {way}, %")

@@ -42,7 +42,7 @@ def part_of(batch: Any, start: int, stop: int, samples: int) -> Any:
 
 
 def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    def of(leaf: Any) -> Any:
+    def changed(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return change(leaf)
         if isinstance(leaf, MutableMapping):  # a mapping that pytree does not know, such as a tokenizer's output
@@ -52,4 +52,4 @@ def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
             return part
         return leaf
 
-    return pytree.tree_map(of, batch)
+    return pytree.tree_map(changed, batch)

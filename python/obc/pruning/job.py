@@ -175,8 +175,8 @@ class Job:
             for group in subject.groups
         ]
         named = zip(subject.groups, values, strict=True)
-        rows = {group.name: of_group for group, of_group in named if of_group is not None}
-        if rows and not any(bool(of_group.any()) for of_group in rows.values()):
+        rows = {group.name: group_rows for group, group_rows in named if group_rows is not None}
+        if rows and not any(bool(group_rows.any()) for group_rows in rows.values()):
             raise ValueError(
                 "all rows are zero, so that no choice is better than another: no loss depends on what can be "
                 "pruned; check loss_fn, and rows='sample' with losses that couple samples (then rows='batch')"

@@ -130,12 +130,12 @@ class PruningReport:
 
     def _proved(self) -> str:
         tried = 0 if self.proof is None else len(self.proof.proved)
-        of_groups = f"{tried} groups tried and right"
+        tried_groups = f"{tried} groups tried and right"
         if self.error is None or self.tolerance is None:
-            return f"not proved: the pruned model was not compared with the masked one; {of_groups}"
+            return f"not proved: the pruned model was not compared with the masked one; {tried_groups}"
         return (
             f"proved: the pruned model equals the masked one up to {self.error:.1e} (rounding explains "
-            f"{self.tolerance:.1e}); {of_groups}"
+            f"{self.tolerance:.1e}); {tried_groups}"
         )
 
 

@@ -100,8 +100,8 @@ class CompensationReport:
         self.layers = {name: replace(layer, applied=False) for name, layer in self.layers.items()}
 
     def __str__(self) -> str:
-        of_input = any(isinstance(layer, LayerCompensation) for layer in self.layers.values())
-        title = f"{'input error':>16}   output error if naive" if of_input else f"{'error':>16}   where"
+        has_input_errors = any(isinstance(layer, LayerCompensation) for layer in self.layers.values())
+        title = f"{'input error':>16}   output error if naive" if has_input_errors else f"{'error':>16}   where"
         lines = [f"{'layer':40} {title}"]
         for name, layer in self.layers.items():
             lines.append(f"{name:40} {layer}{'' if layer.applied else ' (left naive)'}")

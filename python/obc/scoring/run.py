@@ -115,8 +115,8 @@ class _Run:
         if saved is not None and (state := saved.resume()) is not None:
             self.done, self.earlier_seconds = state["batches"], state["seconds"]
             reader.one_at_a_time = state["one_at_a_time"]
-            of = "" if total is None else f" of {total}"
-            logger.warning("going on from %s: %d batches%s are done", saved.path, self.done, of)
+            whole = "" if total is None else f" of {total}"
+            logger.warning("resuming from %s: %d batches%s are done", saved.path, self.done, whole)
         if saved is not None:
             self._refuse_other_places()
 

@@ -218,11 +218,11 @@ class Greedy:
                 increments = increments.index_fill(0, picks[-1], math.inf)
             picks.append(self._first_of_each_group(increments, rounding))
             values = [increments, rounding] if unit_costs is None else [increments, rounding, unit_costs]
-            of_picks = [value.index_select(0, picks[-1]) for value in values]
+            last = [value.index_select(0, picks[-1]) for value in values]
             if place:
                 past = chunk <= place
-                of_picks = [sum_ + of.masked_fill_(past, 0.0) for sum_, of in zip(totals, of_picks, strict=True)]
-            totals = of_picks
+                last = [total + value.masked_fill_(past, 0.0) for total, value in zip(totals, last, strict=True)]
+            totals = last
         freed = (self._slope - self._own_curvature * chunk) * chunk if unit_costs is None else totals[2]
         return Proposals(totals[0], totals[1], freed, torch.stack(picks))
 

@@ -85,11 +85,11 @@ class Checkpoint:
             for (module, field), total in reader.sums.totals.items():
                 tensors[f"{name}:{field}:{module}"] = total
         if self.scorer is not None:
-            of_scorer = self.scorer.state_dict()
+            scorer_state = self.scorer.state_dict()
             for key in _LISTS:
-                for index, tensor in enumerate(of_scorer.pop(key)):
+                for index, tensor in enumerate(scorer_state.pop(key)):
                     tensors[f"{key}:{index}"] = tensor
-            state["scorer"] = of_scorer
+            state["scorer"] = scorer_state
         header = {"identity": self.identity, "state": state, "progress": dict(progress)}
         texts = {key: json.dumps(value) for key, value in header.items()}
         save_tensors(self.path, tensors, {"format": _FORMAT, **texts})

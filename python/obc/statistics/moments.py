@@ -70,5 +70,5 @@ class _Reader(InputReader):
         return ChannelMoments(counts[0], counts[1], *fields["sums"].unbind())
 
     def bytes(self) -> int:
-        of_total, of_batch = 8, 4
-        return sum(4 * (of_total + of_batch) * input_width(layer) for layer in self.layers.values())
+        total_bytes, batch_bytes = 8, 4
+        return sum(4 * (total_bytes + batch_bytes) * input_width(layer) for layer in self.layers.values())

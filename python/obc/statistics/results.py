@@ -173,11 +173,11 @@ class Statistics:
             for module, value in found.items():
                 plain = numbers[name].setdefault(module, {})
                 for field in fields(value):
-                    of_field = getattr(value, field.name)
-                    if isinstance(of_field, Tensor):
-                        tensors[f"{name}:{field.name}:{module}"] = of_field
-                    elif of_field is not None:
-                        plain[field.name] = of_field
+                    field_value = getattr(value, field.name)
+                    if isinstance(field_value, Tensor):
+                        tensors[f"{name}:{field.name}:{module}"] = field_value
+                    elif field_value is not None:
+                        plain[field.name] = field_value
         header: dict[str, Any] = {
             "numbers": numbers,
             "num_batches": self.num_batches,

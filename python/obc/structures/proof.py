@@ -334,12 +334,12 @@ def varied_inputs(inputs: Any) -> Any:
     """Example inputs, of which floating tensors that hold one value only are random around it."""
     generator = torch.Generator().manual_seed(0)
 
-    def of_leaf(leaf: Any) -> Any:
+    def leaf_samples(leaf: Any) -> Any:
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 1 and is_constant(leaf.detach()):
             return vary(leaf.detach(), generator)
         return leaf
 
-    return pytree.tree_map(of_leaf, inputs)
+    return pytree.tree_map(leaf_samples, inputs)
 
 
 def is_constant(tensor: Tensor) -> bool:

@@ -284,7 +284,7 @@ class TorchPruningStructure:
         self._join_divided(units, members)
         self._join_self_coupled(units, root, raw[0][0].handler, size)
         channels = units.table()
-        slices = tuple(slice_of(module, side, of, channels) for (module, side), of in members.items())
+        slices = tuple(slice_of(module, side, roots, channels) for (module, side), roots in members.items())
         ordered = tuple(sorted(slices, key=lambda part: self._place(part.module)))
         kind = "heads" if heads else "channels"
         return _Root(root, out, channels), ChannelGroup(name, ordered, kind)
@@ -311,9 +311,9 @@ class TorchPruningStructure:
             if roots is None or any(root is None for root in roots):
                 raise NotPrunableError("Torch-Pruning does not say which channels go together (grouped queries)")
             for name, side, copies in parts:
-                of_part = members.setdefault((name, side), {})
+                members_of_part = members.setdefault((name, side), {})
                 for offset in copies:
-                    of_part.update({c + offset: r for c, r in zip(channels, roots, strict=True)})
+                    members_of_part.update({c + offset: r for c, r in zip(channels, roots, strict=True)})
         return members
 
     def _parts(self, target: Any, dep: Any) -> list[tuple[str, Side, list[int]]]:
@@ -329,8 +329,13 @@ class TorchPruningStructure:
             raise NotPrunableError(f"a plan can't describe {name!r}, a LayerNorm over several dimensions")
         if isinstance(target, nn.MultiheadAttention):
             thirds = [part * target.embed_dim for part in range(3)]
-            of_out = f"{name}.out_proj" if name else "out_proj"
-            return [(name, "out", thirds), (name, "in", [0]), (of_out, "out", [0]), (of_out, "in", [0])]
+            projection = f"{name}.out_proj" if name else "out_proj"
+            return [
+                (name, "out", thirds),
+                (name, "in", [0]),
+                (output_projection, "out", [0]),
+                (output_projection, "in", [0]),
+            ]
         if layout_of(target) is None or self._graph.is_out_channel_pruning_fn(dep.handler):
             return [(name, "out", [0])]
         return [(name, "in", [0])]
@@ -448,9 +453,9 @@ class TorchPruningStructure:
             group, slices=tuple(replace(part, channels=without(part.channels, chosen)) for part in group.slices)
         )
         lost = {key: torch.tensor(sorted(channels), dtype=torch.int64) for key, channels in expected.items()}
-        for other, of in self._groups.items():
-            if any((part.module, part.side) in lost for part in of.slices):
-                self._groups[other] = replace(of, slices=tuple(after(part, lost) for part in of.slices))
+        for other, coupled in self._groups.items():
+            if any((part.module, part.side) in lost for part in coupled.slices):
+                self._groups[other] = replace(coupled, slices=tuple(after(part, lost) for part in coupled.slices))
 
     def _raw_group(self, name: str, removed: Tensor, expected: Mapping[tuple[str, Side], set[int]]) -> Any:
         """Torch-Pruning's group that removes exactly ``expected``.

@@ -130,12 +130,12 @@ def channel_group(group: Any, model: nn.Module) -> ChannelGroup | None:
     for item in group:
         dep, channels = item[0], list(item[1])
         module = dep.target.module
-        of_roots = roots if item is group[0] else getattr(item, "root_idxs", None)
-        if module not in names or of_roots is None or any(root is None for root in of_roots):
+        item_roots = roots if item is group[0] else getattr(item, "root_idxs", None)
+        if module not in names or item_roots is None or any(root is None for root in item_roots):
             continue
         side = "out" if dep.handler == dep.handler.__self__.prune_out_channels else "in"
         table = slices.setdefault((names[module], side), [[] for _ in roots])
-        for channel, root in zip(channels, of_roots, strict=True):
+        for channel, root in zip(channels, item_roots, strict=True):
             if channel not in table[place[root]]:
                 table[place[root]].append(channel)
     parts = [

@@ -160,8 +160,8 @@ class GradientRows:
             contractions = [self._contractions[parameter] for parameter, _ in pairs]
             layers, grads = [parameter for parameter, _ in pairs], [grad for _, grad in pairs]
             dots = ops.weight_dot_list(layers, grads, groups=[contraction.groups for contraction in contractions])
-            for axis, of_axis in enumerate(dots):
-                for contraction, dot in zip(contractions, of_axis, strict=True):
+            for axis, axis_dots in enumerate(dots):
+                for contraction, dot in zip(contractions, axis_dots, strict=True):
                     if axis in contraction.slots:
                         self._add(contraction.slots[axis], dot, sign)
 

@@ -179,10 +179,10 @@ def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn
         return lambda name, module: _SIDES if predicate(name, module) else frozenset()
     sides: dict[str, frozenset[Side]] = dict.fromkeys(modules, _SIDES)
     if isinstance(modules, Mapping):
-        sides = {name: frozenset(of_module) for name, of_module in modules.items()}
-        for name, of_module in sides.items():
-            if not of_module or of_module - _SIDES:
-                raise ValueError(f"modules: {name!r} must have 'in', 'out' or both, got {sorted(of_module)}")
+        sides = {name: frozenset(wanted_sides) for name, wanted_sides in modules.items()}
+        for name, wanted_sides in sides.items():
+            if not wanted_sides or wanted_sides - _SIDES:
+                raise ValueError(f"modules: {name!r} must have 'in', 'out' or both, got {sorted(wanted_sides)}")
     if unknown := sorted(sides.keys() - {name for name, _ in model.named_modules()}):
         raise ValueError(f"modules: the model has no module {unknown[0]!r}; names are those of model.named_modules()")
     return lambda name, module: sides.get(name, frozenset())

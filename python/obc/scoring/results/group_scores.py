@@ -32,8 +32,8 @@ class GroupScores(Mapping[str, Tensor]):
         exact: bool,
     ) -> None:
         self._totals, self.exact = dict(totals), exact
-        self.parts = {name: dict(of) for name, of in parts.items()}
-        self.unscored = {name: dict(of) for name, of in unscored.items()}
+        self.parts = {name: dict(values) for name, values in parts.items()}
+        self.unscored = {name: dict(reasons) for name, reasons in unscored.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._totals:
@@ -80,9 +80,9 @@ def group_scores(
     unscored: dict[str, dict[Part, str]] = {}
     for name, group in by_name(groups).items():
         _check_fit(scores, group)
-        of_rows = group.parts(rows if exact else {})
+        part_rows = group.parts(rows if exact else {})
         parts[name] = (
-            {part: values.square().sum(0) for part, values in of_rows.items()} if exact else group.parts(scores)
+            {part: values.square().sum(0) for part, values in part_rows.items()} if exact else group.parts(scores)
         )
         unscored[name] = {
             (part.module, part.side): _reason(coverage, part)

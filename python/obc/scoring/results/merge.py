@@ -30,14 +30,14 @@ class Facts:
 
 def all_facts(facts: Facts, group: Any) -> Facts:
     """The facts of every process in one. A module counts as scored where any process scored it."""
-    of_all = gathered(facts, group)
-    coverage = dict(of_all[0].coverage)
-    for other in of_all[1:]:
+    everyone = gathered(facts, group)
+    coverage = dict(everyone[0].coverage)
+    for other in everyone[1:]:
         for name, how in other.coverage.items():
             if not coverage[name].scored:
                 coverage[name] = how
-    left_out = [f"process {rank}: {what}" for rank, one in enumerate(of_all) for what in one.left_out]
-    return Facts(sum(one.num_rows for one in of_all), coverage, left_out)
+    left_out = [f"process {rank}: {what}" for rank, one in enumerate(everyone) for what in one.left_out]
+    return Facts(sum(one.num_rows for one in everyone), coverage, left_out)
 
 
 def gathered(value: Any, group: Any) -> list[Any]:

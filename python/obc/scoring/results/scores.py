@@ -204,8 +204,8 @@ class Scores(Mapping[str, ChannelScores]):
             name: ChannelScores(tensors.get(f"{name}:out_channels"), tensors.get(f"{name}:in_channels"))
             for name in modules
         }
-        for name, of in channels.items():
-            for side in (of.out_channels, of.in_channels):
+        for name, found in channels.items():
+            for side in (found.out_channels, found.in_channels):
                 if side is not None and (side.dim() != 1 or side.dtype != torch.float32):
                     what = f"{side.dtype} of shape {tuple(side.shape)}, expected a float32 vector"
                     raise ScoresError(f"{path} is a damaged score file: the scores of {name!r} are {what}")

@@ -245,7 +245,7 @@ class Finder(Layers):
     def _attention(self, name: str, projections: Sequence[str], output: str, heads: Heads, kind: str) -> Block:
         module, size = self.modules[name], heads.size
         rows = head_channels(module, heads, kind, fused=len(projections) == 1)
-        slices = [Slice(layer, "out", of) for layer, of in zip(projections, rows.projections, strict=False)]
+        slices = [Slice(layer, "out", channels) for layer, channels in zip(projections, rows.projections, strict=False)]
         slices.append(Slice(output, "in", rows.output))
         units = len(rows.output)
         per_unit = heads.queries // units

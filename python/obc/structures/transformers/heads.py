@@ -51,13 +51,13 @@ def head_channels(module: nn.Module, heads: Heads, kind: str, fused: bool) -> He
     if fused and shared == queries and (found := _fused_by_head(module, heads)) is not None:
         return found
     if kind == "query_heads":
-        of_query = channels(ratio, size, shared)
-        return HeadChannels([of_query], of_query)
-    of_query, of_key = channels(shared, ratio * size), channels(shared, size)
+        queried = channels(ratio, size, shared)
+        return HeadChannels([queried], queried)
+    queried, keyed = channels(shared, ratio * size), channels(shared, size)
     if not fused:
-        return HeadChannels([of_query, of_key, of_key], of_query)
+        return HeadChannels([queried, keyed, keyed], queried)
     inner, width = queries * size, shared * size
-    return HeadChannels([torch.cat([of_query, of_key + inner, of_key + inner + width], dim=1)], of_query)
+    return HeadChannels([torch.cat([queried, keyed + inner, keyed + inner + width], dim=1)], queried)
 
 
 def _fused_by_head(module: nn.Module, heads: Heads) -> HeadChannels | None:

@@ -188,4 +188,4 @@ def _read(path: Path) -> dict[str, Tensor]:
         if metadata.get("obc_format") != _FORMAT:
             raise PlanError(f"{path} was not written by save_pruned; from_pretrained may read it")
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    return state | {name: state[of] for name, of in json.loads(metadata["tied"]).items()}
+    return state | {name: state[source] for name, source in json.loads(metadata["tied"]).items()}

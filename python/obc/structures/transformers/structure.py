@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -317,8 +318,9 @@ class TransformersStructure:
         stays[chosen] = False
         self.blocks[name] = _with_slices(block, lambda part: replace(part, channels=part.channels[stays]))
         for other in dict.fromkeys(other for key in lost for other in self._reading[key]):
-            of = self.blocks[other]
-            self.blocks[other] = _with_slices(of, lambda part, of=of: self._renumbered(of, part, lost))
+            coupled = self.blocks[other]
+            renumber = functools.partial(self._renumbered, coupled, lost=lost)
+            self.blocks[other] = _with_slices(coupled, renumber)
 
     def _renumbered(self, block: Block, part: Slice, lost: Mapping[tuple[str, int], Tensor]) -> Slice:
         """The slice after other channels of the same tensor are gone."""
