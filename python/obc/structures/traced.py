@@ -333,8 +333,8 @@ class TorchPruningStructure:
             return [
                 (name, "out", thirds),
                 (name, "in", [0]),
-                (output_projection, "out", [0]),
-                (output_projection, "in", [0]),
+                (projection, "out", [0]),
+                (projection, "in", [0]),
             ]
         if layout_of(target) is None or self._graph.is_out_channel_pruning_fn(dep.handler):
             return [(name, "out", [0])]
