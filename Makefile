@@ -48,7 +48,8 @@ $(VENV)/obc.stamp: $(VENV)/tools.stamp pyproject.toml setup.py CMakeLists.txt $(
 demo: setup ## train small networks on digits, prune them by four criteria, print what each kept
 	$(BIN)/obc demo $(ARGS)
 
-## the test suite, without the tests marked slow
+# One thread a process: as many processes as cores run, and the threads of several processes wait for each other.
+test: setup ## the test suite, without the tests marked slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
 
 test-all: setup ## the whole test suite
