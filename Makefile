@@ -24,7 +24,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz wirings nightly coverage mutation wheel examples audit licences docs lint format
+.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz wirings nightly coverage mutation wheel examples sweep audit licences docs lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -101,6 +101,9 @@ coverage: setup ## the test suite with its coverage of lines and branches
 
 mutation: setup ## a sample of mutants of reference.py, scoring/ and recovery/: which of them no test notices
 	$(BIN)/python tests/mutation.py $(ARGS)
+
+sweep: setup ## every model type of the transformers library, tiny: groups, sliced against masked, saving; an hour
+	$(BIN)/python tests/sweep $(ARGS)
 
 examples: setup ## run every script of examples/, in small
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/examples $(ARGS)

@@ -1,0 +1,127 @@
+"""A tiny configuration of any model type of the transformers library: what its sizes are called, and exceptions."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+VOCABULARY = 64
+POSITIONS = 64
+IMAGE = 32
+
+# Name of a size -> its tiny value. The first rule that matches the whole name counts.
+RULES: tuple[tuple[str, Any], ...] = (
+    (r"(.*_)?vocab_size|vocab_size_.*|entity_vocab_size", VOCABULARY),
+    (r"(pad|bos|eos|sep|cls|mask|unk|decoder_start|forced_eos|forced_bos)_token_id", 1),
+    (r"(image|video|audio|boi|eoi|image_start|image_end|vision_start|vision_end)_token_(id|index)", 2),
+    (r"max_position_embeddings|n_positions|n_ctx|max_.*_positions|max_seq_len|seq_length|context_length", POSITIONS),
+    (r"num_(hidden|encoder|decoder|block|entity)?_?layers|n_layers?|(encoder|decoder)_layers|num_blocks?", 2),
+    (r"hidden_size|d_model|n_embd|embed_dim|embedding_size|dim_model|word_embed_proj_dim|emb_dim|hidden_dim", 32),
+    (r"vision_hidden_size|projection_dim|hidden_size_per_layer_input|attention_hidden_size|proj_dim", 32),
+    (r"(moe|shared|expert|shared_expert|moe_shared_expert)_(intermediate|ffn)_(size|dim)|expert_hidden_size", 24),
+    (
+        r"(ffn_)?intermediate_size(_mlp)?|(encoder|decoder)?_?ffn_dim|n_inner|d_ff|ffn_hidden_size|dim_ff|mlp_hidden_size",
+        48,
+    ),
+    (r"num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|decoder_num_key_value_heads", 2),
+    (r"(num_|n_)?(encoder_|decoder_)?(attention_)?heads?|n_head|num_attention_heads_.*", 4),
+    (r"head_dim|d_kv|kv_channels|attention_head_dim|global_head_dim|swa_head_dim", 8),
+    (r"v_head_dim|qk_nope_head_dim", 8),
+    (r"qk_rope_head_dim|rotary_dim|rope_head_dim|index_head_dim", 4),
+    (r"kv_lora_rank|q_lora_rank|o_lora_rank", 12),
+    (r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_local_experts", 4),
+    (r"num_experts_per_(tok|token)|moe_top_?k|top_k|moe_topk|num_selected_experts|num_experts_per_token", 2),
+    (r"n_shared_experts|num_shared_experts", 1),
+    (r"n_group|topk_group|num_expert_group|num_limited_groups", 1),
+    (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
+    (r"sliding_window(_size)?|attention_window|local_attention|attention_chunk_size|index_topk", 16),
+    (r"(mamba_|ssm_)?d_state|state_size|ssm_state_size|mamba_ssm_state_size", 8),
+    (r"mamba_n_heads|mamba_num_heads", 8),
+    (r"mamba_d_head|mamba_head_dim", 8),
+    (r"mamba_n_groups|n_groups|mamba_num_groups", 2),
+    (r"mamba_chunk_size|chunk_size", 16),
+    (r"time_step_rank|mamba_dt_rank", 4),
+    (r"linear_num_(key|value)_heads", 2),
+    (r"linear_(key|value)_head_dim", 8),
+    (r"lru_width", 32),
+    (r"image_size|input_size", IMAGE),
+    (r"(spatial_)?patch_size", 8),
+    (r"num_labels", 4),
+    (r"initializer_range|init_std", 0.1),
+)
+
+# Model type -> sizes that the rules don't know or get wrong.
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "bloom": {"hidden_size": 32, "n_head": 4},
+    "ctrl": {"n_embd": 32, "dff": 48},
+    "codegen": {"rotary_dim": 4},
+    "gptj": {"rotary_dim": 4},
+    "gpt_bigcode": {"multi_query": False},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "falcon": {"num_ln_in_parallel_attn": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 2},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "openai-gpt": {"afn": "gelu"},
+    "xlm": {"emb_dim": 32, "n_heads": 4},
+    "xlnet": {"d_model": 32, "n_head": 4, "d_inner": 48, "n_layer": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False},
+    "zamba": {"use_mamba_kernels": False, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
+    "zamba2": {"use_mem_eff_path": False},
+    "bamba": {"attn_layer_indices": [1]},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16},
+    "convbert": {"conv_kernel_size": 3, "head_ratio": 2},
+    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 8},
+    "longformer": {"attention_window": [8, 8]},
+    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4},
+    "swinv2": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4},
+    "donut-swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4},
+    "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    "regnet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4},
+    "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    "convnextv2": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    "segformer": {
+        "hidden_sizes": [8, 16], "depths": [1, 1], "num_encoder_blocks": 2, "sr_ratios": [2, 1],
+        "num_attention_heads": [1, 2], "patch_sizes": [7, 3], "strides": [4, 2], "mlp_ratios": [2, 2],
+    },
+    "pvt": {
+        "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 2],
+        "mlp_ratios": [2, 2, 2, 2], "sequence_reduction_ratios": [2, 2, 1, 1], "patch_sizes": [4, 2, 2, 2],
+    },
+    "poolformer": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
+    "bit": {"embedding_size": 8, "hidden_sizes": [32, 32], "depths": [1, 1], "num_groups": 4},
+    "mobilevit": {"hidden_sizes": [16, 16, 16], "neck_hidden_sizes": [8, 8, 8, 12, 12, 16, 24], "patch_size": 2},
+    "dinat": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4]},
+    "focalnet": {
+        "embed_dim": 8, "depths": [1, 1], "hidden_sizes": [8, 16], "focal_levels": [1, 1], "focal_windows": [3, 3],
+    },
+    "imagegpt": {"vocab_size": 65},
+    "hiera": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": [32, 32], "patch_stride": [4, 4]},
+}  # fmt: skip
+
+
+def tiny_config(config_class: Any, model_type: str) -> Any:
+    """A configuration whose sizes are tiny, and which holds every type of layer that the default one has."""
+    return config_class(**_sizes(config_class, OVERRIDES.get(model_type, {})))
+
+
+def _sizes(config_class: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    default = config_class()
+    values: dict[str, Any] = {}
+    for name, value in vars(default).items():
+        found = next((tiny for pattern, tiny in RULES if re.fullmatch(pattern, name)), None)
+        if found is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
+            values[name] = found
+    kinds = getattr(default, "layer_types", None)
+    settable = not isinstance(getattr(config_class, "layer_types", None), property)
+    if kinds and settable:
+        chosen = list(dict.fromkeys(kinds))[:4]
+        chosen = chosen if len(chosen) > 1 else chosen * 2
+        values["layer_types"] = chosen
+        layers = next((name for name in ("num_hidden_layers", "num_layers", "n_layer") if name in values), None)
+        if layers:
+            values[layers] = len(chosen)
+    for name, inner in getattr(config_class, "sub_configs", {}).items():
+        if hasattr(default, name) and hasattr(inner, "model_type"):
+            values[name] = _sizes(inner, OVERRIDES.get(inner.model_type, {})) | {"model_type": inner.model_type}
+    return values | overrides

@@ -1,0 +1,244 @@
+"""One model type of the transformers library: built tiny, its groups found, removed, compared, scored, saved, loaded.
+
+python tests/sweep/sweep_model.py TASK MODEL_TYPE prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from sweep_configs import IMAGE, VOCABULARY, tiny_config
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import obc
+from obc.model.layouts import layout_of
+from obc.structures.proof import prove
+from obc.structures.transformers import TransformersStructure, load_pruned, save_pruned
+
+TASKS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+    "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+    "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
+}
+TOLERANCE = 1e-8  # of float64 outputs; some models compute rotary angles or norms in float32
+FLOAT32 = 1e-4
+
+
+@dataclass
+class Found:
+    """What was seen of one model type.
+
+    Attributes:
+        built: why it was not built or does not run; empty where it does.
+        kinds: kind of unit -> how many groups.
+        left_out: reason -> how many groups.
+        error: largest relative difference between the sliced and the masked model; None where nothing was removed.
+        reloaded: difference after saving and loading; None where that was not tried.
+        scored: largest relative difference between scores and explicit autograd; None where nothing was compared.
+        wrong: what is wrong; empty where nothing is.
+    """
+
+    task: str
+    model_type: str
+    built: str = ""
+    kinds: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    error: float | None = None
+    reloaded: float | None = None
+    scored: float | None = None
+    wrong: str = ""
+
+
+def model_class(task: str, model_type: str) -> tuple[Any, Any]:
+    """(config class, model class) of a model type."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    mapping = getattr(modeling_auto, TASKS[task])
+    for config_class, classes in mapping.items():
+        if config_class.model_type == model_type:
+            return config_class, classes[0] if isinstance(classes, tuple) else classes
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    names = getattr(modeling_auto, f"{TASKS[task]}_NAMES")[model_type]
+    return CONFIG_MAPPING[model_type], getattr(transformers, names if isinstance(names, str) else names[0])
+
+
+def inputs_of(task: str, model: Any) -> dict[str, Tensor]:
+    """A batch of two samples."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, VOCABULARY - 2, (2, 16), generator=generator)
+    if task == "image":
+        channels = getattr(model.config, "num_channels", 3)
+        size = getattr(model.config, "image_size", IMAGE)
+        size = size if isinstance(size, int) else size[0]
+        return {"pixel_values": torch.randn(2, channels, size, size, generator=generator).double()}
+    if task == "seq2seq":
+        return {"input_ids": ids, "decoder_input_ids": ids[:, :8].clone()}
+    return {"input_ids": ids}
+
+
+def built(task: str, model_type: str) -> Any:
+    """The tiny model in float64, its parameters random, so that no start value hides a fault."""
+    config_class, chosen = model_class(task, model_type)
+    config = tiny_config(config_class, model_type)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False
+    torch.manual_seed(0)
+    model = chosen(config).double().eval()
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # grouped products know no float64
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
+    return model
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """The floating tensors that a model returned, caches left out."""
+    if hasattr(output, "logits"):
+        output = output.logits
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
+    """The largest difference relative to the largest value."""
+    if [a.shape for a in ours] != [b.shape for b in theirs]:
+        return float("inf")
+    scale = max(float(b.abs().max()) for b in theirs) or 1.0
+    worst = max(float((a.double() - b.double()).abs().max()) for a, b in zip(ours, theirs, strict=True))
+    return worst / scale if worst == worst else float("inf")
+
+
+def removed_units(structure: Any) -> dict[str, Tensor]:
+    """A random half of each group's units, seeded."""
+    generator = torch.Generator().manual_seed(1)
+    limits = structure.limits
+    chosen = {}
+    for group in structure.groups:
+        most = group.size - max(1, limits.min_units.get(group.name, 1))
+        multiple = limits.round_to.get(group.name, 1)
+        count = min(most, group.size // 2)
+        count -= (group.size - count) % multiple and multiple - (group.size - count) % multiple
+        if count > 0:
+            chosen[group.name] = torch.randperm(group.size, generator=generator)[:count].sort().values
+    return chosen
+
+
+def masked(model: Any, structure: Any, units: dict[str, Tensor]) -> list[str]:
+    """Hook ``model`` so that consumers read zeros of these units; returns groups that hooks can't mask."""
+    modules = dict(model.named_modules())
+    groups = {group.name: group for group in structure.groups}
+    beyond = []
+    for name, gone in units.items():
+        consumers = [part for part in groups[name].slices if part.side == "in"]
+        # Experts that are fused into one parameter have no input of their own to hook.
+        layers = [layout_of(modules[part.module]) if part.module in modules else None for part in consumers]
+        if not consumers or None in layers:
+            beyond.append(name)
+            continue
+        for part in consumers:
+            channels = part.channels[gone].flatten()
+
+            def hook(module: nn.Module, args: tuple[Any, ...], channels: Tensor = channels) -> tuple[Any, ...]:
+                dim = 1 if isinstance(module, nn.modules.conv._ConvNd) else -1
+                return (args[0].index_fill(dim, channels, 0.0), *args[1:])
+
+            modules[part.module].register_forward_pre_hook(hook)
+    return beyond
+
+
+def examine(task: str, model_type: str) -> Found:
+    """Everything that is seen of one model type."""
+    found = Found(task, model_type)
+    try:
+        model = built(task, model_type)
+        batch = inputs_of(task, model)
+        with torch.no_grad():
+            outputs = tensors(model(**batch))
+        assert outputs, "no floating output"
+        assert all(output.isfinite().all() for output in outputs), "outputs are not finite"
+    except Exception as error:  # whatever a model raises is the reason
+        found.built = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        return found
+    try:
+        _compared(found, model, batch)
+    except Exception as error:
+        found.wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+    return found
+
+
+def _compared(found: Found, model: Any, batch: dict[str, Tensor]) -> None:
+    structure = TransformersStructure(model)
+    before = len(structure.groups)
+    prove(structure, lambda network: network(**batch))
+    for reason in structure.left_out.values():
+        found.left_out[reason] = found.left_out.get(reason, 0) + 1
+    for group in structure.groups:
+        found.kinds[group.kind] = found.kinds.get(group.kind, 0) + 1
+    if not before or not structure.groups:
+        return
+    units = removed_units(structure)
+    original = copy.deepcopy(model)
+    pruned = TransformersStructure(copy.deepcopy(model))
+    beyond = masked(original, structure, units)
+    units = {name: gone for name, gone in units.items() if name not in beyond}
+    pruned.remove(units)
+    with torch.no_grad():
+        sliced = tensors(pruned.model(**batch))
+        found.error = difference(sliced, tensors(original(**batch)))
+    if found.error > FLOAT32:
+        found.wrong = f"sliced and masked differ by {found.error:.2g}"
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_pruned(pruned.model, pruned.plan, folder)
+        loaded = load_pruned(folder, type(model)).double()
+        with torch.no_grad():
+            found.reloaded = difference(tensors(loaded(**batch)), sliced)
+    if found.reloaded > FLOAT32:
+        found.wrong = f"the reloaded model differs by {found.reloaded:.2g}"
+        return
+    found.scored = _scored(model, batch)
+    if found.scored is not None and found.scored > 1e-3:
+        found.wrong = f"scores differ from explicit autograd by {found.scored:.2g}"
+
+
+def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    return sum((output.square().mean() for output in tensors(model(**batch))), torch.zeros((), dtype=torch.float64))
+
+
+def _scored(model: Any, batch: dict[str, Tensor]) -> float | None:
+    """One row of scores against weight times gradient, for some linear layers."""
+    scores = obc.score(model, [batch], _loss, progress=False)
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name in scores]
+    chosen = layers[:: max(1, len(layers) // 4)][:4]
+    if not chosen:
+        return None
+    weights = {name: model.get_submodule(name).weight for name in chosen}
+    grads = torch.autograd.grad(_loss(model, batch), list(weights.values()), allow_unused=True)
+    worst = 0.0
+    for (name, weight), grad in zip(weights.items(), grads, strict=True):
+        values = scores[name].in_channels
+        if grad is None or values is None:
+            continue
+        expected = (weight * grad).sum(0).square().detach()
+        if float(expected.max()) > 0:
+            worst = max(worst, float((values.double() - expected).abs().max() / expected.max()))
+    return worst
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    print("FOUND " + json.dumps(asdict(examine(sys.argv[1], sys.argv[2]))))
