@@ -33,6 +33,6 @@ class ProgressLog:
         if not self._speaks or now - self._said < _EVERY:
             return
         self._said = now
-        of_total = "" if total is None else f" of {total}"
+        whole = "" if total is None else f" of {total}"
         doing = f"{self.doing}, " if self.doing else ""
-        logger.info("%s: %s%s %d%s, %.0f s", self._name, doing, unit, done, of_total, now - self._began)
+        logger.info("%s: %s%s %d%s, %.0f s", self._name, doing, unit, done, whole, now - self._began)
