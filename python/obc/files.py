@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what is read from them, which nobody vouches for."""
+"""Writing a file completely or not at all, and reading JSON that may be damaged."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from os import PathLike
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from obc.files import atomic_write
@@ -37,3 +38,13 @@ def save_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor], metad
         file.write(text)
         for _, tensor in ordered:
             file.write(tensor.detach().cpu().contiguous().numpy().data)
+
+
+def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, copied out of it, and its metadata.
+
+    Raises:
+        SafetensorError: the file is not one, or is damaged.
+    """
+    with safe_open(str(path), framework="pt") as file:
+        return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from obc.files import parse_json
@@ -20,7 +20,7 @@ from obc.scoring.errors import ScoringError
 from obc.scoring.results.row_file import RowFile
 from obc.scoring.results.row_store import RowStore
 from obc.scoring.scorer import JacobianScorer
-from obc.tensor_file import save_tensors
+from obc.tensor_file import load_tensors, save_tensors
 
 logger = logging.getLogger("obc")
 
@@ -116,9 +116,7 @@ class Checkpoint:
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
-            with safe_open(str(self.path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a dict
+            tensors, header = load_tensors(self.path)
         except SafetensorError as error:
             raise CheckpointError(f"{self.path} is no checkpoint, or is damaged: {error}; delete it") from error
         if header.get("format") != _FORMAT:

@@ -9,7 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from obc.files import parse_json
@@ -17,7 +17,7 @@ from obc.model.fingerprint import fingerprint, random_state, set_random_state
 from obc.scoring.checkpoint import CheckpointError
 from obc.scoring.scorer import JacobianScorer
 from obc.statistics.reader import Reader
-from obc.tensor_file import save_tensors
+from obc.tensor_file import load_tensors, save_tensors
 
 _FORMAT = "obc.statistics.checkpoint/1"
 _LISTS = ("scores", "kept_rows")  # of the scorer's state: lists of tensors
@@ -100,9 +100,7 @@ class Checkpoint:
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
-            with safe_open(str(self.path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118 - not a dict
+            tensors, header = load_tensors(self.path)
         except SafetensorError as error:
             raise CheckpointError(f"{self.path} is no checkpoint, or is damaged: {error}; delete it") from error
         if header.get("format") != _FORMAT:
