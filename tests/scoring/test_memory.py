@@ -221,15 +221,15 @@ print(json.dumps([scores.report.peak_bytes, estimate.total - estimate.weights]))
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux states the peak of resident memory")
 def test_the_peak_on_the_cpu_is_how_far_resident_memory_grew() -> None:
-    """Between the estimate and 1.4 times that: the allocator keeps blocks free, and kernels have workspaces."""
+    """Within 0.9 and 1.2 of the estimate: kernels have workspaces. Blocks that are freed return to the system."""
     done = subprocess.run(
         [sys.executable, "-c", PEAK],
         capture_output=True,
         text=True,
         timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr
     peak, estimate = json.loads(done.stdout)
     assert estimate > 100 << 20
-    assert 0.9 * estimate <= peak <= 1.4 * estimate, peak / estimate
+    assert 0.9 * estimate <= peak <= 1.2 * estimate, peak / estimate
