@@ -6,7 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,7 +20,7 @@ from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
 from obc.model.groups import ChannelGroup
 from obc.model.progress import ProgressLog
-from obc.pruning.arguments import Budget
+from obc.pruning.arguments import Budget, Caps
 from obc.pruning.final_proof import FinalProof
 from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
 from obc.recovery.calibration import recalibrate_norms
@@ -50,6 +50,7 @@ class Choice:
     shrinkage: float | None
     min_units: int
     round_to: int | None
+    caps: Caps = field(default_factory=Caps)
 
 
 class Job:
@@ -69,6 +70,7 @@ class Job:
         self.structure, self.subject, self.report = structure, subject, report
         self.budget, self.choice, self.recalibrate = budget, choice, recalibrate
         self.widths = {group.name: group.size for group in structure.groups}
+        self.least = choice.caps.least(self.widths)
         self._importance: Mapping[str, float] = {}
         self._evaluation: Evaluation | None = None
         self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
@@ -220,7 +222,9 @@ class Job:
         """What the model's output loses with these units masked."""
         if self._evaluation is None:
             metric: Any = getattr(self.choice.allocation, "metric", "kl")
-            self._evaluation = Evaluation(replace(self.subject, groups=self.structure.groups), metric)
+            batches, count = self.subject.batches, getattr(self.choice.allocation, "batches", None)
+            some = batches if count is None else batches.part(batches.numbered()[:count])
+            self._evaluation = Evaluation(replace(self.subject, groups=self.structure.groups, batches=some), metric)
         return self._evaluation.of_removed(removed)
 
     def _check_reachable(self, share: float) -> None:
@@ -237,7 +241,9 @@ class Job:
         """The structure's limits and the caller's together."""
         own: Limits = getattr(self.structure, "limits", Limits())
         names = [group.name for group in self.structure.groups]
-        least = {name: max(self.choice.min_units, own.min_units.get(name, 1)) for name in names}
+        least = {
+            name: max(self.choice.min_units, own.min_units.get(name, 1), self.least.get(name, 1)) for name in names
+        }
         asked = {name: 1 if name in own.whole else self.choice.round_to or 1 for name in names}
         multiples = {name: math.lcm(asked[name], own.round_to.get(name, 1)) for name in names}
         return replace(own, min_units=least, round_to=multiples)

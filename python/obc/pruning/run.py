@@ -20,6 +20,7 @@ from obc.model.plan import PruningPlan
 from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import (
     Budget,
+    Caps,
     Compensation,
     check_choices,
     chosen_allocation,
@@ -65,6 +66,8 @@ def prune(
     num_heads: Mapping[nn.Module | str, int] | None = None,
     round_to: int | None = None,
     min_units: int = 1,
+    max_pruning_ratio: float | Mapping[str, float] = 1.0,
+    protected_blocks: int | tuple[int, int] = 0,
     shrinkage: float | None = None,
     forward_fn: ForwardFn | None = None,
     structure: Structure | None = None,
@@ -124,6 +127,9 @@ def prune(
         num_heads: query, key and value projections, or their names -> number of heads: heads are removed as wholes.
         round_to: widths, in units, become multiples of it; a ``structure`` may spare groups of heads and experts.
         min_units: every group keeps at least so many.
+        max_pruning_ratio: the largest share of its units that any group loses, over all steps; or by group's name, or
+            the name of a block, such as "model.layers.0".
+        protected_blocks: so many blocks at the start and at the end lose nothing; a pair says how many at each.
         shrinkage: of interactions in joint selection; None chooses it from the numbers of rows and units.
         forward_fn: ``forward_fn(model, batch)`` returns the outputs to preserve, for recalibration, compensation and
             label-free rows; by default what ``model`` returns inside ``loss_fn``; without a ``loss_fn`` what it returns
@@ -151,8 +157,9 @@ def prune(
     check_choices(criterion, selection, slices, compensate, rows)
     per_cost = getattr(criterion, "per_cost", True) if per_macs is None else per_macs
     least = positive("min_units", min_units)
+    caps = Caps.of(max_pruning_ratio, protected_blocks)
     choice = Choice(
-        criterion, chosen_allocation(allocation, criterion), selection, per_cost, shrinkage, least, round_to
+        criterion, chosen_allocation(allocation, criterion), selection, per_cost, shrinkage, least, round_to, caps
     )
     if round_to is not None:
         positive("round_to", round_to)

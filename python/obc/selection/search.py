@@ -20,7 +20,7 @@ class Search:
     the same kind, one to ``mutations`` times, and still frees the budget. The fitness is what the model's output loses
     with the chosen units masked: see :class:`obc.criteria.MaskedEvaluation`.
 
-    Cost: 1 + generations * offspring forward passes over the batches.
+    Cost: 1 + generations * offspring forward passes over the batches that fitness is measured on.
 
     Args:
         generations: how often children are made.
@@ -30,6 +30,7 @@ class Search:
         mutations: at most so many exchanges make a child.
         metric: "kl", "mse" or "loss".
         seed: of the mutations.
+        batches: fitness is measured on the first so many; None: on all.
     """
 
     evaluates = True
@@ -43,14 +44,19 @@ class Search:
         mutations: int = 3,
         metric: str = "kl",
         seed: int = 0,
+        batches: int | None = None,
     ) -> None:
-        for name, value in (("generations", generations), ("offspring", offspring), ("survivors", survivors)):
+        counts = {"generations": generations, "offspring": offspring, "survivors": survivors}
+        if batches is not None:
+            counts["batches"] = batches
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if levels < 2 or mutations < 1:
             raise ValueError(f"levels must be at least 2 and mutations at least 1, got {levels} and {mutations}")
         self.generations, self.offspring, self.survivors = generations, offspring, survivors
         self.levels, self.mutations, self.metric, self.seed = levels, mutations, metric, seed
+        self.batches = batches
         self.history: list[float] = []
 
     def select(self, task: Task) -> dict[str, Tensor]:
