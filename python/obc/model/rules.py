@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from obc.model.experts import DOWN
 from obc.model.sharding import is_dtensor
 
 
@@ -109,9 +110,9 @@ def _mixture_rule(module: nn.Module) -> Rule | None:
     the inner ones, each of every expert. Up projections would say the same, gates aside.
     """
     own = dict(module.named_parameters(recurse=False))
-    down = own.get("down_proj")
+    down = own.get(DOWN)
     if down is not None and down.dim() == 3 and not getattr(module, "is_transposed", False):
-        return Rule("weight", weight="down_proj", out_axis=0, in_axis=2)
+        return Rule("weight", weight=DOWN, out_axis=0, in_axis=2)
     if set(own) == {"weight"} and own["weight"].dim() == 2 and isinstance(getattr(module, "top_k", None), int):
         return Rule("weight", in_axis=1)
     return None

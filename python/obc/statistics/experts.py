@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from obc.model.experts import fused_experts
 from obc.model.names import named_modules
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part, is_running_again
@@ -73,7 +74,7 @@ class _Reader(Reader):
         self.mixtures = {
             name: module
             for name, module in modules.items()
-            if holds_experts(module) and (wanted is None or name in wanted)
+            if fused_experts(module) is not None and (wanted is None or name in wanted)
         }
         self.coverage = dict.fromkeys(self.mixtures, "calls")
         self._routers = {name: self._router(name, modules) for name in self.mixtures}
@@ -144,16 +145,11 @@ class _Reader(Reader):
         return sum(4 * 16 * expert_count(module) for module in self.mixtures.values())
 
 
-def holds_experts(module: nn.Module) -> bool:
-    """Whether all experts of a mixture are parameters of this one module."""
-    tensors = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
-    return all(isinstance(tensor, Tensor) and tensor.dim() == 3 for tensor in tensors)
-
-
 def expert_count(module: nn.Module) -> int:
     """How many experts the module holds."""
-    assert isinstance(module.down_proj, Tensor)
-    return len(module.down_proj)
+    experts = fused_experts(module)
+    assert experts is not None
+    return len(experts[1])
 
 
 def _is_routed_call(inputs: list[Any]) -> bool:

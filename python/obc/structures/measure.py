@@ -15,6 +15,7 @@ from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
+from obc.structures.polynomial import Polynomial
 
 
 @dataclass
@@ -111,9 +112,10 @@ def costs_of(
     Raises:
         ValueError: an unknown unit.
     """
-    if unit not in ("macs", "parameters"):
-        raise ValueError(f"unit must be 'macs' or 'parameters', got {unit!r}")
-    polynomial = _Polynomial(groups)
+    polynomial = Polynomial(groups, unit)
+    for index, group in enumerate(groups):
+        for part in group.slices:
+            polynomial.place((part.module, part.side), index, part)
     seen: set[int] = set()
     for name, module in named_modules(model):
         if unit == "macs":
@@ -123,49 +125,10 @@ def costs_of(
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 _add_parameter(polynomial, (name, key), module, parameter, usage, parameter_dims or {})
-    return polynomial.costs(unit)
+    return polynomial.costs()
 
 
-class _Polynomial:
-    """Sums of products of the sizes of layers' sides, which are affine in the groups' widths."""
-
-    def __init__(self, groups: Sequence[ChannelGroup]) -> None:
-        self.names = [group.name for group in groups]
-        self.widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64)
-        self._per_unit: dict[tuple[str, str], Tensor] = {}
-        for index, group in enumerate(groups):
-            for part in group.slices:
-                per_unit = self._per_unit.setdefault((part.module, part.side), torch.zeros_like(self.widths))
-                per_unit[index] += part.channels.shape[1]
-        self.constant = 0.0
-        self.linear = torch.zeros_like(self.widths)
-        self.quadratic = torch.zeros(len(groups), len(groups), dtype=torch.float64)
-
-    def side(self, module: str, side: str, size: int) -> tuple[float, Tensor]:
-        """(fixed channels, channels per unit of each group) of a side that has ``size`` channels now."""
-        per_unit = self._per_unit.get((module, side), torch.zeros_like(self.widths))
-        return size - float(per_unit @ self.widths), per_unit
-
-    def add(self, factor: float, one: tuple[float, Tensor], other: tuple[float, Tensor] | None = None) -> None:
-        """Add ``factor`` times the size of one side, times that of the other where there is one."""
-        fixed, per_unit = one
-        other_fixed, other_per_unit = other or (1.0, torch.zeros_like(self.widths))
-        self.constant += factor * fixed * other_fixed
-        self.linear += factor * (fixed * other_per_unit + other_fixed * per_unit)
-        self.quadratic += factor * torch.outer(per_unit, other_per_unit)
-
-    def costs(self, unit: str) -> Costs:
-        return Costs(
-            self.names,
-            self.widths,
-            constant=self.constant,
-            linear=self.linear,
-            quadratic=self.quadratic,
-            unit=unit,
-        )
-
-
-def _add_macs(polynomial: _Polynomial, name: str, module: nn.Module, usage: Usage) -> None:
+def _add_macs(polynomial: Polynomial, name: str, module: nn.Module, usage: Usage) -> None:
     positions = usage.positions.get(name)
     if positions is None:
         return  # no layer with a weight, or one that never ran
@@ -175,7 +138,7 @@ def _add_macs(polynomial: _Polynomial, name: str, module: nn.Module, usage: Usag
     _add_layer(polynomial, positions, name, module, usage)
 
 
-def _add_layer(polynomial: _Polynomial, factor: float, name: str, module: nn.Module, usage: Usage) -> None:
+def _add_layer(polynomial: Polynomial, factor: float, name: str, module: nn.Module, usage: Usage) -> None:
     """``factor`` times the entries of a linear or convolutional layer's weight."""
     layout, weight = layout_of(module), module.weight
     assert layout is not None
@@ -183,18 +146,18 @@ def _add_layer(polynomial: _Polynomial, factor: float, name: str, module: nn.Mod
     area = weight[0, 0].numel()
     out_size, in_size = layout.sizes(weight)
     if name in usage.depthwise:
-        polynomial.add(factor * area, polynomial.side(name, "out", out_size))
+        polynomial.add(factor * area, polynomial.size((name, "out"), out_size))
     else:
         _add_weight(polynomial, factor * area, name, (out_size, in_size), layout.groups)
 
 
-def _add_weight(polynomial: _Polynomial, factor: float, name: str, sizes: tuple[int, int], groups: int) -> None:
-    out_side, in_side = (polynomial.side(name, side, size) for side, size in zip(("out", "in"), sizes, strict=True))
+def _add_weight(polynomial: Polynomial, factor: float, name: str, sizes: tuple[int, int], groups: int) -> None:
+    out_side, in_side = (polynomial.size((name, side), size) for side, size in zip(("out", "in"), sizes, strict=True))
     polynomial.add(factor / groups, out_side, in_side)
 
 
 def _add_parameter(
-    polynomial: _Polynomial,
+    polynomial: Polynomial,
     names: tuple[str, str],
     module: nn.Module,
     parameter: Tensor,
@@ -205,7 +168,7 @@ def _add_parameter(
     full_name = f"{name}.{key}" if name else key
     if full_name in dims:
         size = parameter.shape[dims[full_name]]
-        polynomial.add(parameter.numel() / size, polynomial.side(full_name, "out", size))
+        polynomial.add(parameter.numel() / size, polynomial.size((full_name, "out"), size))
     elif layout_of(module) is not None and key == "weight":
         _add_layer(polynomial, 1.0, name, module, usage)
     elif isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
@@ -215,4 +178,4 @@ def _add_parameter(
     else:
         size = parameter.shape[-1]
         side = "in" if key in ("bias_k", "bias_v") else "out"
-        polynomial.add(parameter.numel() / size, polynomial.side(name, side, size))
+        polynomial.add(parameter.numel() / size, polynomial.size((name, side), size))

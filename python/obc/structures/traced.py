@@ -27,7 +27,16 @@ from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits
 from obc.structures.traced_bounds import bound_searches
 from obc.structures.traced_plan import PlanRecorder, holds_channels
-from obc.structures.traced_units import NotPrunableError, Units, after, renumbered, slice_of, without
+from obc.structures.traced_units import Units, slice_of
+from obc.structures.units import (
+    NotPrunableError,
+    checked_units,
+    layer_name,
+    renumbered,
+    renumbered_group,
+    without,
+    without_units,
+)
 
 try:
     import torch_pruning as tp
@@ -168,15 +177,8 @@ class TorchPruningStructure:
             PlanError: Torch-Pruning is about to remove other channels than the group's, or layers that share a
                 parameter would lose different channels.
         """
-        for name, chosen in units.items():
-            if name not in self._groups:
-                raise KeyError(f"no group is named {name!r}: there are {', '.join(map(repr, self._groups))}")
-            chosen = torch.as_tensor(chosen, dtype=torch.int64).cpu().unique()
-            size = self._groups[name].size
-            if len(chosen) and not 0 <= int(chosen[0]) <= int(chosen[-1]) < size:
-                raise IndexError(f"{name!r} has units 0 to {size - 1}, got {int(chosen[0])} to {int(chosen[-1])}")
-            if len(chosen) == size:
-                raise ValueError(f"all {size} units of {name!r} were to be removed; keep at least one")
+        for name, indices in units.items():
+            chosen = checked_units(self._groups, name, indices)
             if len(chosen):
                 self._remove(name, chosen)
         share_again(self.model, self._shared)
@@ -184,17 +186,7 @@ class TorchPruningStructure:
     # --- finding groups ---------------------------------------------------------------------------------------
 
     def _layer(self, layer: nn.Module | str, argument: str) -> nn.Module:
-        if isinstance(layer, nn.Module):
-            if layer not in self._names:
-                raise ValueError(f"{argument}: the model has no such {type(layer).__name__}; pass its own layers")
-            return layer
-        if layer not in self._modules:
-            last = layer.rpartition(".")[2]
-            names = [name for name in self._modules if name.rpartition(".")[2] == last] or list(self._modules)[1:]
-            raise ValueError(
-                f"{argument}: no layer is named {layer!r}; there are {', '.join(map(repr, names[:3]))} ..."
-            )
-        return self._modules[layer]
+        return self._modules[layer_name(self._modules, layer, argument)]
 
     def _trace(self) -> Any:
         """Torch-Pruning's graph. It follows gradients, so that frozen parameters must not be frozen meanwhile."""
@@ -449,13 +441,11 @@ class TorchPruningStructure:
         for key in frozen:
             self.model.get_parameter(key).requires_grad_(False)
         root.channels = renumbered(without(root.channels, chosen), removed)
-        self._groups[name] = replace(
-            group, slices=tuple(replace(part, channels=without(part.channels, chosen)) for part in group.slices)
-        )
+        self._groups[name] = without_units(group, chosen)
         lost = {key: torch.tensor(sorted(channels), dtype=torch.int64) for key, channels in expected.items()}
         for other, coupled in self._groups.items():
             if any((part.module, part.side) in lost for part in coupled.slices):
-                self._groups[other] = replace(coupled, slices=tuple(after(part, lost) for part in coupled.slices))
+                self._groups[other] = renumbered_group(coupled, lambda part: lost.get((part.module, part.side)))
 
     def _raw_group(self, name: str, removed: Tensor, expected: Mapping[tuple[str, Side], set[int]]) -> Any:
         """Torch-Pruning's group that removes exactly ``expected``.

@@ -1,18 +1,14 @@
-"""Root channels of a group of Torch-Pruning joined into units, and channels counted anew when some are gone."""
+"""Root channels of a group of Torch-Pruning, joined into units."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from obc.model.groups import Side, Slice
-
-
-class NotPrunableError(ValueError):
-    """Why a group that Torch-Pruning found can't be pruned; kept as the reason why it is left out."""
+from obc.structures.units import NotPrunableError
 
 
 class Units:
@@ -61,19 +57,3 @@ def slice_of(module: str, side: Side, roots: Mapping[int, int], units: Tensor) -
     if len(sizes) != 1 or 0 in sizes:
         raise NotPrunableError(f"its units take different numbers of channels of {module!r}: {sorted(sizes)}")
     return Slice(module, side, torch.tensor(per_unit, dtype=torch.int64))
-
-
-def without(table: Tensor, rows: Tensor) -> Tensor:
-    keep = torch.ones(len(table), dtype=torch.bool)
-    keep[rows] = False
-    return table[keep]
-
-
-def renumbered(channels: Tensor, removed: Tensor) -> Tensor:
-    """The same channels counted without the ``removed`` ones (ascending, none of them among ``channels``)."""
-    return channels - torch.searchsorted(removed, channels)
-
-
-def after(part: Slice, lost: Mapping[tuple[str, Side], Tensor]) -> Slice:
-    removed = lost.get((part.module, part.side))
-    return part if removed is None else replace(part, channels=renumbered(part.channels, removed))

@@ -6,7 +6,16 @@ model.save_pretrained(folder)              # uniform widths that the config can 
 save_pruned(model, result.plan, folder)    # any widths; load_pruned(folder)
 """
 
+from obc.structures.transformers.family import Family
+from obc.structures.transformers.family import register as register_family
 from obc.structures.transformers.saving import load_pruned, save_pruned
 from obc.structures.transformers.structure import TransformersStructure, transformer_groups
 
-__all__ = ["TransformersStructure", "load_pruned", "save_pruned", "transformer_groups"]
+__all__ = [
+    "Family",
+    "TransformersStructure",
+    "load_pruned",
+    "register_family",
+    "save_pruned",
+    "transformer_groups",
+]

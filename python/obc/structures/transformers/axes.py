@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -59,11 +58,9 @@ def narrow(kept: Mapping[str, Kept], axis: Axis, size: int, removed: Tensor) -> 
     return replace(before, in_channels=narrowed(before.in_channels, size, removed), in_dim=dim)
 
 
-def without(tensor: Tensor, dim: int, removed: Tensor) -> Tensor:
-    """``tensor`` without the positions ``removed`` of ``dim``."""
-    stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
-    stays[removed] = False
-    return tensor.index_select(dim, stays.nonzero()[:, 0].to(tensor.device))
+def axis_key(axis: Axis) -> tuple[str, int]:
+    """(parameter name, dimension): which axes lie in the same dimension."""
+    return f"{axis.module}.{axis.tensor}" if axis.module else axis.tensor, axis.dim
 
 
 def sync_layer(module: nn.Module) -> None:

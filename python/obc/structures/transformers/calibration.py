@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from obc.structures.transformers.blocks import Block
+from obc.structures.transformers.block import Block
 
 # Where every module's MACs differ by less from the same multiple of those for one token, that multiple says nothing.
 _SAME = 0.01

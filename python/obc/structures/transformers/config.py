@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obc.structures.transformers.blocks import Block
+from obc.structures.transformers.block import Block
 
 
 def with_widths(

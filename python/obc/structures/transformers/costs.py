@@ -13,13 +13,9 @@ from obc.model.costs import Costs
 from obc.model.groups import Slice
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
-from obc.structures.transformers.axes import Axis
-from obc.structures.transformers.blocks import Block
+from obc.structures.polynomial import Polynomial
+from obc.structures.transformers.block import Block
 from obc.structures.transformers.calibration import Calibration
-
-# (fixed size, size per unit of every group)
-_Size = tuple[float, Tensor]
-
 
 def transformer_costs(
     model: nn.Module,
@@ -47,25 +43,21 @@ def transformer_costs(
     Raises:
         ValueError: an unknown unit.
     """
-    if unit not in ("macs", "parameters"):
-        raise ValueError(f"unit must be 'macs' or 'parameters', got {unit!r}")
-    widths = torch.tensor([float(block.group.size) for block in blocks], dtype=torch.float64)
-    constant, linear = 0.0, torch.zeros_like(widths)
-    quadratic = torch.zeros(len(widths), len(widths), dtype=torch.float64)
+    polynomial = Polynomial([block.group for block in blocks], unit)
+    for axis, parts in axes.items():
+        for index, part in parts:
+            polynomial.place(axis, index, part)
     for module, name, tensor, skipped, factor in _terms(model, unit):
         if unit == "macs" and calibration is not None:
             factor *= calibration.factors.get(module, 0.0)
-        sizes = [_size(tensor, name, dim, axes, widths) for dim in range(tensor.dim()) if dim not in skipped]
-        c, a, b = _product(sizes, widths)
-        constant, linear, quadratic = constant + factor * c, linear + factor * a, quadratic + factor * b
+        counted = [dim for dim in range(tensor.dim()) if dim not in skipped]
+        polynomial.add(factor, *(polynomial.size((name, dim), tensor.shape[dim]) for dim in counted))
     if unit == "macs" and calibration is not None:
-        constant += calibration.constant
-        linear = linear + torch.tensor([calibration.per_unit.get(b.group.name, 0.0) for b in blocks]).double()
+        polynomial.add(calibration.constant)
+        polynomial.add_per_unit([calibration.per_unit.get(block.group.name, 0.0) for block in blocks])
     elif unit == "macs" and sequence_length:
-        linear = linear + torch.tensor([2.0 * sequence_length * block.attended for block in blocks]).double()
-    return Costs(
-        [b.group.name for b in blocks], widths, constant=constant, linear=linear, quadratic=quadratic, unit=unit
-    )
+        polynomial.add_per_unit([2.0 * sequence_length * block.attended for block in blocks])
+    return polynomial.costs()
 
 
 def macs_for_one_token(model: nn.Module) -> dict[str, float]:
@@ -89,7 +81,7 @@ def _terms(model: nn.Module, unit: str) -> Iterator[tuple[str, str, Tensor, tupl
                     yield module_name, name, parameter, (), 1.0
             elif layout_of(module) is not None and key == "weight":
                 yield module_name, name, parameter, (), 1.0
-            elif parameter.dim() == 3 and key in ("gate_up_proj", "down_proj"):
+            elif is_expert_weight(key, parameter):
                 yield module_name, name, parameter, (0,), float(_routed(model, module_name))
             elif _is_router(module, key, parameter):
                 yield module_name, name, parameter, (), 1.0
@@ -106,36 +98,3 @@ def _routed(model: nn.Module, experts: str) -> int:
         if isinstance(top := getattr(module, "top_k", None), int):
             return top
     return int(getattr(getattr(model, "config", None), "num_experts_per_tok", 1))
-
-
-def _size(
-    tensor: Tensor,
-    name: str,
-    dim: int,
-    axes: Mapping[tuple[str, int], Sequence[tuple[int, Slice]]],
-    widths: Tensor,
-) -> _Size:
-    per_unit = torch.zeros_like(widths)
-    for index, part in axes.get((name, dim), ()):
-        per_unit[index] += part.channels.shape[1]
-    return tensor.shape[dim] - float(per_unit @ widths), per_unit
-
-
-def _product(sizes: Sequence[_Size], widths: Tensor) -> tuple[float, Tensor, Tensor]:
-    """constant, linear and quadratic part of a product of sizes, of which at most two depend on the widths."""
-    constant, linear = 1.0, torch.zeros_like(widths)
-    quadratic = torch.zeros(len(widths), len(widths), dtype=torch.float64)
-    for fixed, per_unit in sizes:
-        if not bool(per_unit.any()):
-            constant, linear, quadratic = constant * fixed, linear * fixed, quadratic * fixed
-            continue
-        assert not bool(quadratic.any()), "three widths in one tensor"
-        quadratic = quadratic * fixed + torch.outer(linear, per_unit)
-        linear = linear * fixed + constant * per_unit
-        constant = constant * fixed
-    return constant, linear, quadratic
-
-
-def axis_key(axis: Axis) -> tuple[str, int]:
-    """How :func:`transformer_costs` looks an axis up."""
-    return f"{axis.module}.{axis.tensor}" if axis.module else axis.tensor, axis.dim

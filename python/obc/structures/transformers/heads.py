@@ -1,4 +1,4 @@
-"""Where an attention's heads lie in its projections: beside each other, or fused into one, in the orders in use."""
+"""Where an attention's heads lie in its projections: beside each other, or fused into one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from obc.structures.transformers.layers import NotPrunableError, channels
+from obc.structures.transformers.layers import channels
 
 
 @dataclass(frozen=True)
@@ -36,20 +36,17 @@ class HeadChannels:
     counters: Sequence[str] = ()
 
 
-def head_channels(module: nn.Module, heads: Heads, kind: str, fused: bool) -> HeadChannels:
-    """The channels of the units of an attention.
+def head_channels(heads: Heads, kind: str, fused: bool) -> HeadChannels:
+    """The channels of the units of an attention that has its queries before its keys before its values.
 
     Args:
-        module: the attention.
-        heads: its heads.
+        heads: of the attention.
         kind: "heads": a head of keys and values with the query heads that share it. "query_heads": the j-th query head
             of every head of keys and values.
         fused: queries, keys and values are the outputs of one layer.
     """
     queries, shared, size = heads.queries, heads.shared, heads.size
     ratio = queries // shared
-    if fused and shared == queries and (found := _fused_by_head(module, heads)) is not None:
-        return found
     if kind == "query_heads":
         queried = channels(ratio, size, shared)
         return HeadChannels([queried], queried)
@@ -58,23 +55,3 @@ def head_channels(module: nn.Module, heads: Heads, kind: str, fused: bool) -> He
         return HeadChannels([queried, keyed, keyed], queried)
     inner, width = queries * size, shared * size
     return HeadChannels([torch.cat([queried, keyed + inner, keyed + inner + width], dim=1)], queried)
-
-
-def _fused_by_head(module: nn.Module, heads: Heads) -> HeadChannels | None:
-    """Fused projections that are not [all queries | all keys | all values].
-
-    GPT-BigCode without multi-query attention has [query | key | value] of every head. CodeGen has ``mp_num`` blocks of
-    [queries | values | keys]: where a block is one head, blocks go; else a unit is one head of every block.
-    """
-    count, size = heads.queries, heads.size
-    if getattr(module, "multi_query", None) is False:
-        return HeadChannels([channels(count, 3 * size)], channels(count, size))
-    blocks = getattr(module, "mp_num", None)
-    if not isinstance(blocks, int):
-        return None
-    if blocks == count:
-        return HeadChannels([channels(count, 3 * size)], channels(count, size), ("mp_num",))
-    if count % blocks:
-        raise NotPrunableError(f"its {count} heads lie in {blocks} blocks")
-    inside = count // blocks
-    return HeadChannels([channels(inside, size, 3 * blocks)], channels(inside, size, blocks))

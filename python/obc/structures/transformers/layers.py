@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
+from obc.structures.units import NotPrunableError
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,8 @@ class Counter:
     per_unit: int
 
 
-class NotPrunableError(ValueError):
-    """Why a block that was found can't be pruned."""
-
-
 class Layers:
-    """What :class:`obc.structures.transformers.blocks.Finder` asks a model.
+    """What is asked of a model to find its blocks.
 
     Attributes:
         model: as given.
@@ -38,14 +35,21 @@ class Layers:
         self.model, self.config = model, getattr(model, "config", None)
         self.modules = dict(named_modules(model))
 
-    def _has(self, name: str, child: str) -> bool:
+    def has(self, name: str, child: str) -> bool:
+        """Whether the module ``name`` has a module ``child``."""
         return joined(name, child) in self.modules
 
-    def _layer(self, name: str, child: str) -> nn.Module | None:
+    def layer(self, name: str, child: str) -> nn.Module | None:
+        """The linear or convolutional layer ``child`` of the module ``name``, or None."""
         module = self.modules.get(joined(name, child))
         return module if module is not None and layout_of(module) is not None else None
 
-    def _size(self, name: str, side: str) -> int:
+    def size(self, name: str, side: str) -> int:
+        """How many channels a side of a linear or convolutional layer has.
+
+        Raises:
+            NotPrunableError: its weight is stored packed.
+        """
         module = self.modules[name]
         layout, weight = layout_of(module), module.weight
         assert layout is not None
@@ -55,16 +59,17 @@ class Layers:
             raise NotPrunableError(f"{name} stores its weight packed, as {tuple(weight.shape)} of {weight.dtype}")
         return layout.sizes(weight)[0 if side == "out" else 1]
 
-    def _size_or_none(self, name: str, side: str) -> int | None:
+    def size_or_none(self, name: str, side: str) -> int | None:
+        """The same of any module: norms and embeddings have outputs alone, and others no side at all."""
         module = self.modules[name]
         if layout_of(module) is not None:
-            return self._size(name, side)
+            return self.size(name, side)
         weight = getattr(module, "weight", None)
         if side == "out" and isinstance(weight, Tensor) and (weight.dim() == 1 or isinstance(module, nn.Embedding)):
             return int(weight.shape[-1])
         return None
 
-    def _counters(
+    def counters(
         self, names: Sequence[str], counted: Mapping[tuple[str, ...], tuple[int, int]]
     ) -> tuple[Counter, ...]:
         """Attributes of these modules that have the value that they would count."""
@@ -76,7 +81,8 @@ class Layers:
             if vars(self.modules[name]).get(key) == value
         )
 
-    def _config_key(self, keys: Sequence[str], per_unit: int) -> dict[str, int]:
+    def config_key(self, keys: Sequence[str], per_unit: int) -> dict[str, int]:
+        """The first of these keys that the config has, with what a unit counts there."""
         key = next((key for key in keys if hasattr(self.config, key)), None)
         return {} if key is None else {key: per_unit}
 

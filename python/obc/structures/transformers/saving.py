@@ -19,7 +19,8 @@ from obc.files import atomic_write
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import layout_of
 from obc.model.plan import PruningPlan
-from obc.structures.transformers.blocks import DEFAULT_KINDS, Block
+from obc.structures.transformers.block import Block
+from obc.structures.transformers.blocks import DEFAULT_KINDS
 from obc.structures.transformers.structure import TransformersStructure
 
 PLAN_FILE, _WEIGHTS = "obc_plan.json", "model.safetensors"

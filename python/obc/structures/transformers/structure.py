@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -20,15 +19,16 @@ from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
 from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits
-from obc.structures.transformers.axes import Axis, layer_axes, narrow, sync_layer, without
-from obc.structures.transformers.blocks import DEFAULT_KINDS, KINDS, Block, Finder
+from obc.structures.transformers.axes import Axis, axis_key, layer_axes, narrow, sync_layer
+from obc.structures.transformers.block import Block
+from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
 from obc.structures.transformers.calibration import Calibration, calibrate
 from obc.structures.transformers.config import own_config, said_values, with_values, with_widths
-from obc.structures.transformers.costs import axis_key, macs_for_one_token, transformer_costs
-from obc.structures.transformers.widths import Expressible, expressible_widths, families_of
+from obc.structures.transformers.costs import macs_for_one_token, transformer_costs
+from obc.structures.transformers.family import kinds as known_kinds
+from obc.structures.transformers.widths import Expressible, equal_widths, expressible_widths
+from obc.structures.units import checked_units, layer_name, renumbered_group, without, without_units
 
-# Units of these kinds are no single channels, and no kernel runs faster on a multiple of them.
-_WHOLE = ("heads", "query_heads", "experts")
 # torch's grouped products want rows that begin at multiples of so many bytes.
 _GROUPED_BYTES = 16
 
@@ -65,8 +65,8 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
 
 
 def _found(model: nn.Module, kinds: Sequence[str]) -> Finder:
-    if unknown := set(kinds) - set(KINDS):
-        raise ValueError(f"kinds are {', '.join(map(repr, KINDS))}, got {sorted(unknown)[0]!r}")
+    if unknown := set(kinds) - set(known_kinds()):
+        raise ValueError(f"kinds are {', '.join(map(repr, known_kinds()))}, got {sorted(unknown)[0]!r}")
     if {"heads", "query_heads"} <= set(kinds):
         raise ValueError("'heads' and 'query_heads' remove the same query heads; prune by one kind, then by the other")
     return Finder(model, kinds)
@@ -128,7 +128,7 @@ class TransformersStructure:
         self.model, self.uniform, self._sequence_length = model, uniform, sequence_length
         self._round_to = round_to or 1
         finder = _found(model, kinds)
-        self._modules = finder.modules
+        self._modules = finder.layers.modules
         self.left_out = finder.left_out
         ignored = self._ignored(ignored_layers)
         self.blocks = {
@@ -175,8 +175,8 @@ class TransformersStructure:
                 name: math.lcm(multiple, self._expressible.multiples.get(name, 1))
                 for name, multiple in multiples.items()
             },
-            [name for name, block in self.blocks.items() if block.group.kind in _WHOLE],
-            families_of(self.blocks) if self.uniform else (),
+            [name for name, block in self.blocks.items() if known_kinds()[block.group.kind].whole],
+            equal_widths(self.blocks) if self.uniform else (),
             self._expressible.widths,
         )
 
@@ -219,7 +219,11 @@ class TransformersStructure:
             IndexError: a group has no such unit.
             ValueError: too little would be left of a group.
         """
-        chosen = {name: self._checked(name, indices) for name, indices in units.items()}
+        groups = {name: block.group for name, block in self.blocks.items()}
+        chosen = {
+            name: checked_units(groups, name, indices, self.blocks[name].min_units if name in groups else 1)
+            for name, indices in units.items()
+        }
         chosen = {name: indices for name, indices in chosen.items() if len(indices)}
         if not chosen:
             return
@@ -234,35 +238,15 @@ class TransformersStructure:
     # --- checks ----------------------------------------------------------------------------------------------------
 
     def _ignored(self, layers: Sequence[nn.Module | str]) -> set[str]:
-        names = {module: name for name, module in self._modules.items()}
         ignored: set[str] = set()
-        for layer in layers:
-            name = layer if isinstance(layer, str) else names.get(layer)
-            if name not in self._modules:
-                raise ValueError(
-                    f"ignored_layers: the model has no layer {layer if isinstance(layer, str) else type(layer)}"
-                )
+        for name in (layer_name(self._modules, layer, "ignored_layers") for layer in layers):
             inside = [inner for inner in self._modules if inner == name or inner.startswith(f"{name}.") or name == ""]
             ignored |= set(inside)
             ignored |= {f"{inner}.{key}" for inner in inside for key, _ in self._modules[inner].named_parameters()}
         return ignored
 
-    def _checked(self, name: str, indices: Tensor) -> Tensor:
-        if name not in self.blocks:
-            raise KeyError(f"no group is named {name!r}: there are {', '.join(map(repr, self.blocks))}")
-        block = self.blocks[name]
-        indices = torch.as_tensor(indices, dtype=torch.int64).cpu().unique()
-        size = block.group.size
-        if len(indices) and not 0 <= int(indices[0]) <= int(indices[-1]) < size:
-            raise IndexError(f"{name!r} has units 0 to {size - 1}, got {int(indices[0])} to {int(indices[-1])}")
-        if len(indices) and size - len(indices) < block.min_units:
-            raise ValueError(
-                f"{len(indices)} of the {size} units of {name!r} were to be removed; {block.min_units} must stay"
-            )
-        return indices
-
     def _multiple(self, block: Block) -> int:
-        if block.group.kind in _WHOLE:
+        if known_kinds()[block.group.kind].whole:
             return 1
         if block.group.kind == "expert_ffn":
             weight = self._tensor(self._axes(block, block.group.slices[0])[0])
@@ -282,7 +266,7 @@ class TransformersStructure:
 
     def leave_out(self, name: str, reason: str) -> None:
         """Take a group out of ``groups``, with ``uniform`` its whole family; note the reason in ``left_out``."""
-        family = next(family for family in families_of(self.blocks) if name in family) if self.uniform else [name]
+        family = next(family for family in equal_widths(self.blocks) if name in family) if self.uniform else [name]
         for member in family:
             del self.blocks[member]
             self.left_out[member] = reason if member == name else f"it keeps the width of {name}, left out: {reason}"
@@ -314,20 +298,11 @@ class TransformersStructure:
         for counter in block.counters:
             module = self._modules[counter.module]
             setattr(module, counter.attribute, getattr(module, counter.attribute) - counter.per_unit * len(chosen))
-        stays = torch.ones(block.group.size, dtype=torch.bool)
-        stays[chosen] = False
-        self.blocks[name] = _with_slices(block, lambda part: replace(part, channels=part.channels[stays]))
+        self.blocks[name] = replace(block, group=without_units(block.group, chosen))
         for other in dict.fromkeys(other for key in lost for other in self._reading[key]):
             coupled = self.blocks[other]
-            renumber = functools.partial(self._renumbered, coupled, lost=lost)
-            self.blocks[other] = _with_slices(coupled, renumber)
-
-    def _renumbered(self, block: Block, part: Slice, lost: Mapping[tuple[str, int], Tensor]) -> Slice:
-        """The slice after other channels of the same tensor are gone."""
-        removed = lost.get(axis_key(self._axes(block, part)[0]))
-        if removed is None:
-            return part
-        return replace(part, channels=part.channels - torch.searchsorted(removed, part.channels))
+            renumbered = renumbered_group(coupled.group, lambda part: lost.get(axis_key(self._axes(coupled, part)[0])))
+            self.blocks[other] = replace(coupled, group=renumbered)
 
     def _tensor(self, axis: Axis) -> Tensor:
         tensor: Tensor = getattr(self._modules[axis.module], axis.tensor)
@@ -344,7 +319,7 @@ class TransformersStructure:
         old = self._tensor(axis)
         if (id(old), axis.dim) in shortened:
             return
-        new = nn.Parameter(without(old.detach(), axis.dim, removed), requires_grad=old.requires_grad)
+        new = nn.Parameter(without(old.detach(), removed, axis.dim), requires_grad=old.requires_grad)
         shortened[id(new), axis.dim] = new
         users[id(new)] = users.pop(id(old))
         for parameters in users[id(new)]:
@@ -374,7 +349,3 @@ class TransformersStructure:
                 module.config = new if adapted is not None else own_config(new, readers[name])
             elif vars(module).get("config") is config:
                 module.config = new
-
-
-def _with_slices(block: Block, change: Any) -> Block:
-    return replace(block, group=replace(block.group, slices=tuple(change(part) for part in block.group.slices)))

@@ -11,12 +11,9 @@ from torch import nn
 
 from obc.model.groups import Slice
 from obc.structures.transformers.axes import Axis
-from obc.structures.transformers.blocks import Block
+from obc.structures.transformers.block import Block
 from obc.structures.transformers.config import with_widths
-
-# Counts of heads may have to divide other sizes, so each is tried. Of other widths, all that lie between two are taken
-# to be as good as these.
-_COUNTED = ("heads", "query_heads")
+from obc.structures.transformers.family import kinds
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,11 @@ class Expressible:
     multiples: Mapping[str, int]
 
 
-def families_of(blocks: Mapping[str, Block]) -> list[list[str]]:
+def equal_widths(blocks: Mapping[str, Block]) -> list[list[str]]:
     """Names of the groups that keep equal widths: those that the config counts alike, and that are equal now."""
     families: dict[tuple[Any, ...], list[str]] = {}
     for name, block in blocks.items():
-        families.setdefault((*block.family, block.group.size), []).append(name)
+        families.setdefault((*block.counted_by, block.group.size), []).append(name)
     return list(families.values())
 
 
@@ -67,25 +64,26 @@ def expressible_widths(
     multiples: dict[str, int] = {}
     heads = {getattr(model.config, "num_attention_heads", None) or 1}
     # The residual stream comes last: what its width is divided into is known then.
-    for family in sorted(families_of(blocks), key=lambda names: blocks[names[0]].group.kind == "embedding"):
+    for family in sorted(equal_widths(blocks), key=lambda names: blocks[names[0]].group.kind == "embedding"):
         block = blocks[family[0]]
-        size, kind = block.group.size, block.group.kind
+        size, kind = block.group.size, kinds()[block.group.kind]
         multiple = math.lcm(*(multiple_of(blocks[name]) for name in family))
         least = max(blocks[name].min_units for name in family)
-        if kind == "embedding":
+        if kind.name == "embedding":
             multiple = math.lcm(multiple, *heads)
         multiples |= dict.fromkeys(family, multiple)
         candidates = range(-(-least // multiple) * multiple, size, multiple)
         if not candidates:
             continue
-        tried = candidates if kind in _COUNTED else sorted({candidates[0], candidates[-1]})
+        # Of widths that nothing else counts, all that lie between two are taken to be as good as these.
+        tried = candidates if kind.counted else sorted({candidates[0], candidates[-1]})
         reasons = {width: trial.refusal(family, width) for width in tried}
         said = [width for width, reason in reasons.items() if reason is None]
-        if kind in _COUNTED:
+        if kind.counted:
             heads |= {width * block.config.get("num_attention_heads", 1) for width in said}
         if len(said) == len(reasons):
             continue
-        if kind not in _COUNTED:
+        if not kind.counted:
             said = []
         for name in family:
             widths[name] = (*said, size)

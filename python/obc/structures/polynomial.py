@@ -1,0 +1,85 @@
+"""The cost of a model as a polynomial in its groups' widths, added up weight by weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from obc.model.costs import Costs
+from obc.model.groups import ChannelGroup, Slice
+
+
+class Size(NamedTuple):
+    """The size of one dimension of a weight: ``fixed + per_unit . widths``.
+
+    Attributes:
+        fixed: what no group changes.
+        per_unit: (groups,) what one unit of each group takes; None where no group lies there.
+    """
+
+    fixed: float
+    per_unit: Tensor | None = None
+
+
+class Polynomial:
+    """A sum of products of sizes, at most two of which depend on the widths.
+
+    Args:
+        groups: of the model as it is now.
+        unit: "macs" or "parameters".
+
+    Raises:
+        ValueError: an unknown unit.
+    """
+
+    def __init__(self, groups: Sequence[ChannelGroup], unit: Literal["macs", "parameters"]) -> None:
+        if unit not in ("macs", "parameters"):
+            raise ValueError(f"unit must be 'macs' or 'parameters', got {unit!r}")
+        self._unit, self._names = unit, [group.name for group in groups]
+        self._widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64)
+        self._per_unit: dict[Hashable, Tensor] = {}
+        self.constant = 0.0
+        self.linear = torch.zeros_like(self._widths)
+        self.quadratic = torch.zeros(len(groups), len(groups), dtype=torch.float64)
+
+    def place(self, dimension: Hashable, group: int, part: Slice) -> None:
+        """Say that a slice of the ``group``-th group lies in a dimension of a weight."""
+        per_unit = self._per_unit.setdefault(dimension, torch.zeros_like(self._widths))
+        per_unit[group] += part.channels.shape[1]
+
+    def size(self, dimension: Hashable, now: int) -> Size:
+        """The size of a dimension that is ``now`` long."""
+        per_unit = self._per_unit.get(dimension)
+        return Size(float(now)) if per_unit is None else Size(now - float(per_unit @ self._widths), per_unit)
+
+    def add(self, factor: float, *sizes: Size) -> None:
+        """Add ``factor`` times the product of the sizes."""
+        varying = [(size.fixed, size.per_unit) for size in sizes if size.per_unit is not None]
+        factor *= math.prod(size.fixed for size in sizes if size.per_unit is None)
+        constant = factor * math.prod(fixed for fixed, _ in varying)
+        self.constant += constant
+        if len(varying) == 1:
+            self.linear += factor * varying[0][1]
+        elif varying:
+            (fixed, per_unit), (other_fixed, other_per_unit) = varying
+            self.linear += factor * (fixed * other_per_unit + other_fixed * per_unit)
+            self.quadratic += factor * torch.outer(per_unit, other_per_unit)
+
+    def add_per_unit(self, factors: Sequence[float]) -> None:
+        """Add so much for each unit of every group."""
+        self.linear += torch.tensor(factors, dtype=torch.float64)
+
+    def costs(self) -> Costs:
+        """All that was added."""
+        return Costs(
+            self._names,
+            self._widths,
+            constant=self.constant,
+            linear=self.linear,
+            quadratic=self.quadratic,
+            unit=self._unit,
+        )

@@ -1,0 +1,170 @@
+"""Attention with a head's channels in rows of its projections: separate for queries, keys and values, or fused."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from obc.model.groups import ChannelGroup, Side, Slice
+from obc.structures.transformers.axes import Axis
+from obc.structures.transformers.block import Block
+from obc.structures.transformers.family import FAMILIES, attributes, config_keys
+from obc.structures.transformers.heads import HeadChannels, Heads, head_channels
+from obc.structures.transformers.layers import Counter, Layers, channels, joined
+from obc.structures.units import NotPrunableError
+
+# Names of fused projections whose order differs from model to model: where no family says it, the module is refused.
+_OF_MANY_ORDERS = ("query_key_value", "Wqkv", "in_proj_qkv", "qkv")
+_UNKNOWN_ORDER = "the order of queries, keys and values in {} is not known"
+
+
+def attentions(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
+    """The heads of the module ``name``, if it is an attention."""
+    projections = _projections(layers, name)
+    if not projections:
+        return
+    output = output_of(layers, name)
+    if output is None:
+        raise NotPrunableError("no output projection was found")
+    heads = _head_shapes(layers, name, projections, output)
+    grouped = heads.queries // heads.shared > 1
+    if "heads" in kinds and heads.shared > 1:
+        yield _attention(layers, name, projections, output, heads, "heads")
+    elif grouped and ("query_heads" in kinds or "heads" in kinds):
+        yield _attention(layers, name, projections, output, heads, "query_heads")
+
+
+def is_attention(layers: Layers, name: str) -> bool:
+    """Whether a module projects queries, or all of queries, keys and values."""
+    first = {names[0] for family in FAMILIES.values() for names in family.projections}
+    fused = {child for family in FAMILIES.values() for child in family.fused_projections}
+    return any(layers.layer(name, child) is not None for child in (*first, *fused))
+
+
+def output_of(layers: Layers, name: str) -> str | None:
+    """The output projection of the attention ``name``."""
+    parent = name.rpartition(".")[0]
+    inside = (joined(name, child) for family in FAMILIES.values() for child in family.outputs)
+    around = (joined(parent, child) for family in FAMILIES.values() for child in family.outputs_around)
+    return next((layer for layer in (*inside, *around) if layers.layer("", layer) is not None), None)
+
+
+def inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
+    """The sides of an attention's layers, and of norms inside it, that aren't the residual stream's."""
+    output = output_of(layers, name)
+    if output is None:
+        return set()
+    inner: set[tuple[str, Side]] = {(output, "in")}
+    for child_name, child in layers.modules[name].named_children():
+        if joined(name, child_name) != output and next(child.parameters(), None) is not None:
+            inner.add((joined(name, child_name), "out"))
+    return inner
+
+
+def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], size: int) -> None:
+    """Refuse an attention with parameters outside its ``known`` layers, norms of ``size`` and parameters of heads."""
+    of_heads = {key for family in FAMILIES.values() for key in family.head_parameters}
+    for key, parameter in layers.modules[name].named_parameters():
+        owner = joined(name, key).rpartition(".")[0]
+        if owner in known or key in of_heads or (owner != name and parameter.shape == (size,)):  # a norm of all heads
+            continue
+        raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
+
+
+def _projections(layers: Layers, name: str) -> list[str]:
+    """The projections of queries, keys and values, or the one of all three."""
+    for family in FAMILIES.values():
+        for names in family.projections:
+            if all(layers.layer(name, child) is not None for child in names):
+                return [joined(name, child) for child in names]
+    fused = dict.fromkeys(child for family in FAMILIES.values() for child in family.fused_projections)
+    for child in (*fused, *_OF_MANY_ORDERS):
+        if layers.layer(name, child) is not None:
+            if child not in fused:
+                raise NotPrunableError(_UNKNOWN_ORDER.format(joined(name, child)))
+            return [joined(name, child)]
+    return []
+
+
+def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: str) -> Heads:
+    module, inner = layers.modules[name], layers.size(output, "in")
+    sizes = (getattr(module, key, None) for key in attributes("head_size"))
+    size = next((value for value in sizes if isinstance(value, int)), None)
+    if size is None:
+        counts = (getattr(module, key, None) for key in attributes("heads"))
+        count = next((value for value in counts if isinstance(value, int)), None)
+        if not count or inner % count:
+            raise NotPrunableError(f"{type(module).__name__} does not say how many heads it has")
+        size = inner // count
+    widths = [layers.size(projection, "out") for projection in projections]
+    if len(projections) == 1:
+        shared, rest = divmod(widths[0] - inner, 2 * size)
+    else:
+        shared, rest = divmod(widths[1], size)
+        if widths[0] != inner or widths[1] != widths[2]:
+            raise NotPrunableError(f"queries, keys, values and output have {[*widths, inner]} channels")
+    if rest or shared < 1 or inner % (shared * size):
+        raise NotPrunableError(f"its widths {[*widths, inner]} are no whole heads of {size} channels")
+    refuse_other_parameters(layers, name, {*projections, output}, size)
+    return Heads(inner // size, shared, size)
+
+
+def _head_channels(layers: Layers, name: str, projections: Sequence[str], heads: Heads, kind: str) -> HeadChannels:
+    if len(projections) > 1:
+        return head_channels(heads, kind, fused=False)
+    child = projections[0].removeprefix(f"{name}.")
+    orders = [f.fused_projections[child] for f in FAMILIES.values() if child in f.fused_projections]
+    for order in orders:
+        if order is not None and (found := order(layers.modules[name], heads, kind)) is not None:
+            return found
+    if None not in orders:
+        raise NotPrunableError(_UNKNOWN_ORDER.format(projections[0]))
+    return head_channels(heads, kind, fused=True)
+
+
+def _attention(
+    layers: Layers, name: str, projections: Sequence[str], output: str, heads: Heads, kind: str
+) -> Block:
+    size = heads.size
+    rows = _head_channels(layers, name, projections, heads, kind)
+    slices = [Slice(layer, "out", units) for layer, units in zip(projections, rows.projections, strict=False)]
+    slices.append(Slice(output, "in", rows.output))
+    units = len(rows.output)
+    per_unit = heads.queries // units
+    counted: dict[tuple[str, ...], tuple[int, int]] = {
+        attributes("heads"): (heads.queries, per_unit),
+        attributes("attention_width"): (heads.queries * size, per_unit * size),
+    }
+    config = {"num_attention_heads": per_unit}
+    if kind == "heads":
+        counted[attributes("key_value_heads")] = (heads.shared, heads.shared // units)
+        config |= layers.config_key(config_keys("key_value_heads"), heads.shared // units)
+    else:
+        counted[("num_key_value_groups",)] = (heads.queries // heads.shared, 1)
+    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {}
+    for owner, key, dim in _head_parameters(layers, name, heads.queries):
+        parameter = joined(owner, key)
+        axes[parameter, "out"] = (Axis(owner, key, dim, parameter, "out"),)
+        slices.append(Slice(parameter, "out", rows.output[:, ::size] // size))
+    reading = {child for family in FAMILIES.values() for child in family.forward_reads_config}
+    reads = projections[0].rpartition(".")[2] in reading and hasattr(layers.modules[name], "config")
+    return Block(
+        ChannelGroup(projections[0], tuple(slices), kind),
+        axes=axes,
+        counters=(*layers.counters([name], counted), *(Counter(name, key, 1) for key in rows.counters)),
+        config=config if layers.config is not None else {},
+        config_fixed={"head_dim": size},
+        reads_config=name if reads else None,
+        attended=rows.output.shape[1],
+    )
+
+
+def _head_parameters(layers: Layers, name: str, count: int) -> Iterator[tuple[str, str, int]]:
+    """(module, parameter, dimension of the heads) of parameters with an entry a head: in an attention or beside it."""
+    parent = name.rpartition(".")[0]
+    beside = [joined(parent, child) for child, _ in layers.modules[parent].named_children()] if parent else []
+    dims = {key: dim for family in FAMILIES.values() for key, dim in family.head_parameters.items()}
+    for owner in dict.fromkeys([name, *beside]):
+        for key, dim in dims.items():
+            parameter = layers.modules[owner]._parameters.get(key)
+            if parameter is not None and parameter.dim() > dim and parameter.shape[dim] == count:
+                yield owner, key, dim

@@ -1,0 +1,61 @@
+"""DeepSeek and its kin (Kimi, GLM, LongCat): latent attention.
+
+What is common to the heads stays; each head has rows of its own in the second projections. A row of q_b_proj belongs to
+one head's query, of kv_b_proj to its key or its value, whose sizes may differ. The rotary part of the keys comes from
+the first projection, for all heads.
+"""
+
+from collections.abc import Collection, Iterator
+
+from obc.model.groups import ChannelGroup, Side, Slice
+from obc.structures.transformers.attention import output_of, refuse_other_parameters
+from obc.structures.transformers.block import Block
+from obc.structures.transformers.family import Family, attributes, config_keys, register
+from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.units import NotPrunableError
+
+_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_COMMON = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
+
+
+def _is_latent(layers: Layers, name: str) -> bool:
+    return layers.layer(name, "kv_b_proj") is not None
+
+
+def _latent_attention(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
+    if "heads" not in kinds or not _is_latent(layers, name):
+        return
+    module = layers.modules[name]
+    plain, rotary, value = (getattr(module, key, None) for key in _SIZES)
+    queries = joined(name, "q_b_proj" if layers.layer(name, "q_b_proj") is not None else "q_proj")
+    keys_and_values, output = joined(name, "kv_b_proj"), output_of(layers, name)
+    if output is None or queries not in layers.modules:
+        raise NotPrunableError(f"latent attention without {'output' if output is None else 'query'} projection")
+    if not (isinstance(plain, int) and isinstance(rotary, int) and isinstance(value, int)):
+        raise NotPrunableError(f"{type(module).__name__} does not say {', '.join(_SIZES)}")
+    per_head = {queries: plain + rotary, keys_and_values: plain + value, output: value}
+    widths = [layers.size(layer, "in" if layer == output else "out") for layer in per_head]
+    count = widths[-1] // value
+    if widths != [count * size for size in per_head.values()]:
+        raise NotPrunableError(f"its widths {widths} are not {count} heads of {[*per_head.values()]} channels")
+    common = {joined(name, child) for child in _COMMON}
+    refuse_other_parameters(layers, name, {*per_head, *common}, plain + rotary)
+    slices = [
+        Slice(layer, "in" if layer == output else "out", channels(count, size)) for layer, size in per_head.items()
+    ]
+    counted = (*attributes("heads"), *attributes("key_value_heads"))
+    yield Block(
+        ChannelGroup(queries, tuple(slices), "heads"),
+        counters=layers.counters([name], {counted: (count, 1)}),
+        config=layers.config_key(("num_attention_heads",), 1) | layers.config_key(config_keys("key_value_heads"), 1),
+        attended=(plain + rotary + value) / 2,
+    )
+
+
+def _inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
+    if not _is_latent(layers, name) or output_of(layers, name) is None:
+        return set()
+    return {(joined(name, child), "in") for child in ("q_b_proj", "kv_b_proj")}
+
+
+register(Family("deepseek", blocks=_latent_attention, inner_sides=_inner_sides))

@@ -1,0 +1,98 @@
+"""How families of transformers models call their layers and count their widths; each registers itself.
+
+A block is known by the names of its layers and believed only where all their shapes agree. So the names of all families
+are tried on every model: a model that is built like a known one needs no entry, and a name that fits by accident does
+no harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from obc.model.groups import Side
+from obc.structures.transformers.block import Block, Kind
+from obc.structures.transformers.heads import HeadChannels, Heads
+from obc.structures.transformers.layers import Layers
+
+# (attention, its heads, "heads" or "query_heads") -> the channels of every unit; None: this attention has another order.
+HeadOrder = Callable[[nn.Module, Heads, str], "HeadChannels | None"]
+# (layers, name of a module, kinds) -> the module's blocks of these kinds.
+FindBlocks = Callable[[Layers, str, Collection[str]], Iterator[Block]]
+# (layers, name of a module) -> sides of its layers that are not the residual stream's.
+InnerSides = Callable[[Layers, str], "set[tuple[str, Side]]"]
+Role = Literal[
+    "hidden_size", "inner_width", "expert_width", "heads", "key_value_heads", "attention_width", "head_size", "experts"
+]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models: names of its layers, and what is its own.
+
+    Attributes:
+        name: of the family.
+        feed_forwards: names of the layers of a feed-forward block, in its module: the producers, then the consumer.
+        fused_feed_forwards: (producer, consumer), where the producer's outputs are [gate | up].
+        projections: names of the projections of queries, keys and values.
+        fused_projections: name of a projection of all three -> the order of its outputs. None: [all queries | all keys |
+            all values], unless another family's order is the module's.
+        outputs: names of the output projection, in the module of the others.
+        outputs_around: the same, in the module around that one.
+        head_parameters: parameters with an entry for every query head -> the dimension of the heads.
+        attributes: role -> attributes of modules that count it.
+        config_keys: role -> keys of the config that count it.
+        forward_reads_config: fused projections whose module reads its counts from the config when it runs.
+        kinds: of groups that only this family has.
+        blocks: finds blocks that aren't ordinary feed-forward blocks or attention, or raises
+            :class:`~obc.structures.units.NotPrunableError`. What it finds or refuses in a module is not looked at as
+            an ordinary block.
+        inner_sides: where ``blocks`` finds attention, the sides that aren't the residual stream's.
+    """
+
+    name: str
+    feed_forwards: tuple[tuple[str, ...], ...] = ()
+    fused_feed_forwards: tuple[tuple[str, str], ...] = ()
+    projections: tuple[tuple[str, str, str], ...] = ()
+    fused_projections: Mapping[str, HeadOrder | None] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    outputs_around: tuple[str, ...] = ()
+    head_parameters: Mapping[str, int] = field(default_factory=dict)
+    attributes: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
+    config_keys: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
+    forward_reads_config: tuple[str, ...] = ()
+    kinds: tuple[Kind, ...] = ()
+    blocks: FindBlocks | None = None
+    inner_sides: InnerSides | None = None
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(family: Family) -> None:
+    """Make a family known to every structure that is made from now on.
+
+    Raises:
+        ValueError: another family has the name.
+    """
+    if FAMILIES.get(family.name, family) is not family:
+        raise ValueError(f"a family {family.name!r} is registered already; choose another name")
+    FAMILIES[family.name] = family
+
+
+def attributes(role: Role) -> tuple[str, ...]:
+    """What modules of all families call the attribute that counts ``role``."""
+    return tuple(dict.fromkeys(key for family in FAMILIES.values() for key in family.attributes.get(role, ())))
+
+
+def config_keys(role: Role) -> tuple[str, ...]:
+    """What configs of all families call the count of ``role``, the most usual first."""
+    return tuple(dict.fromkeys(key for family in FAMILIES.values() for key in family.config_keys.get(role, ())))
+
+
+def kinds() -> dict[str, Kind]:
+    """Every kind of group, by name."""
+    return {kind.name: kind for family in FAMILIES.values() for kind in family.kinds}

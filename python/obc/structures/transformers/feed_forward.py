@@ -1,0 +1,77 @@
+"""Feed-forward blocks: the channels between their projections, plain or gated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+from torch.nn.modules.conv import _ConvNd
+
+from obc.model.groups import ChannelGroup, Slice
+from obc.model.layouts import layout_of
+from obc.structures.transformers.block import Block
+from obc.structures.transformers.family import FAMILIES, attributes, config_keys
+from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.units import NotPrunableError
+
+
+def feed_forwards(layers: Layers, name: str) -> Iterator[Block]:
+    """The feed-forward block of the module ``name``, if it is one. Of its names, those of most layers count."""
+    plain = [(names, 1) for family in FAMILIES.values() for names in family.feed_forwards]
+    fused = [(names, 2) for family in FAMILIES.values() for names in family.fused_feed_forwards]
+    gated = [(names, 1) for names, _ in plain if len(names) > 2]
+    for names, copies in (*gated, *fused, *plain):
+        if all(layers.layer(name, child) is not None for child in names):
+            yield _feed_forward(layers, name, [joined(name, child) for child in names], copies)
+            return
+
+
+def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies: int) -> Block:
+    *producers, consumer = projections
+    width = layers.size(consumer, "in")
+    for producer in producers:
+        if (outputs := layers.size(producer, "out")) != copies * width:
+            raise NotPrunableError(f"{producer} has {outputs} outputs, {consumer} {width} inputs")
+    outer = layers.size(consumer, "out")
+    for norm in _inner_norms(layers, name, width, outer):
+        raise NotPrunableError(f"{norm} normalises over the {width} channels")
+    slices = [Slice(layer, "out", channels(width, 1, copies)) for layer in producers]
+    slices += [Slice(layer, "out", channels(width, 1)) for layer in _between(layers, name, projections, width, outer)]
+    slices.append(Slice(consumer, "in", channels(width, 1)))
+    return Block(
+        ChannelGroup(producers[0], tuple(slices), "ffn"),
+        counters=layers.counters([name], {attributes("inner_width"): (width, 1)}),
+        config=layers.config_key(_config_keys(layers, name), 1),
+    )
+
+
+def _config_keys(layers: Layers, name: str) -> tuple[str, ...]:
+    """Which keys of the config may count the inner channels, by where the block is."""
+    if "shared_expert" in name:
+        # Where several experts are shared, DeepSeek's config counts their product.
+        one = getattr(layers.config, "n_shared_experts", None) == 1
+        return ("shared_expert_intermediate_size", *(config_keys("expert_width") if one else ()))
+    if ".experts." in name:
+        return (*config_keys("expert_width"), *config_keys("inner_width"))
+    return config_keys("inner_width")
+
+
+def _inner_norms(layers: Layers, name: str, width: int, outer: int) -> Iterator[str]:
+    for child_name, child in layers.modules[name].named_children():
+        weight = getattr(child, "weight", None)
+        if width != outer and isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == width:
+            yield joined(name, child_name)
+
+
+def _between(layers: Layers, name: str, projections: Sequence[str], width: int, outer: int) -> list[str]:
+    """Depthwise convolutions over the inner channels; what else has so many is not understood."""
+    between = []
+    for inner, module in layers.modules[name].named_modules():
+        layer = joined(name, inner)
+        if layer in projections or layout_of(module) is None or width == outer:
+            continue
+        if isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels == width:
+            between.append(layer)
+        elif width in (layers.size(layer, "out"), layers.size(layer, "in")):
+            raise NotPrunableError(f"{layer} has {width} channels too, and how they are used is not known")
+    return between

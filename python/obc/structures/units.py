@@ -1,0 +1,96 @@
+"""Units of groups: which of them may go, and channels counted anew when some are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.groups import ChannelGroup, Slice
+
+
+class NotPrunableError(ValueError):
+    """Why a group that was found can't be pruned; the reason is kept in ``left_out``."""
+
+
+def checked_units(groups: Mapping[str, ChannelGroup], name: str, units: Tensor, least: int = 1) -> Tensor:
+    """The units to remove from the group ``name``: ascending int64 indices on the CPU, each once.
+
+    Args:
+        groups: of the model as it is now, by name.
+        name: of the group.
+        units: indices of its units.
+        least: so many units must stay.
+
+    Raises:
+        KeyError: no group has the name.
+        IndexError: the group has no such unit.
+        ValueError: too little would be left of the group.
+    """
+    if name not in groups:
+        raise KeyError(f"no group is named {name!r}: there are {', '.join(map(repr, groups))}")
+    units = torch.as_tensor(units, dtype=torch.int64).cpu().unique()
+    size = groups[name].size
+    if len(units) and not 0 <= int(units[0]) <= int(units[-1]) < size:
+        raise IndexError(f"{name!r} has units 0 to {size - 1}, got {int(units[0])} to {int(units[-1])}")
+    if len(units) and size - len(units) < least:
+        raise ValueError(
+            f"{len(units)} of the {size} units of {name!r} were to be removed; at least {least} must stay"
+        )
+    return units
+
+
+def layer_name(modules: Mapping[str, nn.Module], layer: nn.Module | str, argument: str) -> str:
+    """The name of a layer that the caller gave as itself or by its name.
+
+    Args:
+        modules: of the model, by name.
+        layer: one of them.
+        argument: of the caller, for the message.
+
+    Raises:
+        ValueError: the model has no such layer.
+    """
+    if isinstance(layer, str):
+        if layer not in modules:
+            last = layer.rpartition(".")[2]
+            names = [name for name in modules if name.rpartition(".")[2] == last] or list(modules)[1:]
+            raise ValueError(
+                f"{argument}: no layer is named {layer!r}; there are {', '.join(map(repr, names[:3]))} ..."
+            )
+        return layer
+    found = next((name for name, module in modules.items() if module is layer), None)
+    if found is None:
+        raise ValueError(f"{argument}: the model has no such {type(layer).__name__}; pass its own layers")
+    return found
+
+
+def without(tensor: Tensor, removed: Tensor, dim: int = 0) -> Tensor:
+    """``tensor`` without the positions ``removed`` of ``dim``."""
+    stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
+    stays[removed] = False
+    return tensor.index_select(dim, stays.nonzero()[:, 0].to(tensor.device))
+
+
+def without_units(group: ChannelGroup, removed: Tensor) -> ChannelGroup:
+    """The group without the units ``removed``; the channels of the others keep their numbers."""
+    slices = (replace(part, channels=without(part.channels, removed)) for part in group.slices)
+    return replace(group, slices=tuple(slices))
+
+
+def renumbered_group(group: ChannelGroup, lost: Callable[[Slice], Tensor | None]) -> ChannelGroup:
+    """The group after channels of other groups are gone.
+
+    Args:
+        group: with channels as they were numbered before.
+        lost: a slice -> the channels that its side of the layer has lost, ascending; None where it lost none.
+    """
+    slices = (replace(part, channels=renumbered(part.channels, lost(part))) for part in group.slices)
+    return replace(group, slices=tuple(slices))
+
+
+def renumbered(channels: Tensor, removed: Tensor | None) -> Tensor:
+    """The same channels, counted without the ``removed`` ones (ascending, none of them among ``channels``)."""
+    return channels if removed is None else channels - torch.searchsorted(removed, channels)
