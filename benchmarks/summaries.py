@@ -17,6 +17,7 @@ _OPERATORS = {
     "channel_dot 64x512x4x4": "`channel_dot` (64, 512, 4, 4)",
     "channel_dot tokens 8x512x2048": "`channel_dot` tokens (8, 512, 2048)",
 }
+_JOINT, _INDEPENDENT = "JC joint, per MACs", "JC independent (paper)"
 
 
 def _case(content: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -169,6 +170,41 @@ def _select(results: Path) -> str:
     return markdown(head, lines) + source(content["provenance"])
 
 
+def _joint_selection(results: Path) -> str:
+    """Joint selection minus the paper's, in points of accuracy without fine-tuning: the mean over ratios by network."""
+    content = read(results, "bench_selection")
+    cases = {case["key"]: case.get("ratios", {}) for case in content["cases"]}
+    states = {"raw": "as pruned", "bn": "BatchNorm recalibrated", "seq": "compensated"}
+    lines = []
+    for label, kinds in (("convolutional networks", ("resnet", "vgg")), ("ViTs", ("vit",))):
+        differences: dict[str, list[float]] = {state: [] for state in states}
+        for key, ratios in cases.items():
+            stage, _, rest = key.partition("/")
+            if stage != "prune" or rest.split("/")[1] not in kinds or not rest.endswith(f"/{_JOINT}"):
+                continue
+            other = cases[key.removesuffix(_JOINT) + _INDEPENDENT]
+            for state, found in differences.items():
+                found.append(statistics.mean(100 * (at[state] - other[ratio][state]) for ratio, at in ratios.items()))
+        recalibrated = label != "ViTs"  # these have no BatchNorm
+        cells = [_spread(found) if state != "bn" or recalibrated else "-" for state, found in differences.items()]
+        lines.append([f"{len(differences['raw'])} small {label}", *cells])
+    return markdown(["points of accuracy gained", *states.values()], lines) + source(content["provenance"][0])
+
+
+# --- equivalent pruning ---------------------------------------------------------------------------------------------
+
+
+def _equivalent(results: Path) -> str:
+    """One training step against the naively pruned network's."""
+    content = read(results, "bench_equivalent")
+    ways = {"folded": "folded", "reduced": "reduced factors", "explicit": "explicit 1x1 layers"}
+    lines = [
+        [case["name"], *(f"{case['providers'][way]['against_baseline']['paired_median']:.2f}" for way in ways)]
+        for case in content["cases"]
+    ]
+    return markdown(["time of a step / naive", *ways.values()], lines) + source(content["provenance"])
+
+
 # --- large models --------------------------------------------------------------------------------------------------
 
 
@@ -200,5 +236,7 @@ SUMMARIES: dict[str, Callable[[Path], str]] = {
     "factors": _factors,
     "encoder": _encoder,
     "select": _select,
+    "joint-selection": _joint_selection,
+    "equivalent": _equivalent,
     "large": _large,
 }

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from obc_kernels import weight_dot_records as fields
 from obc_kernels.launch import launch
 from obc_kernels.layout import VECTOR_BYTES, accumulator, ceil_div, check_steps, run_elements, tile_elements
 from obc_kernels.weight_dot import (
@@ -33,7 +34,7 @@ from obc_kernels.weight_dot import (
     finished_sums,
     rows_outer,
     tile_sums,
-)
+)from obc_kernels.weight_dot_records import FinishRecord, SumRecord
 
 # Gradients of one model come in few sets of buffers; a worklist holds device memory of about a byte per 4096 weights.
 CACHED_WORKLISTS = 8
@@ -53,33 +54,33 @@ def _weight_dot_list_kernel(
 ):
     pid = tl.program_id(0)
     record = table_ptr + tl.load(table_ptr + first_item + pid)
-    w_ptr = tl.load(record).to(like_ptr.dtype)
-    g_ptr = tl.load(record + 1).to(like_ptr.dtype)
+    w_ptr = tl.load(record + fields.SUM_WEIGHT).to(like_ptr.dtype)
+    g_ptr = tl.load(record + fields.SUM_GRAD).to(like_ptr.dtype)
     if VECTORS:
         w_ptr = tl.multiple_of(w_ptr, 16)
         g_ptr = tl.multiple_of(g_ptr, 16)
     tile_sums(
-        partial_ptr + tl.load(record + 2),
-        partial_ptr + tl.load(record + 3),
+        partial_ptr + tl.load(record + fields.SUM_ROW_SUMS),
+        partial_ptr + tl.load(record + fields.SUM_COLUMN_SUMS),
         w_ptr,
         g_ptr,
-        pid - tl.load(record + 4).to(tl.int32),
-        tl.load(record + 5),
-        tl.load(record + 6).to(tl.int32),
-        tl.load(record + 7),
-        tl.load(record + 8),
-        tl.load(record + 9),
-        tl.load(record + 10).to(tl.int32),
-        tl.load(record + 11).to(tl.int32),
-        tl.load(record + 12).to(tl.int32),
-        tl.load(record + 13),
-        tl.load(record + 14),
-        tl.load(record + 15),
-        tl.load(record + 16),
-        tl.load(record + 17),
-        tl.load(record + 18),
-        tl.load(record + 19),
-        tl.load(record + 20),
+        pid - tl.load(record + fields.SUM_FIRST_PROGRAM).to(tl.int32),
+        tl.load(record + fields.SUM_GROUPS),
+        tl.load(record + fields.SUM_ROWS_PER_GROUP).to(tl.int32),
+        tl.load(record + fields.SUM_COLUMNS),
+        tl.load(record + fields.SUM_SIZE_1),
+        tl.load(record + fields.SUM_SIZE_2),
+        tl.load(record + fields.SUM_COLUMN_BLOCKS).to(tl.int32),
+        tl.load(record + fields.SUM_ROW_SPLITS).to(tl.int32),
+        tl.load(record + fields.SUM_TILES_PER_SPLIT).to(tl.int32),
+        tl.load(record + fields.SUM_STRIDE_WR),
+        tl.load(record + fields.SUM_STRIDE_W0),
+        tl.load(record + fields.SUM_STRIDE_W1),
+        tl.load(record + fields.SUM_STRIDE_W2),
+        tl.load(record + fields.SUM_STRIDE_GR),
+        tl.load(record + fields.SUM_STRIDE_G0),
+        tl.load(record + fields.SUM_STRIDE_G1),
+        tl.load(record + fields.SUM_STRIDE_G2),
         BLOCK_G,
         BLOCK_R,
         BLOCK_M,
@@ -101,30 +102,30 @@ def _weight_dot_list_finish_kernel(
 ):
     pid = tl.program_id(0)
     record = table_ptr + tl.load(table_ptr + first_item + pid)
-    is_out = tl.load(record) != 0
-    count = tl.load(record + 7)
-    i = (pid - tl.load(record + 3)) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    is_out = tl.load(record + fields.FINISH_IS_OUT) != 0
+    count = tl.load(record + fields.FINISH_COUNT)
+    i = (pid - tl.load(record + fields.FINISH_FIRST_PROGRAM)) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     sums = finished_sums(
-        partial_ptr + tl.load(record + 2),
+        partial_ptr + tl.load(record + fields.FINISH_PARTIAL),
         i,
         count,
-        tl.load(record + 8),
-        tl.load(record + 9),
-        tl.load(record + 10),
-        tl.load(record + 11).to(tl.int32),
-        tl.load(record + 12),
-        tl.load(record + 13).to(tl.int32),
-        tl.load(record + 14),
+        tl.load(record + fields.FINISH_INNER),
+        tl.load(record + fields.FINISH_STRIDE_OUTER),
+        tl.load(record + fields.FINISH_STRIDE_INNER),
+        tl.load(record + fields.FINISH_SPLITS).to(tl.int32),
+        tl.load(record + fields.FINISH_STRIDE_SPLIT),
+        tl.load(record + fields.FINISH_POSITIONS).to(tl.int32),
+        tl.load(record + fields.FINISH_STRIDE_POSITION),
         BLOCK_N,
         BLOCK_T,
     )
-    bias_address = tl.load(record + 4)
+    bias_address = tl.load(record + fields.FINISH_BIAS)
     if bias_address != 0:
         bias_ptr = bias_address.to(like_ptr.dtype)
-        bias_grad_ptr = tl.load(record + 15).to(like_ptr.dtype)
-        stride_b, stride_gb = tl.load(record + 5), tl.load(record + 6)
+        bias_grad_ptr = tl.load(record + fields.FINISH_BIAS_GRAD).to(like_ptr.dtype)
+        stride_b, stride_gb = tl.load(record + fields.FINISH_STRIDE_B), tl.load(record + field.FINISH_STRIDE_GB)
         sums += bias_term(bias_ptr, bias_grad_ptr, i, i < count, stride_b, stride_gb, sums.dtype)
-    offset = tl.load(record + 1)
+    offset = tl.load(record + fields.FINISH_OFFSET)
     tl.store(out_dot_ptr + offset + i, sums, mask=i < tl.where(is_out, count, 0))
     tl.store(in_dot_ptr + offset + i, sums, mask=i < tl.where(is_out, 0, count))
 
@@ -228,7 +229,7 @@ class _Table:
         self.parts.append(part)
         return offset
 
-    def stage(self, like: int, records: list[list[int]], programs: list[int], constexprs: dict[str, Any]) -> _Stage:
+    def stage(self, like: int, records: Sequence[SumRecord | FinishRecord], programs: list[int], constexprs: dict[str, Any]) -> _Stage:
         """Append the records and the items of one launch; ``programs`` counts each record's."""
         check_steps("weight_dot_list", sum(programs))
         width = len(records[0])
@@ -271,7 +272,7 @@ def _first_stages(
     for (dtype, kind), members in kinds.items():
         acc = accumulator(layers[members[0]].weight)
         config = _config(kind, dtype.itemsize, [layers[index] for index in members])
-        records: list[list[int]] = []
+        records: list[SumRecord] = []
         programs: list[int] = []
         for index in members:
             layer, walk = layers[index], layers[index].walk
@@ -280,11 +281,23 @@ def _first_stages(
             column = row + column_blocks * walk.rows
             partial_size[acc] = column + walk.groups * row_splits * walk.columns
             places[index] = _Place(row, column, column_blocks, row_splits)
-            pointers = [layer.weight.data_ptr(), layer.grad.data_ptr()]
-            sizes = [walk.groups, walk.rows_per_group, walk.columns, *walk.sizes[1:]]
-            tiling = [column_blocks, row_splits, config.tiles_per_split]
-            strides = [*walk.strides[0], *walk.strides[1]]
-            records.append([*pointers, row, column, sum(programs), *sizes, *tiling, *strides])
+            record = SumRecord(
+                layer.weight.data_ptr(),
+                layer.grad.data_ptr(),
+                row,
+                column,
+                sum(programs),
+                walk.groups,
+                walk.rows_per_group,
+                walk.columns,
+                *walk.sizes[1:],
+                column_blocks,
+                row_splits,
+                config.tiles_per_split,
+                *walk.strides[0],
+                *walk.strides[1],
+            )
+            records.append(record)
             programs.append(config.programs(walk))
         vectors = kind == "vector"
         constexprs = {
@@ -306,7 +319,7 @@ def _second_stages(
     in_sizes: dict[torch.dtype, list[int]],
 ) -> list[_Stage]:
     """One launch per dtype; appends the lengths of every layer's results to ``out_sizes`` and ``in_sizes``."""
-    jobs: dict[torch.dtype, tuple[list[list[int]], list[int]]] = {}
+    jobs: dict[torch.dtype, tuple[list[FinishRecord], list[int]]] = {}
     likes: dict[torch.dtype, int] = {}
     for index, (layer, place) in enumerate(zip(layers, places, strict=True)):
         likes.setdefault(layer.weight.dtype, index)
@@ -314,32 +327,39 @@ def _second_stages(
         for is_rows in (True, False):
             is_out = is_rows != layer.transposed
             sizes = (out_sizes if is_out else in_sizes)[accumulator(layer.weight)]
-            record, count = _finish_record(layer, place, is_rows, is_out, sum(sizes), sum(programs))
-            sizes.append(count)
+            record = _finish_record(layer, place, is_rows, is_out, sum(sizes), sum(programs))
+            sizes.append(record.count)
             records.append(record)
-            programs.append(ceil_div(count, WeightDotConfig.BLOCK_N))
+            programs.append(ceil_div(record.count, WeightDotConfig.BLOCK_N))
     blocks = {"BLOCK_N": WeightDotConfig.BLOCK_N, "BLOCK_T": WeightDotConfig.BLOCK_T}
     return [table.stage(likes[dtype], records, programs, blocks) for dtype, (records, programs) in jobs.items()]
 
 
 def _finish_record(
     layer: _Layer, place: _Place, is_rows: bool, is_out: bool, offset: int, first_program: int
-) -> tuple[list[int], int]:
-    """The second stage of one layer's rows or columns, and how many sums that gives."""
+) -> FinishRecord:
+    """The second stage of one layer's rows or columns."""
     walk = layer.walk
-    bias = bias_grad = stride_b = stride_gb = 0
-    if is_out and layer.bias is not None and layer.bias_grad is not None:
-        bias, bias_grad = layer.bias.data_ptr(), layer.bias_grad.data_ptr()
-        stride_b, stride_gb = layer.bias.stride(0), layer.bias_grad.stride(0)
-    if is_rows:
-        count, partial = walk.rows, place.row
-        terms = [max(1, walk.rows), 0, 1, place.column_blocks, walk.rows, 1, 0]
-    else:
-        count, partial = walk.groups * walk.channels, place.column
-        terms = [max(1, walk.channels), place.row_splits * walk.columns, walk.stride_channel]
-        terms += [place.row_splits, walk.columns, walk.positions, walk.stride_position]
-    head = [int(is_out), offset, partial, first_program, bias, stride_b, stride_gb, count]
-    return [*head, *terms, bias_grad], count
+    biased = is_out and layer.bias is not None and layer.bias_grad is not None
+    bias, bias_grad = (layer.bias, layer.bias_grad) if biased else (None, None)
+    return FinishRecord(
+        is_out=int(is_out),
+        offset=offset,
+        partial=place.row if is_rows else place.column,
+        first_program=first_program,
+        bias=0 if bias is None else bias.data_ptr(),
+        bias_grad=0 if bias_grad is None else bias_grad.data_ptr(),
+        stride_b=0 if bias is None else bias.stride(0),
+        stride_gb=0 if bias_grad is None else bias_grad.stride(0),
+        count=walk.rows if is_rows else walk.groups * walk.channels,
+        inner=max(1, walk.rows if is_rows else walk.channels),
+        stride_outer=0 if is_rows else place.row_splits * walk.columns,
+        stride_inner=1 if is_rows else walk.stride_channel,
+        splits=place.column_blocks if is_rows else place.row_splits,
+        stride_split=walk.rows if is_rows else walk.columns,
+        positions=1 if is_rows else walk.positions,
+        stride_position=0 if is_rows else walk.stride_position,
+    )
 
 
 # Copies that a captured graph repeats at every replay read their host memory then; it must live as long as the graph,

@@ -149,20 +149,12 @@ def _strip(scores: Scores) -> str:
 
 def _table(scores: Scores) -> str:
     """Every module: its channels, the range of its out-channel scores, and how it was read, or why not."""
-    lines = ["<tr>" + "".join(f"<th>{head}</th>" for head in _HEAD) + "</tr>"]
-    for name, how in scores.coverage.items():
-        channels = scores[name] if name in scores else ChannelScores(None)
-        values = channels.out_channels
-        numbers = ["", "", ""]
-        if values is not None and values.numel():
-            numbers = [f"{values.min():.2e}", f"{values.median():.2e}", f"{values.max():.2e}"]
-        sizes = ["" if side is None else str(side.numel()) for side in (values, channels.in_channels)]
-        cells = "".join(f"<td>{cell}</td>" for cell in (_name(name), *sizes, *numbers, escape(how)))
+    head, *rows = scores.table()
+    lines = ["<tr>" + "".join(f"<th>{cell}</th>" for cell in head) + "</tr>"]
+    for how, row in zip(scores.coverage.values(), rows, strict=True):
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
         lines.append(f"<tr{'' if how.scored else ' class=unscored'}>{cells}</tr>")
     return f"<table>{''.join(lines)}</table>"
-
-
-_HEAD = ("module", "out", "in", "min", "median", "max", "read by")
 
 
 def _name(name: str) -> str:

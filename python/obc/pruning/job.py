@@ -26,14 +26,13 @@ from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
 from obc.recovery.calibration import recalibrate_norms
 from obc.selection import Costs
 from obc.selection.allocation import Allocation, Task
+from obc.selection.checks import NARROW
 from obc.selection.uniform import permitted_widths
 from obc.statistics.results import Statistics
 from obc.structures.protocol import Limits, Structure, Unit
 
 logger = logging.getLogger("obc")
 
-# A group that keeps less is named: joint selection rarely goes there, and a network rarely recovers from it.
-_NARROW = 0.1
 # Costs are sums of large products in float64: a target that is met up to this is met.
 _ROUNDING = 1e-9
 _UNITS: tuple[Unit, Unit] = ("macs", "parameters")
@@ -105,7 +104,7 @@ class Job:
                 bar.update()
         log.doing = "after the last step"
         for name, (before, after) in self.report.widths.items():
-            if after < _NARROW * before:
+            if after < NARROW * before:
                 self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
         for warning in getattr(self.structure, "warnings", ()):
             self._warn(warning)

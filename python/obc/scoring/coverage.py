@@ -1,4 +1,4 @@
-"""How one module was read: the values of ``Scores.coverage``."""
+"""How one module was read: the values of ``Scores.coverage`` and ``Statistics.coverage``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-_UNSCORED = "unscored"
+_UNSCORED, _UNREAD = "unscored", "unread"
 _CHAINED = re.compile(r", (out|in) channels from ")
 
 
@@ -20,7 +20,8 @@ class Coverage(str):
     It is a string, so that it prints, sorts, compares and goes into JSON as its text.
 
     Attributes:
-        how: "gate", "norm gradient", "weight gradient" or "unscored".
+        how: "gate", "norm gradient", "weight gradient" or "unscored"; of other statistics "input" and the like, or
+            "unread".
         reason: why it is not read by gates, or not at all; None where there is nothing to explain.
         copied: the gate keeps a copy of the activation.
         checked: False where a gate was never compared with a weight gradient.
@@ -59,8 +60,13 @@ class Coverage(str):
 
     @classmethod
     def unscored(cls, reason: str) -> Coverage:
-        """Of a module that was not read."""
+        """Of a module that has no scores."""
         return cls(_UNSCORED, reason)
+
+    @classmethod
+    def unread(cls, reason: str) -> Coverage:
+        """Of a module that a statistic was not read of."""
+        return cls(_UNREAD, reason)
 
     @classmethod
     def parse(cls, text: str) -> Coverage:
@@ -83,8 +89,8 @@ class Coverage(str):
 
     @property
     def scored(self) -> bool:
-        """Whether the module has scores."""
-        return self.how != _UNSCORED
+        """Whether the module was read, and has scores or sums."""
+        return self.how not in (_UNSCORED, _UNREAD)
 
     def fields(self) -> dict[str, Any]:
         """The attributes as plain values: ``Coverage(**coverage.fields())`` is the same coverage."""

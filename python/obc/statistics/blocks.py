@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.names import named_modules
+from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part, is_running_again
 from obc.statistics.reader import Groups, Handle, Reader, first_tensor
@@ -107,7 +108,7 @@ class _Reader(Reader):
         self._order = list(blocks)
         self._inputs: dict[str, Tensor] = {}
         windows = self._order[: len(self._order) - options.span + 1]
-        self.coverage = dict.fromkeys(windows, "input and output")
+        self.coverage = dict.fromkeys(windows, Coverage("input and output"))
 
     def attach(self) -> list[Handle]:
         handles: list[Handle] = []
@@ -143,10 +144,10 @@ class _Reader(Reader):
             x = self._inputs.pop(first, None)
             y = first_tensor([*output] if isinstance(output, (tuple, list)) else [output], {})
             if x is None or y is None:
-                self.coverage[first] = "unread: its input or output is no floating tensor"
+                self.coverage[first] = Coverage.unread("its input or output is no floating tensor")
             elif x.shape != y.shape:
                 shapes = f"{tuple(x.shape)} to {tuple(y.shape)}"
-                self.coverage[first] = f"unread: it is no residual block, it changes the shape from {shapes}"
+                self.coverage[first] = Coverage.unread(f"it is no residual block, it changes the shape from {shapes}")
             else:
                 self.called.add(first)
                 with torch.no_grad():

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from obc.files import parse_json
 from obc.model.fingerprint import fingerprint, random_state, set_random_state
 from obc.scoring.checkpoint import CheckpointError
+from obc.scoring.coverage import Coverage
 from obc.scoring.scorer import JacobianScorer
 from obc.statistics.reader import Reader
 from obc.tensor_file import load_tensors, save_tensors
@@ -121,7 +122,7 @@ class Checkpoint:
     def _load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         for name, reader in self.readers.items():
             facts = state["readers"][name]
-            reader.coverage.update(facts["coverage"])
+            reader.coverage.update({module: Coverage.parse(how) for module, how in facts["coverage"].items()})
             reader.called.update(facts["called"])
             reader.sums.left_out[:] = facts["left_out"]
             prefix = f"{name}:"

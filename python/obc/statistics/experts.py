@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from obc.model.experts import fused_experts
 from obc.model.names import named_modules
+from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part, is_running_again
 from obc.statistics.reader import Groups, Handle, Reader
@@ -76,7 +77,7 @@ class _Reader(Reader):
             for name, module in modules.items()
             if fused_experts(module) is not None and (wanted is None or name in wanted)
         }
-        self.coverage = dict.fromkeys(self.mixtures, "calls")
+        self.coverage = dict.fromkeys(self.mixtures, Coverage("calls"))
         self._routers = {name: self._router(name, modules) for name in self.mixtures}
 
     def _router(self, name: str, modules: Mapping[str, nn.Module]) -> nn.Module | None:
@@ -107,7 +108,9 @@ class _Reader(Reader):
     def _read(self, name: str, module: nn.Module, inputs: list[Any]) -> None:
         if not _is_routed_call(inputs):
             shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in inputs]
-            self.coverage[name] = f"unread: called with {shapes}, not with states, expert indices and weights"
+            self.coverage[name] = Coverage.unread(
+                f"called with {shapes}, not with states, expert indices and weights"
+            )
             return
         self.called.add(name)
         hidden, indices, weights = inputs[:3]

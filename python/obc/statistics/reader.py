@@ -13,6 +13,7 @@ from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.model.sharding import is_dtensor
+from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part, is_running_again
 from obc.statistics.sums import Sums
@@ -44,12 +45,12 @@ class Reader:
 
     Attributes:
         sums: what was read.
-        coverage: module -> how it is read; or "unread: " and why not.
+        coverage: module -> how it is read, or why not.
     """
 
     def __init__(self, sums: Sums, part: Part) -> None:
         self.sums, self.part = sums, part
-        self.coverage: dict[str, str] = {}
+        self.coverage: dict[str, Coverage] = {}
         self.called: set[str] = set()
 
     def attach(self) -> list[Handle]:
@@ -77,16 +78,15 @@ class Reader:
         """What the sums and one batch's summands take, as far as it is known before the run."""
         return 0
 
-    def final_coverage(self) -> dict[str, str]:
+    def final_coverage(self) -> dict[str, Coverage]:
         """The coverage, with what was never called named."""
-        never = "unread: never called; its weight may be used by another module's forward, or no batch reached it"
-        return {
-            name: how if how.startswith("unread") or name in self.called else never
-            for name, how in self.coverage.items()
-        }
+        never = Coverage.unread(
+            "never called; its weight may be used by another module's forward, or no batch reached it"
+        )
+        return {name: how if name in self.called or not how.scored else never for name, how in self.coverage.items()}
 
 
-def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], dict[str, str]]:
+def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], dict[str, Coverage]]:
     """The layers whose inputs are read, and the consumers that can't be read with the reason.
 
     Args:
@@ -97,7 +97,7 @@ def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], d
     if groups is None:
         return {name: module for name, module in modules.items() if layout_of(module) is not None}, {}
     found: dict[str, nn.Module] = {}
-    unread: dict[str, str] = {}
+    unread: dict[str, Coverage] = {}
     for group in groups:
         for part in group.consumers:
             module = modules.get(part.module)
@@ -105,7 +105,9 @@ def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], d
                 found[part.module] = module
             elif part.side == "in" or part.module not in modules:
                 what = "a tensor" if module is None else type(module).__name__
-                unread[part.module] = f"unread: {what} has no input of its own that holds the channels of its units"
+                unread[part.module] = Coverage.unread(
+                    f"{what} has no input of its own that holds the channels of its units"
+                )
     return found, unread
 
 
@@ -138,7 +140,7 @@ class InputReader(Reader):
     def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups) -> None:
         super().__init__(sums, part)
         self.layers, unread = consumers(model, groups)
-        self.coverage = dict.fromkeys(self.layers, "input") | unread
+        self.coverage = dict.fromkeys(self.layers, Coverage("input")) | unread
 
     def attach(self) -> list[Handle]:
         return [
@@ -185,7 +187,7 @@ class InputReader(Reader):
         if self.part.ignores_mask(x, channel_dim):
             assert self.part.valid is not None
             shapes = f"{tuple(x.shape)} does not fit attention_mask {tuple(self.part.valid.shape)}"
-            self.coverage[name] = f"input; padding counts: {shapes}"
+            self.coverage[name] = Coverage("input", f"padding counts: {shapes}")
 
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

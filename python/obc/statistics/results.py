@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from obc.files import parse_json
+from obc.scoring.coverage import Coverage
 from obc.scoring.results.kept_rows import KeptRows
 from obc.scoring.results.report import Report
 from obc.statistics.blocks import BlockSums
@@ -44,7 +45,7 @@ Value = TypeVar("Value")
 class ByModule(Mapping[str, Value], Generic[Value]):
     """One statistic's results by module name; asking for a module that was not read says why it was not."""
 
-    def __init__(self, name: str, values: Mapping[str, Value], coverage: Mapping[str, str]) -> None:
+    def __init__(self, name: str, values: Mapping[str, Value], coverage: Mapping[str, Coverage]) -> None:
         self._name, self._values, self._coverage = name, dict(values), dict(coverage)
 
     def __getitem__(self, module: str) -> Value:
@@ -74,7 +75,7 @@ class Statistics:
     Attributes:
         collected: names of the statistics that were collected.
         num_batches: batches that were run, of all processes.
-        coverage: statistic -> module -> how it was read, or "unread: " and why not.
+        coverage: statistic -> module -> how it was read, or why not (:class:`obc.Coverage`).
         left_out: what was left out of which statistic because it was not finite.
         metadata: model class, kind of rows, obc's version.
         report: time and memory; None for statistics that were loaded without.
@@ -86,7 +87,7 @@ class Statistics:
         *,
         rows: KeptRows | None,
         num_batches: int,
-        coverage: Mapping[str, Mapping[str, str]],
+        coverage: Mapping[str, Mapping[str, Coverage]],
         left_out: Sequence[str] = (),
         metadata: Mapping[str, str] | None = None,
         report: Report | None = None,
@@ -188,7 +189,7 @@ class Statistics:
             "rows": None if self._rows is None else self._rows.columns,
         }
         if self._rows is not None:
-            tensors |= {f"rows:{index}": matrix for index, matrix in enumerate(self._rows.matrices)}
+            tensors |= self._rows.tensors()
         texts = {key: json.dumps(value) for key, value in header.items()}
         save_tensors(path, tensors, {"format": _FORMAT, **texts})
 
@@ -235,24 +236,13 @@ class Statistics:
         report = parse_json(header["report"], dict[str, float | None] | None)
         return cls(
             values,
-            rows=None if columns is None else _rows(columns, tensors),
+            rows=None if columns is None else KeptRows.from_tensors(tensors, columns),
             num_batches=parse_json(header["num_batches"], int),
-            coverage=parse_json(header["coverage"], dict[str, dict[str, str]]),
+            coverage={
+                name: {module: Coverage.parse(how) for module, how in modules.items()}
+                for name, modules in parse_json(header["coverage"], dict[str, dict[str, str]]).items()
+            },
             left_out=parse_json(header["left_out"], list[str]),
             metadata=parse_json(header["metadata"], dict[str, str]),
             report=None if report is None else Report(**report),
         )
-
-
-def _rows(columns: Mapping[str, Mapping[str, list[int]]], tensors: Mapping[str, Tensor]) -> KeptRows:
-    matrices: list[Tensor] = []
-    while (matrix := tensors.get(f"rows:{len(matrices)}")) is not None:
-        matrices.append(matrix)
-    for sides in columns.values():
-        for matrix_index, start, stop in sides.values():
-            if not 0 <= start <= stop <= matrices[matrix_index].shape[1]:
-                raise ValueError(f"columns {start} to {stop} of {matrices[matrix_index].shape[1]}")
-    places = {
-        name: {side: (place[0], place[1], place[2]) for side, place in sides.items()} for name, sides in columns.items()
-    }
-    return KeptRows(matrices, places)

@@ -25,6 +25,7 @@ from obc.model.progress import ProgressLog
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
 from obc.scoring.checkpoint import CheckpointError
+from obc.scoring.coverage import Coverage
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.scorer import JacobianScorer
 from obc.scoring.scorer import Rows as RowKind
@@ -152,7 +153,7 @@ class _Run:
             else:
                 self.readers[one.name] = one.reader(model, groups, self.part)
         for name, reader in self.readers.items():
-            if not any(not how.startswith("unread") for how in reader.coverage.values()):
+            if not any(how.scored for how in reader.coverage.values()):
                 why = "; ".join(f"{module}: {how}" for module, how in reader.coverage.items())
                 raise StatisticsError(f"there is nothing to read {name!r} of in this model{why and f' ({why})'}")
         refuse_too_large(self.readers.values())
@@ -291,7 +292,7 @@ class _Run:
         kept = None
         if self.scorer is not None:
             scores = self.scorer.scores()
-            kept, coverage["rows"] = scores.rows, {name: str(how) for name, how in scores.coverage.items()}
+            kept, coverage["rows"] = scores.rows, dict(scores.coverage)
             left_out += [scores.metadata["left_out"]] if "left_out" in scores.metadata else []
         self._warn(coverage, left_out)
         metadata = {"model": type(self.model).__name__, "rows": self.rows, "obc": obc_version() or "unknown"}
@@ -321,13 +322,11 @@ class _Run:
             one["left_out"] = [f"process {rank}: {line}" for line in one["left_out"]]
         return everyone
 
-    def _warn(self, coverage: Mapping[str, Mapping[str, str]], left_out: Sequence[str]) -> None:
+    def _warn(self, coverage: Mapping[str, Mapping[str, Coverage]], left_out: Sequence[str]) -> None:
         lines = list(left_out[:3]) + ([f"and {len(left_out) - 3} more"] if len(left_out) > 3 else [])
         for name in self.readers:
             unread = [
-                f"{module!r} ({how.removeprefix('unread: ')})"
-                for module, how in coverage[name].items()
-                if how.startswith("unread")
+                f"{module!r} ({how.reason})" for module, how in coverage[name].items() if not how.scored
             ]
             if unread:
                 more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
@@ -336,14 +335,14 @@ class _Run:
             warnings.warn(f"obc.collect: {line}", stacklevel=4)
 
 
-def _merged(coverages: Sequence[Mapping[str, Mapping[str, str]]]) -> dict[str, dict[str, str]]:
+def _merged(coverages: Sequence[Mapping[str, Mapping[str, Coverage]]]) -> dict[str, dict[str, Coverage]]:
     """A module counts as read where any process read it."""
-    merged: dict[str, dict[str, str]] = {}
+    merged: dict[str, dict[str, Coverage]] = {}
     for coverage in coverages:
         for name, modules in coverage.items():
             mine = merged.setdefault(name, {})
             for module, how in modules.items():
-                if module not in mine or mine[module].startswith("unread"):
+                if module not in mine or not mine[module].scored:
                     mine[module] = how
     return merged
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
+from obc.scoring.coverage import Coverage
 from obc.statistics.part import Part
 from obc.statistics.reader import Groups, Handle, Reader
 from obc.statistics.sums import Sums
@@ -67,7 +68,7 @@ class _Reader(Reader):
             for name, module in named_modules(model)
             if (wanted is None or name in wanted) and (weight := floating_weight(module)) is not None
         }
-        self.coverage = dict.fromkeys(self.weights, "weight gradient")
+        self.coverage = dict.fromkeys(self.weights, Coverage("weight gradient"))
         self._of_batch: dict[str, Tensor] = {}
 
     def attach(self) -> list[Handle]:

@@ -36,6 +36,41 @@ class KeptRows(Mapping[str, ChannelRows]):
         self.matrices = list(matrices)
         self.columns = {name: dict(sides) for name, sides in columns.items()}
 
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], columns: Mapping[str, Mapping[str, Sequence[int]]], num_rows: int | None = None
+    ) -> KeptRows:
+        """The rows whose :meth:`tensors` these are, of a file.
+
+        Args:
+            tensors: by name; others may be among them.
+            columns: as :attr:`columns`.
+            num_rows: how many there must be; None: any number.
+
+        Raises:
+            ValueError: the columns, or so many rows, are not there.
+        """
+        matrices: list[Tensor] = []
+        while (matrix := tensors.get(f"rows:{len(matrices)}")) is not None:
+            matrices.append(matrix)
+        fitting = [matrix.dim() == 2 and num_rows in (None, len(matrix)) for matrix in matrices]
+        places = {name: {side: tuple(place) for side, place in sides.items()} for name, sides in columns.items()}
+        inside = [
+            len(place) == 3
+            and 0 <= place[0] < len(matrices)
+            and 0 <= place[1] <= place[2] <= matrices[place[0]].shape[-1]
+            for sides in places.values()
+            for place in sides.values()
+        ]
+        if not all((*fitting, *inside)):
+            shapes = ", ".join(str(tuple(matrix.shape)) for matrix in matrices)
+            raise ValueError(f"its rows are not those of its modules: matrices of shapes {shapes or 'none'}")
+        return cls(matrices, places)  # type: ignore[arg-type]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The matrices under the names that files give them."""
+        return {f"rows:{index}": matrix for index, matrix in enumerate(self.matrices)}
+
     def __getitem__(self, name: str) -> ChannelRows:
         if not self.matrices:
             raise KeyError(f"no rows of module {name!r}: none were kept; score with keep_rows=True")

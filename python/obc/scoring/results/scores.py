@@ -92,7 +92,23 @@ class Scores(Mapping[str, ChannelScores]):
         return name in self._channels
 
     def __repr__(self) -> str:
-        return "\n".join([self._headline(), *_table(self._channels, self.coverage)])
+        lines = self.table()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+        return "\n".join([self._headline(), *(line.rstrip() for line in padded)])
+
+    def table(self) -> list[tuple[str, ...]]:
+        """A head, and a line a module: its channels on both sides, its out-channel scores' range, how it was read."""
+        lines: list[tuple[str, ...]] = [("module", "out", "in", "min", "median", "max", "read by")]
+        for name, how in self.coverage.items():
+            scores = self._channels.get(name, ChannelScores(None))
+            values = scores.out_channels
+            spread = ("", "", "")
+            if values is not None and values.numel():
+                spread = (f"{values.min():.2e}", f"{values.median():.2e}", f"{values.max():.2e}")
+            sizes = ("" if side is None else str(side.numel()) for side in (values, scores.in_channels))
+            lines.append((name or "(model)", *sizes, *spread, how))
+        return lines
 
     def _headline(self) -> str:
         unscored = sum(not how.scored for how in self.coverage.values())
@@ -153,7 +169,7 @@ class Scores(Mapping[str, ChannelScores]):
             for side, values in (("out_channels", channels.out_channels), ("in_channels", channels.in_channels)):
                 if values is not None:
                     tensors[f"{name}:{side}"] = values.detach().cpu().contiguous()
-        tensors |= {f"rows:{index}": matrix for index, matrix in enumerate(self.rows.matrices)}
+        tensors |= self.rows.tensors()
         metadata = {
             "format": _FORMAT,
             "num_rows": str(self.num_rows),
@@ -195,6 +211,7 @@ class Scores(Mapping[str, ChannelScores]):
             metadata = parse_json(header["metadata"], dict[str, str])
             num_rows = parse_json(header["num_rows"], int)
             row_columns = parse_json(header.get("row_columns", "{}"), dict[str, dict[str, list[int]]])
+            rows = KeptRows.from_tensors(tensors, row_columns, num_rows)
             report = Report(**parse_json(header["report"], dict[str, float | None])) if "report" in header else None
         except (KeyError, TypeError, ValueError) as error:
             raise ScoresError(f"{path} is a damaged score file: {error!r}") from error
@@ -209,7 +226,6 @@ class Scores(Mapping[str, ChannelScores]):
                 if side is not None and (side.dim() != 1 or side.dtype != torch.float32):
                     what = f"{side.dtype} of shape {tuple(side.shape)}, expected a float32 vector"
                     raise ScoresError(f"{path} is a damaged score file: the scores of {name!r} are {what}")
-        rows = _loaded_rows(path, tensors, row_columns, num_rows)
         scores = cls(channels, num_rows=num_rows, coverage=coverage, metadata=metadata, rows=rows, report=report)
         if model is not None:
             scores.verify(model)
@@ -233,24 +249,6 @@ def _parsed_coverage(text: str) -> dict[str, Coverage]:
     return {name: Coverage.parse(how) if isinstance(how, str) else Coverage(**how) for name, how in parsed.items()}
 
 
-def _loaded_rows(
-    path: str | PathLike[str], tensors: Mapping[str, Tensor], columns: Mapping[str, Any], num_rows: int
-) -> KeptRows:
-    matrices: list[Tensor] = []
-    while (matrix := tensors.get(f"rows:{len(matrices)}")) is not None:
-        matrices.append(matrix)
-    widths = [matrix.shape[1] for matrix in matrices if matrix.dim() == 2 and len(matrix) == num_rows]
-    places = {name: {side: tuple(place) for side, place in sides.items()} for name, sides in columns.items()}
-    fit = all(
-        len(place) == 3 and 0 <= place[0] < len(widths) and 0 <= place[1] <= place[2] <= widths[place[0]]
-        for sides in places.values()
-        for place in sides.values()
-    )
-    if len(widths) != len(matrices) or not fit:
-        raise ScoresError(f"{path} is a damaged score file: its rows are not those of {num_rows} rows of its modules")
-    return KeptRows(matrices, places)
-
-
 def _draw(figure_class: Any, channels: Mapping[str, ChannelScores], title: str, path: str | PathLike[str]) -> None:
     drawn = {name: c.out_channels for name, c in channels.items() if c.out_channels is not None}
     columns = 3
@@ -270,19 +268,3 @@ def _draw(figure_class: Any, channels: Mapping[str, ChannelScores], title: str, 
     figure.supxlabel("out channels, sorted", fontsize=9)
     figure.supylabel("score", fontsize=9)
     figure.savefig(path, dpi=110)
-
-
-def _table(channels: Mapping[str, ChannelScores], coverage: Mapping[str, Coverage]) -> list[str]:
-    """One line a module: its channels on both sides, the range of its out-channel scores, and how it was read."""
-    header = ("module", "out", "in", "min", "median", "max", "read by")
-    lines: list[tuple[str, ...]] = [header]
-    for name, how in coverage.items():
-        scores = channels.get(name, ChannelScores(None))
-        values = scores.out_channels
-        spread = ("", "", "")
-        if values is not None and values.numel():
-            spread = (f"{values.min():.2e}", f"{values.median():.2e}", f"{values.max():.2e}")
-        sizes = ["" if side is None else str(side.numel()) for side in (values, scores.in_channels)]
-        lines.append((name or "(model)", *sizes, *spread, how))
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
