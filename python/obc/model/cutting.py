@@ -1,4 +1,4 @@
-"""A plan carried out on the unpruned model: every tensor is cut to what was kept, and the layers' sizes follow."""
+"""Applying a plan to the unpruned model: every tensor is cut to what was kept, and the layers' sizes follow."""
 
 from __future__ import annotations
 

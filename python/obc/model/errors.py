@@ -1,4 +1,4 @@
-"""One kind of error for what other code raises while obc uses it: the model's own, Torch-Pruning's, a library's."""
+"""One error for the failures of other code that obc calls: the model's own, Torch-Pruning's, another library's."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class PruningError(ValueError):
 
 @contextlib.contextmanager
 def explained(model: nn.Module, doing: str, remedy: str) -> Iterator[None]:
-    """Turn whatever other code raises inside the block into a :class:`PruningError`; obc's own errors stay.
+    """Turn every error of other code inside the block into a :class:`PruningError`; obc's own errors stay.
 
     Args:
-        model: is named, and its layers are looked for in the traceback.
+        model: named in the message; its layers are looked for in the traceback.
         doing: what the block does: "running it on the example inputs".
         remedy: what the caller can do.
     """

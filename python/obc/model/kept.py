@@ -1,4 +1,4 @@
-"""What one layer kept: the entry of a pruning plan, and what a further step leaves of it."""
+"""What one layer kept: the entry of a pruning plan, and how a further step narrows it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding by its values which part of a tensor a pruned one is: the plan of a model that was pruned elsewhere.
+"""The plan of a model that was pruned elsewhere, found by the values of its tensors.
 
 Every kernel (a scalar of a linear layer) becomes an integer id, equal for equal values. A row of a pruned weight is a
 subsequence of its original row, because pruning keeps the order; a few such rows give the columns, the columns give

@@ -13,10 +13,10 @@ _EVERY = 30.0
 
 
 class ProgressLog:
-    """Says at most every 30 seconds how far something is, at level INFO of the logger "obc.progress".
+    """Logs progress at most every 30 seconds, at level INFO of the logger "obc.progress".
 
     Args:
-        name: of what is going on.
+        name: of the work that is logged.
         progress: as every ``progress`` argument: None says it where standard error is no terminal, because a bar is
             shown there; True always shows a bar, False nothing.
     """

@@ -1,4 +1,4 @@
-"""Bytes as people read them."""
+"""Numbers of bytes with a unit."""
 
 from __future__ import annotations
 

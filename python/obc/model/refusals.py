@@ -1,4 +1,4 @@
-"""What can't be pruned as it is, whatever its layers are: compiled, wrapped, adapted and computed models."""
+"""Models that can't be pruned as they are: compiled, wrapped, with adapters, or with computed weights."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def refuse_unprunable(model: nn.Module) -> None:
 
 
 def _refuse_adapted(model: nn.Module) -> None:
-    """Adapters of PEFT: layers in whose place stands one that adds something to what they compute."""
+    """Refuse PEFT adapters: their layers wrap the model's and add something to what these compute."""
     base = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
     if base is None:
         return
@@ -60,7 +60,7 @@ def _refuse_adapted(model: nn.Module) -> None:
 
 
 def _refuse_computed(layer: str, module: nn.Module) -> None:
-    """Weights that a hook computes before every forward are no parameters."""
+    """Refuse weights that a hook computes before every forward: they are not parameters."""
     for hook in module._forward_pre_hooks.values():
         for base in type(hook).__mro__:
             if base.__module__.startswith("torch.nn.utils.") and base.__name__ in _REMOVERS:

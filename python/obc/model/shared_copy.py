@@ -1,4 +1,4 @@
-"""A copy of a model's modules that shares the memory of its weights, to try things on."""
+"""A copy of a model's modules that shares the memory of its weights, for experiments."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def shared_parameters(model: nn.Module) -> list[list[str]]:
 
 
 def share_again(model: nn.Module, shared: Sequence[Sequence[str]]) -> None:
-    """Make one parameter again of those that were one before each module was sliced by itself.
+    """Tie parameters again that were tied before each module was sliced by itself.
 
     Args:
         model: sliced.

@@ -1,4 +1,4 @@
-"""What pruning leaves of a layer's tensors: the original's values at the kept indices."""
+"""A layer's tensors after pruning: the original's values at the kept indices."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _take(tensor: Tensor, dim: int, indices: Tensor | None) -> Tensor:
     if indices is None:
         return tensor
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < tensor.shape[dim]:
-        # torch says so with another error for every number of dimensions.
+        # torch raises a different error for every number of dimensions.
         raise IndexError(f"it keeps channel {int(indices.max())} of {tensor.shape[dim]}")
     return tensor.index_select(dim, indices.to(tensor.device))
 

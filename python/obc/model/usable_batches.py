@@ -1,4 +1,4 @@
-"""Batches without those in which something is not finite: what one pass leaves out, every later pass leaves out too."""
+"""Batches without those that are not finite: a batch that one pass leaves out, every later pass leaves out too."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from obc.model.evaluation import tensors_in
 
-# With more left out than this share of the batches, what is estimated from the rest is not what was asked for.
+# If more than this share of the batches is left out, the rest is no longer a fair sample.
 _MOST_LEFT_OUT = 0.1
 
 
@@ -46,18 +46,18 @@ class UsableBatches:
         return batches if isinstance(batches, cls) else cls(batches)
 
     def part(self, numbered: Sequence[tuple[int, Any]]) -> UsableBatches:
-        """Some of them, as :meth:`numbered` gave them, under the same numbers. All share what is left out."""
+        """Some of the batches, as :meth:`numbered` gave them, under the same numbers. What is left out is shared."""
         some = UsableBatches([batch for _, batch in numbered])
         some._numbers, some._whole = [number for number, _ in numbered], self._whole
         some.left_out, some.on_batch, some.on_left_out = self.left_out, self.on_batch, self.on_left_out
         return some
 
     def numbered(self) -> list[tuple[int, Any]]:
-        """The usable ones with their numbers."""
+        """The usable batches with their numbers."""
         return [(self._current, batch) for batch in self]
 
     def over(self, batches: Iterable[Any], first: int = 0) -> Iterator[Any]:
-        """The usable ones of ``batches``, which are those from number ``first`` on."""
+        """The usable ones among ``batches``, whose numbers begin at ``first``."""
         for index, batch in enumerate(batches, first):
             number = index if self._numbers is None else self._numbers[index]
             self._seen = max(self._seen, index + 1)
@@ -72,16 +72,16 @@ class UsableBatches:
 
     @property
     def all(self) -> Iterable[Any]:
-        """As they were given, with those that are left out."""
+        """The batches as given, with those that are left out."""
         return self._batches
 
     @property
     def count(self) -> int | None:
-        """How many there are, with those that are left out; None where that is unknown before they were passed over."""
+        """How many batches there are, left-out ones included; None before the first pass where it can't be known."""
         return len(self._batches) if isinstance(self._batches, Sized) else self._seen or None
 
     def leave_out(self, why: str) -> None:
-        """The batch that was handed on last is not usable."""
+        """Leave out the batch that was handed on last."""
         self.left_out[self._current] = why
         self.on_left_out(f"batch {self._current} is left out: {why}")
 

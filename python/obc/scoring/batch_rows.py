@@ -15,9 +15,9 @@ from obc.scoring.scorer import JacobianScorer
 
 logger = logging.getLogger("obc")
 
-# A batch is repeated after each thing that is found out about the model: at most a few in its first row.
+# A batch is repeated after each correction of how the model is read; a few happen in the first row at most.
 _REPEATS = 7
-# In half precision the same losses come out of another order of operations up to a percent.
+# In half precision another order of operations changes the same losses by up to a percent.
 _SAME_LOSS = 1e-2
 
 LossFunction = Callable[[nn.Module, Any], Tensor]

@@ -1,4 +1,4 @@
-"""Scoring that goes on where it was killed: the scorer's state after every few batches, in one file."""
+"""Checkpoints of a scoring run: the scorer's state, saved in one file every few batches."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _PARTS = ("identity", "state", "progress")
 
 
 class CheckpointError(ScoringError):
-    """A checkpoint is damaged, or of another run."""
+    """A checkpoint is damaged, or belongs to another run."""
 
 
 class Checkpoint:

@@ -60,12 +60,12 @@ class Coverage(str):
 
     @classmethod
     def unscored(cls, reason: str) -> Coverage:
-        """Of a module that has no scores."""
+        """The coverage of a module that has no scores."""
         return cls(_UNSCORED, reason)
 
     @classmethod
     def unread(cls, reason: str) -> Coverage:
-        """Of a module that a statistic was not read of."""
+        """The coverage of a module that a statistic was not read from."""
         return cls(_UNREAD, reason)
 
     @classmethod

@@ -16,7 +16,7 @@ class InplaceError(RowError):
 
 
 class ChainError(RowError):
-    """The model did not go the way that it went in the checking row, and rows were to follow from others by it."""
+    """The model took another path than in the checking row, so rows can't be derived from other rows along it."""
 
 
 class SampleRowsError(ScoringError):

@@ -26,7 +26,7 @@ from obc.scoring.scorer import JacobianScorer, Rows
 
 logger = logging.getLogger("obc")
 
-# What may differ between a run and the one that it goes on from; modules are compared by name.
+# Options that may differ between a run and its checkpoint; modules are compared by name.
 _MAY_DIFFER = ("model", "modules", "process_group", "rows_to")
 
 
@@ -111,7 +111,7 @@ class _Run:
         self.reader, self.total, self.saved, self.every = reader, total, saved, every
         self.scorer = reader.scorer
         self.done, self.earlier_seconds = 0, 0.0
-        self._has_room = False  # for all kept rows; of samples it is known only after a batch how many come
+        self._has_room = False  # for all kept rows; with sample rows their number is known only after a batch
         if saved is not None and (state := saved.resume()) is not None:
             self.done, self.earlier_seconds = state["batches"], state["seconds"]
             reader.one_at_a_time = state["one_at_a_time"]
@@ -121,7 +121,7 @@ class _Run:
             self._refuse_other_places()
 
     def _refuse_other_places(self) -> None:
-        """Processes that read one row together must go on from the same one."""
+        """Processes that read rows together must resume from the same row."""
         for group in self.scorer.groups_in_step:
             places = gathered(self.done, group)
             if len(set(places)) > 1:

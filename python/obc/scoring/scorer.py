@@ -36,7 +36,7 @@ Rows = Literal["batch", "sample"]
 Fallback = Literal["weight_grad", "skip"]
 Combine = Literal["row", "scores"]
 
-# Models that a scorer is attached to: a second one would put gates on gates.
+# Models that a scorer is attached to: a second scorer would put gates on gates.
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
@@ -226,7 +226,7 @@ class JacobianScorer:
         return settled
 
     def _repeatable(self, error: BaseException) -> RowError | None:
-        """Have the row read in another way from now on; None where repeating it would not help."""
+        """The error to raise after a change of how rows are read: the row can be repeated. None if nothing helps."""
         if isinstance(error, ChainError):
             self._plan.give_up_chains()
             row = self._leave_out(str(error))
@@ -244,7 +244,7 @@ class JacobianScorer:
         return None
 
     def _leave_out(self, why: str) -> str:
-        """Note why the row in hand is left out; which row it is."""
+        """Note why this row is left out; returns which row it is."""
         row = self._counter.row()
         self._counter.left_out.append(f"{row}: {why}")
         return row
@@ -256,7 +256,7 @@ class JacobianScorer:
             refusals.warn_train_mode(self.model, stacklevel=4)
 
     def check_samples(self, losses: Tensor) -> None:
-        """Make sure that dim 0 is the samples: by their number, in the checking row by single losses' backwards.
+        """Check that dim 0 holds the samples: by their number, and in the checking row by backwards of single losses.
 
         Modules whose rows mix samples (BatchNorm in train mode, another layout) are read one sample at a time.
 
@@ -267,15 +267,15 @@ class JacobianScorer:
 
     @property
     def spread(self) -> list[str]:
-        """In the checking row: look-ups made once for all samples that were spread over them."""
+        """The look-ups made once for all samples that the checking row repeated for each."""
         return [reader.name for reader in self._reading.spread]
 
     def unspread(self) -> RowError:
-        """Hand on these look-ups as they are from now on; the row in hand has to be repeated."""
+        """Stop repeating these look-ups from now on; this row has to be repeated."""
         return self._check.unspread()
 
     def _refuse_unscored(self, later_rows: bool = False) -> None:
-        """With ``later_rows`` to come, only what they can't change: a module not used so far may be used yet."""
+        """Raise if a module ends unscored; with ``later_rows`` to come, one that was not used so far is no fault."""
         if not self.strict:
             return
         unscored = {name: how for name, how in self._coverage().items() if not how.scored}

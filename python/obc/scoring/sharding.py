@@ -18,7 +18,7 @@ from torch import distributed as dist
 from obc.model.sharding import is_dtensor, is_fully_sharded
 from obc.scoring.reading.flat_row import FlatRow, Slot
 
-# What processes compute from the same tensors differs by rounding at most; parts of a row don't come so close.
+# Results of processes on the same tensors differ by rounding at most; parts of a row differ by far more.
 _SAME = 1e-3
 
 

@@ -1,4 +1,4 @@
-"""What a scorer changes in a model while it is attached, and its undoing.
+"""What a scorer changes in a model while it is attached, and how that is undone.
 
 Weights are frozen, norms keep their gradients in one flat vector, gates sit on inputs and outputs, and during the
 checking row every weight's gradient is contracted. ``undo`` leaves the model as it was: requires_grad, .grad, hooks.
@@ -32,7 +32,7 @@ class Attachment:
         self.norms: list[NormGradients] = []
         self._before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
         self._fastpath = torch.backends.mha.get_fastpath_enabled()
-        # fully_shard fixes what requires a gradient at the first forward: freezing it now would freeze it for good.
+        # fully_shard fixes at the first forward which parameters require a gradient: freezing one now would be final.
         self._freezes = not is_fully_sharded(model)
         self._synchronising = [
             (wrapper, wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync)
@@ -44,7 +44,7 @@ class Attachment:
         """Attach. Undo also after an exception in here."""
         # The encoder layers' fast path calls no module, so no gate would see it.
         torch.backends.mha.set_fastpath_enabled(False)
-        for wrapper, _, _ in self._synchronising:  # every process's gradients are its own
+        for wrapper, _, _ in self._synchronising:  # each process keeps its own gradients
             wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
         for parameter, requires_grad, _ in self._before:
             parameter.requires_grad_(requires_grad and not self._freezes)
@@ -83,7 +83,7 @@ class Attachment:
         self.reading.samples = None
 
     def drop_gradients(self) -> None:
-        """Where weights could not be frozen, let go of the gradients that a row left in them."""
+        """Drop the gradients that a row left in weights that could not be frozen."""
         if not self._freezes:
             for parameter, _, _ in self._before:
                 parameter.grad = None
@@ -115,7 +115,7 @@ class Attachment:
                 self._norm_hooks[name] = weight.register_post_accumulate_grad_hook(self._note_use(name, reader))
 
     def _note_use(self, name: str, reader: Reader) -> Callable[[Tensor], None]:
-        """A hook that notes that a gradient reached the norm, and leaves when it has."""
+        """A hook that notes that a gradient reached the norm, and then removes itself."""
 
         def note(parameter: Tensor) -> None:
             reader.used = True

@@ -28,7 +28,7 @@ from obc.scoring.errors import ChainError
 from obc.scoring.reading.flat_row import FlatRow, Slot
 from obc.scoring.reading.gradients import NormGradients
 
-# How far both sides may lie apart, relative to the largest entry: their sums run in another order, nothing else.
+# How far both sides may differ, relative to the largest entry: only the order of their sums differs.
 _TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9}
 
 # Graph nodes that are homogeneous of degree one in their first input, by the start of their names.
@@ -37,7 +37,7 @@ _HOMOGENEOUS = (
     *("Upsample", "ConstantPad", "View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "Transpose"),
     *("Permute", "TBackward", "Expand", "Clone", "Div"),
 )
-# Those that are so in every input, the others fixed.
+# Nodes that are homogeneous in each input while the others are fixed.
 _MULTILINEAR = ("Mul", "Bmm")
 _ATTENTION, _VALUES = "ScaledDotProduct", 2  # and which of its inputs are the values
 
@@ -69,7 +69,7 @@ class Candidate:
 
 
 class Candidates:
-    """What the graph of the checking row says may follow from what.
+    """The chains that the graph of the checking row suggests.
 
     Args:
         norms: id of a norm's weight -> the norm and its slot.
@@ -81,11 +81,11 @@ class Candidates:
         self._walks: dict[Slot, int] = {}
 
     def found(self) -> list[Candidate]:
-        """Those that every use of their input saw."""
+        """The candidates that every use of their input saw."""
         return [one for one, times in self._found.items() if times == self._walks[one.seen_by]]
 
     def walk(self, activation: Tensor, slot: Slot) -> None:
-        """Look at what made ``activation``, the input whose row is in ``slot``, back to the nearest gates."""
+        """Follow the graph from ``activation``, the input whose row is in ``slot``, back to the nearest gates."""
         self._walks[slot] = self._walks.get(slot, 0) + 1
         pending: list[tuple[Any, Path, bool]] = [(activation.grad_fn, (), True)]
         for _ in range(_MOST_NODES):
@@ -147,7 +147,7 @@ class Chains:
         """Take over the candidates whose two sides agree in the rows in hand."""
         views = _views(norms)
         sources: set[Slot] = set()
-        # Norms first: they have gradients of their own, so nothing needs to be read for what follows from them.
+        # Norms first: they have gradients of their own, so the rows that follow from them need no gate at all.
         for candidate in sorted(candidates, key=lambda one: one.source is not None):
             if candidate.slot in self.slots or candidate.slot in sources or candidate.source in self.slots:
                 continue
@@ -170,7 +170,7 @@ class Chains:
         self.held.clear()
 
     def look(self, activation: Tensor, slot: Slot) -> None:
-        """See whether ``activation``, the input whose row is in ``slot``, still comes from where its chains begin.
+        """Check that ``activation``, the input whose row is in ``slot``, still comes from where its chains begin.
 
         Raises:
             ChainError: it does not.
@@ -181,7 +181,7 @@ class Chains:
             self.held.add(chain.slot)
 
     def links(self, slot: Slot) -> tuple[Any, ...]:
-        """What :meth:`look` asks of the input whose row is in ``slot``, for a gate in C++.
+        """What :meth:`look` checks for the input whose row is in ``slot``, for a gate in C++.
 
         One (slot, whether it is the input's own, norm, the norm's weight, path) for each chain.
         """
@@ -192,17 +192,17 @@ class Chains:
         )
 
     def refuse_unseen(self) -> None:
-        """Refuse a row in which an output without a gate led to no input that would tell its row.
+        """Refuse a row in which an output without a gate reached no input that its row could follow from.
 
         Raises:
-            ChainError: naming it.
+            ChainError: it names the output.
         """
         for slot in self.outputs:
             if slot not in self.held:
                 raise ChainError(f"the output of {slot.label!r} went another way than in the checking row")
 
     def give_up(self) -> None:
-        """Have gates everywhere again."""
+        """Drop all chains, so that every slot has a gate again."""
         for by_slot in (self.slots, self.outputs, self._chains, self._seen_by, self.held):
             by_slot.clear()
         self._fill = None
@@ -216,7 +216,7 @@ class Chains:
         self._fill = None
 
     def fill(self) -> None:
-        """Write the rows that follow, of what took part in the row in hand, from those that were read."""
+        """Compute the rows that follow from rows that were read, for the modules that took part in this row."""
         if len(self.held) == len(self._chains):
             if self._fill is None:
                 self._fill = _Fill(self._chains.values())
@@ -227,7 +227,7 @@ class Chains:
                 slot.of(slot.flat.values).copy_(chain.row())
 
     def state(self, slots: list[Slot], norms: Mapping[str, nn.Module]) -> list[list[Any]]:
-        """Plain values to go on from, in terms of positions among ``slots`` and names of ``norms``."""
+        """The state as plain values: positions among ``slots`` and names of ``norms``."""
         place = {slot: index for index, slot in enumerate(slots)}
         name = {norm: key for key, norm in norms.items()}
         state = []
@@ -242,7 +242,7 @@ class Chains:
         return state
 
     def load(self, state: Iterable[Sequence[Any]], slots: list[Slot], norms: Mapping[str, nn.Module]) -> None:
-        """Take over a :meth:`state`; :meth:`bind` comes when the scorer is attached."""
+        """Restore a :meth:`state`; :meth:`bind` is called when the scorer is attached."""
         for place, seen_by, steps, source, norm, *shape in state:
             path = tuple((name, index) for name, index in steps)
             from_slot = None if source is None else slots[source]
@@ -324,7 +324,7 @@ class _Before(_Chain):
         self.bind(views)
 
     def bind(self, views: Mapping[int, Tensor]) -> None:
-        """Look up the gradients; there is no row where they can't serve."""
+        """Look up the gradients; without usable ones the chain has no row."""
         norm: Any = self.link.norm
         gradients = [views.get(id(norm.weight)), views.get(id(norm.bias))]
         # Gradients in half precision are too coarse for what cancels here.

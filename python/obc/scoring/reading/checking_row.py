@@ -25,12 +25,12 @@ class CheckingRow:
 
     def __init__(self, plan: Plan, reading: Reading, counter: RowCounter, fall_back: bool) -> None:
         self._plan, self._reading, self._counter, self._fall_back = plan, reading, counter, fall_back
-        self._reasons: dict[Reader, str | None] = {}  # as they were before the row in hand
+        self._reasons: dict[Reader, str | None] = {}  # their values before this row
         if not reading.checking:
             first_row.settle_unchecked(plan, fall_back)
 
     def begin(self) -> None:
-        """Note how things stand, to go back there where the row is repeated."""
+        """Note the present state, which is restored if the row is repeated."""
         if self._reading.checking:
             self._reasons = {reader: reader.reason for reader in self._plan.readers.values()}
 
@@ -52,7 +52,7 @@ class CheckingRow:
                 flat.reference.zero_()
 
     def _refuse_shared_count(self, samples: int) -> None:
-        """An output made once for all samples, and before all others, does not say how many there are."""
+        """The first output may be made once for all samples; then it does not tell how many samples there are."""
         reading, counted_by = self._reading, self._reading.counted_by
         if not reading.checking or counted_by is None or not reading.samples == 1 < samples:
             return
@@ -61,14 +61,14 @@ class CheckingRow:
             raise self._repeated(f"{counted_by.name!r} is looked up once for all samples")
 
     def unspread(self) -> RowError:
-        """Hand on the look-ups that were spread over the samples as they are; the row in hand has to be repeated."""
+        """Stop spreading look-ups over the samples; this row has to be repeated."""
         names = [reader.name for reader in self._reading.spread]
         for reader in self._reading.spread:
             reader.shared = True
         return self._repeated(f"the model does not run as before with {', '.join(names)} spread over the samples")
 
     def _repeated(self, why: str) -> RowError:
-        """Forget what the row in hand noted so far."""
+        """Forget what this row noted so far."""
         for reader, reason in self._reasons.items():
             reader.reason = reason
         return RowError(f"{self._counter.row()} was dropped: {why}; repeat this row")

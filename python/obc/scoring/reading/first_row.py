@@ -50,7 +50,7 @@ def settle(plan: Plan, fall_back: bool) -> list[str]:
 
 
 def settle_unchecked(plan: Plan, fall_back: bool) -> None:
-    """The same without a checking row: what is known beforehand not to be read rightly by gates."""
+    """The same without a checking row: only what is known beforehand to be read wrongly by gates is changed."""
     for source in plan.sources:
         if any(reader.reason is not None for reader in source.readers):
             _fall_back(source, fall_back)
@@ -95,7 +95,7 @@ def _compare(readers: list[Reader], source: WeightGradient) -> str | None:
 
 
 def _look_at(reader: Reader) -> None:
-    """What can be seen of a reader whose weight has no gradient to compare with; unscored where its gates fail."""
+    """Check a reader whose weight has no gradient to compare with; it is unscored if its gates fail."""
     reader.notice_changes()
     if reader.reason is None and reader.called and not reader.reached:
         reader.reason = "no gradient came through it in the checking row"
@@ -113,7 +113,7 @@ def _take_reference(readers: list[Reader]) -> None:
 
 
 def mixed_samples(readers: list[Reader], sample: int) -> list[Reader]:
-    """After the backward of one sample's loss alone: readers in whose rows other samples are not zero."""
+    """The readers whose rows mix samples: after the backward of one sample's loss others are not zero there."""
     return [reader for reader in readers if any(_others_are_not_zero(slot, sample) for slot in reader.slots)]
 
 

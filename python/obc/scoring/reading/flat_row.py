@@ -23,7 +23,7 @@ class Slot:
 
     Attributes:
         shard: (first, count) of the channels that this process sees; None where it sees all.
-        read: False where nobody asked for these channels: only their number is known, no row has entries for them.
+        read: False where these channels were not asked for: only their number is known, and rows have no entries.
     """
 
     label: str
@@ -52,7 +52,7 @@ class Slot:
         return self.of(flat_vector) if self.shard is None else self.of(flat_vector).narrow(0, *self.shard)
 
     def see(self, first: int, count: int) -> None:
-        """From now on gates see the channels from ``first`` on, ``count`` of them."""
+        """Gates see ``count`` channels from ``first`` on, from now on."""
         shard = None if count == self.size else (first, count)
         if shard != self.shard:
             self.shard, self.gate, self.view = shard, None, None
@@ -114,7 +114,7 @@ class FlatRow:
             self.samples.zero_()
 
     def release(self) -> None:
-        """Let go of everything but the sums."""
+        """Free everything but the sums."""
         self.samples, self.reference = None, torch.empty(0)
         for slot in self.slots:
             slot.release()
@@ -127,7 +127,7 @@ class FlatRow:
     def join_samples(self) -> None:
         """Add the row of transient weight gradients to that of the gates, where both serve one sample.
 
-        They have no per-sample form, so rows of several samples hold nothing of theirs.
+        Weight gradients have no per-sample form, so rows of several samples have no part from them.
         """
         if self.samples is not None and self.samples.shape[1] == 1:
             self.samples += self.row[:, None]
@@ -171,13 +171,13 @@ def end_row(flats: Sequence[FlatRow], loss_scale: float, *, add: bool = True) ->
     Args:
         flats: all flat rows of one model.
         loss_scale: what the row is divided by.
-        add: False drops the row: it is looked at and cleared, and nothing is added.
+        add: False drops the row: it is checked and cleared, and nothing is added.
     """
     for flat in flats:
         flat.join_samples()
     values = [flat.values.reshape(flat.size, -1) / loss_scale for flat in flats]
     if all(flat.samples is None for flat in flats):
-        # One vector takes the squares right away; of several, each has to wait for what the others say.
+        # One vector takes the squares right away; several wait until it is known whether all of them are finite.
         waits = len(flats) > 1 or not add
         sums = [torch.zeros_like(flat.scores) if waits else flat.scores for flat in flats]
         flags = [ops.end_row(total, flat.row, loss_scale)[None] for flat, total in zip(flats, sums, strict=True)]

@@ -16,7 +16,7 @@ from obc.scoring.reading.flat_row import Slot
 from obc.scoring.reading.gates import CheckGate, TokenGate, pass_gate
 from obc.scoring.sharding import LocalPart
 
-# What a module's own forward calls its activation, where it comes by keyword.
+# How modules' forwards name their activation, where it is passed by keyword.
 _ACTIVATION_KEYWORDS = ("input", "x", "hidden_states")
 
 
@@ -46,7 +46,7 @@ class Reading:
         self.native: Any | None = None
 
     def begin_row(self, samples: int | None) -> None:
-        """A row begins, of so many samples if that is known."""
+        """Begin a row of ``samples`` samples; None where their number is not known yet."""
         self.begins = samples is None
         self.counted_by, self.spread = None, []
         self.native = native_gates.library()
@@ -85,13 +85,13 @@ class Reader:
         self.activation_dtypes: set[torch.dtype] = set()
         self._watch_in, self._watch_out = _Watch(in_, keeps_received=False), _Watch(out, keeps_received=True)
         self._reading: Reading
-        self._native_in: Any = None  # native_gates' Gate, once a row after the checking one came through here
+        self._native_in: Any = None  # the gate in C++, made in the first row after the checking row
         self._native_out: Any = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def slots(self) -> list[Slot]:
-        """What is read of it."""
+        """The slots that are read."""
         return [slot for slot in (self.out, self.in_, self.tokens) if slot is not None and slot.read]
 
     @property
@@ -125,16 +125,16 @@ class Reader:
         self.forget_native()
 
     def forget_native(self) -> None:
-        """What the gates in C++ were made for has changed: they are made anew."""
+        """Drop the gates in C++, which are made anew: what they were made for has changed."""
         self._native_in = self._native_out = None
 
     def copy_from_now_on(self) -> None:
-        """Gates keep, and hand on, copies."""
+        """From now on gates keep, and hand on, copies."""
         self.copy_output = self.copy_input = True
         self.forget_native()
 
     def notice_changes(self) -> None:
-        """Take over what the checking row's gates saw: later gates hand on, or keep, copies."""
+        """Note the changes in place that the checking row's gates saw: later gates hand on, or keep, copies."""
         self.copy_output |= self._watch_out.output_changed
         self.copy_input |= self._watch_in.input_changed
         if self._watch_in.output_changed:
@@ -166,7 +166,7 @@ class Reader:
                 return result
         if not self._reads() or not isinstance(output, Tensor) or self.rule.out_dim is None:
             return None
-        # A compiler's graph is not autograd's: there every slot has its gate.
+        # A compiler's graph is not autograd's, so chains can't be checked: every slot has its gate.
         if self.out in self._reading.chains.slots and not is_compiling():
             self._reading.chains.outputs[self.out] = output.grad_fn
             self._take_over_output(output)
@@ -180,7 +180,7 @@ class Reader:
                 output = self._gate_tokens(output, tokens, self.tokens)
         gated = self._gate(output, self.out, self.rule.out_dim, False, self._watch_out, 1)
         self._take_over_output(output)
-        # A compiler sees no version counters, and makes nothing of a copy that it finds needless.
+        # A compiler sees no version counters, and removes a copy that it finds needless.
         copy = (self.copy_output and not self._reading.checking) or is_compiling()
         return gated.clone() if copy else gated
 
@@ -190,7 +190,7 @@ class Reader:
     def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
         reading = self._reading
         if not slot.read:
-            # Only the checking row, with weights that need gradients, has the layer save its input: of its own.
+            # Only the checking row needs weight gradients, so that the layer saves its input: a clone of its own.
             return activation.clone() if reading.checking and slot is self.in_ else activation
         if not (reading.checking or is_compiling()) and slot is self.in_:
             reading.chains.look(activation, slot)
@@ -218,7 +218,7 @@ class Reader:
         )
 
     def _native_serves(self, activation: Tensor) -> bool:
-        """Whether a gate in C++ can take over from here: in later batch rows, for such tensors, where there is one."""
+        """Whether a gate in C++ serves these tensors: in batch rows after the checking row, if the library is built."""
         reading = self._reading
         return (
             reading.native is not None
@@ -261,7 +261,7 @@ class Reader:
         return TokenGate.apply(output, slot.gate, tokens, self._reading.per_sample)  # type: ignore[no-any-return]
 
     def _bind(self, slot: Slot, activation: Tensor, channel_dim: int, channels: int) -> bool:
-        """Have a gate of the right shape in the slot; False where this activation doesn't have that shape."""
+        """Give the slot a gate of the right shape; False where this activation has another shape."""
         reading, shape = self._reading, tuple(activation.shape)
         if not -len(shape) <= channel_dim < len(shape) or shape[channel_dim] != channels:
             self._refuse(f"its activation of shape {shape} does not have {channels} channels along dim {channel_dim}")
@@ -290,7 +290,7 @@ class Reader:
         return True
 
     def _refuse(self, reason: str) -> None:
-        """In the checking row, note why gates can't serve this module; later, it is too late."""
+        """In the checking row, note why gates can't serve this module; in a later row that is an error."""
         self.reason = reason
         if self._reading.sharded:
             self.scored = False
@@ -302,7 +302,7 @@ class Reader:
             )
 
     def _spread_over_samples(self, output: Tensor) -> Tensor:
-        """A look-up made once for all samples, such as positions, is spread over them so that each has its own row."""
+        """Repeat a look-up made once for all samples, such as positions, so that each sample has its own row."""
         reading = self._reading
         samples = reading.samples
         if not reading.per_sample or samples is None or samples == 1 or self.shared:

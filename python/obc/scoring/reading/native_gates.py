@@ -23,12 +23,12 @@ logger = logging.getLogger("obc")
 
 SWITCH = "OBC_NATIVE_GATES"
 
-# Backends asked for by name that the library's own sums are the same as.
+# Backends whose results equal those of the library's own sums, bit for bit.
 _SAME_SUMS = (None, "cpu", "cuda")
 
 
 def path() -> Path:
-    """Where the library for this torch and this Python lies, if it was built."""
+    """The path of the library for this torch and this Python, whether it was built or not."""
     version = ".".join(torch.__version__.split(".")[:2])
     name = f"gates-torch{version}{sysconfig.get_config_var('EXT_SUFFIX')}"
     return Path(__file__).resolve().parents[2] / "_lib" / name
@@ -39,7 +39,7 @@ def _load() -> Any:
     """The library; ImportError, with the reason, where it can't be used."""
     if not path().exists():
         raise ImportError(f"{path().name} was not built: install obc again with this torch, and a C++20 compiler")
-    backends.BACKENDS["cpu"].load()  # the gates' operator for what their own kernel does not serve
+    backends.BACKENDS["cpu"].load()  # the operator that gates use where their own kernel does not serve
     spec = importlib.util.spec_from_file_location("obc_gates", path())
     assert spec is not None
     assert spec.loader is not None
@@ -50,7 +50,7 @@ def _load() -> Any:
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """Why gates run in Python on this installation, or None where they don't."""
+    """Why gates run in Python on this installation; None where they run in C++."""
     try:
         _load()
     except ImportError as error:
@@ -60,7 +60,7 @@ def why_unavailable() -> str | None:
 
 
 def library() -> Any | None:
-    """The library, or None where a row must be read by the gates in Python. Asked anew before every row."""
+    """The library, or None where the gates in Python must read the row. It is asked before every row."""
     if os.environ.get(SWITCH) == "0" or backends.requested() not in _SAME_SUMS:
         return None
     return None if why_unavailable() else _load()

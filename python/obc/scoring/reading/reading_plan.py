@@ -42,7 +42,7 @@ class Plan:
         flats: one flat row per device and accumulation dtype.
         sources: the weights whose gradient can check or replace gates.
         norms: (parameter, slot) of norms read from their own gradients, weights and biases apart.
-        chains: what follows from what, once a row was checked.
+        chains: which rows follow from which, once a row was checked.
     """
 
     readers: dict[str, Reader] = field(default_factory=dict)
@@ -53,15 +53,15 @@ class Plan:
     chains: Chains = field(default_factory=Chains)
 
     def candidates(self) -> Candidates:
-        """To look for chains with."""
+        """An empty set of candidates for chains."""
         readers = [reader for reader in self.readers.values() if reader.how == "norm gradient"]
         return Candidates({id(reader.weight): (reader.module, reader.out) for reader in readers})
 
     def confirm_chains(self, candidates: Candidates, norms: Iterable[NormGradients]) -> None:
-        """Take over the chains that hold in the rows in hand, of modules that gates read."""
+        """Keep the chains that hold in this row, of modules that gates read."""
         gated = [reader for reader in self.readers.values() if reader.how == "gate" and reader.in_ is not None]
         inputs = {reader.in_ for reader in gated}
-        # What is changed in place was changed on a copy in the checking row, which leaves another graph.
+        # In the checking row, changes in place were made on a copy, which leaves another graph.
         outputs = {reader.out for reader in gated if not reader.copy_output}
         found = [one for one in candidates.found() if one.seen_by in inputs]
         self.chains.confirm((one for one in found if one.slot in inputs or one.slot in outputs), norms)
@@ -140,7 +140,7 @@ class Plan:
         return {name: reader.module for name, reader in self.readers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; ValueError, with nothing loaded, where it is of another model or of other options."""
+        """Load a state; ValueError, and nothing is loaded, if it is of another model or of other options."""
         here, there = self.layout(), [tuple(entry) for entry in state["layout"]]
         for mine, theirs in zip(here, there, strict=False):
             if mine != theirs:
@@ -171,7 +171,7 @@ def _size_of(slot: Slot | None) -> int:
 
 
 def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn.Module], frozenset[Side]]:
-    """Which sides of a module are to be read."""
+    """The sides of a module that are read."""
     if modules is None:
         return lambda name, module: _SIDES
     if callable(modules):
@@ -189,7 +189,7 @@ def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn
 
 
 def make_plan(model: nn.Module, modules: ModuleFilter | None, per_sample: bool, fold_groups: bool) -> Plan:
-    """Decide for every module of the model how it is going to be read.
+    """Decide how each module of the model is read.
 
     Raises:
         ValueError: no module can be scored, or ``modules`` names one that the model does not have.
@@ -233,7 +233,7 @@ class _Slots:
         self._asked: set[tuple[int, int]] = set()
 
     def ask(self, module: nn.Module, rule: Rule, sides: Iterable[Side]) -> bool:
-        """Note that these sides of a module are to be read; False where it has none of them.
+        """Note that these sides of a module are read; False where it has none of them.
 
         Of a tied weight a slot is read at every use where it is asked for at one.
         """
@@ -256,7 +256,7 @@ class _Slots:
 
 
 def _key(module: nn.Module, rule: Rule, axis: int) -> tuple[int, int]:
-    # A weight computed by a parametrisation is a new tensor at every look: the module stands for it.
+    # A parametrisation computes a new tensor at every access, so the module identifies the weight.
     weight = getattr(module, rule.weight)
     return id(weight if isinstance(weight, nn.Parameter) else module), axis
 

@@ -1,4 +1,4 @@
-"""What would make rows wrong without leaving a trace in them: refused before a row is read, or at its end."""
+"""What would make rows wrong without a sign: refused before a row is read, or at its end."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def refuse_samples(plan: Plan, reading: Reading, samples: int | None) -> None:
             "sample rows need the samples along dim 0: use rows='batch' with one sample a batch"
         )
     if not reading.checking and seen > 1:
-        # A layer that no gradient has reached so far, such as one that is never called, loses no row.
+        # A layer that no gradient has reached so far, such as one that is never called, has no row to lose.
         fired = [reader for source in plan.sources if source.gradient.fired for reader in source.readers]
         if names := [reader.name for reader in fired if reader.how == "weight gradient" and reader.scored]:
             raise SampleRowsError.of(names)

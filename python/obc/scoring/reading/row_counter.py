@@ -14,7 +14,7 @@ from obc.scoring.reading.flat_row import EndedRow, FlatRow
 
 @dataclass(frozen=True)
 class Count:
-    """What the device counted.
+    """The counts of one device, read back.
 
     Attributes:
         ended: rows ended since the scorer was made; the samples of one batch are one.
@@ -71,7 +71,7 @@ class RowCounter:
         counts[2] += ended.finite.numel() if dropped else (~ended.finite).sum()
 
     def read(self) -> Count:
-        """What was counted so far. Reads from the device."""
+        """The counts so far. Reads from the device."""
         return Count(*self._counts.tolist())
 
     def count(self) -> int:
@@ -114,6 +114,6 @@ class RowCounter:
         raise AssertionError("a row that is not finite has an entry that is not")
 
     def load(self, ended: int, read: int, left_out: Sequence[str]) -> None:
-        """Go on from these counts."""
+        """Continue from these counts."""
         self._counts.copy_(torch.tensor([ended, read, 0, 0, 0]))
         self._num_left_out, self.left_out = 0, list(left_out)

@@ -1,4 +1,4 @@
-"""The row that is being read: what a backward adds to, and what makes the row complete."""
+"""The row that is being read: what a backward adds to, and how the row is completed."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class RowInHand:
         """Verify that the row was read as planned, and add what gates did not read: norms and chains.
 
         Args:
-            may_be_empty: a process among others may have no part in a row.
+            may_be_empty: accept a row that no backward reached: one of several processes may have no part in it.
 
         Raises:
             ScoringError: no backward added to it, gradients were replaced, or the samples don't fit.

@@ -1,4 +1,4 @@
-"""Scores of groups of coupled channels: the sum over what a unit takes with it, with every part listed."""
+"""Scores of groups of coupled channels: the sum over all slices of a unit, with every part listed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of several processes, each of which read rows of its own: sums added, rows gathered, what was read merged."""
+"""Scores of several processes, each with rows of its own: sums are added, rows gathered, coverage merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a scoring run took: time and memory."""
+"""The time and memory of a scoring run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Report:
 
 
 class PeakMemory:
-    """The peak from now on. Sets back the peak that CUDA's allocator, or Linux for this process, keeps."""
+    """The peak memory from now on. Resets the peak of CUDA's allocator, or Linux's for this process."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._cuda = [device for device in set(devices) if device.type == "cuda"]

@@ -24,7 +24,7 @@ def _header(width: int) -> bytes:
 class RowFile:
     """A (rows, width) float32 matrix in a file, in the machine's byte order, behind a header of 64 bytes.
 
-    Bytes behind the last row are of no account: a process that was killed while it wrote leaves some.
+    Bytes behind the last row are ignored: a process that was killed while it wrote leaves some.
 
     Attributes:
         rows: how many there are.
@@ -35,7 +35,7 @@ class RowFile:
 
     @staticmethod
     def refuse_other(path: Path) -> None:
-        """Raise where a file with rows can't be made.
+        """Raise if no file of rows can be made at this path.
 
         Raises:
             FileExistsError: the file there holds something else.
@@ -52,7 +52,7 @@ class RowFile:
 
     @classmethod
     def create(cls, path: Path, width: int) -> RowFile:
-        """A new file; one with rows at the same path is replaced, and lives on for those who have it mapped."""
+        """Make a new file. An earlier file of rows at this path is replaced; mappings of it stay valid."""
         cls.refuse_other(path)
         with atomic_write(path) as file:
             file.write(_header(width))
@@ -77,7 +77,7 @@ class RowFile:
         return cls(path, width, rows)
 
     def reserve(self, num_rows: int) -> None:
-        """A file needs no room beforehand."""
+        """Nothing: a file grows as rows are written."""
 
     def append(self, parts: Sequence[Tensor]) -> None:
         """Add rows: the columns of ``parts`` side by side."""

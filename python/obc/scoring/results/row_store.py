@@ -29,7 +29,7 @@ RowsTo = str | PathLike[str]
 # A block on the device that is spilled when it is full: large enough that its one read back costs nothing.
 _SPILLED_BYTES = 32 << 20
 
-# Room for so many rows is made at first, unless ``reserve`` told how many will come.
+# The capacity at first, in rows, unless ``reserve`` says how many will come.
 _FIRST_ROWS = 16
 
 
@@ -48,7 +48,7 @@ class RowStore:
         self.to = to
         self._blocks = [_Block(flat) for flat in flats]
         self._capacity = 0
-        self._bound = 0  # of the rows in the blocks: how many were offered since they were last counted
+        self._bound = 0  # an upper bound of the rows in the blocks, until they are counted again
         self._spills: _HostRows | RowFile | None = None
         self.file_path = None if to in ("device", "host") else Path(to)
         if self.file_path is not None:
@@ -60,7 +60,7 @@ class RowStore:
 
     @property
     def memory_bytes(self) -> int:
-        """What the store takes of the devices' and the host's memory now, rows not yet there included."""
+        """Bytes that the store takes of the devices' and the host's memory now, free capacity included."""
         spilled = self._spills.matrix_bytes if isinstance(self._spills, _HostRows) else 0
         return spilled + sum(block.rows.nbytes for block in self._blocks)
 
@@ -81,7 +81,7 @@ class RowStore:
             self._enlarge(samples)
 
     def append(self, ended: EndedRow) -> None:
-        """Keep a row, of which the finite samples count; :meth:`make_room` comes before."""
+        """Keep the finite samples of a row; call :meth:`make_room` first."""
         for block, values in zip(self._blocks, ended.values, strict=True):
             block.append(values, ended.finite)
         self._bound += ended.finite.numel()
@@ -129,7 +129,7 @@ class RowStore:
             assert spill is not None
             spill.append(rows)
             return
-        # Rows that were handed out may lie in the block: they stay what they are.
+        # Rows that were returned earlier may be views of the block, so it is not overwritten.
         self._capacity = 0
         self._resize(num_rows)
         for block, matrix in zip(self._blocks, rows, strict=True):
@@ -143,7 +143,7 @@ class RowStore:
         return spill if isinstance(spill, RowFile) else None
 
     def _spill(self) -> _HostRows | RowFile | None:
-        """Where rows go that have no room on the device, made when it is first needed; None where they stay there."""
+        """Where rows without room on the device go; made when first needed, None where they stay on the device."""
         if self._spills is None and self.to != "device":
             if self.file_path is None:
                 self._spills = _HostRows(self.width, any(flat.device.type == "cuda" for flat in self.flats))
@@ -199,7 +199,7 @@ class RowStore:
 class _Block:
     """Rows of one flat vector on its device, and how many of them count.
 
-    There is one place more than the capacity: rows that don't count are written there where the block is full.
+    There is one place more than the capacity: where the block is full, rows that don't count are written there.
     """
 
     def __init__(self, flat: FlatRow) -> None:

@@ -1,4 +1,4 @@
-"""The result of scoring: importance per channel of every module, what was read how, and its files."""
+"""The result of scoring: the importance of every channel, how each module was read, and the score file."""
 
 from __future__ import annotations
 
