@@ -190,7 +190,7 @@ class Reader:
     def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
         reading = self._reading
         if not slot.read:
-            # Only the checking row needs weight gradients, so that the layer saves its input: a clone of its own.
+            # Only in the checking row does the layer save its input, which must then be a clone of its own.
             return activation.clone() if reading.checking and slot is self.in_ else activation
         if not (reading.checking or is_compiling()) and slot is self.in_:
             reading.chains.look(activation, slot)
