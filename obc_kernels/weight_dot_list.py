@@ -34,7 +34,8 @@ from obc_kernels.weight_dot import (
     finished_sums,
     rows_outer,
     tile_sums,
-)from obc_kernels.weight_dot_records import FinishRecord, SumRecord
+)
+from obc_kernels.weight_dot_records import FinishRecord, SumRecord
 
 # Gradients of one model come in few sets of buffers; a worklist holds device memory of about a byte per 4096 weights.
 CACHED_WORKLISTS = 8
@@ -103,7 +104,7 @@ def _weight_dot_list_finish_kernel(
     pid = tl.program_id(0)
     record = table_ptr + tl.load(table_ptr + first_item + pid)
     is_out = tl.load(record + fields.FINISH_IS_OUT) != 0
-    count = tl.load(record + fields.FINISH_COUNT)
+    count = tl.load(record + fields.FINISH_RESULTS)
     i = (pid - tl.load(record + fields.FINISH_FIRST_PROGRAM)) * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     sums = finished_sums(
         partial_ptr + tl.load(record + fields.FINISH_PARTIAL),
@@ -123,7 +124,7 @@ def _weight_dot_list_finish_kernel(
     if bias_address != 0:
         bias_ptr = bias_address.to(like_ptr.dtype)
         bias_grad_ptr = tl.load(record + fields.FINISH_BIAS_GRAD).to(like_ptr.dtype)
-        stride_b, stride_gb = tl.load(record + fields.FINISH_STRIDE_B), tl.load(record + field.FINISH_STRIDE_GB)
+        stride_b, stride_gb = tl.load(record + fields.FINISH_STRIDE_B), tl.load(record + fields.FINISH_STRIDE_GB)
         sums += bias_term(bias_ptr, bias_grad_ptr, i, i < count, stride_b, stride_gb, sums.dtype)
     offset = tl.load(record + fields.FINISH_OFFSET)
     tl.store(out_dot_ptr + offset + i, sums, mask=i < tl.where(is_out, count, 0))
@@ -229,7 +230,13 @@ class _Table:
         self.parts.append(part)
         return offset
 
-    def stage(self, like: int, records: Sequence[SumRecord | FinishRecord], programs: list[int], constexprs: dict[str, Any]) -> _Stage:
+    def stage(
+        self,
+        like: int,
+        records: Sequence[SumRecord] | Sequence[FinishRecord],
+        programs: list[int],
+        constexprs: dict[str, Any],
+    ) -> _Stage:
         """Append the records and the items of one launch; ``programs`` counts each record's."""
         check_steps("weight_dot_list", sum(programs))
         width = len(records[0])
@@ -281,23 +288,7 @@ def _first_stages(
             column = row + column_blocks * walk.rows
             partial_size[acc] = column + walk.groups * row_splits * walk.columns
             places[index] = _Place(row, column, column_blocks, row_splits)
-            record = SumRecord(
-                layer.weight.data_ptr(),
-                layer.grad.data_ptr(),
-                row,
-                column,
-                sum(programs),
-                walk.groups,
-                walk.rows_per_group,
-                walk.columns,
-                *walk.sizes[1:],
-                column_blocks,
-                row_splits,
-                config.tiles_per_split,
-                *walk.strides[0],
-                *walk.strides[1],
-            )
-            records.append(record)
+            records.append(_sum_record(layer, places[index], config.tiles_per_split, sum(programs)))
             programs.append(config.programs(walk))
         vectors = kind == "vector"
         constexprs = {
@@ -309,6 +300,35 @@ def _first_stages(
         }
         stages.append(table.stage(members[0], records, programs, constexprs))
     return stages, [places[index] for index in range(len(layers))]
+
+
+def _sum_record(layer: _Layer, place: _Place, tiles_per_split: int, first_program: int) -> SumRecord:
+    """The first stage of one layer."""
+    walk = layer.walk
+    (stride_wr, stride_w0, stride_w1, stride_w2), (stride_gr, stride_g0, stride_g1, stride_g2) = walk.strides
+    return SumRecord(
+        weight=layer.weight.data_ptr(),
+        grad=layer.grad.data_ptr(),
+        row_sums=place.row,
+        column_sums=place.column,
+        first_program=first_program,
+        groups=walk.groups,
+        rows_per_group=walk.rows_per_group,
+        columns=walk.columns,
+        size_1=walk.sizes[1],
+        size_2=walk.sizes[2],
+        column_blocks=place.column_blocks,
+        row_splits=place.row_splits,
+        tiles_per_split=tiles_per_split,
+        stride_wr=stride_wr,
+        stride_w0=stride_w0,
+        stride_w1=stride_w1,
+        stride_w2=stride_w2,
+        stride_gr=stride_gr,
+        stride_g0=stride_g0,
+        stride_g1=stride_g1,
+        stride_g2=stride_g2,
+    )
 
 
 def _second_stages(
@@ -328,9 +348,9 @@ def _second_stages(
             is_out = is_rows != layer.transposed
             sizes = (out_sizes if is_out else in_sizes)[accumulator(layer.weight)]
             record = _finish_record(layer, place, is_rows, is_out, sum(sizes), sum(programs))
-            sizes.append(record.count)
+            sizes.append(record.results)
             records.append(record)
-            programs.append(ceil_div(record.count, WeightDotConfig.BLOCK_N))
+            programs.append(ceil_div(record.results, WeightDotConfig.BLOCK_N))
     blocks = {"BLOCK_N": WeightDotConfig.BLOCK_N, "BLOCK_T": WeightDotConfig.BLOCK_T}
     return [table.stage(likes[dtype], records, programs, blocks) for dtype, (records, programs) in jobs.items()]
 
@@ -351,7 +371,7 @@ def _finish_record(
         bias_grad=0 if bias_grad is None else bias_grad.data_ptr(),
         stride_b=0 if bias is None else bias.stride(0),
         stride_gb=0 if bias_grad is None else bias_grad.stride(0),
-        count=walk.rows if is_rows else walk.groups * walk.channels,
+        results=walk.rows if is_rows else walk.groups * walk.channels,
         inner=max(1, walk.rows if is_rows else walk.channels),
         stride_outer=0 if is_rows else place.row_splits * walk.columns,
         stride_inner=1 if is_rows else walk.stride_channel,

@@ -57,7 +57,7 @@ class FinishRecord(NamedTuple):
         first_program: the first of its programs, counted from the first of the launch.
         bias, bias_grad: addresses; 0 where there is no bias.
         stride_b, stride_gb: of the bias and its gradient.
-        count: results.
+        results: how many there are.
         inner, stride_outer, stride_inner, splits, stride_split, positions, stride_position: which partial sums add up
             to a result: the arguments of :func:`obc_kernels.weight_dot.finished_sums`.
     """
@@ -70,7 +70,7 @@ class FinishRecord(NamedTuple):
     bias_grad: int
     stride_b: int
     stride_gb: int
-    count: int
+    results: int
     inner: int
     stride_outer: int
     stride_inner: int
@@ -117,7 +117,7 @@ def _places(record: type[SumRecord] | type[FinishRecord]) -> list[tl.constexpr]:
     FINISH_BIAS_GRAD,
     FINISH_STRIDE_B,
     FINISH_STRIDE_GB,
-    FINISH_COUNT,
+    FINISH_RESULTS,
     FINISH_INNER,
     FINISH_STRIDE_OUTER,
     FINISH_STRIDE_INNER,

@@ -31,7 +31,15 @@ def run(page: Path, namespace: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["tutorials/cnn", "tutorials/llm", "tutorials/own_loop", "statistics", "extending/criterion", "extending/transformer_family"]
+    "name",
+    [
+        "tutorials/cnn",
+        "tutorials/llm",
+        "tutorials/own_loop",
+        "statistics",
+        "extending/criterion",
+        "extending/transformer_family",
+    ],
 )
 def test_the_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # tutorials write files

@@ -386,7 +386,7 @@ def test_bad_removals_are_refused() -> None:
         structure.remove({"nothing": torch.tensor([0])})
     with pytest.raises(IndexError, match="units 0 to 15"):
         structure.remove({"features.0": torch.tensor([16])})
-    with pytest.raises(ValueError, match="keep at least one"):
+    with pytest.raises(ValueError, match="at least 1 must stay"):
         structure.remove({"features.0": torch.arange(16)})
     with pytest.raises(ValueError, match="'macs' or 'parameters'"):
         structure.costs("bytes")  # type: ignore[arg-type]

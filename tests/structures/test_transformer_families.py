@@ -45,7 +45,9 @@ def mixers(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     if layers.size(right, "out") != width:
         raise NotPrunableError(f"{right} has {layers.size(right, 'out')} outputs, not {width}")
     one = channels(width, 1)
-    yield Block(ChannelGroup(left, (Slice(left, "out", one), Slice(right, "out", one), Slice(back, "in", one)), "mixer"))
+    yield Block(
+        ChannelGroup(left, (Slice(left, "out", one), Slice(right, "out", one), Slice(back, "in", one)), "mixer")
+    )
 
 
 def test_every_file_registers_a_family_of_its_name() -> None:

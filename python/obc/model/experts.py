@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-# Gate and up projections of all experts (experts, 2 * inner, features), and down projections (experts, features, inner).
+# Of all experts: gate and up projections (experts, 2 * inner, features), down projections (experts, features, inner).
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 
 

@@ -108,9 +108,7 @@ class _Reader(Reader):
     def _read(self, name: str, module: nn.Module, inputs: list[Any]) -> None:
         if not _is_routed_call(inputs):
             shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in inputs]
-            self.coverage[name] = Coverage.unread(
-                f"called with {shapes}, not with states, expert indices and weights"
-            )
+            self.coverage[name] = Coverage.unread(f"called with {shapes}, not with states, expert indices and weights")
             return
         self.called.add(name)
         hidden, indices, weights = inputs[:3]

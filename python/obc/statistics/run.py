@@ -325,9 +325,7 @@ class _Run:
     def _warn(self, coverage: Mapping[str, Mapping[str, Coverage]], left_out: Sequence[str]) -> None:
         lines = list(left_out[:3]) + ([f"and {len(left_out) - 3} more"] if len(left_out) > 3 else [])
         for name in self.readers:
-            unread = [
-                f"{module!r} ({how.reason})" for module, how in coverage[name].items() if not how.scored
-            ]
+            unread = [f"{module!r} ({how.reason})" for module, how in coverage[name].items() if not how.scored]
             if unread:
                 more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
                 lines.append(f"no {name} of {', '.join(unread[:3])}{more}")

@@ -444,8 +444,8 @@ class TorchPruningStructure:
         self._groups[name] = without_units(group, chosen)
         lost = {key: torch.tensor(sorted(channels), dtype=torch.int64) for key, channels in expected.items()}
         for other, coupled in self._groups.items():
-            if any((part.module, part.side) in lost for part in coupled.slices):
-                self._groups[other] = renumbered_group(coupled, lambda part: lost.get((part.module, part.side)))
+            removed_from = [lost.get((part.module, part.side)) for part in coupled.slices]
+            self._groups[other] = renumbered_group(coupled, removed_from)
 
     def _raw_group(self, name: str, removed: Tensor, expected: Mapping[tuple[str, Side], set[int]]) -> Any:
         """Torch-Pruning's group that removes exactly ``expected``.

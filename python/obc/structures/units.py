@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from obc.model.groups import ChannelGroup, Slice
+from obc.model.groups import ChannelGroup
 
 
 class NotPrunableError(ValueError):
@@ -36,9 +36,7 @@ def checked_units(groups: Mapping[str, ChannelGroup], name: str, units: Tensor, 
     if len(units) and not 0 <= int(units[0]) <= int(units[-1]) < size:
         raise IndexError(f"{name!r} has units 0 to {size - 1}, got {int(units[0])} to {int(units[-1])}")
     if len(units) and size - len(units) < least:
-        raise ValueError(
-            f"{len(units)} of the {size} units of {name!r} were to be removed; at least {least} must stay"
-        )
+        raise ValueError(f"{len(units)} of the {size} units of {name!r} were to be removed; at least {least} must stay")
     return units
 
 
@@ -80,14 +78,15 @@ def without_units(group: ChannelGroup, removed: Tensor) -> ChannelGroup:
     return replace(group, slices=tuple(slices))
 
 
-def renumbered_group(group: ChannelGroup, lost: Callable[[Slice], Tensor | None]) -> ChannelGroup:
+def renumbered_group(group: ChannelGroup, lost: Sequence[Tensor | None]) -> ChannelGroup:
     """The group after channels of other groups are gone.
 
     Args:
         group: with channels as they were numbered before.
-        lost: a slice -> the channels that its side of the layer has lost, ascending; None where it lost none.
+        lost: by slice, the channels that its side of the layer has lost, ascending; None where it lost none.
     """
-    slices = (replace(part, channels=renumbered(part.channels, lost(part))) for part in group.slices)
+    parts = zip(group.slices, lost, strict=True)
+    slices = (replace(part, channels=renumbered(part.channels, removed)) for part, removed in parts)
     return replace(group, slices=tuple(slices))
 
 

@@ -38,7 +38,10 @@ class KeptRows(Mapping[str, ChannelRows]):
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], columns: Mapping[str, Mapping[str, Sequence[int]]], num_rows: int | None = None
+        cls,
+        tensors: Mapping[str, Tensor],
+        columns: Mapping[str, Mapping[str, Sequence[int]]],
+        num_rows: int | None = None,
     ) -> KeptRows:
         """The rows whose :meth:`tensors` these are, of a file.
 

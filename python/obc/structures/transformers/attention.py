@@ -9,7 +9,7 @@ from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import FAMILIES, attributes, config_keys
 from obc.structures.transformers.heads import HeadChannels, Heads, head_channels
-from obc.structures.transformers.layers import Counter, Layers, channels, joined
+from obc.structures.transformers.layers import Counter, Layers, joined
 from obc.structures.units import NotPrunableError
 
 # Names of fused projections whose order differs from model to model: where no family says it, the module is refused.
@@ -62,10 +62,10 @@ def inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
 
 def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], size: int) -> None:
     """Refuse an attention with parameters outside its ``known`` layers, norms of ``size`` and parameters of heads."""
-    of_heads = {key for family in FAMILIES.values() for key in family.head_parameters}
+    headed = {key for family in FAMILIES.values() for key in family.head_parameters}
     for key, parameter in layers.modules[name].named_parameters():
         owner = joined(name, key).rpartition(".")[0]
-        if owner in known or key in of_heads or (owner != name and parameter.shape == (size,)):  # a norm of all heads
+        if owner in known or key in headed or (owner != name and parameter.shape == (size,)):  # a norm of all heads
             continue
         raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
 
@@ -121,9 +121,7 @@ def _head_channels(layers: Layers, name: str, projections: Sequence[str], heads:
     return head_channels(heads, kind, fused=True)
 
 
-def _attention(
-    layers: Layers, name: str, projections: Sequence[str], output: str, heads: Heads, kind: str
-) -> Block:
+def _attention(layers: Layers, name: str, projections: Sequence[str], output: str, heads: Heads, kind: str) -> Block:
     size = heads.size
     rows = _head_channels(layers, name, projections, heads, kind)
     slices = [Slice(layer, "out", units) for layer, units in zip(projections, rows.projections, strict=False)]

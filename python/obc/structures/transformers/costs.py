@@ -6,16 +6,17 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from obc.model.costs import Costs
+from obc.model.experts import is_expert_weight
 from obc.model.groups import Slice
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.structures.polynomial import Polynomial
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.calibration import Calibration
+
 
 def transformer_costs(
     model: nn.Module,

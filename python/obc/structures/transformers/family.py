@@ -18,7 +18,7 @@ from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.heads import HeadChannels, Heads
 from obc.structures.transformers.layers import Layers
 
-# (attention, its heads, "heads" or "query_heads") -> the channels of every unit; None: this attention has another order.
+# (attention, its heads, "heads" or "query_heads") -> the channels of every unit; None where the order is another.
 HeadOrder = Callable[[nn.Module, Heads, str], "HeadChannels | None"]
 # (layers, name of a module, kinds) -> the module's blocks of these kinds.
 FindBlocks = Callable[[Layers, str, Collection[str]], Iterator[Block]]
@@ -38,8 +38,8 @@ class Family:
         feed_forwards: names of the layers of a feed-forward block, in its module: the producers, then the consumer.
         fused_feed_forwards: (producer, consumer), where the producer's outputs are [gate | up].
         projections: names of the projections of queries, keys and values.
-        fused_projections: name of a projection of all three -> the order of its outputs. None: [all queries | all keys |
-            all values], unless another family's order is the module's.
+        fused_projections: name of a projection of all three -> the order of its outputs. None: [all queries | all
+            keys | all values], unless another family's order is the module's.
         outputs: names of the output projection, in the module of the others.
         outputs_around: the same, in the module around that one.
         head_parameters: parameters with an entry for every query head -> the dimension of the heads.

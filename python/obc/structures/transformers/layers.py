@@ -69,9 +69,7 @@ class Layers:
             return int(weight.shape[-1])
         return None
 
-    def counters(
-        self, names: Sequence[str], counted: Mapping[tuple[str, ...], tuple[int, int]]
-    ) -> tuple[Counter, ...]:
+    def counters(self, names: Sequence[str], counted: Mapping[tuple[str, ...], tuple[int, int]]) -> tuple[Counter, ...]:
         """Attributes of these modules that have the value that they would count."""
         return tuple(
             Counter(name, key, per_unit)

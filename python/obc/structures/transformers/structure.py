@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from obc.model.costs import Costs
@@ -301,8 +300,8 @@ class TransformersStructure:
         self.blocks[name] = replace(block, group=without_units(block.group, chosen))
         for other in dict.fromkeys(other for key in lost for other in self._reading[key]):
             coupled = self.blocks[other]
-            renumbered = renumbered_group(coupled.group, lambda part: lost.get(axis_key(self._axes(coupled, part)[0])))
-            self.blocks[other] = replace(coupled, group=renumbered)
+            removed_from = [lost.get(axis_key(self._axes(coupled, part)[0])) for part in coupled.group.slices]
+            self.blocks[other] = replace(coupled, group=renumbered_group(coupled.group, removed_from))
 
     def _tensor(self, axis: Axis) -> Tensor:
         tensor: Tensor = getattr(self._modules[axis.module], axis.tensor)

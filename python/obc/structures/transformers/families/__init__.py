@@ -7,5 +7,7 @@ import importlib
 import pkgutil
 
 _USUAL = "usual"
-for _name in sorted((module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: (name != _USUAL, name)):
+for _name in sorted(
+    (module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: (name != _USUAL, name)
+):
     importlib.import_module(f"{__name__}.{_name}")
