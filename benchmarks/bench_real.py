@@ -1,15 +1,16 @@
 """Pruned pretrained models without training: ``python -m benchmarks.bench_real --model smollm2``.
 
-Models and texts: :mod:`benchmarks.real_sources`. A case is a draw of texts, a criterion, a share of the parameters of
-the model's blocks that goes (heads and feed-forward channels compete), and a way of compensation. Calibration and test
-come from different documents: the Debian handbook calibrates, the developer's reference tests.
+Models and data: :mod:`benchmarks.real_tasks`. A case is a draw of the data, a selection, a share that goes (of the
+parameters that can be pruned, heads and feed-forward channels competing; of EfficientNet of the MACs) and a way of
+compensation. Ours and the peers' are in ``METHODS``: each peer as it was published, by its own formula, allocation and
+update; and some of their choices with our compensation.
 
-What is measured, for every test sequence, is the mean loss of its tokens. The table shows exp(mean over sequences), the
-perplexity, and the difference to the best criterion of the same draw, share and compensation with its standard error
-over the sequences, paired.
+What is measured of every test sample (sequence, sentence, crop) is a number of which smaller is better: the mean loss
+of its tokens, one minus a cosine, disagreement. The table shows the mean, of losses exp(mean), the perplexity, and the
+difference to ``jacobian+correct`` with its standard error over the samples of all draws, paired: above zero is worse.
 
-Criteria are those of ``obc.prune`` by name, with the allocation that each was published with. Cases that the file of
-``--out`` already has are not run again, so that a run can be stopped and started; each says which commit made it.
+Cases that the file of ``--out`` already has are not run again, so that a run can be stopped and started; each says
+which commit made it. ``--minutes`` ends a run after the case in which they are over.
 """
 
 from __future__ import annotations
@@ -17,132 +18,142 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import obc
-from benchmarks import real_sources
 from benchmarks.harness import RESULTS, provenance, write
+from benchmarks.real_table import tables
+from benchmarks.real_tasks import TASKS, Task
+from obc.criteria import Jacobian, Subject, get
+from obc.criteria.obs import OBS
+from obc.criteria.protocol import MeasuredCriterion
+from obc.criteria.rows import read_rows
+from obc.criteria.scoring import group_scores
+from obc.integrations.transformers import TransformersStructure
+from obc.model.evaluation import evaluating
+from obc.recovery.calibration import inputs
+from obc.recovery.consumers import find_consumers
+from obc.recovery.mean_bias import absorb_means
+from obc.recovery.moments import Fit, Solution
+from obc.selection.search import Search
 
 SHARES = (0.125, 0.25, 0.375, 0.5)
-CRITERIA = (
-    "jacobian",
-    "compensated_jacobian",
-    "flap",
-    "wanda_sp",
-    "minitron",
-    "llm_pruner_element",
-    "slimgpt",
-    "l2",
-)
-COMPENSATION = ("none", "mean", "ls", "correct")
 
 
-@dataclass
-class Task:
-    """A model and its batches.
+@dataclass(frozen=True)
+class Selection:
+    """How units are chosen.
 
     Attributes:
-        model: unpruned.
-        blocks: how many of its parameters stand in its blocks.
-        calibration: batches.
-        test: one batch a sequence.
-        loss: of a batch, for criteria.
-        forward: what compensation preserves.
-        measure: of a pruned model on one test batch; smaller is better.
-        shown: what the table shows of the mean.
+        criterion: a name or an object.
+        options: of ``obc.prune``; what is a function is called with the number of blocks.
     """
 
-    model: nn.Module
-    blocks: int
-    calibration: list[Any]
-    test: list[Any]
-    loss: Callable[[nn.Module, Any], Tensor]
-    forward: Callable[[nn.Module, Any], Any]
-    measure: Callable[[nn.Module, Any], float]
-    shown: Callable[[float], float]
+    criterion: Any
+    options: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, criterion: Any, **options: Any) -> Selection:
+        return cls(criterion, options)
 
 
-def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+SELECTIONS: dict[str, Selection] = {
+    "jacobian": Selection.of("jacobian"),
+    "jacobian-uniform": Selection.of("jacobian", allocation="uniform"),
+    "jacobian-capped": Selection.of("jacobian", max_pruning_ratio=0.8),
+    "jacobian-single": Selection.of("jacobian", selection="independent"),
+    "compensated": Selection.of("compensated_jacobian"),
+    "kfac": Selection.of("kfac"),
+    "flap": Selection.of("flap"),
+    "wanda-sp": Selection.of("wanda_sp"),
+    # As its script runs it: an eighth of the blocks at the start and a sixteenth at the end whole (4 and 2 of Llama's
+    # 32), equal shares of the others.
+    "llm-pruner": Selection.of("llm_pruner_element", protected_blocks=lambda depth: (round(depth / 8), depth // 16)),
+    "slimgpt": Selection.of("slimgpt"),
+    # Local scores of Tyr; widths by evolution, of fewer generations than published.
+    "tyr": Selection.of(OBS(first_order=True), allocation=Search(generations=4, offspring=6, batches=4)),
+    "minitron": Selection.of("minitron"),
+    "magnitude": Selection.of("l2"),
+}
+COMPENSATION = ("none", "mean", "grail", "ls", "correct", "auto")
+OURS = ("jacobian+correct", "jacobian+auto", "jacobian+ls", "jacobian+none", "compensated+correct", "kfac+correct")
+PEERS = (
+    "flap+mean",
+    "wanda-sp+none",
+    "llm-pruner+none",
+    "slimgpt+ls",
+    "tyr+ls",
+    "minitron+none",
+    "magnitude+none",
+    "magnitude+grail",
+    "wanda-sp+grail",
+)
+MIXED = ("flap+correct", "slimgpt+correct", "wanda-sp+correct", "llm-pruner+correct")
+METHODS = (*OURS, *PEERS, *MIXED)
+# GRAIL's ridge, relative to the mean diagonal of its Gram matrix.
+_GRAIL_RIDGE = 1e-3
 
 
-def language_model(model: nn.Module, calibration: Tensor, test: Tensor) -> Task:
-    """A task of a causal language model of the transformers library."""
-    blocks: Any = model.get_submodule("model.layers")
+class Once(MeasuredCriterion):
+    """A criterion that scores the unpruned model once, for every share.
 
-    @torch.no_grad()
-    def measure(pruned: nn.Module, tokens: Tensor) -> float:
-        return float(next_token_loss(pruned, tokens))
+    ``measure`` gives scores, and ``measure_rows``, of criteria that have rows, the rows for joint selection.
+    """
 
-    return Task(
-        model.eval(),
-        sum(parameter.numel() for parameter in blocks.parameters()),
-        [tokens[None] for tokens in calibration],
-        [tokens[None] for tokens in test],
-        next_token_loss,
-        lambda model, tokens: model(input_ids=tokens, use_cache=False).logits,
-        measure,
-        math.exp,
-    )
+    def __init__(self, criterion: Any) -> None:
+        self.criterion = get(criterion)
+        self.allocation = getattr(self.criterion, "allocation", None)
+        self.per_cost = getattr(self.criterion, "per_cost", True)
+        self._found: dict[str, Tensor] | None = None
+        self._rows: dict[str, Tensor] | None = None
+        if isinstance(self.criterion, Jacobian) or hasattr(self.criterion, "measure_rows"):
+            self.measure_rows = self._measure_rows
 
+    def measure(self, subject: Subject) -> dict[str, Tensor]:
+        if hasattr(self, "measure_rows"):
+            return {name: rows.double().square().sum(0) for name, rows in self.measure_rows(subject).items()}
+        self._found = self._found or group_scores(self.criterion, subject)
+        return self._found
 
-def smollm2(draw: int, calibration: int, test: int, length: int) -> Task:
-    model, tokenizer = real_sources.smollm2()
-    texts = real_sources.handbook(), real_sources.reference()
-    counts = calibration, test
-    pieces = [
-        real_sources.sequences(tokenizer, text, count, length, draw) for text, count in zip(texts, counts, strict=True)
-    ]
-    return language_model(model, *pieces)
-
-
-def tiny(draw: int, calibration: int, test: int, length: int) -> Task:
-    """Random weights, for a test of the harness: no figure of it says anything."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    generator = torch.Generator().manual_seed(draw)
-    texts = [torch.randint(64, (count, length), generator=generator) for count in (calibration, test)]
-    return language_model(LlamaForCausalLM(config), *texts)
+    def _measure_rows(self, subject: Subject) -> dict[str, Tensor]:
+        if self._rows is None:
+            if isinstance(self.criterion, Jacobian):
+                read = read_rows(replace(subject, slices="gate")).rows
+                rows = {group.name: group.gate_rows(read) for group in subject.groups}
+                self._rows = {name: values for name, values in rows.items() if values is not None}
+            else:
+                self._rows = self.criterion.measure_rows(subject)
+        return self._rows
 
 
-TASKS = {"smollm2": smollm2, "tiny": tiny}
-
-
-def prune(task: Task, criterion: str, share: float) -> obc.PruningResult:
-    """A copy without that share of the blocks' parameters."""
-    total = sum(parameter.numel() for parameter in task.model.parameters())
+def prune(task: Task, selection: Selection, share: float, kinds: str = "all") -> obc.PruningResult:
+    """A copy without that share."""
+    model = copy.deepcopy(task.model)
+    structure = None
+    if task.example_inputs is None:
+        structure = TransformersStructure(model, **({} if kinds == "all" else {"kinds": (kinds,)}))
+    depth = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
+    chosen = {name: value(depth) if callable(value) else value for name, value in selection.options.items()}
+    options = {"criterion": selection.criterion, "steps": 1, "progress": False, "verify": False, **task.options}
     return obc.prune(
-        copy.deepcopy(task.model),
-        None,
+        model,
+        task.example_inputs,
         task.calibration,
         task.loss,
-        params=1 - share * task.blocks / total,
-        criterion=criterion,
-        steps=1,
+        **{task.unit: 1 - share},
+        labels=task.labels,
+        structure=structure,
         forward_fn=task.forward,
-        progress=False,
+        **options | chosen,
     )
 
 
@@ -151,9 +162,9 @@ def compensated(task: Task, pruned: nn.Module, plan: obc.PruningPlan, how: str) 
     model, start = copy.deepcopy(pruned), time.perf_counter()
     facts: dict[str, Any] = {}
     if how == "mean":
-        from obc.recovery.mean_bias import absorb_means
-
         absorb_means(model, task.model, plan, task.calibration, task.forward)
+    elif how == "grail":
+        grail(task, model, plan)
     elif how != "none":
         report = obc.compensate(model, task.model, plan, task.calibration, task.forward, mode=how, progress=False)
         facts = {"held_out_naive": report.naive_error, "held_out_final": report.final_error}
@@ -161,88 +172,124 @@ def compensated(task: Task, pruned: nn.Module, plan: obc.PruningPlan, how: str) 
     return model, facts | {"seconds": time.perf_counter() - start}
 
 
-Key = tuple[str, int, str, float, str, int, int, int]
+@torch.no_grad()
+def grail(task: Task, model: nn.Module, plan: obc.PruningPlan) -> None:
+    """GRAIL (arXiv 2602.23795): W' = W B with B = G_:P (G_PP + lambda I)^-1, G = E[x xT] of the unpruned model.
+
+    For every consumer at once, no intercept, no held-out data.
+    """
+    with evaluating(task.model):
+        consumers = find_consumers(model, task.model, plan)
+        moments = {name: consumer.moments(paired=False) for name, consumer in consumers.items()}
+        for batch in task.calibration:
+            for name, calls in inputs(task.model, list(consumers), batch, task.forward).items():
+                for x in calls:
+                    moments[name].add(consumers[name].rows(x))
+    for name, consumer in consumers.items():
+        cross = moments[name].cross / moments[name].samples
+        gram = cross.gather(1, consumer.positions[..., None].expand(-1, -1, cross.shape[2]))
+        ridge = _GRAIL_RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(gram.shape[2])
+        mapped = torch.linalg.solve(gram + ridge, cross, left=False)
+        consumer.apply(Solution(mapped[0] if len(mapped) == 1 else mapped, None, Fit(0.0, 0.0, _GRAIL_RIDGE, 0)))
+
+
+# --- cases ---------------------------------------------------------------------------------------------------------
+
+Key = tuple[Any, ...]
+_NAMED = ("model", "kinds", "draw", "selection", "share", "compensation", "calibration", "test", "length")
 
 
 def key_of(case: Mapping[str, Any]) -> Key:
-    names = ("model", "draw", "criterion", "share", "compensation", "calibration", "test", "length")
-    return tuple(case[name] for name in names)  # type: ignore[return-value]
+    return tuple(case[name] for name in _NAMED)
 
 
 def run(arguments: argparse.Namespace, done: set[Key]) -> Iterator[dict[str, Any]]:
-    """The cases that are not done."""
+    """The cases that are not done: by draw, selection and share, so that each is scored and pruned once."""
     sizes = {"calibration": arguments.calibration, "test": arguments.test, "length": arguments.length}
+    selections: dict[str, list[str]] = {}
+    for method in arguments.methods:
+        selections.setdefault(method.partition("+")[0], []).append(method.partition("+")[2])
     for draw in arguments.draws:
-        task: Task | None = None
-        facts = {"model": arguments.model, "draw": draw, **sizes}
-        for criterion, share in [("none", 0.0), *((c, s) for c in arguments.criteria for s in arguments.shares)]:
-            ways = ["none"] if criterion == "none" else arguments.compensation
-            cases = [facts | {"criterion": criterion, "share": share, "compensation": how} for how in ways]
-            cases = [case for case in cases if key_of(case) not in done]
-            if not cases:
-                continue
-            task = task or TASKS[arguments.model](draw, **sizes)
-            result = None if criterion == "none" else prune(task, criterion, share)
-            for case in cases:
-                if result is None:
-                    model, more = task.model, {}
-                else:
+        make = _once(lambda draw=draw: TASKS[arguments.model](draw, *sizes.values()))
+        facts = {"model": arguments.model, "kinds": arguments.kinds, "draw": draw, **sizes}
+        unpruned = facts | {"selection": "none", "share": 0.0, "compensation": "none"}
+        if key_of(unpruned) not in done:
+            yield _measured(make(), make().model, unpruned)
+        for name, ways in selections.items():
+            chosen = SELECTIONS[name]
+            chosen = replace(chosen, criterion=Once(chosen.criterion))
+            for share in arguments.shares:
+                cases = [facts | {"selection": name, "share": share, "compensation": how} for how in ways]
+                cases = [case for case in cases if key_of(case) not in done]
+                if not cases:
+                    continue
+                task, start = make(), time.perf_counter()
+                result = prune(task, chosen, share, arguments.kinds)
+                pruning = {"pruning_seconds": time.perf_counter() - start}
+                for case in cases:
                     model, more = compensated(task, result.model, result.plan, case["compensation"])
-                losses = [task.measure(model, batch) for batch in task.test]
-                shown = task.shown(statistics.mean(losses))
-                print(f"draw {draw} {criterion:22} {share:6.1%} {case['compensation']:8} {shown:9.3f}", flush=True)
-                yield case | more | {"losses": losses, "shown": shown}
+                    yield _measured(task, model, case | more | pruning)
 
 
-def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line per criterion and share: by compensation the figure, and its difference to the best with its error."""
-    lines = [f"{'model':8} {'draw':>4} {'share':>6} {'criterion':22} " + " ".join(f"{how:>24}" for how in COMPENSATION)]
-    found = {(c["model"], c["draw"], c["share"], c["criterion"], c["compensation"]): c for c in cases}
-    for model, draw, share, criterion in dict.fromkeys(key[:4] for key in found):
-        cells = []
-        for how in COMPENSATION:
-            case = found.get((model, draw, share, criterion, how))
-            cells.append(f"{'-':>24}" if case is None else _cell(case, _rivals(found, case)))
-        lines.append(f"{model:8} {draw:4} {share:6.1%} {criterion:22} " + " ".join(cells))
-    return lines
+def _once(make: Callable[[], Task]) -> Callable[[], Task]:
+    made: list[Task] = []
+
+    def get_task() -> Task:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return get_task
 
 
-def _rivals(found: Mapping[Any, Mapping[str, Any]], case: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    same = ("model", "draw", "share", "compensation", "calibration", "test", "length")
-    return [other for other in found.values() if all(other[name] == case[name] for name in same)]
+def _measured(task: Task, model: nn.Module, case: dict[str, Any]) -> dict[str, Any]:
+    with evaluating(model):
+        losses = [value for batch in task.test for value in task.measure(model, batch)]
+    shown = task.shown(statistics.mean(losses))
+    print(
+        f"draw {case['draw']} {case['share']:6.1%} {case['selection']:18} {case['compensation']:8} {shown:9.4f}",
+        flush=True,
+    )
+    return case | {"losses": [round(loss, 6) for loss in losses], "shown": shown, "what": task.what}
 
 
-def _cell(case: Mapping[str, Any], rivals: Sequence[Mapping[str, Any]]) -> str:
-    best = min(rivals, key=lambda other: statistics.mean(other["losses"]))
-    differences = [mine - its for mine, its in zip(case["losses"], best["losses"], strict=True)]
-    if best is case or len(differences) < 2:
-        return f"{case['shown']:9.2f} {'(best)' if best is case else '':>14}"
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return f"{case['shown']:9.2f} {statistics.mean(differences):+7.3f} ± {error:.3f}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_real")
     parser.add_argument("--model", choices=TASKS, default="smollm2")
+    parser.add_argument("--kinds", choices=("all", "ffn"), default="all", help="groups that are pruned (%(default)s)")
     parser.add_argument("--draws", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--criteria", nargs="+", default=CRITERIA)
+    parser.add_argument(
+        "--methods", nargs="+", default=METHODS, help="selection+compensation (default: all of METHODS)"
+    )
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
-    parser.add_argument("--compensation", nargs="+", choices=COMPENSATION, default=COMPENSATION)
     parser.add_argument("--calibration", type=int, default=64, help="sequences (%(default)s)")
     parser.add_argument("--test", type=int, default=64, help="sequences (%(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--out", nargs="?", type=Path, const=RESULTS / "bench_real.json", help="write JSON, and resume")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    for method in arguments.methods:
+        selection, _, how = method.partition("+")
+        if selection not in SELECTIONS or how not in COMPENSATION:
+            known = f"selections {', '.join(SELECTIONS)}; compensation {', '.join(COMPENSATION)}"
+            parser().error(f"--methods takes SELECTION+COMPENSATION, got {method!r}; {known}")
     torch.set_num_threads(arguments.threads)
-    facts = provenance(1, arguments.threads)
-    out = arguments.out
+    start, facts, out = time.perf_counter(), provenance(1, arguments.threads), arguments.out
     cases = json.loads(out.read_text())["cases"] if out is not None and out.exists() else []
     for case in run(arguments, {key_of(case) for case in cases}):
-        cases.append(case | {"provenance": facts})
+        cases.append(case | {"commit": facts["commit"]})
         if out is not None:  # after each case: a run takes long
             write(out, facts, cases=cases)
-    print("\n".join(table(cases)))
+        if time.perf_counter() - start > 60 * arguments.minutes:
+            print("the minutes are over: run again to go on")
+            break
+    for title, lines in tables(cases):
+        print("\n".join(["", title, *lines]))
     return 0
 
 

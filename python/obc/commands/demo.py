@@ -1,4 +1,7 @@
-"""``obc demo``: small networks on digits, trained, pruned by four criteria, recovered, and fine-tuned where asked."""
+"""``obc demo``: small networks on digits, trained, pruned by four criteria, recovered, and fine-tuned where asked.
+
+``obc demo --real``: a pretrained model that a package carries, pruned and compensated without training.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from obc.commands.common import folder, require
+from obc.commands.common import UsageError, folder, require
 
 PACKAGES = {"sklearn": "scikit-learn", "torch_pruning": "torch-pruning", "matplotlib": "matplotlib"}
 
@@ -19,7 +22,15 @@ def add(commands: Any) -> None:
         help="train small networks on digits, prune them by four criteria, print what each kept",
         description="Train a residual CNN and a transformer on scikit-learn's digits, prune them by random, L1, Taylor "
         "and Jacobian criteria, and print held-out accuracy (raw, BN recalibrated, compensated), scoring time and peak "
-        "memory. Needs no network.",
+        "memory. With --real, prune a pretrained model that a package carries instead, without training: the sentence "
+        "encoder all-MiniLM-L6-v2 (about a minute) or SmolLM2-135M (some minutes). Needs no network.",
+    )
+    demo.add_argument(
+        "--real",
+        nargs="?",
+        const="encoder",
+        choices=("encoder", "smollm2"),
+        help="prune this pretrained model instead (without a value: encoder)",
     )
     demo.add_argument("--seed", type=int, default=0, help="of splits, weights and the random criterion (default: 0)")
     demo.add_argument("--out", type=Path, default=Path("obc-demo"), help="folder of demo.png (default: obc-demo)")
@@ -31,6 +42,8 @@ def add(commands: Any) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Prune by every criterion, print and draw what each kept; with ``--full`` fine-tune as well."""
+    if parsed.real is not None:
+        return run_real(parsed)
     require(PACKAGES)
     picture = folder(parsed.out) / "demo.png"
     from obc.demo import finetune, report
@@ -50,4 +63,21 @@ def run(parsed: argparse.Namespace) -> int:
         for part in (*map(report.fine_tuning_table, tuned), report.fine_tuning_protocol()):
             print(f"\n{part}")
     print(f"\nDrawn in {picture}. Seed {parsed.seed}, {time.perf_counter() - start:.0f} s.")
+    return 0
+
+
+def run_real(parsed: argparse.Namespace) -> int:
+    """Prune a pretrained model, print its figures and what it answers, and draw them."""
+    if parsed.full:
+        raise UsageError("--full fine-tunes the networks on digits; --real trains nothing: pass one of them")
+    require({"transformers": "transformers", "matplotlib": "matplotlib"})
+    picture = folder(parsed.out) / f"demo-{parsed.real}.png"
+    from obc.demo import real
+
+    try:
+        result = real.run(parsed.real, parsed.seed, say=lambda line: print(line, flush=True))
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+    real.draw(result, picture)
+    print(f"\n{real.shown(result)}\n\nDrawn in {picture}. Seed {parsed.seed}, {result.seconds:.0f} s.")
     return 0

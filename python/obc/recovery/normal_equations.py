@@ -38,7 +38,7 @@ class Change:
 
 
 class NormalEquations:
-    """Running sums in float64 per diagonal block: sum z zT, sum e zT, sum z, sum e, sum e^2.
+    """Running sums in float64 per diagonal block: sum w z zT, sum w e zT, sum w z, sum w e, sum w e^2, w weighing rows.
 
     Args:
         blocks: groups of a convolution; else 1.
@@ -54,6 +54,7 @@ class NormalEquations:
         self.gram, self.cross = zeros(columns, columns), zeros(outputs, columns)
         self.sum_z, self.sum_e, self.energy = zeros(columns), zeros(outputs), zeros(outputs)
         self.rows = 0
+        self.total = 0.0  # of the weights
 
     @property
     def bytes(self) -> int:
@@ -77,16 +78,17 @@ class NormalEquations:
             self.sum_e += weighted_errors.sum(1)
             self.energy += (weighted_errors * errors).sum(1)
         self.rows += z.shape[1]
+        self.total += z.shape[1] if weights is None else float(weights.double().sum())
 
     def gather(self, processes: Processes) -> None:
         """Add up what the processes accumulated."""
-        rows = torch.tensor(self.rows)
-        processes.add([*self._sums(), rows])
-        self.rows = int(rows)
+        rows, total = torch.tensor(self.rows), torch.tensor(self.total, dtype=torch.float64)
+        processes.add([*self._sums(), rows, total])
+        self.rows, self.total = int(rows), float(total)
 
     def changes(self, ridges: Sequence[float], intercept: bool) -> list[Change]:
         """The solution under every ridge with which the Gram matrix can be factorised."""
-        count = max(self.rows, 1)
+        count = self.total or 1.0
         gram, cross = self.gram / count, self.cross / count
         mean_z, mean_e = self.sum_z / count, self.sum_e / count
         if intercept:
@@ -108,12 +110,12 @@ class NormalEquations:
         return found
 
     def error(self, change: Change | None) -> Tensor:
-        """(blocks, outputs): sum (e - change z)^2 over the rows; without a change sum e^2."""
+        """(blocks, outputs): sum w (e - change z)^2 over the rows; without a change sum w e^2."""
         if change is None:
             return self.energy
         weight = change.weight
         error = self.energy - 2 * (weight * self.cross).sum(-1) + ((weight @ self.gram) * weight).sum(-1)
         if change.bias is not None:
             rest = self.sum_e - (weight @ self.sum_z[..., None])[..., 0]
-            error = error - 2 * change.bias * rest + self.rows * change.bias.square()
+            error = error - 2 * change.bias * rest + self.total * change.bias.square()
         return error.clamp_min(0.0)

@@ -1,0 +1,192 @@
+"""The pretrained models of ``bench_real``, each with its calibration and test data and what is measured of it.
+
+SmolLM2 and the sentence encoder: the Debian handbook calibrates, the developer's reference tests. EfficientNet-Lite0:
+crops of photographs, other photographs for calibration than for the test. A draw is the seed that says which pieces.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks import real_sources
+from obc.demo import pretrained
+from obc.demo.real import contrastive_loss, embed
+
+_SENTENCES = 16  # of the encoder that stand for one sequence of a language model: as many tokens, about
+_CROPS = 32  # of a photograph, likewise
+
+
+@dataclass
+class Task:
+    """A model and its batches.
+
+    Attributes:
+        model: unpruned.
+        calibration: batches.
+        test: batches.
+        loss: of a batch, for criteria.
+        forward: what compensation preserves.
+        measure: of a pruned model on one test batch, a number for each of its samples; smaller is better.
+        shown: what the table shows of their mean.
+        what: that is, in words.
+        unit: of what a share goes: "blocks" (parameters that can be pruned) or "macs".
+        example_inputs: where the model is traced.
+        labels: whether ``loss`` is one; else the model's outputs alone are scored.
+    """
+
+    model: nn.Module
+    calibration: list[Any]
+    test: list[Any]
+    loss: Callable[[nn.Module, Any], Tensor]
+    forward: Callable[[nn.Module, Any], Any]
+    measure: Callable[[nn.Module, Any], list[float]]
+    shown: Callable[[float], float]
+    what: str
+    unit: str = "blocks"
+    example_inputs: Any = None
+    labels: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+# --- language models -----------------------------------------------------------------------------------------------
+
+
+def next_token_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Mean over the batch's tokens."""
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def language_model(model: nn.Module, calibration: Tensor, test: Tensor) -> Task:
+    """A task of a causal language model of the transformers library, one sequence a batch."""
+
+    @torch.no_grad()
+    def measure(pruned: nn.Module, tokens: Tensor) -> list[float]:
+        return [float(next_token_loss(pruned, tokens))]
+
+    return Task(
+        model.eval(),
+        [tokens[None] for tokens in calibration],
+        [tokens[None] for tokens in test],
+        next_token_loss,
+        lambda model, tokens: model(input_ids=tokens, use_cache=False).logits,
+        measure,
+        math.exp,
+        "perplexity",
+    )
+
+
+def smollm2(draw: int, calibration: int, test: int, length: int) -> Task:
+    model, tokenizer = pretrained.smollm2()
+    texts = real_sources.handbook(), real_sources.reference()
+    counts = calibration, test
+    pieces = [
+        real_sources.sequences(tokenizer, text, count, length, draw) for text, count in zip(texts, counts, strict=True)
+    ]
+    return language_model(model, *pieces)
+
+
+def tiny(draw: int, calibration: int, test: int, length: int) -> Task:
+    """Random weights, for a test of the harness: no figure of it says anything."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+    )
+    generator = torch.Generator().manual_seed(draw)
+    texts = [torch.randint(64, (count, length), generator=generator) for count in (calibration, test)]
+    return language_model(LlamaForCausalLM(config), *texts)
+
+
+# --- the sentence encoder ------------------------------------------------------------------------------------------
+
+
+def minilm(draw: int, calibration: int, test: int, length: int) -> Task:
+    """Sentences, and one minus the cosine to the unpruned model's embedding; no length is used."""
+    model, tokenizer = pretrained.encoder()
+
+    def batches(text: str, count: int) -> list[Mapping[str, Tensor]]:
+        found = real_sources.sentences(text, count * _SENTENCES, draw)
+        found.sort(key=len)  # those of like length together, so that hardly any position is padding
+        parts = [found[start : start + _SENTENCES] for start in range(0, len(found), _SENTENCES)]
+        order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(draw)).tolist()
+        return [dict(tokenizer(parts[place], padding=True, return_tensors="pt")) for place in order]
+
+    tested = batches(real_sources.reference(), test)
+    with torch.no_grad():
+        wanted = {id(batch): embed(model, batch) for batch in tested}
+
+    @torch.no_grad()
+    def measure(pruned: nn.Module, batch: Mapping[str, Tensor]) -> list[float]:
+        return (1 - (embed(pruned, batch) * wanted[id(batch)]).sum(1)).tolist()
+
+    return Task(
+        model,
+        batches(real_sources.handbook(), calibration),
+        tested,
+        contrastive_loss,
+        embed,
+        measure,
+        lambda mean: 1 - mean,
+        "cosine to the unpruned model's embedding",
+    )
+
+
+# --- the image classifier ------------------------------------------------------------------------------------------
+
+
+def efficientnet(draw: int, calibration: int, test: int, length: int) -> Task:
+    """Crops of photographs, zero where the class agrees with the unpruned model's; no length is used."""
+    from benchmarks import efficientnet_lite, photographs
+
+    model = efficientnet_lite.lite0()
+    first, second = photographs.halves()
+    batches = [
+        photographs.crops(photos, count, _CROPS, draw) for photos, count in ((first, calibration), (second, test))
+    ]
+    with torch.no_grad():
+        wanted = {id(batch): model(batch).argmax(1) for batch in batches[1]}
+
+    @torch.no_grad()
+    def measure(pruned: nn.Module, batch: Tensor) -> list[float]:
+        return (pruned(batch).argmax(1) != wanted[id(batch)]).float().tolist()
+
+    def loss(network: nn.Module, batch: Tensor) -> Tensor:
+        return network(batch)
+
+    return Task(
+        model,
+        batches[0],
+        batches[1],
+        loss,
+        lambda network, batch: network(batch),
+        measure,
+        lambda mean: 1 - mean,
+        "agreement of the first class with the unpruned model",
+        unit="macs",
+        example_inputs=batches[0][0][:1],
+        labels=False,
+        options={"rows": "sample"},
+    )
+
+
+TASKS: dict[str, Callable[[int, int, int, int], Task]] = {
+    "smollm2": smollm2,
+    "minilm": minilm,
+    "efficientnet": efficientnet,
+    "tiny": tiny,
+}
