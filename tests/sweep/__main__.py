@@ -1,8 +1,10 @@
-"""Sweep over the model types of the transformers library; writes docs/transformers.md.
+"""Sweep over the model types of the transformers library; writes docs/transformers_models.md.
 
-python tests/sweep [--task causal ...] [--only llama ...] [--seconds 120] [--jobs 2] [--out docs/transformers.md]
+python tests/sweep [--task causal ...] [--only llama ...] [--for 400] [--write docs/transformers_models.md]
 
-Each model type runs in a process of its own, with a time limit: one that crashes or hangs says so in its row.
+Each model type runs in a process of its own, with limits of time and memory: one that crashes or hangs says so in its
+row. A row is written to ``--rows`` (build/sweep.jsonl) when it is done, and rows that are there already are kept: an
+interrupted sweep is resumed by the same command.
 """
 
 from __future__ import annotations
@@ -10,120 +12,129 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import resource
 import sys
 import time
 import warnings
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))  # run as a folder, not as a package
-
 import torch
 import transformers
-from sweep_model import TASKS, Found, examine
-from transformers.models.auto import modeling_auto
+from sweep_model import TASKS, Found, examine, model_types
+from sweep_table import table, write_table
 
-START, END = "<!-- sweep -->", "<!-- end -->"
+ROOT = Path(__file__).parents[2]
 
 
-def _work(task: str, model_type: str, pipe: Any) -> None:
+def _work(task: str, model_type: str, gigabytes: float, pipe: Any) -> None:
     warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     sys.stderr = open("/dev/null", "w")  # noqa: SIM115 - until the process ends
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(gigabytes * 2**30),) * 2)
     pipe.send(asdict(examine(task, model_type)))
 
 
-def swept(jobs: Sequence[tuple[str, str]], seconds: float, at_once: int) -> list[Found]:
-    """What was found of every (task, model type), in their order."""
+def swept(jobs: Sequence[tuple[str, str]], rows: Path, limits: tuple[float, float], at_once: int) -> None:
+    """Examine every (task, model type) and append what was found to ``rows``.
+
+    Args:
+        jobs: in this order.
+        rows: a file of one JSON object a line.
+        limits: seconds and GiB for each.
+        at_once: processes.
+    """
+    seconds, gigabytes = limits
     context = multiprocessing.get_context("fork")  # transformers is imported once
-    running: dict[int, tuple[Any, Any, float]] = {}
-    found: dict[int, Found] = {}
-    waiting = list(enumerate(jobs))
+    running: dict[tuple[str, str], tuple[Any, Any, float]] = {}
+    waiting, done = list(jobs), 0
     while waiting or running:
         while waiting and len(running) < at_once:
-            index, job = waiting.pop(0)
+            job = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(*job, theirs))
+            process = context.Process(target=_work, args=(*job, gigabytes, theirs))
             process.start()
             theirs.close()
-            running[index] = (process, ours, time.monotonic())
-        for index, (process, pipe, started) in list(running.items()):
-            late = time.monotonic() - started > seconds
+            running[job] = (process, ours, time.monotonic())
+        for job, (process, pipe, started) in list(running.items()):
+            found = None
             if pipe.poll(0.02):
                 try:
-                    found[index] = Found(**pipe.recv())
+                    found = Found(**pipe.recv())
                 except EOFError:
-                    found[index] = Found(*jobs[index], built="the process ended without a word")
-            elif late:
+                    found = Found(*job, wrong="the process ended without a word")
+            elif time.monotonic() - started > seconds:
                 process.kill()
-                found[index] = Found(*jobs[index], built=f"not done after {seconds:.0f} s")
-            if index in found:
-                process.join()
-                del running[index]
-                print(f"{len(found)}/{len(jobs)}", json.dumps(asdict(found[index])), flush=True)
-    return [found[index] for index in range(len(jobs))]
+                found = Found(*job, wrong=f"not done after {seconds:.0f} s")
+            if found is None:
+                continue
+            process.join()
+            del running[job]
+            done += 1
+            line = json.dumps({"transformers": transformers.__version__} | asdict(found))
+            with rows.open("a") as file:
+                file.write(line + "\n")
+            said = found.wrong or found.built or " ".join(f"{n} {kind}" for kind, n in found.kinds.items())
+            print(f"{done}/{len(jobs)} {' '.join(job)}: {said}", flush=True)
 
 
-def table(found: Sequence[Found]) -> str:
-    """The rows as Markdown, a section a task, with counts."""
-    lines = [f"transformers {transformers.__version__}, `python tests/sweep`"]
-    for task in TASKS:
-        rows = [row for row in found if row.task == task]
-        if not rows:
-            continue
-        exact = sum(not row.built and not row.wrong and bool(row.kinds) for row in rows)
-        counts = Counter("not built" if row.built else "wrong" if row.wrong else "built" for row in rows)
-        lines += [
-            "",
-            f"## {TASKS[task]}",
-            "",
-            f"{len(rows)} model types: {counts['built'] + counts['wrong']} built, {exact} with groups that are exact, "
-            f"{counts['wrong']} wrong, {counts['not built']} not built.",
-            "",
-            "| model type | groups | error | left out, or why not built |",
-            "| --- | --- | ---: | --- |",
-        ]
-        lines += [_row(row) for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _row(row: Found) -> str:
-    groups = ", ".join(f"{count} {kind}" for kind, count in sorted(row.kinds.items()))
-    reasons = "; ".join(sorted({_general(reason) for reason in row.left_out}))
-    error = "" if row.error is None else f"{row.error:.0e}"
-    said = row.wrong or (f"not built: {row.built}" if row.built else reasons)
-    return f"| {row.model_type} | {groups} | {error} | {said.replace('|', '/')} |"
-
-
-def _general(reason: str) -> str:
-    """A reason without the number of the layer, so that layers share it."""
-    return " ".join(".".join("N" if part.isdigit() else part for part in word.split(".")) for word in reason.split())
+def rows_of(path: Path) -> dict[tuple[str, str], Found]:
+    """The rows of a file, of this version of transformers; of several about one model type the last."""
+    found = {}
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        row = json.loads(line)
+        if row.pop("transformers") == transformers.__version__:
+            found[row["task"], row["model_type"]] = Found(**row)
+    return found
 
 
 def main() -> None:
     """Sweep, print, write."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="*", choices=tuple(TASKS), default=list(TASKS))
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="*", default=[], help="model types")
+    parser.add_argument("--again", choices=("all", "wrong", "unbuilt"), help="rows that are not kept")
+    parser.add_argument("--seconds", type=float, default=120, help="for each model type")
+    parser.add_argument("--gigabytes", type=float, default=4, help="for each model type")
+    parser.add_argument("--jobs", type=int, default=1, help="processes at once")
+    parser.add_argument("--for", dest="time", type=float, default=float("inf"), help="begin none after so many seconds")
+    parser.add_argument("--rows", type=Path, default=ROOT / "build" / "sweep.jsonl")
+    parser.add_argument("--write", type=Path, help="the table, as Markdown")
     arguments = parser.parse_args()
-    names = {task: list(getattr(modeling_auto, f"{TASKS[task]}_NAMES")) for task in arguments.task}
     jobs = [
-        (task, name) for task, types in names.items() for name in types if not arguments.only or name in arguments.only
+        (task, name)
+        for task in arguments.task
+        for name in model_types(task)
+        if not arguments.only or name in arguments.only
     ]
-    found = swept(jobs, arguments.seconds, arguments.jobs)
-    written = table(found)
-    print("\n".join(line for line in written.splitlines() if "model types:" in line))
-    if arguments.out is not None:
-        arguments.out.write_text("# Transformers, by model type\n\n" + written)
-    wrong = [f"{row.task} {row.model_type}: {row.wrong}" for row in found if row.wrong]
+    arguments.rows.parent.mkdir(exist_ok=True)
+    before = rows_of(arguments.rows)
+    again = {
+        job
+        for job, row in before.items()
+        if arguments.again == "all"
+        or (arguments.again and row.wrong)
+        or (arguments.again == "unbuilt" and row.built)
+        or arguments.only
+    }
+    missing = [job for job in jobs if job not in before or job in again]
+    started = time.monotonic()
+    while missing and time.monotonic() - started < arguments.time:
+        piece, missing = missing[: 4 * arguments.jobs], missing[4 * arguments.jobs :]
+        swept(piece, arguments.rows, (arguments.seconds, arguments.gigabytes), arguments.jobs)
+    found = [row for job, row in rows_of(arguments.rows).items() if job in set(jobs)]
+    print("\n".join(line for line in table(found).splitlines() if "model types" in line))
+    if missing:
+        print(f"{len(missing)} are not swept yet: the same command resumes")
+    if arguments.write is not None:
+        write_table(arguments.write, found)
+    wrong = [f"wrong: {row.task} {row.model_type}: {row.wrong}" for row in found if row.wrong]
     print("\n".join(wrong))
-    sys.exit(bool(wrong))
+    sys.exit(bool(wrong or missing))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,15 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"(image|video|audio|boi|eoi|image_start|image_end|vision_start|vision_end)_token_(id|index)", 2),
     (r"max_position_embeddings|n_positions|n_ctx|max_.*_positions|max_seq_len|seq_length|context_length", POSITIONS),
     (r"num_(hidden|encoder|decoder|block|entity)?_?layers|n_layers?|(encoder|decoder)_layers|num_blocks?", 2),
-    (r"hidden_size|d_model|n_embd|embed_dim|embedding_size|dim_model|word_embed_proj_dim|emb_dim|hidden_dim", 32),
+    (
+        r"hidden_size(_global)?|d_model|n_embd|embed_dim|embedding_size|dim_model|word_embed_proj_dim|emb_dim|hidden_dim",
+        32,
+    ),
     (r"vision_hidden_size|projection_dim|hidden_size_per_layer_input|attention_hidden_size|proj_dim", 32),
-    (r"(moe|shared|expert|shared_expert|moe_shared_expert)_(intermediate|ffn)_(size|dim)|expert_hidden_size", 24),
+    (
+        r"(moe|shared|expert|shared_experts?|moe_shared_expert)_(intermediate|ffn|ffn_hidden)_(size|dim)|expert_hidden_size",
+        24,
+    ),
     (
         r"(ffn_)?intermediate_size(_mlp)?|(encoder|decoder)?_?ffn_dim|n_inner|d_ff|ffn_hidden_size|dim_ff|mlp_hidden_size",
         48,
@@ -28,9 +34,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"head_dim|d_kv|kv_channels|attention_head_dim|global_head_dim|swa_head_dim", 8),
     (r"v_head_dim|qk_nope_head_dim", 8),
     (r"qk_rope_head_dim|rotary_dim|rope_head_dim|index_head_dim", 4),
+    (r"index_n_heads", 2),
     (r"kv_lora_rank|q_lora_rank|o_lora_rank", 12),
     (r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_local_experts", 4),
-    (r"num_experts_per_(tok|token)|moe_top_?k|top_k|moe_topk|num_selected_experts|num_experts_per_token", 2),
+    (r"num_experts_per_(tok|token)|moe_top_?k|top_k|moe_topk|moe_k|num_selected_experts|num_experts_per_token", 2),
     (r"n_shared_experts|num_shared_experts", 1),
     (r"n_group|topk_group|num_expert_group|num_limited_groups", 1),
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
@@ -65,13 +72,45 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "xlm": {"emb_dim": 32, "n_heads": 4},
     "xlnet": {"d_model": 32, "n_head": 4, "d_inner": 48, "n_layer": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "use_mamba_kernels": False},
-    "zamba": {"use_mamba_kernels": False, "num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1},
-    "zamba2": {"use_mem_eff_path": False},
+    "zamba": {
+        "use_mamba_kernels": False, "attention_hidden_size": 64, "attention_head_dim": 16, "num_hidden_layers": 3,
+        "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    },
+    "zamba2": {"use_mem_eff_path": False, "attention_hidden_size": 64, "attention_head_dim": 16},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
+    "cohere_compass_text": {
+        "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+            for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "dots3_note_text": {
+        "per_layer_config": {
+            1: {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 8, "qk_nope_head_dim": 8},
+        },
+    },
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "dense"], "adapter_in_dim": 32, "adapter_out_dim": 32},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 32},
+    "falcon_h1": {"mamba_d_ssm": 64},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
+    "longcat_flash": {"zero_expert_num": 1},
+    "xmod": {"default_language": "en_XX"},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+        "indexer_compress_ratio": 2, "ngram_vocab_size_base": 64, "make_ngram_vocab_size_divisible_by": 8,
+        "split_ngram_parts": 1, "hc_lowrank": 8,
+    },
+    "zaya": {"num_experts_per_tok": 1},
     "bamba": {"attn_layer_indices": [1]},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16},
     "convbert": {"conv_kernel_size": 3, "head_ratio": 2},
-    "reformer": {"axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 8},
+    "reformer": {
+        "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 8,
+    },
     "longformer": {"attention_window": [8, 8]},
     "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4},
     "swinv2": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4},
@@ -100,28 +139,54 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# Sizes that a default configuration leaves open, and that a model can't be built without.
+_OPEN = (
+    "head_dim",
+    "num_key_value_heads",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts",
+    "num_experts_per_tok",
+)
+
+
 def tiny_config(config_class: Any, model_type: str) -> Any:
     """A configuration whose sizes are tiny, and which holds every type of layer that the default one has."""
-    return config_class(**_sizes(config_class, OVERRIDES.get(model_type, {})))
+    return config_class(**_sizes(config_class(), OVERRIDES.get(model_type, {})))
 
 
-def _sizes(config_class: Any, overrides: dict[str, Any]) -> dict[str, Any]:
-    default = config_class()
+def _sizes(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the class of a configuration; those of the configurations inside are dicts with their model type."""
     values: dict[str, Any] = {}
     for name, value in vars(default).items():
-        found = next((tiny for pattern, tiny in RULES if re.fullmatch(pattern, name)), None)
-        if found is not None and isinstance(value, (int, float)) and not isinstance(value, bool):
-            values[name] = found
-    kinds = getattr(default, "layer_types", None)
-    settable = not isinstance(getattr(config_class, "layer_types", None), property)
-    if kinds and settable:
-        chosen = list(dict.fromkeys(kinds))[:4]
-        chosen = chosen if len(chosen) > 1 else chosen * 2
-        values["layer_types"] = chosen
-        layers = next((name for name in ("num_hidden_layers", "num_layers", "n_layer") if name in values), None)
-        if layers:
-            values[layers] = len(chosen)
-    for name, inner in getattr(config_class, "sub_configs", {}).items():
-        if hasattr(default, name) and hasattr(inner, "model_type"):
-            values[name] = _sizes(inner, OVERRIDES.get(inner.model_type, {})) | {"model_type": inner.model_type}
-    return values | overrides
+        if hasattr(value, "model_type") and hasattr(value, "to_dict"):
+            inner = OVERRIDES.get(value.model_type, {}) | overrides.get(name, {})
+            values[name] = _sizes(value, inner) | {"model_type": value.model_type}
+        elif (tiny := _tiny(name, value)) is not None:
+            values[name] = tiny
+    if "kv_lora_rank" in values:  # latent attention expands keys for every head
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    if "qk_rope_head_dim" in values and "head_dim" in values:
+        rotary = default.head_dim in (default.qk_rope_head_dim, None)
+        values["head_dim"] = values["qk_rope_head_dim"] + (0 if rotary else values["qk_nope_head_dim"])
+    values |= _layer_types(default, values)
+    return values | {name: value for name, value in overrides.items() if not isinstance(values.get(name), dict)}
+
+
+def _tiny(name: str, value: Any) -> Any:
+    sized = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not sized and not (value is None and name in _OPEN):
+        return None
+    return next((tiny for pattern, tiny in RULES if re.fullmatch(pattern, name)), None)
+
+
+def _layer_types(default: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """One layer of each type, and so many layers."""
+    name = getattr(default, "attribute_map", {}).get("layer_types", "layer_types")
+    kinds = getattr(default, name, None)
+    if not kinds or isinstance(getattr(type(default), name, None), property):
+        return {}
+    chosen = list(dict.fromkeys(kinds))[:4]
+    chosen = chosen if len(chosen) > 1 else chosen * 2
+    layers = next((key for key in ("num_hidden_layers", "num_layers", "n_layer") if key in values), None)
+    return {name: chosen} | ({layers: len(chosen)} if layers else {})

@@ -5,17 +5,23 @@ python tests/sweep/sweep_model.py TASK MODEL_TYPE prints one JSON object.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import json
 import sys
 import tempfile
 import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from sweep_configs import IMAGE, VOCABULARY, tiny_config
+from sweep_configs import tiny_config
+from sweep_inputs import inputs_of
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import obc
@@ -30,8 +36,9 @@ TASKS = {
     "image": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
     "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING",
 }
-TOLERANCE = 1e-8  # of float64 outputs; some models compute rotary angles or norms in float32
-FLOAT32 = 1e-4
+TOLERANCE = 1e-8  # of outputs in float64
+SCORES = 1e-3  # of scores, which are float32
+LARGEST = 20_000_000  # parameters of a configuration that is still called tiny
 
 
 @dataclass
@@ -40,7 +47,8 @@ class Found:
 
     Attributes:
         built: why it was not built or does not run; empty where it does.
-        kinds: kind of unit -> how many groups.
+        kinds: kind of unit -> how many groups are proved.
+        unproved: kind of unit -> how many groups the inputs don't reach.
         left_out: reason -> how many groups.
         error: largest relative difference between the sliced and the masked model; None where nothing was removed.
         reloaded: difference after saving and loading; None where that was not tried.
@@ -52,6 +60,7 @@ class Found:
     model_type: str
     built: str = ""
     kinds: dict[str, int] = field(default_factory=dict)
+    unproved: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     error: float | None = None
     reloaded: float | None = None
@@ -59,49 +68,81 @@ class Found:
     wrong: str = ""
 
 
+def model_types(task: str) -> list[str]:
+    """The names that transformers maps to a model of the task."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return [name for name in getattr(modeling_auto, f"{TASKS[task]}_NAMES") if name in CONFIG_MAPPING_NAMES]
+
+
 def model_class(task: str, model_type: str) -> tuple[Any, Any]:
     """(config class, model class) of a model type."""
     import transformers
     from transformers.models.auto import modeling_auto
-
-    mapping = getattr(modeling_auto, TASKS[task])
-    for config_class, classes in mapping.items():
-        if config_class.model_type == model_type:
-            return config_class, classes[0] if isinstance(classes, tuple) else classes
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     names = getattr(modeling_auto, f"{TASKS[task]}_NAMES")[model_type]
     return CONFIG_MAPPING[model_type], getattr(transformers, names if isinstance(names, str) else names[0])
 
 
-def inputs_of(task: str, model: Any) -> dict[str, Tensor]:
-    """A batch of two samples."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(4, VOCABULARY - 2, (2, 16), generator=generator)
-    if task == "image":
-        channels = getattr(model.config, "num_channels", 3)
-        size = getattr(model.config, "image_size", IMAGE)
-        size = size if isinstance(size, int) else size[0]
-        return {"pixel_values": torch.randn(2, channels, size, size, generator=generator).double()}
-    if task == "seq2seq":
-        return {"input_ids": ids, "decoder_input_ids": ids[:, :8].clone()}
-    return {"input_ids": ids}
+class _Float64(TorchFunctionMode):
+    """What asks for float32 gets float64: models compute norms and rotary angles in float32, whatever they are."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.float:
+            return args[0].double()
+        args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
+        named = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*args, **named)
+
+
+@contextlib.contextmanager
+def in_float64(model_class: Any) -> Iterator[None]:
+    """Instances of the class are built and run in float64 throughout."""
+    forward, dtype = model_class.forward, torch.get_default_dtype()
+
+    @functools.wraps(forward)
+    def precise(*args: Any, **kwargs: Any) -> Any:
+        with _Float64():
+            return forward(*args, **kwargs)
+
+    model_class.forward = precise
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        model_class.forward = forward
+        torch.set_default_dtype(dtype)
 
 
 def built(task: str, model_type: str) -> Any:
     """The tiny model in float64, its parameters random, so that no start value hides a fault."""
     config_class, chosen = model_class(task, model_type)
     config = tiny_config(config_class, model_type)
+    if not isinstance(config, chosen.config_class):  # of the language part of a larger model
+        inner = [value for value in vars(config).values() if isinstance(value, chosen.config_class)]
+        config = inner[0] if inner else config.get_text_config()
     if hasattr(config, "use_cache"):
         config.use_cache = False
+    with contextlib.suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # some can't be built so
+        size = sum(parameter.numel() for parameter in chosen(copy.deepcopy(config)).parameters())
+        assert size <= LARGEST, f"{size / 1e6:.0f} million parameters: sweep_configs does not know its sizes"
     torch.manual_seed(0)
-    model = chosen(config).double().eval()
-    if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # grouped products know no float64
+    model = _eager(chosen(config).double().eval())
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1))
+    return model
+
+
+def _eager(model: Any) -> Any:
+    """Experts one by one: grouped products know no float64."""
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
     return model
 
 
@@ -163,54 +204,72 @@ def examine(task: str, model_type: str) -> Found:
     """Everything that is seen of one model type."""
     found = Found(task, model_type)
     try:
-        model = built(task, model_type)
-        batch = inputs_of(task, model)
-        with torch.no_grad():
-            outputs = tensors(model(**batch))
-        assert outputs, "no floating output"
-        assert all(output.isfinite().all() for output in outputs), "outputs are not finite"
-    except Exception as error:  # whatever a model raises is the reason
-        found.built = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
-        return found
-    try:
-        _compared(found, model, batch)
+        _, chosen = model_class(task, model_type)
     except Exception as error:
-        found.wrong = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        found.built = _said(error)
+        return found
+    with in_float64(chosen):
+        try:
+            model = built(task, model_type)
+            batch = inputs_of(task, model)
+            with torch.no_grad():
+                outputs = tensors(model(**batch))
+            assert outputs, "no floating output"
+            assert all(output.isfinite().all() for output in outputs), "outputs are not finite"
+        except Exception as error:  # whatever a model raises is the reason
+            found.built = _said(error)
+            return found
+        try:
+            _compared(found, model, batch)
+        except Exception as error:
+            found.wrong = _said(error)
     return found
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
 def _compared(found: Found, model: Any, batch: dict[str, Tensor]) -> None:
     structure = TransformersStructure(model)
-    before = len(structure.groups)
-    prove(structure, lambda network: network(**batch))
-    for reason in structure.left_out.values():
-        found.left_out[reason] = found.left_out.get(reason, 0) + 1
+    proof = prove(structure, lambda network: network(**batch))
+    found.left_out = dict(Counter(structure.left_out.values()))
     for group in structure.groups:
-        found.kinds[group.kind] = found.kinds.get(group.kind, 0) + 1
-    if not before or not structure.groups:
+        if group.name in proof.proved:
+            found.kinds[group.kind] = found.kinds.get(group.kind, 0) + 1
+        elif "did not run" in (reason := proof.unproved.get(group.name, "no smaller width is permitted")):
+            found.unproved[group.kind] = found.unproved.get(group.kind, 0) + 1
+        else:
+            found.left_out[reason] = found.left_out.get(reason, 0) + 1
+    if not structure.groups:
         return
     units = removed_units(structure)
     original = copy.deepcopy(model)
+    beyond = masked(original, structure, units)  # these were proved with the weights masked
+    compared = {name: gone for name, gone in units.items() if name not in beyond}
     pruned = TransformersStructure(copy.deepcopy(model))
-    beyond = masked(original, structure, units)
-    units = {name: gone for name, gone in units.items() if name not in beyond}
+    pruned.remove(compared)
+    with torch.no_grad():
+        found.error = max(
+            proof.error, difference(tensors(pruned.model(**batch)), tensors(original(**batch))) if compared else 0.0
+        )
+    if found.error > TOLERANCE:
+        found.wrong = f"sliced and masked differ by {found.error:.2g}"
+        return
+    pruned = TransformersStructure(copy.deepcopy(model))
     pruned.remove(units)
     with torch.no_grad():
         sliced = tensors(pruned.model(**batch))
-        found.error = difference(sliced, tensors(original(**batch)))
-    if found.error > FLOAT32:
-        found.wrong = f"sliced and masked differ by {found.error:.2g}"
-        return
     with tempfile.TemporaryDirectory() as folder:
         save_pruned(pruned.model, pruned.plan, folder)
-        loaded = load_pruned(folder, type(model)).double()
+        loaded = _eager(load_pruned(folder, type(model)).double())
         with torch.no_grad():
             found.reloaded = difference(tensors(loaded(**batch)), sliced)
-    if found.reloaded > FLOAT32:
+    if found.reloaded > TOLERANCE:
         found.wrong = f"the reloaded model differs by {found.reloaded:.2g}"
         return
     found.scored = _scored(model, batch)
-    if found.scored is not None and found.scored > 1e-3:
+    if found.scored is not None and found.scored > SCORES:
         found.wrong = f"scores differ from explicit autograd by {found.scored:.2g}"
 
 
@@ -241,4 +300,4 @@ def _scored(model: Any, batch: dict[str, Tensor]) -> float | None:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    print("FOUND " + json.dumps(asdict(examine(sys.argv[1], sys.argv[2]))))
+    print(json.dumps(asdict(examine(sys.argv[1], sys.argv[2]))))

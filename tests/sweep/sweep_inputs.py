@@ -1,0 +1,25 @@
+"""A batch that a tiny model of a task takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sweep_configs import IMAGE, VOCABULARY
+from torch import Tensor
+
+
+def inputs_of(task: str, model: Any) -> dict[str, Tensor]:
+    """A batch of two samples."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, VOCABULARY - 2, (2, 16), generator=generator)
+    if task == "image":
+        channels = getattr(model.config, "num_channels", 3)
+        size = getattr(model.config, "image_size", IMAGE)
+        size = size if isinstance(size, int) else size[0]
+        return {"pixel_values": torch.randn(2, channels, size, size, generator=generator).double()}
+    if task == "seq2seq":
+        return {"input_ids": ids, "decoder_input_ids": ids[:, :8].clone()}
+    if "musicgen" in model.config.model_type:  # a row for every codebook
+        ids = ids.repeat(model.config.num_codebooks, 1)
+    return {"input_ids": ids}
