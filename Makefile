@@ -91,7 +91,7 @@ wirings: setup ## random permutations, splits, stacks, views, shuffles between l
 	OBC_WIRINGS=$(WIRINGS) OBC_WIRINGS_FIRST=$$(($(FUZZ_SEED) * $(WIRINGS))) \
 	  $(BIN)/python -m pytest -q tests/structures/test_random_wirings.py
 
-nightly: sanitize fuzz wirings test-all mutation ## all of it: hours
+nightly: sanitize fuzz wirings sweep test-all mutation ## all of it: hours
 
 coverage: setup ## the test suite with its coverage of lines and branches
 	$(BIN)/python -m coverage erase
@@ -103,7 +103,7 @@ mutation: setup ## a sample of mutants of reference.py, scoring/ and recovery/: 
 	$(BIN)/python tests/mutation.py $(ARGS)
 
 sweep: setup ## every model type of the transformers library, tiny: groups, sliced against masked, saving; an hour
-	$(BIN)/python tests/sweep $(ARGS)
+	$(BIN)/python tests/sweep --write docs/transformers_models.md $(ARGS)
 
 examples: setup ## run every script of examples/, in small
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/examples $(ARGS)
