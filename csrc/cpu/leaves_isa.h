@@ -381,8 +381,10 @@ OBC_TARGET void row_sums(
   }
 }
 
-// The sums of one to four rows, in registers, and then added to memory: a fourth of the additions there.
-template <class Type, bool kOffsets, int kRows>
+// The sums of one to eight rows, in registers, and then added to memory: an eighth of the additions there. The
+// processor foresees no row that follows in memory after a gap: the next `kAhead` rows are fetched into the
+// second-level cache meanwhile.
+template <class Type, bool kOffsets, int kRows, int kAhead>
 OBC_INLINE void add_column_moments(
     const Matrix& x, const int64_t* starts, int64_t columns, typename Type::Acc* const (&sums)[3]
 ) {
@@ -390,10 +392,15 @@ OBC_INLINE void add_column_moments(
   using Element = typename Type::Element;
   constexpr int64_t kLanes = Row<Type, kOffsets>::kLanes;
   const Element* data[kRows];
+  const Element* ahead[kAhead + 1];
   for (int r = 0; r < kRows; ++r) data[r] = static_cast<const Element*>(x.data) + starts[r];
+  for (int r = 0; r < kAhead; ++r) ahead[r] = static_cast<const Element*>(x.data) + starts[kRows + r];
   for (int64_t j = 0; j < columns; j += kLanes) {
     const int64_t count = columns - j;
     Vector moments[3];
+    if constexpr (!kOffsets) {
+      for (int r = 0; r < kAhead; ++r) __builtin_prefetch(ahead[r] + j, 0, 2);
+    }
     for (int r = 0; r < kRows; ++r) {
       const Row<Type, kOffsets> row({data[r], 0, x.offsets}, 0);
       Vector value, size;
@@ -435,8 +442,10 @@ OBC_TARGET void column_moments(
 ) {
   typename Type::Acc* const sums[3] = {sum, square, absolute};
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) add_column_moments<Type, kOffsets, 4>(x, starts + r, columns, sums);
-  for (; r < rows; ++r) add_column_moments<Type, kOffsets, 1>(x, starts + r, columns, sums);
+  for (; r + 16 <= rows; r += 8) add_column_moments<Type, kOffsets, 8, 8>(x, starts + r, columns, sums);
+  for (; r + 8 <= rows; r += 8) add_column_moments<Type, kOffsets, 8, 0>(x, starts + r, columns, sums);
+  for (; r + 4 <= rows; r += 4) add_column_moments<Type, kOffsets, 4, 0>(x, starts + r, columns, sums);
+  for (; r < rows; ++r) add_column_moments<Type, kOffsets, 1, 0>(x, starts + r, columns, sums);
 }
 
 // A leaf looks once, not per element, at whether the columns are contiguous.
