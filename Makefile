@@ -24,7 +24,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz wirings nightly coverage mutation wheel examples sweep audit licences docs lint format
+.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz wirings nightly coverage mutation wheel examples sweep audit licences sbom lock browser screenshots docs lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -91,7 +91,11 @@ wirings: setup ## random permutations, splits, stacks, views, shuffles between l
 	OBC_WIRINGS=$(WIRINGS) OBC_WIRINGS_FIRST=$$(($(FUZZ_SEED) * $(WIRINGS))) \
 	  $(BIN)/python -m pytest -q tests/structures/test_random_wirings.py
 
-nightly: sanitize fuzz wirings sweep test-all mutation ## all of it: hours
+NIGHTLY := browser examples docs wheel licences sbom sanitize fuzz wirings sweep test-all mutation
+nightly: setup ## all of it, each with its time: hours
+	@for target in $(NIGHTLY); do began=$$(date +%s); $(MAKE) $$target || exit 1; \
+	  echo "make $$target: $$(($$(date +%s) - began)) s"; done
+	@$(MAKE) audit || echo "make audit: an advisory, see above; or the index's advisories can't be reached from here"
 
 coverage: setup ## the test suite with its coverage of lines and branches
 	$(BIN)/python -m coverage erase
@@ -115,6 +119,26 @@ audit: setup ## ask the index's advisories about what is installed
 licences: setup ## the licence of every installed package
 	$(BIN)/python -m pip install --quiet pip-licenses
 	$(BIN)/pip-licenses --order license
+
+sbom: setup ## every installed package with version and licence, as CycloneDX JSON in build/sbom.json
+	$(BIN)/python -m pip install --quiet cyclonedx-bom
+	mkdir -p build
+	$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file build/sbom.json $(BIN)/python
+	@echo "written: build/sbom.json"
+
+# Without torch's local version, so that the lock holds for CPU and CUDA builds alike.
+lock: setup ## write the versions of everything installed to constraints-lock.txt; make setup CONSTRAINTS=... takes them
+	{ sed -n '/^#/p;/^[^#]/q' constraints-lock.txt; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed -n 's/^\([A-Za-z0-9._-]*==[^+]*\).*/\1/p'; } > build/lock.txt
+	mv build/lock.txt constraints-lock.txt
+
+# The tests of pages run in it. Debian's; elsewhere any chromium or google-chrome on the path serves.
+browser: ## install Chromium with apt-get where there is none
+	@command -v chromium || command -v chromium-browser || command -v google-chrome \
+	  || { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium; }
+
+screenshots: setup browser ## take the pictures of the page of a pruning that the docs show
+	$(BIN)/python docs/screenshots.py
 
 # torch's own libraries stay outside: the importing process has its torch.
 wheel: setup ## build the source distribution and the wheel, each in isolation, into dist/

@@ -149,6 +149,27 @@ def _encoder(results: Path) -> str:
     return "\n\n".join(parts) + source(rows[-1].get("provenance", content["provenance"]))
 
 
+def _recovery(results: Path) -> str:
+    """Test figures of recovered models, mean over seeds: a table a model, ways down."""
+    parts = []
+    for model, shown in (("encoder", "cosine similarity to the unpruned model"), ("smollm2", "perplexity")):
+        found = read(results, f"bench_recovery_{model}")["rows"]
+        seeds = max(row["seed"] for row in found) + 1
+        lines = []
+        for way in dict.fromkeys(row["way"] for row in found):
+            cases = [row for row in found if row["way"] == way]
+            rate = next((row["rate"] for row in cases if row["seed"] == seeds - 1), None)
+            chosen = [row for row in cases if row["rate"] == rate]
+            trained = f"{chosen[0]['trained_parameters'] / 1e6:.2f} M" if "trained_parameters" in chosen[0] else "-"
+            step = f"{statistics.median(row['seconds'] for row in chosen) / chosen[0]['steps']:.2f}" if rate else "-"
+            test = _spread([row["test"] for row in chosen], 4 if model == "encoder" else 2)
+            lines.append([way, "-" if rate is None else f"{rate:.0e}", trained, step, test])
+        first = found[0]
+        head = [f"{model}, {first['steps']} steps", "rate", "trained", "s a step", f"{shown}, n = {seeds}"]
+        parts.append(markdown(head, lines) + source(first["provenance"]))
+    return "\n\n".join(parts)
+
+
 # --- selection -----------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +256,7 @@ SUMMARIES: dict[str, Callable[[Path], str]] = {
     "compensation-costs": _compensation_costs,
     "factors": _factors,
     "encoder": _encoder,
+    "recovery": _recovery,
     "select": _select,
     "joint-selection": _joint_selection,
     "equivalent": _equivalent,

@@ -5,25 +5,41 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 
-from obc.commands import bench, criteria, demo, evaluate, info, prune, recover, report, score
-from obc.commands.common import USAGE_ERROR, UsageError
+from obc.commands import bench, completion, criteria, demo, evaluate, info, prune, recover, report, score
+from obc.commands.common import BROKEN_PIPE, INTERRUPTED, USAGE_ERROR, UsageError
+from obc.commands.run_log import run_log
+from obc.distribution import DISTRIBUTION, obc_version
 
-COMMANDS = (demo, score, prune, criteria, recover, evaluate, report, bench, info)
+COMMANDS = (demo, score, prune, criteria, recover, evaluate, report, bench, info, completion)
+
+_EPILOG = """\
+exit codes: 0 done; 2 the request can't be carried out as it stands, one line says why and what to do; 1 an error that
+obc did not foresee, with its traceback; 130 interrupted; of obc bench the highest of its benchmarks'."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parsed = _parser().parse_args(arguments)
+    """Run the command line; returns the exit code (:mod:`obc.commands.common`)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    parsed.parser = parser
     try:
-        with _plain_warnings(), _progress_lines():
+        with _plain_warnings(), _progress_lines(), run_log(getattr(parsed, "log", None), arguments):
             return int(parsed.command(parsed))
     except UsageError as error:
         print(f"obc {parsed.name}: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"obc {parsed.name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has gone: obc info | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
 
 
 @contextlib.contextmanager
@@ -53,7 +69,14 @@ def _progress_lines() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="obc", description="Structural pruning by Optimal Brain Connection.")
+    parser = argparse.ArgumentParser(
+        prog="obc",
+        description="Structural pruning by Optimal Brain Connection.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = f"{DISTRIBUTION} {obc_version() or '(source tree)'}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="name")
     for command in COMMANDS:
         command.add(commands)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import reprlib
 import secrets
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, Union, get_args, get_origin
+from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
 
 
 @contextlib.contextmanager
@@ -76,3 +77,60 @@ def _is(value: Any, kind: Any) -> bool:
     if kind is float:
         return type(value) in (float, int)
     return kind is Any or type(value) is kind  # a bool is no int
+
+
+def built(value: Any, kind: Any) -> Any:
+    """``value``, as JSON gives it, as an object of ``kind``: what :func:`parse_json` knows, tuples, literals and
+    dataclasses, nested in any way.
+
+    Fields with a default may be missing.
+
+    >>> built({"target": 0.5, "removed": {"conv1": 3}}, Step)
+
+    Raises:
+        ValueError: it is of another kind; names the field.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _dataclass(value, kind)
+    if origin in (Union, types.UnionType):
+        return _first_built(value, parts)
+    if origin in (list, Sequence) and type(value) is list:
+        return [built(item, parts[0]) for item in value]
+    if origin in (dict, Mapping) and type(value) is dict:
+        return {name: built(item, parts[1]) for name, item in value.items()}
+    if origin is tuple and type(value) is list and len(value) == len(parts):
+        return tuple(built(item, part) for item, part in zip(value, parts, strict=True))
+    known = value in parts and isinstance(value, str) if origin is Literal else origin is None and _is(value, kind)
+    if not known:
+        raise ValueError(f"expected {kind}, got {reprlib.repr(value)}")
+    return value
+
+
+def _dataclass(value: Any, kind: type) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if type(value) is not dict or not value.keys() <= fields.keys():
+        raise ValueError(f"expected the fields of {kind.__name__}, got {reprlib.repr(value)}")
+    missing = dataclasses.MISSING
+    needed = [n for n, field in fields.items() if field.default is missing and field.default_factory is missing]
+    if lacking := [name for name in needed if name not in value]:
+        raise ValueError(f"{kind.__name__} has no {lacking[0]!r}")
+    hints, found = get_type_hints(kind), {}
+    for name, item in value.items():
+        try:
+            found[name] = built(item, hints[name])
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return kind(**found)
+
+
+def _first_built(value: Any, kinds: Sequence[Any]) -> Any:
+    last = ValueError(f"expected None, got {reprlib.repr(value)}")
+    for kind in kinds:
+        if kind is type(None) and value is not None:  # what is wrong with the other kind says more
+            continue
+        try:
+            return built(value, kind)
+        except ValueError as error:
+            last = error
+    raise last

@@ -33,12 +33,8 @@ def run(page: Path, namespace: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "tutorials/cnn",
-        "tutorials/llm",
-        "tutorials/own_loop",
-        "statistics",
-        "extending/criterion",
-        "extending/transformer_family",
+        *("tutorials/cnn", "tutorials/llm", "tutorials/recovery", "tutorials/own_loop"),
+        *("statistics", "extending/criterion", "extending/transformer_family"),
     ],
 )
 def test_the_page_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

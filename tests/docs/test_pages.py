@@ -21,7 +21,7 @@ EVERYWHERE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 TOPICS = (
     *("architecture", "scoring", "glossary", "environment", "files", "large_models", "measured", "install", "pruning"),
     *("extending/criterion", "extending/operator", "extending/transformer_family", "api/index"),
-    *("tutorials/cnn", "tutorials/llm", "tutorials/own_loop"),
+    *("tutorials/cnn", "tutorials/llm", "tutorials/own_loop", "tutorials/recovery"),
 )
 
 

@@ -11,17 +11,16 @@ import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
+TWO_PROCESSES = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 # script -> (how it is started, its arguments, what it prints)
 RUNS: dict[str, tuple[list[str], list[str], str]] = {
     "prune_image_model.py": ([], ["--epochs", "3"], "fine-tuned: accuracy"),
     "prune_llm.py": ([], ["--tiny", "--seq-len", "32", "--steps", "4", "OUT"], "recovered: perplexity"),
     "prune_detector.py": ([], [], "(4, 8, 16, 16)"),
     "with_torch_pruning.py": ([], [], "Linear(in_features="),
-    "two_processes.py": (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-        [],
-        "8 rows on 2 processes",
-    ),
+    "own_criterion.py": ([], ["--epochs", "1"], "activation_energy: accuracy"),
+    "two_processes.py": (TWO_PROCESSES, [], "8 rows on 2 processes"),
+    "recover_on_two_processes.py": (TWO_PROCESSES, [], "the same on every process: True"),
 }
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(obc.__file__).parent
 
 # A folder may import from the folders of lower floors and from its own.
 FLOORS = (
-    ("model", "reference", "distribution", "files", "tensor_file"),
+    ("model", "reference", "distribution", "files", "page", "tensor_file"),
     ("backends",),
     ("ops",),
     ("scoring", "selection"),

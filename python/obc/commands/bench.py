@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import obc
 from obc.commands.common import UsageError, folder, require
+from obc.commands.run_log import add_log, say
 
 # What is asked for -> the benchmarks that answer it.
 BENCHMARKS = {
@@ -35,6 +37,7 @@ def add(commands: Any) -> None:
     bench.add_argument(
         "--out", type=Path, default=Path("obc-bench"), help="folder of JSON and PNG (default: obc-bench)"
     )
+    add_log(bench)
     bench.set_defaults(command=run)
 
 
@@ -60,6 +63,7 @@ def run(parsed: argparse.Namespace) -> int:
         result = out / f"{name}.json"
         only = ["--sizes" if name == "bench_large" else "--only", parsed.only] if parsed.only else []
         command = [sys.executable, "-m", f"benchmarks.{name}", *options, *only, "--out", str(result)]
+        say(f"running {shlex.join(command)}")
         status = max(status, subprocess.run(command, cwd=root).returncode)
         if result.exists():
             picture = result.with_suffix(".png")

@@ -6,7 +6,12 @@ import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 
+# Exit codes; 0 is success, 1 an error that obc did not foresee.
 USAGE_ERROR = 2
+INTERRUPTED = 130  # as a shell says of a process that SIGINT ended
+BROKEN_PIPE = 141  # and of one that SIGPIPE ended
+# What `obc prune` writes beside a model: of module:function, and of a transformers directory.
+REPORT_FILES = ("report.json", "obc_report.json")
 
 
 class UsageError(Exception):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from obc.commands.common import UsageError, folder, require
+from obc.commands.run_log import add_log, say
 
 PACKAGES = {"sklearn": "scikit-learn", "torch_pruning": "torch-pruning", "matplotlib": "matplotlib"}
 
@@ -37,6 +38,7 @@ def add(commands: Any) -> None:
     demo.add_argument(
         "--full", action="store_true", help="then fine-tune shortly, naively and by Equivalent Pruning: minutes more"
     )
+    add_log(demo)
     demo.set_defaults(command=run)
 
 
@@ -49,20 +51,17 @@ def run(parsed: argparse.Namespace) -> int:
     from obc.demo import finetune, report
     from obc.demo import run as comparison
 
-    def say(line: str) -> None:
-        print(line, flush=True)
-
     start = time.perf_counter()
     results = comparison.run(parsed.seed, say=say)
     report.draw(results, picture)
     for part in (*map(report.table, results), report.protocol()):
-        print(f"\n{part}", flush=True)
+        say(f"\n{part}")
     if parsed.full:
-        print()
+        say("")
         tuned = finetune.run(parsed.seed, say=say)
         for part in (*map(report.fine_tuning_table, tuned), report.fine_tuning_protocol()):
-            print(f"\n{part}")
-    print(f"\nDrawn in {picture}. Seed {parsed.seed}, {time.perf_counter() - start:.0f} s.")
+            say(f"\n{part}")
+    say(f"\nDrawn in {picture}. Seed {parsed.seed}, {time.perf_counter() - start:.0f} s.")
     return 0
 
 
@@ -75,9 +74,9 @@ def run_real(parsed: argparse.Namespace) -> int:
     from obc.demo import real
 
     try:
-        result = real.run(parsed.real, parsed.seed, say=lambda line: print(line, flush=True))
+        result = real.run(parsed.real, parsed.seed, say=say)
     except ImportError as error:
         raise UsageError(str(error)) from error
     real.draw(result, picture)
-    print(f"\n{real.shown(result)}\n\nDrawn in {picture}. Seed {parsed.seed}, {result.seconds:.0f} s.")
+    say(f"\n{real.shown(result)}\n\nDrawn in {picture}. Seed {parsed.seed}, {result.seconds:.0f} s.")
     return 0

@@ -13,6 +13,7 @@ import torch
 from obc import quality
 from obc.commands import checkpoints, data
 from obc.commands.common import UsageError, require
+from obc.commands.run_log import add_log, say
 from obc.commands.score import positive
 from obc.model.evaluation import evaluating
 
@@ -47,6 +48,7 @@ def add(commands: Any) -> None:
         "--dtype", choices=tuple(checkpoints.DTYPES), help="(default: the one the model was saved in)"
     )
     evaluate.add_argument("--device", help="cpu, cuda:0 ... (default: the first GPU, else the CPU)")
+    add_log(evaluate)
     evaluate.set_defaults(command=run)
 
 
@@ -70,15 +72,15 @@ def run(parsed: argparse.Namespace) -> int:
     models = {"": checkpoint.model} if reference is None else {"": checkpoint.model, "reference: ": reference.model}
     try:
         for name, model in models.items():
-            print("\n".join(name + line for line in _figures(model, checkpoint.loss, batches, parsed.stride)))
+            say("\n".join(name + line for line in _figures(model, checkpoint.loss, batches, parsed.stride)))
         if reference is not None:
             both = (checkpoint.model, reference.model, batches, checkpoints.outputs)
-            print(f"agreement: {quality.agreement(*both):.4f}")
-            print(f"cosine: {quality.cosine(*both):.4f}")
+            say(f"agreement: {quality.agreement(*both):.4f}")
+            say(f"cosine: {quality.cosine(*both):.4f}")
     except ValueError as error:
         raise UsageError(str(error)) from error
     if parsed.measure:
-        print("\n".join(_speed(models, batches[0])))
+        say("\n".join(_speed(models, batches[0])))
     return 0
 
 

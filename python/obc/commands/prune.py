@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from safetensors.torch import save_model
 
 import obc
 from obc.commands import checkpoints, entry_point, prune_scored
-from obc.commands.common import UsageError, folder, require
+from obc.commands.common import REPORT_FILES, UsageError, folder, require
+from obc.commands.run_log import add_log, say
 from obc.commands.score import positive
-from obc.files import atomic_write
 from obc.pruning.arguments import Budget
 
 _DESCRIPTION = f"""\
@@ -84,6 +83,7 @@ def add(commands: Any) -> None:
     scored.add_argument("--seq-len", type=positive, help="for --compensate: as of obc score")
     scored.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), help="(default: the one it was saved in)")
     scored.add_argument("--device", help="(default: the first GPU, else the CPU)")
+    add_log(prune)
     prune.set_defaults(command=run)
 
 
@@ -141,8 +141,7 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
         raise UsageError(str(error)) from error
     save_model(result.model, str(out / "model.safetensors"), force_contiguous=True)
     result.plan.save(out / "plan.json")
-    with atomic_write(out / "report.json") as file:
-        file.write((json.dumps(result.report.as_dict(), indent=2) + "\n").encode())
-    print(result.report)
-    print(f"written: {out}/model.safetensors, plan.json, report.json")
+    result.report.save(out / REPORT_FILES[0])
+    say(result.report)
+    say(f"written: {out}/model.safetensors, plan.json, {REPORT_FILES[0]}; as a page: obc report {out}")
     return 0

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 import obc
 from obc.commands import checkpoints, data
-from obc.commands.common import UsageError, folder, require
+from obc.commands.common import REPORT_FILES, UsageError, folder, require
 from obc.commands.report import load as load_scores
+from obc.commands.run_log import say
 from obc.criteria import get, scores_from
 from obc.model.plan import PruningPlan
 from obc.pruning.arguments import Budget, chosen_allocation
+from obc.pruning.provenance import provenance
+from obc.pruning.report import PruningReport
 from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
 from obc.selection import select
@@ -49,28 +52,63 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
             scores.verify(model)
         structure = TransformersStructure(model, uniform=bool(parsed.uniform), round_to=parsed.round_to)
         original = copy.deepcopy(model) if parsed.compensate else model
-        before, widths = dict(model.state_dict()), {group.name: group.size for group in structure.groups}
-        costs, parameters = structure.costs("macs").total(), structure.costs("parameters").total()
+        before, report = dict(model.state_dict()), _report(parsed, structure, budget)
         if isinstance(scores, Scores):
-            chosen = _chosen(structure, scores, budget)
+            chosen = _chosen(structure, scores, budget, report)
         else:
-            chosen = _by_criterion(structure, scores, budget, parsed.criterion, parsed.allocation)
+            chosen = _by_criterion(structure, scores, budget, parsed.criterion, parsed.allocation, report)
         structure.remove(chosen)
         structure.plan.verify(before, model)
     except (ValueError, obc.PlanError) as error:
         raise UsageError(str(error)) from error
-    remaining = structure.costs("macs").total() / costs
-    print(f"MACs a token: {remaining:.1%} remain; parameters: {structure.costs('parameters').total() / parameters:.1%}")
-    for group in structure.groups:
-        print(f"  {group.name} ({group.kind}): {widths[group.name]} -> {group.size}")
-    for name, why in structure.left_out.items():
-        print(f"  {name}: not pruned: {why}")
+    _note_result(report, structure)
+    kinds = {group.name: group.kind for group in structure.groups}
+    shares = report.macs_after / report.macs_before, report.parameters_after / report.parameters_before
+    say(f"MACs a token: {shares[0]:.1%} remain; parameters: {shares[1]:.1%}")
+    say(*(f"  {name} ({kinds[name]}): {was} -> {now}" for name, (was, now) in report.widths.items()))
+    say(*(f"  {name}: not pruned: {why}" for name, why in report.left_out.items()))
     if parsed.compensate:
-        print(_compensate(parsed, model, original, structure.plan))
+        say(_compensate(parsed, model, original, structure.plan, report))
         if set(model.state_dict()) != set(before):
             structure.config_refused = "layers have biases now that no config can say"
     _save(model, structure, source, folder(out))
+    report.save(out / REPORT_FILES[1])
+    say(f"as a page: obc report {out}")
     return 0
+
+
+def _report(parsed: argparse.Namespace, structure: Any, budget: Budget) -> PruningReport:
+    """What is known before anything is removed."""
+    choices = {
+        "directory": parsed.target,
+        "scores": parsed.scores,
+        "budget": f"{budget.argument}={budget.share:g}",
+        "criterion": parsed.criterion or "jacobian",
+        "allocation": parsed.allocation or ("uniform" if parsed.uniform else "global"),
+        "compensate": parsed.compensate,
+        "seed": parsed.seed,
+        "MACs": "of one token",
+    }
+    macs, parameters = (round(structure.costs(unit).total()) for unit in ("macs", "parameters"))
+    return PruningReport(
+        budget=budget.unit,
+        macs_before=macs,
+        parameters_before=parameters,
+        widths={group.name: (group.size, group.size) for group in structure.groups},
+        left_out=dict(structure.left_out),
+        unproved={"the whole model": "a directory is pruned by its scores without a forward pass"},
+        provenance=provenance(structure.model, choices),
+    )
+
+
+def _note_result(report: PruningReport, structure: Any) -> None:
+    """What remains."""
+    report.macs_after, report.parameters_after = (
+        round(structure.costs(unit).total()) for unit in ("macs", "parameters")
+    )
+    now = {group.name: group.size for group in structure.groups}
+    report.widths = {name: (before, now[name]) for name, (before, _) in report.widths.items()}
+    report.left_out, report.warnings = dict(structure.left_out), list(structure.warnings)
 
 
 def _statistics(path: Path) -> obc.Statistics:
@@ -82,7 +120,12 @@ def _statistics(path: Path) -> obc.Statistics:
 
 
 def _by_criterion(
-    structure: Any, statistics: obc.Statistics, budget: Budget, criterion: str, allocation: str | None
+    structure: Any,
+    statistics: obc.Statistics,
+    budget: Budget,
+    criterion: str,
+    allocation: str | None,
+    report: PruningReport,
 ) -> dict[str, Tensor]:
     """The units to remove by a criterion of statistics."""
     found, limits, costs = get(criterion), structure.limits, structure.costs(budget.unit)
@@ -93,6 +136,8 @@ def _by_criterion(
     scores = scores_from(found, structure.groups, statistics, structure.model)
     if not scores:
         raise UsageError(f"--criterion {criterion} scores no group of this model")
+    for name, units in scores.items():
+        report.note_scores(name, units)
     task = Task(
         scores,
         structure.groups,
@@ -108,7 +153,7 @@ def _by_criterion(
     return chosen.select(task)
 
 
-def _chosen(structure: Any, scores: Scores, budget: Budget) -> dict[str, Tensor]:
+def _chosen(structure: Any, scores: Scores, budget: Budget, report: PruningReport) -> dict[str, Tensor]:
     """The units to remove: sets of them where the file has rows, else one by one."""
     groups, costs, limits = structure.groups, structure.costs(budget.unit), structure.limits
     joint = bool(scores.rows)
@@ -120,6 +165,8 @@ def _chosen(structure: Any, scores: Scores, budget: Budget) -> dict[str, Tensor]
         values = dict(scores.group(groups, slices="gate"))
     if not values:
         raise UsageError("the scores have nothing of any group that can be pruned; score the model itself")
+    for name, units in values.items():
+        report.note_scores(name, units.square().sum(0) if joint else units)
     freed = (1 - budget.share) * budget.counted(costs)
     selection = "joint" if joint else "independent"
     options: dict[str, Any] = {"selection": selection, "min_units": limits.min_units, "round_to": limits.round_to}
@@ -128,7 +175,9 @@ def _chosen(structure: Any, scores: Scores, budget: Budget) -> dict[str, Tensor]
     return select(values, costs, freed, **options)
 
 
-def _compensate(parsed: argparse.Namespace, model: Any, original: nn.Module, plan: PruningPlan) -> str:
+def _compensate(
+    parsed: argparse.Namespace, model: Any, original: nn.Module, plan: PruningPlan, report: PruningReport
+) -> str:
     """Compensate ``model`` in place from ``--data``, and say in a line what came of it."""
     batches = data.batches(
         parsed.data,
@@ -141,16 +190,19 @@ def _compensate(parsed: argparse.Namespace, model: Any, original: nn.Module, pla
         seed=parsed.seed,
     )
     if parsed.compensate == "mean":
-        means = absorb_means(model, original, plan, batches, checkpoints.outputs)
+        report.means = means = absorb_means(model, original, plan, batches, checkpoints.outputs)
+        report.parameters_after = sum(parameter.numel() for parameter in model.parameters())
+        report.warnings += means.warnings
         lines = [f"{len(means.absorbed)} biases took over means, {len(means.created)} of them new", *means.warnings]
         return "\n".join(lines)
     try:
-        report = obc.compensate(model, original, plan, batches, checkpoints.outputs, mode=parsed.compensate)
+        found = obc.compensate(model, original, plan, batches, checkpoints.outputs, mode=parsed.compensate)
     except ValueError as error:
         raise UsageError(f"--compensate: {error}") from error
+    report.compensation = found
     return (
-        f"compensated ({parsed.compensate}): held-out output error {report.naive_error:.4f} -> "
-        f"{report.final_error:.4f}, {report.seconds:.1f} s"
+        f"compensated ({parsed.compensate}): held-out output error {found.naive_error:.4f} -> "
+        f"{found.final_error:.4f}, {found.seconds:.1f} s"
     )
 
 
@@ -161,10 +213,10 @@ def _save(model: Any, structure: Any, source: Path, out: Path) -> None:
     if structure.config_refused is None:
         model.save_pretrained(out)
         structure.plan.save(out / PLAN_FILE)
-        print(f"written: {out}; from_pretrained loads it")
+        say(f"written: {out}; from_pretrained loads it")
     else:
         save_pruned(model, structure.plan, out)
-        print(f"written: {out}; obc.structures.transformers.load_pruned loads it: {structure.config_refused}")
+        say(f"written: {out}; obc.structures.transformers.load_pruned loads it: {structure.config_refused}")
     tokenizer = data.tokenizer_of(source)
     if tokenizer is not None:
         tokenizer.save_pretrained(out)

@@ -9,6 +9,7 @@ from typing import Any
 import obc
 from obc.commands import checkpoints, data
 from obc.commands.common import UsageError, folder, require
+from obc.commands.run_log import add_log, say
 from obc.commands.score import positive
 from obc.structures.transformers.saving import PLAN_FILE, is_saved_pruned, save_pruned
 
@@ -43,6 +44,7 @@ def add(commands: Any) -> None:
     recover.add_argument("--every", type=positive, default=20, help="steps between checkpoints (default: 20)")
     recover.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), help="(default: that of the files)")
     recover.add_argument("--device", help="cpu, cuda:0 ... (default: the first GPU, else the CPU)")
+    add_log(recover)
     recover.set_defaults(command=run)
 
 
@@ -84,8 +86,8 @@ def run(parsed: argparse.Namespace) -> int:
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     _save(pruned.model, plan, parsed.model, out)
-    print(report)
-    print(f"written: {out}")
+    say(report)
+    say(f"written: {out}")
     return 0
 
 

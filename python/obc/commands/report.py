@@ -1,4 +1,4 @@
-"""``obc report``: a score file as one self-contained page."""
+"""``obc report``: a pruning, or a score file, as one self-contained page."""
 
 from __future__ import annotations
 
@@ -6,21 +6,38 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from obc.commands.common import UsageError, writable
-from obc.commands.report_page import page
+from obc.commands.common import REPORT_FILES, UsageError, writable
 from obc.files import atomic_write
+from obc.page.document import Section, document
+from obc.page.markup import facts
+from obc.page.scores import score_sections
+from obc.pruning.report import PruningReport
 from obc.scoring import Scores
+
+_DESCRIPTION = """\
+Write one self-contained HTML page. It loads nothing from anywhere and runs no script.
+
+obc report PRUNED_DIR | report.json   a whole pruning: budgets before and after, widths, scores, what was left out and
+                                      why, what was proved, what compensation did, provenance; with --scores also every
+                                      layer's scores
+obc report scores.safetensors         a score file: every layer's scores, and how they were read"""
 
 
 def add(commands: Any) -> None:
     """Add ``obc report`` to the subparsers."""
     report = commands.add_parser(
         "report",
-        help="draw a score file as one HTML page",
-        description="Write a score file as one self-contained HTML page: every layer's scores and how they were read. "
-        "It loads nothing from anywhere and runs no script.",
+        help="draw a pruning, or a score file, as one HTML page",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    report.add_argument("scores", type=Path, help="a file that obc score, or Scores.save, wrote")
+    report.add_argument(
+        "source",
+        type=Path,
+        metavar="PRUNED_DIR | FILE",
+        help="what obc prune wrote, a report (PruningReport.save), or a score file (obc score, Scores.save)",
+    )
+    report.add_argument("--scores", type=Path, help="the score file of the unpruned model, for the page of a pruning")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="(default: %(default)s)")
     report.set_defaults(command=run)
 
@@ -35,8 +52,57 @@ def load(path: Path) -> Scores:
 
 def run(parsed: argparse.Namespace) -> int:
     """Write the page: all of it, or nothing."""
-    scores = load(parsed.scores)
+    source = _file(parsed.source)
+    if source.suffix == ".json":
+        content, said = _pruning(source, parsed.scores)
+    elif parsed.scores is not None:
+        raise UsageError("--scores is for the page of a pruning; pass PRUNED_DIR or its report.json first")
+    else:
+        scores = load(source)
+        content, said = score_page(scores, source.name), f"{len(scores)} modules"
     with atomic_write(writable(parsed.out)) as file:
-        file.write(page(scores, parsed.scores.name).encode())
-    print(f"{len(scores)} modules drawn in {parsed.out}")
+        file.write(content.encode())
+    print(f"{said} drawn in {parsed.out}")
     return 0
+
+
+def _file(source: Path) -> Path:
+    """The file itself, or the report in a folder."""
+    if not source.is_dir():
+        return source
+    found = [source / name for name in REPORT_FILES if (source / name).is_file()]
+    if not found:
+        raise UsageError(f"{source} holds no report ({' or '.join(REPORT_FILES)}); obc prune writes one")
+    return found[0]
+
+
+def _pruning(source: Path, scores: Path | None) -> tuple[str, str]:
+    """The page of a pruning, and what is drawn."""
+    further: list[Section] = []
+    if scores is not None:
+        found = load(scores)
+        further = score_sections(found, found.coverage, _unscored(found))
+    try:
+        report = PruningReport.load(source)
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from error
+    return report.html(further), f"{len(report.widths)} groups"
+
+
+def score_page(scores: Scores, source: str) -> str:
+    """The page of ``scores``, which come from the file ``source``."""
+    unscored = _unscored(scores)
+    listed = {
+        "file": source,
+        "modules scored": len(scores),
+        "unscored": len(unscored),
+        "rows": scores.num_rows,
+        **{key: value for key, value in scores.metadata.items() if key != "rows"},
+        "kind of rows": scores.metadata.get("rows", "unknown"),
+    }
+    title = f"Scores of {scores.metadata.get('model', 'a model')}"
+    return document(title, score_sections(scores, scores.coverage, unscored), facts(listed))
+
+
+def _unscored(scores: Scores) -> list[str]:
+    return [name for name, how in scores.coverage.items() if not how.scored]

@@ -12,6 +12,7 @@ from torch import nn
 import obc
 from obc.commands import checkpoints, data
 from obc.commands.common import UsageError, require, writable
+from obc.commands.run_log import add_log, say
 from obc.scoring import Coverage, Scores
 from obc.scoring.errors import ScoringError
 
@@ -61,6 +62,7 @@ def add(commands: Any) -> None:
     score.add_argument("--checkpoint", type=Path, help="file to go on from after a kill, with the same arguments")
     score.add_argument("--every", type=positive, default=10, help="batches between checkpoints (default: 10)")
     score.add_argument("--seed", type=int, default=0, help="of masks and random projections (default: 0)")
+    add_log(score)
     score.set_defaults(command=run)
 
 
@@ -91,7 +93,7 @@ def run(parsed: argparse.Namespace) -> int:
         seed=parsed.seed,
     )
     if len(batches) < parsed.batches:
-        print(f"{parsed.data} gives {len(batches)} batches of the {parsed.batches} asked for", flush=True)
+        say(f"{parsed.data} gives {len(batches)} batches of the {parsed.batches} asked for")
     loss = checkpoints.loss_of(checkpoint.loss, parsed.rows, parsed.seed)
     if parsed.statistics:
         return _collect(parsed, model, batches, loss, out)
@@ -111,11 +113,11 @@ def run(parsed: argparse.Namespace) -> int:
     assert scores.report is not None
     scores.metadata["loss"] = checkpoint.loss
     scores.save(out)
-    print(summary(scores))
+    say(summary(scores))
     peak = scores.report.peak_bytes
     memory = "" if peak is None else f", peak memory {peak / 2**20:.0f} MiB"
     took = f"{scores.report.seconds:.1f} s{memory}"
-    print(f"{len(batches)} batches of {_shape(batches[0])}, loss {checkpoint.loss}, {took}; written: {out}")
+    say(f"{len(batches)} batches of {_shape(batches[0])}, loss {checkpoint.loss}, {took}; written: {out}")
     return 0
 
 
@@ -137,7 +139,7 @@ def _collect(parsed: argparse.Namespace, model: nn.Module, batches: Any, loss: A
         raise UsageError(str(error)) from error
     statistics.save(out)
     assert statistics.report is not None
-    print(f"{statistics}\n{statistics.report.seconds:.1f} s; written: {out}")
+    say(f"{statistics}\n{statistics.report.seconds:.1f} s; written: {out}")
     return 0
 
 

@@ -18,6 +18,8 @@ from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.matching import match
 from obc.model.names import named_modules, named_tensors
 from obc.model.slicing import original_tensor, sliced
+from obc.page.document import fragment
+from obc.page.markup import table
 
 _FORMAT = {"format": "obc.PruningPlan", "version": 1}
 
@@ -44,6 +46,12 @@ class PruningPlan(Mapping[str, Kept]):
 
     def __repr__(self) -> str:
         return f"PruningPlan({len(self)} layers)"
+
+    def _repr_html_(self) -> str:
+        """A table for a notebook: how many channels every layer kept."""
+        rows = [[name, _kept_count(kept.out_channels), _kept_count(kept.in_channels)] for name, kept in self.items()]
+        head = ["layer", "out channels kept", "in channels kept"]
+        return fragment(table(head, rows, label="what every layer kept"))
 
     def verify(self, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> None:
         """Check that slicing the original by this plan gives every tensor of the pruned model, value by value.
@@ -159,6 +167,10 @@ class PruningPlan(Mapping[str, Kept]):
         plan = cls(match(original_state_dict, pruned_model))
         plan.verify(original_state_dict, pruned_model)
         return plan
+
+
+def _kept_count(channels: Tensor | None) -> str:
+    return "all" if channels is None else str(len(channels))
 
 
 def _plain(value: Any) -> Any:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from obc.pruning.report import PruningReport, PruningResult, StepReport
+from obc.pruning.report import PruningReport, PruningResult, ReportError, StepReport
 from obc.pruning.run import prune
 from obc.structures.protocol import Structure
 
-__all__ = ["PruningReport", "PruningResult", "StepReport", "Structure", "prune"]
+__all__ = ["PruningReport", "PruningResult", "ReportError", "StepReport", "Structure", "prune"]

@@ -130,6 +130,8 @@ class Job:
         with timed(self.report, "score"):
             rows = self._rows(subject)
             subject.batches.refuse_many()
+            for name, values in rows.items():
+                self.report.note_scores(name, values.square().sum(0) if values.dim() == 2 else values)
         with timed(self.report, "select"):
             removed = self._select(rows, costs, excess, counted - last * self.full)
         with timed(self.report, "remove"):

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from obc.files import atomic_write, built, parse_json
 from obc.model.plan import PruningPlan
-from obc.recovery.compensate import CompensationReport
+from obc.page.document import Section
+from obc.pruning.report_page import pruning_fragment, pruning_page
+from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.mean_bias import MeansReport
 from obc.structures.proof import Proof
 from obc.structures.protocol import Unit
+
+_FORMAT = "obc.PruningReport/1"
+# Values that a curve of scores has at most.
+_POINTS = 121
+
+
+class ReportError(ValueError):
+    """A file is no report of a pruning, or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,9 @@ class PruningReport:
         unproved: groups, or "the whole model", of which nothing could be proved -> why.
         compensation: the report of :func:`obc.compensate`, where it was asked for.
         means: what biases took over, with ``compensate="mean"``.
+        scores: group -> its units' scores before anything was removed, smallest first; of more than 121 units as many
+            quantiles. Without what is not finite.
+        provenance: what was asked for, of which model, with which software, and when.
     """
 
     budget: Unit = "macs"
@@ -90,22 +107,70 @@ class PruningReport:
     unproved: dict[str, str] = field(default_factory=dict)
     compensation: CompensationReport | None = None
     means: MeansReport | None = None
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    provenance: dict[str, str] = field(default_factory=dict)
+
+    def note_scores(self, name: str, scores: Tensor) -> None:
+        """Remember a group's (units,) scores, unless they are known from an earlier step."""
+        if name in self.scores:
+            return
+        ordered = scores.detach().double().flatten().cpu()
+        ordered = ordered[ordered.isfinite()].sort().values
+        if len(ordered) > _POINTS:
+            ordered = ordered[torch.linspace(0, len(ordered) - 1, _POINTS).round().long()]
+        self.scores[name] = ordered.tolist()
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain Python values, for JSON; of the compensation what its report says about layers."""
-        fields = {name: value for name, value in vars(self).items() if name != "compensation"}
+        """Everything as plain Python values, for JSON, but for the matrices of compensation."""
+        fields = dict(vars(self))
         fields["steps"] = [asdict(step) for step in self.steps]
         fields["proof"] = None if self.proof is None else asdict(self.proof)
         fields["means"] = None if self.means is None else asdict(self.means)
         if self.compensation is not None:
-            fields["compensation"] = {
-                "naive_error": self.compensation.naive_error,
-                "compensated_error": self.compensation.compensated_error,
-                "final_error": self.compensation.final_error,
-                "norms_recalibrated": self.compensation.norms_recalibrated,
-                "layers": {name: asdict(layer) for name, layer in self.compensation.layers.items()},
-            }
+            kept = {name: value for name, value in vars(self.compensation).items() if name != "decompressors"}
+            kept["layers"] = {name: asdict(layer) for name, layer in self.compensation.layers.items()}
+            fields["compensation"] = kept
         return fields
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report as JSON, for :meth:`load` and ``obc report``.
+
+        Raises:
+            OSError: the file can't be written; a file that was there is what it was.
+        """
+        content = json.dumps({"format": _FORMAT, **self.as_dict()}, indent=2)
+        with atomic_write(path) as file:
+            file.write((content + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PruningReport:
+        """Read a report written by :meth:`save`.
+
+        Raises:
+            ReportError: the file is no report, or is damaged.
+            OSError: it can't be read.
+        """
+        with open(path, "rb") as file:
+            text = file.read()
+        name = os.fspath(path)
+        try:
+            fields = parse_json(text, dict[str, Any])
+        except ValueError as error:
+            raise ReportError(f"{name} is not a report of a pruning: {error}") from error
+        if fields.pop("format", None) != _FORMAT:
+            raise ReportError(f"{name} is not a report of a pruning: its format is not {_FORMAT!r}")
+        try:
+            report: PruningReport = built(fields, cls)
+        except ValueError as error:
+            raise ReportError(f"{name} is a damaged report of a pruning: {error}") from error
+        return report
+
+    def html(self, further: Sequence[Section] = ()) -> str:
+        """One self-contained page without scripts: what ``obc report`` writes."""
+        return pruning_page(self.as_dict(), further)
+
+    def _repr_html_(self) -> str:
+        return pruning_fragment(self.as_dict())
 
     def __str__(self) -> str:
         lines = [
@@ -157,6 +222,9 @@ class PruningResult:
     model: nn.Module
     plan: PruningPlan
     report: PruningReport
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.criteria import Subject
-from obc.criteria.protocol import LossFn
+from obc.criteria.protocol import LossFn, name_of
 from obc.model.errors import PruningError, explained
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import Slices
@@ -33,6 +33,7 @@ from obc.pruning.arguments import (
 from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on
 from obc.pruning.job import Choice, Job
 from obc.pruning.measured_macs import MeasuredMacs
+from obc.pruning.provenance import provenance
 from obc.pruning.report import PruningReport, PruningResult, timed
 from obc.pruning.snapshot import Snapshot
 from obc.recovery.compensate import Mode
@@ -171,7 +172,20 @@ def prune(
             f"the structure was made for another model, a {type(structure.model).__name__}, than the "
             f"{type(model).__name__} to be pruned; make one for this model, or pass that one"
         )
-    snapshot, report = Snapshot(model), PruningReport()
+    choices = {
+        "budget": f"{budget.argument}={budget.share:g}",
+        "criterion": name_of(criterion),
+        "allocation": allocation if isinstance(allocation, str) else type(choice.allocation).__name__,
+        "selection": selection,
+        "slices": slices,
+        "steps": len(schedule),
+        "rows": rows,
+        "per_macs": per_cost,
+        "compensate": compensate,
+        "labels": labels,
+        "seed": seed,
+    }
+    snapshot, report = Snapshot(model), PruningReport(provenance=provenance(model, choices))
     try:
         with timed(report, "structure"):
             structure = structure or _structure(model, example_inputs, ignored_layers, num_heads)

@@ -20,7 +20,7 @@ class Trained:
     """A model ready for training.
 
     Attributes:
-        model: what is called; a wrapper around the pruned model for low-rank updates.
+        model: what is called: the pruned model itself; low-rank updates stand inside its layers.
         parameters: what an optimizer gets.
         factors: ids of those that stand for compressors and decompressors, which have no weight decay.
         accumulate: a context in which several backwards add up to one step.
@@ -85,4 +85,5 @@ def _lora(model: nn.Module, rank: int) -> Trained:
             parameter.requires_grad_(flag)
 
     parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    return Trained(wrapped, parameters, frozenset(map(id, parameters)), contextlib.nullcontext, merge)
+    # peft changes the model in place. Its wrapper has other names of modules, which a distillation would not find.
+    return Trained(model, parameters, frozenset(map(id, parameters)), contextlib.nullcontext, merge)

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from obc.distribution import install_command
 from obc.files import parse_json
 from obc.model.groups import ChannelGroup, Slices
+from obc.page.document import fragment
+from obc.page.markup import element
+from obc.page.scores import score_table
 from obc.scoring.coverage import Coverage
 from obc.scoring.results.group_scores import GroupScores, group_scores
 from obc.scoring.results.kept_rows import KeptRows
@@ -115,6 +118,11 @@ class Scores(Mapping[str, ChannelScores]):
         model = self.metadata.get("model", "a model")
         rows = f"{self.num_rows} rows ({self.metadata.get('rows')})"
         return f"Scores of {model}: {len(self)} modules, {rows}, {unscored} unscored"
+
+    def _repr_html_(self) -> str:
+        """The table for a notebook: every module, the range of its scores, and how it was read."""
+        unscored = [name for name, how in self.coverage.items() if not how.scored]
+        return fragment(element("p", self._headline()), score_table(self, self.coverage, unscored))
 
     def group(self, groups: Sequence[ChannelGroup], slices: Slices = "all") -> GroupScores:
         """Scores of coupled channels: S_g = sum over the slices m of group g of S_m, per unit, with the parts listed.

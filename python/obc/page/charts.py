@@ -1,0 +1,82 @@
+"""Charts without scripts: bars of HTML, which stay readable on a phone, and curves of SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from obc.page.markup import Html, element, number, safe, table
+
+_CURVE_WIDTH, _CURVE_HEIGHT = 240, 90
+_MARGIN = 2
+_POSITIVE = 0.92  # of the height; the rest sets what scores nothing apart
+
+
+def bar(after: float, before: float = 1.0) -> Html:
+    """A bar of the length ``before`` with ``after`` of it filled, both in [0, 1]."""
+    whole, filled = (min(max(value, 0.0), 1.0) for value in (before, after))
+    inner = element("span", class_="obc-after", style=f"width:{100 * filled / whole if whole else 0:.1f}%")
+    return element("span", inner, class_="obc-before", style=f"width:{100 * whole:.1f}%", aria_hidden="true")
+
+
+def change_bars(changes: Mapping[str, tuple[float, float]], *, head: Sequence[str], label: str) -> Html:
+    """A row a name: its value before and after as a bar, both numbers, and the share that remained.
+
+    The longest bar is the largest value before.
+    """
+    longest = max((before for before, _ in changes.values()), default=0) or 1
+    rows = []
+    for name, (before, after) in changes.items():
+        share = f"{after / before:.1%}" if before else "-"
+        rows.append(
+            [
+                element("code", name),
+                bar(after / longest, before / longest),
+                f"{number(before)} → {number(after)}",
+                share,
+            ]
+        )
+    return table([*head], rows, label=label)
+
+
+def exponents(values: Iterable[float]) -> tuple[float, float]:
+    """Lowest and highest exponent of ten of the positive values."""
+    found = [math.log10(value) for value in values if value > 0]
+    low, high = min(found, default=0.0), max(found, default=1.0)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def height(value: float, low: float, high: float, whole: float) -> float:
+    """Where a value is drawn, measured from the top, on a logarithmic axis; what is not positive at the bottom."""
+    if value <= 0:
+        return whole - _MARGIN
+    share = (math.log10(value) - low) / (high - low)
+    return round(_MARGIN + (1 - share) * (_POSITIVE * whole - _MARGIN), 1)
+
+
+def curves(values: Mapping[str, Sequence[float]], *, mark: float | None = None) -> tuple[Html, str]:
+    """(picture, its range): a curve of each list, on one logarithmic axis.
+
+    Args:
+        values: class of a line -> its values, from left to right.
+        mark: a share of the width, in [0, 1], at which a line stands.
+    """
+    low, high = exponents(value for line in values.values() for value in line)
+    lines = []
+    for side, line in values.items():
+        step = _CURVE_WIDTH / max(1, len(line) - 1)
+        points = [f"{round(i * step, 1)},{height(v, low, high, _CURVE_HEIGHT)}" for i, v in enumerate(line)]
+        if len(points) == 1:
+            points.append(f"{_CURVE_WIDTH},{points[0].split(',')[1]}")
+        if points:
+            lines.append(element("polyline", points=" ".join(points), class_=f"line {side}"))
+    if mark is not None:
+        x = round(min(max(mark, 0.0), 1.0) * _CURVE_WIDTH, 1)
+        lines.append(element("line", x1=x, x2=x, y1=0, y2=_CURVE_HEIGHT, class_="mark"))
+    bounds = f"{10**low:.0e} to {10**high:.0e}"
+    return element("svg", *lines, viewBox=f"0 0 {_CURVE_WIDTH} {_CURVE_HEIGHT}", role="img", aria_label=bounds), bounds
+
+
+def figure(picture: Html, *caption: object) -> Html:
+    """A picture with its caption."""
+    return element("figure", picture, element("figcaption", safe(*caption)))
