@@ -152,6 +152,9 @@ def test_what_cannot_be_is_refused() -> None:
         BlockProfile().select(task(importance={"layers.0": 1.0}))
     with pytest.raises(ValueError, match="measures the model"):
         Search().select(task())
-    for name in ALLOCATIONS:
+    for name in ("window", "tail"):
+        with pytest.raises(ValueError, match="need whole blocks"):
+            allocation_of(name).select(task())
+    for name in set(ALLOCATIONS) - {"window", "tail"}:
         with pytest.raises(BudgetError):
             allocation_of(name).select(task(1.0, importance=IMPORTANCE, evaluate=lambda removed: 0.0))

@@ -12,7 +12,7 @@ from obc.statistics.results import Statistics
 
 
 class BlockCriterion(Criterion):
-    """A criterion of residual blocks: groups of kind "block" of one unit, named by the block.
+    """A criterion of residual blocks: groups of kind "layers", of one unit each.
 
     Args:
         tokens: "all" or "last".
@@ -23,7 +23,7 @@ class BlockCriterion(Criterion):
         self.needs = (Blocks(tokens, span),)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        if group.kind != "block" or group.name not in statistics.blocks:
+        if group.kind != "layers" or group.name not in statistics.blocks:
             return None
         return torch.tensor([self.of_block(statistics.blocks[group.name])], dtype=torch.float64)
 
@@ -47,7 +47,7 @@ class BlockInfluence(BlockCriterion):
         "forward",
         kinds="blocks",
         differs="Reassessing's code takes one cosine of whole matrices",
-        missing="removal of blocks by obc.prune, FlexiGPT's weight sharing",
+        missing="FlexiGPT's weight sharing",
     )
 
     def of_block(self, sums: BlockSums) -> float:
@@ -64,7 +64,7 @@ class AngularDistance(BlockCriterion):
         "E arccos(cos(window input, window output)) / pi at the last token; span= is the window",
         "forward",
         kinds="blocks",
-        missing="removal of blocks by obc.prune, QLoRA healing",
+        missing="QLoRA healing",
     )
 
     def __init__(self, tokens: Tokens = "last", span: int = 1) -> None:

@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.criteria.depth_rows import DepthRows
 from obc.criteria.protocol import About, Criterion, GroupScores, LossFn, MeasuredCriterion, Subject
 from obc.criteria.units import TINY
+from obc.model.batches import part_of, samples_in
+from obc.model.evaluation import evaluating
 from obc.model.groups import ChannelGroup, Sided, Slices
 from obc.model.usable_batches import UsableBatches
 from obc.scoring.run import score
+from obc.statistics.loss import frozen
 from obc.statistics.results import Statistics
 from obc.statistics.rows import Rows
 
@@ -32,12 +36,22 @@ class GroupRows:
 
 
 def read_rows(subject: Subject) -> GroupRows:
-    """Rows of the layers that the groups' scores need: of the consumers for gates, else of every slice."""
+    """Rows of the layers that the groups' scores need: of the consumers for gates, else of every slice.
+
+    Those of whole blocks and branches are read in the same passes (:mod:`obc.criteria.depth_rows`).
+    """
     wanted = Rows(subject.slices).wanted(subject.model, subject.groups) or {}
+    depth = [group for group in subject.groups if group.is_depth]
+    loss, reader = subject.loss_fn, None
+    if depth:
+        loss = reader = DepthRows(subject.model, depth, subject.loss_fn, subject.rows == "sample")
+    if not wanted and reader is not None:
+        _run(subject, reader)
+        return GroupRows(reader.rows(), {})
     scores = score(
         subject.model,
         subject.batches,
-        subject.loss_fn,
+        loss,
         rows=subject.rows,
         keep_rows=True,
         micro_batch=subject.micro_batch,
@@ -45,7 +59,31 @@ def read_rows(subject: Subject) -> GroupRows:
         progress=False,
     )
     unscored = {name: str(how.reason) for name, how in scores.coverage.items() if name in wanted and not how.scored}
-    return GroupRows(scores.rows, unscored)
+    if reader is None:
+        return GroupRows(scores.rows, unscored)
+    found = reader.rows()
+    counts = {len(rows.out_channels) for rows in found.values() if rows.out_channels is not None}
+    if counts != {scores.num_rows}:
+        raise ValueError(
+            f"{scores.num_rows} rows of channels are finite, and {counts.pop()} rows of blocks; leave out the batches "
+            "that are not finite"
+        )
+    return GroupRows({**scores.rows, **found}, unscored)
+
+
+def _run(subject: Subject, reader: DepthRows) -> None:
+    """Forward and backward passes of all batches, for blocks alone."""
+    with evaluating(subject.model), frozen(subject.model):
+        for row, batch in enumerate(subject.batches):
+            samples = 0 if subject.micro_batch is None else samples_in(batch)
+            step = subject.micro_batch or 1
+            starts = range(0, samples, step) if samples > step else (0,)
+            for start in starts:
+                stop = min(start + step, samples)
+                part = batch if len(starts) == 1 else part_of(batch, start, stop, samples)
+                share = 1.0 if len(starts) == 1 or subject.rows == "sample" else (stop - start) / samples
+                reader.seek(row, start)
+                (reader(subject.model, part).sum() * share).backward()
 
 
 class Jacobian(Criterion):

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 Side = Literal["out", "in"]
+# Kinds whose one unit is a whole residual block, or one residual branch.
+DEPTH_KINDS = ("layers", "sublayers")
 Slices = Literal["gate", "all"]
 
 
@@ -60,6 +62,11 @@ class ChannelGroup:
     def size(self) -> int:
         """How many units there are."""
         return len(self.slices[0].channels)
+
+    @property
+    def is_depth(self) -> bool:
+        """Whether its unit is a whole block or branch: its one slice names the module, and stands for what it adds."""
+        return self.kind in DEPTH_KINDS
 
     @property
     def consumers(self) -> tuple[Slice, ...]:

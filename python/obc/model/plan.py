@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from obc.files import atomic_write, parse_json
 from obc.model.cutting import cut
+from obc.model.depth import Depth, compact, original_names, put_stand_in
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.matching import match
 from obc.model.names import named_modules, named_tensors
@@ -30,10 +31,18 @@ _DIMENSIONS = ("dim", "in_dim")
 
 
 class PruningPlan(Mapping[str, Kept]):
-    """What every pruned layer kept of the original model, by module name (raw parameters: by parameter name)."""
+    """What every pruned layer kept of the original model, by module name (raw parameters: by parameter name).
 
-    def __init__(self, kept: Mapping[str, Kept] | None = None) -> None:
+    Names are those of the unpruned model, also where whole blocks are gone and later ones moved up in their list.
+
+    Args:
+        kept: by name.
+        depth: the blocks and branches that are gone.
+    """
+
+    def __init__(self, kept: Mapping[str, Kept] | None = None, depth: Depth | None = None) -> None:
         self._kept = dict(kept or {})
+        self.depth = depth or Depth()
 
     def __getitem__(self, name: str) -> Kept:
         return self._kept[name]
@@ -45,7 +54,8 @@ class PruningPlan(Mapping[str, Kept]):
         return len(self._kept)
 
     def __repr__(self) -> str:
-        return f"PruningPlan({len(self)} layers)"
+        gone = self.depth.removed
+        return f"PruningPlan({len(self)} layers{f', without {len(gone)} modules' if gone else ''})"
 
     def _repr_html_(self) -> str:
         """A table for a notebook: how many channels every layer kept."""
@@ -61,8 +71,11 @@ class PruningPlan(Mapping[str, Kept]):
         Raises:
             PlanError: naming the first tensor that differs, and both shapes.
         """
-        known = {name for name, _ in named_modules(pruned_model)} | {
-            name for name, _ in pruned_model.named_parameters()
+        names = original_names(pruned_model, self.depth)
+        known = set(names.values()) | {
+            f"{names[name]}.{key}" if name else key
+            for name, module in named_modules(pruned_model)
+            for key in module._parameters
         }
         for name in self:
             if name not in known:
@@ -70,7 +83,7 @@ class PruningPlan(Mapping[str, Kept]):
                     f"the plan has an entry for {name!r}, which the pruned model lacks; pass the plan made for it"
                 )
         for module_name, module, tensor_name, pruned in named_tensors(pruned_model):
-            self.verify_tensor(original_state_dict, module_name, module, tensor_name, pruned)
+            self.verify_tensor(original_state_dict, names[module_name], module, tensor_name, pruned)
 
     def verify_tensor(
         self,
@@ -80,7 +93,10 @@ class PruningPlan(Mapping[str, Kept]):
         tensor_name: str,
         pruned: Tensor,
     ) -> None:
-        """:meth:`verify` of one tensor: ``pruned``, the tensor ``tensor_name`` of the pruned ``module``."""
+        """:meth:`verify` of one tensor: ``pruned``, the tensor ``tensor_name`` of the pruned ``module``.
+
+        ``module_name`` is the module's in the unpruned model.
+        """
         key = f"{module_name}.{tensor_name}" if module_name else tensor_name
         original = original_tensor(original_state_dict, key)
         expected = sliced(module, tensor_name, original, kept_of(self, module_name, key), key)
@@ -116,6 +132,9 @@ class PruningPlan(Mapping[str, Kept]):
             PlanError: the plan names what the model lacks, or does not fit a tensor's shape; the model is unchanged.
         """
         cut(model, self)
+        for name, stand_in in self.depth.stand_ins.items():
+            put_stand_in(model, name, stand_in)
+        compact(model, self.depth)
         return model
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -125,7 +144,8 @@ class PruningPlan(Mapping[str, Kept]):
             OSError: the file can't be written; a file that was there is what it was.
         """
         layers = {name: {field: _plain(value) for field, value in vars(kept).items()} for name, kept in self.items()}
-        content = json.dumps(_FORMAT | {"layers": layers}).encode()
+        depth = {"depth": self.depth.plain()} if self.depth else {}
+        content = json.dumps(_FORMAT | {"layers": layers} | depth).encode()
         with atomic_write(path) as file:
             file.write(content)
 
@@ -150,7 +170,8 @@ class PruningPlan(Mapping[str, Kept]):
         if not isinstance(layers, dict):
             raise PlanError(f"{name} is a damaged pruning plan: it has no layers")
         try:
-            return cls({layer: _kept(fields) for layer, fields in layers.items()})
+            depth = Depth.parse(content["depth"]) if "depth" in content else None
+            return cls({layer: _kept(fields) for layer, fields in layers.items()}, depth)
         except ValueError as error:
             raise PlanError(f"{name} is a damaged pruning plan: {error}") from error
 

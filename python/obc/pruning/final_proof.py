@@ -64,6 +64,29 @@ def prove_groups(structure: Structure, run: Run, report: PruningReport) -> None:
         report.unproved |= proof.unproved
 
 
+def take_out_blocks(structure: Structure, run: Run) -> None:
+    """Take blocks that are gone out of their lists; the model must compute what it computed with stand-ins there.
+
+    Raises:
+        ProofError: it does not.
+    """
+    compact = getattr(structure, "compact", None)
+    if compact is None or not structure.plan.depth:
+        return
+    before = observe(structure.model, run)
+    compact()
+    after = observe(structure.model, run)
+    if len(before.outputs) != len(after.outputs):  # one hidden state a block
+        before.outputs, after.outputs = before.outputs[:1], after.outputs[:1]
+    before.readings = after.readings = {}  # under other names
+    found = compare(before, after)
+    if found.where is not None:
+        raise ProofError(
+            f"with the blocks out of their lists the model computes something else: {found.where}; what a block does "
+            "depends on its place; prune by 'sublayers', or by other kinds"
+        )
+
+
 class FinalProof:
     """Remembers the unpruned model, which costs no memory beside what undoes the pruning, and what is removed.
 

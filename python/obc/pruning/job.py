@@ -104,8 +104,11 @@ class Job:
                 bar.update()
         log.doing = "after the last step"
         for name, (before, after) in self.report.widths.items():
-            if after < NARROW * before:
+            if 0 < after < NARROW * before:
                 self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
+
+    def note_warnings(self) -> None:
+        """What the structure has to say of the model as it is now."""
         for warning in getattr(self.structure, "warnings", ()):
             self._warn(warning)
 
@@ -117,7 +120,8 @@ class Job:
         if report.parameters_after != counted:
             self._warn(f"the structure counts {report.parameters_after} parameters, the model has {counted}")
             report.parameters_after = counted
-        report.widths = {group.name: (self.widths[group.name], group.size) for group in self.structure.groups}
+        left = {group.name: group.size for group in self.structure.groups}
+        report.widths = {name: (before, left.get(name, 0)) for name, before in self.widths.items()}
 
     def _step(self, share: float, last: float) -> None:
         costs = self._costs()
@@ -241,9 +245,11 @@ class Job:
     def _limits(self) -> Limits:
         """The structure's limits and the caller's together."""
         own: Limits = getattr(self.structure, "limits", Limits())
-        names = [group.name for group in self.structure.groups]
+        names, chosen = [group.name for group in self.structure.groups], self.choice.min_units
+        whole_blocks = {group.name for group in self.structure.groups if group.is_depth}
         least = {
-            name: max(self.choice.min_units, own.min_units.get(name, 1), self.least.get(name, 1)) for name in names
+            name: max(0 if name in whole_blocks else chosen, own.min_units.get(name, 1), self.least.get(name, 0))
+            for name in names
         }
         asked = {name: 1 if name in own.whole else self.choice.round_to or 1 for name in names}
         multiples = {name: math.lcm(asked[name], own.round_to.get(name, 1)) for name in names}

@@ -30,7 +30,7 @@ from obc.pruning.arguments import (
     positive,
     repeatable,
 )
-from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on
+from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on, take_out_blocks
 from obc.pruning.job import Choice, Job
 from obc.pruning.measured_macs import MeasuredMacs
 from obc.pruning.provenance import provenance
@@ -107,8 +107,9 @@ def prune(
             ``needs`` and ``score(group, statistics, model)``; or such a function.
         allocation: how much each group loses: "global" (all units compete), "uniform" (equal shares), "equal" (equal
             widths of groups of one kind), "profile" (blocks that change their input more keep more), "two_classes"
-            (attention apart), a mapping of names to strengths, or an object of :mod:`obc.selection.allocation`. None:
-            what the criterion was published with, else "global".
+            (attention apart), "window" and "tail" (consecutive whole blocks go:
+            :mod:`obc.selection.depth_allocations`), a mapping of names to strengths, or an object of
+            :mod:`obc.selection.allocation`. None: what the criterion was published with, else "global".
         selection: "joint" chooses sets of units by their rows, which only "jacobian" has; "independent" ranks single
             units by their scores. None: joint where the criterion has rows and ``slices`` is "gate".
         steps: how often to score and remove; or the shares to reach, descending to ``macs`` or ``params``.
@@ -221,6 +222,8 @@ def prune(
                     recalibrate_norms=recalibrate,
                     progress=progress,
                 )
+        take_out_blocks(structure, run)
+        job.note_warnings()
     except BaseException as error:
         snapshot.restore()
         if report.steps:

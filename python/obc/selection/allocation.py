@@ -77,8 +77,8 @@ class Task:
         )
 
     def scored(self) -> list[ChannelGroup]:
-        """The groups that have scores."""
-        return [group for group in self.groups if group.name in self.scores]
+        """The groups of channels that have scores: whole blocks have no share that could stay."""
+        return [group for group in self.groups if group.name in self.scores and not group.is_depth]
 
 
 class Allocation(Protocol):

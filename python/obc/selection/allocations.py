@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from obc.selection.allocation import Allocation, BlockProfile, Equal, Global, Profile, TwoClasses, Uniform
+from obc.selection.depth_allocations import Tail, Window
 from obc.selection.search import Search
 
 ALLOCATIONS: dict[str, Callable[[], Allocation]] = {
@@ -14,6 +15,8 @@ ALLOCATIONS: dict[str, Callable[[], Allocation]] = {
     "profile": BlockProfile,
     "two_classes": TwoClasses,
     "search": Search,
+    "window": Window,
+    "tail": Tail,
 }
 
 

@@ -130,6 +130,8 @@ def removal_costs(
 
 
 def _of_polynomial(names: Sequence[str], sizes: Sequence[int], costs: Costs, device: torch.device) -> RemovalCosts:
+    if costs.inside:
+        costs = costs.only(names)
     place = {name: index for index, name in enumerate(costs.names)}
     order = torch.tensor([place[name] for name in names])
     for name, size, width in zip(names, sizes, costs.widths[order].tolist(), strict=True):
@@ -140,7 +142,7 @@ def _of_polynomial(names: Sequence[str], sizes: Sequence[int], costs: Costs, dev
             )
     for name, value in zip(names, costs.marginal()[order], strict=True):
         _check_costs(name, value)
-    slope = costs.linear + 2 * costs.quadratic @ costs.widths
+    slope = costs.linear + 2 * costs.quadratic @ costs.counted(costs.widths)
     return RemovalCosts(slope[order].to(device), costs.quadratic[order][:, order].to(device), None)
 
 
@@ -149,12 +151,16 @@ def _check_costs(name: str, values: Tensor) -> None:
         raise ValueError(f"{name!r}: what a unit frees must be finite and not negative, got {float(values.min())}")
 
 
-def warn_if_free(names: Sequence[str], sizes: Sequence[int], costs: RemovalCosts) -> None:
-    """Names groups whose units free nothing."""
+def warn_if_free(
+    names: Sequence[str], sizes: Sequence[int], costs: RemovalCosts, inside: Mapping[int, Sequence[int]]
+) -> None:
+    """Names groups whose units free nothing; a whole block frees what the groups ``inside`` it cost."""
     if costs.unit_costs is not None:
         free = torch.stack([part.amax() for part in costs.unit_costs.split(list(sizes))]) == 0
     else:
         free = costs.slope == costs.curvature.diagonal()
+        for block, inner in inside.items():
+            free[block] &= bool(free[list(inner)].all())
     if bool(free.any()):
         groups = named([name for name, is_free in zip(names, free.tolist(), strict=True) if is_free])
         warnings.warn(f"removing units of {groups} frees nothing: all of them stay", stacklevel=_CALLER)

@@ -12,9 +12,10 @@ from torch import Tensor
 from obc.model.costs import Costs
 from obc.selection import checks
 from obc.selection.compiled import greedy
-from obc.selection.greedy import BUDGET_ROUNDING, Interacting, Problem
+from obc.selection.greedy import BUDGET_ROUNDING, Greedy, Interacting, Problem
 from obc.selection.interactions import Form, choose_form, columns_of, products_within
 from obc.selection.shrinkage import estimated_shrinkage
+from obc.selection.whole_blocks import BlockGreedy, inside_of
 
 Selection = Literal["joint", "independent"]
 
@@ -77,7 +78,9 @@ def select(
         rows_by_group: (N, units) rows of every group, for example :meth:`ChannelGroup.gate_rows`. For "independent"
             also (units,) scores, taken as they are.
         costs: a :class:`obc.selection.Costs`, of which groups without rows keep their widths; or by group the cost of
-            any of its units, or a (units,) tensor of their own costs. Units that free nothing stay.
+            any of its units, or a (units,) tensor of their own costs. Units that free nothing stay. Where the costs say
+            what is ``inside`` a group, that group is a whole block: its one unit frees what is left of the units
+            inside, whose own removal is then off the table, and adds to the loss what their removal did not add.
         budget: how much to free, in the unit of the costs.
         selection: "joint" or "independent".
         shrinkage: from 0, interactions count as the rows have them, to 1, they do not. None: 0 where there are as
@@ -102,7 +105,8 @@ def select(
     names, sizes = list(rows_by_group), [values.shape[-1] for values in rows]
     lowest, multiples = checks.limits(names, sizes, min_units, round_to)
     removal_costs = checks.removal_costs(names, sizes, costs, rows[0].device)
-    checks.warn_if_free(names, sizes, removal_costs)
+    inside = inside_of(names, costs.inside) if isinstance(costs, Costs) else {}
+    checks.warn_if_free(names, sizes, removal_costs, inside)
     interacting = None
     if selection == "joint":
         units = checks.stacked(rows)
@@ -117,10 +121,13 @@ def select(
         scores = [values.double() if values.dim() == 1 else values.double().square().sum(0) for values in rows]
         increments, count = torch.cat(scores), max(values[..., 0].numel() for values in rows)
         checks.warn_if_all_equal(increments, "scores")
-    problem = Problem(increments, sizes, lowest, multiples, removal_costs, per_cost, count, interacting)
-    chosen = _within_budget(names, problem, budget, costs.unit if isinstance(costs, Costs) else "of the given costs")
+    problem = Problem(increments, sizes, lowest, multiples, removal_costs, per_cost, count, interacting, inside)
+    solver = BlockGreedy(problem, units if selection == "joint" else None) if inside else greedy(problem)
+    unit = costs.unit if isinstance(costs, Costs) else "of the given costs"
+    chosen = _within_budget(names, problem, solver, budget, unit)
     removed = dict(zip(names, _by_group(chosen, sizes), strict=True))
-    checks.warn_if_narrow(removed, sizes)
+    channels = {name: units for place, (name, units) in enumerate(removed.items()) if place not in inside}
+    checks.warn_if_narrow(channels, [size for place, size in enumerate(sizes) if place not in inside])
     return removed
 
 
@@ -133,7 +140,7 @@ def _interacting(
     return Interacting(columns_of(form, units, max_bytes), within, strength)
 
 
-def _within_budget(names: Sequence[str], problem: Problem, budget: float, unit: str) -> Tensor:
+def _within_budget(names: Sequence[str], problem: Problem, solver: Greedy, budget: float, unit: str) -> Tensor:
     """The units that free ``budget``, in the order in which they go."""
     if budget == 0:
         return torch.empty(0, dtype=torch.int64)
@@ -141,7 +148,7 @@ def _within_budget(names: Sequence[str], problem: Problem, budget: float, unit: 
     enough = budget * (1 - BUDGET_ROUNDING)
     freed = 0.0
     if reachable >= enough:
-        chosen, freed = greedy(problem).until(budget)
+        chosen, freed = solver.until(budget)
         if freed < enough and problem.costs.unit_costs is not None:
             # Cheap units went where dear ones had to: now those alone may go which free the most in their groups.
             chosen, freed = greedy(_dearest(problem)).until(budget)

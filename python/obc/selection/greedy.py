@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class Problem:
         per_cost: increments are compared per cost.
         rows: how many rows were summed for each increment, which says how far it is rounded.
         interacting: None where increments do not change.
+        inside: group that is a whole block -> the groups whose units go with it.
     """
 
     increments: Tensor
@@ -71,10 +72,15 @@ class Problem:
     per_cost: bool
     rows: int
     interacting: Interacting | None
+    inside: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def reachable(self) -> float:
         """What is freed when every group falls to its lowest width."""
         losses = [size - lowest for size, lowest in zip(self.sizes, self.lowest, strict=True)]
+        for block, groups in self.inside.items():
+            if losses[block]:
+                for group in groups:
+                    losses[group] = self.sizes[group]
         if self.costs.unit_costs is not None:
             parts = zip(self.costs.unit_costs.split(list(self.sizes)), losses, strict=True)
             return float(sum(part.topk(loss).values.sum() for part, loss in parts))

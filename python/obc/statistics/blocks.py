@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from obc.model.depth import Skipped
 from obc.model.names import named_modules
 from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
@@ -85,8 +86,8 @@ class Blocks:
 def residual_blocks(model: nn.Module) -> list[str]:
     """Names of what looks like residual blocks: the members of lists and sequences that hold modules of one kind.
 
-    The outermost such lists count; a member must have modules inside it. Whether its output has its input's shape shows
-    when the model runs: what has not is left out then.
+    The outermost such lists count, without the blocks that pruning removed; a member must have modules inside it.
+    Whether its output has its input's shape shows when the model runs: what has not is left out then.
     """
     found: list[str] = []
     for name, module in named_modules(model):
@@ -94,10 +95,11 @@ def residual_blocks(model: nn.Module) -> list[str]:
             continue
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
             continue
-        kinds = [type(child) for child in module.children()]
-        inner = all(any(True for _ in child.children()) for child in module.children())
-        if inner and kinds.count(kinds[0]) == len(kinds):
-            found += [f"{name}.{child}" if name else child for child, _ in module.named_children()]
+        children = {child: one for child, one in module.named_children() if not isinstance(one, Skipped)}
+        kinds = [type(child) for child in children.values()]
+        inner = all(any(True for _ in child.children()) for child in children.values())
+        if kinds and inner and kinds.count(kinds[0]) == len(kinds):
+            found += [f"{name}.{child}" if name else child for child in children]
     return found
 
 

@@ -33,7 +33,7 @@ class Rows:
             return None
         names = {name for name, _ in model.named_modules()}
         sides: dict[str, set[Side]] = {}
-        for group in groups:
+        for group in (one for one in groups if not one.is_depth):
             for part in group.consumers if self.slices == "gate" else group.slices:
                 if part.module in names:
                     sides.setdefault(part.module, set()).add(part.side)

@@ -7,6 +7,9 @@ Three kinds of modules compute something else without a channel than with the ch
 that are exact: norms over channels take their statistics from the channels that stay; routers give the removed experts
 a logit of minus infinity; :class:`torch.nn.MultiheadAttention`, where it loses channels inside its heads, scales its
 products by the width that remains.
+
+A whole block without its unit returns what it was given; a branch returns zeros. Both run nevertheless, so that what
+stands in for them in the pruned model is held against the real ones.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
+from obc.model.depth import first_floating
 from obc.model.groups import ChannelGroup, Side
 from obc.model.names import named_modules
 from obc.model.rules import Rule, rule_for
@@ -61,6 +65,8 @@ def kept_of(size: int, lost: Tensor | None) -> Tensor:
 def unmaskable(model: nn.Module, group: ChannelGroup) -> str | None:
     """Why units of this group can't be masked, or None."""
     modules = dict(named_modules(model))
+    if group.is_depth:
+        return None if group.name in modules else "the model has no module of its name"
     if group.kind == "experts":
         routers = [part for part in group.slices if _is_router(modules.get(part.module), group)]
         return None if routers else "which module routes to its experts is not known"
@@ -92,9 +98,12 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
     for group in groups:
         if group.name in removed and len(removed[group.name]) and (reason := unmaskable(masked, group)) is not None:
             raise UnmaskableError(f"{group.name}: {reason}")
+    depth = [group for group in groups if group.is_depth and len(removed.get(group.name, ()))]
+    for group in depth:
+        _without_addition(modules[group.name], group.kind == "layers")
     for (name, side), channels in lost_channels(groups, removed).items():
         module = modules.get(name)
-        if module is None:
+        if module is None or any(name == group.name for group in depth):
             continue  # a parameter outside any layer: nobody reads what it loses
         if isinstance(module, nn.MultiheadAttention) and side == "out":
             _mask_attention(uses, module, channels)
@@ -109,6 +118,24 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
                     assert module is not None
                     _route_elsewhere(module, part.channels[removed[group.name].cpu()].flatten())
     return masked
+
+
+def _without_addition(module: nn.Module, whole_block: bool) -> None:
+    """Let a block return what it was given, or a branch zeros: it runs, and what it computed is dropped."""
+    forward = module.forward
+
+    def without_addition(*args: Any, **kwargs: Any) -> Any:
+        x = first_floating((*args, *kwargs.values()))
+        given = None if x is None else x.clone()  # blocks may add to it in place
+        output = forward(*args, **kwargs)
+        y = output[0] if isinstance(output, (tuple, list)) else output
+        if whole_block and (given is None or given.shape != y.shape):
+            shapes = f"{None if given is None else tuple(given.shape)} to {tuple(y.shape)}"
+            raise UnmaskableError(f"it changes the shape of what it is given, {shapes}")
+        instead = given if whole_block else torch.zeros_like(y)
+        return (instead, *output[1:]) if isinstance(output, (tuple, list)) else instead
+
+    module.forward = without_addition  # type: ignore[method-assign]
 
 
 def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:

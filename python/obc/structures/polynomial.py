@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -56,12 +56,15 @@ class Polynomial:
         per_unit = self._per_unit.get(dimension)
         return Size(float(now)) if per_unit is None else Size(now - float(per_unit @ self._widths), per_unit)
 
-    def add(self, factor: float, *sizes: Size) -> None:
-        """Add ``factor`` times the product of the sizes."""
+    def add(self, factor: float, *sizes: Size, goes_with: int | None = None) -> None:
+        """Add ``factor`` times the product of the sizes; ``goes_with``: the group with which the constant part goes."""
         varying = [(size.fixed, size.per_unit) for size in sizes if size.per_unit is not None]
         factor *= math.prod(size.fixed for size in sizes if size.per_unit is None)
         constant = factor * math.prod(fixed for fixed, _ in varying)
-        self.constant += constant
+        if goes_with is None:
+            self.constant += constant
+        else:
+            self.linear[goes_with] += constant
         if len(varying) == 1:
             self.linear += factor * varying[0][1]
         elif varying:
@@ -73,8 +76,8 @@ class Polynomial:
         """Add so much for each unit of every group."""
         self.linear += torch.tensor(factors, dtype=torch.float64)
 
-    def costs(self) -> Costs:
-        """All that was added."""
+    def costs(self, inside: Mapping[str, Sequence[str]] | None = None) -> Costs:
+        """All that was added; ``inside``: see :class:`obc.model.costs.Costs`."""
         return Costs(
             self._names,
             self._widths,
@@ -82,4 +85,5 @@ class Polynomial:
             linear=self.linear,
             quadratic=self.quadratic,
             unit=self._unit,
+            inside=inside,
         )

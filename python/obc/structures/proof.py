@@ -92,15 +92,21 @@ class _Prover:
     def prove(self) -> Proof:
         proof, limits = self.proof, getattr(self.structure, "limits", Limits())
         self.removals = [
-            {name: units for name, group in self.groups.items() if len(units := self._units(group, limits, number))}
+            {
+                name: units
+                for name, group in self.groups.items()
+                if not group.is_depth and len(units := self._units(group, limits, number))
+            }
             for number in range(_TRIES)
         ]
+        depth = self._depth_removals()
         names = [name for name in self.groups if name in self.removals[0]]
-        if not names:
+        if not names and not depth:
             return proof
         try:
             self.base = self._base()
         except Exception as error:  # a model's own code: of copying, or of running
+            names = [*names, *(name for one in depth for name in one)]
             proof.unproved |= dict.fromkeys(names, f"a copy of the model does not run: {type(error).__name__}: {error}")
             return proof
         proof.unproved |= {n: why for n in names if (why := unmaskable(self.base, self.groups[n])) is not None}
@@ -110,11 +116,31 @@ class _Prover:
         others = [name for name in names if name in proof.unproved]
         for number in range(_TRIES):
             maskable, others = self._passing(maskable, number), self._passing(others, number)
+        proved_depth = self._prove_depth(depth)
         unseen = [name for name in maskable if len(self.seen[name]) < _SEEN * self.groups[name].size]
         proof.unproved |= {name: self._unseen(name) for name in unseen if name not in proof.unproved}
         proof.unproved = {name: why for name, why in proof.unproved.items() if name not in proof.left_out}
-        proof.proved = [name for name in maskable if name not in proof.unproved]
+        proof.proved = [name for name in [*maskable, *proved_depth] if name not in proof.unproved]
         return proof
+
+    def _depth_removals(self) -> list[list[str]]:
+        """Names of whole blocks, or branches, that are tried together: every second one, then the others."""
+        kinds: dict[str, list[str]] = {}
+        for name, group in self.groups.items():
+            if group.is_depth:
+                kinds.setdefault(group.kind, []).append(name)
+        return [half for names in kinds.values() for half in (names[::2], names[1::2]) if half]
+
+    def _prove_depth(self, depth: Sequence[Sequence[str]]) -> list[str]:
+        """Those whose removal equals masking; the others are left out."""
+        passing: list[str] = []
+        for half in depth:
+            if not self.unmasked.finite:
+                self.proof.unproved |= dict.fromkeys(half, "the model's outputs are not finite on this batch")
+                continue
+            self.removals.append({name: torch.zeros(1, dtype=torch.int64) for name in half})
+            passing += self._passing(half, len(self.removals) - 1)
+        return passing
 
     def _base(self) -> nn.Module:
         """What is sliced and masked: the model with some values varied where it runs so, else as it is."""
@@ -191,7 +217,7 @@ class _Prover:
         self.proof.tries += 1
         try:
             trial = self.structure.twin(shared_copy(self.base))
-            for part in _parts(removed, number + 1):
+            for part in _parts(removed, min(number + 1, _TRIES)):
                 trial.remove(part)
             trial.plan.verify(self.base.state_dict(), trial.model)
             sliced = self._observe(trial.model)
@@ -260,7 +286,7 @@ class _Prover:
     def _note_seen(self, names: Sequence[str], masked: Observation, removed: Mapping[str, Tensor]) -> None:
         """Which units' channels are read, and tell themselves from the others'."""
         lost = lost_inputs(self.base, [self.groups[name] for name in names], removed)
-        for name in names:
+        for name in (one for one in names if not self.groups[one].is_depth):
             stays = kept_of(self.groups[name].size, removed[name])
             for part in self.groups[name].consumers:
                 readings = masked.readings.get(part.module, [])

@@ -18,12 +18,12 @@ class Calibration:
     Attributes:
         factors: module -> how often each of its weights is applied in the whole batch.
         per_unit: group -> MACs per unit outside any weight's: products of queries, keys and values.
-        constant: MACs that no group changes, outside any weight's.
+        constant: module -> MACs that no group of channels changes, outside any weight's.
     """
 
     factors: Mapping[str, float]
     per_unit: Mapping[str, float]
-    constant: float
+    constant: Mapping[str, float]
 
 
 def calibrate(
@@ -44,12 +44,12 @@ def calibrate(
         return None
     factors = {module: counted.get(module, 0.0) / macs for module, macs in predicted.items() if macs}
     per_unit: dict[str, float] = {}
-    constant = 0.0
+    constant: dict[str, float] = {}
     for module, macs in outside.items():
         owners = _owners(module, predicted, blocks)
         size = sum(block.group.size for block in owners)
         if not size:
-            constant += macs
+            constant[module] = macs
         for block in owners:
             per_unit[block.group.name] = per_unit.get(block.group.name, 0.0) + macs / size
     return Calibration(factors, per_unit, constant)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from obc.model.depth import Depth
+from obc.model.kept import PlanError
 from obc.structures.transformers.block import Block
 
 
@@ -17,6 +19,7 @@ def with_widths(
     blocks: Sequence[Block],
     sizes: Mapping[str, int] | None = None,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    depth: Depth | None = None,
 ) -> tuple[Any | None, str | None]:
     """(a copy of the model's config with the blocks' widths, None), or (None, why no config says them).
 
@@ -27,6 +30,7 @@ def with_widths(
         blocks: of the model.
         sizes: group -> units, where it is not as many as the group has now.
         shapes: tensor -> the shape that it would have with these sizes, where that is not its shape now.
+        depth: blocks and branches that are gone.
     """
     model_: Any = model
     config = copy.deepcopy(model_.config)
@@ -56,7 +60,43 @@ def with_widths(
                 f"{type(config).__name__} can't say the widths: {name} is {shape}, a model built from it has "
                 f"{built.get(name, ())}"
             )
-    return config, None
+    reason = _more_than(model, skeleton, depth)
+    return (None, reason) if reason is not None else (config, None)
+
+
+def _more_than(model: nn.Module, skeleton: nn.Module, depth: Depth | None) -> str | None:
+    """What a model built from the config has that the pruned one has not; with blocks gone also what it does else."""
+    state = model.state_dict()
+    if lacking := next((name for name in skeleton.state_dict() if name not in state), None):
+        return f"no config can say that {lacking} is gone; a model built from it has it"
+    if not depth:
+        return None
+    modules = dict(model.named_modules())
+    for name, built in skeleton.named_modules():
+        own = modules.get(name)
+        if own is None or type(own) is not type(built):
+            return f"a model built from the config has a {type(built).__name__} as {name}"
+        for key, value in vars(built).items():
+            simple = type(value) in (bool, int, float, str) and not key.startswith("_") and key != "training"
+            if simple and vars(own).get(key) != value:
+                return f"in a model built from the config {name}.{key} is {value}, here it is {vars(own).get(key)}"
+    return None
+
+
+def refuse_save_pretrained(model: Any, reason: str | None) -> None:
+    """Let ``model.save_pretrained`` raise where its folder would load with fresh weights; None takes that back."""
+    vars(model).pop("save_pretrained", None)
+    if reason is None:
+        return
+
+    def save_pretrained(*args: Any, **kwargs: Any) -> None:
+        raise PlanError(
+            f"from_pretrained would give this model fresh weights, or other constants, where modules were removed "
+            f"({reason}); "
+            "obc.structures.transformers.save_pruned and load_pruned serve"
+        )
+
+    vars(model)["save_pretrained"] = save_pretrained
 
 
 def said_values(config: Any, blocks: Sequence[Block]) -> dict[str, Any]:

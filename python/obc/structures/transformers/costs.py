@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from obc.model.costs import Costs
+from obc.model.depth import Skipped
 from obc.model.experts import is_expert_weight
 from obc.model.groups import Slice
 from obc.model.layouts import layout_of
@@ -16,6 +17,7 @@ from obc.model.names import named_modules
 from obc.structures.polynomial import Polynomial
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.calibration import Calibration
+from obc.structures.transformers.depth import DepthUnit
 
 
 def transformer_costs(
@@ -25,6 +27,8 @@ def transformer_costs(
     unit: Literal["macs", "parameters"],
     sequence_length: int = 0,
     calibration: Calibration | None = None,
+    depth: Sequence[DepthUnit] = (),
+    names_of: Mapping[str, str] | None = None,
 ) -> Costs:
     """Parameters, or multiply-accumulates for one token, exact in the widths of the blocks' groups.
 
@@ -40,25 +44,54 @@ def transformer_costs(
         unit: "macs" or "parameters".
         sequence_length: positions that each token attends to.
         calibration: MACs are those of a whole batch, as they were counted on the unpruned model.
+        depth: whole blocks and branches that may go: groups of one unit behind the others, with which the costs of
+            everything inside vanish.
+        names_of: name of a module -> the name that blocks and calibration have for it, where that is another.
 
     Raises:
         ValueError: an unknown unit.
     """
-    polynomial = Polynomial([block.group for block in blocks], unit)
+    polynomial = Polynomial([block.group for block in blocks] + [one.group for one in depth], unit)
     for axis, parts in axes.items():
         for index, part in parts:
             polynomial.place(axis, index, part)
-    for module, name, tensor, skipped, factor in _terms(model, unit):
+
+    def around(module: str) -> int | None:
+        """The innermost block or branch that a module goes with, among the groups."""
+        found = [place for place, one in enumerate(depth) if one.holds(module)]
+        inner = min(found, key=lambda place: (depth[place].group.kind == "layers", place), default=None)
+        return None if inner is None else len(blocks) + inner
+
+    for own, key, tensor, skipped, factor in _terms(model, unit):
+        module = (names_of or {}).get(own, own)
+        name = f"{module}.{key}" if module else key
         if unit == "macs" and calibration is not None:
             factor *= calibration.factors.get(module, 0.0)
         counted = [dim for dim in range(tensor.dim()) if dim not in skipped]
-        polynomial.add(factor, *(polynomial.size((name, dim), tensor.shape[dim]) for dim in counted))
+        sizes = (polynomial.size((name, dim), tensor.shape[dim]) for dim in counted)
+        polynomial.add(factor, *sizes, goes_with=around(module))
     if unit == "macs" and calibration is not None:
-        polynomial.add(calibration.constant)
-        polynomial.add_per_unit([calibration.per_unit.get(block.group.name, 0.0) for block in blocks])
+        present = {
+            (names_of or {}).get(name, name) for name, one in named_modules(model) if not isinstance(one, Skipped)
+        }
+        for module, macs in calibration.constant.items():
+            if module in present:
+                polynomial.add(macs, goes_with=around(module))
+        per_unit = [calibration.per_unit.get(block.group.name, 0.0) for block in blocks]
+        polynomial.add_per_unit(per_unit + [0.0] * len(depth))
     elif unit == "macs" and sequence_length:
-        polynomial.add_per_unit([2.0 * sequence_length * block.attended for block in blocks])
-    return polynomial.costs()
+        attended = [2.0 * sequence_length * block.attended for block in blocks]
+        polynomial.add_per_unit(attended + [0.0] * len(depth))
+    return polynomial.costs(_inside(blocks, depth))
+
+
+def _inside(blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> dict[str, list[str]]:
+    """Whole block or branch -> the groups that vanish with it."""
+    found: dict[str, list[str]] = {}
+    for one in depth:
+        groups = [block.group for block in blocks] + [other.group for other in depth if other is not one]
+        found[one.group.name] = [group.name for group in groups if all(one.holds(part.module) for part in group.slices)]
+    return found
 
 
 def macs_for_one_token(model: nn.Module) -> dict[str, float]:
@@ -71,21 +104,20 @@ def macs_for_one_token(model: nn.Module) -> dict[str, float]:
 
 
 def _terms(model: nn.Module, unit: str) -> Iterator[tuple[str, str, Tensor, tuple[int, ...], float]]:
-    """(module, parameter name, parameter, dimensions that don't count, how often it counts)."""
+    """(module, parameter's name in it, parameter, dimensions that don't count, how often it counts)."""
     seen: set[int] = set()
     for module_name, module in named_modules(model):
         for key, parameter in module.named_parameters(recurse=False):
-            name = f"{module_name}.{key}" if module_name else key
             if unit == "parameters":
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield module_name, name, parameter, (), 1.0
+                    yield module_name, key, parameter, (), 1.0
             elif layout_of(module) is not None and key == "weight":
-                yield module_name, name, parameter, (), 1.0
+                yield module_name, key, parameter, (), 1.0
             elif is_expert_weight(key, parameter):
-                yield module_name, name, parameter, (0,), float(_routed(model, module_name))
+                yield module_name, key, parameter, (0,), float(_routed(model, module_name))
             elif _is_router(module, key, parameter):
-                yield module_name, name, parameter, (), 1.0
+                yield module_name, key, parameter, (), 1.0
 
 
 def _is_router(module: nn.Module, key: str, parameter: Tensor) -> bool:

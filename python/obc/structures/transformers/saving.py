@@ -16,11 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from obc.files import atomic_write
+from obc.model.depth import compact, is_compact, put_stand_in, with_depth
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import layout_of
 from obc.model.plan import PruningPlan
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS
+from obc.structures.transformers.config import refuse_save_pretrained, with_widths
 from obc.structures.transformers.structure import TransformersStructure
 
 PLAN_FILE, _WEIGHTS = "obc_plan.json", "model.safetensors"
@@ -50,6 +52,11 @@ def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLik
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors, tied = _distinct(model.state_dict())
+    if plan.depth:
+        blocks_gone = any(one.removed for one in plan.depth.lists.values())
+        if blocks_gone and not is_compact(model, plan.depth):
+            raise ValueError("blocks that are gone still have their places in the model: call structure.compact()")
+        config = with_depth(config, plan.depth, compacted=False)
     content = config.to_dict() | {"architectures": [type(model).__name__]}
     with atomic_write(folder / "config.json") as file:
         file.write(json.dumps(content, indent=2, default=str).encode())
@@ -88,6 +95,11 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
     config_class: Any = chosen.config_class  # type: ignore[union-attr]
     model: Any = chosen(config_class.from_pretrained(folder))
     cut_to(model, plan)
+    for name, stand_in in plan.depth.stand_ins.items():
+        put_stand_in(model, name, stand_in)
+    compact(model, plan.depth)
+    if plan.depth:
+        refuse_save_pretrained(model, with_widths(model, [], depth=plan.depth)[1])
     _create_biases(model, state)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():

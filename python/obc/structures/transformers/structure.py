@@ -11,8 +11,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from obc.model.costs import Costs
+from obc.model.depth import BlockList, Depth, compact, expand, is_compact, original_names, put_stand_in
 from obc.model.evaluation import call
-from obc.model.groups import ChannelGroup, Slice
+from obc.model.groups import DEPTH_KINDS, ChannelGroup, Slice
 from obc.model.kept import Kept
 from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
@@ -22,8 +23,15 @@ from obc.structures.transformers.axes import Axis, axis_key, layer_axes, narrow,
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
 from obc.structures.transformers.calibration import Calibration, calibrate
-from obc.structures.transformers.config import own_config, said_values, with_values, with_widths
+from obc.structures.transformers.config import (
+    own_config,
+    refuse_save_pretrained,
+    said_values,
+    with_values,
+    with_widths,
+)
 from obc.structures.transformers.costs import macs_for_one_token, transformer_costs
+from obc.structures.transformers.depth import DepthUnit, FoundDepth, find_depth, merged, without_unit
 from obc.structures.transformers.family import kinds as known_kinds
 from obc.structures.transformers.widths import Expressible, equal_widths, expressible_widths
 from obc.structures.units import checked_units, layer_name, renumbered_group, without, without_units
@@ -46,6 +54,8 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
     "expert_ffn"  the f-th inner channel of every expert of a mixture whose experts are one tensor
     "mamba"       an inner channel of Mamba's mixer
     "embedding"   a channel of the residual stream, everywhere; not among the default kinds
+    "layers"      a whole block; not among the default kinds (:mod:`obc.structures.transformers.depth`)
+    "sublayers"   a residual branch: an attention, a feed-forward block, a mixer; not among the default kinds
     ============= ====================================================================================================
 
     Slices of tensors outside ordinary layers have the tensor's name as their module. Experts stored as one tensor are
@@ -60,12 +70,30 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
     Raises:
         ValueError: an unknown kind, or "query_heads" together with "heads".
     """
-    return [block.group for block in _found(model, kinds).blocks.values()]
+    depth_kinds = _checked_depth(kinds, uniform=False)
+    finder = _found(model, [kind for kind in kinds if kind not in DEPTH_KINDS])
+    units = find_depth(model, finder.layers.modules, depth_kinds).units if depth_kinds else {}
+    return [block.group for block in finder.blocks.values()] + [unit.group for unit in units.values()]
+
+
+def _checked_depth(kinds: Sequence[str], uniform: bool) -> list[str]:
+    """Which of the kinds are whole blocks and branches."""
+    found = [kind for kind in kinds if kind in DEPTH_KINDS]
+    others = [kind for kind in kinds if kind not in DEPTH_KINDS]
+    if found and "embedding" in others:
+        raise ValueError(f"{found[0]!r} and 'embedding' change the same weights; prune by one kind, then by the other")
+    if found and others and uniform:
+        raise ValueError(
+            f"uniform=True keeps equal widths of {', '.join(map(repr, others))}, which do not compete with "
+            f"{found[0]!r}; prune by one, then with plan= by the other"
+        )
+    return found
 
 
 def _found(model: nn.Module, kinds: Sequence[str]) -> Finder:
     if unknown := set(kinds) - set(known_kinds()):
-        raise ValueError(f"kinds are {', '.join(map(repr, known_kinds()))}, got {sorted(unknown)[0]!r}")
+        known = ", ".join(map(repr, (*known_kinds(), *DEPTH_KINDS)))
+        raise ValueError(f"kinds are {known}, got {sorted(unknown)[0]!r}")
     if {"heads", "query_heads"} <= set(kinds):
         raise ValueError("'heads' and 'query_heads' remove the same query heads; prune by one kind, then by the other")
     return Finder(model, kinds)
@@ -122,14 +150,25 @@ class TransformersStructure:
         plan: PruningPlan | None = None,
     ) -> None:
         refuse_unprunable(model)
+        depth_kinds = _checked_depth(kinds, uniform)
+        if plan is not None:
+            expand(model, plan.depth)
         if round_to is not None and round_to < 1:
             raise ValueError(f"round_to must be at least 1, got {round_to}")
         self.model, self.uniform, self._sequence_length = model, uniform, sequence_length
         self._round_to = round_to or 1
-        finder = _found(model, kinds)
+        finder = _found(model, [kind for kind in kinds if kind not in DEPTH_KINDS])
         self._modules = finder.layers.modules
-        self.left_out = finder.left_out
+        found = find_depth(model, self._modules, depth_kinds) if depth_kinds else FoundDepth()
+        self.left_out = finder.left_out | found.left_out
         ignored = self._ignored(ignored_layers)
+        self._depth_units = {
+            name: unit
+            for name, unit in found.units.items()
+            if not any(unit.holds(layer) or layer == name for layer in ignored)
+            and not any(f"{part}.".startswith(f"{layer}.") for part in unit.stand_ins for layer in ignored if layer)
+        }
+        self._depth = found.depth if plan is None else merged(found.depth, plan.depth)
         self.blocks = {
             name: block
             for name, block in finder.blocks.items()
@@ -157,24 +196,27 @@ class TransformersStructure:
     @property
     def plan(self) -> PruningPlan:
         """What every layer kept so far, in terms of the unpruned model."""
-        return PruningPlan(self._kept)
+        return PruningPlan(self._kept, self._depth)
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
-        """The groups of the model as it is now, in the order of its modules."""
-        return tuple(block.group for block in self.blocks.values())
+        """The groups of the model as it is now, in the order of its modules; whole blocks and branches at the end."""
+        return (*(block.group for block in self.blocks.values()), *(unit.group for unit in self._depth_units.values()))
 
     @property
     def limits(self) -> Limits:
         """What widths ``obc.prune`` may choose: experts that a token is routed to stay, rounding, equal widths."""
         multiples = {name: self._multiple(block) for name, block in self.blocks.items()}
         return Limits(
-            {name: block.min_units for name, block in self.blocks.items()},
+            {name: block.min_units for name, block in self.blocks.items()} | dict.fromkeys(self._depth_units, 0),
             {
                 name: math.lcm(multiple, self._expressible.multiples.get(name, 1))
                 for name, multiple in multiples.items()
             },
-            [name for name, block in self.blocks.items() if known_kinds()[block.group.kind].whole],
+            [
+                *(name for name, block in self.blocks.items() if known_kinds()[block.group.kind].whole),
+                *self._depth_units,
+            ],
             equal_widths(self.blocks) if self.uniform else (),
             self._expressible.widths,
         )
@@ -197,7 +239,8 @@ class TransformersStructure:
             for part in block.group.slices:
                 for axis in self._axes(block, part):
                     axes.setdefault(axis_key(axis), []).append((index, part))
-        return transformer_costs(self.model, blocks, axes, unit, self._sequence_length, self._calibration)
+        names, depth = original_names(self.model, self._depth), list(self._depth_units.values())
+        return transformer_costs(self.model, blocks, axes, unit, self._sequence_length, self._calibration, depth, names)
 
     def calibrate(self, counted: Mapping[str, float]) -> None:
         """Let MACs be those that the model executes, where they differ from those for one token by more than a percent.
@@ -216,23 +259,59 @@ class TransformersStructure:
         Raises:
             KeyError: no group has the name.
             IndexError: a group has no such unit.
-            ValueError: too little would be left of a group.
+            ValueError: too little would be left of a group; blocks that are gone are out of their lists already.
         """
-        groups = {name: block.group for name, block in self.blocks.items()}
-        chosen = {
-            name: checked_units(groups, name, indices, self.blocks[name].min_units if name in groups else 1)
-            for name, indices in units.items()
-        }
+        if self._depth and is_compact(self.model, self._depth):
+            raise ValueError(
+                "compact() took blocks out of the model's lists, so that groups have other names; go on with "
+                "TransformersStructure(model, plan=structure.plan)"
+            )
+        groups, least = {group.name: group for group in self.groups}, self.limits.min_units
+        chosen = {name: checked_units(groups, name, indices, least.get(name, 1)) for name, indices in units.items()}
         chosen = {name: indices for name, indices in chosen.items() if len(indices)}
         if not chosen:
             return
+        vanishing = [self._depth_units[name] for name in chosen if name in self._depth_units]
         users: dict[int, list[dict[str, Any]]] = {}
         for module in self._modules.values():
             for parameter in module._parameters.values():
                 users.setdefault(id(parameter), []).append(module._parameters)
         for name, indices in chosen.items():
-            self._remove(name, indices, users)
+            parts = () if name in self._depth_units else self.blocks[name].group.slices
+            if parts and not any(all(unit.holds(part.module) for part in parts) for unit in vanishing):
+                self._remove(name, indices, users)
+        for unit in sorted(vanishing, key=lambda one: one.group.kind != "layers"):
+            if unit.group.name in self._depth_units:  # not inside one that went just now
+                self._remove_module(unit)
         self._adapt_config()
+
+    def compact(self) -> None:
+        """Take the blocks that are gone out of their lists, where stand-ins kept their places until now.
+
+        Caches and the config count what is left; the modules behind a block that is gone move up, and so do their
+        names. :attr:`plan` keeps the names of the unpruned model. ``obc.prune`` does this at its end. A branch that is
+        gone keeps a stand-in that adds nothing, which no config can say: :func:`save_pruned` saves such a model, and
+        ``save_pretrained`` raises, lest ``from_pretrained`` fill the branch with fresh weights.
+        """
+        if not self._depth:
+            return
+        compact(self.model, self._depth)
+        self._adapt_config()
+        refuse_save_pretrained(self.model, self.config_refused)
+
+    def _remove_module(self, unit: DepthUnit) -> None:
+        """Let stand-ins stand where a block or branch was; everything inside is gone with it."""
+        for name, stand_in in unit.stand_ins.items():
+            put_stand_in(self.model, name, stand_in)
+        self._modules = {name: module for name, module in self._modules.items() if not unit.holds(name)}
+        self._modules |= {name: self.model.get_submodule(name) for name in unit.stand_ins}
+        self._kept = {name: kept for name, kept in self._kept.items() if not unit.holds(name)}
+        for name in [n for n, b in self.blocks.items() if all(unit.holds(part.module) for part in b.group.slices)]:
+            del self.blocks[name]
+        for name in [n for n in self._depth_units if unit.holds(n)]:
+            del self._depth_units[name]
+        self._reading = {key: [name for name in names if name in self.blocks] for key, names in self._reading.items()}
+        self._depth = without_unit(self._depth, unit)
 
     # --- checks ----------------------------------------------------------------------------------------------------
 
@@ -260,11 +339,17 @@ class TransformersStructure:
         twin.model = model
         twin._modules = {name: model.get_submodule(name) for name in self._modules}
         twin.blocks, twin.left_out = dict(self.blocks), dict(self.left_out)
+        twin._depth_units = dict(self._depth_units)
         twin._kept, twin._adapted = {}, None
+        twin._depth = Depth({name: BlockList(one.size, ()) for name, one in self._depth.lists.items()})
         return twin
 
     def leave_out(self, name: str, reason: str) -> None:
         """Take a group out of ``groups``, with ``uniform`` its whole family; note the reason in ``left_out``."""
+        if name in self._depth_units:
+            del self._depth_units[name]
+            self.left_out[name] = reason
+            return
         family = next(family for family in equal_widths(self.blocks) if name in family) if self.uniform else [name]
         for member in family:
             del self.blocks[member]
@@ -336,7 +421,7 @@ class TransformersStructure:
         if config is None:
             return
         blocks = list(self.blocks.values())
-        adapted, self.config_refused = with_widths(self.model, blocks)
+        adapted, self.config_refused = with_widths(self.model, blocks, depth=self._depth)
         new = config
         if adapted is not None:
             new = self._adapted = adapted

@@ -1,0 +1,138 @@
+"""Rows of whole blocks and branches: a gate on what they add to the residual stream.
+
+r_b[n] = sum over positions of y . dL_n/dy, with y what a branch returns, or the output of a block minus its input: the
+first-order change of the loss of row n when the block goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.depth import first_floating
+from obc.model.groups import ChannelGroup
+from obc.scoring.results.kept_rows import ChannelRows
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+# (row, first sample): what one forward and backward pass gives.
+_Part = tuple[int, int]
+
+
+class DepthRows:
+    """A loss function that reads rows of blocks while its gradient is computed.
+
+    What calls it says by ``seek(row, sample)`` which batch comes, and from which of its samples on; a batch, or the
+    backward of a part, that is run again counts once.
+
+    Args:
+        model: whose blocks.
+        groups: of kinds "layers" and "sublayers".
+        loss_fn: ``loss_fn(model, batch)``.
+        per_sample: rows are of samples, which lie along dim 0 of what blocks return.
+    """
+
+    def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], loss_fn: LossFn, per_sample: bool) -> None:
+        self._model, self._groups, self._loss_fn, self._per_sample = model, list(groups), loss_fn, per_sample
+        self._parts: dict[_Part, dict[str, Tensor]] = {}
+        self._part: _Part = (0, 0)
+        self._leaf = torch.zeros((), requires_grad=True)
+        if hasattr(loss_fn, "identity"):
+            self.identity = loss_fn.identity
+
+    def seek(self, row: int, sample: int) -> None:
+        """The next call is of batch ``row``, from its sample ``sample`` on."""
+        if (seek := getattr(self._loss_fn, "seek", None)) is not None:
+            seek(row, sample)
+        if sample == 0:
+            self._parts = {part: found for part, found in self._parts.items() if part[0] != row}
+        self._part = (row, sample)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._loss_fn(model, batch)
+        part = self._part
+        inputs: dict[str, Tensor] = {}
+        handles: list[Any] = []
+        for group in self._groups:
+            module = model.get_submodule(group.name)
+            if group.kind == "layers":
+                handles.append(module.register_forward_pre_hook(_keeps_input(inputs, group.name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._gated(group, inputs, part)))
+        try:
+            loss = self._loss_fn(model, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            loss.register_hook(lambda grad: self._parts.__setitem__(part, {}))
+        return loss
+
+    def _gated(self, group: ChannelGroup, inputs: dict[str, Tensor], part: _Part) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            y = output[0] if isinstance(output, (tuple, list)) else output
+            x = inputs.pop(group.name, None)
+            if group.kind == "layers" and (x is None or x.shape != y.shape):
+                raise ValueError(f"{group.name!r} is no residual block: it changes the shape of what it is given")
+            with torch.no_grad():
+                added = y.detach() if x is None else y.detach() - x
+            gated = _Tap.apply(y, self._leaf, added, lambda dot: self._add(group.name, dot, part), self._per_sample)
+            return (gated, *output[1:]) if isinstance(output, (tuple, list)) else gated
+
+        return hook
+
+    def _add(self, name: str, dot: Tensor, part: _Part) -> None:
+        found = self._parts.setdefault(part, {})
+        found[name] = found[name] + dot if name in found else dot
+
+    def rows(self) -> dict[str, ChannelRows]:
+        """(N, 1) rows of every block and branch, of the rows that are finite; 0 where a batch did not reach it."""
+        matrix = self._matrix()
+        matrix = matrix[matrix.isfinite().all(1)]
+        return {group.name: ChannelRows(matrix[:, [place]].float()) for place, group in enumerate(self._groups)}
+
+    def _matrix(self) -> Tensor:
+        """(N, groups) float64."""
+        lines: list[Tensor] = []
+        names = [group.name for group in self._groups]
+        for row in sorted({row for row, _ in self._parts}):
+            parts = [self._line(self._parts[part], names) for part in sorted(self._parts) if part[0] == row]
+            lines.append(torch.cat(parts) if self._per_sample else torch.stack(parts).sum(0))
+        return torch.cat(lines) if lines else torch.empty(0, len(names), dtype=torch.float64)
+
+    def _line(self, found: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
+        """(samples, groups), or (1, groups)."""
+        count = max((len(dot) for dot in found.values()), default=1)
+        nothing = torch.zeros(count, dtype=torch.float64)
+        return torch.stack([found[name].double().cpu() if name in found else nothing for name in names], 1)
+
+
+def _keeps_input(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        x = first_floating((*args, *kwargs.values()))
+        if x is not None:
+            inputs[name] = x.detach().clone()  # the residual may be added in place
+
+    return hook
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward hands ``added . gradient`` to ``take``. The leaf brings it here past frozen weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, leaf: Tensor, added: Tensor, take: Callable[[Tensor], None], per_sample: bool
+    ) -> Tensor:
+        ctx.save_for_backward(added)
+        ctx.take, ctx.per_sample = take, per_sample
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (added,), (grad,) = ctx.saved_tensors, grads
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        products = (added.to(dtype) * grad.to(dtype)).flatten(1)
+        ctx.take(products.sum(1) if ctx.per_sample else products.sum().reshape(1))
+        return grad, None, None, None, None

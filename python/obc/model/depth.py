@@ -1,0 +1,319 @@
+"""Whole blocks and residual branches that pruning took out: what stands in their place, and the model without them.
+
+While a model is being pruned, a :class:`Skipped` module stands where a block or a branch was, so that all other modules
+keep their names. :func:`compact` then takes the blocks out of their lists, and renumbers what counts blocks: positions
+in a cache, and values of the config. Branches keep their stand-ins: a model has no other word for them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from obc.model.errors import PruningError
+
+# What modules call their place among the blocks.
+_PLACES = ("layer_idx", "layer_index", "layer_id", "layer_number", "block_idx")
+# How modules are called with a cache of keys and values.
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
+_PLAIN = (bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What stands in the place of a module.
+
+    Attributes:
+        returns: "input": its first floating tensor, unchanged. "zeros": zeros of that one's shape.
+        outputs: 0: it returns a tensor. n: a tuple of n, of which all but the first are None.
+        features: of zeros, the size of the last dimension; None: the input's.
+        counts_positions: an attention: later tokens must still find how many came before, in its layer of the cache.
+    """
+
+    returns: Literal["input", "zeros"]
+    outputs: int = 0
+    features: int | None = None
+    counts_positions: bool = False
+
+
+class Skipped(nn.Module):
+    """Does what its :class:`StandIn` says; has no parameters, and the numbers and words that ``replaced`` kept."""
+
+    def __init__(self, stand_in: StandIn, replaced: nn.Module) -> None:
+        super().__init__()
+        self.stand_in = stand_in
+        for key, value in vars(replaced).items():
+            if type(value) in _PLAIN and key != "training" and not key.startswith("_"):
+                setattr(self, key, value)
+        self.train(replaced.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = first_floating((*args, *kwargs.values()))
+        if x is None:
+            raise PruningError("a removed module was called without a floating tensor: what it returned is not known")
+        if self.stand_in.counts_positions:
+            self._count_positions(x, kwargs)
+        if self.stand_in.returns == "zeros":
+            x = x.new_zeros((*x.shape[:-1], self.stand_in.features or x.shape[-1]))
+        return x if self.stand_in.outputs == 0 else (x, *[None] * (self.stand_in.outputs - 1))
+
+    def _count_positions(self, x: Tensor, kwargs: Mapping[str, Any]) -> None:
+        """Keys and values of no head, one a position: what the cache counts."""
+        cache = next((kwargs[key] for key in _CACHES if kwargs.get(key) is not None), None)
+        cache = getattr(cache, "self_attention_cache", cache)
+        place = next((vars(self)[key] for key in _PLACES if key in vars(self)), None)
+        if cache is not None and place is not None:
+            nothing = x.new_zeros((x.shape[0], 0, x.shape[1], 1))
+            cache.update(nothing, nothing, place)
+
+    def extra_repr(self) -> str:
+        return f"returns={self.stand_in.returns!r}"
+
+
+def first_floating(values: Iterable[Any]) -> Tensor | None:
+    """The first floating tensor."""
+    return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A list of blocks, some of which are gone.
+
+    Attributes:
+        size: blocks in the unpruned model.
+        removed: places of those that are gone, ascending.
+        outputs: of a block: see :class:`StandIn`.
+    """
+
+    size: int
+    removed: tuple[int, ...] = ()
+    outputs: int = 0
+
+    @property
+    def kept(self) -> list[int]:
+        """Places, in the unpruned list, of the blocks that stay."""
+        gone = set(self.removed)
+        return [place for place in range(self.size) if place not in gone]
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Which blocks and branches are gone, in terms of the unpruned model.
+
+    Attributes:
+        lists: name of a list of blocks -> which are gone.
+        stand_ins: name of a module -> what stands in its place: of branches.
+        config: dotted name of a value of the config -> (the list that it counts, the unpruned value): a number of
+            blocks, or a list with one entry a block.
+    """
+
+    lists: Mapping[str, BlockList] = field(default_factory=dict)
+    stand_ins: Mapping[str, StandIn] = field(default_factory=dict)
+    config: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.stand_ins) or any(one.removed for one in self.lists.values())
+
+    @property
+    def removed(self) -> list[str]:
+        """Names of the blocks and of what stands in for branches."""
+        blocks = [f"{name}.{place}" for name, one in self.lists.items() for place in one.removed]
+        return [*blocks, *self.stand_ins]
+
+    def without(self, name: str) -> bool:
+        """Whether the module of this name, in the unpruned model, is gone or lies in what is gone."""
+        return any(name == gone or name.startswith(f"{gone}.") for gone in self.removed)
+
+    def plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "lists": {name: asdict(one) for name, one in self.lists.items()},
+            "stand_ins": {name: asdict(one) for name, one in self.stand_ins.items()},
+            "config": {key: list(value) for key, value in self.config.items()},
+        }
+
+    @classmethod
+    def parse(cls, content: Any) -> Depth:
+        """What :meth:`plain` gave.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            lists = {
+                name: BlockList(int(one["size"]), tuple(int(place) for place in one["removed"]), int(one["outputs"]))
+                for name, one in content["lists"].items()
+            }
+            stand_ins = {name: StandIn(**one) for name, one in content["stand_ins"].items()}
+            config = {key: (value[0], value[1]) for key, value in content["config"].items()}
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"its depth is damaged: {error!r}") from error
+        for name, one in lists.items():
+            if not all(0 <= place < one.size for place in one.removed):
+                raise ValueError(f"{name!r} has {one.size} blocks, of which {list(one.removed)} are gone")
+        return cls(lists, stand_ins, config)
+
+
+# --- the model ------------------------------------------------------------------------------------------------
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at the place of this name."""
+    parent, _, child = name.rpartition(".")
+    model.get_submodule(parent)._modules[child] = module
+
+
+def put_stand_in(model: nn.Module, name: str, stand_in: StandIn) -> None:
+    """Let ``stand_in`` stand at the place of this name."""
+    replace_module(model, name, Skipped(stand_in, model.get_submodule(name)))
+
+
+def is_compact(model: nn.Module, depth: Depth) -> bool:
+    """Whether the blocks that are gone are out of their lists.
+
+    Raises:
+        PruningError: a list has neither as many blocks as it had nor as many as stay.
+    """
+    found = set()
+    for name, one in depth.lists.items():
+        if not one.removed:
+            continue
+        count = len(_list(model, name))
+        if count not in (one.size, one.size - len(one.removed)):
+            raise PruningError(
+                f"{name!r} has {count} blocks; of the unpruned model's {one.size}, {len(one.removed)} are gone"
+            )
+        found.add(count != one.size)
+    if len(found) > 1:
+        raise PruningError("of some lists of blocks those that are gone are out, of others they are not")
+    return found == {True}
+
+
+def original_names(model: nn.Module, depth: Depth) -> dict[str, str]:
+    """Name of every module -> the name that it has in the unpruned model."""
+    names = {name: name for name, _ in model.named_modules()}
+    if not depth or not is_compact(model, depth):
+        return names
+    for name in names:
+        names[name] = _original_name(name, depth)
+    return names
+
+
+def _original_name(name: str, depth: Depth) -> str:
+    for list_name, one in depth.lists.items():
+        if name.startswith(f"{list_name}."):
+            place, dot, rest = name[len(list_name) + 1 :].partition(".")
+            return f"{list_name}.{one.kept[int(place)]}{dot}{rest}"
+    return name
+
+
+def compact(model: nn.Module, depth: Depth) -> None:
+    """Take the blocks that are gone out of their lists; caches and config count those that stay.
+
+    What stands in for branches stays. Does nothing where they are out already.
+    """
+    if is_compact(model, depth):
+        return
+    for name, one in depth.lists.items():
+        blocks = list(_list(model, name))
+        for place, old in enumerate(one.kept):
+            _renumber(blocks[old], old, place)
+        _refill(_list(model, name), [blocks[old] for old in one.kept])
+    _write_config(model, depth, compacted=True)
+
+
+def expand(model: nn.Module, depth: Depth) -> None:
+    """Undo :func:`compact`: a :class:`Skipped` stands at the place of every block that is gone."""
+    if not is_compact(model, depth):
+        return
+    for name, one in depth.lists.items():
+        kept = list(_list(model, name))
+        blocks: list[nn.Module] = [Skipped(StandIn("input", one.outputs), kept[0]) for _ in range(one.size)]
+        for place, old in enumerate(one.kept):
+            _renumber(kept[place], place, old)
+            blocks[old] = kept[place]
+        _refill(_list(model, name), blocks)
+    _write_config(model, depth, compacted=False)
+
+
+def _list(model: nn.Module, name: str) -> nn.ModuleList | nn.Sequential:
+    found = model.get_submodule(name)
+    if not isinstance(found, (nn.ModuleList, nn.Sequential)):
+        raise PruningError(f"{name!r} is a {type(found).__name__}, no list of blocks")
+    return found
+
+
+def _refill(blocks: nn.Module, modules: list[nn.Module]) -> None:
+    blocks._modules.clear()
+    for place, module in enumerate(modules):
+        blocks._modules[str(place)] = module
+
+
+def _renumber(block: nn.Module, old: int, new: int) -> None:
+    for module in block.modules():
+        for key in _PLACES:
+            if vars(module).get(key) == old and type(vars(module)[key]) is int:
+                setattr(module, key, new)
+
+
+# --- the config -----------------------------------------------------------------------------------------------
+
+
+def config_values(depth: Depth, compacted: bool) -> dict[str, Any]:
+    """Dotted name -> what the config says with all blocks, or without those that are gone."""
+    values: dict[str, Any] = {}
+    for key, (name, full) in depth.config.items():
+        one = depth.lists[name]
+        if not compacted:
+            values[key] = full
+        elif isinstance(full, int):
+            values[key] = full - len(one.removed)
+        else:
+            values[key] = [full[place] for place in one.kept]
+    return values
+
+
+def with_depth(config: Any, depth: Depth, compacted: bool) -> Any:
+    """A copy of the config that says :func:`config_values`."""
+    new = copy.deepcopy(config)
+    for key, value in config_values(depth, compacted).items():
+        path, _, attribute = key.rpartition(".")
+        owner = new
+        for part in path.split(".") if path else ():
+            owner = getattr(owner, part)
+        setattr(owner, attribute, copy.copy(value))
+    return new
+
+
+def _write_config(model: Any, depth: Depth, compacted: bool) -> None:
+    """Every module that had the config, or a part of it, has the new one's."""
+    config = getattr(model, "config", None)
+    if config is None or not depth.config:
+        return
+    new = with_depth(config, depth, compacted)
+    parts = dict(_parts(config, new))
+    for module in model.modules():
+        own = vars(module).get("config")
+        if id(own) in parts:
+            module.config = parts[id(own)]
+
+
+def _parts(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
+    """(identity of a config or of one inside it, the same of the new one)."""
+    yield id(old), new
+    for key, value in vars(old).items():
+        inner = vars(new).get(key)
+        if hasattr(value, "to_dict") and hasattr(inner, "to_dict"):
+            yield from _parts(value, inner)
+
+
+def config_parts(config: Any, path: str = "") -> Iterable[tuple[str, Any]]:
+    """(dotted name, config) of a config and all inside it; "" is the config itself."""
+    yield path, config
+    for key, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            yield from config_parts(value, f"{path}.{key}" if path else key)

@@ -1,0 +1,119 @@
+"""The allocations of the papers on depth: consecutive blocks go, the last ones or those in the cheapest window."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from obc.model.groups import ChannelGroup
+from obc.selection.allocation import Task
+from obc.selection.choice import BudgetError
+
+
+class Tail:
+    """The last blocks go, as many as free the budget (Gromov et al., arXiv 2403.17887, "simple heuristic").
+
+    Args:
+        keep_last: how many at the very end stay; their heuristic keeps one.
+    """
+
+    def __init__(self, keep_last: int = 0) -> None:
+        if keep_last < 0:
+            raise ValueError(f"keep_last must not be negative, got {keep_last}")
+        self.keep_last = keep_last
+
+    def select(self, task: Task) -> dict[str, Tensor]:
+        blocks = _blocks(task)
+        blocks = blocks[: len(blocks) - self.keep_last]
+        for count in range(1, len(blocks) + 1):
+            if _freed(task, blocks[-count:]) >= _enough(task):
+                return _removed(task, blocks[-count:])
+        raise _unreachable(task, blocks)
+
+
+class Window:
+    """Consecutive blocks go: of all windows just long enough to free the budget, the one with the lowest score.
+
+    A window's score is, with rows r_b[n] of its blocks, sum_n (sum_b r_b[n])^2; with scores their sum. For criteria
+    that score windows themselves (``AngularDistance(span=n)``, Gromov et al., arXiv 2403.17887), ``score="first"``
+    takes the score under the name of the window's first block.
+
+    Args:
+        score: "sum" or "first".
+    """
+
+    def __init__(self, score: Literal["sum", "first"] = "sum") -> None:
+        if score not in ("sum", "first"):
+            raise ValueError(f"score must be 'sum' or 'first', got {score!r}")
+        self.score = score
+
+    def select(self, task: Task) -> dict[str, Tensor]:
+        blocks = _blocks(task)
+        found = []
+        for start in range(len(blocks)):
+            for stop in range(start + 1, len(blocks) + 1):
+                window = blocks[start:stop]
+                if not _consecutive(window):
+                    break
+                if _freed(task, window) >= _enough(task):
+                    found.append((self._score(task, window), start, window))
+                    break
+        if not found:
+            raise _unreachable(task, blocks)
+        return _removed(task, min(found, key=lambda one: one[:2])[2])
+
+    def _score(self, task: Task, window: Sequence[ChannelGroup]) -> float:
+        values = [task.scores[group.name].double() for group in window]
+        if self.score == "first":
+            values = values[:1]
+        if values[0].dim() == 2:
+            return float(torch.cat(values, 1).sum(1).square().sum())
+        return float(torch.cat(values).sum())
+
+
+def _blocks(task: Task) -> list[ChannelGroup]:
+    """The whole blocks that are left, in the order of execution."""
+    blocks = [group for group in task.groups if group.kind == "layers" and group.name in task.scores]
+    if not blocks:
+        raise ValueError(
+            "allocations of consecutive blocks need whole blocks: TransformersStructure(model, kinds=['layers'])"
+        )
+    if len({_place(group)[0] for group in blocks}) > 1:
+        lists = sorted({_place(group)[0] for group in blocks})
+        raise ValueError(f"the blocks lie in several lists, {', '.join(lists)}; ignored_layers leaves all but one out")
+    return blocks
+
+
+def _place(group: ChannelGroup) -> tuple[str, int]:
+    name, _, place = group.name.rpartition(".")
+    return name, int(place)
+
+
+def _consecutive(window: Sequence[ChannelGroup]) -> bool:
+    places = [_place(group)[1] for group in window]
+    return places == list(range(places[0], places[0] + len(places)))
+
+
+def _enough(task: Task) -> float:
+    return task.budget * (1 - 1e-9)
+
+
+def _freed(task: Task, blocks: Sequence[ChannelGroup]) -> float:
+    gone = {group.name for group in blocks}
+    left = [
+        0.0 if name in gone else float(width) for name, width in zip(task.costs.names, task.costs.widths, strict=True)
+    ]
+    return task.costs.total() - task.costs.total(torch.tensor(left, dtype=torch.float64))
+
+
+def _removed(task: Task, blocks: Sequence[ChannelGroup]) -> dict[str, Tensor]:
+    gone = {group.name for group in blocks}
+    return {name: torch.arange(1 if name in gone else 0) for name in task.scores}
+
+
+def _unreachable(task: Task, blocks: Sequence[ChannelGroup]) -> BudgetError:
+    most = _freed(task, blocks)
+    return BudgetError(f"whole blocks free at most {most:g} of the {task.budget:g} {task.costs.unit} to be freed", most)
