@@ -39,8 +39,9 @@ from torch import Tensor, nn
 import obc
 from benchmarks import real_sources
 from benchmarks.bench_compensation_encoder import CORPORA, Encoder, embed, similarity
-from benchmarks.bench_real import next_token_loss
 from benchmarks.harness import RESULTS, provenance, write
+from benchmarks.real_tasks import next_token_loss
+from obc.demo import pretrained
 from obc.structures.transformers import TransformersStructure
 
 TRAINED = ("naive", "folded", "lora")
@@ -141,7 +142,7 @@ def language_model(
 
 
 def smollm2(steps: int, sequences: int, length: int, share: float) -> Task:
-    model, tokenizer = real_sources.smollm2()
+    model, tokenizer = pretrained.smollm2()
     handbook, reference = real_sources.handbook(), real_sources.reference()
     held_out = real_sources.sequences(tokenizer, reference, 2 * sequences, length, 0)
     return language_model(

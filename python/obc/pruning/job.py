@@ -98,9 +98,11 @@ class Job:
                 log.doing = f"step {number} of {len(schedule)}"
                 self._step(share, schedule[-1])
                 self._measure()
+                left = f"{self.budget.counted(self._costs()) / self.full:.3f} of the {self.budget.noun}"
+                logger.info("obc.prune: step %d of %d: %s remain", number, len(schedule), left)
                 if on_step is not None:
                     on_step(PruningResult(self.subject.model, self.structure.plan, self.report))
-                bar.set_postfix_str(f"{self.budget.counted(self._costs()) / self.full:.3f} of the {self.budget.noun}")
+                bar.set_postfix_str(left)
                 bar.update()
         log.doing = "after the last step"
         for name, (before, after) in self.report.widths.items():
