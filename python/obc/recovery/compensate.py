@@ -52,8 +52,9 @@ def compensate(
 
     mode="correct": layer by layer in the order of execution, the error that the residual stream has by then is put into
     the regression: W' = W + E[(S_full - S_pruned) zT] (E[z zT] + lambda I)^-1, with S the stream after the layer and z
-    what arrives at it; for a layer off the stream S is its own output (:mod:`obc.recovery.correct`). The bias, where
-    there is one, takes the rest of the mean. Both models run side by side, module by module: about two forward passes
+    what arrives at it; for a layer off the stream S is its own output (:mod:`obc.recovery.correct`). On a stream of
+    tokens every position weighs one over the mean square of S_full there. The bias, where there is one, takes the rest
+    of the mean. Both models run side by side, module by module: about two forward passes
     of the unpruned and four of the pruned one where its modules form a chain, such as decoder layers, besides the sums
     of products. Memory: twice the tensor between two modules for all batches, the stream after each layer of one
     module, and 16 (columns + outputs) columns bytes for one layer, columns being its inputs (of a convolution times its

@@ -7,7 +7,11 @@ sum in the unpruned model and S_pruned in the pruned one, compensated up to here
 
 where z is what arrives at it (:mod:`obc.recovery.normal_equations`): the regression of W x_full plus the error of the
 stream, minus what W already makes of z. So each layer repairs what all before it broke, as far as its input allows. A
-layer that enters no sum has its own output as its point. Layers that write one sum in parallel come one after the
+layer that enters no sum has its own output as its point.
+
+On a stream of tokens every position weighs one over the mean square of S_full there: the norms that read the stream
+divide by its size, so that what counts is the error relative to it. Without that a few special tokens, whose stream is
+many times larger, decide the regression of a transformer. Layers that write one sum in parallel come one after the
 other: each sees the error that those before it left. Layers that read the same tensor and have points of their own
 don't see each other's changes and are solved together.
 
@@ -46,6 +50,8 @@ from obc.recovery.stream_points import Call, Seen, observe
 
 # Relative ridges that held-out batches choose from.
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+# A position whose stream is this much smaller than the batch's average, in mean square, weighs no more than one at it.
+_SMALLEST_STREAM = 1e-4
 # Channels that enter the sum by a factor this much smaller than the largest can't correct it.
 _SMALLEST_FACTOR = 1e-3
 
@@ -337,9 +343,12 @@ class CorrectRun:
         if inverse is not None:
             error = error * inverse.reshape(layout.groups, 1, -1)
         held_out = index >= self.calibration
-        (sums.check if held_out else sums.fit).add(input_rows(module, layout, call.x, rows), error)
+        wanted = output_rows(layout, target, rows)
+        weights = _row_weights(wanted) if layer.summed and not layout.convolution else None
+        (sums.check if held_out else sums.fit).add(input_rows(module, layout, call.x, rows), error, weights)
         if held_out:
-            sums.energy += float(output_rows(layout, target, rows).double().square().sum())
+            squares = wanted.double().square().sum((0, 2))
+            sums.energy += float((squares if weights is None else squares * weights).sum())
 
     def _solve(self, layer: _Layer, sums: _Sums) -> None:
         if not self.options.processes.total(sums.reached)[0]:
@@ -431,6 +440,12 @@ def _waves(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
         wave.append(layer)
     if wave:
         yield wave
+
+
+def _row_weights(stream: Tensor) -> Tensor:
+    """(rows,): one over the mean square of the unpruned stream, (blocks, rows, channels), at every position."""
+    squares = stream.double().square().mean((0, 2))
+    return 1 / squares.clamp_min(max(_SMALLEST_STREAM * float(squares.mean()), torch.finfo(torch.float64).tiny))
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
