@@ -43,6 +43,7 @@ TEST_FILES = (
     "ops/test_fold.py",
     "ops/test_weight_dot.py",
     "ops/test_channel_dot.py",
+    "ops/test_channel_moments.py",
 )
 
 

@@ -61,6 +61,10 @@ def sums(calls: Calls, device: str) -> None:
             for a, g in zip(*map(layouts, pair(*shape, dtype=dtype)), strict=True):
                 calls.check(lambda a=a, g=g: ops.channel_dot(a, g, 1))
                 calls.check(lambda a=a, g=g: ops.channel_dot(a, g, 1, True))
+                mask = g.select(1, 0) > 0  # with the strides of its layout
+                for dim in {1, a.dim() - 1}:
+                    calls.check(lambda a=a, dim=dim: ops.channel_moments(a, dim))
+                calls.check(lambda a=a, mask=mask: ops.channel_moments(a, 1, mask))
         weights, grads, groups = [], [], []
         # Several tiles and chunks, grouped, depthwise, a kernel larger than a tile, one row.
         for shape, count in (

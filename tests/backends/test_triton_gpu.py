@@ -60,6 +60,7 @@ def calls(device: torch.device | str = "cuda") -> dict[str, Call]:
 
     shapes = [(1000, 2048), (256, 130, 3, 3), (256, 1, 3, 3)]
     image = draw(16, 256, 56, 56)
+    mask = torch.rand(16, 56, 56, device=device) > 1 / 3
     return {
         "channel_dot tokens": Call(lambda a, g: ops.channel_dot(a, g, -1), [draw(8, 1999, 1024), draw(8, 1999, 1024)]),
         "channel_dot images": Call(lambda a, g: ops.channel_dot(a, g, 1), [image, torch.randn_like(image)]),
@@ -67,6 +68,8 @@ def calls(device: torch.device | str = "cuda") -> dict[str, Call]:
             lambda a, g: ops.channel_dot(a, g, 1, True),
             [t.contiguous(memory_format=torch.channels_last) for t in (image, torch.randn_like(image))],
         ),
+        "channel_moments tokens": Call(lambda x: torch.stack(ops.channel_moments(x, -1)), [draw(8, 1999, 1024)]),
+        "channel_moments images": Call(lambda x: torch.stack(ops.channel_moments(x, 1, mask)), [draw(16, 256, 56, 56)]),
         "weight_dot": Call(ops.weight_dot, [draw(4096, 4090), draw(4096, 4090)]),
         "weight_moments": Call(ops.weight_moments, [draw(512, 256, 3, 3), draw(512, 256, 3, 3)]),
         "weight_dot_list": Call(dot_list, [draw(*shape) for shape in shapes * 2]),
@@ -79,6 +82,8 @@ NAMES = [
     "channel_dot tokens",
     "channel_dot images",
     "channel_dot samples",
+    "channel_moments tokens",
+    "channel_moments images",
     "weight_dot",
     "weight_moments",
     "weight_dot_list",

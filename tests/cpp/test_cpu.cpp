@@ -137,6 +137,49 @@ void test_weight_moments() {
   }
 }
 
+void test_channel_moments() {
+  const int64_t samples = 5, channels = 37, positions = 700;
+  const Tensor t({samples, channels, positions});
+  std::vector<uint8_t> mask(samples * positions);
+  for (size_t p = 0; p < mask.size(); ++p) mask[p] = p % 3 != 0;
+  const std::vector<int64_t> mask_strides = {positions, 0, 1};
+  for (const bool masked : {false, true}) {
+    Pair pair = t.pair();
+    if (masked) {
+      pair.second = mask.data();
+      pair.second_strides = mask_strides.data();
+    } else {
+      pair.second = pair.first;
+    }
+    std::vector<std::vector<float>> sums(8, std::vector<float>(channels));
+    void* pointers[8];
+    for (int m = 0; m < 8; ++m) pointers[m] = sums[m].data();
+    channel_moments(pair, 1, masked, pointers, kSerial);
+    channel_moments(pair, 1, masked, pointers + 4, kThreaded);
+    expect(
+        "channel_moments is the same in any number of threads",
+        std::equal(sums.begin(), sums.begin() + 4, sums.begin() + 4)
+    );
+    for (int64_t c = 0; c < channels; ++c) {
+      double truth[4] = {};
+      for (int64_t n = 0; n < samples; ++n) {
+        double absolute = 0, count = 0;
+        for (int64_t p = 0; p < positions; ++p) {
+          if (masked && !mask[n * positions + p]) continue;
+          const double x = t.first[(n * channels + c) * positions + p];
+          truth[0] += x;
+          truth[1] += x * x;
+          absolute += std::abs(x);
+          count += 1;
+        }
+        truth[2] += absolute;
+        truth[3] += absolute / count * (absolute / count);
+      }
+      for (int m = 0; m < 4; ++m) expect_close("channel_moments", sums[m][c], truth[m], m == 0 ? truth[2] : truth[m]);
+    }
+  }
+}
+
 // Shapes for every way through memory that has partial sums, in many threads against one.
 void test_threads() {
   const std::vector<std::vector<int64_t>> shapes =
@@ -151,6 +194,19 @@ void test_threads() {
         channel_dot(t.pair(), dim, per_sample, threaded.data(), kThreaded);
         expect("channel_dot is the same in one thread and in three", serial == threaded);
       }
+    }
+    for (int64_t dim = 1; dim < static_cast<int64_t>(shape.size()); ++dim) {
+      Pair pair = t.pair();
+      pair.second = pair.first;
+      std::vector<std::vector<float>> sums(8, std::vector<float>(shape[dim]));
+      void* results[8];
+      for (int m = 0; m < 8; ++m) results[m] = sums[m].data();
+      channel_moments(pair, dim, false, results, kSerial);
+      channel_moments(pair, dim, false, results + 4, kThreaded);
+      expect(
+          "channel_moments is the same in one thread and in three",
+          std::equal(sums.begin(), sums.begin() + 4, sums.begin() + 4)
+      );
     }
     std::vector<std::vector<float>> moments(10, std::vector<float>(shape[0]));
     void* pointers[10];
@@ -201,6 +257,7 @@ void test_end_row() {
 
 int main() {
   test_channel_dot();
+  test_channel_moments();
   test_weight_dot();
   test_weight_moments();
   test_threads();
