@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,13 +63,17 @@ def subject(name: str) -> Subject:
 
 
 def readers(of: Subject, group: ChannelGroup) -> list[tuple[str, Any, Tensor]]:
-    """(name, layer, channels) of the consumers that are layers."""
+    """(name, layer, channels) of the consumers that are layers, and of every expert's down projection."""
     modules = dict(of.model.named_modules())
-    return [
-        (part.module, modules[part.module], part.channels)
-        for part in group.consumers
-        if part.side == "in" and part.module in modules and hasattr(modules[part.module], "weight")
-    ]
+    found: list[tuple[str, Any, Tensor]] = []
+    for part in group.consumers:
+        module: Any = modules.get(part.module)
+        if part.side == "in" and hasattr(module, "weight"):
+            found.append((part.module, module, part.channels))
+        elif part.side == "in" and hasattr(module, "down_proj") and isinstance(module.down_proj, nn.Parameter):
+            for expert, weight in enumerate(module.down_proj):
+                found.append((f"{part.module}[{expert}]", SimpleNamespace(weight=weight, bias=None), part.channels))
+    return found
 
 
 def matrix(layer: Any) -> tuple[Tensor, int]:
@@ -99,6 +104,15 @@ def inputs(of: Subject) -> dict[str, list[Tensor]]:
                 seen.setdefault(name, []).append(x.reshape(len(x), -1, x.shape[-1]))
 
             handles.append(module.register_forward_pre_hook(note))
+        if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
+
+            def note_experts(m: Any, args: Any, name: str = name) -> None:
+                hidden, indices, _ = args
+                for expert in range(len(m.down_proj)):
+                    gate, up = (hidden[(indices == expert).any(1)] @ m.gate_up_proj[expert].T).chunk(2, 1)
+                    seen.setdefault(f"{name}[{expert}]", []).append((m.act_fn(gate) * up).detach()[:, None])
+
+            handles.append(module.register_forward_pre_hook(note_experts))
     with torch.no_grad():
         for batch in of.batches:
             forward(of.model, batch)
@@ -195,9 +209,12 @@ def test_cfsp(weights: bool) -> None:
 
 
 def gram(of: Subject, layer_name: str, layer: Any, seen: dict[str, list[Tensor]], centred: bool = False) -> Tensor:
+    """Of an expert: times its share of the tokens that were routed anywhere in its mixture."""
     x = torch.cat([batch.flatten(0, 1) for batch in seen[layer_name]])
     x = x - x.mean(0) if centred else x
-    total = x.mT @ x / len(x)
+    mixture = layer_name.partition("[")[0]
+    together = [batch for name, inputs in seen.items() if name.partition("[")[0] == mixture for batch in inputs]
+    total = x.mT @ x / sum(map(len, together) if "[" in layer_name else [len(x)])
     _, groups = matrix(layer)
     block = torch.block_diag(*[torch.ones(len(total) // groups, len(total) // groups)] * groups)
     return total * block
@@ -404,9 +421,9 @@ def test_nirvana(over: Any) -> None:
     check(group_scores(criteria.Nirvana(over), of), expected, 2e-5)
 
 
-def unit_rows(of: Subject, everything: bool) -> dict[str, Tensor]:
+def unit_rows(of: Subject, everything: bool, functional: Callable[..., Tensor] = loss) -> dict[str, Tensor]:
     """(N, units) per group: the sum over all slices, or the consumers alone, of w . dL_n/dw with biases and norms."""
-    rows = gradients(of)
+    rows = gradients(of, functional)
     parameters = {key: p.detach() for key, p in of.model.named_parameters()}
     modules = dict(of.model.named_modules())
     found = {}

@@ -75,12 +75,28 @@ def seen_inputs(model: nn.Module, case: Case) -> Iterator[tuple[str, list[Tensor
         return hook
 
     handles = [module.register_forward_pre_hook(note(name, module)) for name, module in input_layers(model).items()]
+    for name, module in model.named_modules():
+        if hasattr(module, "gate_up_proj") and isinstance(module.gate_up_proj, nn.Parameter):
+            handles.append(
+                module.register_forward_pre_hook(lambda m, args, name=name: note_experts(seen, name, m, *args))
+            )
     with torch.no_grad():
         for batch in case.batches:
             forward(model, batch)
     for handle in handles:
         handle.remove()
     yield from seen.items()
+
+
+def note_experts(seen: dict[str, list[Tensor]], name: str, experts: Any, hidden: Any, indices: Any, _: Any) -> None:
+    """What every expert's down projection reads, token by token, each a sample of its own."""
+    rows: dict[int, list[Tensor]] = {}
+    for token, chosen in enumerate(indices.tolist()):
+        for expert in chosen:
+            gate, up = (experts.gate_up_proj[expert] @ hidden[token]).chunk(2)
+            rows.setdefault(expert, []).append((experts.act_fn(gate) * up).detach())
+    for expert, found in rows.items():
+        seen.setdefault(f"{name}[{expert}]", []).append(torch.stack(found)[:, None])
 
 
 def close(got: Any, expected: Any, rtol: float = 2e-5) -> None:

@@ -5,26 +5,33 @@ W_m,u . dL_n/dW_m,u its row, x the input of a consumer. ``docs/criteria.md`` has
 """
 
 from obc.criteria.activations import CFSP, FLAP, Minitron, WandaSP
+from obc.criteria.beam import BeamSearch
 from obc.criteria.catalogue import CRITERIA
-from obc.criteria.compensated import KFAC, CompensatedJacobian
+from obc.criteria.compensated import CompensatedJacobian
 from obc.criteria.curvature import FastOBA
-from obc.criteria.depth import AngularDistance, BlockInfluence
+from obc.criteria.depth import AngularDistance, BlockInfluence, EntropyGain
 from obc.criteria.experts import REAP, ExpertFrequency, ExpertNorm
+from obc.criteria.gaprune import GAPrune
 from obc.criteria.gradients import Fisher, LLMPruner, Nirvana, Taylor
+from obc.criteria.intra_fusion import IntraFusion
+from obc.criteria.jbr import JBR
+from obc.criteria.kfac import KFAC
 from obc.criteria.magnitude import FPGM, WHC, BNScale, Magnitude, Random
 from obc.criteria.masked import MaskedEvaluation
 from obc.criteria.obs import OBS, SlimGPT
 from obc.criteria.protocol import About, Criterion, MeasuredCriterion, Subject
 from obc.criteria.reconstruction import Reconstruction
 from obc.criteria.registry import available, get, register
-from obc.criteria.rows import GAPrune, Jacobian, NViT
+from obc.criteria.rows import Jacobian, NViT
 from obc.criteria.scoring import group_scores, scores_from
+from obc.criteria.tolerance import Tolerance
 
 __all__ = [
     "CFSP",
     "CRITERIA",
     "FLAP",
     "FPGM",
+    "JBR",
     "KFAC",
     "OBS",
     "REAP",
@@ -32,14 +39,17 @@ __all__ = [
     "About",
     "AngularDistance",
     "BNScale",
+    "BeamSearch",
     "BlockInfluence",
     "CompensatedJacobian",
     "Criterion",
+    "EntropyGain",
     "ExpertFrequency",
     "ExpertNorm",
     "FastOBA",
     "Fisher",
     "GAPrune",
+    "IntraFusion",
     "Jacobian",
     "LLMPruner",
     "Magnitude",
@@ -53,6 +63,7 @@ __all__ = [
     "SlimGPT",
     "Subject",
     "Taylor",
+    "Tolerance",
     "WandaSP",
     "available",
     "get",

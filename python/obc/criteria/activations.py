@@ -47,7 +47,7 @@ class FLAP(Criterion):
             scores[used] = standardised(fluctuation[used])
             return scores[consumer.channels].mean(1)
 
-        return sum_over_consumers(group, model, value)
+        return sum_over_consumers(group, model, value, statistics.moments)
 
 
 class WandaSP(Criterion):
@@ -73,7 +73,7 @@ class WandaSP(Criterion):
             rms = (moments.square.cpu() / moments.count).sqrt()
             return (rms * consumer.columns.abs().sum(1))[consumer.channels].sum(1)
 
-        return sum_over_consumers(group, model, value)
+        return sum_over_consumers(group, model, value, statistics.moments)
 
 
 class Minitron(Criterion):
@@ -100,7 +100,7 @@ class Minitron(Criterion):
             squares = statistics.moments[consumer.name].mean_absolute_square.cpu()
             return squares[consumer.channels].sum(1).sqrt()
 
-        return sum_over_consumers(group, model, value)
+        return sum_over_consumers(group, model, value, statistics.moments)
 
 
 class CFSP(Criterion):
@@ -138,4 +138,4 @@ class CFSP(Criterion):
                 norms = norms * (absolute / absolute.sum(0).clamp_min(TINY)).mean(1)
             return norms[consumer.channels].sum(1)
 
-        return sum_over_consumers(group, model, value)
+        return sum_over_consumers(group, model, value, statistics.moments)

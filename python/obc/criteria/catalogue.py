@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 from obc.criteria.activations import CFSP, FLAP, Minitron, WandaSP
-from obc.criteria.compensated import KFAC, CompensatedJacobian
+from obc.criteria.beam import BeamSearch
+from obc.criteria.compensated import CompensatedJacobian
 from obc.criteria.curvature import FastOBA
-from obc.criteria.depth import AngularDistance, BlockInfluence
+from obc.criteria.depth import AngularDistance, BlockInfluence, EntropyGain
 from obc.criteria.experts import REAP, ExpertFrequency, ExpertNorm
+from obc.criteria.gaprune import GAPrune
 from obc.criteria.gradients import Fisher, LLMPruner, Nirvana, Taylor
+from obc.criteria.intra_fusion import IntraFusion
+from obc.criteria.jbr import JBR
+from obc.criteria.kfac import KFAC
 from obc.criteria.magnitude import FPGM, WHC, BNScale, Magnitude, Random
 from obc.criteria.masked import MaskedEvaluation
 from obc.criteria.obs import OBS, SlimGPT
 from obc.criteria.reconstruction import Reconstruction
 from obc.criteria.registry import register
-from obc.criteria.rows import GAPrune, Jacobian, NViT
+from obc.criteria.rows import Jacobian, NViT
+from obc.criteria.tolerance import Tolerance
 
 CRITERIA = (
     Jacobian(),
     CompensatedJacobian(),
     KFAC(),
+    JBR(),
     Random(),
     Magnitude(1),
     Magnitude(2),
     BNScale(),
     FPGM(),
     WHC(),
+    IntraFusion(),
     Taylor(),
     Fisher(),
     Reconstruction(),
@@ -44,8 +52,11 @@ CRITERIA = (
     GAPrune(),
     FastOBA(),
     MaskedEvaluation(),
+    BeamSearch(),
+    Tolerance(),
     BlockInfluence(),
     AngularDistance(),
+    EntropyGain(),
 )
 
 for criterion in CRITERIA:

@@ -1,6 +1,8 @@
-"""Criteria of whole residual blocks, from how similar their inputs and outputs are. Forward passes alone."""
+"""Criteria of whole residual blocks, from their inputs and outputs. Forward passes alone."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +27,7 @@ class BlockCriterion(Criterion):
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         if group.kind != "layers" or group.name not in statistics.blocks:
             return None
-        return torch.tensor([self.of_block(statistics.blocks[group.name])], dtype=torch.float64)
+        return torch.tensor([self.of_blocks(statistics)[group.name]], dtype=torch.float64)
 
     def of_block(self, sums: BlockSums) -> float:
         """The score of one block, or of one window."""
@@ -72,3 +74,44 @@ class AngularDistance(BlockCriterion):
 
     def of_block(self, sums: BlockSums) -> float:
         return sums.angle / sums.count
+
+
+class EntropyGain(BlockCriterion):
+    """dH = H(y) - H(x), from histograms of every dimension (EntroDrop, Yang et al., arXiv 2504.03794).
+
+    Entropy falls over the first blocks and rises afterwards; only blocks of the second stage go.
+
+    Args:
+        bins: of the histograms.
+        spare: blocks that score one nat more than all others. "falling": all before the entropy first rises. "ends":
+            the first two and the last, as the released code has it. None: no blocks.
+    """
+
+    name = "entropy"
+    about = About(
+        "EntroDrop",
+        "arXiv 2504.03794; code SalesforceAIResearch/EntroDrop",
+        "mean over batches of H(block output) - H(block input), H the sum of the dimensions' histogram entropies",
+        "forward",
+        kinds="blocks",
+        differs="its code spares the first two blocks and the last by their number: spare='ends'",
+        missing="estimates by nearest neighbours and Renyi's; attention layers alone",
+    )
+
+    def __init__(self, bins: int = 20, spare: Literal["falling", "ends"] | None = "falling") -> None:
+        if spare not in ("falling", "ends", None):
+            raise ValueError(f"spare must be 'falling', 'ends' or None, got {spare!r}")
+        self.needs = (Blocks(entropy_bins=bins),)
+        self.spare = spare
+
+    def of_block(self, sums: BlockSums) -> float:
+        return (sums.output_entropy - sums.input_entropy) / max(sums.calls, 1)
+
+    def of_blocks(self, statistics: Statistics) -> dict[str, float]:
+        gains = super().of_blocks(statistics)
+        names, most = list(gains), max(gains.values(), default=0.0)
+        spared = set(names[:2] + names[-1:]) if self.spare == "ends" else set()
+        if self.spare == "falling":
+            rising = next((place for place, name in enumerate(names) if gains[name] > 0), len(names))
+            spared = set(names[:rising])
+        return {name: most + 1.0 if name in spared else gain for name, gain in gains.items()}

@@ -18,17 +18,13 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     "GETA, HESSO": ("rows give w · g per unit", "a saliency inside training, with shrinking and bit widths"),
     "HAP": ("`fastoba` is its kin by Hessian products", "Hutchinson's trace, and implants for what goes"),
-    "PAGCP": ("`masked` with rounds", "one tolerance per task, ratios grown layer by layer"),
     "MultiPruner, BlockPruner": (
         "`masked` with rounds for widths and heads",
         "blocks as units of obc.prune",
     ),
-    "Skrr": ('`masked` with metric="mse"', "beam search over sub-blocks, re-use of neighbours"),
-    "EntroDrop": ("nothing", "entropies of hidden states are no sums over tokens"),
     "Reassessing layer pruning": ("`block_influence`", "removal of blocks; its finding is to drop the last quarter"),
     "GPTailor": ("nothing", "merges layers of several fine-tuned variants"),
     "L³Prune": ("nothing", "reads a contrastive loss off every layer"),
-    "Intra-Fusion": ("any criterion picks the kept units", "optimal transport of what goes into what stays"),
     "COMP": (
         '`compensate="ls"` solves more than its mask tuning',
         "its metrics, which are not published in full",

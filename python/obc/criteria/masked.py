@@ -36,11 +36,11 @@ class MaskedEvaluation(MeasuredCriterion):
 
     name = "masked"
     about = About(
-        "oracle, PAGCP (masked loss), MultiPruner and BlockPruner (greedy), HierarchicalPrune",
+        "oracle, MultiPruner and BlockPruner (greedy), HierarchicalPrune",
         "oracle: arXiv 1611.06440; MultiPruner: arXiv 2501.09949",
         "loss, KL or MSE with u masked, minus that of the model as it is",
         "labels",
-        missing="PAGCP's tolerance per task, Skrr's beam search, MultiPruner's order of kinds",
+        missing="MultiPruner's order of kinds",
     )
     per_cost = True
 
@@ -61,7 +61,7 @@ class MaskedEvaluation(MeasuredCriterion):
         highest = -float("inf")
         for turn in range(self.rounds):
             scores = [
-                (evaluation(_with(masks, group.name, unit)) - base, group.name, unit)
+                (evaluation(with_unit(masks, group.name, unit)) - base, group.name, unit)
                 for group in groups
                 for unit in range(group.size)
                 if not masks[group.name][unit]
@@ -116,18 +116,22 @@ class Evaluation:
         return float((targets.exp() * (targets - logs)).sum(-1).mean())
 
     def _output(self, model: nn.Module, batch: Any) -> Tensor:
-        output = self.subject.forward_fn(model, batch)
-        while isinstance(output, (list, tuple)) and output:
-            output = output[0]
-        for name in ("logits", "last_hidden_state"):
-            if not isinstance(output, Tensor) and getattr(output, name, None) is not None:
-                output = getattr(output, name)
-        if not isinstance(output, Tensor):
-            raise ValueError(f"masked evaluation compares tensors, forward_fn returned {type(output).__name__}")
-        return output
+        return output_tensor(self.subject.forward_fn(model, batch))
 
 
-def _with(masks: Masks, name: str, unit: int) -> Masks:
+def output_tensor(output: Any) -> Tensor:
+    """The logits of what a forward pass returned, else its last hidden state, else its first tensor."""
+    while isinstance(output, (list, tuple)) and output:
+        output = output[0]
+    for name in ("logits", "last_hidden_state"):
+        if not isinstance(output, Tensor) and getattr(output, name, None) is not None:
+            output = getattr(output, name)
+    if not isinstance(output, Tensor):
+        raise ValueError(f"the criterion compares tensors, forward_fn returned {type(output).__name__}")
+    return output
+
+
+def with_unit(masks: Masks, name: str, unit: int) -> Masks:
     mask = masks[name].clone()
     mask[unit] = True
     return {**masks, name: mask}

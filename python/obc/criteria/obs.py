@@ -10,14 +10,14 @@ the error of least squares on the kept channels, so that ``compensate="ls"`` is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from obc.criteria.protocol import About, Criterion
-from obc.criteria.units import Consumer, consumers_of
+from obc.criteria.surgeon import State, second_moment
+from obc.criteria.units import consumers_of
 from obc.model.groups import ChannelGroup
 from obc.selection.allocation import LogProfile
 from obc.statistics.results import Statistics
@@ -111,73 +111,3 @@ class SlimGPT(OBS):
     def __init__(self, ridge: float = 1e-2, first: float = 0.0625, last: float = 0.25) -> None:
         super().__init__(heads="cholesky", ridge=ridge)
         self.allocation = LogProfile(first, last)
-
-
-@dataclass
-class State:
-    """One consumer in the course of greedy removal: its weight's columns and the inverse of what is left.
-
-    Attributes:
-        consumer: as it was.
-        gram: (in, in) E[x x^T], undamped.
-        columns: (in, entries) the weight as the removals so far updated it; zero where channels are gone.
-        inverse: (in, in) P; the identity where channels are gone.
-    """
-
-    consumer: Consumer
-    gram: Tensor
-    columns: Tensor
-    inverse: Tensor
-
-    @classmethod
-    def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> State:
-        return cls(consumer, gram, consumer.columns.clone(), inverse(gram, ridge))
-
-    def errors(self, heads: str = "exact") -> Tensor:
-        """(units,) e_u of every unit that is still there."""
-        channels = self.consumer.channels
-        columns = self.columns[channels]  # (units, k, entries)
-        if channels.shape[1] == 1:
-            return columns[:, 0].square().sum(1) / self.inverse.diagonal()[channels[:, 0]]
-        blocks = self.inverse[channels[:, :, None], channels[:, None, :]]
-        if heads == "cholesky":
-            diagonal = torch.linalg.cholesky(blocks).diagonal(dim1=1, dim2=2).square()
-            return (columns.square().sum(2) / diagonal).sum(1)
-        return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
-
-    def first_order(self) -> Tensor:
-        """(units,) the sum over the unit's columns j of |(G W^T)_j . W_j|."""
-        through = (self.gram @ self.columns * self.columns).sum(1).abs()
-        return through[self.consumer.channels].sum(1)
-
-    def remove(self, units: Tensor) -> None:
-        """Take out these units and let the others take over."""
-        gone = self.consumer.channels[units].flatten()
-        solved = torch.linalg.solve(self.inverse[gone[:, None], gone], self.inverse[gone])  # (P_dd)^-1 P_d:
-        self.columns -= solved.mT @ self.columns[gone]
-        self.columns[gone] = 0.0
-        self.inverse -= self.inverse[:, gone] @ solved
-        self.inverse[gone] = 0.0
-        self.inverse[:, gone] = 0.0
-        self.inverse[gone, gone] = 1.0
-
-
-def second_moment(consumer: Consumer, statistics: Statistics, centred: bool = False) -> Tensor:
-    """(in, in) E[x x^T] of a consumer's input, on the CPU; zero between channels of different convolution groups."""
-    found = statistics.gram[consumer.name]
-    gram = (found.centred() if centred else found.total).cpu() / found.count
-    if consumer.groups > 1:
-        group = torch.arange(len(gram)) // (len(gram) // consumer.groups)
-        gram = gram.masked_fill(group[:, None] != group, 0.0)
-    return gram
-
-
-def inverse(gram: Tensor, ridge: float) -> Tensor:
-    """(G + lambda I)^-1, lambda = ridge * mean diagonal."""
-    mean = gram.diagonal().mean()
-    damping = ridge * (mean if bool(mean > 0) else torch.ones_like(mean))
-    identity = torch.eye(len(gram), dtype=gram.dtype)
-    factor, failed = torch.linalg.cholesky_ex(gram + damping * identity)
-    if bool(failed):
-        raise ValueError(f"a Gram matrix is singular with ridge={ridge:g}; pass more batches, or a larger ridge")
-    return torch.cholesky_inverse(factor)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from obc.model.experts import fused_experts
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
+from obc.statistics.routed import expert_name
 from obc.statistics.weight_gradients import floating_weight
 
 # Divisors that could vanish are not below this.
@@ -21,17 +23,19 @@ class Consumer:
     """One layer that reads a group's channels.
 
     Attributes:
-        name: of the module.
-        module: the layer.
+        name: of the module; of one expert of a mixture that is one module, as "mlp.experts[3]".
+        module: the layer, or that module.
         channels: (units, k) int64 on the CPU: its in channels that go with each unit.
         columns: (in, entries) float64 on the CPU: the weight's entries of each in channel. Entries of one column are
             outputs, for convolutions every output and tap.
+        routed: whether it is an expert, which has no statistics where no token reached it.
     """
 
     name: str
     module: nn.Module
     channels: Tensor
     columns: Tensor
+    routed: bool = False
 
     @property
     def groups(self) -> int:
@@ -46,11 +50,15 @@ class Consumer:
 
 
 def consumers_of(group: ChannelGroup, model: nn.Module) -> Iterator[Consumer]:
-    """The group's consumers that are linear layers or convolutions with floating weights."""
+    """The group's consumers that are linear layers or convolutions with floating weights, and fused experts."""
     modules = dict(model.named_modules())
     for part in group.consumers:
         module = modules.get(part.module)
-        if part.side == "in" and module is not None and layout_of(module) is not None:
+        if part.side == "in" and module is not None and (experts := fused_experts(module)) is not None:
+            for expert, weight in enumerate(experts[1].detach()):
+                columns = weight.T.double().cpu()
+                yield Consumer(expert_name(part.module, expert), module, part.channels.cpu(), columns, routed=True)
+        elif part.side == "in" and module is not None and layout_of(module) is not None:
             weight = floating_weight(module)
             if weight is not None:
                 columns = by_channel(module, weight.detach(), "in").double().cpu()
@@ -77,9 +85,18 @@ def mean_over_slices(group: ChannelGroup, value: Callable[[Slice], Tensor | None
     return torch.stack(parts).mean(0) if parts else None
 
 
-def sum_over_consumers(group: ChannelGroup, model: nn.Module, value: Callable[[Consumer], Tensor]) -> Tensor | None:
-    """The sum over the group's consumers of (units,) values; None where none can be read."""
-    parts = [value(consumer) for consumer in consumers_of(group, model)]
+def sum_over_consumers(
+    group: ChannelGroup, model: nn.Module, value: Callable[[Consumer], Tensor], read: Container[str]
+) -> Tensor | None:
+    """The sum over the group's consumers of (units,) values; None where none can be read.
+
+    Args:
+        group: whose consumers.
+        model: whose layers.
+        value: of one of them.
+        read: names of those that have statistics: experts that no token reached have none and add nothing.
+    """
+    parts = [value(one) for one in consumers_of(group, model) if not one.routed or one.name in read]
     return torch.stack(parts).sum(0) if parts else None
 
 

@@ -133,6 +133,21 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = flag
 
 
+@contextlib.contextmanager
+def without_cache(*models: nn.Module) -> Iterator[None]:
+    """Models of transformers don't build a cache of keys and values, which a module that runs again would extend."""
+    configs: list[Any] = [getattr(model, "config", None) for model in models]
+    configs = [config for config in configs if isinstance(getattr(config, "use_cache", None), bool)]
+    before = [config.use_cache for config in configs]
+    try:
+        for config in configs:
+            config.use_cache = False
+        yield
+    finally:
+        for config, use in zip(configs, before, strict=True):
+            config.use_cache = use
+
+
 def checkpoints_activations(module: nn.Module) -> bool:
     """Whether the module is a layer of transformers that nothing but checkpointing tells its training flag."""
     is_layer = any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)

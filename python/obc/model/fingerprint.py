@@ -11,11 +11,16 @@ from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash over names, shapes and sums of the bits of every parameter and buffer; integers, so exact everywhere."""
+    """A hash over names, shapes and sums of the bits of every parameter and buffer; integers, so exact everywhere.
+
+    What is on the meta device has no bits.
+    """
     digest = hashlib.sha256()
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         tensor = tensor.detach()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.is_meta:
+            continue
         integers = torch.int16 if tensor.element_size() % 2 == 0 else torch.uint8
         bits = torch.atleast_1d(tensor).contiguous().view(integers)
         digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())

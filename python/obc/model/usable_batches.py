@@ -80,6 +80,11 @@ class UsableBatches:
         """How many batches there are, left-out ones included; None before the first pass where it can't be known."""
         return len(self._batches) if isinstance(self._batches, Sized) else self._seen or None
 
+    @property
+    def current(self) -> int:
+        """The number of the batch that was handed on last."""
+        return self._current
+
     def leave_out(self, why: str) -> None:
         """Leave out the batch that was handed on last."""
         self.left_out[self._current] = why

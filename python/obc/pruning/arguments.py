@@ -169,7 +169,7 @@ def chosen_allocation(allocation: Any, criterion: Any) -> Allocation:
     return allocation_of(allocation)
 
 
-Compensation = Literal["mean", "correct", "ls", "seq"]
+Compensation = Literal["mean", "fusion", "correct", "ls", "seq"]
 
 
 def chosen_compensation(compensate: Compensation | bool | None) -> Compensation | None:

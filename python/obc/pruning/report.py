@@ -18,6 +18,7 @@ from obc.model.plan import PruningPlan
 from obc.page.document import Section
 from obc.pruning.report_page import pruning_fragment, pruning_page
 from obc.recovery.compensation_report import CompensationReport
+from obc.recovery.fusion import FusionReport
 from obc.recovery.mean_bias import MeansReport
 from obc.structures.proof import Proof
 from obc.structures.protocol import Unit
@@ -84,6 +85,7 @@ class PruningReport:
         unproved: groups, or "the whole model", of which nothing could be proved -> why.
         compensation: the report of :func:`obc.compensate`, where it was asked for.
         means: what biases took over, with ``compensate="mean"``.
+        fusion: what was fused into what stays, with ``compensate="fusion"``.
         scores: group -> its units' scores before anything was removed, smallest first; of more than 121 units as many
             quantiles. Without what is not finite.
         provenance: what was asked for, of which model, with which software, and when.
@@ -107,6 +109,7 @@ class PruningReport:
     unproved: dict[str, str] = field(default_factory=dict)
     compensation: CompensationReport | None = None
     means: MeansReport | None = None
+    fusion: FusionReport | None = None
     scores: dict[str, list[float]] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
 
@@ -126,6 +129,7 @@ class PruningReport:
         fields["steps"] = [asdict(step) for step in self.steps]
         fields["proof"] = None if self.proof is None else asdict(self.proof)
         fields["means"] = None if self.means is None else asdict(self.means)
+        fields["fusion"] = None if self.fusion is None else asdict(self.fusion)
         if self.compensation is not None:
             kept = {name: value for name, value in vars(self.compensation).items() if name != "decompressors"}
             kept["layers"] = {name: asdict(layer) for name, layer in self.compensation.layers.items()}

@@ -38,6 +38,7 @@ from obc.pruning.report import PruningReport, PruningResult, timed
 from obc.pruning.snapshot import Snapshot
 from obc.recovery.compensate import Mode
 from obc.recovery.compensate import compensate as compensate_model
+from obc.recovery.fusion import fuse_units
 from obc.recovery.mean_bias import absorb_means
 from obc.scoring.label_free import label_free_loss
 from obc.structures.protocol import Structure
@@ -122,7 +123,8 @@ def prune(
         compensate: at the end the consumers take over, by least squares, what the dropped channels carried
             (:func:`obc.compensate`): "correct" or True, which also repairs what layers before them broke; "ls"; "seq".
             "mean": their biases take what the dropped channels carried on average
-            (:func:`obc.recovery.mean_bias.absorb_means`). Needs a copy of the unpruned model meanwhile.
+            (:func:`obc.recovery.mean_bias.absorb_means`). "fusion": what goes is fused into what stays, without data
+            (:func:`obc.recovery.fusion.fuse_units`; needs scipy). Needs a copy of the unpruned model meanwhile.
         rows: "batch" or "sample": what one row is.
         micro_batch: the Jacobian Criterion runs batches in parts of at most so many samples (:func:`obc.score`).
         ignored_layers: layers or their names whose outputs keep their widths.
@@ -194,7 +196,7 @@ def prune(
             prove_groups(structure, run, report)
             final_proof = FinalProof(structure, run) if verify else None
         counted = MeasuredMacs(structure, run, report)
-        original = _copied(model) if compensate is not None else None
+        original, groups = _copied(model) if compensate is not None else None, structure.groups
         forward = _forward(loss_fn, forward_fn, labels)
         generator = torch.Generator().manual_seed(seed)
         loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
@@ -210,6 +212,9 @@ def prune(
             with timed(report, "compensate"):
                 report.means = absorb_means(model, original, structure.plan, usable, forward)
                 report.warnings += report.means.warnings
+        elif original is not None and compensate == "fusion":
+            with timed(report, "compensate"):
+                report.fusion = fuse_units(model, original, structure.plan, groups)
         elif original is not None and compensate is not None:
             with timed(report, "compensate"):
                 report.compensation = compensate_model(

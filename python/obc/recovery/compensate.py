@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
+from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
 from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan
 from obc.model.usable_batches import UsableBatches
@@ -23,7 +23,6 @@ from obc.recovery.calibration import batch_norms, inputs
 from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.consumers import Consumer, find_consumers, in_execution_order
 from obc.recovery.processes import Processes
-from obc.recovery.segments import without_cache
 
 Mode = Literal["correct", "ls", "seq"]
 

@@ -9,7 +9,7 @@ what they were seen to get, return what they were seen to return.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -270,18 +270,3 @@ def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> s
 def _close(a: Tensor, b: Tensor) -> bool:
     """Up to rounding: another batch size or kernel must not look like another computation."""
     return bool((a.double() - b.double()).norm() <= 1e-3 * b.double().norm())
-
-
-@contextlib.contextmanager
-def without_cache(*models: nn.Module) -> Iterator[None]:
-    """Models of transformers don't build a cache of keys and values, which a module that runs again would extend."""
-    configs: list[Any] = [getattr(model, "config", None) for model in models]
-    configs = [config for config in configs if isinstance(getattr(config, "use_cache", None), bool)]
-    before = [config.use_cache for config in configs]
-    try:
-        for config in configs:
-            config.use_cache = False
-        yield
-    finally:
-        for config, use in zip(configs, before, strict=True):
-            config.use_cache = use

@@ -1,6 +1,7 @@
 """Streaming statistics of a model: whatever criteria need, in one run over the batches."""
 
 from obc.statistics.blocks import Blocks, BlockSums, residual_blocks
+from obc.statistics.by_block import ByBlock
 from obc.statistics.errors import StatisticsError
 from obc.statistics.experts import Experts, ExpertSums
 from obc.statistics.gradient_moments import ChannelGradients, GradientMoments
@@ -15,6 +16,7 @@ from obc.statistics.weight_gradients import WeightGradients, WeightGradientSums
 __all__ = [
     "BlockSums",
     "Blocks",
+    "ByBlock",
     "ChannelGradients",
     "ChannelMoments",
     "ExpertSums",

@@ -33,6 +33,9 @@ class BlockSums:
         difference: sum |y - x|^2.
         input: sum |x|^2.
         output: sum |y|^2.
+        calls: how many calls of the block the entropies are of; 0 where they were not asked for.
+        input_entropy: sum over calls of the entropy of x in nats (:func:`entropy`).
+        output_entropy: the same of y.
     """
 
     count: int
@@ -41,6 +44,9 @@ class BlockSums:
     difference: float
     input: float
     output: float
+    calls: int = 0
+    input_entropy: float = 0.0
+    output_entropy: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,13 @@ class Blocks:
         span: compare the input of each block with the output of the span - 1 blocks after it: windows of consecutive
             blocks, under the name of their first.
         modules: names of the blocks, in the order of execution; by default :func:`residual_blocks`.
+        entropy_bins: also the entropies of input and output, from histograms of so many bins; 0: not.
     """
 
     tokens: Tokens = "all"
     span: int = 1
     modules: Sequence[str] | None = None
+    entropy_bins: int = 0
 
     name: ClassVar[str] = "blocks"
     backward: ClassVar[bool] = False
@@ -64,6 +72,8 @@ class Blocks:
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
         if self.tokens not in ("all", "last"):
             raise StatisticsError(f"Blocks(tokens=...) must be 'all' or 'last', got {self.tokens!r}")
+        if self.entropy_bins == 1 or self.entropy_bins < 0:
+            raise StatisticsError(f"Blocks(entropy_bins=...) must be 0 or at least 2, got {self.entropy_bins}")
         known = dict(named_modules(model))
         names = residual_blocks(model) if self.modules is None else list(self.modules)
         if unknown := [name for name in names if name not in known]:
@@ -80,7 +90,7 @@ class Blocks:
 
     def identity(self) -> dict[str, Any]:
         modules = None if self.modules is None else list(self.modules)
-        return {"tokens": self.tokens, "span": self.span, "modules": modules}
+        return {"tokens": self.tokens, "span": self.span, "modules": modules, "entropy_bins": self.entropy_bins}
 
 
 def residual_blocks(model: nn.Module) -> list[str]:
@@ -127,6 +137,15 @@ class _Reader(Reader):
     def part_ends(self) -> None:
         self._inputs.clear()
 
+    def window(self, block: str) -> str | None:
+        if block not in self._order:
+            return None
+        place = self._order.index(block) - self.options.span + 1
+        return self._order[place] if place >= 0 else None
+
+    def take_window(self, block: str, x: Tensor) -> None:
+        self._inputs[block] = x
+
     def _before(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.part.reading and not is_running_again():
@@ -137,8 +156,7 @@ class _Reader(Reader):
         return hook
 
     def _after(self, name: str) -> Callable[..., None]:
-        place = self._order.index(name) - self.options.span + 1
-        first = self._order[place] if place >= 0 else None
+        first = self.window(name)
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if first is None or not self.part.reading or is_running_again():
@@ -171,6 +189,8 @@ class _Reader(Reader):
         x, y = (states.movedim(dim, -1).reshape(-1, states.shape[dim]) for states in (x, y))
         dtype = torch.promote_types(x.dtype, torch.float32)
         x, y = x.to(dtype), y.to(dtype)
+        if self.options.entropy_bins:
+            self._read_entropies(name, x, y, valid)
         cosine = nn.functional.cosine_similarity(x, y, dim=-1).clamp(-1, 1)
         per_token = torch.stack(
             [
@@ -186,9 +206,35 @@ class _Reader(Reader):
             per_token = per_token.masked_fill(~valid.reshape(-1), 0)
         self.sums.add(name, "sums", per_token.double().sum(1))
 
+    def _read_entropies(self, name: str, x: Tensor, y: Tensor, valid: Tensor | None) -> None:
+        if valid is not None:
+            x, y = (states[valid.reshape(-1)] for states in (x, y))
+        if len(x):
+            found = [entropy(states, self.options.entropy_bins) for states in (x, y)]
+            self.sums.add(name, "entropies", torch.stack([torch.ones_like(found[0]), *found]).double())
+
     def result(self, fields: Mapping[str, Tensor]) -> BlockSums:
-        count, *sums = fields["sums"].tolist()
-        return BlockSums(int(count), *sums)
+        count, cosine, angle, difference, before, after = fields["sums"].tolist()
+        calls, before_entropy, after_entropy = fields["entropies"].tolist() if "entropies" in fields else (0, 0.0, 0.0)
+        sums = (cosine, angle, difference, before, after)
+        return BlockSums(int(count), *sums, int(calls), before_entropy, after_entropy)
+
+
+def entropy(states: Tensor, bins: int) -> Tensor:
+    """The sum over dimensions of the entropy, in nats, of their values over the tokens, as EntroDrop estimates it.
+
+    H = - sum over d and b of p_db log p_db, with p_db the share of tokens whose value of dimension d lies in bin b of
+    ``bins`` equal ones between that dimension's least and greatest value. Not additive over tokens: of one call.
+
+    Args:
+        states: (tokens, dimensions).
+        bins: of each histogram.
+    """
+    low, high = states.amin(0), states.amax(0)
+    places = ((states - low) / (high - low).clamp_min(torch.finfo(states.dtype).tiny) * bins).long().clamp_(0, bins - 1)
+    counts = torch.zeros(bins, states.shape[1], dtype=states.dtype, device=states.device)
+    counts.scatter_add_(0, places, torch.ones_like(states))
+    return -torch.xlogy(counts / len(states), counts / len(states)).sum()
 
 
 def _last(x: Tensor, valid: Tensor | None) -> Tensor:

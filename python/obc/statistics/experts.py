@@ -16,6 +16,7 @@ from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part, is_running_again
 from obc.statistics.reader import Groups, Handle, Reader
+from obc.statistics.routed import expert_count, is_routed_call
 from obc.statistics.sums import Sums
 
 Gates = Literal["routed", "softmax"]
@@ -106,7 +107,7 @@ class _Reader(Reader):
         return hook
 
     def _read(self, name: str, module: nn.Module, inputs: list[Any]) -> None:
-        if not _is_routed_call(inputs):
+        if not is_routed_call(inputs):
             shapes = [tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in inputs]
             self.coverage[name] = Coverage.unread(f"called with {shapes}, not with states, expert indices and weights")
             return
@@ -144,18 +145,3 @@ class _Reader(Reader):
 
     def bytes(self) -> int:
         return sum(4 * 16 * expert_count(module) for module in self.mixtures.values())
-
-
-def expert_count(module: nn.Module) -> int:
-    """How many experts the module holds."""
-    experts = fused_experts(module)
-    assert experts is not None
-    return len(experts[1])
-
-
-def _is_routed_call(inputs: list[Any]) -> bool:
-    tensors = inputs[:3]
-    if len(tensors) < 3 or not all(isinstance(value, Tensor) and value.dim() == 2 for value in tensors):
-        return False
-    hidden, indices, weights = tensors
-    return not indices.is_floating_point() and indices.shape == weights.shape and len(hidden) == len(indices)

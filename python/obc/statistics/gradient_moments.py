@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from obc import ops
 from obc.statistics.part import Part
-from obc.statistics.reader import Groups, Handle, InputReader, Reader, flat_rows, input_dim, input_width
+from obc.statistics.reader import Groups, Handle, InputReader, Reader, flat_rows, input_dim
 from obc.statistics.sums import Sums
 
 
@@ -65,7 +65,7 @@ class _Reader(InputReader):
     """A part's backward may be run more than once (to see whether samples are apart): the last one counts."""
 
     def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups) -> None:
-        super().__init__(sums, part, model, groups)
+        super().__init__(sums, part, model, groups, experts=False)
         self._of_part = Sums(sums.name)
         self._leaf = torch.zeros((), requires_grad=True)
 
@@ -97,7 +97,7 @@ class _Reader(InputReader):
         return ChannelGradients(int(fields["count"]), *fields["sums"].unbind())
 
     def bytes(self) -> int:
-        return sum(2 * (8 + 2 * 4) * input_width(layer) for layer in self.layers.values())
+        return sum(2 * (8 + 2 * 4) * width for width in self.widths.values())
 
     def _tap(self, name: str) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from obc import ops
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part
-from obc.statistics.reader import Groups, InputReader, Reader, flat_rows, input_width
+from obc.statistics.reader import Groups, InputReader, Reader, flat_rows
+from obc.statistics.routed import RoutedInput
 from obc.statistics.sums import Sums
 
 Weight = Callable[[Any], Tensor]
@@ -44,7 +44,9 @@ class Gram:
     """The Gram matrix of consumers' inputs, sum omega x x^T. Forward only.
 
     Each batch's product is a float32 GEMM (float64 for float64 inputs) without TF32, added into float64. It takes
-    12 d^2 bytes for an input of d channels. For convolutions x is one pixel's channels.
+    12 d^2 bytes for an input of d channels. For convolutions x is one pixel's channels. Of fused experts x is what the
+    down projection of one expert reads of a token routed to it; each has a matrix of its own, under a name such as
+    "mlp.experts[3]".
 
     Args:
         weight: ``weight(batch)`` gives omega >= 0 as (B,), one a sample, or (B, T), one a token; for a key of a mapping
@@ -82,14 +84,13 @@ class GramReader(InputReader):
         super().__init__(sums, part, model, groups)
         self._weight = weight
 
-    def read(self, name: str, x: Tensor, channel_dim: int) -> None:
+    def read(self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None) -> None:
         rows = flat_rows(x, channel_dim).to(ops.accumulation_dtype(x.dtype))
-        valid = self.part.valid_positions(x, channel_dim)
         if valid is not None:
             rows = rows.masked_fill(~valid.reshape(-1, 1), 0)
         weighted = rows
         if self._weight is not None:
-            omega = self._omega(name, x, channel_dim).to(rows)
+            omega = self._omega(name, x, channel_dim, routed).to(rows)
             count = omega.sum() if valid is None else omega[valid.reshape(-1)].sum()
             weighted = rows * omega.unsqueeze(1)
         else:
@@ -99,45 +100,41 @@ class GramReader(InputReader):
         self.sums.add(name, "sum", weighted.sum(0))
         self.sums.add(name, "count", count.to(rows.device, torch.float64))
 
-    def _omega(self, name: str, x: Tensor, channel_dim: int) -> Tensor:
+    def _omega(self, name: str, x: Tensor, channel_dim: int, routed: RoutedInput | None) -> Tensor:
         """(positions,) the weight of each."""
         assert self._weight is not None
         omega = self._weight(self.part.batch).detach().to(x.device)
-        positions = x.movedim(channel_dim, -1).shape[:-1]
-        if omega.shape == positions or omega.numel() == positions.numel():
-            return omega.reshape(-1)
-        if omega.dim() == 1 and len(omega) == positions[0]:
-            return omega.repeat_interleave(positions.numel() // len(omega))
-        raise StatisticsError(
-            f"Gram(weight=...) gave shape {tuple(omega.shape)} for the input {tuple(x.shape)} of {name!r}; give (B,) "
-            "or (B, T), or leave the layer out with groups="
-        )
+        positions = x.movedim(channel_dim, -1).shape[:-1].numel() if routed is None else routed.total
+        if omega.numel() == positions:
+            omega = omega.reshape(-1)
+        elif omega.dim() == 1 and len(omega) and positions % len(omega) == 0 and (routed or len(omega) == len(x)):
+            omega = omega.repeat_interleave(positions // len(omega))
+        else:
+            raise StatisticsError(
+                f"Gram(weight=...) gave shape {tuple(omega.shape)} for the input {tuple(x.shape)} of {name!r}; give "
+                "(B,) or (B, T), or leave the layer out with groups="
+            )
+        return omega if routed is None else omega[routed.tokens]
 
     def result(self, fields: Mapping[str, Tensor]) -> GramSum:
         return GramSum(float(fields["count"]), fields["total"], fields["sum"])
 
     def bytes(self) -> int:
-        return sum(input_width(layer) ** 2 * (8 + 4) for layer in self.layers.values())
+        return sum(width**2 * (8 + 4) for width in self.widths.values())
 
     def largest(self) -> tuple[str, int]:
         """The layer with the most in channels, and how many."""
-        return max(((name, input_width(layer)) for name, layer in self.layers.items()), key=lambda entry: entry[1])
+        return max(self.widths.items(), key=lambda entry: entry[1])
 
     def bytes_by_device(self) -> dict[torch.device, int]:
         """What the sums and a batch's summands take on each device."""
         found: dict[torch.device, int] = {}
-        for layer in self.layers.values():
-            size, device = input_width(layer) ** 2, device_of(layer)
+        for name, width in self.widths.items():
+            size, device = width**2, self.device_of(name)
             to = self.sums.to or device
             found[device] = found.get(device, 0) + 4 * size
             found[to] = found.get(to, 0) + 8 * size
         return found
-
-
-def device_of(layer: nn.Module) -> torch.device:
-    """Where the layer's weight lies."""
-    tensors = itertools.chain(layer.parameters(), layer.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from obc.model.readable import readable
+from obc.statistics.block_weights import BlockWeights
+from obc.statistics.by_block import ByBlock, options_of
 from obc.statistics.errors import StatisticsError
 from obc.statistics.gram import GramReader
 from obc.statistics.names import Chosen, chosen_statistics
@@ -20,23 +22,40 @@ _MEMINFO = Path("/proc/meminfo")
 
 
 def memory_estimate(
-    model: nn.Module, statistics: str | Chosen | Sequence[str | Chosen], groups: Groups = None
+    model: nn.Module,
+    statistics: str | Chosen | Sequence[str | Chosen],
+    groups: Groups = None,
+    by_block: bool | ByBlock = False,
 ) -> dict[str, int]:
     """Bytes that each statistic's sums and one batch's summands take, before :func:`obc.collect` is run.
 
     Kept rows, four bytes a row and channel, are not counted, nor what the model takes (:func:`obc.memory_estimate`).
+    With ``by_block`` also "weights": the most that are on the device at once, those outside the blocks and the largest
+    block's. Hidden states, stored on the host or on disk, take tokens * width numbers in the model's dtype.
 
     Args:
         model: whose statistics.
         statistics: as for ``obc.collect``.
         groups: as for ``obc.collect``.
+        by_block: as for ``obc.collect``.
     """
     chosen = [one for one in chosen_statistics(statistics) if not isinstance(one, Rows)]
-    return {one.name: one.reader(model, groups, Part()).bytes() for one in chosen}
+    found = {one.name: one.reader(model, groups, Part()).bytes() for one in chosen}
+    options = options_of(by_block)
+    if options is not None:
+        names = options.names(model)
+        weights = BlockWeights(model, names, options.runs_on(model), options.weights)
+        found["weights"] = weights.bytes() + max(weights.bytes(name) for name in names)
+    return found
 
 
-def refuse_too_large(readers: Iterable[Reader]) -> None:
+def refuse_too_large(readers: Iterable[Reader], by_block: ByBlock | None, model: nn.Module) -> None:
     """Refuse Gram matrices that the free memory of a device can't hold.
+
+    Args:
+        readers: of which those of Gram matrices are looked at.
+        by_block: options of a run block by block, where one block's products are on the device at a time.
+        model: whose blocks.
 
     Raises:
         StatisticsError: with the bytes and what to do.
@@ -44,15 +63,27 @@ def refuse_too_large(readers: Iterable[Reader]) -> None:
     for reader in readers:
         if not isinstance(reader, GramReader):
             continue
-        for device, needed in reader.bytes_by_device().items():
+        needs = reader.bytes_by_device() if by_block is None else _by_block(reader, by_block, model)
+        for device, needed in needs.items():
             free = free_bytes(device)
             if free is not None and needed > free:
                 largest, width = reader.largest()
                 raise StatisticsError(
-                    f"the Gram matrices of {len(reader.layers)} layers take {readable(needed)} on {device}, where "
+                    f"the Gram matrices of {len(reader.widths)} layers take {readable(needed)} on {device}, where "
                     f"{readable(free)} are free (the largest, of {largest!r} with {width} channels: "
-                    f"{readable(12 * width**2)}); pass groups= for fewer layers at a time, or Gram(to='host')"
+                    f"{readable(12 * width**2)}); pass groups= for fewer layers at a time, Gram(to='host') or "
+                    "by_block=True, which hold the sums in the host's memory"
                 )
+
+
+def _by_block(reader: GramReader, options: ByBlock, model: nn.Module) -> dict[torch.device, int]:
+    """What a run block by block takes: all sums on the host, the products of one block where it runs."""
+    sizes = {name: width**2 for name, width in reader.widths.items()}
+    device, names = options.runs_on(model), options.names(model)
+    products = max(sum(size for layer, size in sizes.items() if layer.startswith(f"{name}.")) for name in names)
+    needs = {torch.device("cpu"): 8 * sum(sizes.values())}
+    needs[device] = needs.get(device, 0) + 4 * products
+    return needs
 
 
 def free_bytes(device: torch.device) -> int | None:

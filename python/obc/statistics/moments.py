@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from obc.statistics.channel_moments import moments_of
 from obc.statistics.part import Part
-from obc.statistics.reader import Groups, InputReader, Reader, input_width
+from obc.statistics.reader import Groups, InputReader, Reader
+from obc.statistics.routed import RoutedInput
 from obc.statistics.sums import Sums
 
 
@@ -47,7 +48,11 @@ class ChannelMoments:
 
 @dataclass(frozen=True)
 class Moments:
-    """Input moments of consumers: n, sum x, sum x^2, sum |x|, sum over samples of (mean |x|)^2. Forward only."""
+    """Input moments of consumers: n, sum x, sum x^2, sum |x|, sum over samples of (mean |x|)^2. Forward only.
+
+    Of fused experts the inputs of the down projections are read, every routed token as a sample of its own, under names
+    such as "mlp.experts[3]".
+    """
 
     name: ClassVar[str] = "moments"
     backward: ClassVar[bool] = False
@@ -60,8 +65,8 @@ class Moments:
 
 
 class _Reader(InputReader):
-    def read(self, name: str, x: Tensor, channel_dim: int) -> None:
-        counts, sums = moments_of(x, channel_dim, self.part.valid_positions(x, channel_dim))
+    def read(self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None) -> None:
+        counts, sums = moments_of(x, channel_dim, valid)
         self.sums.add(name, "counts", counts)
         self.sums.add(name, "sums", sums)
 
@@ -71,4 +76,4 @@ class _Reader(InputReader):
 
     def bytes(self) -> int:
         total_bytes, batch_bytes = 8, 4
-        return sum(4 * (total_bytes + batch_bytes) * input_width(layer) for layer in self.layers.values())
+        return sum(4 * (total_bytes + batch_bytes) * width for width in self.widths.values())

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from obc.model.experts import fused_experts
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
@@ -16,6 +18,16 @@ from obc.model.sharding import is_dtensor
 from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part, is_running_again
+from obc.statistics.routed import (
+    RoutedInput,
+    expert_count,
+    expert_name,
+    inner_width,
+    is_routed_call,
+    make_up,
+    routed_inputs,
+    unreadable,
+)
 from obc.statistics.sums import Sums
 
 Groups = Sequence[ChannelGroup] | None
@@ -70,6 +82,13 @@ class Reader:
     def batch_ends(self) -> None:
         """All parts of the batch are over."""
 
+    def window(self, block: str) -> str | None:
+        """The block whose input must still be there when ``block`` returns; None where no window ends at it."""
+        return None
+
+    def take_window(self, block: str, x: Tensor) -> None:
+        """``x`` is the input of ``block``, which ran earlier."""
+
     def result(self, fields: Mapping[str, Tensor]) -> Any:
         """What the sums of one module are given back as."""
         raise NotImplementedError
@@ -89,19 +108,21 @@ class Reader:
 def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], dict[str, Coverage]]:
     """The layers whose inputs are read, and the consumers that can't be read with the reason.
 
+    Modules that hold all experts of a mixture are among the layers.
+
     Args:
         model: the model.
-        groups: whose consumers; None: every linear layer and convolution.
+        groups: whose consumers; None: every linear layer and convolution, and every mixture.
     """
     modules = dict(named_modules(model))
     if groups is None:
-        return {name: module for name, module in modules.items() if layout_of(module) is not None}, {}
+        return {name: module for name, module in modules.items() if _has_inputs(module)}, {}
     found: dict[str, nn.Module] = {}
     unread: dict[str, Coverage] = {}
     for group in groups:
         for part in group.consumers:
             module = modules.get(part.module)
-            if part.side == "in" and module is not None and layout_of(module) is not None:
+            if part.side == "in" and module is not None and _has_inputs(module):
                 found[part.module] = module
             elif part.side == "in" or part.module not in modules:
                 what = "a tensor" if module is None else type(module).__name__
@@ -109,6 +130,10 @@ def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], d
                     f"{what} has no input of its own that holds the channels of its units"
                 )
     return found, unread
+
+
+def _has_inputs(module: nn.Module) -> bool:
+    return layout_of(module) is not None or fused_experts(module) is not None
 
 
 def input_width(module: nn.Module) -> int:
@@ -128,28 +153,74 @@ def input_dim(module: nn.Module, x: Tensor) -> int:
 
 
 class InputReader(Reader):
-    """Reads the inputs of layers.
+    """Reads the inputs of layers, and those of the down projections of fused experts.
 
     Args:
         sums: of the statistic.
         part: what is run.
         model: whose layers.
         groups: whose consumers' inputs; None: those of every layer.
+        experts: whether those of fused experts are read.
+
+    Attributes:
+        layers: name -> layer.
+        mixtures: name -> module that holds all experts of a mixture.
+        widths: name -> channels of its input; of each expert under its own name, as "mlp.experts[3]".
     """
 
-    def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups) -> None:
+    def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups, experts: bool = True) -> None:
         super().__init__(sums, part)
-        self.layers, unread = consumers(model, groups)
-        self.coverage = dict.fromkeys(self.layers, Coverage("input")) | unread
+        found, unread = consumers(model, groups)
+        self.layers = {name: module for name, module in found.items() if layout_of(module) is not None}
+        self.mixtures: dict[str, nn.Module] = {}
+        for name, module in found.items():
+            if name in self.layers:
+                continue
+            reason = unreadable(module) if experts else "inside fused experts this statistic is not read"
+            if reason is None:
+                self.mixtures[name] = module
+            elif experts or groups is not None:
+                unread[name] = Coverage.unread(reason)
+        self.widths = {name: input_width(module) for name, module in self.layers.items()}
+        for name, module in self.mixtures.items():
+            self.widths |= {expert_name(name, e): inner_width(module) for e in range(expert_count(module))}
+        self.coverage = dict.fromkeys(self.widths, Coverage("input")) | unread
+        self._proved: set[str] = set()  # mixtures whose parts make up what they return
 
     def attach(self) -> list[Handle]:
-        return [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, module in self.layers.items()
-        ]
+        handles: list[Handle] = []
+        for name, module in self.layers.items():
+            handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+        for name, module in self.mixtures.items():
+            handles.append(module.register_forward_hook(self._mixture_hook(name), with_kwargs=True))
+        return handles
 
-    def read(self, name: str, x: Tensor, channel_dim: int) -> None:
-        """Add what the input of one call gives; ``x`` has samples along dim 0."""
+    def device_of(self, name: str) -> torch.device:
+        """Where the weight of what is read under this name lies."""
+        module = self.layers.get(name) or self.mixtures[name.rpartition("[")[0]]
+        tensors = itertools.chain(module.parameters(), module.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+    def read(self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None) -> None:
+        """Add what one call shows.
+
+        Args:
+            name: of the layer or expert.
+            x: its input, with samples along dim 0.
+            channel_dim: of ``x``.
+            valid: (B, T) bool, where padding is left out of it.
+            routed: of an expert: which tokens they are. Each counts as a sample.
+        """
         raise NotImplementedError
+
+    def final_coverage(self) -> dict[str, Coverage]:
+        found = super().final_coverage()
+        for name, module in self.mixtures.items():
+            for expert in range(expert_count(module)):
+                one = expert_name(name, expert)
+                if one not in self.called and self.coverage[one].scored:
+                    found[one] = Coverage.unread("no token was routed to it, pass more batches")
+        return found
 
     def _hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -162,9 +233,40 @@ class InputReader(Reader):
                     x, channel_dim = x.unsqueeze(0), 1
                 self.note_call(name, x, channel_dim)
                 if x.numel():
-                    self.read(name, x, channel_dim)
+                    self.read(name, x, channel_dim, self.part.valid_positions(x, channel_dim), None)
 
         return hook
+
+    def _mixture_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+            if self.part.reading and not is_running_again():
+                with torch.no_grad():
+                    self._read_experts(name, module, [*args, *kwargs.values()], output)
+
+        return hook
+
+    def _read_experts(self, name: str, module: nn.Module, arguments: list[Any], output: Any) -> None:
+        names = [expert_name(name, expert) for expert in range(expert_count(module))]
+        if not self.coverage[names[0]].scored:
+            return
+        if not is_routed_call(arguments):
+            why = "it is not called with states, expert indices and weights"
+            self.coverage |= dict.fromkeys(names, Coverage.unread(why))
+            return
+        inputs = list(routed_inputs(module, *arguments[:3]))
+        if name not in self._proved and not make_up(module, inputs, output):
+            why = "what its experts return is not down(act(gate(x)) * up(x)), weighted and added"
+            self.coverage |= dict.fromkeys(names, Coverage.unread(why))
+            return
+        self._proved.add(name)
+        valid = self.part.valid_positions(arguments[0], 1)
+        for routed in inputs:
+            one = names[routed.expert]
+            self.called.add(one)
+            if valid is not None:
+                routed = routed.where(valid.reshape(-1)[routed.tokens])
+            if len(routed.tokens):
+                self.read(one, routed.x, 1, None, routed)
 
     def checked_input(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """The layer's input."""

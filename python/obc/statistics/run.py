@@ -18,10 +18,11 @@ from tqdm.auto import tqdm
 
 from obc.distribution import obc_version
 from obc.model.batches import part_of, samples_in
-from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
+from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
 from obc.model.groups import Side
 from obc.model.layouts import is_compiled
 from obc.model.progress import ProgressLog
+from obc.model.readable import readable
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
 from obc.scoring.checkpoint import CheckpointError
@@ -29,6 +30,8 @@ from obc.scoring.coverage import Coverage
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.scorer import JacobianScorer
 from obc.scoring.scorer import Rows as RowKind
+from obc.statistics.block_run import BlockRun
+from obc.statistics.by_block import ByBlock, options_of
 from obc.statistics.checkpoint import Checkpoint
 from obc.statistics.errors import StatisticsError
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
@@ -56,6 +59,7 @@ def collect(
     forward_fn: ForwardFn | None = None,
     checkpoint: str | PathLike[str] | None = None,
     every: int = 10,
+    by_block: bool | ByBlock = False,
     progress: bool | None = None,
     process_group: Any = None,
 ) -> Statistics:
@@ -81,6 +85,11 @@ def collect(
     Padding: where a batch is a mapping with an ``attention_mask`` (B, T), positions with 0 are left out of everything
     but rows and gradients' losses, which ``loss_fn`` masks.
 
+    Models larger than the device: ``by_block=True`` runs one residual block on all batches before the next one, with
+    the weights of that block alone on the device, for every statistic that needs no loss. The sums are those of a run
+    without it, to rounding; they are held on the host. A batch that is not finite is left out from the block on in
+    which that shows.
+
     Args:
         model: any module that is not compiled; put the batches on its device yourself.
         batches: any iterable.
@@ -94,14 +103,18 @@ def collect(
             :func:`obc.model.evaluation.call_on_batch`.
         checkpoint: a file that the state is written to after every ``every`` batches; a run that was killed and is
             started again with the same arguments goes on from it, to the same bits (:func:`obc.score`).
-        every: batches between checkpoints.
+        every: batches between checkpoints; with ``by_block`` one is written after each block, and a run that goes on
+            runs the blocks before it again without reading them.
+        by_block: run block by block; :class:`obc.statistics.ByBlock` has the device, the weights' files and where
+            hidden states are stored. Batches are then kept in a list.
         progress: show a progress bar; None shows it in a terminal only.
         process_group: processes with the same model and batches of their own: sums are added up, rows put below each
             other, in the order of the processes. All of them return the same statistics.
 
     Raises:
         StatisticsError: an unknown statistic, a loss that is missing, a Gram matrix that the device can't hold,
-            nothing to read, no batches, or no finite batch.
+            nothing to read, no batches, or no finite batch; with ``by_block``: blocks that do not follow each other, or
+            weights that are missing.
         CheckpointError: the checkpoint is damaged, or of another run.
     """
     if every < 1 or (micro_batch is not None and micro_batch < 1):
@@ -113,20 +126,27 @@ def collect(
             raise StatisticsError(
                 f"{name or 'the model'} is compiled, so that hooks are not seen; collect, then compile"
             )
-    chosen = chosen_statistics(statistics)
+    chosen, blockwise = chosen_statistics(statistics), options_of(by_block)
     if {"rows", "weight_gradients"} <= {one.name for one in chosen}:
         raise StatisticsError("rows freeze the weights: collect 'weight_gradients' in a run of its own")
     if loss_fn is None and (needy := [one.name for one in chosen if one.backward]):
         raise StatisticsError(f"{needy[0]!r} needs gradients: pass loss_fn, or obc.scoring.label_free_loss()")
-    run = _Run(model, chosen, groups, rows, micro_batch, process_group)
+    if blockwise is not None and (needy := [one.name for one in chosen if one.backward]):
+        raise StatisticsError(f"{needy[0]!r} needs gradients, by_block runs forward only: collect it without by_block")
+    run = _Run(model, chosen, groups, rows, micro_batch, process_group, blockwise)
     total = len(batches) if isinstance(batches, Sized) else None
     if checkpoint is not None:
         options: dict[str, Any] = {"batches": total, "rows": rows, "micro_batch": micro_batch}
         options |= {f"statistic {one.name}": one.identity() for one in chosen}
         options |= {"groups": None if groups is None else [group.name for group in groups]}
         options |= getattr(loss_fn, "identity", {})
+        options |= {} if blockwise is None else {"by_block": blockwise.identity()}
         run.saved = Checkpoint(checkpoint, model, options, run.readers, run.scorer)
-    run.over(batches, loss_fn or forward_fn or call_on_batch, total, every, progress)
+    call = loss_fn or forward_fn or call_on_batch
+    if blockwise is None:
+        run.over(batches, call, total, every, progress)
+    else:
+        run.over_blocks(batches, call, progress)
     return run.statistics()
 
 
@@ -141,7 +161,9 @@ class _Run:
         rows: RowKind,
         micro_batch: int | None,
         process_group: Any,
+        by_block: ByBlock | None,
     ) -> None:
+        self.by_block = by_block
         self.model, self.rows, self.micro_batch, self.process_group = model, rows, micro_batch, process_group
         self.part, self.done = Part(), 0
         self.backward = any(one.backward for one in chosen)
@@ -156,7 +178,10 @@ class _Run:
             if not any(how.scored for how in reader.coverage.values()):
                 why = "; ".join(f"{module}: {how}" for module, how in reader.coverage.items())
                 raise StatisticsError(f"there is nothing to read {name!r} of in this model{why and f' ({why})'}")
-        refuse_too_large(self.readers.values())
+        if by_block is not None and by_block.runs_on(model).type != "cpu":
+            for reader in self.readers.values():
+                reader.sums.to = torch.device("cpu")
+        refuse_too_large(self.readers.values(), by_block, model)
         logger.info("obc.collect holds %s", stated({name: reader.bytes() for name, reader in self.readers.items()}))
         self.report: Report | None = None
         self.saved: Checkpoint | None = None
@@ -199,6 +224,35 @@ class _Run:
         seconds = earlier + time.perf_counter() - started
         self.report = Report(seconds, self.done, memory.read(), held + kept)
 
+    def over_blocks(self, batches: Iterable[Any], call: Callable[..., Any], progress: bool | None) -> None:
+        """Read every batch block by block."""
+        assert self.by_block is not None
+        done, earlier = 0, 0.0
+        if self.saved is not None and (state := self.saved.resume()) is not None:
+            done, earlier = state["blocks"], state["seconds"]
+            logger.warning("going on from %s: %d blocks are done", self.saved.path, done)
+        parts = [self._parts(batch) for batch in batches]
+        self.done = len(parts)
+        if not parts:
+            return
+        run = BlockRun(self.model, self.by_block, self.readers, self.part, call)
+        memory, started = PeakMemory([run.device]), time.perf_counter()
+        disable = None if progress is None else not progress
+        log = ProgressLog("obc.collect", progress)
+        with self._hooked(), without_cache(self.model), tqdm(desc="collect", unit="block", disable=disable) as bar:
+
+            def after(blocks: int, total: int) -> None:
+                log.tick(blocks, total, "block")
+                bar.total = total
+                bar.update()
+                if self.saved is not None and blocks > done:
+                    self.saved.save({"blocks": blocks, "seconds": earlier + time.perf_counter() - started})
+
+            stored = run.over(parts, done, after)
+        logger.info("obc.collect stored %s of hidden states between blocks", readable(stored))
+        held = sum(reader.bytes() for reader in self.readers.values())
+        self.report = Report(earlier + time.perf_counter() - started, self.done, memory.read(), held + stored)
+
     def _judge(self, batches: UsableBatches) -> None:
         """Whether later passes may use the batch read last. Reads from the device."""
         lines = [line for reader in self.readers.values() for line in reader.sums.settle()]
@@ -210,8 +264,8 @@ class _Run:
             batches.leave_out("its loss is not finite")
 
     @contextlib.contextmanager
-    def _attached(self, call: Callable[..., Any]) -> Iterator[Callable[[Any], None]]:
-        """Hooks in the model; what is given reads one batch."""
+    def _hooked(self) -> Iterator[None]:
+        """The readers' hooks in the model, which is in eval mode."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             fast = torch.backends.mha.get_fastpath_enabled()
@@ -222,6 +276,13 @@ class _Run:
             for reader in self.readers.values():
                 for handle in reader.attach():
                     stack.callback(handle.remove)
+            yield
+
+    @contextlib.contextmanager
+    def _attached(self, call: Callable[..., Any]) -> Iterator[Callable[[Any], None]]:
+        """Hooks in the model; what is given reads one batch."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._hooked())
             if not self.backward:
                 yield lambda batch: self._forward_only(call, batch)
                 return
@@ -239,12 +300,7 @@ class _Run:
     def _forward_only(self, call: Callable[..., Any], batch: Any) -> None:
         for reader in self.readers.values():
             reader.begin()
-        samples = 0 if self.micro_batch is None else samples_in(batch)
-        step = self.micro_batch or 1
-        parts = [batch]
-        if samples > step:
-            parts = [part_of(batch, at, min(at + step, samples), samples) for at in range(0, samples, step)]
-        for part in parts:
+        for part in self._parts(batch):
             self.part.begin(part)
             self.part.reading = True
             try:
@@ -255,6 +311,14 @@ class _Run:
             for reader in self.readers.values():
                 reader.part_ends()
         self._commit()
+
+    def _parts(self, batch: Any) -> list[Any]:
+        """What is run at once."""
+        samples = 0 if self.micro_batch is None else samples_in(batch)
+        step = self.micro_batch or 1
+        if samples <= step:
+            return [batch]
+        return [part_of(batch, at, min(at + step, samples), samples) for at in range(0, samples, step)]
 
     def _with_backward(self, read: Callable[[], None]) -> None:
         try:

@@ -127,6 +127,8 @@ class Sums:
         return self.totals[key]
 
     def _name(self, batch: int, keys: list[Key], flags: Tensor) -> None:
+        if any(line.startswith(f"batch {batch}: ") for line in self.left_out):
+            return  # of an earlier block
         module = next(key[0] for key, finite in zip(keys, flags.tolist(), strict=True) if not finite)
         self.left_out.append(f"batch {batch}: {self.name} of {module!r} is not finite; the batch was left out of it")
 

@@ -1,0 +1,134 @@
+"""Rows of the residuals e_u at consumers' inputs, read while the loss goes backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.criteria.protocol import Subject
+from obc.criteria.surgeon import inverse, second_moment
+from obc.criteria.units import Consumer
+from obc.model.evaluation import evaluating
+from obc.model.usable_batches import UsableBatches
+from obc.statistics.loss import WatchedLoss, frozen, run_backward
+from obc.statistics.part import Part
+from obc.statistics.reader import first_tensor, flat_rows, input_dim
+from obc.statistics.results import Statistics
+
+
+def has_bias(consumer: Consumer) -> bool:
+    """Whether the mean of what goes can be given to a bias."""
+    return isinstance(getattr(consumer.module, "bias", None), Tensor)
+
+
+@dataclass(eq=False)
+class Residuals:
+    """One consumer of one group: what makes e of its input, and the rows read at it.
+
+    Attributes:
+        group: its name.
+        consumer: the layer.
+        matrix: (units * k, in): e = matrix (x - mean).
+        mean: (in,).
+        rows: what every batch gave so far; (units,), with sample rows (samples, units).
+    """
+
+    group: str
+    consumer: Consumer
+    matrix: Tensor
+    mean: Tensor
+    rows: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float) -> Residuals:
+        centred = has_bias(consumer)
+        inverted = inverse(second_moment(consumer, statistics, centred), ridge)
+        channels = consumer.channels
+        blocks = inverted[channels[:, :, None], channels[:, None, :]]
+        matrix = torch.linalg.solve(blocks, inverted[channels]).flatten(0, 1)
+        found = statistics.gram[consumer.name]
+        mean = found.sum.cpu() / found.count if centred else torch.zeros(len(inverted), dtype=torch.float64)
+        return cls(group, consumer, matrix, mean)
+
+    def read(self, x: Tensor, grad: Tensor, per_sample: bool) -> Tensor:
+        """(units,), or (samples, units): the sum over positions and the unit's channels of e . dL/dx."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        dim = input_dim(self.consumer.module, x)
+        rows, gradients = flat_rows(x, dim).to(dtype), flat_rows(grad, dim).to(dtype)
+        matrix, mean = self.matrix.to(rows), self.mean.to(rows)
+        channels = self.consumer.channels.to(rows.device)
+        product = ((rows - mean) @ matrix.mT) * gradients[:, channels.flatten()]
+        product = product.unflatten(0, (len(x), -1)).sum(1) if per_sample else product.sum(0)
+        return product.unflatten(-1, tuple(channels.shape)).sum(-1)
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward reads the residuals' row. The leaf brings the backward here past frozen weights."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, leaf: Tensor, read: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.read = read
+        return x.clone()  # what comes after may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            ctx.read(ctx.saved_tensors[0], grads[0])
+        return grads[0], None, None
+
+
+def read_residuals(subject: Subject, taps: list[Residuals]) -> dict[str, Tensor]:
+    """Forward and backward over the batches: rows of every group, without those that are not finite."""
+    leaf, per_sample = torch.zeros((), requires_grad=True), subject.rows == "sample"
+    at: dict[nn.Module, list[Residuals]] = {}
+    for tap in taps:
+        at.setdefault(tap.consumer.module, []).append(tap)
+    now: dict[Residuals, list[Tensor]] = {}
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = first_tensor(args, kwargs)
+
+        def read(activation: Tensor, grad: Tensor) -> None:
+            for tap in at[module]:
+                now.setdefault(tap, []).append(tap.read(activation, grad, per_sample))
+
+        tapped = _Tap.apply(x, leaf, read)
+        swapped = {key: tapped if value is x else value for key, value in kwargs.items()}
+        return tuple(tapped if value is x else value for value in args), swapped
+
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in at]
+    loss, batches = WatchedLoss(subject.loss_fn, Part(), []), UsableBatches.of(subject.batches)
+    try:
+        with evaluating(subject.model), frozen(subject.model):
+            for index, batch in enumerate(batches):
+                now.clear()
+                run_backward(subject.model, loss, index, batch, subject.rows, subject.micro_batch)
+                rows = {tap: _joined(parts, per_sample) for tap, parts in now.items()}
+                if not all(bool(values.isfinite().all()) for values in rows.values()):
+                    batches.leave_out("its rows are not finite")
+                    continue
+                for tap, values in rows.items():
+                    tap.rows.append(values)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return _by_group(subject, taps)
+
+
+def _joined(parts: list[Tensor], per_sample: bool) -> Tensor:
+    """One batch's row of one tap: parts of the batch add up, or are samples below each other."""
+    return torch.cat(parts) if per_sample else torch.stack(parts).sum(0)
+
+
+def _by_group(subject: Subject, taps: list[Residuals]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for tap in taps:
+        if tap.rows:
+            rows = torch.cat(tap.rows) if subject.rows == "sample" else torch.stack(tap.rows)
+            found[tap.group] = found[tap.group] + rows if tap.group in found else rows
+    return found

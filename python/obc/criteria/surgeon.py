@@ -1,0 +1,88 @@
+"""Optimal Brain Surgeon on one consumer: P = (E[x x^T] + lambda I)^-1, errors of units, and their removal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obc.criteria.units import Consumer
+from obc.statistics.results import Statistics
+
+
+@dataclass
+class State:
+    """One consumer in the course of greedy removal: its weight's columns and the inverse of what is left.
+
+    Attributes:
+        consumer: as it was.
+        gram: (in, in) E[x x^T], undamped.
+        columns: (in, entries) the weight as the removals so far updated it; zero where channels are gone.
+        inverse: (in, in) P; the identity where channels are gone.
+    """
+
+    consumer: Consumer
+    gram: Tensor
+    columns: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> State:
+        return cls(consumer, gram, consumer.columns.clone(), inverse(gram, ridge))
+
+    def errors(self, heads: str = "exact") -> Tensor:
+        """(units,) e_u of every unit that is still there."""
+        channels = self.consumer.channels
+        columns = self.columns[channels]  # (units, k, entries)
+        if channels.shape[1] == 1:
+            return columns[:, 0].square().sum(1) / self.inverse.diagonal()[channels[:, 0]]
+        blocks = self.inverse[channels[:, :, None], channels[:, None, :]]
+        if heads == "cholesky":
+            diagonal = torch.linalg.cholesky(blocks).diagonal(dim1=1, dim2=2).square()
+            return (columns.square().sum(2) / diagonal).sum(1)
+        return (columns * torch.linalg.solve(blocks, columns)).sum((1, 2))
+
+    def first_order(self) -> Tensor:
+        """(units,) the sum over the unit's columns j of |(G W^T)_j . W_j|."""
+        through = (self.gram @ self.columns * self.columns).sum(1).abs()
+        return through[self.consumer.channels].sum(1)
+
+    def remove(self, units: Tensor) -> None:
+        """Take out these units and let the others take over."""
+        gone = self.consumer.channels[units].flatten()
+        solved = torch.linalg.solve(self.inverse[gone[:, None], gone], self.inverse[gone])  # (P_dd)^-1 P_d:
+        self.columns -= solved.mT @ self.columns[gone]
+        self.columns[gone] = 0.0
+        self.inverse -= self.inverse[:, gone] @ solved
+        self.inverse[gone] = 0.0
+        self.inverse[:, gone] = 0.0
+        self.inverse[gone, gone] = 1.0
+
+
+def second_moment(consumer: Consumer, statistics: Statistics, centred: bool = False) -> Tensor:
+    """(in, in) E[x x^T] of a consumer's input, on the CPU; zero between channels of different convolution groups.
+
+    Of an expert it is times the share of the mixture's tokens that were routed to it.
+    """
+    found = statistics.gram[consumer.name]
+    count = found.count
+    if consumer.routed:
+        mixture = consumer.name.rpartition("[")[0]
+        count = sum(other.count for name, other in statistics.gram.items() if name.rpartition("[")[0] == mixture)
+    gram = (found.centred() if centred else found.total).cpu() / count
+    if consumer.groups > 1:
+        group = torch.arange(len(gram)) // (len(gram) // consumer.groups)
+        gram = gram.masked_fill(group[:, None] != group, 0.0)
+    return gram
+
+
+def inverse(gram: Tensor, ridge: float) -> Tensor:
+    """(G + lambda I)^-1, lambda = ridge * mean diagonal."""
+    mean = gram.diagonal().mean()
+    damping = ridge * (mean if bool(mean > 0) else torch.ones_like(mean))
+    identity = torch.eye(len(gram), dtype=gram.dtype)
+    factor, failed = torch.linalg.cholesky_ex(gram + damping * identity)
+    if bool(failed):
+        raise ValueError(f"a Gram matrix is singular with ridge={ridge:g}; pass more batches, or a larger ridge")
+    return torch.cholesky_inverse(factor)

@@ -1,0 +1,102 @@
+"""Masked evaluation with a tolerance of the loss, group by group (PAGCP)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from obc.criteria.magnitude import Magnitude
+from obc.criteria.masked import Evaluation, Masks
+from obc.criteria.protocol import About, GroupScores, LossFn, MeasuredCriterion, Subject
+from obc.criteria.scoring import group_scores
+from obc.criteria.units import by_unit, module_of, weight_of
+from obc.model.groups import ChannelGroup
+from obc.structures.masking import unmaskable
+
+
+class Tolerance(MeasuredCriterion):
+    """PAGCP: groups lose units, least important first, as long as no task's loss grows by more than a tolerance.
+
+    Groups go in the order of ``order``, what earlier ones lost stays masked. Of each, shares of 1/20, 2/20, ... are
+    masked until max over tasks of loss / base loss > 1 + tau; the tolerance is then tau * decay for the next group. A
+    unit's score is the largest ratio - 1 up to the share it goes with; units beyond the tolerance score more than all
+    that are within it.
+
+    Args:
+        tau: tolerance of the first group.
+        decay: factor of the tolerance from group to group.
+        tasks: losses of several tasks; None: the loss of ``obc.prune`` alone.
+        within: what ranks the units of a group; by default the L2 magnitude.
+        order: names of groups; by default those whose weights are most come first.
+    """
+
+    name = "tolerance"
+    about = About(
+        "PAGCP",
+        "code of PAGCP",
+        "largest loss / base loss - 1 over tasks when the share with u goes, group by group within a tolerance",
+        "labels",
+        kinds="channels, heads",
+        differs="its code orders layers by FLOPs; here by weights, or by order=",
+        missing="fine-tuning between rounds; choice of the layers with the least loss per FLOP",
+    )
+    per_cost = False
+    steps = 20
+
+    def __init__(
+        self,
+        tau: float = 0.1,
+        decay: float = 0.9,
+        tasks: Sequence[LossFn] | None = None,
+        within: Any = None,
+        order: Sequence[str] | None = None,
+    ) -> None:
+        if tau <= 0 or not decay > 0:
+            raise ValueError(f"tau and decay must be positive, got {tau} and {decay}")
+        self.tau, self.decay, self.tasks, self.order = tau, decay, tasks, order
+        self.within = Magnitude(2) if within is None else within
+
+    def measure(self, subject: Subject) -> GroupScores:
+        ranks = group_scores(self.within, subject)
+        groups = [g for g in subject.groups if g.name in ranks and unmaskable(subject.model, g) is None]
+        losses = [Evaluation(replace(subject, loss_fn=task), "loss") for task in self.tasks or [subject.loss_fn]]
+        masks: Masks = {group.name: torch.zeros(group.size, dtype=torch.bool) for group in groups}
+        base = [loss(masks) for loss in losses]
+        if min(base) <= 0:
+            raise ValueError(f"tolerances are shares of positive losses, the unpruned model has {min(base):g}")
+        tolerance, within, beyond = self.tau, {}, {}
+        for group in self._ordered(groups, subject):
+            units = ranks[group.name].argsort(stable=True).cpu()
+            scores, highest, spent = torch.full((group.size,), float("nan"), dtype=torch.float64), 0.0, 0
+            for step in range(1, self.steps):
+                count = group.size * step // self.steps
+                if count == spent:
+                    continue
+                mask = torch.zeros(group.size, dtype=torch.bool)
+                mask[units[:count]] = True
+                tried = {**masks, group.name: mask}
+                ratio = max(loss(tried) / b for loss, b in zip(losses, base, strict=True)) - 1
+                if ratio > tolerance:
+                    break
+                highest, masks = max(highest, ratio), tried
+                scores[units[spent:count]], spent = highest, count
+            within[group.name], beyond[group.name] = scores, units[spent:]
+            tolerance *= self.decay
+        most = max(float(scores.nan_to_num(0.0).max()) for scores in within.values())
+        for name, units in beyond.items():
+            within[name][units] = most + 1 + torch.arange(len(units), dtype=torch.float64) / max(len(units), 1)
+        return within
+
+    def _ordered(self, groups: Sequence[ChannelGroup], subject: Subject) -> list[ChannelGroup]:
+        if self.order is not None:
+            places = {name: place for place, name in enumerate(self.order)}
+            return sorted(groups, key=lambda group: places.get(group.name, len(places)))
+
+        def weights(group: ChannelGroup) -> int:
+            layers = [(module_of(subject.model, part), part) for part in group.slices]
+            return sum(by_unit(m, w, part).numel() for m, part in layers if m and (w := weight_of(m)) is not None)
+
+        return sorted(groups, key=weights, reverse=True)

@@ -1,0 +1,196 @@
+"""Intra-Fusion: units that go are fused into those that stay, by optimal transport between their weights. No data.
+
+Theus et al., arXiv 2402.07839; code alexandertheus/Intra-Fusion. With v_u the weights of unit u in all layers of the
+group, concatenated and divided by their norm, K the units that stay, and T >= 0 (K, units) the plan that moves the mass
+of all units, 1 each, to those that stay, equally much to each, at the least cost
+
+    sum over k, u of T_ku |v_k - v_u|_p,        sum over k of T_ku = 1,
+
+layers that write the units get the rows T W (with T's rows divided by their sums: means of what they fuse), and
+layers that read them the columns W T^T (sums of what they fuse). Units with equal input weights are fused exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from obc import ops
+from obc.criteria.units import TINY, by_unit, weight_of
+from obc.model.groups import ChannelGroup
+from obc.model.layouts import layout_of
+from obc.model.names import named_modules
+from obc.model.plan import PruningPlan
+
+Outputs = Literal["mean", "sum"]
+
+
+@dataclass
+class FusionReport:
+    """What :func:`fuse_units` did.
+
+    Attributes:
+        fused: group -> how many units were fused into how many.
+        left: groups that were pruned and stay as they are -> why.
+    """
+
+    fused: dict[str, tuple[int, int]] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+
+def fuse_units(
+    pruned_model: nn.Module,
+    original_model: nn.Module,
+    plan: PruningPlan,
+    groups: Sequence[ChannelGroup],
+    *,
+    outputs: Outputs = "mean",
+    p: float = 1.0,
+) -> FusionReport:
+    """Fuse what was pruned into what was kept, in place. Needs scipy.
+
+    Norms and everything else that is no linear layer or convolution keep the entries of the units that stay.
+
+    Args:
+        pruned_model: as pruning left it.
+        original_model: the unpruned model; unchanged.
+        plan: what pruning kept.
+        groups: of the unpruned model.
+        outputs: "mean", or "sum": the released code.
+        p: of the norm of differences.
+
+    Raises:
+        ValueError: unknown ``outputs``.
+        ImportError: scipy is missing.
+    """
+    if outputs not in ("mean", "sum"):
+        raise ValueError(f"outputs must be 'mean' or 'sum', got {outputs!r}")
+    report = FusionReport()
+    originals, modules = dict(named_modules(original_model)), dict(named_modules(pruned_model))
+    factors: dict[tuple[str, str], Tensor] = {}
+    for group in groups:
+        kept = _kept_units(group, plan)
+        if kept is None or len(kept) == group.size:
+            continue
+        if (reason := _unfusable(group, originals)) is not None:
+            report.left[group.name] = reason
+            continue
+        plan_of = transport(_vectors(group, originals), kept, p)
+        means = plan_of / plan_of.sum(1, keepdim=True).clamp_min(TINY) if outputs == "mean" else plan_of
+        for part in group.slices:
+            module = originals.get(part.module)
+            if module is not None and layout_of(module) is not None:
+                matrix = means if part.side == "out" else plan_of
+                key = part.module, part.side
+                factors[key] = _filled(factors.get(key), key, plan, originals, matrix, part.channels, kept)
+        report.fused[group.name] = (group.size, len(kept))
+    with torch.no_grad():
+        for name in dict.fromkeys(module for module, _ in factors):
+            _fold(modules[name], originals[name], plan, name, factors.get((name, "out")), factors.get((name, "in")))
+    return report
+
+
+def transport(vectors: Tensor, kept: Tensor, p: float = 1.0) -> Tensor:
+    """(K, units) T: the exact optimal transport from all units to those that are kept, its columns summing to 1.
+
+    Args:
+        vectors: (units, entries).
+        kept: (K,) indices of units.
+        p: of the norm of differences of vectors of length 1.
+    """
+    from scipy import sparse
+    from scipy.optimize import linprog
+
+    unit = vectors.double() / vectors.double().norm(dim=1, keepdim=True).clamp_min(TINY)
+    cost = torch.cdist(unit[kept], unit, p=p).cpu()
+    count, size = cost.shape
+    columns = sparse.kron(torch.ones(1, count).numpy(), sparse.identity(size))
+    rows = sparse.kron(sparse.identity(count), torch.ones(1, size).numpy())
+    # The last kept unit gets what is left; said twice, rounding could contradict itself.
+    amounts = torch.cat([torch.ones(size), torch.full((count - 1,), size / count)]).double()
+    constraints = sparse.vstack([columns, rows.tocsr()[:-1]])
+    solved = linprog(cost.flatten().numpy(), A_eq=constraints, b_eq=amounts.numpy(), method="highs-ds")
+    if not solved.success:
+        raise ValueError(f"the transport of {size} units to {count} was not found: {solved.message}")
+    found = torch.from_numpy(solved.x).reshape(count, size).clamp_min(0)
+    return found / found.sum(0, keepdim=True)
+
+
+def _kept_units(group: ChannelGroup, plan: PruningPlan) -> Tensor | None:
+    """The units that the plan keeps; None where it says nothing of the group."""
+    for part in group.slices:
+        entry = plan.get(part.module)
+        channels = None if entry is None else entry.out_channels if part.side == "out" else entry.in_columns
+        if channels is not None:
+            return torch.isin(part.channels, channels.cpu()).all(1).nonzero().flatten()
+    return None
+
+
+def _unfusable(group: ChannelGroup, modules: dict[str, nn.Module]) -> str | None:
+    layers = [layout for part in group.slices if (m := modules.get(part.module)) and (layout := layout_of(m))]
+    sides = {part.side for part in group.slices if (m := modules.get(part.module)) and layout_of(m)}
+    if sides != {"out", "in"}:
+        return "no linear layer or convolution both writes and reads its units"
+    return "a grouped convolution would mix its groups" if any(layout.groups > 1 for layout in layers) else None
+
+
+def _vectors(group: ChannelGroup, modules: dict[str, nn.Module]) -> Tensor:
+    """(units, entries) the weights of every unit in all layers."""
+    parts = []
+    for part in group.slices:
+        weight = weight_of(module := modules.get(part.module))
+        if module is not None and weight is not None and layout_of(module) is not None:
+            parts.append(by_unit(module, weight, part).double().cpu())
+    return torch.cat(parts, 1)
+
+
+def _filled(
+    factor: Tensor | None,
+    key: tuple[str, str],
+    plan: PruningPlan,
+    modules: dict[str, nn.Module],
+    matrix: Tensor,
+    channels: Tensor,
+    kept: Tensor,
+) -> Tensor:
+    """(kept channels, channels) the selection that the plan makes, with ``matrix`` in place of this group's units."""
+    name, side = key
+    entry, module = plan[name], modules[name]
+    stays = entry.out_channels if side == "out" else entry.in_columns
+    layout, weight = layout_of(module), weight_of(module)
+    assert layout is not None
+    assert weight is not None
+    size = layout.sizes(weight)[side == "in"]
+    stays = torch.arange(size) if stays is None else stays.cpu()
+    if factor is None:
+        factor = torch.eye(size, dtype=torch.float64)[stays]
+    places = torch.full((size,), -1)
+    places[stays] = torch.arange(len(stays))
+    for own in range(channels.shape[1]):  # a head's channels are fused one by one with those of other heads
+        factor[places[channels[kept, own]][:, None], channels[:, own]] = matrix
+    return factor
+
+
+def _fold(
+    pruned: nn.Module, original: nn.Module, plan: PruningPlan, name: str, rows: Tensor | None, columns: Tensor | None
+) -> None:
+    """weight = C W D, bias = C b, with the selections of the plan for a side that nothing is fused on."""
+    layout, weight = layout_of(original), weight_of(original)
+    assert layout is not None
+    assert weight is not None
+    out_size, in_size = layout.sizes(weight)
+    selections = []
+    for factor, stays, size in ((rows, plan[name].out_channels, out_size), (columns, plan[name].in_columns, in_size)):
+        if factor is None and stays is not None:
+            factor = torch.eye(size, dtype=torch.float64)[stays.cpu()]
+        selections.append(None if factor is None else factor.to(weight))
+    out_factor, in_factor = selections
+    first, second = (in_factor, out_factor) if layout.transposed else (out_factor, in_factor)
+    pruned.weight.copy_(ops.fold(weight, first, None if second is None else second.mT))  # type: ignore[operator]
+    bias = original._parameters.get("bias")
+    if bias is not None and out_factor is not None:
+        pruned.bias.copy_(out_factor @ bias.detach())  # type: ignore[operator]

@@ -1,0 +1,317 @@
+"""A collection block by block: each block runs on all batches before the next one does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.statistics.block_weights import BlockWeights
+from obc.statistics.by_block import ByBlock
+from obc.statistics.errors import StatisticsError
+from obc.statistics.hidden_states import HiddenStates
+from obc.statistics.part import Part
+from obc.statistics.reader import Reader, first_tensor
+
+# What a block returns by itself may differ by rounding from what it returned inside the model.
+_AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
+_AGREEMENT_OF_HALF = 5e-2
+
+Parts = Sequence[Sequence[Any]]  # of every batch its parts
+
+
+class _ArrivedError(BaseException):
+    """Stops a forward pass at a block; handlers of errors must not take it for one.
+
+    Attributes:
+        call_args: positional arguments of the block's call.
+        call_kwargs: keyword arguments.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.call_args, self.call_kwargs = args, dict(kwargs)
+
+
+class _RefusedError(BaseException):
+    """Carries an error through what calls the model, which may turn errors into others."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.error = StatisticsError(message)
+
+
+class _StandIn(nn.Module):
+    """In place of a block: what it returns is given; everything else that is asked of it is the block's."""
+
+    def __init__(self, block: nn.Module, answer: Callable[..., Any]) -> None:
+        super().__init__()
+        self.__dict__["block"], self.__dict__["answer"] = block, answer
+        self.train(block.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.answer(args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["block"], name)
+
+
+class _Seen:
+    """What the whole model showed on the first part of the first batch.
+
+    Attributes:
+        chain: the blocks in the order in which they ran.
+        outputs: block -> the hidden states that it returned, on the host.
+        lengths: block -> the length of the tuple that it returned them in; None: it returned them alone.
+    """
+
+    def __init__(self) -> None:
+        self.chain: list[str] = []
+        self.outputs: dict[str, Tensor] = {}
+        self.lengths: dict[str, int | None] = {}
+
+
+class BlockRun:
+    """One pass of all batches through all blocks.
+
+    Args:
+        model: in eval mode, with the readers' hooks attached.
+        options: of the pass.
+        readers: of forward statistics.
+        part: what the readers ask about the part that is run.
+        call: ``call(model, part)`` runs the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: ByBlock,
+        readers: Mapping[str, Reader],
+        part: Part,
+        call: Callable[[nn.Module, Any], Any],
+    ) -> None:
+        self.model, self.options, self.readers, self.part, self.call = model, options, readers, part, call
+        self.device, self.blocks = options.runs_on(model), options.names(model)
+        self.weights = BlockWeights(model, self.blocks, self.device, options.weights)
+        self.seen, self.span = _Seen(), 1
+
+    def over(self, batches: Parts, done: int, after: Callable[[int, int], None]) -> int:
+        """Read every block on every batch; the bytes of hidden states that were stored at once.
+
+        Args:
+            batches: of every batch its parts.
+            done: so many blocks were read before: they run without being read.
+            after: called with the number of blocks that are done, and how many there are.
+        """
+        with torch.inference_mode(), HiddenStates(self.options.states) as states, self.weights.on_device():
+            self._watch(batches[0][0])
+            chain = self.seen.chain
+            self.span = self._span()
+            for place, name in enumerate(chain):
+                with self.weights.on_device(name):
+                    for batch, parts in enumerate(batches):
+                        self._read_block(place, batch, parts, states, reading=place >= done)
+                        for index in range(len(parts)):
+                            states.drop((place - self.span, batch, index))
+                after(place + 1, len(chain) + 1)
+            for batch, parts in enumerate(batches):
+                self._read_rest(batch, parts, states, reading=len(chain) >= done)
+            after(len(chain) + 1, len(chain) + 1)
+            return states.bytes
+
+    # --- the whole model once --------------------------------------------------------------------------------------
+
+    def _watch(self, part: Any) -> None:
+        """Run the model on one part, a block's weights on the device at a time, and see what the blocks do."""
+        last: list[Tensor] = []
+        with contextlib.ExitStack() as stack, contextlib.ExitStack() as resident:
+
+            def before(name: str) -> Callable[..., None]:
+                def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+                    if name in self.seen.chain:
+                        raise _RefusedError(f"{name!r} runs more than once: leave it out of ByBlock(blocks=...)")
+                    stream = first_tensor(args, kwargs)
+                    if last and (stream is None or not _equal(stream, last[0])):
+                        raise _RefusedError(
+                            f"the model changes what {self.seen.chain[-1]!r} returns before it reaches {name!r}: name "
+                            "blocks that follow each other, ByBlock(blocks=[...]), or collect without by_block"
+                        )
+                    self.seen.chain.append(name)
+                    resident.enter_context(self.weights.on_device(name))
+
+                return hook
+
+            def after(name: str) -> Callable[..., None]:
+                def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                    resident.pop_all().close()
+                    stream = _stream(output)
+                    if stream is None:
+                        raise _RefusedError(f"the block {name!r} returns no tensor, but {type(output).__name__}")
+                    last[:] = [stream]
+                    self.seen.lengths[name] = len(output) if isinstance(output, (tuple, list)) else None
+                    self.seen.outputs[name] = stream.detach().to("cpu", copy=True)
+
+                return hook
+
+            for name in self.blocks:
+                block = self.model.get_submodule(name)
+                stack.callback(block.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(after(name)).remove)
+            try:
+                self.call(self.model, part)
+            except _RefusedError as refused:
+                raise refused.error from None
+        if not self.seen.chain:
+            raise StatisticsError(
+                f"the first batch reaches none of the blocks {self.blocks[0]!r} to {self.blocks[-1]!r}"
+            )
+
+    def _span(self) -> int:
+        """How many places the hidden states are needed for."""
+        chain, longest = self.seen.chain, 1
+        for reader in self.readers.values():
+            for place, name in enumerate(chain):
+                first = reader.window(name)
+                if first is None:
+                    continue
+                if first not in chain:
+                    raise StatisticsError(
+                        f"the window from {first!r} to {name!r} begins outside the blocks that are run"
+                    )
+                longest = max(longest, place - chain.index(first) + 1)
+        return longest
+
+    # --- one block, and what lies outside -----------------------------------------------------------------------
+
+    def _read_block(self, place: int, batch: int, parts: Sequence[Any], states: HiddenStates, reading: bool) -> None:
+        name = self.seen.chain[place]
+        self._begin()
+        for index, part in enumerate(parts):
+            args, kwargs = self._arrival(place, part)
+            arrived = first_tensor(args, kwargs)
+            assert arrived is not None
+            stream = arrived if place == 0 else states.get((place - 1, batch, index), self.device)
+            if place == 0 and self.span > 1:
+                states.put((-1, batch, index), stream)
+            self._hand_windows(name, batch, index, states)
+            args = tuple(stream if value is arrived else value for value in args)
+            kwargs = {key: stream if value is arrived else value for key, value in kwargs.items()}
+            with self._reading(part, reading):
+                output = _stream(self.model.get_submodule(name)(*args, **kwargs))
+            assert output is not None
+            if batch == index == 0:
+                self._compare(name, output)
+            states.put((place, batch, index), output)
+        self._commit(batch)
+
+    def _read_rest(self, batch: int, parts: Sequence[Any], states: HiddenStates, reading: bool) -> None:
+        """Layers outside the blocks: the model runs with a stand-in for every block."""
+        last = len(self.seen.chain) - 1
+        self._begin()
+        for index, part in enumerate(parts):
+
+            def result(stream: Tensor | None, batch: int = batch, index: int = index) -> Tensor:
+                return states.get((last, batch, index), self.device)
+
+            with self._stand_ins(last, result), self._reading(part, reading):
+                self.call(self.model, part)
+        self._commit(batch)
+
+    def _arrival(self, place: int, part: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the block is called with, the hidden states aside, which are those before the first block."""
+
+        def stop(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+            raise _ArrivedError(args, kwargs)
+
+        with self._stand_ins(place - 1, lambda stream: stream), self._replaced(place, stop):
+            try:
+                self.call(self.model, part)
+            except _ArrivedError as arrived:
+                return arrived.call_args, arrived.call_kwargs
+        raise StatisticsError(f"a batch does not reach {self.seen.chain[place]!r}, which the first batch reached")
+
+    @contextlib.contextmanager
+    def _stand_ins(self, last: int, result: Callable[[Tensor | None], Tensor | None]) -> Iterator[None]:
+        """The first blocks hand on what they get, the one at ``last`` returns ``result`` of it."""
+        with contextlib.ExitStack() as stack:
+            for place in range(last + 1):
+                length = self.seen.lengths[self.seen.chain[place]]
+
+                def answer(
+                    args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int = place, length: int | None = length
+                ) -> Any:
+                    stream = first_tensor(args, kwargs)
+                    stream = result(stream) if place == last else stream
+                    return stream if length is None else (stream, *[None] * (length - 1))
+
+                stack.enter_context(self._replaced(place, answer))
+            yield
+
+    @contextlib.contextmanager
+    def _replaced(self, place: int, answer: Callable[..., Any]) -> Iterator[None]:
+        parent, _, child = self.seen.chain[place].rpartition(".")
+        holder = self.model.get_submodule(parent)._modules
+        block = holder[child]
+        assert block is not None
+        try:
+            holder[child] = _StandIn(block, answer)
+            yield
+        finally:
+            holder[child] = block
+
+    def _hand_windows(self, name: str, batch: int, index: int, states: HiddenStates) -> None:
+        """Windows of several blocks that end here need the input of their first."""
+        for reader in self.readers.values():
+            first = reader.window(name)
+            if first is not None and first != name:
+                place = self.seen.chain.index(first) - 1
+                reader.take_window(first, states.get((place, batch, index), self.device))
+
+    def _compare(self, name: str, output: Tensor) -> None:
+        """A block must return by itself what it returned inside the model."""
+        seen = self.seen.outputs.pop(name).to(output.device)
+        allowed = _AGREEMENT.get(output.dtype, _AGREEMENT_OF_HALF)
+        if output.shape == seen.shape:
+            distance, norm = (output.double() - seen.double()).norm(), seen.double().norm()
+            if not bool(norm.isfinite()) or bool(distance <= allowed * norm):
+                return
+        raise StatisticsError(
+            f"{name!r}, run by itself, does not return what it returns inside the model: it needs something that "
+            "another block makes; name the blocks up to there, ByBlock(blocks=[...]), or collect without by_block"
+        )
+
+    # --- readers ----------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        for reader in self.readers.values():
+            reader.begin()
+
+    @contextlib.contextmanager
+    def _reading(self, part: Any, reading: bool) -> Iterator[None]:
+        self.part.begin(part)
+        self.part.reading = reading
+        try:
+            yield
+        finally:
+            self.part.reading = False
+        for reader in self.readers.values():
+            reader.part_ends()
+
+    def _commit(self, batch: int) -> None:
+        for reader in self.readers.values():
+            reader.batch_ends()
+            reader.sums.commit(batch)
+
+
+def _stream(output: Any) -> Tensor | None:
+    """The hidden states that a block returns: its output, or the first entry of a tuple."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or (a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num()))
