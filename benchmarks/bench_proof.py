@@ -1,8 +1,7 @@
 """What the proof costs beside a whole ``obc.prune``: ``python -m benchmarks.bench_proof``.
 
 Counted: forward passes. Of the proof: those of the tries of all groups (two models each, and one of the model as it
-is), of tracing a sliced copy anew where the structure traces, and three at the end. Of the whole: those of the proof,
-and every call of the loss.
+is), and three at the end. Of the whole: those of the proof, and every call of the loss.
 
 Timed: the seconds of the proof and of the whole call, as the report says them. ``--rows`` batches a step are far fewer
 than pruning wants (as many as the widest layer has channels), so that the share is larger here than in use.
@@ -86,11 +85,10 @@ def cost(build: Callable[[int, int], Network], rows: int, batch: int, steps: int
     proof = report.proof
     assert proof is not None
     assert report.error is not None
-    traced = proof.tries if example is not None else 0
-    passes = proof.passes + traced + FINAL
+    passes = proof.passes + FINAL
     seconds = proof.seconds + report.seconds["verify"]
     # On example inputs the tries are no calls of the loss.
-    whole = calls + (proof.passes + traced if example is not None else 0)
+    whole = calls + (proof.passes if example is not None else 0)
     return {
         "groups": len(proof.proved),
         "passes": passes,

@@ -113,10 +113,27 @@ def test_without_the_comparison_the_report_says_so() -> None:
     assert "has no twin and leave_out" in report.unproved["a"]
 
 
-def test_a_wrong_group_is_left_out_and_the_others_are_pruned() -> None:
+def test_a_group_in_another_order_than_traced_is_pruned_in_its_own() -> None:
     model = net(flips=True)
-    result = obc.prune(model, data()[0][0], data(), loss, macs=0.8, progress=False)
-    assert "order" in result.report.left_out["a"]
+    report = obc.prune(model, data()[0][0], data(), loss, macs=0.5, progress=False).report
+    assert report.proof is not None
+    assert report.proof.probed == ["a"]
+    assert report.widths["a"][1] < 12
+    assert report.error is not None
+    assert "order found by running the model: a" in str(report)
+
+
+def test_a_wrong_group_is_left_out_and_the_others_are_pruned() -> None:
+    class Picked(Net):
+        """Channels are taken from places that are written down."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.norm(self.a(x)))[:, [3, 1, 11, 0, 7, 2, 10, 5, 4, 9, 6, 8]]
+            return self.head(F.relu(self.b(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    result = obc.prune(Picked().eval(), data()[0][0], data(), loss, macs=0.8, progress=False)
+    assert "a" in result.report.left_out
     assert result.report.widths["b"][1] < 10
 
 

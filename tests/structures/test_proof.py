@@ -45,8 +45,8 @@ RIGHT: dict[str, Callable[[Tensor], Tensor]] = {
     "as it is": lambda x: x,
     "flattened with channels first": wirings.channels_first,
 }
-WRONG: dict[str, Callable[[Tensor], Tensor]] = {
-    "halves exchanged twice":  # where Torch-Pruning itself fails
+OTHER: dict[str, Callable[[Tensor], Tensor]] = {
+    "halves exchanged twice":  # where Torch-Pruning itself fails, and which is right for even widths only
     lambda x: torch.cat(torch.cat(x.chunk(2, 1)[::-1], 1).chunk(2, 1)[::-1], 1),
     "flattened with channels last": wirings.channels_last,
     "patches with channels last": lambda x: x.permute(0, 2, 3, 1).unfold(1, 4, 4).unfold(2, 4, 4).flatten(1),
@@ -64,18 +64,46 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", [*RIGHT, *WRONG])
-def test_channels_in_another_order_are_left_out(name: str) -> None:
-    net = wired({**RIGHT, **WRONG}[name])
-    structure = TorchPruningStructure(copy.deepcopy(net), images())
-    if name in RIGHT:
-        assert "layers.0" not in structure.left_out
+# Not single channels: (units, channels of one). A roll by 5 of 12 channels leaves the last five where they are.
+JOINED = {
+    "halves exchanged twice": (6, 2),
+    "roll": (7, 1),
+    "roll by half": (6, 1),
+    "index_select": (11, 1),
+    "gather": (9, 1),
+    "every second first": (6, 2),
+    "shuffle by view": (4, 3),
+    "unbind by view": (6, 2),
+}
+
+
+@pytest.mark.parametrize("name", [*RIGHT, *OTHER])
+def test_channels_in_any_order_are_pruned_exactly(name: str) -> None:
+    """Where tracing sees another order, the true one is found by running the model."""
+    net = wired({**RIGHT, **OTHER}[name])
+    for units in ([1], [0, 3], [1, 2, 5]):
+        structure = TorchPruningStructure(copy.deepcopy(net), images())
         assert structure.proof is not None
-        assert "layers.0" in structure.proof.proved
-    structure.remove({group.name: torch.tensor([1, 2, 5]) for group in structure.groups})
-    torch.testing.assert_close(structure.model(images()), without(net, structure.plan, SIZE)(images()))
-    if name in WRONG:
-        assert "layers.0" in structure.left_out
+        assert {"layers.0", "layers.1"} == set(structure.proof.proved)
+        assert structure.proof.probed == ([] if name in RIGHT else ["layers.0"])
+        assert set(structure.left_out) == set(structure.proof.left_out) | {"head"} == {"head"}
+        group = structure.groups[0]
+        assert (group.size, group.slices[0].channels.shape[1]) == JOINED.get(name, (12, 1))
+        least = structure.limits.min_units.get("layers.0", 1)
+        removed = torch.tensor([min(unit, group.size - 1) for unit in units[: group.size - least]])
+        structure.remove({"layers.0": removed, "layers.1": torch.tensor([2, 3])})
+        torch.testing.assert_close(structure.model(images()), without(net, structure.plan, SIZE)(images()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_order_of_fixed_places_is_left_out(seed: int) -> None:
+    """Nothing can go from what is read at places that are written down."""
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    structure = TorchPruningStructure(wired(lambda x: x[:, order]), images())
+    assert [group.name for group in structure.groups] == ["layers.1"]
+    assert "layers.0" in structure.left_out
+    assert structure.proof is not None
+    assert structure.proof.probed == []
 
 
 def test_a_search_without_end_is_given_up() -> None:
@@ -86,7 +114,7 @@ def test_a_search_without_end_is_given_up() -> None:
         return wirings.channels_last(torch.stack([x, x], 2).flatten(1, 2))
 
     between = nn.Conv2d(12, 12, 3, padding=1, groups=12, bias=False)
-    structure = TorchPruningStructure(wired(moves, between=between), images())
+    structure = TorchPruningStructure(wired(moves, between=between), images(), check=False)
     assert "channels in a circle" in structure.left_out["layers.0"]
     assert [group.name for group in structure.groups] == ["layers.1"]
 
@@ -99,8 +127,12 @@ def test_layers_between_do_not_hide_the_order(name: str, order: str) -> None:
         "norm": nn.BatchNorm2d(12, affine=False),
         "slopes": nn.PReLU(12),
     }
-    structure = TorchPruningStructure(wired({**RIGHT, **WRONG}[order], between=between[name]), images())
-    assert ("layers.0" in structure.left_out) == (order == "flip")
+    net = wired({**RIGHT, **OTHER}[order], between=between[name])
+    structure = TorchPruningStructure(copy.deepcopy(net), images())
+    assert structure.proof is not None
+    assert structure.proof.probed == (["layers.0"] if order == "flip" else [])
+    structure.remove({"layers.0": torch.tensor([0, 4, 5])})
+    torch.testing.assert_close(structure.model(images()), without(net, structure.plan, SIZE)(images()))
 
 
 class Maxout(nn.Module):
@@ -142,22 +174,38 @@ def test_parts_made_by_a_view_are_pruned_exactly_or_left_out(name: str) -> None:
     assert {"a", "c"} <= {group.name for group in structure.groups}
 
 
-def test_the_shuffle_between_grouped_convolutions_is_left_out() -> None:
-    class ShuffleNet(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.g1, self.dw = nn.Conv2d(3, 12, 1, groups=3), nn.Conv2d(12, 12, 3, padding=1, groups=12)
-            self.g2, self.head = nn.Conv2d(12, 9, 1, groups=3), nn.Linear(9, 5)
+class ShuffleNet(nn.Module):
+    """A grouped convolution, a shuffle by view, a depthwise and another grouped convolution."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            y = F.relu(self.g1(x))
-            y = y.view(len(y), 3, -1, *y.shape[2:]).transpose(1, 2).reshape(y.shape)
-            return self.head(self.g2(self.dw(y)).mean((2, 3)))
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.g1 = nn.Conv2d(2 * groups, channels, 1, groups=groups)
+        self.dw = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+        self.g2, self.head = nn.Conv2d(channels, 3 * groups, 1, groups=groups), nn.Linear(3 * groups, 5)
 
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.g1(x))
+        y = y.view(len(y), self.groups, -1, *y.shape[2:]).transpose(1, 2).reshape(y.shape)
+        return self.head(self.g2(self.dw(y)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("channels", "groups", "units"), [(12, 3, 1), (27, 3, 3), (24, 2, 6), (20, 2, 5), (68, 4, 4)])
+def test_shuffles_between_grouped_convolutions_are_pruned_exactly(channels: int, groups: int, units: int) -> None:
+    """A unit has one channel of every group that goes to every group; what is left of uneven groups always stays."""
     torch.manual_seed(0)
-    structure = TorchPruningStructure(ShuffleNet().double(), images())
-    assert [group.name for group in structure.groups] == ["g2"]
-    assert "order" in structure.left_out["g1"]
+    net = ShuffleNet(channels, groups).double()
+    structure = TorchPruningStructure(copy.deepcopy(net), x := torch.randn(2, 2 * groups, 5, 5).double())
+    group = structure.groups[0]
+    assert (group.name, group.size, group.slices[0].channels.shape[1]) == ("g1", units, groups**2)
+    assert ("g1" in structure.limits.min_units) == (channels > units * groups**2)
+    for _ in range(units - (channels == units * groups**2)):
+        structure.remove({"g1": torch.tensor([structure.groups[0].size // 2])})
+        gone = set(range(channels)) - set(structure.plan["g1"].out_channels.tolist())  # type: ignore[union-attr]
+        masked = copy.deepcopy(net)
+        masked.g1.register_forward_hook(lambda module, args, y, gone=gone: y.index_fill(1, torch.tensor([*gone]), 0.0))
+        torch.testing.assert_close(structure.model(x), masked(x))
+    assert len(structure.plan["g1"].out_channels) == channels - units * groups**2 or groups**2  # type: ignore[arg-type]
 
 
 # --- what must not hide a fault -----------------------------------------------------------------------------------
@@ -197,7 +245,8 @@ def test_a_fault_is_seen_where_the_output_hides_it(hide: str, example: str) -> N
     torch.manual_seed(0)
     x = images().float() if example == "images" else torch.zeros(1, 3, SIZE, SIZE)
     structure = TorchPruningStructure(Branch(hide), x)
-    assert "order" in structure.left_out["a"]
+    assert structure.proof is not None
+    assert "a" in structure.proof.probed
 
 
 def test_what_the_batch_does_not_show_is_called_unproved() -> None:
@@ -272,11 +321,17 @@ def test_one_wrong_group_among_many_is_found_in_few_passes() -> None:
 
     torch.manual_seed(0)
     net = Deep()
-    structure = TorchPruningStructure(net, torch.randn(8, 16))
-    assert set(structure.left_out) == {"layers.5", "layers.11", "head"}
-    assert structure.proof is not None
+    x = torch.randn(8, 16)
+    found = prove(TorchPruningStructure(net, x, check=False), lambda model: model(x))
+    assert set(found.left_out) == {"layers.5", "layers.11"}
     # Twice down a tree of sixteen, two models each; one by one would take 64 and more.
-    assert structure.proof.passes <= 48
+    assert found.passes <= 48
+    structure = TorchPruningStructure(net, x)
+    assert set(structure.left_out) == {"head"}
+    assert structure.proof is not None
+    assert structure.proof.probed == ["layers.5", "layers.11"]
+    # Five bits, each set and not set; three tries of both, and once more all groups together.
+    assert structure.proof.passes - found.passes == (2 + 2 * 5) + (1 + 2 * 3) + (1 + 2 * 2)
     good = TorchPruningStructure(net, torch.randn(8, 16), ignored_layers=["layers.5", "layers.11"])
     assert good.proof is not None
     assert good.proof.passes == 1 + 2 * 2
@@ -284,7 +339,7 @@ def test_one_wrong_group_among_many_is_found_in_few_passes() -> None:
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    net = wired(WRONG["flip"]).float().train()
+    net = wired(OTHER["flip"]).float().train()
     net.layers[0].weight.requires_grad_(False)
     net.head.weight.grad = torch.ones_like(net.head.weight)
     values = {name: (tensor, tensor.clone()) for name, tensor in net.state_dict(keep_vars=True).items()}
@@ -298,14 +353,16 @@ def test_the_model_is_left_as_it_was() -> None:
     assert net.head.weight.grad is not None
 
 
-def test_two_tries_tell_all_units_of_small_groups_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_tries_tell_all_units_of_small_groups_apart() -> None:
     """Any exchange of two of four channels shows in one of the tries."""
     for one in range(4):
         for other in range(one):
             order = list(range(4))
             order[one], order[other] = other, one
-            structure = TorchPruningStructure(wired(lambda x, order=order: x[:, order[: x.shape[1]]], 4), images())
-            assert "layers.0" in structure.left_out, (one, other)
+            net = wired(lambda x, order=order: x[:, order[: x.shape[1]]], 4)
+            structure = TorchPruningStructure(net, images(), check=False)
+            found = prove(structure, lambda model: model(images()))
+            assert "layers.0" in found.left_out, (one, other)
     assert proofs._TRIES == 2
 
 

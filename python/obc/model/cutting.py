@@ -44,6 +44,10 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
             module._buffers[name] = tensor
     for module in dict.fromkeys(module for module, _, _ in changes):
         _sync(module, module in depthwise)
+    whole = {module for module, _, _ in changes}
+    for module_name, module in named_modules(model):
+        if module_name in plan and module not in whole:
+            _resize(module, plan[module_name])
 
 
 def _refuse_unknown(model: nn.Module, plan: Mapping[str, Kept]) -> None:
@@ -92,3 +96,16 @@ def _sync(module: nn.Module, depthwise: bool) -> None:
         module.num_parameters = len(weight)
     elif layout_of(module) is not None:  # GPT-2's linear layer
         module.nx, module.nf = weight.shape  # type: ignore[assignment]
+
+
+def _resize(module: nn.Module, kept: Kept) -> None:
+    """The same for a norm without any tensor."""
+    if kept.out_channels is None:
+        return
+    size = len(kept.out_channels)
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        module.normalized_shape = (size,)
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = size
+    elif isinstance(module, _NormBase):
+        module.num_features = size

@@ -247,11 +247,13 @@ class Job:
     def _limits(self) -> Limits:
         """The structure's limits and the caller's together."""
         own: Limits = getattr(self.structure, "limits", Limits())
-        names, chosen = [group.name for group in self.structure.groups], self.choice.min_units
+        names = [group.name for group in self.structure.groups]
         whole_blocks = {group.name for group in self.structure.groups if group.is_depth}
+        asked_least = {name: self.choice.min_units for name in names if name not in whole_blocks}
+        # Where all units of a group may go, some of its channels always stay: they count as one unit.
+        asked_least |= {name: units - 1 for name, units in asked_least.items() if not own.min_units.get(name, 1)}
         least = {
-            name: max(0 if name in whole_blocks else chosen, own.min_units.get(name, 1), self.least.get(name, 0))
-            for name in names
+            name: max(asked_least.get(name, 0), own.min_units.get(name, 1), self.least.get(name, 0)) for name in names
         }
         asked = {name: 1 if name in own.whole else self.choice.round_to or 1 for name in names}
         multiples = {name: math.lcm(asked[name], own.round_to.get(name, 1)) for name in names}

@@ -200,6 +200,8 @@ class PruningReport:
     def _proved(self) -> str:
         tried = 0 if self.proof is None else len(self.proof.proved)
         tried_groups = f"{tried} groups tried and right"
+        if self.proof is not None and self.proof.probed:
+            tried_groups += f", order found by running the model: {', '.join(self.proof.probed)}"
         if self.error is None or self.tolerance is None:
             return f"not proved: the pruned model was not compared with the masked one; {tried_groups}"
         return (

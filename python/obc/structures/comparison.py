@@ -110,13 +110,18 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], lost: Mapping[str
             seen.modules.add(name)
         handles.append(module.register_forward_hook(_recorder(seen, name, (lost or {}).get(name)), with_kwargs=True))
     try:
-        with evaluating(model), torch.no_grad(), _same_random_numbers(model):
-            returned = tensors_in(run(model))
+        returned = run_alike(model, run)
     finally:
         for handle in handles:
             handle.remove()
     seen.outputs = [tensor.detach() for tensor in returned if tensor.is_floating_point()]
     return seen
+
+
+def run_alike(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]:
+    """The tensors that ``run(model)`` returns, in eval mode, without gradients, with the same random numbers."""
+    with evaluating(model), torch.no_grad(), _same_random_numbers(model):
+        return tensors_in(run(model))
 
 
 def _recorder(seen: Observation, name: str, lost: Tensor | None) -> Callable[..., None]:

@@ -7,14 +7,14 @@ ones. A second try removes other units, so that a unit in another's place shows 
 one value only (norms at their start, layers that begin at zero) get random values in both copies, lest they hide what
 lies before them.
 
-A try costs two forward passes, and what the structure needs to slice (one that traces: a third).
+A try costs two forward passes.
 """
 
 from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,9 +51,10 @@ class Proof:
         unproved: group -> why nothing can be said about it.
         error: the largest relative difference between a sliced and a masked model, of the groups that are proved.
         tolerance: what rounding explains: see :attr:`obc.structures.comparison.Observation.tolerance`.
-        passes: forward passes that it took, without those of tracing.
-        tries: copies that were sliced: a structure that traces ran once more for each.
-        seconds: that it took, with tracing.
+        passes: forward passes that it took.
+        tries: copies that were sliced.
+        seconds: that it took.
+        probed: groups whose order was found by running the model (:mod:`obc.structures.probing`); among ``proved``.
     """
 
     proved: list[str] = field(default_factory=list)
@@ -64,18 +65,29 @@ class Proof:
     passes: int = 0
     tries: int = 0
     seconds: float = 0.0
+    probed: list[str] = field(default_factory=list)
+
+    def add(self, other: Proof) -> None:
+        """Add what another proof of groups of the same structure took, and its largest error."""
+        self.error, self.tolerance = max(self.error, other.error), max(self.tolerance, other.tolerance)
+        self.passes, self.tries = self.passes + other.passes, self.tries + other.tries
+        self.seconds += other.seconds
 
 
-def prove(structure: Provable, run: Run, *, seed: int = 0) -> Proof:
+def prove(
+    structure: Provable, run: Run, *, seed: int = 0, among: Collection[str] | None = None, tries: int = _TRIES
+) -> Proof:
     """Try every group of ``structure``, and tell it to leave out those whose removal is wrong.
 
     Args:
         structure: its model and what it has removed so far stay as they are.
         run: ``run(model)`` returns the model's outputs on inputs that are always the same, in any nesting.
         seed: of the choice of units.
+        among: names of the groups that are tried; all by default.
+        tries: with other units and another width in each, the third with one unit less.
     """
     start = time.perf_counter()
-    proof = _Prover(structure, run, seed).prove()
+    proof = _Prover(structure, run, seed, tries, among).prove()
     proof.seconds = time.perf_counter() - start
     for name, reason in proof.left_out.items():
         structure.leave_out(name, reason)
@@ -83,9 +95,9 @@ def prove(structure: Provable, run: Run, *, seed: int = 0) -> Proof:
 
 
 class _Prover:
-    def __init__(self, structure: Provable, run: Run, seed: int) -> None:
-        self.structure, self.run, self.seed = structure, run, seed
-        self.groups = {group.name: group for group in structure.groups}
+    def __init__(self, structure: Provable, run: Run, seed: int, tries: int, among: Collection[str] | None) -> None:
+        self.structure, self.run, self.seed, self.tries = structure, run, seed, tries
+        self.groups = {group.name: group for group in structure.groups if among is None or group.name in among}
         self.proof = Proof()
         self.seen: dict[str, set[int]] = {name: set() for name in self.groups}
 
@@ -97,7 +109,7 @@ class _Prover:
                 for name, group in self.groups.items()
                 if not group.is_depth and len(units := self._units(group, limits, number))
             }
-            for number in range(_TRIES)
+            for number in range(self.tries)
         ]
         depth = self._depth_removals()
         names = [name for name in self.groups if name in self.removals[0]]
@@ -114,7 +126,7 @@ class _Prover:
             proof.unproved |= dict.fromkeys(names, "the model's outputs are not finite on this batch")
         maskable = [name for name in names if name not in proof.unproved]
         others = [name for name in names if name in proof.unproved]
-        for number in range(_TRIES):
+        for number in range(self.tries):
             maskable, others = self._passing(maskable, number), self._passing(others, number)
         proved_depth = self._prove_depth(depth)
         unseen = [name for name in maskable if len(self.seen[name]) < _SEEN * self.groups[name].size]
@@ -154,12 +166,14 @@ class _Prover:
 
     def _units(self, group: ChannelGroup, limits: Limits, number: int) -> Tensor:
         """About half of the units, others in every try; none where no smaller width is permitted."""
-        size, least = group.size, max(1, limits.min_units.get(group.name, 1))
+        size, least = group.size, limits.min_units.get(group.name, 1)
         multiple = limits.round_to.get(group.name, 1)
         permitted = [width for width in range(least, size) if width % multiple == 0]
         if not permitted:
             return torch.empty(0, dtype=torch.int64)
-        gone = size - min(permitted, key=lambda width: abs(width - size / 2))
+        # Every try leaves another width: an operation may be right for even widths only.
+        permitted.sort(key=lambda width: abs(width - size / 2))
+        gone = size - (max(permitted) if number == _TRIES else permitted[min(number, len(permitted) - 1)])
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {group.name}".encode()))
         order = torch.randperm(size, generator=generator)
         # Half of what one try removes is removed in the next as well: so every quarter has a fate of its own.
@@ -294,6 +308,8 @@ class _Prover:
                 if part.module in lost:
                     channels = channels - torch.searchsorted(lost[part.module], channels)
                 for reading in readings:
+                    if not len(stays) and len(_told_apart(reading.sums[:, None])) >= _SEEN * len(reading.sums):
+                        self.seen[name] |= set(range(self.groups[name].size))  # by what always stays
                     self.seen[name] |= set(stays[_told_apart(reading.sums[channels])].tolist())
                 # Layers whose weights are used without calling them: something in or around them ran.
                 if not readings and any(part.module.startswith(called) for called in masked.called if called):

@@ -20,7 +20,7 @@ class Limits:
     """What the widths of a structure's groups must be, besides what the caller of ``obc.prune`` asks for.
 
     Attributes:
-        min_units: by group, how many units stay at least.
+        min_units: by group, how many units stay at least, 1 by default; 0 where other channels always stay.
         round_to: by group, a multiple of which stays.
         whole: groups whose units are no channels, such as heads: what the caller says about rounding spares them.
         families: names of groups that keep equal widths; empty where every width is free.

@@ -113,7 +113,7 @@ class PlanRecorder:
     def _narrow_columns(self, module: nn.Module, before: Kept, size: int, removed: Tensor, roots: Any) -> Kept:
         if layout_of(module) is None and not isinstance(module, nn.MultiheadAttention):
             return before  # norms, embeddings: one set of channels, which the output side holds
-        repeat = _repeat(removed.tolist(), roots, size) if isinstance(module, nn.Linear) else 1
+        repeat = repeat_of(removed.tolist(), roots, size) if isinstance(module, nn.Linear) else 1
         if before.in_channels is not None:
             repeat = math.gcd(repeat, before.in_repeat)
         return with_columns(before, narrowed(before.in_columns, size, removed), repeat)
@@ -136,7 +136,7 @@ class PlanRecorder:
             self.kept[name] = replace(kept, out_blocks=blocks if even else 1)
 
 
-def _repeat(removed: Sequence[int], roots: Sequence[int | None] | None, size: int) -> int:
+def repeat_of(removed: Sequence[int], roots: Sequence[int | None] | None, size: int) -> int:
     """How many consecutive columns one root channel owns behind a flatten; 1 where the indices don't tell."""
     if roots is None or len(roots) != len(removed):
         return 1

@@ -1,0 +1,321 @@
+"""Groups in the order that running the model shows, where the order that tracing shows is wrong.
+
+What :mod:`obc.structures.probing` finds says which channels go together; it does not say what the operations between
+layers do when some are gone. A shuffle between groups, for example, needs groups of equal width. So units are tried:
+single channels first, then channels that are joined across the runs of the order, then across ever more parts of equal
+width, and channels of one run alone, where the others stay. The first units that pass the proof are taken.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from obc.model.groups import ChannelGroup
+from obc.model.layouts import layout_of
+from obc.structures.probing import NOTHING, SEVERAL, Probe, Run, passes_on, probe
+from obc.structures.proof import Proof, prove, varied_copy
+from obc.structures.protocol import Provable
+from obc.structures.traced_groups import Found, GroupFinder
+from obc.structures.traced_units import Members, Units
+from obc.structures.units import NotPrunableError
+
+# Of so many producers of one group, each by itself is looked at: every one takes as many passes as all together.
+_MOST_PRODUCERS = 16
+_MOST_TRIES = 12
+
+
+class Extensible(Provable, Protocol):
+    """A structure that can be given groups."""
+
+    left_out: dict[str, str]
+
+    def offer(self, group: ChannelGroup) -> None:
+        """Take a group among ``groups``."""
+
+
+@dataclass(eq=False)
+class Suspect:
+    """A group whose removal, as it was found, is wrong.
+
+    Attributes:
+        found: it.
+        producers: layer -> channel of its output -> root channel, as it was found.
+        unseen: what else loses channels, which nothing that is read shows: parameters outside layers, embeddings.
+    """
+
+    found: Found
+    producers: dict[str, dict[int, int]]
+    unseen: Members
+
+    @property
+    def width(self) -> int:
+        """How many channels must be told apart."""
+        return max(self.found.size, *(max(roots) + 1 for roots in self.producers.values()))
+
+
+@dataclass(eq=False)
+class Proposal:
+    """What goes together in the order that running shows, named by the first producer."""
+
+    name: str
+    members: Members
+    size: int
+
+
+def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof) -> None:
+    """Find the true order of groups that can't be pruned in the order that tracing shows; offer what is then proved.
+
+    Args:
+        structure: is given groups.
+        finder: of the structure's groups.
+        wrong: the groups that can't be pruned.
+        run: see :func:`obc.structures.proof.prove`.
+        proof: of the other groups; what this takes, and what it proves, is added.
+    """
+    suspects = [suspect for found in wrong if (suspect := _suspect(structure.model, found)) is not None]
+    if not suspects:
+        return
+    try:
+        proposals, passes = proposed(varied_copy(structure.model), run, suspects, finder.place)
+    except Exception:  # the model's own code, which may not run on numbers that are made up
+        return
+    proof.passes += passes
+    reasons = dict(structure.left_out)
+    accepted = _accepted(structure, finder, proposals, run, proof)
+    if accepted:
+        proof.probed = accepted
+        together = prove(structure, run)
+        proof.add(together)
+        proof.proved, proof.unproved = together.proved, together.unproved
+        reasons |= {name: why for name, why in together.left_out.items() if name in accepted}
+    for name, why in reasons.items():
+        if name in structure.left_out:
+            structure.left_out[name] = why
+    proof.left_out = {name: why for name, why in structure.left_out.items() if name in proof.left_out}
+
+
+def _accepted(
+    structure: Extensible, finder: GroupFinder, proposals: Sequence[Proposal], run: Run, proof: Proof
+) -> list[str]:
+    """The names of the proposals for which some units pass, which are then groups of the structure."""
+    names = {group.name for group in structure.groups}
+    waiting = {one.name: _groups(finder, one) for one in proposals if one.name not in names}
+    accepted: list[str] = []
+    while waiting:
+        offered = []
+        for name, groups in list(waiting.items()):
+            group = next(groups, None)
+            if group is None:
+                del waiting[name]
+                continue
+            structure.offer(group)
+            offered.append(name)
+        if not offered:
+            break
+        tried = prove(structure, run, among=offered, tries=3)
+        proof.add(tried)
+        for name in offered:
+            if name in tried.proved:
+                accepted.append(name)
+                del waiting[name]
+            elif name not in tried.left_out:
+                structure.leave_out(name, tried.unproved.get(name, "its removal could not be tried"))
+    return accepted
+
+
+def _suspect(model: nn.Module, found: Found) -> Suspect | None:
+    """What must be probed of a group; None where no order would make it one."""
+    modules = dict(model.named_modules())
+    producers: dict[str, dict[int, int]] = {}
+    unseen: Members = {}
+    for (name, side), roots in found.members.items():
+        module = modules.get(name)
+        if isinstance(module, nn.MultiheadAttention):
+            return None
+        if side == "in":
+            continue
+        if module is not None and layout_of(module) is not None:
+            if not passes_on(module):
+                producers[name] = dict(roots)
+        elif module is None or isinstance(module, nn.Embedding):
+            unseen[name, side] = dict(roots)
+    return Suspect(found, producers, unseen) if found.inner and producers else None
+
+
+# --- what goes together ---------------------------------------------------------------------------------------
+
+
+def proposed(
+    model: nn.Module, run: Run, suspects: Sequence[Suspect], place: Callable[[str], int]
+) -> tuple[list[Proposal], int]:
+    """(what goes together, forward passes): of all suspects at once, and of each producer where that does not tell."""
+    bits = max(suspect.width - 1 for suspect in suspects).bit_length()
+    codes = {
+        layer: _codes(roots, number << bits)
+        for number, suspect in enumerate(suspects)
+        for layer, roots in suspect.producers.items()
+    }
+    together = probe(model, run, codes)
+    unclear = {number for number in range(len(suspects)) if _several(together, number, bits)}
+    proposals: list[Proposal] = []
+    for number, suspect in enumerate(suspects):
+        if number not in unclear:
+            outs: Members = {(layer, "out"): roots for layer, roots in suspect.producers.items()}
+            reached = _reached(model, together, number, bits)
+            name = min(suspect.producers, key=place)
+            proposals.append(Proposal(name, outs | suspect.unseen | reached, suspect.found.size))
+    apart = {n: s for n, s in enumerate(suspects) if n in unclear and 1 < len(s.producers) <= _MOST_PRODUCERS}
+    passes = together.passes
+    probes: list[Probe] = []
+    for turn in range(max((len(suspect.producers) for suspect in apart.values()), default=0)):
+        turns = {n: list(s.producers)[turn] for n, s in apart.items() if turn < len(s.producers)}
+        alone = {layer: _codes(_own(apart[n].producers[layer]), n << bits) for n, layer in turns.items()}
+        probes.append(probe(model, run, alone))
+        passes += probes[-1].passes
+    for number, suspect in apart.items():
+        single = probes[: len(suspect.producers)]
+        if not any(_several(one, number, bits) for one in single):
+            maps = [_reached(model, one, number, bits) for one in single]
+            proposals += _coupled(suspect, maps, place)
+    return proposals, passes
+
+
+def _codes(roots: dict[int, int], first: int) -> Tensor:
+    codes = torch.full((max(roots) + 1,), -1)
+    for channel, root in roots.items():
+        codes[channel] = first + root
+    return codes
+
+
+def _own(roots: dict[int, int]) -> dict[int, int]:
+    return {channel: channel for channel in roots}
+
+
+def _several(probed: Probe, number: int, bits: int) -> bool:
+    """Whether something depends on several channels that may be those of one suspect."""
+    for name, seen in probed.suspects.items():
+        upper = seen[:, bits:]
+        values = torch.tensor([(number >> bit) & 1 for bit in range(upper.shape[1])], dtype=torch.int64)
+        possible = ((upper >> values) & 1).bool().all(1)
+        if bool((possible & (probed.origins[name] == SEVERAL)).any()):
+            return True
+    return False
+
+
+def _reached(model: nn.Module, probed: Probe, number: int, bits: int) -> Members:
+    """Everything that reads channels of one suspect: (module, side) -> channel -> code within the suspect."""
+    modules = dict(model.named_modules())
+    reached: Members = {}
+    for name, origins in probed.origins.items():
+        ours = (origins != NOTHING) & (origins != SEVERAL) & (origins >> bits == number)
+        if bool(ours.any()):
+            module = modules[name]
+            reads = layout_of(module) is not None and not passes_on(module)
+            mine = ours.nonzero()[:, 0].tolist()
+            reached[name, "in" if reads else "out"] = {c: int(origins[c]) & ((1 << bits) - 1) for c in mine}
+    return reached
+
+
+def _coupled(suspect: Suspect, maps: Sequence[Members], place: Callable[[str], int]) -> list[Proposal]:
+    """Channels of several producers that meet go together; producers that never meet are groups of their own."""
+    layers = list(suspect.producers)
+    start = torch.tensor([0, *(max(roots) + 1 for roots in suspect.producers.values())]).cumsum(0).tolist()
+    channels, together = Units(start[-1]), Units(len(layers))
+    first: dict[tuple[Any, int], tuple[int, int]] = {}
+    for number, reached in enumerate(maps):
+        for part, origins in reached.items():
+            for channel, origin in origins.items():
+                other, other_origin = first.setdefault((part, channel), (number, origin))
+                channels.join(start[number] + origin, start[other] + other_origin)
+                together.join(number, other)
+    proposals = []
+    for lead in {together.find(number) for number in range(len(layers))}:
+        mine = [number for number in range(len(layers)) if together.find(number) == lead]
+        if suspect.unseen and len(mine) < len(layers):
+            continue  # whose they are is not known
+        members: Members = {}
+        for number in mine:
+            own = {channel: channels.find(start[number] + channel) for channel in suspect.producers[layers[number]]}
+            members[layers[number], "out"] = own
+            for part, origins in maps[number].items():
+                members.setdefault(part, {}).update({c: own[origin] for c, origin in origins.items()})
+        roots = {root: place for place, root in enumerate(sorted({r for m in members.values() for r in m.values()}))}
+        members = {part: {c: roots[r] for c, r in found.items()} for part, found in members.items()}
+        name = min((layers[number] for number in mine), key=place)
+        proposals.append(Proposal(name, members | suspect.unseen, len(roots)))
+    return proposals
+
+
+# --- units ----------------------------------------------------------------------------------------------------
+
+
+def _groups(finder: GroupFinder, proposal: Proposal) -> Iterator[ChannelGroup]:
+    """Groups of the proposal's channels, from the smallest units on."""
+    order = _order(proposal)
+    tables: list[list[list[int]]] = []
+    for table, hidden in _divisions(order, proposal.size):
+        try:
+            group = finder.assemble(proposal.name, proposal.members, table, proposal.size, hidden)
+        except NotPrunableError:
+            continue
+        if not group.consumers or group.consumers[0].side != "in":
+            return  # nothing is known to read it
+        found = group.slices[0].channels.tolist()
+        if found not in tables:
+            tables.append(found)
+            yield group
+        if len(tables) == _MOST_TRIES:
+            return
+
+
+def _order(proposal: Proposal) -> list[int]:
+    """The root channels in the order in which the first layer reads them that reads them in another order."""
+    order = list(range(proposal.size))
+    for (_, side), roots in proposal.members.items():
+        if side == "in":
+            found = list(dict.fromkeys(roots[channel] for channel in sorted(roots)))
+            if found != order and len(found) == proposal.size:
+                return found
+    return order
+
+
+def _divisions(order: Sequence[int], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(channels that may go, (size, parts) which part each is in): parts that may have to stay equally wide."""
+    each = torch.arange(size)[:, None]
+    yield each, None
+    places = [0] * size
+    for place, channel in enumerate(order):
+        places[channel] = place
+    by_channel, by_place = _runs(places), _runs(order)
+    in_order = torch.empty(size, dtype=torch.int64)
+    in_order[torch.tensor(order)] = by_place
+    runs = [parts for parts in (by_channel, in_order) if 0 < int(parts.max()) < size - 1]
+    for parts in runs:
+        yield each, nn.functional.one_hot(parts)
+    for parts in runs:
+        lengths = parts.bincount()
+        for longest in lengths.argsort(descending=True)[:2]:
+            if int(lengths[longest]) > 1:
+                yield each[parts == longest], None
+    for count in range(2, size):
+        if size % count == 0:
+            yield each, nn.functional.one_hot(torch.arange(size) // (size // count))
+            yield each, nn.functional.one_hot(torch.arange(size) % count)
+
+
+def _runs(numbers: Sequence[int]) -> Tensor:
+    """(n,) the run that each number is in: runs go on by equal steps."""
+    run, runs, step = 0, [0], None
+    for before, now in itertools.pairwise(numbers):
+        if step is not None and now - before != step:
+            run, step = run + 1, None
+        else:
+            step = now - before
+        runs.append(run)
+    return torch.tensor(runs, dtype=torch.int64)

@@ -1,0 +1,241 @@
+"""Which channel of which layer each input of every other layer comes from, found by running the model.
+
+Tracing says what operations do to shapes; running says what they do to channels: whether they are flipped, rolled,
+shuffled, flattened with the channels last, stacked before others. Every layer returns made-up numbers whatever it
+reads, so that a channel reaches what lies between its layer and the next ones, and nothing behind them. Norms over
+channels let their input through. In a pass, the channels whose code has a certain bit get other numbers, of the
+opposite sign, so that no ReLU hides it; what any layer reads differently depends on one of them. A second pass changes
+the other channels. An input that differs in exactly one of the two, for every bit, depends on one channel, and its code
+is what the passes spell.
+
+For n codes that takes 2 log2(n) passes and one to compare with. Inputs that nothing reached for some bit (behind a norm
+that shifts, or an activation that saturates) are looked at again with larger and with smaller numbers: at most three
+times as many passes. No layer multiplies by its weight in them.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from obc.model.layouts import is_depthwise, layout_of
+from obc.model.names import named_modules
+from obc.model.rules import Rule, rule_for
+from obc.model.shared_copy import shared_copy
+from obc.structures.comparison import run_alike
+
+Run = Callable[[nn.Module], Any]
+# What a channel of an input depends on, besides the code of one channel: none that has a code, or several of them.
+NOTHING, SEVERAL = -1, -2
+_SCALES = (1.0, 30.0, 1 / 30)
+
+
+@dataclass
+class Probe:
+    """What was found.
+
+    Attributes:
+        origins: module -> (C,) int64, for each channel of what it reads the code that it depends on, or ``NOTHING``, or
+            ``SEVERAL``. Linear and convolutional layers, and everything that has one value a channel.
+        suspects: module -> (C, bits) for each bit, which of its values are among the codes that a channel depends on:
+            1 and 2, or both (3), or neither (0).
+        passes: that it took.
+    """
+
+    origins: dict[str, Tensor] = field(default_factory=dict)
+    suspects: dict[str, Tensor] = field(default_factory=dict)
+    passes: int = 0
+
+
+def probe(model: nn.Module, run: Run, codes: Mapping[str, Tensor]) -> Probe:
+    """Find out which coded channel each input of every layer depends on.
+
+    Args:
+        model: is left as it is.
+        run: ``run(model)`` calls it, always on the same inputs.
+        codes: layer -> (C,) int64, a number of at least 0 for each channel of its output; -1 for channels that are not
+            looked for. Channels with equal codes are taken for one.
+    """
+    largest = max((int(code.max()) for code in codes.values()), default=0)
+    bits = max(1, largest.bit_length())
+    prober = _Prober(model, run, codes)
+    found = Probe()
+    for scale in _SCALES:
+        before = prober.read(scale, None)
+        for bit in range(bits):
+            for value in (0, 1):
+                now = prober.read(scale, (bit, value))
+                for name, same in _changed(before, now).items():
+                    seen = found.suspects.setdefault(name, torch.zeros(len(same), bits, dtype=torch.int64))
+                    if len(seen) == len(same):
+                        seen[:, bit] |= same.long() << value
+        if not any(_undecided(seen) for seen in found.suspects.values()):
+            break
+    found.passes = prober.passes
+    for name, seen in found.suspects.items():
+        code = ((seen >> 1).clamp(max=1) << torch.arange(bits)).sum(1)
+        code[(seen == 0).any(1)] = NOTHING
+        code[(seen == 3).any(1)] = SEVERAL
+        found.origins[name] = code
+    return found
+
+
+def _undecided(seen: Tensor) -> bool:
+    """Whether something reached a module, and some channel of it is not yet known."""
+    return bool(seen.any()) and bool(((seen == 0).any(1) & ~(seen == 3).any(1)).any())
+
+
+def _changed(before: Mapping[str, list[Tensor]], now: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Module -> which channels of what it read are other ones, in any of its calls."""
+    changed: dict[str, Tensor] = {}
+    for name, readings in before.items():
+        others = now.get(name, [])
+        if len(others) != len(readings) or len({len(reading) for reading in (*readings, *others)}) != 1:
+            continue
+        changed[name] = torch.stack([one != other for one, other in zip(readings, others, strict=True)]).any(0)
+    return changed
+
+
+class _Prober:
+    """A copy of a model whose layers return made-up numbers."""
+
+    def __init__(self, model: nn.Module, run: Run, codes: Mapping[str, Tensor]) -> None:
+        self._model, self._run, self._codes = shared_copy(model), run, codes
+        self._outputs: dict[str, list[Tensor]] = {}  # of every call: meta tensors, which have a shape and no numbers
+        self._devices: dict[str, torch.device] = {}
+        self._calls: dict[str, int] = {}
+        self._readings: dict[str, list[Tensor]] = {}
+        self._scale = 1.0
+        self._selected: tuple[int, int] | None = None
+        self.passes = 0
+        modules = list(named_modules(self._model))
+        for name, module in modules:
+            self._listen(name, module)
+        layers = [(name, m) for name, m in modules if layout_of(m) is not None and not passes_on(m)]
+        handles = [layer.register_forward_hook(self._remember(name)) for name, layer in layers]
+        self._observe()
+        for handle, (name, layer) in zip(handles, layers, strict=True):
+            handle.remove()
+            self._pretend(name, layer)
+
+    def read(self, scale: float, selected: tuple[int, int] | None) -> dict[str, list[Tensor]]:
+        """What all modules read, with numbers of this size, the channels with this value of this bit changed."""
+        self._scale, self._selected = scale, selected
+        self._observe()
+        return self._readings
+
+    def _observe(self) -> None:
+        self.passes += 1
+        self._calls, self._readings = {}, {}
+        run_alike(self._model, self._run)
+
+    # --- what is read -----------------------------------------------------------------------------------------
+
+    def _listen(self, name: str, module: nn.Module) -> None:
+        found = _channels_read(module)
+        if found is None:
+            return
+        dim, size = found
+
+        def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = _first(args, kwargs)
+            if isinstance(x, Tensor) and x.is_floating_point():
+                elsewhere = size is not None and x.shape[dim] != size  # a norm that keeps its channels in dimension 1
+                self._readings.setdefault(name, []).append(_sums(x.detach(), 1 if elsewhere else dim))
+
+        module.register_forward_pre_hook(listen, with_kwargs=True)
+        if layout_of(module) is None and not isinstance(module, (_NormBase, nn.PReLU)):
+            module.forward = _let_through
+
+    def _remember(self, name: str) -> Callable[..., None]:
+        def remember(module: nn.Module, args: Any, output: Any) -> None:
+            self._outputs.setdefault(name, []).append(output.to("meta"))
+            self._devices[name] = output.device
+
+        return remember
+
+    # --- what is returned -------------------------------------------------------------------------------------
+
+    def _pretend(self, name: str, module: nn.Module) -> None:
+        layout = layout_of(module)
+        assert layout is not None
+        assert layout.out_dim is not None
+        dim = layout.out_dim
+
+        def pretend(*args: Any, **kwargs: Any) -> Tensor:
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            return self._numbers(name, self._outputs[name][call], dim, call)
+
+        module.forward = pretend
+
+    def _numbers(self, name: str, like: Tensor, dim: int, call: int) -> Tensor:
+        dim %= like.dim()
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {call}".encode()))
+        usual, other = (_pattern(like.shape, generator) for _ in range(2))
+        signs = torch.randint(0, 2, (like.shape[dim],), generator=generator) * 2 - 1
+        changed = torch.zeros(like.shape[dim], dtype=torch.bool)
+        if self._selected is not None and name in self._codes:
+            bit, value = self._selected
+            codes = self._codes[name]
+            changed = (codes >= 0) & ((codes >> bit) & 1 == value)
+        shape = [-1 if axis == dim else 1 for axis in range(like.dim())]
+        numbers = torch.where(changed.view(shape), -1.5 * other, usual) * (signs.view(shape) * self._scale)
+        return numbers.to(self._devices[name], like.dtype)
+
+
+def _pattern(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Positive numbers that differ along every dimension: a product of one random vector for each."""
+    pattern = torch.ones(())
+    for axis, size in enumerate(shape):
+        factors = torch.rand(size, generator=generator) + 0.5
+        pattern = pattern * factors.view([-1 if axis == other else 1 for other in range(len(shape))])
+    return pattern
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def _let_through(*args: Any, **kwargs: Any) -> Any:
+    return _first(args, kwargs).clone()
+
+
+def passes_on(module: nn.Module) -> bool:
+    """A depthwise convolution changes no channel's place."""
+    same = isinstance(module, _ConvNd) and module.in_channels == module.out_channels
+    return same and is_depthwise(module, module.weight)  # type: ignore[arg-type]
+
+
+def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:
+    """(dimension, number where it is known) of the channels that a module reads; None where it has none of its own."""
+    rule = rule_for(module)
+    if layout_of(module) is not None:
+        assert isinstance(rule, Rule)
+        assert rule.in_dim is not None
+        return rule.in_dim, None
+    if isinstance(module, _NormBase):
+        return 1, module.num_features
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return (-1, module.normalized_shape[-1]) if len(module.normalized_shape) == 1 else None
+    if isinstance(module, nn.GroupNorm):
+        return 1, module.num_channels
+    if isinstance(rule, Rule) and rule.elementwise and rule.out_dim is not None:
+        size = getattr(module, rule.weight).shape[-1]
+        return (rule.out_dim, size) if size > 1 else None
+    return None
+
+
+def _sums(x: Tensor, dim: int) -> Tensor:
+    """(C,) random sums over all positions, in float64: other numbers have other sums."""
+    dim %= x.dim()
+    rows = x.movedim(dim, 0).flatten(1).double() if x.dim() > 1 else x.double()[:, None]
+    weights = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (rows * weights.to(rows.device)).sum(1).cpu()

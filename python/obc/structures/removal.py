@@ -1,0 +1,119 @@
+"""Channels taken out of any model's layers: what each layer keeps, in one step and over all steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from obc.model.kept import Kept, PlanError, kept_of, with_columns
+from obc.model.layouts import is_depthwise, layout_of
+from obc.model.slicing import sliced
+from obc.structures.masking import Lost
+
+
+def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int]) -> dict[str, Kept]:
+    """What every module keeps of the channels that it has now.
+
+    Args:
+        modules: of the model, by name.
+        lost: (module, side) -> channels that go; for parameters outside any layer under their names.
+        dims: by name of such a parameter, the dimension that loses them.
+
+    Returns:
+        A plan of this step alone, for :func:`obc.model.cutting.cut`.
+    """
+    step: dict[str, Kept] = {}
+    for (name, side), channels in lost.items():
+        module = modules.get(name)
+        if module is None:
+            owner, _, attribute = name.rpartition(".")
+            size = getattr(modules[owner], attribute).shape[dims[name]]
+            step[name] = Kept(_staying(size, channels), dim=dims[name])
+        elif isinstance(module, nn.MultiheadAttention):
+            if side == "in":  # its outputs are those of queries, keys and values, which follow
+                stay = _staying(module.embed_dim, channels)
+                step[name] = Kept(stay, stay)
+        elif not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
+            stay = _staying(size_of(module, side), channels)
+            before = step.get(name, Kept())
+            out, columns = before.out_channels, before.in_channels
+            if _both_sides(module):
+                out = columns = stay
+            step[name] = Kept(stay if side == "out" else out, stay if side == "in" else columns)
+    return step
+
+
+def _both_sides(module: nn.Module) -> bool:
+    """A depthwise convolution reads the channels that it writes."""
+    return isinstance(module, _ConvNd) and is_depthwise(module, module.weight)
+
+
+def _staying(size: int, lost: Tensor) -> Tensor:
+    stays = torch.ones(size, dtype=torch.bool)
+    stays[lost] = False
+    return stays.nonzero()[:, 0]
+
+
+def size_of(module: nn.Module, side: str) -> int:
+    """How many channels a module has on one side, as it is now; norms and their like have one side."""
+    if isinstance(module, nn.MultiheadAttention):
+        return int(module.embed_dim) * (3 if side == "out" else 1)
+    layout, weight = layout_of(module), getattr(module, "weight", None)
+    if layout is not None:
+        assert isinstance(weight, Tensor)
+        return weight.shape[0] if _both_sides(module) else layout.sizes(weight)[0 if side == "out" else 1]
+    if isinstance(module, _NormBase):
+        return module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        return module.normalized_shape[-1]
+    assert isinstance(weight, Tensor)
+    return weight.shape[-1]
+
+
+def followed(before: Kept | None, step: Kept, repeat: int) -> Kept:
+    """What is kept after a further step, in terms of the unpruned model.
+
+    Args:
+        before: after the steps so far; None where nothing went.
+        step: what this one keeps of that.
+        repeat: how many consecutive columns each in channel owns (of a linear layer behind a flatten).
+    """
+    kept = before or Kept(dim=step.dim)
+    if step.out_channels is not None:
+        kept = replace(kept, out_channels=_chosen(kept.out_channels, step.out_channels))
+    if step.in_channels is None:
+        return kept
+    if kept.in_channels is not None:
+        repeat = math.gcd(repeat, kept.in_repeat)
+    return with_columns(kept, _chosen(kept.in_columns, step.in_channels), repeat)
+
+
+def _chosen(before: Tensor | None, step: Tensor) -> Tensor:
+    return step if before is None else before[step]
+
+
+def refuse_untied(model: nn.Module, shared: Sequence[Sequence[str]], step: Mapping[str, Kept]) -> None:
+    """Refuse a step after which layers that share a parameter would need different ones.
+
+    Raises:
+        PlanError: names the parameter by both its names.
+    """
+    for names in shared:
+        left = [_left_of(model, name, step) for name in names]
+        for name, other in zip(names[1:], left[1:], strict=True):
+            if other.shape != left[0].shape or not torch.equal(other, left[0]):
+                raise PlanError(f"{names[0]} and {name} are one parameter, of which each would lose other channels")
+
+
+def _left_of(model: nn.Module, name: str, step: Mapping[str, Kept]) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    module = model.get_submodule(owner)
+    return sliced(module, attribute, getattr(module, attribute).detach(), kept_of(step, owner, name), name)
