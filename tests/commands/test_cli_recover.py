@@ -13,6 +13,7 @@ import transformers
 import obc
 from obc import cli, quality
 from obc.commands import checkpoints
+from obc.structures.transformers import TransformersStructure
 from obc.structures.transformers.saving import is_saved_pruned
 
 
@@ -108,3 +109,43 @@ def test_what_cannot_be_recovered_is_said_in_one_line(
     assert "is one of the models' own directories" in capsys.readouterr().err
     assert run("evaluate", llama, "--data", data, "--stride", 9) == 2
     assert "stride=9" in capsys.readouterr().err
+
+
+def test_a_model_without_a_head_is_recovered_by_its_hidden_state(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        initializer_range=0.3,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    teacher, pruned, out, data = (tmp_path / name for name in ("bert", "pruned", "out", "data.jsonl"))
+    model = transformers.BertModel(config)
+    model.save_pretrained(teacher)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(20, (40, 8), generator=generator)
+    data.write_text("\n".join(json.dumps({"input_ids": row.tolist()}) for row in ids))
+    structure = TransformersStructure(model, kinds=("ffn",), uniform=True)
+    structure.remove({group.name: torch.arange(group.size // 2) for group in structure.groups})
+    model.save_pretrained(pruned)
+
+    def error(path: Path) -> float:
+        with torch.no_grad():
+            ours, wanted = (
+                transformers.BertModel.from_pretrained(folder).eval()(ids).last_hidden_state
+                for folder in (path, teacher)
+            )
+        return float((ours - wanted).square().sum() / wanted.square().sum())
+
+    arguments = ["--teacher", teacher, "--data", data, "--out", out, "--steps", 40, "--lr", 0.01]
+    assert run("recover", pruned, *arguments) == 0
+    assert error(out) < 0.5 * error(pruned)
+    first = figure(r"loss ([\d.]+) at the first step", capsys.readouterr().out)
+    assert first[0] == pytest.approx(error(pruned), rel=0.5)  # of one batch, not of all

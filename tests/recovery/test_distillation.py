@@ -90,3 +90,11 @@ def test_outputs_without_logits_are_refused() -> None:
 
     with pytest.raises(ValueError, match="no logits in an output of type SimpleNamespace"):
         Distillation().loss(Odd(), Odd(), torch.ones(2, 3))
+
+
+def test_outputs_of_a_model_without_a_head_are_compared_by_their_error() -> None:
+    student, teacher, batch = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(6, 4)
+    wanted = teacher(batch).double()
+    expected = (student(batch).double() - wanted).square().sum() / wanted.square().sum()
+    loss = Distillation(logits=0.0, outputs=2.0).loss(student, teacher, batch)
+    assert loss.item() == pytest.approx(2 * expected.item(), rel=1e-5)

@@ -148,3 +148,22 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="not a training checkpoint, or is damaged"):
         obc.recover(pruned, teacher, BATCHES, steps=2, lr=0.01, checkpoint=tmp_path / "state", progress=False)
+
+
+@pytest.mark.parametrize("train", ["naive", "folded", "lora"])
+def test_hidden_states_are_compared_by_the_models_own_names(train: Any) -> None:
+    """Low-rank updates stand inside the layers: names of modules are those of the pruned model."""
+    pruned, teacher, plan = networks()
+    distillation = obc.Distillation(logits=0.0, hidden=1.0, modules=["4"])
+    report = obc.recover(
+        pruned, teacher, BATCHES, steps=30, lr=0.02, train=train, plan=plan, distillation=distillation, progress=False
+    )
+    assert report.losses[-1] < 0.7 * report.losses[0]
+
+
+def test_short_floats_are_warned_of() -> None:
+    pruned, teacher, _ = networks()
+    pruned, teacher = pruned.bfloat16(), teacher.bfloat16()
+    batches = [batch.bfloat16() for batch in BATCHES]
+    with pytest.warns(UserWarning, match="what trains is bfloat16"):
+        obc.recover(pruned, teacher, batches, steps=1, lr=0.01, progress=False)

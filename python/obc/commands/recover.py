@@ -15,8 +15,9 @@ from obc.structures.transformers.saving import PLAN_FILE, is_saved_pruned, save_
 
 _DESCRIPTION = """\
 Train the model of a pruned directory to compute again what the unpruned one computes: the divergence of their
-predictions, which needs no labels. What trains: every weight (naive), Equivalent Pruning's factors too (folded), or
-low-rank updates (lora); the result is a plain model."""
+predictions, or of a model without a head the relative error of its last hidden state. Neither needs labels. What
+trains: every weight (naive), Equivalent Pruning's factors too (folded), or low-rank updates (lora); the result is a
+plain model."""
 
 
 def add(commands: Any) -> None:
@@ -79,7 +80,7 @@ def run(parsed: argparse.Namespace) -> int:
             plan=plan,
             rank=parsed.rank,
             accumulate=parsed.accumulate,
-            distillation=obc.Distillation(temperature=parsed.temperature, forward_fn=checkpoints.outputs),
+            distillation=_distillation(pruned.loss, parsed.temperature),
             checkpoint=parsed.checkpoint,
             every=parsed.every,
         )
@@ -89,6 +90,13 @@ def run(parsed: argparse.Namespace) -> int:
     say(report)
     say(f"written: {out}")
     return 0
+
+
+def _distillation(loss: str, temperature: float) -> obc.Distillation:
+    """Of predictions; of hidden states where the model has no head."""
+    if loss == "label-free":
+        return obc.Distillation(logits=0.0, outputs=1.0, forward_fn=checkpoints.outputs)
+    return obc.Distillation(temperature=temperature, forward_fn=checkpoints.outputs)
 
 
 def _plan(path: Path, model: Any, teacher: Any, needed: bool) -> obc.PruningPlan | None:

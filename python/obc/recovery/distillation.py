@@ -91,29 +91,31 @@ class Distillation:
         temperature: of the logits.
         hidden: weight of :func:`hidden_distillation`, mean over ``modules``.
         modules: names of modules, the same in both models, whose outputs are compared.
+        outputs: weight of :func:`hidden_distillation` of the models' own outputs: for models without a head, whose
+            outputs are no logits.
         labels: weight of ``label_loss``.
         label_loss: ``label_loss(outputs, batch)``: a scalar, such as cross-entropy with the batch's labels.
         forward_fn: ``forward_fn(model, batch)``: the model's outputs; by default
             :func:`obc.model.evaluation.call_on_batch`.
         logits_of: takes the logits out of the outputs; by default ``outputs.logits``, else the first tensor of a tuple,
-            else the outputs.
+            else the outputs. With the weight ``outputs``: what is compared of the outputs.
     """
 
     logits: float = 1.0
     temperature: float = 1.0
     hidden: float = 0.0
     modules: Sequence[str] = ()
+    outputs: float = 0.0
     labels: float = 0.0
     label_loss: Callable[[Any, Any], Tensor] | None = None
     forward_fn: ForwardFn = call_on_batch
     logits_of: Callable[[Any], Tensor] | None = field(default=None)
 
     def __post_init__(self) -> None:
-        if min(self.logits, self.hidden, self.labels) < 0 or self.logits + self.hidden + self.labels <= 0:
-            raise ValueError(
-                "weights must not be negative, and one must be positive: "
-                f"logits={self.logits}, hidden={self.hidden}, labels={self.labels}"
-            )
+        weights = {name: getattr(self, name) for name in ("logits", "hidden", "outputs", "labels")}
+        if min(weights.values()) < 0 or sum(weights.values()) <= 0:
+            said = ", ".join(f"{name}={weight}" for name, weight in weights.items())
+            raise ValueError(f"weights must not be negative, and one must be positive: {said}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
         if (self.hidden > 0) != bool(self.modules):
@@ -128,7 +130,8 @@ class Distillation:
             ValueError: a module is missing, or two outputs can't be compared.
         """
         with torch.no_grad(), _Outputs(teacher, self.modules) as wanted:
-            teacher_outputs = self.forward_fn(teacher, batch) if self.logits + self.hidden > 0 else None
+            compared = self.logits + self.hidden + self.outputs > 0
+            teacher_outputs = self.forward_fn(teacher, batch) if compared else None
         with _Outputs(student, self.modules) as got:
             outputs = self.forward_fn(student, batch)
         mask = _mask(batch)
@@ -136,6 +139,9 @@ class Distillation:
         if self.logits > 0:
             pair = (self._logits(outputs), self._logits(teacher_outputs))
             terms.append(self.logits * logit_distillation(*pair, self.temperature, _fitting(mask, pair[0])))
+        if self.outputs > 0:
+            pair = (self._logits(outputs), self._logits(teacher_outputs))
+            terms.append(self.outputs * hidden_distillation(*pair, _fitting(mask, pair[0])))
         if self.hidden > 0:
             errors = [
                 hidden_distillation(got.seen[name], wanted.seen[name], _fitting(mask, got.seen[name]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -110,6 +111,7 @@ def recover(
     report = RecoveryReport()
     flags = {module: module.training for part in (model, teacher) for module in part.modules()}
     trained = prepared(model, teacher, train, plan, rank)
+    _warn_of_short_floats(trained)
     try:
         job = _Training(trained, teacher, distillation, steps, lr, weight_decay, warmup, clip, report)
         if checkpoint is not None:
@@ -198,6 +200,16 @@ def _check(steps: int, lr: float, accumulate: int, warmup: float, every: int | N
         raise ValueError(f"lr must be positive, got {lr}")
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup is a share of the steps, in [0, 1), got {warmup}")
+
+
+def _warn_of_short_floats(trained: Trained) -> None:
+    short = {str(p.dtype).removeprefix("torch.") for p in trained.parameters if p.element_size() < 4}
+    if short:
+        warnings.warn(
+            f"what trains is {' and '.join(sorted(short))}: updates smaller than its rounding are lost; train a "
+            "float32 model and convert it afterwards",
+            stacklevel=3,
+        )
 
 
 def _groups(trained: Trained, weight_decay: float) -> list[dict[str, Any]]:
