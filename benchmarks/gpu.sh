@@ -1,14 +1,15 @@
 #!/bin/sh
 # Everything that needs a GPU, in under nine minutes and without the network, for any machine with one:
 #
-#   benchmarks/gpu.sh [FOLDER] [--seconds 525] [--parts build benchmarks tests sanitizer] [--dry-run]
+#   benchmarks/gpu.sh [FOLDER] [--seconds 525] [--parts build smoke tests profile benchmarks] [--dry-run]
 #   PYTHON=python3.12                 the Python that has torch (2.11 or newer), triton (3.6 or newer) and pytest
 #   OBC_BUILD_CUDA=auto|0|1           whether the CUDA C++ kernels are built: where nvcc is found (default), never, or must be
 #   TORCH_CUDA_ARCH_LIST=8.0;9.0      for which architectures, by default this GPU's
 #
-# Builds the native kernels in place, runs the benchmarks, `pytest -m gpu`, and compute-sanitizer where it is installed.
-# FOLDER, by default benchmarks/results, gets what each part found as it ends: gpu-run.json, gpu-<GPU's name>.json and
-# .txt, and a log each. The exit code is 1 where a part failed; the others run all the same.
+# Builds the native kernels in place, tries every operator once, runs `pytest -m gpu`, profiles three kernels where ncu is
+# installed, and runs the benchmarks. FOLDER, by default benchmarks/results, gets four files, kept up to date: gpu-run.json
+# (what each part found), gpu-<GPU's name>.json and .txt (the benchmarks), and gpu-logs.tar.gz. The exit code is 1 where a
+# part failed; the others run all the same. compute-sanitizer has a script of its own: benchmarks/sanitize_gpu.sh.
 set -eu
 
 cd "$(dirname "$0")/.."

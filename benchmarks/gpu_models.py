@@ -99,9 +99,10 @@ def resnet56_model() -> nn.Sequential:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
-def resnet56(device: str) -> Workload:
-    """ResNet-56 in float32 on 64 images of 32 x 32: many small layers, bound by launches."""
-    return _classifier("ResNet-56", resnet56_model().to(device).eval(), torch.randn(64, 3, 32, 32, device=device), 10)
+def resnet56(device: str, small: bool = False) -> Workload:
+    """ResNet-56 in float32 on 64 images of 32 x 32: many small layers, bound by launches; small: on two images."""
+    images = torch.randn(2 if small else 64, 3, 32, 32, device=device)
+    return _classifier("ResNet-56", resnet56_model().to(device).eval(), images, 10)
 
 
 def _classifier(name: str, model: nn.Module, images: Tensor, classes: int) -> Workload:
@@ -113,32 +114,59 @@ def _classifier(name: str, model: nn.Module, images: Tensor, classes: int) -> Wo
     return Workload(name, model, images, loss, loss, images)
 
 
-def llama_1b(device: str, small: bool = False) -> Workload:
-    """A Llama of 1.1 billion parameters in bfloat16 on 4 sequences of 1024; small: two layers of width 256."""
+def vit_b(device: str, small: bool = False) -> Workload:
+    """ViT-B/16 in bfloat16 on 64 images of 224 x 224; small: two layers of width 48 on two of 32 x 32."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    size = 32 if small else 224
+    config = ViTConfig(**(sizes if small else {}), image_size=size, num_labels=1000)
+    model = _random_model(lambda: ViTForImageClassification(config), device)
+    images = torch.randn(2 if small else 64, 3, size, size, device=device, dtype=torch.bfloat16)
+    labels = torch.randint(1000, (images.shape[0],), device=device)
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(model(pixel_values=batch).logits.float(), labels)
+
+    return Workload("ViT-B", model, images, loss, loss, images)
+
+
+def llama_8b(device: str, small: bool = False) -> Workload:
+    """The layers of Llama-3 8B in bfloat16 on one sequence of 2048 tokens; small: two layers of width 256, on 16."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=256 if small else 2048,
-        intermediate_size=512 if small else 8192,
-        num_hidden_layers=2 if small else 16,
+        hidden_size=256 if small else 4096,
+        intermediate_size=512 if small else 14_336,
+        num_hidden_layers=2 if small else 32,
         num_attention_heads=32,
         num_key_value_heads=8,
-        vocab_size=320 if small else 32_000,
+        vocab_size=320 if small else 128_256,
         tie_word_embeddings=False,
         use_cache=False,
     )
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
-    ids = torch.randint(config.vocab_size, (2, 16) if small else (4, 1024), device=device)
-    embedded = model.get_input_embeddings()(ids).detach()
+    model = _random_model(lambda: LlamaForCausalLM(config), device)
+    ids = torch.randint(config.vocab_size, (1, 16 if small else 2048), device=device)
+    embedded = model.get_input_embeddings()(ids).detach()  # type: ignore[operator]
     return Workload(
-        "Llama 1.1 B",
+        "Llama 8 B",
         model,
         ids,
         lambda model, ids: model(input_ids=ids, labels=ids).loss,
         lambda model, entry: model(inputs_embeds=entry, labels=ids).loss,
         embedded,
     )
+
+
+def _random_model(make: Callable[[], nn.Module], device: str) -> nn.Module:
+    """Made on the device and in bfloat16 from the start: 8 billion weights in float32 would not fit everywhere."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return make().eval()
+    finally:
+        torch.set_default_dtype(before)
 
 
 def llama_8b_layer() -> list[tuple[int, ...]]:

@@ -1,7 +1,8 @@
 """Everything that needs a GPU, part by part within one time limit; ``benchmarks/gpu.sh`` starts it.
 
 Each part has what is left of the time, less what later parts need at least, and is ended when that is over. What it
-made by then is kept, and ``gpu-run.json`` is written again after each part. A part that fails loses no other's results.
+made by then is kept: ``gpu-run.json`` and the archive of all logs, ``gpu-logs.tar.gz``, are written again after each
+part. A part that fails loses no other's results. The folder of results gets five files at most.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +28,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from benchmarks import profiled_calls
 from benchmarks.gpu_budget import REASON
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +50,23 @@ TEST_FILES = (
     "ops/test_channel_moments.py",
 )
 
+# The last characters of a part's log that are printed when it ends, and all of a short one: what is printed is all that
+# is left where the files are lost.
+PRINTED = 3000
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where results go.
+
+    Attributes:
+        out: what is kept as files of their own.
+        logs: what goes into the archive.
+    """
+
+    out: Path
+    logs: Path
+
 
 @dataclass(frozen=True)
 class Part:
@@ -53,17 +74,19 @@ class Part:
 
     Attributes:
         least: seconds that it needs to be of use; earlier parts leave them, and with less it is left out.
-        command: of (folder of the results, seconds that it has).
+        command: of (:class:`Folders`, seconds that it has).
+        most: seconds after which it is ended whatever is left.
         environment: what it has besides, of the seconds.
-        outcome: what its results say, read when it has ended.
+        outcome: what its results say, of :class:`Folders`, read when it has ended.
         missing: why it can't run here, or None.
     """
 
     name: str
     least: float
-    command: Callable[[Path, float], Sequence[str]]
+    command: Callable[[Folders, float], Sequence[str]]
+    most: float = float("inf")
     environment: Callable[[float], Mapping[str, str]] = lambda seconds: {}
-    outcome: Callable[[Path], Mapping[str, Any]] = lambda out: {}
+    outcome: Callable[[Folders], Mapping[str, Any]] = lambda folders: {}
     missing: Callable[[], str | None] = lambda: None
 
 
@@ -77,19 +100,48 @@ def _build_environment(seconds: float) -> dict[str, str]:
     return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
 
 
-def built(out: Path) -> dict[str, Any]:
+def built(folders: Folders) -> dict[str, Any]:
     """Which native libraries lie in place now."""
     folder = ROOT / "python" / "obc"
     return {"libraries": sorted(path.name for path in (*folder.glob("_lib/*.so"), *folder.glob("_native*.so")))}
 
 
-def _benchmarks_command(out: Path, seconds: float) -> list[str]:
-    # The last row to start, and Python's own start, take time too; after 200 s there is little left to learn.
-    budget = max(10.0, min(seconds, 200) - 30)
-    return [sys.executable, "-m", "benchmarks.bench_gpu", "--seconds", f"{budget:.0f}", "--out", str(out)]
+def _smoke_command(folders: Folders, seconds: float) -> list[str]:
+    # Python's own start, and the last attempt, take time too.
+    return [sys.executable, "-m", "benchmarks.gpu_smoke", "--seconds", f"{max(5.0, seconds - 8):.0f}"]
 
 
-def _tests_command(out: Path, seconds: float) -> list[str]:
+def _benchmarks_command(folders: Folders, seconds: float) -> list[str]:
+    # The last row to start, and Python's own start, take time too.
+    budget = f"{max(10.0, seconds - 30):.0f}"
+    return [sys.executable, "-m", "benchmarks.bench_gpu", "--seconds", budget, "--out", str(folders.out)]
+
+
+def _profile_command(folders: Folders, seconds: float) -> list[str]:
+    # The clocks of a machine that is lent are left as they are.
+    options = ["--clock-control", "none", "--profile-from-start", "off", "--csv"]
+    return [
+        "ncu",
+        *options,
+        "--metrics",
+        ",".join(profiled_calls.METRICS),
+        sys.executable,
+        "-m",
+        "benchmarks.profiled_calls",
+    ]
+
+
+def _profile_missing() -> str | None:
+    return None if shutil.which("ncu") else "no ncu on the path (the CUDA toolkit has it)"
+
+
+def profiled(folders: Folders) -> dict[str, Any]:
+    """The metrics of each kernel."""
+    log = folders.logs / "gpu-profile.log"
+    return {"kernels": profiled_calls.summary(log.read_text(errors="replace")) if log.exists() else []}
+
+
+def _tests_command(folders: Folders, seconds: float) -> list[str]:
     files = [f"tests/{name}" for name in TEST_FILES if (ROOT / "tests" / name).exists()]
     command = [
         sys.executable,
@@ -105,7 +157,7 @@ def _tests_command(out: Path, seconds: float) -> list[str]:
     ]
     if importlib.util.find_spec("xdist"):  # compiling is work for the processors: several share the GPU
         command += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
-    return [*command, f"--junitxml={out / 'gpu-tests.xml'}", *files]
+    return [*command, f"--junitxml={folders.logs / 'gpu-tests.xml'}", *files]
 
 
 def _tests_environment(seconds: float) -> dict[str, str]:
@@ -113,9 +165,9 @@ def _tests_environment(seconds: float) -> dict[str, str]:
     return {"OBC_TESTS_END": str(time.time() + max(0.0, seconds - 20))}
 
 
-def tested(out: Path) -> dict[str, Any]:
+def tested(folders: Folders) -> dict[str, Any]:
     """Counts of the tests, the names of those that failed, and how many did not run for want of time."""
-    path = out / "gpu-tests.xml"
+    path = folders.logs / "gpu-tests.xml"
     if not path.exists():
         return {"tests": "no report was written"}
     found: dict[str, Any] = {"passed": 0, "failed": [], "skipped": {}, "not_run": 0}
@@ -132,40 +184,20 @@ def tested(out: Path) -> dict[str, Any]:
     return found
 
 
-def _sanitizer_missing() -> str | None:
-    if shutil.which("compute-sanitizer") is None:
-        return "no compute-sanitizer on the path (the CUDA toolkit has it)"
-    if "libobc_cuda.so" not in built(ROOT)["libraries"]:
-        return "the CUDA kernels were not built (see gpu-build.log)"
-    return None
-
-
-def sanitized(out: Path) -> dict[str, Any]:
-    """The line of each tool."""
-    path = out / "gpu-sanitizer.txt"
-    return {"tools": path.read_text().splitlines() if path.exists() else []}
-
-
-TOOLS = 4  # of compute-sanitizer
-
+# In the order of what would be missed most: whether anything runs, whether it is right, how fast it is. Kernels are
+# profiled before the benchmarks, which take whatever time is left.
 PARTS = (
     Part(
         "build",
         60,
-        lambda out, seconds: [sys.executable, "setup.py", "build_ext", "--inplace"],
-        _build_environment,
-        built,
+        lambda folders, seconds: [sys.executable, "setup.py", "build_ext", "--inplace"],
+        environment=_build_environment,
+        outcome=built,
     ),
-    Part("benchmarks", 150, _benchmarks_command),
-    Part("tests", 120, _tests_command, _tests_environment, tested),
-    Part(
-        "sanitizer",
-        60,
-        lambda out, seconds: ["sh", "benchmarks/sanitize_gpu.sh", str(out)],
-        lambda seconds: {"SECONDS_PER_TOOL": f"{seconds / TOOLS - 1:.0f}", "PYTHON": sys.executable},
-        sanitized,
-        _sanitizer_missing,
-    ),
+    Part("smoke", 30, _smoke_command, most=60),
+    Part("tests", 120, _tests_command, most=180, environment=_tests_environment, outcome=tested),
+    Part("profile", 30, _profile_command, most=45, outcome=profiled, missing=_profile_missing),
+    Part("benchmarks", 220, _benchmarks_command),
 )
 
 
@@ -174,29 +206,42 @@ def run(parts: Sequence[Part], out: Path, seconds: float) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
     report: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "parts": {}}
-    for index, part in enumerate(parts):
-        # A part that can't run here needs nothing.
-        later = sum(other.least + GRACE / 4 for other in parts[index + 1 :] if other.missing() is None)
-        left = end - time.monotonic() - GRACE
-        allowed = left if left < part.least else max(part.least, left - later)
-        if reason := part.missing():
-            result: dict[str, Any] = {"left_out": reason}
-        elif left < part.least:
-            result = {"left_out": f"{max(left, 0):.0f} s were left, it needs {part.least:.0f}"}
-        else:
-            result = _run_part(part, out, allowed)
-        report["parts"][part.name] = result
-        (out / "gpu-run.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(f"{part.name}: {_told(result)}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="obc-gpu-logs-") as logs:
+        folders = Folders(out, Path(logs))
+        for index, part in enumerate(parts):
+            # A part that can't run here needs nothing.
+            later = sum(other.least + GRACE / 4 for other in parts[index + 1 :] if other.missing() is None)
+            left = end - time.monotonic() - GRACE
+            allowed = left if left < part.least else min(part.most, max(part.least, left - later))
+            if reason := part.missing():
+                result: dict[str, Any] = {"left_out": reason}
+            elif left < part.least:
+                result = {"left_out": f"{max(left, 0):.0f} s were left, it needs {part.least:.0f}"}
+            else:
+                result = _run_part(part, folders, allowed)
+            report["parts"][part.name] = result
+            (out / "gpu-run.json").write_text(json.dumps(report, indent=1) + "\n")
+            _archive(folders)
+            print(f"{part.name}: {_told(result)}", flush=True)
     return report
 
 
-def _run_part(part: Part, out: Path, allowed: float) -> dict[str, Any]:
-    log = out / f"gpu-{part.name}.log"
+def _archive(folders: Folders) -> None:
+    """All logs so far as one file, so that few files have to be brought back from the machine."""
+    whole = folders.logs / "whole.tar.gz"
+    with tarfile.open(whole, "w:gz") as archive:
+        for path in sorted(folders.logs.iterdir()):
+            if path != whole:
+                archive.add(path, path.name)
+    shutil.move(whole, folders.out / "gpu-logs.tar.gz")  # at once: never half an archive
+
+
+def _run_part(part: Part, folders: Folders, allowed: float) -> dict[str, Any]:
+    log = folders.logs / f"gpu-{part.name}.log"
     begun = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
-            part.command(out, allowed),
+            part.command(folders, allowed),
             cwd=ROOT,
             env={**os.environ, **part.environment(allowed), "PYTHONUNBUFFERED": "1"},
             stdout=file,
@@ -210,7 +255,9 @@ def _run_part(part: Part, out: Path, allowed: float) -> dict[str, Any]:
     result = {"exit_code": process.returncode, "seconds": seconds, "allowed_seconds": round(allowed, 1)}
     if not ended:
         result["ended"] = "its time was over"
-    return result | {"log": log.name} | dict(part.outcome(out))
+    text = log.read_text(errors="replace")
+    print(text if len(text) <= PRINTED else f"…{text[-PRINTED:]}", flush=True)
+    return result | {"log": log.name} | dict(part.outcome(folders))
 
 
 def _wait(process: subprocess.Popen[Any], allowed: float) -> bool:
@@ -254,14 +301,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.dry_run:
         for part in parts:
             why = part.missing()
-            command = shlex.join(part.command(options.out, part.least))
+            command = shlex.join(part.command(Folders(options.out, Path("LOGS")), part.least))
             print(f"{part.name} (at least {part.least:.0f} s): {command}{f'  [left out here: {why}]' if why else ''}")
         return 0
     report = run(parts, options.out.resolve(), options.seconds)
-    log = options.out / "gpu-benchmarks.log"
-    if log.exists():
-        print(log.read_text())
-    print(f"written: {options.out / 'gpu-run.json'}")
+    print(f"written: {', '.join(sorted(str(path) for path in options.out.glob('gpu-*')))}")
     return 1 if failed(report) else 0
 
 

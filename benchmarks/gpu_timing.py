@@ -6,6 +6,7 @@ mistakes where there is no GPU; its figures mean nothing.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
@@ -124,8 +125,9 @@ def sets(make: Callable[[], tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
     return [first, *(make() for _ in range(min(63, math.ceil(L2_MULTIPLE * cache / size))))]
 
 
+@functools.cache
 def copy_rate(size: int) -> float:
-    """Bytes per second of a device-to-device copy that reads and writes ``size`` bytes in all."""
+    """Bytes per second of a device-to-device copy that reads and writes ``size`` bytes in all; measured once a size."""
 
     def make() -> tuple[Tensor, Tensor]:
         source = torch.randn(size // 8, device=device())

@@ -2,7 +2,8 @@
 
     compute-sanitizer --tool memcheck python benchmarks/sanitized_calls.py        (see benchmarks/sanitize_gpu.sh)
 
-``--backend`` names another backend, ``--device`` another device, to try the script itself where there is no GPU.
+``--dtype`` names the one dtype of sums, ``--backend`` another backend, ``--device`` another device, to try the script
+itself where there is no GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 import obc
 from obc import ops
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
 def layouts(tensor: Tensor) -> list[Tensor]:
@@ -51,35 +52,34 @@ class Calls:
         self.count += 1
 
 
-def sums(calls: Calls, device: str) -> None:
-    def pair(*shape: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def sums(calls: Calls, device: str, dtype: torch.dtype) -> None:
+    def pair(*shape: int) -> tuple[Tensor, Tensor]:
         return torch.randn(shape, device=device).to(dtype), torch.randn(shape, device=device).to(dtype)
 
-    for dtype in DTYPES:
-        # Short lines, several chunks and sections, few positions, many positions, an odd number of them, short rows.
-        for shape in ((900, 24), (4000, 24), (40, 6, 7, 7), (3, 2, 70, 70), (2, 3, 17, 17), (5, 33)):
-            for a, g in zip(*map(layouts, pair(*shape, dtype=dtype)), strict=True):
-                calls.check(lambda a=a, g=g: ops.channel_dot(a, g, 1))
-                calls.check(lambda a=a, g=g: ops.channel_dot(a, g, 1, True))
-                mask = g.select(1, 0) > 0  # with the strides of its layout
-                for dim in {1, a.dim() - 1}:
-                    calls.check(lambda a=a, dim=dim: ops.channel_moments(a, dim))
-                calls.check(lambda a=a, mask=mask: ops.channel_moments(a, 1, mask))
-        weights, grads, groups = [], [], []
-        # Several tiles and chunks, grouped, depthwise, a kernel larger than a tile, one row.
-        for shape, count in (
-            ((150, 700), 1),
-            ((36, 20, 3), 2),
-            ((64, 1, 3, 3), 64),
-            ((3, 2, 25, 25), 1),
-            ((1, 600), 1),
-        ):
-            for w, g in zip(*map(layouts, pair(*shape, dtype=dtype)), strict=True):
-                calls.check(lambda w=w, g=g, count=count: ops.weight_dot(w, g, groups=count))
-                calls.check(lambda w=w, g=g: ops.weight_moments(w, g))
-                weights, grads, groups = [*weights, w], [*grads, g], [*groups, count]
-        for side in (0, 1):
-            calls.check(lambda w=weights, g=grads, n=groups, side=side: ops.weight_dot_list(w, g, groups=n)[side])
+    # Short lines, several chunks and sections, few positions, many positions, an odd number of them, short rows.
+    for shape in ((900, 24), (4000, 24), (40, 6, 7, 7), (3, 2, 70, 70), (2, 3, 17, 17), (5, 33)):
+        for a, g in zip(*map(layouts, pair(*shape)), strict=True):
+            calls.check(lambda a=a, g=g: ops.channel_dot(a, g, 1))
+            calls.check(lambda a=a, g=g: ops.channel_dot(a, g, 1, True))
+            mask = g.select(1, 0) > 0  # with the strides of its layout
+            for dim in {1, a.dim() - 1}:
+                calls.check(lambda a=a, dim=dim: ops.channel_moments(a, dim))
+            calls.check(lambda a=a, mask=mask: ops.channel_moments(a, 1, mask))
+    weights, grads, groups = [], [], []
+    # Several tiles and chunks, grouped, depthwise, a kernel larger than a tile, one row.
+    for shape, count in (
+        ((150, 700), 1),
+        ((36, 20, 3), 2),
+        ((64, 1, 3, 3), 64),
+        ((3, 2, 25, 25), 1),
+        ((1, 600), 1),
+    ):
+        for w, g in zip(*map(layouts, pair(*shape)), strict=True):
+            calls.check(lambda w=w, g=g, count=count: ops.weight_dot(w, g, groups=count))
+            calls.check(lambda w=w, g=g: ops.weight_moments(w, g))
+            weights, grads, groups = [*weights, w], [*grads, g], [*groups, count]
+    for side in (0, 1):
+        calls.check(lambda w=weights, g=grads, n=groups, side=side: ops.weight_dot_list(w, g, groups=n)[side])
 
 
 def rows(calls: Calls, device: str) -> None:
@@ -100,12 +100,13 @@ def rows(calls: Calls, device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--backend", default="cuda")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
     torch.manual_seed(0)
     calls = Calls(options.backend)
-    sums(calls, options.device)
+    sums(calls, options.device, DTYPES[options.dtype])
     rows(calls, options.device)
     print(f"{calls.count} calls checked on {options.backend}")
 

@@ -7,21 +7,31 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import bench_gpu, fastest_table, gpu_run
-from benchmarks.gpu_run import Part
+from benchmarks import bench_gpu, fastest_table, gpu_run, gpu_smoke, profiled_calls
+from benchmarks.gpu_run import Folders, Part
 from obc.backends import fastest
+from obc.backends.operators import OPERATORS
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def python(program: str) -> object:
-    return lambda out, seconds: [sys.executable, "-c", program]
+    return lambda folders, seconds: [sys.executable, "-c", program]
+
+
+def archived(out: Path, name: str) -> str:
+    """The text of one log in the archive."""
+    with tarfile.open(out / "gpu-logs.tar.gz") as archive:
+        member = archive.extractfile(name)
+        assert member is not None
+        return member.read().decode()
 
 
 def test_parts_run_within_the_limit_and_keep_what_others_found(tmp_path: Path) -> None:
@@ -29,7 +39,7 @@ def test_parts_run_within_the_limit_and_keep_what_others_found(tmp_path: Path) -
         Part("fails", 1, python("raise SystemExit(3)")),
         Part("hangs", 1, python("import time; print('begun', flush=True); time.sleep(60)")),
         Part("absent", 1, python(""), missing=lambda: "no such tool"),
-        Part("works", 2, python("print('done')"), outcome=lambda out: {"found": 7}),
+        Part("works", 2, python("print('done')"), outcome=lambda folders: {"found": 7}),
         Part("late", 10_000, python("")),
     ]
     begun = time.monotonic()
@@ -40,7 +50,8 @@ def test_parts_run_within_the_limit_and_keep_what_others_found(tmp_path: Path) -
     assert results["fails"]["exit_code"] == 3
     assert results["hangs"]["ended"] == "its time was over"
     assert results["hangs"]["seconds"] >= 1
-    assert (tmp_path / "gpu-hangs.log").read_text().startswith("begun")
+    assert archived(tmp_path, "gpu-hangs.log").startswith("begun")
+    assert archived(tmp_path, "gpu-works.log") == "done\n"
     assert results["absent"] == {"left_out": "no such tool"}
     assert (results["works"]["exit_code"], results["works"]["found"]) == (0, 7)
     assert gpu_run.failed(report)
@@ -62,6 +73,8 @@ def test_parts_are_interrupted_where_a_shell_has_this_process_ignore_it(tmp_path
 
 def test_every_part_leaves_the_others_the_least_that_they_need() -> None:
     assert sum(part.least for part in gpu_run.PARTS) + gpu_run.GRACE <= 525
+    assert [part.name for part in gpu_run.PARTS] == ["build", "smoke", "tests", "profile", "benchmarks"]
+    assert all(part.least <= part.most for part in gpu_run.PARTS)
     listed = set(gpu_run.TEST_FILES)
     assert listed <= {str(path.relative_to(ROOT / "tests")) for path in (ROOT / "tests").glob("*/test_*.py")}
 
@@ -80,7 +93,7 @@ def test_report_of_tests_counts_what_the_time_did_not_reach(tmp_path: Path) -> N
     environment = {**os.environ, "OBC_TESTS_END": str(time.time() + 1000), "PYTHONPATH": str(ROOT)}
     arguments = ["--rootdir", str(tmp_path), f"--junitxml={tmp_path / 'gpu-tests.xml'}", str(tmp_path)]
     subprocess.run([*command, *arguments], env=environment, capture_output=True)
-    found = gpu_run.tested(tmp_path)
+    found = gpu_run.tested(Folders(tmp_path, tmp_path))
     assert found == {
         "passed": 2,
         "failed": ["test_some::test_bad"],
@@ -98,11 +111,81 @@ def test_shell_scripts_parse_and_name_what_they_would_run() -> None:
     assert [line.split(" ")[0] for line in done.stdout.splitlines()] == [part.name for part in gpu_run.PARTS]
 
 
+def test_few_files_come_back_and_what_parts_print_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A lent machine hands back eight files; what was printed is there even where it hands back none."""
+    parts = [Part(f"part-{n}", 1, python(f"print('said', {n}); print('x' * 9000); print('last')")) for n in range(9)]
+    gpu_run.run(parts, tmp_path, seconds=60)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-logs.tar.gz", "gpu-run.json"]
+    assert archived(tmp_path, "gpu-part-8.log").startswith("said 8")
+    printed = capsys.readouterr().out
+    assert printed.count("last\n") == 9
+    assert "said" not in printed  # only the end of a long log
+    assert len(printed) < 9 * (gpu_run.PRINTED + 200)
+
+
+def test_a_part_is_ended_after_its_most(tmp_path: Path) -> None:
+    report = gpu_run.run([Part("long", 1, python("import time; time.sleep(60)"), most=2)], tmp_path, seconds=100)
+    assert report["parts"]["long"]["allowed_seconds"] == 2
+
+
+def test_smoke_tries_every_operator_on_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_smoke.main(["--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    for operator in OPERATORS:
+        assert f"ok      cpu {operator} f32" in printed
+    assert "ok      cpu rows of scoring" in printed
+    assert printed.endswith("0 failed\n")
+    on_gpu = [what for what, _, _ in gpu_smoke.attempts(["cuda", "triton"], "cuda")]
+    assert {what.split(" ")[0] for what in on_gpu} == {"cuda", "triton"}
+
+
+def test_smoke_shows_what_fails_and_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*arguments: object) -> torch.Tensor:
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(gpu_smoke.ops, "channel_dot", wrong)
+    monkeypatch.setattr(gpu_smoke.ops, "weight_moments", lambda w, g: gpu_smoke.ops.weight_dot(w, g)[0] * torch.nan)
+    calls = {name: gpu_smoke.operator_calls()[name] for name in ("channel_dot", "weight_dot")}
+    calls["weight_moments"] = [(gpu_smoke.ops.weight_moments, calls["weight_dot"][0][1])]
+    monkeypatch.setattr(gpu_smoke, "operator_calls", lambda: calls)
+    monkeypatch.setattr(gpu_smoke, "OPERATORS", tuple(calls))
+    monkeypatch.setattr(gpu_smoke, "DTYPES", {"f64": torch.float64})
+    assert gpu_smoke.main(["--dry-run"]) == 1
+    printed = capsys.readouterr().out
+    assert "no kernel image" in printed
+    assert "ok      cpu weight_dot f64" in printed
+    assert printed.endswith("2 failed: cpu channel_dot f64, cpu weight_moments f64\n")
+
+
+def test_metrics_are_read_from_what_ncu_prints() -> None:
+    printed = (
+        "==PROF== Connected to process 7\n"
+        '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","7","obc::channel_dot_kernel<float>(float*)","gpu__time_duration.sum","ns","1,234"\n'
+        '"0","7","obc::channel_dot_kernel<float>(float*)","launch__grid_size","","264"\n'
+        '"1","7","_weight_dot_kernel","gpu__time_duration.sum","ns","99"\n'
+    )
+    assert profiled_calls.summary(printed) == [
+        {"kernel": "obc::channel_dot_kernel<float>", "gpu__time_duration.sum": "1,234 ns", "launch__grid_size": "264"},
+        {"kernel": "_weight_dot_kernel", "gpu__time_duration.sum": "99 ns"},
+    ]
+    assert profiled_calls.summary("==ERROR== no permission\n") == []
+
+
+def test_sanitized_calls_run(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/sanitized_calls.py", "--backend", "cpu", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "python"), str(ROOT)])}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "calls checked on cpu" in done.stdout, done.stderr[-2000:]
+
+
 DRY = ["defaults", "bandwidth", "launches", "fold", "end_row"]
 
 
 @pytest.mark.parametrize(
-    "sections", [DRY, pytest.param(["small_model", "scoring"], marks=pytest.mark.slow)], ids=["operators", "models"]
+    "sections", [DRY, pytest.param(["rows", "scoring"], marks=pytest.mark.slow)], ids=["operators", "models"]
 )
 def test_benchmarks_dry_run(sections: list[str], tmp_path: Path) -> None:
     """The code that runs on a GPU, on the CPU: in a process of its own, because a dry run is for good."""
