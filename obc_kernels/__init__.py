@@ -6,22 +6,13 @@ Importing this package needs torch alone; :func:`require` says whether its kerne
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 from typing import Any
 
 import torch
 
-_LAUNCHERS = {
-    "channel_dot_triton": "obc_kernels.channel_dot",
-    "channel_moments_triton": "obc_kernels.channel_moments",
-    "weight_dot_triton": "obc_kernels.weight_dot",
-    "weight_dot_list_triton": "obc_kernels.weight_dot_list",
-    "weight_moments_triton": "obc_kernels.weight_moments",
-    "fold_triton": "obc_kernels.fold",
-    "end_row_triton": "obc_kernels.end_row",
-}
-
-__all__ = ["require", *_LAUNCHERS]
+_LAUNCHER = "_triton"
 
 
 def require() -> None:
@@ -37,6 +28,8 @@ def require() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAUNCHERS:
+    """The launcher ``<operator>_triton``, from the operator's file."""
+    module = f"{__name__}.{name.removesuffix(_LAUNCHER)}"
+    if not name.endswith(_LAUNCHER) or importlib.util.find_spec(module) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_LAUNCHERS[name]), name)
+    return getattr(importlib.import_module(module), name)

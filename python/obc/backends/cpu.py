@@ -20,15 +20,7 @@ def load() -> SimpleNamespace:
             raise ValueError(describe_bad_group(bad_group, int(groups[bad_group]), scores.shape[0]))
         return finite
 
-    return SimpleNamespace(
-        channel_dot=library.channel_dot.default,
-        channel_moments=library.channel_moments.default,
-        weight_dot=library.weight_dot.default,
-        weight_dot_list=library.weight_dot_list.default,
-        weight_moments=library.weight_moments.default,
-        fold=gemm.fold,
-        end_row=end_row,
-    )
+    return SimpleNamespace(**native.callables("cpu", library) | {"end_row": end_row, "fold": gemm.fold})
 
 
 def describe_bad_group(position: int, group: int, count: int) -> str:

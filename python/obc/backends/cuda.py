@@ -47,12 +47,5 @@ def operators(library: Any) -> SimpleNamespace:
                 outs[i], ins[i] = out_dot, in_dot
         return outs, ins
 
-    return SimpleNamespace(
-        channel_dot=library.channel_dot.default,
-        channel_moments=library.channel_moments.default,
-        weight_dot=library.weight_dot.default,
-        weight_dot_list=weight_dot_list,
-        weight_moments=library.weight_moments.default,
-        end_row=library.end_row.default,
-        fold=gemm.fold,
-    )
+    own = {"weight_dot_list": weight_dot_list, "fold": gemm.fold}
+    return SimpleNamespace(**native.callables("cuda", library) | own)

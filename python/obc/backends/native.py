@@ -37,6 +37,11 @@ def load(library: str, remedy: str) -> Any:
     return getattr(torch.ops, f"obc_{library}")
 
 
+def callables(library: str, found: Any) -> dict[str, Any]:
+    """Name -> what runs it, of every operator of the table that the library registers."""
+    return {operator.name: getattr(found, operator.name).default for operator in TABLE if library in operator.libraries}
+
+
 def check(library: str, table: Sequence[Operator] = TABLE, namespace: str | None = None) -> None:
     """Compare what the loaded library registered with the table.
 
