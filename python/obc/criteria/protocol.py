@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -42,9 +42,9 @@ class Subject:
     batches: UsableBatches
     loss_fn: LossFn
     forward_fn: ForwardFn
-    slices: Slices
-    rows: Literal["batch", "sample"]
-    generator: torch.Generator
+    slices: Slices = "gate"
+    rows: Literal["batch", "sample"] = "batch"
+    generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     micro_batch: int | None = None
 
 
