@@ -62,6 +62,11 @@ def subject(name: str) -> Subject:
     return Subject(model, groups, batches, loss, forward, "gate", "batch", generator)
 
 
+def changed(of: Subject, **fields: Any) -> Subject:
+    """The same subject, these fields aside."""
+    return Subject(**{**vars(of), **fields})
+
+
 def readers(of: Subject, group: ChannelGroup) -> list[tuple[str, Any, Tensor]]:
     """(name, layer, channels) of the consumers that are layers, and of every expert's down projection."""
     modules = dict(of.model.named_modules())

@@ -12,7 +12,7 @@ import models
 import pytest
 import test_formulas
 import torch
-from test_formulas import Subject, check, forward, subject
+from test_formulas import Subject, changed, check, forward, subject
 from torch import Tensor, nn
 
 import obc
@@ -23,11 +23,6 @@ from obc.model.usable_batches import UsableBatches
 from obc.recovery.fusion import fuse_units, transport
 from obc.statistics import Blocks
 from obc.statistics.blocks import entropy
-
-
-def changed(of: Subject, **fields: Any) -> Subject:
-    return Subject(**{**vars(of), **fields})
-
 
 # --- pseudo-labels --------------------------------------------------------------------------------------------------
 

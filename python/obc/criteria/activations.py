@@ -90,7 +90,8 @@ class Minitron(Criterion):
         "norm over the unit's channels of sqrt(sum_b (mean_t |x_btc|)^2)",
         "forward",
         differs="its code adds calls up instead of taking means, which leaves the order as it is",
-        missing="hidden size by post-norm activations; candidates of widths and distillation: use a trainer",
+        missing="hidden size by post-norm activations; Mamba-2's heads, which obc does not prune; candidates of widths "
+        "and distillation: use a trainer",
     )
     needs = ("moments",)
     allocation = "equal"
@@ -116,7 +117,7 @@ class CFSP(Criterion):
     name = "cfsp"
     about = About(
         "CFSP",
-        "code wyxscir/CFSP",
+        "arXiv 2409.13199; code wyxscir/CFSP",
         "|x_j|_2^power; shares of a sigmoid of the blocks' angular distance",
         "forward",
         kinds="feed-forward channels, heads",

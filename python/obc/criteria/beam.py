@@ -32,7 +32,7 @@ class BeamSearch(MeasuredCriterion):
     name = "beam"
     about = About(
         "Skrr (skip)",
-        "Skrr, as described in third-party text",
+        "arXiv 2502.08690",
         "MSE(f, f with the set masked) when u joins the best set of a beam; plus that of the null prompt",
         "forward",
         kinds="channels, heads, blocks",

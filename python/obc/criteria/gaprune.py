@@ -31,7 +31,7 @@ class GAPrune(MeasuredCriterion):
     name = "gaprune"
     about = About(
         "GAPrune",
-        "code of yixuantt/GAPrune",
+        "arXiv 2509.10844; code yixuantt/GAPrune",
         "(sum r_dom^2 - beta sum r_gen^2) clip(1 + 0.2 cos(mean r_dom, mean r_gen), 0.8, 1.2)",
         "labels",
         kinds="all that have rows",

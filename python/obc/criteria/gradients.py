@@ -101,7 +101,7 @@ class Nirvana(Criterion):
     name = "nirvana"
     about = About(
         "NIRVANA",
-        "code of iDEA-iSAIL-Lab-UIUC/NIRVANA",
+        "arXiv 2509.14230; code iDEA-iSAIL-Lab-UIUC/NIRVANA",
         "sum over slices of sum |w df/dw|, f without labels",
         "gradients",
         kinds="heads, feed-forward channels",

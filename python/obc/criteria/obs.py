@@ -43,7 +43,7 @@ class OBS(Criterion):
     name = "obs"
     about = About(
         "SlimGPT, ZipLM, OBS-Diff, DarwinLM and Tyr (local part)",
-        "SlimGPT (NeurIPS 2024); ZipLM arXiv 2302.04089; code IST-DASLab/DarwinLM, AMD-AGI/Tyr-the-Pruner",
+        "SlimGPT arXiv 2412.18110; ZipLM arXiv 2302.04089; code IST-DASLab/DarwinLM, AMD-AGI/Tyr-the-Pruner",
         "tr(W_u (P_uu)^-1 W_u^T), P = (E[x x^T] + lambda I)^-1; greedy with updates",
         "forward",
         differs="SlimGPT's code takes diagonals of Cholesky factors for heads: heads='cholesky'; Tyr's its first-order "
@@ -101,7 +101,7 @@ class SlimGPT(OBS):
     name = "slimgpt"
     about = About(
         "SlimGPT",
-        "SlimGPT (NeurIPS 2024), README of its repository",
+        "arXiv 2412.18110",
         "tr(W_u (P_uu)^-1 W_u^T), heads by Cholesky diagonals; ratios grow logarithmically with depth",
         "forward",
         kinds="heads, feed-forward channels",

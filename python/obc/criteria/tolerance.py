@@ -36,7 +36,7 @@ class Tolerance(MeasuredCriterion):
     name = "tolerance"
     about = About(
         "PAGCP",
-        "code of PAGCP",
+        "arXiv 2303.11923; code HankYe/PAGCP",
         "largest loss / base loss - 1 over tasks when the share with u goes, group by group within a tolerance",
         "labels",
         kinds="channels, heads",
