@@ -85,36 +85,58 @@ def test_importing_obc_imports_no_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_norm_over_inner_channels_is_named() -> None:
+def test_a_norm_over_inner_channels_is_over_those_that_stay() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.fc1, self.norm, self.fc2 = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 4)
 
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.fc2(self.norm(self.fc1(x).relu()))
+
+    block, x = Block().double(), torch.randn(3, 4, dtype=torch.float64)
+    nn.init.normal_(block.norm.weight)
+    kept = torch.tensor([0, 2, 3])
+    inner = block.fc1(x).relu()[:, kept]
+    inner = (inner - inner.mean(1, keepdim=True)) / (inner.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    expected = x + (inner * block.norm.weight[kept]) @ block.fc2.weight[:, kept].T + block.fc2.bias
+    structure = TransformersStructure(block, example_inputs=x)
+    assert structure.proof is not None
+    assert structure.proof.proved == ["fc1"]
+    structure.remove({"fc1": torch.tensor([1, 4, 5])})
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_a_feed_forward_block_with_more_than_its_projections_is_named() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2, self.scale = nn.Linear(4, 6), nn.Linear(6, 4), nn.Parameter(torch.ones(6))
+
     structure = TransformersStructure(Block())
     assert structure.groups == ()
-    assert structure.left_out == {"": "norm normalises over the 6 channels"}
+    assert structure.left_out == {"": "scale of shape (6,) is not understood"}
 
 
 def test_an_attention_with_more_than_its_projections_is_named() -> None:
     model = FAMILIES["llama"]().model
-    model.model.layers[0].self_attn.sinks = nn.Parameter(torch.zeros(4))
+    model.model.layers[0].self_attn.temperature = nn.Parameter(torch.zeros(4))
     structure = TransformersStructure(model, kinds=("heads",))
     assert [group.name for group in structure.groups] == ["model.layers.1.self_attn.q_proj"]
     assert structure.left_out == {
-        "model.layers.0.self_attn": "model.layers.0.self_attn.sinks of shape (4,) is not understood"
+        "model.layers.0.self_attn": "model.layers.0.self_attn.temperature of shape (4,) is not understood"
     }
 
 
 def test_latent_attention_that_is_not_understood_is_named() -> None:
     model = FAMILIES["deepseek-v3"]().model
     first, second = (layer.self_attn for layer in model.model.layers)
-    first.indexer = nn.Linear(10, 4)  # as DeepSeek-V3.2's
+    first.compressor = nn.Linear(10, 4)
     second.v_head_dim = 4
     structure = TransformersStructure(model, kinds=("heads",))
     assert structure.groups == ()
     assert structure.left_out == {
-        "model.layers.0.self_attn": "model.layers.0.self_attn.indexer.weight of shape (4, 10) is not understood",
+        "model.layers.0.self_attn": "model.layers.0.self_attn.compressor.weight of shape (4, 10) is not understood",
         "model.layers.1.self_attn": "its widths [40, 44, 20] are not 5 heads of [10, 10, 4] channels",
     }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from torch import Tensor
+
 from obc.model.groups import ChannelGroup, Side, Slice
-from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block
-from obc.structures.transformers.family import FAMILIES, attributes, config_keys
+from obc.structures.transformers.family import FAMILIES, HeadsOf, attributes, config_keys
 from obc.structures.transformers.heads import HeadChannels, Heads, head_channels
 from obc.structures.transformers.layers import Counter, Layers, joined
+from obc.structures.transformers.per_head import per_head
 from obc.structures.units import NotPrunableError
 
 # Names of fused projections whose order differs from model to model: where no family says it, the module is refused.
@@ -61,13 +63,18 @@ def inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
 
 
 def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], size: int) -> None:
-    """Refuse an attention with parameters outside its ``known`` layers, norms of ``size`` and parameters of heads."""
-    headed = {key for family in FAMILIES.values() for key in family.head_parameters}
+    """Refuse an attention with parameters outside what is ``known``: layers, norms, parameters, by their full names.
+
+    Norms of ``size`` are the same for every head.
+    """
+    headless = {joined(name, child) for family in FAMILIES.values() for child in family.headless}
     for key, parameter in layers.modules[name].named_parameters():
-        owner = joined(name, key).rpartition(".")[0]
-        if owner in known or key in headed or (owner != name and parameter.shape == (size,)):  # a norm of all heads
+        full = joined(name, key)
+        owner = full.rpartition(".")[0]
+        if {owner, full} & {*known} or (owner != name and parameter.shape == (size,)):
             continue
-        raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
+        if not any(full == one or full.startswith(f"{one}.") for one in headless):
+            raise NotPrunableError(f"{full} of shape {tuple(parameter.shape)} is not understood")
 
 
 def _projections(layers: Layers, name: str) -> list[str]:
@@ -96,16 +103,18 @@ def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: 
             raise NotPrunableError(f"{type(module).__name__} does not say how many heads it has")
         size = inner // count
     widths = [layers.size(projection, "out") for projection in projections]
+    gated = any(type(module).__name__ in family.gated_queries for family in FAMILIES.values())
     if len(projections) == 1:
         shared, rest = divmod(widths[0] - inner, 2 * size)
     else:
         shared, rest = divmod(widths[1], size)
-        if widths[0] != inner or widths[1] != widths[2]:
+        if widths[0] != inner * (2 if gated else 1) or widths[1] != widths[2]:
             raise NotPrunableError(f"queries, keys, values and output have {[*widths, inner]} channels")
     if rest or shared < 1 or inner % (shared * size):
         raise NotPrunableError(f"its widths {[*widths, inner]} are no whole heads of {size} channels")
-    refuse_other_parameters(layers, name, {*projections, output}, size)
-    return Heads(inner // size, shared, size)
+    others = {found.name for found in per_head(layers, name, {"queries": inner // size, "keys": shared}, size)}
+    refuse_other_parameters(layers, name, {*projections, output, *others}, size)
+    return Heads(inner // size, shared, size, gated)
 
 
 def _head_channels(layers: Layers, name: str, projections: Sequence[str], heads: Heads, kind: str) -> HeadChannels:
@@ -138,31 +147,21 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
         config |= layers.config_key(config_keys("key_value_heads"), heads.shared // units)
     else:
         counted[("num_key_value_groups",)] = (heads.queries // heads.shared, 1)
-    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {}
-    for owner, key, dim in _head_parameters(layers, name, heads.queries):
-        parameter = joined(owner, key)
-        axes[parameter, "out"] = (Axis(owner, key, dim, parameter, "out"),)
-        slices.append(Slice(parameter, "out", rows.output[:, ::size] // size))
+    queried, ratio = rows.output[:, ::size] // size, heads.queries // heads.shared
+    heads_of: dict[HeadsOf, Tensor] = {"queries": queried}
+    counts: dict[HeadsOf, int] = {"queries": heads.queries}
+    if kind == "heads":  # else all keys and values stay
+        heads_of["keys"], counts["keys"] = queried[:, ::ratio] // ratio, heads.shared
+    others = per_head(layers, name, counts, size)
+    slices += [found.slice_of(heads_of[found.heads_of]) for found in others]
     reading = {child for family in FAMILIES.values() for child in family.forward_reads_config}
     reads = projections[0].rpartition(".")[2] in reading and hasattr(layers.modules[name], "config")
     return Block(
         ChannelGroup(projections[0], tuple(slices), kind),
-        axes=axes,
+        axes={(found.name, "out"): found.axes for found in others if found.axes is not None},
         counters=(*layers.counters([name], counted), *(Counter(name, key, 1) for key in rows.counters)),
         config=config if layers.config is not None else {},
         config_fixed={"head_dim": size},
         reads_config=name if reads else None,
         attended=rows.output.shape[1],
     )
-
-
-def _head_parameters(layers: Layers, name: str, count: int) -> Iterator[tuple[str, str, int]]:
-    """(module, parameter, dimension of the heads) of parameters with an entry a head: in an attention or beside it."""
-    parent = name.rpartition(".")[0]
-    beside = [joined(parent, child) for child, _ in layers.modules[parent].named_children()] if parent else []
-    dims = {key: dim for family in FAMILIES.values() for key, dim in family.head_parameters.items()}
-    for owner in dict.fromkeys([name, *beside]):
-        for key, dim in dims.items():
-            parameter = layers.modules[owner]._parameters.get(key)
-            if parameter is not None and parameter.dim() > dim and parameter.shape[dim] == count:
-                yield owner, key, dim

@@ -24,6 +24,8 @@ HeadOrder = Callable[[nn.Module, Heads, str], "HeadChannels | None"]
 FindBlocks = Callable[[Layers, str, Collection[str]], Iterator[Block]]
 # (layers, name of a module) -> sides of its layers that are not the residual stream's.
 InnerSides = Callable[[Layers, str], "set[tuple[str, Side]]"]
+# Whose heads: those of queries, or those of keys and values that queries share.
+HeadsOf = Literal["queries", "keys"]
 Role = Literal[
     "hidden_size", "inner_width", "expert_width", "heads", "key_value_heads", "attention_width", "head_size", "experts"
 ]
@@ -42,7 +44,12 @@ class Family:
             keys | all values], unless another family's order is the module's.
         outputs: names of the output projection, in the module of the others.
         outputs_around: the same, in the module around that one.
-        head_parameters: parameters with an entry for every query head -> the dimension of the heads.
+        gated_queries: classes of attention whose query projection gives each head its query and then a gate.
+        head_parameters: parameters with an entry for every query head, or a stretch of a head's channels -> the
+            dimension of the heads.
+        head_layers: layers of an attention whose outputs are such entries: gates.
+        head_norms: norms over the channels of all heads of an attention -> whose heads.
+        headless: parameters of an attention, or modules in it, that are the same whatever heads it has.
         attributes: role -> attributes of modules that count it.
         config_keys: role -> keys of the config that count it.
         forward_reads_config: fused projections whose module reads its counts from the config when it runs.
@@ -60,7 +67,11 @@ class Family:
     fused_projections: Mapping[str, HeadOrder | None] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     outputs_around: tuple[str, ...] = ()
+    gated_queries: tuple[str, ...] = ()
     head_parameters: Mapping[str, int] = field(default_factory=dict)
+    head_layers: tuple[str, ...] = ()
+    head_norms: Mapping[str, HeadsOf] = field(default_factory=dict)
+    headless: tuple[str, ...] = ()
     attributes: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
     config_keys: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
     forward_reads_config: tuple[str, ...] = ()

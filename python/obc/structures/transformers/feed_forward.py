@@ -33,10 +33,13 @@ def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies:
         if (outputs := layers.size(producer, "out")) != copies * width:
             raise NotPrunableError(f"{producer} has {outputs} outputs, {consumer} {width} inputs")
     outer = layers.size(consumer, "out")
-    for norm in _inner_norms(layers, name, width, outer):
-        raise NotPrunableError(f"{norm} normalises over the {width} channels")
+    for key, parameter in layers.modules[name].named_parameters(recurse=False):
+        if width in parameter.shape and width != outer:
+            raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
     slices = [Slice(layer, "out", channels(width, 1, copies)) for layer in producers]
     slices += [Slice(layer, "out", channels(width, 1)) for layer in _between(layers, name, projections, width, outer)]
+    # A norm over the inner channels takes its statistics from those that stay, as the class does at that width.
+    slices += [Slice(norm, "out", channels(width, 1)) for norm in _inner_norms(layers, name, width, outer)]
     slices.append(Slice(consumer, "in", channels(width, 1)))
     return Block(
         ChannelGroup(producers[0], tuple(slices), "ffn"),

@@ -13,11 +13,19 @@ from obc.structures.transformers.layers import channels
 
 @dataclass(frozen=True)
 class Heads:
-    """Query heads, heads of keys and values that they share, channels of a head."""
+    """The heads of an attention.
+
+    Attributes:
+        queries: query heads.
+        shared: heads of keys and values that they share.
+        size: channels of a head.
+        gated: each head's query is followed by a gate of as many channels, in the query projection.
+    """
 
     queries: int
     shared: int
     size: int
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,11 +55,11 @@ def head_channels(heads: Heads, kind: str, fused: bool) -> HeadChannels:
     """
     queries, shared, size = heads.queries, heads.shared, heads.size
     ratio = queries // shared
+    rows = size * (2 if heads.gated else 1)
     if kind == "query_heads":
-        queried = channels(ratio, size, shared)
-        return HeadChannels([queried], queried)
+        return HeadChannels([channels(ratio, rows, shared)], channels(ratio, size, shared))
     queried, keyed = channels(shared, ratio * size), channels(shared, size)
     if not fused:
-        return HeadChannels([queried, keyed, keyed], queried)
+        return HeadChannels([channels(shared, ratio * rows), keyed, keyed], queried)
     inner, width = queries * size, shared * size
     return HeadChannels([torch.cat([queried, keyed + inner, keyed + inner + width], dim=1)], queried)

@@ -12,6 +12,7 @@ from obc.structures.transformers.attention import output_of, refuse_other_parame
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, attributes, config_keys, register
 from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.transformers.per_head import per_head
 from obc.structures.units import NotPrunableError
 
 _SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
@@ -33,19 +34,20 @@ def _latent_attention(layers: Layers, name: str, kinds: Collection[str]) -> Iter
         raise NotPrunableError(f"latent attention without {'output' if output is None else 'query'} projection")
     if not (isinstance(plain, int) and isinstance(rotary, int) and isinstance(value, int)):
         raise NotPrunableError(f"{type(module).__name__} does not say {', '.join(_SIZES)}")
-    per_head = {queries: plain + rotary, keys_and_values: plain + value, output: value}
-    widths = [layers.size(layer, "in" if layer == output else "out") for layer in per_head]
+    rows = {queries: plain + rotary, keys_and_values: plain + value, output: value}
+    widths = [layers.size(layer, "in" if layer == output else "out") for layer in rows]
     count = widths[-1] // value
-    if widths != [count * size for size in per_head.values()]:
-        raise NotPrunableError(f"its widths {widths} are not {count} heads of {[*per_head.values()]} channels")
+    if widths != [count * size for size in rows.values()]:
+        raise NotPrunableError(f"its widths {widths} are not {count} heads of {[*rows.values()]} channels")
     common = {joined(name, child) for child in _COMMON}
-    refuse_other_parameters(layers, name, {*per_head, *common}, plain + rotary)
-    slices = [
-        Slice(layer, "in" if layer == output else "out", channels(count, size)) for layer, size in per_head.items()
-    ]
+    others = per_head(layers, name, {"queries": count}, value)
+    refuse_other_parameters(layers, name, {*rows, *common, *(found.name for found in others)}, plain + rotary)
+    slices = [Slice(layer, "in" if layer == output else "out", channels(count, size)) for layer, size in rows.items()]
+    slices += [found.slice_of(channels(count, 1)) for found in others]
     counted = (*attributes("heads"), *attributes("key_value_heads"))
     yield Block(
         ChannelGroup(queries, tuple(slices), "heads"),
+        axes={(found.name, "out"): found.axes for found in others if found.axes is not None},
         counters=layers.counters([name], {counted: (count, 1)}),
         config=layers.config_key(("num_attention_heads",), 1) | layers.config_key(config_keys("key_value_heads"), 1),
         attended=(plain + rotary + value) / 2,
@@ -58,4 +60,11 @@ def _inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
     return {(joined(name, child), "in") for child in ("q_b_proj", "kv_b_proj")}
 
 
-register(Family("deepseek", blocks=_latent_attention, inner_sides=_inner_sides))
+register(
+    Family(
+        "deepseek",
+        headless=("indexer",),  # DeepSeek-V3.2's: it chooses positions, for all heads
+        blocks=_latent_attention,
+        inner_sides=_inner_sides,
+    )
+)

@@ -1,5 +1,58 @@
-"""GPT-NeoX, Pythia, Falcon, BLOOM: their feed-forward blocks."""
+"""GPT-NeoX, Pythia, Persimmon, Fuyu, Falcon, BLOOM: [query | key | value] of the first head, of the second, and so on.
 
+Falcon's newer layers have [queries | key | value] of every head of keys and values, and with multi-query attention
+[all queries | key | value].
+"""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import nn
+
+from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, register
+from obc.structures.transformers.heads import HeadChannels, Heads, head_channels
+from obc.structures.transformers.layers import Layers, channels
+from obc.structures.units import NotPrunableError
 
-register(Family("gpt_neox", feed_forwards=(("dense_h_to_4h", "dense_4h_to_h"),)))
+_BY_HEAD = ("GPTNeoXAttention", "GPTNeoXJapaneseAttention", "PersimmonAttention", "BloomAttention", "FalconAttention")
+
+
+def _order(module: nn.Module, heads: Heads, kind: str) -> HeadChannels | None:
+    if type(module).__name__ not in _BY_HEAD:
+        return None
+    if getattr(module, "new_decoder_architecture", False):
+        return _by_shared_head(heads, kind)
+    if getattr(module, "multi_query", False):
+        return head_channels(heads, kind, fused=True)
+    return HeadChannels([channels(heads.queries, 3 * heads.size)], channels(heads.queries, heads.size))
+
+
+def _by_shared_head(heads: Heads, kind: str) -> HeadChannels:
+    ratio, size = heads.queries // heads.shared, heads.size
+    rows = torch.arange(heads.shared * (ratio + 2) * size).reshape(heads.shared, ratio + 2, size)
+    if kind == "heads":
+        return HeadChannels([rows.flatten(1)], channels(heads.shared, ratio * size))
+    return HeadChannels([rows[:, :ratio].transpose(0, 1).flatten(1)], channels(ratio, size, heads.shared))
+
+
+def _refuse_slopes(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
+    """ALiBi: the model computes a slope for each head from the number of heads."""
+    module, wanted = layers.modules[name], {"heads", "query_heads"} & set(kinds)
+    falcon = type(module).__name__ == "FalconAttention" and getattr(module.config, "alibi", False)
+    if wanted and (type(module).__name__ == "BloomAttention" or falcon):
+        raise NotPrunableError(
+            "each head has a slope of its own (ALiBi), which the model computes from the number of heads"
+        )
+    yield from ()
+
+
+register(
+    Family(
+        "gpt_neox",
+        feed_forwards=(("dense_h_to_4h", "dense_4h_to_h"),),
+        fused_projections={"query_key_value": _order},
+        headless=("dense_bias",),
+        blocks=_refuse_slopes,
+    )
+)

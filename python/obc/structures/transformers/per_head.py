@@ -1,0 +1,98 @@
+"""What an attention has for every head besides its projections: sinks, gates of its output, norms over all heads.
+
+A norm over the channels of all heads takes its statistics from the heads that stay, as the model's own class does in a
+model with so many heads. So the heads that stay are scaled otherwise than beside the ones that went, and what a pruned
+model must compute is the model whose norm sees only what stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from obc.model.groups import Slice
+from obc.structures.transformers.axes import Axis
+from obc.structures.transformers.family import FAMILIES, HeadsOf
+from obc.structures.transformers.layers import Layers, joined
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """A layer, a norm or a parameter with an entry, or a stretch of entries, for every head.
+
+    Attributes:
+        name: of the layer or norm, or of the parameter.
+        axes: of what is no ordinary layer: where the heads lie.
+        heads_of: whose heads.
+        width: entries a head.
+    """
+
+    name: str
+    axes: tuple[Axis, ...] | None
+    heads_of: HeadsOf
+    width: int
+
+    def slice_of(self, heads: Tensor) -> Slice:
+        """The entries of ``heads`` (units, heads a unit)."""
+        return Slice(self.name, "out", (heads[:, :, None] * self.width + torch.arange(self.width)).flatten(1))
+
+
+def per_head(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) -> list[PerHead]:
+    """What the attention ``name`` has for every head.
+
+    Args:
+        layers: of the model.
+        name: of the attention.
+        counts: whose heads -> how many.
+        size: channels of a head in the input of the output projection.
+    """
+    found = [*_layers(layers, name, counts, size), *_norms(layers, name, counts, size)]
+    return [*found, *_parameters(layers, name, counts["queries"], size)]
+
+
+def _layers(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) -> Iterator[PerHead]:
+    """Gates: one for every query head, or for every channel of it."""
+    for child in dict.fromkeys(child for family in FAMILIES.values() for child in family.head_layers):
+        if layers.layer(name, child) is None:
+            continue
+        width, rest = divmod(layers.size(joined(name, child), "out"), counts["queries"])
+        if not rest and width in (1, size):
+            yield PerHead(joined(name, child), None, "queries", width)
+
+
+def _norms(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) -> Iterator[PerHead]:
+    """Norms over the channels of all heads; those with weights of one head's size are the same for every head."""
+    for child, heads_of in {
+        key: heads for family in FAMILIES.values() for key, heads in family.head_norms.items()
+    }.items():
+        full, count = joined(name, child), counts.get(heads_of, 1)
+        weight = getattr(layers.modules.get(full), "weight", None)
+        if not isinstance(weight, Tensor) or count == 1:
+            continue
+        if weight.shape == (count * size,):
+            yield PerHead(full, None, heads_of, size)
+        elif weight.shape == (count, size):  # Chameleon's: each head has weights of its own
+            for key in layers.modules[full]._parameters:
+                yield PerHead(joined(full, key), (_axis(full, key, 0),), heads_of, 1)
+
+
+def _parameters(layers: Layers, name: str, count: int, size: int) -> Iterator[PerHead]:
+    """Parameters of the attention, and of modules beside it."""
+    parent = name.rpartition(".")[0]
+    beside = [joined(parent, child) for child, _ in layers.modules[parent].named_children()] if parent else []
+    dims = {key: dim for family in FAMILIES.values() for key, dim in family.head_parameters.items()}
+    for owner in dict.fromkeys([name, *beside]):
+        for key, dim in dims.items():
+            parameter = layers.modules[owner]._parameters.get(key)
+            if parameter is None or parameter.dim() <= dim:
+                continue
+            width, rest = divmod(parameter.shape[dim], count)
+            if not rest and width in (1, size):
+                yield PerHead(joined(owner, key), (_axis(owner, key, dim),), "queries", width)
+
+
+def _axis(module: str, tensor: str, dim: int) -> Axis:
+    return Axis(module, tensor, dim, joined(module, tensor), "out")
