@@ -62,7 +62,9 @@ class Case:
     stretches: int = 1
 
     def build(self) -> Any:
-        config = getattr(transformers, f"{self.name}Config")(**self.config)
+        return self.of(getattr(transformers, f"{self.name}Config")(**self.config))
+
+    def of(self, config: Any) -> Any:
         names = {"CTRL": "CTRLLMHeadModel", "ModernBert": "ModernBertForMaskedLM"}
         model = getattr(transformers, names.get(self.name, f"{self.name}ForCausalLM"))(config)
         torch.manual_seed(0)
@@ -194,3 +196,14 @@ def test_heads_with_slopes_that_depend_on_their_number_stay(name: str) -> None:
     assert {group.kind for group in structure.groups} == {"ffn"}
     (reason,) = structure.left_out.values()
     assert reason == "each head has a slope of its own (ALiBi), which the model computes from the number of heads"
+
+
+def test_a_config_that_differs_between_layers_is_no_error() -> None:
+    sizes = SHARED | {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    sizes |= {"vocab_size_per_layer_input": 37, "hidden_size_per_layer_input": 8}
+    model = Case("Gemma4", {}, "").of(transformers.Gemma4TextConfig(**sizes, per_layer_config={1: {"head_dim": 16}}))
+    structure = TransformersStructure(model, example_inputs=inputs())
+    assert [(group.kind, group.size) for group in structure.groups] == [("heads", 2), ("ffn", 48)] * 2
+    structure.remove({group.name: torch.tensor([0]) for group in structure.groups if group.kind == "heads"})
+    assert structure.config_refused is not None
+    assert "head_dim" in structure.config_refused

@@ -12,6 +12,7 @@ from torch import nn
 from obc.model.depth import Depth
 from obc.model.kept import PlanError
 from obc.structures.transformers.block import Block
+from obc.structures.transformers.layers import says
 
 
 def with_widths(
@@ -102,7 +103,7 @@ def refuse_save_pretrained(model: Any, reason: str | None) -> None:
 def said_values(config: Any, blocks: Sequence[Block]) -> dict[str, Any]:
     """What a config says of every key that the blocks' widths may change; keys that it lacks are left out."""
     keys = [key for block in blocks for key in (*block.config, *block.config_fixed)]
-    return {key: getattr(config, key) for key in dict.fromkeys(keys) if hasattr(config, key)}
+    return {key: getattr(config, key) for key in dict.fromkeys(keys) if says(config, key)}
 
 
 def with_values(config: Any, blocks: Sequence[Block], values: Mapping[str, Any]) -> Any:

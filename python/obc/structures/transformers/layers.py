@@ -81,8 +81,16 @@ class Layers:
 
     def config_key(self, keys: Sequence[str], per_unit: int) -> dict[str, int]:
         """The first of these keys that the config has, with what a unit counts there."""
-        key = next((key for key in keys if hasattr(self.config, key)), None)
+        key = next((key for key in keys if says(self.config, key)), None)
         return {} if key is None else {key: per_unit}
+
+
+def says(config: object, key: str) -> bool:
+    """Whether a config has one value of ``key`` for all layers."""
+    try:
+        return hasattr(config, key)
+    except RuntimeError:  # a heterogeneous config of the transformers library has one for each layer
+        return False
 
 
 def channels(units: int, width: int, copies: int = 1) -> Tensor:

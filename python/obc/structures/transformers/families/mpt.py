@@ -1,4 +1,4 @@
-"""ModernBERT and its decoder, DBRX, MPT: ``Wqkv`` is [all queries | all keys | all values], ``Wo`` the output projection.
+"""ModernBERT, DBRX, MPT: ``Wqkv`` is [all queries | all keys | all values], ``Wo`` the output projection.
 
 MPT keeps its heads: the model computes a slope (ALiBi) for each from their number.
 """
