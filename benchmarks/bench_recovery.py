@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_recovery")
     parser.add_argument("--model", choices=TASKS, default="encoder")
     parser.add_argument("--share", type=float, default=0.25, help="of the feed-forward parameters that goes (0.25)")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps (%(default)s)")
     parser.add_argument("--sequences", type=int, default=16, help="to validate, and to test, each (%(default)s)")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence (%(default)s)")
     parser.add_argument("--seeds", type=int, default=3)
