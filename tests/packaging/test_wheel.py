@@ -1,6 +1,6 @@
 """The wheel: built in isolation, repaired, installed into a fresh environment without a compiler, and used there.
 
-``pytest -s tests/packaging/test_wheel.py`` prints the wheel's size, and the seconds of its installation and first score.
+``pytest -s tests/packaging/test_wheel.py`` prints its size, and the seconds of its installation and first score.
 """
 
 from __future__ import annotations

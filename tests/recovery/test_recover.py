@@ -167,3 +167,11 @@ def test_short_floats_are_warned_of() -> None:
     batches = [batch.bfloat16() for batch in BATCHES]
     with pytest.warns(UserWarning, match="what trains is bfloat16"):
         obc.recover(pruned, teacher, batches, steps=1, lr=0.01, progress=False)
+
+
+def test_a_compensated_model_is_not_folded_and_the_error_says_so() -> None:
+    pruned, teacher, plan = networks()
+    with torch.no_grad():
+        pruned[2].weight.add_(0.1)
+    with pytest.raises(obc.PlanError, match="compensated or trained can't be folded"):
+        obc.recover(pruned, teacher, BATCHES, steps=1, lr=0.01, train="folded", plan=plan, progress=False)

@@ -5,6 +5,7 @@ Nothing is fetched, no code of the directory is run, and weights are read from s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,8 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
             f"use --loss {own if own == 'label-free' else own + ' or label-free'}"
         )
     wanted = DTYPES[dtype] if dtype else "auto"
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     try:
         if is_saved_pruned(path):
             model = load_pruned(path)

@@ -23,6 +23,7 @@ from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
 from obc.selection import select
 from obc.selection.allocation import Task
+from obc.selection.choice import BudgetError
 from obc.selection.uniform import select_uniform
 from obc.structures.transformers.saving import PLAN_FILE
 
@@ -59,7 +60,13 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
             chosen = _by_criterion(structure, scores, budget, parsed.criterion, parsed.allocation, report)
         structure.remove(chosen)
         structure.plan.verify(before, model)
-    except (ValueError, obc.PlanError) as error:
+    except BudgetError as error:
+        least = 1 - error.reachable / budget.counted(structure.costs(budget.unit))
+        raise UsageError(
+            f"--{budget.argument} {budget.share:g} is out of reach: {least:.4f} remain where every group that can be "
+            "pruned keeps its least"
+        ) from error
+    except ValueError as error:
         raise UsageError(str(error)) from error
     _note_result(report, structure)
     kinds = {group.name: group.kind for group in structure.groups}

@@ -8,9 +8,10 @@ from typing import Any
 
 import obc
 from obc.commands import checkpoints, data
-from obc.commands.common import UsageError, folder, require
+from obc.commands.common import REPORT_FILES, UsageError, folder, require
 from obc.commands.run_log import add_log, say
 from obc.commands.score import positive
+from obc.pruning.report import PruningReport
 from obc.structures.transformers.saving import PLAN_FILE, is_saved_pruned, save_pruned
 
 _DESCRIPTION = """\
@@ -87,6 +88,7 @@ def run(parsed: argparse.Namespace) -> int:
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     _save(pruned.model, plan, parsed.model, out)
+    _carry_report(parsed, out)
     say(report)
     say(f"written: {out}")
     return 0
@@ -103,6 +105,16 @@ def _plan(path: Path, model: Any, teacher: Any, needed: bool) -> obc.PruningPlan
     if (path / PLAN_FILE).is_file():
         return obc.PruningPlan.load(path / PLAN_FILE)
     return obc.PruningPlan.from_models(teacher.state_dict(), model) if needed else None
+
+
+def _carry_report(parsed: argparse.Namespace, out: Path) -> None:
+    """The pruning's report goes with the model, and says that it was trained."""
+    source = parsed.model / REPORT_FILES[1]
+    if source.is_file():
+        report = PruningReport.load(source)
+        said = f"{parsed.steps} steps at rate {parsed.lr:g}, {parsed.train}, against {parsed.teacher}"
+        report.provenance["recovered"] = said
+        report.save(out / REPORT_FILES[1])
 
 
 def _save(model: Any, plan: obc.PruningPlan | None, source: Path, out: Path) -> None:

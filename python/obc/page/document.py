@@ -30,6 +30,7 @@ code { font: .92em ui-monospace, monospace; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .92em; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 3px 8px; border-bottom: 1px solid var(--rule); font-weight: 400; }
+.words td { white-space: nowrap; } .words td:last-child { white-space: normal; }
 thead th { font-weight: 600; vertical-align: bottom; }
 th:first-child, .words td:last-child, .words thead th:last-child { text-align: left; }
 tbody th { min-width: 9rem; max-width: 26rem; overflow-wrap: anywhere; }

@@ -127,6 +127,7 @@ def recover(
             job.step([next(source) for _ in range(accumulate)], step)
             due = step + 1 == steps or (every is not None and (step + 1) % every == 0)
             if due:
+                logger.info("obc.recover: step %d of %d: loss %.4g", step + 1, steps, report.losses[-1])
                 job.evaluate(step + 1, evaluate)
             if due and checkpoint is not None:
                 save_training(checkpoint, step + 1, trained.model, job.optimizer, report)

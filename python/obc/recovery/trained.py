@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from obc.model.kept import PlanError
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
@@ -62,7 +63,11 @@ def _naive(model: nn.Module) -> Trained:
 def _folded(model: nn.Module, teacher: nn.Module, plan: PruningPlan | None) -> Trained:
     if plan is None:
         raise ValueError("train='folded' needs plan=, what pruning kept: obc.prune(...).plan or prune_step's")
-    folded = equivalent_pruning(model, teacher.state_dict(), plan)
+    try:
+        folded = equivalent_pruning(model, teacher.state_dict(), plan)
+    except PlanError as error:
+        remedy = "a model that was compensated or trained can't be folded: train='naive' or 'lora' can train it"
+        raise PlanError(f"{error}; {remedy}") from error
     own, factors = (group["params"] for group in folded.param_groups(lr=1.0, weight_decay=0.0))
     parameters = [parameter for parameter in (*own, *factors) if parameter.requires_grad]
     return Trained(model, parameters, frozenset(map(id, factors)), folded.accumulate, folded.merge)
