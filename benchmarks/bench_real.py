@@ -84,14 +84,14 @@ SELECTIONS: dict[str, Selection] = {
     "minitron": Selection.of("minitron"),
     "magnitude": Selection.of("l2"),
 }
-COMPENSATION = ("none", "mean", "grail", "ls", "correct", "auto")
-OURS = ("jacobian+correct", "jacobian+auto", "jacobian+ls", "jacobian+none", "compensated+correct", "kfac+correct")
+COMPENSATION = ("none", "mean", "grail", "obs", "ls", "correct")
+OURS = ("jacobian+correct", "jacobian+none", "compensated+correct", "kfac+correct", "jacobian-uniform+correct")
 PEERS = (
     "flap+mean",
     "wanda-sp+none",
     "llm-pruner+none",
-    "slimgpt+ls",
-    "tyr+ls",
+    "slimgpt+obs",
+    "tyr+obs",
     "minitron+none",
     "magnitude+none",
     "magnitude+grail",
@@ -99,8 +99,9 @@ PEERS = (
 )
 MIXED = ("flap+correct", "slimgpt+correct", "wanda-sp+correct", "llm-pruner+correct")
 METHODS = (*OURS, *PEERS, *MIXED)
-# GRAIL's ridge, relative to the mean diagonal of its Gram matrix.
+# Relative to the mean diagonal of the Gram matrix: GRAIL's, and that of the published codes of SlimGPT and its kin.
 _GRAIL_RIDGE = 1e-3
+_OBS_RIDGE = 1e-2
 
 
 class Once(MeasuredCriterion):
@@ -163,8 +164,8 @@ def compensated(task: Task, pruned: nn.Module, plan: obc.PruningPlan, how: str) 
     facts: dict[str, Any] = {}
     if how == "mean":
         absorb_means(model, task.model, plan, task.calibration, task.forward)
-    elif how == "grail":
-        grail(task, model, plan)
+    elif how in ("grail", "obs"):
+        reconstruct(task, model, plan, how)
     elif how != "none":
         report = obc.compensate(model, task.model, plan, task.calibration, task.forward, mode=how, progress=False)
         facts = {"held_out_naive": report.naive_error, "held_out_final": report.final_error}
@@ -173,10 +174,11 @@ def compensated(task: Task, pruned: nn.Module, plan: obc.PruningPlan, how: str) 
 
 
 @torch.no_grad()
-def grail(task: Task, model: nn.Module, plan: obc.PruningPlan) -> None:
-    """GRAIL (arXiv 2602.23795): W' = W B with B = G_:P (G_PP + lambda I)^-1, G = E[x xT] of the unpruned model.
+def reconstruct(task: Task, model: nn.Module, plan: obc.PruningPlan, how: str) -> None:
+    """W' = W B for every consumer at once, G = E[x xT] of the unpruned model, no intercept, no held-out data.
 
-    For every consumer at once, no intercept, no held-out data.
+    "grail" (arXiv 2602.23795): B = G_:P (G_PP + lambda I)^-1.
+    "obs": Optimal Brain Surgeon with G + lambda I: kept rows of B are the identity, dropped ones as above.
     """
     with evaluating(task.model):
         consumers = find_consumers(model, task.model, plan)
@@ -186,6 +188,9 @@ def grail(task: Task, model: nn.Module, plan: obc.PruningPlan) -> None:
                 for x in calls:
                     moments[name].add(consumers[name].rows(x))
     for name, consumer in consumers.items():
+        if how == "obs":
+            consumer.apply(moments[name].solve(_OBS_RIDGE, intercept=False))
+            continue
         cross = moments[name].cross / moments[name].samples
         gram = cross.gather(1, consumer.positions[..., None].expand(-1, -1, cross.shape[2]))
         ridge = _GRAIL_RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(gram.shape[2])

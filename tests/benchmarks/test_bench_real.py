@@ -38,7 +38,7 @@ def test_cases_are_measured_once_and_resumed(tmp_path: Path, capsys: pytest.Capt
     assert first[0]["losses"] == pytest.approx(losses, abs=1e-5)
     assert first[0]["shown"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
     capsys.readouterr()
-    bench_real.main([*few, "wanda-sp+none", "tyr+ls", "llm-pruner+none", "--minutes", "100"])
+    bench_real.main([*few, "wanda-sp+none", "tyr+obs", "llm-pruner+none", "--minutes", "100"])
     cases = json.loads(out.read_text())["cases"]
     assert cases[:3] == first
     assert len(cases) == 6
@@ -88,7 +88,7 @@ def test_grail_is_ridge_regression_of_the_input_on_its_kept_part() -> None:
     part = gram[kept][:, kept]
     ridge = bench_real._GRAIL_RIDGE * part.diagonal().mean() * torch.eye(len(kept))
     mapped = gram[:, kept] @ torch.linalg.inv(part + ridge)
-    bench_real.grail(task, result.model, result.plan)
+    bench_real.reconstruct(task, result.model, result.plan, "grail")
     expected = task.model.get_submodule(name).weight.double() @ mapped
     torch.testing.assert_close(result.model.get_submodule(name).weight.double(), expected, rtol=1e-4, atol=1e-5)
 
