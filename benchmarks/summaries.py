@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import real_table
 from benchmarks.markdown import TableError, markdown, read, source
 
 _MODELS = ("VGG-19", "ResNet-56", "Llama 16 M", "ViT 2.7 M")
@@ -248,6 +249,17 @@ def _large(results: Path) -> str:
     return markdown(["MiB above the weights, s per row", *ways], lines) + source(content["provenance"])
 
 
+# --- pretrained models ---------------------------------------------------------------------------------------------
+
+
+def _real(results: Path) -> str:
+    """What is left of pretrained models: methods down, shares across, with paired differences to ours."""
+    content = read(results, "bench_real")
+    return "\n\n".join(
+        f"**{title}**\n\n{markdown(head, rows)}" for title, head, rows in real_table.parts(content["cases"])
+    ) + source(content["provenance"])
+
+
 SUMMARIES: dict[str, Callable[[Path], str]] = {
     "scoring-rows": _scoring_rows,
     "operators": _operators,
@@ -261,4 +273,5 @@ SUMMARIES: dict[str, Callable[[Path], str]] = {
     "joint-selection": _joint_selection,
     "equivalent": _equivalent,
     "large": _large,
+    "real": _real,
 }

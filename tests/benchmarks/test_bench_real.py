@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_real, real_sources, real_table, real_tasks
+from benchmarks import bench_real, bench_real_costs, real_sources, real_table, real_tasks
 from benchmarks.efficientnet_lite import EfficientNetLite0
 
 SIZES = {"calibration": 6, "test": 3, "length": 12}
@@ -163,3 +163,15 @@ def test_efficientnet_lite0_has_the_published_size_and_pads_as_tensorflow_does()
     with torch.no_grad():
         padded = torch.nn.functional.conv2d(torch.nn.functional.pad(x, (0, 1, 0, 1)), conv.weight, stride=2)
         torch.testing.assert_close(conv(x), padded)
+
+
+def test_costs_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "costs.json"
+    bench_real_costs.main(
+        ["--model", "tiny", "--calibration", "6", "--length", "12", "--threads", "1", "--out", str(out)]
+    )
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["mode"] == "correct"
+    assert row["forward_passes"] > 1  # both models run over the data
+    assert row["stream_mib"] == pytest.approx(2 * 6 * 12 * 32 * 4 / 2**20)
+    assert "forward passes of" in capsys.readouterr().out

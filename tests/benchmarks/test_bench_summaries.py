@@ -86,3 +86,17 @@ def test_criteria_stand_beside_each_other(tmp_path: Path) -> None:
 def test_a_result_that_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(TableError, match=r"there is no bench_factors\.json"):
         SUMMARIES["factors"](tmp_path)
+
+
+def test_pretrained_models_have_a_table_each(tmp_path: Path) -> None:
+    def case(model: str, selection: str, share: float, losses: list[float]) -> dict[str, Any]:
+        facts = {"model": model, "kinds": "all", "calibration": 4, "test": 2, "length": 8, "draw": 0, "what": "loss"}
+        how = "none" if selection == "none" else "correct"
+        facts |= {"selection": selection, "share": share, "compensation": how, "losses": losses}
+        return facts | {"shown": sum(losses) / len(losses)}
+
+    cases = [case("a", "none", 0.0, [1.0, 1.0]), case("a", "jacobian", 0.5, [2.0, 2.0])]
+    cases += [case("a", "flap", 0.25, [3.0, 1.0]), case("b", "none", 0.0, [1.0, 1.0]), case("b", "l2", 0.5, [1.0, 4.0])]
+    lines = table(tmp_path, "real", "bench_real", {"cases": cases})
+    assert lines[:2] == ["| jacobian+correct | - | 2 |", "| flap+correct | 2 | - |"]
+    assert lines[-1] == "| l2+correct | 2.5 |"
