@@ -16,7 +16,7 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch
 
 
 def save_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file of float64, float32, int64 and uint8 tensors; it is there whole or not at all.
+    """Write a safetensors file of float64, float32, int64 and uint8 tensors. An earlier file is replaced as a whole.
 
     Its header is the length of a JSON object in eight bytes, and the object: dtype, shape and place of each tensor.
 

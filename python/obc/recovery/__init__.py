@@ -1,4 +1,4 @@
-"""Pruning that can be undone in training, folded: plans, compressors and decompressors, and compensation."""
+"""After pruning: compensation, recalibration, folded fine-tuning, distillation."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ With T output positions, kernel area s and o x i channels pruned to k x j, multi
 
     explicit  T (o i s + k o + i j)          folded  T k j s + F
 
-F being the fold's own, whatever the batch. The backward has twice as many of each. They are equal at T*.
+F being the fold's own, for any batch. The backward has twice as many of each. They are equal at T*.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Running models over calibration batches: capturing a layer's inputs, comparing outputs, BatchNorm statistics."""
+"""Running models over calibration batches: capturing inputs, comparing outputs, estimating BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from obc.model.rules import Rule
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.processes import ALONE, Processes
 
-# Outputs are turned to float64 in pieces of so many numbers.
+# Outputs are converted to float64 in pieces of this many numbers.
 _PIECE = 2**22
 
 
@@ -191,7 +191,7 @@ def _never_ran(norm: _BatchNorm) -> bool:
 
 
 def _pass_over(model: nn.Module, norms: Sequence[_BatchNorm], batches: UsableBatches, forward_fn: ForwardFn) -> int:
-    """Run the model on the batches; what one that is not finite did to the statistics is undone. How many were."""
+    """Run the model on the batches and count them; what a batch that is not finite did to the statistics is undone."""
     count = 0
     for batch in batches:
         buffers = [buffer for norm in norms for buffer in norm.buffers()]

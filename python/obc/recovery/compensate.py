@@ -1,4 +1,4 @@
-"""Compensation without training: consumers of pruned channels take over, by least squares, what those carried.
+"""Compensation without training: by least squares, consumers of pruned channels take over what these carried.
 
 Mode "correct" is :mod:`obc.recovery.correct`, modes "ls" and "seq" are :mod:`obc.recovery.least_squares`.
 """

@@ -79,7 +79,7 @@ class CompensationReport:
             where asked for.
         moment_bytes: the largest memory that the running sums took.
         stream_bytes: mode "correct": the largest memory that both models' tensors between modules took.
-        notes: what did not go as usual.
+        notes: exceptions to the usual course.
         seconds: wall time.
     """
 
@@ -95,7 +95,7 @@ class CompensationReport:
     seconds: float = 0.0
 
     def leave_naive(self) -> None:
-        """Everything was put back to what it was."""
+        """Report that every layer was left naive."""
         self.final_error, self.norms_recalibrated = self.naive_error, False
         self.layers = {name: replace(layer, applied=False) for name, layer in self.layers.items()}
 

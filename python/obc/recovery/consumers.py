@@ -1,4 +1,4 @@
-"""The layers that lost inputs: what they were, how their inputs read as rows, and what a decompressor makes of them."""
+"""The layers that lost inputs: their original weights, their inputs as rows, and how a decompressor changes them."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Consumer:
             module.bias += self._through(solution.intercept)
 
     def _through(self, constant: Tensor) -> Tensor:
-        """What the layer makes of an input that is ``constant`` (in,) at every position."""
+        """The layer's output for an input that is ``constant`` (in,) at every position."""
         weight = (self.weight.transpose(0, 1) if self.layout.transposed else self.weight).double()
         per_channel = (
             weight.flatten(2).sum(2) if self.layout.convolution else weight.unflatten(1, (-1, self.repeat)).sum(2)
@@ -110,7 +110,7 @@ def find_consumers(pruned_model: nn.Module, original_model: nn.Module, plan: Pru
 def in_execution_order(
     consumers: Mapping[str, Consumer], called: Sequence[str], processes: Processes
 ) -> dict[str, Consumer]:
-    """In the order of execution; last those on branches that the first batch did not take."""
+    """The consumers in the order of execution; those on branches that the first batch did not take come last."""
     places = {name: place for place, name in enumerate(called)}
     earliest = processes.least([places.get(name, len(consumers)) for name in consumers])
     return {

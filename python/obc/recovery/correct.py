@@ -52,7 +52,7 @@ from obc.recovery.stream_points import Call, Seen, observe
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 # A position whose stream is this much smaller than the batch's average, in mean square, weighs no more than one at it.
 _SMALLEST_STREAM = 1e-4
-# Channels that enter the sum by a factor this much smaller than the largest can't correct it.
+# A channel that enters the sum with a factor this much smaller than the largest can't correct it.
 _SMALLEST_FACTOR = 1e-3
 
 
@@ -68,7 +68,7 @@ class Options:
 
 @dataclass
 class _Layer:
-    """A layer to correct, and what one run of the unpruned model showed of it."""
+    """A layer to correct, and what one run of the unpruned model showed about it."""
 
     name: str
     consumer: Consumer
@@ -89,7 +89,7 @@ class _Sums:
     factors: Tensor | float = 1.0
     energy: float = 0.0
     reached: bool = False
-    inputs: Moments | None = None  # instead, of a layer whose outputs overlap
+    inputs: Moments | None = None  # used instead for a layer whose outputs overlap
 
 
 @dataclass
@@ -173,13 +173,13 @@ class CorrectRun:
         return self.report
 
     def _look(self) -> None:
-        """Learn from the unpruned model's run on one batch where every layer's output goes."""
+        """Find out where every layer's output goes, from one run of the unpruned model."""
         modules = {layer.name: self.original.get_submodule(layer.name) for layer in self.layers}
         seen = observe(partial(self._whole(self.original), 0), modules, set(), whole=self.original)
         by_name = {layer.name: layer for layer in self.layers}
         for order, (name, calls) in enumerate(seen.calls.items()):
             layer = by_name[name]
-            # An output that goes different ways in different calls has no one point but itself.
+            # If an output goes different ways in different calls, its only common point is itself.
             layer.summed = all(call.summed for call in calls) and not layer.consumer.overlaps
             layer.calls, layer.order, layer.source = len(calls), order, calls[0].source
             layer.scope = calls[0].scope if layer.summed else name
@@ -244,7 +244,7 @@ class CorrectRun:
         return after
 
     def _targets(self, layers: Sequence[_Layer], seen: Seen) -> dict[str, list[Tensor]]:
-        """The unpruned model's points; of a layer whose outputs overlap its inputs."""
+        """The unpruned model's points; for a layer whose outputs overlap, its inputs."""
         found = {}
         for layer in layers:
             calls = seen.calls.get(layer.name, [])
@@ -253,7 +253,7 @@ class CorrectRun:
         return found
 
     def _renew_norms(self, here: _Place, module: nn.Module, after: list[Tensor]) -> None:
-        """Estimate the module's BatchNorm statistics anew, where what it hands on comes closer by it."""
+        """Estimate the module's BatchNorm statistics anew if that brings its output closer to the unpruned one's."""
         norms = [norm for norm in batch_norms(module) if any(norm is other for other in self.norms)]
         if not norms:
             return
@@ -320,7 +320,7 @@ class CorrectRun:
                 self._add(layer, sums[layer.name], target, call, index)
 
     def _add(self, layer: _Layer, sums: _Sums, target: Tensor, call: Call, index: int) -> None:
-        """Add what one call of a layer shows; nothing where the models ran it on different positions."""
+        """Add one call of a layer to its sums; nothing if the models ran it on different positions."""
         layout, module = layer.consumer.layout, layer.consumer.module
         sums.reached = True
         if layer.consumer.overlaps:
@@ -379,7 +379,7 @@ class CorrectRun:
         )
 
     def _reconstruct(self, layer: _Layer, moments: Moments) -> None:
-        """A layer whose outputs overlap is no matrix product of its input's rows: its input is reconstructed."""
+        """Reconstruct the input of a layer whose outputs overlap: it is no matrix product of its input's rows."""
         moments.gather(self.options.processes)
         solution = moments.solve(min(self.options.ridges), intercept=False)
         layer.consumer.apply(solution)
@@ -430,7 +430,7 @@ def _inside(scope: str, module: str) -> bool:
 
 
 def _waves(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
-    """Layers that are solved together: they read the same tensor and their points are their own."""
+    """Groups of layers that are solved together: they read the same tensor, and each has a point of its own."""
     wave: list[_Layer] = []
     for layer in layers:
         together = wave and not (layer.summed or wave[-1].summed)

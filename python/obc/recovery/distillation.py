@@ -1,4 +1,4 @@
-"""Distillation losses: how far a pruned model's logits and hidden states are from those of the unpruned one."""
+"""Distillation losses: the distance of a pruned model's logits and hidden states from the unpruned one's."""
 
 from __future__ import annotations
 

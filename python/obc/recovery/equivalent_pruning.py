@@ -199,7 +199,7 @@ class _Layer:
         pruned = getattr(self.module, name)
         values = _positions_outside(original.to(pruned.device))
         setattr(self.module, name, nn.Parameter(values, requires_grad=pruned.requires_grad))
-        # unsafe: a fold changes the shape, which is what it is for.
+        # unsafe: a fold changes the shape on purpose.
         parametrize.register_parametrization(self.module, name, folded, unsafe=True)
 
 
@@ -227,7 +227,7 @@ def _positions_outside(weight: Tensor) -> Tensor:
 def _prepare(
     name: str, module: nn.Module, original_state_dict: Mapping[str, Tensor], plan: PruningPlan
 ) -> _Layer | None:
-    """The layer if it is to be folded; checked against the plan."""
+    """The layer if it has to be folded; it is checked against the plan."""
     kept, layout = plan.get(name), layout_of(module)
     if kept is None or layout is None:
         return None

@@ -70,14 +70,14 @@ class FoldedWeight(FoldedTensor):
         return self.layout.groups
 
     def factors(self) -> tuple[Tensor | None, Tensor | None]:
-        """What mixes the stored weight's rows and columns; a transposed convolution stores (in, out)."""
+        """The factors of the stored weight's rows and of its columns; a transposed convolution stores (in, out)."""
         if not self.layout.transposed:
             return self.compressor, self.decompressor
         rows, columns = (None if factor is None else factor.mT for factor in (self.decompressor, self.compressor))
         return rows, columns
 
     def multiplications(self, original: Tensor) -> int:
-        """Those of one fold, forward."""
+        """Multiplications of one fold, forward."""
         return min(gemm.multiplications(original, *self.factors(), self.groups, self.in_repeat, self.reduced))
 
     def fold(self, original: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ class FoldedWeight(FoldedTensor):
 
     @staticmethod
     def _comparable(original: Tensor) -> bool:
-        """Whether values can be looked at here: not in a traced graph, and not while a CUDA graph is recorded."""
+        """Whether values can be compared here: not in a traced graph, and not while a CUDA graph is recorded."""
         if torch.compiler.is_compiling() or type(original) not in (Tensor, nn.Parameter):
             return False
         return not (original.is_cuda and torch.cuda.is_current_stream_capturing())

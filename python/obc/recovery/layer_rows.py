@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from obc.model.rules import Rule
 from obc.recovery.normal_equations import Change
 
-# Convolutions have far more positions than a regression needs: so many rows per column are drawn, over all batches.
+# Convolutions have far more positions than a regression needs: this many rows per column are drawn, over all batches.
 _ROWS_PER_COLUMN = 32
 
 
@@ -24,7 +24,7 @@ def columns_of(module: nn.Module, layout: Rule) -> tuple[int, int, int]:
 
 
 def drawn_rows(module: nn.Module, layout: Rule, positions: int, batches: int) -> Any:
-    """Which positions of a batch are read: indices, or a slice of all."""
+    """The positions of a batch that are read: indices, or a slice for all of them."""
     if not layout.convolution:
         return slice(None)
     wanted = -(-_ROWS_PER_COLUMN * columns_of(module, layout)[1] // batches)

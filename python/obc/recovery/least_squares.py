@@ -52,7 +52,7 @@ class _Compensated:
 
 
 class LeastSquaresRun:
-    """One call of :func:`compensate`: every consumer's naive and compensated state, and the report that grows."""
+    """One call of :func:`compensate`: every consumer's naive and compensated state, and the report."""
 
     def __init__(
         self,
@@ -87,7 +87,7 @@ class LeastSquaresRun:
         return passes * len(self.consumers)
 
     def compensate(self, bar: Any) -> None:
-        """Compensate every consumer, in the way that the held-out batches like best; keep the second best beside it."""
+        """Give every consumer the solution with the lowest held-out error; keep the second best beside it."""
         ranked: list[tuple[float, float, dict[str, _Compensated]]] = []
         for limit, candidate in self._candidates(bar):
             self._put_all({name: done.parameters for name, done in candidate.items()})
@@ -102,7 +102,7 @@ class LeastSquaresRun:
                 yield limit, self._sequential(limit, bar)
 
     def _at_once(self, bar: Any) -> list[dict[str, _Compensated]]:
-        """Mode "ls" per kurtosis limit: the unpruned model's inputs, collected from all consumers together."""
+        """Mode "ls", for each kurtosis limit: from the unpruned model's inputs of all consumers, collected together."""
         found: list[dict[str, _Compensated]] = [{} for _ in _KURTOSIS_LIMITS]
         for names in _chunks(self.consumers, self.options.max_bytes):
             moments = self._moments(names, paired=False)
@@ -166,7 +166,7 @@ class LeastSquaresRun:
         return _Compensated(_copies(consumer.parameters()), solution.fit, moments.samples, decompressor)
 
     def decide(self, bar: Any) -> None:
-        """Leave naive what does harm, or take its second best solution: best change first, while the error falls."""
+        """Undo harmful compensations, or take the second best solution: the best change first, while the error falls."""
         report = self.report
         error = report.compensated_error
         state: dict[str, _Compensated | None] = dict(self.compensated)
@@ -213,7 +213,7 @@ class LeastSquaresRun:
         self.options.processes.share([*parameters, *statistics])
 
     def _leave_naive(self) -> None:
-        """Everything as it was, but for new norm statistics where those alone help."""
+        """Restore everything, except for new norm statistics where those alone help."""
         self._put_all(self.naive)
         report = self.report
         report.final_error = self._error_recalibrated()

@@ -1,4 +1,4 @@
-"""What dropped channels carried on average goes into their consumers' biases: the update of FLAP."""
+"""Adding what dropped channels carried on average to their consumers' biases: the update of FLAP."""
 
 from __future__ import annotations
 
@@ -125,5 +125,5 @@ def _pads_with_zeros(module: nn.Module) -> bool:
         return False
     layout = layout_of(module)
     if layout is not None and layout.convolution and layout.transposed:
-        return True  # its borders are reached by fewer taps, whatever the padding
+        return True  # fewer taps reach its borders, with any padding
     return isinstance(padding, str) or any(padding)

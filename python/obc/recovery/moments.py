@@ -23,7 +23,7 @@ from torch import Tensor
 
 from obc.recovery.processes import Processes
 
-# A ridge that Cholesky can't use is multiplied by this, at most so many times; the one used is reported.
+# A ridge that Cholesky can't use is multiplied by the first, at most as often as the second; the report names it.
 _RIDGE_STEP = 10.0
 _RIDGE_STEPS = 6
 

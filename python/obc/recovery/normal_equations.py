@@ -1,4 +1,4 @@
-"""How a layer's weight must change so that an error goes: ridge regression of the error on the layer's input.
+"""The change of a layer's weight that removes an error: ridge regression of the error on the layer's input.
 
 With z what arrives at the layer, e the error at the point that its output enters, and a the factors by which it does,
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from obc.recovery.processes import Processes
 
-# Rows are turned to float64 in pieces of so many, so that no float64 copy of a whole batch is made.
+# Rows are converted to float64 in pieces of this many, so that no float64 copy of a whole batch is made.
 _PIECE = 4096
 
 

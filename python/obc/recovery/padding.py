@@ -1,4 +1,4 @@
-"""Which positions of a layer's input count: not those that a batch's attention mask leaves out."""
+"""The positions of a layer's input that count: those that a batch's attention mask keeps."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Processes:
-    """A process group; or, with ``group=None``, this process alone, for which nothing is exchanged.
+    """A process group; with ``group=None`` this process alone, so that nothing is exchanged.
 
     Args:
         group: a ``torch.distributed`` process group.
@@ -31,7 +31,7 @@ class Processes:
         return summed.tolist()
 
     def least(self, numbers: Sequence[int]) -> list[int]:
-        """The smallest of the processes' numbers, each for itself."""
+        """The elementwise minimum of the processes' numbers."""
         least = torch.tensor(numbers, dtype=torch.int64)
         self._reduce([least], "MIN")
         return least.tolist()

@@ -183,7 +183,7 @@ class _Training:
         self.report.losses.append(total)
 
     def evaluate(self, step: int, evaluate: Callable[[nn.Module], float] | None) -> None:
-        """Note what the caller's function says of the model as it is now."""
+        """Evaluate the model as it is now, and note the result."""
         if evaluate is None:
             return
         self.trained.model.eval()

@@ -32,7 +32,7 @@ class _Event:
 
 
 class _Watcher:
-    """Records every module's call with the tensors it got and returned, which it keeps, so that ids stay theirs."""
+    """Records every module's call with its input and output tensors, which it keeps so that their ids stay unique."""
 
     def __init__(self, model: nn.Module) -> None:
         self.events: dict[str, _Event] = {}
@@ -82,7 +82,7 @@ class _Watcher:
         return found
 
     def needs_more(self, event: _Event, source: str, path: Sequence[str]) -> bool:
-        """Whether the event gets, beside the stream, something that the path to its source made."""
+        """Whether the event's module needs, besides the stream, a tensor made on the path from its source."""
         start, stream = self.events[path[0]].start, self.events[source].output
         beside = set(event.inputs) - {stream}
         return any(other.output in beside and other.start >= start for other in self.events.values())
@@ -268,5 +268,5 @@ def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> s
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Up to rounding: another batch size or kernel must not look like another computation."""
+    """Whether two tensors are equal up to rounding, as another batch size or kernel may round differently."""
     return bool((a.double() - b.double()).norm() <= 1e-3 * b.double().norm())

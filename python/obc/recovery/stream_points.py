@@ -1,4 +1,4 @@
-"""Where a layer's output ends up: in a residual stream, or nowhere but in itself.
+"""Where a layer's output ends up: in a residual stream, or in no sum.
 
 A model is run with hooks at some layers, under a mode that sees every torch function. The output y of such a layer is
 followed through what acts on each of its channels alone (dropout, a factor, a BatchNorm in eval mode) into a sum with
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
-# They hand on the same numbers. (In eval mode, which is the only one that is observed, dropout does.)
+# They return the same numbers. (Dropout does in eval mode, the only one that is observed.)
 _IDENTITIES = {
     "dropout",
     "dropout1d",
@@ -36,7 +36,7 @@ _IDENTITIES = {
 
 
 class Reached(BaseException):
-    """Stops a forward pass that has shown what was asked for; handlers of errors must not take it for one."""
+    """Stops a forward pass once it has shown enough; it is no error, so that handlers of errors let it pass."""
 
 
 @dataclass
@@ -70,14 +70,14 @@ class Call:
 class _Trace:
     """A tensor that holds the outputs of some calls, and by what factors."""
 
-    tensor: Tensor  # keeps its id from being given to another
+    tensor: Tensor  # so that no other tensor gets its id
     calls: list[tuple[Call, Tensor | float]]
     summed: bool = False
 
 
 @dataclass
 class Seen:
-    """What a run showed.
+    """The calls that a run showed.
 
     Attributes:
         calls: by layer, in the order of the calls.

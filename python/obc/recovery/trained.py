@@ -1,4 +1,4 @@
-"""What recovery trains: the pruned model's own parameters, Equivalent Pruning's folds, or low-rank updates."""
+"""The parameters that recovery trains: the pruned model's own, Equivalent Pruning's folds, or low-rank updates."""
 
 from __future__ import annotations
 

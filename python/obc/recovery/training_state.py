@@ -25,7 +25,7 @@ def save_training(
     optimizer: torch.optim.Optimizer,
     report: Any,
 ) -> None:
-    """Write everything that a run needs to go on after ``step``; the file is there whole or not at all."""
+    """Write everything that a run needs to resume after ``step``. The file is replaced as a whole."""
     tensors = {f"model.{name}": tensor for name, tensor in _own_tensors(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
@@ -41,7 +41,7 @@ def save_training(
 
 
 def load_training(path: str | PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, report: Any) -> int:
-    """Put a run back where :func:`save_training` left it, and return its step; 0 where there is no file.
+    """Restore a run from :func:`save_training`, and return its step; 0 where there is no file.
 
     Raises:
         ValueError: the file is damaged, or belongs to another model or optimizer.

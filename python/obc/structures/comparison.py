@@ -1,4 +1,4 @@
-"""Two models run on the same batch and compared: by what every layer reads, and by what they return.
+"""The comparison of two models on the same batch: what every layer reads, and what the models return.
 
 Of what a layer reads, one number a channel is kept: the sum over all positions, each weighted by a random number that
 is the same for both models. Two channels, or two positions, that changed places give other sums. This sees a channel in
@@ -23,11 +23,11 @@ from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.model.rules import Rule, rule_for
 
-# Roundings per layer that may add up, like a random walk over the layers; float32 and float64 have room for so many.
+# Roundings per layer that may add up, like a random walk over the layers, in float32 and float64.
 _ROUNDINGS = 1000
-# Numbers of half precision have not: of them so many are allowed, even where they come to more than this share.
+# Half precision is coarser: this many roundings are allowed, even where they come to more than this share.
 _FEW_ROUNDINGS, _SMALL_SHARE = 4, 1e-2
-# A fault changes what is read by about its own size.
+# A fault changes a value by about the size of the value.
 _LARGEST = 0.5
 _SEED = 0x0BC
 
@@ -83,7 +83,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two models are apart.
+    """The difference between two models.
 
     Attributes:
         error: the largest relative difference; infinite where shapes differ.
@@ -176,7 +176,7 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
 
 
 def compare(expected: Observation, got: Observation) -> Difference:
-    """How far ``got`` is from ``expected``: per channel of what layers read, per tensor of what is returned."""
+    """The difference of ``got`` from ``expected``: by channel of what layers read, by tensor of what is returned."""
     tolerance, largest = expected.tolerance, 0.0
     for name, readings in got.readings.items():
         wanted = expected.readings.get(name, [])

@@ -1,4 +1,4 @@
-"""MACs that a model executes, counted operation by operation in one forward pass and told apart by module."""
+"""The MACs that a model executes in one forward pass, counted operation by operation, for each module."""
 
 from __future__ import annotations
 

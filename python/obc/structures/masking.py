@@ -1,4 +1,4 @@
-"""What removing units must compute: the unpruned model with these units at zero wherever they are read.
+"""The model that pruning must reproduce: the unpruned one with the removed units at zero wherever they are read.
 
 A layer that reads a channel at zero, and one whose weights for the channel are zero, compute the same. So the columns
 of the consumers' weights are set to zero: that also reaches layers whose weights are used without calling them.
@@ -37,7 +37,7 @@ _PER_CHANNEL = (_NormBase, nn.PReLU)
 
 
 class UnmaskableError(ValueError):
-    """Why no model with units masked can be made."""
+    """No model with these units masked can be made; the message says why."""
 
 
 def lost_channels(groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> Lost:
@@ -104,7 +104,7 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
     for (name, side), channels in lost_channels(groups, removed).items():
         module = modules.get(name)
         if module is None or any(name == group.name for group in depth):
-            continue  # a parameter outside any layer: nobody reads what it loses
+            continue  # a parameter outside any layer: no layer reads the lost entries
         if isinstance(module, nn.MultiheadAttention) and side == "out":
             _mask_attention(uses, module, channels)
         elif side == "in":

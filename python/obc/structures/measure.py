@@ -1,4 +1,4 @@
-"""What a model costs: how often each layer runs, measured once, and the polynomial in its groups' widths from it."""
+"""The cost of a model: how often each layer runs is measured once, and gives a polynomial in the groups' widths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from obc.structures.polynomial import Polynomial
 
 @dataclass
 class Usage:
-    """What one forward pass showed.
+    """What one forward pass showed about the layers.
 
     Attributes:
         positions: layer -> at how many positions its weight is applied: of the output; of the input for transposed

@@ -323,7 +323,7 @@ class _Prover:
 
 
 class _MaskedError(Exception):
-    """A masked model does not run."""
+    """The masked model does not run."""
 
 
 def lost_inputs(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:

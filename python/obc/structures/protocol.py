@@ -1,4 +1,4 @@
-"""What can be pruned: the seam between ``obc.prune`` and the ways to find and slice coupled channels."""
+"""The interface between ``obc.prune`` and the ways to find and slice coupled channels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An end to searches of Torch-Pruning that have none: some views make it follow ever more channels in a circle."""
+"""A limit for searches of Torch-Pruning, some of which never end: on some views it follows channels in a circle."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-# A search comes by a node once for every way to it.
+# A search visits a node once for every path to it.
 _MOST_CALLS = 10_000
 # Between layers a tensor may have more channels than any layer: concatenated, or with positions among them.
 _ROOM = 16

@@ -45,7 +45,7 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
 
 
 def holds_channels(module: nn.Module) -> bool:
-    """Whether a module has one value a channel, or normalises over channels: what must be said when some are gone."""
+    """Whether a module has one value a channel, or normalises over channels: then a plan needs an entry for it."""
     has_statistics = isinstance(module, _NormBase) and module.running_mean is not None
     over_channels = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
     return has_statistics or over_channels or next(module.parameters(), None) is not None

@@ -1,4 +1,4 @@
-"""How often a model applies each weight, from the MACs that it executes: what the polynomial of costs is scaled by."""
+"""How often a model applies each weight, from the MACs that it executes; the polynomial of costs is scaled by it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from obc.structures.transformers.block import Block
 
-# Where every module's MACs differ by less from the same multiple of those for one token, that multiple says nothing.
+# If every module's MACs are the same multiple of those for one token up to this share, calibrating changes nothing.
 _SAME = 0.01
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What scales the costs of the unpruned model to the MACs that it executes.
+    """The factors that scale predicted costs to the MACs that the unpruned model executes.
 
     Attributes:
         factors: module -> how often each of its weights is applied in the whole batch.

@@ -1,4 +1,4 @@
-"""A config that says what widths a pruned transformers model has, where the architecture can say it."""
+"""Writing a pruned model's widths into its config, where the architecture has a key for them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def refuse_save_pretrained(model: Any, reason: str | None) -> None:
 
 
 def said_values(config: Any, blocks: Sequence[Block]) -> dict[str, Any]:
-    """What a config says of every key that the blocks' widths may change; keys that it lacks are left out."""
+    """The config's values of every key that the blocks' widths may change; keys that it lacks are left out."""
     keys = [key for block in blocks for key in (*block.config, *block.config_fixed)]
     return {key: getattr(config, key) for key in dict.fromkeys(keys) if says(config, key)}
 

@@ -1,4 +1,4 @@
-"""What a transformers model costs per token, as a polynomial in its groups' widths, from the shapes of its weights."""
+"""The cost of a transformers model per token: a polynomial in its groups' widths, from the shapes of its weights."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ def _create_biases(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def cut_to(model: nn.Module, plan: PruningPlan) -> None:
-    """Remove units of every group, whichever, until it has as many as the plan keeps; a config may say them already."""
+    """Remove units of every group until it has as many as the plan keeps; the config may have these widths already."""
     for kinds in _ROUNDS:
         if kinds == ("embedding",) and not _keeps_fewer_features(model, plan):
             continue

@@ -1,4 +1,4 @@
-"""Which equal widths a transformers model's config can say: tried on the model's class before anything is pruned."""
+"""The equal widths that a transformers model's config can express, tried on its class before anything is pruned."""
 
 from __future__ import annotations
 
