@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from obc.criteria import CRITERIA
-from obc.criteria.elsewhere import ELSEWHERE
+from obc.criteria.elsewhere import ELSEWHERE, WITH_CRITERION
 
 PAGE = Path(__file__).parent / "criteria.md"
 
@@ -37,6 +37,18 @@ def _named(thing: Any) -> str:
     return f"`{thing if isinstance(thing, str) else type(thing).__name__}`"
 
 
+def _systems() -> list[list[str]]:
+    """Every system that has a criterion: its name, and what that does not cover."""
+    about = {criterion.name: criterion.about for criterion in CRITERIA}
+    lines = []
+    for system, (name, options) in WITH_CRITERION.items():
+        said = about[name]
+        assert said is not None
+        works = f"`{name}`" + (f", {options}" if options else "")
+        lines.append([system, works, said.missing or "-"])
+    return lines
+
+
 def page() -> str:
     """The text of the page."""
     known = [(criterion, criterion.about) for criterion in CRITERIA if criterion.about is not None]
@@ -63,7 +75,9 @@ def page() -> str:
         _table(["name", "source", "statistics", "allocation", "update"], published),
         "## Where the published code differs, and what is not covered\n",
         _table(["name", "published code", "not covered"], differs),
-        "## Other systems of the field\n\nWithout a criterion of their own here:\n",
+        f"## Systems of the field\n\n{len(WITH_CRITERION)} have a criterion here, tested against their formula:\n",
+        _table(["system", "works", "does not, and why"], _systems()),
+        "## Other systems\n\nWithout a criterion of their own here:\n",
         _table(["system", "what works", "what does not, and why"], [[name, *said] for name, said in ELSEWHERE.items()]),
     ]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)

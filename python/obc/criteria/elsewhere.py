@@ -1,8 +1,43 @@
-"""Systems of the field that have no criterion of their own here: what of them works, and why the rest does not."""
+"""Systems of the field: the criterion that is theirs here, or what of them works and why the rest does not."""
 
 from __future__ import annotations
 
-# System -> (what works, what does not and why).
+# System -> the criterion, and the options or allocation that make it theirs.
+WITH_CRITERION: dict[str, tuple[str, str]] = {
+    "Optimal Brain Connection": ("jacobian", ""),
+    "NViT": ("nvit", ""),
+    "FastOBA": ("fastoba", ""),
+    "NIRVANA": ("nirvana", ""),
+    "GAPrune": ("gaprune", ""),
+    "JBR": ("jbr", ""),
+    "LLM-Pruner, element": ("llm_pruner_element", ""),
+    "LLM-Pruner, vector": ("llm_pruner_vector", ""),
+    "SlimGPT": ("slimgpt", ""),
+    "ZipLM": ("obs", ""),
+    "FLAP": ("flap", '`compensate="mean"`'),
+    "Wanda-sp": ("wanda_sp", ""),
+    "Minitron": ("minitron", ""),
+    "CFSP": ("cfsp", ""),
+    "REAP": ("reap", ""),
+    "EAN": ("expert_norm", ""),
+    "Z-code": ("expert_frequency", ""),
+    "Intra-Fusion": ("intra_fusion", '`compensate="fusion"`'),
+    "ShortGPT": ("block_influence", ""),
+    "FlexiGPT, selection": ("block_influence", ""),
+    "Unreasonable ineffectiveness of the deeper layers": ("angular_distance", '`allocation="window"`'),
+    "EntroDrop": ("entropy", ""),
+    "Skrr, skipping": ("beam", ""),
+    "PAGCP": ("tolerance", ""),
+    "MultiPruner, BlockPruner": ("masked", "`rounds`"),
+    "HierarchicalPrune": ("masked", ""),
+    "Oracle pruning": ("masked", ""),
+    "L1 filters": ("l1", ""),
+    "Network Slimming": ("bn_scale", ""),
+    "FPGM": ("fpgm", ""),
+    "WHC": ("whc", ""),
+}
+
+# System without a criterion of its own -> (what works, what does not and why).
 ELSEWHERE: dict[str, tuple[str, str]] = {
     "OBS-Diff": (
         "`obs` with `Gram(weight=...)`: a weight a step",
@@ -18,11 +53,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     ),
     "GETA, HESSO": ("rows give w · g per unit", "a saliency inside training, with shrinking and bit widths"),
     "HAP": ("`fastoba` is its kin by Hessian products", "Hutchinson's trace, and implants for what goes"),
-    "MultiPruner, BlockPruner": (
-        "`masked` with rounds for widths and heads",
-        "blocks as units of obc.prune",
-    ),
-    "Reassessing layer pruning": ("`block_influence`", "removal of blocks; its finding is to drop the last quarter"),
+    "Reassessing layer pruning": ('`block_influence`, `allocation="tail"`', "its perplexity without each layer"),
     "GPTailor": ("nothing", "merges layers of several fine-tuned variants"),
     "L³Prune": ("nothing", "reads a contrastive loss off every layer"),
     "COMP": (
@@ -30,7 +61,6 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
         "its metrics, which are not published in full",
     ),
     "DiEP, CoFi, SepPrune, LAPP, movement pruning": ("nothing", "masks that are learned in training"),
-    "Oracle pruning": ("`masked`", ""),
     "PQ index": ("any score", "an allocation from the norms' quotient of a group's scores"),
     "Pruner-Zero, SparseLLM": ("nothing", "published for single weights"),
     "MINI-LLM": ("nothing", "its formula is not published in full"),
