@@ -13,6 +13,7 @@ import transformers
 import obc
 from obc import cli, quality
 from obc.commands import checkpoints
+from obc.pruning import PruningReport
 from obc.structures.transformers import TransformersStructure
 from obc.structures.transformers.saving import is_saved_pruned
 
@@ -98,6 +99,9 @@ def test_a_recovered_directory_keeps_its_plan(pruned: Path, llama: Path, tmp_pat
     out, data = tmp_path / "out", tmp_path / "data.jsonl"
     assert run("recover", pruned, "--teacher", llama, "--data", data, "--out", out, "--steps", 1) == 0
     assert (out / "obc_plan.json").read_text() == (pruned / "obc_plan.json").read_text()
+    before, after = (PruningReport.load(folder / "obc_report.json") for folder in (pruned, out))
+    assert after.provenance.pop("recovered").startswith("1 steps at rate 0.0001, naive, against ")
+    assert after == before
     assert is_saved_pruned(out) == is_saved_pruned(pruned)
 
 
