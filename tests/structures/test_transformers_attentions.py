@@ -207,3 +207,48 @@ def test_a_config_that_differs_between_layers_is_no_error() -> None:
     structure.remove({group.name: torch.tensor([0]) for group in structure.groups if group.kind == "heads"})
     assert structure.config_refused is not None
     assert "head_dim" in structure.config_refused
+
+
+T5 = {"vocab_size": 37, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "pad_token_id": 0}
+RELATIVE = {
+    # of the encoder, of the decoder, of its attention to the encoder
+    "T5ForConditionalGeneration": (T5 | {"decoder_start_token_id": 0}, 3),
+    "UMT5ForConditionalGeneration": (T5 | {"decoder_start_token_id": 0}, 5),
+    "MPNetForMaskedLM": (SIZES, 1),
+    "CpmAntForCausalLM": (SIZES | {"dim_head": 8, "dim_ff": 48}, 1),
+}
+
+
+@pytest.mark.parametrize("name", RELATIVE)
+def test_heads_with_biases_for_relative_positions_go_from_all_that_share_them(name: str) -> None:
+    values, count = RELATIVE[name]
+    model_class = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(**values)).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0, 0.2)
+    masked, batch = copy.deepcopy(model), inputs()
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"][:, :5]
+    structure = TransformersStructure(model, kinds=("heads",))
+    assert [group.size for group in structure.groups] == [4] * count
+    for group in structure.groups:
+        for part in group.consumers:
+            masked.get_submodule(part.module).weight.data[:, 8:24] = 0  # heads 1 and 2
+    structure.remove({group.name: torch.tensor([1, 2]) for group in structure.groups})
+    assert (structure.config_refused is None) == ("MPNet" not in name)  # whose head size follows from their number
+    counts = [getattr(module, "n_heads", 2) for module in model.modules()]
+    assert set(counts) <= {2, *(4,) * (name == "MPNetForMaskedLM")}  # its encoder counts heads, and does not use that
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).logits, masked(**batch).logits)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("TrOCR", "the width of the residual stream"), ("BigBird", "is short")])
+def test_heads_of_classes_that_run_with_all_of_them_only_stay(name: str, reason: str) -> None:
+    sizes = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    sizes |= {key: value for key, value in SIZES.items() if key in ("hidden_size", "num_attention_heads", "vocab_size")}
+    config = getattr(transformers, f"{name}Config")(**sizes, num_hidden_layers=1)
+    structure = TransformersStructure(getattr(transformers, f"{name}ForCausalLM")(config))
+    assert {group.kind for group in structure.groups} == {"ffn"}
+    assert structure.left_out
+    assert all(reason in why for why in structure.left_out.values())

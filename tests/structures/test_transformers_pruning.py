@@ -153,7 +153,7 @@ def kin() -> dict[str, tuple[Any, Any, set[str]]]:
         ),
         "bart": (t.BartForConditionalGeneration, t.BartConfig(**bart), {"heads", "ffn"}),
         "minicpm3": (t.MiniCPM3ForCausalLM, t.MiniCPM3Config(**sizes | latent), {"heads", "ffn"}),
-        "t5": (t.T5ForConditionalGeneration, t.T5Config(**t5, decoder_start_token_id=0), {"ffn"}),
+        "t5": (t.T5ForConditionalGeneration, t.T5Config(**t5, decoder_start_token_id=0), {"heads", "ffn"}),
     }
 
 
