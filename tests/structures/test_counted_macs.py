@@ -150,8 +150,8 @@ def test_a_budget_means_what_the_model_executes(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_an_unreachable_share_says_what_the_model_executes() -> None:
-    with pytest.raises(ValueError, match=r"macs=0\.5 is out of reach: 0\.8[0-9]+ remain"):
-        obc.prune(mobilevit(), batches=images(), loss_fn=lambda m, b: m(**b).loss, macs=0.5)
+    with pytest.raises(ValueError, match=r"macs=0\.2 is out of reach: 0\.[2-6][0-9]+ remain"):
+        obc.prune(mobilevit(), batches=images(), loss_fn=lambda m, b: m(**b).loss, macs=0.2)
 
 
 def test_one_multiple_for_all_modules_needs_no_calibration() -> None:
@@ -161,4 +161,4 @@ def test_one_multiple_for_all_modules_needs_no_calibration() -> None:
     found = calibrate({"a": 70.0, "b": 420.0, "": 50.0}, predicted, [])
     assert found is not None
     assert found.factors == {"a": 7.0, "b": 14.0}
-    assert found.constant == 50.0
+    assert found.constant == {"": 50.0}

@@ -55,6 +55,12 @@ def beit(**config: Any) -> nn.Module:
     return initialised(transformers.BeitForImageClassification(transformers.BeitConfig(**VISION, **config)))
 
 
+def deberta(**config: Any) -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"vocab_size": 37, "max_position_embeddings": 32, "relative_attention": True}
+    return initialised(transformers.DebertaV2ForMaskedLM(transformers.DebertaV2Config(**sizes, **config)))
+
+
 @dataclass
 class Case:
     """A model, what it takes, and where a unit of its groups of one kind is read: consumer and channels a unit."""
@@ -90,6 +96,15 @@ CASES = {
     "beit, tables of layers": Case(
         lambda: beit(use_relative_position_bias=True), "heads", "attention.o_proj", 4, (1, 3)
     ),
+    "deberta, both positions": Case(
+        lambda: deberta(pos_att_type=["p2c", "c2p"]), "heads", "attention.output.dense", 8, (0, 2), 0
+    ),
+    "deberta, keys' positions": Case(
+        lambda: deberta(pos_att_type=["c2p"]), "heads", "attention.output.dense", 8, (1,), 0
+    ),
+    "deberta, one projection": Case(
+        lambda: deberta(pos_att_type=["p2c", "c2p"], share_att_key=True), "heads", "attention.output.dense", 8, (1,), 0
+    ),
     "beit, no table": Case(beit, "heads", "attention.o_proj", 4, (0,)),
 }
 
@@ -123,7 +138,9 @@ def test_a_unit_is_what_its_reader_reads(name: str) -> None:
     torch.testing.assert_close(model(**inputs).logits, masked(**inputs).logits, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["codegen, a head a block", "segformer", "beit, tables of layers"])
+@pytest.mark.parametrize(
+    "name", ["codegen, a head a block", "segformer", "beit, tables of layers", "deberta, both positions"]
+)
 def test_they_are_saved_and_loaded(name: str, tmp_path: Any) -> None:
     case = CASES[name]
     model = case.build()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import Side
@@ -36,6 +37,10 @@ class Axis:
 
 def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
     """The axes of one side of an ordinary layer: linear, convolution, norm or embedding."""
+    if isinstance(module, _NormBase):  # with statistics of each channel
+        tensors = {**module._parameters, **module._buffers}
+        names = [key for key, tensor in tensors.items() if tensor is not None and tensor.dim() == 1]
+        return tuple(Axis(name, key, 0, name, "out", raw=False) for key in names)
     layout, weight = layout_of(module), module.weight
     assert isinstance(weight, Tensor)
     biased = isinstance(getattr(module, "bias", None), Tensor)
@@ -65,6 +70,10 @@ def axis_key(axis: Axis) -> tuple[str, int]:
 
 def sync_layer(module: nn.Module) -> None:
     """Make the sizes that a layer keeps as attributes those of its weight."""
+    if isinstance(module, _NormBase):
+        tensor = module.weight if module.weight is not None else module.running_mean
+        module.num_features = len(tensor) if tensor is not None else module.num_features
+        return
     weight = module._parameters.get("weight")
     if weight is None:
         return

@@ -16,6 +16,7 @@ from obc.structures.transformers.block import Block
 from obc.structures.transformers.embedding import embedding, embedding_name
 from obc.structures.transformers.family import FAMILIES, kinds
 from obc.structures.transformers.feed_forward import feed_forwards
+from obc.structures.transformers.inverted_residuals import inverted_residuals
 from obc.structures.transformers.layers import Layers
 from obc.structures.units import NotPrunableError
 
@@ -42,6 +43,8 @@ class Finder:
                 if family.blocks is not None
             ]
             if any(found):
+                continue
+            if self._add(name, inverted_residuals(self.layers, name, wanted)):
                 continue
             if "ffn" in wanted:
                 self._add(name, feed_forwards(self.layers, name))

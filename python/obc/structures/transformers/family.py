@@ -39,6 +39,8 @@ class Family:
         name: of the family.
         feed_forwards: names of the layers of a feed-forward block, in its module: the producers, then the consumer.
         fused_feed_forwards: (producer, consumer), where the producer's outputs are [gate | up].
+        inverted_residuals: names of the modules of an inverted residual, each with one convolution: the widening one,
+            what lies between, the narrowing one (:mod:`obc.structures.transformers.inverted_residuals`).
         projections: names of the projections of queries, keys and values.
         fused_projections: name of a projection of all three -> the order of its outputs. None: [all queries | all
             keys | all values], unless another family's order is the module's.
@@ -47,7 +49,7 @@ class Family:
         gated_queries: classes of attention whose query projection gives each head its query and then a gate.
         head_parameters: parameters with an entry for every query head, or a stretch of a head's channels -> the
             dimension of the heads.
-        head_layers: layers of an attention whose outputs are such entries: gates.
+        head_layers: layers of an attention whose outputs are such entries: gates, projections of positions.
         head_norms: norms over the channels of all heads of an attention -> whose heads.
         headless: parameters of an attention, or modules in it, that are the same whatever heads it has.
         attributes: role -> attributes of modules that count it.
@@ -63,6 +65,7 @@ class Family:
     name: str
     feed_forwards: tuple[tuple[str, ...], ...] = ()
     fused_feed_forwards: tuple[tuple[str, str], ...] = ()
+    inverted_residuals: tuple[tuple[str, ...], ...] = ()
     projections: tuple[tuple[str, str, str], ...] = ()
     fused_projections: Mapping[str, HeadOrder | None] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()

@@ -43,20 +43,22 @@ _GROUPED_BYTES = 16
 def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -> list[ChannelGroup]:
     """The coupled channels of a transformers model, in the order of its modules.
 
-    ============= ====================================================================================================
-    kind          one unit
-    ============= ====================================================================================================
-    "ffn"         a channel between the projections of a feed-forward block, plain or gated
-    "heads"       a head of keys and values with the query heads that share it; without sharing a head. Where all
-                  query heads share one, as "query_heads". Of latent attention, a head's rows of the second projections
-    "query_heads" the j-th query head of every head of keys and values
-    "experts"     an expert of a mixture, with its row of the router
-    "expert_ffn"  the f-th inner channel of every expert of a mixture whose experts are one tensor
-    "mamba"       an inner channel of Mamba's mixer
-    "embedding"   a channel of the residual stream, everywhere; not among the default kinds
-    "layers"      a whole block; not among the default kinds (:mod:`obc.structures.transformers.depth`)
-    "sublayers"   a residual branch: an attention, a feed-forward block, a mixer; not among the default kinds
-    ============= ====================================================================================================
+    =================== ==============================================================================================
+    kind                one unit
+    =================== ==============================================================================================
+    "ffn"               a channel between the projections of a feed-forward block, plain or gated
+    "heads"             a head of keys and values with the query heads that share it; without sharing a head. Where all
+                        query heads share one, as "query_heads". Of latent attention, a head's rows of the second
+                        projections
+    "query_heads"       the j-th query head of every head of keys and values
+    "experts"           an expert of a mixture, with its row of the router
+    "expert_ffn"        the f-th inner channel of every expert of a mixture whose experts are one tensor
+    "mamba"             an inner channel of Mamba's mixer
+    "inverted_residual" a channel between the widening and the narrowing convolution of an inverted residual
+    "embedding"         a channel of the residual stream, everywhere; not among the default kinds
+    "layers"            a whole block; not among the default kinds (:mod:`obc.structures.transformers.depth`)
+    "sublayers"         a residual branch: an attention, a feed-forward block, a mixer; not among the default kinds
+    =================== ==============================================================================================
 
     Slices of tensors outside ordinary layers have the tensor's name as their module. Experts stored as one tensor are
     one layer: whole experts are its outputs, their inner channels its inputs. What of all this the scorer has no rule
@@ -402,6 +404,9 @@ class TransformersStructure:
         """Give the axis's module a shorter parameter; modules that share one share the new one, shortened once."""
         old = self._tensor(axis)
         if (id(old), axis.dim) in shortened:
+            return
+        if not isinstance(old, nn.Parameter):  # running statistics, which no other module has
+            self._modules[axis.module]._buffers[axis.tensor] = without(old, removed, axis.dim)
             return
         new = nn.Parameter(without(old.detach(), removed, axis.dim), requires_grad=old.requires_grad)
         shortened[id(new), axis.dim] = new
