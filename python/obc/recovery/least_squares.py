@@ -166,7 +166,7 @@ class LeastSquaresRun:
         return _Compensated(_copies(consumer.parameters()), solution.fit, moments.samples, decompressor)
 
     def decide(self, bar: Any) -> None:
-        """Undo harmful compensations, or take the second best solution: the best change first, while the error falls."""
+        """Undo harmful compensations, or take the second best solution: best change first, while the error falls."""
         report = self.report
         error = report.compensated_error
         state: dict[str, _Compensated | None] = dict(self.compensated)
