@@ -139,7 +139,7 @@ def _damaged(change: Any) -> bytes:
 DAMAGED = {
     "foreign": (b"<html>", "is not a report"),
     "list": (b"[]", "is not a report"),
-    "format": (_damaged(lambda fields: fields.update(format="obc.Plan/1")), "its format is not"),
+    "format": (_damaged(lambda fields: fields.update(format="another/1")), "its format is not"),
     "number": (_damaged(lambda fields: fields.update(macs_after=HOSTILE)), "macs_after: expected"),
     "unknown": (_damaged(lambda fields: fields.update(script=HOSTILE)), "expected the fields of PruningReport"),
     "step": (_damaged(lambda fields: fields["steps"][0].pop("target")), "StepReport has no 'target'"),
