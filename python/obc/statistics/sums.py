@@ -36,6 +36,7 @@ class Sums:
         self.totals: dict[Key, Tensor] = {}
         self.left_out: list[str] = []
         self._batch: dict[Key, Tensor] = {}
+        self._buffers: dict[Key, Tensor] = {}  # products of the batch before, to be written over
         self._flags: list[tuple[int, list[Key], Tensor]] = []
 
     def add(self, module: str, field: str, values: Tensor) -> None:
@@ -51,8 +52,11 @@ class Sums:
         key = (module, field)
         if key in self._batch:
             self._batch[key].addmm_(left.mT, right)
-        else:
-            self._batch[key] = left.mT @ right
+            return
+        buffer = self._buffers.pop(key, None)
+        if buffer is None or buffer.dtype != right.dtype or buffer.device != right.device:
+            buffer = right.new_empty(left.shape[1], right.shape[1])
+        self._batch[key] = torch.mm(left.mT, right, out=buffer)
 
     def begin(self) -> None:
         """A batch is read, or read again: forget what it gave so far."""
@@ -81,8 +85,9 @@ class Sums:
             self._flags.append((batch, list(added), flags))
         for key, values in added.items():
             finite = values if bad is None else values.masked_fill_(bad.to(values.device), 0)
-            total = self._total(key, finite)
-            total += finite.to(total.device)
+            self._add_to_total(key, finite)
+            if finite.dim() == 2:
+                self._buffers[key] = finite
 
     def settle(self) -> list[str]:
         """What was left out so far. Reads from the device."""
@@ -93,10 +98,10 @@ class Sums:
         return self.left_out
 
     def fields(self) -> dict[str, dict[str, Tensor]]:
-        """Module -> field -> sum."""
+        """Module -> field -> sum: the totals themselves, so that nothing is held twice."""
         found: dict[str, dict[str, Tensor]] = {}
         for (module, field), total in self.totals.items():
-            found.setdefault(module, {})[field] = total.clone()
+            found.setdefault(module, {})[field] = total
         return found
 
     def merge(self, group: object) -> None:
@@ -117,14 +122,15 @@ class Sums:
             total = self.totals.setdefault(key, torch.zeros(shapes[key], dtype=self.dtype, device=device))
             dist.all_reduce(total, group=group)  # type: ignore[arg-type]
 
-    def _total(self, key: Key, like: Tensor) -> Tensor:
-        device = self.to or like.device
+    def _add_to_total(self, key: Key, values: Tensor) -> None:
+        device = self.to or values.device
         if key not in self.totals:
             with torch.inference_mode(False):  # later batches and processes add to it outside
-                self.totals[key] = torch.zeros(like.shape, dtype=self.dtype, device=device)
-        elif self.totals[key].device != device:  # loaded from a checkpoint
+                self.totals[key] = values.to(device, self.dtype, copy=True)
+            return
+        if self.totals[key].device != device:  # loaded from a checkpoint
             self.totals[key] = self.totals[key].to(device)
-        return self.totals[key]
+        self.totals[key] += values.to(device)
 
     def _name(self, batch: int, keys: list[Key], flags: Tensor) -> None:
         if any(line.startswith(f"batch {batch}: ") for line in self.left_out):
