@@ -280,13 +280,34 @@ def config_values(depth: Depth, compacted: bool) -> dict[str, Any]:
 def with_depth(config: Any, depth: Depth, compacted: bool) -> Any:
     """A copy of the config that says :func:`config_values`."""
     new = copy.deepcopy(config)
+    overrides = {path: _overrides(part) for path, part in config_parts(new) if getattr(part, "is_heterogeneous", False)}
+    for path in overrides:
+        part_of(new, path).per_layer_config = None
     for key, value in config_values(depth, compacted).items():
         path, _, attribute = key.rpartition(".")
-        owner = new
-        for part in path.split(".") if path else ():
-            owner = getattr(owner, part)
-        setattr(owner, attribute, copy.copy(value))
+        setattr(part_of(new, path), attribute, copy.copy(value))
+    for path, found in overrides.items():
+        lists = (name for key, (name, _) in depth.config.items() if key.rpartition(".")[0] == path)
+        one = depth.lists.get(next(lists, ""))
+        moved = {} if one is None else dict(enumerate(one.kept))
+        if one is not None and compacted:
+            found = {place: found[old] for place, old in moved.items() if old in found}
+        elif one is not None:
+            found = {old: found[place] for place, old in moved.items() if place in found}
+        part_of(new, path).per_layer_config = found
     return new
+
+
+def _overrides(config: Any) -> dict[int, dict[str, Any]]:
+    """What a config says of single layers (transformers' ``per_layer_config``)."""
+    return {int(place): dict(values) for place, values in (config.to_dict().get("per_layer_config") or {}).items()}
+
+
+def part_of(config: Any, path: str) -> Any:
+    """The config of a dotted name inside a config."""
+    for part in path.split(".") if path else ():
+        config = getattr(config, part)
+    return config
 
 
 def _write_config(model: Any, depth: Depth, compacted: bool) -> None:

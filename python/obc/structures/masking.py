@@ -190,10 +190,19 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
         inner.normalized_shape = (len(stays),)
     elif isinstance(module, nn.GroupNorm):
         inner.num_channels = len(stays)
+    elif type(grouped := getattr(module, "group_size", None)) is int and grouped:  # as many channels of each group
+        inner.group_size = grouped * len(stays) // size
+
+    def narrowed(value: Any) -> Any:
+        """Also a gate beside the input."""
+        fits = isinstance(value, Tensor) and value.dim() > 1 and value.shape[dim] == size
+        return value.index_select(dim, stays.to(value.device)) if fits else value
 
     def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kept = stays.to(x.device)
-        normalised = inner.forward(x.index_select(dim, kept), *args, **kwargs)
+        others = (narrowed(value) for value in args)
+        named = {key: narrowed(value) for key, value in kwargs.items()}
+        normalised = inner.forward(x.index_select(dim, kept), *others, **named)
         return normalised.new_zeros(x.shape).index_copy(dim, kept, normalised)
 
     module.forward = over_kept

@@ -35,7 +35,7 @@ class Block:
         group: as the model is now.
         axes: for slices of tensors outside any ordinary layer, where they lie.
         counters: attributes of modules that count units.
-        config: config key -> how much a unit counts there.
+        config: config key -> how much a unit counts there; a fraction where it says a multiple of another width.
         config_fixed: config key -> a value that must be written down once units are gone (it was derived before).
         reads_config: a module whose forward reads these counts from its config, as layers with one projection for
             queries, keys and values do.
@@ -46,7 +46,7 @@ class Block:
     group: ChannelGroup
     axes: Mapping[tuple[str, Side], tuple[Axis, ...]] = field(default_factory=dict)
     counters: tuple[Counter, ...] = ()
-    config: Mapping[str, int] = field(default_factory=dict)
+    config: Mapping[str, float] = field(default_factory=dict)
     config_fixed: Mapping[str, int] = field(default_factory=dict)
     reads_config: str | None = None
     min_units: int = 1

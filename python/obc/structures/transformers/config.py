@@ -12,7 +12,7 @@ from torch import nn
 from obc.model.depth import Depth
 from obc.model.kept import PlanError
 from obc.structures.transformers.block import Block
-from obc.structures.transformers.layers import says
+from obc.structures.transformers.layers import says, value_of
 
 
 def with_widths(
@@ -35,34 +35,93 @@ def with_widths(
     """
     model_: Any = model
     config = copy.deepcopy(model_.config)
-    values: dict[str, dict[int, str]] = {}
-    for block in blocks:
-        size = (sizes or {}).get(block.group.name, block.group.size)
-        for key, per_unit in block.config.items():
-            values.setdefault(key, {}).setdefault(size * per_unit, block.group.name)
-    for key, found in values.items():
-        if len(found) > 1:
-            widths = ", ".join(f"{value} ({name})" for value, name in found.items())
-            return None, f"layers keep different {key}: {widths}"
+    values = _counted(blocks, sizes or {})
+    different = {key: found for key, found in values.items() if len(found) > 1}
+    uneven = ""
+    for key, found in different.items():
+        widths = ", ".join(f"{value} ({name})" for value, name in found.items())
+        uneven = uneven or f"layers keep different {key}: {widths}"
     try:
+        if (refusal := _say_per_layer(config, blocks, sizes or {}, set(different), depth)) is not None:
+            return None, f"{uneven}; {refusal}"
         for key, found in values.items():
-            setattr(config, key, next(iter(found)))
+            if key not in different:
+                setattr(config, key, next(iter(found)))
         for key, value in {key: value for block in blocks for key, value in block.config_fixed.items()}.items():
-            if _derived_head_size(config) != value:
+            if key not in (getattr(config, "per_layer_attributes", None) or ()) and _derived_head_size(config) != value:
                 setattr(config, key, value)
         skeleton = _skeleton(type(model), config)
     except Exception as refusal:  # transformers' own validation, of whatever type, is the reason that is reported
+        if uneven:
+            return None, f"{uneven}, and {type(model).__name__} does not read them layer by layer ({refusal})"
         return None, f"{type(config).__name__} refuses the widths: {refusal}"
     built = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     for name, tensor in model.state_dict().items():
         shape = tuple((shapes or {}).get(name, tensor.shape))
         if built.get(name) != shape:
+            more = f"{uneven}, and " if uneven else ""
             return None, (
-                f"{type(config).__name__} can't say the widths: {name} is {shape}, a model built from it has "
+                f"{more}{type(config).__name__} can't say the widths: {name} is {shape}, a model built from it has "
                 f"{built.get(name, ())}"
             )
     reason = _more_than(model, skeleton, depth)
     return (None, reason) if reason is not None else (config, None)
+
+
+def _counted(blocks: Sequence[Block], sizes: Mapping[str, int]) -> dict[str, dict[Any, str]]:
+    """Key of the config -> the values that blocks have there -> the first block that has it."""
+    values: dict[str, dict[Any, str]] = {}
+    for block in blocks:
+        for key, value in _values_of(block, sizes).items():
+            values.setdefault(key, {}).setdefault(value, block.group.name)
+    return values
+
+
+def _values_of(block: Block, sizes: Mapping[str, int]) -> dict[str, Any]:
+    size = sizes.get(block.group.name, block.group.size)
+    exact = {key: size * per_unit for key, per_unit in block.config.items()}
+    # Widths as multiples of the hidden size come as fractions; what is whole is an integer, as configs want it.
+    return {key: int(value) if value == int(value) else value for key, value in exact.items()}
+
+
+def _say_per_layer(
+    config: Any, blocks: Sequence[Block], sizes: Mapping[str, int], keys: set[str], depth: Depth | None
+) -> str | None:
+    """Let the config say the values of these keys layer by layer (transformers' ``per_layer_config``); or why not.
+
+    What it said of single layers before is replaced wherever a block says otherwise. Whether the model's code reads
+    them so shows when it is built from the config.
+    """
+    known = hasattr(type(config), "per_layer_config")
+    if not known:
+        return "this version of transformers has no per_layer_config" if keys else None
+    before = config.to_dict().get("per_layer_config") or {}
+    overrides: dict[int, dict[str, Any]] = {int(place): dict(values) for place, values in before.items()}
+    said: dict[tuple[int, str], Any] = {}
+    for block in blocks:
+        place = _place_of(block.group.name, depth)
+        for key, value in _values_of(block, sizes).items():
+            if place is None:
+                if key in keys:
+                    return f"{block.group.name} lies in no layer"
+                continue
+            overrides.get(place, {}).pop(key, None)
+            if key in keys and said.setdefault((place, key), value) != value:
+                return f"layer {place} has several"
+    for (place, key), value in said.items():
+        overrides.setdefault(place, {})[key] = value
+    overrides = {place: values for place, values in overrides.items() if values}
+    if overrides or before:
+        config.per_layer_config = overrides or None
+    return None
+
+
+def _place_of(name: str, depth: Depth | None) -> int | None:
+    """The place among the layers of the model as it is now: the first number in a name."""
+    for list_name, one in (depth.lists if depth else {}).items():
+        if name.startswith(f"{list_name}."):
+            return one.kept.index(int(name[len(list_name) + 1 :].partition(".")[0]))
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def _more_than(model: nn.Module, skeleton: nn.Module, depth: Depth | None) -> str | None:
@@ -103,12 +162,14 @@ def refuse_save_pretrained(model: Any, reason: str | None) -> None:
 def said_values(config: Any, blocks: Sequence[Block]) -> dict[str, Any]:
     """The config's values of every key that the blocks' widths may change; keys that it lacks are left out."""
     keys = [key for block in blocks for key in (*block.config, *block.config_fixed)]
-    return {key: getattr(config, key) for key in dict.fromkeys(keys) if says(config, key)}
+    return {key: value_of(config, key) for key in dict.fromkeys(keys) if says(config, key)}
 
 
 def with_values(config: Any, blocks: Sequence[Block], values: Mapping[str, Any]) -> Any:
     """A copy of the config that says ``values``, and nothing of the blocks' other keys: undoes :func:`with_widths`."""
     former = copy.deepcopy(config)
+    if getattr(former, "is_heterogeneous", False):
+        former.per_layer_config = None
     for key in said_values(config, blocks):
         if key in values:
             setattr(former, key, values[key])
@@ -127,9 +188,9 @@ def own_config(config: Any, block: Block) -> Any:
 
 def _derived_head_size(config: Any) -> int | None:
     """The size of a head that the config says, or that the library derives from it."""
-    if (said := getattr(config, "head_dim", None)) is not None:
+    if (said := value_of(config, "head_dim")) is not None:
         return int(said)
-    hidden, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    hidden, heads = value_of(config, "hidden_size"), value_of(config, "num_attention_heads")
     return hidden // heads if hidden and heads and hidden % heads == 0 else None
 
 

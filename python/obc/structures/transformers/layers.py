@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,14 +86,6 @@ class Layers:
         return {} if key is None else {key: per_unit}
 
 
-def says(config: object, key: str) -> bool:
-    """Whether a config has one value of ``key`` for all layers."""
-    try:
-        return hasattr(config, key)
-    except RuntimeError:  # a heterogeneous config of the transformers library has one for each layer
-        return False
-
-
 def channels(units: int, width: int, copies: int = 1) -> Tensor:
     """(units, copies * width): of ``copies`` stretches of ``units`` blocks, the u-th block of each."""
     blocks = torch.arange(copies * units * width).reshape(copies, units, width)
@@ -101,3 +94,20 @@ def channels(units: int, width: int, copies: int = 1) -> Tensor:
 
 def joined(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
+
+
+def value_of(config: Any, key: str, default: Any = None) -> Any:
+    """What a config says of a key; of one that differs from layer to layer, what it says of all others.
+
+    transformers raises where code reads such a key of the whole model.
+    """
+    read = getattr(config, "_getattr_without_heterogeneous_validation", None)
+    return getattr(config, key, default) if read is None else read(key, default)
+
+
+_NOTHING = object()
+
+
+def says(config: Any, key: str) -> bool:
+    """Whether a config has the key."""
+    return value_of(config, key, _NOTHING) is not _NOTHING

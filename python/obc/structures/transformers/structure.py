@@ -43,23 +43,7 @@ _GROUPED_BYTES = 16
 def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -> list[ChannelGroup]:
     """The coupled channels of a transformers model, in the order of its modules.
 
-    =================== ==============================================================================================
-    kind                one unit
-    =================== ==============================================================================================
-    "ffn"               a channel between the projections of a feed-forward block, plain or gated
-    "heads"             a head of keys and values with the query heads that share it; without sharing a head. Where all
-                        query heads share one, as "query_heads". Of latent attention, a head's rows of the second
-                        projections
-    "query_heads"       the j-th query head of every head of keys and values
-    "experts"           an expert of a mixture, with its row of the router
-    "expert_ffn"        the f-th inner channel of every expert of a mixture whose experts are one tensor
-    "mamba"             an inner channel of Mamba's mixer
-    "inverted_residual" a channel between the widening and the narrowing convolution of an inverted residual
-    "embedding"         a channel of the residual stream, everywhere; not among the default kinds
-    "layers"            a whole block; not among the default kinds (:mod:`obc.structures.transformers.depth`)
-    "sublayers"         a residual branch: an attention, a feed-forward block, a mixer; not among the default kinds
-    =================== ==============================================================================================
-
+    =================== =======================================================================================
     Slices of tensors outside ordinary layers have the tensor's name as their module. Experts stored as one tensor are
     one layer: whole experts are its outputs, their inner channels its inputs. What of all this the scorer has no rule
     for (up projections of such experts, Mamba's A_log and D) is named by ``scores.group``.
@@ -179,7 +163,7 @@ class TransformersStructure:
         self._reading: dict[tuple[str, int], list[str]] = {}  # axis -> the groups that lie there
         for name, block in self.blocks.items():
             for part in block.group.slices:
-                for axis in self._axes(block, part):
+                for axis in self.axes(block, part):
                     self._reading.setdefault(axis_key(axis), []).append(name)
         self._kept: dict[str, Kept] = dict(plan or {})
         self.config_refused: str | None = None
@@ -187,7 +171,7 @@ class TransformersStructure:
         self._unpruned = said_values(getattr(model, "config", None), list(self.blocks.values()))
         self._expressible = Expressible({}, {}, {})
         if uniform:
-            self._expressible = expressible_widths(model, self.blocks, self._axes, self._multiple)
+            self._expressible = expressible_widths(model, self.blocks, self.axes, self._multiple)
             self.left_out = self.left_out | dict(self._expressible.refused)
         self._calibration: Calibration | None = None
         self.proof: Proof | None = None
@@ -239,7 +223,7 @@ class TransformersStructure:
         axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
         for index, block in enumerate(blocks):
             for part in block.group.slices:
-                for axis in self._axes(block, part):
+                for axis in self.axes(block, part):
                     axes.setdefault(axis_key(axis), []).append((index, part))
         names, depth = original_names(self.model, self._depth), list(self._depth_units.values())
         return transformer_costs(self.model, blocks, axes, unit, self._sequence_length, self._calibration, depth, names)
@@ -329,7 +313,7 @@ class TransformersStructure:
         if known_kinds()[block.group.kind].whole:
             return 1
         if block.group.kind == "expert_ffn":
-            weight = self._tensor(self._axes(block, block.group.slices[0])[0])
+            weight = self.tensor(self.axes(block, block.group.slices[0])[0])
             return math.lcm(self._round_to, max(1, _GROUPED_BYTES // weight.element_size()))
         return self._round_to
 
@@ -361,18 +345,19 @@ class TransformersStructure:
 
     # --- removing --------------------------------------------------------------------------------------------------
 
-    def _axes(self, block: Block, part: Slice) -> tuple[Axis, ...]:
+    def axes(self, block: Block, part: Slice) -> tuple[Axis, ...]:
+        """Where a slice of a block lies in the model as it is now."""
         found = block.axes.get((part.module, part.side))
         return layer_axes(part.module, self._modules[part.module], part.side) if found is None else found
 
     def _remove(self, name: str, chosen: Tensor, users: dict[int, list[dict[str, Any]]]) -> None:
         block = self.blocks[name]
         removals = [
-            (self._axes(block, part), part.channels[chosen].flatten().sort().values) for part in block.group.slices
+            (self.axes(block, part), part.channels[chosen].flatten().sort().values) for part in block.group.slices
         ]
         for axes, removed in removals:
             for axis in {(axis.key, axis.slot): axis for axis in axes}.values():
-                self._kept[axis.key] = narrow(self._kept, axis, self._tensor(axis).shape[axis.dim], removed)
+                self._kept[axis.key] = narrow(self._kept, axis, self.tensor(axis).shape[axis.dim], removed)
         lost = {axis_key(axis): removed for axes, removed in removals for axis in axes}
         touched = dict.fromkeys(axis.module for axes, _ in removals for axis in axes)
         shortened: dict[tuple[int, int], Tensor] = {}  # the tensors too: an id is one only while they are there
@@ -387,10 +372,11 @@ class TransformersStructure:
         self.blocks[name] = replace(block, group=without_units(block.group, chosen))
         for other in dict.fromkeys(other for key in lost for other in self._reading[key]):
             coupled = self.blocks[other]
-            removed_from = [lost.get(axis_key(self._axes(coupled, part)[0])) for part in coupled.group.slices]
+            removed_from = [lost.get(axis_key(self.axes(coupled, part)[0])) for part in coupled.group.slices]
             self.blocks[other] = replace(coupled, group=renumbered_group(coupled.group, removed_from))
 
-    def _tensor(self, axis: Axis) -> Tensor:
+    def tensor(self, axis: Axis) -> Tensor:
+        """The tensor of an axis."""
         tensor: Tensor = getattr(self._modules[axis.module], axis.tensor)
         return tensor
 
@@ -402,7 +388,7 @@ class TransformersStructure:
         users: dict[int, list[dict[str, Any]]],
     ) -> None:
         """Give the axis's module a shorter parameter; modules that share one share the new one, shortened once."""
-        old = self._tensor(axis)
+        old = self.tensor(axis)
         if (id(old), axis.dim) in shortened:
             return
         if not isinstance(old, nn.Parameter):  # running statistics, which no other module has

@@ -15,10 +15,10 @@ _LAYERS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 def _mixer(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
     module = layers.modules[name]
     own = dict(module.named_parameters(recurse=False))
-    if "mamba" not in kinds or "A_log" not in own:
+    if "mamba" not in kinds or "A_log" not in own or "dt_bias" in own:  # Mamba-2 and its kin have a file of their own
         return
     if set(own) != {"A_log", "D"} or not all(layers.has(name, child) for child in _LAYERS):
-        raise NotPrunableError(f"{type(module).__name__} is not understood: only Mamba's mixer is, not Mamba-2's")
+        raise NotPrunableError(f"{type(module).__name__} has other layers than Mamba's mixer")
     in_proj, conv1d, x_proj, dt_proj, out_proj = (joined(name, child) for child in _LAYERS)
     width = layers.size(out_proj, "in")
     if own["A_log"].shape[0] != width or layers.size(in_proj, "out") != 2 * width:

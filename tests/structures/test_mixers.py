@@ -1,0 +1,81 @@
+"""Heads of recurrent mixers: Mamba-2 and the gated delta rule, in the models that have them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from obc.structures.proof import prove
+from obc.structures.transformers import TransformersStructure, load_pruned, save_pruned
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "sweep"))
+
+from sweep_inputs import inputs_of
+from sweep_model import built, difference, in_float64, model_class, tensors
+
+MAMBA2 = ("mamba2", "bamba", "nemotron_h", "granitemoehybrid", "zamba2")
+DELTA = ("qwen3_next", "qwen3_5_text", "olmo_hybrid", "bailing_hybrid")
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with in_float64(model_class("causal", request.param)[1]):
+        yield built("causal", request.param)
+
+
+@pytest.mark.parametrize("model", [*MAMBA2, *DELTA], indirect=True)
+def test_removed_heads_equal_masked_ones_and_go_through_files(model: Any, tmp_path: Path) -> None:
+    batch, before = inputs_of("causal", model), dict(model.state_dict())
+    structure = TransformersStructure(model, ["mixer_heads"])
+    proof = prove(structure, lambda copied: tensors(copied(**batch)))
+    assert structure.groups
+    assert proof.proved == [group.name for group in structure.groups]
+    assert proof.error < 1e-11
+    costs = structure.costs("parameters")
+    for number, group in enumerate(structure.groups):
+        units = torch.arange(1 + number % 2, group.size, 2)
+        structure.remove({group.name: units})
+    assert structure.costs("parameters").total() == sum(parameter.numel() for parameter in model.parameters())
+    assert costs.total() > structure.costs("parameters").total()
+    structure.plan.verify(before, model)
+    with torch.no_grad():
+        pruned = tensors(model(**batch))
+    save_pruned(model, structure.plan, tmp_path)
+    loaded = _eager(load_pruned(tmp_path).double())
+    with torch.no_grad():
+        assert difference(tensors(loaded(**batch)), pruned) < 1e-11
+
+
+@pytest.mark.parametrize("model", ["mamba2", "bamba", "qwen3_next", "bailing_hybrid"], indirect=True)
+def test_half_of_the_heads_load_by_from_pretrained_and_generate(model: Any, tmp_path: Path) -> None:
+    structure = TransformersStructure(model, ["mixer_heads"])
+    structure.remove({group.name: torch.arange(group.size // 2) for group in structure.groups})
+    assert structure.config_refused is None
+    model.save_pretrained(tmp_path)
+    loaded = _eager(type(model).from_pretrained(tmp_path, dtype=torch.float64).double().eval())
+    batch = inputs_of("causal", model)
+    with torch.no_grad():
+        assert difference(tensors(loaded(**batch)), tensors(model(**batch))) < 1e-6
+    prompt = batch["input_ids"][:1, :6]
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(prompt)
+    cached = model.generate(prompt, attention_mask=mask, use_cache=True, **how)
+    assert torch.equal(cached, model.generate(prompt, attention_mask=mask, use_cache=False, **how))
+
+
+@pytest.mark.parametrize("model", ["falcon_h1"], indirect=True)
+def test_a_mixer_whose_channels_are_scaled_by_a_buffer_is_named(model: Any) -> None:
+    structure = TransformersStructure(model, ["mixer_heads"])
+    assert not structure.groups
+    assert any("mup_vector" in reason for reason in structure.left_out.values())
+
+
+def _eager(model: Any) -> Any:
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    return model
