@@ -34,7 +34,7 @@ class BlockSums:
         input: sum |x|^2.
         output: sum |y|^2.
         calls: how many calls of the block the entropies are of; 0 where they were not asked for.
-        input_entropy: sum over calls of the entropy of x in nats (:func:`entropy`).
+        input_entropy: sum over calls of the entropy of x in nats, of its dimensions' histograms added up.
         output_entropy: the same of y.
     """
 
