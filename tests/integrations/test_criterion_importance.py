@@ -18,8 +18,20 @@ from obc.criteria import Subject, group_scores  # noqa: E402
 from obc.integrations.torch_pruning import CriterionImportance  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
 
-# What scores experts, blocks, two domains or at random.
-OTHERS = {"reap", "expert_frequency", "expert_norm", "block_influence", "angular_distance", "cfsp", "gaprune", "random"}
+# What scores experts, blocks, two domains or at random, and searches, whose scores depend on all groups that take part.
+OTHERS = {
+    "reap",
+    "expert_frequency",
+    "expert_norm",
+    "block_influence",
+    "angular_distance",
+    "entropy",
+    "cfsp",
+    "gaprune",
+    "random",
+    "beam",
+    "tolerance",
+}
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -18,7 +18,16 @@ from obc.recovery.mean_bias import absorb_means
 from obc.structures.transformers import load_pruned, save_pruned
 
 # What needs another model than a Llama, or data of a second domain.
-OF_OTHERS = {"bn_scale", "reap", "expert_frequency", "expert_norm", "gaprune", "block_influence", "angular_distance"}
+OF_OTHERS = {
+    "bn_scale",
+    "reap",
+    "expert_frequency",
+    "expert_norm",
+    "gaprune",
+    "block_influence",
+    "angular_distance",
+    "entropy",
+}
 
 
 def llama_pruned(**options: Any) -> obc.PruningResult:

@@ -21,7 +21,16 @@ from obc.model.usable_batches import UsableBatches  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
 
 # What scores experts, blocks or two domains.
-OF_OTHER_MODELS = {"reap", "expert_frequency", "expert_norm", "block_influence", "angular_distance", "cfsp", "gaprune"}
+OF_OTHER_MODELS = {
+    "reap",
+    "expert_frequency",
+    "expert_norm",
+    "block_influence",
+    "angular_distance",
+    "entropy",
+    "cfsp",
+    "gaprune",
+}
 NAMES = ("chain", "flatten", "grouped", "resnet", "vit")
 
 
