@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pages import HOSTILE, QUOTED, Page, assert_harmless, report, scores
 
-from obc import cli
+from obc import Kept, PruningPlan, cli
 from obc.commands.report import score_page
 from obc.page.markup import Html, element
 from obc.pruning import PruningReport, ReportError
@@ -202,3 +203,9 @@ def test_the_command_refuses_what_it_cannot_draw(
     assert err.startswith("obc report: ")
     assert reason in err
     assert not out.exists()
+
+
+def test_a_plan_shows_itself_in_a_notebook() -> None:
+    plan = PruningPlan({HOSTILE: Kept(torch.arange(3)), "next": Kept(None, torch.arange(2))})
+    found = assert_harmless(plan._repr_html_())
+    assert found.rows[1:] == [[HOSTILE, "3", "all"], ["next", "all", "2"]]

@@ -1,0 +1,81 @@
+"""The report of a pruning: scores and provenance are those of the run, and every kind of report is read back."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import obc
+from obc.pruning import PruningReport
+from obc.structures.traced import TorchPruningStructure
+
+
+def loss_fn(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def pruned(**options: Any) -> tuple[nn.Module, list[Any], obc.PruningResult]:
+    """(the unpruned model, batches, the result)"""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 160, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(160, 5),
+    ).eval()  # fmt: skip
+    batches = [(torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))) for _ in range(10)]
+    original = copy.deepcopy(model)
+    return (
+        original,
+        batches,
+        obc.prune(model, batches[0][0], batches, loss_fn, macs=0.6, steps=2, progress=False, **options),
+    )
+
+
+def test_scores_are_those_of_the_unpruned_model() -> None:
+    original, batches, result = pruned()
+    rows = obc.score(original, batches, loss_fn, keep_rows=True, progress=False).rows
+    groups = {group.name: group for group in TorchPruningStructure(original, batches[0][0]).groups}
+    assert set(result.report.scores) == set(groups) == {"0", "3"}
+    for name, found in result.report.scores.items():
+        gates = groups[name].gate_rows(rows)
+        assert gates is not None
+        expected = gates.double().square().sum(0).sort().values
+        assert found == sorted(found)
+        if name == "0":
+            torch.testing.assert_close(torch.tensor(found).double(), expected, rtol=1e-4, atol=1e-12)
+        else:  # of 160 units 121 quantiles, from the least to the largest
+            assert len(found) == 121
+            assert (found[0], found[-1]) == pytest.approx((float(expected[0]), float(expected[-1])), rel=1e-4)
+
+
+def test_provenance_says_what_was_asked_for() -> None:
+    _, _, result = pruned(criterion="l1", allocation="uniform", seed=7)
+    said = result.report.provenance
+    expected = {"model": "Sequential", "criterion": "l1", "allocation": "uniform", "budget": "macs=0.6", "seed": "7"}
+    assert {name: said[name] for name in expected} == expected
+    assert said["torch"] == torch.__version__
+    assert said["dtype"] == "float32"
+
+
+@pytest.mark.parametrize("compensate", [None, "mean", "ls", "correct"])
+def test_every_kind_of_report_is_read_back_and_drawn(compensate: Any, tmp_path: Path) -> None:
+    _, _, result = pruned(compensate=compensate)
+    result.report.save(tmp_path / "report.json")
+    found = PruningReport.load(tmp_path / "report.json")
+    if found.compensation is not None:
+        assert result.report.compensation is not None
+        found.compensation.decompressors = result.report.compensation.decompressors  # matrices are not written
+    assert found == result.report
+    page = found.html()
+    before, after = result.report.widths["3"]
+    assert f"{before} → {after}" in page
+    assert f"{before} → {after}" in result._repr_html_()
+    if compensate in ("ls", "correct"):
+        assert result.report.compensation is not None
+        assert f"{result.report.compensation.final_error:.4f}" in page
+        assert all(f"<code>{name}</code>" in page for name in result.report.compensation.layers)
