@@ -21,11 +21,12 @@ from transformers import (
 )
 
 import obc
+from obc.model.evaluation import without_cache
 from obc.model.layouts import layout_of
-from obc.recovery import Kept, PruningPlan, compensate
+from obc.recovery import Kept, PruningPlan, compensate, correct
 from obc.recovery.layer_rows import columns_of, input_rows, output_rows
 from obc.recovery.normal_equations import NormalEquations
-from obc.recovery.segments import find_chain, replays, without_cache
+from obc.recovery.segments import find_chain, replays
 from obc.recovery.stream_points import observe
 
 
@@ -167,8 +168,8 @@ def test_a_plain_chain_gets_what_mode_seq_gives_it() -> None:
         report = compensate(pruned, original, plan, data, mode=mode, ridge=1e-4)
         assert all(layer.applied for layer in report.layers.values())
         models.append(pruned)
-    for seq, correct in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        assert_close(correct, seq, rtol=1e-9, atol=1e-10)
+    for expected, got in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_close(got, expected, rtol=1e-9, atol=1e-10)
 
 
 def tiny(name: str) -> tuple[nn.Module, dict[str, bool]]:
@@ -346,6 +347,18 @@ def test_held_out_batches_choose_the_ridge_or_nothing() -> None:
         assert report.layers["0"].applied is applied
         assert (report.layers["0"].ridge == 1e-5) is applied
         assert torch.equal(model[0].weight, pruned[0].weight) is not applied
+
+
+def test_every_channel_counts_alike_in_the_choice_of_the_ridge() -> None:
+    """One channel a thousand times larger than the others would profit from a small ridge, all others from a large."""
+    naive = torch.tensor([[1e6, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    large = naive * torch.tensor([0.9, 0.5, 0.5, 0.5])
+    small = naive * torch.tensor([0.8, 0.7, 0.7, 0.7])
+    assert correct._best([naive, large, small]) == 1
+    assert correct._best([naive, small]) == 1
+    assert correct._best([naive, 1.1 * naive]) == 0
+    exact = torch.zeros(1, 4, dtype=torch.float64)
+    assert correct._best([exact, exact + 1e-9]) == 0  # nothing was wrong: nothing is changed
 
 
 def test_padding_does_not_count() -> None:

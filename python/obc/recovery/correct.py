@@ -19,8 +19,9 @@ The unpruned and the pruned model run side by side through a chain of modules (:
 module the unpruned one runs once, the pruned one up to each layer and once more, and only the tensors between modules
 are kept. Layers outside the chain are reached by running the models from the start up to them.
 
-Held-out batches run along. For every layer they choose the ridge, or to leave the layer as it was; at the end, whether
-the model's output came closer to the unpruned model's at all.
+Held-out batches run along. For every layer they choose the ridge, or to leave the layer as it was, by the mean over
+channels of what remains of each channel's error; at the end, whether the model's output came closer to the unpruned
+model's at all.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ from obc.recovery.stream_points import Call, Seen, observe
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 # A position whose stream is this much smaller than the batch's average, in mean square, weighs no more than one at it.
 _SMALLEST_STREAM = 1e-4
+# A channel whose naive error is this much smaller than the average has nothing to lose by a change.
+_SMALLEST_ERROR = 1e-6
 # A channel that enters the sum with a factor this much smaller than the largest can't correct it.
 _SMALLEST_FACTOR = 1e-3
 
@@ -369,13 +372,14 @@ class CorrectRun:
         candidates: list[Change | None] = [None, *sums.fit.changes(self.options.ridges, layer.consumer.has_bias)]
         squares = torch.as_tensor(sums.factors, dtype=torch.float64, device=sums.check.energy.device).square()
         squares = squares if squares.dim() == 0 else squares.reshape(sums.check.energy.shape)
-        errors = [float((sums.check.error(change) * squares).sum()) / (energy or 1.0) for change in candidates]
-        best = min(range(len(errors)), key=errors.__getitem__)
+        errors = [sums.check.error(change) for change in candidates]
+        best = _best(errors)
         change = candidates[best]
         if change is not None:
             apply_change(layer.consumer.module, layer.consumer.layout, change)
+        before, after = (float((error * squares).sum()) / (energy or 1.0) for error in (errors[0], errors[best]))
         self.report.layers[layer.name] = LayerCorrection(
-            layer.summed, errors[0], errors[best], change is not None, sums.fit.rows, change.ridge if change else 0.0
+            layer.summed, before, after, change is not None, sums.fit.rows, change.ridge if change else 0.0
         )
 
     def _reconstruct(self, layer: _Layer, moments: Moments) -> None:
@@ -440,6 +444,16 @@ def _waves(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
         wave.append(layer)
     if wave:
         yield wave
+
+
+def _best(errors: Sequence[Tensor]) -> int:
+    """Which of several errors, (blocks, channels), is the smallest; the first is the naive one.
+
+    Every channel's error counts relative to its naive one. Summed as they are, a few channels of a large stream decide.
+    """
+    naive = errors[0]
+    floor = naive.clamp_min(max(_SMALLEST_ERROR * float(naive.mean()), torch.finfo(naive.dtype).tiny))
+    return min(range(len(errors)), key=lambda index: float((errors[index] / floor).mean()))
 
 
 def _row_weights(stream: Tensor) -> Tensor:
