@@ -12,6 +12,7 @@ import models
 import pytest
 import test_formulas
 import torch
+import transformers_families as families
 from test_formulas import Subject, changed, check, forward, subject
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from obc.model.usable_batches import UsableBatches
 from obc.recovery.fusion import fuse_units, transport
 from obc.statistics import Blocks
 from obc.statistics.blocks import entropy
+from obc.structures.transformers import TransformersStructure
 
 # --- pseudo-labels --------------------------------------------------------------------------------------------------
 
@@ -262,6 +264,29 @@ def test_searches_refuse_what_makes_no_sense() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize("criterion", ["entropy", "beam", "tolerance"])
+def test_whole_blocks_go_by_entropy_and_beam(criterion: str) -> None:
+    import transformers
+
+    sizes = dict(families._SIZES) | {"num_hidden_layers": 4}
+    model: Any = models.seeded(lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).eval())
+    batches = [torch.randint(31, (4, 8)) for _ in range(2)]
+    structure = TransformersStructure(model, ["layers"])
+
+    def prune() -> Any:
+        return obc.prune(
+            model, None, batches, lambda m, b: m(b, labels=b).loss, structure=structure, criterion=criterion,
+            blocks=0.75, steps=1, progress=False,
+        )  # fmt: skip
+
+    if criterion == "tolerance":
+        with pytest.raises(ValueError, match="the criterion 'tolerance' scores no group of this model"):
+            prune()
+        return
+    prune()
+    assert len(model.model.layers) == 3
 
 
 # --- fusion ---------------------------------------------------------------------------------------------------------

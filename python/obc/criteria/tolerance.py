@@ -62,6 +62,8 @@ class Tolerance(MeasuredCriterion):
     def measure(self, subject: Subject) -> GroupScores:
         ranks = group_scores(self.within, subject)
         groups = [g for g in subject.groups if g.name in ranks and unmaskable(subject.model, g) is None]
+        if not groups:
+            return {}
         losses = [Evaluation(replace(subject, loss_fn=task), "loss") for task in self.tasks or [subject.loss_fn]]
         masks: Masks = {group.name: torch.zeros(group.size, dtype=torch.bool) for group in groups}
         base = [loss(masks) for loss in losses]
