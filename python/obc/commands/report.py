@@ -81,7 +81,7 @@ def _pruning(source: Path, scores: Path | None) -> tuple[str, str]:
     further: list[Section] = []
     if scores is not None:
         found = load(scores)
-        further = score_sections(found, found.coverage, _unscored(found))
+        further = score_sections(found, found.table(), found.unscored_lines())
     try:
         report = PruningReport.load(source)
     except (OSError, ValueError) as error:
@@ -91,7 +91,7 @@ def _pruning(source: Path, scores: Path | None) -> tuple[str, str]:
 
 def score_page(scores: Scores, source: str) -> str:
     """The page of ``scores``, which come from the file ``source``."""
-    unscored = _unscored(scores)
+    unscored = scores.unscored_lines()
     listed = {
         "file": source,
         "modules scored": len(scores),
@@ -101,8 +101,4 @@ def score_page(scores: Scores, source: str) -> str:
         "kind of rows": scores.metadata.get("rows", "unknown"),
     }
     title = f"Scores of {scores.metadata.get('model', 'a model')}"
-    return document(title, score_sections(scores, scores.coverage, unscored), facts(listed))
-
-
-def _unscored(scores: Scores) -> list[str]:
-    return [name for name, how in scores.coverage.items() if not how.scored]
+    return document(title, score_sections(scores, scores.table(), unscored), facts(listed))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from obc.model.kept import PlanError
 from obc.model.names import named_modules
 
 
@@ -65,30 +62,3 @@ def shared_parameters(model: nn.Module) -> list[list[str]]:
             if parameter is not None:
                 names.setdefault(id(parameter), []).append(f"{module_name}.{key}" if module_name else key)
     return [found for found in names.values() if len(found) > 1]
-
-
-def share_again(model: nn.Module, shared: Sequence[Sequence[str]]) -> None:
-    """Tie parameters again that were tied before each module was sliced by itself.
-
-    Args:
-        model: sliced.
-        shared: the names of every parameter that modules shared, by :func:`shared_parameters`.
-
-    Raises:
-        PlanError: their values differ, because the modules lost different channels.
-    """
-    for names in shared:
-        holders = [_holder(model, name) for name in names]
-        first = holders[0][0][holders[0][1]]
-        for name, (parameters, key) in zip(names[1:], holders[1:], strict=True):
-            other = parameters[key]
-            if other is first:
-                continue
-            if other.shape != first.shape or not torch.equal(other, first):
-                raise PlanError(f"{names[0]} and {name} are one parameter, of which each would lose other channels")
-            parameters[key] = first
-
-
-def _holder(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    module, _, key = name.rpartition(".")
-    return model.get_submodule(module)._parameters, key

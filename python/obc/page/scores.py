@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -14,7 +14,6 @@ from obc.page.markup import Html, element, safe, table
 
 _POINTS = 120  # of a curve; wider layers are drawn at as many quantiles
 _STRIP_WIDTH, _STRIP_HEIGHT = 1000, 220
-_HEAD = ("module", "out", "in", "min", "median", "max", "read by")
 
 
 class Sided(Protocol):
@@ -27,13 +26,15 @@ class Sided(Protocol):
     def in_channels(self) -> Tensor | None: ...
 
 
-def score_sections(scores: Mapping[str, Sided], coverage: Mapping[str, str], unscored: Sequence[str]) -> list[Section]:
+def score_sections(
+    scores: Mapping[str, Sided], lines: Sequence[Sequence[str]], unscored: Collection[int]
+) -> list[Section]:
     """The sections of a model's scores.
 
     Args:
         scores: by module.
-        coverage: module -> how it was read, or why not.
-        unscored: the modules of ``coverage`` that were not.
+        lines: the table of all modules, as for :func:`score_table`.
+        unscored: the numbers of its modules without scores.
     """
     strip = safe(
         element(
@@ -58,7 +59,7 @@ def score_sections(scores: Mapping[str, Sided], coverage: Mapping[str, str], uns
     return [
         Section("network", "Scores through the network", strip),
         Section("layers", "Scores of layers", layers),
-        Section("coverage", "How scores were read", score_table(scores, coverage, unscored)),
+        Section("coverage", "How scores were read", score_table(lines, unscored)),
     ]
 
 
@@ -114,20 +115,16 @@ def _strip(scores: Mapping[str, Sided]) -> Html:
     return element("svg", *bars, *ends, viewBox=f"0 0 {_STRIP_WIDTH} {_STRIP_HEIGHT}", role="img", aria_label=label)
 
 
-def score_table(scores: Mapping[str, Sided], coverage: Mapping[str, str], unscored: Sequence[str]) -> Html:
-    """Every module: its channels, the range of its out-channel scores, and how it was read, or why not."""
-    rows, marked = [], {}
-    for number, (name, how) in enumerate(coverage.items()):
-        found = scores.get(name)
-        sides = (None, None) if found is None else (found.out_channels, found.in_channels)
-        numbers = ["", "", ""]
-        if (values := sides[0]) is not None and values.numel():
-            numbers = [f"{values.min():.2e}", f"{values.median():.2e}", f"{values.max():.2e}"]
-        sizes = ["" if side is None else str(side.numel()) for side in sides]
-        rows.append([_name(name), *sizes, *numbers, how])
-        if name in unscored:
-            marked[number] = "unscored"
-    return table(_HEAD, rows, label="every module, and how it was read", words=True, marked=marked)
+def score_table(lines: Sequence[Sequence[str]], unscored: Collection[int]) -> Html:
+    """Every module: its channels, the range of its out-channel scores, and how it was read, or why not.
+
+    Args:
+        lines: a head, and a line a module.
+        unscored: the numbers of the modules without scores.
+    """
+    head, *rows = lines
+    marked = dict.fromkeys(unscored, "unscored")
+    return table(head, rows, label="every module, and how it was read", words=True, marked=marked)
 
 
 def _name(name: str) -> str:

@@ -51,18 +51,6 @@ def outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn) -> 
     return [[tensor for tensor in tensors if tensor.is_floating_point()] for tensors in results]
 
 
-def finite_outputs(model: nn.Module, batches: UsableBatches, forward_fn: ForwardFn) -> list[list[Tensor]]:
-    """:func:`outputs`, without the batches whose outputs are not finite: they are left out from now on."""
-    found = []
-    for batch in batches:
-        (tensors,) = outputs(model, [batch], forward_fn)
-        if all_finite(tensors):
-            found.append(tensors)
-        else:
-            batches.leave_out("the model's outputs on it are not finite")
-    return found
-
-
 def output_error(
     got: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]], processes: Processes = ALONE
 ) -> float:

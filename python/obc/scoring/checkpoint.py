@@ -6,7 +6,7 @@ import glob
 import itertools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Checkpoint:
         if not self.path.exists():
             self._rows_path.unlink(missing_ok=True)
             return None
-        tensors, header = self._read()
+        tensors, header = read_checkpoint(self.path, _FORMAT)
         try:
             there, state, progress = (parse_json(header[key], dict[str, Any]) for key in _PARTS)
         except (KeyError, ValueError) as error:
@@ -81,7 +81,7 @@ class Checkpoint:
                 raise CheckpointError(
                     f"the checkpoint {self.path} is of another run: other {what}; delete it, or pass another path"
                 )
-        state["scores"] = _numbered(tensors, "scores")
+        state["scores"] = numbered(tensors, "scores")
         try:
             if (store := self.scorer.row_store) is not None:
                 state["kept_rows"] = self._load_rows(store, state["kept"])
@@ -90,7 +90,7 @@ class Checkpoint:
             raise CheckpointError(f"the checkpoint {self.path} is of another run: {error}") from error
         except (AttributeError, KeyError, TypeError) as error:  # what is not of the kind that it should be
             raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
-        self._random = _numbered(tensors, "random")
+        self._random = numbered(tensors, "random")
         return progress
 
     def save(self, progress: Mapping[str, Any]) -> None:
@@ -114,16 +114,6 @@ class Checkpoint:
         self.path.unlink(missing_ok=True)
         self._rows_path.unlink(missing_ok=True)
 
-    def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        try:
-            tensors, header = load_tensors(self.path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path} is no checkpoint, or is damaged: {error}; delete it") from error
-        if header.get("format") != _FORMAT:
-            found = header.get("format")
-            raise CheckpointError(f"{self.path} is no checkpoint: format {found!r}, expected {_FORMAT!r}; delete it")
-        return tensors, header
-
     def _save_rows(self) -> int:
         """Have every kept row on the disk; how many there are."""
         store = self.scorer.row_store
@@ -145,7 +135,37 @@ class Checkpoint:
         return list(self._rows.matrix().split([flat.size for flat in store.flats], dim=1))
 
 
-def _numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+def read_checkpoint(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is damaged, or has another format than ``form``.
+    """
+    try:
+        tensors, header = load_tensors(path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no checkpoint, or is damaged: {error}; delete it") from error
+    if (found := header.get("format")) != form:
+        raise CheckpointError(f"{path} is no checkpoint: format {found!r}, expected {form!r}; delete it")
+    return tensors, header
+
+
+def batches_from(batches: Iterable[Any], done: int) -> Iterator[Any]:
+    """The batches from number ``done`` on; those before are not loaded where batches can be indexed.
+
+    Raises:
+        CheckpointError: there are fewer batches.
+    """
+    if done and isinstance(batches, Sized) and hasattr(batches, "__getitem__") and not isinstance(batches, Mapping):
+        return (batches[index] for index in range(done, len(batches)))
+    left = iter(batches)
+    passed = sum(1 for _ in itertools.islice(left, done))
+    if passed < done:
+        raise CheckpointError(f"the checkpoint says that {done} batches are done, but there are only {passed}")
+    return left
+
+
+def numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
     """The tensors "name:0", "name:1" and so on."""
     keys = itertools.takewhile(lambda key: key in tensors, (f"{name}:{index}" for index in itertools.count()))
     return [tensors[key] for key in keys]

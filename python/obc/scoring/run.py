@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Sized
 from os import PathLike
 from typing import Any
 
@@ -17,7 +16,7 @@ from obc.model.evaluation import evaluating
 from obc.model.progress import ProgressLog
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows, LossFunction
-from obc.scoring.checkpoint import Checkpoint, CheckpointError
+from obc.scoring.checkpoint import Checkpoint, CheckpointError, batches_from
 from obc.scoring.label_free import label_free_loss
 from obc.scoring.results.merge import gathered
 from obc.scoring.results.report import PeakMemory, Report
@@ -136,7 +135,11 @@ class _Run:
             scorer.reserve_rows(total - self.done)
             self._has_room = True
         usable = batches if isinstance(batches, UsableBatches) else None
-        left = _from(batches, self.done) if usable is None else usable.over(_from(usable.all, self.done), self.done)
+        left = (
+            batches_from(batches, self.done)
+            if usable is None
+            else usable.over(batches_from(usable.all, self.done), self.done)
+        )
         if self.saved is not None:
             self.saved.restore_random()
         memory, started = PeakMemory(scorer.devices), time.perf_counter()
@@ -187,14 +190,3 @@ def _refuse_zeros(scores: Scores) -> None:
             "all rows are zero: no loss depends on what was scored; check loss_fn, and rows='sample' with losses "
             "that couple samples (then rows='batch')"
         )
-
-
-def _from(batches: Iterable[Any], done: int) -> Iterator[Any]:
-    """The batches from number ``done`` on; those before are not loaded where batches can be indexed."""
-    if done and isinstance(batches, Sized) and hasattr(batches, "__getitem__") and not isinstance(batches, Mapping):
-        return (batches[index] for index in range(done, len(batches)))
-    left = iter(batches)
-    passed = sum(1 for _ in itertools.islice(left, done))
-    if passed < done:
-        raise CheckpointError(f"the checkpoint says that {done} batches are done, but there are only {passed}")
-    return left

@@ -9,16 +9,15 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from obc.files import parse_json
 from obc.model.fingerprint import fingerprint, random_state, set_random_state
-from obc.scoring.checkpoint import CheckpointError
+from obc.scoring.checkpoint import CheckpointError, numbered, read_checkpoint
 from obc.scoring.coverage import Coverage
 from obc.scoring.scorer import JacobianScorer
 from obc.statistics.reader import Reader
-from obc.tensor_file import load_tensors, save_tensors
+from obc.tensor_file import save_tensors
 
 _FORMAT = "obc.statistics.checkpoint/1"
 _LISTS = ("scores", "kept_rows")  # of the scorer's state: lists of tensors
@@ -59,7 +58,7 @@ class Checkpoint:
             left.unlink(missing_ok=True)
         if not self.path.exists():
             return None
-        tensors, header = self._read()
+        tensors, header = read_checkpoint(self.path, _FORMAT)
         try:
             identity, state, progress = (
                 parse_json(header[key], dict[str, Any]) for key in ("identity", "state", "progress")
@@ -68,7 +67,7 @@ class Checkpoint:
             self._load(tensors, state)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
-        self._random = _numbered(tensors, "random")
+        self._random = numbered(tensors, "random")
         return progress
 
     def restore_random(self) -> None:
@@ -99,18 +98,6 @@ class Checkpoint:
         """The run is over: a later one with other batches must not go on from here."""
         self.path.unlink(missing_ok=True)
 
-    def _read(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        try:
-            tensors, header = load_tensors(self.path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self.path} is no checkpoint, or is damaged: {error}; delete it") from error
-        if header.get("format") != _FORMAT:
-            found = header.get("format")
-            raise CheckpointError(
-                f"{self.path} is no checkpoint of obc.collect: format {found!r}, expected {_FORMAT!r}; delete it"
-            )
-        return tensors, header
-
     def _refuse_other(self, identity: Mapping[str, Any]) -> None:
         for name, here in self.identity.items():
             if identity.get(name) != here:
@@ -131,13 +118,5 @@ class Checkpoint:
                     field, _, module = key.removeprefix(prefix).partition(":")
                     reader.sums.totals[module, field] = tensors[key]
         if self.scorer is not None:
-            lists = {key: _numbered(tensors, key) for key in _LISTS}
+            lists = {key: numbered(tensors, key) for key in _LISTS}
             self.scorer.load_state_dict({**state["scorer"], **lists})
-
-
-def _numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """The tensors "name:0", "name:1" and so on."""
-    found: list[Tensor] = []
-    while f"{name}:{len(found)}" in tensors:
-        found.append(tensors[f"{name}:{len(found)}"])
-    return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import time
 import warnings
@@ -25,7 +24,7 @@ from obc.model.progress import ProgressLog
 from obc.model.readable import readable
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
-from obc.scoring.checkpoint import CheckpointError
+from obc.scoring.checkpoint import batches_from
 from obc.scoring.coverage import Coverage
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.scorer import JacobianScorer
@@ -202,7 +201,7 @@ class _Run:
         if self.saved is not None and (state := self.saved.resume()) is not None:
             self.done, earlier = state["batches"], state["seconds"]
             logger.warning("going on from %s: %d batches are done", self.saved.path, self.done)
-        left = _from(batches, self.done)
+        left = batches_from(batches, self.done)
         if self.saved is not None:
             self.saved.restore_random()
         devices = {parameter.device for parameter in self.model.parameters()}
@@ -407,14 +406,3 @@ def _merged(coverages: Sequence[Mapping[str, Mapping[str, Coverage]]]) -> dict[s
                 if module not in mine or not mine[module].scored:
                     mine[module] = how
     return merged
-
-
-def _from(batches: Iterable[Any], done: int) -> Iterator[Any]:
-    """The batches from number ``done`` on; those before are not loaded where batches can be indexed."""
-    if done and isinstance(batches, Sized) and hasattr(batches, "__getitem__") and not isinstance(batches, Mapping):
-        return (batches[index] for index in range(done, len(batches)))
-    left = iter(batches)
-    passed = sum(1 for _ in itertools.islice(left, done))
-    if passed < done:
-        raise CheckpointError(f"the checkpoint says that {done} batches are done, but there are only {passed}")
-    return left

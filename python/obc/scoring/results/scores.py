@@ -121,8 +121,11 @@ class Scores(Mapping[str, ChannelScores]):
 
     def _repr_html_(self) -> str:
         """The table for a notebook: every module, the range of its scores, and how it was read."""
-        unscored = [name for name, how in self.coverage.items() if not how.scored]
-        return fragment(element("p", self._headline()), score_table(self, self.coverage, unscored))
+        return fragment(element("p", self._headline()), score_table(self.table(), self.unscored_lines()))
+
+    def unscored_lines(self) -> list[int]:
+        """The numbers of the modules in :meth:`table` that have no scores."""
+        return [number for number, how in enumerate(self.coverage.values()) if not how.scored]
 
     def group(self, groups: Sequence[ChannelGroup], slices: Slices = "all") -> GroupScores:
         """Scores of coupled channels: S_g = sum over the slices m of group g of S_m, per unit, with the parts listed.
