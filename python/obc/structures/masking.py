@@ -200,10 +200,11 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
 
     def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kept = stays.to(x.device)
+        at = dim if x.shape[dim] == size else 1  # a norm that is told where its channels are, by a forward of its own
         others = (narrowed(value) for value in args)
         named = {key: narrowed(value) for key, value in kwargs.items()}
-        normalised = inner.forward(x.index_select(dim, kept), *others, **named)
-        return normalised.new_zeros(x.shape).index_copy(dim, kept, normalised)
+        normalised = inner.forward(x.index_select(at, kept), *others, **named)
+        return normalised.new_zeros(x.shape).index_copy(at, kept, normalised)
 
     module.forward = over_kept
 

@@ -9,8 +9,8 @@ width, and channels of one run alone, where the others stay. The first units tha
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -154,36 +154,85 @@ def _suspect(model: nn.Module, found: Found) -> Suspect | None:
 def proposed(
     model: nn.Module, run: Run, suspects: Sequence[Suspect], place: Callable[[str], int]
 ) -> tuple[list[Proposal], int]:
-    """(what goes together, forward passes): of all suspects at once, and of each producer where that does not tell."""
+    """(what goes together, forward passes).
+
+    All suspects are probed at once. Where something depends on several of their channels, on a pair of halves or on
+    neighbours for example, channels are taken together; where that does not tell, each producer is probed by itself.
+    """
     bits = max(suspect.width - 1 for suspect in suspects).bit_length()
-    codes = {
-        layer: _codes(roots, number << bits)
-        for number, suspect in enumerate(suspects)
-        for layer, roots in suspect.producers.items()
-    }
-    together = probe(model, run, codes)
-    unclear = {number for number in range(len(suspects)) if _several(together, number, bits)}
-    proposals: list[Proposal] = []
-    for number, suspect in enumerate(suspects):
-        if number not in unclear:
-            outs: Members = {(layer, "out"): roots for layer, roots in suspect.producers.items()}
-            reached = _reached(model, together, number, bits)
-            name = min(suspect.producers, key=place)
-            proposals.append(Proposal(name, outs | suspect.unseen | reached, suspect.found.size))
-    apart = {n: s for n, s in enumerate(suspects) if n in unclear and 1 < len(s.producers) <= _MOST_PRODUCERS}
+    numbered = dict(enumerate(suspects))
+    together = _probe(model, run, {number: suspect.producers for number, suspect in numbered.items()}, bits)
+    unclear = {number for number in numbered if _several(together, number, bits).numel()}
+    proposals = [
+        _proposal(model, suspect, together, number, bits, place)
+        for number, suspect in numbered.items()
+        if number not in unclear
+    ]
     passes = together.passes
-    probes: list[Probe] = []
+    for classes in (_neighbours, _strided):
+        merged = {}
+        for number in unclear:
+            size, read = suspects[number].found.size, len(_several(together, number, bits))
+            if size % read == 0 and size > read:
+                merged[number] = _merged(suspects[number], classes(size, read))
+        if merged:
+            probed = _probe(model, run, {number: suspect.producers for number, suspect in merged.items()}, bits)
+            passes += probed.passes
+            for number, suspect in merged.items():
+                if not _several(probed, number, bits).numel():
+                    unclear.remove(number)
+                    proposals.append(_proposal(model, suspect, probed, number, bits, place))
+    apart = {n: s for n, s in numbered.items() if n in unclear and 1 < len(s.producers) <= _MOST_PRODUCERS}
+    single: list[Probe] = []
     for turn in range(max((len(suspect.producers) for suspect in apart.values()), default=0)):
         turns = {n: list(s.producers)[turn] for n, s in apart.items() if turn < len(s.producers)}
-        alone = {layer: _codes(_own(apart[n].producers[layer]), n << bits) for n, layer in turns.items()}
-        probes.append(probe(model, run, alone))
-        passes += probes[-1].passes
+        alone = {n: {layer: {c: c for c in apart[n].producers[layer]}} for n, layer in turns.items()}
+        single.append(_probe(model, run, alone, bits))
+        passes += single[-1].passes
     for number, suspect in apart.items():
-        single = probes[: len(suspect.producers)]
-        if not any(_several(one, number, bits) for one in single):
-            maps = [_reached(model, one, number, bits) for one in single]
+        own = single[: len(suspect.producers)]
+        if not any(_several(one, number, bits).numel() for one in own):
+            maps = [_reached(model, one, number, bits) for one in own]
             proposals += _coupled(suspect, maps, place)
     return proposals, passes
+
+
+def _probe(model: nn.Module, run: Run, producers: Mapping[int, dict[str, dict[int, int]]], bits: int) -> Probe:
+    """Probe the producers of several suspects at once; the number of the suspect stands above the bits of a channel."""
+    return probe(
+        model,
+        run,
+        {layer: _codes(roots, number << bits) for number, own in producers.items() for layer, roots in own.items()},
+    )
+
+
+def _proposal(
+    model: nn.Module, suspect: Suspect, probed: Probe, number: int, bits: int, place: Callable[[str], int]
+) -> Proposal:
+    outs: Members = {(layer, "out"): roots for layer, roots in suspect.producers.items()}
+    members = outs | suspect.unseen | _reached(model, probed, number, bits)
+    return Proposal(min(suspect.producers, key=place), members, suspect.found.size)
+
+
+def _neighbours(size: int, read: int) -> list[int]:
+    """Of each of ``size`` channels, which of the ``read`` that a layer reads it goes into: neighbours into one."""
+    return [channel // (size // read) for channel in range(size)]
+
+
+def _strided(size: int, read: int) -> list[int]:
+    """The same for one channel out of each of equal parts, such as the halves of a gated unit."""
+    return [channel % read for channel in range(size)]
+
+
+def _merged(suspect: Suspect, classes: Sequence[int]) -> Suspect:
+    """The suspect with root channels of one class taken for one."""
+    producers = {
+        layer: {channel: classes[root] for channel, root in roots.items()} for layer, roots in suspect.producers.items()
+    }
+    unseen: Members = {
+        part: {channel: classes[root] for channel, root in roots.items()} for part, roots in suspect.unseen.items()
+    }
+    return Suspect(replace(suspect.found, size=max(classes) + 1), producers, unseen)
 
 
 def _codes(roots: dict[int, int], first: int) -> Tensor:
@@ -193,19 +242,16 @@ def _codes(roots: dict[int, int], first: int) -> Tensor:
     return codes
 
 
-def _own(roots: dict[int, int]) -> dict[int, int]:
-    return {channel: channel for channel in roots}
-
-
-def _several(probed: Probe, number: int, bits: int) -> bool:
-    """Whether something depends on several channels that may be those of one suspect."""
+def _several(probed: Probe, number: int, bits: int) -> Tensor:
+    """Of the layer that reads most of them: what depends on several channels that may be those of one suspect."""
+    most = torch.empty(0, dtype=torch.int64)
     for name, seen in probed.suspects.items():
         upper = seen[:, bits:]
         values = torch.tensor([(number >> bit) & 1 for bit in range(upper.shape[1])], dtype=torch.int64)
         possible = ((upper >> values) & 1).bool().all(1)
-        if bool((possible & (probed.origins[name] == SEVERAL)).any()):
-            return True
-    return False
+        found = (possible & (probed.origins[name] == SEVERAL)).nonzero()[:, 0]
+        most = found if len(found) > len(most) else most
+    return most
 
 
 def _reached(model: nn.Module, probed: Probe, number: int, bits: int) -> Members:

@@ -9,7 +9,7 @@ the other channels. An input that differs in exactly one of the two, for every b
 is what the passes spell.
 
 For n codes that takes 2 log2(n) passes and one to compare with. Inputs that nothing reached for some bit (behind a norm
-that shifts, or an activation that saturates) are looked at again with larger and with smaller numbers: at most three
+that shifts, or an activation that saturates) are looked at again with numbers of another size and sign: at most three
 times as many passes. No layer multiplies by its weight in them.
 """
 
@@ -34,7 +34,8 @@ from obc.structures.comparison import run_alike
 Run = Callable[[nn.Module], Any]
 # What a channel of an input depends on, besides the code of one channel: none that has a code, or several of them.
 NOTHING, SEVERAL = -1, -2
-_SCALES = (1.0, 30.0, 1 / 30)
+# Size and sign of the numbers: positive ones pass a ReLU, so that no product with them is zero; None stands for both.
+_ROUNDS: tuple[tuple[float, int | None], ...] = ((1.0, 1), (30.0, None), (1 / 30, -1))
 
 
 @dataclass
@@ -67,11 +68,12 @@ def probe(model: nn.Module, run: Run, codes: Mapping[str, Tensor]) -> Probe:
     bits = max(1, largest.bit_length())
     prober = _Prober(model, run, codes)
     found = Probe()
-    for scale in _SCALES:
-        before = prober.read(scale, None)
+    for scale, sign in _ROUNDS:
+        prober.scale, prober.sign = scale, sign
+        before = prober.read(None)
         for bit in range(bits):
             for value in (0, 1):
-                now = prober.read(scale, (bit, value))
+                now = prober.read((bit, value))
                 for name, same in _changed(before, now).items():
                     seen = found.suspects.setdefault(name, torch.zeros(len(same), bits, dtype=torch.int64))
                     if len(seen) == len(same):
@@ -112,7 +114,7 @@ class _Prober:
         self._devices: dict[str, torch.device] = {}
         self._calls: dict[str, int] = {}
         self._readings: dict[str, list[Tensor]] = {}
-        self._scale = 1.0
+        self.scale, self.sign = _ROUNDS[0]
         self._selected: tuple[int, int] | None = None
         self.passes = 0
         modules = list(named_modules(self._model))
@@ -125,9 +127,9 @@ class _Prober:
             handle.remove()
             self._pretend(name, layer)
 
-    def read(self, scale: float, selected: tuple[int, int] | None) -> dict[str, list[Tensor]]:
-        """What all modules read, with numbers of this size, the channels with this value of this bit changed."""
-        self._scale, self._selected = scale, selected
+    def read(self, selected: tuple[int, int] | None) -> dict[str, list[Tensor]]:
+        """What all modules read, the channels with this value of this bit changed."""
+        self._selected = selected
         self._observe()
         return self._readings
 
@@ -180,14 +182,15 @@ class _Prober:
         dim %= like.dim()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {call}".encode()))
         usual, other = (_pattern(like.shape, generator) for _ in range(2))
-        signs = torch.randint(0, 2, (like.shape[dim],), generator=generator) * 2 - 1
+        both = torch.randint(0, 2, (like.shape[dim],), generator=generator) * 2 - 1
+        signs = both if self.sign is None else torch.full_like(both, self.sign)
         changed = torch.zeros(like.shape[dim], dtype=torch.bool)
         if self._selected is not None and name in self._codes:
             bit, value = self._selected
             codes = self._codes[name]
             changed = (codes >= 0) & ((codes >> bit) & 1 == value)
         shape = [-1 if axis == dim else 1 for axis in range(like.dim())]
-        numbers = torch.where(changed.view(shape), -1.5 * other, usual) * (signs.view(shape) * self._scale)
+        numbers = torch.where(changed.view(shape), -1.5 * other, usual) * (signs.view(shape) * self.scale)
         return numbers.to(self._devices[name], like.dtype)
 
 

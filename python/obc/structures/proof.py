@@ -184,7 +184,7 @@ class _Prover:
     def _passing(self, names: Sequence[str], number: int) -> list[str]:
         """Those of the groups that pass, together; the others are left out."""
         if not names or self._fault(names, number) is None:
-            return list(names)
+            return self._untied(names, number)
         if not self._repeats(names, number):
             self.proof.unproved |= dict.fromkeys(names, "the model returns something else at every call")
             return list(names)
@@ -194,6 +194,18 @@ class _Prover:
         if len(passing) > 1 and self._fault(passing, number) is not None:
             passing = self._one_by_one(passing, number)
         return [name for name in names if name in passing]
+
+    def _untied(self, names: Sequence[str], number: int) -> list[str]:
+        """Those of the groups, which pass together, that share no parameter, or pass alone: others may go by chance."""
+        shared = {name.rpartition(".")[0] for tied in shared_parameters(self.base) for name in tied}
+        passing = []
+        for name in names:
+            tied = len(names) > 1 and any(part.module in shared for part in self.groups[name].slices)
+            if tied and (fault := self._fault([name], number)) is not None:
+                self.proof.left_out[name] = fault
+            else:
+                passing.append(name)
+        return passing
 
     def _halved(self, names: Sequence[str], number: int) -> list[str]:
         if len(names) == 1:
