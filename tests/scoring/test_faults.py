@@ -26,14 +26,14 @@ ERRORS = [RuntimeError, KeyboardInterrupt, MemoryError]
 
 
 class Fault:
-    """Raises ``error`` at the ``at``-th call of :meth:`strike`, counted from 0."""
+    """Raises ``error`` at the ``at``-th call of :meth:`strike`, counted from 0; a lasting one later too, until mended."""
 
-    def __init__(self, error: type[BaseException], at: int) -> None:
-        self.error, self.left = error, at
+    def __init__(self, error: type[BaseException], at: int, lasting: bool = False) -> None:
+        self.error, self.left, self.lasting, self.mended = error, at, lasting, False
 
     def strike(self) -> None:
         self.left -= 1
-        if self.left == -1:
+        if self.left == -1 or (self.left < 0 and self.lasting and not self.mended):
             raise self.error("injected")
 
 
@@ -88,11 +88,13 @@ def test_a_fault_leaves_the_model_as_it_was_and_scorable(
 ) -> None:
     case = models.residual_cnn()
     expected = obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows)
-    handles = place(case, Fault(error, at))
+    fault = Fault(error, at, lasting=True)  # what fails once, on one sample, is tried again on the whole first batch
+    handles = place(case, fault)
     snapshot = Snapshot(unusual(case.model))
     with pytest.raises(error, match="injected"):
         obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows)
     snapshot.assert_restored()
+    fault.mended = True
     for handle in handles:
         handle.remove()
     assert_equal(obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows), expected)

@@ -28,20 +28,28 @@ class BatchRows:
 
     Attributes:
         one_at_a_time: sample rows must come one sample at a time.
+        checks_on_a_sample: the checking row is tried on one sample of the first batch.
         losses: of the batch read last, detached; a loss may be not finite where its row is.
     """
 
     def __init__(
-        self, scorer: JacobianScorer, loss_fn: LossFunction, micro_batch: int | None = None, loss_scale: float = 1.0
+        self,
+        scorer: JacobianScorer,
+        loss_fn: LossFunction,
+        micro_batch: int | None = None,
+        loss_scale: float = 1.0,
+        checks_on_a_sample: bool = False,
     ) -> None:
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
         self.scorer, self.loss_fn, self.micro_batch, self.loss_scale = scorer, loss_fn, micro_batch, loss_scale
-        self.one_at_a_time = False
+        self.one_at_a_time, self.checks_on_a_sample = False, checks_on_a_sample
         self.losses: list[Tensor] = []
         self._read = 0  # samples of the batch in hand that are rows already: what is repeated begins behind them
 
     def batch(self, index: int, batch: Any) -> None:
+        if self.checks_on_a_sample and self.scorer.can_check_on_a_sample:
+            self._check_on_a_sample(index, batch)
         self._read, self.losses = 0, []
         for repeats_left in reversed(range(_REPEATS)):
             try:
@@ -55,6 +63,26 @@ class BatchRows:
                 else:
                     logger.warning("scoring sample by sample, which is slower: %s", error)
                     self.one_at_a_time = True
+
+    def _check_on_a_sample(self, index: int, batch: Any) -> None:
+        """Try it once; where the batch can't be cut, or the model does not run on a cut, the first row is checked."""
+        self.checks_on_a_sample = False
+        try:
+            samples = samples_in(batch)
+        except ValueError:
+            return
+        if samples < 2:
+            return
+        self._seek(index, 0)
+        devices = [device for device in self.scorer.devices if device.type == "cuda"]
+        try:
+            with torch.random.fork_rng(devices), self.scorer.check_on_a_sample():
+                loss = _checked_loss(index, self.loss_fn(self.scorer.model, part_of(batch, 0, 1, samples)))
+                (loss * self.loss_scale).backward()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise  # a whole batch takes more
+        except Exception as error:  # whatever a loss raises for one sample: the first batch tells what is wrong
+            logger.info("the check is made on the whole first batch, not on one sample: %s", error)
 
     def _rows(self, index: int, batch: Any) -> None:
         if self.scorer.rows == "batch":

@@ -203,6 +203,8 @@ class JacobianScorer:
         row.complete(may_be_empty=self.process_group is not None and self.combine == "row")
         # A checking row that is not finite is dropped, and the next one is checked.
         counts = not self._reading.checking or self._settle_check(attachment)
+        if self._reading.pending is not None:
+            self._check.confirm_pending(attachment)
         attachment.drop_gradients()
         self._shared.add_up(self._flats)
         samples = self._reading.samples or 1
@@ -218,6 +220,39 @@ class JacobianScorer:
         self._reading.samples = None
         if self.strict or self.devices == {torch.device("cpu")}:
             self._counter.name_faults()
+
+    @property
+    def can_check_on_a_sample(self) -> bool:
+        """Whether the next row is the checking one, and a backward of one sample can stand for it."""
+        return (
+            self._attachment is not None
+            and self._reading.checking
+            and self.rows == "batch"
+            and self.process_group is None
+        )
+
+    @contextlib.contextmanager
+    def check_on_a_sample(self) -> Iterator[None]:
+        """Check how modules are read by the backward of one sample, which runs inside the block and is no row.
+
+        Unless every module is read rightly on it, nothing is decided and the next row is the checking one. Chains that
+        the sample suggests are used once a row of a whole batch has confirmed them.
+        """
+        if self._attachment is None or self._row is not None or not self.can_check_on_a_sample:
+            raise ScoringError("the check on a sample comes before the first row of an attached scorer of batch rows")
+        self._check.begin()
+        self._row = RowInHand(self.model, self._plan, self._reading, self._attachment, None)
+        settled = False
+        try:
+            yield
+            self._row.complete(may_be_empty=False)
+            settled = self._check.settle_on_a_sample(self._attachment)
+        finally:
+            if not settled:
+                self._check.forget()
+            self._row.drop()
+            self._row = None
+            self._plan.chains.forget_row()
 
     def _settle_check(self, attachment: Attachment) -> bool:
         settled = self._check.settle(attachment)

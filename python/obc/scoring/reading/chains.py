@@ -117,6 +117,34 @@ class Candidates:
         self._found[candidate] = self._found.get(candidate, 0) + 1
 
 
+class Pending:
+    """Candidates found on one sample, until a row of a whole batch confirms them: there every slot has its gate.
+
+    Args:
+        candidates: what the graph of the checking row said.
+    """
+
+    def __init__(self, candidates: Iterable[Candidate]) -> None:
+        self._by_input: dict[Slot, list[_Chain]] = {}
+        for one in candidates:
+            self._by_input.setdefault(one.seen_by, []).append(_Chain(one))
+        self._seen: dict[Candidate, list[bool]] = {}
+
+    def begin_row(self) -> None:
+        """Forget what a row that was dropped, or was not finite, said."""
+        self._seen.clear()
+
+    def look(self, activation: Tensor, slot: Slot, outputs: Mapping[Slot, Any]) -> None:
+        """See whether the graph of this row says the same; ``outputs``: slot -> the node of its gate."""
+        for chain in self._by_input.get(slot, ()):
+            held = chain.link_holds(activation.grad_fn, outputs)
+            self._seen.setdefault(chain.link, []).append(held)
+
+    def found(self) -> list[Candidate]:
+        """Those that every use of their input saw."""
+        return [candidate for candidate, held in self._seen.items() if all(held)]
+
+
 def _through(node: Any, name: str) -> Collection[int]:
     """The inputs in which this node is homogeneous."""
     if name.startswith(_HOMOGENEOUS):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.reading import first_row, refusals
 from obc.scoring.reading.attachment import Attachment
+from obc.scoring.reading.chains import Pending
 from obc.scoring.reading.module_readers import Reader, Reading
 from obc.scoring.reading.reading_plan import Plan
 from obc.scoring.reading.row_counter import RowCounter
@@ -25,14 +28,26 @@ class CheckingRow:
 
     def __init__(self, plan: Plan, reading: Reading, counter: RowCounter, fall_back: bool) -> None:
         self._plan, self._reading, self._counter, self._fall_back = plan, reading, counter, fall_back
-        self._reasons: dict[Reader, str | None] = {}  # their values before this row
+        # Their state before this row.
+        self._before: dict[Reader, tuple[Any, ...]] = {}
+        self._fired: list[bool] = []
         if not reading.checking:
             first_row.settle_unchecked(plan, fall_back)
 
     def begin(self) -> None:
         """Note the present state, which is restored if the row is repeated."""
         if self._reading.checking:
-            self._reasons = {reader: reader.reason for reader in self._plan.readers.values()}
+            self._before = {reader: reader.noted for reader in self._plan.readers.values()}
+            self._fired = [source.gradient.fired for source in self._plan.sources]
+
+    def forget(self) -> None:
+        """Forget what a check on a sample noted: the next row is the checking one as if there had been none."""
+        for reader, noted in self._before.items():
+            reader.noted = noted
+        for source, fired in zip(self._plan.sources, self._fired, strict=True):
+            source.gradient.fired = fired
+        if self._reading.candidates is not None:
+            self._reading.candidates = self._plan.candidates()
 
     def check_samples(self, losses: Tensor) -> None:
         """See :meth:`obc.JacobianScorer.check_samples`."""
@@ -69,7 +84,7 @@ class CheckingRow:
 
     def _repeated(self, why: str) -> RowError:
         """Forget what this row noted so far."""
-        for reader, reason in self._reasons.items():
+        for reader, (reason, *_) in self._before.items():
             reader.reason = reason
         return RowError(f"{self._counter.row()} was dropped: {why}; repeat this row")
 
@@ -85,11 +100,33 @@ class CheckingRow:
         fallen = first_row.settle(plan, self._fall_back)
         if reading.per_sample and (reading.samples or 1) > 1 and fallen:
             raise SampleRowsError.of(fallen)
-        reading.checking = False
         if reading.candidates is not None:
             plan.confirm_chains(reading.candidates, attachment.norms)
-            reading.candidates = None
-        for flat in plan.flats.values():
+        self._end(attachment)
+        return True
+
+    def settle_on_a_sample(self, attachment: Attachment) -> bool:
+        """End the check where one sample says of every module that its gates read it rightly.
+
+        Returns:
+            False where it does not say so of one: a whole batch has to be looked at.
+        """
+        if not first_row.holds_on_a_sample(self._plan):
+            return False
+        if self._reading.candidates is not None:
+            self._reading.pending = Pending(self._reading.candidates.found())
+        self._end(attachment)
+        return True
+
+    def _end(self, attachment: Attachment) -> None:
+        self._reading.checking, self._reading.candidates = False, None
+        for flat in self._plan.flats.values():
             flat.reference = torch.empty(0)
         attachment.set_weight_gradients()
-        return True
+
+    def confirm_pending(self, attachment: Attachment) -> None:
+        """Take over the chains that a sample suggested and the batch in hand confirms; not where it isn't finite."""
+        assert self._reading.pending is not None
+        if all(bool(flat.values.isfinite().all()) for flat in self._plan.flats.values()):
+            self._plan.confirm_chains(self._reading.pending, attachment.norms)
+            self._reading.pending = None

@@ -49,6 +49,23 @@ def settle(plan: Plan, fall_back: bool) -> list[str]:
     return fallen
 
 
+def holds_on_a_sample(plan: Plan) -> bool:
+    """Whether a checking row of one sample said of every module that its gates read it rightly.
+
+    Where it did not, where a module was not reached or its row is zero, a whole batch has to be looked at.
+    """
+    for source in plan.sources:
+        if _compare(source.readers, source.gradient) is not None:
+            return False
+        if not all(bool(slot.of(slot.flat.reference).any()) for slot in _slots_of(source.readers)):
+            return False
+    for reader in plan.without_source():
+        reader.notice_changes()
+        if reader.reason is not None or not (reader.called and reader.reached):
+            return False
+    return all(bool(flat.row.isfinite().all()) for flat in plan.flats.values())
+
+
 def settle_unchecked(plan: Plan, fall_back: bool) -> None:
     """The same without a checking row: only what is known beforehand to be read wrongly by gates is changed."""
     for source in plan.sources:

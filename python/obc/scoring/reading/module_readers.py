@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from obc.model.rules import Rule
 from obc.model.sharding import is_dtensor
 from obc.scoring.reading import native_gates
-from obc.scoring.reading.chains import Candidates, Chains
+from obc.scoring.reading.chains import Candidates, Chains, Pending
 from obc.scoring.reading.flat_row import Slot
 from obc.scoring.reading.gates import CheckGate, TokenGate, pass_gate
 from obc.scoring.sharding import LocalPart
@@ -32,6 +32,7 @@ class Reading:
         spread: readers whose output was spread over the samples of this row.
         sharded: parameters lie on several processes; no row is checked, and what gates can't read is not read.
         candidates: in the checking row, for what may follow from other rows; None where that is not asked for.
+        pending: chains that a whole batch has to confirm; None where there is nothing to confirm.
         chains: which slots need no gate, because their rows follow from others.
         native: the library of gates in C++, or None where the row in hand is read by those in Python.
     """
@@ -43,6 +44,7 @@ class Reading:
         self.counted_by: Reader | None = None
         self.spread: list[Reader] = []
         self.candidates: Candidates | None = None
+        self.pending: Pending | None = None
         self.native: Any | None = None
 
     def begin_row(self, samples: int | None) -> None:
@@ -50,6 +52,8 @@ class Reading:
         self.begins = samples is None
         self.counted_by, self.spread = None, []
         self.native = native_gates.library()
+        if self.pending is not None:
+            self.pending.begin_row()
 
 
 class _Watch:
@@ -104,6 +108,17 @@ class Reader:
         """Whether in the checking row a gradient came to its output, and through it to its input."""
         sides = ((self.out, self._watch_out), (self.in_, self._watch_in))
         return all(watch.reached for slot, watch in sides if slot is not None and slot.read)
+
+    @property
+    def noted(self) -> tuple[str | None, bool, bool, bool]:
+        """What a checking row notes of gates: the reason against them, whether they were called, what is copied."""
+        return self.reason, self.called, self.copy_input, self.copy_output
+
+    @noted.setter
+    def noted(self, noted: tuple[str | None, bool, bool, bool]) -> None:
+        self.reason, self.called, self.copy_input, self.copy_output = noted
+        for watch in (self._watch_in, self._watch_out):
+            watch.input_changed = watch.output_changed = watch.reached = False
 
     def attach(self, reading: Reading) -> None:
         """Put the gates on: hooks closest to the module's own forward, so that they see what it sees.
@@ -179,6 +194,8 @@ class Reader:
                 tokens = args[0] if args else kwargs["input"]
                 output = self._gate_tokens(output, tokens, self.tokens)
         gated = self._gate(output, self.out, self.rule.out_dim, False, self._watch_out, 1)
+        if self._reading.pending is not None and not is_compiling():
+            self._reading.chains.outputs[self.out] = gated.grad_fn
         self._take_over_output(output)
         # A compiler sees no version counters, and removes a copy that it finds needless.
         copy = (self.copy_output and not self._reading.checking) or is_compiling()
@@ -193,6 +210,8 @@ class Reader:
             # Only in the checking row does the layer save its input, which must then be a clone of its own.
             return activation.clone() if reading.checking and slot is self.in_ else activation
         if not (reading.checking or is_compiling()) and slot is self.in_:
+            if reading.pending is not None:
+                reading.pending.look(activation, slot, reading.chains.outputs)
             reading.chains.look(activation, slot)
             if slot in reading.chains.slots:
                 return activation
@@ -222,6 +241,7 @@ class Reader:
         reading = self._reading
         return (
             reading.native is not None
+            and reading.pending is None
             and not (reading.checking or reading.per_sample or reading.sharded or is_compiling())
             and type(activation) is Tensor
         )

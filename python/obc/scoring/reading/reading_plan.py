@@ -14,7 +14,7 @@ from obc.model.groups import Side
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.model.sharding import is_sharded
 from obc.scoring.coverage import Coverage
-from obc.scoring.reading.chains import Candidates, Chains
+from obc.scoring.reading.chains import Candidates, Chains, Pending
 from obc.scoring.reading.flat_row import FlatRow, Slot
 from obc.scoring.reading.gradients import NormGradients, WeightGradient
 from obc.scoring.reading.module_readers import Reader
@@ -57,7 +57,7 @@ class Plan:
         readers = [reader for reader in self.readers.values() if reader.how == "norm gradient"]
         return Candidates({id(reader.weight): (reader.module, reader.out) for reader in readers})
 
-    def confirm_chains(self, candidates: Candidates, norms: Iterable[NormGradients]) -> None:
+    def confirm_chains(self, candidates: Candidates | Pending, norms: Iterable[NormGradients]) -> None:
         """Keep the chains that hold in this row, of modules that gates read."""
         gated = [reader for reader in self.readers.values() if reader.how == "gate" and reader.in_ is not None]
         inputs = {reader.in_ for reader in gated}

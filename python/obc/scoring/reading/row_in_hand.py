@@ -73,7 +73,7 @@ class RowInHand:
         refusals.refuse_samples(self._plan, self._reading, self._samples)
         for norms in self._norms:
             norms.add_to_row(norms.flat.row)
-        if not self._reading.checking:
+        if not self._reading.checking and self._reading.pending is None:
             self._plan.chains.refuse_unseen()
             self._plan.chains.fill()
 
