@@ -6,12 +6,14 @@ MACs of a chain of 3x3 convolutions go, by joint selection with everything else 
 Tables: each form of the Gram matrix beside a plain NumPy greedy with the whole matrix, which picks the same units, and
 beside one matrix product of as many multiplications as the whole Gram matrix has. After the tables: one run for each
 number of channels and rows in a process of its own, with the form that is chosen by size, and how far it raises the
-process's peak memory. The largest take minutes each: ``--channels`` and ``--rows`` say which.
+process's peak memory. The largest take minutes each: ``--channels`` and ``--rows`` say which. ``--targets`` makes the
+two runs that have a target alone, in about a minute and a half.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -34,6 +36,7 @@ from obc.selection.shrinkage import estimated_shrinkage
 MAX_BYTES = 2**31  # the default of obc.select
 TABLES = ((1000, 64), (1000, 512), (1000, 2048), (4000, 512))
 RUN_CHANNELS, RUN_ROWS = (1000, 10_000, 100_000), (64, 512, 2048)
+TARGETS = {(15_000, 512): 2.0, (100_000, 512): 60.0}  # (channels, rows) -> seconds
 WIDTH = 500  # units of a group
 POSITIONS = 64
 
@@ -124,9 +127,9 @@ def single_run(channels: int, count: int, threads: int) -> dict[str, Any]:
     select(make_rows(2 * WIDTH, 2), None)
     rows = make_rows(channels, count)
     before = _peak_mib()
-    start = time.perf_counter()
+    start, start_cpu = time.perf_counter(), time.process_time()
     removed = select(rows, None)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     stand_in = torch.empty(1, dtype=torch.float64).expand(channels, count)
     return {
         "channels": channels,
@@ -134,6 +137,7 @@ def single_run(channels: int, count: int, threads: int) -> dict[str, Any]:
         "form": choose_form(stand_in, [WIDTH] * len(rows), chunks=False, max_bytes=MAX_BYTES),
         "removed": sum(map(len, removed.values())),
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "memory_mib": _peak_mib() - before,
         "rows_mib": 4 * channels * count / 2**20,
     }
@@ -151,26 +155,29 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
     parser.add_argument("--channels", type=int, nargs="*", default=RUN_CHANNELS, help="of the single runs")
     parser.add_argument("--rows", type=int, nargs="*", default=RUN_ROWS, help="of the single runs")
+    parser.add_argument("--targets", action="store_true", help="only the single runs that have a target")
     parser.add_argument("--out", nargs="?", type=Path, const=RESULTS / "bench_select.json", help="write JSON here")
     arguments = parser.parse_args()
     facts = provenance(arguments.repeats, arguments.threads)
     print(f"{facts['cpu']}, {facts['threads']} of {facts['logical_cpus']} logical CPUs, torch {facts['torch']}")
     tables, runs = [], []
-    for channels, count in TABLES if arguments.repeats else ():
+    for channels, count in TABLES if arguments.repeats and not arguments.targets else ():
         name = f"{channels} channels, {count} rows"
         result = measure(name, table(channels, count), arguments.repeats, arguments.threads)
         print(result.table() + "\n", flush=True)
         tables.append(result.as_dict())
-    print("channels   rows  form      removed   seconds  memory MiB  (the rows themselves)")
-    for channels in arguments.channels:
-        for count in arguments.rows:
-            run = run_apart(channels, count, arguments.threads)
-            runs.append(run)
-            print(
-                f"{channels:8d} {count:6d}  {run['form']:8s} {run['removed']:8d} {run['seconds']:9.2f} "
-                f"{run['memory_mib']:11.0f}  ({run['rows_mib']:.0f})",
-                flush=True,
-            )
+    print("channels   rows  form      removed   seconds  of CPU  target  memory MiB  (the rows themselves)")
+    sizes = list(TARGETS) if arguments.targets else itertools.product(arguments.channels, arguments.rows)
+    for channels, count in sizes:
+        run = run_apart(channels, count, arguments.threads)
+        runs.append(run)
+        target = TARGETS.get((channels, count))
+        print(
+            f"{channels:8d} {count:6d}  {run['form']:8s} {run['removed']:8d} {run['seconds']:9.2f} "
+            f"{run['cpu_seconds']:7.2f} {'' if target is None else f'< {target:.0f}':>7} "
+            f"{run['memory_mib']:11.0f}  ({run['rows_mib']:.0f})",
+            flush=True,
+        )
     if arguments.out:
         write(arguments.out, facts, cases=tables, runs=runs)
         print(f"written: {arguments.out}")
