@@ -41,7 +41,7 @@ import obc
 from benchmarks import isolated
 from benchmarks.bench_scoring import AGREEMENT, PLAIN, Subject, contract_and_drop, expected_scores, vgg19
 from benchmarks.gpu_models import resnet50_model
-from benchmarks.harness import Case, Provider, Result, chosen, measure, parser_of, provenance, update
+from benchmarks.harness import Case, Provider, Result, Target, chosen, measure, parser_of, provenance, update
 
 ROWS = 8
 BATCH = 8
@@ -314,15 +314,21 @@ def frozen(subject: Subject) -> Callable[[], None]:
 # --- tables --------------------------------------------------------------------------------------------------------
 
 
-def case_of(make: Callable[[int, int], Subject], rows: int, batch: int) -> tuple[Case, dict[str, str]]:
+OBC_ROWS = "obc, JC batch rows"
+TARGETS = [Target(OBC_ROWS, "Taylor", 1.0)]
+
+
+def case_of(
+    make: Callable[[int, int], Subject], rows: int, batch: int, ways: Sequence[str] = tuple(WAYS)
+) -> tuple[Case, dict[str, str]]:
     """The case, and way -> why it can't be run on this model."""
     torch.manual_seed(0)
     subject = make(rows, batch)
     expected = expected_scores(subject)
     names = [n for n, m in subject.model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     refused, providers = {}, []
-    for name, way in WAYS.items():
-        own = subject
+    for name in ways:
+        way, own = WAYS[name], subject
         if name == OPACUS:
             if importlib.util.find_spec("opacus") is None:
                 refused[name] = "Opacus is not installed: pip install --no-deps opacus opt-einsum"
@@ -345,9 +351,10 @@ def case_of(make: Callable[[int, int], Subject], rows: int, batch: int) -> tuple
             assert error < AGREEMENT, f"{name}: relative error {error:.1e}"
 
     bytes_moved = rows * sum(parameter.nbytes for parameter in subject.model.parameters())
-    unchecked = frozenset(WAYS) - {"obc, JC batch rows"}
+    unchecked = frozenset(ways) - {OBC_ROWS}
     limit = Provider(FLOOR, frozen(subject))
-    return Case(providers, PLAIN, limit, bytes_moved, check, unchecked), refused
+    targets = [target for target in TARGETS if {target.provider, target.against} <= set(ways)]
+    return Case(providers, ways[0], limit, bytes_moved, check, unchecked, targets), refused
 
 
 def child(model: str, way: str, rows: int, batch: int, width: int, threads: int) -> dict[str, Any]:
@@ -396,6 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_of("bench_criteria", repeats=5)
     parser.add_argument("--rows", type=int, default=ROWS, help="batches (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=BATCH, help="samples of a batch (default: %(default)s)")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="those compared, by default all")
     parser.add_argument("--growth", action="store_true", help="only how time and memory grow, on the Llama")
     parser.add_argument("--child", nargs=6, help="one way in this process: model, way, rows, batch, width, threads")
     arguments = parser.parse_args(argv)
@@ -412,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(f"{facts['cpu']}, {arguments.threads} threads, {arguments.rows} rows of {arguments.batch}, float32\n")
     for title in titles:
-        case, refused = case_of(MODELS[title], arguments.rows, arguments.batch)
+        case, refused = case_of(MODELS[title], arguments.rows, arguments.batch, arguments.ways)
         result: Result = measure(title, case, arguments.repeats, arguments.threads)
         print(result.table(), flush=True)
         content = result.as_dict() | {"refused": refused}
