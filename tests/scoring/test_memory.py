@@ -92,7 +92,7 @@ def test_activation_checkpointing_saves_memory_in_every_row(use_reentrant: bool)
     case.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     estimate = memory_estimate(case.model, case.batches[0], case.loss)
     assert estimate.activations < 0.6 * plain.activations  # the rest is the logits and their gradients
-    assert estimate.checking_row < plain.checking_row / 2
+    assert max(estimate.checking_row, plain.checking_row) < estimate.activations / 2  # the check is on one sample
     assert_close(estimate, measured(case, {}), UNSEEN["llama"])
 
 
@@ -164,7 +164,7 @@ def test_the_logits_are_not_copied_after_the_checking_row() -> None:
 
     obc.score(model, [torch.randn(64, 8) for _ in range(3)], loss)
     shared = [one.data_ptr() == other.data_ptr() for one, other in zip(made, seen, strict=True)]
-    assert shared == [False, True, True]  # the checking row's gates hand on copies
+    assert shared == [False, True, True, True]  # the gates of the check on a sample hand on copies
 
 
 def test_the_checking_row_keeps_the_logits_once() -> None:
@@ -231,5 +231,5 @@ def test_the_peak_on_the_cpu_is_how_far_resident_memory_grew() -> None:
     )
     assert done.returncode == 0, done.stderr
     peak, estimate = json.loads(done.stdout)
-    assert estimate > 100 << 20
+    assert estimate > 64 << 20
     assert 0.9 * estimate <= peak <= 1.2 * estimate, peak / estimate

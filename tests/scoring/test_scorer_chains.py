@@ -219,7 +219,8 @@ def test_a_loop_of_ones_own_is_told_to_repeat_the_row() -> None:
             with scorer.row():
                 loss(model, batch).backward()
     assert scorer.count_rows() == 3
-    assert_same(scorer.scores(), obc.score(Branching("relu", "gelu", "relu"), vectors(3), loss, chains=False))
+    apart = Branching("relu", "relu", "gelu", "relu")  # the first for the check on a sample
+    assert_same(scorer.scores(), obc.score(apart, vectors(3), loss, chains=False))
 
 
 def test_a_norm_in_train_mode_after_the_checking_row_breaks_the_chain() -> None:

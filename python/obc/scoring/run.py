@@ -47,7 +47,9 @@ def score(
     """Score every channel of a model by the Jacobian Criterion (arXiv 2508.05521).
 
     S[c] = sum over rows n of (w_c . dL_n/dw_c)^2. The model is in eval mode while it is scored and is left as it was:
-    training flags, ``requires_grad``, ``.grad``, hooks, also after an exception. Activation checkpointing that was
+    training flags, ``requires_grad``, ``.grad``, hooks, also after an exception. With batch rows ``loss_fn`` is called
+    once more at first, on one sample of the first batch: the check of how every module is read
+    (:class:`obc.JacobianScorer`, ``check``), which counts as no row. Activation checkpointing that was
     switched on by ``model.gradient_checkpointing_enable()`` (transformers) stays on.
 
     Args:
