@@ -26,7 +26,7 @@ ERRORS = [RuntimeError, KeyboardInterrupt, MemoryError]
 
 
 class Fault:
-    """Raises ``error`` at the ``at``-th call of :meth:`strike`, counted from 0; a lasting one later too, until mended."""
+    """Raises ``error`` at the ``at``-th call of :meth:`strike`, counted from 0, and a lasting one until mended."""
 
     def __init__(self, error: type[BaseException], at: int, lasting: bool = False) -> None:
         self.error, self.left, self.lasting, self.mended = error, at, lasting, False

@@ -13,6 +13,7 @@ from parity import assert_parity, errors, expected_scores
 from torch import Tensor, nn
 
 import obc
+from obc.scoring.reading import first_row
 
 # Of the first row, which one run reads from clones and weight gradients: float32 sums in another order.
 AGREEMENT = 1e-4
@@ -97,6 +98,17 @@ def test_a_loss_that_needs_more_than_one_sample_is_checked_on_the_batch(what: st
     scores = obc.score(case.model, case.batches, counting)
     assert_parity(scores, expected_scores(case))
     assert counting.with_weights == [True, True, *[False] * (len(case.batches) - 1)]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_on_a_gpu_is_no_disagreement(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded to eleven bits, gates and weight gradients differ by more than in float32; elsewhere nothing changes."""
+    monkeypatch.setattr(first_row, "tf32_is_allowed", lambda: allowed)
+    tolerance = first_row._tolerance
+    assert tolerance(torch.float32, torch.device("cuda")) == (1e-2 if allowed else 1e-3)
+    assert tolerance(torch.float32, torch.device("cpu")) == 1e-3
+    assert tolerance(torch.float64, torch.device("cuda")) == 1e-3
+    assert tolerance(torch.bfloat16, torch.device("cuda")) == 5e-2
 
 
 class Branching(nn.Module):

@@ -21,6 +21,7 @@ from obc.model.depth import Skipped
 from obc.model.evaluation import evaluating, tensors_in
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
+from obc.model.precision import tf32_is_allowed
 from obc.model.rules import Rule, rule_for
 
 # Roundings per layer that may add up, like a random walk over the layers, in float32 and float64.
@@ -146,8 +147,7 @@ def _rounding(tensor: Tensor) -> float:
     """Relative rounding of the arithmetic on a tensor: GPUs may multiply float32 with eleven bits (TF32)."""
     precise = torch.finfo(tensor.dtype).eps
     if tensor.dtype == torch.float32 and tensor.device.type == "cuda":
-        short = torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32
-        return 2.0**-11 if short else precise
+        return 2.0**-11 if tf32_is_allowed() else precise
     return precise
 
 

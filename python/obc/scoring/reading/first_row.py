@@ -11,6 +11,7 @@ import logging
 
 import torch
 
+from obc.model.precision import tf32_is_allowed
 from obc.scoring.reading.flat_row import Slot
 from obc.scoring.reading.gradients import WeightGradient
 from obc.scoring.reading.module_readers import Reader
@@ -21,6 +22,10 @@ logger = logging.getLogger("obc")
 # Largest accepted difference between a gate and the weight gradient, relative to the layer's largest entry. In float32
 # at most 3.2e-6 was seen on right ones; half precision rounds the activations and the gradients apart.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+# GPUs may multiply float32 with eleven bits (TF32, the default of cuDNN's convolutions): activations and weight
+# gradients are then rounded apart, by 5e-4 of each product.
+_TF32_TOLERANCE = 1e-2
 
 # Where a layer's rows cancel (a convolution before a BatchNorm in train mode scores zero), both are rounding noise of
 # the sum of |w| |g|: differences below this many ulps of it are no disagreement.
@@ -88,9 +93,16 @@ def _disagreement(slot: Slot, source: WeightGradient, half: torch.dtype | None) 
     largest = float(reference.abs().max()) if slot.size else 0.0
     difference = float((gates - reference).abs().max()) if slot.size else 0.0
     noise = _NOISE_ULPS * torch.finfo(flat.dtype).eps * source.magnitude
-    if difference <= _TOLERANCE[half or flat.dtype] * largest + noise:
+    if difference <= _tolerance(half or flat.dtype, flat.device) * largest + noise:
         return None
     return f"gate and weight gradient differ by {difference / max(largest, 1e-38):.1e} of the layer's largest entry"
+
+
+def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """The largest accepted difference between a gate and the weight gradient, by what products are computed in."""
+    if dtype == torch.float32 and device.type == "cuda" and tf32_is_allowed():
+        return _TF32_TOLERANCE
+    return _TOLERANCE[dtype]
 
 
 def _compare(readers: list[Reader], source: WeightGradient) -> str | None:
