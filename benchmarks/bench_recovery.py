@@ -14,6 +14,8 @@ The learning rate of each way is chosen on validation with the first seed: neigh
 three are tried until the best one is no end of it. The other seeds train with that rate. A seed decides which texts
 train, and the start of low-rank updates. Beside them: no training at all, and compensation by least squares.
 
+Memory of smollm2: 3.1 GiB naive, 2.5 lora, 6.3 folded, whose factors are three times as many numbers as the weights.
+
 Cases that the file of ``--out`` already has are not run again; ``--minutes`` begins no case after that time, so that a
 run can be made in pieces.
 """
