@@ -78,18 +78,18 @@ class ChannelMoments : public Plan {
   void finish() const override {
     for (int m = 0; m < kMoments; ++m) std::memset(results_[m], 0, channels_ * sizeof(Acc));
     const int64_t ranges = ceil_div(sample_count_, range_);
-    std::vector<Acc>& absolute = *absolute_;
+    Acc* const absolute = absolute_ ? absolute_->data() : nullptr;  // where samples lie in several parts
     for (int64_t range = 0; range < ranges; ++range) {
       for (int64_t part = 0; part < parts_; ++part) {
         const Acc* sums = partial_.get() + (range * parts_ + part) * kMoments * channels_;
         for (int64_t c = 0; c < channels_; ++c) results_[0][c] += sums[c];
         for (int64_t c = 0; c < channels_; ++c) results_[1][c] += sums[channels_ + c];
-        Acc* const total = parts_ > 1 ? absolute.data() : results_[2];
+        Acc* const total = parts_ > 1 ? absolute : results_[2];
         for (int64_t c = 0; c < channels_; ++c) total[c] += sums[2 * channels_ + c];
         if (parts_ > 1) continue;
         for (int64_t c = 0; c < channels_; ++c) results_[3][c] += sums[3 * channels_ + c];
       }
-      if (parts_ > 1) add_mean_squares(range, channels_, absolute.data(), results_[2], results_[3]);
+      if (parts_ > 1) add_mean_squares(range, channels_, absolute, results_[2], results_[3]);
     }
     if (alone_) std::memcpy(results_[3], results_[1], channels_ * sizeof(Acc));
   }
