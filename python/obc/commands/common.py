@@ -1,4 +1,4 @@
-"""What the commands share: how they end with a clear line, and what they need installed."""
+"""What the commands share: errors of one clear line, and checks of installed packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Python entry point ``module:function`` that hands over what is to be pruned."""
+"""A Python entry point ``module:function`` that returns what has to be pruned."""
 
 from __future__ import annotations
 

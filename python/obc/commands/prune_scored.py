@@ -1,4 +1,4 @@
-"""Pruning a local transformers directory by scores that lie in a file: no forward pass."""
+"""Pruning a local transformers directory by the scores in a file, without a forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of what its consumers compute is lost with each unit, from unlabelled batches and without gradients."""
+"""The share of their consumers' outputs that is lost with each unit, from unlabelled batches, without gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masked evaluation: what the model computes where units are zero. One forward pass over the batches a unit."""
+"""Masked evaluation: the model with units at zero, one forward pass over the batches for each unit."""
 
 from __future__ import annotations
 

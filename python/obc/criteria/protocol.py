@@ -98,7 +98,7 @@ class Criterion:
         raise NotImplementedError
 
     def finish(self, scores: GroupScores, statistics: Statistics, model: nn.Module) -> GroupScores:
-        """A last look at the scores of all groups together."""
+        """Adjust the scores of all groups together, once every group has its own."""
         return scores
 
 

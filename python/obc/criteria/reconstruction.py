@@ -1,4 +1,4 @@
-"""The share of what its consumers compute that goes with a unit."""
+"""The share of its consumers' outputs that is lost with a unit."""
 
 from __future__ import annotations
 

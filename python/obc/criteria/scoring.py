@@ -89,7 +89,7 @@ def collected(
 
 
 def functional_loss(functional: Callable[[Any], Tensor], forward_fn: ForwardFn) -> LossFn:
-    """A criterion's own functional of the outputs."""
+    """The loss that is a criterion's own functional of the outputs."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         output = forward_fn(model, batch)

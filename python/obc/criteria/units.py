@@ -1,4 +1,4 @@
-"""What criteria look at: the weights and statistics of what units take with them."""
+"""The weights and statistics of a group's units, as criteria use them."""
 
 from __future__ import annotations
 

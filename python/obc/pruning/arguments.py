@@ -1,4 +1,4 @@
-"""What ``obc.prune`` accepts: the budget and its steps, choices among named ways, batches."""
+"""The arguments of ``obc.prune``: the budget and its steps, choices by name, batches."""
 
 from __future__ import annotations
 

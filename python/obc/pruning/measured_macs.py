@@ -1,4 +1,4 @@
-"""The MACs that the model executes on the first batch, before and after: what predicted ones are held against."""
+"""The MACs that the model executes on the first batch, before and after, to compare with predicted ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What pruning did, and what it gives back."""
+"""The report and the result of a pruning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model as it was, so that an exception half-way leaves no half-pruned model behind."""
+"""A snapshot of a model, so that an exception does not leave it half pruned."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ _STEEPNESS = 1.0
 
 @dataclass(frozen=True)
 class Task:
-    """What an allocation decides on.
+    """The problem that an allocation solves.
 
     Attributes:
         scores: by group (N, units) rows or (units,) scores.
@@ -250,7 +250,7 @@ class TwoClasses:
 
 
 def _at_most(task: Task, names: Collection[str], budget: float) -> dict[str, Tensor]:
-    """What frees the budget, or as much as these groups can."""
+    """Units of these groups that free the budget, or as much of it as they can."""
     try:
         return Global().select(_only(task, names, max(budget, 0.0)))
     except BudgetError as error:
@@ -278,7 +278,7 @@ def found_for(name: str, values: Mapping[str, float], default: float) -> float:
 
 
 def block_of(name: str) -> str:
-    """What a layer's name has up to its first number: its place in the depth."""
+    """The part of a layer's name up to its first number: the block that it lies in."""
     parts = name.split(".")
     for place, part in enumerate(parts):
         if part.isdigit():

@@ -1,4 +1,4 @@
-"""What ``obc.select`` is given, checked and brought to one form."""
+"""The arguments of ``obc.select``: checks, and conversion to one form."""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from obc.selection.interactions import Columns
 
-# So many steps between two looks at what was freed; steps after the one that reached the budget are dropped.
+# The host reads what was freed once in this many steps; steps after the one that reached the budget are dropped.
 STEPS_PER_LOOK = 32
-# A budget is met by what misses it by no more than the rounding of many additions.
+# A budget counts as met if it is missed by no more than the rounding of many additions.
 BUDGET_ROUNDING = 1e-12
-# Increments no further apart than so many standard deviations of their rounding are equal.
+# Increments that differ by no more than this many standard deviations of their rounding are equal.
 TIE_DEVIATIONS = 16
 
 

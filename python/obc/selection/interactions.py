@@ -21,12 +21,12 @@ Ranking = Callable[[], Tensor]
 """(C,) how soon every unit is likely to go, the smallest first; infinite where it is gone or must stay."""
 
 FLOAT64_BYTES = 8
-# So many rows of X times X^T run at the speed of a matrix product; a larger block only computes more in vain.
+# This many rows of X times X^T run at the speed of a matrix product; a larger block only wastes more columns.
 BLOCK = 128
 # A column of such a product takes about an eighth of the time of one alone (measured: 2.1 and 20 ms, 512 x 100,000):
 # a block was worth its time where at least so many of its columns were used.
 WORTH = BLOCK // 8
-# So many columns are computed alone before another block is tried, which then cannot cost much.
+# This many columns are computed alone before another block is tried, so that trying costs little.
 PATIENCE = 4 * BLOCK
 # On a CPU the whole matrix of more channels takes longer than those of its columns that are used.
 FEW_CHANNELS = 16 * BLOCK

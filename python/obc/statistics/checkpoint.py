@@ -1,4 +1,4 @@
-"""A collection that goes on where it was killed: sums, rows and generators after every few batches, in one file."""
+"""Checkpoints of a collection: sums, rows and random generators, saved in one file every few batches."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Checkpoint:
             CheckpointError: it is damaged, or of another model, other weights or other options.
         """
         pattern = f".{glob.escape(self.path.name[:100])}.{'[0-9a-f]' * 16}.tmp"
-        for left in self.path.parent.glob(pattern):  # of a process that was killed while it wrote
+        for left in self.path.parent.glob(pattern):  # left by a process that was killed while it wrote
             left.unlink(missing_ok=True)
         if not self.path.exists():
             return None

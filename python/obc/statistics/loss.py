@@ -1,4 +1,4 @@
-"""The loss as readers see it: which part of a batch is run, and where each backward begins."""
+"""A loss function that tells readers which part of a batch is run, and where each backward begins."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _parts(loss: WatchedLoss, index: int, batch: Any, size: int | None) -> Itera
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside the block: only gradients of activations are computed."""
+    """Freeze all parameters inside the block, so that only gradients of activations are computed."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in before:

@@ -1,4 +1,4 @@
-"""What a collection takes of memory, known before the first batch is run."""
+"""The memory of a collection, estimated before the first batch is run."""
 
 from __future__ import annotations
 

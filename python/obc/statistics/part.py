@@ -1,4 +1,4 @@
-"""The part of a batch that the model is being run on: which of its positions count, and whether anything is read."""
+"""The part of a batch that the model is run on: which of its positions count, and whether anything is read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Part:
         self.reading = False
 
     def begin(self, batch: Any) -> None:
-        """The model is about to run on this."""
+        """Note the part that the model is about to run on."""
         self.batch = batch
         mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
         self.valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

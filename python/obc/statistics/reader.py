@@ -1,4 +1,4 @@
-"""What every statistic is: options that make a reader for one model, and the reader that hooks into it."""
+"""The two halves of a statistic: its options, and the reader that hooks into one model."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Statistic(Protocol):
     backward: ClassVar[bool]
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
-        """What reads it of this model, of what these groups need."""
+        """The reader of this statistic for one model; it reads only what these groups need."""
 
     def identity(self) -> dict[str, Any]:
-        """The options as plain values: what a run that goes on from a checkpoint must have in common."""
+        """The options as plain values; a resumed run must have the same."""
 
 
 class Reader:
@@ -90,7 +90,7 @@ class Reader:
         """``x`` is the input of ``block``, which ran earlier."""
 
     def result(self, fields: Mapping[str, Tensor]) -> Any:
-        """What the sums of one module are given back as."""
+        """The result of one module, from its sums."""
         raise NotImplementedError
 
     def bytes(self) -> int:
@@ -98,7 +98,7 @@ class Reader:
         return 0
 
     def final_coverage(self) -> dict[str, Coverage]:
-        """The coverage, with what was never called named."""
+        """The coverage; modules that were never called are named in it."""
         never = Coverage.unread(
             "never called; its weight may be used by another module's forward, or no batch reached it"
         )

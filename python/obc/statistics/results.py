@@ -1,4 +1,4 @@
-"""What a run collected: statistics by module, what was read how, and their file."""
+"""The result of a collection: statistics by module, how each module was read, and their file."""
 
 from __future__ import annotations
 

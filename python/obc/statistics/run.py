@@ -253,7 +253,7 @@ class _Run:
         self.report = Report(earlier + time.perf_counter() - started, self.done, memory.read(), held + stored)
 
     def _judge(self, batches: UsableBatches) -> None:
-        """Whether later passes may use the batch read last. Reads from the device."""
+        """Decide whether later passes may use the batch read last. Reads from the device."""
         lines = [line for reader in self.readers.values() for line in reader.sums.settle()]
         rows = 0 if self.scorer is None else self.scorer.count_left_out()
         left_out, self._left_out = self._left_out, len(lines) + rows
@@ -279,7 +279,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _attached(self, call: Callable[..., Any]) -> Iterator[Callable[[Any], None]]:
-        """Hooks in the model; what is given reads one batch."""
+        """Attach the hooks; the context gives a function that reads one batch."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._hooked())
             if not self.backward:
@@ -329,7 +329,7 @@ class _Run:
         self._commit()
 
     def _commit(self) -> None:
-        with torch.inference_mode():  # what forward passes gave may be changed in place only here
+        with torch.inference_mode():  # tensors of forward passes may be changed in place only here
             for reader in self.readers.values():
                 reader.batch_ends()
                 reader.sums.commit(self.done)

@@ -1,4 +1,4 @@
-"""Running sums of one statistic: what the batch being read adds is kept apart until the batch is known to be finite."""
+"""Running sums of one statistic. A batch's summands are kept apart until the batch is known to be finite."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Sums:
         self._flags: list[tuple[int, list[Key], Tensor]] = []
 
     def add(self, module: str, field: str, values: Tensor) -> None:
-        """Add to what the batch being read gave so far; ``values`` is kept."""
+        """Add ``values``, which is kept, to the summands of the current batch."""
         key = (module, field)
         if key in self._batch:
             self._batch[key] += values
@@ -59,17 +59,17 @@ class Sums:
         self._batch[key] = torch.mm(left.mT, right, out=buffer)
 
     def begin(self) -> None:
-        """A batch is read, or read again: forget what it gave so far."""
+        """Begin a batch, or begin it again: forget its summands."""
         self._batch.clear()
 
     def hand_over(self, other: Sums) -> None:
-        """Add what the batch gave so far to what it gave ``other``."""
+        """Add the summands of the current batch to those of ``other``."""
         for (module, field), values in self._batch.items():
             other.add(module, field, values)
         self._batch = {}
 
     def commit(self, batch: int) -> None:
-        """The batch is over: add what it gave, if all of it is finite."""
+        """End the batch: add its summands to the totals if all of them are finite."""
         added, self._batch = self._batch, {}
         if not added:
             return
@@ -140,5 +140,5 @@ class Sums:
 
 
 def reads_at_once(device: torch.device) -> bool:
-    """Whether asking if a batch was finite costs nothing; elsewhere it would wait for the device."""
+    """Whether it costs nothing to ask if a batch was finite; on a GPU the host would wait."""
     return device.type == "cpu"
