@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -10,11 +12,13 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+from models import Case
 from torch import Tensor, nn
 from transformers_families import FAMILIES, deepseek_v2, deepseek_v3, double, every_other, language_model, output
 
-from obc.integrations.transformers import TransformersStructure
+from obc.integrations.transformers import TransformersStructure, load_pruned, save_pruned
 from obc.model.groups import ChannelGroup
+from obc.structures.masking import masked_copy
 
 # float64 sums of other lengths: the order of additions differs.
 TOLERANCE = 1e-10
@@ -78,18 +82,13 @@ def test_a_pruned_model_is_the_original_without_the_contributions_of_what_went(f
     torch.testing.assert_close(after, output(case, masked), rtol=0, atol=TOLERANCE)
 
 
-def test_experts_of_deepseek_v3_lose_channels_and_none_of_them_goes() -> None:
-    """Its routers choose by scores with a bias each: what is left out of a choice is not what minus infinity leaves."""
+def test_experts_of_deepseek_v3_lose_channels() -> None:
     case = deepseek_v3(dense=1)
     model = double(case)
     masked = copy.deepcopy(model)
-    structure = TransformersStructure(model)
+    structure = TransformersStructure(model, ["heads", "ffn", "expert_ffn"])
     kinds = [(group.kind, group.size) for group in structure.groups]
     assert kinds == [("heads", 4), ("ffn", 48), ("heads", 4), ("expert_ffn", 16), ("ffn", 16)]
-    assert structure.left_out == {
-        "model.layers.1.mlp.experts": "the router model.layers.1.mlp.gate has more than a weight "
-        "(e_score_correction_bias)"
-    }
     units = {group.name: every_other(group.size) for group in structure.groups}
     for group in structure.groups:
         mask(masked, group, units[group.name])
@@ -97,20 +96,54 @@ def test_experts_of_deepseek_v3_lose_channels_and_none_of_them_goes() -> None:
     torch.testing.assert_close(output(case, model), output(case, masked), rtol=0, atol=TOLERANCE)
 
 
-def test_experts_stay_where_their_block_holds_what_the_router_adds() -> None:
-    """MiniMax-M2 keeps the correction bias beside the router, some versions of DeepSeek-V2 the number of groups."""
+def minimax_m2() -> Case:
+    """MiniMax-M2 keeps the correction bias beside the router."""
     sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 1}
-    case = language_model("MiniMaxM2", **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
-    why = "the router model.layers.0.mlp.gate has more than a weight ({})"
-    structure = TransformersStructure(case.model, kinds=("experts",))
-    assert structure.groups == ()
-    assert structure.left_out == {"model.layers.0.mlp.experts": why.format("e_score_correction_bias")}
-    block = case.model.get_submodule("model.layers.0.mlp")
-    del block.e_score_correction_bias
-    assert [group.size for group in TransformersStructure(case.model, kinds=("experts",)).groups] == [4]
+    return language_model("MiniMaxM2", **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+
+
+def gpt_oss() -> Case:
+    """gpt-oss: transposed weights, gates and up projections in turn, biases of experts and of the router."""
+    sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 5, "num_experts_per_tok": 2}
+    return language_model("GptOss", **sizes, **experts, num_attention_heads=4, num_key_value_heads=2)
+
+
+@pytest.mark.parametrize("made", [lambda: deepseek_v3(dense=1), minimax_m2, gpt_oss], ids=["v3", "minimax", "gpt-oss"])
+def test_whole_experts_go_with_their_biases(made: Callable[[], Case], tmp_path: Path) -> None:
+    """A removed expert is never chosen: its logit and its correction bias are minus infinity in the masked model.
+
+    Routers compute in float32; another expert would change outputs by about their own size.
+    """
+    case = made()
+    model: Any = double(case)
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "bias" in name:
+                tensor.copy_(torch.randn_like(tensor))  # so large that a logit of minus infinity is not enough
+    before = dict(model.state_dict())
+    structure = TransformersStructure(model, ["experts", "expert_ffn"])
+    gone = {group.name: torch.tensor([0, 2]) for group in structure.groups}
+    gone = {name: units[:1] if structure.blocks[name].group.size < 5 else units for name, units in gone.items()}
+    assert "experts" in [group.kind for group in structure.groups]
+    masked = masked_copy(model, structure.groups, gone)
+    structure.remove(gone)
+    structure.plan.verify(before, model)
+    torch.testing.assert_close(output(case, model), output(case, masked), rtol=0, atol=1e-5)
+    save_pruned(model, structure.plan, tmp_path)
+    loaded: Any = load_pruned(tmp_path).double()
+    loaded.set_experts_implementation("eager")
+    torch.testing.assert_close(output(case, loaded), output(case, model), rtol=0, atol=1e-5)
+
+
+def test_experts_stay_where_their_router_has_more_than_rows_and_biases() -> None:
+    case = minimax_m2()
+    block: Any = case.model.get_submodule("model.layers.0.mlp")
     block.num_group = 2
     structure = TransformersStructure(case.model, kinds=("experts",))
-    assert structure.left_out == {"model.layers.0.mlp.experts": why.format("num_group")}
+    why = "the router model.layers.0.mlp.gate has more than a weight (num_group)"
+    assert structure.left_out == {"model.layers.0.mlp.experts": why}
 
 
 def test_routers_that_choose_among_groups_of_experts_keep_them_all() -> None:

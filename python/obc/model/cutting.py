@@ -51,7 +51,8 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
 
 
 def _refuse_unknown(model: nn.Module, plan: Mapping[str, Kept]) -> None:
-    known = {name for name, _ in named_modules(model)} | {name for name, _ in model.named_parameters()}
+    known = {name for name, _ in named_modules(model)}
+    known |= {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}
     for name in plan:
         if name not in known:
             raise PlanError(f"the plan has an entry for {name!r}, which {type(model).__name__} lacks")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-# Of all experts: gate and up projections (experts, 2 * inner, features), down projections (experts, features, inner).
+# Of all experts: gate and up projections (experts, 2 * inner, features), down projections (experts, features, inner);
+# gpt-oss and Llama 4 hold both the other way round.
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
+
+# Biases that routers add to scores only to choose experts by: e_score_correction_bias and its like.
+CORRECTION = "correction_bias"
 
 
 def fused_experts(module: nn.Module) -> tuple[Tensor, Tensor] | None:
@@ -14,6 +18,11 @@ def fused_experts(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     if gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
         return None
     return gate_up, down
+
+
+def is_transposed(gate_up: Tensor, down: Tensor) -> bool:
+    """Whether these are (experts, features, 2 * inner) and (experts, inner, features)."""
+    return gate_up.shape[1:] == (down.shape[2], 2 * down.shape[1])
 
 
 def is_expert_weight(name: str, parameter: Tensor) -> bool:

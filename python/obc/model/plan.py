@@ -75,7 +75,7 @@ class PruningPlan(Mapping[str, Kept]):
         known = set(names.values()) | {
             f"{names[name]}.{key}" if name else key
             for name, module in named_modules(pruned_model)
-            for key in module._parameters
+            for key in (*module._parameters, *module._buffers)
         }
         for name in self:
             if name not in known:

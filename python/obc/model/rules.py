@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from obc.model.experts import DOWN
+from obc.model.experts import DOWN, fused_experts, is_transposed
 from obc.model.sharding import is_dtensor
 
 
@@ -106,13 +106,14 @@ def rule_for(module: nn.Module) -> Rule | str | None:
 def _mixture_rule(module: nn.Module) -> Rule | None:
     """Experts stored as one tensor, and routers that multiply by a weight of their own.
 
-    Of experts the down projections are read, (experts, features, inner): out channels are whole experts, in channels
-    the inner ones, each of every expert. Up projections would say the same, gates aside.
+    Of experts the down projections are read, (experts, features, inner) or (experts, inner, features): out channels are
+    whole experts, in channels the inner ones, each of every expert. Up projections would say the same, gates aside.
     """
     own = dict(module.named_parameters(recurse=False))
-    down = own.get(DOWN)
-    if down is not None and down.dim() == 3 and not getattr(module, "is_transposed", False):
-        return Rule("weight", weight=DOWN, out_axis=0, in_axis=2)
+    down, weights = own.get(DOWN), fused_experts(module)
+    if down is not None and down.dim() == 3:
+        transposed = is_transposed(*weights) if weights is not None else getattr(module, "is_transposed", False)
+        return Rule("weight", weight=DOWN, out_axis=0, in_axis=1 if transposed else 2)
     if set(own) == {"weight"} and own["weight"].dim() == 2 and isinstance(getattr(module, "top_k", None), int):
         return Rule("weight", in_axis=1)
     return None

@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from obc.model.depth import first_floating
+from obc.model.experts import CORRECTION
 from obc.model.groups import ChannelGroup, Side
 from obc.model.names import named_modules
 from obc.model.rules import Rule, rule_for
@@ -116,7 +117,9 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
             for part in group.slices:
                 if _is_router(module := modules.get(part.module), group):
                     assert module is not None
-                    _route_elsewhere(module, part.channels[removed[group.name].cpu()].flatten())
+                    gone = part.channels[removed[group.name].cpu()].flatten()
+                    _route_elsewhere(module, gone)
+                    _never_preferred(uses, [module, modules[part.module.rpartition(".")[0]]], group.size, gone)
     return masked
 
 
@@ -231,6 +234,19 @@ class _WithoutExperts(TorchFunctionMode):
         if func is F.linear and result.shape[-1] == self._rows:
             return result.index_fill(-1, self._removed.to(result.device), -math.inf)
         return result
+
+
+def _never_preferred(uses: Uses, holders: Sequence[nn.Module], rows: int, removed: Tensor) -> None:
+    """Correction biases of minus infinity: they are added to scores that a removed expert's logit leaves at zero."""
+    for holder in dict.fromkeys(holders):
+        for key, tensor in [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]:
+            if tensor.shape != (rows,) or CORRECTION not in key:
+                continue
+            lowest = tensor.detach().index_fill(0, removed.to(tensor.device), -math.inf)
+            if isinstance(tensor, nn.Parameter):
+                replace_parameter(uses, tensor, lowest)
+            else:
+                holder._buffers[key] = lowest
 
 
 def _route_elsewhere(router: nn.Module, removed: Tensor) -> None:

@@ -20,7 +20,6 @@ from obc.model.depth import compact, is_compact, put_stand_in, with_depth
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import layout_of
 from obc.model.plan import PruningPlan
-from obc.structures.transformers.axes import axis_key, layer_axes
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS
 from obc.structures.transformers.config import refuse_save_pretrained, with_widths
@@ -143,24 +142,23 @@ def cut_to(model: nn.Module, plan: PruningPlan) -> None:
         structure = TransformersStructure(model, kinds)
         surplus = {}
         for name, block in structure.blocks.items():
-            kept = _units_kept(model, block, plan)
+            kept = _units_kept(structure, block, plan)
             if kept is not None and kept < block.group.size:
                 surplus[name] = torch.arange(kept, block.group.size)
         structure.remove(surplus)
 
 
-def _units_kept(model: nn.Module, block: Block, plan: Mapping[str, Kept]) -> int | None:
+def _units_kept(structure: TransformersStructure, block: Block, plan: Mapping[str, Kept]) -> int | None:
     """How many units the plan keeps: what its slices need at least, where query heads went from a group too."""
     needed = []
     for part in block.group.slices:
-        found = block.axes.get((part.module, part.side))
-        axis = (found or layer_axes(part.module, model.get_submodule(part.module), part.side))[0]
+        axis = structure.axes(block, part)[0]
         kept = plan.get(axis.key)
         channels = None if kept is None else kept.out_channels if axis.slot == "out" else kept.in_channels
         if channels is None:
             return None  # its units are all there; another kind of group narrowed what the others share
         # Channels that belong to no unit all stay: keys and values that all query heads share, in a fused projection.
-        others = model.get_parameter(axis_key(axis)[0]).shape[axis.dim] - part.channels.numel()
+        others = structure.tensor(axis).shape[axis.dim] - part.channels.numel()
         needed.append(math.ceil((len(channels) - others) / part.channels.shape[1]))
     return max(needed)
 

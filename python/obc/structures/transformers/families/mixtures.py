@@ -1,10 +1,15 @@
-"""Mixtures whose experts are one tensor: Mixtral, Qwen-MoE, DeepSeek, OLMoE, as the library holds them now."""
+"""Mixtures whose experts are one tensor: Mixtral, Qwen-MoE, DeepSeek, OLMoE, gpt-oss, Llama 4.
+
+Their tensors may lie the other way round, have biases, and have gates and up projections in turn (gpt-oss). Routers may
+have a bias, and a correction bias by which experts are chosen: a removed expert takes its entries along.
+"""
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from obc.model.experts import DOWN, GATE_UP, fused_experts
+from obc.model.experts import CORRECTION, DOWN, GATE_UP, fused_experts, is_transposed
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.layouts import layout_of
 from obc.structures.transformers.axes import Axis
@@ -22,44 +27,87 @@ def _experts(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Bloc
     weights = fused_experts(module)
     if weights is None or not {"experts", "expert_ffn"} & set(kinds):
         return
-    up, down = weights
-    count, hidden, width = down.shape
+    stored = _stored(module, *weights)
+    if "expert_ffn" in kinds:
+        yield _inner_channels(layers, name, stored)
+    if "experts" in kinds:
+        yield _whole_experts(layers, name, stored)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """How the experts of a module lie in its tensors.
+
+    Attributes:
+        count: of experts.
+        width: inner channels of each.
+        gate_up: (inner channels, 2) places of their gates and up projections.
+        up_dim: dimension of these in the gate and up projections.
+        down_dim: dimension of the inner channels in the down projections.
+        biases: names of the biases, (experts, outputs) each.
+    """
+
+    count: int
+    width: int
+    gate_up: Tensor
+    up_dim: int
+    down_dim: int
+    biases: tuple[str, ...]
+
+
+def _stored(module: nn.Module, up: Tensor, down: Tensor) -> _Stored:
     own = dict(module.named_parameters(recurse=False))
-    if set(own) != {GATE_UP, DOWN} or up.shape != (count, 2 * width, hidden):
+    transposed = is_transposed(up, down)
+    up_dim, down_dim = (2, 1) if transposed else (1, 2)
+    count, width, features = len(down), down.shape[down_dim], down.shape[3 - down_dim]
+    expected = {GATE_UP: (count, 2 * width) if up_dim == 1 else (count, features), DOWN: tuple(down.shape)}
+    expected[GATE_UP] = (*expected[GATE_UP], features if up_dim == 1 else 2 * width)
+    with_biases = {f"{GATE_UP}_bias": (count, 2 * width), f"{DOWN}_bias": (count, features)}
+    biases = tuple(key for key in with_biases if key in own)
+    expected |= {key: with_biases[key] for key in biases}
+    if {key: tuple(value.shape) for key, value in own.items()} != expected:
         shapes = {key: tuple(value.shape) for key, value in own.items()}
         raise NotPrunableError(f"experts stored as {shapes} are not understood")
-    if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
-        raise NotPrunableError("experts whose gate and up projections are interleaved are not understood")
-    if "expert_ffn" in kinds:
-        yield _inner_channels(layers, name, width)
-    if "experts" in kinds:
-        yield _whole_experts(layers, name, count)
+    if getattr(module, "is_transposed", transposed) != transposed:
+        raise NotPrunableError("the experts' shapes and is_transposed contradict each other")
+    beside = channels(width, 1, 2) if getattr(module, "is_concatenated", True) else channels(width, 2)
+    return _Stored(count, width, beside, up_dim, down_dim, biases)
 
 
-def _inner_channels(layers: Layers, name: str, width: int) -> Block:
+def _inner_channels(layers: Layers, name: str, stored: _Stored) -> Block:
     up, down = joined(name, GATE_UP), joined(name, DOWN)
-    slices = (Slice(up, "out", channels(width, 1, 2)), Slice(name, "in", channels(width, 1)))
+    slices = (Slice(up, "out", stored.gate_up), Slice(name, "in", channels(stored.width, 1)))
+    of_up = [Axis(name, GATE_UP, stored.up_dim, up, "out")]
+    if (bias := f"{GATE_UP}_bias") in stored.biases:
+        of_up.append(Axis(name, bias, 1, joined(name, bias), "out"))
     return Block(
         ChannelGroup(up, slices, "expert_ffn"),
-        axes={(up, "out"): (Axis(name, GATE_UP, 1, up, "out"),), (name, "in"): (Axis(name, DOWN, 2, down, "in"),)},
-        counters=layers.counters([name], {attributes("inner_width"): (width, 1)}),
+        axes={(up, "out"): tuple(of_up), (name, "in"): (Axis(name, DOWN, stored.down_dim, down, "in"),)},
+        counters=layers.counters([name], {(*attributes("inner_width"), "expert_dim"): (stored.width, 1)}),
         config=layers.config_key((*config_keys("expert_width"), "intermediate_size"), 1),
     )
 
 
-def _whole_experts(layers: Layers, name: str, count: int) -> Block:
-    parent = name.rpartition(".")[0]
-    router = _router(layers, parent, count)
+def _whole_experts(layers: Layers, name: str, stored: _Stored) -> Block:
+    parent, count = name.rpartition(".")[0], stored.count
+    router, corrections = _router(layers, parent, count)
     up, down = joined(name, GATE_UP), joined(name, DOWN)
+    biases = [Axis(name, key, 0, joined(name, key), "in") for key in stored.biases]
     axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
-        (name, "out"): (Axis(name, GATE_UP, 0, up, "in"), Axis(name, DOWN, 0, down, "out"))
+        (name, "out"): (Axis(name, GATE_UP, 0, up, "in"), Axis(name, DOWN, 0, down, "out"), *biases)
     }
-    if layout_of(layers.modules[router]) is None:
-        axes[router, "out"] = (Axis(router, "weight", 0, joined(router, "weight"), "out"),)
-    one = channels(count, 1)
+    module, one = layers.modules[router], channels(count, 1)
+    if layout_of(module) is None:
+        keys = [key for key in ("weight", "bias") if getattr(module, key, None) is not None]
+        axes[router, "out"] = tuple(Axis(router, key, 0, joined(router, key), "out") for key in keys)
+    slices = [Slice(router, "out", one)]
+    for owner, key in corrections:
+        full = joined(owner, key)
+        axes[full, "out"] = (Axis(owner, key, 0, full, "out"),)
+        slices.append(Slice(full, "out", one))
     top = (getattr(layers.modules[holder], "top_k", None) for holder in (router, parent))
     return Block(
-        ChannelGroup(name, (Slice(router, "out", one), Slice(name, "out", one)), "experts"),
+        ChannelGroup(name, (*slices, Slice(name, "out", one)), "experts"),
         axes=axes,
         counters=layers.counters([name, router, parent], {attributes("experts"): (count, 1)}),
         config=layers.config_key(config_keys("experts"), 1),
@@ -67,22 +115,30 @@ def _whole_experts(layers: Layers, name: str, count: int) -> Block:
     )
 
 
-def _router(layers: Layers, parent: str, count: int) -> str:
-    """The router beside the experts: believed where one weight with a row for each of them is all that it has."""
+def _router(layers: Layers, parent: str, count: int) -> tuple[str, list[tuple[str, str]]]:
+    """The router beside the experts, and its correction biases: (module, tensor), in it or in the block around it.
+
+    Believed where a row for each expert, with a bias, and correction biases are all that both have.
+    """
     router = next((joined(parent, child) for child in ("gate", "router") if layers.has(parent, child)), None)
     weight = None if router is None else getattr(layers.modules[router], "weight", None)
     if router is None or not isinstance(weight, Tensor) or weight.dim() != 2 or len(weight) != count:
         raise NotPrunableError(f"no router with {count} rows was found beside it")
-    holders = (layers.modules[router], layers.modules[parent])
-    others = [key for key, _ in holders[0].named_parameters() if key != "weight"]
-    others += [key for key, _ in holders[0].named_buffers()]
-    # Some blocks keep a correction bias or the number of groups themselves, and hand it to the router.
-    others += [key for key, _ in holders[1].named_parameters(recurse=False)]
-    others += [key for key, _ in holders[1].named_buffers(recurse=False)]
-    others += [key for key in _ROUTED_GROUPS if any(getattr(m, key, 1) not in (None, 1) for m in holders)]
+    corrections, others = [], []
+    for holder in (router, parent):
+        module = layers.modules[holder]
+        inside = holder == router  # below the block lie the experts
+        tensors = [*module.named_parameters(recurse=inside), *module.named_buffers(recurse=inside)]
+        for key, tensor in tensors:
+            one_each = tuple(tensor.shape) == (count,)
+            if CORRECTION in key and one_each and "." not in key:
+                corrections.append((holder, key))
+            elif not (inside and (key == "weight" or (key == "bias" and one_each))):
+                others.append(key)
+        others += [key for key in _ROUTED_GROUPS if getattr(module, key, 1) not in (None, 1)]
     if others:
-        raise NotPrunableError(f"the router {router} has more than a weight ({', '.join(others)})")
-    return router
+        raise NotPrunableError(f"the router {router} has more than a weight ({', '.join(dict.fromkeys(others))})")
+    return router, corrections
 
 
 register(Family("mixtures", blocks=_experts, kinds=(Kind("experts", whole=True), Kind("expert_ffn"))))
