@@ -99,7 +99,8 @@ def test_experts_of_deepseek_v3_lose_channels() -> None:
 def minimax_m2() -> Case:
     """MiniMax-M2 keeps the correction bias beside the router."""
     sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8, "num_hidden_layers": 1}
-    return language_model("MiniMaxM2", **sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return language_model("MiniMaxM2", **sizes, **experts, num_attention_heads=4, num_key_value_heads=2)
 
 
 def gpt_oss() -> Case:

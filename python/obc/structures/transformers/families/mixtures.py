@@ -77,12 +77,12 @@ def _stored(module: nn.Module, up: Tensor, down: Tensor) -> _Stored:
 def _inner_channels(layers: Layers, name: str, stored: _Stored) -> Block:
     up, down = joined(name, GATE_UP), joined(name, DOWN)
     slices = (Slice(up, "out", stored.gate_up), Slice(name, "in", channels(stored.width, 1)))
-    of_up = [Axis(name, GATE_UP, stored.up_dim, up, "out")]
+    up_axes = [Axis(name, GATE_UP, stored.up_dim, up, "out")]
     if (bias := f"{GATE_UP}_bias") in stored.biases:
-        of_up.append(Axis(name, bias, 1, joined(name, bias), "out"))
+        up_axes.append(Axis(name, bias, 1, joined(name, bias), "out"))
     return Block(
         ChannelGroup(up, slices, "expert_ffn"),
-        axes={(up, "out"): tuple(of_up), (name, "in"): (Axis(name, DOWN, stored.down_dim, down, "in"),)},
+        axes={(up, "out"): tuple(up_axes), (name, "in"): (Axis(name, DOWN, stored.down_dim, down, "in"),)},
         counters=layers.counters([name], {(*attributes("inner_width"), "expert_dim"): (stored.width, 1)}),
         config=layers.config_key((*config_keys("expert_width"), "intermediate_size"), 1),
     )
