@@ -222,6 +222,14 @@ UNPRUNABLE: dict[str, tuple[Callable[[Base], Any], str]] = {
     "parametrised": (lambda m: parametrizations.weight_norm(m.b), r"^b is parametrised.*remove_parametrizations"),
     "compiled": (torch.compile, "compiled; prune the model that was passed"),
     "scripted": (lambda m: torch.jit.script(nn.Sequential(m.a)), "ScriptModule.*prune the model it was made of"),
+    "scripted part": (
+        lambda m: setattr(m, "b", torch.jit.script(m.b)),
+        "b is a ScriptModule.*put the module that it was made of in its place",
+    ),
+    "lazy": (
+        lambda m: setattr(m, "head", nn.LazyLinear(5)),
+        "head is a LazyLinear that has no weights yet; call the model once on an input",
+    ),
     "DataParallel": (nn.DataParallel, r"wrapped in DataParallel; prune model\.module"),
     "DistributedDataParallel": (
         nn.parallel.DistributedDataParallel,

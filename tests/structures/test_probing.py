@@ -149,6 +149,19 @@ def test_channels_that_are_mixed_are_left_out(name: str) -> None:
     assert "a" in structure.left_out
 
 
+def test_a_norm_that_keeps_its_channels_first() -> None:
+    class ChannelsFirst(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    for flip in (False, True):
+        net = Between(lambda x, o, flip=flip: o["norm"](x.flip(1) if flip else x), 12, norm=ChannelsFirst(12))
+        structure = TorchPruningStructure(net.double().eval(), images())
+        assert structure.proof is not None
+        assert structure.proof.proved == ["a", "b"]
+        assert structure.proof.probed == (["a"] if flip else [])
+
+
 def test_several_channels_are_told_from_one() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (2, 2)), nn.Flatten(), nn.Linear(4, 2)).double()
     net[2].forward = lambda x: torch.cat([x.sum(2), x[:, 0]], 1)

@@ -6,6 +6,7 @@ import sys
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from obc.model.kept import PlanError
@@ -25,7 +26,7 @@ def refuse_unprunable(model: nn.Module) -> None:
 
     Raises:
         PlanError: the model is compiled, scripted, wrapped for several processes or GPUs, spread over processes, has
-            adapters that are not merged, or weights that are computed from others.
+            adapters that are not merged, weights that are computed from others, or lazy layers without weights.
     """
     name = type(model).__name__
     if is_compiled(model):
@@ -38,6 +39,16 @@ def refuse_unprunable(model: nn.Module) -> None:
         raise PlanError("the model's parameters lie on several processes; prune it whole, then shard it")
     _refuse_adapted(model)
     for layer, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise PlanError(
+                f"{name}: {layer} is a ScriptModule, whose layers can't be changed; put the module that it was made of "
+                "in its place"
+            )
+        if any(isinstance(parameter, UninitializedParameter) for parameter in module._parameters.values()):
+            raise PlanError(
+                f"{name}: {layer or 'the model'} is a {type(module).__name__} that has no weights yet; call the model "
+                "once on an input before"
+            )
         if parametrize.is_parametrized(module):
             raise PlanError(
                 f"{layer or 'the model'} is parametrised and can't be sliced; merge it first: "

@@ -17,6 +17,7 @@ from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import Slices
 from obc.model.names import named_tensors
 from obc.model.plan import PruningPlan
+from obc.model.refusals import refuse_unprunable
 from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import (
     Budget,
@@ -175,6 +176,8 @@ def prune(
             f"the structure was made for another model, a {type(structure.model).__name__}, than the "
             f"{type(model).__name__} to be pruned; make one for this model, or pass that one"
         )
+    if structure is None:
+        refuse_unprunable(model)
     choices = {
         "budget": f"{budget.argument}={budget.share:g}",
         "criterion": name_of(criterion),
