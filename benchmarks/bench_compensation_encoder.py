@@ -55,7 +55,7 @@ from obc.criteria import Subject, group_scores
 from obc.integrations.transformers import TransformersStructure
 from obc.recovery import Kept, PruningPlan, compensate
 
-# By layer, of obc.criteria: what they are called here and there.
+# Names of criteria here -> in obc.criteria.
 OTHERS = {
     "L2": "l2",
     "FPGM": "fpgm",

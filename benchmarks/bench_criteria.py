@@ -275,7 +275,7 @@ class Refusal:
 REFUSALS = {
     OPACUS: (
         Refusal(NotImplementedError),  # layers with buffers, weights that it did not see in use
-        Refusal(RuntimeError, ("is a view and is being modified inplace",)),  # what its hooks make of layers' outputs
+        Refusal(RuntimeError, ("is a view and is being modified inplace",)),  # its hooks keep layers' outputs
     ),
     FUNC: (
         Refusal(

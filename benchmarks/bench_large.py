@@ -159,7 +159,7 @@ def child(size: str, way: str, tokens: int, repeats: int, threads: int) -> dict[
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters(size)
     batches = [torch.randint(VOCABULARY, (1, tokens)) for _ in range(ROWS)]
     with torch.no_grad():
-        model(batches[0][:, :8])  # thread pools and library buffers belong to nobody
+        model(batches[0][:, :8])  # thread pools and library buffers, which no provider owns
     found = isolated.measure(way_of(way, model, batches), repeats)
     return found | {"seconds_per_row": found["seconds"] / ROWS}
 

@@ -116,7 +116,7 @@ def table(channels: int, count: int) -> Case:
 
 
 def _peak_mib() -> float:
-    """Of this process alone; what ``resource`` says includes the peak of the process that started it."""
+    """The peak of this process alone; ``resource`` includes the peak of the process that started it."""
     status = Path("/proc/self/status").read_text().splitlines()
     return int(next(line.split()[1] for line in status if line.startswith("VmHWM"))) / 1024
 

@@ -164,7 +164,7 @@ def print_peak(name: str, way: str) -> None:
 
 
 def print_memory() -> None:
-    """Peaks, and what the sums hold whatever the number of batches."""
+    """Print peaks, and the bytes of the sums, which do not grow with the number of batches."""
     for name, make in MODELS.items():
         peaks = {way: isolated.run("bench_statistics", ["--peak-of", name, way])["peak_mib"] for way in WAYS}
         print(f"{name}: peak above the model: " + ", ".join(f"{way} {peak:.0f} MiB" for way, peak in peaks.items()))

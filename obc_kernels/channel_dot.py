@@ -127,7 +127,7 @@ class ChannelDotConfig:
         if walk.channels_inner:
             block_c = power_of_two(walk.channels, run)
             return block_c, power_of_two(walk.inner, tile // block_c)
-        # With few channels the run along the positions takes what they leave of the tile.
+        # With few channels, the rest of the tile goes to the run along the positions.
         block_p = power_of_two(walk.inner, max(run, tile // power_of_two(walk.channels, tile)))
         return power_of_two(walk.channels, tile // block_p), block_p
 

@@ -9,7 +9,7 @@
 // block can't hold is shared by many, which wait for each other between the passes and so must all be resident: a
 // cooperative launch sees to that. In the second pass the thread at a group's first channel walks through the group,
 // adds its squares in order and clears them; a long group is finished by its whole warp. No two warps touch one score,
-// and nobody clears what another has yet to read.
+// and no block clears what another still has to read.
 
 #include "cpu/layout.h"
 #include "device.h"
