@@ -39,6 +39,7 @@ class FLAP(Criterion):
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         def value(consumer: Consumer) -> Tensor:
+            """(units,) the mean over the channels of Var(x_j) |W_:j|^2."""
             fluctuation = statistics.moments[consumer.name].variance.cpu() * consumer.square
             if not self.standardise:
                 return fluctuation[consumer.channels].mean(1)
@@ -69,6 +70,7 @@ class WandaSP(Criterion):
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         def value(consumer: Consumer) -> Tensor:
+            """(units,) the sum over the channels of sqrt(E x_j^2) sum_i |W_ij|."""
             moments = statistics.moments[consumer.name]
             rms = (moments.square.cpu() / moments.count).sqrt()
             return (rms * consumer.columns.abs().sum(1))[consumer.channels].sum(1)
@@ -98,6 +100,7 @@ class Minitron(Criterion):
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         def value(consumer: Consumer) -> Tensor:
+            """(units,) |s_c over the channels c|_2."""
             squares = statistics.moments[consumer.name].mean_absolute_square.cpu()
             return squares[consumer.channels].sum(1).sqrt()
 
@@ -133,6 +136,7 @@ class CFSP(Criterion):
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         def value(consumer: Consumer) -> Tensor:
+            """(units,) the sum over the channels of |x_j|_2^power, weighted where weights are asked for."""
             norms = statistics.moments[consumer.name].square.cpu().sqrt().pow(self.power)
             if self.weights:
                 absolute = consumer.columns.abs()

@@ -37,6 +37,7 @@ def run_on(batch: Any, loss_fn: Any, forward_fn: ForwardFn | None) -> Run:
     """``run(model)``: what ``forward_fn`` returns on the batch; without it all that ``loss_fn`` computes."""
 
     def run(model: nn.Module) -> Any:
+        """With a loss alone: the loss, and what the model returned while it was computed."""
         if forward_fn is not None:
             return forward_fn(model, batch)
         if loss_fn is None:

@@ -46,6 +46,8 @@ class _Watcher:
                 self.handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
 
     def _before(self, name: str) -> Callable[..., None]:
+        """A hook that begins the event of the module ``name``; a second call is noted as a repetition."""
+
         def record(module: nn.Module, args: Any, kwargs: Any) -> None:
             if name in self.events:
                 self.repeated.add(name)

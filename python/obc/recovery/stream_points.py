@@ -123,6 +123,8 @@ class _Observer(TorchFunctionMode):
             self._close(trace)
 
     def _hook(self, name: str) -> Callable[..., None]:
+        """A hook that notes a call of the layer ``name`` and begins to follow its output."""
+
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
             call = Call(x.detach(), output.detach(), stack=list(self.stack), source=id(x))

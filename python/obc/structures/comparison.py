@@ -126,6 +126,8 @@ def run_alike(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]
 
 
 def _recorder(seen: Observation, name: str, lost: Tensor | None) -> Callable[..., None]:
+    """A forward hook that notes what one call of the layer ``name`` reads, without the channels ``lost``."""
+
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         seen.called.add(name)
         if layout_of(module) is None:
