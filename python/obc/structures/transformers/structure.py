@@ -43,7 +43,25 @@ _GROUPED_BYTES = 16
 def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -> list[ChannelGroup]:
     """The coupled channels of a transformers model, in the order of its modules.
 
-    =================== =======================================================================================
+    =================== ==============================================================================================
+    kind                one unit
+    =================== ==============================================================================================
+    "ffn"               a channel between the projections of a feed-forward block, plain or gated
+    "heads"             a head of keys and values with the query heads that share it; without sharing a head. Where all
+                        query heads share one, as "query_heads". Of latent attention, a head's rows of the second
+                        projections
+    "query_heads"       the j-th query head of every head of keys and values
+    "experts"           an expert of a mixture, with its row of the router
+    "expert_ffn"        the f-th inner channel of every expert of a mixture whose experts are one tensor
+    "mamba"             an inner channel of Mamba's mixer
+    "mixer_heads"       a head of a recurrent mixer: of Mamba-2 one head of every group, of the gated delta rule a key
+                        head with its value heads
+    "inverted_residual" a channel between the widening and the narrowing convolution of an inverted residual
+    "embedding"         a channel of the residual stream, everywhere; not among the default kinds
+    "layers"            a whole block; not among the default kinds (:mod:`obc.structures.transformers.depth`)
+    "sublayers"         a residual branch: an attention, a feed-forward block, a mixer; not among the default kinds
+    =================== ==============================================================================================
+
     Slices of tensors outside ordinary layers have the tensor's name as their module. Experts stored as one tensor are
     one layer: whole experts are its outputs, their inner channels its inputs. What of all this the scorer has no rule
     for (up projections of such experts, Mamba's A_log and D) is named by ``scores.group``.
