@@ -97,6 +97,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "longcat_flash": {"zero_expert_num": 1},
+    "esm": {"vocab_size": 64},
+    "esmc": {"num_key_value_heads": 4},
+    "neomme": {"head_dim": 16},
+    "perceiver": {"d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 2, "num_self_attention_heads": 4},
+    "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 64},
+    "levit": {
+        "hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8],
+    },
+    "mobilevitv2": {"patch_size": 2},
     "xmod": {"default_language": "en_XX"},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
@@ -168,7 +177,7 @@ def _sizes(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
         values["num_key_value_heads"] = values["num_attention_heads"]
     if "qk_rope_head_dim" in values and "head_dim" in values:
         rotary = default.head_dim in (default.qk_rope_head_dim, None)
-        values["head_dim"] = values["qk_rope_head_dim"] + (0 if rotary else values["qk_nope_head_dim"])
+        values["head_dim"] = values["qk_rope_head_dim"] + (0 if rotary else values.get("qk_nope_head_dim", 4))
     values |= _layer_types(default, values)
     return values | {name: value for name, value in overrides.items() if not isinstance(values.get(name), dict)}
 

@@ -20,7 +20,7 @@ Part of the table is checked by `make test`, all of it by `make nightly`.
 """
 _HEADS = {"heads", "query_heads"}
 _WIDTHS = {"ffn", "expert_ffn", "experts"}
-_TITLES = {
+TITLES = {
     "causal": "Causal language models",
     "masked": "Masked language models",
     "seq2seq": "Sequence-to-sequence models",
@@ -57,7 +57,7 @@ def table(found: Iterable[Found]) -> str:
     for task, rows in by_task.items():
         if not rows:
             continue
-        lines += ["", f"## {_TITLES[task]}", "", counts(rows), ""]
+        lines += ["", f"## {TITLES[task]}", "", counts(rows), ""]
         lines += ["| model type | exact groups | error | left out because | not built because |"]
         lines += ["| --- | --- | ---: | --- | --- |"]
         lines += [_row(row) for row in sorted(rows, key=lambda row: row.model_type)]

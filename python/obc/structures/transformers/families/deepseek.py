@@ -63,7 +63,7 @@ def _inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
 register(
     Family(
         "deepseek",
-        headless=("indexer",),  # DeepSeek-V3.2's: it chooses positions, for all heads
+        headless=("indexer", "k_rope_only_layernorm"),  # what chooses positions for all heads; the norm of shared keys
         blocks=_latent_attention,
         inner_sides=_inner_sides,
     )

@@ -1,4 +1,4 @@
-"""BigBird, TrOCR, ProphetNet: classes of attention that run with all their heads only. They are named, and stay."""
+"""BigBird, DBRX, ProphetNet, TrOCR: classes of attention that run with all their heads only. They are named, and stay."""
 
 from collections.abc import Collection, Iterator
 
@@ -7,7 +7,7 @@ from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers
 from obc.structures.units import NotPrunableError
 
-_RESHAPES = ("TrOCRAttention", "ProphetNetAttention", "ProphetNetNgramSelfAttention")
+_RESHAPES = ("DbrxAttention", "TrOCRAttention", "ProphetNetAttention", "ProphetNetNgramSelfAttention")
 _REBUILT = ("BigBirdSelfAttention", "BigBirdBlockSparseAttention")
 
 

@@ -1,4 +1,4 @@
-"""ModernBERT, DBRX, MPT: ``Wqkv`` is [all queries | all keys | all values], ``Wo`` the output projection.
+"""ModernBERT, MPT: ``Wqkv`` is [all queries | all keys | all values], ``Wo`` the output projection.
 
 MPT keeps its heads: the model computes a slope (ALiBi) for each from their number.
 """
@@ -13,7 +13,7 @@ from obc.structures.transformers.heads import HeadChannels, Heads, head_channels
 from obc.structures.transformers.layers import Layers
 from obc.structures.units import NotPrunableError
 
-_STACKED = ("ModernBertAttention", "DbrxAttention")
+_STACKED = ("ModernBertAttention",)
 
 
 def _order(module: nn.Module, heads: Heads, kind: str) -> HeadChannels | None:

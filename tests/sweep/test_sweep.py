@@ -1,0 +1,81 @@
+"""A part of the sweep over the model types of the transformers library: what the committed table says is found.
+
+``make sweep`` runs all of it, and writes the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
+
+from sweep_model import Found, examine, model_types  # noqa: E402
+from sweep_table import TITLES, counts, table  # noqa: E402
+
+PAGE = Path(__file__).parents[2] / "docs" / "transformers_models.md"
+CHOSEN = {
+    "causal": (
+        "afmoe bamba beam bitnet bloom codegen cpmant ctrl deepseek_v3 falcon falcon_mamba flint gemma2 gemma4_text "
+        "gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite_swa jamba llama mamba minimax_m2 mixtral modernbert-decoder "
+        "nemotron olmo2 opt persimmon phi3 qwen3 qwen3_next stablelm trocr"
+    ),
+    "masked": "bert modernbert mpnet",
+    "seq2seq": "bart t5",
+    "image": "vit beit",
+}
+JOBS = [(task, name) for task, names in CHOSEN.items() for name in names.split()]
+
+
+def rows() -> dict[tuple[str, str], tuple[Counter[str], str]]:
+    """(task, model type) -> (kind -> exact groups, the whole row) of the committed table."""
+    found: dict[tuple[str, str], tuple[Counter[str], str]] = {}
+    task = ""
+    for line in PAGE.read_text().splitlines():
+        if line.startswith("## "):
+            task = next(key for key, title in TITLES.items() if title == line.removeprefix("## "))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if task and len(cells) == 5 and cells[0] not in ("model type", "---"):
+            exact = re.findall(r"(?<!not run: )\b(\d+) (\w+)", cells[1])
+            found[task, cells[0]] = Counter({kind: int(count) for count, kind in exact}), line
+    return found
+
+
+@pytest.mark.parametrize(("task", "model_type"), JOBS, ids=[f"{task}-{name}" for task, name in JOBS])
+def test_a_model_type_is_pruned_exactly_and_as_the_table_says(task: str, model_type: str) -> None:
+    found = examine(task, model_type)
+    assert not found.built
+    assert not found.wrong
+    committed, _ = rows()[task, model_type]
+    assert not committed - Counter(found.kinds)  # no group of the table is missing; more are no fault
+
+
+def test_the_table_has_every_model_type_and_nothing_that_is_wrong() -> None:
+    committed = rows()
+    tasks = {task for task, _ in committed}
+    assert "causal" in tasks
+    if f"Version {transformers.__version__} of" in PAGE.read_text():
+        assert set(committed) == {(task, name) for task in tasks for name in model_types(task)}
+    assert not [row for _, row in committed.values() if "WRONG" in row]
+
+
+def test_a_table_counts_what_is_found() -> None:
+    found = [
+        Found("causal", "a", kinds={"heads": 2, "ffn": 2}, error=1e-15),
+        Found("causal", "b", kinds={"ffn": 1}, left_out={"layers.3.attn is | odd": 1}, unproved={"heads": 1}),
+        Found("causal", "c", built="no such layer"),
+        Found("causal", "d", wrong="it differs"),
+        Found("causal", "e", kinds={"mamba": 2}),
+    ]
+    assert counts(found) == (
+        "5 model types: 4 built, of which 3 have groups that are exact, 2 of them in attention (or another mixer) and "
+        "in feed-forward blocks; 1 wrong, 1 not built."
+    )
+    lines = table(found).splitlines()
+    assert "| a | 2 ffn, 2 heads | 1e-15 |  |  |" in lines
+    assert "| b | 1 ffn, not run: 1 heads |  | layers.N.attn is / odd |  |" in lines
+    assert "| c |  |  |  | no such layer |" in lines
+    assert "| d |  |  | WRONG: it differs |  |" in lines
