@@ -1,4 +1,4 @@
-"""BigBird, DBRX, ProphetNet, TrOCR: classes of attention that run with all their heads only. They are named, and stay."""
+"""BigBird, DBRX, ProphetNet, TrOCR: classes of attention that run with all their heads only: they stay."""
 
 from collections.abc import Collection, Iterator
 
