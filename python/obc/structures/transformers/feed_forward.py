@@ -20,10 +20,19 @@ def feed_forwards(layers: Layers, name: str) -> Iterator[Block]:
     plain = [(names, 1) for family in FAMILIES.values() for names in family.feed_forwards]
     fused = [(names, 2) for family in FAMILIES.values() for names in family.fused_feed_forwards]
     gated = [(names, 1) for names, _ in plain if len(names) > 2]
-    for names, copies in (*gated, *fused, *plain):
-        if all(layers.layer(name, child) is not None for child in names):
-            yield _feed_forward(layers, name, [joined(name, child) for child in names], copies)
-            return
+    found = [
+        ([joined(name, child) for child in names], copies)
+        for names, copies in (*gated, *fused, *plain)
+        if all(layers.layer(name, child) is not None for child in names)
+    ]
+    if found:  # names that are used both for a gate beside the other channels and for none are told by their widths
+        yield _feed_forward(layers, name, *next((one for one in found if _agrees(layers, *one)), found[0]))
+
+
+def _agrees(layers: Layers, projections: Sequence[str], copies: int) -> bool:
+    *producers, consumer = projections
+    width = layers.size(consumer, "in")
+    return all(layers.size(producer, "out") == copies * width for producer in producers)
 
 
 def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies: int) -> Block:

@@ -16,6 +16,7 @@ from obc.structures.transformers.per_head import per_head
 from obc.structures.units import NotPrunableError
 
 _SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+_QUERIES = ("q_b_proj", "q_gate_proj", "q_proj")
 _COMMON = ("q_a_proj", "q_a_layernorm", "kv_a_proj_with_mqa", "kv_a_layernorm")
 
 
@@ -28,13 +29,15 @@ def _latent_attention(layers: Layers, name: str, kinds: Collection[str]) -> Iter
         return
     module = layers.modules[name]
     plain, rotary, value = (getattr(module, key, None) for key in _SIZES)
-    queries = joined(name, "q_b_proj" if layers.layer(name, "q_b_proj") is not None else "q_proj")
+    names = (child for child in _QUERIES if layers.layer(name, child) is not None)
+    queries = joined(name, next(names, "q_proj"))
     keys_and_values, output = joined(name, "kv_b_proj"), output_of(layers, name)
     if output is None or queries not in layers.modules:
         raise NotPrunableError(f"latent attention without {'output' if output is None else 'query'} projection")
     if not (isinstance(plain, int) and isinstance(rotary, int) and isinstance(value, int)):
         raise NotPrunableError(f"{type(module).__name__} does not say {', '.join(_SIZES)}")
-    rows = {queries: plain + rotary, keys_and_values: plain + value, output: value}
+    gate = value if queries.endswith("q_gate_proj") else 0  # of the output, beside each head's query
+    rows = {queries: plain + rotary + gate, keys_and_values: plain + value, output: value}
     widths = [layers.size(layer, "in" if layer == output else "out") for layer in rows]
     count = widths[-1] // value
     if widths != [count * size for size in rows.values()]:
@@ -57,7 +60,7 @@ def _latent_attention(layers: Layers, name: str, kinds: Collection[str]) -> Iter
 def _inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
     if not _is_latent(layers, name) or output_of(layers, name) is None:
         return set()
-    return {(joined(name, child), "in") for child in ("q_b_proj", "kv_b_proj")}
+    return {(joined(name, child), "in") for child in ("q_b_proj", "q_gate_proj", "kv_b_proj")}
 
 
 register(

@@ -1,4 +1,4 @@
-"""BigBird, DBRX, ProphetNet, TrOCR: classes of attention that run with all their heads only: they stay."""
+"""BigBird, DBRX, JetMoE, ProphetNet, TrOCR, XLNet: attention that keeps its heads, for a reason of its own."""
 
 from collections.abc import Collection, Iterator
 
@@ -7,15 +7,23 @@ from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers
 from obc.structures.units import NotPrunableError
 
-_RESHAPES = ("DbrxAttention", "TrOCRAttention", "ProphetNetAttention", "ProphetNetNgramSelfAttention")
 _REBUILT = ("BigBirdSelfAttention", "BigBirdBlockSparseAttention")
+_WHOLE = "gives its heads together the width of the residual stream"
+_REASONS = {
+    "DbrxAttention": _WHOLE,
+    "ProphetNetAttention": _WHOLE,
+    "ProphetNetNgramSelfAttention": _WHOLE,
+    "TrOCRAttention": _WHOLE,
+    "JetMoeAttention": "has experts for its queries and its output, whose weights are no layers",
+    "XLNetRelativeAttention": "holds its projections as parameters, not as layers",
+}
 
 
 def _refuse(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
     attention = type(layers.modules[name]).__name__
     if {"heads", "query_heads"} & set(kinds):
-        if attention in _RESHAPES:
-            raise NotPrunableError(f"{attention} gives its heads together the width of the residual stream")
+        if attention in _REASONS:
+            raise NotPrunableError(f"{attention} {_REASONS[attention]}")
         if attention in _REBUILT and getattr(layers.config, "attention_type", None) != "original_full":
             raise NotPrunableError(
                 "BigBird builds its attention anew from the config where an input is short; with "
@@ -24,4 +32,4 @@ def _refuse(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block
     yield from ()
 
 
-register(Family("fixed_heads", feed_forwards=(("intermediate", "output"),), blocks=_refuse))
+register(Family("fixed_heads", feed_forwards=(("intermediate", "output"), ("layer_1", "layer_2")), blocks=_refuse))

@@ -1,4 +1,4 @@
-"""ModernBERT, MPT: ``Wqkv`` is [all queries | all keys | all values], ``Wo`` the output projection.
+"""ModernBERT, MPT: ``Wqkv`` is [all queries | all keys | all values], ``Wo`` the output projection, ``Wi`` [up | gate].
 
 MPT keeps its heads: the model computes a slope (ALiBi) for each from their number.
 """
@@ -28,4 +28,12 @@ def _refuse_slopes(layers: Layers, name: str, kinds: Collection[str]) -> Iterato
     yield from ()
 
 
-register(Family("mpt", outputs=("Wo",), fused_projections={"Wqkv": _order}, blocks=_refuse_slopes))
+register(
+    Family(
+        "mpt",
+        fused_feed_forwards=(("Wi", "Wo"),),
+        outputs=("Wo",),
+        fused_projections={"Wqkv": _order},
+        blocks=_refuse_slopes,
+    )
+)
