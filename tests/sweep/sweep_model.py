@@ -279,17 +279,18 @@ def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _scored(model: Any, batch: dict[str, Tensor]) -> float | None:
-    """One row of scores against weight times gradient, for some linear layers."""
-    scores = obc.score(model, [batch], _loss, progress=False)
-    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name in scores]
+    """One row of scores against weight times gradient, for some linear layers; None where autograd fails."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen = layers[:: max(1, len(layers) // 4)][:4]
-    if not chosen:
-        return None
     weights = {name: model.get_submodule(name).weight for name in chosen}
-    grads = torch.autograd.grad(_loss(model, batch), list(weights.values()), allow_unused=True)
+    try:
+        grads = torch.autograd.grad(_loss(model, batch), list(weights.values()), allow_unused=True)
+    except Exception:  # Reformer's reversible layers run backward in training mode only
+        return None
+    scores = obc.score(model, [batch], _loss, progress=False)
     worst = 0.0
     for (name, weight), grad in zip(weights.items(), grads, strict=True):
-        values = scores[name].in_channels
+        values = scores[name].in_channels if name in scores else None
         if grad is None or values is None:
             continue
         expected = (weight * grad).sum(0).square().detach()
