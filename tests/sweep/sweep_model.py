@@ -284,12 +284,12 @@ def _scored(model: Any, batch: dict[str, Tensor]) -> float | None:
     chosen = layers[:: max(1, len(layers) // 4)][:4]
     weights = {name: model.get_submodule(name).weight for name in chosen}
     try:
-        grads = torch.autograd.grad(_loss(model, batch), list(weights.values()), allow_unused=True)
+        grads = torch.autograd.grad(_loss(model, batch), [*weights.values(), *model.parameters()], allow_unused=True)
     except Exception:  # Reformer's reversible layers run backward in training mode only
         return None
     scores = obc.score(model, [batch], _loss, progress=False)
     worst = 0.0
-    for (name, weight), grad in zip(weights.items(), grads, strict=True):
+    for (name, weight), grad in zip(weights.items(), grads, strict=False):
         values = scores[name].in_channels if name in scores else None
         if grad is None or values is None:
             continue

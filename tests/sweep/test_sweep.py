@@ -23,9 +23,6 @@ CHOSEN = {
         "gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite_swa jamba llama mamba minimax_m2 mixtral modernbert-decoder "
         "nemotron olmo2 opt persimmon phi3 qwen3 qwen3_next stablelm trocr"
     ),
-    "masked": "bert modernbert mpnet",
-    "seq2seq": "bart t5",
-    "image": "vit beit",
 }
 JOBS = [(task, name) for task, names in CHOSEN.items() for name in names.split()]
 
