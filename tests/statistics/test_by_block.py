@@ -89,6 +89,14 @@ def test_padding_is_left_out(name: str) -> None:
         assert found.count <= 3 * int(mask.sum())
 
 
+def test_groups_limit_what_is_read() -> None:
+    case = models.llama()
+    groups = obc.transformer_groups(case.model, ["ffn"])
+    got = collect(case.model, case.batches, statistics=["moments", "gram"], groups=groups, by_block=True)
+    assert set(got.moments) == set(got.gram) == {f"model.layers.{i}.mlp.down_proj" for i in range(2)}
+    assert_same(got, collect(case.model, case.batches, statistics=["moments", "gram"], groups=groups))
+
+
 class Present:
     """Hooks in every module without children that note how many bytes of parameters are not on the meta device."""
 

@@ -453,6 +453,11 @@ def _process(rank: int, folder: str) -> None:
     mine = case.batches[rank::2]
     got = collect(case.model, mine, case.loss, statistics=[*ALL, "experts"], process_group=dist.group.WORLD)
     got.save(Path(folder) / f"{rank}")
+    forward_only = [one for one in FORWARD if one != "experts"]
+    by_block = collect(
+        case.model, mine, statistics=forward_only, process_group=dist.group.WORLD, by_block=True, progress=False
+    )
+    by_block.save(Path(folder) / f"{rank}-by-block")
     dist.destroy_process_group()
 
 
@@ -463,7 +468,10 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
     whole = collect(case.model, order, case.loss, statistics=[*ALL, "experts"])
     for rank in range(2):
         got = obc.Statistics.load(tmp_path / f"{rank}")
-        assert got.num_batches == 3
+        by_block = obc.Statistics.load(tmp_path / f"{rank}-by-block")
+        assert got.num_batches == by_block.num_batches == 3
+        for one in by_block.collected:
+            assert_same(by_block, whole, one, exact=False)
         for one in (*ALL[1:], "experts"):
             assert_same(got, whole, one, exact=False)
         for module in whole.rows:
