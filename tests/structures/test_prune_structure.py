@@ -107,6 +107,21 @@ class Fused(nn.Module):
         return self.head((x + self.out((weights @ value).transpose(1, 2).flatten(2))).mean(1))
 
 
+class Plain(nn.Module):
+    """Norms without any tensor, whose widths are attributes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.instance = nn.Conv2d(2, 8, 3, padding=1), nn.InstanceNorm2d(8)
+        self.second, self.group = nn.Conv2d(8, 12, 3, padding=1), nn.GroupNorm(3, 12, affine=False)
+        self.third, self.layer = nn.Linear(12, 10), nn.LayerNorm(10, elementwise_affine=False)
+        self.head = nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.group(self.second(F.relu(self.instance(self.first(x)))))
+        return self.head(F.relu(self.layer(self.third(x.mean((2, 3))))))
+
+
 @dataclass
 class Net:
     """A network, what goes in, what Torch-Pruning must be told, and whether a unit can be silenced instead."""
@@ -139,6 +154,7 @@ NETS = {
     "fused": Net(Fused, (5, 3), {"num_heads": {"qkv": 3}}, silencing=False),
     "attention": Net(lambda: nn.Sequential(nn.Linear(3, 8), EncoderLayer(), nn.Linear(8, 2)), (5, 3), silencing=False),
     "scaled": Net(Scaled, (5,), silencing=False),
+    "plain": Net(Plain, (2, 5, 5), silencing=False),
 }
 NETS |= {
     name: Net(recipe.build, recipe.shape, {"ignored_layers": recipe.ignored, "num_heads": recipe.heads})
@@ -202,6 +218,19 @@ def test_removing_units_matches_slicing_and_counting(name: str) -> None:
         ):
             assert structure.costs(unit).total() == pytest.approx(count, rel=1e-12)
             assert before[unit].total(widths) == pytest.approx(count, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", ["plain", "inverted", "scaled"])
+def test_a_plan_cuts_the_unpruned_model_to_the_same(name: str) -> None:
+    net = NETS[name]
+    model, x = net.model(), net.inputs(3)
+    structure = structure_of(net, model)
+    structure.remove(some_units(structure, 0))
+    torch.testing.assert_close(structure.plan.apply(net.model())(x), model(x), rtol=0, atol=0)
+    sizes = ("num_features", "num_channels", "normalized_shape", "out_channels", "in_features")
+    cut = structure.plan.apply(net.model())
+    for module, other in zip(model.modules(), cut.modules(), strict=True):
+        assert all(getattr(module, key, None) == getattr(other, key, None) for key in sizes)
 
 
 @pytest.mark.parametrize("name", [name for name, net in NETS.items() if net.silencing])
