@@ -35,20 +35,27 @@ class Budget:
     blocks: bool = False
 
     @classmethod
-    def of(cls, macs: float | None, params: float | None, blocks: float | None = None) -> Budget:
+    def of(
+        cls,
+        macs: float | None,
+        params: float | None,
+        blocks: float | None = None,
+        active_params: float | None = None,
+    ) -> Budget:
         """The one that is given; half of the MACs where none is.
 
         Raises:
             ValueError: several are given, or the share does not lie in (0, 1].
         """
-        given = {"macs": macs, "params": params, "blocks": blocks}
+        given = {"macs": macs, "params": params, "blocks": blocks, "active_params": active_params}
         shares = {name: share for name, share in given.items() if share is not None}
         if len(shares) > 1:
             said = " and ".join(f"{name}={share:g}" for name, share in shares.items())
-            count = "two" if len(shares) == 2 else "three"
+            count = {2: "two", 3: "three", 4: "four"}[len(shares)]
             raise ValueError(f"{said} are {count} budgets; pass the one that is to be met")
         name, share = next(iter(shares.items()), ("macs", _DEFAULT_SHARE))
-        budget = cls("macs" if name == "macs" else "parameters", share, name == "blocks")
+        units: dict[str, Unit] = {"macs": "macs", "active_params": "active_parameters"}
+        budget = cls(units.get(name, "parameters"), share, name == "blocks")
         if not 0 < budget.share <= 1:
             raise ValueError(f"{budget.argument} is the share that remains, in (0, 1], got {budget.share}")
         return budget
@@ -56,12 +63,14 @@ class Budget:
     @property
     def argument(self) -> str:
         """As ``obc.prune`` calls it."""
-        return "blocks" if self.blocks else "macs" if self.unit == "macs" else "params"
+        arguments = {"macs": "macs", "parameters": "params", "active_parameters": "active_params"}
+        return "blocks" if self.blocks else arguments[self.unit]
 
     @property
     def noun(self) -> str:
         """As messages call it."""
-        return "prunable parameters" if self.blocks else "MACs" if self.unit == "macs" else "parameters"
+        nouns = {"macs": "MACs", "parameters": "parameters", "active_parameters": "active parameters"}
+        return "prunable parameters" if self.blocks else nouns[self.unit]
 
     def counted(self, costs: Costs, widths: Tensor | None = None) -> float:
         """What of the costs, at ``widths`` or as the model is now, the share is of."""

@@ -151,7 +151,10 @@ class Job:
 
     def _note_step(self, target: float, removed: Mapping[str, int]) -> None:
         macs, parameters = (self.structure.costs(unit).total() / self.unpruned[unit] for unit in _UNITS)
-        self.report.steps.append(StepReport(target, macs, parameters, removed))
+        active = None
+        if self.budget.unit == "active_parameters":
+            active = self._costs().total() / self.full
+        self.report.steps.append(StepReport(target, macs, parameters, removed, active))
 
     def _rows(self, subject: Subject) -> dict[str, Tensor]:
         """(N, units) rows of every group for joint selection, its (units,) scores for the independent one."""

@@ -42,15 +42,20 @@ class StepReport:
         parameters: share of the parameters that remained after it. The one that was asked for is below the target by
             less than the last unit removed.
         removed: units removed from each group, where any were.
+        active: share of the parameters that one token meets; None where the budget was another.
     """
 
     target: float
     macs: float
     parameters: float
     removed: Mapping[str, int]
+    active: float | None = None
 
     def of(self, unit: Unit) -> float:
         """The share of this unit that remained."""
+        if unit == "active_parameters":
+            assert self.active is not None
+            return self.active
         return self.macs if unit == "macs" else self.parameters
 
 

@@ -54,6 +54,7 @@ def prune(
     macs: float | None = None,
     params: float | None = None,
     blocks: float | None = None,
+    active_params: float | None = None,
     criterion: str | Any = "jacobian",
     allocation: str | Any | None = None,
     selection: Literal["joint", "independent"] | None = None,
@@ -105,6 +106,8 @@ def prune(
         params: instead of ``macs``, the share of parameters that remains.
         blocks: instead, the share that remains of the parameters that can be pruned: those whose number depends on a
             group's width, without embeddings, a head, and layers that are left out.
+        active_params: instead, the share that remains of the parameters that one token meets: of a mixture's experts as
+            many count as a token is routed to. For models of the transformers library.
         criterion: "jacobian" or another name of ``obc.criteria.available()`` (docs/criteria.md); an object with
             ``needs`` and ``score(group, statistics, model)``; or such a function.
         allocation: how much each group loses: "global" (all units compete), "uniform" (equal shares), "equal" (equal
@@ -154,7 +157,7 @@ def prune(
         ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
             that differs.
     """
-    budget = Budget.of(macs, params, blocks)
+    budget = Budget.of(macs, params, blocks, active_params)
     schedule = budget.schedule(steps)
     criterion, slices = chosen_criterion(criterion, slices)
     selection = chosen_selection(criterion, selection, slices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,15 +30,15 @@ class Polynomial:
 
     Args:
         groups: of the model as it is now.
-        unit: "macs" or "parameters".
+        unit: "macs", "parameters" or "active_parameters".
 
     Raises:
         ValueError: an unknown unit.
     """
 
-    def __init__(self, groups: Sequence[ChannelGroup], unit: Literal["macs", "parameters"]) -> None:
-        if unit not in ("macs", "parameters"):
-            raise ValueError(f"unit must be 'macs' or 'parameters', got {unit!r}")
+    def __init__(self, groups: Sequence[ChannelGroup], unit: str) -> None:
+        if unit not in ("macs", "parameters", "active_parameters"):
+            raise ValueError(f"unit must be 'macs', 'parameters' or 'active_parameters', got {unit!r}")
         self._unit, self._names = unit, [group.name for group in groups]
         self._widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64)
         self._per_unit: dict[Hashable, Tensor] = {}

@@ -12,7 +12,7 @@ from obc.model.costs import Costs
 from obc.model.groups import ChannelGroup
 from obc.model.plan import PruningPlan
 
-Unit = Literal["macs", "parameters"]
+Unit = Literal["macs", "parameters", "active_parameters"]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ from obc.structures.masking import lost_channels
 from obc.structures.measure import costs_of, measure
 from obc.structures.probed_groups import recover
 from obc.structures.proof import Proof, prove, varied_inputs
-from obc.structures.protocol import Limits
+from obc.structures.protocol import Limits, Unit
 from obc.structures.removal import followed, refuse_untied, size_of, step_of
 from obc.structures.traced_bounds import bound_searches
 from obc.structures.traced_groups import GroupFinder, Settings
@@ -156,8 +156,14 @@ class TorchPruningStructure:
         }
         return Limits(spare, whole=heads)
 
-    def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
-        """The cost as an exact polynomial in the groups' widths: see :func:`obc.structures.measure.costs_of`."""
+    def costs(self, unit: Unit) -> Costs:
+        """The cost as an exact polynomial in the groups' widths: see :func:`obc.structures.measure.costs_of`.
+
+        Raises:
+            ValueError: of models that are traced, which parameters are active is not known.
+        """
+        if unit == "active_parameters":
+            raise ValueError("active_params counts the experts of transformers models; pass params, or macs")
         return costs_of(self.model, self.groups, self._usage, unit, self._finder.dims)
 
     def remove(self, units: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from obc.model.costs import Costs
 from obc.model.depth import Skipped
-from obc.model.experts import is_expert_weight
+from obc.model.experts import fused_experts, is_expert_weight
 from obc.model.groups import Slice
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
@@ -24,13 +24,13 @@ def transformer_costs(
     model: nn.Module,
     blocks: Sequence[Block],
     axes: Mapping[tuple[str, int], Sequence[tuple[int, Slice]]],
-    unit: Literal["macs", "parameters"],
+    unit: Literal["macs", "parameters", "active_parameters"],
     sequence_length: int = 0,
     calibration: Calibration | None = None,
     depth: Sequence[DepthUnit] = (),
     names_of: Mapping[str, str] | None = None,
 ) -> Costs:
-    """Parameters, or multiply-accumulates for one token, exact in the widths of the blocks' groups.
+    """Parameters, those that one token meets, or its multiply-accumulates, exact in the widths of the blocks' groups.
 
     A weight of shape (d_1, d_2, ...) has the product of its sizes in parameters, and takes as many MACs, once for every
     token; fused experts take those of the experts that a token is routed to. Embeddings, norms, biases and the scan of
@@ -41,7 +41,7 @@ def transformer_costs(
         model: as it is now.
         blocks: of the model as it is now.
         axes: (parameter name, dimension) -> the indices of the blocks, and their slices, that lie there.
-        unit: "macs" or "parameters".
+        unit: "macs", "parameters" or "active_parameters".
         sequence_length: positions that each token attends to.
         calibration: MACs are those of a whole batch, as they were counted on the unpruned model.
         depth: whole blocks and branches that may go: groups of one unit behind the others, with which the costs of
@@ -108,16 +108,32 @@ def _terms(model: nn.Module, unit: str) -> Iterator[tuple[str, str, Tensor, tupl
     seen: set[int] = set()
     for module_name, module in named_modules(model):
         for key, parameter in module.named_parameters(recurse=False):
-            if unit == "parameters":
+            if unit != "macs":
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield module_name, key, parameter, (), 1.0
+                    yield module_name, key, parameter, *_counted(model, module_name, unit)
             elif layout_of(module) is not None and key == "weight":
                 yield module_name, key, parameter, (), 1.0
             elif is_expert_weight(key, parameter):
                 yield module_name, key, parameter, (0,), float(_routed(model, module_name))
             elif _is_router(module, key, parameter):
                 yield module_name, key, parameter, (), 1.0
+
+
+def _counted(model: nn.Module, module_name: str, unit: str) -> tuple[tuple[int, ...], float]:
+    """(dimensions that don't count, how often the rest counts) of a parameter, as a parameter.
+
+    Of active ones, those of experts count as often as a token is routed to one of them.
+    """
+    if unit == "parameters":
+        return (), 1.0
+    if fused_experts(model.get_submodule(module_name)) is not None:
+        return (0,), float(_routed(model, module_name))
+    before, found, _ = module_name.rpartition(".experts.")
+    if not found:
+        return (), 1.0
+    experts = f"{before}.experts"
+    return (), min(1.0, _routed(model, experts) / max(1, len(list(model.get_submodule(experts).children()))))
 
 
 def _is_router(module: nn.Module, key: str, parameter: Tensor) -> bool:

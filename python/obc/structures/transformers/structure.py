@@ -235,8 +235,11 @@ class TransformersStructure:
             f"unpruned model's ({self.config_refused}); obc.structures.transformers.save_pruned and load_pruned serve"
         ]
 
-    def costs(self, unit: Literal["macs", "parameters"]) -> Costs:
-        """Parameters, or MACs for one token or calibrated (:mod:`obc.structures.transformers.costs`)."""
+    def costs(self, unit: Literal["macs", "parameters", "active_parameters"]) -> Costs:
+        """Parameters, those that one token meets, or MACs: for one token, or calibrated.
+
+        See :mod:`obc.structures.transformers.costs`.
+        """
         blocks = list(self.blocks.values())
         axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
         for index, block in enumerate(blocks):
