@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         description="Train a residual CNN and a transformer on scikit-learn's digits, prune them by random, L1, Taylor "
         "and Jacobian criteria, and print held-out accuracy (raw, BN recalibrated, compensated), scoring time and peak "
         "memory. With --real, prune a pretrained model that a package carries instead, without training: the sentence "
-        "encoder all-MiniLM-L6-v2 (about a minute) or SmolLM2-135M (some minutes). Needs no network.",
+        "encoder all-MiniLM-L6-v2 or SmolLM2-135M, in a few minutes. Needs no network.",
     )
     demo.add_argument(
         "--real",
