@@ -31,8 +31,9 @@ def parts(cases: Sequence[Case]) -> Iterator[tuple[str, list[str], list[list[str
         unpruned = [case["shown"] for case in found if case["selection"] == "none"]
         pruned = [case for case in found if case["selection"] != "none"]
         draws, samples = len({case["draw"] for case in found}), len(found[0]["losses"])
+        pieces = f"{same[2]} x {same[4]} tokens" if found[0]["what"] == "perplexity" else f"{same[2]} batches"
         title = (
-            f"{same[0]}{'' if same[1] == 'all' else ', ' + same[1]}: {found[0]['what']}; {same[2]} x {same[4]} to "
+            f"{same[0]}{'' if same[1] == 'all' else ', ' + same[1]}: {found[0]['what']}; {pieces} to "
             f"calibrate, {samples} samples to test, {draws} draw{'s' * (draws > 1)}; unpruned "
             f"{statistics.mean(unpruned):.4g}"
         )

@@ -103,7 +103,7 @@ def test_differences_are_paired_by_sample_over_all_draws() -> None:
     cases += [case("jacobian", 0, [1.0, 2.0, 3.0]), case("jacobian", 1, [2.0, 2.0, 2.0])]
     cases += [case("flap", 0, [1.5, 2.0, 4.0]), case("flap", 1, [2.0, 3.0, 2.5])]
     ((title, head, rows),) = real_table.parts(cases)
-    assert title == "m: loss; 1 x 2 to calibrate, 3 samples to test, 2 draws; unpruned 0"
+    assert title == "m: loss; 1 batches to calibrate, 3 samples to test, 2 draws; unpruned 0"
     assert head == ["method", "50.0%"]
     differences = [0.5, 0.0, 1.0, 0.0, 1.0, 0.5]
     error = statistics.stdev(differences) / math.sqrt(6)
