@@ -1,4 +1,4 @@
-"""BERT, RoBERTa, ELECTRA, ViT, BEiT, Segformer, Reformer: projections in ``self``, the output projection in the module around."""
+"""BERT, RoBERTa, ELECTRA, ViT, BEiT, Segformer, Reformer: projections in ``self``, the output in the module around."""
 
 from obc.structures.transformers.family import Family, register
 
