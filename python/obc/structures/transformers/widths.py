@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from obc.model.groups import Slice
 from obc.structures.transformers.axes import Axis
@@ -103,7 +103,8 @@ class _Trial:
         self, model: nn.Module, blocks: Mapping[str, Block], axes_of: Callable[[Block, Slice], Sequence[Axis]]
     ) -> None:
         self.model, self.blocks, self.axes_of = model, blocks, axes_of
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        self.parameters |= dict(model.named_buffers(remove_duplicate=False))  # correction biases, running statistics
         self.names: dict[int, list[str]] = {}  # of one parameter: tied ones have several
         for name, parameter in self.parameters.items():
             self.names.setdefault(id(parameter), []).append(name)
