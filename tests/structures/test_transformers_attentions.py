@@ -254,3 +254,20 @@ def test_heads_of_classes_that_run_with_all_of_them_only_stay(name: str, reason:
     assert {group.kind for group in structure.groups} == {"ffn"}
     assert structure.left_out
     assert all(reason in why for why in structure.left_out.values())
+
+
+def test_blocks_whose_modules_share_their_parameters_are_one() -> None:
+    model = Case("Llama", SHARED, "").build()
+    first, second = model.model.layers
+    for child in ("gate_proj", "up_proj", "down_proj"):
+        getattr(second.mlp, child).weight = getattr(first.mlp, child).weight
+    masked = copy.deepcopy(model)
+    structure = TransformersStructure(model, kinds=("ffn",), example_inputs=inputs())
+    assert structure.proof is not None
+    assert structure.proof.proved == ["model.layers.0.mlp.gate_proj"]
+    assert structure.costs("parameters").total() == sum(parameter.numel() for parameter in model.parameters())
+    masked.model.layers[0].mlp.down_proj.weight.data[:, 7:20] = 0  # the other layer's too
+    structure.remove({"model.layers.0.mlp.gate_proj": torch.arange(7, 20)})
+    assert first.mlp.up_proj.weight is second.mlp.up_proj.weight
+    assert second.mlp.up_proj.out_features == second.mlp.intermediate_size == 35
+    torch.testing.assert_close(logits(model), logits(masked))

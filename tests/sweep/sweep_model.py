@@ -269,7 +269,10 @@ def _compared(found: Found, model: Any, batch: dict[str, Tensor]) -> None:
     if found.reloaded > TOLERANCE:
         found.wrong = f"the reloaded model differs by {found.reloaded:.2g}"
         return
-    found.scored = _scored(model, batch)
+    try:
+        found.scored = _scored(model, batch)
+    except obc.ScoringError as refusal:
+        found.left_out[f"obc.score refuses the model: {refusal}"] = 1
     if found.scored is not None and found.scored > SCORES:
         found.wrong = f"scores differ from explicit autograd by {found.scored:.2g}"
 

@@ -7,11 +7,13 @@ with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import nn
 
 import obc.structures.transformers.families  # noqa: F401 - the families register themselves
 from obc.structures.transformers.attention import attentions
+from obc.structures.transformers.axes import layer_axes
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.embedding import embedding, embedding_name
 from obc.structures.transformers.family import FAMILIES, kinds
@@ -54,6 +56,28 @@ class Finder:
             inner = Finder(model, DEFAULT_KINDS)
             self._add(embedding_name(self.layers), embedding(self.layers, inner.blocks, inner.left_out))
         self.blocks = dict(sorted(self.blocks.items(), key=lambda item: self._place(item[1])))
+        self._join_tied()
+
+    def _join_tied(self) -> None:
+        """Blocks that lie in the same parameters, as modules that share theirs, are one: their units go together."""
+        first: dict[tuple[tuple[int, int], ...], str] = {}
+        for name, block in list(self.blocks.items()):
+            holder = first.setdefault(self._lies_in(block), name)
+            if holder != name:
+                whole = self.blocks[holder]
+                group = replace(whole.group, slices=(*whole.group.slices, *block.group.slices))
+                counters, axes = (*whole.counters, *block.counters), {**whole.axes, **block.axes}
+                self.blocks[holder] = replace(whole, group=group, axes=axes, counters=counters)
+                del self.blocks[name]
+
+    def _lies_in(self, block: Block) -> tuple[tuple[int, int], ...]:
+        """(id of the parameter, dimension) of every slice."""
+        places = []
+        for part in block.group.slices:
+            axes = block.axes.get((part.module, part.side))
+            for axis in axes or layer_axes(part.module, self.layers.modules[part.module], part.side):
+                places.append((id(getattr(self.layers.modules[axis.module], axis.tensor)), axis.dim))
+        return tuple(places)
 
     def _add(self, name: str, found: Iterator[Block]) -> bool:
         """Whether something was found, or refused with a reason."""
