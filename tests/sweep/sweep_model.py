@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 
 import obc
 from obc.model.layouts import layout_of
+from obc.scoring.errors import ScoringError
 from obc.structures.proof import prove
 from obc.structures.transformers import TransformersStructure, load_pruned, save_pruned
 
@@ -271,7 +272,7 @@ def _compared(found: Found, model: Any, batch: dict[str, Tensor]) -> None:
         return
     try:
         found.scored = _scored(model, batch)
-    except obc.ScoringError as refusal:
+    except ScoringError as refusal:
         found.left_out[f"obc.score refuses the model: {refusal}"] = 1
     if found.scored is not None and found.scored > SCORES:
         found.wrong = f"scores differ from explicit autograd by {found.scored:.2g}"
