@@ -28,6 +28,8 @@ from obc.structures.units import NotPrunableError
 # Of so many producers of one group, each by itself is looked at: every one takes as many passes as all together.
 _MOST_PRODUCERS = 16
 _MOST_TRIES = 12
+# More than of other groups: one of many kinds of units is looked for, and may pass fewer by chance.
+_TRIES = 5
 
 
 class Extensible(Provable, Protocol):
@@ -118,7 +120,7 @@ def _accepted(
             offered.append(name)
         if not offered:
             break
-        tried = prove(structure, run, among=offered, tries=3)
+        tried = prove(structure, run, among=offered, tries=_TRIES)
         proof.add(tried)
         for name in offered:
             if name in tried.proved:

@@ -84,7 +84,8 @@ def prove(
         run: ``run(model)`` returns the model's outputs on inputs that are always the same, in any nesting.
         seed: of the choice of units.
         among: names of the groups that are tried; all by default.
-        tries: with other units and another width in each, the third with one unit less.
+        tries: with other units and another width in each, the third with one unit less; the fourth without the first
+            half, the fifth without the last.
     """
     start = time.perf_counter()
     proof = _Prover(structure, run, seed, tries, among).prove()
@@ -174,6 +175,9 @@ class _Prover:
         # Every try leaves another width: an operation may be right for even widths only.
         permitted.sort(key=lambda width: abs(width - size / 2))
         gone = size - (max(permitted) if number == _TRIES else permitted[min(number, len(permitted) - 1)])
+        if number > _TRIES:  # the first half, then the last: what depends on which units go shows best there
+            half = size - permitted[0]
+            return torch.arange(half) if number == _TRIES + 1 else torch.arange(size - half, size)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {group.name}".encode()))
         order = torch.randperm(size, generator=generator)
         # Half of what one try removes is removed in the next as well: so every quarter has a fate of its own.
