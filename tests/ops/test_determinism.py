@@ -84,8 +84,13 @@ def test_processes_have_the_same_bits() -> None:
 
 
 @pytest.mark.parametrize("family", ["residual-cnn", "norms", "in-place-after-conv", "functional-weight", "checkpoint"])
-def test_ways_of_reading_have_the_same_bits(family: str) -> None:
-    """In an own loop, with kept rows, resumed after every row."""
+def test_ways_of_reading_have_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an own loop, with kept rows, resumed after every row.
+
+    All of them check in the first row, as an own loop does: where a norm's weight has a gradient too, torch may round
+    that of its input another way.
+    """
+    monkeypatch.setattr(obc.JacobianScorer, "can_check_on_a_sample", False)
     case = FAMILIES[family]()
     expected = score(case, "batch")
     assert_equal(score_in_a_loop(obc.JacobianScorer(case.model), case), expected)

@@ -26,10 +26,15 @@ def inverted_residuals(layers: Layers, name: str, kinds: Collection[str]) -> Ite
     for parts in (parts for family in FAMILIES.values() for parts in family.inverted_residuals):
         kind = "inverted_residual" if len(parts) > 2 else "ffn"
         if kind in kinds and all(
-            layers.has(name, part) and _convolutions(layers, joined(name, part)) for part in parts
+            layers.has(name, part) and _wraps_convolutions(layers, joined(name, part)) for part in parts
         ):
             yield _block(layers, [joined(name, part) for part in parts], kind)
             return
+
+
+def _wraps_convolutions(layers: Layers, name: str) -> bool:
+    """Whether convolutions are inside a module: beside a bare one may stand norms that no name here leads to."""
+    return not isinstance(layers.modules[name], _ConvNd) and bool(_convolutions(layers, name))
 
 
 def _convolutions(layers: Layers, name: str) -> list[str]:
