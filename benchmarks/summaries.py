@@ -151,9 +151,12 @@ def _encoder(results: Path) -> str:
 
 
 def _recovery(results: Path) -> str:
-    """Test figures of recovered models, mean over seeds: a table a model, ways down."""
+    """Test figures of recovered models, mean over seeds: a table for each model that was measured, ways down."""
     parts = []
-    for model, shown in (("encoder", "cosine similarity to the unpruned model"), ("smollm2", "perplexity")):
+    measured = [("encoder", "cosine similarity to the unpruned model"), ("smollm2", "perplexity")]
+    if not (results / "bench_recovery_smollm2.json").exists():
+        del measured[1]
+    for model, shown in measured:
         found = read(results, f"bench_recovery_{model}")["rows"]
         seeds = max(row["seed"] for row in found) + 1
         lines = []
