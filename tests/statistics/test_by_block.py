@@ -20,6 +20,7 @@ import obc
 from obc.statistics import Blocks, ByBlock, Gram, StatisticsError, memory_estimate, residual_blocks
 from obc.statistics.checkpoint import Checkpoint
 from obc.statistics.run import collect
+from obc.statistics.sums import Sums
 
 FAMILIES = ["mixtral", "qwen2-moe", "deepseek-v2", "opt"]
 CASES: dict[str, Any] = {
@@ -134,6 +135,21 @@ def test_weights_from_files_are_present_one_block_at_a_time(tmp_path: Path) -> N
     stated = memory_estimate(hollow, statistics, by_block=ByBlock(weights=tmp_path))["weights"]
     assert stated == pytest.approx(outside + of_block, rel=0.01), "buffers aside"
     assert sum(p.nbytes for p in real.parameters()) > 2 * of_block + outside
+
+
+def test_products_of_one_block_at_a_time_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, owners = models.llama(), []
+    blocks, commit = residual_blocks(case.model), Sums.commit
+
+    def noting(self: Sums, batch: int) -> None:
+        commit(self, batch)
+        modules = [module for module, _ in self._buffers]
+        owners.append({next((b for b in blocks if module.startswith(f"{b}.")), "outside") for module in modules})
+
+    monkeypatch.setattr(Sums, "commit", noting)
+    collect(case.model, case.batches, statistics="gram", forward_fn=forward, by_block=True)
+    each = [{name} for name in [*blocks, "outside"]]
+    assert owners == [owner for owner in each for _ in case.batches]
 
 
 def test_weights_that_are_missing_are_named_before_anything_runs(tmp_path: Path) -> None:

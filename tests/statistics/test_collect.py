@@ -587,6 +587,15 @@ def test_a_gram_matrix_too_large_for_the_device_is_refused(monkeypatch: pytest.M
         collect(case.model, case.batches, statistics="gram")
 
 
+def test_products_outside_the_blocks_count_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)]
+    model = nn.Sequential(nn.Sequential(*blocks), nn.Linear(32, 2))
+    needed = 8 * (3 * 4**2 + 32**2) + 4 * 32**2  # all sums, and the products of the last layer
+    monkeypatch.setattr(memory, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(StatisticsError, match="the largest, of '1' with 32 channels"):
+        collect(model, [torch.zeros(2, 4)], statistics="gram", by_block=True)
+
+
 def test_bytes_are_known_before_the_run() -> None:
     model = nn.Sequential(nn.Linear(5, 7), nn.Conv2d(6, 2, 1, groups=2))
     assert memory.memory_estimate(model, ["rows", "gram", "moments"]) == {

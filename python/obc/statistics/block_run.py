@@ -116,6 +116,8 @@ class BlockRun:
                         self._read_block(place, batch, parts, states, reading=place >= done)
                         for index in range(len(parts)):
                             states.drop((place - self.span, batch, index))
+                for reader in self.readers.values():
+                    reader.sums.free_buffers()
                 after(place + 1, len(chain) + 1)
             for batch, parts in enumerate(batches):
                 self._read_rest(batch, parts, states, reading=len(chain) >= done)

@@ -77,12 +77,13 @@ def refuse_too_large(readers: Iterable[Reader], by_block: ByBlock | None, model:
 
 
 def _by_block(reader: GramReader, options: ByBlock, model: nn.Module) -> dict[torch.device, int]:
-    """What a run block by block takes: all sums on the host, the products of one block where it runs."""
+    """What a run block by block takes: all sums on the host, and one block's products where it runs."""
     sizes = {name: width**2 for name, width in reader.widths.items()}
     device, names = options.runs_on(model), options.names(model)
-    products = max(sum(size for layer, size in sizes.items() if layer.startswith(f"{name}.")) for name in names)
+    inside = [sum(size for layer, size in sizes.items() if f"{layer}.".startswith(f"{name}.")) for name in names]
+    outside = sum(sizes.values()) - sum(inside)
     needs = {torch.device("cpu"): 8 * sum(sizes.values())}
-    needs[device] = needs.get(device, 0) + 4 * products
+    needs[device] = needs.get(device, 0) + 4 * max(*inside, outside)
     return needs
 
 

@@ -36,7 +36,7 @@ class Sums:
         self.totals: dict[Key, Tensor] = {}
         self.left_out: list[str] = []
         self._batch: dict[Key, Tensor] = {}
-        self._buffers: dict[Key, Tensor] = {}  # products of the batch before, to be written over
+        self._buffers: dict[Key, Tensor] = {}  # products of the batch before, to be overwritten
         self._flags: list[tuple[int, list[Key], Tensor]] = []
 
     def add(self, module: str, field: str, values: Tensor) -> None:
@@ -88,6 +88,10 @@ class Sums:
             self._add_to_total(key, finite)
             if finite.dim() == 2:
                 self._buffers[key] = finite
+
+    def free_buffers(self) -> None:
+        """Free the memory of products: other modules are read from now on."""
+        self._buffers.clear()
 
     def settle(self) -> list[str]:
         """What was left out so far. Reads from the device."""
