@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from obc.criteria.depth_rows import DepthRows
 from obc.criteria.protocol import About, Criterion, Subject
-from obc.model.batches import part_of, samples_in
 from obc.model.evaluation import evaluating
 from obc.model.groups import ChannelGroup, Sided, Slices
 from obc.scoring.run import score
-from obc.statistics.loss import frozen
+from obc.statistics.loss import frozen, run_backward
 from obc.statistics.results import Statistics
 from obc.statistics.rows import Rows
 
@@ -72,15 +71,7 @@ def _run(subject: Subject, reader: DepthRows) -> None:
     """Forward and backward passes of all batches, for blocks alone."""
     with evaluating(subject.model), frozen(subject.model):
         for row, batch in enumerate(subject.batches):
-            samples = 0 if subject.micro_batch is None else samples_in(batch)
-            step = subject.micro_batch or 1
-            starts = range(0, samples, step) if samples > step else (0,)
-            for start in starts:
-                stop = min(start + step, samples)
-                part = batch if len(starts) == 1 else part_of(batch, start, stop, samples)
-                share = 1.0 if len(starts) == 1 or subject.rows == "sample" else (stop - start) / samples
-                reader.seek(row, start)
-                (reader(subject.model, part).sum() * share).backward()
+            run_backward(subject.model, reader, row, batch, subject.rows, subject.micro_batch)
 
 
 class Jacobian(Criterion):

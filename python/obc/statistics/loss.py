@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,16 @@ from obc.statistics.part import Part
 from obc.statistics.reader import Reader
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+class SeekableLoss(Protocol):
+    """A loss function that is told which batch comes, and from which of its samples on."""
+
+    def seek(self, row: int, sample: int) -> None:
+        """The next call is of batch ``row``, from its sample ``sample`` on."""
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss."""
 
 
 class WatchedLoss:
@@ -62,7 +72,7 @@ class WatchedLoss:
 
 
 def run_backward(
-    model: nn.Module, loss: WatchedLoss, index: int, batch: Any, rows: Literal["batch", "sample"], size: int | None
+    model: nn.Module, loss: SeekableLoss, index: int, batch: Any, rows: Literal["batch", "sample"], size: int | None
 ) -> None:
     """Forward and backward of one batch, where no rows are read.
 
@@ -83,7 +93,7 @@ def run_backward(
         (losses.sum() * (share if rows == "batch" else 1.0)).backward()
 
 
-def _parts(loss: WatchedLoss, index: int, batch: Any, size: int | None) -> Iterator[tuple[Any, float]]:
+def _parts(loss: SeekableLoss, index: int, batch: Any, size: int | None) -> Iterator[tuple[Any, float]]:
     """The parts that a batch is run in, each with its share of the samples."""
     loss.seek(index, 0)
     samples = 0 if size is None else samples_in(batch)
