@@ -107,6 +107,7 @@ def test_options_out_of_range() -> None:
         (lambda: criteria.LLMPruner("matrix"), "form must be"),  # type: ignore[arg-type]
         (lambda: criteria.FastOBA(epsilon=0.0), "epsilon must be positive"),
         (lambda: criteria.MaskedEvaluation("accuracy"), "metric must be"),  # type: ignore[arg-type]
+        (lambda: criteria.BeamSearch(metric="accuracy"), "metric must be"),  # type: ignore[arg-type]
         (lambda: criteria.MaskedEvaluation(rounds=0), "rounds must be"),
     ):
         with pytest.raises(ValueError, match=message):

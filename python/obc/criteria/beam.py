@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from obc.criteria.masked import Evaluation, Masks, Metric, with_unit
+from obc.criteria.masked import Evaluation, Masks, Metric, check_metric, with_unit
 from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
 from obc.model.usable_batches import UsableBatches
 from obc.structures.masking import unmaskable
@@ -45,6 +45,7 @@ class BeamSearch(MeasuredCriterion):
     ) -> None:
         if removals < 1 or width < 1:
             raise ValueError(f"removals and width must be at least 1, got {removals} and {width}")
+        check_metric(metric)
         self.removals, self.width, self.metric, self.null = removals, width, metric, null
 
     def measure(self, subject: Subject) -> GroupScores:

@@ -45,8 +45,7 @@ class MaskedEvaluation(MeasuredCriterion):
     per_cost = True
 
     def __init__(self, metric: Metric = "loss", rounds: int = 1) -> None:
-        if metric not in ("loss", "kl", "mse"):
-            raise ValueError(f"metric must be 'loss', 'kl' or 'mse', got {metric!r}")
+        check_metric(metric)
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
         self.metric, self.rounds = metric, rounds
@@ -75,6 +74,12 @@ class MaskedEvaluation(MeasuredCriterion):
         return found
 
 
+def check_metric(metric: str) -> None:
+    """Refuse a metric that :class:`Evaluation` doesn't know."""
+    if metric not in ("loss", "kl", "mse"):
+        raise ValueError(f"metric must be 'loss', 'kl' or 'mse', got {metric!r}")
+
+
 class Evaluation:
     """The metric of a model with units masked, relative to what it computed at first.
 
@@ -84,6 +89,7 @@ class Evaluation:
     """
 
     def __init__(self, subject: Subject, metric: Metric) -> None:
+        check_metric(metric)
         self.subject, self.metric = subject, metric
         self._dense: list[Tensor] = []
         if metric != "loss":
@@ -132,6 +138,7 @@ def output_tensor(output: Any) -> Tensor:
 
 
 def with_unit(masks: Masks, name: str, unit: int) -> Masks:
+    """The masks with one more unit of the group ``name`` at zero; ``masks`` stays as it is."""
     mask = masks[name].clone()
     mask[unit] = True
     return {**masks, name: mask}
