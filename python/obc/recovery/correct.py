@@ -346,11 +346,11 @@ class CorrectRun:
         if inverse is not None:
             error = error * inverse.reshape(layout.groups, 1, -1)
         held_out = index >= self.calibration
-        wanted = output_rows(layout, target, rows)
-        weights = _row_weights(wanted) if layer.summed and not layout.convolution else None
+        weighed = layer.summed and not layout.convolution
+        weights = _row_weights(output_rows(layout, target, rows)) if weighed else None
         (sums.check if held_out else sums.fit).add(input_rows(module, layout, call.x, rows), error, weights)
         if held_out:
-            squares = wanted.double().square().sum((0, 2))
+            squares = output_rows(layout, target, rows).double().square().sum((0, 2))
             sums.energy += float((squares if weights is None else squares * weights).sum())
 
     def _solve(self, layer: _Layer, sums: _Sums) -> None:
