@@ -175,6 +175,18 @@ class Recipe:
 _QKV = ("attention.query", "attention.key", "attention.value")
 _RESIDUAL = ("head", "embed", "attention.out", "down")
 
+# Criteria that score experts, blocks or two domains, which none of these models has.
+OF_OTHER_MODELS = {
+    "reap",
+    "expert_frequency",
+    "expert_norm",
+    "block_influence",
+    "angular_distance",
+    "entropy",
+    "cfsp",
+    "gaprune",
+}
+
 RECIPES: dict[str, Recipe] = {
     "chain": Recipe(ConvChain, (2, 8, 8)),
     "resnet": Recipe(ResidualCNN, (3, 8, 8)),

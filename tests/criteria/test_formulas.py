@@ -329,16 +329,22 @@ def test_experts(name: str, gates: Any) -> None:
         check({"x": norms[group_name]}, {"x": torch.tensor(total, dtype=torch.float64)}, 1e-5)
 
 
-def test_blocks() -> None:
-    of = subject("llama")
+def block_pairs(model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Block -> (input, output) of its calls, filled while the model runs."""
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for index in range(2):
         block = f"model.layers.{index}"
-        of.model.get_submodule(block).register_forward_hook(
+        model.get_submodule(block).register_forward_hook(
             lambda m, args, y, block=block: pairs.setdefault(block, []).append(
                 (args[0].detach(), (y[0] if isinstance(y, tuple) else y).detach())
             )
         )
+    return pairs
+
+
+def test_blocks() -> None:
+    of = subject("llama")
+    pairs = block_pairs(of.model)
     influence, distance = criteria.BlockInfluence(), criteria.AngularDistance()
     for criterion, tokens in ((influence, slice(None)), (distance, slice(-1, None))):
         pairs.clear()

@@ -13,7 +13,7 @@ import pytest
 import test_formulas
 import torch
 import transformers_families as families
-from test_formulas import Subject, changed, check, forward, subject
+from test_formulas import Subject, block_pairs, changed, check, forward, subject
 from torch import Tensor, nn
 
 import obc
@@ -102,14 +102,7 @@ def test_entropy_is_that_of_histograms() -> None:
 
 def test_entropy_gain_of_blocks() -> None:
     of = subject("llama")
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for index in range(2):
-        block = f"model.layers.{index}"
-        of.model.get_submodule(block).register_forward_hook(
-            lambda m, args, y, block=block: pairs.setdefault(block, []).append(
-                (args[0].detach(), (y[0] if isinstance(y, tuple) else y).detach())
-            )
-        )
+    pairs = block_pairs(of.model)
     criterion = criteria.EntropyGain(bins=5, spare=None)
     statistics = obc.collect(of.model, of.batches, statistics=criterion.needs, forward_fn=forward)
     got = criterion.of_blocks(statistics)

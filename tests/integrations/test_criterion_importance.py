@@ -11,27 +11,15 @@ from torch import Tensor, nn
 tp = pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
 
 from models import regression_losses  # noqa: E402
-from prunable import RECIPES  # noqa: E402
+from prunable import OF_OTHER_MODELS, RECIPES  # noqa: E402
 
 from obc import criteria  # noqa: E402
 from obc.criteria import Subject, group_scores  # noqa: E402
 from obc.integrations.torch_pruning import CriterionImportance  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
 
-# What scores experts, blocks, two domains or at random, and searches, whose scores depend on all groups that take part.
-OTHERS = {
-    "reap",
-    "expert_frequency",
-    "expert_norm",
-    "block_influence",
-    "angular_distance",
-    "entropy",
-    "cfsp",
-    "gaprune",
-    "random",
-    "beam",
-    "tolerance",
-}
+# Also what scores at random, and searches, whose scores depend on all groups that take part.
+OTHERS = OF_OTHER_MODELS | {"random", "beam", "tolerance"}
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

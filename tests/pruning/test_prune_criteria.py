@@ -12,7 +12,7 @@ from torch import Tensor, nn
 tp = pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
 
 from models import regression_losses  # noqa: E402
-from prunable import RECIPES, Recipe  # noqa: E402
+from prunable import OF_OTHER_MODELS, RECIPES, Recipe  # noqa: E402
 
 from obc.criteria import Jacobian, Subject, available, group_scores  # noqa: E402
 from obc.model.groups import ChannelGroup, Slice, Slices  # noqa: E402
@@ -20,17 +20,6 @@ from obc.model.layouts import layout_of  # noqa: E402
 from obc.model.usable_batches import UsableBatches  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
 
-# What scores experts, blocks or two domains.
-OF_OTHER_MODELS = {
-    "reap",
-    "expert_frequency",
-    "expert_norm",
-    "block_influence",
-    "angular_distance",
-    "entropy",
-    "cfsp",
-    "gaprune",
-}
 NAMES = ("chain", "flatten", "grouped", "resnet", "vit")
 
 
