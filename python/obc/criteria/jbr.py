@@ -63,6 +63,7 @@ def predictions(subject: Subject) -> dict[int, Tensor]:
 
 
 def class_dim(logits: Tensor) -> int:
+    """The dimension of the classes: 1 of images (B, C, H, W), else the last."""
     return 1 if logits.dim() >= 4 else logits.dim() - 1
 
 
