@@ -7,13 +7,13 @@ sum in the unpruned model and S_pruned in the pruned one, compensated up to here
 
 where z is what arrives at it (:mod:`obc.recovery.normal_equations`): the regression of W x_full plus the error of the
 stream, minus what W already makes of z. So each layer repairs what all before it broke, as far as its input allows. A
-layer that enters no sum has its own output as its point.
+layer that enters no sum has its own output as its point. Layers that write one sum in parallel come one after the
+other: each sees the error that those before it left. Layers that read the same tensor and have points of their own
+don't see each other's changes and are solved together.
 
 On a stream of tokens every position weighs one over the mean square of S_full there: the norms that read the stream
 divide by its size, so that what counts is the error relative to it. Without that a few special tokens, whose stream is
-many times larger, decide the regression of a transformer. Layers that write one sum in parallel come one after the
-other: each sees the error that those before it left. Layers that read the same tensor and have points of their own
-don't see each other's changes and are solved together.
+many times larger, decide the regression of a transformer.
 
 The unpruned and the pruned model run side by side through a chain of modules (:mod:`obc.recovery.segments`): of every
 module the unpruned one runs once, the pruned one up to each layer and once more, and only the tensors between modules

@@ -8,6 +8,7 @@ of all units, 1 each, to those that stay, equally much to each, at the least cos
 
 layers that write the units get the rows T W (with T's rows divided by their sums: means of what they fuse), and
 layers that read them the columns W T^T (sums of what they fuse). Units with equal input weights are fused exactly.
+T is the solution of one linear program a group, with |K| * units variables.
 """
 
 from __future__ import annotations
@@ -79,12 +80,12 @@ def fuse_units(
         if (reason := _unfusable(group, originals)) is not None:
             report.left[group.name] = reason
             continue
-        plan_of = transport(_vectors(group, originals), kept, p)
-        means = plan_of / plan_of.sum(1, keepdim=True).clamp_min(TINY) if outputs == "mean" else plan_of
+        transported = transport(_vectors(group, originals), kept, p)
+        means = transported / transported.sum(1, keepdim=True).clamp_min(TINY) if outputs == "mean" else transported
         for part in group.slices:
             module = originals.get(part.module)
             if module is not None and layout_of(module) is not None:
-                matrix = means if part.side == "out" else plan_of
+                matrix = means if part.side == "out" else transported
                 key = part.module, part.side
                 factors[key] = _filled(factors.get(key), key, plan, originals, matrix, part.channels, kept)
         report.fused[group.name] = (group.size, len(kept))

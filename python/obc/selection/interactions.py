@@ -94,11 +94,11 @@ class RowsOnly:
 
 
 class BlockedGram:
-    """Columns in blocks, for the units that rank next; at most ``max_bytes`` of them wait to be used.
+    """Columns in blocks, of the units that rank next; at most ``max_bytes`` of them are held.
 
-    2 C N operations a column, at the speed of a matrix product: several times faster than one by one. A column is
-    used at most once, and in vain are those of units that rank high and do not go. Where too many are, columns are
-    computed alone, as in :class:`RowsOnly`.
+    One matrix product computes a block, with 2 C N operations a column. A column is used at most once; one of a unit
+    that ranks high and is not removed is computed in vain. If too many are, columns are computed one by one, as in
+    :class:`RowsOnly`.
     """
 
     def __init__(self, units: Tensor, max_bytes: int) -> None:
