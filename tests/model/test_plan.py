@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from obc.recovery import Kept, PlanError, PruningPlan
+from obc.structures.traced import TorchPruningStructure
 from obc.structures.traced_plan import prune_step
 
 
@@ -254,6 +255,22 @@ def test_a_plan_applied_to_the_unpruned_model_gives_the_pruned_one(name: str) ->
         key: torch.rand_like(value) if value.is_floating_point() else value for key, value in expected.items()
     }
     again.load_state_dict(randomised)
+
+
+@pytest.mark.parametrize("sizes", [(8, 4, 4), (6, 2, 2), (9, 3, 3)])
+def test_a_transposed_convolution_with_several_inputs_a_group_is_not_depthwise(sizes: tuple[int, int, int]) -> None:
+    """Its weight (in, out / groups, ...) has one filter a row, as a depthwise one's; plans of other layers spare it."""
+    inputs, outputs, groups = sizes
+    layers = nn.ConvTranspose2d(inputs, outputs, 2, groups=groups), nn.Conv2d(outputs, 5, 1), nn.Conv2d(5, 3, 1)
+    model = nn.Sequential(*layers).double()
+    x = torch.randn(2, inputs, 4, 4, dtype=torch.float64)
+    kept = torch.tensor([0, 2, 3])
+    expected = layers[2].weight[:, kept, 0, 0] @ model[:2](x)[:, kept].flatten(2) + layers[2].bias[:, None]
+    pruned = PruningPlan({"1": Kept(out_channels=kept), "2": Kept(in_channels=kept)}).apply(copy.deepcopy(model))
+    torch.testing.assert_close(pruned(x).flatten(2), expected, rtol=1e-12, atol=1e-12)
+    found = TorchPruningStructure(model, x)
+    assert found.proof is not None
+    assert "1" in found.proof.proved
 
 
 def test_shared_parameters_stay_shared_when_a_plan_is_applied() -> None:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.costs import Costs
 from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
-from obc.model.layouts import layout_of
+from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import named_modules
 from obc.structures.polynomial import Polynomial
 
@@ -68,11 +68,7 @@ def measure(model: nn.Module, forward: Callable[[], Any]) -> Usage:
     usage.order = list(called)
     usage.shapes = [tuple(leaf.shape) for leaf in returned]
     usage.returned = frozenset(name for name, tensor in results if any(tensor is leaf for leaf in returned))
-    usage.depthwise = frozenset(
-        name
-        for name, module in named_modules(model)
-        if isinstance(module, _ConvNd) and module.groups == module.out_channels == module.in_channels > 1
-    )
+    usage.depthwise = frozenset(name for name, module in named_modules(model) if is_depthwise(module))
     return usage
 
 

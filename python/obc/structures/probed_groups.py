@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.groups import ChannelGroup
-from obc.model.layouts import layout_of
-from obc.structures.probing import NOTHING, SEVERAL, Probe, Run, passes_on, probe
+from obc.model.layouts import is_depthwise, layout_of
+from obc.structures.probing import NOTHING, SEVERAL, Probe, Run, probe
 from obc.structures.proof import Proof, prove, varied_copy
 from obc.structures.protocol import Provable
 from obc.structures.traced_groups import Found, GroupFinder
@@ -143,7 +143,7 @@ def _suspect(model: nn.Module, found: Found) -> Suspect | None:
         if side == "in":
             continue
         if module is not None and layout_of(module) is not None:
-            if not passes_on(module):
+            if not is_depthwise(module):
                 producers[name] = dict(roots)
         elif module is None or isinstance(module, nn.Embedding):
             unseen[name, side] = dict(roots)
@@ -264,7 +264,7 @@ def _reached(model: nn.Module, probed: Probe, number: int, bits: int) -> Members
         ours = (origins != NOTHING) & (origins != SEVERAL) & (origins >> bits == number)
         if bool(ours.any()):
             module = modules[name]
-            reads = layout_of(module) is not None and not passes_on(module)
+            reads = layout_of(module) is not None and not is_depthwise(module)
             mine = ours.nonzero()[:, 0].tolist()
             reached[name, "in" if reads else "out"] = {c: int(origins[c]) & ((1 << bits) - 1) for c in mine}
     return reached

@@ -8,9 +8,10 @@ opposite sign, so that no ReLU hides it; what any layer reads differently depend
 the other channels. An input that differs in exactly one of the two, for every bit, depends on one channel, and its code
 is what the passes spell.
 
-For n codes that takes 2 log2(n) passes and one to compare with. Inputs that nothing reached for some bit (behind a norm
-that shifts, or an activation that saturates) are looked at again with numbers of another size and sign: at most three
-times as many passes. No layer multiplies by its weight in them.
+For n codes that takes 2 log2(n) passes and one to compare with, in which no layer multiplies by its weight, after one
+that runs the layers to see the shapes of their outputs. Inputs that nothing reached for some bit (behind a norm that
+shifts, or an activation that saturates) are looked at again with numbers of another size and sign: at most three times
+as many passes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import named_modules
@@ -120,7 +120,8 @@ class _Prober:
         modules = list(named_modules(self._model))
         for name, module in modules:
             self._listen(name, module)
-        layers = [(name, m) for name, m in modules if layout_of(m) is not None and not passes_on(m)]
+        # Depthwise convolutions change no channel's place, and run.
+        layers = [(name, m) for name, m in modules if layout_of(m) is not None and not is_depthwise(m)]
         handles = [layer.register_forward_hook(self._remember(name)) for name, layer in layers]
         self._observe()
         for handle, (name, layer) in zip(handles, layers, strict=True):
@@ -209,12 +210,6 @@ def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _let_through(*args: Any, **kwargs: Any) -> Any:
     return _first(args, kwargs).clone()
-
-
-def passes_on(module: nn.Module) -> bool:
-    """A depthwise convolution changes no channel's place."""
-    same = isinstance(module, _ConvNd) and module.in_channels == module.out_channels
-    return same and is_depthwise(module, module.weight)  # type: ignore[arg-type]
 
 
 def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from obc.model.groups import ChannelGroup
 from obc.model.kept import PlanError
+from obc.model.layouts import is_depthwise
 from obc.model.shared_copy import parameter_uses, replace_parameter, shared_copy, shared_parameters
 from obc.structures.comparison import Observation, compare, observe
 from obc.structures.masking import kept_of, lost_channels, masked_copy, unmaskable
@@ -347,9 +347,7 @@ def lost_inputs(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
     lost: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
     for (name, side), channels in lost_channels(groups, removed).items():
-        module = modules.get(name)
-        depthwise = isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
-        if side == "in" or depthwise:
+        if side == "in" or (name in modules and is_depthwise(modules[name])):
             lost[name] = channels
     return lost
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from obc.model.kept import Kept, PlanError, kept_of, with_columns
 from obc.model.layouts import is_depthwise, layout_of
@@ -43,15 +42,10 @@ def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int
             stay = _staying(size_of(module, side), channels)
             before = step.get(name, Kept())
             out, columns = before.out_channels, before.in_channels
-            if _both_sides(module):
+            if is_depthwise(module):  # it reads the channels that it writes
                 out = columns = stay
             step[name] = Kept(stay if side == "out" else out, stay if side == "in" else columns)
     return step
-
-
-def _both_sides(module: nn.Module) -> bool:
-    """A depthwise convolution reads the channels that it writes."""
-    return isinstance(module, _ConvNd) and is_depthwise(module, module.weight)
 
 
 def _staying(size: int, lost: Tensor) -> Tensor:
@@ -67,7 +61,7 @@ def size_of(module: nn.Module, side: str) -> int:
     layout, weight = layout_of(module), getattr(module, "weight", None)
     if layout is not None:
         assert isinstance(weight, Tensor)
-        return weight.shape[0] if _both_sides(module) else layout.sizes(weight)[0 if side == "out" else 1]
+        return weight.shape[0] if is_depthwise(module) else layout.sizes(weight)[0 if side == "out" else 1]
     if isinstance(module, _NormBase):
         return module.num_features
     if isinstance(module, nn.GroupNorm):

@@ -44,7 +44,6 @@ _SIDED_COUNTS = {
 _PAIRS = (("fc1", "fc2"), ("lin1", "lin2"), ("linear1", "linear2"), ("c_fc", "c_proj"))
 _ADDS_ITSELF = ("residual", "input_tensor", "residual_states")
 _CROSS = ("cross", "encoder_attn", "enc_attn", "encdec")
-_ATTENTION_OUTPUTS = ("o_proj", "out_proj", "c_proj", "dense", "out_lin", "wo", "proj", "output")
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +214,7 @@ def _counts(name: str, module: nn.Module) -> bool:
     """Whether it is an attention that fills a layer of the cache."""
     last = name.rpartition(".")[2]
     attends = "attention" in type(module).__name__.lower() or "attn" in last
-    cross = any(word in name.rpartition(".")[2].lower() for word in _CROSS)
+    cross = any(word in last.lower() for word in _CROSS)
     return attends and not cross and type(getattr(module, "layer_idx", None)) is int
 
 
