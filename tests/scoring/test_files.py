@@ -20,7 +20,7 @@ import pytest
 import torch
 
 import obc
-from obc.files import atomic_write, parse_json
+from obc.files import atomic_write, parse_json, remove_left_over
 from obc.recovery import Kept, PlanError, PruningPlan
 from obc.scoring import ScoresError
 from obc.scoring.results.scores import ChannelScores
@@ -102,7 +102,7 @@ def test_a_failure_while_writing_leaves_what_was_there(error: type[BaseException
 
 
 def test_a_killed_process_leaves_what_was_there(tmp_path: Path) -> None:
-    path = tmp_path / "file"
+    path = tmp_path / "file[1]"
     path.write_bytes(b"before")
     script = """
         import os, signal, sys
@@ -115,6 +115,10 @@ def test_a_killed_process_leaves_what_was_there(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script), path])
     assert done.returncode < 0
     assert path.read_bytes() == b"before"
+    (tmp_path / ".file1.0123456789abcdef.tmp").touch()  # of another file
+    assert len(os.listdir(tmp_path)) == 3
+    remove_left_over(path)
+    assert sorted(os.listdir(tmp_path)) == [".file1.0123456789abcdef.tmp", "file[1]"]
 
 
 def test_a_file_has_the_usual_mode_and_a_replaced_one_keeps_its_own(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import itertools
 import json
 import logging
@@ -14,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from obc.files import parse_json
+from obc.files import parse_json, remove_left_over
 from obc.model.fingerprint import fingerprint, random_state, set_random_state
 from obc.scoring.errors import ScoringError
 from obc.scoring.results.row_file import RowFile
@@ -63,10 +62,7 @@ class Checkpoint:
             CheckpointError: it is damaged, or of another model, other weights or other options.
         """
         for path in (self.path, self._rows_path):
-            # What a process killed while it wrote left: atomic_write's names.
-            pattern = f".{glob.escape(path.name[:100])}.{'[0-9a-f]' * 16}.tmp"
-            for left in path.parent.glob(pattern):
-                left.unlink(missing_ok=True)
+            remove_left_over(path)
         if not self.path.exists():
             self._rows_path.unlink(missing_ok=True)
             return None
@@ -75,12 +71,7 @@ class Checkpoint:
             there, state, progress = (parse_json(header[key], dict[str, Any]) for key in _PARTS)
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
-        for name, here in self.identity.items():
-            if there.get(name) != here:
-                what = "weights" if name == "weights" else f"{name}={there.get(name)!r}, this run has {here!r}"
-                raise CheckpointError(
-                    f"the checkpoint {self.path} is of another run: other {what}; delete it, or pass another path"
-                )
+        refuse_other_run(self.path, there, self.identity)
         state["scores"] = numbered(tensors, "scores")
         try:
             if (store := self.scorer.row_store) is not None:
@@ -148,6 +139,25 @@ def read_checkpoint(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str,
     if (found := header.get("format")) != form:
         raise CheckpointError(f"{path} is no checkpoint: format {found!r}, expected {form!r}; delete it")
     return tensors, header
+
+
+def refuse_other_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose run had other weights or options.
+
+    Args:
+        path: of the checkpoint.
+        there: the identity in it: name -> plain value, the weights' fingerprint under "weights".
+        here: the identity of this run.
+
+    Raises:
+        CheckpointError: they differ; it says where.
+    """
+    for name, value in here.items():
+        if there.get(name) != value:
+            what = "weights" if name == "weights" else f"{name}={there.get(name)!r}, this run has {value!r}"
+            raise CheckpointError(
+                f"the checkpoint {path} is of another run: other {what}; delete it, or pass another path"
+            )
 
 
 def batches_from(batches: Iterable[Any], done: int) -> Iterator[Any]:

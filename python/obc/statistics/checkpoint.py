@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 from collections.abc import Mapping
 from os import PathLike
@@ -11,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obc.files import parse_json
+from obc.files import parse_json, remove_left_over
 from obc.model.fingerprint import fingerprint, random_state, set_random_state
-from obc.scoring.checkpoint import CheckpointError, numbered, read_checkpoint
+from obc.scoring.checkpoint import CheckpointError, numbered, read_checkpoint, refuse_other_run
 from obc.scoring.coverage import Coverage
 from obc.scoring.scorer import JacobianScorer
 from obc.statistics.reader import Reader
@@ -53,9 +52,7 @@ class Checkpoint:
         Raises:
             CheckpointError: it is damaged, or of another model, other weights or other options.
         """
-        pattern = f".{glob.escape(self.path.name[:100])}.{'[0-9a-f]' * 16}.tmp"
-        for left in self.path.parent.glob(pattern):  # left by a process that was killed while it wrote
-            left.unlink(missing_ok=True)
+        remove_left_over(self.path)
         if not self.path.exists():
             return None
         tensors, header = read_checkpoint(self.path, _FORMAT)
@@ -63,7 +60,7 @@ class Checkpoint:
             identity, state, progress = (
                 parse_json(header[key], dict[str, Any]) for key in ("identity", "state", "progress")
             )
-            self._refuse_other(identity)
+            refuse_other_run(self.path, identity, self.identity)
             self._load(tensors, state)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
@@ -97,14 +94,6 @@ class Checkpoint:
     def remove(self) -> None:
         """The run is over: a later one with other batches must not go on from here."""
         self.path.unlink(missing_ok=True)
-
-    def _refuse_other(self, identity: Mapping[str, Any]) -> None:
-        for name, here in self.identity.items():
-            if identity.get(name) != here:
-                what = "weights" if name == "weights" else f"{name}={identity.get(name)!r}, this run has {here!r}"
-                raise CheckpointError(
-                    f"the checkpoint {self.path} is of another run: other {what}; delete it, or pass another path"
-                )
 
     def _load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         for name, reader in self.readers.items():
