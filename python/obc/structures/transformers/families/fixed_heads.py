@@ -1,4 +1,7 @@
-"""BigBird, DBRX, JetMoE, ProphetNet, TrOCR, XLNet: attention that keeps its heads, for a reason of its own."""
+"""BigBird, DBRX, JetMoE, ProphetNet, TrOCR, XLNet, and all with ALiBi: attention that keeps its heads, and why.
+
+ALiBi gives each head a slope, which the model computes from the number of heads: BLOOM, MPT, some of Falcon.
+"""
 
 from collections.abc import Collection, Iterator
 
@@ -8,6 +11,7 @@ from obc.structures.transformers.layers import Layers
 from obc.structures.units import NotPrunableError
 
 _REBUILT = ("BigBirdSelfAttention", "BigBirdBlockSparseAttention")
+_SLOPED = ("BloomAttention", "MptAttention")
 _WHOLE = "gives its heads together the width of the residual stream"
 _REASONS = {
     "DbrxAttention": _WHOLE,
@@ -20,8 +24,13 @@ _REASONS = {
 
 
 def _refuse(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
-    attention = type(layers.modules[name]).__name__
+    module = layers.modules[name]
+    attention = type(module).__name__
     if {"heads", "query_heads"} & set(kinds):
+        if attention in _SLOPED or (attention == "FalconAttention" and getattr(module.config, "alibi", False)):
+            raise NotPrunableError(
+                "each head has a slope of its own (ALiBi), which the model computes from the number of heads"
+            )
         if attention in _REASONS:
             raise NotPrunableError(f"{attention} {_REASONS[attention]}")
         if attention in _REBUILT and getattr(layers.config, "attention_type", None) != "original_full":

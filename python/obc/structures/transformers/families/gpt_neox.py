@@ -4,16 +4,12 @@ Falcon's newer layers have [queries | key | value] of every head of keys and val
 [all queries | key | value].
 """
 
-from collections.abc import Collection, Iterator
-
 import torch
 from torch import nn
 
-from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.heads import HeadChannels, Heads, head_channels
-from obc.structures.transformers.layers import Layers, channels
-from obc.structures.units import NotPrunableError
+from obc.structures.transformers.layers import channels
 
 _BY_HEAD = ("GPTNeoXAttention", "GPTNeoXJapaneseAttention", "PersimmonAttention", "BloomAttention", "FalconAttention")
 
@@ -36,23 +32,11 @@ def _by_shared_head(heads: Heads, kind: str) -> HeadChannels:
     return HeadChannels([rows[:, :ratio].transpose(0, 1).flatten(1)], channels(ratio, size, heads.shared))
 
 
-def _refuse_slopes(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
-    """ALiBi: the model computes a slope for each head from the number of heads."""
-    module, wanted = layers.modules[name], {"heads", "query_heads"} & set(kinds)
-    falcon = type(module).__name__ == "FalconAttention" and getattr(module.config, "alibi", False)
-    if wanted and (type(module).__name__ == "BloomAttention" or falcon):
-        raise NotPrunableError(
-            "each head has a slope of its own (ALiBi), which the model computes from the number of heads"
-        )
-    yield from ()
-
-
 register(
     Family(
         "gpt_neox",
         feed_forwards=(("dense_h_to_4h", "dense_4h_to_h"),),
         fused_projections={"query_key_value": _order},
         headless=("dense_bias",),
-        blocks=_refuse_slopes,
     )
 )
