@@ -51,10 +51,15 @@ def kept_of(plan: Mapping[str, Kept], module_name: str, key: str) -> Kept | None
 
 def narrowed(kept: Tensor | None, size: int, removed: Tensor) -> Tensor:
     """The kept indices after a further step removed the positions ``removed`` of the ``size`` that were left."""
-    current = torch.arange(size) if kept is None else kept
-    stays = torch.ones(len(current), dtype=torch.bool)
+    stays = staying(size if kept is None else len(kept), removed)
+    return stays if kept is None else kept[stays]
+
+
+def staying(size: int, removed: Tensor) -> Tensor:
+    """The indices below ``size`` that are not among ``removed``, ascending."""
+    stays = torch.ones(size, dtype=torch.bool)
     stays[removed] = False
-    return current[stays]
+    return stays.nonzero()[:, 0]
 
 
 def with_columns(kept: Kept, columns: Tensor, repeat: int) -> Kept:

@@ -11,11 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from obc.model.evaluation import ForwardFn, call_on_batch
+from obc.model.kept import narrowed, staying
 from obc.model.names import named_modules
 from obc.model.shared_copy import shared_copy
 from obc.pruning.report import PruningReport
 from obc.structures.comparison import Difference, compare, observe
-from obc.structures.masking import Lost, kept_of, lost_channels, masked_copy, unmaskable
+from obc.structures.masking import Lost, lost_channels, masked_copy, unmaskable
 from obc.structures.proof import ProofError, Run, lost_inputs, prove
 from obc.structures.protocol import Structure
 
@@ -103,9 +104,7 @@ class FinalProof:
     def note(self, removed: Mapping[str, Tensor]) -> None:
         """These units, indices into the groups as they are before, are removed."""
         for name, units in removed.items():
-            stays = torch.ones(len(self._alive[name]), dtype=torch.bool)
-            stays[units.cpu()] = False
-            self._alive[name] = self._alive[name][stays]
+            self._alive[name] = narrowed(self._alive[name], len(self._alive[name]), units.cpu())
 
     def check(self, model: nn.Module, report: PruningReport) -> None:
         """Compare ``model`` with the unpruned one, masked; normalised by the statistics of the unpruned one, both.
@@ -113,7 +112,7 @@ class FinalProof:
         Raises:
             ProofError: they differ; names the first layer that does.
         """
-        gone = {group.name: kept_of(group.size, self._alive[group.name]) for group in self._groups}
+        gone = {group.name: staying(group.size, self._alive[group.name]) for group in self._groups}
         for group in self._groups:
             if len(gone[group.name]) and (reason := unmaskable(self._reference, group)) is not None:
                 report.unproved[_MODEL] = f"{group.name} can't be masked: {reason}"
@@ -156,5 +155,6 @@ class FinalProof:
         for name, module in named_modules(pruned):
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 norm: Any = norms[name]
-                kept = kept_of(norm.num_features, lost.get((name, "out"))).to(norm.running_mean.device)
+                gone = lost.get((name, "out"), torch.empty(0, dtype=torch.int64))
+                kept = staying(norm.num_features, gone).to(norm.running_mean.device)
                 module.running_mean, module.running_var = norm.running_mean[kept], norm.running_var[kept]

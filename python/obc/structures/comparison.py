@@ -23,6 +23,7 @@ from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.model.precision import tf32_is_allowed
 from obc.model.rules import Rule, rule_for
+from obc.structures.units import without
 
 # Roundings per layer that may add up, like a random walk over the layers, in float32 and float64.
 _ROUNDINGS = 1000
@@ -156,9 +157,7 @@ def _rounding(tensor: Tensor) -> float:
 def _read(x: Tensor, dim: int, lost: Tensor | None) -> Reading:
     x = x if x.dtype == torch.float64 else x.float()
     if lost is not None:
-        stays = torch.ones(x.shape[dim], dtype=torch.bool)
-        stays[lost] = False
-        x = x.index_select(dim, stays.nonzero()[:, 0].to(x.device))
+        x = without(x, lost, dim)
     dim %= x.dim()
     others = [axis for axis in range(x.dim()) if axis != dim]
     positions = [1 if axis == dim else size for axis, size in enumerate(x.shape)]

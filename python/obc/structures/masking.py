@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from obc.model.depth import first_floating
 from obc.model.experts import CORRECTION
 from obc.model.groups import ChannelGroup, Side
+from obc.model.kept import staying
 from obc.model.names import named_modules
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
@@ -53,14 +54,6 @@ def lost_channels(groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor])
             before = lost.get((part.module, part.side), channels[:0])
             lost[part.module, part.side] = torch.cat([before, channels]).unique()
     return lost
-
-
-def kept_of(size: int, lost: Tensor | None) -> Tensor:
-    """The channels of ``size`` that stay, ascending."""
-    stays = torch.ones(size, dtype=torch.bool)
-    if lost is not None:
-        stays[lost] = False
-    return stays.nonzero()[:, 0]
 
 
 def unmaskable(model: nn.Module, group: ChannelGroup) -> str | None:
@@ -183,7 +176,7 @@ def _normalised(module: nn.Module) -> tuple[int, int] | None:
 
 def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) -> None:
     """Make a norm compute what it computes of the channels that stay, and zero in place of the others."""
-    stays = kept_of(size, channels)
+    stays = staying(size, channels)
     inner: Any = copy.copy(module)
     vars(inner)["_parameters"] = {
         key: None if parameter is None else nn.Parameter(parameter.detach()[..., stays], requires_grad=False)

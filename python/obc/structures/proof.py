@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from obc.model.groups import ChannelGroup
-from obc.model.kept import PlanError
+from obc.model.kept import PlanError, staying
 from obc.model.layouts import is_depthwise
 from obc.model.shared_copy import parameter_uses, replace_parameter, shared_copy, shared_parameters
 from obc.structures.comparison import Observation, compare, observe
-from obc.structures.masking import kept_of, lost_channels, masked_copy, unmaskable
+from obc.structures.masking import lost_channels, masked_copy, unmaskable
 from obc.structures.protocol import Limits, Provable
 
 Run = Callable[[nn.Module], Any]
@@ -317,7 +317,7 @@ class _Prover:
         """Which units' channels are read, and tell themselves from the others'."""
         lost = lost_inputs(self.base, [self.groups[name] for name in names], removed)
         for name in (one for one in names if not self.groups[one].is_depth):
-            stays = kept_of(self.groups[name].size, removed[name])
+            stays = staying(self.groups[name].size, removed[name])
             for part in self.groups[name].consumers:
                 readings = masked.readings.get(part.module, [])
                 channels = part.channels[stays]

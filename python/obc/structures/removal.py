@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from obc.model.kept import Kept, PlanError, kept_of, with_columns
+from obc.model.kept import Kept, PlanError, kept_of, staying, with_columns
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.slicing import sliced
 from obc.structures.masking import Lost
@@ -33,25 +33,19 @@ def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int
         if module is None:
             owner, _, attribute = name.rpartition(".")
             size = getattr(modules[owner], attribute).shape[dims[name]]
-            step[name] = Kept(_staying(size, channels), dim=dims[name])
+            step[name] = Kept(staying(size, channels), dim=dims[name])
         elif isinstance(module, nn.MultiheadAttention):
             if side == "in":  # its outputs are those of queries, keys and values, which follow
-                stay = _staying(module.embed_dim, channels)
+                stay = staying(module.embed_dim, channels)
                 step[name] = Kept(stay, stay)
         elif not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
-            stay = _staying(size_of(module, side), channels)
+            stay = staying(size_of(module, side), channels)
             before = step.get(name, Kept())
             out, columns = before.out_channels, before.in_channels
             if is_depthwise(module):  # it reads the channels that it writes
                 out = columns = stay
             step[name] = Kept(stay if side == "out" else out, stay if side == "in" else columns)
     return step
-
-
-def _staying(size: int, lost: Tensor) -> Tensor:
-    stays = torch.ones(size, dtype=torch.bool)
-    stays[lost] = False
-    return stays.nonzero()[:, 0]
 
 
 def size_of(module: nn.Module, side: str) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.groups import ChannelGroup
+from obc.model.kept import staying
 
 
 class NotPrunableError(ValueError):
@@ -67,9 +68,7 @@ def layer_name(modules: Mapping[str, nn.Module], layer: nn.Module | str, argumen
 
 def without(tensor: Tensor, removed: Tensor, dim: int = 0) -> Tensor:
     """``tensor`` without the positions ``removed`` of ``dim``."""
-    stays = torch.ones(tensor.shape[dim], dtype=torch.bool)
-    stays[removed] = False
-    return tensor.index_select(dim, stays.nonzero()[:, 0].to(tensor.device))
+    return tensor.index_select(dim, staying(tensor.shape[dim], removed).to(tensor.device))
 
 
 def without_units(group: ChannelGroup, removed: Tensor) -> ChannelGroup:
