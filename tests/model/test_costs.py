@@ -47,6 +47,7 @@ def test_marginal_is_what_one_unit_less_frees(size: int, seed: int) -> None:
     for place in range(size):
         less = widths - torch.eye(size, dtype=torch.int64)[place]
         freed = costs.total() - costs.total(less)
+        assert costs.freed({str(place): 1}) == freed
         assert costs.marginal()[place] == freed
         assert costs.marginal(widths)[place] == freed
 

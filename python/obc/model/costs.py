@@ -85,6 +85,11 @@ class Costs:
         w = self.counted(self.widths if widths is None else widths)
         return float(self.constant + self.linear @ w + w @ self.quadratic @ w)
 
+    def freed(self, lost: Mapping[str, int]) -> float:
+        """What is freed when the groups named lose so many units each."""
+        gone = torch.tensor([lost.get(name, 0) for name in self.names], dtype=torch.float64)
+        return self.total() - self.total(self.widths - gone)
+
     def marginal(self, widths: Tensor | None = None) -> Tensor:
         """(groups,) what removing one unit of each group frees at ``widths``, exactly."""
         w = self.counted(self.widths if widths is None else widths)

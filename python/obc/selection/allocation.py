@@ -258,8 +258,7 @@ def _at_most(task: Task, names: Collection[str], budget: float) -> dict[str, Ten
 
 
 def _freed(costs: Costs, removed: Mapping[str, Tensor]) -> float:
-    gone = torch.tensor([len(removed.get(name, ())) for name in costs.names], dtype=torch.float64)
-    return costs.total() - costs.total(costs.widths - gone)
+    return costs.freed({name: len(units) for name, units in removed.items()})
 
 
 def _only(task: Task, names: Collection[str], budget: float) -> Task:

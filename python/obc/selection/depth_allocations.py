@@ -102,11 +102,7 @@ def _enough(task: Task) -> float:
 
 
 def _freed(task: Task, blocks: Sequence[ChannelGroup]) -> float:
-    gone = {group.name for group in blocks}
-    left = [
-        0.0 if name in gone else float(width) for name, width in zip(task.costs.names, task.costs.widths, strict=True)
-    ]
-    return task.costs.total() - task.costs.total(torch.tensor(left, dtype=torch.float64))
+    return task.costs.freed({group.name: group.size for group in blocks})
 
 
 def _removed(task: Task, blocks: Sequence[ChannelGroup]) -> dict[str, Tensor]:

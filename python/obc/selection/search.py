@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from obc.selection.allocation import Task, Uniform
@@ -112,9 +111,7 @@ class Search:
                 return False
             if count and stays % task.round_to.get(name, 1):
                 return False
-        gone = torch.tensor([counts.get(name, 0) for name in task.costs.names], dtype=torch.float64)
-        freed = task.costs.total() - task.costs.total(task.costs.widths - gone)
-        return freed >= task.budget * (1 - 1e-9)
+        return task.costs.freed(counts) >= task.budget * (1 - 1e-9)
 
 
 def _ranked(values: Tensor) -> Tensor:

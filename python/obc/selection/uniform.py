@@ -76,8 +76,7 @@ def select_uniform(
             limits.append(_Limits(family, (full_widths or sizes)[family[0]], permitted))
 
     def freed(kept: Mapping[str, int]) -> float:
-        now = {**sizes, **kept}
-        return costs.total() - costs.total(torch.tensor([now[name] for name in costs.names]))
+        return costs.freed({name: sizes[name] - width for name, width in kept.items()})
 
     if goal is not None and goal > budget:
         final = _widths(limits, freed, goal, shares)
