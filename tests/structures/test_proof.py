@@ -205,7 +205,8 @@ def test_shuffles_between_grouped_convolutions_are_pruned_exactly(channels: int,
         masked = copy.deepcopy(net)
         masked.g1.register_forward_hook(lambda module, args, y, gone=gone: y.index_fill(1, torch.tensor([*gone]), 0.0))
         torch.testing.assert_close(structure.model(x), masked(x))
-    assert len(structure.plan["g1"].out_channels) == channels - units * groups**2 or groups**2  # type: ignore[arg-type]
+    left = channels - units * groups**2 or groups**2  # all units may go where channels that are in none stay
+    assert len(structure.plan["g1"].out_channels) == left  # type: ignore[arg-type]
 
 
 # --- what must not hide a fault -----------------------------------------------------------------------------------
