@@ -46,9 +46,8 @@ class Skipped(nn.Module):
     def __init__(self, stand_in: StandIn, replaced: nn.Module) -> None:
         super().__init__()
         self.stand_in = stand_in
-        for key, value in vars(replaced).items():
-            if type(value) in _PLAIN and key != "training" and not key.startswith("_"):
-                setattr(self, key, value)
+        for key, value in plain_attributes(replaced).items():
+            setattr(self, key, value)
         self.train(replaced.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -72,6 +71,15 @@ class Skipped(nn.Module):
 
     def extra_repr(self) -> str:
         return f"returns={self.stand_in.returns!r}"
+
+
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """The numbers and words that a module keeps in public attributes, but for its training flag."""
+    return {
+        key: value
+        for key, value in vars(module).items()
+        if type(value) in _PLAIN and key != "training" and not key.startswith("_")
+    }
 
 
 def first_floating(values: Iterable[Any]) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obc.model.depth import Depth
+from obc.model.depth import Depth, plain_attributes
 from obc.model.kept import PlanError
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import says, value_of
@@ -136,9 +136,8 @@ def _more_than(model: nn.Module, skeleton: nn.Module, depth: Depth | None) -> st
         own = modules.get(name)
         if own is None or type(own) is not type(built):
             return f"a model built from the config has a {type(built).__name__} as {name}"
-        for key, value in vars(built).items():
-            simple = type(value) in (bool, int, float, str) and not key.startswith("_") and key != "training"
-            if simple and vars(own).get(key) != value:
+        for key, value in plain_attributes(built).items():
+            if vars(own).get(key) != value:
                 return f"in a model built from the config {name}.{key} is {value}, here it is {vars(own).get(key)}"
     return None
 

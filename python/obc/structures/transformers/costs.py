@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from obc.model.groups import Slice
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.structures.polynomial import Polynomial
+from obc.structures.protocol import Unit
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.calibration import Calibration
 from obc.structures.transformers.depth import DepthUnit
@@ -24,7 +24,7 @@ def transformer_costs(
     model: nn.Module,
     blocks: Sequence[Block],
     axes: Mapping[tuple[str, int], Sequence[tuple[int, Slice]]],
-    unit: Literal["macs", "parameters", "active_parameters"],
+    unit: Unit,
     sequence_length: int = 0,
     calibration: Calibration | None = None,
     depth: Sequence[DepthUnit] = (),

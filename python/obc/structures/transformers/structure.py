@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from obc.model.kept import Kept
 from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
 from obc.structures.proof import Proof, prove, varied_inputs
-from obc.structures.protocol import Limits
+from obc.structures.protocol import Limits, Unit
 from obc.structures.transformers.axes import Axis, axis_key, layer_axes, narrow, sync_layer
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
@@ -235,7 +235,7 @@ class TransformersStructure:
             f"unpruned model's ({self.config_refused}); obc.structures.transformers.save_pruned and load_pruned serve"
         ]
 
-    def costs(self, unit: Literal["macs", "parameters", "active_parameters"]) -> Costs:
+    def costs(self, unit: Unit) -> Costs:
         """Parameters, those that one token meets, or MACs: for one token, or calibrated.
 
         See :mod:`obc.structures.transformers.costs`.
