@@ -45,6 +45,7 @@ class Residuals:
 
     @classmethod
     def of(cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float) -> Residuals:
+        """For a consumer whose Gram matrix was collected; ``ridge`` is relative to the mean diagonal."""
         centred = has_bias(consumer)
         inverted = inverse(second_moment(consumer, statistics, centred), ridge)
         channels = consumer.channels

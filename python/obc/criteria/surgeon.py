@@ -29,6 +29,7 @@ class State:
 
     @classmethod
     def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> State:
+        """Before any removal; ``ridge`` is relative to the mean diagonal of ``gram``."""
         return cls(consumer, gram, consumer.columns.clone(), inverse(gram, ridge))
 
     def errors(self, heads: str = "exact") -> Tensor:

@@ -112,6 +112,7 @@ def standardised(values: Tensor) -> Tensor:
 
 
 def module_of(model: nn.Module, part: Slice) -> nn.Module | None:
+    """The module that the slice is of; None where the model has none of that name."""
     return dict(model.named_modules()).get(part.module)
 
 

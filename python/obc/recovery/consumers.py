@@ -34,6 +34,7 @@ class Consumer:
 
     @property
     def intercept(self) -> bool:
+        """Whether a constant input adds the same to every output position, so that the bias can take it."""
         module: Any = self.module
         padded = self.layout.convolution and module.padding_mode == "zeros" and module.padding not in ("valid", 0)
         padded = padded and (isinstance(module.padding, str) or any(module.padding))
@@ -49,15 +50,19 @@ class Consumer:
         return self.layout.convolution and self.layout.transposed
 
     def bytes(self, paired: bool) -> int:
+        """What :meth:`moments` take."""
         return Moments.bytes_for(len(self.positions), self.size, self.positions.shape[1], paired)
 
     def moments(self, paired: bool) -> Moments:
+        """Empty sums for this layer's input."""
         return Moments(self.positions, self.size, paired)
 
     def rows(self, x: Tensor) -> Tensor:
+        """(positions, channels) of the layer's input."""
         return channel_rows(x, self.layout, self.repeat)
 
     def parameters(self) -> list[Tensor]:
+        """Weight and, where there is one, bias, detached."""
         module: Any = self.module
         return [parameter.detach() for parameter in (module.weight, module.bias) if parameter is not None]
 

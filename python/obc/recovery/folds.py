@@ -40,6 +40,7 @@ class FoldedTensor(nn.Module):
         return self.fold(original) if self.held is None else self.held
 
     def fold(self, original: Tensor) -> Tensor:
+        """The pruned tensor, made of the original one."""
         raise NotImplementedError
 
 

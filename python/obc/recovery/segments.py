@@ -164,6 +164,7 @@ class Arguments:
 
     @classmethod
     def of(cls, args: Any, kwargs: Any, stream: Tensor | None) -> Arguments:
+        """Those of a call; ``stream`` is the stream in them, None the first floating tensor."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if stream is None:
             place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
@@ -172,6 +173,7 @@ class Arguments:
         return cls([None if i == place else leaf for i, leaf in enumerate(leaves)], spec, place)
 
     def call(self, module: nn.Module, stream: Tensor) -> Any:
+        """Call the module with them and ``stream``."""
         leaves = [stream if i == self.stream else leaf for i, leaf in enumerate(self.leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return module(*args, **kwargs)

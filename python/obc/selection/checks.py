@@ -20,6 +20,7 @@ _CALLER = 3
 
 
 def check_arguments(selection: str, shrinkage: float | None, form: str | None, max_bytes: int, budget: float) -> None:
+    """Refuse what is out of its range."""
     if selection not in ("joint", "independent"):
         raise ValueError(f"selection must be 'joint' or 'independent', got {selection!r}")
     if shrinkage is not None and not 0 <= shrinkage <= 1:
@@ -185,6 +186,7 @@ def warn_if_few_rows(units: Tensor) -> None:
 
 
 def warn_if_narrow(removed: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
+    """Name groups that keep less than the share ``NARROW`` of their units."""
     kept = {name: (size - len(units), size) for (name, units), size in zip(removed.items(), sizes, strict=True)}
     narrow = [f"{name!r} ({left} of {size})" for name, (left, size) in kept.items() if left < NARROW * size]
     if narrow:
@@ -196,9 +198,11 @@ def warn_if_narrow(removed: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
 
 
 def listed(words: Sequence[str]) -> str:
+    """The first five, and how many more there are."""
     shown = ", ".join(words[:5])
     return shown if len(words) <= 5 else f"{shown} and {len(words) - 5} more"
 
 
 def named(names: Sequence[str]) -> str:
+    """:func:`listed`, in quotes."""
     return listed([repr(name) for name in names])

@@ -27,8 +27,8 @@ def greedy(problem: Problem) -> Greedy:
 class CompiledGreedy(Greedy):
     """:class:`Greedy` whose steps are ``csrc/cpu/greedy.cpp``.
 
-    A step of tensor operations takes tens of microseconds however small they are, and wakes threads that have nothing
-    to do; this one reads the units once. Columns of the Gram matrix still come from torch.
+    A step of tensor operations pays for each operation's overhead, and wakes threads that have nothing to do; this one
+    reads the units once. Columns of the Gram matrix still come from torch.
     """
 
     def __init__(self, problem: Problem) -> None:

@@ -35,6 +35,8 @@ FEW_ROWS = 16
 
 
 class Columns(Protocol):
+    """Columns of X X^T, X (C, N) the units' rows, computed or held."""
+
     def __call__(self, picks: Tensor, valid: Tensor, ranking: Ranking) -> Tensor:
         """(C,) the sum of the columns ``picks`` (k,) of X X^T, of those that are ``valid`` (k,)."""
 
