@@ -167,10 +167,7 @@ class TransformersStructure:
         self.left_out = finder.left_out | found.left_out
         ignored = self._ignored(ignored_layers)
         self._depth_units = {
-            name: unit
-            for name, unit in found.units.items()
-            if not any(unit.holds(layer) or layer == name for layer in ignored)
-            and not any(f"{part}.".startswith(f"{layer}.") for part in unit.stand_ins for layer in ignored if layer)
+            name: unit for name, unit in found.units.items() if not any(unit.holds(layer) for layer in ignored)
         }
         self._depth = found.depth if plan is None else merged(found.depth, plan.depth)
         self.blocks = {
