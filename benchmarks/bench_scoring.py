@@ -3,13 +3,14 @@
 One table for a steady row and one for a whole run (the checking row included) of each model. The floor, also the
 limit of the tables, is forward and backward with frozen weights and nothing read: activation gradients alone. "GB/s"
 counts the parameters, read once in a row. After the tables: how far peak memory grows from 2 to 32 rows on the Llama,
-each in a process of its own; and what a row keeps for its backward, beside what the floor keeps (``--kept`` prints
-that alone).
+each in a process of its own (``--memory`` prints that alone); and what a row keeps for its backward, beside what the
+floor keeps (``--kept``).
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import resource
 import subprocess
 import sys
@@ -368,9 +369,13 @@ CASES: dict[str, Callable[[], Case]] = {
 
 
 def _peak_mib(way: str, rows: int) -> float:
-    """Peak resident memory of a process that scores so many rows."""
+    """Peak resident memory of a process that scores so many rows.
+
+    What it frees returns to the system at once: blocks that malloc keeps differ by 20 MiB from run to run.
+    """
     command = [sys.executable, "-m", "benchmarks.bench_scoring", "--peak-of", way, str(rows)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    return float(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
 
 
 def _print_peak(way: str, rows: int) -> None:
@@ -444,8 +449,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--peak-of"]:
         _print_peak(sys.argv[2], int(sys.argv[3]))
         sys.exit()
-    if sys.argv[1:] == ["--kept"]:
-        print_kept()
+    alone = {"--memory": print_memory, "--kept": print_kept}
+    if sys.argv[1:2] and sys.argv[1] in alone:
+        alone[sys.argv[1]]()
         sys.exit()
     status = main("bench_scoring", CASES)
     if not any(argument.startswith("--only") for argument in sys.argv):
