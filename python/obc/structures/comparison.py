@@ -80,6 +80,7 @@ class Observation:
 
     @property
     def finite(self) -> bool:
+        """Whether all that was returned is finite."""
         return all(bool(torch.isfinite(leaf).all()) for leaf in self.outputs)
 
 
@@ -134,7 +135,7 @@ def _recorder(seen: Observation, name: str, lost: Tensor | None) -> Callable[...
         if layout_of(module) is None:
             return
         rule = rule_for(module)
-        x = args[0] if args else next(iter(kwargs.values()), None)
+        x = first_argument(args, kwargs)
         if not isinstance(rule, Rule) or rule.in_dim is None or not isinstance(x, Tensor) or not x.is_floating_point():
             return
         seen.calls += 1
@@ -144,6 +145,11 @@ def _recorder(seen: Observation, name: str, lost: Tensor | None) -> Callable[...
         seen.readings.setdefault(name, []).append(_read(x.detach(), rule.in_dim, lost))
 
     return record
+
+
+def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer reads: the first that it is called with, by place or by name; None where there is nothing."""
+    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _rounding(tensor: Tensor) -> float:

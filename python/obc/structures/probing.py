@@ -29,7 +29,7 @@ from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import named_modules
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import shared_copy
-from obc.structures.comparison import run_alike
+from obc.structures.comparison import first_argument, run_alike
 
 Run = Callable[[nn.Module], Any]
 # What a channel of an input depends on, besides the code of one channel: none that has a code, or several of them.
@@ -148,7 +148,7 @@ class _Prober:
         dim, size = found
 
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = _first(args, kwargs)
+            x = first_argument(args, kwargs)
             if isinstance(x, Tensor) and x.is_floating_point():
                 elsewhere = size is not None and x.shape[dim] != size  # a norm that keeps its channels in dimension 1
                 self._readings.setdefault(name, []).append(_sums(x.detach(), 1 if elsewhere else dim))
@@ -204,12 +204,8 @@ def _pattern(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return pattern
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return args[0] if args else next(iter(kwargs.values()), None)
-
-
 def _let_through(*args: Any, **kwargs: Any) -> Any:
-    return _first(args, kwargs).clone()
+    return first_argument(args, kwargs).clone()
 
 
 def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:

@@ -399,6 +399,7 @@ def varied_inputs(inputs: Any) -> Any:
 
 
 def is_constant(tensor: Tensor) -> bool:
+    """Whether all entries have one value; the last is looked at first, which mostly tells."""
     first = tensor[(0,) * tensor.dim()]
     return bool(first == tensor[(-1,) * tensor.dim()]) and bool((tensor == first).all())
 

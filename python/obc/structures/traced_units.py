@@ -33,6 +33,11 @@ class Units:
         return channel
 
     def join(self, one: int, other: int) -> None:
+        """Make the units of two root channels one.
+
+        Raises:
+            NotPrunableError: there is no such channel.
+        """
         size = len(self._parents)
         if max(one, other) >= size:
             raise NotPrunableError(f"Torch-Pruning couples a channel {max(one, other)} to its {size}")

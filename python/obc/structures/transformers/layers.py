@@ -93,6 +93,7 @@ def channels(units: int, width: int, copies: int = 1) -> Tensor:
 
 
 def joined(name: str, child: str) -> str:
+    """The full name of a child; of the model itself, whose name is empty, the child's own."""
     return f"{name}.{child}" if name else child
 
 
