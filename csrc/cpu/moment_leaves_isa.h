@@ -1,0 +1,138 @@
+// The leaf kernels of channel_moments for one instruction set: a part of leaves_isa.h, which includes this file, by the
+// same rules.
+
+namespace obc::cpu::OBC_ISA {
+
+template <class Type>
+OBC_INLINE void magnitude(const typename Type::Vector& value, typename Type::Vector& to) {
+  to = (typename Type::Vector)((typename Type::Bits)value & Type::kMagnitude);
+}
+
+// Sets to zero what the mask leaves out, not-a-numbers too.
+template <class Type, bool kMasked>
+OBC_INLINE void apply_mask(const void* mask, int64_t count, typename Type::Vector& value) {
+  if constexpr (kMasked) {
+    typename Type::Vector words = {};
+    __builtin_memcpy(&words, mask, count * sizeof(typename Type::Acc));
+    value = (typename Type::Vector)((typename Type::Bits)value & (typename Type::Bits)words);
+  }
+}
+
+template <class Type, bool kOffsets, bool kMasked>
+OBC_TARGET void row_sums(
+    Matrix x,
+    const typename Leaves<typename Type::Acc>::Bits* mask,
+    int64_t rows,
+    int64_t columns,
+    typename Type::Acc* sum,
+    typename Type::Acc* square,
+    typename Type::Acc* absolute
+) {
+  using Vector = typename Type::Vector;
+  constexpr int kUnits = 128 / kVectorBytes;
+  constexpr int64_t kLanes = Row<Type, kOffsets>::kLanes;
+  constexpr int64_t kStep = kUnits * kLanes;
+  for (int64_t r = 0; r < rows; ++r) {
+    const Row<Type, kOffsets> row(x, r);
+    Vector units[3][kUnits] = {};
+    int64_t j = 0;
+    for (; j + kStep <= columns; j += kStep) {
+      for (int u = 0; u < kUnits; ++u) {
+        Vector value, size;
+        row.load(j + u * kLanes, value);
+        apply_mask<Type, kMasked>(mask + j + u * kLanes, kLanes, value);
+        magnitude<Type>(value, size);
+        units[0][u] += value;
+        units[1][u] += value * value;
+        units[2][u] += size;
+      }
+    }
+    for (int u = 0; u < kUnits; ++u, j += kLanes) {
+      if (j >= columns) break;
+      const int64_t count = columns - j < kLanes ? columns - j : kLanes;
+      Vector value, size;
+      if (count == kLanes) {
+        row.load(j, value);
+      } else {
+        row.load_last(j, count, value);
+      }
+      apply_mask<Type, kMasked>(mask + j, count, value);
+      magnitude<Type>(value, size);
+      units[0][u] += value;
+      units[1][u] += value * value;
+      units[2][u] += size;
+    }
+    sum[r] += total<typename Type::Acc>(units[0]);
+    square[r] += total<typename Type::Acc>(units[1]);
+    absolute[r] += total<typename Type::Acc>(units[2]);
+  }
+}
+
+// The sums of one to eight rows, in registers, and then added to memory: an eighth of the additions there. The
+// processor foresees no row that follows in memory after a gap: the next `kAhead` rows are fetched into the
+// second-level cache meanwhile.
+template <class Type, bool kOffsets, int kRows, int kAhead>
+OBC_INLINE void add_column_moments(
+    const Matrix& x, const int64_t* starts, int64_t columns, typename Type::Acc* const (&sums)[3]
+) {
+  using Vector = typename Type::Vector;
+  using Element = typename Type::Element;
+  constexpr int64_t kLanes = Row<Type, kOffsets>::kLanes;
+  const Element* data[kRows];
+  const Element* ahead[kAhead + 1];
+  for (int r = 0; r < kRows; ++r) data[r] = static_cast<const Element*>(x.data) + starts[r];
+  for (int r = 0; r < kAhead; ++r) ahead[r] = static_cast<const Element*>(x.data) + starts[kRows + r];
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const int64_t count = columns - j;
+    Vector moments[3];
+    if constexpr (!kOffsets) {
+      for (int r = 0; r < kAhead; ++r) __builtin_prefetch(ahead[r] + j, 0, 2);
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const Row<Type, kOffsets> row({data[r], 0, x.offsets}, 0);
+      Vector value, size;
+      if (count >= kLanes) {
+        row.load(j, value);
+      } else {
+        row.load_last(j, count, value);
+      }
+      magnitude<Type>(value, size);
+      const Vector square = value * value;
+      moments[0] = r == 0 ? value : moments[0] + value;
+      moments[1] = r == 0 ? square : moments[1] + square;
+      moments[2] = r == 0 ? size : moments[2] + size;
+    }
+    for (int m = 0; m < 3; ++m) {
+      Vector sum;
+      if (count >= kLanes) {
+        __builtin_memcpy(&sum, sums[m] + j, sizeof(sum));
+        sum += moments[m];
+        __builtin_memcpy(sums[m] + j, &sum, sizeof(sum));
+      } else {
+        load_first(sums[m] + j, count, sum);
+        sum += moments[m];
+        store_first(sums[m] + j, count, sum);
+      }
+    }
+  }
+}
+
+template <class Type, bool kOffsets>
+OBC_TARGET void column_moments(
+    Matrix x,
+    const int64_t* starts,
+    int64_t rows,
+    int64_t columns,
+    typename Type::Acc* sum,
+    typename Type::Acc* square,
+    typename Type::Acc* absolute
+) {
+  typename Type::Acc* const sums[3] = {sum, square, absolute};
+  int64_t r = 0;
+  for (; r + 16 <= rows; r += 8) add_column_moments<Type, kOffsets, 8, 8>(x, starts + r, columns, sums);
+  for (; r + 8 <= rows; r += 8) add_column_moments<Type, kOffsets, 8, 0>(x, starts + r, columns, sums);
+  for (; r + 4 <= rows; r += 4) add_column_moments<Type, kOffsets, 4, 0>(x, starts + r, columns, sums);
+  for (; r < rows; ++r) add_column_moments<Type, kOffsets, 1, 0>(x, starts + r, columns, sums);
+}
+
+}  // namespace obc::cpu::OBC_ISA
