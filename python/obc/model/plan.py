@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.files import atomic_write, parse_json
 from obc.model.cutting import cut
@@ -99,7 +100,7 @@ class PruningPlan(Mapping[str, Kept]):
         """
         key = f"{module_name}.{tensor_name}" if module_name else tensor_name
         original = original_tensor(original_state_dict, key)
-        expected = sliced(module, tensor_name, original, kept_of(self, module_name, key), key)
+        expected = self._slice(original_state_dict, module_name, module, tensor_name)
         if expected.shape != pruned.shape:
             raise PlanError(
                 f"{key}: the plan makes {tuple(expected.shape)} of the original's {tuple(original.shape)}, "
@@ -114,6 +115,26 @@ class PruningPlan(Mapping[str, Kept]):
                 f"{key}: the original's {tuple(original.shape)} sliced by the plan has the pruned model's shape "
                 f"{tuple(pruned.shape)} but other values; the plan must be verified before anything trains"
             )
+
+    def put_slices(self, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> None:
+        """Give a pruned model the slices of the original again: what changed its weights since is undone, in place.
+
+        Running statistics of norms stay as they are. Blocks that are gone must have their stand-ins.
+
+        Raises:
+            PlanError: the plan does not describe the model.
+        """
+        with torch.no_grad():
+            for module_name, module, tensor_name, tensor in named_tensors(pruned_model):
+                if not (isinstance(module, _BatchNorm) and tensor_name in module._buffers):
+                    tensor.copy_(self._slice(original_state_dict, module_name, module, tensor_name))
+
+    def _slice(
+        self, original_state_dict: Mapping[str, Tensor], module_name: str, module: nn.Module, tensor_name: str
+    ) -> Tensor:
+        key = f"{module_name}.{tensor_name}" if module_name else tensor_name
+        original = original_tensor(original_state_dict, key)
+        return sliced(module, tensor_name, original, kept_of(self, module_name, key), key)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Cut an unpruned model to what this plan kept, in place: to load a pruned state dict into it.

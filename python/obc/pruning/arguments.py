@@ -188,7 +188,9 @@ def chosen_compensation(compensate: Compensation | bool | None) -> Compensation 
     return compensate
 
 
-def check_choices(criterion: Any, selection: str, slices: str, compensate: str | None, rows: str) -> None:
+def check_choices(
+    criterion: Any, selection: str, slices: str, compensate: str | None, rows: str, every_step: bool
+) -> None:
     for name, value, allowed in (
         ("selection", selection, ("joint", "independent")),
         ("slices", slices, ("gate", "all")),
@@ -197,6 +199,10 @@ def check_choices(criterion: Any, selection: str, slices: str, compensate: str |
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    if every_step and compensate in (None, "mean", "fusion"):
+        raise ValueError(
+            f"compensate_every_step=True is for compensate='correct', 'ls' and 'seq', got compensate={compensate!r}"
+        )
     if selection == "joint" and not has_rows(criterion):
         raise ValueError(
             f"selection='joint' needs rows, which criterion={name_of(criterion)!r} has none of; leave selection out, "

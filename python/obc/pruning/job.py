@@ -21,6 +21,7 @@ from obc.criteria.scoring import collected, scored
 from obc.model.groups import ChannelGroup
 from obc.model.progress import ProgressLog
 from obc.pruning.arguments import Budget, Caps
+from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof
 from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
 from obc.recovery.calibration import recalibrate_norms
@@ -64,8 +65,9 @@ class Job:
         choice: Choice,
         recalibrate: bool,
         final_proof: FinalProof | None = None,
+        compensator: Compensator | None = None,
     ) -> None:
-        self.final_proof = final_proof
+        self.final_proof, self.compensator = final_proof, compensator
         self.structure, self.subject, self.report = structure, subject, report
         self.budget, self.choice, self.recalibrate = budget, choice, recalibrate
         self.widths = {group.name: group.size for group in structure.groups}
@@ -145,9 +147,13 @@ class Job:
         if self.final_proof is not None:
             self.final_proof.note(removed)
         self._note_step(share, {name: len(units) for name, units in removed.items() if len(units)})
+        if self.compensator is not None:
+            self.compensator.undo()
         if self.recalibrate:
             with timed(self.report, "recalibrate"):
                 recalibrate_norms(subject.model, subject.batches, subject.forward_fn)
+        if self.compensator is not None:
+            self.compensator.step()
 
     def _note_step(self, target: float, removed: Mapping[str, int]) -> None:
         macs, parameters = (self.structure.costs(unit).total() / self.unpruned[unit] for unit in _UNITS)

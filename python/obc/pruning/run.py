@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.criteria import Subject
 from obc.criteria.protocol import LossFn, name_of
-from obc.model.errors import PruningError, explained
+from obc.model.errors import PruningError
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import Slices
 from obc.model.names import named_tensors
@@ -31,16 +31,13 @@ from obc.pruning.arguments import (
     positive,
     repeatable,
 )
+from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on, take_out_blocks
 from obc.pruning.job import Choice, Job
 from obc.pruning.measured_macs import MeasuredMacs
 from obc.pruning.provenance import provenance
 from obc.pruning.report import PruningReport, PruningResult, timed
 from obc.pruning.snapshot import Snapshot
-from obc.recovery.compensate import Mode
-from obc.recovery.compensate import compensate as compensate_model
-from obc.recovery.fusion import fuse_units
-from obc.recovery.mean_bias import absorb_means
 from obc.scoring.label_free import label_free_loss
 from obc.structures.protocol import Structure
 
@@ -64,6 +61,7 @@ def prune(
     recalibrate: bool = True,
     labels: bool = True,
     compensate: Compensation | bool | None = None,
+    compensate_every_step: bool = False,
     rows: Literal["batch", "sample"] = "batch",
     micro_batch: int | None = None,
     ignored_layers: Sequence[nn.Module | str] = (),
@@ -129,6 +127,8 @@ def prune(
             "mean": their biases take what the dropped channels carried on average
             (:func:`obc.recovery.mean_bias.absorb_means`). "fusion": what goes is fused into what stays, without data
             (:func:`obc.recovery.fusion.fuse_units`; needs scipy). Needs a copy of the unpruned model meanwhile.
+        compensate_every_step: with "correct", "ls" or "seq", after every step: the next step scores what compensation
+            made, ``on_step`` gets it, and each compensation starts anew from the unpruned model's weights.
         rows: "batch" or "sample": what one row is.
         micro_batch: the Jacobian Criterion runs batches in parts of at most so many samples (:func:`obc.score`).
         ignored_layers: layers or their names whose outputs keep their widths.
@@ -162,7 +162,7 @@ def prune(
     criterion, slices = chosen_criterion(criterion, slices)
     selection = chosen_selection(criterion, selection, slices)
     compensate = chosen_compensation(compensate)
-    check_choices(criterion, selection, slices, compensate, rows)
+    check_choices(criterion, selection, slices, compensate, rows, compensate_every_step)
     per_cost = getattr(criterion, "per_cost", True) if per_macs is None else per_macs
     least = positive("min_units", min_units)
     caps = Caps.of(max_pruning_ratio, protected_blocks)
@@ -190,7 +190,7 @@ def prune(
         "steps": len(schedule),
         "rows": rows,
         "per_macs": per_cost,
-        "compensate": compensate,
+        "compensate": f"{compensate} after every step" if compensate_every_step else compensate,
         "labels": labels,
         "seed": seed,
     }
@@ -202,37 +202,24 @@ def prune(
             prove_groups(structure, run, report)
             final_proof = FinalProof(structure, run) if verify else None
         counted = MeasuredMacs(structure, run, report)
-        original, groups = _copied(model) if compensate is not None else None, structure.groups
         forward = _forward(loss_fn, forward_fn, labels)
+        compensator = None
+        if compensate is not None:
+            compensator = Compensator(
+                structure, compensate, compensate_every_step, usable, forward, recalibrate, report, progress
+            )
         generator = torch.Generator().manual_seed(seed)
         loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
         subject = Subject(model, (), usable, loss, forward, slices, rows, generator, micro_batch)
-        job = Job(structure, subject, report, budget, choice, recalibrate, final_proof)
+        job = Job(structure, subject, report, budget, choice, recalibrate, final_proof, compensator)
         job.run(schedule, on_step, progress)
-        with timed(report, "verify"):
+        with timed(report, "verify"), contextlib.nullcontext() if compensator is None else compensator.undone():
             _verify(structure.plan, snapshot.tensors(), model, recalibrate)
             if final_proof is not None:
                 final_proof.check(model, report)
         counted.finish(model)
-        if original is not None and compensate == "mean":
-            with timed(report, "compensate"):
-                report.means = absorb_means(model, original, structure.plan, usable, forward)
-                report.warnings += report.means.warnings
-        elif original is not None and compensate == "fusion":
-            with timed(report, "compensate"):
-                report.fusion = fuse_units(model, original, structure.plan, groups)
-        elif original is not None and compensate is not None:
-            with timed(report, "compensate"):
-                report.compensation = compensate_model(
-                    model,
-                    original,
-                    structure.plan,
-                    usable,
-                    forward,
-                    mode=cast(Mode, compensate),
-                    recalibrate_norms=recalibrate,
-                    progress=progress,
-                )
+        if compensator is not None:
+            compensator.finish()
         take_out_blocks(structure, run)
         job.note_warnings()
     except BaseException as error:
@@ -269,12 +256,6 @@ def _structure(
     from obc.structures.traced import TorchPruningStructure
 
     return TorchPruningStructure(model, example_inputs, ignored_layers=ignored_layers, num_heads=num_heads)
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    remedy = "prune with compensate=None, then obc.compensate with an unpruned model of your own"
-    with explained(model, "copying it (copy.deepcopy)", remedy):
-        return copy.deepcopy(model)
 
 
 def _forward(loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool) -> ForwardFn:

@@ -1,0 +1,110 @@
+"""Compensation inside ``obc.prune``: once at the end, or after every step, so that the next step scores its result."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+
+from obc.model.errors import explained
+from obc.model.evaluation import ForwardFn
+from obc.model.names import named_tensors
+from obc.model.usable_batches import UsableBatches
+from obc.pruning.arguments import Compensation
+from obc.pruning.report import PruningReport, timed
+from obc.recovery.compensate import Mode
+from obc.recovery.compensate import compensate as compensate_model
+from obc.recovery.fusion import fuse_units
+from obc.recovery.mean_bias import absorb_means
+from obc.structures.protocol import Structure
+
+
+class Compensator:
+    """Holds a copy of the unpruned model, and lets what remains take over what was removed.
+
+    Every compensation starts from the weights that pruning leaves, sliced from the unpruned model's: what an earlier
+    one found decides which units go next, and nothing else.
+
+    Args:
+        structure: of the unpruned model.
+        how: the argument ``compensate`` of ``obc.prune``.
+        every_step: compensate after every step.
+        batches: calibration batches.
+        forward: returns what is to be preserved.
+        recalibrate: estimate BatchNorm statistics anew where weights change.
+        report: takes the time, and what the last compensation did.
+        progress: show a progress bar.
+
+    Raises:
+        PruningError: the model can't be copied.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        how: Compensation,
+        every_step: bool,
+        batches: UsableBatches,
+        forward: ForwardFn,
+        recalibrate: bool,
+        report: PruningReport,
+        progress: bool | None,
+    ) -> None:
+        remedy = "prune with compensate=None, then obc.compensate with an unpruned model of your own"
+        with explained(structure.model, "copying it (copy.deepcopy)", remedy):
+            self.original = copy.deepcopy(structure.model)
+        self.structure, self.groups, self.model = structure, structure.groups, structure.model
+        self.how, self.every_step, self.progress = how, every_step, progress
+        self.batches, self.forward, self.recalibrate, self.report = batches, forward, recalibrate, report
+        self._states = self.original.state_dict()
+
+    def undo(self) -> None:
+        """Give the model the weights that pruning leaves, before the next compensation."""
+        if self.every_step:
+            self.structure.plan.put_slices(self._states, self.model)
+
+    def step(self) -> None:
+        """After a step's removal."""
+        if self.every_step:
+            self._run()
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """The model as pruning leaves it inside the block, to be verified."""
+        if not self.every_step:
+            yield
+            return
+        found = [(tensor, tensor.clone()) for _, _, _, tensor in named_tensors(self.model)]
+        self.undo()
+        yield
+        with torch.no_grad():
+            for tensor, value in found:
+                tensor.copy_(value)
+
+    def finish(self) -> None:
+        """After the last step."""
+        if not self.every_step:
+            self._run()
+
+    def _run(self) -> None:
+        model, original, plan, report = self.model, self.original, self.structure.plan, self.report
+        with timed(report, "compensate"):
+            if self.how == "mean":
+                report.means = absorb_means(model, original, plan, self.batches, self.forward)
+                report.warnings += report.means.warnings
+            elif self.how == "fusion":
+                report.fusion = fuse_units(model, original, plan, self.groups)
+            else:
+                report.compensation = compensate_model(
+                    model,
+                    original,
+                    plan,
+                    self.batches,
+                    self.forward,
+                    mode=cast(Mode, self.how),
+                    recalibrate_norms=self.recalibrate,
+                    progress=self.progress,
+                )

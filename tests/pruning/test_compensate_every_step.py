@@ -1,0 +1,132 @@
+"""obc.prune with compensation after every step: what the next step scores, and what the result is."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from models import randomise
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers_families import FAMILIES
+
+import obc
+from obc.demo import models as demo_models
+
+SHARES = [0.85, 0.7]
+
+
+def cnn() -> tuple[nn.Module, Any, list[Any], Any]:
+    torch.manual_seed(0)
+    model = randomise(demo_models.residual_cnn()).eval()
+    batches = [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,))) for _ in range(6)]
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(network(batch[0]), batch[1])
+
+    return model, torch.zeros(1, 1, 8, 8), batches, loss
+
+
+def llama() -> tuple[nn.Module, Any, list[Any], Any]:
+    case = FAMILIES["llama"]()
+    return case.model, None, list(case.batches), case.loss
+
+
+MODELS = {"cnn": cnn, "llama": llama}
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("how", ["correct", "ls"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_second_step_scores_what_the_first_compensation_made(name: str, how: Any) -> None:
+    model, example, batches, loss = MODELS[name]()
+    original, scored, after = copy.deepcopy(model), [], []
+
+    def watched(network: nn.Module, batch: Any) -> Tensor:
+        if network is model:
+            scored.append(weights(network))
+        return loss(network, batch)
+
+    def keep(result: obc.PruningResult) -> None:
+        after.append((weights(result.model), result.plan, len(scored)))
+
+    result = obc.prune(
+        model,
+        example,
+        batches,
+        watched,
+        macs=SHARES[-1],
+        steps=SHARES,
+        compensate=how,
+        compensate_every_step=True,
+        on_step=keep,
+        progress=False,
+    )
+    (first, plan, calls), (second, last_plan, _) = after
+    assert same(scored[calls], first)  # what the second step reads first
+    assert same(weights(model), second)  # verified with its slices, and given back what compensation found
+
+    # Each compensation starts from slices of the unpruned model: one of them by hand gives the same.
+    for known, at in ((first, plan), (second, last_plan)):
+        alone = at.apply(copy.deepcopy(original))
+        obc.recalibrate_norms(alone, batches, lambda network, batch: loss(network, batch))
+        obc.compensate(alone, original, at, batches, outputs_inside(loss), mode=how, progress=False)
+        assert same(weights(alone), known)
+    if how == "correct":
+        assert result.report.compensation.final_error < result.report.compensation.naive_error
+    assert result.report.error is not None  # the naive model was compared with the masked one
+
+
+def outputs_inside(loss: Any) -> Any:
+    """What the model returns while the loss is computed: what obc.prune preserves without a forward_fn."""
+
+    def forward(model: nn.Module, batch: Any) -> list[Any]:
+        found: list[Any] = []
+        handle = model.register_forward_hook(lambda module, args, output: found.append(output))
+        loss(model, batch)
+        handle.remove()
+        return found
+
+    return forward
+
+
+def test_one_step_is_compensation_at_the_end() -> None:
+    results = []
+    for every in (False, True):
+        model, example, batches, loss = cnn()
+        options = {"compensate": "correct", "compensate_every_step": every, "progress": False}
+        obc.prune(model, example, batches, loss, macs=0.6, steps=1, **options)
+        results.append(weights(model))
+    assert same(*results)
+
+
+@pytest.mark.parametrize("compensate", [None, "mean", "fusion"])
+def test_ways_that_know_no_steps_are_refused(compensate: Any) -> None:
+    model, example, batches, loss = cnn()
+    before = weights(model)
+    with pytest.raises(ValueError, match=f"compensate_every_step=True is for .* got compensate={compensate!r}"):
+        obc.prune(model, example, batches, loss, macs=0.6, compensate=compensate, compensate_every_step=True)
+    assert same(before, weights(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_slices_are_put_back(name: str) -> None:
+    model, example, batches, loss = MODELS[name]()
+    original = weights(model)
+    plan = obc.prune(model, example, batches, loss, macs=0.8, steps=1, recalibrate=False, progress=False).plan
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    with pytest.raises(obc.PlanError):
+        plan.verify(original, model)
+    plan.put_slices(original, model)
+    plan.verify(original, model)
