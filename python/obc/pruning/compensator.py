@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import cast
 
 import torch
 
@@ -15,7 +14,6 @@ from obc.model.names import named_tensors
 from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import Compensation
 from obc.pruning.report import PruningReport, timed
-from obc.recovery.compensate import Mode
 from obc.recovery.compensate import compensate as compensate_model
 from obc.recovery.fusion import fuse_units
 from obc.recovery.mean_bias import absorb_means
@@ -104,7 +102,7 @@ class Compensator:
                     plan,
                     self.batches,
                     self.forward,
-                    mode=cast(Mode, self.how),
+                    mode=self.how,
                     recalibrate_norms=self.recalibrate,
                     progress=self.progress,
                 )
