@@ -42,6 +42,7 @@ class Plan:
         flats: one flat row per device and accumulation dtype.
         sources: the weights whose gradient can check or replace gates.
         norms: (parameter, slot) of norms read from their own gradients, weights and biases apart.
+        unchecked: weights of modules that gates alone can read.
         chains: which rows follow from which, once a row was checked.
     """
 
@@ -50,6 +51,7 @@ class Plan:
     flats: dict[tuple[torch.device, torch.dtype], FlatRow] = field(default_factory=dict)
     sources: list[Source] = field(default_factory=list)
     norms: list[list[tuple[nn.Parameter, Slot]]] = field(default_factory=list)
+    unchecked: list[Tensor] = field(default_factory=list)
     chains: Chains = field(default_factory=Chains)
 
     def candidates(self) -> Candidates:
@@ -73,10 +75,10 @@ class Plan:
             reader.forget_native()
 
     def reads(self, parameter: nn.Parameter) -> bool:
-        """Whether this very parameter is one whose gradient the plan reads."""
+        """Whether this very parameter is one that the plan reads."""
         weights = [source.gradient.weight for source in self.sources]
         norms = [norm for part in self.norms for norm, _ in part]
-        return any(parameter is known for known in (*weights, *norms))
+        return any(parameter is known for known in (*weights, *norms, *self.unchecked))
 
     def coverage(self, model: nn.Module, checked: bool) -> dict[str, Coverage]:
         """Module name -> how it is read, or why not, in the order of the model."""
@@ -98,7 +100,7 @@ class Plan:
         tied = [other.name for other in self.readers.values() if other is not reader and other.weight is reader.weight]
         if reader.how != "gate":
             return Coverage(reader.how, tied=tied)
-        checked = checked and not reader.rule.packed and isinstance(reader.weight, nn.Parameter)
+        checked = checked and any(reader in source.readers for source in self.sources)
         sides = {"out": reader.out} | ({} if reader.in_ is None else {"in": reader.in_})
         chained = [(side, self.chains.slots[slot]) for side, slot in sides.items() if slot in self.chains.slots]
         return Coverage("gate", copied=reader.copy_output, checked=checked, tied=tied, chained=chained)
@@ -276,10 +278,15 @@ def _plan_gradients(plan: Plan, per_sample: bool) -> None:
     by_weight: dict[int, list[Reader]] = {}
     weights: list[tuple[nn.Parameter, Slot]] = []
     biases: list[tuple[nn.Parameter, Slot]] = []
+    inseparable = _sharing_a_bias_alone(plan.readers.values())
     for reader in plan.readers.values():
         weight = reader.weight
         leaf = isinstance(weight, nn.Parameter) and weight.is_floating_point() and not reader.rule.packed
-        if reader.rule.kind == "norm" and not per_sample and isinstance(weight, nn.Parameter):
+        if reader in inseparable:
+            plan.unchecked.append(weight)
+            if reader.rule.out_dim is None:
+                reader.scored, reader.reason = False, "it shares its bias with other modules and no gate serves it"
+        elif reader.rule.kind == "norm" and not per_sample and isinstance(weight, nn.Parameter):
             reader.how = "norm gradient"
             weights.append((weight, reader.out))
             if reader.rule.bias is not None:
@@ -290,8 +297,26 @@ def _plan_gradients(plan: Plan, per_sample: bool) -> None:
                 reader.reason = "no activation of its own parameters can be seen"
         elif reader.rule.out_dim is None:
             reader.scored, reader.reason = False, "its weight is computed and no gate serves it"
-    plan.norms = [part for entries in (weights, biases) for part in _by_kind(entries)]
+    plan.norms = [part for entries in (weights, biases) for part in _by_kind(_once(entries))]
     plan.sources = [Source(_weight_gradient(readers), readers) for readers in by_weight.values()]
+
+
+def _once(entries: Iterable[tuple[nn.Parameter, Slot]]) -> list[tuple[nn.Parameter, Slot]]:
+    """Each parameter once: modules that share one have one slot, and its gradient is already the sum of their uses."""
+    return list({id(parameter): (parameter, slot) for parameter, slot in entries}.values())
+
+
+def _sharing_a_bias_alone(readers: Iterable[Reader]) -> set[Reader]:
+    """Readers whose bias others have too, with another weight: its gradient does not say whose share is whose.
+
+    Gates read them, in batch rows those of norms too, and no gradient checks these gates.
+    """
+    users: dict[int, list[Reader]] = {}
+    for reader in readers:
+        bias = None if reader.rule.bias is None else getattr(reader.module, reader.rule.bias)
+        if isinstance(bias, nn.Parameter):
+            users.setdefault(id(bias), []).append(reader)
+    return {one for several in users.values() if len({id(each.out) for each in several}) > 1 for one in several}
 
 
 def _plan_sharded(plan: Plan) -> None:
@@ -336,7 +361,7 @@ def _weight_gradient(readers: list[Reader]) -> WeightGradient:
         by_axis.get(column_dim),
         max(reader.rule.groups for reader in readers),
         max(reader.fold for reader in readers),
-        biases,
+        _once(biases),
         elementwise=first.rule.elementwise,
         column_dim=column_dim,
     )

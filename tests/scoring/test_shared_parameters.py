@@ -1,0 +1,137 @@
+"""Modules that share parameters: their uses of a parameter add up before the square, whatever else they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from parity import error
+from torch import Tensor, nn
+
+import obc
+
+WIDTH = 6
+
+
+class Sharing(nn.Module):
+    """Two layers and two norms; ``share`` makes some of their parameters one."""
+
+    def __init__(self, share: Callable[[Sharing], None], norm: type[nn.Module] = nn.LayerNorm) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.before, self.after = norm(WIDTH), norm(WIDTH)
+        self.head = nn.Linear(WIDTH, 4)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+        share(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(self.first(self.before(x)))
+        x = x + torch.tanh(self.second(self.after(x)))
+        output: Tensor = self.head(x)
+        return output
+
+
+def norms(model: Sharing) -> None:
+    model.after.weight, model.after.bias = model.before.weight, model.before.bias
+
+
+def norm_weights(model: Sharing) -> None:
+    model.after.weight = model.before.weight
+
+
+def norm_biases(model: Sharing) -> None:
+    model.after.bias = model.before.bias
+
+
+def layers(model: Sharing) -> None:
+    model.second.weight, model.second.bias = model.first.weight, model.first.bias
+
+
+def layer_biases(model: Sharing) -> None:
+    model.second.bias = model.first.bias
+
+
+def rms_norms(model: Sharing) -> None:
+    model.after.weight = model.before.weight
+
+
+def everything(model: Sharing) -> None:
+    norms(model)
+    layers(model)
+
+
+def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
+    loss: Tensor = model(batch).square().mean()
+    return loss
+
+
+def losses_of(model: nn.Module, batch: Tensor) -> Tensor:
+    losses: Tensor = model(batch).square().mean(-1)
+    return losses
+
+
+def expected(
+    model: Sharing, batches: list[Tensor], loss_fn: Callable[[nn.Module, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Per module the scores of its out channels, from gradients of each module's own use of its parameters."""
+    totals = {name: torch.zeros(len(module.weight)) for name, module in model.named_children()}
+    for batch in batches:
+        for loss_index in range(len(batch) if loss_fn is losses_of else 1):
+            grads = own_gradients(model, batch, loss_fn, loss_index)
+            rows = {
+                name: sum(
+                    ((p.detach() * g).flatten(1).sum(1) if p.dim() > 1 else p.detach() * g)
+                    for p, g in zip(module.parameters(), grads[name], strict=True)
+                )
+                for name, module in model.named_children()
+            }
+            for name, module in model.named_children():
+                # The same weight is one group of parameters: all its uses count.
+                users = [other for other, one in model.named_children() if one.weight is module.weight]
+                totals[name] += sum(rows[other] for other in users).square()  # type: ignore[union-attr, operator]
+    return totals
+
+
+def own_gradients(
+    model: Sharing, batch: Tensor, loss_fn: Callable[[nn.Module, Tensor], Tensor], index: int
+) -> dict[str, tuple[Tensor, ...]]:
+    """The gradient of every module's parameters through this module alone: each use reads a leaf of its own."""
+    leaves = {
+        f"{name}.{key}": parameter.detach().clone().requires_grad_()
+        for name, module in model.named_children()
+        for key, parameter in module.named_parameters()
+    }
+    output = torch.func.functional_call(model, leaves, (batch,), tie_weights=False)
+    loss = output.square().mean() if loss_fn is loss_of else output.square().mean(-1)[index]
+    grads = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    return {
+        name: tuple(grads[f"{name}.{key}"] for key, _ in module.named_parameters())
+        for name, module in model.named_children()
+    }
+
+
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+@pytest.mark.parametrize(
+    "share",
+    [norms, norm_weights, norm_biases, rms_norms, layers, layer_biases, everything],
+    ids=lambda one: one.__name__,
+)
+def test_scores_add_up_the_uses_of_each_weight(share: Callable[[Sharing], None], rows: str) -> None:
+    torch.manual_seed(0)
+    model = Sharing(share, nn.RMSNorm if share is rms_norms else nn.LayerNorm)
+    batches = [torch.randn(3, WIDTH) for _ in range(3)]
+    loss_fn = loss_of if rows == "batch" else losses_of
+    scores = obc.score(model, batches, loss_fn, rows=rows, progress=False)  # type: ignore[arg-type]
+    for name, total in expected(model, batches, loss_fn).items():
+        assert error(scores[name].out_channels, total) <= 1e-4, name
+    assert all(coverage.scored for coverage in scores.coverage.values())
+
+
+def test_a_gate_that_no_gradient_can_check_says_so() -> None:
+    """Of a bias that two layers share, the gradient does not tell whose use gave what."""
+    scores = obc.score(Sharing(layer_biases), [torch.randn(3, WIDTH)], loss_of, progress=False)
+    assert scores.coverage["head"].checked
+    assert not scores.coverage["first"].checked
+    assert not scores.coverage["second"].checked
