@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -114,6 +115,17 @@ def test_no_file_of_the_package_imports_its_public_names() -> None:
 
 def test_reference_imports_torch_alone() -> None:
     assert not _imports("obc.reference")
+
+
+HEAVY = "datasets lm_eval matplotlib pandas scipy sklearn torch._dynamo torch_pruning torchvision transformers triton"
+
+
+def test_the_command_line_starts_without_heavy_packages() -> None:
+    """obc.cli imports all that obc does, and the commands; what torch itself imports does not count."""
+    code = "import sys, torch; before = set(sys.modules); import obc.cli; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "obc.cli" in done.stdout.split()
+    assert not set(HEAVY.split()) & set(done.stdout.split())
 
 
 ROOT = Path(__file__).parents[2]

@@ -358,13 +358,17 @@ class _Fold(torch.autograd.Function):
         return (*found, None, None, None)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's Dynamo can't trace it
-def _has_autocast(device: str) -> bool:
-    return torch.amp.is_autocast_available(device)
+# Devices for which torch.is_autocast_enabled raises. A table: torch 2.11's Dynamo can't trace is_autocast_available,
+# and torch.compiler.assume_constant_result imports all of Dynamo as soon as it decorates a function.
+_WITHOUT_AUTOCAST = frozenset(
+    name
+    for name in ("meta", "lazy", "vulkan", "fpga", "ve", "hip", "ideep", "opencl", "opengl")
+    if not torch.amp.is_autocast_available(name)
+)
 
 
 def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    if _has_autocast(device) and torch.is_autocast_enabled(device):
+    if device not in _WITHOUT_AUTOCAST and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from obc.model.errors import explained
 from obc.model.evaluation import evaluating
@@ -33,6 +32,8 @@ def counted_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str,
     Raises:
         PruningError: the model fails while it is counted.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which import obc does without
+
     names = {module: name for name, module in named_modules(model)}
     own: dict[str, float] = {}
     # Of every module that is running: FLOPs counted when it began, and those of the modules inside it so far.
