@@ -138,18 +138,20 @@ def test_weights_from_files_are_present_one_block_at_a_time(tmp_path: Path) -> N
 
 
 def test_products_of_one_block_at_a_time_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    case, owners = models.llama(), []
-    blocks, commit = residual_blocks(case.model), Sums.commit
+    case, commit = models.llama(), Sums.commit
+    held: list[int] = []
 
     def noting(self: Sums, batch: int) -> None:
         commit(self, batch)
-        modules = [module for module, _ in self._buffers]
-        owners.append({next((b for b in blocks if module.startswith(f"{b}.")), "outside") for module in modules})
+        held.append(self.memory_held)
 
     monkeypatch.setattr(Sums, "commit", noting)
     collect(case.model, case.batches, statistics="gram", forward_fn=forward, by_block=True)
-    each = [{name} for name in [*blocks, "outside"]]
-    assert owners == [owner for owner in each for _ in case.batches]
+    config = case.model.config
+    # What query, key and value read is one product, and what gate and up read is another.
+    width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    of_block = 4 * (2 * width**2 + heads**2 + config.intermediate_size**2)
+    assert held == [size for size in [of_block, of_block, 4 * width**2] for _ in case.batches]
 
 
 def test_weights_that_are_missing_are_named_before_anything_runs(tmp_path: Path) -> None:

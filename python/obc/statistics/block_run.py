@@ -117,7 +117,7 @@ class BlockRun:
                         for index in range(len(parts)):
                             states.drop((place - self.span, batch, index))
                 for reader in self.readers.values():
-                    reader.sums.free_buffers()
+                    reader.sums.free_memory()
                 after(place + 1, len(chain) + 1)
             for batch, parts in enumerate(batches):
                 self._read_rest(batch, parts, states, reading=len(chain) >= done)

@@ -18,7 +18,8 @@ from obc.scoring.scorer import JacobianScorer
 from obc.statistics.reader import Reader
 from obc.tensor_file import save_tensors
 
-_FORMAT = "obc.statistics.checkpoint/1"
+_FORMAT = "obc.statistics.checkpoint/2"
+_BETWEEN = "\n"  # modules that share a sum
 _LISTS = ("scores", "kept_rows")  # of the scorer's state: lists of tensors
 
 
@@ -79,8 +80,8 @@ class Checkpoint:
             left_out = list(reader.sums.settle())
             facts = {"coverage": reader.coverage, "called": sorted(reader.called), "left_out": left_out}
             state["readers"][name] = facts
-            for (module, field), total in reader.sums.totals.items():
-                tensors[f"{name}:{field}:{module}"] = total
+            for (modules, field), total in reader.sums.totals.items():
+                tensors[f"{name}:{field}:{_BETWEEN.join(modules)}"] = total
         if self.scorer is not None:
             scorer_state = self.scorer.state_dict()
             for key in _LISTS:
@@ -104,8 +105,8 @@ class Checkpoint:
             prefix = f"{name}:"
             for key in tensors:
                 if key.startswith(prefix):
-                    field, _, module = key.removeprefix(prefix).partition(":")
-                    reader.sums.totals[module, field] = tensors[key]
+                    field, _, modules = key.removeprefix(prefix).partition(":")
+                    reader.sums.totals[tuple(modules.split(_BETWEEN)), field] = tensors[key]
         if self.scorer is not None:
             lists = {key: numbered(tensors, key) for key in _LISTS}
             self.scorer.load_state_dict({**state["scorer"], **lists})

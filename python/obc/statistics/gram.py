@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,8 +15,13 @@ from obc.statistics.part import Part
 from obc.statistics.reader import Groups, InputReader, Reader, flat_rows
 from obc.statistics.routed import RoutedInput
 from obc.statistics.sums import Sums
+from obc.statistics.triangle import Triangle, full_precision
 
 Weight = Callable[[Any], Tensor]
+
+_TOTAL = "total"
+# Products of fewer positions take longer than one product over all samples and the copy that it needs.
+_POSITIONS_OF_A_PRODUCT = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,16 +47,18 @@ class GramSum:
 class Gram:
     """The Gram matrix of consumers' inputs, sum omega x x^T. Forward only.
 
-    Each batch's product is a float32 GEMM (float64 for float64 inputs) without TF32, added into float64. It takes
-    12 d^2 bytes for an input of d channels. For convolutions x is one pixel's channels. Of fused experts x is what the
-    down projection of one expert reads of a token routed to it; each has a matrix of its own, under a name such as
-    "mlp.experts[3]".
+    Each batch's product is a float32 GEMM (float64 for float64 inputs) without TF32, added into float64. Only the
+    blocks on and above the diagonal are kept, and on the CPU only those are computed. Layers that are given the very
+    same tensor, as query, key and value, share their product and their matrix. For an input of d channels it takes
+    8 d^2 bytes, or 12 d^2 where d is at most 128. For convolutions x is one pixel's channels. Of fused experts x is
+    what the down projection of one expert reads of a token routed to it; each has a matrix of its own, under a name
+    such as "mlp.experts[3]".
 
     Args:
         weight: ``weight(batch)`` gives omega >= 0 as (B,), one a sample, or (B, T), one a token; for a key of a mapping
             write ``lambda batch: batch["weight"]``. None: 1.
-        to: "device" keeps the sums where the layer is, "host" in the host's memory: then 4 d^2 bytes a layer are needed
-            on the device, and each batch's product is copied.
+        to: "device" keeps the sums where the layer is, "host" in the host's memory: then 2 to 4 d^2 bytes a layer are
+            needed on the device, and each batch's product is copied.
     """
 
     weight: Weight | None = None
@@ -65,40 +71,62 @@ class Gram:
         if self.to not in ("device", "host"):
             raise StatisticsError(f"Gram(to=...) must be 'device' or 'host', got {self.to!r}")
         to = torch.device("cpu") if self.to == "host" else None
-        sums = Sums(self.name, checked=_diagonal, to=to)
-        return GramReader(sums, part, model, groups, self.weight)
+        return GramReader(to, part, model, groups, self.weight)
 
     def identity(self) -> dict[str, Any]:
         return {"weight": None if self.weight is None else getattr(self.weight, "__qualname__", "an object")}
 
 
-def _diagonal(values: Tensor) -> Tensor:
-    """What shows whether a product is finite: |sum x_i x_j| is at most the larger of sum x_i^2 and sum x_j^2."""
-    return values.diagonal() if values.dim() == 2 else values
-
-
 class GramReader(InputReader):
     """Reads Gram matrices, and knows beforehand what they take."""
 
-    def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups, weight: Weight | None) -> None:
+    def __init__(
+        self, to: torch.device | None, part: Part, model: nn.Module, groups: Groups, weight: Weight | None
+    ) -> None:
+        packed = frozenset({_TOTAL})
+        sums = Sums(Gram.name, checked=self._checked, to=to, reused=packed, unpacked=self._unpacked)
         super().__init__(sums, part, model, groups)
         self._weight = weight
+        self._triangles = {name: Triangle(width) for name, width in self.widths.items()}
 
-    def read(self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None) -> None:
-        rows = flat_rows(x, channel_dim).to(ops.accumulation_dtype(x.dtype))
-        if valid is not None:
-            rows = rows.masked_fill(~valid.reshape(-1, 1), 0)
-        weighted = rows
-        if self._weight is not None:
-            omega = self._omega(name, x, channel_dim, routed).to(rows)
-            count = omega.sum() if valid is None else omega[valid.reshape(-1)].sum()
-            weighted = rows * omega.unsqueeze(1)
+    def read(
+        self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None
+    ) -> dict[str, Tensor]:
+        x = x.to(ops.accumulation_dtype(x.dtype))
+        if valid is None and self._weight is None:
+            pieces = _pieces(x, channel_dim)
+            count = torch.full((), x.numel() // x.shape[channel_dim], dtype=torch.float64, device=x.device)
+            total = self._product(name, [(piece, piece) for piece in pieces])
+            dims = [dim for dim in range(x.dim()) if dim != channel_dim]
+            return {_TOTAL: total, "sum": x.sum(dims), "count": count}
+        rows = flat_rows(x, channel_dim)
+        kept = None if valid is None else valid.reshape(-1)
+        if kept is not None:
+            rows = rows.masked_fill(~kept.unsqueeze(1), 0)
+        if self._weight is None:
+            assert kept is not None
+            weighted, counted = rows, kept
         else:
-            count = torch.tensor(len(rows)) if valid is None else valid.sum()
-        with _full_precision():
-            self.sums.add_product(name, "total", weighted, rows)
-        self.sums.add(name, "sum", weighted.sum(0))
-        self.sums.add(name, "count", count.to(rows.device, torch.float64))
+            omega = self._omega(name, x, channel_dim, routed).to(rows)
+            weighted, counted = rows * omega.unsqueeze(1), omega if kept is None else omega[kept]
+        total = self._product(name, [(weighted, rows)])
+        return {_TOTAL: total, "sum": weighted.sum(0), "count": counted.sum().double()}
+
+    def _product(self, name: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The sum over the pairs (positions, C) of left^T right, packed."""
+        triangle, (left, _) = self._triangles[name], pairs[0]
+        packed = self.sums.memory(triangle.numbers, left.dtype, left.device)
+        with full_precision():
+            for place, (left, right) in enumerate(pairs):
+                triangle.add_product(packed, left, right, beta=int(place > 0))
+        return packed
+
+    def _checked(self, name: str, field: str, values: Tensor) -> Tensor:
+        """What shows whether a product is finite: |sum x_i x_j| is at most the larger of sum x_i^2 and sum x_j^2."""
+        return self._triangles[name].diagonal(values) if field == _TOTAL else values
+
+    def _unpacked(self, name: str, field: str, total: Tensor) -> Tensor:
+        return self._triangles[name].unpacked(total) if field == _TOTAL else total
 
     def _omega(self, name: str, x: Tensor, channel_dim: int, routed: RoutedInput | None) -> Tensor:
         """(positions,) the weight of each."""
@@ -117,32 +145,44 @@ class GramReader(InputReader):
         return omega if routed is None else omega[routed.tokens]
 
     def result(self, fields: Mapping[str, Tensor]) -> GramSum:
-        return GramSum(float(fields["count"]), fields["total"], fields["sum"])
+        return GramSum(float(fields["count"]), fields[_TOTAL], fields["sum"])
 
     def bytes(self) -> int:
-        return sum(width**2 * (8 + 4) for width in self.widths.values())
+        return sum(self.bytes_of(name) for name in self.widths)
 
-    def largest(self) -> tuple[str, int]:
-        """The layer with the most in channels, and how many."""
-        return max(self.widths.items(), key=lambda entry: entry[1])
+    def bytes_of(self, name: str) -> int:
+        """What one layer takes: packed, the sum and a batch's product; at the end, the matrix."""
+        return max(12 * self._triangles[name].numbers, 8 * self.widths[name] ** 2)
+
+    def product_bytes(self, name: str) -> int:
+        """What a batch's product takes."""
+        return 4 * self._triangles[name].numbers
+
+    def largest(self) -> str:
+        """The layer with the most in channels."""
+        return max(self.widths, key=self.widths.__getitem__)
 
     def bytes_by_device(self) -> dict[torch.device, int]:
         """What the sums and a batch's summands take on each device."""
         found: dict[torch.device, int] = {}
         for name, width in self.widths.items():
-            size, device = width**2, self.device_of(name)
+            device = self.device_of(name)
             to = self.sums.to or device
-            found[device] = found.get(device, 0) + 4 * size
-            found[to] = found.get(to, 0) + 8 * size
+            if to == device:
+                found[to] = found.get(to, 0) + self.bytes_of(name)
+            else:
+                found[device] = found.get(device, 0) + self.product_bytes(name)
+                found[to] = found.get(to, 0) + 8 * width**2
         return found
 
 
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """Products of float32 in float32: TF32 keeps ten bits, which a matrix that is to be inverted can't spare."""
-    before = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def _pieces(x: Tensor, channel_dim: int) -> list[Tensor]:
+    """Parts (positions, C) of an input, which hold all of it.
+
+    Feature maps are taken sample by sample where that saves their transposed copy, and where a sample has positions
+    enough for a product.
+    """
+    positions = x[0].numel() // x.shape[channel_dim]
+    if channel_dim == 1 and x.is_contiguous() and positions >= _POSITIONS_OF_A_PRODUCT:
+        return [sample.flatten(1).mT for sample in x]
+    return [flat_rows(x, channel_dim)]

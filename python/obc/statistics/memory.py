@@ -67,23 +67,23 @@ def refuse_too_large(readers: Iterable[Reader], by_block: ByBlock | None, model:
         for device, needed in needs.items():
             free = free_bytes(device)
             if free is not None and needed > free:
-                largest, width = reader.largest()
+                largest = reader.largest()
                 raise StatisticsError(
                     f"the Gram matrices of {len(reader.widths)} layers take {readable(needed)} on {device}, where "
-                    f"{readable(free)} are free (the largest, of {largest!r} with {width} channels: "
-                    f"{readable(12 * width**2)}); pass groups= for fewer layers at a time, Gram(to='host') or "
-                    "by_block=True, which hold the sums in the host's memory"
+                    f"{readable(free)} are free (the largest, of {largest!r} with {reader.widths[largest]} channels: "
+                    f"{readable(reader.bytes_of(largest))}); pass groups= for fewer layers at a time, "
+                    "Gram(to='host') or by_block=True, which hold the sums in the host's memory"
                 )
 
 
 def _by_block(reader: GramReader, options: ByBlock, model: nn.Module) -> dict[torch.device, int]:
     """What a run block by block takes: all sums on the host, and one block's products where it runs."""
-    sizes = {name: width**2 for name, width in reader.widths.items()}
+    products = {name: reader.product_bytes(name) for name in reader.widths}
     device, names = options.runs_on(model), options.names(model)
-    inside = [sum(size for layer, size in sizes.items() if f"{layer}.".startswith(f"{name}.")) for name in names]
-    outside = sum(sizes.values()) - sum(inside)
-    needs = {torch.device("cpu"): 8 * sum(sizes.values())}
-    needs[device] = needs.get(device, 0) + 4 * max(*inside, outside)
+    inside = [sum(size for layer, size in products.items() if f"{layer}.".startswith(f"{name}.")) for name in names]
+    outside = sum(products.values()) - sum(inside)
+    needs = {torch.device("cpu"): 8 * sum(width**2 for width in reader.widths.values())}
+    needs[device] = needs.get(device, 0) + max(*inside, outside)
     return needs
 
 

@@ -65,10 +65,11 @@ class Moments:
 
 
 class _Reader(InputReader):
-    def read(self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None) -> None:
+    def read(
+        self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None
+    ) -> dict[str, Tensor]:
         counts, sums = moments_of(x, channel_dim, valid)
-        self.sums.add(name, "counts", counts)
-        self.sums.add(name, "sums", sums)
+        return {"counts": counts, "sums": sums}
 
     def result(self, fields: Mapping[str, Tensor]) -> ChannelMoments:
         counts = [int(count) for count in fields["counts"].tolist()]

@@ -186,6 +186,15 @@ class InputReader(Reader):
             self.widths |= {expert_name(name, e): inner_width(module) for e in range(expert_count(module))}
         self.coverage = dict.fromkeys(self.widths, Coverage("input")) | unread
         self._proved: set[str] = set()  # mixtures whose parts make up what they return
+        self._latest: _Reading | None = None
+
+    def begin(self) -> None:
+        super().begin()
+        self._latest = None
+
+    def part_ends(self) -> None:
+        with torch.inference_mode():  # tensors of forward passes may be changed in place only here
+            self._end_reading()
 
     def attach(self) -> list[Handle]:
         handles: list[Handle] = []
@@ -201,8 +210,10 @@ class InputReader(Reader):
         tensors = itertools.chain(module.parameters(), module.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
-    def read(self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None) -> None:
-        """Add what one call shows.
+    def read(
+        self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None
+    ) -> dict[str, Tensor]:
+        """What one call shows, by field. It is added to the sums of the layer, and of others that read the same tensor.
 
         Args:
             name: of the layer or expert.
@@ -227,15 +238,27 @@ class InputReader(Reader):
             if not self.part.reading or is_running_again():
                 return
             with torch.no_grad():
-                x = self.checked_input(name, module, args, kwargs).detach()
-                channel_dim = input_dim(module, x)
+                given = self.checked_input(name, module, args, kwargs)
+                x, channel_dim = given.detach(), input_dim(module, given)
                 if channel_dim == 0:  # without a dimension of samples
                     x, channel_dim = x.unsqueeze(0), 1
                 self.note_call(name, x, channel_dim)
+                if self._latest is not None and self._latest.is_of(given, channel_dim, name):
+                    self._latest.modules.append(name)
+                    return
+                self._end_reading()
                 if x.numel():
-                    self.read(name, x, channel_dim, self.part.valid_positions(x, channel_dim), None)
+                    fields = self.read(name, x, channel_dim, self.part.valid_positions(x, channel_dim), None)
+                    self._latest = _Reading(given, channel_dim, name, fields)
 
         return hook
+
+    def _end_reading(self) -> None:
+        """No more modules share what was read last: add it."""
+        if self._latest is not None:
+            for field, values in self._latest.fields.items():
+                self.sums.add(tuple(self._latest.modules), field, values)
+            self._latest = None
 
     def _mixture_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
@@ -266,7 +289,8 @@ class InputReader(Reader):
             if valid is not None:
                 routed = routed.where(valid.reshape(-1)[routed.tokens])
             if len(routed.tokens):
-                self.read(one, routed.x, 1, None, routed)
+                for field, values in self.read(one, routed.x, 1, None, routed).items():
+                    self.sums.add(one, field, values)
 
     def checked_input(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         """The layer's input."""
@@ -290,6 +314,35 @@ class InputReader(Reader):
             assert self.part.valid is not None
             shapes = f"{tuple(x.shape)} does not fit attention_mask {tuple(self.part.valid.shape)}"
             self.coverage[name] = Coverage("input", f"padding counts: {shapes}")
+
+
+class _Reading:
+    """What was read of a tensor, for all modules in a row that are given it: query, key and value, gate and up.
+
+    Args:
+        x: the tensor.
+        channel_dim: of it.
+        module: which was given it first.
+        fields: what was read.
+
+    Attributes:
+        modules: that were given it so far.
+    """
+
+    def __init__(self, x: Tensor, channel_dim: int, module: str, fields: Mapping[str, Tensor]) -> None:
+        self.x, self.channel_dim, self.fields = x, channel_dim, fields
+        self.modules = [module]
+        # Tensors of inference mode count no changes: those are told by the values.
+        self._values = x.clone() if x.is_inference() else None
+        self._version = None if x.is_inference() else x._version
+
+    def is_of(self, x: Tensor, channel_dim: int, module: str) -> bool:
+        """Whether another module is given the same tensor, which is what it was."""
+        if x is not self.x or channel_dim != self.channel_dim or module in self.modules:
+            return False
+        if self._values is None:
+            return x._version == self._version
+        return torch.equal(x, self._values)
 
 
 def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

@@ -347,7 +347,7 @@ class _Run:
         left_out = [line for facts in everyone for line in facts["left_out"]]
         values: dict[str, dict[str, Any]] = {}
         for name, reader in self.readers.items():
-            fields = reader.sums.fields()
+            fields = reader.sums.take()
             values[name] = {module: reader.result(fields[module]) for module in reader.coverage if module in fields}
             if not values[name] or len(reader.sums.settle()) >= count:
                 why = left_out[0] if left_out else next(iter(coverage[name].values()), "nothing was called")

@@ -10,53 +10,59 @@ from torch import distributed as dist
 
 from obc.statistics.errors import StatisticsError
 
-Key = tuple[str, str]  # module, field
+Key = tuple[tuple[str, ...], str]  # the modules that the sum is of, all of which read the very same; field
+
+# Numbers that are converted to the totals' dtype at once: they stay in the second-level cache.
+_AT_ONCE = 65536
 
 
 class Sums:
     """Float64 sums per module and field, on the device of what is added.
 
-    Nothing is read from a GPU: there, a batch that is not finite is replaced by zeros, and named when asked.
+    Modules that read the very same have one sum together, as long as they do: a module's sum is that of all keys it is
+    in. Nothing is read from a GPU: there, a batch that is not finite is replaced by zeros, and named when asked.
 
     Args:
         name: of the statistic.
-        checked: what of a summand shows whether it is finite; all of it by default.
+        checked: ``checked(module, field, summand)``: what of it shows whether it is finite; all of it by default.
         to: where the totals lie; None: where the summands do.
         dtype: of the totals.
+        reused: fields whose summands' memory :meth:`memory` gives out again.
+        unpacked: ``unpacked(module, field, total)``: the total as it is handed out.
     """
 
     def __init__(
         self,
         name: str,
-        checked: Callable[[Tensor], Tensor] = lambda values: values,
+        checked: Callable[[str, str, Tensor], Tensor] = lambda module, field, values: values,
         to: torch.device | None = None,
         dtype: torch.dtype = torch.float64,
+        reused: frozenset[str] = frozenset(),
+        unpacked: Callable[[str, str, Tensor], Tensor] = lambda module, field, total: total,
     ) -> None:
-        self.name, self.checked, self.to, self.dtype = name, checked, to, dtype
+        self.name, self.to, self.dtype, self.reused = name, to, dtype, reused
+        self.checked, self.unpacked = checked, unpacked
         self.totals: dict[Key, Tensor] = {}
         self.left_out: list[str] = []
         self._batch: dict[Key, Tensor] = {}
-        self._buffers: dict[Key, Tensor] = {}  # products of the batch before, to be overwritten
+        self._spare: list[Tensor] = []
         self._flags: list[tuple[int, list[Key], Tensor]] = []
 
-    def add(self, module: str, field: str, values: Tensor) -> None:
+    def add(self, modules: str | tuple[str, ...], field: str, values: Tensor) -> None:
         """Add ``values``, which is kept, to the summands of the current batch."""
-        key = (module, field)
+        key = ((modules,) if isinstance(modules, str) else modules, field)
         if key in self._batch:
             self._batch[key] += values
+            self._free(key, values)
         else:
             self._batch[key] = values
 
-    def add_product(self, module: str, field: str, left: Tensor, right: Tensor) -> None:
-        """Add left^T right of (rows, C) each, in their dtype."""
-        key = (module, field)
-        if key in self._batch:
-            self._batch[key].addmm_(left.mT, right)
-            return
-        buffer = self._buffers.pop(key, None)
-        if buffer is None or buffer.dtype != right.dtype or buffer.device != right.device:
-            buffer = right.new_empty(left.shape[1], right.shape[1])
-        self._batch[key] = torch.mm(left.mT, right, out=buffer)
+    def memory(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(count,) numbers to be overwritten and then added as one of the fields ``reused``."""
+        for place, spare in enumerate(self._spare):
+            if (spare.numel(), spare.dtype, spare.device) == (count, dtype, device):
+                return self._spare.pop(place)
+        return torch.empty(count, dtype=dtype, device=device)
 
     def begin(self) -> None:
         """Begin a batch, or begin it again: forget its summands."""
@@ -64,8 +70,8 @@ class Sums:
 
     def hand_over(self, other: Sums) -> None:
         """Add the summands of the current batch to those of ``other``."""
-        for (module, field), values in self._batch.items():
-            other.add(module, field, values)
+        for (modules, field), values in self._batch.items():
+            other.add(modules, field, values)
         self._batch = {}
 
     def commit(self, batch: int) -> None:
@@ -73,25 +79,29 @@ class Sums:
         added, self._batch = self._batch, {}
         if not added:
             return
-        first = next(iter(added.values())).device
-        flags = torch.stack([self.checked(values).isfinite().all().to(first) for values in added.values()])
-        if reads_at_once(first):
-            if not bool(flags.all()):
-                self._name(batch, list(added), flags)
+        checked = [self.checked(modules[0], field, values) for (modules, field), values in added.items()]
+        if all(reads_at_once(values.device) for values in checked):
+            if not bool(torch.cat([values.reshape(-1).double() for values in checked]).isfinite().all()):
+                self._name(batch, list(added), _finite(checked))
                 return
             bad = None
         else:
+            flags = _finite(checked)
             bad = ~flags.all()
             self._flags.append((batch, list(added), flags))
         for key, values in added.items():
             finite = values if bad is None else values.masked_fill_(bad.to(values.device), 0)
             self._add_to_total(key, finite)
-            if finite.dim() == 2:
-                self._buffers[key] = finite
+            self._free(key, finite)
 
-    def free_buffers(self) -> None:
-        """Free the memory of products: other modules are read from now on."""
-        self._buffers.clear()
+    @property
+    def memory_held(self) -> int:
+        """Bytes of earlier summands that :meth:`memory` gives out again."""
+        return sum(spare.nbytes for spare in self._spare)
+
+    def free_memory(self) -> None:
+        """Free the memory of earlier summands: other modules are read from now on, or none."""
+        self._spare.clear()
 
     def settle(self) -> list[str]:
         """What was left out so far. Reads from the device."""
@@ -101,11 +111,15 @@ class Sums:
         self._flags.clear()
         return self.left_out
 
-    def fields(self) -> dict[str, dict[str, Tensor]]:
-        """Module -> field -> sum: the totals themselves, so that nothing is held twice."""
+    def take(self) -> dict[str, dict[str, Tensor]]:
+        """Module -> field -> sum, and forget them. Modules that always read the same get the same tensor."""
+        self.free_memory()
         found: dict[str, dict[str, Tensor]] = {}
-        for (module, field), total in self.totals.items():
-            found.setdefault(module, {})[field] = total
+        for modules, field in list(self.totals):
+            total = self.unpacked(modules[0], field, self.totals.pop((modules, field)))
+            for module in modules:
+                fields = found.setdefault(module, {})
+                fields[field] = fields[field] + total if field in fields else total
         return found
 
     def merge(self, group: object) -> None:
@@ -118,13 +132,18 @@ class Sums:
             for key, shape in one.items():
                 if shapes.setdefault(key, shape) != shape:
                     raise StatisticsError(
-                        f"{self.name} of {key[0]!r} has shape {shape} in one process and {shapes[key]} in another: "
+                        f"{self.name} of {key[0][0]!r} has shape {shape} in one process and {shapes[key]} in another: "
                         "the processes must hold the same model"
                     )
         device = next((total.device for total in self.totals.values()), torch.device("cpu"))
         for key in sorted(shapes):
             total = self.totals.setdefault(key, torch.zeros(shapes[key], dtype=self.dtype, device=device))
             dist.all_reduce(total, group=group)  # type: ignore[arg-type]
+
+    def _free(self, key: Key, values: Tensor) -> None:
+        """``values`` has been added."""
+        if key[1] in self.reused:
+            self._spare.append(values)
 
     def _add_to_total(self, key: Key, values: Tensor) -> None:
         device = self.to or values.device
@@ -134,13 +153,24 @@ class Sums:
             return
         if self.totals[key].device != device:  # loaded from a checkpoint
             self.totals[key] = self.totals[key].to(device)
-        self.totals[key] += values.to(device)
+        total, values = self.totals[key], values.to(device)
+        if device.type != "cpu" or total.numel() <= _AT_ONCE:
+            total += values
+            return
+        pieces = (tensor.view(-1).split(_AT_ONCE) for tensor in (total, values.contiguous()))
+        for sums, summands in zip(*pieces, strict=True):
+            sums += summands
 
     def _name(self, batch: int, keys: list[Key], flags: Tensor) -> None:
         if any(line.startswith(f"batch {batch}: ") for line in self.left_out):
             return  # of an earlier block
-        module = next(key[0] for key, finite in zip(keys, flags.tolist(), strict=True) if not finite)
+        module = next(key[0][0] for key, finite in zip(keys, flags.tolist(), strict=True) if not finite)
         self.left_out.append(f"batch {batch}: {self.name} of {module!r} is not finite; the batch was left out of it")
+
+
+def _finite(tensors: list[Tensor]) -> Tensor:
+    """(tensors,) bool, on the device of the first."""
+    return torch.stack([tensor.isfinite().all().to(tensors[0].device) for tensor in tensors])
 
 
 def reads_at_once(device: torch.device) -> bool:
