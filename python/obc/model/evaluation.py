@@ -49,6 +49,16 @@ def call_on_batch(model: nn.Module, batch: Any) -> Any:
         return _call_on_batch(model, batch)
 
 
+def with_outputs(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Any]]:
+    """What ``run()`` returns, and what ``model`` returned each time that it was called meanwhile."""
+    outputs: list[Any] = []
+    handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+    try:
+        return run(), outputs
+    finally:
+        handle.remove()
+
+
 def _call_on_batch(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return _call_on_mapping(model, batch)

@@ -146,13 +146,71 @@ def positive(name: str, value: int) -> int:
     return value
 
 
-def chosen_selection(
-    criterion: Any, selection: Literal["joint", "independent"] | None, slices: str
-) -> Literal["joint", "independent"]:
-    """``selection``; by default joint where the criterion has rows, one a unit, to choose sets by."""
-    if selection is not None:
-        return selection
-    return "joint" if has_rows(criterion) and slices == "gate" else "independent"
+Selection = Literal["joint", "independent"]
+RowKind = Literal["batch", "sample"]
+Compensation = Literal["mean", "fusion", "correct", "ls", "seq"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How units are chosen.
+
+    Attributes:
+        slices: what the Jacobian Criterion reads of a unit.
+        per_cost: importance is weighed by what the unit's removal frees.
+        caps: how much any one group may lose.
+    """
+
+    criterion: Any
+    allocation: Allocation
+    selection: Selection
+    slices: Slices
+    per_cost: bool
+    shrinkage: float | None
+    min_units: int
+    round_to: int | None
+    caps: Caps
+
+    @classmethod
+    def of(
+        cls,
+        criterion: Any,
+        allocation: Any,
+        selection: Selection | None,
+        slices: Slices,
+        per_macs: bool | None,
+        shrinkage: float | None,
+        min_units: int,
+        round_to: int | None,
+        caps: Caps,
+    ) -> Choice:
+        """What ``obc.prune`` was given, checked; what was left out as the criterion was published, or by default.
+
+        Raises:
+            ValueError: an argument has an unknown value, or arguments don't go together.
+        """
+        criterion, slices = chosen_criterion(criterion, slices)
+        if selection is None:
+            selection = "joint" if has_rows(criterion) and slices == "gate" else "independent"
+        one_of("selection", selection, get_args(Selection))
+        one_of("slices", slices, get_args(Slices))
+        _check_joint(criterion, selection, slices)
+        per_cost = getattr(criterion, "per_cost", True) if per_macs is None else per_macs
+        positive("min_units", min_units)
+        if round_to is not None:
+            positive("round_to", round_to)
+        chosen = chosen_allocation(allocation, criterion)
+        return cls(criterion, chosen, selection, slices, per_cost, shrinkage, min_units, round_to, caps)
+
+
+def _check_joint(criterion: Any, selection: Selection, slices: Slices) -> None:
+    if selection == "joint" and not has_rows(criterion):
+        raise ValueError(
+            f"selection='joint' needs rows, which criterion={name_of(criterion)!r} has none of; leave selection out, "
+            "or pass criterion='jacobian'"
+        )
+    if selection == "joint" and slices != "gate":
+        raise ValueError("selection='joint' works on one row per unit; pass slices='gate', or selection='independent'")
 
 
 def has_rows(criterion: Any) -> bool:
@@ -165,7 +223,7 @@ def chosen_criterion(criterion: Any, slices: Slices) -> tuple[Any, Slices]:
     found = get(criterion)
     if isinstance(found, Jacobian):
         if isinstance(criterion, str):
-            found = Jacobian(slices if slices in ("gate", "all") else "gate")
+            found = Jacobian(slices if slices in get_args(Slices) else "gate")
         else:
             slices = found.slices
     return found, slices
@@ -178,38 +236,25 @@ def chosen_allocation(allocation: Any, criterion: Any) -> Allocation:
     return allocation_of(allocation)
 
 
-Compensation = Literal["mean", "fusion", "correct", "ls", "seq"]
+def chosen_compensation(compensate: Compensation | bool | None, every_step: bool) -> Compensation | None:
+    """``compensate``; True stands for "correct".
 
-
-def chosen_compensation(compensate: Compensation | bool | None) -> Compensation | None:
-    """``compensate``; True stands for "correct"."""
+    Raises:
+        ValueError: an unknown one, or one that is not made after every step.
+    """
     if isinstance(compensate, bool):
-        return "correct" if compensate else None
-    return compensate
-
-
-def check_choices(
-    criterion: Any, selection: str, slices: str, compensate: str | None, rows: str, every_step: bool
-) -> None:
-    for name, value, allowed in (
-        ("selection", selection, ("joint", "independent")),
-        ("slices", slices, ("gate", "all")),
-        ("compensate", compensate, (None, *get_args(Compensation))),
-        ("rows", rows, ("batch", "sample")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        compensate = "correct" if compensate else None
+    one_of("compensate", compensate, (None, *get_args(Compensation)))
     if every_step and compensate in (None, "mean", "fusion"):
         raise ValueError(
             f"compensate_every_step=True is for compensate='correct', 'ls' and 'seq', got compensate={compensate!r}"
         )
-    if selection == "joint" and not has_rows(criterion):
-        raise ValueError(
-            f"selection='joint' needs rows, which criterion={name_of(criterion)!r} has none of; leave selection out, "
-            "or pass criterion='jacobian'"
-        )
-    if selection == "joint" and slices != "gate":
-        raise ValueError("selection='joint' works on one row per unit; pass slices='gate', or selection='independent'")
+    return compensate
+
+
+def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def repeatable(batches: Iterable[Any] | None) -> Iterable[Any]:

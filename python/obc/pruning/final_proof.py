@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from obc.model.evaluation import ForwardFn, call_on_batch
+from obc.model.evaluation import ForwardFn, call_on_batch, with_outputs
 from obc.model.kept import narrowed, staying
 from obc.model.names import named_modules
 from obc.model.shared_copy import shared_copy
@@ -43,12 +43,7 @@ def run_on(batch: Any, loss_fn: Any, forward_fn: ForwardFn | None) -> Run:
             return forward_fn(model, batch)
         if loss_fn is None:
             return call_on_batch(model, batch)
-        outputs: list[Any] = []
-        handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
-            return [loss_fn(model, batch), outputs]
-        finally:
-            handle.remove()
+        return with_outputs(model, lambda: loss_fn(model, batch))
 
     return run
 

@@ -6,8 +6,8 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,13 +20,13 @@ from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
 from obc.model.groups import ChannelGroup
 from obc.model.progress import ProgressLog
-from obc.pruning.arguments import Budget, Caps
+from obc.pruning.arguments import Budget, Choice
 from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof
 from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
 from obc.recovery.calibration import recalibrate_norms
 from obc.selection import Costs
-from obc.selection.allocation import Allocation, Task
+from obc.selection.allocation import Task
 from obc.selection.checks import NARROW
 from obc.selection.uniform import permitted_widths
 from obc.statistics.results import Statistics
@@ -37,20 +37,6 @@ logger = logging.getLogger("obc")
 # Costs are sums of large products in float64: a target that is met up to this is met.
 _ROUNDING = 1e-9
 _UNITS: tuple[Unit, Unit] = ("macs", "parameters")
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How channels are chosen."""
-
-    criterion: Any
-    allocation: Allocation
-    selection: Literal["joint", "independent"]
-    per_cost: bool
-    shrinkage: float | None
-    min_units: int
-    round_to: int | None
-    caps: Caps = field(default_factory=Caps)
 
 
 class Job:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from obc.criteria import Subject
 from obc.criteria.protocol import LossFn, name_of
 from obc.model.errors import PruningError
-from obc.model.evaluation import ForwardFn, call_on_batch
+from obc.model.evaluation import ForwardFn, call_on_batch, with_outputs
 from obc.model.groups import Slices
 from obc.model.names import named_tensors
 from obc.model.plan import PruningPlan
@@ -22,18 +22,17 @@ from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import (
     Budget,
     Caps,
+    Choice,
     Compensation,
-    check_choices,
-    chosen_allocation,
+    RowKind,
+    Selection,
     chosen_compensation,
-    chosen_criterion,
-    chosen_selection,
-    positive,
+    one_of,
     repeatable,
 )
 from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on, take_out_blocks
-from obc.pruning.job import Choice, Job
+from obc.pruning.job import Job
 from obc.pruning.measured_macs import MeasuredMacs
 from obc.pruning.provenance import provenance
 from obc.pruning.report import PruningReport, PruningResult, timed
@@ -54,7 +53,7 @@ def prune(
     active_params: float | None = None,
     criterion: str | Any = "jacobian",
     allocation: str | Any | None = None,
-    selection: Literal["joint", "independent"] | None = None,
+    selection: Selection | None = None,
     steps: int | Sequence[float] = 8,
     slices: Slices = "gate",
     per_macs: bool | None = None,
@@ -62,7 +61,7 @@ def prune(
     labels: bool = True,
     compensate: Compensation | bool | None = None,
     compensate_every_step: bool = False,
-    rows: Literal["batch", "sample"] = "batch",
+    rows: RowKind = "batch",
     micro_batch: int | None = None,
     ignored_layers: Sequence[nn.Module | str] = (),
     num_heads: Mapping[nn.Module | str, int] | None = None,
@@ -159,62 +158,44 @@ def prune(
     """
     budget = Budget.of(macs, params, blocks, active_params)
     schedule = budget.schedule(steps)
-    criterion, slices = chosen_criterion(criterion, slices)
-    selection = chosen_selection(criterion, selection, slices)
-    compensate = chosen_compensation(compensate)
-    check_choices(criterion, selection, slices, compensate, rows, compensate_every_step)
-    per_cost = getattr(criterion, "per_cost", True) if per_macs is None else per_macs
-    least = positive("min_units", min_units)
     caps = Caps.of(max_pruning_ratio, protected_blocks)
-    choice = Choice(
-        criterion, chosen_allocation(allocation, criterion), selection, per_cost, shrinkage, least, round_to, caps
-    )
-    if round_to is not None:
-        positive("round_to", round_to)
+    choice = Choice.of(criterion, allocation, selection, slices, per_macs, shrinkage, min_units, round_to, caps)
+    compensate = chosen_compensation(compensate, compensate_every_step)
     usable = UsableBatches(repeatable(batches))
-    if labels and loss_fn is None:
-        raise ValueError("loss_fn is needed where labels are used; labels=False scores by the model's outputs alone")
-    if structure is not None and structure.model is not model:
-        raise PruningError(
-            f"the structure was made for another model, a {type(structure.model).__name__}, than the "
-            f"{type(model).__name__} to be pruned; make one for this model, or pass that one"
-        )
-    if structure is None:
-        refuse_unprunable(model)
+    _check_model(model, structure)
+    forward, loss = _forward(loss_fn, forward_fn, labels), _loss(loss_fn, forward_fn, labels, rows, seed)
+    generator = torch.Generator().manual_seed(seed)
+    subject = Subject(model, (), usable, loss, forward, choice.slices, rows, generator, micro_batch)
     choices = {
         "budget": f"{budget.argument}={budget.share:g}",
-        "criterion": name_of(criterion),
+        "criterion": name_of(choice.criterion),
         "allocation": allocation if isinstance(allocation, str) else type(choice.allocation).__name__,
-        "selection": selection,
-        "slices": slices,
+        "selection": choice.selection,
+        "slices": choice.slices,
         "steps": len(schedule),
         "rows": rows,
-        "per_macs": per_cost,
+        "per_macs": choice.per_cost,
         "compensate": f"{compensate} after every step" if compensate_every_step else compensate,
         "labels": labels,
         "seed": seed,
     }
-    snapshot, report = Snapshot(model), PruningReport(provenance=provenance(model, choices))
-    try:
+    report = PruningReport(provenance=provenance(model, choices))
+    with _restored_on_error(model, report, budget, len(schedule)) as unpruned:
         with timed(report, "structure"):
             structure = structure or _structure(model, example_inputs, ignored_layers, num_heads)
             run = run_on(first_finite(usable), loss_fn, forward_fn)
             prove_groups(structure, run, report)
             final_proof = FinalProof(structure, run) if verify else None
         counted = MeasuredMacs(structure, run, report)
-        forward = _forward(loss_fn, forward_fn, labels)
         compensator = None
         if compensate is not None:
             compensator = Compensator(
                 structure, compensate, compensate_every_step, usable, forward, recalibrate, report, progress
             )
-        generator = torch.Generator().manual_seed(seed)
-        loss = loss_fn if labels and loss_fn is not None else label_free_loss(forward, rows=rows, seed=seed)
-        subject = Subject(model, (), usable, loss, forward, slices, rows, generator, micro_batch)
         job = Job(structure, subject, report, budget, choice, recalibrate, final_proof, compensator)
         job.run(schedule, on_step, progress)
         with timed(report, "verify"), contextlib.nullcontext() if compensator is None else compensator.undone():
-            _verify(structure.plan, snapshot.tensors(), model, recalibrate)
+            _verify(structure.plan, unpruned.tensors(), model, recalibrate)
             if final_proof is not None:
                 final_proof.check(model, report)
         counted.finish(model)
@@ -222,14 +203,48 @@ def prune(
             compensator.finish()
         take_out_blocks(structure, run)
         job.note_warnings()
+    return PruningResult(model, structure.plan, report)
+
+
+# --- what is asked for ---------------------------------------------------------------------------------------
+
+
+def _check_model(model: nn.Module, structure: Structure | None) -> None:
+    if structure is None:
+        refuse_unprunable(model)
+    elif structure.model is not model:
+        raise PruningError(
+            f"the structure was made for another model, a {type(structure.model).__name__}, than the "
+            f"{type(model).__name__} to be pruned; make one for this model, or pass that one"
+        )
+
+
+def _loss(
+    loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool, rows: RowKind, seed: int
+) -> LossFn:
+    """The loss whose rows are read."""
+    one_of("rows", rows, get_args(RowKind))
+    if not labels:
+        return label_free_loss(_forward(loss_fn, forward_fn, labels), rows=rows, seed=seed)
+    if loss_fn is None:
+        raise ValueError("loss_fn is needed where labels are used; labels=False scores by the model's outputs alone")
+    return loss_fn
+
+
+@contextlib.contextmanager
+def _restored_on_error(model: nn.Module, report: PruningReport, budget: Budget, steps: int) -> Iterator[Snapshot]:
+    """After an exception inside the block the model is as it is now; the exception gets a note of how far it came."""
+    snapshot = Snapshot(model)
+    try:
+        yield snapshot
     except BaseException as error:
         snapshot.restore()
         if report.steps:
             share = report.steps[-1].of(budget.unit)
-            reached = f"{len(report.steps)} of {len(schedule)} steps, {share:.3f} of the {budget.noun}"
-            _add_note(error, f"obc.prune had done {reached}; the model was restored to what it was")
+            note = f"obc.prune had done {len(report.steps)} of {steps} steps, {share:.3f} of the {budget.noun}"
+            # What BaseException.add_note does, which Python 3.10 lacks.
+            vars(error).setdefault("__notes__", []).append(f"{note}; the model was restored to what it was")
         raise
-    return PruningResult(model, structure.plan, report)
 
 
 # --- what is pruned, and what it computes --------------------------------------------------------------------
@@ -271,22 +286,12 @@ def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
     """What the model returns while ``loss_fn`` runs."""
 
     def forward(model: nn.Module, batch: Any) -> list[Any]:
-        outputs: list[Any] = []
-        handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
-        try:
-            loss_fn(model, batch)
-        finally:
-            handle.remove()
+        _, outputs = with_outputs(model, lambda: loss_fn(model, batch))
         if not outputs:
             raise ValueError("loss_fn does not call the model itself, but parts of it; pass forward_fn as well")
         return outputs
 
     return forward
-
-
-def _add_note(error: BaseException, note: str) -> None:
-    """What ``BaseException.add_note`` does, which Python 3.10 lacks."""
-    vars(error).setdefault("__notes__", []).append(note)
 
 
 def _verify(plan: PruningPlan, original: Mapping[str, Tensor], model: nn.Module, recalibrated: bool) -> None:
