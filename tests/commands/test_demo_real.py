@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ def test_the_command_prints_figures_and_texts_and_draws(
     assert f"Drawn in {picture}. Seed 0" in printed
     lines = [line.split() for line in printed.splitlines()]
     rows = [line for line in lines if len(line) > 4 and line[2] == "MiB" and line[3].endswith("%")]
-    assert [row[3] for row in rows] == ["12.5%", "25.0%", "37.5%"]
+    assert [row[3] for row in rows] == ["12.5%", "25.0%", "37.5%"][: len(rows)]
+    assert len(rows) == (3 if name == "encoder" else 2)
     parameters = [int(row[0].replace(",", "")) for row in rows]
     assert parameters == sorted(parameters, reverse=True)
     assert parameters[0] < real.count((encoder if name == "encoder" else language)(0).model)
@@ -90,7 +92,7 @@ def test_figures_are_those_of_the_test_texts() -> None:
     first, second = real.documents(0)
     assert first != second
     assert real.documents(1)[0] != first
-    result = real.compare(subject, (0.2, 0.4), say=lambda line: None)
+    result = real.compare(dataclasses.replace(subject, shares=(0.2, 0.4)), say=lambda line: None)
     assert result.unpruned == pytest.approx(subject.measure(subject.model))
     assert [point.share for point in result.points] == [0.2, 0.4]
     assert all(math.isfinite(value) for point in result.points for value in (point.naive, point.compensated))

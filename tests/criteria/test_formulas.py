@@ -563,6 +563,40 @@ def test_compensated_jacobian(name: str, rows: Any) -> None:
     check(group_scores("compensated_jacobian", of), totals, 1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 3, 1000])
+@pytest.mark.parametrize("name", ["vit", "llama"])
+def test_rows_of_tokens(name: str, tokens: int) -> None:
+    """x . dL/dx position by position, added up by hand; all tokens of a sample make its row."""
+    of = subject(name)
+    found = criteria.TokenJacobian(tokens).measure_rows(of)
+    for group in of.groups:
+        expected: list[Tensor] = []
+        for batch in of.batches:
+            total: Any = 0
+            for _, layer, channels in readers(of, group):
+                taps: list[Tensor] = []
+                handle = layer.register_forward_pre_hook(
+                    lambda m, args, taps=taps: taps.append(args[0].detach().requires_grad_()) or (taps[-1],)
+                )
+                of.loss_fn(of.model, batch).backward()
+                handle.remove()
+                product = (taps[0].detach() * taps[0].grad)[..., channels].sum(-1)  # (samples, tokens, units)
+                total = total + torch.stack([part.sum(0) for sample in product for part in sample.split(tokens)])
+            expected.append(total)
+        torch.testing.assert_close(found[group.name].double(), torch.cat(expected), rtol=1e-9, atol=1e-12)
+    of.model.zero_grad()
+    samples = changed(of, rows="sample", loss_fn=lambda model, batch: sample_losses(model, batch) / len(batch[0]))
+    whole = {name: values.double() for name, values in group_scores("jacobian", samples).items()}
+    check(criteria.TokenJacobian(1000).measure(of), whole, 1e-5)
+
+
+def test_rows_of_tokens_need_the_same_positions() -> None:
+    with pytest.raises(ValueError, match="rows of tokens need layers that see the same positions"):
+        criteria.TokenJacobian(2).measure_rows(subject("chain"))
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        criteria.TokenJacobian(0)
+
+
 @pytest.mark.parametrize("name", ["chain", "vit", "llama"])
 def test_kfac(name: str) -> None:
     of = subject(name)

@@ -24,6 +24,7 @@ from obc.criteria.reconstruction import Reconstruction
 from obc.criteria.registry import available, get, register
 from obc.criteria.rows import Jacobian, NViT
 from obc.criteria.scoring import group_scores, scores_from
+from obc.criteria.token_rows import TokenJacobian
 from obc.criteria.tolerance import Tolerance
 
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "SlimGPT",
     "Subject",
     "Taylor",
+    "TokenJacobian",
     "Tolerance",
     "WandaSP",
     "available",

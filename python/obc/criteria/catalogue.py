@@ -19,11 +19,13 @@ from obc.criteria.obs import OBS, SlimGPT
 from obc.criteria.reconstruction import Reconstruction
 from obc.criteria.registry import register
 from obc.criteria.rows import Jacobian, NViT
+from obc.criteria.token_rows import TokenJacobian
 from obc.criteria.tolerance import Tolerance
 
 CRITERIA = (
     Jacobian(),
     CompensatedJacobian(),
+    TokenJacobian(),
     KFAC(),
     JBR(),
     Random(),

@@ -14,6 +14,7 @@ from torch import Tensor
 from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
 from obc.criteria.residual_rows import Residuals, read_residuals
 from obc.criteria.scoring import collected
+from obc.criteria.token_rows import checked_tokens
 from obc.criteria.units import consumers_of
 from obc.statistics.gram import Gram
 
@@ -26,6 +27,7 @@ class CompensatedJacobian(MeasuredCriterion):
 
     Args:
         ridge: lambda, relative to the mean diagonal of E[x x^T].
+        tokens: a row for so many consecutive tokens of a sample; None: rows are batches or samples.
     """
 
     name = "compensated_jacobian"
@@ -37,8 +39,8 @@ class CompensatedJacobian(MeasuredCriterion):
     )
     update = "ls"
 
-    def __init__(self, ridge: float = 1e-2) -> None:
-        self.ridge = ridge
+    def __init__(self, ridge: float = 1e-2, tokens: int | None = None) -> None:
+        self.ridge, self.tokens = ridge, checked_tokens(tokens)
 
     def measure(self, subject: Subject) -> GroupScores:
         return {name: rows.double().square().sum(0) for name, rows in self.measure_rows(subject).items()}
@@ -52,4 +54,4 @@ class CompensatedJacobian(MeasuredCriterion):
             for consumer in consumers_of(group, subject.model)
             if consumer.name in statistics.gram and not consumer.routed
         ]
-        return read_residuals(subject, taps)
+        return read_residuals(subject, taps, self.tokens)

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 import obc
 from obc.demo import pretrained
 
-SHARES = (0.125, 0.25, 0.375)  # of the parameters that can be pruned
-_CALIBRATION, _TEST, _LENGTH = 16, 12, 128  # sequences of the language model, and their tokens
-_SENTENCES, _BATCH = 256, 16  # of the encoder, to calibrate and again to test
+# Sizes and shares are such that two CPU cores need about two minutes. More calibration data would compensate better.
+_CALIBRATION, _TEST, _LENGTH = 8, 6, 128  # sequences of the language model, and their tokens
+_SENTENCES, _BATCH = 128, 16  # of the encoder, to calibrate and again to test
 _PROMPTS = ("The capital of France is", "A function in Python is defined with")
 _QUERIES = ("How do I open a file?", "Comparing two numbers", "What happens when an error is raised?")
-_NEW_TOKENS = 24
+_NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Subject:
         measure: of a pruned model, on the test texts.
         what: the name of that figure.
         texts: (prompt, answer) pairs that show what a model does.
+        shares: of the parameters that can be pruned, which go one after another.
+        data: what calibrates and what tests, in words.
     """
 
     title: str
@@ -55,6 +57,8 @@ class Subject:
     measure: Callable[[nn.Module], float]
     what: str
     texts: Callable[[nn.Module], list[tuple[str, str]]]
+    shares: tuple[float, ...]
+    data: str
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Result:
 
     title: str
     what: str
+    data: str
     parameters: int
     unpruned: float
     points: tuple[Point, ...]
@@ -95,24 +100,23 @@ def documents(seed: int) -> tuple[str, str]:
     return "\n\n".join(texts[::2]), "\n\n".join(texts[1::2])
 
 
-def run(name: str, seed: int = 0, shares: Sequence[float] = SHARES, say: Callable[[str], None] = print) -> Result:
+def run(name: str, seed: int = 0, say: Callable[[str], None] = print) -> Result:
     """Prune the model to every share, one after another, and compensate a copy of each.
 
     Args:
         name: one of ``SUBJECTS``.
         seed: which topics calibrate and test.
-        shares: of the prunable parameters that go, ascending.
         say: called with a line before each long part.
 
     Raises:
         ImportError: a package is missing; says how to get it.
     """
-    return compare(SUBJECTS[name](seed), shares, say)
+    return compare(SUBJECTS[name](seed), say)
 
 
-def compare(subject: Subject, shares: Sequence[float], say: Callable[[str], None]) -> Result:
+def compare(subject: Subject, say: Callable[[str], None]) -> Result:
     """:func:`run` of any subject."""
-    start = time.perf_counter()
+    start, shares = time.perf_counter(), subject.shares
     found: list[Point] = []
     last: list[nn.Module] = []
 
@@ -144,6 +148,7 @@ def compare(subject: Subject, shares: Sequence[float], say: Callable[[str], None
     return Result(
         subject.title,
         subject.what,
+        subject.data,
         count(subject.model),
         subject.measure(subject.model),
         tuple(found),
@@ -197,6 +202,8 @@ def language_model(model: Any, tokenizer: Any, seed: int, title: str) -> Subject
         measure,
         "perplexity",
         texts,
+        (0.125, 0.25),
+        f"{len(calibration)} sequences of {_LENGTH} tokens calibrate, {len(test)} of other documents test",
     )
 
 
@@ -209,7 +216,6 @@ def _sequences(tokenizer: Any, text: str, number: int, seed: int) -> list[Tensor
 
 def sentence_encoder(model: Any, tokenizer: Any, seed: int, title: str) -> Subject:
     """A model of BERT's form: cosine to the unpruned model's embeddings, and which sentence is nearest to a query."""
-    original = copy.deepcopy(model).eval()
     (first, second), found = documents(seed), []
     for text in (first, second):
         split = re.split(r"(?<=[.!?])\s", re.sub(r"\s+", " ", text))
@@ -224,10 +230,13 @@ def sentence_encoder(model: Any, tokenizer: Any, seed: int, title: str) -> Subje
         return [dict(tokenizer(part, padding=True, return_tensors="pt")) for part in parts]
 
     tested = batches(test)
+    model = model.eval()
+    with torch.no_grad():
+        wanted = [embed(model, batch) for batch in tested]
 
     @torch.no_grad()
     def measure(network: nn.Module) -> float:
-        cosines = [(embed(network, batch) * embed(original, batch)).sum(1) for batch in tested]
+        cosines = [(embed(network, batch) * unpruned).sum(1) for batch, unpruned in zip(tested, wanted, strict=True)]
         return float(torch.cat(cosines).mean())
 
     @torch.no_grad()
@@ -238,13 +247,15 @@ def sentence_encoder(model: Any, tokenizer: Any, seed: int, title: str) -> Subje
 
     return Subject(
         title,
-        model.eval(),
+        model,
         batches(found[0]),
         contrastive_loss,
         embed,
         measure,
         "cosine to the unpruned embeddings",
         texts,
+        (0.125, 0.25, 0.375),
+        f"{len(found[0])} sentences calibrate, {len(test)} of other documents test",
     )
 
 
@@ -274,7 +285,7 @@ SUBJECTS: dict[str, Callable[[int], Subject]] = {
 def shown(result: Result) -> str:
     """The figures as a table, and texts before and after."""
     head = f"{'parameters':>12} {'size':>9} {'went':>6} {'naive':>9} {'compensated':>12}"
-    lines = [f"{result.title}: {result.what} on texts that nothing else saw", head]
+    lines = [f"{result.title}: {result.what}; {result.data}", head]
     size = lambda parameters: f"{4 * parameters / 2**20:5.0f} MiB"  # noqa: E731
     lines.append(f"{result.parameters:12,} {size(result.parameters)} {'':6} {result.unpruned:9.3f}  (unpruned)")
     for point in result.points:

@@ -1,0 +1,61 @@
+"""The Jacobian Criterion with rows of tokens: thousands of rows from a few dozen sequences.
+
+Joint selection tells interactions of units from noise where it has as many rows as units, and a row a sequence needs
+as many sequences. A sequence's row is a sum over its positions; here each part of it is a row of its own:
+
+    r_u[n, t] = sum over consumers, positions p in chunk t of sequence n, and channels c of u of x_pc . dL/dx_pc
+
+L being the loss of the whole batch. Their sum over t is the row of the sequence. Rows of neighbouring tokens are not
+independent, so that they stand for fewer rows than they are.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.residual_rows import Residuals, read_residuals
+from obc.criteria.units import consumers_of
+
+
+class TokenJacobian(MeasuredCriterion):
+    """S_u = sum over rows of r_u[n, t]^2; sets of units can be chosen by the rows (``selection="joint"``).
+
+    Forward and backward once. Layers that read a group's channels must see a sample's tokens along the first dimension
+    after the samples, as those of transformers do.
+
+    Args:
+        tokens: of a row.
+    """
+
+    name = "token_jacobian"
+    about = About(
+        "Optimal Brain Connection, rows of tokens",
+        "obc",
+        "sum over n and t of (sum over positions of chunk t of x_u . dL/dx_u)^2",
+        "labels",
+    )
+    per_cost = True
+
+    def __init__(self, tokens: int = 16) -> None:
+        self.tokens = checked_tokens(tokens)
+
+    def measure(self, subject: Subject) -> GroupScores:
+        return {name: rows.double().square().sum(0) for name, rows in self.measure_rows(subject).items()}
+
+    def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
+        """(rows, units) of every group with a consumer that can be read."""
+        taps = [
+            Residuals(group.name, consumer)
+            for group in subject.groups
+            for consumer in consumers_of(group, subject.model)
+            if not consumer.routed
+        ]
+        return read_residuals(subject, taps, self.tokens)
+
+
+def checked_tokens(tokens: int | None) -> int | None:
+    """``tokens``, or an error where it is no number of tokens."""
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}")
+    return tokens
