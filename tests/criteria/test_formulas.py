@@ -23,6 +23,7 @@ import obc  # noqa: E402
 from obc import criteria  # noqa: E402
 from obc.criteria import Subject, group_scores  # noqa: E402
 from obc.model.groups import ChannelGroup  # noqa: E402
+from obc.model.latency_table import LatencyTable  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
 
 TRACED = ("chain", "flatten", "grouped", "vit")
@@ -466,8 +467,10 @@ def test_nvit(name: str) -> None:
     kinds = {group.name: group.kind for group in of.groups}
     first = of.groups[0].name
     expected = {key: (r * factors[kinds[key]]).square().mean(0) for key, r in rows.items()}
-    expected[first] = expected[first] - 0.5 * 3.0
-    criterion = criteria.NViT(criteria.NViT.CODE_WEIGHTS, latency={first: 3.0}, eta=0.5)
+    expected[first] = expected[first] - 0.5 * 3.0  # milliseconds a unit
+    seconds = {group.name: {0: 1.0, group.size: 1.0} for group in of.groups}
+    seconds[first] = {0: 0.0, of.groups[0].size: 0.003 * of.groups[0].size}
+    criterion = criteria.NViT(criteria.NViT.CODE_WEIGHTS, latency=LatencyTable(seconds), eta=0.5)
     check(group_scores(criterion, of), expected, 1e-4)
 
 

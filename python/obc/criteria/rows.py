@@ -12,6 +12,7 @@ from obc.criteria.depth_rows import DepthRows
 from obc.criteria.protocol import About, Criterion, Subject
 from obc.model.evaluation import evaluating
 from obc.model.groups import ChannelGroup, Sided, Slices
+from obc.model.latency_table import LatencyTable
 from obc.scoring.run import score
 from obc.statistics.loss import frozen, run_backward
 from obc.statistics.results import Statistics
@@ -109,7 +110,7 @@ class NViT(Criterion):
 
     Args:
         weights: kind of units -> a factor of r before squaring; the code has 1/6 for heads, 1/12 for the embedding.
-        latency: group's name -> milliseconds that one unit of it costs; subtracted times ``eta``.
+        latency: subtracted is ``eta`` times the milliseconds that the group's next unit frees by this table.
         eta: of the latency.
     """
 
@@ -117,23 +118,27 @@ class NViT(Criterion):
     about = About(
         "NViT",
         "arXiv 2110.04869; code NVlabs/NViT",
-        "mean over n of (sum over all slices of w . dL_n/dw)^2 - eta latency",
+        "mean over n of (sum over all slices of w . dL_n/dw)^2 - eta x latency that a unit frees",
         "labels",
         kinds="all that have rows",
         differs="its code divides r by 6 for heads and by 12 for the embedding: weights=NViT.CODE_WEIGHTS",
-        missing="its latency tables: pass milliseconds a unit as latency=; momentum over steps",
+        missing="momentum over steps",
     )
     needs = (Rows("all"),)
     CODE_WEIGHTS: Mapping[str, float] = {"heads": 1 / 6, "query_heads": 1 / 6, "embedding": 1 / 12}
 
     def __init__(
-        self, weights: Mapping[str, float] | None = None, latency: Mapping[str, float] | None = None, eta: float = 1.0
+        self, weights: Mapping[str, float] | None = None, latency: LatencyTable | None = None, eta: float = 1.0
     ) -> None:
-        self.weights, self.latency, self.eta = dict(weights or {}), dict(latency or {}), eta
+        self.weights, self.latency, self.eta = dict(weights or {}), latency, eta
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         parts = list(group.parts(statistics.rows).values())
         if not parts:
             return None
         r = torch.stack(parts).double().sum(0) * self.weights.get(group.kind, 1.0)
-        return r.square().mean(0) - self.eta * self.latency.get(group.name, 0.0)
+        scores = r.square().mean(0)
+        if self.latency is None:
+            return scores
+        seconds = self.latency.at(group.name, group.size) - self.latency.at(group.name, group.size - 1)
+        return scores - self.eta * 1000 * seconds

@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from obc.model.curves import Curve
+
 
 class Costs:
-    """MACs, or parameters, of a model whose group g keeps w_g units: constant + linear . w + w^T quadratic w.
+    """MACs, or parameters, of a model whose group g keeps w_g units: constant + linear . e + e^T quadratic e.
 
-    A layer from a_g w_g channels to a_h w_h costs c a_g a_h w_g w_h; a layer that reads a concatenation, or a fixed
-    input, has linear parts too. Every layer between two groups is such a product, so the polynomial is exact. A group
-    that is a whole block has width 1 or 0, and what the block costs besides its groups' channels is linear in it; at
-    width 0 the groups inside it count as 0 wide.
+    The effective width e_g is the width w_g itself; where the group has a curve, because seconds are not proportional
+    to the width, it is what the curve says at w_g. A layer from a_g w_g channels to a_h w_h costs c a_g a_h w_g w_h; a
+    layer that reads a concatenation, or a fixed input, has linear parts too. Every layer between two groups is such a
+    product, so the polynomial is exact. A group that is a whole block has width 1 or 0, and what the block costs
+    besides its groups' channels is linear in it; at width 0 the groups inside it count as 0 wide.
 
     Attributes:
         names: of the groups, in the order of the vectors.
@@ -23,11 +26,13 @@ class Costs:
         constant: what no group changes.
         linear: (groups,) float64.
         quadratic: (groups, groups) float64, symmetric.
-        unit: "macs" or "parameters".
+        unit: what is counted: "macs", "parameters", "active_parameters", "bytes" or "seconds".
         inside: name of a group that is a whole block or branch -> names of the groups that vanish with it.
+        curves: group -> effective width at every width; of groups that are not named it is the width.
 
     Raises:
-        ValueError: shapes do not fit the number of names, a name occurs twice, or a value is not finite.
+        ValueError: shapes do not fit the number of names, a name occurs twice, a value is not finite, or a curve ends
+            below its group's width.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Costs:
         quadratic: Tensor | None = None,
         unit: str = "macs",
         inside: Mapping[str, Sequence[str]] | None = None,
+        curves: Mapping[str, Curve] | None = None,
     ) -> None:
         size = len(names)
         self.names, self.unit, self.constant = tuple(names), unit, float(constant)
@@ -63,27 +69,30 @@ class Costs:
         if unknown := [one for name, names in self.inside.items() for one in (name, *names) if one not in place]:
             raise ValueError(f"inside= names {unknown[0]!r}, which is no group of the costs")
         self._inside = {place[name]: [place[one] for one in names] for name, names in self.inside.items()}
+        self.curves = dict(curves or {})
+        if unknown := [name for name in self.curves if name not in place]:
+            raise ValueError(f"curves= names {unknown[0]!r}, which is no group of the costs")
+        self._curves = {place[name]: curve for name, curve in self.curves.items()}
+        for group, curve in self._curves.items():
+            if curve.widest < self.widths[group]:
+                raise ValueError(
+                    f"the curve of {self.names[group]!r} ends at width {curve.widest}; the group has "
+                    f"{int(self.widths[group])} units"
+                )
 
-    def counted(self, widths: Tensor) -> Tensor:
-        """(groups,) the widths, 0 of groups that lie in a block of width 0."""
-        w = widths.double().clone()
-        for block, groups in self._inside.items():
-            if w[block] == 0:
-                w[groups] = 0.0
+    def effective(self, widths: Tensor | None = None) -> Tensor:
+        """(groups,) the effective widths, by default as the model is now; 0 of groups in a block of width 0."""
+        w = (self.widths if widths is None else widths).double().clone()
+        gone = [group for block, groups in self._inside.items() if w[block] == 0 for group in groups]
+        for group, curve in self._curves.items():
+            w[group] = curve.at(int(w[group]))
+        w[gone] = 0.0
         return w
-
-    def removal(self, group: int, widths: Tensor) -> Tensor:
-        """(groups,) how many units of every group go with one unit of this one, at counted ``widths``."""
-        gone = torch.zeros_like(widths)
-        gone[group] = 1.0
-        if (inside := self._inside.get(group)) is not None:
-            gone[inside] = widths[inside]
-        return gone
 
     def total(self, widths: Tensor | None = None) -> float:
         """The cost at ``widths``, by default as the model is now."""
-        w = self.counted(self.widths if widths is None else widths)
-        return float(self.constant + self.linear @ w + w @ self.quadratic @ w)
+        e = self.effective(widths)
+        return float(self.constant + self.linear @ e + e @ self.quadratic @ e)
 
     def freed(self, lost: Mapping[str, int]) -> float:
         """What is freed when the groups named lose so many units each."""
@@ -92,17 +101,21 @@ class Costs:
 
     def marginal(self, widths: Tensor | None = None) -> Tensor:
         """(groups,) what removing one unit of each group frees at ``widths``, exactly."""
-        w = self.counted(self.widths if widths is None else widths)
-        freed = self.linear + 2 * self.quadratic @ w - self.quadratic.diagonal()
-        for block in self._inside:
-            gone = self.removal(block, w)
-            freed[block] = self.linear @ gone + 2 * gone @ self.quadratic @ w - gone @ self.quadratic @ gone
+        e, now = self.effective(widths), self.widths if widths is None else widths
+        step = torch.ones_like(e)
+        for group, curve in self._curves.items():
+            step[group] = e[group] - curve.at(int(now[group]) - 1)
+        freed = step * (self.linear + 2 * self.quadratic @ e - step * self.quadratic.diagonal())
+        for block, inside in self._inside.items():
+            gone = torch.zeros_like(e)
+            gone[block], gone[inside] = step[block], e[inside]
+            freed[block] = self.linear @ gone + 2 * gone @ self.quadratic @ e - gone @ self.quadratic @ gone
         return freed
 
     def only(self, names: Sequence[str]) -> Costs:
         """The same costs over some of the groups; the others keep their widths, unless a block takes them along."""
         place = {name: index for index, name in enumerate(self.names)}
-        chosen, w = {place[name] for name in names}, self.counted(self.widths)
+        chosen, w = {place[name] for name in names}, self.effective()
         constant, linear, quadratic = self.constant, self.linear.clone(), self.quadratic.clone()
         for group in (index for index in range(len(self.names)) if index not in chosen):
             around = [block for block, groups in self._inside.items() if group in groups and block in chosen]
@@ -132,6 +145,7 @@ class Costs:
             quadratic=quadratic[order][:, order],
             unit=self.unit,
             inside=inside,
+            curves={name: self.curves[name] for name in names if name in self.curves},
         )
 
     @classmethod

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from obc.model.errors import PruningError
 
 # What modules call their place among the blocks.
-_PLACES = ("layer_idx", "layer_index", "layer_id", "layer_number", "block_idx")
+PLACE_ATTRIBUTES = ("layer_idx", "layer_index", "layer_id", "layer_number", "block_idx")
 # How modules are called with a cache of keys and values.
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _PLAIN = (bool, int, float, str)
@@ -64,7 +64,7 @@ class Skipped(nn.Module):
         """Keys and values of no head, one a position: what the cache counts."""
         cache = next((kwargs[key] for key in _CACHES if kwargs.get(key) is not None), None)
         cache = getattr(cache, "self_attention_cache", cache)
-        place = next((vars(self)[key] for key in _PLACES if key in vars(self)), None)
+        place = next((vars(self)[key] for key in PLACE_ATTRIBUTES if key in vars(self)), None)
         if cache is not None and place is not None:
             nothing = x.new_zeros((x.shape[0], 0, x.shape[1], 1))
             cache.update(nothing, nothing, place)
@@ -263,7 +263,7 @@ def _refill(blocks: nn.Module, modules: list[nn.Module]) -> None:
 
 def _renumber(block: nn.Module, old: int, new: int) -> None:
     for module in block.modules():
-        for key in _PLACES:
+        for key in PLACE_ATTRIBUTES:
             if vars(module).get(key) == old and type(vars(module)[key]) is int:
                 setattr(module, key, new)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from obc.model.costs import Costs
+from obc.selection.effective import EffectiveWidths
 from obc.selection.greedy import RemovalCosts
 from obc.selection.interactions import FORMS
 
@@ -104,14 +105,18 @@ def _by_group(what: str, names: Sequence[str], values: int | Mapping[str, int], 
 
 
 def removal_costs(
-    names: Sequence[str], sizes: Sequence[int], costs: Costs | Mapping[str, float | Tensor], device: torch.device
+    names: Sequence[str],
+    sizes: Sequence[int],
+    costs: Costs | Mapping[str, float | Tensor],
+    lowest: Sequence[int],
+    device: torch.device,
 ) -> RemovalCosts:
-    """What removals free, of the groups that have rows, in their order."""
+    """What removals free, of the groups that have rows, in their order; ``lowest``: widths that they can fall to."""
     missing = sorted(set(names) - set(costs.names if isinstance(costs, Costs) else costs))
     if missing:
         raise ValueError(f"there are rows but no costs of {named(missing)}: are these rows of another model?")
     if isinstance(costs, Costs):
-        return _of_polynomial(names, sizes, costs, device)
+        return _of_polynomial(names, sizes, costs, lowest, device)
     extra = sorted(set(costs) - set(names))
     if extra:
         raise ValueError(f"there are costs but no rows of {named(extra)}: are these rows of another model?")
@@ -130,7 +135,9 @@ def removal_costs(
     )
 
 
-def _of_polynomial(names: Sequence[str], sizes: Sequence[int], costs: Costs, device: torch.device) -> RemovalCosts:
+def _of_polynomial(
+    names: Sequence[str], sizes: Sequence[int], costs: Costs, lowest: Sequence[int], device: torch.device
+) -> RemovalCosts:
     if costs.inside:
         costs = costs.only(names)
     place = {name: index for index, name in enumerate(costs.names)}
@@ -143,8 +150,10 @@ def _of_polynomial(names: Sequence[str], sizes: Sequence[int], costs: Costs, dev
             )
     for name, value in zip(names, costs.marginal()[order], strict=True):
         _check_costs(name, value)
-    slope = costs.linear + 2 * costs.quadratic @ costs.counted(costs.widths)
-    return RemovalCosts(slope[order].to(device), costs.quadratic[order][:, order].to(device), None)
+    slope = costs.linear + 2 * costs.quadratic @ costs.effective()
+    curves = {index: costs.curves[name] for index, name in enumerate(names) if name in costs.curves}
+    effective = EffectiveWidths(curves, sizes, lowest, device) if curves else None
+    return RemovalCosts(slope[order].to(device), costs.quadratic[order][:, order].to(device), None, effective)
 
 
 def _check_costs(name: str, values: Tensor) -> None:
@@ -159,7 +168,9 @@ def warn_if_free(
     if costs.unit_costs is not None:
         free = torch.stack([part.amax() for part in costs.unit_costs.split(list(sizes))]) == 0
     else:
-        free = costs.slope == costs.curvature.diagonal()
+        widths = torch.tensor(sizes, dtype=torch.float64, device=costs.slope.device)
+        taken = torch.ones_like(widths) if costs.effective is None else costs.effective.taken(widths, widths)
+        free = (costs.slope - taken * costs.curvature.diagonal()) * taken == 0
         for block, inner in inside.items():
             free[block] &= bool(free[list(inner)].all())
     if bool(free.any()):

@@ -104,7 +104,7 @@ def select(
     rows = checks.checked_rows(rows_by_group, selection)
     names, sizes = list(rows_by_group), [values.shape[-1] for values in rows]
     lowest, multiples = checks.limits(names, sizes, min_units, round_to)
-    removal_costs = checks.removal_costs(names, sizes, costs, rows[0].device)
+    removal_costs = checks.removal_costs(names, sizes, costs, lowest, rows[0].device)
     inside = inside_of(names, costs.inside) if isinstance(costs, Costs) else {}
     checks.warn_if_free(names, sizes, removal_costs, inside)
     interacting = None

@@ -17,9 +17,9 @@ except ImportError:  # obc was installed without a compiler: obc info says so
 
 
 def greedy(problem: Problem) -> Greedy:
-    """The choice for this problem: compiled where it can be, which is on the CPU and where units go one by one."""
+    """The choice for this problem: compiled where it can be, on the CPU, where units go one by one at linear costs."""
     on_cpu = problem.increments.device.type == "cpu"
-    if _native is not None and on_cpu and max(problem.multiples) == 1:
+    if _native is not None and on_cpu and max(problem.multiples) == 1 and problem.costs.effective is None:
         return CompiledGreedy(problem)
     return Greedy(problem)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from obc.selection.effective import EffectiveWidths
 from obc.selection.interactions import Columns
 
 # The host reads what was freed once in this many steps; steps after the one that reached the budget are dropped.
@@ -39,13 +40,15 @@ class RemovalCosts:
     """What removals from G groups free: a polynomial of their numbers, or each unit's own cost.
 
     Attributes:
-        slope, curvature: (G,) and (G, G) float64: k units of every group free slope . k - k^T curvature k.
+        slope, curvature: (G,) and (G, G) float64: effective widths that fall by k free slope . k - k^T curvature k.
         unit_costs: (C,) float64, what each unit frees by itself; slope and curvature are then zero.
+        effective: of groups whose effective width is not their width; None where there are none.
     """
 
     slope: Tensor
     curvature: Tensor
     unit_costs: Tensor | None
+    effective: EffectiveWidths | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,12 @@ class Problem:
             parts = zip(self.costs.unit_costs.split(list(self.sizes)), losses, strict=True)
             return float(sum(part.topk(loss).values.sum() for part, loss in parts))
         removed = torch.tensor(losses, dtype=torch.float64, device=self.costs.slope.device)
+        if self.costs.effective is not None:
+            widths = torch.tensor(self.sizes, dtype=torch.float64, device=removed.device)
+            removed = self.costs.effective.taken(widths, removed)
+            for block, groups in self.inside.items():
+                if losses[block]:
+                    removed[list(groups)] = self.costs.effective.at(widths)[list(groups)]
         return float(self.costs.slope @ removed - removed @ self.costs.curvature @ removed)
 
 
@@ -94,13 +103,17 @@ class Proposals:
 
     Attributes:
         increments, rounding: (groups,) sums over these units, and how far they are uncertain.
+        taken: (groups,) what the effective widths lose.
         freed: (groups,).
+        promised: (groups,) what groups are compared by: ``freed``, but on flat parts of a curve.
         units: (places, groups); as many of them as the group would lose.
     """
 
     increments: Tensor
     rounding: Tensor
+    taken: Tensor
     freed: Tensor
+    promised: Tensor
     units: Tensor
 
 
@@ -183,7 +196,9 @@ class Greedy:
         """(C,) quotients of single units as they are now, infinite where nothing may go."""
         freed = self._problem.costs.unit_costs
         if freed is None:
-            freed = (self._slope - self._own_curvature).clamp_min(0).index_select(0, self._group_of)
+            effective = self._problem.costs.effective
+            step = self._one_each if effective is None else effective.promised(self._widths, self._one_each)
+            freed = ((self._slope - self._own_curvature * step) * step).clamp_min(0).index_select(0, self._group_of)
         stays = (self._widths <= self._lowest).index_select(0, self._group_of)
         scores = quotient(self._increments, freed) if self._problem.per_cost else self._increments
         return scores.masked_fill(stays, math.inf)
@@ -192,11 +207,11 @@ class Greedy:
         """The units removed, (places,) and -1 for none, and what has been freed since the start, (1,)."""
         chunk = self._one_each if len(self._places) == 1 else (self._widths - 1) % self._multiples + 1
         proposals = self._propose(chunk)
-        stays = (self._widths - chunk < self._lowest) | (proposals.freed <= self._zero)
-        freed = proposals.freed.masked_fill_(stays, 1.0)
+        stays = (self._widths - chunk < self._lowest) | (proposals.promised <= self._zero)
         scores = torch.stack((proposals.increments, proposals.increments + proposals.rounding))
         scores.masked_fill_(stays, math.inf)
-        score, upper = quotient(scores, freed) if self._problem.per_cost else scores
+        divisors = proposals.promised.masked_fill(stays, 1.0)
+        score, upper = quotient(scores, divisors) if self._problem.per_cost else scores
         best = upper.amin()
         group = (score <= best).view(torch.uint8).argmax(0, keepdim=True)
         units = proposals.units.index_select(1, group)[:, 0]
@@ -204,8 +219,9 @@ class Greedy:
         any_goes = best < self._infinity
         count = chunk.index_select(0, group) * any_goes
         valid = self._places < count
-        self._remove(group, count, units, valid)
-        self._freed = self._freed + torch.where(any_goes, freed.index_select(0, group), self._zero)
+        taken = count if proposals.taken is chunk else proposals.taken.index_select(0, group) * any_goes
+        self._remove(group, count, taken, units, valid)
+        self._freed = self._freed + torch.where(any_goes, proposals.freed.index_select(0, group), self._zero)
         return torch.where(valid, units, self._no_unit), self._freed
 
     def _propose(self, chunk: Tensor) -> Proposals:
@@ -229,8 +245,16 @@ class Greedy:
                 past = chunk <= place
                 last = [total + value.masked_fill_(past, 0.0) for total, value in zip(totals, last, strict=True)]
             totals = last
-        freed = (self._slope - self._own_curvature * chunk) * chunk if unit_costs is None else totals[2]
-        return Proposals(totals[0], totals[1], freed, torch.stack(picks))
+        if unit_costs is not None:
+            return Proposals(totals[0], totals[1], chunk, totals[2], totals[2], torch.stack(picks))
+        effective, taken = self._problem.costs.effective, chunk
+        if effective is not None:
+            taken = effective.taken(self._widths, chunk)
+        freed = promised = (self._slope - self._own_curvature * taken) * taken
+        if effective is not None:
+            expected = effective.promised(self._widths, chunk)
+            promised = (self._slope - self._own_curvature * expected) * expected
+        return Proposals(totals[0], totals[1], taken, freed, promised, torch.stack(picks))
 
     def _first_of_each_group(self, increments: Tensor, rounding: Tensor) -> Tensor:
         """(groups,) of each group the unit with the lowest quotient, of equals the first; any where none is left."""
@@ -243,12 +267,12 @@ class Greedy:
         places = torch.where(near, self._units, self._past_units)
         return self._past_all.scatter_reduce(0, self._group_of, places, "amin")
 
-    def _remove(self, group: Tensor, count: Tensor, units: Tensor, valid: Tensor) -> None:
-        """``units`` that are ``valid`` (places,), ``count`` (1,) in number, of ``group`` (1,)."""
+    def _remove(self, group: Tensor, count: Tensor, taken: Tensor, units: Tensor, valid: Tensor) -> None:
+        """``units`` that are ``valid`` (places,), of ``group`` (1,): ``count`` units, ``taken`` of effective width."""
         if self._interacting is not None:
             columns = self._interacting.columns(units, valid, self.ranking)
             self._increments.add_(columns, alpha=2 * self._interacting.strength)
             self._removed_squares += (self._squares.index_select(0, units) * valid).sum()
         self._increments.index_add_(0, units, torch.where(valid, self._infinity, self._zero))
         self._widths.index_add_(0, group, count, alpha=-1)
-        self._slope.addcmul_(self._problem.costs.curvature.index_select(0, group)[0], count, value=-2)
+        self._slope.addcmul_(self._problem.costs.curvature.index_select(0, group)[0], taken, value=-2)

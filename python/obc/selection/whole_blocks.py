@@ -44,6 +44,7 @@ class BlockGreedy(Greedy):
             for group in groups:
                 self._around.setdefault(group, []).append(block)
         self._curvature = problem.costs.curvature
+        self._vanished = torch.zeros(len(problem.sizes), dtype=torch.bool, device=device)
         if rows is not None:
             self._gone = rows.new_zeros(rows.shape[1])  # sum of the rows of all that is gone
             self._left = {block: rows[unit].clone() for block, unit in self._block_of.items()}
@@ -55,37 +56,47 @@ class BlockGreedy(Greedy):
                 row = self._left[block]
                 self._increments[unit] = row @ row + 2 * self._strength * (self._gone @ row)
         proposals = super()._propose(chunk)
+        left = self._effective_left()
         for block in self._inside:
-            gone = self._vanishing(block)
-            proposals.freed[block] = self._slope @ gone - gone @ self._curvature @ gone
+            gone = self._vanishing(block, left)
+            freed = self._slope @ gone - gone @ self._curvature @ gone
+            proposals.freed[block] = proposals.promised[block] = freed
         return proposals
 
-    def _vanishing(self, block: int) -> Tensor:
-        """(groups,) the units of every group that go with a block."""
-        gone = torch.zeros_like(self._widths)
-        gone[self._inside[block]] = self._widths[self._inside[block]]
-        gone[block] = self._widths[block]
+    def _effective_left(self) -> Tensor:
+        """(groups,) the effective widths, 0 of groups that went with a block."""
+        effective = self._problem.costs.effective
+        left = self._widths if effective is None else effective.at(self._widths)
+        return left.masked_fill(self._vanished, 0.0)
+
+    def _vanishing(self, block: int, left: Tensor) -> Tensor:
+        """(groups,) what of ``left`` goes with a block."""
+        gone = torch.zeros_like(left)
+        places = [block, *self._inside[block].tolist()]
+        gone[places] = left[places]
         return gone
 
-    def _remove(self, group: Tensor, count: Tensor, units: Tensor, valid: Tensor) -> None:
+    def _remove(self, group: Tensor, count: Tensor, taken: Tensor, units: Tensor, valid: Tensor) -> None:
         block = int(group)
         picked = units[valid]
         if not len(picked):
             return
         if block not in self._inside:
-            super()._remove(group, count, units, valid)
+            super()._remove(group, count, taken, units, valid)
             if self._rows is not None:
                 self._note_gone(block, self._rows[picked].sum(0))
             return
-        gone = self._vanishing(block)
-        self._widths -= gone
+        gone = self._vanishing(block, self._effective_left())
+        places = [block, *self._inside[block].tolist()]
+        self._widths[places] = 0.0
+        self._vanished[places] = True
         self._slope -= 2 * self._curvature @ gone
         if self._rows is not None:
             row = self._left[block]
             self._increments += 2 * self._strength * (self._rows @ row)
             self._removed_squares += row @ row
             self._note_gone(block, row.clone())
-        for inner in (block, *self._inside[block].tolist()):
+        for inner in places:
             self._increments[self._units_of[inner]] = math.inf
 
     def _note_gone(self, group: int, row: Tensor) -> None:

@@ -1,0 +1,240 @@
+"""A latency table: seconds of every group against its width, and the costs of a model by it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from obc.files import atomic_write, built, parse_json
+from obc.model.costs import Costs
+from obc.model.curves import Curve
+from obc.model.groups import ChannelGroup
+
+_FORMAT = "obc.LatencyTable/1"
+
+
+class LatencyTableError(ValueError):
+    """A latency table is damaged, or does not fit the model."""
+
+
+@dataclass(frozen=True)
+class SharedSeconds:
+    """Seconds of layers that belong to two groups: one of their channels are its outputs, the other's its inputs.
+
+    Attributes:
+        groups: the two names.
+        seconds: of these layers as both groups are at their widest; part of the seconds of both.
+    """
+
+    groups: tuple[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Seconds that the layers of every group take, at a few widths of the group.
+
+    Between two widths of the table the seconds are interpolated linearly, and below the smallest they are those of the
+    smallest; they never fall as the width grows (:class:`obc.model.curves.Curve`). With f_g(w) the seconds of group g
+    at width w, F_g those at the table's largest width, and s_gh what g and h share, the model takes
+
+        rest + sum_g (F_g - sum_h s_gh) p_g + sum_{g<h} s_gh p_g p_h,     p_g = f_g(w_g) / F_g
+
+    seconds: where one group alone becomes narrower, exactly what the table says of it. A layer whose inputs and
+    outputs both become narrower is thus counted once.
+
+    :func:`obc.structures.latency.measure_latency` measures a table; one of other hardware may be given.
+
+    Attributes:
+        seconds: group -> width -> seconds of its layers; of a group that is a whole block, at width 1 of everything in
+            the block.
+        rest: seconds of what no group changes.
+        shared: of layers that belong to two groups.
+        device: where it was measured: "cpu", or the name of the GPU; None: it holds for any.
+        dtype: of the parameters.
+        threads: of the CPU; None on a GPU.
+        batch: shapes of the inputs that it was measured with.
+
+    Raises:
+        LatencyTableError: a width or a time is out of its range, or a group that is shared has no seconds.
+    """
+
+    seconds: Mapping[str, Mapping[int, float]]
+    rest: float = 0.0
+    shared: Sequence[SharedSeconds] = ()
+    device: str | None = None
+    dtype: str | None = None
+    threads: int | None = None
+    batch: Sequence[Sequence[int]] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        for name in self.seconds:
+            self._curve(name)
+        for value in (self.rest, *(one.seconds for one in self.shared)):
+            if not (math.isfinite(value) and value >= 0):
+                raise LatencyTableError(f"seconds must be finite and not negative, got {value!r}")
+        for one in self.shared:
+            if lost := [name for name in one.groups if name not in self.seconds]:
+                raise LatencyTableError(f"the latency table says what {lost[0]!r} shares, but not its seconds")
+
+    def _curve(self, name: str) -> Curve:
+        try:
+            return Curve(self.seconds[name])
+        except ValueError as error:
+            raise LatencyTableError(f"the latency table's {name!r}: {error}") from error
+
+    @cached_property
+    def curves(self) -> Mapping[str, Curve]:
+        """Group -> its seconds at every width."""
+        return {name: self._curve(name) for name in self.seconds}
+
+    def at(self, name: str, width: int) -> float:
+        """Seconds of a group's layers at a width.
+
+        Raises:
+            LatencyTableError: the table has no such group, or it ends below this width.
+        """
+        self.check_groups({name: width})
+        return self.curves[name].at(width)
+
+    def check_groups(self, widths: Mapping[str, int]) -> None:
+        """Refuse a table that lacks one of these groups, or ends below its width.
+
+        Raises:
+            LatencyTableError: the message names the group.
+        """
+        for name, width in widths.items():
+            if name not in self.seconds:
+                known = ", ".join(map(repr, list(self.seconds)[:5])) or "none"
+                raise LatencyTableError(
+                    f"the latency table has no group {name!r} (it has {known}{' ...' if len(self.seconds) > 5 else ''}"
+                    "); measure one of this model, obc.measure_latency, or leave the group's layers to ignored_layers"
+                )
+            if width > self.curves[name].widest:
+                raise LatencyTableError(
+                    f"the latency table ends at {self.curves[name].widest} units of {name!r}, which has {width}; it is "
+                    "another model's, or one of this model after it was pruned"
+                )
+
+    def check_device(self, model: nn.Module) -> None:
+        """Refuse a table of another device than the model's.
+
+        Raises:
+            LatencyTableError: the message names both.
+        """
+        here = device_name(model)
+        if self.device is not None and self.device != here:
+            raise LatencyTableError(
+                f"the latency table was measured on {self.device!r}, and the model is on {here!r}; to prune for the "
+                "other device on this one, pass dataclasses.replace(table, device=None)"
+            )
+
+    def costs(self, groups: Iterable[ChannelGroup], inside: Mapping[str, Sequence[str]] | None = None) -> Costs:
+        """Seconds of a model with these groups as they are now, for :func:`obc.select`.
+
+        Args:
+            groups: of the model.
+            inside: whole block or branch -> groups that vanish with it (:class:`obc.model.costs.Costs`).
+
+        Raises:
+            LatencyTableError: the table lacks a group, or ends below its width.
+        """
+        groups = list(groups)
+        names, place = [group.name for group in groups], {group.name: index for index, group in enumerate(groups)}
+        self.check_groups({group.name: group.size for group in groups})
+        full = {name: self.curves[name].at(self.curves[name].widest) for name in names}
+        linear = torch.tensor([full[name] for name in names], dtype=torch.float64)
+        quadratic = torch.zeros(len(names), len(names), dtype=torch.float64)
+        for one in self.shared:
+            present = [place[name] for name in one.groups if name in place]
+            if len(present) == 2:  # else the other group has no unit left, and is no group any more
+                linear[present] -= one.seconds
+                quadratic[present[0], present[1]] += one.seconds
+        inside = {name: [one for one in inner if one in place] for name, inner in (inside or {}).items()}
+        blocks = [name for name in names if name in inside]
+        shared = {one.groups: one.seconds for one in self.shared}
+        for name in blocks:
+            nested = {deeper for inner in inside[name] for deeper in inside.get(inner, ())}
+            direct = [inner for inner in inside[name] if inner not in nested]
+            twice = sum(value for (a, b), value in shared.items() if a in direct and b in direct)
+            linear[place[name]] -= sum(full[inner] for inner in direct) - twice
+        depth = {group.name for group in groups if group.is_depth}
+        curves = {
+            name: self.curves[name].scaled(1 / full[name]) for name in names if name not in depth and full[name] > 0
+        }
+        return Costs(
+            names,
+            [group.size for group in groups],
+            constant=self.rest,
+            linear=linear.clamp_min(0.0),
+            quadratic=quadratic,
+            unit="seconds",
+            inside=inside,
+            curves=curves,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the table as JSON, for :meth:`load`.
+
+        Raises:
+            OSError: the file can't be written; a file that was there is what it was.
+        """
+        with atomic_write(path) as file:
+            file.write((json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
+        """Read a table that :meth:`save` wrote.
+
+        Raises:
+            LatencyTableError: the file is no latency table, or is damaged.
+            OSError: it can't be read.
+        """
+        with open(path, "rb") as file:
+            text = file.read()
+        name = os.fspath(path)
+        try:
+            fields = parse_json(text, dict[str, Any])
+            if fields.pop("format", None) != _FORMAT:
+                raise ValueError(f"its format is not {_FORMAT!r}")
+            raw = built(fields, _Written)
+            widths = {group: {int(width): value for width, value in one.items()} for group, one in raw.seconds.items()}
+        except ValueError as error:
+            raise LatencyTableError(f"{name} is no latency table: {error}") from error
+        return cls(widths, raw.rest, raw.shared, raw.device, raw.dtype, raw.threads, raw.batch)
+
+    def __str__(self) -> str:
+        where = [self.device or "any device", *([self.dtype] if self.dtype else [])]
+        where += [f"{self.threads} threads"] if self.threads else []
+        where += ["inputs " + ", ".join("x".join(map(str, shape)) for shape in self.batch)] if self.batch else []
+        return f"latency table of {len(self.seconds)} groups ({', '.join(where)})"
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A table as JSON has it: widths are text there."""
+
+    seconds: dict[str, dict[str, float]]
+    rest: float = 0.0
+    shared: list[SharedSeconds] = field(default_factory=list)
+    device: str | None = None
+    dtype: str | None = None
+    threads: int | None = None
+    batch: list[list[int]] = field(default_factory=list)
+
+
+def device_name(model: nn.Module) -> str:
+    """The name of the GPU that a model's first tensor is on; else its kind of device, such as "cpu"."""
+    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+    if tensor is None:
+        return "cpu"
+    return torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else tensor.device.type

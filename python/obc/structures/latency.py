@@ -1,0 +1,277 @@
+"""Measuring a latency table: the layers of every group by themselves, at a few widths of the group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from obc.model.depth import PLACE_ATTRIBUTES, plain_attributes
+from obc.model.evaluation import evaluating, tensors_in, without_cache
+from obc.model.groups import ChannelGroup, Side
+from obc.model.latency_table import LatencyTable, SharedSeconds, device_name
+from obc.model.names import named_modules
+from obc.model.shared_copy import shared_copy
+from obc.model.timing import median_seconds
+from obc.selection.uniform import permitted_widths
+from obc.structures.protocol import Limits, Provable
+
+# Seconds of a call; the second argument says where its work is done.
+Timer = Callable[[Callable[[], Any], torch.device], float]
+Run = Callable[[nn.Module], Any]
+POINTS = 8
+
+
+def measure_latency(
+    structure: Provable, run: Run, *, points: int = POINTS, round_to: int | None = None, timer: Timer | None = None
+) -> LatencyTable:
+    """Time the layers of every group of ``structure`` at a few widths, on the device where its model is.
+
+    For every group and width a copy that shares the model's weights loses the other units and runs once; then the
+    group's layers run by themselves, again and again, on the inputs that they had: the layers of its slices, or the
+    smallest module around them all where no other group lies in it, so that the products of attention and activations
+    count. Groups that are alike in all shapes are measured once. The unpruned model is timed as a whole: what its
+    groups do not account for is ``rest``.
+
+    Args:
+        structure: its model stays as it is.
+        run: ``run(model)`` runs it on inputs that are always the same, such as one batch.
+        points: so many widths, about equally far apart up to the group's own.
+        round_to: widths of channels are multiples of it.
+        timer: ``timer(call, device)`` returns the seconds of ``call()``; by default the median of 15 calls
+            (:func:`obc.model.timing.median_seconds`).
+
+    Raises:
+        ValueError: fewer than two points.
+    """
+    if points < 2:
+        raise ValueError(f"a latency table needs at least 2 widths a group, got points={points}")
+    return _Measurement(structure, run, points, round_to, timer or _median).table()
+
+
+def _median(call: Callable[[], Any], device: torch.device) -> float:
+    return median_seconds([call], device)[0]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a module was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def shapes(self) -> tuple[Hashable, ...]:
+        return tuple((tuple(one.shape), one.dtype) for one in tensors_in((self.args, dict(self.kwargs))))
+
+
+class _Measurement:
+    def __init__(self, structure: Provable, run: Run, points: int, round_to: int | None, timer: Timer) -> None:
+        self.structure, self.run, self.timer = structure, run, timer
+        self.points, self.round_to = points, round_to
+        self.groups = {group.name: group for group in structure.groups}
+        first = next(structure.model.parameters(), None)
+        self.device = torch.device("cpu") if first is None else first.device
+        self.calls = self._calls(structure.model, None)
+        self.places = _places(structure.model, list(self.groups.values()), set(self.calls))
+        self._known: dict[Hashable, dict[int, list[float]]] = {}
+
+    def table(self) -> LatencyTable:
+        model = self.structure.model
+        by_width = {name: self._seconds(group) for name, group in self.groups.items()}
+        full: dict[str, float] = {}  # place -> seconds in the unpruned model
+        for name, widths in by_width.items():
+            full |= dict(zip(self.places[name], widths[self.groups[name].size], strict=True))
+        shares = _Shares(self.groups, self.places)
+        seconds = {
+            name: {
+                width: max(0.0, sum(shares.own(name, full, dict(zip(self.places[name], times, strict=True)))))
+                for width, times in widths.items()
+            }
+            for name, widths in by_width.items()
+        }
+        parameter = next(model.parameters(), None)
+        on_cpu = self.device.type == "cpu"
+        table = LatencyTable(
+            seconds,
+            0.0,
+            shares.pairs(full),
+            device_name(model),
+            None if parameter is None else str(parameter.dtype).removeprefix("torch."),
+            torch.get_num_threads() if on_cpu else None,
+            [list(one.shape) for call in self.calls.get("", ()) for one in tensors_in((call.args, dict(call.kwargs)))],
+        )
+        whole = self._time(lambda: self.run(model), model)
+        inside = self.structure.costs("parameters").inside
+        return replace(table, rest=max(0.0, whole - table.costs(self.groups.values(), inside).total()))
+
+    # --- one group --------------------------------------------------------------------------------------------------
+
+    def _seconds(self, group: ChannelGroup) -> dict[int, list[float]]:
+        """Width -> seconds of each of the group's places."""
+        places, model = self.places[group.name], self.structure.model
+        key = (_signature(group), *(_described(model.get_submodule(one), self.calls[one]) for one in places))
+        if key not in self._known:
+            self._known[key] = {width: self._at(group, width, places) for width in self._widths(group)}
+        return self._known[key]
+
+    def _widths(self, group: ChannelGroup) -> list[int]:
+        if group.is_depth:
+            return [group.size]
+        limits = getattr(self.structure, "limits", Limits())
+        multiple = limits.round_to.get(group.name, 1)
+        if self.round_to is not None and group.name not in limits.whole:
+            multiple = math.lcm(multiple, self.round_to)
+        least = max(1, limits.min_units.get(group.name, 1))
+        allowed = permitted_widths(group.size, least, multiple, limits.widths.get(group.name))
+        wanted = [group.size * point / self.points for point in range(1, self.points + 1)]
+        return sorted({min(allowed, key=lambda width: (abs(width - one), width)) for one in wanted} | {group.size})
+
+    def _at(self, group: ChannelGroup, width: int, places: Sequence[str]) -> list[float]:
+        model, calls = self.structure.model, self.calls
+        if width < group.size:
+            model = shared_copy(self.structure.model)
+            twin = self.structure.twin(model)
+            twin.remove({group.name: torch.arange(width, group.size)})
+            calls = self._calls(model, places)
+        found = []
+        for place in places:
+            module = model.get_submodule(place)
+            found.append(sum(self._time(_calling(module, call), model) for call in calls[place]))
+        return found
+
+    def _time(self, call: Callable[[], Any], model: nn.Module) -> float:
+        with evaluating(model), without_cache(model), torch.no_grad():
+            return self.timer(call, self.device)
+
+    def _calls(self, model: nn.Module, places: Collection[str] | None) -> dict[str, list[_Call]]:
+        """What the modules named, or all, are called with in one run."""
+        calls: dict[str, list[_Call]] = {}
+        handles = []
+        for name, module in named_modules(model):
+            if places is None or name in places:
+
+                def record(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
+                    calls.setdefault(name, []).append(_Call(args, kwargs))
+
+                handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
+        try:
+            with evaluating(model), without_cache(model), torch.no_grad():
+                self.run(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+
+def _calling(module: nn.Module, call: _Call) -> Callable[[], Any]:
+    return lambda: module(*call.args, **call.kwargs)
+
+
+def _signature(group: ChannelGroup) -> Hashable:
+    return group.kind, tuple((part.side, tuple(part.channels.shape)) for part in group.slices)
+
+
+def _described(module: nn.Module, calls: Sequence[_Call]) -> Hashable:
+    """Equal for modules that do the same work."""
+    parameters = tuple((name, tuple(one.shape), one.dtype) for name, one in module.named_parameters())
+    attributes = tuple(
+        (key, value)
+        for inner in module.modules()
+        for key, value in plain_attributes(inner).items()
+        if key not in PLACE_ATTRIBUTES
+    )
+    return repr(module), parameters, attributes, tuple(call.shapes() for call in calls)
+
+
+# --- where a group's time goes ------------------------------------------------------------------------------------
+
+
+def _places(model: nn.Module, groups: Sequence[ChannelGroup], called: Collection[str]) -> dict[str, list[str]]:
+    """Group -> names of the modules that are timed for it."""
+    own = {part.module for group in groups if not group.is_depth for part in group.slices} & set(called)
+    found: dict[str, list[str]] = {}
+    for group in groups:
+        layers = dict.fromkeys(_running(part.module, called) for part in group.slices)
+        # A module around a bare parameter is timed for it, unless layers that are timed by themselves lie in it.
+        found[group.name] = [
+            one for one in layers if one and (one in own or group.is_depth or not any(_inside(two, one) for two in own))
+        ]
+    channels = [group.name for group in groups if not group.is_depth]
+    layers_of = {name: found[name] for name in channels}
+    for name in channels:
+        around = _running(_common(layers_of[name]), called)
+        others = [one for other in channels if other != name for one in layers_of[other]]
+        if around and not any(one == around or _inside(one, around) or _inside(around, one) for one in others):
+            found[name] = [around]
+    return found
+
+
+def _running(name: str, called: Collection[str]) -> str:
+    """The module of this name, or the innermost one around it that runs by itself; "" where that is the model."""
+    while name and name not in called:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def _inside(name: str, other: str) -> bool:
+    """Whether the module ``name`` lies in the module ``other``."""
+    return name.startswith(f"{other}.")
+
+
+def _common(names: Sequence[str]) -> str:
+    """The longest name that all names lie in."""
+    parts = [name.split(".") for name in names]
+    shared = []
+    for words in zip(*parts, strict=False):
+        if len(set(words)) > 1:
+            break
+        shared.append(words[0])
+    return ".".join(shared)
+
+
+class _Shares:
+    """How the time of a layer is divided among the groups that lie in it.
+
+    Of the groups on one side of a layer each has the share of its channels. A layer with outputs of g and inputs of h
+    is shared by both.
+    """
+
+    def __init__(self, groups: Mapping[str, ChannelGroup], places: Mapping[str, Sequence[str]]) -> None:
+        self._groups = groups
+        self._of_place: dict[str, dict[Side, dict[str, float]]] = {}
+        for name, group in groups.items():
+            for place in places[name] if not group.is_depth else ():
+                sides = self._of_place.setdefault(place, {"out": {}, "in": {}})
+                for part in group.slices:
+                    if part.module == place or _inside(part.module, place):
+                        sides[part.side][name] = sides[part.side].get(name, 0.0) + part.channels.numel()
+        for sides in self._of_place.values():
+            for by_group in sides.values():
+                total = sum(by_group.values())
+                for name in by_group:
+                    by_group[name] /= total
+
+    def own(self, name: str, full: Mapping[str, float], now: Mapping[str, float]) -> list[float]:
+        """By place what of its seconds ``now`` is the group's; ``full``: seconds in the unpruned model."""
+        return [seconds - full[place] * (1 - self._share(place, name)) for place, seconds in now.items()]
+
+    def _share(self, place: str, name: str) -> float:
+        if self._groups[name].is_depth:
+            return 1.0
+        outputs, inputs = (side.get(name, 0.0) for side in self._of_place[place].values())
+        return outputs + inputs - outputs * inputs
+
+    def pairs(self, full: Mapping[str, float]) -> list[SharedSeconds]:
+        """What two groups share."""
+        found: dict[tuple[str, str], float] = {}
+        for place, sides in self._of_place.items():
+            for one, share in sides["out"].items():
+                for other, another in sides["in"].items():
+                    if one != other:
+                        key = (min(one, other), max(one, other))
+                        found[key] = found.get(key, 0.0) + full[place] * share * another
+        return [SharedSeconds(key, seconds) for key, seconds in found.items()]
