@@ -15,6 +15,7 @@ from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import named_modules
+from obc.structures.memory import MemoryUse, saved_buffers
 from obc.structures.polynomial import Polynomial
 
 
@@ -108,10 +109,7 @@ def costs_of(
     Raises:
         ValueError: an unknown unit.
     """
-    polynomial = Polynomial(groups, unit)
-    for index, group in enumerate(groups):
-        for part in group.slices:
-            polynomial.place((part.module, part.side), index, part)
+    polynomial = _polynomial(groups, unit)
     seen: set[int] = set()
     for name, module in named_modules(model):
         if unit == "macs":
@@ -120,8 +118,43 @@ def costs_of(
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
-                _add_parameter(polynomial, (name, key), module, parameter, usage, parameter_dims or {})
+                _add_tensor(polynomial, 1.0, (name, key), module, parameter, usage, parameter_dims or {})
     return polynomial.costs()
+
+
+def memory_of(
+    model: nn.Module,
+    groups: Sequence[ChannelGroup],
+    usage: Usage,
+    use: MemoryUse,
+    parameter_dims: Mapping[str, int] | None = None,
+) -> Costs:
+    """Bytes of the weights and buffers that ``model`` saves, as a polynomial like those of :func:`costs_of`.
+
+    Raises:
+        ValueError: a cache is asked for, which only models of the transformers library have.
+    """
+    if use.length:
+        raise ValueError(
+            f"the cache of {use.length} tokens is known of transformers models that are pruned without example_inputs; "
+            "pass MemoryUse(length=0), which counts weights alone"
+        )
+    polynomial, seen = _polynomial(groups, "bytes"), set[int]()
+    for name, module in named_modules(model):
+        for key, tensor in (*module.named_parameters(recurse=False), *saved_buffers(module)):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                factor = use.bytes_each(tensor)
+                _add_tensor(polynomial, factor, (name, key), module, tensor, usage, parameter_dims or {})
+    return polynomial.costs()
+
+
+def _polynomial(groups: Sequence[ChannelGroup], unit: str) -> Polynomial:
+    polynomial = Polynomial(groups, unit)
+    for index, group in enumerate(groups):
+        for part in group.slices:
+            polynomial.place((part.module, part.side), index, part)
+    return polynomial
 
 
 def _add_macs(polynomial: Polynomial, name: str, module: nn.Module, usage: Usage) -> None:
@@ -152,26 +185,28 @@ def _add_weight(polynomial: Polynomial, factor: float, name: str, sizes: tuple[i
     polynomial.add(factor / groups, out_side, in_side)
 
 
-def _add_parameter(
+def _add_tensor(
     polynomial: Polynomial,
+    factor: float,
     names: tuple[str, str],
     module: nn.Module,
-    parameter: Tensor,
+    tensor: Tensor,
     usage: Usage,
     dims: Mapping[str, int],
 ) -> None:
+    """``factor`` times the entries of a parameter or buffer."""
     name, key = names
     full_name = f"{name}.{key}" if name else key
     if full_name in dims:
-        size = parameter.shape[dims[full_name]]
-        polynomial.add(parameter.numel() / size, polynomial.size((full_name, "out"), size))
+        size = tensor.shape[dims[full_name]]
+        polynomial.add(factor * tensor.numel() / size, polynomial.size((full_name, "out"), size))
     elif layout_of(module) is not None and key == "weight":
-        _add_layer(polynomial, 1.0, name, module, usage)
+        _add_layer(polynomial, factor, name, module, usage)
     elif isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
-        _add_weight(polynomial, 1.0, name, (3 * module.embed_dim, module.embed_dim), 1)
-    elif parameter.numel() == 1:
-        polynomial.constant += 1  # one slope for all channels
+        _add_weight(polynomial, factor, name, (3 * module.embed_dim, module.embed_dim), 1)
+    elif tensor.numel() == 1:
+        polynomial.constant += factor  # one slope for all channels
     else:
-        size = parameter.shape[-1]
+        size = tensor.shape[-1]
         side = "in" if key in ("bias_k", "bias_v") else "out"
-        polynomial.add(parameter.numel() / size, polynomial.size((name, side), size))
+        polynomial.add(factor * tensor.numel() / size, polynomial.size((name, side), size))

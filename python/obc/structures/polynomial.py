@@ -30,14 +30,14 @@ class Polynomial:
 
     Args:
         groups: of the model as it is now.
-        unit: "macs", "parameters" or "active_parameters".
+        unit: "macs", "parameters", "active_parameters", or of memory "bytes".
 
     Raises:
         ValueError: an unknown unit.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup], unit: str) -> None:
-        if unit not in ("macs", "parameters", "active_parameters"):
+        if unit not in ("macs", "parameters", "active_parameters", "bytes"):
             raise ValueError(f"unit must be 'macs', 'parameters' or 'active_parameters', got {unit!r}")
         self._unit, self._names = unit, [group.name for group in groups]
         self._widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64)

@@ -22,7 +22,8 @@ from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
 from obc.model.shared_copy import shared_parameters
 from obc.structures.masking import lost_channels
-from obc.structures.measure import costs_of, measure
+from obc.structures.measure import costs_of, measure, memory_of
+from obc.structures.memory import MemoryUse
 from obc.structures.probed_groups import recover
 from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits, Unit
@@ -165,6 +166,10 @@ class TorchPruningStructure:
         if unit == "active_parameters":
             raise ValueError("active_params counts the experts of transformers models; pass params, or macs")
         return costs_of(self.model, self.groups, self._usage, unit, self._finder.dims)
+
+    def memory(self, use: MemoryUse) -> Costs:
+        """Bytes of weights and buffers: see :func:`obc.structures.measure.memory_of`."""
+        return memory_of(self.model, self.groups, self._usage, use, self._finder.dims)
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
         """Remove these units of each named group, and record it in the plan; nothing is removed where that fails.

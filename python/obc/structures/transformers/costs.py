@@ -13,9 +13,11 @@ from obc.model.experts import fused_experts, is_expert_weight
 from obc.model.groups import Slice
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
+from obc.structures.memory import MemoryUse, saved_buffers
 from obc.structures.polynomial import Polynomial
 from obc.structures.protocol import Unit
 from obc.structures.transformers.block import Block
+from obc.structures.transformers.cache import CachedLayer
 from obc.structures.transformers.calibration import Calibration
 from obc.structures.transformers.depth import DepthUnit
 
@@ -51,16 +53,10 @@ def transformer_costs(
     Raises:
         ValueError: an unknown unit.
     """
-    polynomial = Polynomial([block.group for block in blocks] + [one.group for one in depth], unit)
-    for axis, parts in axes.items():
-        for index, part in parts:
-            polynomial.place(axis, index, part)
+    polynomial = _polynomial(blocks, axes, unit, depth)
 
     def around(module: str) -> int | None:
-        """The innermost block or branch that a module goes with, among the groups."""
-        found = [place for place, one in enumerate(depth) if one.holds(module)]
-        inner = min(found, key=lambda place: (depth[place].group.kind == "layers", place), default=None)
-        return None if inner is None else len(blocks) + inner
+        return _around(module, blocks, depth)
 
     for own, key, tensor, skipped, factor in _terms(model, unit):
         module = (names_of or {}).get(own, own)
@@ -83,6 +79,65 @@ def transformer_costs(
         attended = [2.0 * sequence_length * block.attended for block in blocks]
         polynomial.add_per_unit(attended + [0.0] * len(depth))
     return polynomial.costs(_inside(blocks, depth))
+
+
+def transformer_memory(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    axes: Mapping[tuple[str, int], Sequence[tuple[int, Slice]]],
+    use: MemoryUse,
+    cached: Sequence[CachedLayer] = (),
+    depth: Sequence[DepthUnit] = (),
+    names_of: Mapping[str, str] | None = None,
+) -> Costs:
+    """Bytes of the weights and buffers that the model saves, tied ones once, and of its cache of keys and values.
+
+    Args:
+        use: what is counted.
+        cached: the layers of the cache, where ``use`` counts one.
+        model, blocks, axes, depth, names_of: as for :func:`transformer_costs`.
+    """
+    polynomial = _polynomial(blocks, axes, "bytes", depth)
+    seen: set[int] = set()
+    for own, module in named_modules(model):
+        name = (names_of or {}).get(own, own)
+        for key, tensor in (*module.named_parameters(recurse=False), *saved_buffers(module)):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            full = f"{name}.{key}" if name else key
+            sizes = (polynomial.size((full, dim), size) for dim, size in enumerate(tensor.shape))
+            polynomial.add(use.bytes_each(tensor), *sizes, goes_with=_around(name, blocks, depth))
+    per_unit = dict.fromkeys((block.group.name for block in blocks), 0.0)
+    for layer in cached:
+        around, taken = _around(layer.module, blocks, depth), layer.bytes_of_unit(use)
+        polynomial.add(layer.fixed * use.batch, goes_with=around)
+        if layer.group in per_unit:
+            per_unit[layer.group] += taken
+        elif layer.group is None:
+            polynomial.add(taken, goes_with=around)
+    polynomial.add_per_unit([*per_unit.values(), *[0.0] * len(depth)])
+    return polynomial.costs(_inside(blocks, depth))
+
+
+def _polynomial(
+    blocks: Sequence[Block],
+    axes: Mapping[tuple[str, int], Sequence[tuple[int, Slice]]],
+    unit: str,
+    depth: Sequence[DepthUnit],
+) -> Polynomial:
+    polynomial = Polynomial([block.group for block in blocks] + [one.group for one in depth], unit)
+    for axis, parts in axes.items():
+        for index, part in parts:
+            polynomial.place(axis, index, part)
+    return polynomial
+
+
+def _around(module: str, blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> int | None:
+    """The innermost block or branch that a module goes with, among the groups."""
+    found = [place for place, one in enumerate(depth) if one.holds(module)]
+    inner = min(found, key=lambda place: (depth[place].group.kind == "layers", place), default=None)
+    return None if inner is None else len(blocks) + inner
 
 
 def _inside(blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> dict[str, list[str]]:

@@ -17,11 +17,13 @@ from obc.model.groups import DEPTH_KINDS, ChannelGroup, Slice
 from obc.model.kept import Kept
 from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
+from obc.structures.memory import MemoryUse
 from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits, Unit
 from obc.structures.transformers.axes import Axis, axis_key, layer_axes, narrow, sync_layer
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
+from obc.structures.transformers.cache import CachedLayer, cached_layers
 from obc.structures.transformers.calibration import Calibration, calibrate
 from obc.structures.transformers.config import (
     own_config,
@@ -30,7 +32,7 @@ from obc.structures.transformers.config import (
     with_values,
     with_widths,
 )
-from obc.structures.transformers.costs import macs_for_one_token, transformer_costs
+from obc.structures.transformers.costs import macs_for_one_token, transformer_costs, transformer_memory
 from obc.structures.transformers.depth import DepthUnit, FoundDepth, find_depth, merged, without_unit
 from obc.structures.transformers.family import kinds as known_kinds
 from obc.structures.transformers.widths import Expressible, equal_widths, expressible_widths
@@ -189,6 +191,7 @@ class TransformersStructure:
             self._expressible = expressible_widths(model, self.blocks, self.axes, self._multiple)
             self.left_out = self.left_out | dict(self._expressible.refused)
         self._calibration: Calibration | None = None
+        self._cached: list[CachedLayer] | None = None
         self.proof: Proof | None = None
         if example_inputs is not None:
             varied = varied_inputs(example_inputs)
@@ -237,14 +240,34 @@ class TransformersStructure:
 
         See :mod:`obc.structures.transformers.costs`.
         """
-        blocks = list(self.blocks.values())
+        blocks, depth = list(self.blocks.values()), list(self._depth_units.values())
+        names, axes = original_names(self.model, self._depth), self._slices_by_axis()
+        return transformer_costs(self.model, blocks, axes, unit, self._sequence_length, self._calibration, depth, names)
+
+    def memory(self, use: MemoryUse) -> Costs:
+        """Bytes of weights, buffers and the cache: see :class:`obc.structures.memory.MemoryUse`.
+
+        The first call that counts a cache lets the model fill one with one token.
+
+        Raises:
+            PruningError: it does not run on one token, or returns no cache of keys and values.
+        """
+        blocks, depth = list(self.blocks.values()), list(self._depth_units.values())
+        names, axes = original_names(self.model, self._depth), self._slices_by_axis()
+        if use.length and self._cached is None:
+            found = cached_layers(self.model, blocks)
+            self._cached = [replace(layer, module=names[layer.module]) for layer in found]
+        cached = [layer for layer in self._cached or () if use.length and not self._depth.without(layer.module)]
+        return transformer_memory(self.model, blocks, axes, use, cached, depth, names)
+
+    def _slices_by_axis(self) -> dict[tuple[str, int], list[tuple[int, Slice]]]:
+        """Axis -> the indices of the blocks, and their slices, that lie there."""
         axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(self.blocks.values()):
             for part in block.group.slices:
                 for axis in self.axes(block, part):
                     axes.setdefault(axis_key(axis), []).append((index, part))
-        names, depth = original_names(self.model, self._depth), list(self._depth_units.values())
-        return transformer_costs(self.model, blocks, axes, unit, self._sequence_length, self._calibration, depth, names)
+        return axes
 
     def calibrate(self, counted: Mapping[str, float]) -> None:
         """Let MACs be those that the model executes, where they differ from those for one token by more than a percent.
