@@ -1,8 +1,9 @@
-"""Heads of recurrent mixers: Mamba-2 and the gated delta rule, in the models that have them."""
+"""Units of recurrent mixers and of JetMoE's mixtures, in the models that have them."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from sweep_model import built, difference, in_float64, model_class, tensors
 
 MAMBA2 = ("mamba2", "bamba", "nemotron_h", "granitemoehybrid", "zamba2")
 DELTA = ("qwen3_next", "qwen3_5_text", "olmo_hybrid", "bailing_hybrid")
+OTHERS = ("zamba", "xlstm", "recurrent_gemma")
+# Model types with kinds of their own -> these, and how many groups of each two layers have.
+KINDS = {
+    "rwkv": {"mixer_channels": 2, "ffn": 2},
+    "jetmoe": {"heads": 2, "experts": 4, "expert_ffn": 2},
+}
 
 
 @pytest.fixture
@@ -28,17 +35,20 @@ def model(request: pytest.FixtureRequest) -> Iterator[Any]:
         yield built("causal", request.param)
 
 
-@pytest.mark.parametrize("model", [*MAMBA2, *DELTA], indirect=True)
-def test_removed_heads_equal_masked_ones_and_go_through_files(model: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("model", [*MAMBA2, *DELTA, *OTHERS, *KINDS], indirect=True)
+def test_removed_units_equal_masked_ones_and_go_through_files(model: Any, tmp_path: Path) -> None:
     batch, before = inputs_of("causal", model), dict(model.state_dict())
-    structure = TransformersStructure(model, ["mixer_heads"])
+    counts = KINDS.get(model.config.model_type, {})
+    structure = TransformersStructure(model, [*counts] or ["mixer_heads"])
+    assert not counts or Counter(group.kind for group in structure.groups) == counts
     proof = prove(structure, lambda copied: tensors(copied(**batch)))
     assert structure.groups
     assert proof.proved == [group.name for group in structure.groups]
     assert proof.error < 1e-11
     costs = structure.costs("parameters")
     for number, group in enumerate(structure.groups):
-        units = torch.arange(1 + number % 2, group.size, 2)
+        least = structure.limits.min_units[group.name]
+        units = torch.arange(1 + number % 2, group.size, 2)[: group.size - least]
         structure.remove({group.name: units})
     assert structure.costs("parameters").total() == sum(parameter.numel() for parameter in model.parameters())
     assert costs.total() > structure.costs("parameters").total()
@@ -51,7 +61,7 @@ def test_removed_heads_equal_masked_ones_and_go_through_files(model: Any, tmp_pa
         assert difference(tensors(loaded(**batch)), pruned) < 1e-11
 
 
-@pytest.mark.parametrize("model", ["mamba2", "bamba", "qwen3_next", "bailing_hybrid"], indirect=True)
+@pytest.mark.parametrize("model", ["mamba2", "bamba", "qwen3_next", "bailing_hybrid", "zamba"], indirect=True)
 def test_half_of_the_heads_load_by_from_pretrained_and_generate(model: Any, tmp_path: Path) -> None:
     structure = TransformersStructure(model, ["mixer_heads"])
     structure.remove({group.name: torch.arange(group.size // 2) for group in structure.groups})
@@ -73,6 +83,34 @@ def test_a_mixer_whose_channels_are_scaled_by_a_buffer_is_named(model: Any) -> N
     structure = TransformersStructure(model, ["mixer_heads"])
     assert not structure.groups
     assert any("mup_vector" in reason for reason in structure.left_out.values())
+
+
+@pytest.mark.parametrize("model", ["inkling2_text"], indirect=True)
+def test_whatever_is_not_offered_is_named(model: Any) -> None:
+    """Every weight of a repeated block is in a group's module, or in one that is left out with a reason."""
+    structure = TransformersStructure(model)
+    named = [part.module for block in structure.blocks.values() for part in block.group.slices]
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            around = name.rpartition(".")[0]
+            inside = any(one == around or one.startswith(f"{around}.") for one in named)
+            assert inside or any(
+                around.startswith(left) or left.startswith(f"{around}.") for left in structure.left_out
+            ), name
+
+
+@pytest.mark.parametrize("kinds", [["ffn"], None])
+def test_a_module_that_is_not_known_is_named_where_all_kinds_are_asked_for(kinds: list[str] | None) -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.back = torch.nn.Linear(8, 12), torch.nn.Linear(12, 8)
+
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([Odd(), Odd()])
+    structure = TransformersStructure(model) if kinds is None else TransformersStructure(model, kinds)
+    reason = "Odd has no units of a kind that is known (its weights: mix, back)"
+    assert structure.left_out == ({} if kinds else {"layers.0": reason, "layers.1": reason})
 
 
 def _eager(model: Any) -> Any:

@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,34 @@ from sweep_table import table, write_table
 ROOT = Path(__file__).parents[2]
 
 
-def _work(task: str, model_type: str, gigabytes: float, pipe: Any) -> None:
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(1)
+def _work(job: tuple[str, str], known: str | None, gigabytes: float, pipe: Any) -> None:
     sys.stderr = open("/dev/null", "w")  # noqa: SIM115 - until the process ends
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + int(gigabytes * 2**30),) * 2)
-    pipe.send(asdict(examine(task, model_type)))
+    found = examine(*job, known)
+    pipe.send(None if found is None else asdict(found))
 
 
-def swept(jobs: Sequence[tuple[str, str]], rows: Path, limits: tuple[float, float], at_once: int) -> None:
+def _import_everything() -> None:
+    """Import what models import when they are built and run, once for all processes that are forked off later."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    examine("causal", "llama")
+
+
+def swept(
+    jobs: Sequence[tuple[str, str]],
+    known: Mapping[tuple[str, str], str],
+    rows: Path,
+    limits: tuple[float, float],
+    at_once: int,
+) -> None:
     """Examine every (task, model type) and append what was found to ``rows``.
 
     Args:
         jobs: in this order.
+        known: digests of groups; of a model type whose groups have it, the row that is there is written again.
         rows: a file of one JSON object a line.
         limits: seconds and GiB for each.
         at_once: processes.
@@ -51,12 +64,12 @@ def swept(jobs: Sequence[tuple[str, str]], rows: Path, limits: tuple[float, floa
     seconds, gigabytes = limits
     context = multiprocessing.get_context("fork")  # transformers is imported once
     running: dict[tuple[str, str], tuple[Any, Any, float]] = {}
-    waiting, done = list(jobs), 0
+    waiting, done, before = list(jobs), 0, rows_of(rows)
     while waiting or running:
         while waiting and len(running) < at_once:
             job = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(*job, gigabytes, theirs))
+            process = context.Process(target=_work, args=(job, known.get(job), gigabytes, theirs))
             process.start()
             theirs.close()
             running[job] = (process, ours, time.monotonic())
@@ -64,7 +77,8 @@ def swept(jobs: Sequence[tuple[str, str]], rows: Path, limits: tuple[float, floa
             found = None
             if pipe.poll(0.02):
                 try:
-                    found = Found(**pipe.recv())
+                    received = pipe.recv()
+                    found = before[job] if received is None else Found(**received)
                 except EOFError:
                     found = Found(*job, wrong="the process ended without a word")
             elif time.monotonic() - started > seconds:
@@ -97,7 +111,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", nargs="*", choices=tuple(TASKS), default=list(TASKS))
     parser.add_argument("--only", nargs="*", default=[], help="model types")
-    parser.add_argument("--again", choices=("all", "wrong", "unbuilt"), help="rows that are not kept")
+    parser.add_argument(
+        "--again",
+        choices=("all", "changed", "wrong", "unbuilt"),
+        help="rows that are not kept; changed: those whose groups are found otherwise now, or were not built",
+    )
     parser.add_argument("--seconds", type=float, default=120, help="for each model type")
     parser.add_argument("--gigabytes", type=float, default=4, help="for each model type")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
@@ -116,16 +134,18 @@ def main() -> None:
     again = {
         job
         for job, row in before.items()
-        if arguments.again == "all"
+        if arguments.again in ("all", "changed")
         or (arguments.again and row.wrong)
         or (arguments.again == "unbuilt" and row.built)
         or arguments.only
     }
     missing = [job for job in jobs if job not in before or job in again]
+    known = {job: row.groups for job, row in before.items() if arguments.again == "changed" and not row.wrong}
+    _import_everything()
     started = time.monotonic()
     while missing and time.monotonic() - started < arguments.time:
         piece, missing = missing[: 4 * arguments.jobs], missing[4 * arguments.jobs :]
-        swept(piece, arguments.rows, (arguments.seconds, arguments.gigabytes), arguments.jobs)
+        swept(piece, known, arguments.rows, (arguments.seconds, arguments.gigabytes), arguments.jobs)
     found = [row for job, row in rows_of(arguments.rows).items() if job in set(jobs)]
     print("\n".join(line for line in table(found).splitlines() if "model types" in line))
     if missing:

@@ -57,7 +57,7 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"initializer_range|init_std", 0.1),
 )
 
-# Model type -> sizes that the rules don't know or get wrong.
+# Model type, or task:model type -> sizes that the rules don't know or get wrong.
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 32, "n_head": 4},
     "ctrl": {"n_embd": 32, "dff": 48},
@@ -97,15 +97,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "longcat_flash": {"zero_expert_num": 1},
-    "esm": {"vocab_size": 64},
+    "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 2},
+    "funnel": {"block_sizes": [1, 1], "d_inner": 48},
     "esmc": {"num_key_value_heads": 4},
     "neomme": {"head_dim": 16},
     "perceiver": {"d_latents": 32, "num_latents": 8, "num_self_attends_per_block": 2, "num_self_attention_heads": 4},
-    "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 64},
+    "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
     "levit": {
         "hidden_sizes": [16, 16, 16], "num_attention_heads": [2, 2, 2], "depths": [1, 1, 1], "key_dim": [8, 8, 8],
+        "patch_size": 16,
     },
-    "mobilevitv2": {"patch_size": 2},
+    "mobilevitv2": {"patch_size": 2, "image_size": 64},
     "xmod": {"default_language": "en_XX"},
     "qwen4_exp_text": {
         "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
@@ -120,6 +122,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {
         "is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 8,
     },
+    "masked:reformer": {"is_decoder": False},
     "longformer": {"attention_window": [8, 8]},
     "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4},
     "swinv2": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 4, "patch_size": 4},
@@ -144,7 +147,11 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "embed_dim": 8, "depths": [1, 1], "hidden_sizes": [8, 16], "focal_levels": [1, 1], "focal_windows": [3, 3],
     },
     "imagegpt": {"vocab_size": 65},
-    "hiera": {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": [32, 32], "patch_stride": [4, 4]},
+    "cvt": {"embed_dim": [8, 16, 16], "num_heads": [1, 2, 2], "depth": [1, 1, 1]},
+    "hiera": {
+        "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": [32, 32], "patch_stride": [4, 4],
+        "num_query_pool": 1,
+    },
 }  # fmt: skip
 
 
@@ -159,9 +166,10 @@ _OPEN = (
 )
 
 
-def tiny_config(config_class: Any, model_type: str) -> Any:
+def tiny_config(config_class: Any, task: str, model_type: str) -> Any:
     """A configuration whose sizes are tiny, and which holds every type of layer that the default one has."""
-    return config_class(**_sizes(config_class(), OVERRIDES.get(model_type, {})))
+    overrides = OVERRIDES.get(model_type, {}) | OVERRIDES.get(f"{task}:{model_type}", {})
+    return config_class(**_sizes(config_class(), overrides))
 
 
 def _sizes(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,11 @@ def inputs_of(task: str, model: Any) -> dict[str, Tensor]:
     ids = torch.randint(4, VOCABULARY - 2, (2, 16), generator=generator)
     if task == "image" and model.config.model_type == "imagegpt":  # colours of pixels
         return {"input_ids": ids}
+    if task == "image" and model.config.model_type == "siglip2":  # patches of images of any shape
+        vision = model.config.vision_config
+        patches = torch.randn(2, 16, vision.num_channels * vision.patch_size**2, generator=generator).double()
+        mask, shapes = torch.ones(2, 16, dtype=torch.long), torch.tensor([[4, 4], [4, 4]])
+        return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
     if task == "image":
         channels = getattr(model.config, "num_channels", 3)
         size = getattr(model.config, "image_size", IMAGE)

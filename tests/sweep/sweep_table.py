@@ -18,7 +18,6 @@ of the task don't reach.
 
 Part of the table is checked by `make test`, all of it by `make nightly`.
 """
-_HEADS = {"heads", "query_heads"}
 _WIDTHS = {"ffn", "expert_ffn", "experts"}
 TITLES = {
     "causal": "Causal language models",
@@ -30,10 +29,10 @@ TITLES = {
 
 
 def covered(found: Found) -> bool:
-    """Whether groups are found in what mixes positions and in what follows it; of models without a feed-forward block,
-    in the mixer."""
-    mixers = found.kinds.keys() - _WIDTHS
-    return bool(mixers) and (bool(found.kinds.keys() & _WIDTHS) or not found.left_out)
+    """Whether groups are found in what mixes positions and in what follows it; of models that have only one of both,
+    in that."""
+    kinds = found.kinds.keys()
+    return bool(kinds & _WIDTHS and kinds - _WIDTHS) or bool(kinds and not found.left_out)
 
 
 def counts(rows: Sequence[Found]) -> str:

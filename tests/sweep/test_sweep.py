@@ -44,6 +44,7 @@ def rows() -> dict[tuple[str, str], tuple[Counter[str], str]]:
 @pytest.mark.parametrize(("task", "model_type"), JOBS, ids=[f"{task}-{name}" for task, name in JOBS])
 def test_a_model_type_is_pruned_exactly_and_as_the_table_says(task: str, model_type: str) -> None:
     found = examine(task, model_type)
+    assert found is not None
     assert not found.built
     assert not found.wrong
     committed, _ = rows()[task, model_type]

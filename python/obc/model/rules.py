@@ -108,12 +108,15 @@ def _mixture_rule(module: nn.Module) -> Rule | None:
 
     Of experts the down projections are read, (experts, features, inner) or (experts, inner, features): out channels are
     whole experts, in channels the inner ones, each of every expert. Up projections would say the same, gates aside.
+    JetMoE has a module for each projection, with one weight (experts, outputs, inputs).
     """
     own = dict(module.named_parameters(recurse=False))
     down, weights = own.get(DOWN), fused_experts(module)
     if down is not None and down.dim() == 3:
         transposed = is_transposed(*weights) if weights is not None else getattr(module, "is_transposed", False)
         return Rule("weight", weight=DOWN, out_axis=0, in_axis=1 if transposed else 2)
+    if set(own) == {"weight"} and own["weight"].dim() == 3 and getattr(module, "num_experts", 0) == len(own["weight"]):
+        return Rule("weight", out_axis=0, in_axis=2)
     if set(own) == {"weight"} and own["weight"].dim() == 2 and isinstance(getattr(module, "top_k", None), int):
         return Rule("weight", in_axis=1)
     return None

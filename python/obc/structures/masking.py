@@ -176,7 +176,7 @@ def _normalised(module: nn.Module) -> tuple[int, int] | None:
 
 def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) -> None:
     """Make a norm compute what it computes of the channels that stay, and zero in place of the others."""
-    stays = staying(size, channels)
+    stays, forward = staying(size, channels), module.forward
     inner: Any = copy.copy(module)
     vars(inner)["_parameters"] = {
         key: None if parameter is None else nn.Parameter(parameter.detach()[..., stays], requires_grad=False)
@@ -197,6 +197,9 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
     def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kept = stays.to(x.device)
         at = dim if x.shape[dim] == size else 1  # a norm that is told where its channels are, by a forward of its own
+        if x.shape[at] != size:  # of each head apart, where its channels lie in two dimensions: none sees another
+            unchanged: Tensor = forward(x, *args, **kwargs)
+            return unchanged
         others = (narrowed(value) for value in args)
         named = {key: narrowed(value) for key, value in kwargs.items()}
         normalised = inner.forward(x.index_select(at, kept), *others, **named)

@@ -15,7 +15,7 @@ from obc.structures.transformers.per_head import per_head
 from obc.structures.units import NotPrunableError
 
 # Names of fused projections whose order differs from model to model: where no family says it, the module is refused.
-_OF_MANY_ORDERS = ("query_key_value", "Wqkv", "in_proj_qkv", "qkv")
+_OF_MANY_ORDERS = ("query_key_value", "Wqkv", "in_proj_qkv")
 _UNKNOWN_ORDER = "the order of queries, keys and values in {} is not known"
 
 
@@ -97,7 +97,8 @@ def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: 
     sizes = (getattr(module, key, None) for key in attributes("head_size"))
     size = next((value for value in sizes if isinstance(value, int)), None)
     if size is None:
-        counts = (getattr(module, key, None) for key in attributes("heads"))
+        holder = getattr(module, "config", None) if _reads_config(layers, name, projections) else module
+        counts = (getattr(holder, key, None) for key in attributes("heads"))
         count = next((value for value in counts if isinstance(value, int)), None)
         if not count or inner % count:
             raise NotPrunableError(f"{type(module).__name__} does not say how many heads it has")
@@ -115,6 +116,12 @@ def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: 
     others = {found.name for found in per_head(layers, name, {"queries": inner // size, "keys": shared}, size)}
     refuse_other_parameters(layers, name, {*projections, output, *others}, size)
     return Heads(inner // size, shared, size, gated)
+
+
+def _reads_config(layers: Layers, name: str, projections: Sequence[str]) -> bool:
+    """Whether the module ``name`` takes its counts from its config when it runs."""
+    reading = {child for family in FAMILIES.values() for child in family.forward_reads_config}
+    return projections[0].rpartition(".")[2] in reading and hasattr(layers.modules[name], "config")
 
 
 def _head_channels(layers: Layers, name: str, projections: Sequence[str], heads: Heads, kind: str) -> HeadChannels:
@@ -154,14 +161,12 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
         heads_of["keys"], counts["keys"] = queried[:, ::ratio] // ratio, heads.shared
     others = per_head(layers, name, counts, size)
     slices += [found.slice_of(heads_of[found.heads_of]) for found in others]
-    reading = {child for family in FAMILIES.values() for child in family.forward_reads_config}
-    reads = projections[0].rpartition(".")[2] in reading and hasattr(layers.modules[name], "config")
     return Block(
         ChannelGroup(projections[0], tuple(slices), kind),
         axes={(found.name, "out"): found.axes for found in others if found.axes is not None},
         counters=(*layers.counters([name], counted), *(Counter(name, key, 1) for key in rows.counters)),
         config=config if layers.config is not None else {},
         config_fixed={"head_dim": size},
-        reads_config=name if reads else None,
+        reads_config=name if _reads_config(layers, name, projections) else None,
         attended=rows.output.shape[1],
     )

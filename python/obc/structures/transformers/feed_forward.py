@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import ChannelGroup, Slice
@@ -17,16 +17,21 @@ from obc.structures.units import NotPrunableError
 
 def feed_forwards(layers: Layers, name: str) -> Iterator[Block]:
     """The feed-forward block of the module ``name``, if it is one. Of its names, those of most layers count."""
+    found = _names_of(layers, name)
+    if found:  # names that are used both for a gate beside the other channels and for none are told by their widths
+        yield _feed_forward(layers, name, *next((one for one in found if _agrees(layers, *one)), found[0]))
+
+
+def _names_of(layers: Layers, name: str) -> list[tuple[list[str], int]]:
+    """(producers and consumer, how often a producer has each channel), by every names that the module fits."""
     plain = [(names, 1) for family in FAMILIES.values() for names in family.feed_forwards]
     fused = [(names, 2) for family in FAMILIES.values() for names in family.fused_feed_forwards]
     gated = [(names, 1) for names, _ in plain if len(names) > 2]
-    found = [
+    return [
         ([joined(name, child) for child in names], copies)
         for names, copies in (*gated, *fused, *plain)
         if all(layers.layer(name, child) is not None for child in names)
     ]
-    if found:  # names that are used both for a gate beside the other channels and for none are told by their widths
-        yield _feed_forward(layers, name, *next((one for one in found if _agrees(layers, *one)), found[0]))
 
 
 def _agrees(layers: Layers, projections: Sequence[str], copies: int) -> bool:
@@ -57,6 +62,13 @@ def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies:
     )
 
 
+def _refuse_matrices(name: str, module: nn.Module, width: int) -> None:
+    """Refuse parameters of the inner channels that are no layer's and no ordinary norm's, as those of ConvNeXt V2's."""
+    for key, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() > 1 and width in parameter.shape:
+            raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
+
+
 def _config_keys(layers: Layers, name: str) -> tuple[str, ...]:
     """Which keys of the config may count the inner channels, by where the block is."""
     if "shared_expert" in name:
@@ -76,11 +88,19 @@ def _inner_norms(layers: Layers, name: str, width: int, outer: int) -> Iterator[
 
 
 def _between(layers: Layers, name: str, projections: Sequence[str], width: int, outer: int) -> list[str]:
-    """Depthwise convolutions over the inner channels; what else has so many is not understood."""
+    """Depthwise convolutions over the inner channels; what else has so many is not understood.
+
+    Feed-forward blocks inside, as MobileBERT's, have channels of their own.
+    """
     between = []
+    within: list[str] = []
     for inner, module in layers.modules[name].named_modules():
         layer = joined(name, inner)
-        if layer in projections or layout_of(module) is None or width == outer:
+        if inner and _names_of(layers, layer):
+            within.append(f"{layer}.")
+        if layout_of(module) is None and inner and width != outer:
+            _refuse_matrices(layer, module, width)
+        if layer in projections or layout_of(module) is None or width == outer or layer.startswith(tuple(within)):
             continue
         if isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels == width:
             between.append(layer)

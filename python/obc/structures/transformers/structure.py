@@ -57,7 +57,8 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
     "expert_ffn"        the f-th inner channel of every expert of a mixture whose experts are one tensor
     "mamba"             an inner channel of Mamba's mixer
     "mixer_heads"       a head of a recurrent mixer: of Mamba-2 one head of every group, of the gated delta rule a key
-                        head with its value heads
+                        head with its value heads; of Zamba, xLSTM, Griffin
+    "mixer_channels"    an inner channel of a recurrent mixer without heads: RWKV
     "inverted_residual" a channel between the widening and the narrowing convolution of an inverted residual
     "embedding"         a channel of the residual stream, everywhere; not among the default kinds
     "layers"            a whole block; not among the default kinds (:mod:`obc.structures.transformers.depth`)
@@ -131,8 +132,9 @@ class TransformersStructure:
         plan: of what was pruned before by another structure of the same model: this one's goes on from it.
 
     Attributes:
-        left_out: module that looks like a block -> why it can't be pruned; with ``uniform`` also the first group of
-            those whose number of units the config has no word for.
+        left_out: module that looks like a block -> why it can't be pruned; where all default kinds are asked for, also
+            modules of repeated blocks that are not known; with ``uniform`` also the first group of those whose number
+            of units the config has no word for.
         config_refused: why the config could not be adapted to the widths, or None.
         uniform: as given.
         blocks: the blocks behind the groups, by name.
@@ -166,7 +168,7 @@ class TransformersStructure:
         finder = _found(model, [kind for kind in kinds if kind not in DEPTH_KINDS])
         self._modules = finder.layers.modules
         found = find_depth(model, self._modules, depth_kinds) if depth_kinds else FoundDepth()
-        self.left_out = finder.left_out | found.left_out
+        self.left_out = finder.left_out | finder.unknown | found.left_out
         ignored = self._ignored(ignored_layers)
         self._depth_units = {
             name: unit for name, unit in found.units.items() if not any(unit.holds(layer) for layer in ignored)

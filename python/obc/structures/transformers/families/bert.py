@@ -8,6 +8,6 @@ register(
         feed_forwards=(("intermediate.dense", "output.dense"), ("dense.dense", "output.dense")),
         projections=(("query", "key", "value"),),
         outputs_around=("output.dense",),
-        head_parameters={"relative_position_bias_table": 1},  # BEiT's, in the attention or beside it
+        head_parameters={"relative_position_bias_table": 1},  # BEiT's and Swin's, in the attention or beside it
     )
 )

@@ -1,4 +1,4 @@
-"""BigBird, DBRX, JetMoE, ProphetNet, TrOCR, XLNet, and all with ALiBi: attention that keeps its heads, and why.
+"""BigBird, DBRX, Longformer, ProphetNet, TrOCR, XLNet, and all with ALiBi: attention that keeps its heads, and why.
 
 ALiBi gives each head a slope, which the model computes from the number of heads: BLOOM, MPT, some of Falcon.
 """
@@ -10,15 +10,16 @@ from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers
 from obc.structures.units import NotPrunableError
 
-_REBUILT = ("BigBirdSelfAttention", "BigBirdBlockSparseAttention")
+_REBUILT = ("BigBirdSelfAttention", "BigBirdBlockSparseAttention", "BigBirdPegasusBlockSparseAttention")
 _SLOPED = ("BloomAttention", "MptAttention")
 _WHOLE = "gives its heads together the width of the residual stream"
 _REASONS = {
     "DbrxAttention": _WHOLE,
+    "LEDEncoderSelfAttention": _WHOLE,
+    "LongformerSelfAttention": _WHOLE,
     "ProphetNetAttention": _WHOLE,
     "ProphetNetNgramSelfAttention": _WHOLE,
     "TrOCRAttention": _WHOLE,
-    "JetMoeAttention": "has experts for its queries and its output, whose weights are no layers",
     "XLNetRelativeAttention": "holds its projections as parameters, not as layers",
 }
 

@@ -1,0 +1,52 @@
+"""DeBERTa, first version: one projection with [query | key | value] of the first head, of the second, and so on.
+
+Queries and values have biases of their own, and positions have projections.
+"""
+
+from collections.abc import Collection, Iterator
+
+from obc.model.groups import ChannelGroup, Side, Slice
+from obc.structures.transformers.axes import Axis
+from obc.structures.transformers.block import Block
+from obc.structures.transformers.family import Family, attributes, register
+from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.units import NotPrunableError
+
+_BIASES = ("q_bias", "v_bias")
+_POSITIONS = ("pos_proj", "pos_q_proj")
+
+
+def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
+    module = layers.modules[name]
+    own = dict(module.named_parameters(recurse=False))
+    if "heads" not in kinds or set(own) != set(_BIASES) or layers.layer(name, "in_proj") is None:
+        return
+    count, size = (getattr(module, key, None) for key in ("num_attention_heads", "attention_head_size"))
+    parent = name.rpartition(".")[0]
+    in_proj, output = joined(name, "in_proj"), joined(parent, "output.dense")
+    if not isinstance(count, int) or not isinstance(size, int) or layers.layer("", output) is None:
+        raise NotPrunableError(f"{type(module).__name__} does not say its heads, or has no output projection")
+    if any(layers.has(name, child) for child in ("head_logits_proj", "head_weights_proj")):
+        raise NotPrunableError("its heads are mixed with each other (talking heads)")
+    positions = [joined(name, child) for child in _POSITIONS if layers.layer(name, child) is not None]
+    widths = [layers.size(in_proj, "out"), layers.size(output, "in"), *(layers.size(one, "out") for one in positions)]
+    if widths != [3 * count * size, *[count * size] * (1 + len(positions))]:
+        raise NotPrunableError(f"its layers have {widths} channels, not those of {count} heads of {size}")
+    wide = channels(count, size)
+    slices = [Slice(in_proj, "out", channels(count, 3 * size))]
+    slices += [Slice(layer, "out", wide) for layer in (*(joined(name, key) for key in _BIASES), *positions)]
+    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
+        (joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in _BIASES
+    }
+    counted = {attributes("heads"): (count, 1), attributes("attention_width"): (count * size, size)}
+    yield Block(
+        ChannelGroup(in_proj, (*slices, Slice(output, "in", wide)), "heads"),
+        axes=axes,
+        counters=layers.counters([name], counted),
+        config={"num_attention_heads": 1} if layers.config is not None else {},
+        config_fixed={"head_dim": size},
+        attended=size,
+    )
+
+
+register(Family("deberta_v1", blocks=_heads))

@@ -1,0 +1,79 @@
+"""xLSTM: the heads of its matrix memories.
+
+A head has its rows of queries, keys, values, output gates, and one row each of the input and forget gates; the norm
+behind it is of one head at a time, with weights for each. With ``weight_mode="fused"`` these are the outputs of two
+layers: [queries | keys | values | output gates] and [input gates | forget gates].
+"""
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from obc.model.groups import ChannelGroup, Slice
+from obc.structures.transformers.block import Block
+from obc.structures.transformers.family import Family, register
+from obc.structures.transformers.layers import Layers, channels, joined, value_of
+from obc.structures.units import NotPrunableError
+
+_NORM = "multihead_norm"
+
+
+def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
+    module = layers.modules[name]
+    if "mixer_heads" not in kinds or not layers.has(name, _NORM) or layers.layer(name, "out_proj") is None:
+        return
+    heads = getattr(layers.modules[joined(name, _NORM)], "num_heads", None)
+    keyed, valued = (getattr(module, key, None) for key in ("qk_dim", "v_dim"))
+    if not (isinstance(heads, int) and isinstance(keyed, int) and isinstance(valued, int)):
+        raise NotPrunableError(f"{type(module).__name__} does not say its heads and their sizes")
+    if keyed % heads or valued % heads or layers.size(joined(name, "out_proj"), "in") != valued:
+        raise NotPrunableError(f"{keyed} channels of keys and {valued} of values are no {heads} whole heads")
+    projected = _projected(layers, name, channels(heads, keyed // heads), channels(heads, valued // heads))
+    for child, found in projected.items():
+        if layers.layer(name, child) is None or layers.size(joined(name, child), "out") != found.numel():
+            raise NotPrunableError(f"{joined(name, child)} is missing, or has not {found.numel()} outputs")
+    slices = [Slice(joined(name, child), "out", found) for child, found in projected.items()]
+    wide = channels(heads, valued // heads)
+    slices += [Slice(joined(name, _NORM), "out", wide), Slice(joined(name, "out_proj"), "in", wide)]
+    counters = layers.counters([name], {("qk_dim",): (keyed, keyed // heads), ("v_dim",): (valued, valued // heads)})
+    norm: dict[tuple[str, ...], tuple[int, int]] = {
+        ("num_heads",): (heads, 1),
+        ("num_features",): (valued, valued // heads),
+    }
+    yield Block(
+        ChannelGroup(slices[0].module, tuple(slices), "mixer_heads"),
+        counters=(*counters, *layers.counters([joined(name, _NORM)], norm)),
+        config=_config(layers, heads, keyed // heads, valued // heads),
+        reads_config=name if hasattr(module, "config") else None,
+    )
+
+
+def _projected(layers: Layers, name: str, keyed: Tensor, valued: Tensor) -> dict[str, Tensor]:
+    """Layer -> the out channels of every head."""
+    heads = len(keyed)
+    if layers.layer(name, "qkv_opreact") is not None:
+        starts = (0, keyed.numel(), 2 * keyed.numel(), 2 * keyed.numel() + valued.numel())
+        parts = [part + start for part, start in zip((keyed, keyed, valued, valued), starts, strict=True)]
+        return {"qkv_opreact": torch.cat(parts, 1), "ifgate_preact": channels(heads, 1, 2)}
+    gates = dict.fromkeys(("igate_preact", "fgate_preact"), channels(heads, 1))
+    return {"q": keyed, "k": keyed, "v": valued, "ogate_preact": valued, **gates}
+
+
+def _config(layers: Layers, heads: int, keyed: int, valued: int) -> dict[str, float]:
+    """Keys that count heads, and widths that the config says as multiples of the hidden size."""
+    hidden = value_of(layers.config, "hidden_size")
+    if not hidden or value_of(layers.config, "num_heads") != heads:
+        return {}
+    return {"num_heads": 1, "qk_dim_factor": keyed / hidden, "v_dim_factor": valued / hidden}
+
+
+register(
+    Family(
+        "xlstm",
+        feed_forwards=(("proj_up_gate", "proj_up", "proj_down"),),
+        fused_feed_forwards=(("proj_up_gate_z", "proj_down"),),
+        attributes={"inner_width": ("up_proj_dim",)},
+        blocks=_heads,
+    )
+)

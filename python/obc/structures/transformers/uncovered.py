@@ -1,0 +1,63 @@
+"""Modules of repeated blocks that no kind of group covers: each is named, so that nothing is left out in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import nn
+
+from obc.structures.transformers.block import Block
+from obc.structures.transformers.layers import Layers
+
+_SHOWN = 6  # weights that a reason names
+
+
+def uncovered(layers: Layers, blocks: Mapping[str, Block], left_out: Collection[str]) -> dict[str, str]:
+    """Module of a repeated block -> that none of its weights is in a group.
+
+    A module counts as covered where a group has any layer or parameter inside it, and where it, or a module around or
+    inside it, is left out with a reason already. So projections that a group leaves alone, beside others of the same
+    module, are not named.
+
+    Args:
+        layers: of the model.
+        blocks: all that were found, of all kinds.
+        left_out: names of modules that are left out with a reason.
+    """
+    covered = _with_those_around(part.module for block in blocks.values() for part in block.group.slices)
+    covered |= _with_those_around(left_out)
+    weights: dict[str, list[str]] = {}
+    for name, module in layers.modules.items():
+        matrices = [
+            key for key, parameter in module._parameters.items() if parameter is not None and parameter.dim() > 1
+        ]
+        if not matrices or isinstance(module, nn.Embedding):
+            continue
+        is_layer = matrices == ["weight"]
+        holder = name.rpartition(".")[0] if is_layer else name
+        repeated = any(part.isdigit() for part in holder.split("."))
+        if repeated and holder not in covered and not _with_those_around([holder]) & {*left_out}:
+            weights.setdefault(holder, []).extend([name.rpartition(".")[2]] if is_layer else matrices)
+    beside = {name.rpartition(".")[0] for name in left_out}  # the output projection of an attention that is left out
+    return {
+        holder: _reason(layers.modules[holder], names)
+        for holder, names in weights.items()
+        if len(names) > 1 or holder.rpartition(".")[0] not in beside
+    }
+
+
+def _with_those_around(names: Iterable[str]) -> set[str]:
+    """These names, and those of all modules around them."""
+    found: set[str] = set()
+    for name in names:
+        while name and name not in found:
+            found.add(name)
+            name = name.rpartition(".")[0]
+    return found
+
+
+def _reason(module: nn.Module, names: list[str]) -> str:
+    more = "" if len(names) <= _SHOWN else f" and {len(names) - _SHOWN} more"
+    return (
+        f"{type(module).__name__} has no units of a kind that is known (its weights: {', '.join(names[:_SHOWN])}{more})"
+    )
