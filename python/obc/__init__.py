@@ -4,6 +4,7 @@ from obc import backends, ops, quality, reference
 from obc.backends import use_backend
 from obc.info import info
 from obc.model.errors import PruningError
+from obc.model.latency_table import LatencyTable
 from obc.pruning import PruningResult, prune
 from obc.recovery import (
     Distillation,
@@ -20,6 +21,8 @@ from obc.recovery import (
 from obc.scoring import ChannelRows, ChannelScores, Coverage, JacobianScorer, Scores, memory_estimate, score
 from obc.selection import select
 from obc.statistics import Statistics, collect
+from obc.structures.latency import measure_latency
+from obc.structures.memory import MemoryUse
 from obc.structures.transformers import transformer_groups
 
 __all__ = [
@@ -30,6 +33,8 @@ __all__ = [
     "EquivalentPruning",
     "JacobianScorer",
     "Kept",
+    "LatencyTable",
+    "MemoryUse",
     "PlanError",
     "PruningError",
     "PruningPlan",
@@ -42,6 +47,7 @@ __all__ = [
     "compensate",
     "equivalent_pruning",
     "info",
+    "measure_latency",
     "memory_estimate",
     "ops",
     "prune",

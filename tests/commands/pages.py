@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from obc.pruning import PruningReport, StepReport
+from obc.pruning.report import Change
 from obc.recovery import CompensationReport, LayerCompensation, LayerCorrection
 from obc.scoring import ChannelScores, Scores
 from obc.structures.proof import Proof
@@ -47,10 +48,12 @@ def report() -> PruningReport:
         macs_measured=0.5,
         parameters_before=800,
         parameters_after=300,
+        known={"latency": Change(0.5, 0.25, HOSTILE), HOSTILE: Change(1e6, 0.0, QUOTED)},
+        speed=Change(0.5, 0.25, HOSTILE),
         widths={"layers.0": (64, 32), HOSTILE: (10, 1), f"model.layers.{'very_' * 30}long": (4096, 4096)},
         steps=[
-            StepReport(0.7, 0.69, 0.6, {"layers.0": 16}),
-            StepReport(0.5, 0.498, 0.375, {HOSTILE: 9, "layers.0": 16}),
+            StepReport(0.7, 0.69, 0.6, {"layers.0": 16}, 0.69),
+            StepReport(0.5, 0.498, 0.375, {HOSTILE: 9, "layers.0": 16}, 0.498),
         ],
         seconds={"score": 1.25, "select": 0.01},
         unscored={QUOTED: HOSTILE},

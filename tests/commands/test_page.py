@@ -146,7 +146,7 @@ DAMAGED = {
     "step": (_damaged(lambda fields: fields["steps"][0].pop("target")), "StepReport has no 'target'"),
     "width": (_damaged(lambda fields: fields["widths"].update(a=[1])), "widths: expected"),
     "layer": (_damaged(lambda fields: fields["compensation"]["layers"].update(a={})), "compensation: layers: "),
-    "budget": (_damaged(lambda fields: fields.update(budget="bytes")), "budget: expected"),
+    "budget": (_damaged(lambda fields: fields.update(budget="joules")), "budget: expected"),
 }
 
 

@@ -48,7 +48,7 @@ def test_the_budget_is_met() -> None:
         case.model, batches=case.batches, loss_fn=_loss(case), active_params=0.85, steps=2, structure=structure
     )
     assert met_by_a_token(case.model) <= 0.85 * before
-    assert result.report.steps[-1].active == pytest.approx(met_by_a_token(case.model) / before)
+    assert result.report.steps[-1].remaining == pytest.approx(met_by_a_token(case.model) / before)
 
 
 def test_dense_models_meet_all_and_traced_ones_are_refused() -> None:

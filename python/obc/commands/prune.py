@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,14 @@ import torch
 from safetensors.torch import save_model
 
 import obc
-from obc.commands import checkpoints, entry_point, prune_scored
+from obc.commands import budget_options, checkpoints, entry_point, prune_scored
 from obc.commands.common import REPORT_FILES, UsageError, folder, require
 from obc.commands.run_log import add_log, say
 from obc.commands.score import positive
-from obc.pruning.arguments import Budget
+from obc.pruning.budgets import Budget
 
 _DESCRIPTION = f"""\
-Prune a model until a share of its multiply-accumulates, or of its parameters, remains.
+Prune a model until a share of its multiply-accumulates remains, or of its parameters, memory or latency.
 
 obc prune module:function        score, select, remove, step by step (obc.prune); writes model.safetensors (the pruned
                                  state dict), plan.json (what every layer kept) and report.json.
@@ -56,11 +57,7 @@ def add(commands: Any) -> None:
     )
     prune.add_argument("target", metavar="module:function | MODEL_DIR")
     prune.add_argument("--out", type=Path, required=True, help="folder of what is written")
-    share = prune.add_mutually_exclusive_group()
-    share.add_argument("--macs", type=_share, help="share of the MACs that remains (default: 0.5)")
-    share.add_argument("--params", type=_share, help="instead: share of the parameters that remains")
-    share.add_argument("--blocks", type=_share, help="instead: share that remains of the parameters that can be pruned")
-    share.add_argument("--ratio", type=_share, help="share of the MACs that goes: --ratio 0.3 is --macs 0.7")
+    budget_options.add(prune)
     prune.add_argument("--round-to", type=positive, help="widths become multiples of it")
     prune.add_argument(
         "--compensate", choices=("mean", "correct", "ls", "seq"), help="let the rest take over what went"
@@ -87,18 +84,9 @@ def add(commands: Any) -> None:
     prune.set_defaults(command=run)
 
 
-def _share(text: str) -> float:
-    """An argument that is some of a whole, not all of it."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value:g}")
-    return value
-
-
 def run(parsed: argparse.Namespace) -> int:
     """By its scores where the target is a directory, else by obc.prune; options of the other way are refused."""
-    macs = 1 - parsed.ratio if parsed.ratio is not None else parsed.macs
-    budget = Budget.of(macs, parsed.params, parsed.blocks)
+    budget = budget_options.budget_of(parsed)
     if Path(parsed.target).is_dir():
         _refuse(parsed, _ENTRY_ONLY, "is for module:function")
         return prune_scored.run(parsed, budget)
@@ -124,24 +112,40 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
     options = {name: value for name, value in given.items() if value is not None} | dict(subject.further)
     if parsed.ignore:
         options["ignored_layers"] = [*options.get("ignored_layers", ()), *parsed.ignore]
-    options[budget.argument] = budget.share
     torch.manual_seed(parsed.seed)
     try:
+        if parsed.kinds is not None:
+            options["structure"] = _structure_of(subject, parsed.kinds, options.pop("ignored_layers", ()))
         result = obc.prune(
             subject.model,
-            subject.example_inputs,
+            None if parsed.kinds else subject.example_inputs,
             subject.batches,
             subject.loss_fn,
             compensate=parsed.compensate,
             round_to=parsed.round_to,
             seed=parsed.seed,
+            measure=parsed.measure,
+            **budget_options.keywords(budget),
             **options,
         )
-    except (ValueError, obc.PlanError) as error:
+    except (ValueError, obc.PlanError, obc.PruningError) as error:
         raise UsageError(str(error)) from error
     save_model(result.model, str(out / "model.safetensors"), force_contiguous=True)
     result.plan.save(out / "plan.json")
     result.report.save(out / REPORT_FILES[0])
+    if result.latency_table is not None:
+        result.latency_table.save(out / budget_options.TABLE_FILE)
     say(result.report)
     say(f"written: {out}/model.safetensors, plan.json, {REPORT_FILES[0]}; as a page: obc report {out}")
     return 0
+
+
+def _structure_of(subject: entry_point.Subject, kinds: Sequence[str], ignored: Sequence[Any]) -> Any:
+    """The groups of these kinds, of a transformers model."""
+    require(checkpoints.PACKAGES)
+    from obc.structures.transformers import TransformersStructure
+
+    structure = TransformersStructure(subject.model, kinds, ignored_layers=ignored)
+    if not structure.groups:
+        raise UsageError(f"--kinds {' '.join(kinds)}: none of them was found; they are of transformers models")
+    return structure

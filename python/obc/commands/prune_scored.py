@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 import obc
-from obc.commands import checkpoints, data
+from obc.commands import budget_options, checkpoints, data
 from obc.commands.common import REPORT_FILES, UsageError, folder, require
 from obc.commands.report import load as load_scores
 from obc.commands.run_log import say
 from obc.criteria import get, scores_from
 from obc.model.plan import PruningPlan
-from obc.pruning.arguments import Budget, chosen_allocation
+from obc.pruning.arguments import chosen_allocation
+from obc.pruning.budgets import Budget
+from obc.pruning.measured_speed import MeasuredSpeed
 from obc.pruning.provenance import provenance
 from obc.pruning.report import PruningReport
 from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
-from obc.selection import select
+from obc.selection import Costs, select
 from obc.selection.allocation import Task
 from obc.selection.choice import BudgetError
 from obc.selection.uniform import select_uniform
@@ -51,9 +54,14 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
     try:
         if isinstance(scores, Scores):
             scores.verify(model)
-        structure = TransformersStructure(model, uniform=bool(parsed.uniform), round_to=parsed.round_to)
+        options = {} if parsed.kinds is None else {"kinds": parsed.kinds}
+        structure = TransformersStructure(model, uniform=bool(parsed.uniform), round_to=parsed.round_to, **options)
+        run_first = _on_first_batch(parsed, model, source)
+        budget = budget.ready(structure, run_first, parsed.round_to)
         original = copy.deepcopy(model) if parsed.compensate else model
         before, report = dict(model.state_dict()), _report(parsed, structure, budget)
+        kinds = {group.name: group.kind for group in structure.groups}
+        speed = MeasuredSpeed(model, run_first, report) if parsed.measure else None
         if isinstance(scores, Scores):
             chosen = _chosen(structure, scores, budget, report)
         else:
@@ -61,15 +69,14 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
         structure.remove(chosen)
         structure.plan.verify(before, model)
     except BudgetError as error:
-        least = 1 - error.reachable / budget.counted(structure.costs(budget.unit))
+        least = 1 - error.reachable / budget.counted(budget.costs(structure))
+        option = f"--{budget.argument.replace('_', '-')} {budget.share:g}"
         raise UsageError(
-            f"--{budget.argument} {budget.share:g} is out of reach: {least:.4f} remain where every group that can be "
-            "pruned keeps its least"
+            f"{option} is out of reach: {least:.4f} remain where every group that can be pruned keeps its least"
         ) from error
-    except ValueError as error:
+    except (ValueError, obc.PruningError) as error:
         raise UsageError(str(error)) from error
-    _note_result(report, structure)
-    kinds = {group.name: group.kind for group in structure.groups}
+    _note_result(report, structure, budget)
     shares = report.macs_after / report.macs_before, report.parameters_after / report.parameters_before
     say(f"MACs a token: {shares[0]:.1%} remain; parameters: {shares[1]:.1%}")
     say(*(f"  {name} ({kinds[name]}): {was} -> {now}" for name, (was, now) in report.widths.items()))
@@ -78,7 +85,15 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
         say(_compensate(parsed, model, original, structure.plan, report))
         if set(model.state_dict()) != set(before):
             structure.config_refused = "layers have biases now that no config can say"
+    structure.compact()
+    if speed is not None:
+        speed.finish(model)
+    say(*(f"{name}: {one.before:g} -> {one.after:g} {one.counted}" for name, one in report.known.items()))
+    if report.speed is not None:
+        say(report.speed_said())
     _save(model, structure, source, folder(out))
+    if budget.meters.table is not None:
+        budget.meters.table.save(out / budget_options.TABLE_FILE)
     report.save(out / REPORT_FILES[1])
     say(f"as a page: obc report {out}")
     return 0
@@ -89,7 +104,7 @@ def _report(parsed: argparse.Namespace, structure: Any, budget: Budget) -> Pruni
     choices = {
         "directory": parsed.target,
         "scores": parsed.scores,
-        "budget": f"{budget.argument}={budget.share:g}",
+        "budget": budget.said,
         "criterion": parsed.criterion or "jacobian",
         "allocation": parsed.allocation or ("uniform" if parsed.uniform else "global"),
         "compensate": parsed.compensate,
@@ -97,7 +112,7 @@ def _report(parsed: argparse.Namespace, structure: Any, budget: Budget) -> Pruni
         "MACs": "of one token",
     }
     macs, parameters = (round(structure.costs(unit).total()) for unit in ("macs", "parameters"))
-    return PruningReport(
+    report = PruningReport(
         budget=budget.unit,
         macs_before=macs,
         parameters_before=parameters,
@@ -106,16 +121,32 @@ def _report(parsed: argparse.Namespace, structure: Any, budget: Budget) -> Pruni
         unproved={"the whole model": "a directory is pruned by its scores without a forward pass"},
         provenance=provenance(structure.model, choices),
     )
+    report.note_known(budget.meters.known(structure), before=True)
+    return report
 
 
-def _note_result(report: PruningReport, structure: Any) -> None:
+def _on_first_batch(parsed: argparse.Namespace, model: nn.Module, source: Path) -> Callable[[nn.Module], Any]:
+    """Runs a model on the first batch of ``--data``, which latency and speed are measured on."""
+    measured = parsed.latency is not None and parsed.latency_table is None
+    if (measured or parsed.measure) and parsed.data is None:
+        what = "--measure" if parsed.measure else "--latency without --latency-table"
+        raise UsageError(f"{what} needs --data: a forward pass on its first batch is timed")
+    if not (measured or parsed.measure):
+        return lambda _: None
+    batch = _batches(parsed, model, source, 1)[0]
+    return lambda one: checkpoints.outputs(one, batch)
+
+
+def _note_result(report: PruningReport, structure: Any, budget: Budget) -> None:
     """What remains."""
+    report.note_known(budget.meters.known(structure), before=False)
     report.macs_after, report.parameters_after = (
         round(structure.costs(unit).total()) for unit in ("macs", "parameters")
     )
     now = {group.name: group.size for group in structure.groups}
-    report.widths = {name: (before, now[name]) for name, (before, _) in report.widths.items()}
-    report.left_out, report.warnings = dict(structure.left_out), list(structure.warnings)
+    report.widths = {name: (before, now.get(name, 0)) for name, (before, _) in report.widths.items()}
+    report.left_out |= structure.left_out
+    report.warnings = list(structure.warnings)
 
 
 def _statistics(path: Path) -> obc.Statistics:
@@ -135,7 +166,7 @@ def _by_criterion(
     report: PruningReport,
 ) -> dict[str, Tensor]:
     """The units to remove by a criterion of statistics."""
-    found, limits, costs = get(criterion), structure.limits, structure.costs(budget.unit)
+    found, limits, costs = get(criterion), structure.limits, budget.costs(structure)
     if hasattr(found, "measure"):
         raise UsageError(f"--criterion {criterion} runs the model itself: prune by a module:function")
     chosen = chosen_allocation(allocation, found)
@@ -149,7 +180,7 @@ def _by_criterion(
         scores,
         structure.groups,
         costs,
-        (1 - budget.share) * budget.counted(costs),
+        _excess(budget, costs),
         per_cost=getattr(found, "per_cost", True),
         min_units=limits.min_units,
         round_to=limits.round_to,
@@ -162,7 +193,7 @@ def _by_criterion(
 
 def _chosen(structure: Any, scores: Scores, budget: Budget, report: PruningReport) -> dict[str, Tensor]:
     """The units to remove: sets of them where the file has rows, else one by one."""
-    groups, costs, limits = structure.groups, structure.costs(budget.unit), structure.limits
+    groups, costs, limits = structure.groups, budget.costs(structure), structure.limits
     joint = bool(scores.rows)
     values: dict[str, Tensor]
     if joint:
@@ -174,7 +205,10 @@ def _chosen(structure: Any, scores: Scores, budget: Budget, report: PruningRepor
         raise UsageError("the scores have nothing of any group that can be pruned; score the model itself")
     for name, units in values.items():
         report.note_scores(name, units.square().sum(0) if joint else units)
-    freed = (1 - budget.share) * budget.counted(costs)
+    report.left_out |= {
+        group.name: "the scores have nothing of it" for group in groups if group.is_depth and group.name not in values
+    }
+    freed = _excess(budget, costs)
     selection = "joint" if joint else "independent"
     options: dict[str, Any] = {"selection": selection, "min_units": limits.min_units, "round_to": limits.round_to}
     if limits.families:
@@ -182,20 +216,30 @@ def _chosen(structure: Any, scores: Scores, budget: Budget, report: PruningRepor
     return select(values, costs, freed, **options)
 
 
-def _compensate(
-    parsed: argparse.Namespace, model: Any, original: nn.Module, plan: PruningPlan, report: PruningReport
-) -> str:
-    """Compensate ``model`` in place from ``--data``, and say in a line what came of it."""
-    batches = data.batches(
+def _excess(budget: Budget, costs: Costs) -> float:
+    """What has to be freed."""
+    assert budget.share is not None
+    return (1 - budget.share) * budget.counted(costs)
+
+
+def _batches(parsed: argparse.Namespace, original: nn.Module, source: Path, count: int) -> list[Any]:
+    return data.batches(
         parsed.data,
         original,
-        Path(parsed.target),
+        source,
         "label-free",
-        count=_CALIBRATION_BATCHES,
+        count=count,
         size=_CALIBRATION_BATCH,
         seq_len=parsed.seq_len,
         seed=parsed.seed,
     )
+
+
+def _compensate(
+    parsed: argparse.Namespace, model: Any, original: nn.Module, plan: PruningPlan, report: PruningReport
+) -> str:
+    """Compensate ``model`` in place from ``--data``, and say in a line what came of it."""
+    batches = _batches(parsed, original, Path(parsed.target), _CALIBRATION_BATCHES)
     if parsed.compensate == "mean":
         report.means = means = absorb_means(model, original, plan, batches, checkpoints.outputs)
         report.parameters_after = sum(parameter.numel() for parameter in model.parameters())

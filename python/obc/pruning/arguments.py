@@ -1,4 +1,4 @@
-"""The arguments of ``obc.prune``: the budget and its steps, choices by name, batches."""
+"""The arguments of ``obc.prune``: choices by name, caps, batches."""
 
 from __future__ import annotations
 
@@ -7,89 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import Tensor
-
 from obc.criteria import Jacobian, get
 from obc.criteria.protocol import name_of
-from obc.model.costs import Costs
 from obc.model.groups import Slices
 from obc.selection.allocation import Allocation, block_of, found_for
 from obc.selection.allocations import allocation_of
-from obc.structures.protocol import Unit
-
-_DEFAULT_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What is to remain of the unpruned model.
-
-    Attributes:
-        unit: of its costs.
-        share: of these costs, in (0, 1].
-        blocks: only what depends on the groups' widths counts: neither embeddings nor a head.
-    """
-
-    unit: Unit
-    share: float
-    blocks: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        macs: float | None,
-        params: float | None,
-        blocks: float | None = None,
-        active_params: float | None = None,
-    ) -> Budget:
-        """The one that is given; half of the MACs where none is.
-
-        Raises:
-            ValueError: several are given, or the share does not lie in (0, 1].
-        """
-        given = {"macs": macs, "params": params, "blocks": blocks, "active_params": active_params}
-        shares = {name: share for name, share in given.items() if share is not None}
-        if len(shares) > 1:
-            said = " and ".join(f"{name}={share:g}" for name, share in shares.items())
-            count = {2: "two", 3: "three", 4: "four"}[len(shares)]
-            raise ValueError(f"{said} are {count} budgets; pass the one that is to be met")
-        name, share = next(iter(shares.items()), ("macs", _DEFAULT_SHARE))
-        units: dict[str, Unit] = {"macs": "macs", "active_params": "active_parameters"}
-        budget = cls(units.get(name, "parameters"), share, name == "blocks")
-        if not 0 < budget.share <= 1:
-            raise ValueError(f"{budget.argument} is the share that remains, in (0, 1], got {budget.share}")
-        return budget
-
-    @property
-    def argument(self) -> str:
-        """As ``obc.prune`` calls it."""
-        arguments = {"macs": "macs", "parameters": "params", "active_parameters": "active_params"}
-        return "blocks" if self.blocks else arguments[self.unit]
-
-    @property
-    def noun(self) -> str:
-        """As messages call it."""
-        nouns = {"macs": "MACs", "parameters": "parameters", "active_parameters": "active parameters"}
-        return "prunable parameters" if self.blocks else nouns[self.unit]
-
-    def counted(self, costs: Costs, widths: Tensor | None = None) -> float:
-        """What of the costs, at ``widths`` or as the model is now, the share is of."""
-        return costs.total(widths) - (costs.constant if self.blocks else 0.0)
-
-    def schedule(self, steps: int | Sequence[float]) -> list[float]:
-        """The share that remains after every step.
-
-        Raises:
-            ValueError: a number of steps below 1, or shares that do not descend to the budget's.
-        """
-        if isinstance(steps, int):
-            count = positive("steps", steps)
-            return [self.share ** (step / count) for step in range(1, count + 1)]
-        shares = [float(share) for share in steps]
-        if not shares or shares[-1] != self.share or shares != sorted(set(shares), reverse=True) or shares[0] > 1:
-            to = f"{self.argument}={self.share}"
-            raise ValueError(f"steps must be shares of {self.noun} that descend to {to}, got {shares}")
-        return shares
 
 
 @dataclass(frozen=True)

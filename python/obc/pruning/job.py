@@ -20,7 +20,8 @@ from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
 from obc.model.groups import ChannelGroup
 from obc.model.progress import ProgressLog
-from obc.pruning.arguments import Budget, Choice
+from obc.pruning.arguments import Choice
+from obc.pruning.budgets import Budget
 from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof
 from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
@@ -61,15 +62,17 @@ class Job:
         self._importance: Mapping[str, float] = {}
         self._evaluation: Evaluation | None = None
         self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
-        self.full = budget.counted(structure.costs(budget.unit))
+        costs = self._costs()
+        self.full = budget.counted(costs)
         subject.batches.on_left_out = self._warn
         report.left_out = dict(getattr(structure, "left_out", {}))
         report.budget = budget.unit
+        report.note_known(budget.meters.known(structure), before=True)
         report.macs_before, report.parameters_before = (round(self.unpruned[unit]) for unit in _UNITS)
 
     def _costs(self) -> Costs:
-        """Of the model as it is now, in the unit of the budget."""
-        return self.structure.costs(self.budget.unit)
+        """What the budget counts, of the model as it is now."""
+        return self.budget.costs(self.structure)
 
     def run(
         self, schedule: Sequence[float], on_step: Callable[[PruningResult], None] | None, progress: bool | None
@@ -97,8 +100,9 @@ class Job:
             if 0 < after < NARROW * before:
                 self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
 
-    def note_warnings(self) -> None:
-        """What the structure has to say of the model as it is now."""
+    def finish(self) -> None:
+        """What the model costs in the end, and what the structure has to say of it."""
+        self.report.note_known(self.budget.meters.known(self.structure), before=False)
         for warning in getattr(self.structure, "warnings", ()):
             self._warn(warning)
 
@@ -143,10 +147,8 @@ class Job:
 
     def _note_step(self, target: float, removed: Mapping[str, int]) -> None:
         macs, parameters = (self.structure.costs(unit).total() / self.unpruned[unit] for unit in _UNITS)
-        active = None
-        if self.budget.unit == "active_parameters":
-            active = self._costs().total() / self.full
-        self.report.steps.append(StepReport(target, macs, parameters, removed, active))
+        remaining = self.budget.counted(self._costs()) / self.full
+        self.report.steps.append(StepReport(target, macs, parameters, removed, remaining))
 
     def _rows(self, subject: Subject) -> dict[str, Tensor]:
         """(N, units) rows of every group for joint selection, its (units,) scores for the independent one."""

@@ -8,12 +8,13 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from obc.files import atomic_write, built, parse_json
+from obc.model.latency_table import LatencyTable
 from obc.model.plan import PruningPlan
 from obc.page.document import Section
 from obc.pruning.report_page import pruning_fragment, pruning_page
@@ -21,9 +22,10 @@ from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.fusion import FusionReport
 from obc.recovery.mean_bias import MeansReport
 from obc.structures.proof import Proof
-from obc.structures.protocol import Unit
 
 _FORMAT = "obc.PruningReport/1"
+# The units that budgets count.
+Counted = Literal["macs", "parameters", "active_parameters", "bytes", "seconds"]
 # Values that a curve of scores has at most.
 _POINTS = 121
 
@@ -37,26 +39,34 @@ class StepReport:
     """One scoring and removal.
 
     Attributes:
-        target: share of the unpruned model's MACs, or parameters, that was to be reached.
+        target: share of what the budget counts of the unpruned model that was to be reached.
         macs: share of the MACs that remained after it.
-        parameters: share of the parameters that remained after it. The one that was asked for is below the target by
-            less than the last unit removed.
+        parameters: share of the parameters that remained after it.
         removed: units removed from each group, where any were.
-        active: share of the parameters that one token meets; None where the budget was another.
+        remaining: share of what the budget counts that remained after it, below the target by less than the last unit
+            removed.
     """
 
     target: float
     macs: float
     parameters: float
     removed: Mapping[str, int]
-    active: float | None = None
+    remaining: float
 
-    def of(self, unit: Unit) -> float:
-        """The share of this unit that remained."""
-        if unit == "active_parameters":
-            assert self.active is not None
-            return self.active
-        return self.macs if unit == "macs" else self.parameters
+
+@dataclass
+class Change:
+    """How much of something there was, and is.
+
+    Attributes:
+        before: of the unpruned model.
+        after: of the pruned model.
+        counted: what is counted, in words that begin with its unit.
+    """
+
+    before: float
+    after: float
+    counted: str
 
 
 @dataclass
@@ -68,17 +78,19 @@ class PruningReport:
     (:func:`obc.structures.transformers.costs.transformer_costs`).
 
     Attributes:
-        budget: what ``steps`` have targets of, "macs" or "parameters".
+        budget: what ``steps`` have targets of: "macs", "parameters", "active_parameters", "bytes" or "seconds".
         macs_before: of the unpruned model.
         macs_after: of the pruned model.
         macs_measured: the share of the MACs executed on the first batch that the pruned model executes, all products of
             matrices counted; None where they could not be counted.
         parameters_before: of the unpruned model.
         parameters_after: of the pruned model.
+        known: what else is known of both: "blocks", "active_params", "memory", "latency" (:class:`Change`).
+        speed: seconds of a forward pass on the first batch, with ``measure=True``.
         widths: group -> (units before, units after).
         steps: one entry a step that removed something.
-        seconds: wall time by part: "structure", "count", "score", "select", "remove", "recalibrate", "compensate",
-            "verify".
+        seconds: wall time by part: "structure", "latency" (measuring a table), "count", "score", "select", "remove",
+            "recalibrate", "compensate", "verify", "measure".
         unscored: layers whose rows were wanted and could not be read -> why.
         left_out: groups that were not pruned -> why.
         warnings: what deserves a second look.
@@ -96,12 +108,14 @@ class PruningReport:
         provenance: what was asked for, of which model, with which software, and when.
     """
 
-    budget: Unit = "macs"
+    budget: Counted = "macs"
     macs_before: int = 0
     macs_after: int = 0
     macs_measured: float | None = None
     parameters_before: int = 0
     parameters_after: int = 0
+    known: dict[str, Change] = field(default_factory=dict)
+    speed: Change | None = None
     widths: dict[str, tuple[int, int]] = field(default_factory=dict)
     steps: list[StepReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -118,6 +132,14 @@ class PruningReport:
     scores: dict[str, list[float]] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
 
+    def note_known(self, found: Mapping[str, tuple[float, str]], before: bool) -> None:
+        """Remember what is known of the unpruned model, ``before``, or of the pruned one."""
+        for name, (value, counted) in found.items():
+            if before:
+                self.known[name] = Change(value, value, counted)
+            elif name in self.known:
+                self.known[name].after = value
+
     def note_scores(self, name: str, scores: Tensor) -> None:
         """Remember a group's (units,) scores, unless they are known from an earlier step."""
         if name in self.scores:
@@ -132,6 +154,8 @@ class PruningReport:
         """Everything as plain Python values, for JSON, but for the matrices of compensation."""
         fields = dict(vars(self))
         fields["steps"] = [asdict(step) for step in self.steps]
+        fields["known"] = {name: asdict(change) for name, change in self.known.items()}
+        fields["speed"] = None if self.speed is None else asdict(self.speed)
         fields["proof"] = None if self.proof is None else asdict(self.proof)
         fields["means"] = None if self.means is None else asdict(self.means)
         fields["fusion"] = None if self.fusion is None else asdict(self.fusion)
@@ -186,6 +210,9 @@ class PruningReport:
             _change("MACs", self.macs_before, self.macs_after) + self._measured(),
             _change("parameters", self.parameters_before, self.parameters_after),
         ]
+        lines += [f"{name}: {one.before:g} -> {one.after:g} {one.counted}" for name, one in self.known.items()]
+        if self.speed is not None:
+            lines.append(self.speed_said())
         width = max(map(len, self.widths), default=0)
         lines += [f"  {name:{width}}  {before:6d} -> {after:6d}" for name, (before, after) in self.widths.items()]
         lines += [f"  {name}: not pruned: {why}" for name, why in self.left_out.items()]
@@ -195,6 +222,12 @@ class PruningReport:
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines.append("seconds: " + ", ".join(f"{part} {spent:.2f}" for part, spent in self.seconds.items()))
         return "\n".join(lines)
+
+    def speed_said(self) -> str:
+        """The speed-up that was measured, in a line."""
+        assert self.speed is not None
+        before, after, counted = self.speed.before, self.speed.after, self.speed.counted
+        return f"measured speed-up: {before / after:.2f} ({before:.4g} -> {after:.4g} {counted})"
 
     def _measured(self) -> str:
         if self.macs_measured is None or not self.macs_before:
@@ -228,11 +261,13 @@ class PruningResult:
         model: the model that was passed, pruned in place.
         plan: what every layer kept of the unpruned model, verified value by value.
         report: what was done.
+        latency_table: that was given or measured, to prune the unpruned model by again; None where there was none.
     """
 
     model: nn.Module
     plan: PruningPlan
     report: PruningReport
+    latency_table: LatencyTable | None = None
 
     def _repr_html_(self) -> str:
         return self.report._repr_html_()

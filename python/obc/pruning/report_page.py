@@ -50,8 +50,16 @@ def _costs(report: Report) -> Html:
     rows = []
     for name, (before, after) in changes.items():
         share = after / before if before else 0.0
-        rows.append([name, bar(share), f"{number(before)} → {number(after)}", f"{share:.1%}"])
-    return table(["", "", "before → after", "remain"], rows, label="MACs and parameters before and after")
+        rows.append([name, bar(share), f"{number(before)} → {number(after)}", f"{share:.1%}", ""])
+    for name, change in report["known"].items():
+        before, after = change["before"], change["after"]
+        share = after / before if before else 0.0
+        shown = f"{number(before)} → {number(after)}" if before >= 1 else f"{before:.3g} → {after:.3g}"
+        rows.append([_NAMES.get(name, name), bar(share), shown, f"{share:.1%}", change["counted"]])
+    return table(["", "", "before → after", "remain", "counted"], rows, label="every budget before and after")
+
+
+_NAMES = {"blocks": "prunable parameters", "active_params": "active parameters"}
 
 
 def _budgets(report: Report) -> Html:
@@ -60,6 +68,9 @@ def _budgets(report: Report) -> Html:
         parts.append(
             element("p", f"MACs counted on the first batch, all matrix products: {report['macs_measured']:.1%} remain.")
         )
+    if (speed := report["speed"]) is not None:
+        said = f"measured speed-up: {speed['before'] / speed['after']:.2f}"
+        parts.append(element("p", f"{said} ({speed['before']:.4g} → {speed['after']:.4g} {speed['counted']})"))
     return safe(*parts)
 
 
@@ -71,12 +82,13 @@ def _steps(report: Report) -> Html:
             f"{step['target']:.3f}",
             f"{step['macs']:.3f}",
             f"{step['parameters']:.3f}",
+            f"{step['remaining']:.3f}",
             sum(step["removed"].values()),
         ]
         for index, step in enumerate(report["steps"], 1)
     ]
     if steps:
-        head = ["step", f"target, of {report['budget']}", "MACs", "parameters", "units removed"]
+        head = ["step", f"target, of {report['budget']}", "MACs", "parameters", "budget", "units removed"]
         parts += [table(head, steps, label="the share that remained after every step")]
     if report["seconds"]:
         spent = [[name, f"{seconds:.2f}"] for name, seconds in report["seconds"].items()]

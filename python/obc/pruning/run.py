@@ -1,8 +1,9 @@
-"""``obc.prune``: from a trained model to one with a given share of its MACs or parameters, in one call."""
+"""``obc.prune``: from a trained model to one within a budget of MACs, parameters, memory or time, in one call."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
@@ -15,12 +16,12 @@ from obc.criteria.protocol import LossFn, name_of
 from obc.model.errors import PruningError
 from obc.model.evaluation import ForwardFn, call_on_batch, with_outputs
 from obc.model.groups import Slices
+from obc.model.latency_table import LatencyTable
 from obc.model.names import named_tensors
 from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
 from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import (
-    Budget,
     Caps,
     Choice,
     Compensation,
@@ -30,14 +31,17 @@ from obc.pruning.arguments import (
     one_of,
     repeatable,
 )
+from obc.pruning.budgets import Budget, Meters
 from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on, take_out_blocks
 from obc.pruning.job import Job
 from obc.pruning.measured_macs import MeasuredMacs
+from obc.pruning.measured_speed import MeasuredSpeed
 from obc.pruning.provenance import provenance
 from obc.pruning.report import PruningReport, PruningResult, timed
 from obc.pruning.snapshot import Snapshot
 from obc.scoring.label_free import label_free_loss
+from obc.structures.memory import MemoryUse
 from obc.structures.protocol import Structure
 
 
@@ -51,6 +55,10 @@ def prune(
     params: float | None = None,
     blocks: float | None = None,
     active_params: float | None = None,
+    memory: float | None = None,
+    latency: float | None = None,
+    memory_use: MemoryUse | None = None,
+    latency_table: LatencyTable | str | os.PathLike[str] | None = None,
     criterion: str | Any = "jacobian",
     allocation: str | Any | None = None,
     selection: Selection | None = None,
@@ -74,6 +82,7 @@ def prune(
     structure: Structure | None = None,
     seed: int = 0,
     verify: bool = True,
+    measure: bool = False,
     on_step: Callable[[PruningResult], None] | None = None,
     progress: bool | None = None,
 ) -> PruningResult:
@@ -105,6 +114,14 @@ def prune(
             group's width, without embeddings, a head, and layers that are left out.
         active_params: instead, the share that remains of the parameters that one token meets: of a mixture's experts as
             many count as a token is routed to. For models of the transformers library.
+        memory: instead, the share that remains of the bytes of weights, buffers and the cache of keys and values; above
+            1 a number of bytes.
+        latency: instead, the share that remains of the seconds of a forward pass by ``latency_table``: of its sum.
+        memory_use: length and batch of the cache, and the dtype, that ``memory`` and the report count; by default the
+            weights alone, as they are (:class:`obc.MemoryUse`).
+        latency_table: seconds of every group against its width (:class:`obc.LatencyTable`), or the path of a saved
+            table. Left out with ``latency``: it is measured on the first batch before anything is removed
+            (:func:`obc.measure_latency`). With another budget it is for the report.
         criterion: "jacobian" or another name of ``obc.criteria.available()`` (docs/criteria.md); an object with
             ``needs`` and ``score(group, statistics, model)``; or such a function.
         allocation: how much each group loses: "global" (all units compete), "uniform" (equal shares), "equal" (equal
@@ -117,7 +134,7 @@ def prune(
         steps: how often to score and remove; or the shares to reach, descending to ``macs`` or ``params``.
         slices: "gate": one row per unit, of all its consumers together. "all": every slice is squared by itself, as in
             the paper; for independent selection.
-        per_macs: weigh what a unit costs the loss by the MACs (with ``params``: parameters) that its removal frees.
+        per_macs: weigh what a unit costs the loss by the MACs that its removal frees (by what the budget counts).
             None: unless the criterion's scores are standardised or ranks.
         recalibrate: estimate BatchNorm statistics anew after every step.
         labels: False scores without labels: rows are gradients of random projections of the model's outputs.
@@ -145,6 +162,7 @@ def prune(
         seed: of the criterion "random" and of label-free rows.
         verify: compare the pruned model on the first batch with the unpruned one, its removed channels masked, before
             it is compensated. Takes three forward passes.
+        measure: time a forward pass on the first batch with the unpruned and the pruned model (``report.speed``).
         on_step: called after every step with what there is so far: to evaluate, or to keep copies.
         progress: show a progress bar; None shows it in a terminal only.
 
@@ -156,7 +174,8 @@ def prune(
         ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
             that differs.
     """
-    budget = Budget.of(macs, params, blocks, active_params)
+    meters = Meters.of(memory_use, latency_table)
+    budget = Budget.of(macs, params, blocks, active_params, memory, latency, meters)
     schedule = budget.schedule(steps)
     caps = Caps.of(max_pruning_ratio, protected_blocks)
     choice = Choice.of(criterion, allocation, selection, slices, per_macs, shrinkage, min_units, round_to, caps)
@@ -167,7 +186,7 @@ def prune(
     generator = torch.Generator().manual_seed(seed)
     subject = Subject(model, (), usable, loss, forward, choice.slices, rows, generator, micro_batch)
     choices = {
-        "budget": f"{budget.argument}={budget.share:g}",
+        "budget": budget.said,
         "criterion": name_of(choice.criterion),
         "allocation": allocation if isinstance(allocation, str) else type(choice.allocation).__name__,
         "selection": choice.selection,
@@ -186,7 +205,11 @@ def prune(
             run = run_on(first_finite(usable), loss_fn, forward_fn)
             prove_groups(structure, run, report)
             final_proof = FinalProof(structure, run) if verify else None
+        with timed(report, "latency"):
+            budget = budget.ready(structure, run, round_to)
+            schedule = budget.schedule(steps)
         counted = MeasuredMacs(structure, run, report)
+        speed = MeasuredSpeed(model, run, report) if measure else None
         compensator = None
         if compensate is not None:
             compensator = Compensator(
@@ -201,9 +224,11 @@ def prune(
         counted.finish(model)
         if compensator is not None:
             compensator.finish()
+        job.finish()
         take_out_blocks(structure, run)
-        job.note_warnings()
-    return PruningResult(model, structure.plan, report)
+        if speed is not None:
+            speed.finish(model)
+    return PruningResult(model, structure.plan, report, budget.meters.table)
 
 
 # --- what is asked for ---------------------------------------------------------------------------------------
@@ -240,7 +265,7 @@ def _restored_on_error(model: nn.Module, report: PruningReport, budget: Budget, 
     except BaseException as error:
         snapshot.restore()
         if report.steps:
-            share = report.steps[-1].of(budget.unit)
+            share = report.steps[-1].remaining
             note = f"obc.prune had done {len(report.steps)} of {steps} steps, {share:.3f} of the {budget.noun}"
             # What BaseException.add_note does, which Python 3.10 lacks.
             vars(error).setdefault("__notes__", []).append(f"{note}; the model was restored to what it was")

@@ -1,0 +1,74 @@
+"""The options of ``obc prune`` that say what is to remain."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from obc.commands import checkpoints
+from obc.commands.common import UsageError
+from obc.commands.score import positive
+from obc.model.latency_table import LatencyTable, LatencyTableError
+from obc.pruning.budgets import Budget, Meters
+from obc.structures.memory import MemoryUse
+
+# What obc prune writes a table that it measured to, and reads it from.
+TABLE_FILE = "latency_table.json"
+
+
+def add(prune: argparse.ArgumentParser) -> None:
+    """Add them: budgets, of which one is given, and how memory and latency are counted."""
+    share = prune.add_mutually_exclusive_group()
+    share.add_argument("--macs", type=_share, help="share of the MACs that remains (default: 0.5)")
+    share.add_argument("--params", type=_share, help="instead: share of the parameters that remains")
+    share.add_argument("--blocks", type=_share, help="instead: share that remains of the parameters that can be pruned")
+    share.add_argument("--active-params", type=_share, help="instead: of the parameters that one token meets")
+    share.add_argument("--memory", type=_amount, help="instead: of the bytes of weights and cache; above 1 bytes")
+    share.add_argument("--latency", type=_share, help="instead: of the seconds of a forward pass, by a latency table")
+    share.add_argument("--ratio", type=_share, help="share of the MACs that goes: --ratio 0.3 is --macs 0.7")
+    prune.add_argument(
+        "--latency-table", type=Path, metavar="FILE", help=f"(default: measured now, and written as {TABLE_FILE})"
+    )
+    prune.add_argument("--cache-length", type=positive, help="memory: tokens in the cache (default: weights alone)")
+    prune.add_argument("--cache-batch", type=positive, help="memory: sequences in the cache (default: 1)")
+    prune.add_argument("--memory-dtype", choices=tuple(checkpoints.DTYPES), help="memory: (default: the model's own)")
+    prune.add_argument("--measure", action="store_true", help="time a forward pass before and after")
+    prune.add_argument("--kinds", nargs="+", metavar="KIND", help="ffn, heads, layers ...: see obc.transformer_groups")
+
+
+def budget_of(parsed: argparse.Namespace) -> Budget:
+    """The budget that the options say."""
+    dtype = None if parsed.memory_dtype is None else checkpoints.DTYPES[parsed.memory_dtype]
+    if parsed.cache_batch is not None and parsed.cache_length is None:
+        raise UsageError("--cache-batch needs --cache-length: without it weights alone are counted")
+    use = MemoryUse(parsed.cache_length or 0, parsed.cache_batch or 1, dtype)
+    try:
+        table = None if parsed.latency_table is None else LatencyTable.load(parsed.latency_table)
+    except (OSError, LatencyTableError) as error:
+        raise UsageError(f"--latency-table: {error}") from error
+    macs = 1 - parsed.ratio if parsed.ratio is not None else parsed.macs
+    return Budget.of(
+        macs, parsed.params, parsed.blocks, parsed.active_params, parsed.memory, parsed.latency, Meters(use, table)
+    )
+
+
+def keywords(budget: Budget) -> dict[str, Any]:
+    """As ``obc.prune`` takes them."""
+    value = budget.share if budget.amount is None else budget.amount
+    meters = budget.meters
+    return {budget.argument: value, "memory_use": meters.memory_use, "latency_table": meters.table}
+
+
+def _share(text: str) -> float:
+    """An argument that is some of a whole, not all of it."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value:g}")
+    return value
+
+
+def _amount(text: str) -> float:
+    """A share, or a number of bytes."""
+    value = float(text)
+    return value if value > 1 else _share(text)
