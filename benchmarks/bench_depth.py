@@ -5,8 +5,9 @@ Criterion's gate on what a block adds, by block influence, the last ones, the ch
 alone, channels and heads alone, and all of them in one joint selection. Measured is the perplexity on other text, with
 the difference to widths alone and its standard error over the sequences, paired; no compensation, no training.
 
-Rows and block similarity are read once, of the unpruned model. Cases that the file of ``--out`` already has are not run
-again; ``--minutes`` ends a run after the case in which they are over.
+Rows and block similarity are read once, of the unpruned model; rows are kept in the folder of ``--rows``, so that a
+run that resumes does not read them again. Cases that the file of ``--out`` already has are not run again; ``--minutes``
+ends a run after the case in which they are over. The seconds of each case are those of pruning and of measuring it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import math
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 import obc
@@ -32,8 +35,10 @@ from benchmarks.real_tasks import TASKS, Task
 from obc.criteria import Subject
 from obc.criteria.protocol import MeasuredCriterion
 from obc.criteria.rows import read_rows
+from obc.files import atomic_write
 from obc.model.evaluation import evaluating
 from obc.model.usable_batches import UsableBatches
+from obc.structures.proof import Proof
 from obc.structures.transformers import TransformersStructure
 
 SHARES = (0.1, 0.2)
@@ -66,8 +71,8 @@ METHODS: dict[str, Method] = {
 class Read(MeasuredCriterion):
     """Rows and scores of the unpruned model, read once for every method."""
 
-    def __init__(self, task: Task) -> None:
-        self.task = task
+    def __init__(self, task: Task, file: Path) -> None:
+        self.task, self.file = task, file
         self._rows: dict[str, Tensor] | None = None
         self._influence: dict[str, Tensor] | None = None
 
@@ -81,6 +86,8 @@ class Read(MeasuredCriterion):
         return {group.name: self._influence[group.name] for group in subject.groups if group.name in self._influence}
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
+        if self._rows is None and self.file.exists():
+            self._rows = load_file(self.file)
         if self._rows is None:
             groups = TransformersStructure(self.task.model, ["layers", "sublayers", *_WIDTHS]).groups
             batches, generator = UsableBatches(self.task.calibration), torch.Generator()
@@ -89,20 +96,24 @@ class Read(MeasuredCriterion):
             )
             read = read_rows(whole).rows
             found = {group.name: group.gate_rows(read) for group in groups}
-            self._rows = {name: rows for name, rows in found.items() if rows is not None}
+            self._rows = {name: rows.contiguous() for name, rows in found.items() if rows is not None}
+            with atomic_write(self.file) as file:
+                file.write(save(self._rows))
         return {group.name: self._rows[group.name] for group in subject.groups if group.name in self._rows}
 
 
 def pruned(task: Task, read: Read, method: Method, share: float) -> obc.PruningResult:
     """A copy of the model without that share of its blocks' parameters."""
     model = copy.deepcopy(task.model)
+    structure = TransformersStructure(model, method.kinds)
+    structure.proof = Proof()  # tests/structures try these groups; here a case would take twice as long
     return obc.prune(
         model,
         None,
         task.calibration,
         task.loss,
         params=1 - share * parameters_of_blocks(task) / sum(parameter.numel() for parameter in model.parameters()),
-        structure=TransformersStructure(model, method.kinds),
+        structure=structure,
         criterion=read,
         selection="joint" if method.rows else "independent",
         allocation=method.allocation,
@@ -127,10 +138,13 @@ def key_of(case: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def measured(task: Task, model: Any, case: dict[str, Any]) -> dict[str, Any]:
+    start = time.perf_counter()
     with evaluating(model):
         losses = [value for batch in task.test for value in task.measure(model, batch)]
     shown = math.exp(statistics.mean(losses))
-    print(f"draw {case['draw']} {case['share']:4.0%} {case['method']:30} {shown:9.3f}", flush=True)
+    case = case | {"seconds": round(case.get("seconds", 0.0) + time.perf_counter() - start, 1)}
+    took = f"{case['seconds']:6.1f} s"
+    print(f"draw {case['draw']} {case['share']:4.0%} {case['method']:30} {shown:9.3f} {took}", flush=True)
     return case | {"losses": [round(loss, 6) for loss in losses], "perplexity": shown}
 
 
@@ -165,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=("smollm2", "tiny"), default="smollm2")
     parser.add_argument("--draws", type=int, nargs="+", default=[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rows", type=Path, default=Path(tempfile.gettempdir()), help="folder (%(default)s)")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
     parser.add_argument("--calibration", type=int, default=32, help="sequences (%(default)s)")
     parser.add_argument("--test", type=int, default=32, help="sequences (%(default)s)")
@@ -199,14 +214,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             if key_of(case) in done or time.perf_counter() - start > 60 * arguments.minutes:
                 continue
             task = task or TASKS[arguments.model](draw, *sizes.values())
-            read = read or Read(task)
+            if read is None:
+                said = "-".join(str(named[key]) for key in ("model", "draw", "calibration", "length"))
+                read = Read(task, arguments.rows / f"obc_depth_rows-{said}.safetensors")
             if case["method"] == "unpruned":
                 keep(measured(task, task.model, case))
                 continue
+            begun = time.perf_counter()
             result = pruned(task, read, METHODS[case["method"]], case["share"])
             depth = result.plan.depth
             gone = {"blocks": sum(len(one.removed) for one in depth.lists.values()), "branches": len(depth.stand_ins)}
             gone |= {"removed": depth.removed, "parameters": result.report.parameters_after}
+            gone["seconds"] = time.perf_counter() - begun
             keep(measured(task, result.model, case | gone))
     print("\n".join(["", *table(cases)]))
     return 0
