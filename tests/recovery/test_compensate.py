@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import socket
 
 import pytest
@@ -22,6 +21,7 @@ from obc.recovery import (
     recalibrate_norms,
 )
 from obc.recovery.calibration import batch_norms
+from obc.recovery.compensate import RIDGES
 from obc.recovery.moments import Moments
 
 MODES = ["ls", "seq", "correct"]
@@ -142,50 +142,59 @@ def test_kept_channels_stay_the_identity_and_a_large_ridge_stays_naive() -> None
     assert decompressor[[1, 2, 4]].abs().max() < 1e-6
 
 
-def test_channels_that_few_positions_carry_can_stay_naive() -> None:
+@pytest.mark.parametrize("paired", [False, True])
+def test_weighed_rows_count_as_often_as_their_weight_says(paired: bool) -> None:
+    """Against rows that are repeated: sums, solutions, and errors on other rows."""
     torch.manual_seed(0)
-    x = torch.randn(1000, 4, dtype=torch.float64)
-    x[:, 3] = 0.3 * x[:, 0]
-    x[::100, 2] = 20.0  # one position in a hundred: its kurtosis is about 100
-    moments = Moments(torch.tensor([[0, 1]]), 4, paired=False)
-    moments.add(x)
-    plain, limited = (moments.solve(1e-9, True, limit) for limit in (math.inf, 30.0))
-    assert (plain.fit.left_out, limited.fit.left_out) == (0, 1)
-    assert limited.decompressor[2].abs().max() == 0
-    assert limited.intercept[2] == 0
-    assert plain.intercept[2] != 0
-    assert limited.decompressor[3, 0] == pytest.approx(0.3)
-    residual = x - x[:, :2] @ limited.decompressor.T - limited.intercept
-    assert limited.fit.error_after == pytest.approx(float(residual.square().sum() / x.square().sum()))
+    kept = torch.tensor([[0, 3]])
+    x, z = torch.randn(60, 5, dtype=torch.float64) + 1, torch.randn(60, 2, dtype=torch.float64)
+    weights = torch.randint(1, 4, (60,))
+    arriving = z if paired else None
+    weighed, repeated = (Moments(kept, 5, paired) for _ in range(2))
+    weighed.add(x, arriving, weights)
+    repeated.add(x.repeat_interleave(weights, 0), z.repeat_interleave(weights, 0) if paired else None)
+    solutions = [moments.solve(1e-2, True) for moments in (weighed, repeated)]
+    assert_close(solutions[0].decompressor, solutions[1].decompressor)
+    assert_close(solutions[0].intercept, solutions[1].intercept)
+    assert solutions[0].fit.error_after == pytest.approx(solutions[1].fit.error_after)
+    regressor = z if paired else x[:, kept[0]]
+    residual = x - regressor @ solutions[0].decompressor.T - solutions[0].intercept
+    naive = x.clone()
+    naive[:, kept[0]] -= regressor
+    error = (weights[:, None] * residual.square()).sum() / (weights[:, None] * naive.square()).sum()
+    assert weighed.relative_error(solutions[0]) == pytest.approx(float(error))
 
 
-def test_held_out_batches_choose_the_kurtosis_limit() -> None:
-    """A channel that few positions carry, where the output saturates: its stand-in is noise at all the others."""
+def test_a_few_tokens_of_a_large_stream_do_not_decide() -> None:
+    """Two rules hold, one at ordinary tokens, another at a few whose stream is a hundred times larger."""
 
-    class Saturated(nn.Module):
+    class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.consumer = nn.Linear(4, 2)
+            self.consumer, self.norm = nn.Linear(4, 3, bias=False), nn.LayerNorm(3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.tanh(self.consumer(x[:, : self.consumer.weight.shape[1]]))
+        def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            stream, x = batch
+            return self.norm(stream + self.consumer(x[..., : self.consumer.weight.shape[1]]))
 
-    original = Saturated().double()
-    with torch.no_grad():
-        original.consumer.weight.copy_(torch.tensor([[1.0, -0.5, 10, 0.5], [0.3, 0.8, -10, -0.6]]))
+    torch.manual_seed(0)
+    original = Block().double()
     pruned = copy.deepcopy(original)
-    pruned.consumer.weight = nn.Parameter(original.consumer.weight[:, :2].detach())
-    plan = PruningPlan({"consumer": Kept(None, torch.arange(2))})
-    data = [torch.randn(400, 4, dtype=torch.float64) for _ in range(5)]
-    for x in data:
-        x[:, 2:] = 0
-        x[:, 3] = 0.5 * x[:, 0]
-        rare = x[:, 0] > 2.4
-        x[rare, 2] = 30.0
-    report = compensate(pruned, original, plan, data)
+    pruned.consumer.weight = nn.Parameter(original.consumer.weight[:, :3].detach())
+    plan = PruningPlan({"consumer": Kept(None, torch.arange(3))})
+    batches = []
+    for _ in range(5):
+        x, stream = torch.randn(8, 20, 4, dtype=torch.float64), torch.randn(8, 20, 3, dtype=torch.float64)
+        x[..., 3] = x[..., 0]
+        x[:, 0] *= 30
+        x[:, 0, 3] *= -1
+        stream[:, 0] *= 1000
+        batches.append((stream, x))
+    report = compensate(
+        pruned, original, plan, batches, lambda model, batch: model(batch), ridge=1e-6, keep_decompressors=True
+    )
     assert report.layers["consumer"].applied
-    assert report.layers["consumer"].left_out == 1
-    assert report.final_error < report.naive_error
+    assert float(report.decompressors["consumer"][3, 0]) == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_singular_gram_matrix_takes_a_larger_ridge_and_reports_it() -> None:
@@ -254,7 +263,9 @@ def test_a_layer_that_would_do_harm_stays_naive() -> None:
     report = compensate(pruned.model, pruned.original, pruned.plan, [x, x, reversed_x])
     layer = report.layers["consumer"]
     assert not layer.applied
-    assert report.compensated_error > report.naive_error == layer.output_error_naive
+    assert layer.held_out > 1
+    assert all(error > report.naive_error for name, error in report.tried.items() if name != "own ridges")
+    assert report.tried["own ridges"] == report.naive_error
     assert layer.input_error_after < layer.input_error_before
     assert report.final_error == report.naive_error
     assert "(left naive)" in str(report)
@@ -284,7 +295,8 @@ def test_one_harmful_layer_of_several_stays_naive() -> None:
     turned = x * torch.tensor([1.0, 1, 1, -1], dtype=torch.float64)
     report = compensate(pruned, original, plan, [(x, x), (x, turned)], ridge=1e-9)
     assert {name: layer.applied for name, layer in report.layers.items()} == {"sound": True, "harmful": False}
-    assert report.layers["harmful"].output_error_naive < report.compensated_error
+    assert report.layers["harmful"].held_out > 1 > report.layers["sound"].held_out
+    assert report.tried["own ridges"] == report.final_error < report.tried["ridge 1e-09"]
     assert report.final_error < report.naive_error
     assert torch.equal(pruned.harmful.weight, original.harmful.weight[:, :3])
 
@@ -308,6 +320,22 @@ def test_seq_corrects_what_arrives() -> None:
     for mode in MODES:
         errors[mode] = compensate(copy.deepcopy(naive), original, plan, data, mode=mode).final_error
     assert errors["seq"] < errors["ls"]
+
+
+@pytest.mark.parametrize("mode", ["ls", "seq"])
+def test_held_out_batches_choose_the_ridge_by_the_output(mode: str) -> None:
+    """What is kept is the best of what was tried; with a ridge of one's own only that one is."""
+    pruned, data = RECIPES["vit"].prune(), batches("vit")
+    errors = {}
+    for ridge in RIDGES:
+        model = copy.deepcopy(pruned.model)
+        report = compensate(model, pruned.original, pruned.plan, data, ridge=ridge)
+        errors[f"ridge {ridge:g}"] = report.tried[f"ridge {ridge:g}"]
+        assert {layer.ridge for layer in report.layers.values()} == {ridge}
+    report = compensate(pruned.model, pruned.original, pruned.plan, data, mode=mode)
+    assert {name: error for name, error in report.tried.items() if name in errors} == pytest.approx(errors)
+    assert report.final_error == min(*report.tried.values(), report.naive_error)
+    assert ("layer by layer" in report.tried) == (mode == "seq")
 
 
 def test_decompressors_start_equivalent_pruning() -> None:

@@ -26,8 +26,8 @@ from obc.recovery.processes import Processes
 
 Mode = Literal["correct", "ls", "seq"]
 
-# Of modes "ls" and "seq"; mode "correct" chooses.
-_RIDGE = 1e-4
+# Relative ridges that held-out batches choose from.
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 
 
 def compensate(
@@ -61,18 +61,19 @@ def compensate(
 
     mode="ls": every consumer gets the weight W D with D = S + (E[x zT] - S E[z zT]) (E[z zT] + lambda I)^-1
     (:mod:`obc.recovery.moments`), and its bias the rest of the mean. z is the kept part of the unpruned model's x; one
-    pass over the batches for all layers. A convolution that pads with zeros is regressed through zero: its padding has
-    no mean.
-    mode="seq": likewise layer by layer, z being what the pruned model, compensated so far, hands on. Two passes per
-    layer, with and without the channels that few positions carry; the solution of "ls" stays where the held-out batches
-    like it better.
+    pass over the batches for all layers. Of a layer that writes a stream of tokens every position weighs one over the
+    mean square of the stream there. A convolution that pads with zeros is regressed through zero: its padding has no
+    mean.
+    mode="seq": likewise layer by layer, z being what the pruned model, compensated so far, hands on: two passes per
+    layer, with the ridge that was best in "ls"; what "ls" gives stays where the held-out batches like it better.
 
     A share of the batches is held out. In mode "correct" they run along; for every layer they choose the ridge, or to
-    leave it as it was, and at the end whether the result is better than naive. In modes "ls" and "seq" they decide
-    about each layer by the model's output: two passes over the held-out batches per layer, over all batches where there
-    are BatchNorms; the running sums take 8 (in * kept + 3 in + kept) bytes per layer ("seq": + 8 kept^2, one layer at a
-    time), besides four copies of the consumers and the unpruned model's outputs on the held-out batches, which are
-    computed again each time where they take more than ``max_bytes``.
+    leave it as it was, and at the end whether the result is better than naive. In modes "ls" and "seq" they choose by
+    the model's output: one ridge for all layers, or for each layer the ridge (or none of it) that reconstructs its own
+    input best; or naive. That takes a pass over the held-out batches for every ridge, where there are BatchNorms a pass
+    over all. The running sums take 16 (in * kept + 2 in + kept) bytes per layer ("seq": + 16 kept^2, one layer at a
+    time), besides a copy of the consumers for every ridge and the unpruned model's outputs on the held-out batches,
+    which are computed again each time where they take more than ``max_bytes``.
 
     Args:
         pruned_model: as pruning left it; its device and dtype are those of ``original_model``.
@@ -83,8 +84,7 @@ def compensate(
         forward_fn: ``forward_fn(model, batch)`` returns what is to be preserved, tensors in any nesting; by default
             :func:`obc.model.evaluation.call_on_batch`, which takes batches such as (inputs, labels).
         mode: "correct", "ls" or "seq".
-        ridge: relative to the mean diagonal of E[z zT]. None: 1e-4, or what held-out batches like best (``RIDGES`` in
-            :mod:`obc.recovery.correct`) in mode "correct".
+        ridge: relative to the mean diagonal of E[z zT]. None: what held-out batches like best of ``RIDGES``.
         held_out: the share of the batches that is held out, in (0, 0.5]; at least one.
         recalibrate_norms: estimate BatchNorm statistics anew whenever weights changed.
         offload: mode "correct": keep the tensors between modules in host memory.
@@ -114,8 +114,8 @@ def compensate(
     ):
         consumers = find_consumers(pruned_model, original_model, plan)
         norms = batch_norms(pruned_model) if recalibrate_norms else []
+        ridges = RIDGES if ridge is None else (ridge,)
         if mode == "correct":
-            ridges = correct.RIDGES if ridge is None else (ridge,)
             outputs = {name: plan[name].out_channels for name in consumers}
             options = correct.Options(forward, ridges, offload, processes)
             run = correct.CorrectRun(pruned_model, original_model, consumers, outputs, split, norms, options)
@@ -129,9 +129,7 @@ def compensate(
                 ordered,
                 split,
                 norms,
-                least_squares.Options(
-                    forward, _RIDGE if ridge is None else ridge, mode == "seq", max_bytes, keep_decompressors, processes
-                ),
+                least_squares.Options(forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes),
             ).run(bar)
     _warn_of_few_rows(report, consumers)
     report.seconds = time.perf_counter() - start

@@ -14,24 +14,22 @@ class LayerCompensation:
     Attributes:
         input_error_before: E |x - naive|^2 / E |x|^2 of its reconstructed input on the calibration batches.
         input_error_after: the same with the decompressor.
-        output_error_naive: of the model's output on the held-out batches, with this layer naive and all others
-            compensated.
+        held_out: E |x - D z - intercept|^2 on the held-out batches, relative to the naive one there.
         applied: whether the layer kept its compensation.
         rows: how many input positions the regression saw.
         ridge: the relative ridge that was used; larger than the one asked for where Cholesky needed it.
-        left_out: dropped channels that stayed naive because few positions carry them.
     """
 
     input_error_before: float
     input_error_after: float
-    output_error_naive: float
+    held_out: float
     applied: bool
     rows: int
     ridge: float
-    left_out: int
 
     def __str__(self) -> str:
-        return f"{self.input_error_before:.4f} -> {self.input_error_after:.4f}   {self.output_error_naive:.4f}"
+        errors = f"{self.input_error_before:.4f} -> {self.input_error_after:.4f}"
+        return f"{errors}   held out {self.held_out:.3f} of it, ridge {self.ridge:g}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,8 @@ class CompensationReport:
     Attributes:
         layers: per consumer, in the order of execution.
         naive_error: before anything.
-        compensated_error: with every layer compensated in one way.
+        compensated_error: of the best way to compensate that was tried.
+        tried: modes "ls" and "seq": the error of every way that was tried, by name.
         final_error: at the end; never above ``naive_error``.
         norms_recalibrated: whether BatchNorm statistics were estimated anew; not where the model has none, it was not
             asked for, or the held-out error is lower without.
@@ -86,6 +85,7 @@ class CompensationReport:
     layers: dict[str, LayerCompensation | LayerCorrection] = field(default_factory=dict)
     naive_error: float = 0.0
     compensated_error: float = 0.0
+    tried: dict[str, float] = field(default_factory=dict)
     final_error: float = 0.0
     norms_recalibrated: bool = False
     decompressors: dict[str, Tensor] = field(default_factory=dict)
@@ -101,9 +101,11 @@ class CompensationReport:
 
     def __str__(self) -> str:
         has_input_errors = any(isinstance(layer, LayerCompensation) for layer in self.layers.values())
-        title = f"{'input error':>16}   output error if naive" if has_input_errors else f"{'error':>16}   where"
+        title = f"{'input error':>16}" if has_input_errors else f"{'error':>16}   where"
         lines = [f"{'layer':40} {title}"]
         for name, layer in self.layers.items():
             lines.append(f"{name:40} {layer}{'' if layer.applied else ' (left naive)'}")
-        errors = f"naive {self.naive_error:.4f}, all {self.compensated_error:.4f}, final {self.final_error:.4f}"
+        errors = f"naive {self.naive_error:.4f}, compensated {self.compensated_error:.4f}, final {self.final_error:.4f}"
+        if self.tried:
+            lines.append(f"tried: {', '.join(f'{name} {error:.4f}' for name, error in self.tried.items())}")
         return "\n".join([*lines, f"held-out output error: {errors}", *self.notes])

@@ -41,7 +41,7 @@ from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import batch_norms, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport, LayerCorrection
 from obc.recovery.consumers import Consumer
-from obc.recovery.layer_rows import apply_change, columns_of, drawn_rows, input_rows, output_rows
+from obc.recovery.layer_rows import apply_change, columns_of, drawn_rows, input_rows, output_rows, stream_weights
 from obc.recovery.moments import Moments
 from obc.recovery.normal_equations import Change, NormalEquations
 from obc.recovery.padding import valid_rows
@@ -49,10 +49,6 @@ from obc.recovery.processes import Processes
 from obc.recovery.segments import Arguments, capture, find_chain, replays, stream_of
 from obc.recovery.stream_points import Call, Seen, observe
 
-# Relative ridges that held-out batches choose from.
-RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-# A position whose stream is this much smaller than the batch's average, in mean square, weighs no more than one at it.
-_SMALLEST_STREAM = 1e-4
 # A channel whose naive error is this much smaller than the average has nothing to lose by a change.
 _SMALLEST_ERROR = 1e-6
 # A channel that enters the sum with a factor this much smaller than the largest can't correct it.
@@ -347,7 +343,7 @@ class CorrectRun:
             error = error * inverse.reshape(layout.groups, 1, -1)
         held_out = index >= self.calibration
         weighed = layer.summed and not layout.convolution
-        weights = _row_weights(output_rows(layout, target, rows)) if weighed else None
+        weights = stream_weights(output_rows(layout, target, rows)) if weighed else None
         (sums.check if held_out else sums.fit).add(input_rows(module, layout, call.x, rows), error, weights)
         if held_out:
             squares = output_rows(layout, target, rows).double().square().sum((0, 2))
@@ -454,12 +450,6 @@ def _best(errors: Sequence[Tensor]) -> int:
     naive = errors[0]
     floor = naive.clamp_min(max(_SMALLEST_ERROR * float(naive.mean()), torch.finfo(naive.dtype).tiny))
     return min(range(len(errors)), key=lambda index: float((errors[index] / floor).mean()))
-
-
-def _row_weights(stream: Tensor) -> Tensor:
-    """(rows,): one over the mean square of the unpruned stream, (blocks, rows, channels), at every position."""
-    squares = stream.double().square().mean((0, 2))
-    return 1 / squares.clamp_min(max(_SMALLEST_STREAM * float(squares.mean()), torch.finfo(torch.float64).tiny))
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:

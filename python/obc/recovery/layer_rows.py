@@ -13,6 +13,8 @@ from obc.recovery.normal_equations import Change
 
 # Convolutions have far more positions than a regression needs: this many rows per column are drawn, over all batches.
 _ROWS_PER_COLUMN = 32
+# A position whose stream is this much smaller than the batch's average, in mean square, weighs no more than one at it.
+_SMALLEST_STREAM = 1e-4
 
 
 def columns_of(module: nn.Module, layout: Rule) -> tuple[int, int, int]:
@@ -52,6 +54,16 @@ def output_rows(layout: Rule, y: Tensor, rows: Any) -> Tensor:
     flat = y.movedim(1, -1).reshape(-1, y.shape[1]) if layout.convolution else y.reshape(-1, y.shape[-1])
     taken = flat[rows if isinstance(rows, slice) else rows.to(y.device)]
     return taken.unflatten(1, (layout.groups, -1)).transpose(0, 1)
+
+
+def stream_weights(stream: Tensor) -> Tensor:
+    """(rows,): one over the mean square of the unpruned stream, (blocks, rows, channels), at every position.
+
+    The norms that read a stream of tokens divide by its size: what counts is the error relative to it. With equal
+    weights a few special tokens, whose stream is many times larger, decide the regression of a transformer.
+    """
+    squares = stream.double().square().mean((0, 2))
+    return 1 / squares.clamp_min(max(_SMALLEST_STREAM * float(squares.mean()), torch.finfo(torch.float64).tiny))
 
 
 def _patches(module: Any, x: Tensor) -> Tensor:

@@ -1,17 +1,17 @@
 """Modes "ls" and "seq" of compensation: every consumer's input reconstructed from what is left of it.
 
-Held-out batches decide: a layer keeps its compensation only where the pruned model's output, on batches that no
-regression saw, comes closer to the unpruned model's by it. A single layer can do much harm although its own input is
-reconstructed well; each is therefore judged with all others compensated, where their errors no longer hide its own.
-They also decide whether channels that few positions carry are left naive (:mod:`obc.recovery.moments`).
+Held-out batches choose, by the model's output, among few candidates: every layer with the same ridge, of a small grid;
+every layer with the ridge, or without compensation, that reconstructs its own input best; in mode "seq" also what goes
+layer by layer. Where none of them brings the output closer to the unpruned model's, the model stays naive. That costs a
+pass of the pruned model over the held-out batches for each candidate, however many layers there are.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,12 +22,11 @@ from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import inputs, output_error, outputs, recalibrate_norms, streamed_error
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
 from obc.recovery.consumers import Consumer
+from obc.recovery.layer_rows import output_rows, stream_weights
 from obc.recovery.moments import Fit, Moments, SingularError
+from obc.recovery.padding import valid_rows
 from obc.recovery.processes import Processes
-
-# Kurtosis limits that are tried: none, and energy at less than a twentieth of the positions, which catches what fires
-# at one special token a sentence. Held-out batches choose between both.
-_KURTOSIS_LIMITS = (math.inf, 20.0)
+from obc.recovery.stream_points import observe
 
 
 @dataclass(frozen=True)
@@ -35,21 +34,40 @@ class Options:
     """Arguments of :func:`obc.recovery.compensate` that modes "ls" and "seq" use."""
 
     forward: ForwardFn
-    ridge: float
+    ridges: Sequence[float]
     sequential: bool
     max_bytes: int
     keep_decompressors: bool
     processes: Processes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Compensated:
-    """A consumer's parameters after its least squares, and what is reported about it."""
+    """A consumer's parameters after its least squares, and what is reported about it.
+
+    ``held_out``: E |x - D z - intercept|^2 on the held-out batches, relative to the naive one.
+    """
 
     parameters: list[Tensor]
     fit: Fit
     rows: int
+    held_out: float
     decompressor: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One way to compensate the model.
+
+    Attributes:
+        name: for the report.
+        layers: by consumer; those that are missing stay naive.
+        ridge: where all layers share it.
+    """
+
+    name: str
+    layers: Mapping[str, _Compensated] = field(default_factory=dict)
+    ridge: float | None = None
 
 
 class LeastSquaresRun:
@@ -70,84 +88,132 @@ class LeastSquaresRun:
         self.expected = self._expected()
         self.held_out.refuse_many(options.processes.total)
         self.naive = {name: _copies(consumer.parameters()) for name, consumer in consumers.items()}
-        self.compensated: dict[str, _Compensated] = {}
-        self.second: dict[str, _Compensated] = {}
         self.report = CompensationReport(naive_error=self._error())
+        self.off_stream = self._find_off_stream()
 
     def run(self, bar: Any) -> CompensationReport:
         """Compensate, decide, and give all processes the same result."""
-        bar.total = self.steps
-        self.compensate(bar)
-        self.decide(bar)
+        bar.total = len(self.consumers) * (1 + self.options.sequential)
+        at_once = self._at_once(bar)
+        errors = self._try(at_once)
+        best = min(at_once, key=lambda candidate: errors[candidate.name])
+        if self.options.sequential:
+            ridge = min((one for one in at_once if one.ridge is not None), key=lambda one: errors[one.name]).ridge
+            assert ridge is not None
+            sequential = self._sequential(ridge, bar)
+            errors |= self._try([sequential])
+            best = min(best, sequential, key=lambda candidate: errors[candidate.name])
+        self.report.tried = errors
+        self._settle(best, at_once[0])
         self.share()
         return self.report
 
-    @property
-    def steps(self) -> int:
-        """Steps of the progress bar."""
-        passes = 2 + len(_KURTOSIS_LIMITS) * self.options.sequential
-        return passes * len(self.consumers)
-
-    def compensate(self, bar: Any) -> None:
-        """Give every consumer the solution with the lowest held-out error; keep the second best beside it."""
-        ranked: list[tuple[float, float, dict[str, _Compensated]]] = []
-        for limit, candidate in self._candidates(bar):
-            self._put_all({name: done.parameters for name, done in candidate.items()})
-            ranked = sorted([*ranked, (self._error_recalibrated(), limit, candidate)], key=lambda entry: entry[0])[:2]
-        (self.report.compensated_error, _, self.compensated), (_, _, self.second) = ranked
-        self._put_all({name: done.parameters for name, done in self.compensated.items()})
-
-    def _candidates(self, bar: Any) -> Iterator[tuple[float, dict[str, _Compensated]]]:
-        yield from zip(_KURTOSIS_LIMITS, self._at_once(bar), strict=True)
-        if self.options.sequential:
-            for limit in _KURTOSIS_LIMITS:
-                yield limit, self._sequential(limit, bar)
-
-    def _at_once(self, bar: Any) -> list[dict[str, _Compensated]]:
-        """Mode "ls", for each kurtosis limit: from the unpruned model's inputs of all consumers, collected together."""
-        found: list[dict[str, _Compensated]] = [{} for _ in _KURTOSIS_LIMITS]
-        for names in _chunks(self.consumers, self.options.max_bytes):
-            moments = self._moments(names, paired=False)
-            for name in names:
-                for candidate, limit in zip(found, _KURTOSIS_LIMITS, strict=True):
-                    candidate[name] = self._solve(name, moments[name], limit)
-                bar.update()
+    def _try(self, candidates: Iterable[_Candidate]) -> dict[str, float]:
+        """The held-out error of the model's output with each candidate."""
+        found = {}
+        for candidate in candidates:
+            self._put_all(candidate)
+            found[candidate.name] = self._error_recalibrated()
         return found
 
-    def _sequential(self, limit: float, bar: Any) -> dict[str, _Compensated]:
+    def _settle(self, best: _Candidate, any_one: _Candidate) -> None:
+        """Keep the best candidate, or leave the model naive where the output does not come closer by it."""
+        report = self.report
+        report.compensated_error = report.tried[best.name]
+        self._put_all(best)
+        report.final_error = self._error_recalibrated()
+        report.norms_recalibrated = bool(self.norms)
+        if not report.final_error < report.naive_error:
+            best = _Candidate("naive")
+            self._leave_naive()
+        for name in self.consumers:
+            applied = best.layers.get(name)
+            shown = applied or any_one.layers[name]
+            fit = shown.fit
+            report.layers[name] = LayerCompensation(
+                fit.error_before, fit.error_after, shown.held_out, applied is not None, shown.rows, fit.ridge
+            )
+            if applied is not None and applied.decompressor is not None:
+                report.decompressors[name] = applied.decompressor
+
+    def _at_once(self, bar: Any) -> list[_Candidate]:
+        """From the unpruned model's inputs of all consumers, collected together: for each ridge, and mixed."""
+        found: dict[float, dict[str, _Compensated]] = {ridge: {} for ridge in self.options.ridges}
+        for names in _chunks(self.consumers, self.options.max_bytes):
+            fit, check = self._moments(names, paired=False)
+            for name in names:
+                for ridge, layers in found.items():
+                    layers[name] = self._solve(name, fit[name], check[name], ridge)
+                bar.update()
+        candidates = [_Candidate(f"ridge {ridge:g}", layers, ridge) for ridge, layers in found.items()]
+        own = {
+            name: min((layers[name] for layers in found.values()), key=lambda layer: layer.held_out)
+            for name in self.consumers
+        }
+        helping = {name: layer for name, layer in own.items() if layer.held_out < 1.0}
+        if any(helping == candidate.layers for candidate in candidates):
+            return candidates
+        return [*candidates, _Candidate("own ridges", helping)]
+
+    def _sequential(self, ridge: float, bar: Any) -> _Candidate:
         """Mode "seq": each consumer regressed on what those before it, compensated, hand on."""
         found = {}
-        self._put_all(self.naive)
+        self._put_all(_Candidate("naive"))
         for name in self.consumers:
             self._recalibrate()
-            found[name] = self._solve(name, self._moments([name], paired=True)[name], limit)
+            fit, check = self._moments([name], paired=True)
+            layer = self._solve(name, fit[name], check[name], ridge)
+            if layer.held_out < 1.0:
+                found[name] = layer
+            else:
+                self._put(name, self.naive[name])
             bar.update()
-        return found
+        return _Candidate("layer by layer", found, ridge)
 
-    def _moments(self, names: Sequence[str], paired: bool) -> dict[str, Moments]:
-        moments = {name: self.consumers[name].moments(paired) for name in names}
-        taken = sum(self.consumers[name].bytes(paired) for name in names)
+    def _moments(self, names: Sequence[str], paired: bool) -> tuple[dict[str, Moments], dict[str, Moments]]:
+        """Of the calibration and of the held-out batches."""
+        taken = 2 * sum(self.consumers[name].bytes(paired) for name in names)
         self.report.moment_bytes = max(self.report.moment_bytes, taken)
-        for batch in self.calibration:
-            self._accumulate(moments, batch, paired)
-        self.calibration.refuse_many(self.options.processes.total)
-        for sums in moments.values():
-            sums.gather(self.options.processes)
-        return moments
+        found = []
+        for batches in (self.calibration, self.held_out):
+            moments = {name: self.consumers[name].moments(paired) for name in names}
+            for batch in batches:
+                self._accumulate(moments, batches, batch, paired)
+            batches.refuse_many(self.options.processes.total)
+            for sums in moments.values():
+                sums.gather(self.options.processes)
+            found.append(moments)
+        return found[0], found[1]
 
-    def _accumulate(self, moments: Mapping[str, Moments], batch: Any, paired: bool) -> None:
-        full = inputs(self.original, list(moments), batch, self.options.forward)
+    def _accumulate(self, moments: Mapping[str, Moments], batches: UsableBatches, batch: Any, paired: bool) -> None:
+        modules = {name: self.original.get_submodule(name) for name in moments}
+        full = observe(partial(self.options.forward, self.original, batch), modules, self.off_stream).calls
         pruned = inputs(self.pruned, list(moments), batch, self.options.forward) if paired else {}
-        if not all_finite((list(full.values()), list(pruned.values()))):
-            self.calibration.leave_out("a layer's input on it is not finite")
+        if not all_finite(([[call.x for call in calls] for calls in full.values()], list(pruned.values()))):
+            batches.leave_out("a layer's input on it is not finite")
             return
         for name, calls in full.items():
-            rows = self.consumers[name].rows
-            arriving = [rows(z) for z in pruned[name]] if paired else [None] * len(calls)
-            for x, z in zip(calls, arriving, strict=True):
-                moments[name].add(rows(x), z)
+            consumer = self.consumers[name]
+            arriving = [consumer.rows(z) for z in pruned[name]] if paired else [None] * len(calls)
+            for call, z in zip(calls, arriving, strict=True):
+                x, weights = consumer.rows(call.x), None
+                if not consumer.layout.convolution and consumer.repeat == 1:
+                    rows = valid_rows(batch, call.x)
+                    x, z = x[rows], None if z is None else z[rows]
+                    if name not in self.off_stream:
+                        weights = stream_weights(output_rows(consumer.layout, call.point, rows))
+                moments[name].add(x, z, weights)
 
-    def _solve(self, name: str, moments: Moments, limit: float) -> _Compensated:
+    def _find_off_stream(self) -> set[str]:
+        """The consumers whose outputs enter no sum, which then have no stream to be weighed by."""
+        modules = {name: self.original.get_submodule(name) for name in self.consumers}
+        batch = next(iter(self.calibration))
+        calls = observe(partial(self.options.forward, self.original, batch), modules, set()).calls
+        summed = [bool(calls.get(name)) and all(call.summed for call in calls[name]) for name in self.consumers]
+        agreed = self.options.processes.least([int(found) for found in summed])
+        return {name for name, on_stream in zip(self.consumers, agreed, strict=True) if not on_stream}
+
+    def _solve(self, name: str, moments: Moments, check: Moments, ridge: float) -> _Compensated:
         """The consumer's least squares, applied."""
         consumer = self.consumers[name]
         if moments.samples == 0:
@@ -156,7 +222,7 @@ class LeastSquaresRun:
                 f"or leave the layers before it unpruned"
             )
         try:
-            solution = moments.solve(self.options.ridge, consumer.intercept, limit)
+            solution = moments.solve(ridge, consumer.intercept)
         except SingularError as error:
             raise ValueError(
                 f"{name}: {error}; it saw {moments.samples} positions for {consumer.positions.shape[1]} kept channels: "
@@ -165,48 +231,8 @@ class LeastSquaresRun:
         self._put(name, self.naive[name])
         consumer.apply(solution)
         decompressor = solution.decompressor.to(consumer.weight) if self.options.keep_decompressors else None
-        return _Compensated(_copies(consumer.parameters()), solution.fit, moments.samples, decompressor)
-
-    def decide(self, bar: Any) -> None:
-        """Undo harmful compensations, or take the second best solution: best change first, while the error falls."""
-        report = self.report
-        error = report.compensated_error
-        state: dict[str, _Compensated | None] = dict(self.compensated)
-        alone: dict[tuple[str, bool], float] = {}  # the error after one change: to naive, or else to the second best
-        for name, done in self.compensated.items():
-            for to_naive in (True, False):
-                self._put(name, self.naive[name] if to_naive else self.second[name].parameters)
-                alone[name, to_naive] = self._error_recalibrated()
-            self._put(name, done.parameters)
-            bar.update()
-        for name, to_naive in sorted(alone, key=alone.__getitem__):
-            if alone[name, to_naive] >= report.compensated_error:
-                break
-            before, state[name] = state[name], None if to_naive else self.second[name]
-            self._put_state(name, state[name])
-            if (changed := self._error_recalibrated()) < error:
-                error = changed
-            else:
-                state[name] = before
-                self._put_state(name, before)
-        report.final_error = self._error_recalibrated()
-        report.norms_recalibrated = bool(self.norms)
-        if not report.final_error < report.naive_error:
-            state = dict.fromkeys(state)
-            self._leave_naive()
-        for name, applied in state.items():
-            fit = (applied or self.compensated[name]).fit
-            report.layers[name] = LayerCompensation(
-                fit.error_before,
-                fit.error_after,
-                alone[name, True],
-                applied is not None,
-                (applied or self.compensated[name]).rows,
-                fit.ridge,
-                fit.left_out,
-            )
-            if applied is not None and applied.decompressor is not None:
-                report.decompressors[name] = applied.decompressor
+        held_out = check.relative_error(solution)
+        return _Compensated(_copies(consumer.parameters()), solution.fit, moments.samples, held_out, decompressor)
 
     def share(self) -> None:
         """Give all processes the first one's result: on unlike machines the last bits of a solution may differ."""
@@ -216,7 +242,7 @@ class LeastSquaresRun:
 
     def _leave_naive(self) -> None:
         """Restore everything, except for new norm statistics where those alone help."""
-        self._put_all(self.naive)
+        self._put_all(_Candidate("naive"))
         report = self.report
         report.final_error = self._error_recalibrated()
         if not report.final_error < report.naive_error:
@@ -228,12 +254,10 @@ class LeastSquaresRun:
         for parameter, value in zip(self.consumers[name].parameters(), values, strict=True):
             parameter.copy_(value)
 
-    def _put_state(self, name: str, state: _Compensated | None) -> None:
-        self._put(name, self.naive[name] if state is None else state.parameters)
-
-    def _put_all(self, values: Mapping[str, Sequence[Tensor]]) -> None:
-        for name in self.consumers:
-            self._put(name, values[name])
+    def _put_all(self, candidate: _Candidate) -> None:
+        for name, naive in self.naive.items():
+            layer = candidate.layers.get(name)
+            self._put(name, naive if layer is None else layer.parameters)
 
     def _recalibrate(self) -> None:
         if self.norms:
@@ -274,7 +298,7 @@ def _chunks(consumers: Mapping[str, Consumer], max_bytes: int) -> Iterator[list[
     chunk: list[str] = []
     taken = 0
     for name, consumer in consumers.items():
-        needed = consumer.bytes(paired=False)
+        needed = 2 * consumer.bytes(paired=False)
         if chunk and taken + needed > max_bytes:
             yield chunk
             chunk, taken = [], 0

@@ -7,15 +7,10 @@ mode "ls"). With S the selection of the kept channels, the decompressor is
 
 so that a growing ridge shrinks it towards the naive S, and where z is the kept part of x the kept rows stay exactly the
 identity. With an intercept all moments are centred, and the consumer's bias takes W (E[x] - D E[z]).
-
-A dropped channel whose energy sits at few positions (in a transformer, those of a special token) has no linear stand-in
-but one that adds noise at all the others, where it carried nothing. Its kurtosis, E[x^4] / E[x^2]^2, is the inverse of
-the share of positions that carry it; channels beyond a limit can be left naive.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -40,13 +35,11 @@ class Fit:
         error_before: E |x - S z|^2 / E |x|^2, the naive model's.
         error_after: E |x - D z - intercept|^2 / E |x|^2.
         ridge: the relative ridge that was used.
-        left_out: how many dropped channels were left naive because of their kurtosis.
     """
 
     error_before: float
     error_after: float
     ridge: float
-    left_out: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,9 @@ class Solution:
 
 
 class Moments:
-    """Running sums of one consumer, float64: sum x zT, sum z zT per diagonal block, sum x, sum z, sum x^2, sum x^4.
+    """Running sums of one consumer, float64: sum x zT, sum z zT per diagonal block, sum x, sum z, sum x^2.
+
+    Rows may be weighed; E is the weighed mean then.
 
     Args:
         kept: (blocks, kept in / blocks) positions of the kept channels inside their block.
@@ -76,21 +71,22 @@ class Moments:
     def __init__(self, kept: Tensor, size: int, paired: bool) -> None:
         blocks, count = kept.shape
         self.kept, self.paired, self.samples = kept, paired, 0
+        self.total = 0.0  # of the weights
         self.cross = torch.zeros(blocks, size, count, dtype=torch.float64)
         self.gram = torch.zeros(blocks, count, count, dtype=torch.float64) if paired else None
         self.sum_x, self.sum_z = (
             torch.zeros(blocks, size, dtype=torch.float64),
             torch.zeros_like(kept, dtype=torch.float64),
         )
-        self.square, self.fourth = torch.zeros(2, blocks, size, dtype=torch.float64)
+        self.square = torch.zeros(blocks, size, dtype=torch.float64)
 
     @staticmethod
     def bytes_for(blocks: int, size: int, kept: int, paired: bool) -> int:
-        """What one object holds: 8 (size * kept + kept^2 where paired + 3 size + kept) bytes per block."""
-        return 8 * blocks * (size * kept + kept * kept * paired + 3 * size + kept)
+        """What one object holds: 8 (size * kept + kept^2 where paired + 2 size + kept) bytes per block."""
+        return 8 * blocks * (size * kept + kept * kept * paired + 2 * size + kept)
 
-    def add(self, x: Tensor, z: Tensor | None = None) -> None:
-        """Add rows: x (rows, in), z (rows, kept in)."""
+    def add(self, x: Tensor, z: Tensor | None = None, weights: Tensor | None = None) -> None:
+        """Add rows: x (rows, in), z (rows, kept in), weights (rows,), by default 1."""
         blocks = self.kept.shape[0]
         x = _blocked(x, blocks)
         z = (
@@ -98,34 +94,36 @@ class Moments:
             if z is None
             else _blocked(z, blocks)
         )
-        self.cross += (x.mT @ z).to(self.cross)
+        weighted_x, weighted_z = x, z
+        if weights is not None:
+            factors = weights.to(x)[:, None]
+            weighted_x, weighted_z = x * factors, z * factors
+        self.cross += (x.mT @ weighted_z).to(self.cross)
         if self.gram is not None:
-            self.gram += (z.mT @ z).to(self.gram)
-        self.sum_x += x.sum(1).to(self.sum_x)
-        self.sum_z += z.sum(1).to(self.sum_z)
-        self.square += x.square().sum(1).to(self.square)
-        self.fourth += x.pow(4).sum(1).to(self.fourth)
+            self.gram += (z.mT @ weighted_z).to(self.gram)
+        self.sum_x += weighted_x.sum(1).to(self.sum_x)
+        self.sum_z += weighted_z.sum(1).to(self.sum_z)
+        self.square += (weighted_x * x).sum(1).to(self.square)
+        self.total += x.shape[1] if weights is None else float(weights.double().sum())
         self.samples += x.shape[1]
 
     def gather(self, processes: Processes) -> None:
         """Add up what the processes accumulated."""
-        samples = torch.tensor(self.samples)
-        sums = (self.cross, self.gram, self.sum_x, self.sum_z, self.square, self.fourth, samples)
+        samples, total = torch.tensor(self.samples), torch.tensor(self.total, dtype=torch.float64)
+        sums = (self.cross, self.gram, self.sum_x, self.sum_z, self.square, samples, total)
         processes.add(tensor for tensor in sums if tensor is not None)
-        self.samples = int(samples)
+        self.samples, self.total = int(samples), float(total)
 
-    def solve(self, ridge: float, intercept: bool, kurtosis_limit: float = math.inf) -> Solution:
-        """The decompressor for these moments; dropped channels beyond the kurtosis limit stay naive.
+    def solve(self, ridge: float, intercept: bool) -> Solution:
+        """The decompressor for these moments.
 
         Raises:
             SingularError: the Gram matrix can't be factorised.
         """
-        count = self.samples
-        rows = self.kept[..., None].expand(-1, -1, self.kept.shape[1])
-        cross, square = self.cross / count, self.square / count
-        gram = cross.gather(1, rows) if self.gram is None else self.gram / count
+        count = self.total
+        cross, square, gram = self.cross / count, self.square / count, self._gram / count
         mean_x, mean_z = self.sum_x / count, self.sum_z / count
-        selection = torch.zeros_like(cross).scatter_(1, self.kept[:, None], 1.0)
+        selection = self._selection
         energy = float(square.sum())
         before = _error(selection, cross, gram, square)
         if intercept:
@@ -134,18 +132,36 @@ class Moments:
             square = square - mean_x.square()
         change, used = _regress(cross - selection @ gram, gram, ridge)
         decompressor = selection + change
-        left_out = self.fourth * count > kurtosis_limit * self.square.square()
-        left_out = left_out.scatter(1, self.kept, False)
-        decompressor[left_out] = 0.0
         after = _error(decompressor, cross, gram, square)
         constant = None
         if intercept:
-            after += float(mean_x[left_out].square().sum())
-            constant = (mean_x - (decompressor @ mean_z[..., None])[..., 0]).masked_fill(left_out, 0.0).flatten()
+            constant = (mean_x - (decompressor @ mean_z[..., None])[..., 0]).flatten()
         factor = decompressor[0] if len(decompressor) == 1 else decompressor
         scale = energy or 1.0
-        fit = Fit(max(before, 0.0) / scale, max(after, 0.0) / scale, used, int(left_out.sum()))
+        fit = Fit(max(before, 0.0) / scale, max(after, 0.0) / scale, used)
         return Solution(factor, constant, fit)
+
+    def relative_error(self, solution: Solution) -> float:
+        """sum |x - D z - intercept|^2 over these rows, relative to the naive sum |x - S z|^2; 1 where that is 0."""
+        decompressor = solution.decompressor.reshape(self.cross.shape)
+        error = _error(decompressor, self.cross, self._gram, self.square)
+        if solution.intercept is not None:
+            constant = solution.intercept.reshape(self.sum_x.shape)
+            rest = self.sum_x - (decompressor @ self.sum_z[..., None])[..., 0]
+            error += float((self.total * constant.square() - 2 * constant * rest).sum())
+        naive = _error(self._selection, self.cross, self._gram, self.square)
+        return max(error, 0.0) / naive if naive > 0 else 1.0
+
+    @property
+    def _gram(self) -> Tensor:
+        """sum z zT."""
+        if self.gram is not None:
+            return self.gram
+        return self.cross.gather(1, self.kept[..., None].expand(-1, -1, self.kept.shape[1]))
+
+    @property
+    def _selection(self) -> Tensor:
+        return torch.zeros_like(self.cross).scatter_(1, self.kept[:, None], 1.0)
 
 
 def _blocked(rows: Tensor, blocks: int) -> Tensor:
