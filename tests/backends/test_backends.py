@@ -57,7 +57,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {key: value for key, value in os.environ.items() if key != "OBC_BACKEND"}
     env |= {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment}
     here = Path(__file__).parent  # holds no package, unlike the root of the repository
-    return subprocess.run([sys.executable, "-c", code], env=env, cwd=here, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], env=env, cwd=here, capture_output=True, text=True, timeout=900)
 
 
 def test_the_best_available_backend_serves(registry: pytest.MonkeyPatch) -> None:

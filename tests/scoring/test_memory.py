@@ -226,7 +226,7 @@ def test_the_peak_on_the_cpu_is_how_far_resident_memory_grew() -> None:
         [sys.executable, "-c", PEAK],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
     )
     assert done.returncode == 0, done.stderr

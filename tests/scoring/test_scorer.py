@@ -383,7 +383,7 @@ obc.score(model, batches, lambda model, batch: model(batch).square().mean(){opti
 
 def run_in_a_pipe(options: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", SCORING.format(options=options)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SCORING.format(options=options)], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
@@ -409,7 +409,7 @@ def run_in_a_terminal(options: str) -> str:
             break
         shown += part
     os.close(ours)
-    assert process.wait(timeout=120) == 0, shown.decode()
+    assert process.wait(timeout=900) == 0, shown.decode()
     return shown.decode()
 
 
