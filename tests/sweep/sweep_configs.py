@@ -20,7 +20,10 @@ RULES: tuple[tuple[str, Any], ...] = (
         r"hidden_size(_global)?|d_model|n_embd|embed_dim|embedding_size|dim_model|word_embed_proj_dim|emb_dim|hidden_dim",
         32,
     ),
-    (r"vision_hidden_size|projection_dim|hidden_size_per_layer_input|attention_hidden_size|proj_dim", 32),
+    (
+        r"vision_hidden_size|out_hidden_size|projection_dim|hidden_size_per_layer_input|attention_hidden_size|proj_dim",
+        32,
+    ),
     (
         r"(moe|shared|expert|shared_experts?|moe_shared_expert)_(intermediate|ffn|ffn_hidden)_(size|dim)|expert_hidden_size",
         24,
@@ -84,6 +87,18 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             kind: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
             for kind in ("full_attention", "sliding_attention")
         },
+    },
+    "chameleon": {"vocabulary_map": {"<image>": 2}},
+    "emu3": {"vocabulary_map": {"<image>": 2, "<|extra_200|>": 3}},
+    "wavtokenizer_encoder": {"codebook_dim": 32},
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]},
+    },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
+    "diffusion_gemma_text": {"moe_intermediate_size": 24, "num_experts": 4, "top_k_experts": 2},
+    "florence_vision": {
+        "embed_dim": [16, 16], "depths": [1, 1], "num_heads": [2, 2], "num_groups": [2, 2], "patch_size": [7, 3],
+        "patch_stride": [4, 2], "patch_padding": [3, 1], "patch_prenorm": [False, True], "projection_dim": 32,
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0}},
     "dots3_note_text": {
@@ -186,6 +201,7 @@ def _sizes(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
     if "qk_rope_head_dim" in values and "head_dim" in values:
         rotary = default.head_dim in (default.qk_rope_head_dim, None)
         values["head_dim"] = values["qk_rope_head_dim"] + (0 if rotary else values.get("qk_nope_head_dim", 4))
+    values |= _rotary_sections(default, values)
     values |= _layer_types(default, values)
     return values | {name: value for name, value in overrides.items() if not isinstance(values.get(name), dict)}
 
@@ -195,6 +211,24 @@ def _tiny(name: str, value: Any) -> Any:
     if not sized and not (value is None and name in _OPEN):
         return None
     return next((tiny for pattern, tiny in RULES if re.fullmatch(pattern, name)), None)
+
+
+def _rotary_sections(default: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Rotary angles of time, height and width share the tiny heads."""
+    heads = values.get("num_attention_heads") or 1
+    size = values.get("head_dim") or values.get("hidden_size", 0) // heads
+
+    def sections(rope: Any) -> Any:
+        if not isinstance(rope, dict):
+            return rope
+        found = {key: sections(value) for key, value in rope.items()}
+        if rope.get("mrope_section"):
+            half = int(size * rope.get("partial_rotary_factor", 1.0)) // 2
+            found["mrope_section"] = [half - 2 * (half // 4), half // 4, half // 4]
+        return found
+
+    rope = getattr(default, "rope_parameters", None)
+    return {"rope_parameters": sections(rope)} if isinstance(rope, dict) and "mrope_section" in repr(rope) else {}
 
 
 def _layer_types(default: Any, values: dict[str, Any]) -> dict[str, Any]:

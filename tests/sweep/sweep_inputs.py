@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -22,11 +23,24 @@ def inputs_of(task: str, model: Any) -> dict[str, Tensor]:
         return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
     if task == "image":
         channels = getattr(model.config, "num_channels", 3)
-        size = getattr(model.config, "image_size", IMAGE)
-        size = size if isinstance(size, int) else size[0]
+        size = _image_size(model)
         return {"pixel_values": torch.randn(2, channels, size, size, generator=generator).double()}
+    if task == "image-text" and _needs_images(model):
+        channels, size = 3, _image_size(model)
+        return {"input_ids": ids, "pixel_values": torch.randn(2, channels, size, size, generator=generator).double()}
     if task == "seq2seq":
         return {"input_ids": ids, "decoder_input_ids": ids[:, :8].clone()}
     if "musicgen" in model.config.model_type:  # a row for every codebook
         ids = ids.repeat(model.config.num_codebooks, 1)
     return {"input_ids": ids}
+
+
+def _needs_images(model: Any) -> bool:
+    images = inspect.signature(type(model).forward).parameters.get("pixel_values")
+    return images is not None and images.default is inspect.Parameter.empty
+
+
+def _image_size(model: Any) -> int:
+    vision = getattr(model.config, "vision_config", None)
+    size = getattr(model.config, "image_size", None) or getattr(vision, "image_size", IMAGE)
+    return size if isinstance(size, int) else int(size[0])

@@ -10,7 +10,10 @@ from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers
 from obc.structures.units import NotPrunableError
 
-_REBUILT = ("BigBirdSelfAttention", "BigBirdBlockSparseAttention", "BigBirdPegasusBlockSparseAttention")
+_REBUILT = (
+    *("BigBirdSelfAttention", "BigBirdBlockSparseAttention"),
+    *("BigBirdPegasusSelfAttention", "BigBirdPegasusBlockSparseAttention"),
+)
 _SLOPED = ("BloomAttention", "MptAttention")
 _WHOLE = "gives its heads together the width of the residual stream"
 _REASONS = {
