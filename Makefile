@@ -24,7 +24,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz wirings nightly coverage mutation wheel examples sweep audit licences sbom lock browser screenshots docs lint format
+.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz wirings nightly coverage mutation wheel examples sweep torchao audit licences sbom lock browser screenshots docs lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -91,7 +91,12 @@ wirings: setup ## random permutations, splits, stacks, views, shuffles between l
 	OBC_WIRINGS=$(WIRINGS) OBC_WIRINGS_FIRST=$$(($(FUZZ_SEED) * $(WIRINGS))) \
 	  $(BIN)/python -m pytest -q tests/structures/test_random_wirings.py
 
-NIGHTLY := browser examples docs wheel licences sbom sanitize fuzz wirings sweep test-all mutation
+# Where torchao is installed, transformers imports it with every model: in its own folder it slows down nothing else.
+torchao: setup ## the tests of quantised models with torchao too, installed into build/torchao
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/torchao torchao
+	PYTHONPATH=build/torchao $(BIN)/python -m pytest -q tests/model/test_quantized.py $(ARGS)
+
+NIGHTLY := browser examples docs wheel licences sbom sanitize fuzz wirings sweep torchao test-all mutation
 nightly: setup ## all of it, each with its time: hours
 	@for target in $(NIGHTLY); do began=$$(date +%s); $(MAKE) $$target || exit 1; \
 	  echo "make $$target: $$(($$(date +%s) - began)) s"; done

@@ -5,6 +5,7 @@ from obc.backends import use_backend
 from obc.info import info
 from obc.model.errors import PruningError
 from obc.model.latency_table import LatencyTable
+from obc.model.quantized import dequantize
 from obc.pruning import PruningResult, prune
 from obc.recovery import (
     Distillation,
@@ -45,6 +46,7 @@ __all__ = [
     "backends",
     "collect",
     "compensate",
+    "dequantize",
     "equivalent_pruning",
     "info",
     "measure_latency",

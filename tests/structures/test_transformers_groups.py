@@ -159,7 +159,9 @@ def test_packed_weights_are_named() -> None:
     structure = TransformersStructure(model, kinds=("ffn",))
     assert [group.name for group in structure.groups] == ["model.layers.1.mlp.gate_proj"]
     assert structure.left_out == {
-        "model.layers.0.mlp": "model.layers.0.mlp.up_proj stores its weight packed, as (768, 1) of torch.uint8"
+        "model.layers.0.mlp": "model.layers.0.mlp.up_proj is a Linear that stores its weight packed, as Parameter "
+        "(768, 1) of torch.uint8, so that no channel can be taken out of it; make plain layers of all quantised ones "
+        "with obc.dequantize(model), then prune"
     }
 
 

@@ -37,7 +37,7 @@ def refuse_unprunable(model: nn.Module) -> None:
         raise PlanError(f"the model is wrapped in {name}; prune model.module, then wrap it again")
     if is_sharded(model):
         raise PlanError("the model's parameters lie on several processes; prune it whole, then shard it")
-    _refuse_adapted(model)
+    refuse_adapted(model)
     for layer, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise PlanError(
@@ -57,8 +57,12 @@ def refuse_unprunable(model: nn.Module) -> None:
         _refuse_computed(layer, module)
 
 
-def _refuse_adapted(model: nn.Module) -> None:
-    """Refuse PEFT adapters: their layers wrap the model's and add something to what these compute."""
+def refuse_adapted(model: nn.Module) -> None:
+    """Refuse PEFT adapters: their layers wrap the model's and add something to what these compute.
+
+    Raises:
+        PlanError: names the first of them, and what to do.
+    """
     base = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
     if base is None:
         return

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from obc.model.experts import DOWN, fused_experts, is_transposed
+from obc.model.experts import DOWN, GATE_UP, fused_experts, is_transposed
 from obc.model.sharding import is_dtensor
 
 
@@ -33,7 +33,7 @@ class Rule:
         groups: groups of a convolution.
         looks_up: the module selects rows of its weight by integer input (an embedding).
         elementwise: the weight multiplies channels along its last dimension.
-        packed: the weight is stored in other numbers than it stands for (a quantised linear layer), so that it has no
+        packed: the weight is stored in other numbers than it stands for (a quantised layer), so that it has no
             gradient, and its shape does not tell the channels.
     """
 
@@ -86,14 +86,17 @@ def rule_for(module: nn.Module) -> Rule | str | None:
             out_dim=channel_dim,
             in_dim=channel_dim,
             groups=module.groups,
+            packed=packed_weight(module) is not None,
         )
-    if (packed := _packed_weight(module)) is not None:
+    if (packed := packed_weight(module)) is not None and _is_linear(module):
         return Rule("gate", weight=packed, bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1, packed=True)
     if isinstance(module, nn.Linear):
         return Rule("gate", bias=_bias_name(module), in_axis=1, out_dim=-1, in_dim=-1)
     if is_transformers_conv1d(module):  # GPT-2's linear layer with its weight stored (in, out)
         return Rule("gate", bias=_bias_name(module), out_axis=1, in_axis=0, out_dim=-1, in_dim=-1)
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        if packed is not None:
+            return f"{type(module).__name__}'s weight is stored packed; obc.dequantize makes a plain layer of it"
         return Rule("gate", out_axis=1, out_dim=-1, looks_up=True)
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None:
@@ -141,25 +144,41 @@ def _elementwise_rule(module: nn.Module) -> Rule | str | None:
     return f"no rule for {type(module).__name__}'s own parameters ({names})"
 
 
-def _packed_weight(module: nn.Module) -> str | None:
-    """The name of a quantised linear layer's weight: a tensor of its own, of integers, of floats of one byte, or of
-    a class that holds other tensors; None where the module is no such layer.
+def is_packed(tensor: Tensor) -> bool:
+    """Whether a tensor stores other numbers than it stands for: integers, floats of one byte, a class that holds other
+    tensors. (A tensor of several processes does not.)
     """
-    if not all(type(getattr(module, features, None)) is int for features in ("in_features", "out_features")):
-        return None
-    for name in ("weight", "qweight", "weight_packed"):
+    if is_dtensor(tensor):
+        return False
+    return not tensor.is_floating_point() or tensor.element_size() == 1 or is_traceable_wrapper_subclass(tensor)
+
+
+def packed_weight(module: nn.Module) -> str | None:
+    """The name of a quantised layer's packed weight, None where the module is no such layer.
+
+    Linear layers of other libraries are told by their ``in_features`` and ``out_features``; besides those torch's own
+    linear and convolutional layers and embeddings, and experts stored as one tensor.
+    """
+    if _is_linear(module):
+        names: tuple[str, ...] = ("weight", "qweight", "weight_packed")
+    elif isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Embedding)):
+        names = ("weight",)
+    else:
+        names = (GATE_UP, DOWN, *(f"{key}_{packed}" for key in (GATE_UP, DOWN) for packed in ("blocks", "packed")))
+    for name in names:
         tensor = module._parameters.get(name, module._buffers.get(name))
-        if tensor is None or is_dtensor(tensor):
-            continue
-        if not tensor.is_floating_point() or tensor.element_size() == 1 or is_traceable_wrapper_subclass(tensor):
+        if tensor is not None and is_packed(tensor):
             return name
     return None
 
 
+def _is_linear(module: nn.Module) -> bool:
+    return all(type(getattr(module, features, None)) is int for features in ("in_features", "out_features"))
+
+
 def _lacking_weight(module: nn.Module) -> str | None:
     """Why a layer without parameters is not read: None for those that have no channels of their own."""
-    linear = all(type(getattr(module, features, None)) is int for features in ("in_features", "out_features"))
-    if linear and not list(module.children()):
+    if _is_linear(module) and not list(module.children()):
         return f"{type(module).__name__} is a linear layer whose weight is no tensor of its own"
     return None
 
@@ -173,6 +192,7 @@ def is_transformers_conv1d(module: nn.Module) -> bool:
 def channel_count(module: nn.Module, rule: Rule, axis: int) -> int:
     """Channels along ``axis`` of the module's weight; dimension 1 of a grouped weight holds one group's share."""
     if rule.packed:
-        return int(module.out_features if axis == rule.out_axis else module.in_features)  # type: ignore[arg-type]
+        kind = "features" if _is_linear(module) else "channels"
+        return int(getattr(module, f"{'out' if axis == rule.out_axis else 'in'}_{kind}"))
     weight = getattr(module, rule.weight)
     return int(weight.shape[axis]) * (rule.groups if axis == 1 else 1)

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import is_depthwise, layout_of, split_by_group
-from obc.model.rules import Rule
+from obc.model.quantized import is_quantised, why_not_sliced
+from obc.model.rules import Rule, is_packed
 
 
 def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
@@ -23,10 +24,17 @@ def sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept | N
     """What pruning leaves of ``original``, the tensor ``tensor_name`` of a layer like ``module``.
 
     Raises:
-        PlanError: the indices don't fit.
+        PlanError: the indices don't fit; the layer, or the original, is a quantised one.
     """
     if kept is None:
         return original
+    if is_quantised(module):
+        raise PlanError(why_not_sliced(key, module))
+    if tensor_name == "weight" and layout_of(module) is not None and is_packed(original):
+        raise PlanError(
+            f"{key} of the original is stored packed, as {type(original).__name__} {tuple(original.shape)} of "
+            f"{original.dtype}, so that no channel can be taken out of it; make that model plain with obc.dequantize"
+        )
     try:
         return _sliced(module, tensor_name, original, kept)
     except (IndexError, ValueError) as error:

@@ -287,6 +287,10 @@ def _structure(
         if num_heads:
             raise ValueError("num_heads is for models that are traced; without example_inputs the config says it")
         found = TransformersStructure(model, ignored_layers=ignored_layers)
+        if not found.groups and found.left_out:
+            name, reason = next(iter(found.left_out.items()))
+            others = f" ({len(found.left_out) - 1} more are left out)" if len(found.left_out) > 1 else ""
+            raise ValueError(f"nothing in {type(model).__name__} can be pruned: {name}: {reason}{others}")
         if not found.groups:
             raise ValueError(
                 f"nothing to prune was found in {type(model).__name__}: only transformers models are pruned without "

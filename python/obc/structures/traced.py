@@ -19,6 +19,7 @@ from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept
 from obc.model.layouts import split_by_group
 from obc.model.plan import PruningPlan
+from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
 from obc.model.shared_copy import shared_parameters
 from obc.structures.masking import lost_channels
@@ -96,6 +97,7 @@ class TorchPruningStructure:
         check: bool = True,
     ) -> None:
         refuse_unprunable(model)
+        refuse_quantised(model)
         _refuse_untraceable(model)
         self.model, self._example_inputs, self._forward_fn = model, example_inputs, forward_fn or call
         self._modules = dict(model.named_modules(remove_duplicate=True))

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from obc.model.kept import Kept, PlanError, narrowed, with_columns
 from obc.model.layouts import layout_of, split_by_group
 from obc.model.plan import PruningPlan
+from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
 
 
@@ -35,6 +36,7 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
             plan (LSTM).
     """
     refuse_unprunable(pruner.model)
+    refuse_quantised(pruner.model)
     # What the pruner read when it was built: of the unpruned model, unless an earlier pruner pruned it before.
     heads = {module: pruner.init_num_heads.get(module, now) for module, now in pruner.num_heads.items()}
     recorder = PlanRecorder(pruner.DG, plan, heads, pruner.layer_init_out_ch)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
+from obc.model.quantized import is_quantised, why_not_sliced
 from obc.structures.units import NotPrunableError
 
 
@@ -41,28 +42,33 @@ class Layers:
         return joined(name, child) in self.modules
 
     def layer(self, name: str, child: str) -> nn.Module | None:
-        """The linear or convolutional layer ``child`` of the module ``name``, or None."""
+        """The linear or convolutional layer ``child`` of the module ``name``, or None.
+
+        Raises:
+            NotPrunableError: it is a quantised one.
+        """
         module = self.modules.get(joined(name, child))
+        if module is not None:
+            _refuse_quantised(joined(name, child), module)
         return module if module is not None and layout_of(module) is not None else None
 
     def size(self, name: str, side: str) -> int:
         """How many channels a side of a linear or convolutional layer has.
 
         Raises:
-            NotPrunableError: its weight is stored packed.
+            NotPrunableError: it is a quantised one.
         """
         module = self.modules[name]
+        _refuse_quantised(name, module)
         layout, weight = layout_of(module), module.weight
         assert layout is not None
         assert isinstance(weight, Tensor)
-        stored = isinstance(module, nn.Linear) and weight.shape != (module.out_features, module.in_features)
-        if stored or not weight.is_floating_point():
-            raise NotPrunableError(f"{name} stores its weight packed, as {tuple(weight.shape)} of {weight.dtype}")
         return layout.sizes(weight)[0 if side == "out" else 1]
 
     def size_or_none(self, name: str, side: str) -> int | None:
         """The same of any module: norms and embeddings have outputs alone, and others no side at all."""
         module = self.modules[name]
+        _refuse_quantised(name, module)
         if layout_of(module) is not None:
             return self.size(name, side)
         weight = getattr(module, "weight", None)
@@ -84,6 +90,11 @@ class Layers:
         """The first of these keys that the config has, with what a unit counts there."""
         key = next((key for key in keys if says(self.config, key)), None)
         return {} if key is None else {key: per_unit}
+
+
+def _refuse_quantised(name: str, module: nn.Module) -> None:
+    if is_quantised(module):
+        raise NotPrunableError(why_not_sliced(name, module))
 
 
 def channels(units: int, width: int, copies: int = 1) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from obc.model.experts import CORRECTION, DOWN, GATE_UP, fused_experts, is_transposed
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.layouts import layout_of
+from obc.model.quantized import is_quantised, why_not_sliced
 from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, attributes, config_keys, register
@@ -24,8 +25,11 @@ _ROUTED_GROUPS = ("n_group", "num_group")
 
 def _experts(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
     module = layers.modules[name]
-    weights = fused_experts(module)
-    if weights is None or not {"experts", "expert_ffn"} & set(kinds):
+    if not {"experts", "expert_ffn"} & set(kinds):
+        return
+    if is_quantised(module) and layout_of(module) is None:
+        raise NotPrunableError(why_not_sliced(name, module))
+    if (weights := fused_experts(module)) is None:
         return
     stored = _stored(module, *weights)
     if "expert_ffn" in kinds:
