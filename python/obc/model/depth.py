@@ -324,20 +324,20 @@ def _write_config(model: Any, depth: Depth, compacted: bool) -> None:
     if config is None or not depth.config:
         return
     new = with_depth(config, depth, compacted)
-    parts = dict(_parts(config, new))
+    parts = dict(matching_parts(config, new))
     for module in model.modules():
         own = vars(module).get("config")
         if id(own) in parts:
             module.config = parts[id(own)]
 
 
-def _parts(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
+def matching_parts(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
     """(identity of a config or of one inside it, the same of the new one)."""
     yield id(old), new
     for key, value in vars(old).items():
         inner = vars(new).get(key)
         if hasattr(value, "to_dict") and hasattr(inner, "to_dict"):
-            yield from _parts(value, inner)
+            yield from matching_parts(value, inner)
 
 
 def config_parts(config: Any, path: str = "") -> Iterable[tuple[str, Any]]:

@@ -37,6 +37,8 @@ class Block:
         counters: attributes of modules that count units.
         config: config key -> how much a unit counts there; a fraction where it says a multiple of another width.
         config_fixed: config key -> a value that must be written down once units are gone (it was derived before).
+        config_part: dotted name of the config inside the model's that says ``config`` and ``config_fixed``; "" is the
+            model's own. Models of several parts (vision and language) have one for each.
         reads_config: a module whose forward reads these counts from its config, as layers with one projection for
             queries, keys and values do.
         min_units: so many must stay for the model to run.
@@ -48,6 +50,7 @@ class Block:
     counters: tuple[Counter, ...] = ()
     config: Mapping[str, float] = field(default_factory=dict)
     config_fixed: Mapping[str, int] = field(default_factory=dict)
+    config_part: str = ""
     reads_config: str | None = None
     min_units: int = 1
     attended: float = 0.0
@@ -55,4 +58,4 @@ class Block:
     @property
     def counted_by(self) -> tuple[str, ...]:
         """What the config counts the units by: groups that it counts as one keep equal widths where it says them."""
-        return tuple(self.config) or (self.group.kind,)
+        return (self.config_part, *(self.config or (self.group.kind,)))

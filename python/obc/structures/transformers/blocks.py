@@ -42,6 +42,7 @@ class Finder:
         self.blocks: dict[str, Block] = {}
         self.left_out: dict[str, str] = {}
         for name in self.layers.modules:
+            self.layers.enter(name)
             found = [
                 self._add(name, family.blocks(self.layers, name, wanted))
                 for family in FAMILIES.values()
@@ -55,6 +56,7 @@ class Finder:
                 self._add(name, feed_forwards(self.layers, name))
             if {"heads", "query_heads"} & set(wanted):
                 self._add(name, attentions(self.layers, name, wanted))
+        self.layers.enter("")
         if "embedding" in wanted:
             inner = Finder(model, DEFAULT_KINDS)
             self._add(embedding_name(self.layers), embedding(self.layers, inner.blocks, inner.left_out))
@@ -90,7 +92,7 @@ class Finder:
         before = len(self.blocks)
         try:
             for block in found:
-                self.blocks[block.group.name] = block
+                self.blocks[block.group.name] = replace(block, config_part=self.layers.config_part)
         except NotPrunableError as reason:
             self.left_out[name] = str(reason)
             return True

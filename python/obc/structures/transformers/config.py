@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obc.model.depth import Depth, plain_attributes
+from obc.model.depth import Depth, part_of, plain_attributes
 from obc.model.kept import PlanError
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import says, value_of
@@ -38,18 +38,23 @@ def with_widths(
     values = _counted(blocks, sizes or {})
     different = {key: found for key, found in values.items() if len(found) > 1}
     uneven = ""
-    for key, found in different.items():
+    for (_, key), found in different.items():
         widths = ", ".join(f"{value} ({name})" for value, name in found.items())
         uneven = uneven or f"layers keep different {key}: {widths}"
     try:
-        if (refusal := _say_per_layer(config, blocks, sizes or {}, set(different), depth)) is not None:
-            return None, f"{uneven}; {refusal}"
-        for key, found in values.items():
-            if key not in different:
-                setattr(config, key, next(iter(found)))
-        for key, value in {key: value for block in blocks for key, value in block.config_fixed.items()}.items():
-            if key not in (getattr(config, "per_layer_attributes", None) or ()) and _derived_head_size(config) != value:
-                setattr(config, key, value)
+        for path in dict.fromkeys(block.config_part for block in blocks):
+            keys = {key for part, key in different if part == path}
+            inside = [block for block in blocks if block.config_part == path]
+            if (refusal := _say_per_layer(part_of(config, path), inside, sizes or {}, keys, depth)) is not None:
+                return None, f"{uneven}; {refusal}"
+        for (path, key), found in values.items():
+            if (path, key) not in different:
+                setattr(part_of(config, path), key, next(iter(found)))
+        fixed = {(b.config_part, key): value for b in blocks for key, value in b.config_fixed.items()}
+        for (path, key), value in fixed.items():
+            part = part_of(config, path)
+            if key not in (getattr(part, "per_layer_attributes", None) or ()) and _derived_head_size(part) != value:
+                setattr(part, key, value)
         skeleton = _skeleton(type(model), config)
     except Exception as refusal:  # transformers' own validation, of whatever type, is the reason that is reported
         if uneven:
@@ -68,12 +73,12 @@ def with_widths(
     return (None, reason) if reason is not None else (config, None)
 
 
-def _counted(blocks: Sequence[Block], sizes: Mapping[str, int]) -> dict[str, dict[Any, str]]:
-    """Key of the config -> the values that blocks have there -> the first block that has it."""
-    values: dict[str, dict[Any, str]] = {}
+def _counted(blocks: Sequence[Block], sizes: Mapping[str, int]) -> dict[tuple[str, str], dict[Any, str]]:
+    """(part of the config, key) -> the values that blocks have there -> the first block that has it."""
+    values: dict[tuple[str, str], dict[Any, str]] = {}
     for block in blocks:
         for key, value in _values_of(block, sizes).items():
-            values.setdefault(key, {}).setdefault(value, block.group.name)
+            values.setdefault((block.config_part, key), {}).setdefault(value, block.group.name)
     return values
 
 
@@ -158,28 +163,30 @@ def refuse_save_pretrained(model: Any, reason: str | None) -> None:
     vars(model)["save_pretrained"] = save_pretrained
 
 
-def said_values(config: Any, blocks: Sequence[Block]) -> dict[str, Any]:
-    """The config's values of every key that the blocks' widths may change; keys that it lacks are left out."""
-    keys = [key for block in blocks for key in (*block.config, *block.config_fixed)]
-    return {key: value_of(config, key) for key in dict.fromkeys(keys) if says(config, key)}
+def said_values(config: Any, blocks: Sequence[Block]) -> dict[tuple[str, str], Any]:
+    """What the config says of every key that the blocks' widths may change: (part, key) -> value, where it has any."""
+    keys = [(block.config_part, key) for block in blocks for key in (*block.config, *block.config_fixed)]
+    found = {(path, key): part_of(config, path) for path, key in dict.fromkeys(keys)}
+    return {(path, key): value_of(part, key) for (path, key), part in found.items() if says(part, key)}
 
 
-def with_values(config: Any, blocks: Sequence[Block], values: Mapping[str, Any]) -> Any:
+def with_values(config: Any, blocks: Sequence[Block], values: Mapping[tuple[str, str], Any]) -> Any:
     """A copy of the config that says ``values``, and nothing of the blocks' other keys: undoes :func:`with_widths`."""
     former = copy.deepcopy(config)
-    if getattr(former, "is_heterogeneous", False):
-        former.per_layer_config = None
-    for key in said_values(config, blocks):
-        if key in values:
-            setattr(former, key, values[key])
+    for path in dict.fromkeys(block.config_part for block in blocks):
+        if getattr(part_of(former, path), "is_heterogeneous", False):
+            part_of(former, path).per_layer_config = None
+    for path, key in said_values(config, blocks):
+        if (path, key) in values:
+            setattr(part_of(former, path), key, values[path, key])
         else:
-            delattr(former, key)
+            delattr(part_of(former, path), key)
     return former
 
 
 def own_config(config: Any, block: Block) -> Any:
-    """A copy of the config with one block's widths, for one module."""
-    own = copy.copy(config)
+    """A copy of the config, or of its part, with one block's widths, for one module."""
+    own = copy.copy(part_of(config, block.config_part))
     for key, per_unit in block.config.items():
         setattr(own, key, block.group.size * per_unit)
     return own

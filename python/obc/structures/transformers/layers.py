@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.depth import config_parts
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.model.quantized import is_quantised, why_not_sliced
@@ -29,13 +30,28 @@ class Layers:
 
     Attributes:
         model: as given.
-        config: its config, or None.
+        config: of the module that was entered last, or None: the model's, or one inside it.
+        config_part: its dotted name inside the model's.
         modules: by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, getattr(model, "config", None)
         self.modules = dict(named_modules(model))
+        self.config_part = ""
+        parts = () if self.config is None else config_parts(self.config)
+        self._parts = {id(part): (path, part) for path, part in parts}
+
+    def enter(self, name: str) -> None:
+        """Let :attr:`config` be that of the module ``name``: of the nearest one around it that has one."""
+        if self.config is None:
+            return
+        while True:
+            own = vars(self.modules[name]).get("config") if name in self.modules else None
+            if id(own) in self._parts or not name:
+                break
+            name = name.rpartition(".")[0]
+        self.config_part, self.config = self._parts.get(id(own), ("", self.model.config))
 
     def has(self, name: str, child: str) -> bool:
         """Whether the module ``name`` has a module ``child``."""

@@ -11,7 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from obc.model.costs import Costs
-from obc.model.depth import BlockList, Depth, compact, expand, is_compact, original_names, put_stand_in
+from obc.model.depth import (
+    BlockList,
+    Depth,
+    compact,
+    expand,
+    is_compact,
+    matching_parts,
+    original_names,
+    part_of,
+    put_stand_in,
+)
 from obc.model.evaluation import call
 from obc.model.groups import DEPTH_KINDS, ChannelGroup, Slice
 from obc.model.kept import Kept
@@ -461,9 +471,11 @@ class TransformersStructure:
             new = self._adapted = adapted
         elif config is self._adapted:
             new = with_values(config, blocks, self._unpruned)
+        parts = dict(matching_parts(config, new))
         readers = {block.reads_config: block for block in blocks if block.reads_config is not None}
         for name, module in self._modules.items():
             if name in readers:
-                module.config = new if adapted is not None else own_config(new, readers[name])
-            elif vars(module).get("config") is config:
-                module.config = new
+                block = readers[name]
+                module.config = part_of(new, block.config_part) if adapted is not None else own_config(new, block)
+            elif id(vars(module).get("config")) in parts:
+                module.config = parts[id(module.config)]
