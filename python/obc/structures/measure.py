@@ -16,7 +16,7 @@ from obc.model.groups import ChannelGroup
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import named_modules
 from obc.structures.memory import MemoryUse, saved_buffers
-from obc.structures.polynomial import Polynomial
+from obc.structures.polynomial import Polynomial, check_unit
 
 
 @dataclass
@@ -109,8 +109,8 @@ def costs_of(
     Raises:
         ValueError: an unknown unit.
     """
-    polynomial = _polynomial(groups, unit)
-    seen: set[int] = set()
+    check_unit(unit)
+    polynomial, seen = _polynomial(groups, unit), set[int]()
     for name, module in named_modules(model):
         if unit == "macs":
             _add_macs(polynomial, name, module, usage)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from obc.model.costs import Costs
 from obc.model.groups import ChannelGroup, Slice
+from obc.structures.protocol import Unit
 
 
 class Size(NamedTuple):
@@ -25,20 +26,25 @@ class Size(NamedTuple):
     per_unit: Tensor | None = None
 
 
+def check_unit(unit: str) -> None:
+    """Refuse a unit that structures have no costs in.
+
+    Raises:
+        ValueError: an unknown unit.
+    """
+    if unit not in get_args(Unit):
+        raise ValueError(f"unit must be 'macs', 'parameters' or 'active_parameters', got {unit!r}")
+
+
 class Polynomial:
     """A sum of products of sizes, at most two of which depend on the widths.
 
     Args:
         groups: of the model as it is now.
-        unit: "macs", "parameters", "active_parameters", or of memory "bytes".
-
-    Raises:
-        ValueError: an unknown unit.
+        unit: of the costs.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup], unit: str) -> None:
-        if unit not in ("macs", "parameters", "active_parameters", "bytes"):
-            raise ValueError(f"unit must be 'macs', 'parameters' or 'active_parameters', got {unit!r}")
         self._unit, self._names = unit, [group.name for group in groups]
         self._widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64)
         self._per_unit: dict[Hashable, Tensor] = {}

@@ -14,7 +14,7 @@ from obc.model.groups import Slice
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.structures.memory import MemoryUse, saved_buffers
-from obc.structures.polynomial import Polynomial
+from obc.structures.polynomial import Polynomial, check_unit
 from obc.structures.protocol import Unit
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.cache import CachedLayer
@@ -53,6 +53,7 @@ def transformer_costs(
     Raises:
         ValueError: an unknown unit.
     """
+    check_unit(unit)
     polynomial = _polynomial(blocks, axes, unit, depth)
 
     def around(module: str) -> int | None:
