@@ -58,13 +58,13 @@ class Method:
 METHODS: dict[str, Method] = {
     _BASELINE: Method(_WIDTHS),
     "blocks, jacobian": Method(("layers",)),
-    "blocks, jacobian, window": Method(("layers",), allocation="window"),
+    "blocks and widths, jacobian": Method(("layers", *_WIDTHS)),
     "blocks, influence": Method(("layers",), rows=False),
-    "blocks, influence, window": Method(("layers",), rows=False, allocation="window"),
     "blocks, tail": Method(("layers",), rows=False, allocation="tail"),
     "branches, jacobian": Method(("sublayers",)),
-    "blocks and widths, jacobian": Method(("layers", *_WIDTHS)),
     "branches and widths, jacobian": Method(("sublayers", *_WIDTHS)),
+    "blocks, jacobian, window": Method(("layers",), allocation="window"),
+    "blocks, influence, window": Method(("layers",), rows=False, allocation="window"),
 }
 
 

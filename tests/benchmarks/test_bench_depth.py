@@ -15,7 +15,7 @@ def test_cases_are_run_once_and_tabled(tmp_path: Path, capsys: pytest.CaptureFix
     out = tmp_path / "depth.json"
     sizes = ["--calibration", "6", "--test", "3", "--length", "12", "--threads", "1", "--model", "tiny"]
     sizes += ["--rows", str(tmp_path)]
-    few = ["--methods", "widths, jacobian", "blocks, tail", "blocks and widths, jacobian", "branches, jacobian"]
+    few = ["--methods", "widths, jacobian", "blocks and widths, jacobian", "blocks, tail", "branches, jacobian"]
     bench_depth.main([*sizes, *few, "--shares", "0.4", "--out", str(out)])
     cases = json.loads(out.read_text())["cases"]
     assert [case["method"] for case in cases] == ["unpruned", *few[1:]]

@@ -6,12 +6,17 @@ import re
 import sys
 import types
 import warnings
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from counted_seconds import counted_seconds
 from torch import nn
+
+import obc
+from obc.structures.transformers import TransformersStructure
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,3 +99,40 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     exec(language_model, given)
     again = transformers.LlamaForCausalLM.from_pretrained("pruned")
     assert again.config.intermediate_size < 64
+
+
+def test_the_page_on_budgets_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block, given the models and batches that they speak of, and a timer that counts."""
+    transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
+    pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("obc.structures.latency._median", counted_seconds)
+    tokens = [torch.randint(20, (2, 8)) for _ in range(6)]
+
+    def language_model() -> dict[str, Any]:
+        sizes = {"hidden_size": 16, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = transformers.LlamaConfig(vocab_size=20, num_hidden_layers=3, **sizes)
+        model = transformers.LlamaForCausalLM(config).eval()
+        return {
+            "model": model,
+            "structure": TransformersStructure(model),
+            "batch": {"input_ids": tokens[0]},
+            "batches": tokens,
+            "loss_fn": lambda model, batch: model(input_ids=batch, labels=batch).loss,
+        }
+
+    images = [(torch.randn(4, 3, 10, 10), torch.randint(0, 10, (4,))) for _ in range(10)]
+    channels = (3, 32, 32, 32, 10)
+    layers = [part for pair in pairwise(channels) for part in (nn.Conv2d(*pair, 3, padding=1), nn.ReLU())]
+    network = {
+        "model": nn.Sequential(*layers[:-1], nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(),
+        "example_inputs": images[0][0],
+        "batches": images,
+        "loss_fn": lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
+    }
+    found = blocks(ROOT / "docs" / "budgets.md")
+    assert len(found) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for (_, code), given in zip(found, (language_model(), network, language_model()), strict=True):
+            exec(compile(code, "budgets.md", "exec"), {"obc": obc, **given})

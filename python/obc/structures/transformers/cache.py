@@ -63,7 +63,8 @@ def cached_layers(model: Any, blocks: Sequence[Block]) -> list[CachedLayer]:
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with explained(model, "filling its cache with one token", remedy), evaluating(model), torch.no_grad():
         outputs = model(input_ids=token, use_cache=True)
-    layers = getattr(getattr(outputs, "past_key_values", None), "layers", None)
+    cache = getattr(outputs, "cache", None)  # its name since transformers 5
+    layers = getattr(getattr(outputs, "past_key_values", None) if cache is None else cache, "layers", None)
     if layers is None:
         raise PruningError(f"{type(model).__name__} returns no cache of keys and values; {remedy}")
     return [_layer(model, blocks, place, layer) for place, layer in enumerate(layers)]
