@@ -58,20 +58,34 @@ def refuse_unprunable(model: nn.Module) -> None:
 
 
 def refuse_adapted(model: nn.Module) -> None:
-    """Refuse PEFT adapters: their layers wrap the model's and add something to what these compute.
+    """Refuse PEFT adapters, whose widths are those of the unpruned model.
+
+    They are layers that wrap the model's and add something to what these compute, copies of layers that are trained
+    (``modules_to_save``), and learned prompts.
 
     Raises:
         PlanError: names the first of them, and what to do.
     """
-    base = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
-    if base is None:
-        return
+    name = type(model).__name__
+    wrappers = _classes("peft.tuners.tuners_utils", "BaseTunerLayer") + _classes(
+        "peft.utils.other", "AuxiliaryTrainingWrapper", "ModulesToSaveWrapper"
+    )
     for layer, module in model.named_modules():
-        if isinstance(module, base):
+        if isinstance(module, wrappers):
             raise PlanError(
-                f"{type(model).__name__} has adapters of PEFT ({layer!r} is a {type(module).__name__}), which widths "
-                "of its own would not fit; prune model.merge_and_unload(), or adapt the pruned model"
+                f"{name} has adapters of PEFT ({layer!r} is a {type(module).__name__}), which widths of its own would "
+                "not fit; prune model.merge_and_unload(), or adapt the pruned model"
             )
+    if isinstance(model, _classes("peft.peft_model", "PeftModel")):
+        raise PlanError(
+            f"{name} has prompts of PEFT, which widths of its own would not fit; prune model.get_base_model(), and "
+            "learn prompts for the pruned model"
+        )
+
+
+def _classes(module: str, *names: str) -> tuple[type, ...]:
+    """Those of a module's classes that there are; nothing is imported, so that a model without them costs nothing."""
+    return tuple(found for name in names if isinstance(found := getattr(sys.modules.get(module), name, None), type))
 
 
 def _refuse_computed(layer: str, module: nn.Module) -> None:
