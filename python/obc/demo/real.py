@@ -26,7 +26,7 @@ from obc.demo import pretrained
 
 # Sizes and shares are such that two CPU cores need about two minutes. More calibration data would compensate better.
 _CALIBRATION, _TEST, _LENGTH = 8, 6, 128  # sequences of the language model, and their tokens
-_SENTENCES, _BATCH = 128, 16  # of the encoder, to calibrate and again to test
+_SENTENCES, _BATCH = 96, 16  # of the encoder, to calibrate and again to test
 _PROMPTS = ("The capital of France is", "A function in Python is defined with")
 _QUERIES = ("How do I open a file?", "Comparing two numbers", "What happens when an error is raised?")
 _NEW_TOKENS = 16
@@ -202,7 +202,7 @@ def language_model(model: Any, tokenizer: Any, seed: int, title: str) -> Subject
         measure,
         "perplexity",
         texts,
-        (0.125, 0.25),
+        (0.1, 0.2),
         f"{len(calibration)} sequences of {_LENGTH} tokens calibrate, {len(test)} of other documents test",
     )
 
@@ -254,7 +254,7 @@ def sentence_encoder(model: Any, tokenizer: Any, seed: int, title: str) -> Subje
         measure,
         "cosine to the unpruned embeddings",
         texts,
-        (0.125, 0.25, 0.375),
+        (0.2, 0.4),
         f"{len(found[0])} sentences calibrate, {len(test)} of other documents test",
     )
 

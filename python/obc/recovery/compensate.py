@@ -28,6 +28,8 @@ Mode = Literal["correct", "ls", "seq"]
 
 # Relative ridges that held-out batches choose from.
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
+# Modes "ls" and "seq" try a larger one too: errors of other layers, which they don't see, make large changes harmful.
+_MORE_RIDGES = (3e-1,)
 
 
 def compensate(
@@ -84,7 +86,8 @@ def compensate(
         forward_fn: ``forward_fn(model, batch)`` returns what is to be preserved, tensors in any nesting; by default
             :func:`obc.model.evaluation.call_on_batch`, which takes batches such as (inputs, labels).
         mode: "correct", "ls" or "seq".
-        ridge: relative to the mean diagonal of E[z zT]. None: what held-out batches like best of ``RIDGES``.
+        ridge: relative to the mean diagonal of E[z zT]. None: what held-out batches like best, of 1e-1 to 1e-5, and of
+            3e-1 in modes "ls" and "seq".
         held_out: the share of the batches that is held out, in (0, 0.5]; at least one.
         recalibrate_norms: estimate BatchNorm statistics anew whenever weights changed.
         offload: mode "correct": keep the tensors between modules in host memory.
@@ -115,6 +118,8 @@ def compensate(
         consumers = find_consumers(pruned_model, original_model, plan)
         norms = batch_norms(pruned_model) if recalibrate_norms else []
         ridges = RIDGES if ridge is None else (ridge,)
+        if ridge is None and mode != "correct":
+            ridges = (*_MORE_RIDGES, *RIDGES)
         if mode == "correct":
             outputs = {name: plan[name].out_channels for name in consumers}
             options = correct.Options(forward, ridges, offload, processes)
