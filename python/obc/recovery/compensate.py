@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -117,9 +117,9 @@ def compensate(
     ):
         consumers = find_consumers(pruned_model, original_model, plan)
         norms = batch_norms(pruned_model) if recalibrate_norms else []
-        ridges = RIDGES if ridge is None else (ridge,)
+        ridges: Sequence[float] = [ridge] if ridge is not None else RIDGES
         if ridge is None and mode != "correct":
-            ridges = (*_MORE_RIDGES, *RIDGES)
+            ridges = [*_MORE_RIDGES, *RIDGES]
         if mode == "correct":
             outputs = {name: plan[name].out_channels for name in consumers}
             options = correct.Options(forward, ridges, offload, processes)
