@@ -25,6 +25,7 @@ from obc.criteria import Subject, group_scores  # noqa: E402
 from obc.model.groups import ChannelGroup  # noqa: E402
 from obc.model.latency_table import LatencyTable  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
+from obc.structures.transformers import TransformersStructure  # noqa: E402
 
 TRACED = ("chain", "flatten", "grouped", "vit")
 NAMES = (*TRACED, "llama", "mixtral")
@@ -198,6 +199,68 @@ def test_minitron(name: str) -> None:
         return math.sqrt(sum(s * s for s in per_channel))
 
     check(group_scores("minitron", of), by_units(of, value))
+
+
+def small_mamba2(heads: int, groups: int) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Mamba2Config(
+        vocab_size=31,
+        hidden_size=8,
+        expand=4,
+        num_heads=heads,
+        head_dim=32 // heads,
+        n_groups=groups,
+        state_size=4,
+        num_hidden_layers=2,
+        chunk_size=4,
+    )
+    torch.manual_seed(0)
+    return transformers.Mamba2ForCausalLM(config).double().eval()
+
+
+def small_grouped_query(heads: int, groups: int) -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=31,
+        hidden_size=32,
+        intermediate_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+    )
+    torch.manual_seed(0)
+    return transformers.LlamaForCausalLM(config).double().eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "reader"),
+    [("mixer_heads", small_mamba2, "out_proj"), ("query_heads", small_grouped_query, "o_proj")],
+)
+@pytest.mark.parametrize("groups", [1, 2])
+def test_minitron_of_heads_in_groups(kind: str, make: Callable[..., nn.Module], reader: str, groups: int) -> None:
+    """A unit is one head of every group: |s over its channels|_2, and groups keep equal numbers."""
+    heads, size = 8, 4
+    model = make(heads, groups)
+    found = obc.transformer_groups(model, [kind])
+    batches = [(torch.arange(n, n + 12).reshape(2, 6) % 31, torch.zeros(2)) for n in range(2)]
+    of = Subject(model, tuple(found), batches, loss, forward, "gate", "batch", torch.Generator())
+    seen, expected = inputs(of), {}
+    for group in found:
+        assert group.size == heads // groups
+        (name,) = [part.module for part in group.consumers if part.module.endswith(reader)]
+        means = torch.stack([sample.abs().mean(0) for batch in seen[name] for sample in batch])
+        of_channel = means.square().sum(0).sqrt()
+        of_head = [math.hypot(*of_channel[h * size : (h + 1) * size].tolist()) for h in range(heads)]
+        each = heads // groups
+        units = [math.hypot(*(of_head[g * each + j] for g in range(groups))) for j in range(each)]
+        expected[group.name] = torch.tensor(units, dtype=torch.float64)
+    scores = group_scores("minitron", of)
+    check(scores, expected)
+    structure = TransformersStructure(model, [kind])
+    structure.remove({name: values.argsort()[: heads // groups // 2] for name, values in scores.items()})
+    widths = {module.in_features for name, module in model.named_modules() if name.endswith(reader)}  # type: ignore
+    assert widths == {heads * size // 2}
+    model(batches[0][0])
 
 
 @pytest.mark.parametrize("weights", [False, True])

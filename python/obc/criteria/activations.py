@@ -20,6 +20,7 @@ class FLAP(Criterion):
 
     Args:
         standardise: False leaves S as it is.
+        code: as the authors' code: S of heads is squared first, and the standard deviation is that of n - 1 values.
     """
 
     name = "flap"
@@ -28,24 +29,26 @@ class FLAP(Criterion):
         "arXiv 2312.11983",
         "z-score within the layer of Var(x_j) |W_:j|^2",
         "forward",
-        differs="copies in HARP and CFSP prune feed-forward channels only, with a running variance that starts at 0",
+        differs="its code squares S of heads (code=True), and its running variance leaves out the first sample; copies "
+        "in HARP and CFSP prune feed-forward channels only",
     )
     needs = ("moments",)
     update = "mean"
     per_cost = False
 
-    def __init__(self, standardise: bool = True) -> None:
-        self.standardise = standardise
+    def __init__(self, standardise: bool = True, code: bool = False) -> None:
+        self.standardise, self.code = standardise, code
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         def value(consumer: Consumer) -> Tensor:
-            """(units,) the mean over the channels of Var(x_j) |W_:j|^2."""
             fluctuation = statistics.moments[consumer.name].variance.cpu() * consumer.square
+            if self.code and group.kind in ("heads", "query_heads"):
+                fluctuation = fluctuation.square()
             if not self.standardise:
                 return fluctuation[consumer.channels].mean(1)
             scores = torch.zeros_like(fluctuation)
             used = consumer.channels.flatten()
-            scores[used] = standardised(fluctuation[used])
+            scores[used] = standardised(fluctuation[used], correction=int(self.code))
             return scores[consumer.channels].mean(1)
 
         return sum_over_consumers(group, model, value, statistics.moments)
@@ -82,7 +85,8 @@ class Minitron(Criterion):
     """s_u = |s_c over the unit's channels c|_2, s_c = sqrt(sum over samples of (mean over tokens of |x_c|)^2).
 
     Minitron (Muralidharan et al., arXiv 2407.14679) and Minitron-SSM (arXiv 2504.11409), as in Model-Optimizer: at the
-    input of the second feed-forward layer, of the attention's output projection, of Mamba's. Equal widths.
+    input of the second feed-forward layer, of the attention's output projection, of Mamba's. Equal widths: as a unit of
+    "query_heads" and of Mamba-2's "mixer_heads" is one head of every group, groups keep equal numbers of heads.
     """
 
     name = "minitron"
@@ -91,16 +95,15 @@ class Minitron(Criterion):
         "arXiv 2407.14679, 2504.11409; code NVIDIA/Model-Optimizer",
         "norm over the unit's channels of sqrt(sum_b (mean_t |x_btc|)^2)",
         "forward",
-        differs="its code adds calls up instead of taking means, which leaves the order as it is",
-        missing="hidden size by post-norm activations; Mamba-2's heads, which obc does not prune; candidates of widths "
-        "and distillation: use a trainer",
+        differs="its code ranks the heads of each group by themselves, here a unit is the j-th head of every group; for "
+        "Mamba it reads x as in_proj returns it, here it is what out_proj is given",
+        missing="hidden size by post-norm activations; channels of Mamba-2's heads; width search and distillation",
     )
     needs = ("moments",)
     allocation = "equal"
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         def value(consumer: Consumer) -> Tensor:
-            """(units,) |s_c over the channels c|_2."""
             squares = statistics.moments[consumer.name].mean_absolute_square.cpu()
             return squares[consumer.channels].sum(1).sqrt()
 

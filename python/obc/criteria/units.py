@@ -105,9 +105,9 @@ def relative(scores: Tensor | None) -> Tensor | None:
     return None if scores is None else scores / scores.mean().clamp_min(TINY)
 
 
-def standardised(values: Tensor) -> Tensor:
-    """Values minus their mean, over their standard deviation."""
-    deviation = values.std(correction=0) if len(values) > 1 else values.new_ones(())
+def standardised(values: Tensor, correction: int = 0) -> Tensor:
+    """Values minus their mean, over their standard deviation: of n values with n - correction in its denominator."""
+    deviation = values.std(correction=correction) if len(values) > 1 else values.new_ones(())
     return (values - values.mean()) / deviation.clamp_min(TINY)
 
 

@@ -1,0 +1,110 @@
+"""Scores against numbers of the authors' formulas, which fixtures/authors.py computes without obc."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from obc import criteria
+from obc.criteria import Subject, group_scores
+from obc.model.groups import ChannelGroup, Slice
+from obc.statistics import Blocks
+from obc.statistics.run import collect
+
+FIXTURE = json.loads((Path(__file__).parent / "fixtures" / "authors.json").read_text())
+INPUTS = {name: torch.tensor(values, dtype=torch.float64) for name, values in FIXTURE["inputs"].items()}
+SAMPLES, HIDDEN = len(INPUTS["x"]), len(INPUTS["down"])
+TOKENS = INPUTS["x"].shape[1]
+
+# What scores it, and the common factor of all units that the authors' code has and obc leaves out.
+CRITERIA: dict[str, tuple[Any, float]] = {
+    "flap": (criteria.FLAP(code=True), 1.0),
+    "flap_heads": (criteria.FLAP(code=True), 1.0),
+    "wanda_sp": ("wanda_sp", TOKENS**0.5 / HIDDEN),
+    "wanda_sp_heads": ("wanda_sp", TOKENS**0.5 / HIDDEN),
+    "minitron": ("minitron", 1.0),
+    "minitron_heads": ("minitron", 1.0),
+    "cfsp": (criteria.CFSP(power=0.5), 3 / HIDDEN / SAMPLES**0.25),
+    "llm_pruner_element": ("llm_pruner_element", 1.0),
+    "llm_pruner_vector": ("llm_pruner_vector", 1.0),
+    "nirvana": ("nirvana", 1.0),
+}
+
+
+class Block(nn.Module):
+    """A residual branch that multiplies by one matrix."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.linear = linear(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
+class Gated(nn.Module):
+    """The feed-forward layer of the fixture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (linear(INPUTS[name]) for name in ("gate", "up", "down"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.gate(x).relu() * self.up(x))
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    return layer
+
+
+def of_statistics(criterion: Any) -> set[str]:
+    """Names of the statistics that a criterion needs."""
+    return {one if isinstance(one, str) else one.name for one in criteria.get(criterion).needs}
+
+
+def subject(units: str) -> Subject:
+    channels = torch.arange(6).reshape(-1, 2 if units == "heads" else 1)
+    slices = tuple(Slice(name, side, channels) for name, side in (("gate", "out"), ("up", "out"), ("down", "in")))
+    group = ChannelGroup("layer", slices, units)  # type: ignore[arg-type]
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean() / 2
+
+    generator = torch.Generator()
+    return Subject(Gated(), (group,), [INPUTS["x"]], loss, lambda m, b: m(b), "gate", "batch", generator)
+
+
+@pytest.mark.parametrize("name", CRITERIA)
+def test_scores_are_those_of_the_authors_formula(name: str) -> None:
+    criterion, factor = CRITERIA[name]
+    expected = FIXTURE["scores"][name]
+    of = subject(expected["units"])
+    if name == "cfsp":  # its shares are by blocks, which one layer has none of; its scores need moments alone
+        criterion.needs = ("moments",)
+    scores = group_scores(criterion, of)["layer"].double()
+    truth = torch.tensor(expected["scores"], dtype=torch.float64)
+    rtol = 1e-9 if "weight_gradients" not in of_statistics(criterion) else 1e-6  # their sums are float32
+    torch.testing.assert_close(scores * factor, truth, rtol=rtol, atol=1e-12)
+
+
+def test_blocks_are_scored_as_by_the_authors_formula() -> None:
+    weight = INPUTS["mixed"].mT
+    model = nn.Sequential(Block(weight), Block(weight))
+    statistics = Blocks(modules=["0"])
+    sums = collect(model, [INPUTS["x"]], statistics=[statistics], progress=False).blocks["0"]
+    scores = {"block_influence": criteria.BlockInfluence(), "angular_distance": criteria.AngularDistance("all")}
+    for name, criterion in scores.items():
+        assert criterion.of_block(sums) == pytest.approx(FIXTURE["scores"][name]["scores"][0], rel=1e-9)
+
+
+def test_every_number_names_the_code_that_it_is_of() -> None:
+    assert set(FIXTURE["scores"]) == {*CRITERIA, "block_influence", "angular_distance"}
+    assert all(", commit " in entry["source"] for entry in FIXTURE["scores"].values())
