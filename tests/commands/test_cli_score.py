@@ -322,3 +322,28 @@ def test_statistics_are_collected_and_a_directory_is_pruned_by_them(
         assert message in capsys.readouterr().err
     assert cli.main([*arguments, "--statistics", "grams"]) == 2
     assert "statistics are 'rows', 'moments'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", [[], ["host"], ["disk"]])
+def test_statistics_are_collected_block_by_block(
+    where: list[str], ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**SMALL, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=20, max_position_embeddings=12, **config))
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["score", str(tmp_path / "model"), "--data", str(ids), "--batches", "2", "--batch-size", "2"]
+    collected = [*arguments, "--statistics", "moments,gram"]
+    assert cli.main([*collected, "--out", str(tmp_path / "whole")]) == 0
+    assert cli.main([*collected, "--by-block", *where, "--out", str(tmp_path / "blocks")]) == 0
+    whole, blocks = (obc.Statistics.load(tmp_path / name) for name in ("whole", "blocks"))
+    assert list(blocks.gram) == list(whole.gram)
+    assert len(blocks.gram) == 4
+    for layer, found in blocks.gram.items():
+        torch.testing.assert_close(found.total, whole.gram[layer].total, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(blocks.moments[layer].absolute, whole.moments[layer].absolute, rtol=1e-5, atol=1e-7)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith("hidden_states")) == []
+    assert cli.main([*arguments, "--statistics", "rows", "--by-block"]) == 2
+    assert "collect it without by_block" in capsys.readouterr().err
+    assert cli.main([*arguments, "--by-block"]) == 2
+    assert "name some by --statistics" in capsys.readouterr().err

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import obc
@@ -15,6 +19,7 @@ from obc.commands.common import UsageError, require, writable
 from obc.commands.run_log import add_log, say
 from obc.scoring import Coverage, Scores
 from obc.scoring.errors import ScoringError
+from obc.statistics import ByBlock
 
 _DESCRIPTION = """\
 Score every channel of a model that save_pretrained wrote, by the Jacobian Criterion, and write a safetensors file for
@@ -58,6 +63,14 @@ def add(commands: Any) -> None:
         help="instead of scores, collect these statistics (moments,gram ...: what obc criteria says a criterion needs) "
         "of the groups that can be pruned",
     )
+    score.add_argument(
+        "--by-block",
+        nargs="?",
+        const="host",
+        choices=("host", "disk"),
+        help="with --statistics of forward passes: one block after the other runs on all batches, with its weights "
+        "alone on the device; hidden states between blocks stay in the host's memory, or on disk beside --out",
+    )
     score.add_argument("--keep-rows", action="store_true", help="keep every row, for joint selection in obc prune")
     score.add_argument("--checkpoint", type=Path, help="file to go on from after a kill, with the same arguments")
     score.add_argument("--every", type=positive, default=10, help="batches between checkpoints (default: 10)")
@@ -78,7 +91,11 @@ def run(parsed: argparse.Namespace) -> int:
     """Score a directory by local data, write the scores, and print how they were read."""
     require(checkpoints.PACKAGES)
     out = writable(parsed.out)
-    checkpoint = checkpoints.load(parsed.model, parsed.dtype, checkpoints.device_of(parsed.device), parsed.loss)
+    if parsed.by_block and not parsed.statistics:
+        raise UsageError("--by-block collects statistics; scores need a whole backward pass: name some by --statistics")
+    device = checkpoints.device_of(parsed.device)
+    resident = torch.device("cpu") if parsed.by_block else device
+    checkpoint = checkpoints.load(parsed.model, parsed.dtype, resident, parsed.loss)
     model = checkpoint.model
     if parsed.checkpointing:
         checkpoints.recompute_activations(model)
@@ -96,7 +113,9 @@ def run(parsed: argparse.Namespace) -> int:
         say(f"{parsed.data} gives {len(batches)} batches of the {parsed.batches} asked for")
     loss = checkpoints.loss_of(checkpoint.loss, parsed.rows, parsed.seed)
     if parsed.statistics:
-        return _collect(parsed, model, batches, loss, out)
+        if parsed.by_block:
+            batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+        return _collect(parsed, model, batches, loss, out, device)
     try:
         scores = obc.score(
             model,
@@ -121,26 +140,47 @@ def run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _collect(parsed: argparse.Namespace, model: nn.Module, batches: Any, loss: Any, out: Path) -> int:
+def _collect(
+    parsed: argparse.Namespace, model: nn.Module, batches: Any, loss: Any, out: Path, device: torch.device
+) -> int:
     """Collect statistics, and write them."""
     try:
-        statistics = obc.collect(
-            model,
-            batches,
-            loss,
-            statistics=[name.strip() for name in parsed.statistics.split(",")],
-            groups=obc.transformer_groups(model),
-            rows=parsed.rows,
-            micro_batch=parsed.micro_batch,
-            checkpoint=parsed.checkpoint,
-            every=parsed.every,
-        )
+        with _states(parsed.by_block, out) as states:
+            by_block = ByBlock(device=device, states=states) if parsed.by_block else False
+            statistics = _statistics(parsed, model, batches, loss, by_block)
     except (ScoringError, ValueError) as error:
         raise UsageError(str(error)) from error
     statistics.save(out)
     assert statistics.report is not None
     say(f"{statistics}\n{statistics.report.seconds:.1f} s; written: {out}")
     return 0
+
+
+@contextlib.contextmanager
+def _states(by_block: str | None, out: Path) -> Iterator[str]:
+    """Where hidden states are kept between blocks: "host", or a folder that is removed afterwards."""
+    if by_block != "disk":
+        yield "host"
+        return
+    with tempfile.TemporaryDirectory(prefix="hidden_states.", dir=out.parent) as folder:
+        yield folder
+
+
+def _statistics(
+    parsed: argparse.Namespace, model: nn.Module, batches: Any, loss: Any, by_block: ByBlock | bool
+) -> obc.Statistics:
+    return obc.collect(
+        model,
+        batches,
+        loss,
+        statistics=[name.strip() for name in parsed.statistics.split(",")],
+        groups=obc.transformer_groups(model),
+        rows=parsed.rows,
+        micro_batch=parsed.micro_batch,
+        checkpoint=parsed.checkpoint,
+        every=parsed.every,
+        by_block=by_block,
+    )
 
 
 def summary(scores: Scores) -> str:
