@@ -111,7 +111,7 @@ coverage: setup ## the test suite with its coverage of lines and branches
 mutation: setup ## a sample of mutants of reference.py, scoring/ and recovery/: which of them no test notices
 	$(BIN)/python tests/mutation.py $(ARGS)
 
-sweep: setup ## every model type of the transformers library, tiny: groups, sliced against masked, saving; an hour
+sweep: setup ## every model type of the transformers library, tiny: groups, sliced against masked, saving; half an hour
 	$(BIN)/python tests/sweep --write docs/transformers_models.md $(ARGS)
 
 examples: setup ## run every script of examples/, in small

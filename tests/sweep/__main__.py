@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import resource
+import signal
 import sys
 import time
 import warnings
@@ -29,10 +30,16 @@ from sweep_table import table, write_table
 ROOT = Path(__file__).parents[2]
 
 
-def _work(job: tuple[str, str], known: str | None, gigabytes: float, pipe: Any) -> None:
+# A process that waits for others to compute is given so many times its limit of CPU time.
+_WAITING = 10
+
+
+def _work(job: tuple[str, str], known: str | None, limits: tuple[float, float], pipe: Any) -> None:
+    seconds, gigabytes = limits
     sys.stderr = open("/dev/null", "w")  # noqa: SIM115 - until the process ends
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + int(gigabytes * 2**30),) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
     found = examine(*job, known)
     pipe.send(None if found is None else asdict(found))
 
@@ -58,10 +65,10 @@ def swept(
         jobs: in this order.
         known: digests of groups; of a model type whose groups have it, the row that is there is written again.
         rows: a file of one JSON object a line.
-        limits: seconds and GiB for each.
+        limits: seconds of CPU time and GiB for each.
         at_once: processes.
     """
-    seconds, gigabytes = limits
+    late = f"not done after {limits[0]:.0f} s"
     context = multiprocessing.get_context("fork")  # transformers is imported once
     running: dict[tuple[str, str], tuple[Any, Any, float]] = {}
     waiting, done, before = list(jobs), 0, rows_of(rows)
@@ -69,7 +76,7 @@ def swept(
         while waiting and len(running) < at_once:
             job = waiting.pop(0)
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(job, known.get(job), gigabytes, theirs))
+            process = context.Process(target=_work, args=(job, known.get(job), limits, theirs))
             process.start()
             theirs.close()
             running[job] = (process, ours, time.monotonic())
@@ -80,10 +87,12 @@ def swept(
                     received = pipe.recv()
                     found = before[job] if received is None else Found(**received)
                 except EOFError:
-                    found = Found(*job, wrong="the process ended without a word")
-            elif time.monotonic() - started > seconds:
+                    process.join()
+                    ended = late if process.exitcode == -signal.SIGXCPU else "the process ended without a word"
+                    found = Found(*job, wrong=ended)
+            elif time.monotonic() - started > _WAITING * limits[0]:
                 process.kill()
-                found = Found(*job, wrong=f"not done after {seconds:.0f} s")
+                found = Found(*job, wrong=late)
             if found is None:
                 continue
             process.join()
@@ -116,7 +125,7 @@ def main() -> None:
         choices=("all", "changed", "wrong", "unbuilt"),
         help="rows that are not kept; changed: those whose groups are found otherwise now, or were not built",
     )
-    parser.add_argument("--seconds", type=float, default=120, help="for each model type")
+    parser.add_argument("--seconds", type=float, default=120, help="of CPU time for each model type")
     parser.add_argument("--gigabytes", type=float, default=4, help="for each model type")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--for", dest="time", type=float, default=float("inf"), help="begin none after so many seconds")

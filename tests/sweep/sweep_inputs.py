@@ -37,7 +37,8 @@ def inputs_of(task: str, model: Any) -> dict[str, Tensor]:
 
 def _needs_images(model: Any) -> bool:
     images = inspect.signature(type(model).forward).parameters.get("pixel_values")
-    return images is not None and images.default is inspect.Parameter.empty
+    required = images is not None and images.default is inspect.Parameter.empty
+    return required or model.config.model_type == "pp_formulanet"
 
 
 def _image_size(model: Any) -> int:
