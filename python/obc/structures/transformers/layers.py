@@ -38,6 +38,7 @@ class Layers:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.config = model, getattr(model, "config", None)
         self.modules = dict(named_modules(model))
+        self._quantised = {name for name, module in self.modules.items() if is_quantised(module)}
         self.config_part = ""
         parts = () if self.config is None else config_parts(self.config)
         self._parts = {id(part): (path, part) for path, part in parts}
@@ -63,9 +64,8 @@ class Layers:
         Raises:
             NotPrunableError: it is a quantised one.
         """
+        self._refuse_quantised(joined(name, child))
         module = self.modules.get(joined(name, child))
-        if module is not None:
-            _refuse_quantised(joined(name, child), module)
         return module if module is not None and layout_of(module) is not None else None
 
     def size(self, name: str, side: str) -> int:
@@ -75,7 +75,7 @@ class Layers:
             NotPrunableError: it is a quantised one.
         """
         module = self.modules[name]
-        _refuse_quantised(name, module)
+        self._refuse_quantised(name)
         layout, weight = layout_of(module), module.weight
         assert layout is not None
         assert isinstance(weight, Tensor)
@@ -84,13 +84,17 @@ class Layers:
     def size_or_none(self, name: str, side: str) -> int | None:
         """The same of any module: norms and embeddings have outputs alone, and others no side at all."""
         module = self.modules[name]
-        _refuse_quantised(name, module)
+        self._refuse_quantised(name)
         if layout_of(module) is not None:
             return self.size(name, side)
         weight = getattr(module, "weight", None)
         if side == "out" and isinstance(weight, Tensor) and (weight.dim() == 1 or isinstance(module, nn.Embedding)):
             return int(weight.shape[-1])
         return None
+
+    def _refuse_quantised(self, name: str) -> None:
+        if name in self._quantised:
+            raise NotPrunableError(why_not_sliced(name, self.modules[name]))
 
     def counters(self, names: Sequence[str], counted: Mapping[tuple[str, ...], tuple[int, int]]) -> tuple[Counter, ...]:
         """Attributes of these modules that have the value that they would count."""
@@ -106,11 +110,6 @@ class Layers:
         """The first of these keys that the config has, with what a unit counts there."""
         key = next((key for key in keys if says(self.config, key)), None)
         return {} if key is None else {key: per_unit}
-
-
-def _refuse_quantised(name: str, module: nn.Module) -> None:
-    if is_quantised(module):
-        raise NotPrunableError(why_not_sliced(name, module))
 
 
 def channels(units: int, width: int, copies: int = 1) -> Tensor:
