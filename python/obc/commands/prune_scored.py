@@ -38,14 +38,7 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
     """Prune ``parsed.target`` to the budget and write it to ``parsed.out``."""
     require(checkpoints.PACKAGES)
     source, out = Path(parsed.target), parsed.out
-    if parsed.scores is None:
-        raise UsageError(f"--scores is missing: score the directory first, obc score {source} --data FILE")
-    if parsed.compensate and parsed.data is None:
-        raise UsageError("--compensate needs --data: a .txt or .jsonl file, or a folder of images")
-    if out.resolve() == source.resolve():
-        raise UsageError(f"--out {out} is the model's own directory; choose another")
-    if parsed.criterion is None and parsed.allocation is not None:
-        raise UsageError("--allocation of a model directory needs --criterion, and the statistics in --scores")
+    _check(parsed, source)
     scores = load_scores(parsed.scores) if parsed.criterion is None else _statistics(parsed.scores)
     checkpoint = checkpoints.load(source, parsed.dtype, checkpoints.device_of(parsed.device))
     model = checkpoint.model
@@ -97,6 +90,18 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
     report.save(out / REPORT_FILES[1])
     say(f"as a page: obc report {out}")
     return 0
+
+
+def _check(parsed: argparse.Namespace, source: Path) -> None:
+    """Refuse options that don't go together."""
+    if parsed.scores is None:
+        raise UsageError(f"--scores is missing: score the directory first, obc score {source} --data FILE")
+    if parsed.compensate and parsed.data is None:
+        raise UsageError("--compensate needs --data: a .txt or .jsonl file, or a folder of images")
+    if parsed.out.resolve() == source.resolve():
+        raise UsageError(f"--out {parsed.out} is the model's own directory; choose another")
+    if parsed.criterion is None and parsed.allocation is not None:
+        raise UsageError("--allocation of a model directory needs --criterion, and the statistics in --scores")
 
 
 def _report(parsed: argparse.Namespace, structure: Any, budget: Budget) -> PruningReport:

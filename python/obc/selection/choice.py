@@ -77,10 +77,13 @@ def select(
     Args:
         rows_by_group: (N, units) rows of every group, for example :meth:`ChannelGroup.gate_rows`. For "independent"
             also (units,) scores, taken as they are.
-        costs: a :class:`obc.selection.Costs`, of which groups without rows keep their widths; or by group the cost of
-            any of its units, or a (units,) tensor of their own costs. Units that free nothing stay. Where the costs say
-            what is ``inside`` a group, that group is a whole block: its one unit frees what is left of the units
-            inside, whose own removal is then off the table, and adds to the loss what their removal did not add.
+        costs: a :class:`obc.selection.Costs`, of which groups without rows keep their widths, such as
+            ``structure.costs("macs")``, ``structure.memory(use)``, or the seconds of :meth:`obc.LatencyTable.costs`; or
+            by group the cost of any of its units, or a (units,) tensor of their own costs. Units that free nothing
+            stay, unless the costs have curves that fall further on: then groups are compared by the best rate on the
+            way to any smaller width. Where the costs say what is ``inside`` a group, that group is a whole block: its
+            one unit frees what is left of the units inside, which can't go by themselves any more, and adds to the loss
+            what their removal did not add.
         budget: how much to free, in the unit of the costs.
         selection: "joint" or "independent".
         shrinkage: from 0, interactions count as the rows have them, to 1, they do not. None: 0 where there are as
