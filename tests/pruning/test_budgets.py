@@ -104,6 +104,17 @@ def test_whole_blocks_compete_by_their_seconds() -> None:
     assert taken <= 0.55 * counted_seconds(lambda: run_of(case)(FAMILIES["llama"]().model), torch.device("cpu"))
 
 
+def test_whole_blocks_alone_leave_a_model_that_saves_as_usual() -> None:
+    """What the report says of memory is counted before the blocks leave their list, and warnings are those of after."""
+    case = FAMILIES["llama"]()
+    structure = TransformersStructure(case.model, ["layers"])
+    result = obc.prune(case.model, batches=case.batches, loss_fn=case.loss, memory=0.6, structure=structure, steps=1)
+    assert len(case.model.model.layers) == 1
+    tied = {one.data_ptr(): one.nbytes for one in case.model.state_dict().values()}
+    assert result.report.known["memory"].after == sum(tied.values())
+    assert not any("save_pretrained" in warning for warning in result.report.warnings)
+
+
 def test_rounded_widths_are_measured_at_multiples() -> None:
     torch.manual_seed(0)
     model, batches = Net().eval(), image_batches()

@@ -100,9 +100,12 @@ class Job:
             if 0 < after < NARROW * before:
                 self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
 
-    def finish(self) -> None:
-        """What the model costs in the end, and what the structure has to say of it."""
+    def note_known(self) -> None:
+        """What the model costs in the end, whatever the budget was."""
         self.report.note_known(self.budget.meters.known(self.structure), before=False)
+
+    def note_warnings(self) -> None:
+        """What the structure has to say of the model as it is now."""
         for warning in getattr(self.structure, "warnings", ()):
             self._warn(warning)
 

@@ -224,8 +224,9 @@ def prune(
         counted.finish(model)
         if compensator is not None:
             compensator.finish()
-        job.finish()
+        job.note_known()
         take_out_blocks(structure, run)
+        job.note_warnings()
         if speed is not None:
             speed.finish(model)
     return PruningResult(model, structure.plan, report, budget.meters.table)
