@@ -1,7 +1,7 @@
 """The pretrained models of ``bench_real``, each with its calibration and test data and what is measured of it.
 
 SmolLM2 and the sentence encoder: the Debian handbook calibrates, the developer's reference tests. EfficientNet-Lite0:
-crops of photographs, other photographs for calibration than for the test. A draw is the seed that says which pieces.
+cut-outs on photographs calibrate, photographs of ImageNet test. A draw is the seed that says which pieces.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from obc.demo import pretrained
 from obc.demo.real import contrastive_loss, embed
 
 _SENTENCES = 16  # of the encoder that stand for one sequence of a language model: as many tokens, about
-_CROPS = 32  # of a photograph, likewise
+_CROPS = 32  # images, likewise
 
 
 @dataclass
@@ -154,10 +154,10 @@ def efficientnet(draw: int, calibration: int, test: int, length: int) -> Task:
     from benchmarks import efficientnet_lite, photographs
 
     model = efficientnet_lite.lite0()
-    first, second = photographs.halves()
-    batches = [
-        photographs.crops(photos, count, _CROPS, draw) for photos, count in ((first, calibration), (second, test))
-    ]
+    batches = (
+        photographs.calibration_batches(calibration, _CROPS, draw),
+        photographs.test_batches(test, _CROPS, draw),
+    )
     with torch.no_grad():
         wanted = {id(batch): model(batch).argmax(1) for batch in batches[1]}
 

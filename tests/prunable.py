@@ -116,6 +116,24 @@ class TransformerBlock(nn.Module):
         return self.head((x + self.down(hidden)).mean(1))
 
 
+class InvertedResiduals(nn.Module):
+    """Expand, depthwise, project, each with a norm, ReLU6 after the first two; no convolution has a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.stem_norm = nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6)
+        self.expand, self.expand_norm = nn.Conv2d(6, 24, 1, bias=False), nn.BatchNorm2d(24)
+        self.depthwise, self.depthwise_norm = nn.Conv2d(24, 24, 3, 1, 1, groups=24, bias=False), nn.BatchNorm2d(24)
+        self.project, self.project_norm = nn.Conv2d(24, 6, 1, bias=False), nn.BatchNorm2d(6)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu6(self.stem_norm(self.stem(x)))
+        y = F.relu6(self.expand_norm(self.expand(x)))
+        y = F.relu6(self.depthwise_norm(self.depthwise(y)))
+        return self.head((x + self.project_norm(self.project(y))).mean((2, 3)))
+
+
 @dataclass
 class Pruned:
     """A model, its pruned copy and the plan between them."""
@@ -195,3 +213,7 @@ RECIPES: dict[str, Recipe] = {
     "vit": Recipe(lambda: TransformerBlock(False, 4), (5, 3), _RESIDUAL, dict.fromkeys(_QKV, 4)),
     "swiglu": Recipe(lambda: TransformerBlock(True, 4), (5, 3), (*_RESIDUAL, *_QKV)),
 }
+
+# Networks with BatchNorms: plain, residual, with a flatten, with inverted residuals.
+WITH_NORMS = {name: RECIPES[name] for name in ("chain", "resnet", "flatten")}
+WITH_NORMS["inverted"] = Recipe(InvertedResiduals, (3, 12, 12), ("head", "stem"))

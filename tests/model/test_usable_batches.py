@@ -103,13 +103,16 @@ def test_what_overflows_in_one_place_is_left_out_of_all_others(criterion: str) -
 @pytest.mark.parametrize("criterion", ["jacobian", "taylor", "fisher"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_loss_that_is_not_finite_is_enough(criterion: str) -> None:
-    """Its gradient is zero, and every activation is finite; recalibration sees the other batches alone all the same."""
+    """Its gradient is zero, and every activation is finite; recalibration sees the other batches alone all the same.
+
+    What arrives at the first norm is what arrives there in the unpruned model, on the batches that count.
+    """
     model, data = network(), batches(no_labels)
+    before = copy.deepcopy(model[1])
     result = obc.prune(model, data[0][0], data, loss, macs=0.9, steps=1, criterion=criterion, ignored_layers=["0"])
     assert f"batch {BAD} is left out: its loss" in result.report.warnings[0]
-    mean, variance = mean_statistics(good())
-    torch.testing.assert_close(model[1].running_mean.double(), mean, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(model[1].running_var.double(), variance, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model[1].running_mean, before.running_mean)
+    torch.testing.assert_close(model[1].running_var, before.running_var)
 
 
 @pytest.mark.parametrize("options", [{"rows": "sample"}, {"labels": False}], ids=str)
@@ -181,7 +184,7 @@ def test_compensation_leaves_it_out(at: int, mode: str) -> None:
     """Batch 4 is held out. What is left out is so before the batches are divided, where scoring found it: see above."""
     original, data = network(), batches(FAULTS["a NaN"], at=(at,))
     model = copy.deepcopy(original)
-    plan = obc.prune(model, data[1][0], good(), loss, macs=0.7, steps=1, progress=False).plan
+    plan = obc.prune(model, data[1][0], good(), loss, macs=0.7, steps=1, recalibrate=False, progress=False).plan
     with pytest.warns(UserWarning, match=f"batch {at} is left out"):
         report = obc.compensate(model, original, plan, data, mode=mode, progress=False)
     assert math.isfinite(report.final_error)

@@ -25,7 +25,9 @@ from obc.pruning.budgets import Budget
 from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof
 from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
-from obc.recovery.calibration import recalibrate_norms
+from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_from
+from obc.recovery.norm_reference import NormReference
+from obc.recovery.processes import ALONE
 from obc.selection import Costs
 from obc.selection.allocation import Task
 from obc.selection.checks import NARROW
@@ -61,6 +63,7 @@ class Job:
         self.least = choice.caps.least(self.widths)
         self._importance: Mapping[str, float] = {}
         self._evaluation: Evaluation | None = None
+        self._norm_reference: NormReference | None = None
         self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
         costs = self._costs()
         self.full = budget.counted(costs)
@@ -81,6 +84,10 @@ class Job:
         if not self.widths:
             raise ValueError(f"no layer can be pruned{self._reasons()}")
         self._check_reachable(schedule[-1])
+        if self.recalibrate and batch_norms(self.subject.model):
+            with timed(self.report, "recalibrate"):
+                model, batches, forward = self.subject.model, self.subject.batches, self.subject.forward_fn
+                self._norm_reference = norm_reference(model, batches, forward)
         disable = None if progress is None else not progress
         log = ProgressLog("obc.prune", progress)
         self.subject.batches.on_batch = log.tick
@@ -144,9 +151,16 @@ class Job:
             self.compensator.undo()
         if self.recalibrate:
             with timed(self.report, "recalibrate"):
-                recalibrate_norms(subject.model, subject.batches, subject.forward_fn)
+                self._recalibrate(subject)
         if self.compensator is not None:
             self.compensator.step()
+
+    def _recalibrate(self, subject: Subject) -> None:
+        if self._norm_reference is not None:
+            left_out = subject.batches.left_out
+            targets = self._norm_reference.targets(subject.model, self.structure.plan, left_out=left_out)
+            norms, forward = batch_norms(subject.model), subject.forward_fn
+            recalibrate_from(subject.model, norms, subject.batches, forward, ALONE, targets)
 
     def _note_step(self, target: float, removed: Mapping[str, int]) -> None:
         macs, parameters = (self.structure.costs(unit).total() / self.unpruned[unit] for unit in _UNITS)

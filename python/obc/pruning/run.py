@@ -136,7 +136,8 @@ def prune(
             the paper; for independent selection.
         per_macs: weigh what a unit costs the loss by the MACs that its removal frees (by what the budget counts).
             None: unless the criterion's scores are standardised or ranks.
-        recalibrate: estimate BatchNorm statistics anew after every step.
+        recalibrate: after every step give BatchNorms statistics with which they return the means and variances that
+            they return in the unpruned model, on the same batches (:func:`obc.recalibrate_norms`).
         labels: False scores without labels: rows are gradients of random projections of the model's outputs.
         compensate: at the end the consumers take over, by least squares, what the dropped channels carried
             (:func:`obc.compensate`): "correct" or True, which also repairs what layers before them broke; "ls"; "seq".

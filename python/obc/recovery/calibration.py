@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_in
+from obc.model.plan import PruningPlan
 from obc.model.rules import Rule
 from obc.model.usable_batches import UsableBatches, all_finite
+from obc.recovery.norm_reference import MomentSums, NormReference, Target, matching
 from obc.recovery.processes import ALONE, Processes
 
 # Outputs are converted to float64 in pieces of this many numbers.
 _PIECE = 2**22
+_NOT_FINITE = "what it gives a BatchNorm is not finite"
 
 
 def inputs(model: nn.Module, names: Sequence[str], batch: Any, forward_fn: ForwardFn) -> dict[str, list[Tensor]]:
@@ -99,19 +102,41 @@ def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
 
 
+def named_norms(module: nn.Module, place: str = "") -> dict[str, _BatchNorm]:
+    """The norms of ``module`` that keep running statistics, by their names in the model that holds it at ``place``."""
+    return {
+        ".".join(part for part in (place, name) if part): norm
+        for name, norm in module.named_modules()
+        if isinstance(norm, _BatchNorm) and norm.track_running_stats
+    }
+
+
 def recalibrate_norms(
-    model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn | None = None, *, process_group: Any = None
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward_fn: ForwardFn | None = None,
+    *,
+    original_model: nn.Module | None = None,
+    plan: PruningPlan | None = None,
+    process_group: Any = None,
 ) -> None:
-    """Estimate the running statistics of every BatchNorm anew: the mean over ``batches`` of each batch's statistics.
+    """Estimate the running statistics of every BatchNorm anew from ``batches``.
+
+    With ``original_model``, the unpruned one, and the plan of what pruning kept: so that every norm returns the mean
+    and the variance that it returns in the unpruned model on the same batches, whatever data these are
+    (:mod:`obc.recovery.norm_reference`). Without: the mean over the batches of each batch's statistics, which is right
+    where the batches are like the training data, and many.
 
     All other modules run in eval mode; training flags, momenta and the count of batches seen are restored. A model
     without such norms is not run.
 
     Args:
         model: changed in place.
-        batches: any iterable, passed over once.
+        batches: any iterable, passed over once, with ``original_model`` twice.
         forward_fn: ``forward_fn(model, batch)``; by default :func:`obc.model.evaluation.call_on_batch`, which takes
             batches such as (inputs, labels).
+        original_model: the unpruned model; unchanged.
+        plan: of ``model``; empty where left out: nothing was pruned.
         process_group: the mean is over the batches of all processes of this group.
 
     A batch that makes a statistic not finite is left out and named; where it fails, the model keeps its statistics.
@@ -119,10 +144,34 @@ def recalibrate_norms(
     Raises:
         ValueError: there are no batches, in no process, or more than a tenth of them can't be used.
     """
-    if norms := batch_norms(model):
-        device = next(iter(norms[0].buffers())).device
-        usable = UsableBatches.of(batches)
-        recalibrate_from(model, norms, usable, forward_fn or call_on_batch, Processes(process_group, device))
+    if not (norms := batch_norms(model)):
+        return
+    processes = Processes(process_group, next(iter(norms[0].buffers())).device)
+    usable, forward = (
+        UsableBatches.of(batches if original_model is None else list(batches)),
+        forward_fn or call_on_batch,
+    )
+    targets = {}
+    if original_model is not None:
+        reference = norm_reference(original_model, usable, forward)
+        targets = reference.targets(model, plan or PruningPlan(), processes=processes)
+    recalibrate_from(model, norms, usable, forward, processes, targets)
+
+
+def norm_reference(model: nn.Module, batches: UsableBatches, forward_fn: ForwardFn, place: str = "") -> NormReference:
+    """What arrives at the BatchNorms of the unpruned ``model``, from one pass over the batches in eval mode.
+
+    ``model`` may be the module of one that is called ``place``, which ``forward_fn`` runs alone.
+    """
+    reference = NormReference(named_norms(model, place))
+    if batch_norms(model):
+        with evaluating(model), torch.no_grad():
+            for batch in batches:
+                with reference.reading() as calls:
+                    forward_fn(model, batch)
+                if all_finite(calls):  # else the passes over the pruned model leave the batch out and say why
+                    reference.add(calls, batches.current)
+    return reference
 
 
 def recalibrate_from(
@@ -131,29 +180,42 @@ def recalibrate_from(
     batches: UsableBatches,
     forward_fn: ForwardFn,
     processes: Processes,
+    targets: Mapping[_BatchNorm, Target] | None = None,
 ) -> None:
-    """:func:`recalibrate_norms` of some norms; ``forward_fn`` may run a part of a model alone."""
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    """:func:`recalibrate_norms` of some norms; ``forward_fn`` may run a part of a model alone.
+
+    Norms with a target get the statistics that follow from it, others those of the batches.
+    """
+    targets = {norm: target for norm, target in (targets or {}).items() if any(norm is other for other in norms)}
+    plain = [norm for norm in norms if norm not in targets]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in plain]
     unchanged = {norm: _statistics(norm, copy=True) for norm in norms}
     try:
         with evaluating(model), torch.no_grad():
-            for norm in norms:
+            for norm in plain:
                 norm.train()
                 for statistic in _statistics(norm):
                     statistic.zero_()  # the mean starts anew, also where a statistic is not finite
                 tracked = norm.num_batches_tracked
                 norm.num_batches_tracked = None if tracked is None else torch.zeros_like(tracked)
                 norm.momentum = None  # a cumulative mean
-            count = _pass_over(model, norms, batches, forward_fn)
+            sums = {norm: MomentSums(_statistics(norm)[0]) for norm in targets}
+            count = _pass_over(model, plain, targets, sums, batches, forward_fn)
             (total,) = processes.total(count)
             batches.refuse_many(processes.total)
             if total == 0:
                 raise ValueError("recalibrate_norms got no batches; pass an iterable that is not used up")
-            _put_back({norm: values for norm, values in unchanged.items() if _never_ran(norm)})
-            statistics = [statistic for norm in norms for statistic in _statistics(norm)]
+            _put_back({norm: unchanged[norm] for norm in plain if _never_ran(norm)})
+            statistics = [statistic for norm in plain for statistic in _statistics(norm)]
             for statistic in statistics if processes.group is not None else []:
                 statistic.mul_(count / total)
             processes.add(statistics)
+            for norm, moments in sums.items():
+                moments.gather(processes)
+                if (average := moments.average()) is None:
+                    _put_back({norm: unchanged[norm]})
+                else:
+                    targets[norm].put(norm, *average)
     except BaseException:
         _put_back(unchanged)
         raise
@@ -178,17 +240,27 @@ def _never_ran(norm: _BatchNorm) -> bool:
     return norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0
 
 
-def _pass_over(model: nn.Module, norms: Sequence[_BatchNorm], batches: UsableBatches, forward_fn: ForwardFn) -> int:
+def _pass_over(
+    model: nn.Module,
+    plain: Sequence[_BatchNorm],
+    targets: Mapping[_BatchNorm, Target],
+    sums: Mapping[_BatchNorm, MomentSums],
+    batches: UsableBatches,
+    forward_fn: ForwardFn,
+) -> int:
     """Run the model on the batches and count them; what a batch that is not finite did to the statistics is undone."""
     count = 0
     for batch in batches:
-        buffers = [buffer for norm in norms for buffer in norm.buffers()]
+        buffers = [buffer for norm in plain for buffer in norm.buffers()]
         before = [buffer.clone() for buffer in buffers]
-        forward_fn(model, batch)
-        if all_finite(buffers):
+        with matching(targets, batches.current) as calls:
+            forward_fn(model, batch)
+        if all_finite((buffers, calls)):
             count += 1
+            for norm, mean, variance in calls:
+                sums[norm].add(mean, variance)
             continue
         for buffer, value in zip(buffers, before, strict=True):
             buffer.copy_(value)
-        batches.leave_out("what it gives a BatchNorm is not finite")
+        batches.leave_out(_NOT_FINITE)
     return count

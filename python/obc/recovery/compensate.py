@@ -19,7 +19,7 @@ from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan
 from obc.model.usable_batches import UsableBatches
 from obc.recovery import correct, least_squares
-from obc.recovery.calibration import batch_norms, inputs
+from obc.recovery.calibration import batch_norms, inputs, norm_reference
 from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.consumers import Consumer, find_consumers, in_execution_order
 from obc.recovery.processes import Processes
@@ -30,6 +30,8 @@ Mode = Literal["correct", "ls", "seq"]
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 # Modes "ls" and "seq" try a larger one too: errors of other layers, which they don't see, make large changes harmful.
 _MORE_RIDGES = (3e-1,)
+# And mode "correct": late layers of convolutional networks have few positions in each image.
+_LARGE_RIDGES = (10.0, 1.0)
 
 
 def compensate(
@@ -87,9 +89,10 @@ def compensate(
             :func:`obc.model.evaluation.call_on_batch`, which takes batches such as (inputs, labels).
         mode: "correct", "ls" or "seq".
         ridge: relative to the mean diagonal of E[z zT]. None: what held-out batches like best, of 1e-1 to 1e-5, and of
-            3e-1 in modes "ls" and "seq".
+            3e-1 in modes "ls" and "seq", of 10 and 1 in mode "correct".
         held_out: the share of the batches that is held out, in (0, 0.5]; at least one.
-        recalibrate_norms: estimate BatchNorm statistics anew whenever weights changed.
+        recalibrate_norms: give BatchNorms statistics that fit whenever weights changed, so that they return the means
+            and variances that they return in the unpruned model.
         offload: mode "correct": keep the tensors between modules in host memory.
         max_bytes: limit for the running sums of mode "ls": layers beyond it take further passes over the batches.
         keep_decompressors: keep every D, in * kept numbers a layer, in the report; mode "correct" has none.
@@ -117,12 +120,15 @@ def compensate(
     ):
         consumers = find_consumers(pruned_model, original_model, plan)
         norms = batch_norms(pruned_model) if recalibrate_norms else []
-        ridges: Sequence[float] = [ridge] if ridge is not None else RIDGES
-        if ridge is None and mode != "correct":
-            ridges = [*_MORE_RIDGES, *RIDGES]
+        more = _LARGE_RIDGES if mode == "correct" else _MORE_RIDGES
+        ridges: Sequence[float] = [*more, *RIDGES] if ridge is None else [ridge]
+        targets = {}
+        if norms and mode != "correct":
+            reference = norm_reference(original_model, split[0], forward)
+            targets = reference.targets(pruned_model, plan, processes=processes)
         if mode == "correct":
             outputs = {name: plan[name].out_channels for name in consumers}
-            options = correct.Options(forward, ridges, offload, processes)
+            options = correct.Options(forward, ridges, offload, processes, plan)
             run = correct.CorrectRun(pruned_model, original_model, consumers, outputs, split, norms, options)
             report = run.run(bar)
         else:
@@ -134,7 +140,9 @@ def compensate(
                 ordered,
                 split,
                 norms,
-                least_squares.Options(forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes),
+                least_squares.Options(
+                    forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, targets
+                ),
             ).run(bar)
     _warn_of_few_rows(report, consumers)
     report.seconds = time.perf_counter() - start

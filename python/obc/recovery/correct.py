@@ -37,12 +37,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import ForwardFn
+from obc.model.plan import PruningPlan
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.recovery.calibration import batch_norms, recalibrate_from, streamed_error
+from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport, LayerCorrection
 from obc.recovery.consumers import Consumer
 from obc.recovery.layer_rows import apply_change, columns_of, drawn_rows, input_rows, output_rows, stream_weights
 from obc.recovery.moments import Moments
+from obc.recovery.norm_reference import take_statistics
 from obc.recovery.normal_equations import Change, NormalEquations
 from obc.recovery.padding import valid_rows
 from obc.recovery.processes import Processes
@@ -63,6 +65,7 @@ class Options:
     ridges: Sequence[float]
     offload: bool
     processes: Processes
+    plan: PruningPlan
 
 
 @dataclass
@@ -155,6 +158,9 @@ class CorrectRun:
     def run(self, bar: Any) -> CompensationReport:
         """Correct every layer, and keep the result if the held-out output error falls."""
         bar.total = len(self.layers)
+        if self.norms:
+            # The regressions take over what new statistics would repair, and start from what the weights were made for.
+            take_statistics(self.pruned, self.original, self.options.plan)
         self._look()
         chain = self._chain()
         inside = {layer.name for layer in self.layers if any(_inside(layer.scope, name) for name in chain)}
@@ -210,7 +216,7 @@ class CorrectRun:
             )
             after = self._run_full(here)
             self._correct(here, bar)
-            self._renew_norms(here, kept, after)
+            self._renew_norms(here, name, after)
             for index, stream in enumerate(after):
                 full[index].stream = stream
                 pruned[index].stream = self._stored(stream_of(here.pruned(index)))
@@ -251,14 +257,20 @@ class CorrectRun:
             found[layer.name] = [tensor.cpu() for tensor in tensors] if self.options.offload else tensors
         return found
 
-    def _renew_norms(self, here: _Place, module: nn.Module, after: list[Tensor]) -> None:
-        """Estimate the module's BatchNorm statistics anew if that brings its output closer to the unpruned one's."""
+    def _renew_norms(self, here: _Place, name: str, after: list[Tensor]) -> None:
+        """Give the module's BatchNorms statistics that fit if that brings its output closer to the unpruned one's."""
+        module = self.pruned.get_submodule(name)
         norms = [norm for norm in batch_norms(module) if any(norm is other for other in self.norms)]
         if not norms:
             return
         before, states = self._distance(here, after), copy.deepcopy([norm.state_dict() for norm in norms])
-        indices = UsableBatches([index for index in self._live() if index < self.calibration])
-        recalibrate_from(module, norms, indices, lambda _, index: here.pruned(index), self.options.processes)
+        processes = self.options.processes
+        # Under numbers that stay the same when a batch is left out.
+        indices = UsableBatches(()).part([(index, index) for index in self._live() if index < self.calibration])
+        unpruned = self.original.get_submodule(name)
+        reference = norm_reference(unpruned, indices, lambda _, index: here.full(index), name)
+        targets = reference.targets(module, self.options.plan, name, processes=processes)
+        recalibrate_from(module, norms, indices, lambda _, index: here.pruned(index), processes, targets)
         if self._distance(here, after) < before:
             self.report.norms_recalibrated = True
             return
@@ -395,7 +407,10 @@ class CorrectRun:
         outside = [norm for norm in self.norms if not any(norm is other for other in inside)]
         if outside:
             states = copy.deepcopy([norm.state_dict() for norm in outside])
-            recalibrate_from(self.pruned, outside, self.usable, self.options.forward, self.options.processes)
+            forward, processes = self.options.forward, self.options.processes
+            reference = norm_reference(self.original, self.usable, forward)
+            targets = reference.targets(self.pruned, self.options.plan, processes=processes)
+            recalibrate_from(self.pruned, outside, self.usable, forward, processes, targets)
             if (error := self._error()) < report.final_error:
                 report.final_error, report.norms_recalibrated = error, True
             else:

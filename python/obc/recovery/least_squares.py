@@ -19,11 +19,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import ForwardFn
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.recovery.calibration import inputs, output_error, outputs, recalibrate_norms, streamed_error
+from obc.recovery.calibration import inputs, output_error, outputs, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
 from obc.recovery.consumers import Consumer
 from obc.recovery.layer_rows import output_rows, stream_weights
 from obc.recovery.moments import Fit, Moments, SingularError
+from obc.recovery.norm_reference import Target
 from obc.recovery.padding import valid_rows
 from obc.recovery.processes import Processes
 from obc.recovery.stream_points import observe
@@ -31,7 +32,7 @@ from obc.recovery.stream_points import observe
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of :func:`obc.recovery.compensate` that modes "ls" and "seq" use."""
+    """Arguments of :func:`obc.recovery.compensate` that modes "ls" and "seq" use; what norms are compared with."""
 
     forward: ForwardFn
     ridges: Sequence[float]
@@ -39,6 +40,7 @@ class Options:
     max_bytes: int
     keep_decompressors: bool
     processes: Processes
+    targets: Mapping[_BatchNorm, Target] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +86,8 @@ class LeastSquaresRun:
     ) -> None:
         self.pruned, self.original, self.consumers, self.options = pruned, original, consumers, options
         self.calibration, self.held_out = batches
-        self.norms, self.norm_states = norms, [copy.deepcopy(norm.state_dict()) for norm in norms]
+        self.norms, self.targets = norms, options.targets
+        self.norm_states = [copy.deepcopy(norm.state_dict()) for norm in norms]
         self.expected = self._expected()
         self.held_out.refuse_many(options.processes.total)
         self.naive = {name: _copies(consumer.parameters()) for name, consumer in consumers.items()}
@@ -261,8 +264,8 @@ class LeastSquaresRun:
 
     def _recalibrate(self) -> None:
         if self.norms:
-            group = self.options.processes.group
-            recalibrate_norms(self.pruned, self.calibration, self.options.forward, process_group=group)
+            forward, processes = self.options.forward, self.options.processes
+            recalibrate_from(self.pruned, self.norms, self.calibration, forward, processes, self.targets)
 
     def _error_recalibrated(self) -> float:
         self._recalibrate()

@@ -1,0 +1,219 @@
+"""BatchNorm statistics of a pruned model that fit although the batches at hand are not the training data.
+
+A few calibration batches rarely have the statistics of the data that a model was trained on: recalibrated on them, even
+an unpruned model may lose its accuracy. But the two models can be compared on the same batches. With M and V the mean
+and the variance of what arrives at a channel of a norm there, full in the unpruned model, and mean and var the unpruned
+norm's own statistics,
+
+    ratio = (V + delta) / (V_full + delta)
+    var' + eps = ratio (var + eps),    mean' = M - sqrt(ratio) (M_full - mean)
+
+so that what the norm returns has on these batches the mean and the variance that it has in the unpruned model. Where
+the batches are like the training data these are M and V themselves: plain recalibration. Where nothing was pruned they
+are the norm's own statistics. delta, a small part of var + eps, spares the scale of channels that the batches hardly
+move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from obc.model.depth import original_names
+from obc.model.plan import PruningPlan
+from obc.recovery.processes import ALONE, Processes
+
+# delta relative to a channel's var + eps.
+_DELTA = 1e-2
+
+
+# What one run showed: a norm's key, the mean and the variance of its input, call by call.
+Calls = list[tuple[Any, Tensor, Tensor]]
+Moments = tuple[Tensor, Tensor]
+
+
+class MomentSums:
+    """Sums over calls of the mean and the variance of every channel of a norm's input, (C,) float64.
+
+    Args:
+        like: (C,), where they are.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._mean = torch.zeros_like(like, dtype=torch.float64)
+        self._variance, self._calls = self._mean.clone(), 0
+
+    def add(self, mean: Tensor, variance: Tensor) -> None:
+        self._mean += mean
+        self._variance += variance
+        self._calls += 1
+
+    def gather(self, processes: Processes) -> None:
+        """Add up what the processes accumulated."""
+        calls = torch.tensor(self._calls)
+        processes.add([self._mean, self._variance, calls])
+        self._calls = int(calls)
+
+    def average(self) -> Moments | None:
+        """Mean and variance; None where there were no calls."""
+        return (self._mean / self._calls, self._variance / self._calls) if self._calls else None
+
+
+def moments_of(x: Tensor) -> Moments:
+    """(C,) float64 mean and variance of every channel of a norm's input, (N, C, ...)."""
+    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    variance, mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)
+    return mean.double(), variance.double()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a pruned model's norm is compared with: (C,) float64 each.
+
+    Attributes:
+        average: M_full and V_full over all batches.
+        by_batch: by a batch's number, and call by call, M_full and V_full there.
+        own: the unpruned norm's mean and var + eps.
+        kept: the channels of all these that the pruned norm has; None: all.
+    """
+
+    average: Moments
+    by_batch: Mapping[int, Sequence[Moments]]
+    own: Moments
+    kept: Tensor | None
+
+    def put(self, norm: _BatchNorm, mean: Tensor, variance: Tensor, full: Moments | None = None) -> None:
+        """Give ``norm`` the statistics that follow from M, V and, by default, the averages of M_full and V_full."""
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        full_mean, full_variance, own_mean, own_variance = (
+            tensor if self.kept is None else tensor[self.kept.to(tensor.device)]
+            for tensor in (*(full or self.average), *self.own)
+        )
+        delta = _DELTA * own_variance
+        ratio = (variance + delta) / (full_variance + delta)
+        norm.running_var.copy_((ratio * own_variance - norm.eps).clamp_min(0))
+        norm.running_mean.copy_(mean - ratio.sqrt() * (full_mean - own_mean))
+
+
+class NormReference:
+    """The targets of an unpruned model's BatchNorms, collected from runs inside :meth:`reading`.
+
+    Args:
+        norms: by name, in eval mode.
+    """
+
+    def __init__(self, norms: Mapping[str, _BatchNorm]) -> None:
+        self._norms = dict(norms)
+        self._by_batch: dict[str, dict[int, list[Moments]]] = {name: {} for name in self._norms}
+        self._own = {name: _statistics(norm) for name, norm in self._norms.items()}
+
+    @contextmanager
+    def reading(self) -> Iterator[Calls]:
+        """Yields what arrives at the norms; :meth:`add` takes it."""
+        calls: Calls = []
+        with _before_each(self._norms, lambda name, x: calls.append((name, *moments_of(x)))):
+            yield calls
+
+    def add(self, calls: Calls, number: int) -> None:
+        """Take what arrived from the batch of this number."""
+        for name, mean, variance in calls:
+            self._by_batch[name].setdefault(number, []).append((mean, variance))
+
+    def targets(
+        self,
+        pruned: nn.Module,
+        plan: PruningPlan,
+        place: str = "",
+        left_out: Container[int] = (),
+        processes: Processes = ALONE,
+    ) -> dict[_BatchNorm, Target]:
+        """By norm of the pruned model; those that the unpruned model did not run have none.
+
+        Args:
+            pruned: the pruned model, or a module of it.
+            plan: what pruning kept.
+            place: that module's name in the unpruned model.
+            left_out: numbers of batches that don't count any more.
+            processes: averages are over the batches of all of them.
+        """
+        found = {}
+        names = {name: name for name, _ in pruned.named_modules()} if place else original_names(pruned, plan.depth)
+        for name, unpruned_name in names.items():
+            norm, full_name = pruned.get_submodule(name), ".".join(part for part in (place, unpruned_name) if part)
+            if full_name not in self._norms or not isinstance(norm, _BatchNorm):
+                continue
+            sums, by_batch = MomentSums(self._own[full_name][0]), self._by_batch[full_name]
+            for number, calls in by_batch.items():
+                for moments in calls if number not in left_out else ():
+                    sums.add(*moments)
+            sums.gather(processes)
+            if (average := sums.average()) is not None:
+                kept = plan.get(full_name)
+                channels = None if kept is None else kept.out_channels
+                found[norm] = Target(average, by_batch, self._own[full_name], channels)
+        return found
+
+
+def take_statistics(pruned: nn.Module, original: nn.Module, plan: PruningPlan) -> None:
+    """Give the norms of ``pruned`` the statistics of the unpruned model's, of the channels that are left."""
+    for name, unpruned_name in original_names(pruned, plan.depth).items():
+        norm = pruned.get_submodule(name)
+        if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
+            continue
+        own: Any = original.get_submodule(unpruned_name)
+        kept = plan.get(unpruned_name)
+        index = (
+            slice(None) if kept is None or kept.out_channels is None else kept.out_channels.to(norm.running_mean.device)
+        )
+        norm.running_mean.copy_(own.running_mean[index])
+        norm.running_var.copy_(own.running_var[index])
+
+
+@contextmanager
+def matching(targets: Mapping[_BatchNorm, Target], number: int) -> Iterator[Calls]:
+    """Let these norms, in eval mode, use in every call the statistics that follow from that call's input.
+
+    They are compared with what the unpruned model showed on the batch of the same number; where that is not known, with
+    the average. Yields what arrives at them. They keep the statistics of the last call.
+    """
+    calls: Calls = []
+    counts: dict[_BatchNorm, int] = {}
+
+    def match(norm: _BatchNorm, x: Tensor) -> None:
+        mean, variance = moments_of(x)
+        calls.append((norm, mean, variance))
+        place = counts[norm] = counts.get(norm, -1) + 1
+        known = targets[norm].by_batch.get(number, ())
+        targets[norm].put(norm, mean, variance, known[place] if place < len(known) else None)
+
+    with _before_each({norm: norm for norm in targets}, match):
+        yield calls
+
+
+@contextmanager
+def _before_each(norms: Mapping[Any, _BatchNorm], act: Callable[[Any, Tensor], None]) -> Iterator[None]:
+    """Before every call of one of the norms, ``act`` gets its key and its input."""
+
+    def hook(key: Any) -> Callable[..., None]:
+        return lambda _, args: act(key, args[0].detach())
+
+    handles = [norm.register_forward_pre_hook(hook(key)) for key, norm in norms.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _statistics(norm: _BatchNorm) -> Moments:
+    """A norm's mean and var + eps in float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    return norm.running_mean.double().clone(), norm.running_var.double() + norm.eps
