@@ -48,12 +48,14 @@ def method_of(case: Case) -> str:
 
 
 def _cell(cases: Sequence[Case], method: str, share: float) -> str:
-    """Mean over the draws; difference to the reference of the same draws with its standard error."""
+    """Mean over the draws, and how many where they are fewer than the reference's; the paired difference to it."""
     mine = {case["draw"]: case for case in cases if method_of(case) == method and case["share"] == share}
     if not mine:
         return "-"
     shown = f"{statistics.mean(case['shown'] for case in mine.values()):.4g}"
     reference = {case["draw"]: case for case in cases if method_of(case) == REFERENCE and case["share"] == share}
+    if len(mine) < len(reference):
+        shown += f" [{len(mine)} draw{'s' * (len(mine) > 1)}]"
     if method == REFERENCE or not set(mine) <= set(reference):
         return shown
     difference, error = paired(list(mine.values()), [reference[draw] for draw in mine])

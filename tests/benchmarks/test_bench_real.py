@@ -101,13 +101,15 @@ def test_differences_are_paired_by_sample_over_all_draws() -> None:
 
     cases = [case("none", draw, [0.0] * 3) for draw in (0, 1)]
     cases += [case("jacobian", 0, [1.0, 2.0, 3.0]), case("jacobian", 1, [2.0, 2.0, 2.0])]
-    cases += [case("flap", 0, [1.5, 2.0, 4.0]), case("flap", 1, [2.0, 3.0, 2.5])]
+    cases += [case("flap", 0, [1.5, 2.0, 4.0]), case("flap", 1, [2.0, 3.0, 2.5]), case("tyr", 1, [3.0, 2.0, 4.0])]
     ((title, head, rows),) = real_table.parts(cases)
     assert title == "m: loss; 1 batches to calibrate, 3 samples to test, 2 draws; unpruned 0"
     assert head == ["method", "50.0%"]
     differences = [0.5, 0.0, 1.0, 0.0, 1.0, 0.5]
     error = statistics.stdev(differences) / math.sqrt(6)
-    assert rows == [["jacobian+correct", "2"], ["flap+correct", f"2.5 (+0.500 ± {error:.3f})"]]
+    assert rows[:2] == [["jacobian+correct", "2"], ["flap+correct", f"2.5 (+0.500 ± {error:.3f})"]]
+    error = statistics.stdev([1.0, 0.0, 2.0]) / math.sqrt(3)
+    assert rows[2] == ["tyr+correct", f"3 [1 draw] (+1.000 ± {error:.3f})"]
 
 
 def test_what_is_unknown_or_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
