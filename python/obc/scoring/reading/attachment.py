@@ -15,6 +15,7 @@ from obc.model.sharding import data_parallel_modules, is_fully_sharded
 from obc.scoring.reading.gradients import NormGradients
 from obc.scoring.reading.module_readers import Reader, Reading
 from obc.scoring.reading.reading_plan import Plan
+from obc.scoring.reading.single_samples import guard
 
 
 class Attachment:
@@ -39,6 +40,7 @@ class Attachment:
             for wrapper in data_parallel_modules(model)
         ]
         self._norm_hooks: dict[str, torch.utils.hooks.RemovableHandle] = {}
+        self._guards: list[torch.utils.hooks.RemovableHandle] = []
 
     def make(self) -> None:
         """Attach. Undo also after an exception in here."""
@@ -62,6 +64,8 @@ class Attachment:
                     for slot in reader.slots:
                         slot.bind()
                 reader.attach(self.reading)
+        # After the gates' hooks: of those that come first, the last one registered is the first.
+        self._guards = [handle for module in self.modules if (handle := guard(module)) is not None]
 
     def undo(self) -> None:
         """Leave the model as it was."""
@@ -71,7 +75,7 @@ class Attachment:
             source.gradient.detach()
         for flat in self.plan.flats.values():
             flat.release()
-        for handle in self._norm_hooks.values():
+        for handle in (*self._norm_hooks.values(), *self._guards):
             handle.remove()
         for parameter, requires_grad, grad in self._before:
             parameter.grad = None

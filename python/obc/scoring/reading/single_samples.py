@@ -1,0 +1,36 @@
+"""Batches of one sample: torch's BatchNorm and InstanceNorm on the CPU read some gradients of them in a wrong order.
+
+A gradient of shape (1, C, *S) whose channels lie innermost, as behind a transposed tensor of tokens, counts as
+contiguous in two memory formats if the stride of its first dimension, which says nothing, is not C times the positions.
+The backward of these norms then takes it for the other format: the gradients of input, weight and bias are wrong (torch
+2.13, eval and train mode, all dtypes), with or without obc.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, contiguous_format, nn
+from torch.compiler import is_compiling
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils.hooks import RemovableHandle
+
+
+def guard(module: nn.Module) -> RemovableHandle | None:
+    """Keep such gradients from the norm's backward until the handle is removed; None where it is no such norm."""
+    if not isinstance(module, _NormBase):
+        return None
+    # First, so that it meets the gradient last, as the norm would get it.
+    return module.register_forward_hook(_guard_output, prepend=True)
+
+
+def _guard_output(module: nn.Module, args: Any, output: Any) -> None:
+    if not isinstance(output, Tensor) or output.shape[0] != 1 or output.device.type != "cpu" or is_compiling():
+        return
+    if output.requires_grad:
+        output.register_hook(_with_plain_strides)
+
+
+def _with_plain_strides(grad: Tensor) -> Tensor | None:
+    """A contiguous copy where the stride of the only sample is not the number of its elements."""
+    return None if grad.stride(0) == grad.numel() else grad.clone(memory_format=contiguous_format)
