@@ -275,4 +275,4 @@ def test_the_graph_of_a_row_is_not_kept_after_it() -> None:
         for batch in images():
             with scorer.row():
                 loss(model, batch).backward()
-            assert not scorer._plan.chains.outputs
+            assert not scorer._parts.plan.chains.outputs

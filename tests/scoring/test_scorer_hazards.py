@@ -370,7 +370,7 @@ def test_a_gate_whose_gradient_was_taken_away_is_noticed(row: int) -> None:
     def meddle(batch: Any) -> None:
         with scorer.row():
             loss = case.loss(case.model, batch)
-            gate = next(slot.gate for flat in scorer._flats for slot in flat.slots if slot.gate is not None)
+            gate = next(slot.gate for flat in scorer._parts.flats for slot in flat.slots if slot.gate is not None)
             gate.grad = None
             loss.backward()
 

@@ -130,6 +130,8 @@ class SharedRows:
         in_step: these processes sum their parts of each row; False: each has rows of its own.
 
     Attributes:
+        process_group: as it was given.
+        in_step: a process may have no part in a row: others of ``process_group`` have.
         groups: the process groups that read every row together.
 
     Raises:
@@ -141,16 +143,16 @@ class SharedRows:
         if tensor_group is not None and process_group is not None:
             refuse_common_processes(process_group, tensor_group)
         self._parts = None if tensor_group is None else RowParts(tensor_group)
-        self._process_group = process_group if in_step else None
-        self.groups = [group for group in (self._process_group, tensor_group) if group is not None]
+        self.process_group, self.in_step = process_group, in_step and process_group is not None
+        self.groups = [group for group in (process_group if in_step else None, tensor_group) if group is not None]
 
     def add_up(self, flats: Iterable[FlatRow]) -> None:
         """Replace the row in hand by the sum of its parts, the same on every process."""
         for flat in flats:
             if self._parts is not None:
                 self._parts.add_up(flat)
-            if self._process_group is not None:
-                dist.all_reduce(flat.values, group=self._process_group)
+            if self.in_step:
+                dist.all_reduce(flat.values, group=self.process_group)
 
 
 def tied(readers: Iterable[Any]) -> Iterator[Any]:

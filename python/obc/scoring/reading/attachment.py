@@ -6,16 +6,22 @@ checking row every weight's gradient is contracted. ``undo`` leaves the model as
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from obc.model.sharding import data_parallel_modules, is_fully_sharded
+from obc.scoring.errors import ScoringError
+from obc.scoring.reading import refusals
 from obc.scoring.reading.gradients import NormGradients
 from obc.scoring.reading.module_readers import Reader, Reading
 from obc.scoring.reading.reading_plan import Plan
 from obc.scoring.reading.single_samples import guard
+
+# Modules that a scorer is attached to: a second scorer would put gates on gates.
+_attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Attachment:
@@ -31,6 +37,7 @@ class Attachment:
         self.model, self.plan, self.reading = model, plan, reading
         self.modules = list(model.modules())
         self.norms: list[NormGradients] = []
+        self.warned_of_train_mode = False  # by the first row: the mode may be set after attaching
         self._before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
         self._fastpath = torch.backends.mha.get_fastpath_enabled()
         # fully_shard fixes at the first forward which parameters require a gradient: freezing one now would be final.
@@ -43,7 +50,23 @@ class Attachment:
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
 
     def make(self) -> None:
-        """Attach. Undo also after an exception in here."""
+        """Attach; after an exception the model is as it was.
+
+        Raises:
+            ScoringError: a scorer is attached to a part of the model, or modules were replaced since the plan was made.
+        """
+        if any(module in _attached for module in self.modules):
+            model = type(self.model).__name__
+            raise ScoringError(f"another scorer is attached to this {model} or a part of it; leave its block first")
+        refusals.refuse_changed(self.model, self.plan)
+        try:
+            self._make()
+        except BaseException:
+            self.undo()
+            raise
+
+    def _make(self) -> None:
+        _attached.update(self.modules)
         # The encoder layers' fast path calls no module, so no gate would see it.
         torch.backends.mha.set_fastpath_enabled(False)
         for wrapper, _, _ in self._synchronising:  # each process keeps its own gradients
@@ -66,9 +89,11 @@ class Attachment:
                 reader.attach(self.reading)
         # After the gates' hooks: of those that come first, the last one registered is the first.
         self._guards = [handle for module in self.modules if (handle := guard(module)) is not None]
+        self.plan.chains.bind(self.norms)
 
     def undo(self) -> None:
         """Leave the model as it was."""
+        _attached.difference_update(self.modules)
         for reader in self.plan.readers.values():
             reader.detach()
         for source in self.plan.sources:

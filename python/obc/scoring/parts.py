@@ -1,0 +1,81 @@
+"""What a scorer is made of, for the steps that work on it: reading rows, resuming, and making scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from obc.scoring.coverage import Coverage
+from obc.scoring.errors import ScoringError
+from obc.scoring.reading.attachment import Attachment
+from obc.scoring.reading.flat_row import FlatRow
+from obc.scoring.reading.module_readers import Reading
+from obc.scoring.reading.reading_plan import Plan
+from obc.scoring.reading.row_counter import RowCounter
+from obc.scoring.results.row_store import RowStore
+from obc.scoring.sharding import SharedRows
+
+
+@dataclass
+class Parts:
+    """The parts of one scorer.
+
+    Attributes:
+        model: the model that is scored.
+        strict: raise where a module ends unscored.
+        was_checked: gates are compared with weight gradients.
+        plan: what is read, and the sums of squares.
+        reading: which kind of row is read.
+        counter: counts rows, and names those that are left out.
+        shared: adds up the rows of which several processes have a part each.
+        store: keeps rows; None where they are not kept.
+        attachment: what is attached to the model; None while nothing is.
+    """
+
+    model: nn.Module
+    strict: bool
+    was_checked: bool
+    plan: Plan
+    reading: Reading
+    counter: RowCounter
+    shared: SharedRows
+    store: RowStore | None
+    attachment: Attachment | None = None
+
+    @property
+    def flats(self) -> list[FlatRow]:
+        return list(self.plan.flats.values())
+
+    @property
+    def devices(self) -> set[torch.device]:
+        """The devices that rows are read on."""
+        return {flat.device for flat in self.flats}
+
+    @property
+    def nbytes(self) -> int:
+        """What is held between rows: the row, its gates, the sums, and kept rows in memory."""
+        norms = [] if self.attachment is None else self.attachment.norms
+        store = 0 if self.store is None else self.store.memory_bytes
+        gradients = sum(part.gradient.nbytes for part in norms)
+        return sum(flat.nbytes for flat in self.flats) + self.counter.nbytes + gradients + store
+
+    def coverage(self) -> dict[str, Coverage]:
+        """Module name -> how it is read, or why not."""
+        return self.plan.coverage(self.model, self.was_checked)
+
+    def refuse_unscored(self, later_rows: bool = False) -> None:
+        """Raise, if strict, where a module ends unscored.
+
+        Args:
+            later_rows: rows follow, so that a module that was not used so far is no fault.
+        """
+        if not self.strict:
+            return
+        unscored = {name: how for name, how in self.coverage().items() if not how.scored}
+        if later_rows:
+            readers = self.plan.readers
+            unscored = {name: how for name, how in unscored.items() if name not in readers or not readers[name].scored}
+        if unscored:
+            raise ScoringError(f"strict: {'; '.join(f'{name!r} is {how}' for name, how in unscored.items())}")

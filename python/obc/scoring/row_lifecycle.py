@@ -1,0 +1,153 @@
+"""The life of a row: opened, read by backwards, completed, squared and counted; or dropped after an error."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from obc.scoring.errors import ChainError, InplaceError, RowError, ScoringError
+from obc.scoring.parts import Parts
+from obc.scoring.reading import refusals
+from obc.scoring.reading.attachment import Attachment
+from obc.scoring.reading.checking_row import CheckingRow
+from obc.scoring.reading.flat_row import end_row
+from obc.scoring.reading.row_in_hand import RowInHand
+
+
+class RowLifecycle:
+    """Opens and ends the rows of a scorer, one at a time.
+
+    Args:
+        parts: the scorer's.
+        fall_back: read modules that no gate serves from their weight's gradient; otherwise they are left unscored.
+
+    Attributes:
+        check: decides in the first row how every module is read.
+    """
+
+    def __init__(self, parts: Parts, fall_back: bool) -> None:
+        self._parts = parts
+        self.check = CheckingRow(parts.plan, parts.reading, parts.counter, fall_back)
+        self._row: RowInHand | None = None
+
+    @contextlib.contextmanager
+    def row(self, loss_scale: float, samples: int | None) -> Iterator[None]:
+        """See :meth:`obc.JacobianScorer.row`."""
+        attachment = self._parts.attachment
+        if attachment is None:
+            raise ScoringError("the scorer is not attached: open rows inside `with scorer:`")
+        if self._row is not None:
+            raise ScoringError("rows can't be nested: leave the open `with scorer.row():` first")
+        if loss_scale == 0:
+            raise ValueError("loss_scale must not be 0")
+        self._warn_train_mode(attachment)
+        self.check.begin()
+        self._row = self._begin(attachment, samples)
+        try:
+            yield
+            self._end(self._row, attachment, float(loss_scale))
+        except BaseException as error:
+            self._row.drop()
+            if (repeatable := self._repeatable(error)) is not None:
+                raise repeatable from error
+            raise
+        finally:
+            self._forget()
+
+    def _warn_train_mode(self, attachment: Attachment) -> None:
+        if not attachment.warned_of_train_mode:
+            attachment.warned_of_train_mode = True
+            refusals.warn_train_mode(self._parts.model, stacklevel=4)
+
+    def _begin(self, attachment: Attachment, samples: int | None) -> RowInHand:
+        return RowInHand(self._parts.model, self._parts.plan, self._parts.reading, attachment, samples)
+
+    def _forget(self) -> None:
+        self._row = None
+        self._parts.plan.chains.forget_row()
+
+    def _end(self, row: RowInHand, attachment: Attachment, loss_scale: float) -> None:
+        parts, reading, store = self._parts, self._parts.reading, self._parts.store
+        row.complete(may_be_empty=parts.shared.in_step)
+        # A checking row that is not finite is dropped, and the next one is checked.
+        counts = not reading.checking or self._settle_check(attachment)
+        if reading.pending is not None:
+            self.check.confirm_pending(attachment)
+        attachment.drop_gradients()
+        parts.shared.add_up(parts.flats)
+        samples = reading.samples or 1
+        if reading.per_sample:
+            for flat in parts.flats:  # where no gate was bound there are none, or those of an earlier row
+                flat.sample_rows(samples)
+        if store is not None and counts:
+            store.make_room(samples)
+        ended = end_row(parts.flats, loss_scale, add=counts)
+        parts.counter.add(ended, dropped=not counts)
+        if store is not None and counts:
+            store.append(ended)
+        reading.samples = None
+        if parts.strict or parts.devices == {torch.device("cpu")}:
+            parts.counter.name_faults()
+
+    def _settle_check(self, attachment: Attachment) -> bool:
+        settled = self.check.settle(attachment)
+        if settled:
+            self._parts.refuse_unscored(later_rows=True)
+        return settled
+
+    def _repeatable(self, error: BaseException) -> RowError | None:
+        """The error to raise after a change of how rows are read: the row can be repeated. None if nothing helps."""
+        plan, reading = self._parts.plan, self._parts.reading
+        if isinstance(error, ChainError):
+            plan.give_up_chains()
+            row = self._leave_out(str(error))
+            return ChainError(f"{row} was dropped: {error}; every row is read by gates from now on, so repeat this row")
+        if refusals.is_inplace_error(error) and not reading.checking:
+            for reader in plan.readers.values():
+                reader.copy_from_now_on()
+            why = "an activation was changed in place after a gate had read it"
+            return InplaceError(
+                f"{self._leave_out(why)} was dropped: {why}, which did not happen in the checking row; gates work on "
+                "copies from now on, so repeat this row"
+            )
+        if isinstance(error, Exception) and not isinstance(error, ScoringError) and reading.spread:
+            return self.check.unspread()
+        return None
+
+    def _leave_out(self, why: str) -> str:
+        """Note why this row is left out; returns which row it is."""
+        row = self._parts.counter.row()
+        self._parts.counter.left_out.append(f"{row}: {why}")
+        return row
+
+    @contextlib.contextmanager
+    def check_on_a_sample(self) -> Iterator[None]:
+        """See :meth:`obc.JacobianScorer.check_on_a_sample`."""
+        attachment = self._parts.attachment
+        if attachment is None or self._row is not None or not self.can_check_on_a_sample:
+            raise ScoringError("the check on a sample comes before the first row of an attached scorer of batch rows")
+        self.check.begin()
+        self._row = self._begin(attachment, None)
+        settled = False
+        try:
+            yield
+            self._row.complete(may_be_empty=False)
+            settled = self.check.settle_on_a_sample(attachment)
+        finally:
+            if not settled:
+                self.check.forget()
+            self._row.drop()
+            self._forget()
+
+    @property
+    def can_check_on_a_sample(self) -> bool:
+        """Whether the next row is the checking one, and a backward of one sample can stand for it."""
+        parts = self._parts
+        return (
+            parts.attachment is not None
+            and parts.reading.checking
+            and not parts.reading.per_sample
+            and parts.shared.process_group is None
+        )
