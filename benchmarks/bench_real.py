@@ -195,7 +195,7 @@ def reconstruct(task: Task, model: nn.Module, plan: obc.PruningPlan, how: str) -
         gram = cross.gather(1, consumer.positions[..., None].expand(-1, -1, cross.shape[2]))
         ridge = _GRAIL_RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(gram.shape[2])
         mapped = torch.linalg.solve(gram + ridge, cross, left=False)
-        consumer.apply(Solution(mapped[0] if len(mapped) == 1 else mapped, None, Fit(0.0, 0.0, _GRAIL_RIDGE, 0)))
+        consumer.apply(Solution(mapped[0] if len(mapped) == 1 else mapped, None, Fit(0.0, 0.0, _GRAIL_RIDGE)))
 
 
 # --- cases ---------------------------------------------------------------------------------------------------------

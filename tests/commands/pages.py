@@ -65,7 +65,7 @@ def report() -> PruningReport:
         unproved={QUOTED: HOSTILE},
         compensation=CompensationReport(
             layers={
-                "layers.1": LayerCompensation(0.4, 0.1, 0.3, True, 512, 1e-4, 2),
+                "layers.1": LayerCompensation(0.4, 0.1, 0.3, True, 512, 1e-4),
                 HOSTILE: LayerCorrection(True, 0.2, 0.25, False, 512, 0.0),
             },
             naive_error=0.31,

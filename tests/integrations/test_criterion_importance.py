@@ -18,8 +18,9 @@ from obc.criteria import Subject, group_scores  # noqa: E402
 from obc.integrations.torch_pruning import CriterionImportance  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
 
-# Also what scores at random, and searches, whose scores depend on all groups that take part.
-OTHERS = OF_OTHER_MODELS | {"random", "beam", "tolerance"}
+# Also what scores at random, searches, whose scores depend on all groups that take part, and rows of tokens, of which
+# maps of several sizes have different numbers.
+OTHERS = OF_OTHER_MODELS | {"random", "beam", "tolerance", "token_jacobian"}
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

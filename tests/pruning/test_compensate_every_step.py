@@ -78,7 +78,7 @@ def test_the_second_step_scores_what_the_first_compensation_made(name: str, how:
     # Each compensation starts from slices of the unpruned model: one of them by hand gives the same.
     for known, at in ((first, plan), (second, last_plan)):
         alone = at.apply(copy.deepcopy(original))
-        obc.recalibrate_norms(alone, batches, lambda network, batch: loss(network, batch))
+        obc.recalibrate_norms(alone, batches, loss, original_model=original, plan=at)
         obc.compensate(alone, original, at, batches, outputs_inside(loss), mode=how, progress=False)
         assert same(weights(alone), known)
     if how == "correct":

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.criteria.protocol import About, Criterion
-from obc.criteria.residual_rows import has_bias
+from obc.criteria.residuals import has_bias
 from obc.criteria.surgeon import inverse, second_moment
 from obc.criteria.units import consumers_of
 from obc.model.groups import ChannelGroup

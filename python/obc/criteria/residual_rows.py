@@ -1,105 +1,20 @@
-"""Rows of residuals e_u, or of x_u itself, at consumers' inputs, read while the loss goes backward.
-
-A row is that of a batch, of a sample, or of so many consecutive tokens of a sample: of the sum over positions of
-e . dL/dx, the part at these positions. The rows of a sample's tokens add up to the sample's row.
-"""
+"""Rows of residuals at consumers' inputs, read while the loss goes backward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from obc.criteria.protocol import Subject
-from obc.criteria.surgeon import inverse, second_moment
-from obc.criteria.units import Consumer
+from obc.criteria.residuals import Cut, Residuals
 from obc.model.evaluation import evaluating
 from obc.model.usable_batches import UsableBatches
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.part import Part
-from obc.statistics.reader import first_tensor, flat_rows, input_dim
-from obc.statistics.results import Statistics
-
-
-def has_bias(consumer: Consumer) -> bool:
-    """Whether the mean of what goes can be given to a bias."""
-    return isinstance(getattr(consumer.module, "bias", None), Tensor)
-
-
-@dataclass(eq=False)
-class Residuals:
-    """One consumer of one group: what makes e of its input, and the rows read at it.
-
-    Attributes:
-        group: its name.
-        consumer: the layer.
-        matrix: (units * k, in): e = matrix (x - mean); None where e is x_u itself.
-        mean: (in,).
-        rows: what every batch gave so far; (units,), of samples and of tokens (rows, units).
-    """
-
-    group: str
-    consumer: Consumer
-    matrix: Tensor | None = None
-    mean: Tensor | None = None
-    rows: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float) -> Residuals:
-        """For a consumer whose Gram matrix was collected; ``ridge`` is relative to the mean diagonal."""
-        centred = has_bias(consumer)
-        inverted = inverse(second_moment(consumer, statistics, centred), ridge)
-        channels = consumer.channels
-        blocks = inverted[channels[:, :, None], channels[:, None, :]]
-        matrix = torch.linalg.solve(blocks, inverted[channels]).flatten(0, 1)
-        found = statistics.gram[consumer.name]
-        mean = found.sum.cpu() / found.count if centred else torch.zeros(len(inverted), dtype=torch.float64)
-        return cls(group, consumer, matrix, mean)
-
-    def read(self, x: Tensor, grad: Tensor, cut: Cut) -> Tensor:
-        """(units,), or (rows, units): the sum over positions and the unit's channels of e . dL/dx."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        dim = input_dim(self.consumer.module, x)
-        rows, gradients = flat_rows(x, dim).to(dtype), flat_rows(grad, dim).to(dtype)
-        channels = self.consumer.channels.to(rows.device)
-        if self.matrix is None or self.mean is None:
-            residuals = rows[:, channels.flatten()]
-        else:
-            residuals = (rows - self.mean.to(rows)) @ self.matrix.to(rows).mT
-        product = cut.summed(residuals * gradients[:, channels.flatten()], len(x))
-        return product.unflatten(-1, tuple(channels.shape)).sum(-1)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What one row is: a batch, a sample, or so many consecutive tokens of a sample.
-
-    Attributes:
-        per_sample: every sample has rows of its own.
-        tokens: of a row; None: all of the sample.
-    """
-
-    per_sample: bool
-    tokens: int | None = None
-
-    @property
-    def several(self) -> bool:
-        """Whether a batch gives several rows."""
-        return self.per_sample or self.tokens is not None
-
-    def summed(self, product: Tensor, samples: int) -> Tensor:
-        """(positions of all samples, columns) to (rows, columns), or (columns,) of a batch; the last may be shorter."""
-        if not self.several:
-            return product.sum(0)
-        by_sample = product.unflatten(0, (samples, -1))
-        if self.tokens is None:
-            return by_sample.sum(1)
-        padded = F.pad(by_sample, (0, 0, 0, -by_sample.shape[1] % self.tokens))
-        return padded.unflatten(1, (-1, self.tokens)).sum(2).flatten(0, 1)
+from obc.statistics.reader import first_tensor
 
 
 class _Tap(torch.autograd.Function):

@@ -14,7 +14,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
-from obc.criteria.residual_rows import Residuals, read_residuals
+from obc.criteria.residual_rows import read_residuals
+from obc.criteria.residuals import Residuals
 from obc.criteria.units import consumers_of
 
 

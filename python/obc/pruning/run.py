@@ -289,19 +289,22 @@ def _structure(
         if num_heads:
             raise ValueError("num_heads is for models that are traced; without example_inputs the config says it")
         found = TransformersStructure(model, ignored_layers=ignored_layers)
-        if not found.groups and found.left_out:
-            name, reason = next(iter(found.left_out.items()))
-            others = f" ({len(found.left_out) - 1} more are left out)" if len(found.left_out) > 1 else ""
-            raise ValueError(f"nothing in {type(model).__name__} can be pruned: {name}: {reason}{others}")
         if not found.groups:
             raise ValueError(
-                f"nothing to prune was found in {type(model).__name__}: only transformers models are pruned without "
-                "being run; pass example_inputs"
+                f"nothing in {type(model).__name__} can be pruned{_first_left_out(found.left_out)}; only transformers "
+                "models are pruned without being run: of another, pass example_inputs"
             )
         return found
     from obc.structures.traced import TorchPruningStructure
 
     return TorchPruningStructure(model, example_inputs, ignored_layers=ignored_layers, num_heads=num_heads)
+
+
+def _first_left_out(left_out: Mapping[str, str]) -> str:
+    if not left_out:
+        return ""
+    name, reason = next(iter(left_out.items()))
+    return f": {name}: {reason}" + (f" ({len(left_out) - 1} more are left out)" if len(left_out) > 1 else "")
 
 
 def _forward(loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool) -> ForwardFn:
