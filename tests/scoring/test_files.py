@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import ctypes
-import gc
 import json
 import os
 import pickle
@@ -66,9 +64,6 @@ def limited(which: int, size: int) -> Iterator[None]:
 @contextlib.contextmanager
 def little_memory(megabytes: int = 200) -> Iterator[None]:
     """Not much more address space than the process has now: what asks for gigabytes fails."""
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # what earlier tests freed would serve, too
-        trim(0)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     with limited(resource.RLIMIT_AS, pages * resource.getpagesize() + megabytes * 2**20):
         yield
