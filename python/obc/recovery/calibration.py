@@ -132,7 +132,7 @@ def recalibrate_norms(
 
     Args:
         model: changed in place.
-        batches: any iterable, passed over once, with ``original_model`` twice.
+        batches: any iterable, passed over once; with ``original_model`` a list is made of it, which is used twice.
         forward_fn: ``forward_fn(model, batch)``; by default :func:`obc.model.evaluation.call_on_batch`, which takes
             batches such as (inputs, labels).
         original_model: the unpruned model; unchanged.
@@ -147,11 +147,8 @@ def recalibrate_norms(
     if not (norms := batch_norms(model)):
         return
     processes = Processes(process_group, next(iter(norms[0].buffers())).device)
-    usable, forward = (
-        UsableBatches.of(batches if original_model is None else list(batches)),
-        forward_fn or call_on_batch,
-    )
-    targets = {}
+    usable = UsableBatches.of(batches if original_model is None else list(batches))
+    forward, targets = forward_fn or call_on_batch, {}
     if original_model is not None:
         reference = norm_reference(original_model, usable, forward)
         targets = reference.targets(model, plan or PruningPlan(), processes=processes)
@@ -180,13 +177,13 @@ def recalibrate_from(
     batches: UsableBatches,
     forward_fn: ForwardFn,
     processes: Processes,
-    targets: Mapping[_BatchNorm, Target] | None = None,
+    targets: Mapping[_BatchNorm, Target],
 ) -> None:
     """:func:`recalibrate_norms` of some norms; ``forward_fn`` may run a part of a model alone.
 
     Norms with a target get the statistics that follow from it, others those of the batches.
     """
-    targets = {norm: target for norm, target in (targets or {}).items() if any(norm is other for other in norms)}
+    targets = {norm: targets[norm] for norm in norms if norm in targets}
     plain = [norm for norm in norms if norm not in targets]
     before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in plain]
     unchanged = {norm: _statistics(norm, copy=True) for norm in norms}

@@ -19,9 +19,9 @@ from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan
 from obc.model.usable_batches import UsableBatches
 from obc.recovery import correct, least_squares
-from obc.recovery.calibration import batch_norms, inputs, norm_reference
+from obc.recovery.calibration import batch_norms, norm_reference
 from obc.recovery.compensation_report import CompensationReport
-from obc.recovery.consumers import Consumer, find_consumers, in_execution_order
+from obc.recovery.consumers import Consumer, find_consumers
 from obc.recovery.processes import Processes
 
 Mode = Literal["correct", "ls", "seq"]
@@ -122,28 +122,21 @@ def compensate(
         norms = batch_norms(pruned_model) if recalibrate_norms else []
         more = _LARGE_RIDGES if mode == "correct" else _MORE_RIDGES
         ridges: Sequence[float] = [*more, *RIDGES] if ridge is None else [ridge]
-        targets = {}
-        if norms and mode != "correct":
-            reference = norm_reference(original_model, split[0], forward)
-            targets = reference.targets(pruned_model, plan, processes=processes)
         if mode == "correct":
             outputs = {name: plan[name].out_channels for name in consumers}
             options = correct.Options(forward, ridges, offload, processes, plan)
             run = correct.CorrectRun(pruned_model, original_model, consumers, outputs, split, norms, options)
             report = run.run(bar)
         else:
-            called = list(inputs(original_model, list(consumers), next(iter(split[0])), forward))
-            ordered = in_execution_order(consumers, called, processes)
-            report = least_squares.LeastSquaresRun(
-                pruned_model,
-                original_model,
-                ordered,
-                split,
-                norms,
-                least_squares.Options(
-                    forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, targets
-                ),
-            ).run(bar)
+            targets = {}
+            if norms:
+                reference = norm_reference(original_model, split[0], forward)
+                targets = reference.targets(pruned_model, plan, processes=processes)
+            settings = least_squares.Options(
+                forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, targets
+            )
+            solver = least_squares.LeastSquaresRun(pruned_model, original_model, consumers, split, norms, settings)
+            report = solver.run(bar)
     _warn_of_few_rows(report, consumers)
     report.seconds = time.perf_counter() - start
     return report

@@ -21,7 +21,7 @@ from obc.model.evaluation import ForwardFn
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import inputs, output_error, outputs, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
-from obc.recovery.consumers import Consumer
+from obc.recovery.consumers import Consumer, in_execution_order
 from obc.recovery.layer_rows import output_rows, stream_weights
 from obc.recovery.moments import Fit, Moments, SingularError
 from obc.recovery.norm_reference import Target
@@ -40,7 +40,7 @@ class Options:
     max_bytes: int
     keep_decompressors: bool
     processes: Processes
-    targets: Mapping[_BatchNorm, Target] = field(default_factory=dict)
+    targets: Mapping[_BatchNorm, Target]
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,15 +84,15 @@ class LeastSquaresRun:
         norms: Sequence[_BatchNorm],
         options: Options,
     ) -> None:
-        self.pruned, self.original, self.consumers, self.options = pruned, original, consumers, options
+        self.pruned, self.original, self.options = pruned, original, options
         self.calibration, self.held_out = batches
-        self.norms, self.targets = norms, options.targets
+        self.norms = norms
+        self.consumers, self.off_stream = self._look(consumers)
         self.norm_states = [copy.deepcopy(norm.state_dict()) for norm in norms]
         self.expected = self._expected()
         self.held_out.refuse_many(options.processes.total)
-        self.naive = {name: _copies(consumer.parameters()) for name, consumer in consumers.items()}
+        self.naive = {name: _copies(consumer.parameters()) for name, consumer in self.consumers.items()}
         self.report = CompensationReport(naive_error=self._error())
-        self.off_stream = self._find_off_stream()
 
     def run(self, bar: Any) -> CompensationReport:
         """Compensate, decide, and give all processes the same result."""
@@ -207,14 +207,16 @@ class LeastSquaresRun:
                         weights = stream_weights(output_rows(consumer.layout, call.point, rows))
                 moments[name].add(x, z, weights)
 
-    def _find_off_stream(self) -> set[str]:
-        """The consumers whose outputs enter no sum, which then have no stream to be weighed by."""
-        modules = {name: self.original.get_submodule(name) for name in self.consumers}
+    def _look(self, consumers: Mapping[str, Consumer]) -> tuple[dict[str, Consumer], set[str]]:
+        """The consumers in the order of execution; those whose outputs enter no sum: no stream weighs their tokens."""
+        processes = self.options.processes
+        modules = {name: self.original.get_submodule(name) for name in consumers}
         batch = next(iter(self.calibration))
         calls = observe(partial(self.options.forward, self.original, batch), modules, set()).calls
-        summed = [bool(calls.get(name)) and all(call.summed for call in calls[name]) for name in self.consumers]
-        agreed = self.options.processes.least([int(found) for found in summed])
-        return {name for name, on_stream in zip(self.consumers, agreed, strict=True) if not on_stream}
+        summed = [bool(calls.get(name)) and all(call.summed for call in calls[name]) for name in consumers]
+        agreed = processes.least([int(found) for found in summed])
+        off_stream = {name for name, on_stream in zip(consumers, agreed, strict=True) if not on_stream}
+        return in_execution_order(consumers, list(calls), processes), off_stream
 
     def _solve(self, name: str, moments: Moments, check: Moments, ridge: float) -> _Compensated:
         """The consumer's least squares, applied."""
@@ -265,7 +267,7 @@ class LeastSquaresRun:
     def _recalibrate(self) -> None:
         if self.norms:
             forward, processes = self.options.forward, self.options.processes
-            recalibrate_from(self.pruned, self.norms, self.calibration, forward, processes, self.targets)
+            recalibrate_from(self.pruned, self.norms, self.calibration, forward, processes, self.options.targets)
 
     def _error_recalibrated(self) -> float:
         self._recalibrate()
