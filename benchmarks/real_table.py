@@ -40,21 +40,21 @@ def parts(cases: Sequence[Case]) -> Iterator[tuple[str, list[str], list[list[str
         shares = sorted({case["share"] for case in pruned})
         methods = dict.fromkeys(method_of(case) for case in pruned)
         head = ["method", *(f"{share:.1%}" for share in shares)]
-        yield title, head, [[method, *(_cell(pruned, method, share) for share in shares)] for method in methods]
+        yield title, head, [[method, *(_cell(pruned, method, share, draws) for share in shares)] for method in methods]
 
 
 def method_of(case: Case) -> str:
     return f"{case['selection']}+{case['compensation']}"
 
 
-def _cell(cases: Sequence[Case], method: str, share: float) -> str:
-    """Mean over the draws, and how many where they are fewer than the reference's; the paired difference to it."""
+def _cell(cases: Sequence[Case], method: str, share: float, draws: int) -> str:
+    """Mean over the draws, and how many where they are fewer than the title says; the paired difference."""
     mine = {case["draw"]: case for case in cases if method_of(case) == method and case["share"] == share}
     if not mine:
         return "-"
     shown = f"{statistics.mean(case['shown'] for case in mine.values()):.4g}"
     reference = {case["draw"]: case for case in cases if method_of(case) == REFERENCE and case["share"] == share}
-    if len(mine) < len(reference):
+    if len(mine) < draws:
         shown += f" [{len(mine)} draw{'s' * (len(mine) > 1)}]"
     if method == REFERENCE or not set(mine) <= set(reference):
         return shown

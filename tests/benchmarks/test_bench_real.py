@@ -110,6 +110,8 @@ def test_differences_are_paired_by_sample_over_all_draws() -> None:
     assert rows[:2] == [["jacobian+correct", "2"], ["flap+correct", f"2.5 (+0.500 ± {error:.3f})"]]
     error = statistics.stdev([1.0, 0.0, 2.0]) / math.sqrt(3)
     assert rows[2] == ["tyr+correct", f"3 [1 draw] (+1.000 ± {error:.3f})"]
+    ((_, _, rows),) = real_table.parts([case for case in cases if case["draw"] == 1 or case["selection"] == "none"])
+    assert rows[0] == ["jacobian+correct", "2 [1 draw]"]
 
 
 def test_what_is_unknown_or_missing_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
