@@ -42,7 +42,7 @@ import obc
 from benchmarks import real_sources
 from benchmarks.bench_compensation_encoder import CORPORA, Encoder, embed, similarity
 from benchmarks.harness import RESULTS, provenance, write
-from benchmarks.real_tasks import next_token_loss
+from benchmarks.real_tasks import next_token_loss, tiny_llama
 from obc.demo import pretrained
 from obc.structures.transformers import TransformersStructure
 
@@ -185,26 +185,14 @@ def encoder(steps: int, sequences: int, length: int, share: float) -> Task:
 
 
 def tiny(steps: int, sequences: int, length: int, share: float) -> Task:
-    """Random weights, for a test of the harness: no figure of it says anything."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
+    """:func:`benchmarks.real_tasks.tiny_llama` on random tokens."""
 
     def texts(seed: int, count: int) -> Tensor:
         return torch.randint(64, (count, length), generator=torch.Generator().manual_seed(seed))
 
     held_out = texts(0, 2 * sequences)
     return language_model(
-        LlamaForCausalLM(config),
+        tiny_llama(),
         lambda seed: texts(seed + 1, 4 * steps),
         texts(99, sequences),
         held_out[:sequences],

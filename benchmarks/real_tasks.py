@@ -93,8 +93,8 @@ def smollm2(draw: int, calibration: int, test: int, length: int) -> Task:
     return language_model(model, *pieces)
 
 
-def tiny(draw: int, calibration: int, test: int, length: int) -> Task:
-    """Random weights, for a test of the harness: no figure of it says anything."""
+def tiny_llama() -> Any:
+    """Random weights, for tests of benchmarks: no figure of it says anything. Its vocabulary has 64 tokens."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -107,9 +107,14 @@ def tiny(draw: int, calibration: int, test: int, length: int) -> Task:
         num_key_value_heads=2,
         initializer_range=0.2,
     )
+    return LlamaForCausalLM(config)
+
+
+def tiny(draw: int, calibration: int, test: int, length: int) -> Task:
+    """:func:`tiny_llama` on random tokens."""
     generator = torch.Generator().manual_seed(draw)
     texts = [torch.randint(64, (count, length), generator=generator) for count in (calibration, test)]
-    return language_model(LlamaForCausalLM(config), *texts)
+    return language_model(tiny_llama(), *texts)
 
 
 # --- the sentence encoder ------------------------------------------------------------------------------------------
