@@ -2,9 +2,9 @@
 
 The demo's networks, trained on scikit-learn's digits, pruned by the Jacobian Criterion with the demo's protocol to half
 their MACs, and evaluated on the test split without fine-tuning: as pruning left them ("naive"), with BatchNorm
-statistics estimated anew ("BN"), and compensated ("ls", "seq"), each from 100 and from 1000 training images without
-labels. Then what compensation costs: seconds, the running sums' memory and the peak of torch's CPU allocator, against
-one epoch of forward passes of the unpruned network over the training split.
+statistics estimated anew ("BN"), and compensated ("ls", "seq", "correct"), each from 100 and from 1000 training images
+without labels. Then what compensation costs: seconds, the running sums' memory and the peak of torch's CPU allocator,
+against one epoch of forward passes of the unpruned network over the training split.
 
 Accuracies depend on the seed alone, seconds on the machine and what else it does: the JSON has the load average.
 """
@@ -36,7 +36,8 @@ from obc.recovery.calibration import batch_norms
 TIMES_FEWER_MACS = 2.0
 SAMPLES = (100, 1000)
 BATCH = 20
-MODES: tuple[Literal["ls", "seq"], ...] = ("ls", "seq")
+Mode = Literal["correct", "ls", "seq"]
+MODES: tuple[Mode, ...] = ("ls", "seq", "correct")
 NETWORKS = (*RECIPES, Recipe("VGG", vgg, epochs=10))
 
 
@@ -53,7 +54,7 @@ class Pruned:
         """The first training images, no labels."""
         return list(self.data.train.images[:samples].split(BATCH))
 
-    def compensated(self, mode: Literal["ls", "seq"], samples: int) -> tuple[nn.Module, Any]:
+    def compensated(self, mode: Mode, samples: int) -> tuple[nn.Module, Any]:
         """A compensated copy, and the report."""
         model = copy.deepcopy(self.model)
         return model, compensate(model, self.original, self.plan, self.calibration(samples), mode=mode, progress=False)
@@ -103,7 +104,7 @@ def costs(network: Pruned) -> dict[str, Any]:
     for samples in SAMPLES:
         for mode in MODES:
 
-            def call(mode: Literal["ls", "seq"] = mode, samples: int = samples) -> Any:
+            def call(mode: Mode = mode, samples: int = samples) -> Any:
                 return network.compensated(mode, samples)[1]
 
             name = f"{mode}_{samples}"
