@@ -99,7 +99,7 @@ def streamed_error(
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
     """The norms of ``model`` that keep running statistics."""
-    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    return list(named_norms(model).values())
 
 
 def named_norms(module: nn.Module, place: str = "") -> dict[str, _BatchNorm]:
@@ -158,10 +158,12 @@ def recalibrate_norms(
 def norm_reference(model: nn.Module, batches: UsableBatches, forward_fn: ForwardFn, place: str = "") -> NormReference:
     """What arrives at the BatchNorms of the unpruned ``model``, from one pass over the batches in eval mode.
 
-    ``model`` may be the module of one that is called ``place``, which ``forward_fn`` runs alone.
+    ``model`` may be the module of one that is called ``place``, which ``forward_fn`` runs alone. The pass is one of its
+    own: in a run that :func:`obc.recovery.stream_points.observe` follows, reading a norm's input would end the trace.
     """
-    reference = NormReference(named_norms(model, place))
-    if batch_norms(model):
+    norms = named_norms(model, place)
+    reference = NormReference(norms)
+    if norms:
         with evaluating(model), torch.no_grad():
             for batch in batches:
                 with reference.reading() as calls:

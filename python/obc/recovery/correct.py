@@ -17,7 +17,8 @@ many times larger, decide the regression of a transformer.
 
 The unpruned and the pruned model run side by side through a chain of modules (:mod:`obc.recovery.segments`): of every
 module the unpruned one runs once, the pruned one up to each layer and once more, and only the tensors between modules
-are kept. Layers outside the chain are reached by running the models from the start up to them.
+are kept. Where the module has BatchNorms, both run again for their statistics. Layers outside the chain are reached by
+running the models from the start up to them.
 
 Held-out batches run along. For every layer they choose the ridge, or to leave the layer as it was, by the mean over
 channels of what remains of each channel's error; at the end, whether the model's output came closer to the unpruned
