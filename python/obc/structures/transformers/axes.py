@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.groups import Side
 from obc.model.kept import Kept, narrowed
 from obc.model.layouts import is_depthwise, layout_of
+from obc.structures.transformers.layers import joined
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
         return (Axis(name, "weight", 0, name, "out", raw=False), *bias)
     dim = 0 if (side == "out") != layout.transposed else 1
     return (Axis(name, "weight", dim, name, side, raw=False), *bias)
+
+
+def parameter_axes(name: str, keys: Iterable[str]) -> dict[tuple[str, Side], tuple[Axis, ...]]:
+    """The axes of the module's own parameters, by (full name, "out"): the channels lie in their first dimension."""
+    return {(joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in keys}
 
 
 def narrow(kept: Mapping[str, Kept], axis: Axis, size: int, removed: Tensor) -> Kept:

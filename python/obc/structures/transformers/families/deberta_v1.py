@@ -5,8 +5,8 @@ Queries and values have biases of their own, and positions have projections.
 
 from collections.abc import Collection, Iterator
 
-from obc.model.groups import ChannelGroup, Side, Slice
-from obc.structures.transformers.axes import Axis
+from obc.model.groups import ChannelGroup, Slice
+from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, attributes, register
 from obc.structures.transformers.layers import Layers, channels, joined
@@ -35,13 +35,10 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     wide = channels(count, size)
     slices = [Slice(in_proj, "out", channels(count, 3 * size))]
     slices += [Slice(layer, "out", wide) for layer in (*(joined(name, key) for key in _BIASES), *positions)]
-    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
-        (joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in _BIASES
-    }
     counted = {attributes("heads"): (count, 1), attributes("attention_width"): (count * size, size)}
     yield Block(
         ChannelGroup(in_proj, (*slices, Slice(output, "in", wide)), "heads"),
-        axes=axes,
+        axes=parameter_axes(name, _BIASES),
         counters=layers.counters([name], counted),
         config={"num_attention_heads": 1} if layers.config is not None else {},
         config_fixed={"head_dim": size},

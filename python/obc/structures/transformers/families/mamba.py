@@ -2,8 +2,8 @@
 
 from collections.abc import Collection, Iterator
 
-from obc.model.groups import ChannelGroup, Side, Slice
-from obc.structures.transformers.axes import Axis
+from obc.model.groups import ChannelGroup, Slice
+from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, attributes, register
 from obc.structures.transformers.layers import Layers, channels, joined
@@ -34,12 +34,9 @@ def _mixer(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
         Slice(joined(name, "D"), "out", one),
         Slice(out_proj, "in", one),
     )
-    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
-        (joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in ("A_log", "D")
-    }
     yield Block(
         ChannelGroup(in_proj, slices, "mamba"),
-        axes=axes,
+        axes=parameter_axes(name, ("A_log", "D")),
         counters=layers.counters([name], {attributes("inner_width"): (width, 1)}),
         config=layers.config_key(("intermediate_size",), 1),
     )

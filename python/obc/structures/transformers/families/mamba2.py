@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from obc.model.groups import ChannelGroup, Side, Slice
-from obc.structures.transformers.axes import Axis
+from obc.model.groups import ChannelGroup, Slice
+from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Counter, Layers, channels, joined, value_of
@@ -52,9 +52,6 @@ def _mixer(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     slices = [Slice(in_proj, "out", gate_x_dt), Slice(conv1d, "out", wide)]
     slices += [Slice(joined(name, key), "out", one) for key in _OF_HEADS]
     slices += _norm(layers, name, width, wide)
-    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
-        (joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in _OF_HEADS
-    }
     per_unit = groups * size
     counted: dict[tuple[str, ...], tuple[int, int]] = {
         ("num_heads",): (heads, groups),
@@ -65,7 +62,7 @@ def _mixer(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     counters += _norm_counters(layers, name, width // groups, size)
     yield Block(
         ChannelGroup(in_proj, (*slices, Slice(out_proj, "in", wide)), "mixer_heads"),
-        axes=axes,
+        axes=parameter_axes(name, _OF_HEADS),
         counters=counters,
         config=_config(layers, heads, groups, size),
     )

@@ -6,8 +6,8 @@ token, and a column of the output.
 
 from collections.abc import Collection, Iterator
 
-from obc.model.groups import ChannelGroup, Side, Slice
-from obc.structures.transformers.axes import Axis
+from obc.model.groups import ChannelGroup, Slice
+from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers, channels, joined
@@ -45,12 +45,9 @@ def _mixer(layers: Layers, name: str) -> Block:
     one = channels(width, 1)
     slices = [Slice(layer, "out", one) for layer in producers]
     slices += [Slice(joined(name, key), "out", one) for key in _OF_CHANNELS]
-    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
-        (joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in _OF_CHANNELS
-    }
     return Block(
         ChannelGroup(producers[0], (*slices, Slice(output, "in", one)), "mixer_channels"),
-        axes=axes,
+        axes=parameter_axes(name, _OF_CHANNELS),
         counters=layers.counters([name], {("attention_hidden_size",): (width, 1)}),
         config=layers.config_key(("attention_hidden_size",), 1),
     )

@@ -5,8 +5,8 @@ in_proj returns, for every channel of the heads one after the other, its input a
 
 from collections.abc import Collection, Iterator
 
-from obc.model.groups import ChannelGroup, Side, Slice
-from obc.structures.transformers.axes import Axis
+from obc.model.groups import ChannelGroup, Slice
+from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers, channels, joined, value_of
@@ -30,14 +30,11 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     wide = channels(heads, size)
     slices = [Slice(in_proj, "out", channels(heads, 2 * size)), Slice(conv1d, "out", wide)]
     slices += [Slice(joined(name, key), "out", channels(heads, 1)) for key in _OF_HEADS]
-    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
-        (joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in _OF_HEADS
-    }
     hidden = value_of(layers.config, "hidden_size")
     said = bool(hidden) and value_of(layers.config, "n_mamba_heads") == heads
     yield Block(
         ChannelGroup(in_proj, (*slices, Slice(out_proj, "in", wide)), "mixer_heads"),
-        axes=axes,
+        axes=parameter_axes(name, _OF_HEADS),
         counters=layers.counters([name], {("n_mamba_heads",): (heads, 1), ("intermediate_size",): (width, size)}),
         config={"n_mamba_heads": 1, "mamba_expand": size / hidden} if said else {},
     )
