@@ -84,13 +84,10 @@ class _Measurement:
         by_width = {name: self._seconds(group) for name, group in self.groups.items()}
         full: dict[str, float] = {}  # place -> seconds in the unpruned model
         for name, widths in by_width.items():
-            full |= dict(zip(self.places[name], widths[self.groups[name].size], strict=True))
+            full |= widths[self.groups[name].size]
         shares = _Shares(self.groups, self.places)
         seconds = {
-            name: {
-                width: max(0.0, sum(shares.own(name, full, dict(zip(self.places[name], times, strict=True)))))
-                for width, times in widths.items()
-            }
+            name: {width: max(0.0, sum(shares.own(name, full, now))) for width, now in widths.items()}
             for name, widths in by_width.items()
         }
         parameter = next(model.parameters(), None)
@@ -110,13 +107,13 @@ class _Measurement:
 
     # --- one group --------------------------------------------------------------------------------------------------
 
-    def _seconds(self, group: ChannelGroup) -> dict[int, list[float]]:
-        """Width -> seconds of each of the group's places."""
+    def _seconds(self, group: ChannelGroup) -> dict[int, dict[str, float]]:
+        """Width -> place of the group -> its seconds."""
         places, model = self.places[group.name], self.structure.model
         key = (_signature(group), *(_described(model.get_submodule(one), self.calls[one]) for one in places))
         if key not in self._known:
             self._known[key] = {width: self._at(group, width, places) for width in self._widths(group)}
-        return self._known[key]
+        return {width: dict(zip(places, times, strict=True)) for width, times in self._known[key].items()}
 
     def _widths(self, group: ChannelGroup) -> list[int]:
         if group.is_depth:
