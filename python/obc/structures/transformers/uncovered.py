@@ -13,7 +13,7 @@ _SHOWN = 6  # weights that a reason names
 
 
 def uncovered(layers: Layers, blocks: Mapping[str, Block], left_out: Collection[str]) -> dict[str, str]:
-    """Module of a repeated block -> that none of its weights is in a group.
+    """Module of a repeated block that has none of its weights in a group -> a reason that names these weights.
 
     A module counts as covered where a group has any layer or parameter inside it, and where it, or a module around or
     inside it, is left out with a reason already. So projections that a group leaves alone, beside others of the same
