@@ -64,7 +64,7 @@ class Layers:
         Raises:
             NotPrunableError: it is a quantised one.
         """
-        self._refuse_quantised(joined(name, child))
+        self.refuse_quantised(joined(name, child))
         module = self.modules.get(joined(name, child))
         return module if module is not None and layout_of(module) is not None else None
 
@@ -75,7 +75,7 @@ class Layers:
             NotPrunableError: it is a quantised one.
         """
         module = self.modules[name]
-        self._refuse_quantised(name)
+        self.refuse_quantised(name)
         layout, weight = layout_of(module), module.weight
         assert layout is not None
         assert isinstance(weight, Tensor)
@@ -84,7 +84,7 @@ class Layers:
     def size_or_none(self, name: str, side: str) -> int | None:
         """The same of any module: norms and embeddings have outputs alone, and others no side at all."""
         module = self.modules[name]
-        self._refuse_quantised(name)
+        self.refuse_quantised(name)
         if layout_of(module) is not None:
             return self.size(name, side)
         weight = getattr(module, "weight", None)
@@ -92,7 +92,12 @@ class Layers:
             return int(weight.shape[-1])
         return None
 
-    def _refuse_quantised(self, name: str) -> None:
+    def refuse_quantised(self, name: str) -> None:
+        """Refuse a layer whose weight is stored packed.
+
+        Raises:
+            NotPrunableError: it is; says what to do.
+        """
         if name in self._quantised:
             raise NotPrunableError(why_not_sliced(name, self.modules[name]))
 

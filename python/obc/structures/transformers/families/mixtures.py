@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from obc.model.experts import CORRECTION, DOWN, GATE_UP, fused_experts, is_transposed
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.layouts import layout_of
-from obc.model.quantized import is_quantised, why_not_sliced
 from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, attributes, config_keys, register
@@ -27,8 +26,8 @@ def _experts(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Bloc
     module = layers.modules[name]
     if not {"experts", "expert_ffn"} & set(kinds):
         return
-    if is_quantised(module) and layout_of(module) is None:
-        raise NotPrunableError(why_not_sliced(name, module))
+    if layout_of(module) is None:  # a layer is refused by the block that it is part of
+        layers.refuse_quantised(name)
     if (weights := fused_experts(module)) is None:
         return
     stored = _stored(module, *weights)
