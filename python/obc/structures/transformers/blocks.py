@@ -20,7 +20,6 @@ from obc.structures.transformers.family import FAMILIES, kinds
 from obc.structures.transformers.feed_forward import feed_forwards
 from obc.structures.transformers.inverted_residuals import inverted_residuals
 from obc.structures.transformers.layers import Layers
-from obc.structures.transformers.uncovered import uncovered
 from obc.structures.units import NotPrunableError
 
 DEFAULT_KINDS = tuple(name for name, kind in kinds().items() if kind.by_default)
@@ -33,8 +32,6 @@ class Finder:
         layers: of the model.
         blocks: by group name, in the order of the model.
         left_out: what looks like a block -> why it is none that can be pruned.
-        unknown: what else has weights in a repeated block and is in none of the groups -> that it is not known. Empty
-            unless all default kinds are looked for.
     """
 
     def __init__(self, model: nn.Module, wanted: Sequence[str]) -> None:
@@ -60,9 +57,6 @@ class Finder:
         if "embedding" in wanted:
             inner = Finder(model, DEFAULT_KINDS)
             self._add(embedding_name(self.layers), embedding(self.layers, inner.blocks, inner.left_out))
-        self.unknown: dict[str, str] = {}
-        if set(DEFAULT_KINDS) <= {*wanted}:
-            self.unknown = uncovered(self.layers, self.blocks, self.left_out)
         self.blocks = dict(sorted(self.blocks.items(), key=lambda item: self._place(item[1])))
         self._join_tied()
 

@@ -45,6 +45,7 @@ from obc.structures.transformers.config import (
 from obc.structures.transformers.costs import macs_for_one_token, transformer_costs, transformer_memory
 from obc.structures.transformers.depth import DepthUnit, FoundDepth, find_depth, merged, without_unit
 from obc.structures.transformers.family import kinds as known_kinds
+from obc.structures.transformers.uncovered import uncovered
 from obc.structures.transformers.widths import Expressible, equal_widths, expressible_widths
 from obc.structures.units import checked_units, layer_name, renumbered_group, without, without_units
 
@@ -178,7 +179,9 @@ class TransformersStructure:
         finder = _found(model, [kind for kind in kinds if kind not in DEPTH_KINDS])
         self._modules = finder.layers.modules
         found = find_depth(model, self._modules, depth_kinds) if depth_kinds else FoundDepth()
-        self.left_out = finder.left_out | finder.unknown | found.left_out
+        every_kind = set(DEFAULT_KINDS) <= {*kinds}
+        unknown = uncovered(finder.layers, finder.blocks, finder.left_out) if every_kind else {}
+        self.left_out = finder.left_out | unknown | found.left_out
         ignored = self._ignored(ignored_layers)
         self._depth_units = {
             name: unit for name, unit in found.units.items() if not any(unit.holds(layer) for layer in ignored)
