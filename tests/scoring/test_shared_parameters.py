@@ -53,10 +53,6 @@ def layer_biases(model: Sharing) -> None:
     model.second.bias = model.first.bias
 
 
-def rms_norms(model: Sharing) -> None:
-    model.after.weight = model.before.weight
-
-
 def everything(model: Sharing) -> None:
     norms(model)
     layers(model)
@@ -114,13 +110,23 @@ def own_gradients(
 
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @pytest.mark.parametrize(
-    "share",
-    [norms, norm_weights, norm_biases, rms_norms, layers, layer_biases, everything],
+    ("share", "norm"),
+    [
+        (norms, nn.LayerNorm),
+        (norm_weights, nn.LayerNorm),
+        (norm_weights, nn.RMSNorm),
+        (norm_biases, nn.LayerNorm),
+        (layers, nn.LayerNorm),
+        (layer_biases, nn.LayerNorm),
+        (everything, nn.LayerNorm),
+    ],
     ids=lambda one: one.__name__,
 )
-def test_scores_add_up_the_uses_of_each_weight(share: Callable[[Sharing], None], rows: str) -> None:
+def test_scores_add_up_the_uses_of_each_weight(
+    share: Callable[[Sharing], None], norm: type[nn.Module], rows: str
+) -> None:
     torch.manual_seed(0)
-    model = Sharing(share, nn.RMSNorm if share is rms_norms else nn.LayerNorm)
+    model = Sharing(share, norm)
     batches = [torch.randn(3, WIDTH) for _ in range(3)]
     loss_fn = loss_of if rows == "batch" else losses_of
     scores = obc.score(model, batches, loss_fn, rows=rows, progress=False)  # type: ignore[arg-type]
