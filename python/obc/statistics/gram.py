@@ -20,7 +20,7 @@ from obc.statistics.triangle import Triangle, full_precision
 Weight = Callable[[Any], Tensor]
 
 _TOTAL = "total"
-# Products of fewer positions take longer than one product over all samples and the copy that it needs.
+# Feature maps with fewer positions a sample are copied, and multiplied as one product over all samples.
 _POSITIONS_OF_A_PRODUCT = 64
 
 
@@ -49,10 +49,10 @@ class Gram:
 
     Each batch's product is a float32 GEMM (float64 for float64 inputs) without TF32, added into float64. Only the
     blocks on and above the diagonal are kept, and on the CPU only those are computed. Layers that are given the very
-    same tensor, as query, key and value, share their product and their matrix. For an input of d channels it takes
-    8 d^2 bytes, or 12 d^2 where d is at most 128. For convolutions x is one pixel's channels. Of fused experts x is
-    what the down projection of one expert reads of a token routed to it; each has a matrix of its own, under a name
-    such as "mlp.experts[3]".
+    same tensor, as query, key and value, share their product and their matrix. For a float32 input of d channels it
+    takes 8 d^2 bytes, or up to 12 d^2 where d is below 384. For convolutions x is one pixel's channels. Of fused
+    experts x is what the down projection of one expert reads of a token routed to it; each has a matrix of its own,
+    under a name such as "mlp.experts[3]".
 
     Args:
         weight: ``weight(batch)`` gives omega >= 0 as (B,), one a sample, or (B, T), one a token; for a key of a mapping

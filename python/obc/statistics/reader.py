@@ -332,7 +332,7 @@ class _Reading:
     def __init__(self, x: Tensor, channel_dim: int, module: str, fields: Mapping[str, Tensor]) -> None:
         self.x, self.channel_dim, self.fields = x, channel_dim, fields
         self.modules = [module]
-        # Tensors of inference mode count no changes: those are told by the values.
+        # Tensors of inference mode count no changes: values are compared instead, and on a GPU the host waits for it.
         self._values = x.clone() if x.is_inference() else None
         self._version = None if x.is_inference() else x._version
 

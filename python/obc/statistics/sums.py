@@ -12,7 +12,7 @@ from obc.statistics.errors import StatisticsError
 
 Key = tuple[tuple[str, ...], str]  # the modules that the sum is of, all of which read the very same; field
 
-# Numbers that are converted to the totals' dtype at once: they stay in the second-level cache.
+# Numbers that are converted to the totals' dtype at once: no converted copy of a whole matrix is made.
 _AT_ONCE = 65536
 
 
@@ -20,7 +20,7 @@ class Sums:
     """Float64 sums per module and field, on the device of what is added.
 
     Modules that read the very same have one sum together, as long as they do: a module's sum is that of all keys it is
-    in. Nothing is read from a GPU: there, a batch that is not finite is replaced by zeros, and named when asked.
+    in. Adding reads nothing from a GPU: there, a batch that is not finite is replaced by zeros, and named when asked.
 
     Args:
         name: of the statistic.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Products of narrower blocks are slower than what the half that they leave out would take.
+# Every block row is a product of its own, so that narrower blocks would make many small ones.
 _NARROWEST = 128
 # Halving blocks once more than so saves less than a thirtieth of the multiplications.
 _MOST_BLOCKS = 16
@@ -86,7 +86,7 @@ class Triangle:
 
 
 def computes_half(device: torch.device) -> bool:
-    """Whether the block rows are products of their own; on a GPU one whole product fills the chip better."""
+    """Whether the block rows are products of their own; on a GPU there is one whole product."""
     return device.type == "cpu"
 
 
