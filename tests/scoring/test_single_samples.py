@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import obc
+from obc import criteria
+from obc.criteria import Subject
+from obc.model.groups import ChannelGroup, Slice
 
 
 class Tokens(nn.Module):
@@ -50,6 +53,10 @@ def loss_fn(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).square().sum((1, 2)).mean()
 
 
+def forward(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch)
+
+
 @pytest.mark.parametrize("kind", ["BatchNorm", "InstanceNorm"])
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 def test_rows_of_single_samples_are_right(kind: str, rows: str) -> None:
@@ -75,6 +82,24 @@ def test_rows_of_single_samples_are_right(kind: str, rows: str) -> None:
     noise = 1e-6 * max(float(values.max()) for values in expected.values())
     for name, values in expected.items():
         torch.testing.assert_close(scores[name].out_channels.double(), values, rtol=1e-4, atol=noise)
+
+
+@pytest.mark.parametrize("kind", ["BatchNorm", "InstanceNorm"])
+@pytest.mark.parametrize("criterion", [criteria.TokenJacobian(1000), criteria.CompensatedJacobian()])
+def test_criteria_that_read_rows_without_a_scorer(kind: str, criterion: criteria.MeasuredCriterion) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.Tanh(), Tokens(norm_of(kind)))
+    written = copy.deepcopy(model)
+    written[2].norm = WrittenOut(written[2].norm)  # type: ignore[arg-type]
+    channels = torch.arange(3).unsqueeze(1)
+    group = ChannelGroup("hidden", (Slice("0", "out", channels), Slice("2.conv", "in", channels)), "channels")
+    batches = [torch.randn(1, 3, 5, 7) for _ in range(3)]
+    got, expected = (
+        criterion.measure(Subject(one, (group,), batches, loss_fn, forward, "gate", "batch", torch.Generator()))
+        for one in (model, written)
+    )
+    torch.testing.assert_close(got["hidden"], expected["hidden"], rtol=1e-4, atol=0)
+    assert not model[2].norm._forward_hooks  # type: ignore[union-attr]
 
 
 def test_the_guard_goes_with_the_scorer() -> None:

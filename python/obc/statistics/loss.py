@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.batches import part_of, samples_in
+from obc.scoring.reading.single_samples import guard
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part
 from obc.statistics.reader import Reader
@@ -108,12 +109,19 @@ def _parts(loss: SeekableLoss, index: int, batch: Any, size: int | None) -> Iter
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters inside the block, so that only gradients of activations are computed."""
+    """Freeze all parameters inside the block, so that only gradients of activations are computed.
+
+    Norms get gradients of single samples in an order that they read rightly
+    (:mod:`obc.scoring.reading.single_samples`).
+    """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    guards = [handle for module in model.modules() if (handle := guard(module)) is not None]
     try:
         for parameter, _ in before:
             parameter.requires_grad_(False)
         yield
     finally:
+        for handle in guards:
+            handle.remove()
         for parameter, requires_grad in before:
             parameter.requires_grad_(requires_grad)
