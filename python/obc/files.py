@@ -74,6 +74,20 @@ def parse_json(text: str | bytes, kind: Any) -> Any:
     return value
 
 
+def read_fields(path: str | os.PathLike[str], format_name: str) -> dict[str, Any]:
+    """What a JSON file holds beside its ``format``.
+
+    Raises:
+        ValueError: it is no JSON object, or of another format.
+        OSError: it can't be read.
+    """
+    with open(path, "rb") as file:
+        fields: dict[str, Any] = parse_json(file.read(), dict[str, Any])
+    if fields.pop("format", None) != format_name:
+        raise ValueError(f"its format is not {format_name!r}")
+    return fields
+
+
 def _is(value: Any, kind: Any) -> bool:
     origin, parts = get_origin(kind), get_args(kind)
     if origin is list:

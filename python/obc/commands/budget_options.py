@@ -10,7 +10,7 @@ from obc.commands import checkpoints
 from obc.commands.common import UsageError
 from obc.commands.score import positive
 from obc.model.latency_table import LatencyTable, LatencyTableError
-from obc.pruning.budgets import Budget, Meters
+from obc.pruning.budgets import NOUNS, Argument, Budget, Meters
 from obc.structures.memory import MemoryUse
 
 # What obc prune writes a table that it measured to, and reads it from.
@@ -47,10 +47,10 @@ def budget_of(parsed: argparse.Namespace) -> Budget:
         table = None if parsed.latency_table is None else LatencyTable.load(parsed.latency_table)
     except (OSError, LatencyTableError) as error:
         raise UsageError(f"--latency-table: {error}") from error
-    macs = 1 - parsed.ratio if parsed.ratio is not None else parsed.macs
-    return Budget.of(
-        macs, parsed.params, parsed.blocks, parsed.active_params, parsed.memory, parsed.latency, Meters(use, table)
-    )
+    given: dict[Argument, float | None] = {name: getattr(parsed, name) for name in NOUNS}
+    if parsed.ratio is not None:
+        given["macs"] = 1 - parsed.ratio
+    return Budget.of(given, Meters(use, table))
 
 
 def keywords(budget: Budget) -> dict[str, Any]:

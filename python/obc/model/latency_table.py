@@ -9,12 +9,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import nn
 
-from obc.files import atomic_write, built, parse_json
+from obc.files import atomic_write, built, read_fields
 from obc.model.costs import Costs
 from obc.model.curves import Curve
 from obc.model.groups import ChannelGroup
@@ -199,17 +198,11 @@ class LatencyTable:
             LatencyTableError: the file is no latency table, or is damaged.
             OSError: it can't be read.
         """
-        with open(path, "rb") as file:
-            text = file.read()
-        name = os.fspath(path)
         try:
-            fields = parse_json(text, dict[str, Any])
-            if fields.pop("format", None) != _FORMAT:
-                raise ValueError(f"its format is not {_FORMAT!r}")
-            raw = built(fields, _Written)
+            raw = built(read_fields(path, _FORMAT), _Written)
             widths = {group: {int(width): value for width, value in one.items()} for group, one in raw.seconds.items()}
         except ValueError as error:
-            raise LatencyTableError(f"{name} is no latency table: {error}") from error
+            raise LatencyTableError(f"{os.fspath(path)} is no latency table: {error}") from error
         return cls(widths, raw.rest, raw.shared, raw.device, raw.dtype, raw.threads, raw.batch)
 
     def __str__(self) -> str:

@@ -95,9 +95,9 @@ def reasons(found: Mapping[str, str], nothing: str) -> Html:
 
 
 def number(value: Any) -> str:
-    """A count with separators, another number with three digits, "-" for None."""
+    """A count, which may be a whole float, with separators; another number with three digits; "-" for None."""
     if value is None:
         return "-"
-    if isinstance(value, int):
-        return f"{value:,}"
+    if isinstance(value, int) or value.is_integer():
+        return f"{value:,.0f}"
     return f"{value:.3g}"

@@ -126,29 +126,12 @@ class Budget:
     meters: Meters = field(default_factory=Meters)
 
     @classmethod
-    def of(
-        cls,
-        macs: float | None = None,
-        params: float | None = None,
-        blocks: float | None = None,
-        active_params: float | None = None,
-        memory: float | None = None,
-        latency: float | None = None,
-        meters: Meters | None = None,
-    ) -> Budget:
-        """The one that is given; half of the MACs where none is.
+    def of(cls, given: Mapping[Argument, float | None], meters: Meters | None = None) -> Budget:
+        """The one that is not None; half of the MACs where all are.
 
         Raises:
             ValueError: several are given, or the share does not lie in (0, 1].
         """
-        given: dict[Argument, float | None] = {
-            "macs": macs,
-            "params": params,
-            "blocks": blocks,
-            "active_params": active_params,
-            "memory": memory,
-            "latency": latency,
-        }
         shares = {name: share for name, share in given.items() if share is not None}
         if len(shares) > 1:
             said = " and ".join(f"{name}={share:g}" for name, share in shares.items())

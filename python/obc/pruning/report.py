@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from obc.files import atomic_write, built, parse_json
+from obc.files import atomic_write, built, read_fields
 from obc.model.latency_table import LatencyTable
 from obc.model.plan import PruningPlan
 from obc.page.document import Section
@@ -183,15 +183,11 @@ class PruningReport:
             ReportError: the file is no report, or is damaged.
             OSError: it can't be read.
         """
-        with open(path, "rb") as file:
-            text = file.read()
         name = os.fspath(path)
         try:
-            fields = parse_json(text, dict[str, Any])
+            fields = read_fields(path, _FORMAT)
         except ValueError as error:
             raise ReportError(f"{name} is not a report of a pruning: {error}") from error
-        if fields.pop("format", None) != _FORMAT:
-            raise ReportError(f"{name} is not a report of a pruning: its format is not {_FORMAT!r}")
         try:
             report: PruningReport = built(fields, cls)
         except ValueError as error:

@@ -54,9 +54,8 @@ def _costs(report: Report) -> Html:
     for name, change in report["known"].items():
         before, after = change["before"], change["after"]
         share = after / before if before else 0.0
-        # Counts are whole numbers kept as floats; seconds of a latency are small.
-        shown = [number(round(value) if before >= 1000 else value) for value in (before, after)]
-        rows.append([_NAMES.get(name, name), bar(share), " → ".join(shown), f"{share:.1%}", change["counted"]])
+        shown = f"{number(before)} → {number(after)}"
+        rows.append([_NAMES.get(name, name), bar(share), shown, f"{share:.1%}", change["counted"]])
     return table(["", "", "before → after", "remain", "counted"], rows, label="every budget before and after")
 
 

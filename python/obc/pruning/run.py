@@ -31,7 +31,7 @@ from obc.pruning.arguments import (
     one_of,
     repeatable,
 )
-from obc.pruning.budgets import Budget, Meters
+from obc.pruning.budgets import Argument, Budget, Meters
 from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on, take_out_blocks
 from obc.pruning.job import Job
@@ -175,8 +175,15 @@ def prune(
         ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
             that differs.
     """
-    meters = Meters.of(memory_use, latency_table)
-    budget = Budget.of(macs, params, blocks, active_params, memory, latency, meters)
+    given: dict[Argument, float | None] = {
+        "macs": macs,
+        "params": params,
+        "blocks": blocks,
+        "active_params": active_params,
+        "memory": memory,
+        "latency": latency,
+    }
+    budget = Budget.of(given, Meters.of(memory_use, latency_table))
     schedule = budget.schedule(steps)
     caps = Caps.of(max_pruning_ratio, protected_blocks)
     choice = Choice.of(criterion, allocation, selection, slices, per_macs, shrinkage, min_units, round_to, caps)
