@@ -65,12 +65,12 @@ def linear(weight: Tensor) -> nn.Linear:
     return layer
 
 
-def of_statistics(criterion: Any) -> set[str]:
+def needed_statistics(criterion: Any) -> set[str]:
     """Names of the statistics that a criterion needs."""
     return {one if isinstance(one, str) else one.name for one in criteria.get(criterion).needs}
 
 
-def subject(units: str) -> Subject:
+def make_subject(units: str) -> Subject:
     channels = torch.arange(6).reshape(-1, 2 if units == "heads" else 1)
     slices = tuple(Slice(name, side, channels) for name, side in (("gate", "out"), ("up", "out"), ("down", "in")))
     group = ChannelGroup("layer", slices, units)  # type: ignore[arg-type]
@@ -86,12 +86,12 @@ def subject(units: str) -> Subject:
 def test_scores_are_those_of_the_authors_formula(name: str) -> None:
     criterion, factor = CRITERIA[name]
     expected = FIXTURE["scores"][name]
-    of = subject(expected["units"])
+    subject = make_subject(expected["units"])
     if name == "cfsp":  # its shares are by blocks, which one layer has none of; its scores need moments alone
         criterion.needs = ("moments",)
-    scores = group_scores(criterion, of)["layer"].double()
+    scores = group_scores(criterion, subject)["layer"].double()
     truth = torch.tensor(expected["scores"], dtype=torch.float64)
-    rtol = 1e-9 if "weight_gradients" not in of_statistics(criterion) else 1e-6  # their sums are float32
+    rtol = 1e-9 if "weight_gradients" not in needed_statistics(criterion) else 1e-6  # their sums are float32
     torch.testing.assert_close(scores * factor, truth, rtol=rtol, atol=1e-12)
 
 

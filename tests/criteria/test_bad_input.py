@@ -9,7 +9,7 @@ import models
 import pytest
 import torch
 import transformers_families as families
-from test_formulas import changed, subject
+from formulas import changed, make_subject
 from torch import nn
 
 import obc
@@ -58,12 +58,12 @@ def test_units_that_it_can_not_score(name: str, message: str) -> None:
 def test_experts_that_no_token_reached_score_zero_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
     case = families.FAMILIES["mixtral"]()
     groups = obc.transformer_groups(case.model, ["experts"])
-    of = Subject(
+    subject = Subject(
         case.model, groups, [case.batches[0][:1, :1]], case.loss, lambda m, b: m(b), "gate", "batch", torch.Generator()
     )  # type: ignore[arg-type]
     with caplog.at_level(logging.WARNING):
-        scores = group_scores("reap", of)
-    inner = changed(of, groups=obc.transformer_groups(case.model, ["expert_ffn"]))
+        scores = group_scores("reap", subject)
+    inner = changed(subject, groups=obc.transformer_groups(case.model, ["expert_ffn"]))
     with pytest.warns(UserWarning, match="no token was routed to it"):
         group_scores("obs", inner)
     assert "no token reached experts" in caplog.text
@@ -71,7 +71,7 @@ def test_experts_that_no_token_reached_score_zero_and_are_named(caplog: pytest.L
 
 
 def test_scores_of_a_wrong_shape_or_not_finite() -> None:
-    of = subject("chain")
+    subject = make_subject("chain")
 
     class Bad(criteria.Criterion):
         name = "bad"
@@ -88,16 +88,16 @@ def test_scores_of_a_wrong_shape_or_not_finite() -> None:
         (lambda size: torch.full((size,), float("nan")), "scores that are not finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            group_scores(Bad(value), of)
+            group_scores(Bad(value), subject)
     with pytest.raises(TypeError, match="got the class FLAP: call it"):
-        group_scores(criteria.FLAP, of)
+        group_scores(criteria.FLAP, subject)
 
 
 def test_a_gram_matrix_that_is_singular_asks_for_batches() -> None:
-    of = subject("chain")
-    of = changed(of, batches=[(torch.zeros_like(x), y) for x, y in of.batches])
+    subject = make_subject("chain")
+    subject = changed(subject, batches=[(torch.zeros_like(x), y) for x, y in subject.batches])
     with pytest.raises(ValueError, match="a Gram matrix is singular with ridge=0; pass more batches"):
-        group_scores(criteria.OBS(ridge=0.0), of)
+        group_scores(criteria.OBS(ridge=0.0), subject)
 
 
 def test_options_out_of_range() -> None:
@@ -113,4 +113,4 @@ def test_options_out_of_range() -> None:
         with pytest.raises(ValueError, match=message):
             make()
     with pytest.raises(ValueError, match=r"pass criterion=obc\.criteria\.GAPrune"):
-        group_scores("gaprune", subject("chain"))
+        group_scores("gaprune", make_subject("chain"))

@@ -10,15 +10,14 @@ from typing import Any
 
 import models
 import pytest
-import test_formulas
 import torch
 import transformers_families as families
-from test_formulas import Subject, block_pairs, changed, check, forward, subject
+from formulas import block_pairs, changed, check, forward, make_subject, unit_rows
 from torch import Tensor, nn
 
 import obc
 from obc import criteria
-from obc.criteria import group_scores
+from obc.criteria import Subject, group_scores
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.usable_batches import UsableBatches
 from obc.recovery.fusion import fuse_units, transport
@@ -26,23 +25,21 @@ from obc.statistics import Blocks
 from obc.statistics.blocks import entropy
 from obc.structures.transformers import TransformersStructure
 
-# --- pseudo-labels --------------------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("name", ["vit", "llama"])
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_jbr_is_the_jacobian_criterion_on_the_first_models_predictions(name: str, micro_batch: int | None) -> None:
-    of = subject(name)
-    of = changed(of, batches=UsableBatches(list(of.batches)), micro_batch=micro_batch)
+    subject = make_subject(name)
+    subject = changed(subject, batches=UsableBatches(list(subject.batches)), micro_batch=micro_batch)
     criterion = criteria.JBR()
     for turn in range(2):  # the second time the weights are others, and the labels stay
         if turn == 0:
-            labels = [logits(of.model, batch).argmax(-1) for batch in of.batches]
+            labels = [logits(subject.model, batch).argmax(-1) for batch in subject.batches]
         else:
             with torch.no_grad():
-                for parameter in of.model.parameters():
+                for parameter in subject.model.parameters():
                     parameter.mul_(1.3)
-        place = {id(batch): n for n, batch in enumerate(of.batches.all)}
+        place = {id(batch): n for n, batch in enumerate(subject.batches.all)}
 
         def loss(model: nn.Module, batch: Any) -> Tensor:
             chances = logits(model, batch).log_softmax(-1)
@@ -50,11 +47,9 @@ def test_jbr_is_the_jacobian_criterion_on_the_first_models_predictions(name: str
 
         rows = {
             group: r.square().sum(0)
-            for group, r in test_formulas.unit_rows(
-                changed(of, loss_fn=loss), everything=False, functional=loss
-            ).items()
+            for group, r in unit_rows(changed(subject, loss_fn=loss), everything=False, functional=loss).items()
         }
-        got = group_scores(criterion, of)
+        got = group_scores(criterion, subject)
         check(got, {key: values for key, values in rows.items() if key in got}, 1e-4)
 
 
@@ -78,9 +73,6 @@ def test_jbr_leaves_padding_out_and_takes_sample_rows() -> None:
     check(found[0], {name: scores.double() for name, scores in found[1].items()}, 1e-3)
 
 
-# --- entropies ------------------------------------------------------------------------------------------------------
-
-
 def binned(values: Tensor, bins: int) -> float:
     """-sum p log p of one dimension, bin by bin, from the published description."""
     low, high = float(values.min()), float(values.max())
@@ -101,10 +93,10 @@ def test_entropy_is_that_of_histograms() -> None:
 
 
 def test_entropy_gain_of_blocks() -> None:
-    of = subject("llama")
-    pairs = block_pairs(of.model)
+    subject = make_subject("llama")
+    pairs = block_pairs(subject.model)
     criterion = criteria.EntropyGain(bins=5, spare=None)
-    statistics = obc.collect(of.model, of.batches, statistics=criterion.needs, forward_fn=forward)
+    statistics = obc.collect(subject.model, subject.batches, statistics=criterion.needs, forward_fn=forward)
     got = criterion.of_blocks(statistics)
     for block, found in pairs.items():
         gains = [
@@ -115,7 +107,7 @@ def test_entropy_gain_of_blocks() -> None:
     group = ChannelGroup(
         "model.layers.1", (Slice("model.layers.1", "out", torch.zeros(1, 1, dtype=torch.int64)),), "layers"
     )
-    scores = criterion.score(group, statistics, of.model)
+    scores = criterion.score(group, statistics, subject.model)
     assert scores is not None
     assert float(scores) == pytest.approx(got["model.layers.1"])
 
@@ -134,9 +126,6 @@ def test_entropy_spares_the_first_stage_or_the_ends(tmp_path: Path) -> None:
         obc.collect(models.llama().model, [torch.zeros(1, 2).long()], statistics=[Blocks(entropy_bins=1)])
 
 
-# --- searches -------------------------------------------------------------------------------------------------------
-
-
 def small() -> Subject:
     """Six units: two groups of three channels."""
     torch.manual_seed(0)
@@ -153,30 +142,30 @@ def small() -> Subject:
     return Subject(model, groups, UsableBatches(batches), loss, forward, "gate", "batch", torch.Generator())
 
 
-def without(of: Subject, units: Any) -> nn.Module:
+def with_zeros(subject: Subject, units: Any) -> nn.Module:
     """The model with the columns of these (group, unit) at zero."""
-    model: Any = copy.deepcopy(of.model)
+    model: Any = copy.deepcopy(subject.model)
     with torch.no_grad():
         for name, unit in units:
             model[int(name) + 2].weight[:, unit] = 0
     return model
 
 
-def distance(of: Subject, units: Any, batches: Any) -> float:
-    model = without(of, units)
-    return sum(float((model(x) - of.model(x)).square().mean()) for x, _ in batches) / len(batches)
+def distance(subject: Subject, units: Any, batches: Any) -> float:
+    model = with_zeros(subject, units)
+    return sum(float((model(x) - subject.model(x)).square().mean()) for x, _ in batches) / len(batches)
 
 
 @pytest.mark.parametrize("null", [False, True])
 @pytest.mark.parametrize("width", [1, 2, 100])
 def test_beam_search_is_a_beam_search(width: int, null: bool) -> None:
     """Sets are grown one unit at a time, the best ``width`` of each size survive; all sets for a wide beam."""
-    of = small()
-    batches: Any = list(of.batches)
+    subject = small()
+    batches: Any = list(subject.batches)
     empty = [(torch.zeros(1, 4).double(), torch.zeros(1, 2).double())]
 
     def measured(units: Any) -> float:
-        return distance(of, units, batches) + (distance(of, units, empty) if null else 0.0)
+        return distance(subject, units, batches) + (distance(subject, units, empty) if null else 0.0)
 
     everything = [(group, unit) for group in ("0", "2") for unit in range(3)]
     beam: list[list[tuple[str, int]]] = [[]]
@@ -189,7 +178,7 @@ def test_beam_search_is_a_beam_search(width: int, null: bool) -> None:
         }
         beam = sorted(sets.values(), key=measured)[:width]
     best = beam[0]
-    got = group_scores(criteria.BeamSearch(removals=3, width=width, null=empty if null else None), of)
+    got = group_scores(criteria.BeamSearch(removals=3, width=width, null=empty if null else None), subject)
     order = sorted(everything, key=lambda unit: float(got[unit[0]][unit[1]]))
     assert set(order[:3]) == set(best)
     highest = max(float(got[group][unit]) for group, unit in best)
@@ -202,16 +191,16 @@ def test_beam_search_is_a_beam_search(width: int, null: bool) -> None:
 
 
 def test_tolerance_masks_shares_until_a_task_loses_too_much() -> None:
-    of = small()
-    batches: Any = list(of.batches)
+    subject = small()
+    batches: Any = list(subject.batches)
 
     def other(model: nn.Module, batch: Any) -> Tensor:
         return model(batch[0]).abs().mean() + 0.1
 
-    tasks = [of.loss_fn, other]
+    tasks = [subject.loss_fn, other]
 
     def losses(units: Any) -> list[float]:
-        model = without(of, units)
+        model = with_zeros(subject, units)
         with torch.no_grad():
             return [sum(float(task(model, batch)) for batch in batches) / len(batches) for task in tasks]
 
@@ -220,15 +209,15 @@ def test_tolerance_masks_shares_until_a_task_loses_too_much() -> None:
         name: sorted(
             range(3),
             key=lambda u, name=name: float(
-                of.model.get_submodule(name).weight[u].pow(2).sum()  # type: ignore[union-attr, operator, index]
-                + of.model.get_submodule(str(int(name) + 2)).weight[:, u].pow(2).sum()  # type: ignore
+                subject.model.get_submodule(name).weight[u].pow(2).sum()  # type: ignore[union-attr, operator, index]
+                + subject.model.get_submodule(str(int(name) + 2)).weight[:, u].pow(2).sum()  # type: ignore
             ),
         )
         for name in ("0", "2")
     }
     for tau, decay in ((0.05, 0.5), (0.5, 0.9), (100.0, 1.0)):
         criterion = criteria.Tolerance(tau, decay, tasks=tasks, order=["2", "0"])
-        got, masked, tolerance, within, outside = group_scores(criterion, of), [], tau, {}, []
+        got, masked, tolerance, within, outside = group_scores(criterion, subject), [], tau, {}, []
         for name in ("2", "0"):
             highest, accepted = 0.0, 0
             for count in range(1, 3):  # shares of 1/20 of three units: one, then two
@@ -248,12 +237,15 @@ def test_tolerance_masks_shares_until_a_task_loses_too_much() -> None:
 
 
 def test_searches_refuse_what_makes_no_sense() -> None:
-    of = small()
+    subject = small()
     for make, message in (
         (lambda: criteria.BeamSearch(removals=0), "at least 1"),
         (lambda: criteria.Tolerance(tau=0), "must be positive"),
         (lambda: criteria.EntropyGain(spare="all"), "spare must be"),  # type: ignore[arg-type]
-        (lambda: group_scores(criteria.Tolerance(tasks=[lambda m, b: -m(b[0]).abs().mean()]), of), "positive losses"),
+        (
+            lambda: group_scores(criteria.Tolerance(tasks=[lambda m, b: -m(b[0]).abs().mean()]), subject),
+            "positive losses",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             make()
@@ -280,9 +272,6 @@ def test_whole_blocks_go_by_entropy_and_beam(criterion: str) -> None:
         return
     prune()
     assert len(model.model.layers) == 3
-
-
-# --- fusion ---------------------------------------------------------------------------------------------------------
 
 
 def cheapest(cost: Tensor) -> float:
