@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 import obc
+from benchmarks.depth_table import BASELINE, table
 from benchmarks.harness import RESULTS, provenance, write
 from benchmarks.real_tasks import TASKS, Task
 from obc.criteria import Subject
@@ -43,7 +44,6 @@ from obc.structures.transformers import TransformersStructure
 
 SHARES = (0.1, 0.2)
 _WIDTHS = ("ffn", "heads")
-_BASELINE = "widths, jacobian"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    _BASELINE: Method(_WIDTHS),
+    BASELINE: Method(_WIDTHS),
     "blocks, jacobian": Method(("layers",)),
     "blocks and widths, jacobian": Method(("layers", *_WIDTHS)),
     "blocks, influence": Method(("layers",), rows=False),
@@ -146,32 +146,6 @@ def measured(task: Task, model: Any, case: dict[str, Any]) -> dict[str, Any]:
     took = f"{case['seconds']:6.1f} s"
     print(f"draw {case['draw']} {case['share']:4.0%} {case['method']:30} {shown:9.3f} {took}", flush=True)
     return case | {"losses": [round(loss, 6) for loss in losses], "perplexity": shown}
-
-
-def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Perplexity, its logarithm's difference to widths alone, and what went."""
-    lines = ["| share | removed | perplexity | difference of the loss to widths | blocks, branches gone |"]
-    lines.append("| ---: | --- | ---: | ---: | --- |")
-    for share in sorted({case["share"] for case in cases}):
-        at = [case for case in cases if case["share"] == share]
-        base = {case["draw"]: case["losses"] for case in at if case["method"] == _BASELINE}
-        for method in dict.fromkeys(case["method"] for case in at):
-            of_it = [case for case in at if case["method"] == method]
-            losses = [loss for case in of_it for loss in case["losses"]]
-            paired = [
-                one - other
-                for case in of_it
-                for one, other in zip(case["losses"], base.get(case["draw"], []), strict=False)
-            ]
-            gone = "; ".join(f"{case.get('blocks', 0)}, {case.get('branches', 0)}" for case in of_it)
-            difference = "-"
-            if len(paired) > 1:
-                error = statistics.stdev(paired) / math.sqrt(len(paired))
-                difference = f"{statistics.mean(paired):+.3f} ± {error:.3f}"
-            lines.append(
-                f"| {share:.0%} | {method} | {math.exp(statistics.mean(losses)):.2f} | {difference} | {gone} |"
-            )
-    return lines
 
 
 def parser() -> argparse.ArgumentParser:

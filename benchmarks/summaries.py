@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import real_table
+from benchmarks import depth_table, real_table
 from benchmarks.markdown import TableError, markdown, read, source
 
 _MODELS = ("VGG-19", "ResNet-56", "Llama 16 M", "ViT 2.7 M")
@@ -263,6 +263,12 @@ def _real(results: Path) -> str:
     ) + source(content["provenance"])
 
 
+def _depth(results: Path) -> str:
+    """Blocks, branches and widths of a language model, without training."""
+    content = read(results, "bench_depth")
+    return "\n".join(depth_table.table(content["cases"])) + source(content["provenance"])
+
+
 SUMMARIES: dict[str, Callable[[Path], str]] = {
     "scoring-rows": _scoring_rows,
     "operators": _operators,
@@ -277,4 +283,5 @@ SUMMARIES: dict[str, Callable[[Path], str]] = {
     "equivalent": _equivalent,
     "large": _large,
     "real": _real,
+    "depth": _depth,
 }

@@ -39,7 +39,7 @@ def main() -> None:
     )  # fmt: skip
     plan = None
     for _ in range(2):
-        importance.score(model, batches, loss_fn)  # pruning changes the channels: score before every step
+        importance.score(model, batches, loss_fn, pruner=pruner)  # again before every step
         plan = prune_step(pruner, plan)  # instead of pruner.step(): the same, with a record of what was kept
     assert plan is not None
     plan.verify(original.state_dict(), model)

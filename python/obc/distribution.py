@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 
 # `pip install obc` is another project.
@@ -12,6 +13,7 @@ DISTRIBUTION = "optimal-brain-connection"
 REBUILD = "pip install --no-build-isolation -e . in obc's source tree, or reinstall obc"
 
 
+@functools.cache
 def obc_version() -> str | None:
     """The installed version; None where obc is imported from its source tree without being installed."""
     try:

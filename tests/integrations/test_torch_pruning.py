@@ -388,6 +388,40 @@ def test_groups_match_explicit_slices(name: str, fill: Callable[[JacobianImporta
     of.loss(of.model, of.batches[0])  # the pruned model still runs
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_only_what_the_pruner_may_remove_is_read(name: str) -> None:
+    """The pruner asks for the same importances as where everything was read, and no layer that it keeps is read."""
+    family = FAMILIES[name]
+    of = family.build()
+    everything, importance = JacobianImportance(), JacobianImportance(strict=True)
+    everything.score(of.model, of.batches, of.loss)
+    pruner = make_pruner(family, of, importance)
+    scores = importance.score(of.model, of.batches, of.loss, pruner=pruner)
+    groups = list(
+        pruner.DG.get_all_groups(ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types)
+    )
+    assert groups
+    pruned = {id(item[0].target.module) for group in groups for item in group}
+    for group in groups:
+        expected = everything(group)
+        assert error(importance(group), expected.double()) <= TOLERANCE
+    for layer, module in of.model.named_modules():
+        if id(module) not in pruned and isinstance(module, nn.Linear | nn.LayerNorm | nn.Embedding):
+            assert layer not in scores or layer.endswith("out_proj")
+    pruner.step()
+
+
+def test_a_pruner_of_another_model_is_refused() -> None:
+    family, of = residual()
+    importance = JacobianImportance()
+    pruner = make_pruner(family, of, importance)
+    other = family.build()
+    with pytest.raises(ValueError, match="none of its groups has a module of this ResidualCNN"):
+        importance.score(other.model, other.batches, other.loss, pruner=pruner)
+    with pytest.raises(ValueError, match="give pruner or modules, not both"):
+        importance.score(of.model, of.batches, of.loss, pruner=pruner, modules=["head"])
+
+
 # --- the paper's loop -------------------------------------------------------------------------------------------
 
 

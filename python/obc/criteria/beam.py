@@ -52,7 +52,8 @@ class BeamSearch(MeasuredCriterion):
         evaluations = [Evaluation(subject, self.metric)]
         if self.null is not None:
             evaluations.append(Evaluation(replace(subject, batches=UsableBatches(list(self.null))), self.metric))
-        groups = [group for group in subject.groups if unmaskable(subject.model, group) is None]
+        refused = unmaskable(subject.model, subject.groups)
+        groups = [group for group in subject.groups if group.name not in refused]
         empty: Masks = {group.name: torch.zeros(group.size, dtype=torch.bool) for group in groups}
         beam: list[tuple[list[tuple[float, str, int]], Masks]] = [([], empty)]
         removals = min(self.removals, sum(group.size for group in groups) - 1)

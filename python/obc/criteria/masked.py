@@ -52,7 +52,8 @@ class MaskedEvaluation(MeasuredCriterion):
 
     def measure(self, subject: Subject) -> GroupScores:
         evaluation = Evaluation(subject, self.metric)
-        groups = [group for group in subject.groups if unmaskable(subject.model, group) is None]
+        refused = unmaskable(subject.model, subject.groups)
+        groups = [group for group in subject.groups if group.name not in refused]
         masks: Masks = {group.name: torch.zeros(group.size, dtype=torch.bool) for group in groups}
         base = evaluation(masks)
         found = {group.name: torch.full((group.size,), float("nan"), dtype=torch.float64) for group in groups}

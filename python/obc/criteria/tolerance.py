@@ -61,7 +61,8 @@ class Tolerance(MeasuredCriterion):
 
     def measure(self, subject: Subject) -> GroupScores:
         ranks = group_scores(self.within, subject)
-        groups = [g for g in subject.groups if g.name in ranks and unmaskable(subject.model, g) is None]
+        refused = unmaskable(subject.model, subject.groups)
+        groups = [group for group in subject.groups if group.name in ranks and group.name not in refused]
         if not groups:
             return {}
         losses = [Evaluation(replace(subject, loss_fn=task), "loss") for task in self.tasks or [subject.loss_fn]]

@@ -29,12 +29,12 @@ class Criterion:
     Attributes:
         name: as printed.
         importance: makes Torch-Pruning's importance.
-        score: (importance, model, split) fills it before a step; for criteria that look at the weights alone, nothing.
+        score: (importance, pruner, split) fills it before a step; for criteria that look at the weights alone, nothing.
     """
 
     name: str
     importance: Callable[[], Any]
-    score: Callable[[Any, nn.Module, Split], None]
+    score: Callable[[Any, Any, Split], None]
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -48,18 +48,18 @@ def batch_size(split: Split) -> int:
     return -(-len(split) // ROWS)
 
 
-def _no_score(importance: Any, model: nn.Module, split: Split) -> None:
+def _no_score(importance: Any, pruner: Any, split: Split) -> None:
     """Random numbers and weights need no data."""
 
 
-def _taylor(importance: Any, model: nn.Module, split: Split) -> None:
-    model.zero_grad()
+def _taylor(importance: Any, pruner: Any, split: Split) -> None:
+    pruner.model.zero_grad()
     for batch in split.batches(batch_size(split)):
-        loss(model, batch).backward()
+        loss(pruner.model, batch).backward()
 
 
-def _jacobian(importance: JacobianImportance, model: nn.Module, split: Split) -> None:
-    importance.score(model, split.batches(batch_size(split)), loss, progress=False)
+def _jacobian(importance: JacobianImportance, pruner: Any, split: Split) -> None:
+    importance.score(pruner.model, split.batches(batch_size(split)), loss, pruner=pruner, progress=False)
 
 
 CRITERIA = (

@@ -188,7 +188,7 @@ def steps(
         while full < target * count(model)[0]:
             if pruner.current_step == STEPS:
                 raise RuntimeError(f"{criterion.name}: {STEPS} steps of pruning do not reach {target}x fewer MACs")
-            criterion.score(importance, model, data.train)
+            criterion.score(importance, pruner, data.train)
             plan = prune_step(pruner, plan)
         yield target, plan
 
@@ -202,7 +202,7 @@ def cost(model: nn.Module, criterion: Criterion, data: Digits) -> tuple[float, i
     )
 
     def score() -> None:
-        criterion.score(importance, model, data.train)
+        criterion.score(importance, pruner, data.train)
         for group in groups:
             importance(group)
         model.zero_grad()

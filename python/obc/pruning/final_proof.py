@@ -108,10 +108,10 @@ class FinalProof:
             ProofError: they differ; names the first layer that does.
         """
         gone = {group.name: staying(group.size, self._alive[group.name]) for group in self._groups}
-        for group in self._groups:
-            if len(gone[group.name]) and (reason := unmaskable(self._reference, group)) is not None:
-                report.unproved[_MODEL] = f"{group.name} can't be masked: {reason}"
-                return
+        refused = unmaskable(self._reference, (group for group in self._groups if len(gone[group.name])))
+        for name, reason in refused.items():
+            report.unproved[_MODEL] = f"{name} can't be masked: {reason}"
+            return
         difference, tolerance = self._difference(model, gone, report)
         if difference is None:
             return

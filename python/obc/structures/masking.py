@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,9 +56,13 @@ def lost_channels(groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor])
     return lost
 
 
-def unmaskable(model: nn.Module, group: ChannelGroup) -> str | None:
-    """Why units of this group can't be masked, or None."""
+def unmaskable(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, str]:
+    """Group name -> why its units can't be masked; groups whose units can be are not in it."""
     modules = dict(named_modules(model))
+    return {group.name: reason for group in groups if (reason := _unmaskable(modules, group)) is not None}
+
+
+def _unmaskable(modules: Mapping[str, nn.Module], group: ChannelGroup) -> str | None:
     if group.is_depth:
         return None if group.name in modules else "the model has no module of its name"
     if group.kind == "experts":
@@ -89,9 +93,8 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
     """
     masked = shared_copy(model)
     modules, uses = dict(named_modules(masked)), parameter_uses(masked)
-    for group in groups:
-        if group.name in removed and len(removed[group.name]) and (reason := unmaskable(masked, group)) is not None:
-            raise UnmaskableError(f"{group.name}: {reason}")
+    for name, reason in unmaskable(masked, (g for g in groups if g.name in removed and len(removed[g.name]))).items():
+        raise UnmaskableError(f"{name}: {reason}")
     depth = [group for group in groups if group.is_depth and len(removed.get(group.name, ()))]
     for group in depth:
         _without_addition(modules[group.name], group.kind == "layers")

@@ -122,7 +122,7 @@ class _Prover:
             names = [*names, *(name for one in depth for name in one)]
             proof.unproved |= dict.fromkeys(names, f"a copy of the model does not run: {type(error).__name__}: {error}")
             return proof
-        proof.unproved |= {n: why for n in names if (why := unmaskable(self.base, self.groups[n])) is not None}
+        proof.unproved |= unmaskable(self.base, (self.groups[name] for name in names))
         if not self.unmasked.finite:
             proof.unproved |= dict.fromkeys(names, "the model's outputs are not finite on this batch")
         maskable = [name for name in names if name not in proof.unproved]

@@ -74,33 +74,33 @@ class Plan:
         for reader in self.readers.values():
             reader.forget_native()
 
-    def reads(self, parameter: nn.Parameter) -> bool:
-        """Whether this very parameter is one that the plan reads."""
+    def parameters_read(self) -> set[int]:
+        """The identities of the parameters that the plan reads."""
         weights = [source.gradient.weight for source in self.sources]
         norms = [norm for part in self.norms for norm, _ in part]
-        return any(parameter is known for known in (*weights, *norms, *self.unchecked))
+        return {id(parameter) for parameter in (*weights, *norms, *self.unchecked)}
 
     def coverage(self, model: nn.Module, checked: bool) -> dict[str, Coverage]:
         """Module name -> how it is read, or why not, in the order of the model."""
-        coverage = {}
+        coverage, found = {}, _Relations(self)
         for name, _ in model.named_modules():
             if name in self.unscored:
                 coverage[name] = Coverage.unscored(self.unscored[name])
             elif name in self.readers:
-                coverage[name] = self._how(self.readers[name], checked)
+                coverage[name] = self._how(self.readers[name], checked, found)
         return coverage
 
-    def _how(self, reader: Reader, checked: bool) -> Coverage:
+    def _how(self, reader: Reader, checked: bool, found: _Relations) -> Coverage:
         if not reader.scored:
             return Coverage.unscored(str(reader.reason))
         if not self._was_used(reader):
             return Coverage.unscored("no gradient reached it in any row")
         if reader.how == "weight gradient":
             return Coverage(reader.how, reader.reason)
-        tied = [other.name for other in self.readers.values() if other is not reader and other.weight is reader.weight]
+        tied = found.tied(reader)
         if reader.how != "gate":
             return Coverage(reader.how, tied=tied)
-        checked = checked and any(reader in source.readers for source in self.sources)
+        checked = checked and reader in found.checkable
         sides = {"out": reader.out} | ({} if reader.in_ is None else {"in": reader.in_})
         chained = [(side, self.chains.slots[slot]) for side, slot in sides.items() if slot in self.chains.slots]
         return Coverage("gate", copied=reader.copy_output, checked=checked, tied=tied, chained=chained)
@@ -162,6 +162,22 @@ class Plan:
         for source, fired in zip(self.sources, state["fired"], strict=True):
             source.gradient.fired = fired
         self.chains.load(state["chains"], self._slots(), self._modules())
+
+
+class _Relations:
+    """Which readers share a weight and which a weight's gradient can check, found for all of a plan at once."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.checkable = {reader for source in plan.sources for reader in source.readers}
+        # Computed weights are new tensors at every access: held, so that no two have the same identity.
+        self._weights = {reader: reader.weight for reader in plan.readers.values()}
+        self._sharing: dict[int, list[Reader]] = {}
+        for reader, weight in self._weights.items():
+            self._sharing.setdefault(id(weight), []).append(reader)
+
+    def tied(self, reader: Reader) -> list[str]:
+        """The names of the other readers of the same weight."""
+        return [other.name for other in self._sharing[id(self._weights[reader])] if other is not reader]
 
 
 # What a reader's state consists of.

@@ -39,9 +39,10 @@ def refuse_changed(model: nn.Module, plan: Plan) -> None:
     """Refuse a model whose modules are no longer those that were planned for."""
     modules = dict(model.named_modules())
     reads_gradients = bool(plan.sources or plan.norms)  # not of sharded models, which swap their parameters
+    known = plan.parameters_read()
     for name, reader in plan.readers.items():
         weight = None if reader.rule.packed else reader.weight
-        replaced = reads_gradients and isinstance(weight, nn.Parameter) and not plan.reads(weight)
+        replaced = reads_gradients and isinstance(weight, nn.Parameter) and id(weight) not in known
         if replaced or modules.get(name) is not reader.module:
             raise ScoringError(f"{name!r} was replaced since this scorer was made; make a new scorer")
         if channel_count(reader.module, reader.rule, reader.rule.out_axis) != reader.out.size:
