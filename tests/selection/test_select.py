@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
+from plain_selection import MANY_SIZES, Problem, as_lists, chained_costs, correlated_rows, plain_greedy, problems
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import obc
 from obc.selection import BudgetError, Costs
-from obc.selection.interactions import FORMS, BlockedGram, FullGram, RowsOnly, choose_form, products_within
-from obc.selection.shrinkage import estimated_shrinkage
+from obc.selection.interactions import FORMS
 
 # Small cases have few rows and narrow groups; the warnings that say so have tests of their own.
 pytestmark = pytest.mark.filterwarnings(
@@ -27,121 +23,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:all :UserWarning",
     "ignore:removing units:UserWarning",
 )
-
-Removed = dict[str, list[int]]
-
-
-@dataclass
-class Problem:
-    """What ``obc.select`` is called with. Rows and costs are small integers: exact, whatever the order of sums."""
-
-    rows: dict[str, np.ndarray]
-    costs: Costs | dict[str, np.ndarray]
-    budget: float
-    selection: str = "joint"
-    shrinkage: float = 0.0
-    per_cost: bool = True
-    min_units: dict[str, int] | int = 1
-    round_to: dict[str, int] | int = 1
-
-    def select(self, **more: Any) -> Removed:
-        rows = {name: torch.from_numpy(values) for name, values in self.rows.items()}
-        costs = self.costs
-        if not isinstance(costs, Costs):
-            costs = {name: torch.from_numpy(values) for name, values in costs.items()}
-        options = {key: value for key, value in vars(self).items() if key not in ("rows", "costs", "budget")}
-        return {name: units.tolist() for name, units in obc.select(rows, costs, self.budget, **options, **more).items()}
-
-    def size(self, name: str) -> int:
-        return self.rows[name].shape[1]
-
-    def freed(self, removed: Removed) -> float:
-        if not isinstance(self.costs, Costs):
-            return float(sum(self.costs[name][units].sum() for name, units in removed.items()))
-        widths = [float(self.size(name) - len(removed[name])) for name in self.costs.names]
-        return self.costs.total() - self.costs.total(torch.tensor(widths))
-
-    def loss(self, removed: Removed) -> float:
-        """sum_n delta[n]^2, products of different units shrunk."""
-        picked = np.concatenate([values[:, removed[name]] for name, values in self.rows.items()], 1)
-        squares = float(np.square(picked).sum())
-        joint = float(np.square(picked.sum(1)).sum())
-        keep = 1 - self.shrinkage if self.selection == "joint" else 0.0
-        return squares + keep * (joint - squares)
-
-    def score(self, before: Removed, after: Removed) -> float:
-        """The smaller the better; infinite where nothing is freed."""
-        increment, freed = self.loss(after) - self.loss(before), self.freed(after) - self.freed(before)
-        if freed <= 0:
-            return np.inf
-        if not self.per_cost:
-            return increment
-        return increment * freed if increment < 0 else increment / freed
-
-
-def of_group(value: Mapping[str, int] | int, name: str) -> int:
-    return value.get(name, 1) if isinstance(value, Mapping) else value
-
-
-def next_of_group(problem: Problem, removed: Removed, name: str) -> Removed | None:
-    """``removed`` with what group ``name`` would lose next; None where it may lose nothing."""
-    width, multiple = problem.size(name) - len(removed[name]), of_group(problem.round_to, name)
-    count = width % multiple or multiple
-    if width - count < of_group(problem.min_units, name):
-        return None
-    after = removed
-    for _ in range(count):
-        left = [unit for unit in range(problem.size(name)) if unit not in after[name]]
-        candidates = [after | {name: [*after[name], unit]} for unit in left]
-        before = after
-        after = min(candidates, key=lambda candidate: problem.score(before, candidate))
-        if problem.score(before, after) == np.inf:
-            return None
-    return after
-
-
-def plain_greedy(problem: Problem) -> Removed | None:
-    """The definition, step by step; None where nothing more may go before the budget is met."""
-    removed: Removed = {name: [] for name in problem.rows}
-    while problem.freed(removed) < problem.budget:
-        candidates = [next_of_group(problem, removed, name) for name in problem.rows]
-        possible = [candidate for candidate in candidates if candidate is not None]
-        if not possible:
-            return None
-        before = removed
-        removed = min(possible, key=lambda candidate: problem.score(before, candidate))
-    return {name: sorted(units) for name, units in removed.items()}
-
-
-@st.composite
-def problems(draw: st.DrawFn, max_size: int = 6, own_costs: bool = False) -> Problem:
-    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    sizes = draw(st.lists(st.integers(1, max_size), min_size=1, max_size=4))
-    names = [f"group {place}" for place in range(len(sizes))]
-    count = draw(st.integers(1, 8))
-    rows = {
-        name: generator.integers(-3, 4, (count, size)).astype(np.float32)
-        for name, size in zip(names, sizes, strict=True)
-    }
-    costs: Costs | dict[str, np.ndarray]
-    if own_costs:
-        costs = {name: generator.integers(0, 9, values.shape[1]).astype(np.float64) for name, values in rows.items()}
-        total = float(sum(values.sum() for values in costs.values()))
-    else:
-        quadratic = torch.from_numpy(generator.integers(0, 9, (len(names), len(names)))).double()
-        linear = torch.from_numpy(generator.integers(0, 9, len(names))).double()
-        costs = Costs(names, sizes, constant=7, linear=linear, quadratic=quadratic + quadratic.T)
-        total = costs.total() - 7
-    return Problem(
-        rows,
-        costs,
-        budget=draw(st.floats(0, 1)) * total,
-        selection=draw(st.sampled_from(["joint", "joint", "independent"])),
-        shrinkage=draw(st.sampled_from([0.0, 0.25, 1.0])),
-        per_cost=draw(st.booleans()),
-        min_units=draw(st.one_of(st.integers(0, 2), st.just({names[-1]: 3}))),
-        round_to=draw(st.one_of(st.sampled_from([1, 1, 2, 3]), st.just({names[0]: 2}))),
-    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -189,36 +70,6 @@ def test_no_subset_is_better_than_the_optimum_and_greedy_is_a_subset(problem: Pr
         if problem.freed(candidate := dict(zip(problem.rows, units, strict=True))) >= problem.budget
     ]
     assert problem.loss(removed) >= min(losses)
-
-
-def correlated_rows(sizes: Sequence[int], count: int, twins: bool = True) -> dict[str, Tensor]:
-    """Rows of units that share directions, like those of a network; every seventh unit is equal to the one before."""
-    rank = max(1, count // 4)
-    shared = torch.randn(count, rank)
-    rows = {}
-    for place, size in enumerate(sizes):
-        values = shared @ torch.randn(rank, size) / rank**0.5 + 0.5 * torch.randn(count, size)
-        values *= torch.rand(size).mul(3).exp()
-        if twins:
-            values[:, 7::7] = values[:, 6:-1:7][:, : values[:, 7::7].shape[1]]
-        rows[f"layer {place}"] = values
-    return rows
-
-
-def chained_costs(rows: Mapping[str, Tensor]) -> Costs:
-    """Every group's layer reads the group before, with a 3 x 3 kernel on 8 x 8 positions."""
-    sizes = [values.shape[-1] for values in rows.values()]
-    quadratic = torch.diag(torch.full((len(sizes) - 1,), 9.0 * 64), 1)
-    linear = torch.zeros(len(sizes))
-    linear[0], linear[-1] = 27 * 64, 10
-    return Costs(list(rows), sizes, linear=linear, quadratic=quadratic)
-
-
-def as_lists(removed: Mapping[str, Tensor]) -> Removed:
-    return {name: units.tolist() for name, units in removed.items()}
-
-
-MANY_SIZES = (130, 1, 64, 257)
 
 
 @pytest.mark.parametrize("round_to", [None, 8])
@@ -300,150 +151,6 @@ def test_the_host_waits_once_in_many_steps(form: str, round_to: int | None) -> N
         reads.append(counter.count)
     looks = (160 - 32) // 32
     assert reads[1] - reads[0] <= 6 * looks
-
-
-# --- what joint selection is for ---------------------------------------------------------------------------------
-
-
-def test_joint_selection_keeps_one_of_two_alike_and_takes_two_that_cancel() -> None:
-    a, b, c = torch.eye(3)
-    rows = {"layer": torch.stack([a, a, 0.9 * b, 1.2 * c, -1.2 * c], 1)}
-    joint = obc.select(rows, {"layer": 1.0}, 3, shrinkage=0.0)
-    alone = obc.select(rows, {"layer": 1.0}, 3, selection="independent")
-    # Alone the cheapest are b and the two a, which together change the loss by 2 a.
-    assert alone["layer"].tolist() == [0, 1, 2]
-    # With c, -c costs less than nothing; but greedy sees c only at its own price of 1.44, below 1 + 2 for the second a.
-    assert joint["layer"].tolist() == [0, 2, 3]
-    assert obc.select(rows, {"layer": 1.0}, 4, shrinkage=0.0)["layer"].tolist() == [0, 2, 3, 4]
-
-
-def test_of_removals_that_lower_the_loss_the_dear_one_goes_first() -> None:
-    one = torch.ones(1, 1)
-    rows = {"first": -10 * one, "cheap": one, "dear": one.clone()}
-    # Only "first" must go: then both others undo a part of it, and the one that frees more does so better.
-    removed = obc.select(rows, {"first": 1000.0, "cheap": 1.0, "dear": 5.0}, 1001, min_units=0, shrinkage=0.0)
-    assert as_lists(removed) == {"first": [0], "cheap": [], "dear": [0]}
-
-
-def test_increments_survive_cancellation() -> None:
-    # 1e2 +- 1e-2: where float32 rounds the sums of squares, 4e4, nothing is left of the difference, 6e-4.
-    large = 1e2 * torch.ones(4, 1)
-    small = 1e-2 * torch.tensor([[3.0, -1, 2], [1, 1, -2], [0, 1, 1], [1, -1, 1]])
-    rows = {"pairs": torch.cat([large, -large + small], 1)}
-    # The first has to go, then the one that leaves least of it: the column of small with the least norm.
-    removed = obc.select(rows, {"pairs": torch.tensor([100.0, 1, 1, 1])}, 101, shrinkage=0.0)
-    assert removed["pairs"].tolist() == [0, 2]
-
-
-# --- forms of the Gram matrix ------------------------------------------------------------------------------------
-
-
-def test_every_form_gives_the_columns_of_the_gram_matrix() -> None:
-    units = torch.randn(300, 20, dtype=torch.float64)
-    gram = units @ units.T
-    ranking = torch.rand(300, dtype=torch.float64)
-    forms = [
-        FullGram(units),
-        RowsOnly(units),
-        BlockedGram(units, 2**30),
-        BlockedGram(units, 8 * 300 * 3),
-        BlockedGram(units, 0),
-    ]
-    for picks in torch.randperm(300)[:240].split(3):
-        valid = torch.tensor([True, False, True])
-        expected = gram[:, picks[valid]].sum(1)
-        ranking[picks[valid]] = torch.inf
-        for columns in forms:
-            torch.testing.assert_close(columns(picks, valid, lambda: ranking), expected)
-
-
-@pytest.mark.parametrize("max_bytes", [0, 2**20], ids=["from rows", "from blocks"])
-def test_products_within_groups(max_bytes: int) -> None:
-    sizes = [3, 1, 5]
-    units = torch.randn(9, 4, dtype=torch.float64)
-    picks = torch.tensor([1, 3, 8])
-    of_unit = picks.repeat_interleave(torch.tensor(sizes))
-    expected = (units * units[of_unit]).sum(1)
-    torch.testing.assert_close(products_within(units, sizes, max_bytes)(picks), expected)
-
-
-@pytest.mark.parametrize(
-    ("channels", "rows", "device", "chunks", "max_bytes", "expected"),
-    [
-        (1000, 512, "cpu", False, 2**31, "full"),
-        (10_000, 512, "cpu", False, 2**31, "blocked"),
-        (10_000, 512, "meta", False, 2**31, "full"),
-        (100_000, 512, "cpu", False, 2**31, "blocked"),
-        (100_000, 512, "cpu", False, 2**20, "rows"),
-        (100_000, 8, "cpu", False, 2**31, "rows"),
-        (100_000, 512, "cpu", True, 2**31, "rows"),
-        (100_000, 512, "meta", False, 2**31, "rows"),
-        (1000, 512, "cpu", False, 2**20, "blocked"),
-    ],
-)
-def test_the_form_follows_from_sizes(
-    channels: int, rows: int, device: str, chunks: bool, max_bytes: int, expected: str
-) -> None:
-    units = torch.zeros(1, dtype=torch.float64, device=device).expand(channels, rows)
-    assert choose_form(units, [channels // 10] * 10, chunks=chunks, max_bytes=max_bytes) == expected
-
-
-# --- shrinkage ----------------------------------------------------------------------------------------------------
-
-
-def test_estimated_shrinkage_matches_its_definition() -> None:
-    units = torch.randn(7, 5, dtype=torch.float64)
-    units[3] = units[2] + 0.1 * units[3]
-    count = units.shape[1]
-    variance = square = 0.0
-    for u, v in itertools.permutations(range(len(units)), 2):
-        products = units[u] * units[v]
-        variance += float(products.var(correction=1)) * count
-        square += float(products.sum()) ** 2
-    assert 0 < variance / square < 1
-    assert estimated_shrinkage(units) == pytest.approx(variance / square, rel=1e-12)
-
-
-def test_estimated_shrinkage_tells_signal_from_noise() -> None:
-    noise = torch.randn(500, 40, dtype=torch.float64)
-    assert estimated_shrinkage(noise) > 0.9
-    shared = torch.randn(500, 1, dtype=torch.float64) @ torch.randn(1, 40, dtype=torch.float64)
-    assert estimated_shrinkage(shared + 0.1 * noise) < 0.1
-    assert estimated_shrinkage(noise[:, :1]) == 1.0
-    assert estimated_shrinkage(torch.zeros(3, 4, dtype=torch.float64)) == 1.0
-
-
-def test_fewer_rows_than_units_are_shrunk_as_estimated_and_said_so_once() -> None:
-    rows = correlated_rows((60, 40), 25)
-    costs = chained_costs(rows)
-    budget = 0.4 * costs.total()
-    estimate = estimated_shrinkage(torch.cat([values.T for values in rows.values()]).double())
-    assert 0.05 < estimate < 0.95
-    with pytest.warns(UserWarning, match=r"25 rows are fewer than the units .* as many rows as units") as warned:
-        by_rule = obc.select(rows, costs, budget)
-    assert len(warned) == 1
-    assert warned[0].filename == __file__
-    assert as_lists(by_rule) == as_lists(obc.select(rows, costs, budget, shrinkage=estimate))
-    assert as_lists(by_rule) != as_lists(obc.select(rows, costs, budget, shrinkage=0.0))
-
-
-@pytest.mark.filterwarnings("error")
-def test_as_many_rows_as_units_are_taken_as_they_are_without_a_word() -> None:
-    rows = correlated_rows((60, 40), 100)
-    costs = chained_costs(rows)
-    by_rule = obc.select(rows, costs, 0.4 * costs.total())
-    assert as_lists(by_rule) == as_lists(obc.select(rows, costs, 0.4 * costs.total(), shrinkage=0.0))
-
-
-@pytest.mark.filterwarnings("error")
-def test_full_shrinkage_is_independent_selection() -> None:
-    rows = correlated_rows((60, 40), 25)
-    costs = chained_costs(rows)
-    joint = obc.select(rows, costs, 0.4 * costs.total(), shrinkage=1.0)
-    assert as_lists(joint) == as_lists(obc.select(rows, costs, 0.4 * costs.total(), selection="independent"))
-
-
-# --- what goes in and comes out -----------------------------------------------------------------------------------
 
 
 def test_indices_are_ascending_int64_on_the_cpu_and_empty_where_nothing_goes() -> None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import collected
 import models
 import pytest
-import test_collect
 import torch
 import transformers_families as families
 from safetensors.torch import save_file
@@ -33,7 +33,7 @@ CASES: dict[str, Any] = {
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    return test_collect.forward(model, batch)
+    return collected.forward(model, batch)
 
 
 def names_of(name: str) -> list[str]:
@@ -44,7 +44,7 @@ def names_of(name: str) -> list[str]:
 def assert_same(one: obc.Statistics, other: obc.Statistics) -> None:
     assert one.collected == other.collected
     for name in one.collected:
-        test_collect.assert_same(one, other, name, exact=False)
+        collected.assert_same(one, other, name, exact=False)
     assert one.coverage == other.coverage
     assert one.num_batches == other.num_batches
 
@@ -129,12 +129,12 @@ def test_weights_from_files_are_present_one_block_at_a_time(tmp_path: Path) -> N
     got = collect(hollow, batches, statistics=statistics, by_block=ByBlock(weights=tmp_path))
     assert_same(got, collect(real, batches, statistics=statistics))
     assert all(parameter.is_meta for parameter in hollow.parameters())
-    of_block = sum(p.nbytes for p in real.get_submodule("model.layers.0").parameters())
+    block_bytes = sum(p.nbytes for p in real.get_submodule("model.layers.0").parameters())
     outside = sum(p.nbytes for name, p in real.named_parameters() if "layers" not in name)
-    assert present.most == outside + of_block
+    assert present.most == outside + block_bytes
     stated = memory_estimate(hollow, statistics, by_block=ByBlock(weights=tmp_path))["weights"]
-    assert stated == pytest.approx(outside + of_block, rel=0.01), "buffers aside"
-    assert sum(p.nbytes for p in real.parameters()) > 2 * of_block + outside
+    assert stated == pytest.approx(outside + block_bytes, rel=0.01), "buffers aside"
+    assert sum(p.nbytes for p in real.parameters()) > 2 * block_bytes + outside
 
 
 def test_products_of_one_block_at_a_time_are_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,8 +150,8 @@ def test_products_of_one_block_at_a_time_are_held(monkeypatch: pytest.MonkeyPatc
     config = case.model.config
     # What query, key and value read is one product, and what gate and up read is another.
     width, heads = config.hidden_size, config.num_attention_heads * config.head_dim
-    of_block = 4 * (2 * width**2 + heads**2 + config.intermediate_size**2)
-    assert held == [size for size in [of_block, of_block, 4 * width**2] for _ in case.batches]
+    block_bytes = 4 * (2 * width**2 + heads**2 + config.intermediate_size**2)
+    assert held == [size for size in [block_bytes, block_bytes, 4 * width**2] for _ in case.batches]
 
 
 def test_weights_that_are_missing_are_named_before_anything_runs(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_run_that_was_stopped_goes_on(place: int, tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     again = collect(model, batches, statistics=["moments", "blocks"], by_block=True, checkpoint=path)
     for name in again.collected:
-        test_collect.assert_same(again, whole, name)
+        collected.assert_same(again, whole, name)
     assert not path.exists()
 
 

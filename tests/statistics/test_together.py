@@ -9,9 +9,9 @@ from typing import Any
 
 import models
 import pytest
-import test_collect
 import torch
 import transformers_families as families
+from collected import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ def test_any_set_equals_each_alone(names: list[str], rows: str, micro_batch: int
     for name in names:
         one = alone(name, rows, micro_batch)
         if name != "rows":
-            test_collect.assert_same(one, together, name, exact=False)
+            assert_same(one, together, name, exact=False)
             continue
         for module in one.rows:
             for a, b in zip(vars(one.rows[module]).values(), vars(together.rows[module]).values(), strict=True):
@@ -109,7 +109,7 @@ def test_kill_and_resume_with_experts_and_entropies(tmp_path: Path) -> None:
     again = collect(_case.model, iter(batches), statistics=statistics, checkpoint=path)
     whole = collect(_case.model, iter(batches), statistics=statistics)
     for name in whole.collected:
-        test_collect.assert_same(again, whole, name)
+        assert_same(again, whole, name)
 
 
 def test_experts_that_no_token_reached_are_named() -> None:
