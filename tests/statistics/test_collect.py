@@ -62,8 +62,8 @@ def test_blocks_compare_input_and_output_of_every_token(name: str) -> None:
     both = [(x, y) for (x, _), (_, y) in zip(pairs[blocks[0]], pairs[blocks[1]], strict=True)]
     checked = [(whole.blocks[block], pairs[block], slice(None)) for block in blocks]
     checked += [(last.blocks[block], pairs[block], slice(-1, None)) for block in blocks]
-    for got, pairs, tokens in [*checked, (window.blocks[blocks[0]], both, slice(None))]:
-        x, y = (torch.cat([pair[side][:, tokens].flatten(0, 1) for pair in pairs]) for side in (0, 1))
+    for got, block_pairs, tokens in [*checked, (window.blocks[blocks[0]], both, slice(None))]:
+        x, y = (torch.cat([pair[side][:, tokens].flatten(0, 1) for pair in block_pairs]) for side in (0, 1))
         cosine = (x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1))
         assert got.count == len(x)
         close(got.cosine, cosine.sum())
