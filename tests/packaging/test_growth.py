@@ -61,6 +61,7 @@ def squares(model: nn.Module, batch: Any) -> Tensor:
 
 STACK = [torch.randn(2, 4, generator=torch.Generator().manual_seed(0))]
 TOKENS = {"input_ids": torch.arange(8).view(2, 4)}
+DEPTH = ("layers", "sublayers", "ffn", "heads")
 STATISTICS = (obc.statistics.Gram(), obc.statistics.Moments(), obc.statistics.Rows())
 
 JOBS: dict[str, tuple[Callable[[int], nn.Module], Callable[[Any], object]]] = {
@@ -71,6 +72,7 @@ JOBS: dict[str, tuple[Callable[[int], nn.Module], Callable[[Any], object]]] = {
         lambda model: obc.collect(model, STACK, square, statistics=STATISTICS, progress=False),
     ),
     "structure": (llama, TransformersStructure),
+    "costs of blocks": (llama, lambda model: TransformersStructure(model, DEPTH).costs("macs")),
     "proof": (llama, lambda model: TransformersStructure(model, example_inputs=TOKENS)),
 }
 

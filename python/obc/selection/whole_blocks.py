@@ -32,35 +32,31 @@ class BlockGreedy(Greedy):
         sizes = torch.tensor(problem.sizes)
         first = sizes.cumsum(0) - sizes
         device = problem.increments.device
-        self._inside = {
-            block: torch.tensor(groups, dtype=torch.int64, device=device) for block, groups in problem.inside.items()
-        }
-        self._block_of = {block: int(first[block]) for block in problem.inside}  # its unit
-        self._around: dict[int, list[int]] = {}  # group -> the blocks around it, whose rows lose what it takes
-        self._units_of: dict[int, list[int]] = {
-            group: list(range(int(first[group]), int(first[group]) + size)) for group, size in enumerate(problem.sizes)
-        }
+        self._place_of = {block: place for place, block in enumerate(problem.inside)}
+        self._blocks = torch.tensor(list(problem.inside), dtype=torch.int64, device=device)
+        self._block_units = first.to(device)[self._blocks]
+        self._holds = problem.increments.new_zeros(len(self._blocks), len(problem.sizes))  # its own group, and inside
+        self._around: dict[int, list[int]] = {}  # group -> blocks around it, whose rows lose what it takes
         for block, groups in problem.inside.items():
+            self._holds[self._place_of[block], [block, *groups]] = 1.0
             for group in groups:
-                self._around.setdefault(group, []).append(block)
+                self._around.setdefault(group, []).append(self._place_of[block])
         self._curvature = problem.costs.curvature
         self._vanished = torch.zeros(len(problem.sizes), dtype=torch.bool, device=device)
         if rows is not None:
             self._gone = rows.new_zeros(rows.shape[1])  # sum of the rows of all that is gone
-            self._left = {block: rows[unit].clone() for block, unit in self._block_of.items()}
+            self._left = rows[self._block_units]  # (blocks, N)
             self._strength = 0.0 if problem.interacting is None else problem.interacting.strength
 
     def _propose(self, chunk: Tensor) -> Proposals:
-        for block, unit in self._block_of.items():
-            if self._rows is not None and self._widths[block] > 0:
-                row = self._left[block]
-                self._increments[unit] = row @ row + 2 * self._strength * (self._gone @ row)
+        if self._rows is not None:
+            changes = self._left.square().sum(1) + 2 * self._strength * (self._left @ self._gone)
+            there = self._widths[self._blocks] > 0
+            self._increments[self._block_units] = torch.where(there, changes, self._increments[self._block_units])
         proposals = super()._propose(chunk)
-        left = self._effective_left()
-        for block in self._inside:
-            gone = self._vanishing(block, left)
-            freed = self._slope @ gone - gone @ self._curvature @ gone
-            proposals.freed[block] = proposals.promised[block] = freed
+        gone = self._holds * self._effective_left()
+        freed = gone @ self._slope - ((gone @ self._curvature) * gone).sum(1)
+        proposals.freed[self._blocks] = proposals.promised[self._blocks] = freed
         return proposals
 
     def _effective_left(self) -> Tensor:
@@ -69,40 +65,34 @@ class BlockGreedy(Greedy):
         left = self._widths if effective is None else effective.at(self._widths)
         return left.masked_fill(self._vanished, 0.0)
 
-    def _vanishing(self, block: int, left: Tensor) -> Tensor:
-        """(groups,) what of ``left`` goes with a block."""
-        gone = torch.zeros_like(left)
-        places = [block, *self._inside[block].tolist()]
-        gone[places] = left[places]
-        return gone
-
     def _remove(self, group: Tensor, count: Tensor, taken: Tensor, units: Tensor, valid: Tensor) -> None:
         block = int(group)
         picked = units[valid]
         if not len(picked):
             return
-        if block not in self._inside:
+        if block not in self._place_of:
             super()._remove(group, count, taken, units, valid)
             if self._rows is not None:
                 self._note_gone(block, self._rows[picked].sum(0))
             return
-        gone = self._vanishing(block, self._effective_left())
-        places = [block, *self._inside[block].tolist()]
-        self._widths[places] = 0.0
-        self._vanished[places] = True
+        place = self._place_of[block]
+        holds = self._holds[place]
+        gone = holds * self._effective_left()
+        inside = holds > 0
+        self._widths.masked_fill_(inside, 0.0)
+        self._vanished |= inside
         self._slope -= 2 * self._curvature @ gone
         if self._rows is not None:
-            row = self._left[block]
+            row = self._left[place].clone()
             self._increments += 2 * self._strength * (self._rows @ row)
             self._removed_squares += row @ row
-            self._note_gone(block, row.clone())
-        for inner in places:
-            self._increments[self._units_of[inner]] = math.inf
+            self._note_gone(block, row)
+        self._increments.masked_fill_(inside.index_select(0, self._group_of), math.inf)
 
     def _note_gone(self, group: int, row: Tensor) -> None:
         self._gone += row
-        for block in self._around.get(group, ()):
-            self._left[block] = self._left[block] - row
+        if around := self._around.get(group):
+            self._left[around] -= row
 
 
 def inside_of(names: Sequence[str], inside: Mapping[str, Sequence[str]]) -> dict[int, list[int]]:

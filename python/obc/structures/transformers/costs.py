@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ from obc.structures.protocol import Unit
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.cache import CachedLayer
 from obc.structures.transformers.calibration import Calibration
-from obc.structures.transformers.depth import DepthUnit
+from obc.structures.transformers.depth import DepthUnit, Holders
 
 
 def transformer_costs(
@@ -54,10 +54,7 @@ def transformer_costs(
         ValueError: an unknown unit.
     """
     check_unit(unit)
-    polynomial = _polynomial(blocks, axes, unit, depth)
-
-    def around(module: str) -> int | None:
-        return _around(module, blocks, depth)
+    polynomial, around = _polynomial(blocks, axes, unit, depth), _around(blocks, depth)
 
     for own, key, tensor, skipped, factor in _terms(model, unit):
         module = (names_of or {}).get(own, own)
@@ -98,7 +95,7 @@ def transformer_memory(
         cached: the layers of the cache, where ``use`` counts one.
         model, blocks, axes, depth, names_of: as for :func:`transformer_costs`.
     """
-    polynomial = _polynomial(blocks, axes, "bytes", depth)
+    polynomial, around = _polynomial(blocks, axes, "bytes", depth), _around(blocks, depth)
     seen: set[int] = set()
     for own, module in named_modules(model):
         name = (names_of or {}).get(own, own)
@@ -108,15 +105,15 @@ def transformer_memory(
             seen.add(id(tensor))
             full = f"{name}.{key}" if name else key
             sizes = (polynomial.size((full, dim), size) for dim, size in enumerate(tensor.shape))
-            polynomial.add(use.bytes_each(tensor), *sizes, goes_with=_around(name, blocks, depth))
+            polynomial.add(use.bytes_each(tensor), *sizes, goes_with=around(name))
     per_unit = dict.fromkeys((block.group.name for block in blocks), 0.0)
     for layer in cached:
-        around, taken = _around(layer.module, blocks, depth), layer.bytes_of_unit(use)
-        polynomial.add(layer.fixed * use.batch, goes_with=around)
+        goes_with, taken = around(layer.module), layer.bytes_of_unit(use)
+        polynomial.add(layer.fixed * use.batch, goes_with=goes_with)
         if layer.group in per_unit:
             per_unit[layer.group] += taken
         elif layer.group is None:
-            polynomial.add(taken, goes_with=around)
+            polynomial.add(taken, goes_with=goes_with)
     polynomial.add_per_unit([*per_unit.values(), *[0.0] * len(depth)])
     return polynomial.costs(_inside(blocks, depth))
 
@@ -134,19 +131,26 @@ def _polynomial(
     return polynomial
 
 
-def _around(module: str, blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> int | None:
-    """The innermost block or branch that a module goes with, among the groups."""
-    found = [place for place, one in enumerate(depth) if one.holds(module)]
-    inner = min(found, key=lambda place: (depth[place].group.kind == "layers", place), default=None)
-    return None if inner is None else len(blocks) + inner
+def _around(blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> Callable[[str], int | None]:
+    """Finds the innermost block or branch that a module goes with, among the groups."""
+    holders = Holders(depth)
+
+    def around(module: str) -> int | None:
+        inner = holders.innermost(module)
+        return None if inner is None else len(blocks) + inner
+
+    return around
 
 
 def _inside(blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> dict[str, list[str]]:
     """Whole block or branch -> the groups that vanish with it."""
-    found: dict[str, list[str]] = {}
-    for one in depth:
-        groups = [block.group for block in blocks] + [other.group for other in depth if other is not one]
-        found[one.group.name] = [group.name for group in groups if all(one.holds(part.module) for part in group.slices)]
+    holders = Holders(depth)
+    found: dict[str, list[str]] = {one.group.name: [] for one in depth}
+    for group in (*(block.group for block in blocks), *(one.group for one in depth)):
+        around = [holders.of(part.module) for part in group.slices]
+        for place in sorted(set.intersection(*around)) if around else range(len(depth)):
+            if depth[place].group is not group:
+                found[depth[place].group.name].append(group.name)
     return found
 
 

@@ -65,6 +65,28 @@ class DepthUnit:
         return any(name == own or name.startswith(f"{own}.") for own in self.stand_ins)
 
 
+class Holders:
+    """Which of these units a module or tensor goes with, looked up by the names of what is around it."""
+
+    def __init__(self, units: Sequence[DepthUnit]) -> None:
+        self.units = units
+        self._places: dict[str, list[int]] = {}
+        for place, unit in enumerate(units):
+            for name in unit.stand_ins:
+                self._places.setdefault(name, []).append(place)
+
+    def of(self, name: str) -> set[int]:
+        """The places of the units that it goes with (:meth:`DepthUnit.holds`)."""
+        parts = name.split(".")
+        around = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        return {place for one in around for place in self._places.get(one, ())}
+
+    def innermost(self, name: str) -> int | None:
+        """The branch, or else the whole block, that it goes with; None where it goes with none."""
+        found = self.of(name)
+        return min(found, key=lambda place: (self.units[place].group.kind == "layers", place), default=None)
+
+
 @dataclass(frozen=True)
 class FoundDepth:
     """The units, why others are none, and what the config says of the lists.
