@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from obc.criteria.protocol import About, GroupScores, LossFn, MeasuredCriterion, Subject
 from obc.criteria.rows import read_rows
-from obc.criteria.units import TINY
+from obc.criteria.scoring import collected
+from obc.criteria.units import TINY, by_unit, module_of, standardised, weight_of
 from obc.model.groups import ChannelGroup, Sided
 from obc.model.usable_batches import UsableBatches
+from obc.statistics.results import Statistics
+from obc.statistics.weight_gradients import WeightGradients
+
+_EPSILON = 1e-8  # of the published code
 
 
 class GAPrune(MeasuredCriterion):
@@ -22,10 +28,20 @@ class GAPrune(MeasuredCriterion):
     GAPrune (code yixuantt/GAPrune) lifted from weights to units: the domain's importance less the general one, and the
     cosine of the two mean rows over the unit's channels.
 
+    The code scores single weights, with F = mean over batches of g^2 of each domain, g_d its mean gradient divided by
+    its norm in the matrix, and a the mean of g_dom * g_gen over 3 x 3 neighbouring weights:
+
+        softplus((F_dom - beta F_gen) |w| clip(1 + 0.2 a, 0.8, 1.2) + magnitude sqrt|w|)
+
+    standardised within the matrix, then through a sigmoid. With ``code=True`` a unit's score is their mean over its
+    weights in all slices; it runs with weight gradients, and pass batches of one sample to have the code's F.
+
     Args:
         general: batches of general data, passed over once a scoring; the domain's are those of ``obc.prune``.
         general_loss: their loss; by default the same.
         beta: of the general importance.
+        code: score single weights as the published code does.
+        magnitude: of sqrt|w|; only with ``code``.
     """
 
     name = "gaprune"
@@ -35,21 +51,30 @@ class GAPrune(MeasuredCriterion):
         "(sum r_dom^2 - beta sum r_gen^2) clip(1 + 0.2 cos(mean r_dom, mean r_gen), 0.8, 1.2)",
         "labels",
         kinds="all that have rows",
-        differs="published for single weights, with softplus and a magnitude term; here per unit, from rows",
+        differs="its code scores single weights, with softplus and a magnitude term: code=True takes a unit's mean",
     )
     per_cost = False
 
     def __init__(
-        self, general: Iterable[Any] | None = None, general_loss: LossFn | None = None, beta: float = 1.0
+        self,
+        general: Iterable[Any] | None = None,
+        general_loss: LossFn | None = None,
+        beta: float = 1.0,
+        code: bool = False,
+        magnitude: float = 0.5,
     ) -> None:
         self.general, self.general_loss, self.beta = general, general_loss, beta
+        self.code, self.magnitude = code, magnitude
 
     def measure(self, subject: Subject) -> GroupScores:
         if self.general is None:
             raise ValueError("GAPrune compares two domains: pass criterion=obc.criteria.GAPrune(general=batches)")
         loss = self.general_loss or subject.loss_fn
-        domain = read_rows(subject).rows
-        general = read_rows(replace(subject, batches=UsableBatches.of(self.general), loss_fn=loss)).rows
+        general = replace(subject, batches=UsableBatches.of(self.general), loss_fn=loss)
+        return self._of_weights(subject, general) if self.code else self._of_rows(subject, general)
+
+    def _of_rows(self, subject: Subject, other: Subject) -> GroupScores:
+        domain, general = read_rows(subject).rows, read_rows(other).rows
         found: GroupScores = {}
         for group in subject.groups:
             dom, gen = group.gate_rows(domain), group.gate_rows(general)
@@ -59,6 +84,35 @@ class GAPrune(MeasuredCriterion):
             align = _cosine(_mean_channels(group, domain), _mean_channels(group, general))
             found[group.name] = importance * (1 + 0.2 * align).clamp(0.8, 1.2)
         return found
+
+    def _of_weights(self, subject: Subject, other: Subject) -> GroupScores:
+        both = [collected([WeightGradients(square=True)], (), one) for one in (subject, other)]
+        found: GroupScores = {}
+        for group in subject.groups:
+            parts = []
+            for part in group.slices:
+                module = module_of(subject.model, part)
+                weight = weight_of(module)
+                if module is not None and weight is not None and all(part.module in s.weight_gradients for s in both):
+                    importance = self._importance(part.module, weight.double().cpu(), both)
+                    parts.append(by_unit(module, importance, part))
+            if parts:
+                found[group.name] = torch.cat(parts, 1).mean(1)
+        return found
+
+    def _importance(self, name: str, weight: Tensor, both: Sequence[Statistics]) -> Tensor:
+        """The published code's importance of every weight of one layer, shaped like it."""
+        fishers, units = [], []
+        for statistics in both:
+            sums = statistics.weight_gradients[name]
+            assert sums.square is not None
+            mean = sums.total.double().cpu() / sums.count
+            fishers.append(sums.square.double().cpu() / sums.count + _EPSILON)
+            units.append((mean / (mean.norm() + _EPSILON)).flatten(1))
+        align = F.avg_pool2d((units[0] * units[1])[None], 3, stride=1, padding=1)[0].view_as(weight)
+        information = (fishers[0] - self.beta * fishers[1]) * weight.abs() * (1 + 0.2 * align).clamp(0.8, 1.2)
+        raw = F.softplus(information + self.magnitude * (weight.abs() + _EPSILON).sqrt())
+        return standardised(raw.flatten(), correction=1).sigmoid().view_as(weight)
 
 
 def _mean_channels(group: ChannelGroup, rows: Mapping[str, Sided]) -> Tensor:

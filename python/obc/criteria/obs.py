@@ -105,6 +105,8 @@ class SlimGPT(OBS):
         "tr(W_u (P_uu)^-1 W_u^T), heads by Cholesky diagonals; ratios grow logarithmically with depth",
         "forward",
         kinds="heads, feed-forward channels",
+        differs="its code removes channels in batches of 64 to 1024, each ranked by errors before the batch; here a "
+        "batch is a 512th of the group, one channel in small groups: OBS(greedy=False) is one batch of all",
         missing="collection layer by layer on the pruned model's activations",
     )
 
