@@ -14,6 +14,8 @@ from obc.model.kept import PlanError
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import says, value_of
 
+_SHOWN = 3  # widths of an uneven model that a message shows
+
 
 def with_widths(
     model: nn.Module,
@@ -39,8 +41,9 @@ def with_widths(
     different = {key: found for key, found in values.items() if len(found) > 1}
     uneven = ""
     for (_, key), found in different.items():
-        widths = ", ".join(f"{value} ({name})" for value, name in found.items())
-        uneven = uneven or f"layers keep different {key}: {widths}"
+        widths = [f"{value} ({name})" for value, name in found.items()]
+        more = f", … ({len(widths)} different ones)" if len(widths) > _SHOWN else ""
+        uneven = uneven or f"layers keep different {key}: {', '.join(widths[:_SHOWN])}{more}"
     try:
         for path in dict.fromkeys(block.config_part for block in blocks):
             keys = {key for part, key in different if part == path}
@@ -58,7 +61,7 @@ def with_widths(
         skeleton = _skeleton(type(model), config)
     except Exception as refusal:  # transformers' own validation, of whatever type, is the reason that is reported
         if uneven:
-            return None, f"{uneven}, and {type(model).__name__} does not read them layer by layer ({refusal})"
+            return None, f"{uneven}, and {type(model).__name__} does not read them layer by layer ({_begin(refusal)})"
         return None, f"{type(config).__name__} refuses the widths: {refusal}"
     built = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
     for name, tensor in model.state_dict().items():
@@ -198,6 +201,11 @@ def _derived_head_size(config: Any) -> int | None:
         return int(said)
     hidden, heads = value_of(config, "hidden_size"), value_of(config, "num_attention_heads")
     return hidden // heads if hidden and heads and hidden % heads == 0 else None
+
+
+def _begin(refusal: Exception) -> str:
+    """The first sentence of a library's message; advice on its own attributes follows there."""
+    return str(refusal).split(". ")[0]
 
 
 def _skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
