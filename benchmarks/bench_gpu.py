@@ -15,6 +15,7 @@ that is cut short, or left out, is named; one that fails is reported, the others
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import subprocess
@@ -35,7 +36,6 @@ from benchmarks.gpu_models import llama_8b_layer, resnet50_weights
 from benchmarks.gpu_scoring import rows_section, scoring_section
 from obc import ops
 from obc.backends import gemm
-from obc_kernels.fold import MOST_KEPT_IN, fold_fits, fold_triton
 
 DTYPES = {"bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -80,23 +80,30 @@ def bandwidth_section() -> Rows:
     ]
     for name, call, eager, shape, channels_last in cases:
         for dtype_name, dtype in DTYPES.items():
-            input_sets = timing.sets(lambda: _pair(shape, dtype, channels_last))  # noqa: B023 - called at once
-            moved = timing.bytes_of(input_sets[0])
-            ceiling = timing.copy_rate(moved)
-            row: Row = {"operator": name, "shape": list(input_sets[0][0].shape), "channels_last": channels_last}
-            row |= {"dtype": dtype_name, "MiB": round(moved / timing.MIB), "copy_GB_per_s": ceiling / 1e9}
-            for backend in timing.backends():
-                with obc.use_backend(backend):
-                    timing.check(lambda: call(*input_sets[0]))  # noqa: B023 - called at once
-                    rate = moved / timing.graph_seconds(call, input_sets)
-                row |= {f"{backend}_GB_per_s": rate / 1e9, f"{backend}_share_of_copy": rate / ceiling}
-            if eager is not None:
-                row["eager_share_of_copy"] = moved / timing.graph_seconds(eager, input_sets[:2]) / ceiling
-            # Compiling takes seconds: once an operator, at the size that all shares are compared at.
-            if eager is not None and 256 <= moved // timing.MIB < 300 and not timing.is_dry():
-                compiled = torch.compile(eager, dynamic=False)
-                row["compiled_share_of_copy"] = moved / timing.graph_seconds(compiled, input_sets[:2]) / ceiling
-            yield row
+            row: Row = {"operator": name, "shape": list(timing.sized(shape)), "channels_last": channels_last}
+            row |= {"dtype": dtype_name}
+            make = lambda: _pair(shape, dtype, channels_last)  # noqa: B023, E731 - called at once
+            yield timing.attempt(row, lambda row: _bandwidth_row(row, call, eager, make))  # noqa: B023
+
+
+def _bandwidth_row(
+    row: Row, call: Callable[..., Any], eager: Callable[..., Any] | None, make: Callable[[], tuple[Tensor, ...]]
+) -> None:
+    input_sets = timing.sets(make)
+    moved = timing.bytes_of(input_sets[0])
+    ceiling = timing.copy_rate(moved)
+    row |= {"MiB": round(moved / timing.MIB), "copy_GB_per_s": ceiling / 1e9}
+    for backend in timing.backends():
+        with obc.use_backend(backend):
+            timing.check(lambda: call(*input_sets[0]))
+            rate = moved / timing.graph_seconds(call, input_sets)
+        row |= {f"{backend}_GB_per_s": rate / 1e9, f"{backend}_share_of_copy": rate / ceiling}
+    if eager is not None:
+        row["eager_share_of_copy"] = moved / timing.graph_seconds(eager, input_sets[:2]) / ceiling
+    # Compiling takes seconds: once an operator, at the size that all shares are compared at.
+    if eager is not None and 256 <= moved // timing.MIB < 300 and not timing.is_dry():
+        compiled = torch.compile(eager, dynamic=False)
+        row["compiled_share_of_copy"] = moved / timing.graph_seconds(compiled, input_sets[:2]) / ceiling
 
 
 def list_section() -> Rows:
@@ -104,22 +111,29 @@ def list_section() -> Rows:
     for name, shapes in (("ResNet-50", resnet50_weights()), ("Llama-8B layer", llama_8b_layer())):
         pairs = [_pair(shape, torch.bfloat16) for shape in shapes]
         weights, grads = ([pair[side] for pair in pairs] for side in range(2))
-        moved = 2 * timing.bytes_of(weights)
-        row: Row = {"weights": name, "tensors": len(weights), "MiB": round(moved / timing.MIB)}
-        whole = lambda: ops.weight_dot_list(weights, grads)  # noqa: B023, E731 - called in this iteration only
-        each = lambda: [ops.weight_dot(w, g) for w, g in zip(weights, grads, strict=True)]  # noqa: B023, E731
-        for backend in timing.backends():
-            with obc.use_backend(backend):
-                timing.check(whole)
-                row |= {
-                    f"{backend}_list_kernels": timing.kernels(whole),
-                    f"{backend}_list_ms": timing.seconds(whole) * 1e3,
-                    f"{backend}_each_kernels": timing.kernels(each),
-                    f"{backend}_each_ms": timing.seconds(each) * 1e3,
-                    f"{backend}_list_graph_GB_per_s": moved / timing.graph_seconds(whole, [()]) / 1e9,
-                }
-        row["copy_GB_per_s"] = timing.copy_rate(moved) / 1e9
-        yield row
+        row: Row = {"weights": name, "tensors": len(weights)}
+        yield timing.attempt(row, lambda row: _list_row(row, weights, grads))  # noqa: B023 - called at once
+
+
+def _list_row(row: Row, weights: list[Tensor], grads: list[Tensor]) -> None:
+    def whole() -> Any:
+        return ops.weight_dot_list(weights, grads)
+
+    def each() -> Any:
+        return [ops.weight_dot(w, g) for w, g in zip(weights, grads, strict=True)]
+
+    moved = 2 * timing.bytes_of(weights)
+    row |= {"MiB": round(moved / timing.MIB), "copy_GB_per_s": timing.copy_rate(moved) / 1e9}
+    for backend in timing.backends():
+        with obc.use_backend(backend):
+            timing.check(whole)
+            row |= {
+                f"{backend}_list_kernels": timing.kernels(whole),
+                f"{backend}_list_ms": timing.seconds(whole) * 1e3,
+                f"{backend}_each_kernels": timing.kernels(each),
+                f"{backend}_each_ms": timing.seconds(each) * 1e3,
+                f"{backend}_list_graph_GB_per_s": moved / timing.graph_seconds(whole, [()]) / 1e9,
+            }
 
 
 def end_row_section() -> Rows:
@@ -128,17 +142,15 @@ def end_row_section() -> Rows:
         size = timing.sized((channels,))[0]
         groups = torch.arange(size, device=timing.device()) // 5
         scores, row = torch.zeros(size, device=timing.device()), torch.randn(size, device=timing.device())
-        plain = lambda: ops.end_row(scores, row)  # noqa: B023, E731 - called in this iteration only
-        grouped = lambda: ops.end_row(scores, row, 1.0, groups)  # noqa: B023, E731
+
+        def measure(found: Row, scores: Tensor = scores, row: Tensor = row, groups: Tensor = groups) -> None:
+            with obc.use_backend(found["backend"]):
+                found["plain_us"] = timing.graph_seconds(lambda: ops.end_row(scores, row), [()]) * 1e6
+                found["grouped_us"] = timing.graph_seconds(lambda: ops.end_row(scores, row, 1.0, groups), [()]) * 1e6
+                found["kernels"] = timing.kernels(lambda: ops.end_row(scores, row, 1.0, groups))
+
         for backend in [*timing.backends(), "reference"]:
-            with obc.use_backend(backend):
-                yield {
-                    "channels": size,
-                    "backend": backend,
-                    "plain_us": timing.graph_seconds(plain, [()]) * 1e6,
-                    "grouped_us": timing.graph_seconds(grouped, [()]) * 1e6,
-                    "kernels": timing.kernels(grouped),
-                }
+            yield timing.attempt({"channels": size, "backend": backend}, measure)
 
 
 def fold_section() -> Rows:
@@ -163,25 +175,29 @@ def fold_section() -> Rows:
                     c = torch.randn(kept[0], weight.shape[0], device=timing.device()).to(dtype)
                     d = torch.randn(weight.shape[1], kept[1], device=timing.device()).to(dtype)
                     row: Row = {"dtype": name, "float32_matmul": precision, "matmul_TFLOP_per_s": ceiling / 1e12}
-                    yield row | _fold_row(weight, c, d, ceiling)
+                    row |= {"shape": list(weight.shape), "kept": [c.shape[0], d.shape[1]]}
+                    yield timing.attempt(row, lambda row: _fold_row(row, weight, c, d, ceiling))  # noqa: B023
     finally:
         torch.set_float32_matmul_precision(before)
 
 
-def _fold_row(weight: Tensor, c: Tensor, d: Tensor, ceiling: float) -> Row:
+def _fold_row(row: Row, weight: Tensor, c: Tensor, d: Tensor, ceiling: float) -> None:
     """One fold by two products and, where it is written for that, in one launch; and a forward with its backward."""
     flops = 2 * min(gemm.multiplications(weight, c, d))
     timing.check(lambda: ops.fold(weight, c, d))
-    row: Row = {"shape": list(weight.shape), "kept": [c.shape[0], d.shape[1]], "GFLOP": flops / 1e9}
+    row["GFLOP"] = flops / 1e9
     products = timing.graph_seconds(gemm.fold, [(weight, c, d)])
     row |= {"products_us": products * 1e6, "products_share": flops / products / ceiling}
-    if d.shape[1] <= MOST_KEPT_IN and weight[0, 0].numel() == 1 and not timing.is_dry():
-        launch = timing.graph_seconds(fold_triton, [(weight, c, d)])
-        row |= {"one_launch_us": launch * 1e6, "one_launch_share": flops / launch / ceiling}
-        row["one_launch_is_chosen"] = fold_fits(weight, c, d, 1, 1)
+    if "triton" in timing.backends() and weight[0, 0].numel() == 1:
+        from obc_kernels.fold import MOST_KEPT_IN, fold_fits, fold_triton
+
+        if d.shape[1] <= MOST_KEPT_IN:
+            launch = timing.graph_seconds(fold_triton, [(weight, c, d)])
+            row |= {"one_launch_us": launch * 1e6, "one_launch_share": flops / launch / ceiling}
+            row["one_launch_is_chosen"] = fold_fits(weight, c, d, 1, 1)
     leaves = [tensor.requires_grad_() for tensor in (weight, c, d)]
     trained = timing.seconds(lambda: torch.autograd.grad(ops.fold(*leaves).sum(), leaves))
-    return row | {"forward_backward_us": trained * 1e6, "forward_backward_share": 3 * flops / trained / ceiling}
+    row |= {"forward_backward_us": trained * 1e6, "forward_backward_share": 3 * flops / trained / ceiling}
 
 
 # Elements of the first input in the middle of each size class of obc.backends.fastest.
@@ -212,12 +228,17 @@ def defaults_section() -> Rows:
         elements = min(elements, 2**12) if timing.is_dry() else elements
         for name, dtype in (*DTYPES.items(), ("f16", torch.float16)):
             for operator, (call, input_sets) in _chosen_calls(elements, dtype).items():
+
+                def measure(
+                    row: Row, call: Callable[..., Any] = call, input_sets: list[tuple[Any, ...]] = input_sets
+                ) -> None:
+                    for backend in timing.backends():
+                        with obc.use_backend(backend):
+                            timing.check(lambda: call(*input_sets[0]))
+                            row[f"{backend}_us"] = timing.loop_seconds(call, input_sets) * 1e6
+
                 row: Row = {"operator": operator, "dtype": name, "size": size, "elements": elements}
-                for backend in timing.backends():
-                    with obc.use_backend(backend):
-                        timing.check(lambda: call(*input_sets[0]))  # noqa: B023 - called at once
-                        row[f"{backend}_us"] = timing.loop_seconds(call, input_sets) * 1e6
-                yield row
+                yield timing.attempt(row, measure)
 
 
 # Each section and its share of the time.
@@ -241,6 +262,12 @@ def facts() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError) as error:
             return f"unknown ({type(error).__name__})"
 
+    def version(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "none"
+
     root = str(Path(__file__).resolve().parent.parent)
     gpu: dict[str, Any] = {"gpu": "none: a dry run"}
     if not timing.is_dry():
@@ -252,11 +279,9 @@ def facts() -> dict[str, Any]:
             "L2_MiB": properties.L2_cache_size / timing.MIB,
             "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
-    import triton
-
     return gpu | {
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": version("triton"),
         "python": platform.python_version(),
         "commit": output("git", "-C", root, "rev-parse", "HEAD"),
         "uncommitted_changes": output("git", "-C", root, "status", "--porcelain", "--untracked-files=no") != "",
@@ -289,12 +314,15 @@ class Report:
         try:
             for row in SECTIONS[name][0]():
                 rows.append(row)
+                if "error" in row:
+                    told = self.content["failed"].get(name, "")
+                    self.content["failed"][name] = f"{told}row {len(rows)}: {row['error']}\n"
                 self.write()
                 if time.monotonic() > end:
                     self.content["cut_short"].append(name)
                     break
         except Exception:  # the report carries it, and the exit code; the other sections are worth having
-            self.content["failed"][name] = traceback.format_exc()
+            self.content["failed"][name] = self.content["failed"].get(name, "") + traceback.format_exc()
         self.write()
 
 

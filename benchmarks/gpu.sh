@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything that needs a GPU, in under nine minutes and without the network, for any machine with one:
 #
-#   benchmarks/gpu.sh [FOLDER] [--seconds 525] [--parts build smoke tests profile benchmarks] [--dry-run]
+#   benchmarks/gpu.sh [FOLDER] [--seconds 525] [--parts build smoke-cuda smoke-triton tests profile benchmarks] [--dry-run]
 #   PYTHON=python3.12                 the Python that has torch (2.11 or newer), triton (3.6 or newer) and pytest
 #   OBC_BUILD_CUDA=auto|0|1           whether the CUDA C++ kernels are built: where nvcc is found (default), never, or must be
 #   TORCH_CUDA_ARCH_LIST=8.0;9.0      for which architectures, by default this GPU's

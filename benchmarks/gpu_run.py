@@ -1,8 +1,9 @@
 """Everything that needs a GPU, part by part within one time limit; ``benchmarks/gpu.sh`` starts it.
 
 Each part has what is left of the time, less what later parts need at least, and is ended when that is over. What it
-made by then is kept: ``gpu-run.json`` and the archive of all logs, ``gpu-logs.tar.gz``, are written again after each
-part. A part that fails loses no other's results. The folder of results gets five files at most.
+made by then is kept: ``gpu-run.json`` and the archive of all logs, ``gpu-logs.tar.gz``, are written again every few
+seconds and when this process is told to end. A part that fails loses no other's results. The folder of results gets
+four files.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from benchmarks import profiled_calls
-from benchmarks.gpu_budget import REASON
+
+# This process imports neither torch nor obc: it holds no memory of the GPU, and where they can't be imported the report
+# says so. The plugin benchmarks.gpu_budget has the same words.
+REASON = "the time for the tests was spent"
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -53,6 +57,8 @@ TEST_FILES = (
 # The last characters of a part's log that are printed when it ends, and all of a short one: what is printed is all that
 # is left where the files are lost.
 PRINTED = 3000
+# Failed tests that are named at the end; gpu-run.json has all.
+SHOWN = 30
 
 
 @dataclass(frozen=True)
@@ -90,14 +96,19 @@ class Part:
     missing: Callable[[], str | None] = lambda: None
 
 
+# Prints 9.0 for an H100: asked of a process of its own, because what asks keeps a part of the GPU.
+_CAPABILITY = "import torch; print('.'.join(map(str, torch.cuda.get_device_capability())))"
+
+
 def _build_environment(seconds: float) -> dict[str, str]:
     """CUDA kernels for this GPU alone, unless TORCH_CUDA_ARCH_LIST says otherwise: a third of the compiling."""
-    import torch
-
-    if "TORCH_CUDA_ARCH_LIST" in os.environ or not torch.cuda.is_available():
+    if "TORCH_CUDA_ARCH_LIST" in os.environ:
         return {}
-    major, minor = torch.cuda.get_device_capability()
-    return {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}"}
+    try:
+        asked = subprocess.run([sys.executable, "-c", _CAPABILITY], capture_output=True, text=True, timeout=40)
+    except subprocess.TimeoutExpired:
+        return {}
+    return {"TORCH_CUDA_ARCH_LIST": asked.stdout.strip()} if asked.returncode == 0 else {}
 
 
 def built(folders: Folders) -> dict[str, Any]:
@@ -106,9 +117,13 @@ def built(folders: Folders) -> dict[str, Any]:
     return {"libraries": sorted(path.name for path in (*folder.glob("_lib/*.so"), *folder.glob("_native*.so")))}
 
 
-def _smoke_command(folders: Folders, seconds: float) -> list[str]:
-    # Python's own start, and the last attempt, take time too.
-    return [sys.executable, "-m", "benchmarks.gpu_smoke", "--seconds", f"{max(5.0, seconds - 8):.0f}"]
+def _smoke_of(backend: str) -> Callable[[Folders, float], list[str]]:
+    def command(folders: Folders, seconds: float) -> list[str]:
+        # Python's own start, and the last attempt, take time too.
+        limit = f"{max(5.0, seconds - 8):.0f}"
+        return [sys.executable, "-m", "benchmarks.gpu_smoke", "--backends", backend, "--seconds", limit]
+
+    return command
 
 
 def _benchmarks_command(folders: Folders, seconds: float) -> list[str]:
@@ -155,6 +170,8 @@ def _tests_command(folders: Folders, seconds: float) -> list[str]:
         "-p",
         "benchmarks.gpu_budget",
     ]
+    if importlib.util.find_spec("pytest_timeout"):  # a test that hangs is named, and others run on
+        command += ["--timeout=90", "--timeout-method=thread"]
     if importlib.util.find_spec("xdist"):  # compiling is work for the processors: several share the GPU
         command += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
     return [*command, f"--junitxml={folders.logs / 'gpu-tests.xml'}", *files]
@@ -194,7 +211,9 @@ PARTS = (
         environment=_build_environment,
         outcome=built,
     ),
-    Part("smoke", 30, _smoke_command, most=60),
+    # A process each: where a kernel of one backend breaks the GPU's context, the other's are tried all the same.
+    Part("smoke-cuda", 20, _smoke_of("cuda"), most=45),
+    Part("smoke-triton", 25, _smoke_of("triton"), most=60),
     Part("tests", 120, _tests_command, most=180, environment=_tests_environment, outcome=tested),
     Part("profile", 30, _profile_command, most=45, outcome=profiled, missing=_profile_missing),
     Part("benchmarks", 220, _benchmarks_command),
@@ -206,7 +225,7 @@ def run(parts: Sequence[Part], out: Path, seconds: float) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
     report: dict[str, Any] = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "parts": {}}
-    with tempfile.TemporaryDirectory(prefix="obc-gpu-logs-") as logs:
+    with tempfile.TemporaryDirectory(prefix="obc-gpu-logs-") as logs, _told_to_end():
         folders = Folders(out, Path(logs))
         for index, part in enumerate(parts):
             # A part that can't run here needs nothing.
@@ -218,12 +237,34 @@ def run(parts: Sequence[Part], out: Path, seconds: float) -> dict[str, Any]:
             elif left < part.least:
                 result = {"left_out": f"{max(left, 0):.0f} s were left, it needs {part.least:.0f}"}
             else:
-                result = _run_part(part, folders, allowed)
+                report["parts"][part.name] = {"ended": "this run was ended before the part was"}
+                keep = lambda: _keep(report, folders)  # noqa: E731
+                result = _run_part(part, folders, allowed, keep)
             report["parts"][part.name] = result
-            (out / "gpu-run.json").write_text(json.dumps(report, indent=1) + "\n")
-            _archive(folders)
+            _keep(report, folders)
             print(f"{part.name}: {_told(result)}", flush=True)
     return report
+
+
+@contextlib.contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process as an exception does: what runs is ended, what is there is kept."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _keep(report: Mapping[str, Any], folders: Folders) -> None:
+    """Write what is known so far."""
+    (folders.out / "gpu-run.json").write_text(json.dumps(report, indent=1) + "\n")
+    _archive(folders)
 
 
 def _archive(folders: Folders) -> None:
@@ -236,7 +277,7 @@ def _archive(folders: Folders) -> None:
     shutil.move(whole, folders.out / "gpu-logs.tar.gz")  # at once: never half an archive
 
 
-def _run_part(part: Part, folders: Folders, allowed: float) -> dict[str, Any]:
+def _run_part(part: Part, folders: Folders, allowed: float, keep: Callable[[], None]) -> dict[str, Any]:
     log = folders.logs / f"gpu-{part.name}.log"
     begun = time.monotonic()
     with log.open("w") as file:
@@ -250,30 +291,50 @@ def _run_part(part: Part, folders: Folders, allowed: float) -> dict[str, Any]:
             # Started in the background by a shell, this process ignores SIGINT, and so would its children.
             preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
-        ended = _wait(process, allowed)
+        try:
+            ended = _wait(process, allowed, keep)
+        except BaseException:
+            _end(process)
+            keep()
+            raise
     seconds = round(time.monotonic() - begun, 1)
     result = {"exit_code": process.returncode, "seconds": seconds, "allowed_seconds": round(allowed, 1)}
     if not ended:
         result["ended"] = "its time was over"
     text = log.read_text(errors="replace")
     print(text if len(text) <= PRINTED else f"…{text[-PRINTED:]}", flush=True)
-    return result | {"log": log.name} | dict(part.outcome(folders))
-
-
-def _wait(process: subprocess.Popen[Any], allowed: float) -> bool:
-    """Whether the process ended by itself in time; else it and its children are interrupted, and killed if need be."""
+    result |= {"log": log.name}
     try:
-        process.wait(allowed)
-        return True
-    except subprocess.TimeoutExpired:
-        pass
+        return result | dict(part.outcome(folders))
+    except Exception as error:  # a report that is cut short is not to be read; the log is there
+        return result | {"outcome": f"unreadable: {error!r}"}
+
+
+# Seconds between two writings of the archive while a part runs.
+KEPT_EVERY = 15.0
+
+
+def _wait(process: subprocess.Popen[Any], allowed: float, keep: Callable[[], None]) -> bool:
+    """Whether the process ended by itself in time; else it and its children are ended. ``keep`` is called meanwhile."""
+    end = time.monotonic() + allowed
+    while (left := end - time.monotonic()) > 0:
+        try:
+            process.wait(min(left, KEPT_EVERY))
+            return True
+        except subprocess.TimeoutExpired:
+            keep()
+    _end(process)
+    return False
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """Interrupt a process and its children, and kill them if need be."""
     for send in (signal.SIGINT, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, send)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
             break
-    return False
 
 
 def _told(result: Mapping[str, Any]) -> str:
@@ -305,6 +366,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{part.name} (at least {part.least:.0f} s): {command}{f'  [left out here: {why}]' if why else ''}")
         return 0
     report = run(parts, options.out.resolve(), options.seconds)
+    # Once more at the end: of a long output often only that is left.
+    for name, result in report["parts"].items():
+        print(f"{name}: {_told(result)}")
+    for test in report["parts"].get("tests", {}).get("failed", [])[:SHOWN]:
+        print(f"FAILED {test}")
     print(f"written: {', '.join(sorted(str(path) for path in options.out.glob('gpu-*')))}")
     return 1 if failed(report) else 0
 

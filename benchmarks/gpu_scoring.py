@@ -85,7 +85,12 @@ WAYS: dict[str, Callable[[Workload], None]] = {
 def scoring_section() -> Iterator[dict[str, Any]]:
     """Time a row and peak memory of whole scoring runs (4 rows, checking row included) relative to plain."""
     for make in (resnet50, vit_b, llama_8b):
-        work = make(timing.device(), small=timing.is_dry())
+        built: list[Workload] = []
+        made = timing.attempt({"model": make.__name__}, lambda row: built.append(_made(make)))  # noqa: B023
+        if not built:
+            yield made
+            continue
+        work = built.pop()
         base = 0.0
         for way, run in WAYS.items():
             for backend in timing.backends() if way in ("obc.score", "contracted at once") else [None]:
@@ -97,6 +102,9 @@ def scoring_section() -> Iterator[dict[str, Any]]:
                     # The authors' way keeps a whole gradient a row: of a large model it is not to be had.
                     work.model.zero_grad(set_to_none=True)
                     row["failed"] = "out of memory"
+                except Exception as error:  # as timing.attempt does
+                    work.model.zero_grad(set_to_none=True)
+                    row["error"] = f"{type(error).__name__}: {error}"[:300]
                 else:
                     base = base or per_row
                     row |= {"ms_per_row": per_row * 1e3, "relative": per_row / base, "peak_MiB_above_model": peak}
@@ -104,6 +112,10 @@ def scoring_section() -> Iterator[dict[str, Any]]:
                 _free()
         del work
         _free()
+
+
+def _made(make: Callable[..., Workload]) -> Workload:
+    return make(timing.device(), small=timing.is_dry())
 
 
 def _free() -> None:
@@ -127,9 +139,11 @@ def _row_cost(run: Callable[[Workload], None], work: Workload) -> tuple[float, i
 def rows_section() -> Iterator[dict[str, Any]]:
     """A steady row against plain forward and backward, each launched kernel by kernel and as a CUDA graph."""
     for make in (resnet56, resnet50, vit_b):
-        work = make(timing.device(), small=timing.is_dry())
-        yield from _rows_of(work)
-        del work
+        rows: list[dict[str, Any]] = []
+        last = timing.attempt({"model": make.__name__}, lambda _: rows.extend(_rows_of(_made(make))))  # noqa: B023
+        yield from rows
+        if "error" in last:
+            yield last
         _free()
 
 

@@ -128,9 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print a line for each attempt, at the end their number; 1 if one failed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_smoke", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seconds", type=float, default=60, help="after which no further is begun (default: 60)")
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton"], help="(default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, to try the script itself")
     options = parser.parse_args(arguments)
-    device, wanted = ("cpu", ("cpu",)) if options.dry_run else ("cuda", ("cuda", "triton"))
+    device, wanted = ("cpu", ["cpu"]) if options.dry_run else ("cuda", options.backends)
     failed = []
     for name in wanted:
         if reason := obc.backends.BACKENDS[name].why_unavailable():

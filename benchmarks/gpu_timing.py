@@ -49,6 +49,15 @@ def sized(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(min(size, 64 if size in longest else 4) for size in shape)
 
 
+def attempt(row: dict[str, Any], measure: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The row with what ``measure`` wrote into it, or as far as it came: then ``error`` says what went wrong."""
+    try:
+        measure(row)
+    except Exception as error:  # the report names it and fails; the other rows are worth having
+        row["error"] = f"{type(error).__name__}: {error}"[:300]
+    return row
+
+
 def backends() -> list[str]:
     """The backends that are compared, where they are available."""
     return [name for name in (("cpu",) if _dry else ("cuda", "triton")) if name in obc.backends.available()]

@@ -11,12 +11,6 @@ import csv
 import io
 from typing import Any
 
-import torch
-
-import obc
-from benchmarks.gpu_models import llama_8b_layer
-from obc import ops
-
 # What one wants to know of a kernel that should be bound by memory.
 METRICS = (
     "gpu__time_duration.sum",
@@ -46,6 +40,13 @@ def summary(printed: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the calls on both backends."""
+    # Here, so that the GPU run can read ``summary`` where torch or obc can't be imported.
+    import torch
+
+    import obc
+    from benchmarks.gpu_models import llama_8b_layer
+    from obc import ops
+
     tokens = [torch.randn(8, 4096, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     weights = [torch.randn(16384, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
     layers = [[torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in llama_8b_layer()] for _ in range(2)]

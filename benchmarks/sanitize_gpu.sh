@@ -21,7 +21,10 @@ if ! command -v compute-sanitizer >/dev/null; then
     exit 1
 fi
 logs="$(mktemp -d)"
-trap 'rm -rf "$logs"' EXIT
+keep() { tar -czf "$out/gpu-sanitizer.tar.gz" -C "$logs" .; }
+# What is there is kept where this script is told to end, too.
+trap 'keep; rm -rf "$logs"' EXIT
+trap 'exit 143' TERM INT HUP
 export PYTHONPATH="$PWD/python${PYTHONPATH:+:$PYTHONPATH}"
 # Every tensor is an allocation of its own: an access beyond its end is then outside of any.
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1
@@ -38,6 +41,6 @@ for tool in ${TOOLS:-memcheck racecheck}; do
     [ "$code" -eq 0 ] || failed=1
     echo "$tool: exit code $code; $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY|calls checked' "$log" | tr '\n' ' ')" | tee -a "$summary"
     [ "$code" -eq 0 ] || tail -n 40 "$log"
-    tar -czf "$out/gpu-sanitizer.tar.gz" -C "$logs" .
+    keep
 done
 exit "$failed"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,20 +217,34 @@ def test_a_row_of_gates_replays_from_a_graph() -> None:
 FAR = 2**31 + 2**20
 
 
-def need_memory(gigabytes: int) -> None:
-    free, _ = torch.cuda.mem_get_info()
-    if free < gigabytes * 1e9:
-        pytest.skip(f"needs {gigabytes} GB of free GPU memory, {free / 1e9:.0f} GB are free")
+@pytest.fixture(name="need_memory")
+def _need_memory() -> Iterator[Callable[[int], None]]:
+    """Skips a test where the device has too little memory; such tests run one at a time, whichever process has them."""
+    with (Path(tempfile.gettempdir()) / "obc-tests-gpu-memory.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def need(gigabytes: int) -> None:
+            torch.cuda.empty_cache()
+            free, _ = torch.cuda.mem_get_info()
+            if free < gigabytes * 1e9:
+                pytest.skip(f"needs {gigabytes} GB of free GPU memory, {free / 1e9:.0f} GB are free")
+
+        yield need
+        gc.collect()
+        torch.cuda.empty_cache()  # for the next one, which may be another process's
 
 
 @pytest.mark.parametrize(
     ("shape", "dim"), [((FAR // 4096 + 1, 4096), 1), ((2, FAR // 8192, 4096), 1), ((3, FAR // 3), 0)], ids=str
 )
 @pytest.mark.parametrize("per_sample", [False, True])
-def test_channel_dot_beyond_32_bits(shape: tuple[int, ...], dim: int, per_sample: bool) -> None:
+def test_channel_dot_beyond_32_bits(
+    shape: tuple[int, ...], dim: int, per_sample: bool, need_memory: Callable[[int], None]
+) -> None:
     if per_sample and dim == 0:
         shape, dim = (1, *shape), 1
-    need_memory(12)
+    # Two inputs, and with samples apart a result in float32 that is as long as they are: with its partial sums 20 GB.
+    need_memory(30)
     activation, grad = (torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     last = tuple(size - 1 for size in shape)
     for position, value in ((last, 3.0), ((0,) * len(shape), 5.0)):
@@ -238,7 +256,7 @@ def test_channel_dot_beyond_32_bits(shape: tuple[int, ...], dim: int, per_sample
 
 
 @pytest.mark.parametrize("shape", [(FAR // 4096, 4096), (1024, FAR // 1024)], ids=str)
-def test_weight_dot_and_moments_beyond_32_bits(shape: tuple[int, int]) -> None:
+def test_weight_dot_and_moments_beyond_32_bits(shape: tuple[int, int], need_memory: Callable[[int], None]) -> None:
     need_memory(12)
     weight, grad = (torch.zeros(shape, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     weight[-1, -1], grad[-1, -1], weight[0, 0], grad[0, 0] = 3.0, 2.0, 5.0, 2.0
@@ -250,7 +268,7 @@ def test_weight_dot_and_moments_beyond_32_bits(shape: tuple[int, int]) -> None:
     assert [moment[-1].item() for moment in moments] == [6.0, 36.0, 6.0, 9.0, 3.0]
 
 
-def test_weight_dot_of_almost_32_bits_of_rows() -> None:
+def test_weight_dot_of_almost_32_bits_of_rows(need_memory: Callable[[int], None]) -> None:
     """The last tile begins below 2^31 and would end beyond it."""
     need_memory(40)
     weight = torch.zeros(2**31 - 3, 1, dtype=torch.bfloat16, device="cuda")

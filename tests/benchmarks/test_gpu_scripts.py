@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_gpu, fastest_table, gpu_run, gpu_smoke, profiled_calls
+from benchmarks import bench_gpu, fastest_table, gpu_budget, gpu_run, gpu_smoke, profiled_calls
 from benchmarks.gpu_run import Folders, Part
 from obc.backends import fastest
 from obc.backends.operators import OPERATORS
@@ -71,9 +71,90 @@ def test_parts_are_interrupted_where_a_shell_has_this_process_ignore_it(tmp_path
     assert report["parts"]["hangs"]["exit_code"] == -signal.SIGINT
 
 
+def test_a_run_that_is_told_to_end_keeps_what_is_there(tmp_path: Path) -> None:
+    """As a machine does whose time is over: the part that runs is ended, its log and the report are in the folder."""
+    program = (
+        "import sys; from pathlib import Path; from benchmarks import gpu_run\n"
+        "hang = 'import os, time; print(\"begun\", os.getpid(), flush=True); time.sleep(60)'\n"
+        "parts = [gpu_run.Part('quick', 1, lambda folders, seconds: [sys.executable, '-c', 'print(1)']),\n"
+        "         gpu_run.Part('hangs', 1, lambda folders, seconds: [sys.executable, '-c', hang])]\n"
+        "gpu_run.KEPT_EVERY = 0.1\n"
+        f"gpu_run.run(parts, Path({str(tmp_path)!r}), seconds=100)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    log = ""
+    while not log.startswith("begun") and time.monotonic() < end:  # it is kept while the part runs
+        time.sleep(0.1)
+        if (tmp_path / "gpu-logs.tar.gz").exists():
+            with tarfile.open(tmp_path / "gpu-logs.tar.gz") as archive:
+                log = archived(tmp_path, "gpu-hangs.log") if "gpu-hangs.log" in archive.getnames() else ""
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.split()[1]), 0)
+    parts = json.loads((tmp_path / "gpu-run.json").read_text())["parts"]
+    assert parts["quick"]["exit_code"] == 0
+    assert parts["hangs"] == {"ended": "this run was ended before the part was"}
+
+
+def test_a_report_that_is_cut_short_ends_no_run(tmp_path: Path) -> None:
+    def outcome(folders: Folders) -> dict[str, object]:
+        (folders.logs / "gpu-tests.xml").write_text("<testsuites><testcase")
+        return gpu_run.tested(folders)
+
+    report = gpu_run.run([Part("tests", 1, python(""), outcome=outcome)], tmp_path, seconds=30)
+    assert "ParseError" in report["parts"]["tests"]["outcome"]
+
+
+def test_the_run_itself_imports_neither_torch_nor_obc() -> None:
+    """It would hold memory of the GPU, and could report nothing where the import fails."""
+    program = "import sys; import benchmarks.gpu_run; assert not {'torch', 'obc'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+    assert gpu_run.REASON == gpu_budget.REASON
+
+
+@pytest.mark.parametrize("processes", [["-n", "1"], []], ids=["xdist", "alone"])
+def test_a_test_that_breaks_the_device_ends_its_process(processes: list[str], tmp_path: Path) -> None:
+    """With xdist the other tests run in another one, and the fault has the name of the test that made it."""
+    (tmp_path / "test_some.py").write_text(
+        "from benchmarks import gpu_budget\n"
+        "def test_first(): pass\n"
+        "def test_breaks():\n"
+        "    gpu_budget.broken = lambda: True\n"
+        "    assert 0\n"
+        "def test_after(): pass\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "benchmarks.gpu_budget",
+        *processes,
+    ]
+    environment = {**os.environ, "OBC_TESTS_END": str(time.time() + 1000), "PYTHONPATH": str(ROOT)}
+    arguments = ["--rootdir", str(tmp_path), str(tmp_path)]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout
+    expected = "2 passed" if processes else "broken since test_some.py::test_breaks"
+    assert expected in done.stdout, done.stdout
+
+
 def test_every_part_leaves_the_others_the_least_that_they_need() -> None:
     assert sum(part.least for part in gpu_run.PARTS) + gpu_run.GRACE <= 525
-    assert [part.name for part in gpu_run.PARTS] == ["build", "smoke", "tests", "profile", "benchmarks"]
+    assert [part.name for part in gpu_run.PARTS] == [
+        "build",
+        "smoke-cuda",
+        "smoke-triton",
+        "tests",
+        "profile",
+        "benchmarks",
+    ]
     assert all(part.least <= part.most for part in gpu_run.PARTS)
     listed = set(gpu_run.TEST_FILES)
     assert listed <= {str(path.relative_to(ROOT / "tests")) for path in (ROOT / "tests").glob("*/test_*.py")}
@@ -222,6 +303,28 @@ def test_a_section_that_fails_or_takes_too_long_loses_nothing(tmp_path: Path, mo
     assert "out of memory" in written["failed"]["failing"]
     assert written["cut_short"] == ["endless"]
     assert "out of memory" in (tmp_path / "gpu-some-gpu.txt").read_text()
+
+
+def test_a_row_that_fails_is_named_and_the_others_are_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(row: bench_gpu.Row) -> None:
+        row["half"] = row["n"] / 2
+        if row["n"] == 1:
+            raise RuntimeError("misaligned address")
+        row["whole"] = row["n"]
+
+    def section() -> bench_gpu.Rows:
+        """Three rows."""
+        for n in range(3):
+            yield bench_gpu.timing.attempt({"n": n}, measure)
+
+    monkeypatch.setattr(bench_gpu, "facts", lambda: {"gpu": "Some GPU"})
+    monkeypatch.setattr(bench_gpu, "SECTIONS", {"some": (section, 1.0)})
+    report = bench_gpu.Report(tmp_path)
+    report.measure("some", end=time.monotonic() + 100)
+    rows = report.content["sections"]["some"]
+    assert [row.get("whole") for row in rows] == [0, None, 2]
+    assert rows[1] == {"n": 1, "half": 0.5, "error": "RuntimeError: misaligned address"}
+    assert report.content["failed"] == {"some": "row 2: RuntimeError: misaligned address\n"}
 
 
 def _row(operator: str, dtype: str, size: str, cuda: float, triton: float) -> dict[str, object]:
