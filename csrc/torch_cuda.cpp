@@ -28,6 +28,11 @@
 #define OBC_CUDA_DISPATCH_KEY CUDA
 #endif
 
+// Counters that are cleared ahead of captures at a time; the tests have fewer, to run out of them.
+#ifndef OBC_CUDA_RESERVE
+#define OBC_CUDA_RESERVE (1 << 18)
+#endif
+
 namespace {
 
 using obc::dtype_of;
@@ -54,6 +59,19 @@ struct Counters {
   int64_t count = 0;
 };
 
+// Zeroed counters of a device for calls that are captured: each takes some for good, because its graph is replayed on
+// any stream. They are cleared before any capture, so that a graph has no node that does it.
+struct Reserve {
+  std::vector<Tensor> memory;
+  uint32_t* next = nullptr;
+  int64_t left = 0;
+};
+
+// An output that several blocks share takes one, and there are seldom more of those than a launch has blocks (264):
+// enough for about a thousand calls. Calls that find none left clear counters of their graph's own.
+constexpr int64_t kReserve = OBC_CUDA_RESERVE;
+constexpr size_t kMostReserves = 16;
+
 // Never destroyed: tensors may not outlive torch's allocators at exit.
 std::mutex& state_mutex() {
   static auto& mutex = *new std::mutex;
@@ -63,6 +81,11 @@ std::mutex& state_mutex() {
 std::map<std::pair<int32_t, cudaStream_t>, Counters>& stream_counters() {
   static auto& counters = *new std::map<std::pair<int32_t, cudaStream_t>, Counters>;
   return counters;
+}
+
+std::map<int32_t, Reserve>& reserves() {
+  static auto& reserves = *new std::map<int32_t, Reserve>;
+  return reserves;
 }
 
 // One operator call: its device made current, its stream, and memory that torch's allocator reuses in stream order.
@@ -77,9 +100,6 @@ class Call : public obc::cuda::Context {
     capturing_ = status != cudaStreamCaptureStatusNone;
   }
 
-  // A captured graph is replayed on any stream, beside whatever runs on this one: it shares no state with eager calls.
-  bool capturing() const { return capturing_; }
-
   void* scratch(int64_t bytes) override {
     if (bytes == 0) return nullptr;
     memory_.push_back(empty({bytes}, aoti_torch_dtype_uint8(), on_));
@@ -88,8 +108,9 @@ class Call : public obc::cuda::Context {
 
   uint32_t* counters(int64_t count) override {
     if (count == 0) return nullptr;
-    if (capturing_) return zeros(scratch(count * sizeof(uint32_t)), count);
     const std::lock_guard<std::mutex> lock(state_mutex());
+    if (capturing_) return of_graph(count);
+    fill_reserve();
     Counters& mine = stream_counters()[{on_.get_device_index(), stream}];
     if (mine.count < count) {
       const int64_t size = std::max<int64_t>(2 * count, 4096);  // grows seldom
@@ -103,6 +124,30 @@ class Call : public obc::cuda::Context {
   void check(cudaError_t error) override { STD_CUDA_CHECK(error); }
 
  private:
+  // Counters that a graph keeps: it is replayed on any stream, beside whatever runs on this one.
+  uint32_t* of_graph(int64_t count) {
+    Reserve& reserve = reserves()[on_.get_device_index()];
+    if (reserve.left < count) return zeros(scratch(count * sizeof(uint32_t)), count);
+    reserve.left -= count;
+    return std::exchange(reserve.next, reserve.next + count);
+  }
+
+  // Leaves half a reserve or more for the next capture. It waits until the counters are cleared: a replay may come on
+  // a stream that is ordered after nothing.
+  void fill_reserve() {
+    Reserve& reserve = reserves()[on_.get_device_index()];
+    if (reserve.left >= kReserve / 2 || reserve.memory.size() == kMostReserves) return;
+    reserve.memory.push_back(empty({kReserve}, aoti_torch_dtype_int32(), on_));
+    reserve.next = zeros(reserve.memory.back().mutable_data_ptr(), kReserve);
+    reserve.left = kReserve;
+    // Of another thread's capture nothing is disturbed.
+    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    const cudaError_t waited = cudaStreamSynchronize(stream);
+    check(cudaThreadExchangeStreamCaptureMode(&mode));
+    check(waited);
+  }
+
   uint32_t* zeros(void* memory, int64_t count) {
     check(cudaMemsetAsync(memory, 0, count * sizeof(uint32_t), stream));
     return static_cast<uint32_t*>(memory);
@@ -181,12 +226,12 @@ std::tuple<Tensor, Tensor> weight_dot(
 
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
-// Everything that a worklist is made of, and where it runs.
-std::vector<int64_t> key_of(const std::vector<WeightDot>& layers, int32_t device, cudaStream_t stream) {
-  std::vector<int64_t> key = {device, reinterpret_cast<int64_t>(stream)};
+// Everything that a plan is made of: not where tensors lie, but how far from a multiple of 16 bytes.
+std::vector<int64_t> key_of(const std::vector<WeightDot>& layers) {
+  std::vector<int64_t> key;
   const auto add = [&](const Pair& pair) {
     key.insert(key.end(), {static_cast<int64_t>(pair.dtype), pair.dims});
-    key.insert(key.end(), {reinterpret_cast<int64_t>(pair.first), reinterpret_cast<int64_t>(pair.second)});
+    for (const void* data : {pair.first, pair.second}) key.push_back(reinterpret_cast<uintptr_t>(data) % 16);
     for (const int64_t* values : {pair.sizes, pair.first_strides, pair.second_strides}) {
       key.insert(key.end(), values, values + pair.dims);
     }
@@ -199,57 +244,45 @@ std::vector<int64_t> key_of(const std::vector<WeightDot>& layers, int32_t device
   return key;
 }
 
-struct Prepared {
+struct Planned {
   std::vector<int64_t> key;
   obc::cuda::Worklist worklist;
-  Tensor table;
 };
 
-// A model's gradients come in few sets of buffers.
-constexpr size_t kPreparedWorklists = 8;
+// A process scores few models at a time.
+constexpr size_t kKeptPlans = 8;
 
-using PreparedPointer = std::shared_ptr<const Prepared>;
+using PlanPointer = std::shared_ptr<const Planned>;
 
 // The most recently used first; guarded by state_mutex.
-std::list<PreparedPointer>& prepared_worklists() {
-  static auto& prepared = *new std::list<PreparedPointer>;
-  return prepared;
+std::list<PlanPointer>& kept_plans() {
+  static auto& plans = *new std::list<PlanPointer>;
+  return plans;
 }
 
-// Null where a layer has too many axes.
-PreparedPointer prepare(const std::vector<WeightDot>& layers, std::vector<int64_t> key, const Tensor& on, Call& call) {
-  auto prepared = std::make_shared<Prepared>();
-  if (!obc::cuda::plan_weight_dot_list(layers, prepared->worklist)) return nullptr;
-  prepared->key = std::move(key);
-  prepared->table = empty({static_cast<int64_t>(prepared->worklist.table.size())}, aoti_torch_dtype_int64(), on);
-  obc::cuda::upload(prepared->worklist.table, static_cast<int64_t*>(prepared->table.mutable_data_ptr()), call);
-  return prepared;
-}
-
-// The worklist of these layers from those kept, or a new one.
-PreparedPointer kept_or_new(const std::vector<WeightDot>& layers, const Tensor& on, Call& call) {
-  std::vector<int64_t> key = key_of(layers, on.get_device_index(), call.stream);
+// The plan of these layers from those kept, or a new one; null where a layer has too many axes.
+PlanPointer plan_of(const std::vector<WeightDot>& layers) {
+  std::vector<int64_t> key = key_of(layers);
   const std::lock_guard<std::mutex> lock(state_mutex());
-  std::list<PreparedPointer>& all = prepared_worklists();
+  std::list<PlanPointer>& all = kept_plans();
   const auto found = std::find_if(all.begin(), all.end(), [&](const auto& one) { return one->key == key; });
   if (found != all.end()) {
     all.splice(all.begin(), all, found);
     return all.front();
   }
-  PreparedPointer prepared = prepare(layers, std::move(key), on, call);
-  if (!prepared) return nullptr;
-  all.push_front(prepared);
-  if (all.size() > kPreparedWorklists) all.pop_back();
-  return prepared;
+  auto planned = std::make_shared<Planned>();
+  if (!obc::cuda::plan_weight_dot_list(layers, planned->worklist)) return nullptr;
+  planned->key = std::move(key);
+  all.push_front(planned);
+  if (all.size() > kKeptPlans) all.pop_back();
+  return planned;
 }
 
-// Whether all layers could be run; `keep` says whether the same memory may come again.
-bool run_list(const std::vector<WeightDot>& layers, const Tensor& on, bool keep, Call& call) {
-  const PreparedPointer prepared =
-      keep && !call.capturing() ? kept_or_new(layers, on, call) : prepare(layers, {}, on, call);
-  if (!prepared) return false;
-  const int64_t* const table = static_cast<const int64_t*>(prepared->table.const_data_ptr());
-  obc::cuda::weight_dot_list(prepared->worklist, table, layers, call);
+// Whether all layers could be run.
+bool run_list(const std::vector<WeightDot>& layers, Call& call) {
+  const PlanPointer planned = plan_of(layers);
+  if (!planned) return false;
+  obc::cuda::weight_dot_list(planned->worklist, layers, call);
   return true;
 }
 
@@ -285,14 +318,14 @@ std::tuple<Tensors, Tensors> weight_dot_list(
   for (size_t begin = 0; begin < count; begin += obc::cuda::kMostListed) {
     const size_t end = std::min(begin + obc::cuda::kMostListed, count);
     std::vector<WeightDot> listed(layers.begin() + begin, layers.begin() + end);
-    if (run_list(listed, weights[0], true, call)) continue;
+    if (run_list(listed, call)) continue;
     Tensors copies;
     for (size_t i = begin; i < end; ++i) {
       copies.push_back(torch::stable::contiguous(weights[i]));
       copies.push_back(torch::stable::contiguous(grads[i]));
       listed[i - begin].weight = pair_of(*(copies.end() - 2), copies.back());
     }
-    run_list(listed, weights[0], false, call);
+    run_list(listed, call);
   }
   return {out_dots, in_dots};
 }

@@ -117,6 +117,51 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) columns_kernel(
   }
 }
 
+// The sums over every kLanes-th of the loads [begin, end) of one sample's channel; with a mask `count` counts what is
+// kept. `mask` is the sample's.
+template <bool kMasked, class T, int kItems>
+__device__ void read_row(
+    const Input& in,
+    const T* x,
+    const uint8_t* mask,
+    int64_t begin,
+    int64_t end,
+    Accumulator<T> (&sums)[kSums],
+    Accumulator<T>& count
+) {
+  using Acc = Accumulator<T>;
+  constexpr int kLoads = kMasked ? kAtOnce / 2 : kAtOnce;  // places in the mask take the registers of the others
+  const int64_t last = in.positions.second[in.positions.count - 1];
+  const int64_t mask_step = kItems > 1 ? last / kItems : last;
+  for (int64_t position = begin; position < end; position += kLoads * kLanes) {
+    Loaded<T, kItems> loaded[kLoads];
+    Place at[kLoads] = {};
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) {
+      loaded[n].clear();
+      if (position + n * kLanes >= end) continue;
+      at[n] = place(in.positions, position + n * kLanes);
+      loaded[n].load(x + at[n].first);
+    }
+#pragma unroll
+    for (int n = 0; n < kLoads; ++n) {
+      Acc values[kItems];
+      loaded[n].unpack(values);
+      const bool here = position + n * kLanes < end;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        Acc value = values[i];
+        if (kMasked) {
+          const bool kept = here && mask[at[n].second + i * mask_step];
+          if (!kept) value = 0;  // not-a-numbers too
+          count += kept ? 1 : 0;
+        }
+        add(sums, value);
+      }
+    }
+  }
+}
+
 template <class T, int kItems>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) rows_of_positions_kernel(
     const __grid_constant__ Input in, Accumulator<T>* partials
@@ -129,36 +174,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) rows_of_positio
     const int64_t sample = item / in.channels / in.splits, begin = split * in.share;
     const int64_t end = begin + in.share < in.length ? begin + in.share : in.length;
     const T* x = static_cast<const T*>(in.x) + sample * in.sample.first + channel * in.channel;
-    const int64_t last = in.positions.count - 1;
-    const int64_t mask_step = kItems > 1 ? in.positions.second[last] / kItems : in.positions.second[last];
     Acc sums[kSums] = {};
     Acc count = 0;
-    for (int64_t position = begin + lane; position < end; position += kAtOnce * kLanes) {
-      Loaded<T, kItems> loaded[kAtOnce];
-      Place at[kAtOnce] = {};
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        loaded[n].clear();
-        if (position + n * kLanes >= end) continue;
-        at[n] = place(in.positions, position + n * kLanes);
-        loaded[n].load(x + at[n].first);
-      }
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) {
-        Acc values[kItems];
-        loaded[n].unpack(values);
-        const bool here = position + n * kLanes < end;
-#pragma unroll
-        for (int i = 0; i < kItems; ++i) {
-          Acc value = values[i];
-          if (in.mask) {
-            const bool kept = here && in.mask[sample * in.sample.second + at[n].second + i * mask_step];
-            if (!kept) value = 0;  // not-a-numbers too
-            count += kept ? 1 : 0;
-          }
-          add(sums, value);
-        }
-      }
+    if (in.mask) {
+      read_row<true, T, kItems>(in, x, in.mask + sample * in.sample.second, begin + lane, end, sums, count);
+    } else {
+      read_row<false, T, kItems>(in, x, nullptr, begin + lane, end, sums, count);
     }
 #pragma unroll
     for (int m = 0; m < kSums; ++m) {

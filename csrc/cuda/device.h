@@ -81,7 +81,7 @@ struct Axes {
   int64_t second[kMaxAxes];
 };
 
-// a / b for numbers that are not negative: mostly they have 32 bits, and dividing 64 takes about four times as long.
+// a / b for numbers that are not negative. Mostly they have 32 bits: a division of 64 is a call of a subroutine.
 __device__ inline int64_t quotient(int64_t a, int64_t b) {
   if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;

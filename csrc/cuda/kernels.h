@@ -27,7 +27,7 @@ class Context {
 
   // Uninitialised device memory that outlives the kernels launched by this call.
   virtual void* scratch(int64_t bytes) = 0;
-  // Counters that are zero now and belong to this stream; a kernel leaves them zero.
+  // Counters that are zero now and belong to this stream, or to the graph that it captures; a kernel leaves them zero.
   virtual uint32_t* counters(int64_t count) = 0;
   // Throws where `error` is one.
   virtual void check(cudaError_t error) = 0;
@@ -51,8 +51,8 @@ bool weight_moments(const Pair& weight, void* const moments[5], Context& context
 // As obc::cpu::channel_moments.
 bool channel_moments(const Pair& pair, int64_t channel_dim, bool masked, void* const moments[4], Context& context);
 
-// Layers of one dtype prepared for one launch. The table holds pointers, sizes and strides of what is read; where the
-// results go is told to each launch.
+// What layers of one dtype need for one launch, from their sizes, strides and alignment alone: it serves all tensors
+// that agree in those. `table` has a record of each layer.
 struct Worklist {
   Dtype dtype;
   int64_t layers;
@@ -62,17 +62,14 @@ struct Worklist {
   std::vector<int64_t> table;
 };
 
-// The most layers of one launch: pointers to their results travel with it.
-constexpr size_t kMostListed = 200;
+// The most layers of one launch: everything about them travels with it as its parameters, of which a kernel can have
+// 32,764 bytes (CUDA 12.1, drivers from 530 on). No table lies in device memory, so that a captured graph needs none.
+constexpr size_t kMostListed = 70;
 
+// False, and nothing planned, where a layer has more axes than a kernel walks.
 bool plan_weight_dot_list(const std::vector<WeightDot>& layers, Worklist& worklist);
-// Copies the table to `device_table` through kernel parameters: no host memory has to outlive the call, in a captured
-// graph either.
-void upload(const std::vector<int64_t>& table, int64_t* device_table, Context& context);
-// row_dot and column_dot of the layers say where the results go; all else is read from the table.
-void weight_dot_list(
-    const Worklist& worklist, const int64_t* device_table, const std::vector<WeightDot>& layers, Context& context
-);
+// Runs the layers, which are those of the plan or equal to them but for the memory that they lie in.
+void weight_dot_list(const Worklist& worklist, const std::vector<WeightDot>& layers, Context& context);
 
 // As obc::cpu::end_row, but groups that leave the range of scores or descend can't be reported without a host read:
 // they make the row count as not finite, so that nothing is added.

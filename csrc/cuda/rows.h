@@ -41,9 +41,34 @@ __device__ void add_moments(Acc (&sums)[kMoments], Acc a, Acc g) {
   }
 }
 
-// The same for positions in several peeled runs. A load is a vector of a run; where the run has one vector less than
-// there is room for, because it begins late, its last load is nothing. Load v brings the v-th of the single elements
-// too.
+// Loads of both arrays, all under way before the first of them is used.
+template <class T, int kItems>
+struct Loads {
+  Loaded<T, kItems> first[kLoadsAtOnce], second[kLoadsAtOnce];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int n = 0; n < kLoadsAtOnce; ++n) {
+      first[n].clear();
+      second[n].clear();
+    }
+  }
+  template <int kMoments>
+  __device__ void add_to(Accumulator<T> (&sums)[kMoments]) const {
+#pragma unroll
+    for (int n = 0; n < kLoadsAtOnce; ++n) {
+      Accumulator<T> left[kItems], right[kItems];
+      first[n].unpack(left);
+      second[n].unpack(right);
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) add_moments(sums, left[i], right[i]);
+    }
+  }
+};
+
+// The sums over the loads `begin + step * n` below `end` of an output that has several peeled runs. A load is a vector
+// of a run; where the run has one vector less than there is room for, because it begins late, its last load is nothing.
+// Load v brings the v-th of the single elements too.
 template <class T, int kItems, int kMoments>
 __device__ void read_runs(
     const Rows& r,
@@ -54,14 +79,12 @@ __device__ void read_runs(
     int64_t step,
     Accumulator<T> (&sums)[kMoments]
 ) {
-  using Acc = Accumulator<T>;
   const int64_t room = r.positions.sizes[r.positions.count - 1];
   for (int64_t position = begin; position < end; position += kLoadsAtOnce * step) {
-    Loaded<T, kItems> a[kLoadsAtOnce], g[kLoadsAtOnce];
+    Loads<T, kItems> loads;
+    loads.clear();
 #pragma unroll
     for (int n = 0; n < kLoadsAtOnce; ++n) {
-      a[n].clear();
-      g[n].clear();
       const int64_t here = position + n * step;
       if (here >= end) continue;
       const int64_t load = here - quotient(here, room) * room;
@@ -71,22 +94,46 @@ __device__ void read_runs(
       const int64_t head = (kItems - reinterpret_cast<uintptr_t>(a_run) / sizeof(T) % kItems) % kItems;
       const int64_t vectors = (r.peeled - head) / kItems, single = r.peeled - vectors * kItems;
       if (load < vectors) {
-        a[n].load(first + at.first + head);
-        g[n].load(second + at.second + head);
+        loads.first[n].load(first + at.first + head);
+        loads.second[n].load(second + at.second + head);
       }
       if (load < single) {
         const int64_t element = load < head ? load : load + vectors * kItems;
         add_moments(sums, widen(__ldg(a_run + element)), widen(__ldg(g_run + element)));
       }
     }
+    loads.add_to(sums);
+  }
+}
+
+// The same where positions have one axis: nothing is divided or multiplied on the way. Vectors are adjacent, so that
+// the loads of one round lie at constant distances.
+template <class T, int kItems, int kMoments>
+__device__ void read_axis(
+    const Rows& r,
+    const T* first,
+    const T* second,
+    int64_t begin,
+    int64_t end,
+    int64_t step,
+    Accumulator<T> (&sums)[kMoments]
+) {
+  const Place stride = kItems > 1 ? Place{kItems, kItems} : Place{r.positions.first[0], r.positions.second[0]};
+  const T* a = first + begin * stride.first;
+  const T* g = second + begin * stride.second;
+  const Place jump = {step * stride.first, step * stride.second};
+  for (int64_t position = begin; position < end; position += kLoadsAtOnce * step) {
+    Loads<T, kItems> loads;
+    loads.clear();
 #pragma unroll
     for (int n = 0; n < kLoadsAtOnce; ++n) {
-      Acc left[kItems], right[kItems];
-      a[n].unpack(left);
-      g[n].unpack(right);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) add_moments(sums, left[i], right[i]);
+      if (position + n * step >= end) continue;
+      loads.first[n].load(a + n * jump.first);
+      loads.second[n].load(g + n * jump.second);
     }
+    loads.add_to(sums);
+    a += kLoadsAtOnce * jump.first;
+    g += kLoadsAtOnce * jump.second;
   }
 }
 
@@ -95,7 +142,6 @@ template <class T, int kItems, int kMoments>
 __device__ void read_positions(
     const Rows& r, int64_t output, int64_t begin, int64_t end, int64_t step, Accumulator<T> (&sums)[kMoments]
 ) {
-  using Acc = Accumulator<T>;
   const Place start = place(r.outputs, output);
   const T* first = static_cast<const T*>(r.first) + start.first;
   const T* second = static_cast<const T*>(r.second) + start.second;
@@ -117,26 +163,21 @@ __device__ void read_positions(
     second += head;
     if (end > vectors) end = vectors;
   }
+  if (r.positions.count == 1) {
+    read_axis<T, kItems>(r, first, second, begin, end, step, sums);
+    return;
+  }
   for (int64_t position = begin; position < end; position += kLoadsAtOnce * step) {
-    Loaded<T, kItems> a[kLoadsAtOnce], g[kLoadsAtOnce];
+    Loads<T, kItems> loads;
+    loads.clear();
 #pragma unroll
     for (int n = 0; n < kLoadsAtOnce; ++n) {
-      a[n].clear();
-      g[n].clear();
-      if (position + n * step < end) {
-        const Place at = place(r.positions, position + n * step);
-        a[n].load(first + at.first);
-        g[n].load(second + at.second);
-      }
+      if (position + n * step >= end) continue;
+      const Place at = place(r.positions, position + n * step);
+      loads.first[n].load(first + at.first);
+      loads.second[n].load(second + at.second);
     }
-#pragma unroll
-    for (int n = 0; n < kLoadsAtOnce; ++n) {
-      Acc left[kItems], right[kItems];
-      a[n].unpack(left);
-      g[n].unpack(right);
-#pragma unroll
-      for (int i = 0; i < kItems; ++i) add_moments(sums, left[i], right[i]);
-    }
+    loads.add_to(sums);
   }
 }
 

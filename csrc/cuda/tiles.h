@@ -126,23 +126,32 @@ __device__ void read_lines(
   using Acc = Accumulator<T>;
   constexpr int kColumns = kLanes * kItems * kUnroll;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const T* first = static_cast<const T*>(m.first) + group * m.group.first;
-  const T* second = static_cast<const T*>(m.second) + group * m.group.second;
   // Vectors lie next to each other, so that one address serves a whole line.
   const Place step = kItems > 1 ? Place{1, 1} : m.column;
+  const T* const first = static_cast<const T*>(m.first) + group * m.group.first + (column + lane * kItems) * step.first;
+  const T* const second =
+      static_cast<const T*>(m.second) + group * m.group.second + (column + lane * kItems) * step.second;
+
+  // Where the first of a warp's next lines begins, if lines have one axis: then nothing is multiplied on the way.
+  const bool one_axis = m.lines.count == 1;
+  const int64_t first_line = begin + warp * kLines;
+  const T* a_next = first + first_line * m.lines.first[0];
+  const T* g_next = second + first_line * m.lines.second[0];
 
   Acc sums[kUnroll][kItems] = {};
-  for (int64_t line = begin + warp * kLines; line < end; line += kWarps * kLines) {
+  for (int64_t line = first_line; line < end; line += kWarps * kLines) {
     Loaded<T, kItems> a[kLines][kUnroll], g[kLines][kUnroll];
 #pragma unroll
     for (int l = 0; l < kLines; ++l) {
-      const int64_t here = line + l < end ? line + l : line;
-      int64_t width = (here + 1 == m.line_count ? m.last_width : m.width) - column;
+      int64_t width = (line + l + 1 == m.line_count ? m.last_width : m.width) - column;
       if (width > m.tile_columns) width = m.tile_columns;
       if (line + l >= end) width = 0;
-      const Place at = place(m.lines, here);
-      const T* a_line = first + at.first + (column + lane * kItems) * step.first;
-      const T* g_line = second + at.second + (column + lane * kItems) * step.second;
+      const T *a_line = a_next + l * m.lines.first[0], *g_line = g_next + l * m.lines.second[0];
+      if (!one_axis) {
+        const Place at = place(m.lines, line + l);
+        a_line = first + at.first;
+        g_line = second + at.second;
+      }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         a[l][u].clear();
@@ -173,6 +182,8 @@ __device__ void read_lines(
         if (lane == 0 && line + l < end) line_sums[line + l] = total;
       }
     }
+    a_next += kWarps * kLines * m.lines.first[0];
+    g_next += kWarps * kLines * m.lines.second[0];
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
@@ -226,17 +237,19 @@ __device__ void run_item(
   const int64_t rest = m.channels - first_channel;
   const int64_t count = rest < m.tile_channels ? rest : m.tile_channels;
   const int64_t stride = most_columns(m.reading, kSize);
-  const int terms = static_cast<int>(m.terms);
+  // One term of a channel, of all warps.
   const auto of_tile = [&](int64_t channel, int64_t term) {
-    const int t = static_cast<int>(term);
-    if (terms == 1) return shared[t * stride + channel * m.channel_stride];
-    return shared[t / terms * stride + channel * m.channel_stride + t % terms * m.term_stride];
+    const Acc* const column_sums = shared + channel * m.channel_stride + term * m.term_stride;
+    Acc sum = column_sums[0];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) sum += column_sums[w * stride];
+    return sum;
   };
   const auto finish = [&](int64_t channel, Acc sum) {
     store_sum<T>(columns, column_results, group, first_channel + channel, sum);
   };
   if (m.chunks == 1) {
-    add_up(count, kWarps * terms, scratch, of_tile, finish);
+    add_up(count, m.terms, scratch, of_tile, finish);
   } else {
     // Partial sums of this tile's channels: of chunk c at [c * m.channels + channel], of sections likewise.
     Acc* const of_chunks = partials + m.column_partials + group * m.chunks * m.channels + first_channel;
@@ -244,7 +257,7 @@ __device__ void run_item(
     const int64_t section = chunk / kFanIn, first_chunk = section * kFanIn;
     const int64_t members = m.chunks - first_chunk < kFanIn ? m.chunks - first_chunk : kFanIn;
     const int64_t meeting = group * m.tiles + tile;
-    add_up(count, kWarps * terms, scratch, of_tile, [&](int64_t channel, Acc sum) {
+    add_up(count, m.terms, scratch, of_tile, [&](int64_t channel, Acc sum) {
       of_chunks[chunk * m.channels + channel] = sum;
     });
     if (last_of(counters + m.column_counters + meeting * m.sections + section, members)) {
@@ -269,11 +282,11 @@ __device__ void run_item(
 
   if (!kLineSums) return;
   if (coarse_channels > 0) {
-    const auto of_channels = [&](int64_t group_of, int64_t term) {
-      const int64_t outer = quotient(term, coarse_channels);
-      return of_tile(group_of * coarse_channels + term - outer * coarse_channels, outer);
+    const auto of_channels = [&](int64_t group_of, int64_t index) {
+      const int64_t term = quotient(index, coarse_channels);
+      return of_tile(group_of * coarse_channels + index - term * coarse_channels, term);
     };
-    add_up(count / coarse_channels, coarse_channels * kWarps * terms, scratch, of_channels, [&](int64_t g, Acc sum) {
+    add_up(count / coarse_channels, coarse_channels * m.terms, scratch, of_channels, [&](int64_t g, Acc sum) {
       store_sum<T>(*lines, line_results, 0, first_channel / coarse_channels + g, sum);
     });
   } else if (last_of(counters + m.line_counters + group * m.chunks + chunk, m.tiles)) {

@@ -12,6 +12,8 @@
 // transposed layouts are read along memory too. Kernel positions right inside a channel are columns, others lines.
 // A depthwise layer is one line; there each row sum is a column sum, and sums of those of a group make the other side.
 
+#include <limits>
+
 #include "plan.h"
 
 namespace obc::cuda {
@@ -58,58 +60,47 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) weight_dot_kern
 constexpr int64_t kLayerWords = sizeof(Layer) / sizeof(int64_t);
 static_assert(sizeof(Layer) % sizeof(int64_t) == 0, "a layer is copied word by word");
 
-// row_dot and column_dot of every layer.
-template <class Acc>
+// Layers as the parameter of one launch, and the first item of each.
 struct Listed {
-  Acc* sums[2 * kMostListed];
+  int64_t count;
+  int64_t items;
+  int64_t begins[kMostListed];
+  Layer layers[kMostListed];
+  void* columns[kMostListed];  // results of a layer's columns and lines
+  void* lines[kMostListed];
 };
+// Two pointers come beside it.
+static_assert(sizeof(Listed) + 2 * sizeof(void*) <= 32764, "more than the parameters of a kernel can carry");
 
-// The table: begins[layers], the first item of each layer, then the layers.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) weight_dot_list_kernel(
-    const int64_t* table,
-    int64_t layers,
-    int64_t items,
-    const __grid_constant__ Listed<Accumulator<T>> results,
-    Accumulator<T>* partials,
-    uint32_t* counters
+    const __grid_constant__ Listed listed, Accumulator<T>* partials, uint32_t* counters
 ) {
-  __shared__ Accumulator<T> shared[kShared<T>];
+  using Acc = Accumulator<T>;
+  static_assert(kMostListed <= kThreads, "a thread looks at one layer");
+  __shared__ Acc shared[kShared<T>];
   __shared__ int64_t words[kLayerWords];
-  for (int64_t item = blockIdx.x; item < items; item += gridDim.x) {
-    // Layers are found by counting those that begin at or before the item: one load a thread for up to 512 layers.
-    int64_t index = -1;
-    for (int64_t begin = 0; begin < layers; begin += kThreads) {
-      const int64_t mine = begin + threadIdx.x;
-      index += __syncthreads_count(mine < layers && table[mine] <= item);
-    }
-    for (int64_t w = threadIdx.x; w < kLayerWords; w += kThreads) words[w] = table[layers + index * kLayerWords + w];
+  for (int64_t item = blockIdx.x; item < listed.items; item += gridDim.x) {
+    // The item's layer is the last of those that begin at or before it.
+    const bool begun = threadIdx.x < listed.count && listed.begins[threadIdx.x] <= item;
+    const int index = __syncthreads_count(begun) - 1;
+    const int64_t* const record = reinterpret_cast<const int64_t*>(&listed.layers[index]);
+    if (threadIdx.x < kLayerWords) words[threadIdx.x] = record[threadIdx.x];
     __syncthreads();
     const Layer& layer = *reinterpret_cast<const Layer*>(words);
     run_item<T, true>(
         layer.matrix,
-        item - table[index],
+        item - listed.begins[index],
         layer.columns,
-        results.sums[2 * index + (layer.lines_are_rows ? 1 : 0)],
+        static_cast<Acc*>(listed.columns[index]),
         &layer.lines,
-        results.sums[2 * index + (layer.lines_are_rows ? 0 : 1)],
+        static_cast<Acc*>(listed.lines[index]),
         layer.coarse_channels,
         partials,
         counters,
         shared
     );
   }
-}
-
-// What the parameters of one kernel can carry beside its other two: 4 KiB in all on every driver.
-constexpr int64_t kUploadWords = 480;
-
-struct Upload {
-  int64_t words[kUploadWords];
-};
-
-__global__ void upload_kernel(const __grid_constant__ Upload upload, int64_t* to, int64_t count) {
-  for (int64_t w = threadIdx.x; w < count; w += blockDim.x) to[w] = upload.words[w];
 }
 
 std::vector<Dim> dims_of(const Pair& weight, int64_t rows) {
@@ -258,6 +249,40 @@ bool weight_dot(const WeightDot& given, Context& context) {
   return true;
 }
 
+namespace {
+
+// Items of all layers, if each has so many steps.
+int64_t all_items(std::vector<Layer>& layers, int64_t steps_per_item, int item) {
+  int64_t count = 0;
+  for (Layer& layer : layers) {
+    choose_chunks(layer.matrix, steps_per_item, true, item);
+    count += items(layer.matrix);
+  }
+  return count;
+}
+
+// What an item costs beside its steps, in steps: finding its layer, adding up the sums of its warps and writing them.
+// Of the instructions of an item of one step it is about half.
+constexpr int64_t kItemOverhead = 1;
+constexpr int64_t kMostItemsOfBlock = 6;
+
+// Steps of an item, so that the block with most items has least to do: with few long items some blocks have one more
+// than others, with many short ones each pays for more of them.
+int64_t choose_steps(std::vector<Layer>& layers, int64_t all_steps, int item) {
+  int64_t best = 1, least = std::numeric_limits<int64_t>::max();
+  for (int64_t wanted = 1; wanted <= kMostItemsOfBlock; ++wanted) {
+    const int64_t steps_per_item = std::max<int64_t>(ceil_div(all_steps, wanted * kBlocks), 1);
+    const int64_t cost = ceil_div(all_items(layers, steps_per_item, item), kBlocks) * (steps_per_item + kItemOverhead);
+    if (cost < least) {
+      least = cost;
+      best = steps_per_item;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
 bool plan_weight_dot_list(const std::vector<WeightDot>& given, Worklist& worklist) {
   const int item = element_size(given[0].weight.dtype);
   std::vector<Layer> layers(given.size());
@@ -267,60 +292,52 @@ bool plan_weight_dot_list(const std::vector<WeightDot>& given, Worklist& worklis
     if (!plan_layer(given[i], layer)) return false;
     all_steps += steps(layer.matrix, item);
   }
-  // Four items for each block: layers end with items of all sizes, which then even out.
-  const int64_t steps_per_item = std::max<int64_t>(ceil_div(all_steps, 4 * kBlocks), 1);
+  worklist.items = all_items(layers, choose_steps(layers, all_steps, item), item);
   Space space;
-  std::vector<int64_t> begins;
-  worklist.items = 0;
-  for (Layer& layer : layers) {
-    choose_chunks(layer.matrix, steps_per_item, true, item);
-    place_partials(layer.matrix, true, space);
-    begins.push_back(take(worklist.items, items(layer.matrix)));
-  }
+  for (Layer& layer : layers) place_partials(layer.matrix, true, space);
   worklist.dtype = given[0].weight.dtype;
   worklist.layers = static_cast<int64_t>(layers.size());
   worklist.partials = space.partials;
   worklist.counters = space.counters;
-  worklist.table.resize(layers.size() * (1 + kLayerWords));
-  std::memcpy(worklist.table.data(), begins.data(), begins.size() * sizeof(int64_t));
-  std::memcpy(worklist.table.data() + layers.size(), layers.data(), layers.size() * sizeof(Layer));
+  worklist.table.resize(layers.size() * kLayerWords);
+  std::memcpy(worklist.table.data(), layers.data(), layers.size() * sizeof(Layer));
   return true;
 }
 
-void upload(const std::vector<int64_t>& table, int64_t* device_table, Context& context) {
-  const int64_t size = static_cast<int64_t>(table.size());
-  for (int64_t begin = 0; begin < size; begin += kUploadWords) {
-    Upload part;
-    const int64_t count = std::min(kUploadWords, size - begin);
-    std::memcpy(part.words, table.data() + begin, count * sizeof(int64_t));
-    launch(context, upload_kernel, 1, kThreads, false, part, device_table + begin, count);
+namespace {
+
+// The layers of a plan with the memory of these tensors.
+Listed listed_of(const Worklist& worklist, const std::vector<WeightDot>& given) {
+  Listed listed = {};
+  listed.count = worklist.layers;
+  std::memcpy(listed.layers, worklist.table.data(), worklist.table.size() * sizeof(int64_t));
+  for (size_t i = 0; i < given.size(); ++i) {
+    Layer& layer = listed.layers[i];
+    layer.matrix.first = given[i].weight.first;
+    layer.matrix.second = given[i].weight.second;
+    for (Output* output : {&layer.columns, &layer.lines}) {
+      if (!output->bias) continue;
+      output->bias = given[i].bias->first;
+      output->bias_grad = given[i].bias->second;
+    }
+    listed.columns[i] = layer.lines_are_rows ? given[i].column_dot : given[i].row_dot;
+    listed.lines[i] = layer.lines_are_rows ? given[i].row_dot : given[i].column_dot;
+    listed.begins[i] = take(listed.items, items(layer.matrix));
   }
+  return listed;
 }
 
-void weight_dot_list(
-    const Worklist& worklist, const int64_t* device_table, const std::vector<WeightDot>& layers, Context& context
-) {
+}  // namespace
+
+void weight_dot_list(const Worklist& worklist, const std::vector<WeightDot>& layers, Context& context) {
+  const Listed listed = listed_of(worklist, layers);
   for_type(worklist.dtype, [&](auto* type) {
     using T = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     using Acc = Accumulator<T>;
-    Listed<Acc> results = {};
-    for (size_t i = 0; i < layers.size(); ++i) {
-      results.sums[2 * i] = static_cast<Acc*>(layers[i].row_dot);
-      results.sums[2 * i + 1] = static_cast<Acc*>(layers[i].column_dot);
-    }
-    launch(
-        context,
-        weight_dot_list_kernel<T>,
-        std::min<int64_t>(worklist.items, kBlocks),
-        kThreads,
-        false,
-        device_table,
-        worklist.layers,
-        worklist.items,
-        results,
-        static_cast<Acc*>(context.scratch(worklist.partials * sizeof(Acc))),
-        context.counters(worklist.counters)
-    );
+    Acc* const partials = static_cast<Acc*>(context.scratch(worklist.partials * sizeof(Acc)));
+    uint32_t* const counters = context.counters(worklist.counters);
+    const int64_t blocks = std::min<int64_t>(worklist.items, kBlocks);
+    launch(context, weight_dot_list_kernel<T>, blocks, kThreads, false, listed, partials, counters);
   });
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from test_triton_gpu import (  # noqa: F401 - collected here too, to run on this module's backend
+    _need_memory,
     test_a_row_of_gates_replays_from_a_graph,
     test_channel_dot_beyond_32_bits,
     test_does_not_synchronise,
@@ -20,6 +21,7 @@ from test_triton_gpu import (  # noqa: F401 - collected here too, to run on this
 from torch import Tensor
 
 import obc
+from benchmarks.gpu_timing import captured
 from obc import ops, reference
 
 pytestmark = pytest.mark.gpu
@@ -33,8 +35,9 @@ def _cuda() -> Iterator[None]:
         yield
 
 
-def kernels(call: Callable[[], object]) -> list[str]:
-    """Names of the kernels that one call launches."""
+def kernels(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the kernels that one call launches, where torch does not fill what it hands out uninitialised."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
@@ -48,23 +51,36 @@ def layers(count: int) -> tuple[list[Tensor], list[Tensor]]:
     return weights, [torch.randn_like(weight) for weight in weights]
 
 
-def test_a_model_is_one_launch() -> None:
+def test_a_model_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     weights, grads = layers(57)
     groups = [64 if weight.shape[1] == 1 else 1 for weight in weights]
     call = lambda: ops.weight_dot_list(weights, grads, groups=groups)  # noqa: E731
-    call()  # uploads the worklist
-    names = kernels(call)
+    call()  # grows the counters of this stream
+    names = kernels(call, monkeypatch)
     assert len(names) == 1, names
     assert "weight_dot_list_kernel" in names[0]
 
 
 @pytest.mark.parametrize("channels", [100, 1_000_000])
-def test_end_row_is_one_launch(channels: int) -> None:
+def test_end_row_is_one_launch(channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scores, row = torch.zeros(channels, device="cuda"), torch.randn(channels, device="cuda")
     groups = torch.arange(channels, device="cuda") // 3
     ops.end_row(scores, row, 1.0, groups)  # grows the counters of this stream
-    names = kernels(lambda: ops.end_row(scores, row, 1.0, groups))
+    names = kernels(lambda: ops.end_row(scores, row, 1.0, groups), monkeypatch)
     assert len(names) == 1, names
+
+
+def test_a_captured_model_is_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No table is copied and no counter cleared when it is replayed."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    weights, grads = layers(57)
+    groups = [64 if weight.shape[1] == 1 else 1 for weight in weights]
+    graph, dots = captured(lambda: ops.weight_dot_list(weights, grads, groups=groups))
+    names = kernels(graph.replay, monkeypatch)
+    assert len(names) == 1, names
+    for n, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
+        truth = list(reference.weight_dot(weight, grad, groups=groups[n]))
+        torch.testing.assert_close([dots[0][n], dots[1][n]], truth, rtol=1e-4, atol=1e-3)
 
 
 def test_streams_side_by_side_do_not_share_counters() -> None:
@@ -84,8 +100,8 @@ def test_streams_side_by_side_do_not_share_counters() -> None:
         torch.testing.assert_close(truth, reference.channel_dot(a, g, 1), rtol=1e-4, atol=1e-2)
 
 
-def test_worklists_come_and_go_with_their_memory() -> None:
-    """More sets of gradients than are kept, each in memory of its own, then the first ones again."""
+def test_a_plan_serves_gradients_wherever_they_lie() -> None:
+    """Many sets of gradients, each in memory of its own, then the first ones again."""
     weights, _ = layers(10)
     sets = [[torch.randn_like(weight) for weight in weights] for _ in range(12)]
     for grads in [*sets, *sets[:3]]:

@@ -35,13 +35,13 @@ def test_kernels_compile_without_spills_and_with_wide_loads(arch: str) -> None:
         pytest.skip(f"no {' and no '.join(missing)} on this machine (the CUDA toolkit has them)")
     done = subprocess.run([sys.executable, CHECK, "--arch", arch], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    for kernel in ("channel_dot", "weight_dot", "weight_dot_list", "rows", "end_row", "upload"):
+    for kernel in ("channel_dot", "weight_dot", "weight_dot_list", "rows", "end_row"):
         assert f"sm_{arch}  {kernel}_kernel " in done.stdout
     for dtype in ("float32", "float64", "bfloat16", "float16"):
         assert f"weight_dot_kernel {dtype} " in done.stdout
 
 
-def _kernel(name: str = "weight_dot_kernel float32", streaming: int = 128, count: int = 16, **fields: int) -> object:
+def _kernel(name: str = "weight_dot_kernel float32", streaming: int = 128, count: int = 16, **fields: object) -> object:
     values = {"registers": 96, "stack": 0, "shared": 0} | fields
     return check.Kernel(name, "90", streaming=Counter({streaming: count}), **values)
 
@@ -53,6 +53,11 @@ def _kernel(name: str = "weight_dot_kernel float32", streaming: int = 128, count
         (_kernel(local=3), "3 accesses to local memory"),
         (_kernel(streaming=64), r"streaming loads of \[64\] bits, expected 128"),
         (_kernel(count=7), "7 streaming loads of 128 bits, expected at least 8"),
+        (_kernel(double=2), "2 instructions in float64"),
+        (_kernel(instructions=160_000), "10000 instructions per vector in its code, the budget is"),
+        (_kernel(loops=[900.0, 1000.0]), "900 instructions per vector in its shortest loop, the budget is"),
+        (_kernel(loops=[1.0, 1000.0]), "1000 instructions per vector in its longest loop, the budget is"),
+        (_kernel("new_kernel float32", instructions=32), r"BUDGET should say \(2, 0, 0\)"),
     ],
 )
 def test_check_names_the_fault(kernel: object, fault: str) -> None:
@@ -70,6 +75,17 @@ def test_check_reads_names_and_widths() -> None:
     assert check.readable(symbol) == "rows_kernel bfloat16 items=8 moments=5"
     instructions = ("LDG.E.EF.128", "LDG.E.64.STRONG.GPU", "LDG.E", "LDG.E.U16")
     assert [check.width_of(instruction) for instruction in instructions] == [128, 64, 32, 16]
+
+
+def test_check_counts_a_load_in_its_innermost_loop() -> None:
+    """Two loads in a loop of four instructions, within one of eight; one load in the outer loop alone."""
+    code = ["MOV R1, R2", "LDG.E.EF.128 R4, [R2.64]", "@P0 LDG.E.EF.128 R4, [R2.64]", "LDG.E.EF.128 R8, [R2.64+0x10]"]
+    code += ["IADD3 R2, R2, 1", "@P1 BRA 0x20", "DADD R4, R4, R6", "@!P1 BRA P3, 0x0", "@P2 BRA 0xa0", "EXIT"]
+    kernel = _kernel(count=0)
+    kernel.read([(16 * place, instruction) for place, instruction in enumerate(code)])
+    assert kernel.streaming[128] == 3
+    assert kernel.loops == [4 / 2, 8 / 1]
+    assert (kernel.instructions, kernel.double) == (10, 1)
 
 
 def test_library_needs_nothing_of_torch_but_the_stable_abi() -> None:

@@ -230,11 +230,10 @@ def _layers(dtype: torch.dtype) -> tuple[list[list[Tensor | None]], list[int], l
 def test_weight_dot_list_is_one_launch(library: ctypes.CDLL, dtype: torch.dtype) -> None:
     layers, groups, transposed = _layers(dtype)
     columns = list(zip(*layers, strict=True))
-    for first in (True, False):  # the second time the worklist is there already
+    for _ in range(2):  # the second time the plan is there already
         before = library.obc_emulation_launches()
         outs, ins = ops.weight_dot_list(*columns, groups, transposed)
-        launches = library.obc_emulation_launches() - before
-        assert launches > 1 if first else launches == 1
+        assert library.obc_emulation_launches() - before == 1
         for n, layer in enumerate(layers):
             out, in_ = ops.weight_dot(*layer, groups[n], transposed[n])
             torch.testing.assert_close(outs[n], out)
@@ -246,18 +245,17 @@ def test_a_models_weights_take_one_launch(library: ctypes.CDLL, shapes: list[tup
     """As many layers, of channels a 64th: what a launch holds does not depend on their sizes."""
     weights = [torch.randn(max(1, out // 64), max(1, in_ // 64), *kernel) for out, in_, *kernel in shapes]
     grads = [torch.randn_like(weight) for weight in weights]
-    ops.weight_dot_list(weights, grads)  # uploads the worklist
     before = library.obc_emulation_launches()
     ops.weight_dot_list(weights, grads)
     assert library.obc_emulation_launches() - before == 1
 
 
 def test_weight_dot_list_of_more_layers_than_one_launch_takes(library: ctypes.CDLL) -> None:
+    """The parameters of one launch carry 70 layers; nothing else is launched, the first time either."""
     weights, grads = ([torch.randn(3, 4) for _ in range(401)] for _ in range(2))
-    ops.weight_dot_list(weights, grads)
     before = library.obc_emulation_launches()
     outs, ins = ops.weight_dot_list(weights, grads)
-    assert library.obc_emulation_launches() - before == 3
+    assert library.obc_emulation_launches() - before == 6
     for n, (weight, grad) in enumerate(zip(weights, grads, strict=True)):
         torch.testing.assert_close([outs[n], ins[n]], list(reference.weight_dot(weight, grad)))
 
@@ -285,12 +283,27 @@ def test_weight_dot_list_of_mixed_dtypes_and_layouts() -> None:
         torch.testing.assert_close(ins[n], in_)
 
 
-def test_worklists_of_other_memory_are_not_mistaken_for_each_other() -> None:
-    weight, grads = torch.randn(8, 16).double(), torch.randn(20, 8, 16).double()  # more gradients than are kept
+def test_a_plan_serves_other_memory_of_the_same_layout() -> None:
+    weight, grads = torch.randn(8, 16).double(), torch.randn(20, 8, 16).double()
+    bias, bias_grads = torch.randn(8).double(), torch.randn(20, 8).double()
+    for grad, bias_grad in zip(grads, bias_grads, strict=True):
+        (out,), (in_,) = ops.weight_dot_list([weight], [grad], [bias], [bias_grad])
+        torch.testing.assert_close([out, in_], list(reference.weight_dot(weight, grad, bias, bias_grad)))
+
+
+def test_a_plan_does_not_serve_another_layout(library: ctypes.CDLL) -> None:
+    """Another alignment, other strides, another dtype, a bias: each of them in turn, after all others."""
+    buffer = torch.randn(3, 8 * 16 + 1)
+    aligned, shifted = (buffer[:, start : start + 128].reshape(3, 8, 16) for start in (0, 0))
+    shifted = torch.randn(3 * 128 + 1)[1:].view(3, 8, 16)
+    transposed = torch.randn(3, 16, 8).transpose(1, 2)
+    layouts = [aligned, shifted, transposed, aligned.double(), aligned.to(torch.bfloat16)]
     for _ in range(2):
-        for grad in grads:
-            (out,), (in_,) = ops.weight_dot_list([weight], [grad])
-            torch.testing.assert_close([out, in_], list(reference.weight_dot(weight, grad)))
+        for weight, grad, bias in layouts:
+            for biases in ([None], [bias[:, 0]]):
+                outs, ins = ops.weight_dot_list([weight], [grad], biases, biases)
+                expected = ops.weight_dot(weight, grad, *biases, *biases)
+                torch.testing.assert_close([*outs, *ins], list(expected))
 
 
 SPLIT = [
@@ -341,14 +354,52 @@ def test_operators_leave_the_counters_that_they_share_at_zero() -> None:
             torch.testing.assert_close(call(), truth, rtol=1e-3, atol=1e-3)
 
 
-def test_in_a_captured_graph_nothing_is_shared_with_eager_calls(capturing: None, library: ctypes.CDLL) -> None:
-    """Counters are a graph's own, and a worklist is uploaded in every capture."""
+def test_a_captured_call_is_its_one_kernel(library: ctypes.CDLL) -> None:
+    """Neither a table is copied nor are counters cleared: a replay launches what it computes with, nothing else."""
+    for call in SPLIT:
+        call()
+    library.obc_emulation_capture(1)
+    try:
+        for call in SPLIT:
+            kernels = 2 if "channel_moments" in call.__code__.co_names else 1
+            launches, memsets = library.obc_emulation_launches(), library.obc_emulation_memsets()
+            call()
+            assert library.obc_emulation_launches() - launches == kernels
+            assert library.obc_emulation_memsets() == memsets
+    finally:
+        library.obc_emulation_capture(0)
+
+
+def test_a_capture_that_finds_no_counters_left_clears_its_own(library: ctypes.CDLL) -> None:
+    """More captured calls than the counters that were cleared beforehand suffice for; eager calls then clear more."""
+    activation, grad = torch.randn(2, 4100).double(), torch.randn(2, 4100).double()
+    call = lambda: ops.channel_dot(activation, grad, 0)  # noqa: E731 - two rows, each shared by several blocks
+    call()
+    truth = reference.channel_dot(activation, grad, 0)
+    before = library.obc_emulation_memsets()
+    library.obc_emulation_capture(1)
+    try:
+        while library.obc_emulation_memsets() == before:
+            torch.testing.assert_close(call(), truth)
+        torch.testing.assert_close(call(), truth)
+    finally:
+        library.obc_emulation_capture(0)
+    assert library.obc_emulation_memsets() > before
+    torch.testing.assert_close(call(), truth)  # eager, it fills the reserve again
+    before = library.obc_emulation_memsets()
+    library.obc_emulation_capture(1)
+    try:
+        torch.testing.assert_close(call(), truth)
+    finally:
+        library.obc_emulation_capture(0)
+    assert library.obc_emulation_memsets() == before
+
+
+def test_in_a_captured_graph_nothing_is_shared_with_eager_calls(capturing: None) -> None:
     weight, grad = torch.randn(150, 700), torch.randn(150, 700)
-    test_weight_dot.check([weight, grad])
     for _ in range(2):
-        before = library.obc_emulation_launches()
+        test_weight_dot.check([weight, grad])
         outs, ins = ops.weight_dot_list([weight], [grad])
-        assert library.obc_emulation_launches() - before == 2
     torch.testing.assert_close([*outs, *ins], list(reference.weight_dot(weight, grad)))
 
 

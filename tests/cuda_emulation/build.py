@@ -18,6 +18,7 @@ ROOT = HERE.parent.parent
 # -O1 is where compiling and running together take least time. FORTIFY's longjmp refuses to change stacks.
 FLAGS = ["-std=c++17", "-O1", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-ffp-contract=off"]
 FLAGS += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DOBC_CUDA_DISPATCH_KEY=CPU"]
+FLAGS += ["-DOBC_CUDA_RESERVE=1024"]
 
 
 def compiler() -> str | None:

@@ -45,6 +45,7 @@ const uint64_t* exchange(uint64_t value);
 void pause();
 bool capturing();
 extern int64_t vector_loads;  // 16-byte loads so far
+extern int64_t memsets;       // memory cleared so far, in calls
 
 }  // namespace emulation
 
@@ -98,6 +99,7 @@ T __ldcg(const T* address) {
 using cudaStream_t = struct EmulatedStream*;
 enum cudaError_t { cudaSuccess };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
 
@@ -122,8 +124,11 @@ inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* 
 }
 inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   std::memset(memory, value, bytes);
+  emulation::memsets += 1;
   return cudaSuccess;
 }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;

@@ -17,7 +17,7 @@ namespace emulation {
 namespace {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kStack = 64 * 1024;
+constexpr size_t kStack = 128 * 1024;  // a kernel's parameters alone may be 32 KiB
 
 // Threads that meet and exchange: a warp or a block. What was handed in at a meeting stays readable until the meeting
 // after the next one, which nobody reaches before all have read.
@@ -136,6 +136,7 @@ void pause() {
 bool capturing() { return capture != 0; }
 
 int64_t vector_loads = 0;
+int64_t memsets = 0;
 
 void run(unsigned blocks, unsigned threads, bool cooperative, const std::function<void()>& body) {
   static std::vector<Fiber> fibers;
@@ -177,6 +178,8 @@ __attribute__((visibility("default"))) void obc_emulation_capture(int capturing)
 __attribute__((visibility("default"))) int64_t obc_emulation_launches() { return emulation::launches; }
 
 __attribute__((visibility("default"))) int64_t obc_emulation_vector_loads() { return emulation::vector_loads; }
+
+__attribute__((visibility("default"))) int64_t obc_emulation_memsets() { return emulation::memsets; }
 
 // What libtorch_cuda.so gives csrc/torch_cuda.cpp on a machine with a GPU.
 int32_t aoti_torch_get_current_cuda_stream(int32_t, void** stream) {

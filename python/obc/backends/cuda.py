@@ -37,7 +37,7 @@ def operators(library: Any) -> SimpleNamespace:
         groups: Sequence[int],
         transposed: Sequence[bool],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """One launch for all layers of one dtype, up to 200 of them."""
+        """One launch for all layers of one dtype, up to 70 of them."""
         outs, ins = list(weights), list(weights)
         columns = (weights, grads, biases, bias_grads, groups, transposed)
         for dtype in dict.fromkeys(weight.dtype for weight in weights):
