@@ -191,7 +191,7 @@ def test_a_layer_that_would_do_harm_stays_naive() -> None:
     x[:, 2] = x[:, 0]
     reversed_x = x * torch.tensor([1.0, 1, -1, 1, 1], dtype=torch.float64)
     before = copy.deepcopy(pruned.model.state_dict())
-    report = compensate(pruned.model, pruned.original, pruned.plan, [x, x, reversed_x])
+    report = compensate(pruned.model, pruned.original, pruned.plan, [x, x, reversed_x], mode="ls")
     layer = report.layers["consumer"]
     assert not layer.applied
     assert layer.held_out > 1
@@ -224,7 +224,7 @@ def test_one_harmful_layer_of_several_stays_naive() -> None:
     x = torch.randn(64, 4, dtype=torch.float64)
     x[:, 3] = x[:, 0]
     turned = x * torch.tensor([1.0, 1, 1, -1], dtype=torch.float64)
-    report = compensate(pruned, original, plan, [(x, x), (x, turned)], ridge=1e-9)
+    report = compensate(pruned, original, plan, [(x, x), (x, turned)], mode="ls", ridge=1e-9)
     assert {name: layer.applied for name, layer in report.layers.items()} == {"sound": True, "harmful": False}
     assert report.layers["harmful"].held_out > 1 > report.layers["sound"].held_out
     assert report.tried["own ridges"] == report.final_error < report.tried["ridge 1e-09"]
@@ -260,7 +260,7 @@ def test_held_out_batches_choose_the_ridge_by_the_output(mode: str) -> None:
     errors = {}
     for ridge in RIDGES:
         model = copy.deepcopy(pruned.model)
-        report = compensate(model, pruned.original, pruned.plan, data, ridge=ridge)
+        report = compensate(model, pruned.original, pruned.plan, data, mode="ls", ridge=ridge)
         errors[f"ridge {ridge:g}"] = report.tried[f"ridge {ridge:g}"]
         assert {layer.ridge for layer in report.layers.values()} == {ridge}
     report = compensate(pruned.model, pruned.original, pruned.plan, data, mode=mode)
@@ -282,7 +282,7 @@ def test_few_bytes_take_more_passes_and_give_the_same_result() -> None:
     reports, models = [], []
     for limit in (2**31, 1):
         model = copy.deepcopy(pruned.model)
-        reports.append(compensate(model, pruned.original, pruned.plan, batches("chain"), max_bytes=limit))
+        reports.append(compensate(model, pruned.original, pruned.plan, batches("chain"), mode="ls", max_bytes=limit))
         models.append(model)
     assert reports[1].moment_bytes < reports[0].moment_bytes
     for key, tensor in models[0].state_dict().items():

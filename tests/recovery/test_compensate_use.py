@@ -197,7 +197,7 @@ def test_too_few_samples_without_a_ridge_are_an_error() -> None:
     with pytest.raises(
         ValueError, match=r"attention\.out: its Gram matrix is singular .* it saw 5 positions for 4 kept"
     ):
-        compensate(pruned.model, pruned.original, pruned.plan, data, ridge=0.0)
+        compensate(pruned.model, pruned.original, pruned.plan, data, mode="ls", ridge=0.0)
 
 
 def test_fewer_positions_than_channels_are_named() -> None:

@@ -14,6 +14,7 @@ from obc.model.plan import PruningPlan
 from obc.model.rules import Rule
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.norm_reference import MomentSums, NormReference, Target, matching
+from obc.recovery.padding import without_padding
 from obc.recovery.processes import ALONE, Processes
 
 # Outputs are converted to float64 in pieces of this many numbers.
@@ -49,9 +50,11 @@ def channel_rows(x: Tensor, layout: Rule, repeat: int) -> Tensor:
 
 
 def outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn) -> list[list[Tensor]]:
-    """The floating tensors that ``forward_fn`` returns, batch by batch."""
-    results = (tensors_in(forward_fn(model, batch)) for batch in batches)
-    return [[tensor for tensor in tensors if tensor.is_floating_point()] for tensors in results]
+    """The floating tensors that ``forward_fn`` returns, batch by batch, without the positions of padding."""
+    return [
+        [without_padding(batch, out) for out in tensors_in(forward_fn(model, batch)) if out.is_floating_point()]
+        for batch in batches
+    ]
 
 
 def output_error(
@@ -59,13 +62,10 @@ def output_error(
 ) -> float:
     """Sum of squared differences over the sum of squares of ``expected``; infinite where something is not finite."""
     difference = energy = 0.0
-    for got_leaves, expected_leaves in zip(got, expected, strict=True):
-        for tensor, target in zip(got_leaves, expected_leaves, strict=True):
-            difference += float((tensor.double() - target.double()).square().sum())
-            energy += float(target.double().square().sum())
-    difference, energy = processes.total(difference, energy)
-    error = difference / energy if energy else difference
-    return error if error == error else float("inf")
+    for tensors, targets in zip(got, expected, strict=True):
+        more, also = _squares(tensors, targets)
+        difference, energy = difference + more, energy + also
+    return _relative(difference, energy, processes)
 
 
 def streamed_error(
@@ -86,12 +86,23 @@ def streamed_error(
             batches.leave_out("the model's outputs on it are not finite")
             continue
         (got,) = outputs(model, [batch], forward_fn)
-        for tensor, target in zip(got, wanted, strict=True):
-            for part, part_of_target in zip(
-                tensor.reshape(-1).split(_PIECE), target.reshape(-1).split(_PIECE), strict=True
-            ):
-                difference += float((part.double() - part_of_target.double()).square().sum())
-                energy += float(part_of_target.double().square().sum())
+        more, also = _squares(got, wanted)
+        difference, energy = difference + more, energy + also
+    return _relative(difference, energy, processes)
+
+
+def _squares(tensors: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[float, float]:
+    """Sums of squared differences, and of the squares of ``targets``; piece by piece, so that no copy is large."""
+    difference = energy = 0.0
+    for tensor, target in zip(tensors, targets, strict=True):
+        pieces = (values.reshape(-1).split(_PIECE) for values in (tensor, target))
+        for got, wanted in zip(*pieces, strict=True):
+            difference += float((got.double() - wanted.double()).square().sum())
+            energy += float(wanted.double().square().sum())
+    return difference, energy
+
+
+def _relative(difference: float, energy: float, processes: Processes) -> float:
     difference, energy = processes.total(difference, energy)
     error = difference / energy if energy else difference
     return error if error == error else float("inf")

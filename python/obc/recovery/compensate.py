@@ -41,7 +41,7 @@ def compensate(
     batches: Iterable[Any],
     forward_fn: ForwardFn | None = None,
     *,
-    mode: Mode = "ls",
+    mode: Mode | None = None,
     ridge: float | None = None,
     held_out: float = 0.2,
     recalibrate_norms: bool = True,
@@ -71,6 +71,10 @@ def compensate(
     mode="seq": likewise layer by layer, z being what the pruned model, compensated so far, hands on: two passes per
     layer, with the ridge that was best in "ls"; what "ls" gives stays where the held-out batches like it better.
 
+    A layer that no batch reached, such as an expert that no token was routed to, stays naive and is warned of.
+    Positions of padding, by a batch's ``attention_mask``, count neither in the regressions nor in the model's output.
+    After an exception the pruned model is as it was.
+
     A share of the batches is held out. In mode "correct" they run along; for every layer they choose the ridge, or to
     leave it as it was, and at the end whether the result is better than naive. In modes "ls" and "seq" they choose by
     the model's output: one ridge for all layers, or for each layer the ridge (or none of it) that reconstructs its own
@@ -87,7 +91,8 @@ def compensate(
             on which something is not finite are left out and named.
         forward_fn: ``forward_fn(model, batch)`` returns what is to be preserved, tensors in any nesting; by default
             :func:`obc.model.evaluation.call_on_batch`, which takes batches such as (inputs, labels).
-        mode: "correct", "ls" or "seq".
+        mode: "correct", "ls" or "seq". None: "correct", as in ``obc.prune(compensate=True)``; with
+            ``keep_decompressors`` "ls", because "correct" has none.
         ridge: relative to the mean diagonal of E[z zT]. None: what held-out batches like best, of 1e-1 to 1e-5, and of
             3e-1 in modes "ls" and "seq", of 10 and 1 in mode "correct".
         held_out: the share of the batches that is held out, in (0, 0.5]; at least one.
@@ -103,10 +108,12 @@ def compensate(
     Raises:
         PlanError: the plan doesn't describe the consumers' weights.
         ValueError: an unknown mode, a negative ridge, a held-out share out of range, fewer than two batches, more
-            than a tenth of them not finite, a consumer that no batch reached, a Gram matrix that is singular in spite
+            than a tenth of them not finite, no consumer that a batch reached, a Gram matrix that is singular in spite
             of the ridge, or a compiled or parametrised model.
     """
     start = time.perf_counter()
+    if mode is None:
+        mode = "ls" if keep_decompressors else "correct"
     _check(pruned_model, original_model, mode, ridge, held_out, keep_decompressors)
     processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
     split = _split(UsableBatches.of(batches), held_out, processes)
@@ -137,6 +144,7 @@ def compensate(
             )
             solver = least_squares.LeastSquaresRun(pruned_model, original_model, consumers, split, norms, settings)
             report = solver.run(bar)
+    _warn_of_unreached(report)
     _warn_of_few_rows(report, consumers)
     report.seconds = time.perf_counter() - start
     return report
@@ -161,6 +169,15 @@ def _check(
     for role, model in (("pruned", pruned_model), ("original", original_model)):
         if is_compiled(model):
             raise ValueError(f"the {role} model is compiled; pass the model itself and compile after compensation")
+
+
+def _warn_of_unreached(report: CompensationReport) -> None:
+    if report.unreached:
+        warnings.warn(
+            f"no calibration batch reached {', '.join(report.unreached)}, which stay as pruning left them; pass "
+            f"batches and a forward_fn that call them as modules",
+            stacklevel=3,
+        )
 
 
 def _warn_of_few_rows(report: CompensationReport, consumers: Mapping[str, Consumer]) -> None:

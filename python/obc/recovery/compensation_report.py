@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor
@@ -77,6 +78,7 @@ class CompensationReport:
         decompressors: D of every layer that kept its compensation, in the form that ``equivalent_pruning`` takes; only
             where asked for.
         moment_bytes: the largest memory that the running sums took.
+        unreached: consumers that no batch reached; they stay naive.
         stream_bytes: mode "correct": the largest memory that both models' tensors between modules took.
         notes: exceptions to the usual course.
         seconds: wall time.
@@ -91,8 +93,22 @@ class CompensationReport:
     decompressors: dict[str, Tensor] = field(default_factory=dict)
     moment_bytes: int = 0
     stream_bytes: int = 0
+    unreached: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+
+    def leave_unreached(self, names: Sequence[str], consumers: Iterable[str]) -> None:
+        """Note which of the consumers no batch reached.
+
+        Raises:
+            ValueError: none of them was reached.
+        """
+        if names and set(names) == set(consumers):
+            raise ValueError(
+                f"no calibration batch reached {names[0]}; pass batches and a forward_fn that call it as a module, "
+                f"or leave the layers before it unpruned"
+            )
+        self.unreached = list(names)
 
     def leave_naive(self) -> None:
         """Report that every layer was left naive."""
@@ -105,6 +121,7 @@ class CompensationReport:
         lines = [f"{'layer':40} {title}"]
         for name, layer in self.layers.items():
             lines.append(f"{name:40} {layer}{'' if layer.applied else ' (left naive)'}")
+        lines += [f"{name:40} no batch reached it (left naive)" for name in self.unreached]
         errors = f"naive {self.naive_error:.4f}, compensated {self.compensated_error:.4f}, final {self.final_error:.4f}"
         if self.tried:
             lines.append(f"tried: {', '.join(f'{name} {error:.4f}' for name, error in self.tried.items())}")

@@ -43,8 +43,17 @@ from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport, LayerCorrection
 from obc.recovery.consumers import Consumer
-from obc.recovery.layer_rows import apply_change, columns_of, drawn_rows, input_rows, output_rows, stream_weights
-from obc.recovery.moments import Moments
+from obc.recovery.layer_rows import (
+    apply_change,
+    columns_of,
+    difference,
+    drawn_rows,
+    input_rows,
+    inverse_scale,
+    output_rows,
+    stream_weights,
+)
+from obc.recovery.moments import Moments, larger_ridges
 from obc.recovery.norm_reference import take_statistics
 from obc.recovery.normal_equations import Change, NormalEquations
 from obc.recovery.padding import valid_rows
@@ -54,8 +63,6 @@ from obc.recovery.stream_points import Call, Seen, observe
 
 # A channel whose naive error is this much smaller than the average has nothing to lose by a change.
 _SMALLEST_ERROR = 1e-6
-# A channel that enters the sum with a factor this much smaller than the largest can't correct it.
-_SMALLEST_FACTOR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,18 @@ class CorrectRun:
     # --- the order of work ------------------------------------------------------------------------------------
 
     def run(self, bar: Any) -> CompensationReport:
-        """Correct every layer, and keep the result if the held-out output error falls."""
+        """Correct every layer, and keep the result if the held-out output error falls; after an error nothing."""
+        try:
+            return self._run(bar)
+        except BaseException:
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
+        for module, state in zip(self._changed(), self.before, strict=True):
+            module.load_state_dict(state)
+
+    def _run(self, bar: Any) -> CompensationReport:
         bar.total = len(self.layers)
         if self.norms:
             # The regressions take over what new statistics would repair, and start from what the weights were made for.
@@ -350,8 +368,8 @@ class CorrectRun:
         rows = drawn_rows(module, layout, positions, self.all_batches)
         if not layout.convolution:
             rows = valid_rows(self.batches[index], call.x)
-        inverse, sums.factors = _inverse(call.scale, call.point, dim)
-        error = output_rows(layout, _difference(target, call.point), rows)
+        inverse, sums.factors = inverse_scale(call.scale, call.point, dim)
+        error = output_rows(layout, difference(target, call.point), rows)
         if inverse is not None:
             error = error * inverse.reshape(layout.groups, 1, -1)
         held_out = index >= self.calibration
@@ -364,10 +382,8 @@ class CorrectRun:
 
     def _solve(self, layer: _Layer, sums: _Sums) -> None:
         if not self.options.processes.total(sums.reached)[0]:
-            raise ValueError(
-                f"no calibration batch reached {layer.name}; pass batches and a forward_fn that call it as a module, "
-                f"or leave the layers before it unpruned"
-            )
+            self.report.leave_unreached([*self.report.unreached, layer.name], self.consumers)
+            return
         if sums.inputs is not None:
             self._reconstruct(layer, sums.inputs)
             return
@@ -375,10 +391,14 @@ class CorrectRun:
             equations.gather(self.options.processes)
         (energy,) = self.options.processes.total(sums.energy)
         if sums.fit.rows == 0 or sums.check.rows == 0:
-            self.report.notes.append(f"{layer.name} stays naive: the two models never ran it on the same positions")
+            batches = "calibration" if sums.fit.rows == 0 else "held-out"
+            self.report.notes.append(
+                f"{layer.name} stays naive: on no {batches} batch did the two models run it on the same positions"
+            )
             self.report.layers[layer.name] = LayerCorrection(layer.summed, 0.0, 0.0, False, 0, 0.0)
             return
-        candidates: list[Change | None] = [None, *sums.fit.changes(self.options.ridges, layer.consumer.has_bias)]
+        changes = self._changes(layer, sums.fit)
+        candidates: list[Change | None] = [None, *changes]
         squares = torch.as_tensor(sums.factors, dtype=torch.float64, device=sums.check.energy.device).square()
         squares = squares if squares.dim() == 0 else squares.reshape(sums.check.energy.shape)
         errors = [sums.check.error(change) for change in candidates]
@@ -389,6 +409,18 @@ class CorrectRun:
         before, after = (float((error * squares).sum()) / (energy or 1.0) for error in (errors[0], errors[best]))
         self.report.layers[layer.name] = LayerCorrection(
             layer.summed, before, after, change is not None, sums.fit.rows, change.ridge if change else 0.0
+        )
+
+    def _changes(self, layer: _Layer, fit: NormalEquations) -> list[Change]:
+        """The solutions under every ridge that suffices; where none does, under the first larger one that does."""
+        largest = max(self.options.ridges)
+        for larger in larger_ridges(largest):
+            ridges = self.options.ridges if larger == largest else [larger]
+            if changes := fit.changes(ridges, layer.consumer.has_bias):
+                return changes
+        raise ValueError(
+            f"{layer.name}: its Gram matrix is singular with a ridge of up to {larger:g}; it saw {fit.rows} positions "
+            f"for {fit.gram.shape[-1]} columns: pass more batches or a larger ridge"
         )
 
     def _reconstruct(self, layer: _Layer, moments: Moments) -> None:
@@ -418,8 +450,7 @@ class CorrectRun:
                 for norm, state in zip(outside, states, strict=True):
                     norm.load_state_dict(state)
         if not report.final_error < report.naive_error:
-            for module, state in zip(self._changed(), self.before, strict=True):
-                module.load_state_dict(state)
+            self._put_back()
             report.leave_naive()
 
 
@@ -466,18 +497,3 @@ def _best(errors: Sequence[Tensor]) -> int:
     naive = errors[0]
     floor = naive.clamp_min(max(_SMALLEST_ERROR * float(naive.mean()), torch.finfo(naive.dtype).tiny))
     return min(range(len(errors)), key=lambda index: float((errors[index] / floor).mean()))
-
-
-def _difference(a: Tensor, b: Tensor) -> Tensor:
-    """a - b, of half-precision tensors in float32."""
-    return a - b if a.dtype in (torch.float32, torch.float64) else a.float() - b.float()
-
-
-def _inverse(scale: Tensor | float, point: Tensor, dim: int) -> tuple[Tensor | None, Tensor | float]:
-    """(1 / scale, 0 where a channel can't correct anything; scale)."""
-    if isinstance(scale, float):
-        if scale == 1.0:
-            return None, 1.0
-        scale = torch.full((point.shape[dim],), scale, device=point.device)
-    usable = scale.abs() > _SMALLEST_FACTOR * scale.abs().max()
-    return torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale)), scale

@@ -15,6 +15,8 @@ from obc.recovery.normal_equations import Change
 _ROWS_PER_COLUMN = 32
 # A position whose stream is this much smaller than the batch's average, in mean square, weighs no more than one at it.
 _SMALLEST_STREAM = 1e-4
+# A channel that enters the sum with a factor this much smaller than the largest can't correct it.
+_SMALLEST_FACTOR = 1e-3
 
 
 def columns_of(module: nn.Module, layout: Rule) -> tuple[int, int, int]:
@@ -86,3 +88,18 @@ def apply_change(module: nn.Module, layout: Rule, change: Change) -> None:
     if change.bias is not None:
         bias: Any = module.bias
         bias.copy_((bias.double() + change.bias.flatten().to(bias.device)).to(bias.dtype))
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """a - b, of half-precision tensors in float32."""
+    return a - b if a.dtype in (torch.float32, torch.float64) else a.float() - b.float()
+
+
+def inverse_scale(scale: Tensor | float, point: Tensor, dim: int) -> tuple[Tensor | None, Tensor | float]:
+    """(1 / scale, 0 where a channel can't correct anything; scale)."""
+    if isinstance(scale, float):
+        if scale == 1.0:
+            return None, 1.0
+        scale = torch.full((point.shape[dim],), scale, device=point.device)
+    usable = scale.abs() > _SMALLEST_FACTOR * scale.abs().max()
+    return torch.where(usable, 1 / torch.where(usable, scale, torch.ones_like(scale)), torch.zeros_like(scale)), scale

@@ -95,7 +95,19 @@ class LeastSquaresRun:
         self.report = CompensationReport(naive_error=self._error())
 
     def run(self, bar: Any) -> CompensationReport:
-        """Compensate, decide, and give all processes the same result."""
+        """Compensate, decide, and give all processes the same result; after an error the model is naive again."""
+        try:
+            return self._run(bar)
+        except BaseException:
+            self._put_all(_Candidate("naive"))
+            self._put_norms_back()
+            raise
+
+    def _put_norms_back(self) -> None:
+        for norm, state in zip(self.norms, self.norm_states, strict=True):
+            norm.load_state_dict(state)
+
+    def _run(self, bar: Any) -> CompensationReport:
         bar.total = len(self.consumers) * (1 + self.options.sequential)
         at_once = self._at_once(bar)
         errors = self._try(at_once)
@@ -129,7 +141,7 @@ class LeastSquaresRun:
         if not report.final_error < report.naive_error:
             best = _Candidate("naive")
             self._leave_naive()
-        for name in self.consumers:
+        for name in any_one.layers:
             applied = best.layers.get(name)
             shown = applied or any_one.layers[name]
             fit = shown.fit
@@ -142,16 +154,20 @@ class LeastSquaresRun:
     def _at_once(self, bar: Any) -> list[_Candidate]:
         """From the unpruned model's inputs of all consumers, collected together: for each ridge, and mixed."""
         found: dict[float, dict[str, _Compensated]] = {ridge: {} for ridge in self.options.ridges}
+        unreached: list[str] = []
         for names in _chunks(self.consumers, self.options.max_bytes):
             fit, check = self._moments(names, paired=False)
+            unreached += [name for name in names if fit[name].samples == 0]
             for name in names:
-                for ridge, layers in found.items():
+                for ridge, layers in found.items() if fit[name].samples else ():
                     layers[name] = self._solve(name, fit[name], check[name], ridge)
                 bar.update()
+        self.report.leave_unreached(unreached, self.consumers)
         candidates = [_Candidate(f"ridge {ridge:g}", layers, ridge) for ridge, layers in found.items()]
         own = {
             name: min((layers[name] for layers in found.values()), key=lambda layer: layer.held_out)
             for name in self.consumers
+            if name not in unreached
         }
         helping = {name: layer for name, layer in own.items() if layer.held_out < 1.0}
         if any(helping == candidate.layers for candidate in candidates):
@@ -163,6 +179,8 @@ class LeastSquaresRun:
         found = {}
         self._put_all(_Candidate("naive"))
         for name in self.consumers:
+            if name in self.report.unreached:
+                continue
             self._recalibrate()
             fit, check = self._moments([name], paired=True)
             layer = self._solve(name, fit[name], check[name], ridge)
@@ -221,11 +239,6 @@ class LeastSquaresRun:
     def _solve(self, name: str, moments: Moments, check: Moments, ridge: float) -> _Compensated:
         """The consumer's least squares, applied."""
         consumer = self.consumers[name]
-        if moments.samples == 0:
-            raise ValueError(
-                f"no calibration batch reached {name}; pass batches and a forward_fn that call it as a module, "
-                f"or leave the layers before it unpruned"
-            )
         try:
             solution = moments.solve(ridge, consumer.intercept)
         except SingularError as error:
@@ -251,8 +264,7 @@ class LeastSquaresRun:
         report = self.report
         report.final_error = self._error_recalibrated()
         if not report.final_error < report.naive_error:
-            for norm, state in zip(self.norms, self.norm_states, strict=True):
-                norm.load_state_dict(state)
+            self._put_norms_back()
             report.final_error, report.norms_recalibrated = report.naive_error, False
 
     def _put(self, name: str, values: Sequence[Tensor]) -> None:

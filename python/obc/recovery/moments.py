@@ -174,6 +174,11 @@ def _error(decompressor: Tensor, cross: Tensor, gram: Tensor, square: Tensor) ->
     return float(square.sum() - 2 * (decompressor * cross).sum() + ((decompressor @ gram) * decompressor).sum())
 
 
+def larger_ridges(ridge: float) -> list[float]:
+    """A ridge, and the larger ones that are tried in turn where it leaves a matrix that can't be factorised."""
+    return [ridge * _RIDGE_STEP**step for step in range(_RIDGE_STEPS + 1)]
+
+
 def _regress(target: Tensor, gram: Tensor, ridge: float) -> tuple[Tensor, float]:
     """target (gram + lambda I)^-1 and the relative ridge that made it solvable."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
@@ -181,8 +186,7 @@ def _regress(target: Tensor, gram: Tensor, ridge: float) -> tuple[Tensor, float]
     # A block whose kept channels are all constant has nothing to regress on: any positive number solves it to zero.
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
-    for attempt in range(_RIDGE_STEPS + 1):
-        used = ridge * _RIDGE_STEP**attempt
+    for used in larger_ridges(ridge):
         factor, failed = torch.linalg.cholesky_ex(gram + used * mean * identity)
         if not bool(failed.any()):
             return torch.cholesky_solve(target.mT, factor).mT, used

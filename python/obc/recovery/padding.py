@@ -1,4 +1,4 @@
-"""The positions of a layer's input that count: those that a batch's attention mask keeps."""
+"""The positions that count, of a layer's input and of what a model returns: those that the attention mask keeps."""
 
 from __future__ import annotations
 
@@ -15,3 +15,12 @@ def valid_rows(batch: Any, x: Tensor) -> Tensor | slice:
     part.begin(batch)
     valid = part.valid_positions(x, -1)
     return slice(None) if valid is None else valid.flatten().nonzero()[:, 0]
+
+
+def without_padding(batch: Any, output: Tensor) -> Tensor:
+    """(positions, C) of what a model returned, (B, T, C), that the mask of the batch keeps; else all of it."""
+    part = Part()
+    part.begin(batch)
+    if part.valid is None or output.dim() != 3 or output.shape[:2] != part.valid.shape:
+        return output
+    return output[part.valid.to(output.device)]

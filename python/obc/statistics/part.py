@@ -26,7 +26,8 @@ class Part:
     def begin(self, batch: Any) -> None:
         """Note the part that the model is about to run on."""
         self.batch = batch
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch  # (inputs, labels)
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         self.valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def valid_positions(self, x: Tensor, channel_dim: int) -> Tensor | None:
