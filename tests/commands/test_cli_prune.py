@@ -265,6 +265,48 @@ def test_a_directory_is_pruned_to_a_share_of_its_parameters(
     assert after <= 0.8 * before
 
 
+@pytest.mark.parametrize(
+    ("options", "spared", "cap"),
+    [
+        (["--max-pruning-ratio", 0.5], "", 0.5),
+        (["--max-pruning-ratio", "0=0.25"], "", None),
+        (["--protected-blocks", "1,0"], "0", None),
+        (["--protected-blocks", "1,0", "--max-pruning-ratio", "2=0.7"], "0", None),
+    ],
+)
+def test_caps_of_an_entry_point(options: list[Any], spared: str, cap: float | None, entry: str, tmp_path: Path) -> None:
+    assert prune(f"{entry}:good", "--macs", 0.6, "--steps", 2, *options, "--out", tmp_path / "out") == 0
+    widths = json.loads((tmp_path / "out" / "report.json").read_text())["widths"]
+    assert not spared or widths[spared][1] == widths[spared][0]
+    if options[1] == "0=0.25":
+        assert widths["0"][1] >= 9
+    if cap is not None:
+        assert all(after >= (1 - cap) * before for before, after in widths.values())
+
+
+@pytest.mark.filterwarnings("ignore:.*rows are fewer:UserWarning")
+@pytest.mark.parametrize("scores", ["scores"], indirect=True)
+def test_caps_of_a_directory(llama: Path, scores: Path, tmp_path: Path) -> None:
+    arguments = ["--scores", scores, "--ratio", 0.2, "--device", "cpu", "--protected-blocks", "1,0"]
+    assert prune(llama, *arguments, "--max-pruning-ratio", 0.75, "--out", tmp_path / "out") == 0
+    widths = json.loads((tmp_path / "out" / "obc_report.json").read_text())["widths"]
+    for name, (before, after) in widths.items():
+        assert after == before if ".layers.0." in name else after >= 0.25 * before, name
+    assert any(after < before for before, after in widths.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--max-pruning-ratio", "half"], "invalid"), (["--protected-blocks", "1,x"], "invalid")],
+)
+def test_caps_that_are_none(
+    options: list[str], said: str, entry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        prune(f"{entry}:good", *options, "--out", tmp_path / "out")
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.filterwarnings("ignore:.*rows are fewer:UserWarning")
 def test_equal_widths_load_by_from_pretrained(llama: Path, scores: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import obc
+from obc.selection.caps import Caps
+from obc.selection.choice import BudgetError
 from obc.selection.search import Search
 
 
@@ -69,6 +71,35 @@ def test_protected_blocks_lose_nothing(protected: Any, ends: tuple[int, int]) ->
     lost = {int(name.split(".")[2]) for name, (before, after) in found.items() if after < before}
     assert lost
     assert not lost & spared
+
+
+def test_more_protected_blocks_than_there_are_protect_all() -> None:
+    assert Caps.of(1.0, (0, 7)).least({f"layers.{i}.mlp": 4 for i in range(3)}) == {
+        f"layers.{i}.mlp": 4 for i in range(3)
+    }
+
+
+@pytest.mark.parametrize("selection", ["joint", "independent"])
+def test_select_takes_the_same_caps(selection: Any) -> None:
+    torch.manual_seed(0)
+    sizes = {f"layers.{i}.mlp": 20 for i in range(4)}
+    rows = {name: torch.randn(200, size) * (1 + place) for place, (name, size) in enumerate(sizes.items())}
+    costs = dict.fromkeys(sizes, 1.0)
+
+    def lost(**options: Any) -> list[int]:
+        removed = obc.select(rows, costs, 24, selection=selection, **options)
+        assert sum(map(len, removed.values())) == 24
+        return [len(units) for units in removed.values()]
+
+    assert lost()[0] > 16
+    assert max(lost(max_pruning_ratio=0.5)) <= 10
+    assert lost(max_pruning_ratio={"layers.0": 0.25})[0] <= 5
+    assert lost(protected_blocks=(1, 0))[0] == 0
+    assert lost(protected_blocks=1)[0] == lost(protected_blocks=1)[3] == 0
+    with pytest.raises(BudgetError, match="at most 16 can be freed"):
+        lost(max_pruning_ratio=0.2)
+    with pytest.raises(ValueError, match=r"no group is named 'layers\.9'"):
+        lost(max_pruning_ratio={"layers.9": 0.2})
 
 
 @pytest.mark.parametrize(

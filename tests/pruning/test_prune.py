@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -439,3 +440,26 @@ def test_loss_that_calls_parts_needs_forward_fn() -> None:
         network(), EXAMPLE, batches(), of_parts, forward_fn=lambda m, batch: m(batch[0]), steps=1, progress=False
     )
     assert result.report.macs_after <= 0.5 * result.report.macs_before
+
+
+class Shuffling:
+    """A data loader that gives its batches in another order each time."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.chance = batches, random.Random(1)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.chance.shuffle(order := list(self.batches))
+        return iter(order)
+
+
+def test_every_pass_sees_the_batches_of_the_first() -> None:
+    """BatchNorm statistics are compared batch by batch, and targets belong to their inputs."""
+    data = [torch.randn(8, 3, 8, 8) * (1 + 3 * place) for place in range(6)]
+    found = []
+    for batches in (Shuffling(data), list(Shuffling(data))):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+        obc.prune(model, data[0], batches, lambda m, x: m(x).square().mean(), steps=2, compensate=True, progress=False)
+        found.append(model.state_dict())
+    torch.testing.assert_close(*found, rtol=0, atol=0)

@@ -60,6 +60,18 @@ def add(commands: Any) -> None:
     budget_options.add(prune)
     prune.add_argument("--round-to", type=positive, help="widths become multiples of it")
     prune.add_argument(
+        "--max-pruning-ratio",
+        type=_caps,
+        metavar="SHARE | NAME=SHARE,...",
+        help="the largest share of its units that any group loses, or groups and blocks of these names",
+    )
+    prune.add_argument(
+        "--protected-blocks",
+        type=_ends,
+        metavar="COUNT | FIRST,LAST",
+        help="so many blocks at the start and at the end lose nothing",
+    )
+    prune.add_argument(
         "--compensate", choices=("mean", "correct", "ls", "seq"), help="let the rest take over what went"
     )
     prune.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
@@ -84,12 +96,32 @@ def add(commands: Any) -> None:
     prune.set_defaults(command=run)
 
 
+def _caps(text: str) -> float | dict[str, float]:
+    """A share, or shares by name."""
+    if "=" not in text:
+        return float(text)
+    named = (part.partition("=") for part in text.split(","))
+    return {name.strip(): float(share) for name, _, share in named}
+
+
+def _ends(text: str) -> tuple[int, int]:
+    """How many blocks at the start and at the end."""
+    first, comma, last = text.partition(",")
+    return int(first), int(last if comma else first)
+
+
+def caps_of(parsed: argparse.Namespace) -> dict[str, Any]:
+    """The caps that were given, as ``obc.prune`` takes them."""
+    given = {name: getattr(parsed, name) for name in ("max_pruning_ratio", "protected_blocks")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def run(parsed: argparse.Namespace) -> int:
     """By its scores where the target is a directory, else by obc.prune; options of the other way are refused."""
     budget = budget_options.budget_of(parsed)
     if Path(parsed.target).is_dir():
         _refuse(parsed, _ENTRY_ONLY, "is for module:function")
-        return prune_scored.run(parsed, budget)
+        return prune_scored.run(parsed, budget, caps_of(parsed))
     _refuse(parsed, _SCORED_ONLY, f"is for a model directory, and {parsed.target} is none")
     return _entry(parsed, budget)
 
@@ -109,7 +141,9 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
     given = {
         name: getattr(parsed, name) for name in ("criterion", "allocation", "selection", "slices", "steps", "rows")
     }
-    options = {name: value for name, value in given.items() if value is not None} | dict(subject.further)
+    options = (
+        {name: value for name, value in given.items() if value is not None} | caps_of(parsed) | dict(subject.further)
+    )
     if parsed.ignore:
         options["ignored_layers"] = [*options.get("ignored_layers", ()), *parsed.ignore]
     torch.manual_seed(parsed.seed)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,17 @@ from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
 from obc.selection import Costs, select
 from obc.selection.allocation import Task
+from obc.selection.caps import Caps
 from obc.selection.choice import BudgetError
 from obc.selection.uniform import select_uniform
+from obc.structures.protocol import Limits
 from obc.structures.transformers.saving import PLAN_FILE
 
 _CALIBRATION_BATCHES = 32
 _CALIBRATION_BATCH = 4
 
 
-def run(parsed: argparse.Namespace, budget: Budget) -> int:
+def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> int:
     """Prune ``parsed.target`` to the budget and write it to ``parsed.out``."""
     require(checkpoints.PACKAGES)
     source, out = Path(parsed.target), parsed.out
@@ -49,6 +52,7 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
             scores.verify(model)
         options = {} if parsed.kinds is None else {"kinds": parsed.kinds}
         structure = TransformersStructure(model, uniform=bool(parsed.uniform), round_to=parsed.round_to, **options)
+        limits = _limits(structure, caps)
         run_first = _on_first_batch(parsed, model, source)
         budget = budget.ready(structure, run_first, parsed.round_to)
         original = copy.deepcopy(model) if parsed.compensate else model
@@ -56,9 +60,9 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
         kinds = {group.name: group.kind for group in structure.groups}
         speed = MeasuredSpeed(model, run_first, report) if parsed.measure else None
         if isinstance(scores, Scores):
-            chosen = _chosen(structure, scores, budget, report)
+            chosen = _chosen(structure, limits, scores, budget, report)
         else:
-            chosen = _by_criterion(structure, scores, budget, parsed.criterion, parsed.allocation, report)
+            chosen = _by_criterion(structure, limits, scores, budget, parsed, report)
         structure.remove(chosen)
         structure.plan.verify(before, model)
     except BudgetError as error:
@@ -164,17 +168,18 @@ def _statistics(path: Path) -> obc.Statistics:
 
 def _by_criterion(
     structure: Any,
+    limits: Limits,
     statistics: obc.Statistics,
     budget: Budget,
-    criterion: str,
-    allocation: str | None,
+    parsed: argparse.Namespace,
     report: PruningReport,
 ) -> dict[str, Tensor]:
     """The units to remove by a criterion of statistics."""
-    found, limits, costs = get(criterion), structure.limits, budget.costs(structure)
+    criterion: str = parsed.criterion
+    found, costs = get(criterion), budget.costs(structure)
     if hasattr(found, "measure"):
         raise UsageError(f"--criterion {criterion} runs the model itself: prune by a module:function")
-    chosen = chosen_allocation(allocation, found)
+    chosen = chosen_allocation(parsed.allocation, found)
     importance = getattr(chosen, "importance", None)
     scores = scores_from(found, structure.groups, statistics, structure.model)
     if not scores:
@@ -196,9 +201,18 @@ def _by_criterion(
     return chosen.select(task)
 
 
-def _chosen(structure: Any, scores: Scores, budget: Budget, report: PruningReport) -> dict[str, Tensor]:
+def _limits(structure: Any, caps: Mapping[str, Any]) -> Limits:
+    """The structure's limits and the caps together."""
+    limits: Limits = structure.limits
+    least = Caps.of(caps.get("max_pruning_ratio", 1.0), caps.get("protected_blocks", 0)).least(
+        {group.name: group.size for group in structure.groups}
+    )
+    return replace(limits, min_units={name: max(units, limits.min_units.get(name, 1)) for name, units in least.items()})
+
+
+def _chosen(structure: Any, limits: Limits, scores: Scores, budget: Budget, report: PruningReport) -> dict[str, Tensor]:
     """The units to remove: sets of them where the file has rows, else one by one."""
-    groups, costs, limits = structure.groups, budget.costs(structure), structure.limits
+    groups, costs = structure.groups, budget.costs(structure)
     joint = bool(scores.rows)
     values: dict[str, Tensor]
     if joint:

@@ -2,64 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from obc.criteria import Jacobian, get
 from obc.criteria.protocol import name_of
 from obc.model.groups import Slices
-from obc.selection.allocation import Allocation, block_of, found_for
+from obc.selection.allocation import Allocation
 from obc.selection.allocations import allocation_of
-
-
-@dataclass(frozen=True)
-class Caps:
-    """How much any one group may lose, over all steps.
-
-    Attributes:
-        ratio: the largest share of its units that a group may lose, in [0, 1]: of every group, or by group's name or a
-            part of names that ends at a dot (a block); 1 where not named.
-        protected: so many blocks at the start and at the end lose nothing.
-    """
-
-    ratio: float | Mapping[str, float] = 1.0
-    protected: tuple[int, int] = (0, 0)
-
-    @classmethod
-    def of(cls, ratio: float | Mapping[str, float], protected: int | tuple[int, int]) -> Caps:
-        """What ``obc.prune`` was given, checked.
-
-        Raises:
-            ValueError: a ratio outside [0, 1], or a number of blocks that is no integer from 0 on.
-        """
-        named = ratio.items() if isinstance(ratio, Mapping) else [("", ratio)]
-        for name, value in named:
-            if not 0 <= value <= 1:
-                raise ValueError(f"max_pruning_ratio must lie in [0, 1], got {value}{f' for {name!r}' if name else ''}")
-        ends = (protected, protected) if isinstance(protected, int) else tuple(protected)
-        if len(ends) != 2 or not all(isinstance(count, int) and count >= 0 for count in ends):
-            raise ValueError(f"protected_blocks is a number of blocks, or (first, last), got {protected!r}")
-        return cls(ratio, (ends[0], ends[1]))
-
-    def least(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """Group -> how many units stay at least, of unpruned widths in the order of execution.
-
-        Raises:
-            ValueError: a name that no group has.
-        """
-        ratios = self.ratio if isinstance(self.ratio, Mapping) else {}
-        for name in ratios:
-            if not any(group == name or group.startswith(f"{name}.") for group in widths):
-                raise ValueError(f"max_pruning_ratio: no group is named {name!r}; there are {', '.join(widths)}")
-        every = 1.0 if isinstance(self.ratio, Mapping) else self.ratio
-        blocks = list(dict.fromkeys(block_of(name) for name in widths))
-        spared = {*blocks[: self.protected[0]], *blocks[len(blocks) - self.protected[1] :]}
-        return {
-            name: width - (0 if block_of(name) in spared else math.floor(width * found_for(name, ratios, every) + 1e-9))
-            for name, width in widths.items()
-        }
+from obc.selection.caps import Caps
 
 
 def positive(name: str, value: int) -> int:
@@ -179,8 +131,10 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def repeatable(batches: Iterable[Any] | None) -> Iterable[Any]:
-    """``batches``, or a list of them where they can be passed over only once.
+def repeatable(batches: Iterable[Any] | None) -> Sequence[Any]:
+    """``batches`` as a list: each pass must see the same ones, which a data loader that shuffles does not give.
+
+    What one pass found on a batch is compared with what a later pass finds on the batch of the same number.
 
     Raises:
         ValueError: they are missing, empty, or no iterable.
@@ -192,8 +146,7 @@ def repeatable(batches: Iterable[Any] | None) -> Iterable[Any]:
             f"batches must be an iterable, got {type(batches).__name__}; without example_inputs pass the rest by "
             "keyword: obc.prune(model, batches=..., loss_fn=...)"
         )
-    if isinstance(batches, Iterator):
-        batches = list(batches)
-    if isinstance(batches, Sized) and len(batches) == 0:
+    found = batches if isinstance(batches, (list, tuple)) else list(batches)
+    if len(found) == 0:
         raise ValueError("batches is empty: there is nothing to score")
-    return batches
+    return found

@@ -22,7 +22,6 @@ from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
 from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import (
-    Caps,
     Choice,
     Compensation,
     RowKind,
@@ -41,6 +40,7 @@ from obc.pruning.provenance import provenance
 from obc.pruning.report import PruningReport, PruningResult, timed
 from obc.pruning.snapshot import Snapshot
 from obc.scoring.label_free import label_free_loss
+from obc.selection.caps import Caps
 from obc.structures.memory import MemoryUse
 from obc.structures.protocol import Structure
 
@@ -104,8 +104,9 @@ def prune(
             unused with ``structure``. Left out: the model is one of the transformers library, and is pruned by its own
             blocks, untraced (:class:`obc.structures.transformers.TransformersStructure`).
         batches: what ``loss_fn`` takes; passed over twice a step. About 1000 samples; best as many batches as the
-            widest layer has channels, because each is one row. An iterator is made a list. A batch on which something
-            is not finite, such as a row or a BatchNorm's statistic, is left out of everything from then on, and named.
+            widest layer has channels, because each is one row. A list is made of them, so that every pass sees the
+            same ones, whatever a data loader shuffles or draws. A batch on which something is not finite, such as a
+            row or a BatchNorm's statistic, is left out of everything from then on, and named.
         loss_fn: ``loss_fn(model, batch)``: a scalar loss, or with ``rows="sample"`` the vector of per-sample losses.
             With ``labels=False`` it may be None, or stands for ``forward_fn``.
         macs: the share of MACs that remains, in (0, 1]; 0.5 where ``params`` is not given either.

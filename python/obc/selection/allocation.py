@@ -12,6 +12,7 @@ from torch import Tensor
 
 from obc.model.costs import Costs
 from obc.model.groups import ChannelGroup
+from obc.selection.caps import block_of, found_for
 from obc.selection.choice import BudgetError, Selection, select
 from obc.selection.uniform import select_uniform
 
@@ -265,21 +266,3 @@ def _only(task: Task, names: Collection[str], budget: float) -> Task:
     families = [family for family in task.families if set(family) <= set(names)]
     scores = {name: values for name, values in task.scores.items() if name in names}
     return replace(task, scores=scores, budget=budget, families=families, goal=None)
-
-
-def found_for(name: str, values: Mapping[str, float], default: float) -> float:
-    """The value of a name, or of the longest part of it that ends before a dot."""
-    while name:
-        if name in values:
-            return values[name]
-        name = name.rpartition(".")[0]
-    return default
-
-
-def block_of(name: str) -> str:
-    """The part of a layer's name up to its first number: the block that it lies in."""
-    parts = name.split(".")
-    for place, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: place + 1])
-    return name

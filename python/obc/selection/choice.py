@@ -11,6 +11,7 @@ from torch import Tensor
 
 from obc.model.costs import Costs
 from obc.selection import checks
+from obc.selection.caps import Caps
 from obc.selection.compiled import greedy
 from obc.selection.greedy import BUDGET_ROUNDING, Greedy, Interacting, Problem
 from obc.selection.interactions import Form, choose_form, columns_of, products_within
@@ -38,6 +39,8 @@ def select(
     per_cost: bool = True,
     min_units: int | Mapping[str, int] = 1,
     round_to: int | Mapping[str, int] | None = None,
+    max_pruning_ratio: float | Mapping[str, float] = 1.0,
+    protected_blocks: int | tuple[int, int] = 0,
     form: Form | None = None,
     max_bytes: int = 2**31,
 ) -> dict[str, Tensor]:
@@ -92,6 +95,10 @@ def select(
         per_cost: False compares what units add, not what they add for what they free.
         min_units: of every group, or by group (1 where not named), at least so many units stay.
         round_to: of every group that loses units, or by group (1 where not named), a multiple of this stays.
+        max_pruning_ratio: the largest share of its units that any group loses; or by group's name, or the name of a
+            block, such as "model.layers.0" (1 where not named).
+        protected_blocks: so many blocks at the start and at the end lose nothing; a pair says how many at each. Groups
+            come in the order of execution, and a block is a group's name up to its first number.
         form: how R^T R is held, chosen by size where None.
         max_bytes: of R^T R, or the part of it that is held.
 
@@ -107,6 +114,8 @@ def select(
     rows = checks.checked_rows(rows_by_group, selection)
     names, sizes = list(rows_by_group), [values.shape[-1] for values in rows]
     lowest, multiples = checks.limits(names, sizes, min_units, round_to)
+    capped = Caps.of(max_pruning_ratio, protected_blocks).least(dict(zip(names, sizes, strict=True)))
+    lowest = [max(least, capped[name]) for name, least in zip(names, lowest, strict=True)]
     removal_costs = checks.removal_costs(names, sizes, costs, lowest, rows[0].device)
     inside = inside_of(names, costs.inside) if isinstance(costs, Costs) else {}
     checks.warn_if_free(names, sizes, removal_costs, inside)
@@ -162,7 +171,7 @@ def _within_budget(names: Sequence[str], problem: Problem, solver: Greedy, budge
     least = checks.listed([f"{name!r}: {lowest} of {size} units" for name, lowest, size in widths])
     raise BudgetError(
         f"a budget of {budget:g} {unit} can't be met: at most {reachable:g} can be freed, where all groups keep their "
-        f"least ({least}); lower the budget, min_units or round_to, or give rows of more groups",
+        f"least ({least}); lower the budget, min_units or round_to, raise caps, or give rows of more groups",
         reachable,
     )
 
