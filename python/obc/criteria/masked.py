@@ -104,7 +104,7 @@ class Evaluation:
     def of_removed(self, removed: Mapping[str, Tensor]) -> float:
         """The mean over the batches with these units masked."""
         total, count = 0.0, 0
-        model = masked_copy(self.subject.model, self.subject.groups, removed)
+        model = self.without(removed)
         with evaluating(model), torch.no_grad():
             for index, batch in enumerate(self.subject.batches):
                 total += self._of(model, index, batch)
@@ -112,6 +112,10 @@ class Evaluation:
         if count == 0:
             raise ValueError("batches is empty: there is nothing to evaluate")
         return total / count
+
+    def without(self, removed: Mapping[str, Tensor]) -> nn.Module:
+        """The model that is measured: with these units masked."""
+        return masked_copy(self.subject.model, self.subject.groups, removed)
 
     def _of(self, model: nn.Module, index: int, batch: Any) -> float:
         if self.metric == "loss":

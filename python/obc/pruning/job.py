@@ -25,6 +25,7 @@ from obc.pruning.budgets import Budget
 from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof
 from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
+from obc.pruning.search_fitness import fitness_of
 from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_from
 from obc.recovery.norm_reference import NormReference
 from obc.recovery.processes import ALONE
@@ -242,10 +243,13 @@ class Job:
     def _evaluate(self, removed: Mapping[str, Tensor]) -> float:
         """What the model's output loses with these units masked."""
         if self._evaluation is None:
-            metric: Any = getattr(self.choice.allocation, "metric", "kl")
-            batches, count = self.subject.batches, getattr(self.choice.allocation, "batches", None)
-            some = batches if count is None else batches.part(batches.numbered()[:count])
-            self._evaluation = Evaluation(replace(self.subject, groups=self.structure.groups, batches=some), metric)
+            search: Any = self.choice.allocation
+            compensated = getattr(search, "compensated", None)
+            if compensated is None:
+                compensated = self.compensator is not None and self.compensator.by_regression
+            subject = replace(self.subject, groups=self.structure.groups)
+            metric: Any = getattr(search, "metric", "kl")
+            self._evaluation = fitness_of(subject, metric, getattr(search, "batches", None), compensated)
         return self._evaluation.of_removed(removed)
 
     def _check_reachable(self, share: float) -> None:

@@ -17,9 +17,12 @@ class Search:
 
     Which units of a group go follows from their scores; a child takes one level from a group and gives it to another of
     the same kind, one to ``mutations`` times, and still frees the budget. The fitness is what the model's output loses
-    with the chosen units masked: see :class:`obc.criteria.MaskedEvaluation`.
+    with the chosen units masked (:class:`obc.criteria.MaskedEvaluation`), and, where compensation follows, their
+    consumers compensated by plain least squares: widths are chosen for the model that will be left.
 
-    Cost: 1 + generations * offspring forward passes over the batches that fitness is measured on.
+    Cost: 1 + generations * offspring forward passes over the batches that fitness is measured on. Compensated: also one
+    over all batches for the consumers' Gram matrices, 8 bytes times the square of their inputs each, and a least
+    squares for each new width of a group.
 
     Args:
         generations: how often children are made.
@@ -30,6 +33,7 @@ class Search:
         metric: "kl", "mse" or "loss".
         seed: of the mutations.
         batches: fitness is measured on the first so many; None: on all.
+        compensated: fitness after compensation; None: where ``obc.prune`` is to compensate by "correct", "ls" or "seq".
     """
 
     evaluates = True
@@ -44,6 +48,7 @@ class Search:
         metric: str = "kl",
         seed: int = 0,
         batches: int | None = None,
+        compensated: bool | None = None,
     ) -> None:
         counts = {"generations": generations, "offspring": offspring, "survivors": survivors}
         if batches is not None:
@@ -55,7 +60,7 @@ class Search:
             raise ValueError(f"levels must be at least 2 and mutations at least 1, got {levels} and {mutations}")
         self.generations, self.offspring, self.survivors = generations, offspring, survivors
         self.levels, self.mutations, self.metric, self.seed = levels, mutations, metric, seed
-        self.batches = batches
+        self.batches, self.compensated = batches, compensated
         self.history: list[float] = []
 
     def select(self, task: Task) -> dict[str, Tensor]:
