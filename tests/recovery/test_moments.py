@@ -20,8 +20,9 @@ def gram(least_eigenvalue: float) -> Tensor:
 def test_the_first_ridge_that_suffices_is_taken(step: int) -> None:
     used = RIDGE * _RIDGE_STEP**step
     target, matrix = torch.eye(2, dtype=torch.float64)[None], gram(-0.5 * used)
-    solution, relative = _regress(target, matrix, RIDGE)
+    solution, relative, damping = _regress(target, matrix, RIDGE)
     assert relative == pytest.approx(used)
+    assert float(damping) == pytest.approx(used)
     torch.testing.assert_close(solution @ (matrix + used * torch.eye(2, dtype=torch.float64)), target)
 
 

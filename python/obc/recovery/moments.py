@@ -5,13 +5,15 @@ mode "ls"). With S the selection of the kept channels, the decompressor is
 
     D = S + (E[x zT] - S E[z zT]) (E[z zT] + lambda I)^-1,      lambda = ridge * mean diagonal of E[z zT]
 
-so that a growing ridge shrinks it towards the naive S, and where z is the kept part of x the kept rows stay exactly the
-identity. With an intercept all moments are centred, and the consumer's bias takes W (E[x] - D E[z]).
+so that a growing ridge shrinks it towards the naive S. Where z is the kept part of x the kept rows are the identity,
+and only the others are computed. With an intercept all moments are centred, and the consumer's bias takes
+W (E[x] - D E[z]).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -123,16 +125,21 @@ class Moments:
         count = self.total
         cross, square, gram = self.cross / count, self.square / count, self._gram / count
         mean_x, mean_z = self.sum_x / count, self.sum_z / count
-        selection = self._selection
         energy = float(square.sum())
-        before = _error(selection, cross, gram, square)
+        before = self._naive_error(count)
         if intercept:
             cross = cross - mean_x[..., None] * mean_z[:, None]
             gram = gram - mean_z[..., None] * mean_z[:, None]
             square = square - mean_x.square()
-        change, used = _regress(cross - selection @ gram, gram, ridge)
-        decompressor = selection + change
-        after = _error(decompressor, cross, gram, square)
+        cross, square, start = self._taken(cross), self._taken(square), self._start
+        target = cross if start is None else cross - start @ gram
+        change, used, damping = _regress(target, gram, ridge)
+        rows = change if start is None else start + change
+        # E |x - D z|^2, in which D E[z zT] is cross - damping * change.
+        after = float(square.sum() - (rows * cross).sum() - (damping * change * rows).sum())
+        decompressor = rows
+        if not self.paired:
+            decompressor = self._selection.scatter_(1, self._dropped[..., None].expand_as(rows), rows)
         constant = None
         if intercept:
             constant = (mean_x - (decompressor @ mean_z[..., None])[..., 0]).flatten()
@@ -144,13 +151,38 @@ class Moments:
     def relative_error(self, solution: Solution) -> float:
         """sum |x - D z - intercept|^2 over these rows, relative to the naive sum |x - S z|^2; 1 where that is 0."""
         decompressor = solution.decompressor.reshape(self.cross.shape)
-        error = _error(decompressor, self.cross, self._gram, self.square)
+        error = _error(self._taken(decompressor), self._taken(self.cross), self._gram, self._taken(self.square))
         if solution.intercept is not None:
             constant = solution.intercept.reshape(self.sum_x.shape)
             rest = self.sum_x - (decompressor @ self.sum_z[..., None])[..., 0]
             error += float((self.total * constant.square() - 2 * constant * rest).sum())
-        naive = _error(self._selection, self.cross, self._gram, self.square)
+        naive = self._naive_error(1.0)
         return max(error, 0.0) / naive if naive > 0 else 1.0
+
+    @cached_property
+    def _dropped(self) -> Tensor:
+        """(blocks, dropped / blocks) positions of the channels that went."""
+        blocks, size = self.square.shape
+        stays = torch.zeros(blocks, size, dtype=torch.bool).scatter_(1, self.kept, True)
+        return (~stays).nonzero()[:, 1].reshape(blocks, -1)
+
+    def _taken(self, values: Tensor) -> Tensor:
+        """The rows that are regressed, of (blocks, size, ...)."""
+        if self.paired:
+            return values
+        index = self._dropped if values.dim() == 2 else self._dropped[..., None].expand(-1, -1, values.shape[2])
+        return values.gather(1, index)
+
+    @property
+    def _start(self) -> Tensor | None:
+        """S in the rows that are regressed; None where it is zero there."""
+        return self._selection if self.paired else None
+
+    def _naive_error(self, count: float) -> float:
+        """sum |x - S z|^2 / count."""
+        if not self.paired:
+            return float(self._taken(self.square).sum()) / count
+        return _error(self._selection, self.cross, self._gram, self.square) / count
 
     @property
     def _gram(self) -> Tensor:
@@ -179,8 +211,8 @@ def larger_ridges(ridge: float) -> list[float]:
     return [ridge * _RIDGE_STEP**step for step in range(_RIDGE_STEPS + 1)]
 
 
-def _regress(target: Tensor, gram: Tensor, ridge: float) -> tuple[Tensor, float]:
-    """target (gram + lambda I)^-1 and the relative ridge that made it solvable."""
+def _regress(target: Tensor, gram: Tensor, ridge: float) -> tuple[Tensor, float, Tensor]:
+    """target (gram + lambda I)^-1, the relative ridge that made it solvable, and lambda, (blocks, 1, 1)."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)[:, None, None]
     # A block whose kept channels are all constant has nothing to regress on: any positive number solves it to zero.
@@ -189,5 +221,5 @@ def _regress(target: Tensor, gram: Tensor, ridge: float) -> tuple[Tensor, float]
     for used in larger_ridges(ridge):
         factor, failed = torch.linalg.cholesky_ex(gram + used * mean * identity)
         if not bool(failed.any()):
-            return torch.cholesky_solve(target.mT, factor).mT, used
+            return torch.cholesky_solve(target.mT, factor).mT, used, used * mean
     raise SingularError(f"its Gram matrix is singular with a ridge of up to {used:g}")
