@@ -287,3 +287,75 @@ def test_convolutions_with_groups_come_closer(mode: str, make: Callable[[], nn.M
     report = compensate(result.model, original, result.plan, images, mode=mode, progress=False)
     assert "2" not in report.layers  # a depthwise layer mixes no channels
     assert error(result.model, original, held) < 0.9 * before
+
+
+# --- transformers: whole blocks gone, fused experts ------------------------------------------------------------------
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+}
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, use_cache=False).logits
+
+
+def text(count: int, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(64, (8, 16), generator=generator) for _ in range(count)]
+
+
+@pytest.mark.parametrize("mode", [*MODES, "mean"])
+def test_blocks_that_are_gone_leave_the_others_their_layers(mode: str) -> None:
+    """As good, and in the same layers, as the model in which stand-ins keep the places of removed blocks."""
+    transformers = pytest.importorskip("transformers")
+    from obc.integrations.transformers import TransformersStructure
+    from obc.model.depth import compact
+    from obc.recovery.mean_bias import absorb_means
+
+    torch.manual_seed(0)
+    original = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_hidden_layers=4)).eval()
+    model = copy.deepcopy(original)
+    structure = TransformersStructure(model, ["layers", "ffn"])
+    names = {group.name: group.size for group in structure.groups}
+    half = {name: torch.arange(0, size, 2) for name, size in names.items() if size > 1 and ".1." not in name}
+    structure.remove({**half, "model.layers.1": torch.tensor([0])})
+    found = []
+    for out in (False, True):
+        copied = copy.deepcopy(model)
+        if out:
+            compact(copied, structure.plan.depth)
+            assert len(copied.model.layers) == 3
+        if mode == "mean":
+            report: Any = absorb_means(copied, original, structure.plan, text(5, 0), logits)
+            layers = report.absorbed
+        else:
+            report = compensate(copied, original, structure.plan, text(5, 0), logits, mode=mode, progress=False)
+            layers = list(report.layers)
+        assert layers == [f"model.layers.{i}.mlp.down_proj" for i in (0, 2, 3)]
+        assert len(copied.model.layers) == (3 if out else 4)
+        found.append(copied(text(1, 9)[0]).logits)
+    assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fused_experts_stay_naive_and_are_named(mode: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    from obc.integrations.transformers import TransformersStructure
+
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**SIZES, num_hidden_layers=1, num_local_experts=4)
+    original = transformers.MixtralForCausalLM(config).eval()
+    model = copy.deepcopy(original)
+    structure = TransformersStructure(model, ["expert_ffn"])
+    structure.remove({group.name: torch.arange(16) for group in structure.groups})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match=r"fused experts are not compensated: model\.layers\.0\.mlp\.experts stay"):
+        report = compensate(model, original, structure.plan, text(5, 0), logits, mode=mode, progress=False)
+    assert report.sliced_experts == ["model.layers.0.mlp.experts"]
+    assert_close(model.state_dict(), before, rtol=0, atol=0)

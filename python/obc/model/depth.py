@@ -7,8 +7,9 @@ in a cache, and values of the config. Branches keep their stand-ins: a model has
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -246,6 +247,19 @@ def expand(model: nn.Module, depth: Depth) -> None:
             blocks[old] = kept[place]
         _refill(_list(model, name), blocks)
     _write_config(model, depth, compacted=False)
+
+
+@contextlib.contextmanager
+def expanded(model: nn.Module, depth: Depth) -> Iterator[None]:
+    """Inside the block all modules have the names of the unpruned model, as after :func:`expand`."""
+    was_compact = bool(depth) and is_compact(model, depth)
+    if was_compact:
+        expand(model, depth)
+    try:
+        yield
+    finally:
+        if was_compact:
+            compact(model, depth)
 
 
 def _list(model: nn.Module, name: str) -> nn.ModuleList | nn.Sequential:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
 from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan
@@ -21,7 +22,7 @@ from obc.model.usable_batches import UsableBatches
 from obc.recovery import correct, least_squares
 from obc.recovery.calibration import batch_norms, norm_reference
 from obc.recovery.compensation_report import CompensationReport
-from obc.recovery.consumers import Consumer, find_consumers
+from obc.recovery.consumers import Consumer, find_consumers, sliced_experts
 from obc.recovery.processes import Processes
 
 Mode = Literal["correct", "ls", "seq"]
@@ -71,7 +72,8 @@ def compensate(
     mode="seq": likewise layer by layer, z being what the pruned model, compensated so far, hands on: two passes per
     layer, with the ridge that was best in "ls"; what "ls" gives stays where the held-out batches like it better.
 
-    A layer that no batch reached, such as an expert that no token was routed to, stays naive and is warned of.
+    A layer that no batch reached, such as an expert that no token was routed to, stays naive and is warned of; so do
+    fused experts, whose weights are one tensor for all of them.
     Positions of padding, by a batch's ``attention_mask``, count neither in the regressions nor in the model's output.
     After an exception the pruned model is as it was.
 
@@ -120,12 +122,14 @@ def compensate(
     forward = forward_fn or call_on_batch
     disable = None if progress is None else not progress
     with (
+        expanded(pruned_model, plan.depth),
         evaluating(pruned_model, original_model),
         without_cache(pruned_model, original_model),
         torch.no_grad(),
         tqdm(desc="compensate", unit="layer", disable=disable) as bar,
     ):
         consumers = find_consumers(pruned_model, original_model, plan)
+        experts = sliced_experts(pruned_model, original_model)
         norms = batch_norms(pruned_model) if recalibrate_norms else []
         more = _LARGE_RIDGES if mode == "correct" else _MORE_RIDGES
         ridges: Sequence[float] = [*more, *RIDGES] if ridge is None else [ridge]
@@ -144,6 +148,7 @@ def compensate(
             )
             solver = least_squares.LeastSquaresRun(pruned_model, original_model, consumers, split, norms, settings)
             report = solver.run(bar)
+    report.sliced_experts = experts
     _warn_of_unreached(report)
     _warn_of_few_rows(report, consumers)
     report.seconds = time.perf_counter() - start
@@ -172,6 +177,11 @@ def _check(
 
 
 def _warn_of_unreached(report: CompensationReport) -> None:
+    if report.sliced_experts:
+        warnings.warn(
+            f"fused experts are not compensated: {', '.join(report.sliced_experts)} stay as pruning left them",
+            stacklevel=3,
+        )
     if report.unreached:
         warnings.warn(
             f"no calibration batch reached {', '.join(report.unreached)}, which stay as pruning left them; pass "

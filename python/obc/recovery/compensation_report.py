@@ -79,6 +79,7 @@ class CompensationReport:
             where asked for.
         moment_bytes: the largest memory that the running sums took.
         unreached: consumers that no batch reached; they stay naive.
+        sliced_experts: fused experts that lost inner channels; they stay naive.
         stream_bytes: mode "correct": the largest memory that both models' tensors between modules took.
         notes: exceptions to the usual course.
         seconds: wall time.
@@ -94,6 +95,7 @@ class CompensationReport:
     moment_bytes: int = 0
     stream_bytes: int = 0
     unreached: list[str] = field(default_factory=list)
+    sliced_experts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -122,6 +124,7 @@ class CompensationReport:
         for name, layer in self.layers.items():
             lines.append(f"{name:40} {layer}{'' if layer.applied else ' (left naive)'}")
         lines += [f"{name:40} no batch reached it (left naive)" for name in self.unreached]
+        lines += [f"{name:40} fused experts (left naive)" for name in self.sliced_experts]
         errors = f"naive {self.naive_error:.4f}, compensated {self.compensated_error:.4f}, final {self.final_error:.4f}"
         if self.tried:
             lines.append(f"tried: {', '.join(f'{name} {error:.4f}' for name, error in self.tried.items())}")

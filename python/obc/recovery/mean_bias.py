@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.kept import Kept
@@ -59,6 +60,17 @@ def absorb_means(
         batches: calibration batches, passed over once, without gradients.
         forward_fn: as for :func:`obc.collect`.
     """
+    with expanded(pruned_model, plan.depth):
+        return _absorb_all(pruned_model, original_model, plan, batches, forward_fn)
+
+
+def _absorb_all(
+    pruned_model: nn.Module,
+    original_model: nn.Module,
+    plan: PruningPlan,
+    batches: Iterable[Any],
+    forward_fn: ForwardFn | None,
+) -> MeansReport:
     report = MeansReport()
     state = original_model.state_dict()
     consumers: dict[str, Kept] = {}
