@@ -119,12 +119,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     ways = list(rows[0]["accuracy"])
     yield f"{'test accuracy, %':16} {'seed':>4} " + " ".join(f"{way:>9}" for way in ways)
     for name in dict.fromkeys(row["network"] for row in rows):
-        of_network = [row for row in rows if row["network"] == name]
-        for row in of_network:
+        network_rows = [row for row in rows if row["network"] == name]
+        for row in network_rows:
             cells = ("-" if row["accuracy"][way] is None else f"{row['accuracy'][way]:.1f}" for way in ways)
             yield f"{name:16} {row['seed']:4} " + " ".join(f"{cell:>9}" for cell in cells)
-        if len(of_network) > 1:
-            columns = ([row["accuracy"][way] for row in of_network] for way in ways)
+        if len(network_rows) > 1:
+            columns = ([row["accuracy"][way] for row in network_rows] for way in ways)
             means = ("-" if None in c else f"{statistics.mean(c):.1f}±{statistics.stdev(c):.1f}" for c in columns)
             yield f"{'':16} {'mean':>4} " + " ".join(f"{cell:>9}" for cell in means)
 

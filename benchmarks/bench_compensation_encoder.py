@@ -361,8 +361,10 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for line, corpus in zip(panels, corpora, strict=True):
         for panel, state in zip(line, STATES, strict=True):
             for index, name in enumerate(CRITERIA):
-                of_name = [row for row in rows if (row["corpus"], row["criterion"]) == (corpus, name) and state in row]
-                found = [[row[state] for row in of_name if row["share"] == share] for share in SHARES]
+                name_rows = [
+                    row for row in rows if (row["corpus"], row["criterion"]) == (corpus, name) and state in row
+                ]
+                found = [[row[state] for row in name_rows if row["share"] == share] for share in SHARES]
                 if all(found):
                     means = [statistics.mean(values) for values in found]
                     reach = [[abs(end(v) - m) for v, m in zip(found, means, strict=True)] for end in (min, max)]

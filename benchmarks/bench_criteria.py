@@ -106,7 +106,7 @@ def _llama(rows: int, batch: int, width: int = 512) -> Subject:
         use_cache=False,
     )
     tokens = [torch.randint(4096, (batch, 128)) for _ in range(rows)]
-    return Subject(LlamaForCausalLM(config).eval(), [(of, of) for of in tokens], _token_losses)
+    return Subject(LlamaForCausalLM(config).eval(), [(ids, ids) for ids in tokens], _token_losses)
 
 
 MODELS: dict[str, Callable[[int, int], Subject]] = {

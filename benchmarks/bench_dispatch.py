@@ -48,7 +48,7 @@ def operator(name: str) -> Case:
     """One call of an operator on next to nothing."""
     arguments = _inputs(name)
     native = obc.backends.resolve(name, "cpu")
-    public, raw, definition = (getattr(of, name) for of in (ops, torch.ops.obc, reference))
+    public, raw, definition = (getattr(namespace, name) for namespace in (ops, torch.ops.obc, reference))
     expected = definition(*arguments)
     a, b = torch.ones(2, _SIZE)
 

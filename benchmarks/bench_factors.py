@@ -64,16 +64,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     for recipe in NETWORKS:
         if arguments.network not in (None, recipe.name):
             continue
-        of_network = []
+        network_rows = []
         for seed in range(arguments.seeds):
             network = pruned(recipe, seed)
             found = [row(network, way, arguments.epochs, seed) for way in WAYS]
-            of_network.append([entry["test"] for entry in found])
+            network_rows.append([entry["test"] for entry in found])
             rows += [{"network": recipe.name, "seed": seed, **entry} for entry in found]
-            cells = " ".join(f"{test:9.1f}" for test in of_network[-1])
+            cells = " ".join(f"{test:9.1f}" for test in network_rows[-1])
             print(f"{recipe.name:16} {seed:4} {network.accuracy(network.model):7.1f} {cells}", flush=True)
-        if len(of_network) > 1:
-            means = (f"{statistics.fmean(c):.1f}±{statistics.stdev(c):.1f}" for c in zip(*of_network, strict=True))
+        if len(network_rows) > 1:
+            means = (f"{statistics.fmean(c):.1f}±{statistics.stdev(c):.1f}" for c in zip(*network_rows, strict=True))
             print(f"{'':16} mean {'':7} " + " ".join(f"{cell:>9}" for cell in means))
     if arguments.out:
         write(arguments.out, facts, rows=rows)

@@ -100,11 +100,11 @@ def table(channels: int, count: int) -> Case:
     def check(found: dict[str, Tensor]) -> None:
         assert all(torch.equal(found[name], units) for name, units in expected.items()), "other units were picked"
 
-    def of_form(form: Form) -> Callable[[], dict[str, Tensor]]:
+    def form_times(form: Form) -> Callable[[], dict[str, Tensor]]:
         return lambda: select(rows, form)
 
     return Case(
-        [Provider("NumPy", lambda: plain_select(rows)), *(Provider(form, of_form(form)) for form in FORMS)],
+        [Provider("NumPy", lambda: plain_select(rows)), *(Provider(form, form_times(form)) for form in FORMS)],
         baseline="NumPy",
         limit=plain_product(channels * channels * count),
         bytes_moved=4 * channels * count,

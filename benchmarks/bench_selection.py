@@ -336,11 +336,11 @@ def accuracies(results: Results, task: str, kind: str, method: str, ratio: float
             if key.startswith(f"tune/{task}/{kind}/") and f"/{method}/{ratio}/{state}/" in key:
                 seed, rate = int(key.split("/")[3]), float(key.rsplit("/", 1)[1])
                 first = min(int(k.split("/")[3]) for k in results.cases if k.startswith(f"tune/{task}/{kind}/"))
-                of_first = f"{task}/{kind}/{first}/{method}/{ratio}/{state}"
+                first_key = f"{task}/{kind}/{first}/{method}/{ratio}/{state}"
                 tried = all(
-                    f"tune/{of_first}/{one}" in results.cases for one in LEARNING_RATES
+                    f"tune/{first_key}/{one}" in results.cases for one in LEARNING_RATES
                 )  # else it was cut short
-                if tried and rate == best_rate(results, of_first):
+                if tried and rate == best_rate(results, first_key):
                     found[seed] = 100 * case["test"]
         elif key.startswith(f"prune/{task}/{kind}/") and key.split("/", 4)[4] == method:
             found[int(key.split("/")[3])] = 100 * case["ratios"][str(ratio)][state]

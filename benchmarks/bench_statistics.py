@@ -112,8 +112,8 @@ def one_run(name: str, batches: int = BATCHES) -> Case:
 
     def products() -> None:
         totals: dict[str, Tensor] = {}
-        for of_batch in inputs:
-            for layer, x in of_batch.items():
+        for batch_inputs in inputs:
+            for layer, x in batch_inputs.items():
                 product = x.mT @ x
                 totals[layer] = totals[layer].add_(product) if layer in totals else product
 
@@ -136,11 +136,11 @@ def one_run(name: str, batches: int = BATCHES) -> Case:
         ],
         baseline=PLAIN,
         limit=Provider("products alone", products),
-        bytes_moved=sum(4 * x.numel() for of_batch in inputs for x in of_batch.values()),
+        bytes_moved=sum(4 * x.numel() for batch_inputs in inputs for x in batch_inputs.values()),
         check=check,
         unchecked=frozenset({PLAIN, ROWS_AND_PRODUCTS}),
         targets=[Target(TOGETHER, ROWS_AND_PRODUCTS, TARGET)],
-        flops=2 * sum(len(x) * x.shape[1] ** 2 for of_batch in inputs for x in of_batch.values()),
+        flops=2 * sum(len(x) * x.shape[1] ** 2 for batch_inputs in inputs for x in batch_inputs.values()),
     )
 
 

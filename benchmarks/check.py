@@ -47,7 +47,8 @@ class Change:
 
     def __str__(self) -> str:
         before, after = (
-            f"{of['paired_median']:.2f} [{of['q25']:.2f}, {of['q75']:.2f}]" for of in (self.committed, self.now)
+            f"{ratio['paired_median']:.2f} [{ratio['q25']:.2f}, {ratio['q75']:.2f}]"
+            for ratio in (self.committed, self.now)
         )
         return f"{self.case}: {self.provider} / {self.baseline}: committed {before}, now {after}"
 
@@ -56,7 +57,7 @@ def changes(committed: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Ch
     """Every provider of ours in both results of one case."""
     for provider in committed["providers"]:
         if _ours(provider) and provider in now["providers"] and provider != committed["baseline"]:
-            ratios = (of["providers"][provider]["against_baseline"] for of in (committed, now))
+            ratios = (result["providers"][provider]["against_baseline"] for result in (committed, now))
             yield Change(committed["name"], provider, committed["baseline"], *ratios)
 
 

@@ -15,17 +15,17 @@ def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = ["| share | removed | perplexity | difference of the loss to widths | blocks, branches gone |"]
     lines.append("| ---: | --- | ---: | ---: | --- |")
     for share in sorted({case["share"] for case in cases}):
-        at = [case for case in cases if case["share"] == share]
-        base = {case["draw"]: case["losses"] for case in at if case["method"] == BASELINE}
-        for method in dict.fromkeys(case["method"] for case in at):
-            of_it = [case for case in at if case["method"] == method]
-            losses = [loss for case in of_it for loss in case["losses"]]
+        share_cases = [case for case in cases if case["share"] == share]
+        base = {case["draw"]: case["losses"] for case in share_cases if case["method"] == BASELINE}
+        for method in dict.fromkeys(case["method"] for case in share_cases):
+            method_cases = [case for case in share_cases if case["method"] == method]
+            losses = [loss for case in method_cases for loss in case["losses"]]
             paired = [
                 one - other
-                for case in of_it
+                for case in method_cases
                 for one, other in zip(case["losses"], base.get(case["draw"], []), strict=False)
             ]
-            gone = "; ".join(f"{case.get('blocks', 0)}, {case.get('branches', 0)}" for case in of_it)
+            gone = "; ".join(f"{case.get('blocks', 0)}, {case.get('branches', 0)}" for case in method_cases)
             difference = "-"
             if len(paired) > 1:
                 error = statistics.stdev(paired) / math.sqrt(len(paired))

@@ -141,10 +141,10 @@ def _encoder(results: Path) -> str:
     for corpus in ("docstrings", "topics"):
         lines = []
         for kind in kinds:
-            of_kind = [row for row in rows if (row["corpus"], row["sentences"], row["criterion"]) == (corpus, *kind)]
-            if of_kind:
-                found = ([row.get(state) for row in of_kind if row["share"] == share] for share, state in columns)
-                facts = f"{kind[1]}, {kind[0]} sentences, n = {len({row['seed'] for row in of_kind})}"
+            kind_rows = [row for row in rows if (row["corpus"], row["sentences"], row["criterion"]) == (corpus, *kind)]
+            if kind_rows:
+                found = ([row.get(state) for row in kind_rows if row["share"] == share] for share, state in columns)
+                facts = f"{kind[1]}, {kind[0]} sentences, n = {len({row['seed'] for row in kind_rows})}"
                 lines.append([facts, *(_spread(values, 3) for values in found)])
         parts.append(markdown([corpus, *(f"{share:.0%} {state}" for share, state in columns)], lines))
     return "\n\n".join(parts) + source(rows[-1].get("provenance", content["provenance"]))
@@ -209,7 +209,8 @@ def _joint_selection(results: Path) -> str:
                 continue
             other = cases[key.removesuffix(_JOINT) + _INDEPENDENT]
             for state, found in differences.items():
-                found.append(statistics.mean(100 * (at[state] - other[ratio][state]) for ratio, at in ratios.items()))
+                gains = (ratios[ratio][state] - other[ratio][state] for ratio in ratios)
+                found.append(statistics.mean(100 * gain for gain in gains))
         recalibrated = label != "ViTs"  # these have no BatchNorm
         cells = [_spread(found) if state != "bn" or recalibrated else "-" for state, found in differences.items()]
         lines.append([f"{len(differences['raw'])} small {label}", *cells])
@@ -239,15 +240,15 @@ def _large(results: Path) -> str:
     sizes, ways = (list(dict.fromkeys(row[key] for row in content["cases"])) for key in ("size", "way"))
     lines = []
     for size in sizes:
-        of_size = {row["way"]: row for row in content["cases"] if row["size"] == size}
+        size_rows = {row["way"]: row for row in content["cases"] if row["size"] == size}
         cells = []
         for way in ways:
-            row = of_size.get(way, {})
+            row = size_rows.get(way, {})
             said = (
                 f"{row['peak_mib']:.0f}, {row['seconds_per_row']:.2f}" if "peak_mib" in row else row.get("failed", "-")
             )
             cells.append(said)
-        weights = next(iter(of_size.values()))["weights_mib"]
+        weights = next(iter(size_rows.values()))["weights_mib"]
         lines.append([f"{size}, {weights:.0f} MiB of weights", *cells])
     return markdown(["MiB above the weights, s per row", *ways], lines) + source(content["provenance"])
 

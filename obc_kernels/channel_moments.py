@@ -125,23 +125,23 @@ def _channel_moments_finish_kernel(
     for first in range(0, rows, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N).to(tl.int64)  # [BLOCK_N]
         mask = (n < rows)[:, None] & (c < channels)[None, :]
-        at = partial_ptr + n[:, None] * channels + c[None, :]
-        of_sample = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
+        pointers = partial_ptr + n[:, None] * channels + c[None, :]
+        sample_sum = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
         count = tl.zeros((BLOCK_N, BLOCK_C), dtype=ACC)
         for _ in range(splits):
-            total += tl.load(at, mask=mask, other=0.0)
-            at += step
-            square += tl.load(at, mask=mask, other=0.0)
-            at += step
-            of_sample += tl.load(at, mask=mask, other=0.0)
-            at += step
+            total += tl.load(pointers, mask=mask, other=0.0)
+            pointers += step
+            square += tl.load(pointers, mask=mask, other=0.0)
+            pointers += step
+            sample_sum += tl.load(pointers, mask=mask, other=0.0)
+            pointers += step
             if HAS_MASK:
-                count += tl.load(at, mask=mask, other=0.0)
-                at += step
+                count += tl.load(pointers, mask=mask, other=0.0)
+                pointers += step
         if not HAS_MASK:
             count += positions
-        mean = of_sample / tl.maximum(count, 1.0)
-        absolute += of_sample
+        mean = sample_sum / tl.maximum(count, 1.0)
+        absolute += sample_sum
         mean_square += mean * mean
     c_mask = c < channels
     all_squares = tl.sum(square, axis=0)

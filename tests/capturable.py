@@ -22,7 +22,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.attention_norm(x)
-        q, k, v = (of(normed).unflatten(-1, (-1, self.head)).transpose(1, 2) for of in (self.q, self.k, self.v))
+        q, k, v = (
+            projection(normed).unflatten(-1, (-1, self.head)).transpose(1, 2) for projection in (self.q, self.k, self.v)
+        )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         x = x + self.o(mixed.transpose(1, 2).flatten(2))
         normed = self.mlp_norm(x)

@@ -105,7 +105,10 @@ def rows(
             by_key = {(name, key): grad for (name, key, _), grad in zip(owned, grads, strict=True)}
             for name, module in modules.items():
                 collected[name].append(row(module, by_key[name, "weight"], by_key.get((name, "bias"))))
-    return {name: (_stack([out for out, _ in of]), _stack([in_ for _, in_ in of])) for name, of in collected.items()}
+    return {
+        name: (_stack([out for out, _ in pairs]), _stack([in_ for _, in_ in pairs]))
+        for name, pairs in collected.items()
+    }
 
 
 def scores(
@@ -116,8 +119,8 @@ def scores(
     training: bool = False,
 ) -> Rows:
     """Per scorable module (out (C_out,) or None, in (C_in,) or None): the squares of :func:`rows`, summed over rows."""
-    of = _rows(model, batches, loss_fn, rows, training)
-    return {name: (_sum_of_squares(out), _sum_of_squares(in_)) for name, (out, in_) in of.items()}
+    found = _rows(model, batches, loss_fn, rows, training)
+    return {name: (_sum_of_squares(out), _sum_of_squares(in_)) for name, (out, in_) in found.items()}
 
 
 _rows = rows  # the argument of scores has the same name

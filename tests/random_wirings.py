@@ -109,9 +109,9 @@ def _rolled(rng: random.Random, channels: int) -> tuple[str, Move]:
 
 
 def _parts_exchanged(rng: random.Random, channels: int) -> tuple[str, Move]:
-    at = rng.randrange(1, channels)
-    return f"split at {at} and exchanged", lambda x: torch.cat(
-        x.split([at, x.shape[1] - at] if x.shape[1] == channels else [x.shape[1] // 2, -(-x.shape[1] // 2)], 1)[::-1], 1
+    cut = rng.randrange(1, channels)
+    return f"split at {cut} and exchanged", lambda x: torch.cat(
+        x.split([cut, channels - cut] if x.shape[1] == channels else [x.shape[1] // 2, -(-x.shape[1] // 2)], 1)[::-1], 1
     )
 
 

@@ -222,7 +222,7 @@ def test_more_axes_than_a_kernel_walks_are_copied() -> None:
 def _layers(dtype: torch.dtype) -> tuple[list[list[Tensor | None]], list[int], list[bool]]:
     cases = [*test_weight_dot.CASES[:27], test_weight_dot.Case((130, 129, 3, 3))]
     tensors = [case.tensors(dtype, "cpu") for case in cases]
-    layers = [of if n % 2 else [*of[:2], None, None] for n, of in enumerate(tensors)]
+    layers = [layer if n % 2 else [*layer[:2], None, None] for n, layer in enumerate(tensors)]
     return layers, [case.groups for case in cases], [case.transposed for case in cases]
 
 

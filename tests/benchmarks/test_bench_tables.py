@@ -148,8 +148,10 @@ def test_the_guard_runs_cases_again_and_names_what_got_slower(
     committed = case(0.5)
 
     def measured(times: float, void: list[str]) -> Callable[..., harness.Result]:
-        def measure(name: str, of: Case, repeats: int, threads: int) -> harness.Result:
-            return harness.Result(name, of, {"obc": [times] * 3, "reference": [1.0] * 3, "the limit": [0.25] * 3}, void)
+        def measure(name: str, case: Case, repeats: int, threads: int) -> harness.Result:
+            return harness.Result(
+                name, case, {"obc": [times] * 3, "reference": [1.0] * 3, "the limit": [0.25] * 3}, void
+            )
 
         return measure
 
@@ -175,7 +177,7 @@ def test_every_committed_case_can_be_run_again() -> None:
     for file, module in check.FILES.items():
         content = json.loads((harness.RESULTS / f"{file}.json").read_text(encoding="utf-8"))
         cases = importlib.import_module(f"benchmarks.{module}").CASES
-        assert {of["name"] for of in content["cases"]} <= set(cases)
+        assert {case["name"] for case in content["cases"]} <= set(cases)
 
 
 # --- pictures, and obc bench ---------------------------------------------------------------------------------------

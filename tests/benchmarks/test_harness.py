@@ -105,7 +105,7 @@ def test_later_runs_keep_the_cases_of_earlier_ones(tmp_path: Path, threads: None
     first = json.loads(out.read_text())
     assert harness.main("some", cases, [*common, "--only", "two"]) == 0
     second = json.loads(out.read_text())
-    assert [of["name"] for of in second["cases"]] == ["one", "two"]
+    assert [case["name"] for case in second["cases"]] == ["one", "two"]
     assert second["cases"][0] == first["cases"][0]
     assert second["cases"][1]["providers"]["a"]["against_baseline"]["pairs"] == harness.QUICK
     assert second["cases"][1]["provenance"] == second["provenance"]
@@ -116,7 +116,7 @@ def test_a_failing_case_leaves_those_before_it_written(tmp_path: Path, threads: 
     cases = {"good": lambda: case(Provider("a", lambda: 1)), "bad": lambda: pytest.fail("this case fails")}
     with pytest.raises(pytest.fail.Exception):
         harness.main("some", cases, ["--quick", "--threads", "1", "--out", str(out)])
-    assert [of["name"] for of in json.loads(out.read_text())["cases"]] == ["good"]
+    assert [case["name"] for case in json.loads(out.read_text())["cases"]] == ["good"]
 
 
 def test_share_of_the_limit_and_flops() -> None:

@@ -261,7 +261,7 @@ def test_a_directory_is_pruned_to_a_share_of_its_parameters(
     assert prune(llama, "--scores", scores, "--params", 0.8, *options, "--device", "cpu", "--out", out) == 0
     whole = transformers.LlamaForCausalLM.from_pretrained(llama)
     pruned = transformers.LlamaForCausalLM.from_pretrained(out) if options else load_pruned(out)
-    before, after = (sum(parameter.numel() for parameter in of.parameters()) for of in (whole, pruned))
+    before, after = (sum(parameter.numel() for parameter in network.parameters()) for network in (whole, pruned))
     assert after <= 0.8 * before
 
 

@@ -110,17 +110,17 @@ def test_the_protocol_reaches_each_target_by_each_criterion_and_repeats(monkeypa
     assert [result.model for result in results] == ["small CNN", "small transformer"]
     assert len(said) == len(SMALL) * (1 + len(CRITERIA))
     for result in results:
-        assert [of.criterion for of in result.criteria] == ["random", "L1", "Taylor", "Jacobian"]
-        for of in result.criteria:
-            assert [point.target for point in of.points] == [1.3, 1.5]
-            assert all(point.macs_ratio >= point.target for point in of.points)
-            for point in of.points:
+        assert [criterion.criterion for criterion in result.criteria] == ["random", "L1", "Taylor", "Jacobian"]
+        for criterion in result.criteria:
+            assert [point.target for point in criterion.points] == [1.3, 1.5]
+            assert all(point.macs_ratio >= point.target for point in criterion.points)
+            for point in criterion.points:
                 assert tuple(point.accuracy) == recover.WAYS
                 without = {recover.RECALIBRATED} if result.model == "small transformer" else set()
                 assert {way for way, value in point.accuracy.items() if value is None} == without
                 assert all(0 <= value <= 1 for value in point.accuracy.values() if value is not None)
-            assert of.seconds > 0
-            assert of.peak_bytes > 0
+            assert criterion.seconds > 0
+            assert criterion.peak_bytes > 0
     assert without_seconds(run.run(0, SMALL[1:], targets=(1.3, 1.5))) == without_seconds(results[1:])
 
 
@@ -159,12 +159,12 @@ def test_fine_tuning_gives_every_way_the_same_start_and_chooses_by_validation(mo
     said: list[str] = []
     (result,) = finetune.run(3, SMALL[:1], seeds=2, say=said.append)
     assert [line.split(",")[1] for line in said] == [" seed 3: 3 ways", " seed 4: 3 ways"]
-    assert [of.way for of in result.ways] == ["naive", "compensated (ls) first", "Equivalent Pruning"]
-    for of in result.ways:
-        assert of.learning_rates == (1e-2, 1e-2)  # after two epochs there is much to learn, which 1e-7 can't
-        assert min(of.accuracies) > max(result.pruned)
+    assert [way.way for way in result.ways] == ["naive", "compensated (ls) first", "Equivalent Pruning"]
+    for way in result.ways:
+        assert way.learning_rates == (1e-2, 1e-2)  # after two epochs there is much to learn, which 1e-7 can't
+        assert min(way.accuracies) > max(result.pruned)
     (again,) = finetune.run(4, SMALL[:1], seeds=1)
-    assert [of.accuracies for of in again.ways] == [of.accuracies[1:] for of in result.ways]
+    assert [way.accuracies for way in again.ways] == [way.accuracies[1:] for way in result.ways]
 
 
 def test_fine_tuning_reads_the_test_split_for_the_chosen_network_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,13 +29,13 @@ def network() -> nn.Sequential:
     return randomise(nn.Sequential(*layers)).eval()
 
 
-def batches(bad: Callable[[Batch], Batch] | None = None, at: tuple[int, ...] = (BAD,)) -> list[Batch]:
+def batches(bad: Callable[[Batch], Batch] | None = None, places: tuple[int, ...] = (BAD,)) -> list[Batch]:
     generator = torch.Generator().manual_seed(1)
     found = []
     for index in range(COUNT):
         x = torch.randn(6, 3, 8, 8, generator=generator)
         batch = x, torch.randint(5, (6,), generator=generator)
-        found.append(bad(batch) if bad is not None and index in at else batch)
+        found.append(bad(batch) if bad is not None and index in places else batch)
     return found
 
 
@@ -126,7 +126,7 @@ def test_other_kinds_of_rows(options: dict[str, Any]) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_more_than_a_tenth_raises_and_the_model_is_as_it_was() -> None:
-    model, data = network(), batches(FAULTS["a NaN"], at=(0, 4, 9))
+    model, data = network(), batches(FAULTS["a NaN"], places=(0, 4, 9))
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=r"3 of 22 batches are not usable, more than a tenth \(batch 0: row 0 is not"):
         obc.prune(model, data[1][0], data, loss, macs=0.7, steps=1)
@@ -162,7 +162,7 @@ def test_recalibration_heals_statistics_that_are_not_finite() -> None:
 def test_recalibration_that_fails_leaves_the_statistics() -> None:
     model, before = network(), network()
     with pytest.raises(ValueError, match="5 of 22 batches are not usable"):
-        obc.recalibrate_norms(model, batches(FAULTS["infinite"], at=(1, 2, 5, 6, 20)))
+        obc.recalibrate_norms(model, batches(FAULTS["infinite"], places=(1, 2, 5, 6, 20)))
     assert_same(model, before)
     with pytest.raises(obc.PruningError, match="to have 3 channels"):
         obc.recalibrate_norms(model, [*good(), (torch.zeros(1, 2, 8, 8), torch.zeros(1))])
@@ -177,15 +177,15 @@ def test_norms_that_are_not_run_keep_their_statistics() -> None:
     assert model["used"].running_mean.abs().max() < 1
 
 
-@pytest.mark.parametrize("at", [0, BAD, 4], ids=["first", "calibration", "held out"])
+@pytest.mark.parametrize("place", [0, BAD, 4], ids=["first", "calibration", "held out"])
 @pytest.mark.parametrize("mode", ["ls", "seq"])
 @pytest.mark.filterwarnings("ignore:fewer calibration")
-def test_compensation_leaves_it_out(at: int, mode: str) -> None:
+def test_compensation_leaves_it_out(place: int, mode: str) -> None:
     """Batch 4 is held out. What is left out is so before the batches are divided, where scoring found it: see above."""
-    original, data = network(), batches(FAULTS["a NaN"], at=(at,))
+    original, data = network(), batches(FAULTS["a NaN"], places=(place,))
     model = copy.deepcopy(original)
     plan = obc.prune(model, data[1][0], good(), loss, macs=0.7, steps=1, recalibrate=False, progress=False).plan
-    with pytest.warns(UserWarning, match=f"batch {at} is left out"):
+    with pytest.warns(UserWarning, match=f"batch {place} is left out"):
         report = obc.compensate(model, original, plan, data, mode=mode, progress=False)
     assert math.isfinite(report.final_error)
     assert report.final_error < report.naive_error
@@ -194,7 +194,7 @@ def test_compensation_leaves_it_out(at: int, mode: str) -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_compensation_refuses_more_than_a_tenth() -> None:
-    original, data = network(), batches(FAULTS["infinite"], at=(1, 2, 4))
+    original, data = network(), batches(FAULTS["infinite"], places=(1, 2, 4))
     model = copy.deepcopy(original)
     plan = obc.prune(model, data[0][0], good(), loss, macs=0.7, steps=1, progress=False).plan
     with pytest.raises(ValueError, match="3 of 22 batches are not usable"):

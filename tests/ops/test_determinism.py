@@ -200,8 +200,8 @@ def test_threads_do_not_change_a_large_model(rows: str, threads: None) -> None:
 
 def exact(scores: obc.Scores) -> oracle.Rows:
     """Scores as the oracle has them, to be compared with."""
-    sides = {name: (of.out_channels, of.in_channels) for name, of in scores.items()}
-    return {name: tuple(None if side is None else side.double() for side in of) for name, of in sides.items()}
+    sides = {name: (channels.out_channels, channels.in_channels) for name, channels in scores.items()}
+    return {name: tuple(None if side is None else side.double() for side in pair) for name, pair in sides.items()}
 
 
 @pytest.mark.parametrize("rows", ROWS)

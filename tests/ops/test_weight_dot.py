@@ -155,7 +155,7 @@ def _model(dtype: torch.dtype, device: str) -> tuple[list[Case], list[list[Tenso
     """Many small layers and some larger ones, as a network has them, every other one with a bias."""
     cases = [*CASES[:27], Case((130, 129, 3, 3)), Case((257, 1031))] * 2
     tensors = [case.tensors(dtype, device) for case in cases]
-    return cases, [of if n % 2 else [*of[:2], None, None] for n, of in enumerate(tensors)]
+    return cases, [layer if n % 2 else [*layer[:2], None, None] for n, layer in enumerate(tensors)]
 
 
 @pytest.mark.parametrize("device", TARGETS, indirect=True)

@@ -76,10 +76,10 @@ def test_the_second_step_scores_what_the_first_compensation_made(name: str, how:
     assert same(weights(model), second)  # verified with its slices, and given back what compensation found
 
     # Each compensation starts from slices of the unpruned model: one of them by hand gives the same.
-    for known, at in ((first, plan), (second, last_plan)):
-        alone = at.apply(copy.deepcopy(original))
-        obc.recalibrate_norms(alone, batches, loss, original_model=original, plan=at)
-        obc.compensate(alone, original, at, batches, outputs_inside(loss), mode=how, progress=False)
+    for known, kept_plan in ((first, plan), (second, last_plan)):
+        alone = kept_plan.apply(copy.deepcopy(original))
+        obc.recalibrate_norms(alone, batches, loss, original_model=original, plan=kept_plan)
+        obc.compensate(alone, original, kept_plan, batches, outputs_inside(loss), mode=how, progress=False)
         assert same(weights(alone), known)
     if how == "correct":
         assert result.report.compensation.final_error < result.report.compensation.naive_error

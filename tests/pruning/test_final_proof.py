@@ -153,13 +153,13 @@ def test_a_model_that_is_another_every_time_is_said_not_to_be_proved() -> None:
 
 
 def test_a_loss_that_calls_parts_of_the_model_is_proved_by_its_value() -> None:
-    def of_parts(model: Any, batch: Any) -> Tensor:
+    def parts_loss(model: Any, batch: Any) -> Tensor:
         return F.cross_entropy(
             model.head(F.relu(model.b(F.relu(model.norm(model.a(batch[0]))))).mean((2, 3))), batch[1]
         )
 
     model = net()
-    report = obc.prune(model, data()[0][0], data(), of_parts, macs=0.5, progress=False, recalibrate=False).report
+    report = obc.prune(model, data()[0][0], data(), parts_loss, macs=0.5, progress=False, recalibrate=False).report
     assert report.error is not None
     assert not report.unproved
 

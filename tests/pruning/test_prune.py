@@ -108,7 +108,7 @@ def test_the_budget_may_be_of_parameters(build: Callable[[], nn.Module], way: st
     original = copy.deepcopy(model)
     options = {"steps": 3} | WAYS[way]
     report = obc.prune(model, EXAMPLE, batches(), loss, params=0.6, progress=False, **options).report
-    before, after = (sum(parameter.numel() for parameter in of.parameters()) for of in (original, model))
+    before, after = (sum(parameter.numel() for parameter in network.parameters()) for network in (original, model))
     assert (report.budget, report.parameters_before, report.parameters_after) == ("parameters", before, after)
     assert 0.5 < after / before <= 0.6
     assert [step.target for step in report.steps] == pytest.approx([0.6 ** (step / 3) for step in (1, 2, 3)])
@@ -430,14 +430,14 @@ def test_obc_imports_without_torch_pruning() -> None:
 
 
 def test_loss_that_calls_parts_needs_forward_fn() -> None:
-    def of_parts(model: nn.Module, batch: Batch) -> Tensor:
+    def parts_loss(model: nn.Module, batch: Batch) -> Tensor:
         images, labels = batch
         return F.cross_entropy(model.head(model.blocks(model.stem(images)).mean((2, 3))), labels)
 
     with pytest.raises(ValueError, match="pass forward_fn as well"):
-        obc.prune(network(), EXAMPLE, batches(), of_parts, progress=False)
+        obc.prune(network(), EXAMPLE, batches(), parts_loss, progress=False)
     result = obc.prune(
-        network(), EXAMPLE, batches(), of_parts, forward_fn=lambda m, batch: m(batch[0]), steps=1, progress=False
+        network(), EXAMPLE, batches(), parts_loss, forward_fn=lambda m, batch: m(batch[0]), steps=1, progress=False
     )
     assert result.report.macs_after <= 0.5 * result.report.macs_before
 

@@ -28,8 +28,8 @@ ERRORS = [RuntimeError, KeyboardInterrupt, MemoryError]
 class Fault:
     """Raises ``error`` at the ``at``-th call of :meth:`strike`, counted from 0, and a lasting one until mended."""
 
-    def __init__(self, error: type[BaseException], at: int, lasting: bool = False) -> None:
-        self.error, self.left, self.lasting, self.mended = error, at, lasting, False
+    def __init__(self, error: type[BaseException], calls: int, lasting: bool = False) -> None:
+        self.error, self.left, self.lasting, self.mended = error, calls, lasting, False
 
     def strike(self) -> None:
         self.left -= 1
@@ -80,15 +80,15 @@ PLACES = [in_forward, in_backward, in_the_loss, in_the_batches]
 
 
 @pytest.mark.parametrize("rows", ["batch", "sample"])
-@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("calls", [0, 1, 2])
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("place", PLACES)
 def test_a_fault_leaves_the_model_as_it_was_and_scorable(
-    place: Callable[[Case, Fault], list[Any]], error: type[BaseException], at: int, rows: str
+    place: Callable[[Case, Fault], list[Any]], error: type[BaseException], calls: int, rows: str
 ) -> None:
     case = models.residual_cnn()
     expected = obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows)
-    fault = Fault(error, at, lasting=True)  # what fails once, on one sample, is tried again on the whole first batch
+    fault = Fault(error, calls, lasting=True)  # what fails once, on one sample, is tried again on the whole first batch
     handles = place(case, fault)
     snapshot = Snapshot(unusual(case.model))
     with pytest.raises(error, match="injected"):
@@ -100,15 +100,15 @@ def test_a_fault_leaves_the_model_as_it_was_and_scorable(
     assert_equal(obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows), expected)
 
 
-@pytest.mark.parametrize("at", [0, 1])
+@pytest.mark.parametrize("calls", [0, 1])
 @pytest.mark.parametrize("error", ERRORS)
 @pytest.mark.parametrize("place", [in_forward, in_backward])
 def test_a_fault_in_an_own_loop_drops_its_row_alone(
-    place: Callable[[Case, Fault], list[Any]], error: type[BaseException], at: int
+    place: Callable[[Case, Fault], list[Any]], error: type[BaseException], calls: int
 ) -> None:
     case = models.residual_cnn()
     expected = obc.score(case.model, case.batches, case.loss)
-    place(case, Fault(error, at))
+    place(case, Fault(error, calls))
     scorer = obc.JacobianScorer(case.model.eval())
     faults = 0
     with scorer:
@@ -155,8 +155,8 @@ GIVING_BACK = {"__exit__", "undo", "detach", "release", "_evaluating"}
 class Interrupt:
     """Raises KeyboardInterrupt at the ``at``-th line that obc's scoring runs, as the signal's handler would."""
 
-    def __init__(self, at: int) -> None:
-        self.left, self.where = at, ""
+    def __init__(self, calls: int) -> None:
+        self.left, self.where = calls, ""
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
         if not frame.f_code.co_filename.startswith(SCORING):
@@ -177,8 +177,8 @@ class Interrupt:
         return False
 
 
-def interrupted(case: Case, rows: str, at: int) -> Interrupt:
-    interrupt = Interrupt(at)
+def interrupted(case: Case, rows: str, calls: int) -> Interrupt:
+    interrupt = Interrupt(calls)
     before = sys.gettrace()
     sys.settrace(interrupt)
     try:
@@ -196,14 +196,14 @@ def test_an_interrupt_at_any_line_leaves_the_model_as_it_was(rows: str) -> None:
     expected = obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows)
     snapshot = Snapshot(unusual(case.model))
     struck: set[str] = set()
-    at = 0
-    while (interrupt := interrupted(case, rows, at)).where:
+    calls = 0
+    while (interrupt := interrupted(case, rows, calls)).where:
         struck.add(interrupt.where)
         try:
             snapshot.assert_restored()
         except AssertionError as error:
             raise AssertionError(f"after an interrupt at {interrupt.where}: {error}") from error
-        at += 1 + at // 4
+        calls += 1 + calls // 4
     assert len(struck) > 12
     assert_equal(obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows), expected)
 

@@ -47,7 +47,7 @@ class Worst:
 
 
 checked: set[int] = set()
-of_scale, of_score = Worst(), Worst()
+worst_scale, worst_score = Worst(), Worst()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,8 +55,9 @@ def _print_worst(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     with request.config.pluginmanager.get_plugin("capturemanager").global_and_fixture_disabled():
         print(f"\nfuzz: {len(checked)} random models, batch rows and sample rows, in float32")
-        print(f"fuzz: largest error of a root {of_scale.figure:.1e} of the layer's scale ({of_scale.where})")
-        print(f"fuzz: largest relative error of a score that did not cancel {of_score.figure:.1e} ({of_score.where})")
+        print(f"fuzz: largest error of a root {worst_scale.figure:.1e} of the layer's scale ({worst_scale.where})")
+        relative = f"{worst_score.figure:.1e} ({worst_score.where})"
+        print(f"fuzz: largest relative error of a score that did not cancel {relative}")
 
 
 def in_one_call(case: Case, rows: str) -> obc.Scores:
@@ -101,11 +102,11 @@ def compare(got: Tensor | None, expected: Tensor | None, scale: float, where: st
     assert got.shape == expected.shape, where
     assert bool(got.isfinite().all()), where
     figure = float((got.double().sqrt() - expected.sqrt()).abs().max()) / scale
-    of_scale.take(figure, where)
+    worst_scale.take(figure, where)
     assert figure <= OF_SCALE, f"{where}: off by {figure:.1e} of the layer's scale"
     if float(expected.max().sqrt()) >= CANCELLED * scale:
         relative = error(got, expected)
-        of_score.take(relative, where)
+        worst_score.take(relative, where)
         assert relative <= TOLERANCE, f"{where}: relative error {relative:.1e}"
 
 

@@ -173,10 +173,10 @@ def test_changes_in_place_keep_their_gate() -> None:
     generator = torch.Generator().manual_seed(2)
     batches = [(torch.randn(4, 5, 6, generator=generator), torch.randint(4, (4, 5), generator=generator))] * 3
 
-    def of_tokens(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def tokens_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
 
-    scores = obc.score(model, batches, of_tokens)
+    scores = obc.score(model, batches, tokens_loss)
     assert scores.coverage["0"] == "gate on a copy"
     assert "left_out" not in scores.metadata
 

@@ -187,7 +187,7 @@ def rows_of_each(model: nn.Module) -> obc.Scores:
     return obc.score(model, mine, mean_loss, process_group=group, combine="scores", keep_rows=True)
 
 
-def of_pairs(score: Callable[[nn.Module, Group], obc.Scores]) -> Callable[[nn.Module], obc.Scores]:
+def pair_groups(score: Callable[[nn.Module, Group], obc.Scores]) -> Callable[[nn.Module], obc.Scores]:
     """Each pair of processes has batches of its own."""
     return lambda model: score(model, two_meshes().get_group("data"))
 
@@ -210,11 +210,11 @@ SCENARIOS = {
     "fully sharded, rows of each process": Scenario(shard_fully, own_rows, batch_rows),
     "fully sharded, sample rows of each process": Scenario(shard_fully, own_sample_rows, sample_rows),
     "fully sharded with replicas, rows of each process": Scenario(shard_with_replicas, own_rows, batch_rows),
-    "split and sharded, rows over the pairs": Scenario(split_and_shard, of_pairs(rows_over_processes), batch_rows),
-    "split and sharded, rows of each pair": Scenario(split_and_shard, of_pairs(own_rows), batch_rows),
-    "split and sharded, sample rows of each pair": Scenario(split_and_shard, of_pairs(own_sample_rows), sample_rows),
+    "split and sharded, rows over the pairs": Scenario(split_and_shard, pair_groups(rows_over_processes), batch_rows),
+    "split and sharded, rows of each pair": Scenario(split_and_shard, pair_groups(own_rows), batch_rows),
+    "split and sharded, sample rows of each pair": Scenario(split_and_shard, pair_groups(own_sample_rows), sample_rows),
     "sequences split and sharded, rows of each pair": Scenario(
-        split_sequences_and_shard, of_pairs(own_rows), batch_rows
+        split_sequences_and_shard, pair_groups(own_rows), batch_rows
     ),
     "data parallel, rows over all processes": Scenario(wrap_data_parallel, rows_over_processes, batch_rows),
     "data parallel, rows of each process": Scenario(wrap_data_parallel, own_rows, batch_rows),
@@ -246,7 +246,7 @@ def _process(rank: int, processes: int, folder: str) -> None:
         dist.destroy_process_group()
 
 
-def of_all_processes(folder: Path, name: str) -> list[obc.Scores]:
+def whole_group(folder: Path, name: str) -> list[obc.Scores]:
     found = sorted(folder.glob(f"{name} *"))
     assert len(found) >= 2
     return [obc.Scores.load(path) for path in found]
@@ -270,13 +270,13 @@ def test_scores_of_a_model_on_several_processes_are_those_of_one(folder: Path, n
     scenario = SCENARIOS[name]
     expected = scenario.alone(net())
     wrapped = scenario.prepare in (wrap_data_parallel, prepare_with_accelerate)
-    for scores in of_all_processes(folder, name):
+    for scores in whole_group(folder, name):
         assert_equal_scores(scores, expected, "module." if wrapped else "")
         assert not any(how.startswith("unscored") for how in scores.coverage.values())
 
 
 def test_rows_of_each_process_are_gathered_in_the_order_of_the_processes(folder: Path) -> None:
-    processes = of_all_processes(folder, "kept rows")
+    processes = whole_group(folder, "kept rows")
     alone = obc.score(net(), batches(), mean_loss, keep_rows=True, progress=False)
     order = [index for rank in range(len(processes)) for index in range(rank, len(batches()), len(processes))]
     for scores in processes:

@@ -254,11 +254,11 @@ def test_groups_folded_before_the_square(rows: str) -> None:
     """The authors' in channels of a grouped convolution: one per weight column, its groups added up."""
     case = models.convolutions(2)
     scores = obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows, fold_groups=True)
-    of_rows = oracle.rows(case.model, case.batches, case.loss_fn(rows), rows=rows)
+    truth = oracle.rows(case.model, case.batches, case.loss_fn(rows), rows=rows)
     checked = 0
     for name, module in case.model.named_children():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            _, in_rows = of_rows[name]
+            _, in_rows = truth[name]
             assert in_rows is not None
             if not module.transposed:
                 in_rows = in_rows.unflatten(1, (module.groups, -1)).sum(1)

@@ -27,7 +27,7 @@ def group(name: str, size: int) -> ChannelGroup:
     return ChannelGroup(name, (Slice(name, "in", torch.arange(size)[:, None]),), kind)
 
 
-def task(share: float = 0.3, **options: Any) -> Task:
+def make_task(share: float = 0.3, **options: Any) -> Task:
     generator = torch.Generator().manual_seed(0)
     scores = {name: torch.rand(size, generator=generator, dtype=torch.float64) for name, size in SIZES.items()}
     groups = [group(name, size) for name, size in SIZES.items()]
@@ -56,33 +56,33 @@ IMPORTANCE = {"layers.0": 0.5, "layers.1": 0.1, "layers.2": 0.3}
 
 @pytest.mark.parametrize("name", KINDS)
 def test_the_budget_is_freed_by_the_least_important_units_of_each_group(name: str) -> None:
-    of = task(importance=IMPORTANCE)
-    removed = allocation_of(KINDS[name]).select(of)
-    assert of.budget <= freed(removed) < of.budget + (40 if name in ("global", "two_classes") else 8 * 3 * 20)
+    task = make_task(importance=IMPORTANCE)
+    removed = allocation_of(KINDS[name]).select(task)
+    assert task.budget <= freed(removed) < task.budget + (40 if name in ("global", "two_classes") else 8 * 3 * 20)
     for group_name, units in removed.items():
-        cheapest = of.scores[group_name].argsort()[: len(units)].sort().values
+        cheapest = task.scores[group_name].argsort()[: len(units)].sort().values
         assert torch.equal(units, cheapest)
 
 
 def test_uniform_and_equal_take_the_same_share_of_every_group() -> None:
     for name in ("uniform", "equal"):
-        taken = shares(allocation_of(name).select(task()))
+        taken = shares(allocation_of(name).select(make_task()))
         # To the nearest unit of eight or of forty, and one more.
         assert all(abs(share - 0.3) <= 1.5 / 8 for share in taken.values())
-    assert len({shares(allocation_of("equal").select(task()))[f"layers.{i}.mlp"] for i in range(3)}) == 1
+    assert len({shares(allocation_of("equal").select(make_task()))[f"layers.{i}.mlp"] for i in range(3)}) == 1
 
 
 def test_a_profile_takes_multiples() -> None:
-    taken = shares(Profile(STRENGTHS).select(task(0.2)))
+    taken = shares(Profile(STRENGTHS).select(make_task(0.2)))
     assert taken["layers.0.mlp"] == taken["layers.0.attention"] == 0
     assert taken["layers.2.mlp"] == pytest.approx(2 * taken["layers.1.mlp"], abs=1 / 40)
     assert taken["layers.2.attention"] == pytest.approx(taken["layers.1.attention"], abs=1 / 8)
-    deep = shares(Profile(STRENGTHS).select(task(0.5)))
+    deep = shares(Profile(STRENGTHS).select(make_task(0.5)))
     assert deep["layers.2.mlp"] == pytest.approx(39 / 40), "what should lose more than all keeps its minimum"
 
 
 def test_shares_of_depth_grow_logarithmically() -> None:
-    taken = shares(LogProfile(0.1, 0.3).select(task(0.25)))
+    taken = shares(LogProfile(0.1, 0.3).select(make_task(0.25)))
     wanted = [0.1, 0.1 + 0.2 * math.log(2) / math.log(3), 0.3]
     scale = sum(taken[f"layers.{i}.mlp"] for i in range(3)) / sum(wanted)
     for i, value in enumerate(wanted):
@@ -91,23 +91,23 @@ def test_shares_of_depth_grow_logarithmically() -> None:
 
 def test_blocks_that_change_their_input_more_keep_more() -> None:
     for allocation in (BlockProfile(), BlockProfile("cosine", "linear")):
-        taken = shares(allocation.select(task(0.3, importance=IMPORTANCE)))
+        taken = shares(allocation.select(make_task(0.3, importance=IMPORTANCE)))
         assert taken["layers.1.mlp"] > taken["layers.2.mlp"] > taken["layers.0.mlp"]
     values = torch.tensor([0.5, 0.1, 0.3], dtype=torch.float64).repeat_interleave(2)
     stays = torch.sigmoid((values - values.mean()) / values.std(correction=0))
-    of = BlockProfile().of(task(importance=IMPORTANCE))
-    assert list(of.values()) == pytest.approx((1 / stays).tolist())
+    task = BlockProfile().of(make_task(importance=IMPORTANCE))
+    assert list(task.values()) == pytest.approx((1 / stays).tolist())
 
 
 def test_two_classes_split_the_budget_by_gamma() -> None:
-    removed = TwoClasses(2.0).select(task(0.3))
+    removed = TwoClasses(2.0).select(make_task(0.3))
     attention = sum(len(units) * 20 for name, units in removed.items() if name.endswith("attention"))
-    assert attention == pytest.approx(task().budget / 3, abs=20)
+    assert attention == pytest.approx(make_task().budget / 3, abs=20)
     # More than attention can give: the rest gives it.
-    of = task(0.6)
-    removed = TwoClasses(0.1).select(of)
+    task = make_task(0.6)
+    removed = TwoClasses(0.1).select(task)
     assert sum(len(units) for name, units in removed.items() if name.endswith("attention")) == 3 * 7
-    assert freed(removed) >= of.budget
+    assert freed(removed) >= task.budget
 
 
 def test_a_search_finds_the_widths_that_it_is_led_to() -> None:
@@ -116,23 +116,23 @@ def test_a_search_finds_the_widths_that_it_is_led_to() -> None:
     def evaluate(removed: Mapping[str, Tensor]) -> float:
         return sum((10.0 if name.startswith("layers.0") else 1.0) * len(units) for name, units in removed.items())
 
-    of = task(0.3, evaluate=evaluate)
+    task = make_task(0.3, evaluate=evaluate)
     search = Search(generations=30, offspring=6)
-    removed = search.select(of)
-    assert freed(removed) >= of.budget * (1 - 1e-9)
+    removed = search.select(task)
+    assert freed(removed) >= task.budget * (1 - 1e-9)
     assert search.history == sorted(search.history, reverse=True), "the best one survives"
     assert search.history[-1] < 0.7 * search.history[0]
     assert len(removed["layers.0.mlp"]) < len(removed["layers.1.mlp"])
-    again = Search(generations=30, offspring=6).select(of)
+    again = Search(generations=30, offspring=6).select(task)
     assert all(torch.equal(again[name], units) for name, units in removed.items())
 
 
 def test_limits_hold() -> None:
     least = {name: 4 if name.endswith("attention") else 24 for name in SIZES}
     round_to = {name: 1 if name.endswith("attention") else 8 for name in SIZES}
-    of = task(0.3, min_units=least, round_to=round_to, importance=IMPORTANCE, evaluate=lambda removed: 0.0)
+    task = make_task(0.3, min_units=least, round_to=round_to, importance=IMPORTANCE, evaluate=lambda removed: 0.0)
     for name in (*KINDS, "search"):
-        removed = allocation_of(KINDS.get(name, name)).select(of)
+        removed = allocation_of(KINDS.get(name, name)).select(task)
         for group_name, units in removed.items():
             stays = SIZES[group_name] - len(units)
             assert stays >= least[group_name]
@@ -147,14 +147,14 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="not negative"):
         Profile({"layers.0": -1.0})
     with pytest.raises(ValueError, match="similarity of the blocks"):
-        BlockProfile().select(task())
+        BlockProfile().select(make_task())
     with pytest.raises(ValueError, match="lies in no block"):
-        BlockProfile().select(task(importance={"layers.0": 1.0}))
+        BlockProfile().select(make_task(importance={"layers.0": 1.0}))
     with pytest.raises(ValueError, match="measures the model"):
-        Search().select(task())
+        Search().select(make_task())
     for name in ("window", "tail"):
         with pytest.raises(ValueError, match="need whole blocks"):
-            allocation_of(name).select(task())
+            allocation_of(name).select(make_task())
     for name in set(ALLOCATIONS) - {"window", "tail"}:
         with pytest.raises(BudgetError):
-            allocation_of(name).select(task(1.0, importance=IMPORTANCE, evaluate=lambda removed: 0.0))
+            allocation_of(name).select(make_task(1.0, importance=IMPORTANCE, evaluate=lambda removed: 0.0))

@@ -92,10 +92,10 @@ def test_whatever_is_not_offered_is_named(model: Any) -> None:
     named = [part.module for block in structure.blocks.values() for part in block.group.slices]
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and ".layers." in name:
-            around = name.rpartition(".")[0]
-            inside = any(one == around or one.startswith(f"{around}.") for one in named)
+            parent = name.rpartition(".")[0]
+            inside = any(one == parent or one.startswith(f"{parent}.") for one in named)
             assert inside or any(
-                around.startswith(left) or left.startswith(f"{around}.") for left in structure.left_out
+                parent.startswith(left) or left.startswith(f"{parent}.") for left in structure.left_out
             ), name
 
 

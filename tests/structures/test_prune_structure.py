@@ -265,8 +265,8 @@ def test_units_are_what_must_go_together() -> None:
         net = NETS[name]
         return {g.name: g for g in structure_of(net, net.model()).groups}[producer]
 
-    def channels(of: Any, module: str, side: str) -> list[list[int]]:
-        return next(p.channels.tolist() for p in of.slices if (p.module, p.side) == (module, side))
+    def channels(group_found: Any, module: str, side: str) -> list[list[int]]:
+        return next(p.channels.tolist() for p in group_found.slices if (p.module, p.side) == (module, side))
 
     flatten = group("vgg", "features.17")
     assert channels(flatten, "classifier.0", "in")[1] == [4, 5, 6, 7]

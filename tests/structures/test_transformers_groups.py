@@ -182,7 +182,9 @@ def expert_rows(case: Case) -> oracle.Rows:
             elif type(module).__name__.endswith("Router"):
                 product = module.weight.detach() * module.weight.grad
                 found.setdefault(name, []).append((product.sum(1), product.sum(0)))
-    return {name: (torch.stack([o for o, _ in of]), torch.stack([i for _, i in of])) for name, of in found.items()}
+    return {
+        name: (torch.stack([o for o, _ in pairs]), torch.stack([i for _, i in pairs])) for name, pairs in found.items()
+    }
 
 
 def part_rows(rows: oracle.Rows, group: ChannelGroup) -> dict[tuple[str, str], Tensor]:
@@ -277,7 +279,7 @@ def test_what_the_scorer_can_not_read_is_named() -> None:
         heads_alone[experts.name]
     mamba = FAMILIES["mamba"]()
     found = obc.score(mamba.model, mamba.batches, mamba.loss).group(obc.transformer_groups(mamba.model))
-    assert {name.rpartition(".")[2] for of in found.unscored.values() for name, _ in of} == {"A_log", "D"}
+    assert {name.rpartition(".")[2] for reasons in found.unscored.values() for name, _ in reasons} == {"A_log", "D"}
 
 
 def test_groups_of_another_width_are_refused() -> None:
@@ -327,7 +329,9 @@ def test_macs_per_token_are_those_that_torch_counts(family: str) -> None:
     structure.remove({group.name: torch.tensor([0]) for group in structure.groups})
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         case.model(input_ids=case.batches[0])
-    angles = sum(sum(of.values()) for name, of in counter.get_flop_counts().items() if name.endswith("rotary_emb"))
+    angles = sum(
+        sum(flops.values()) for name, flops in counter.get_flop_counts().items() if name.endswith("rotary_emb")
+    )
     counted = (counter.get_total_flops() - angles) / 2 / case.batches[0].numel()
     assert structure.costs("macs").total() == counted
 

@@ -67,17 +67,19 @@ MODELS = {
 def test_what_prune_leaves_is_read_back_by_from_pretrained(
     name: str, macs: float, round_to: int | None, tmp_path: Path
 ) -> None:
-    of = MODELS[name]()
-    structure = TransformersStructure(of.model, uniform=True)
-    result = obc.prune(of.model, None, of.batches, of.loss, macs=macs, structure=structure, round_to=round_to)
+    family = MODELS[name]()
+    structure = TransformersStructure(family.model, uniform=True)
+    result = obc.prune(
+        family.model, None, family.batches, family.loss, macs=macs, structure=structure, round_to=round_to
+    )
     assert result.report.macs_after <= macs * result.report.macs_before
     assert structure.config_refused is None
     assert not any("save_pretrained" in warning for warning in result.report.warnings)
-    of.model.save_pretrained(tmp_path)
-    loaded = type(of.model).from_pretrained(tmp_path).eval()
-    assert torch.equal(output(of, loaded), output(of, of.model))
+    family.model.save_pretrained(tmp_path)
+    loaded = type(family.model).from_pretrained(tmp_path).eval()
+    assert torch.equal(output(family, loaded), output(family, family.model))
     feed_forward = {group.size for group in structure.groups if group.kind == "ffn"}
-    assert feed_forward == {of.model.config.intermediate_size}
+    assert feed_forward == {family.model.config.intermediate_size}
     if round_to:
         assert feed_forward.pop() % round_to == 0
 
@@ -86,22 +88,22 @@ def test_what_prune_leaves_is_read_back_by_from_pretrained(
 @pytest.mark.parametrize("build", [deepseek_v2, lambda: deepseek_v3(dense=0)], ids=["v2", "v3"])
 def test_a_shared_expert_is_as_wide_as_the_others(build: Callable[[], Case], tmp_path: Path) -> None:
     """DeepSeek's config has one word for both."""
-    of = build()
-    structure = TransformersStructure(of.model, uniform=True)
+    family = build()
+    structure = TransformersStructure(family.model, uniform=True)
     assert not any("uniform" in reason for reason in structure.left_out.values())
-    obc.prune(of.model, None, of.batches, of.loss, params=0.7, steps=2, structure=structure)
+    obc.prune(family.model, None, family.batches, family.loss, params=0.7, steps=2, structure=structure)
     assert structure.config_refused is None
-    of.model.save_pretrained(tmp_path)
-    loaded = type(of.model).from_pretrained(tmp_path).eval()
-    assert torch.equal(output(of, loaded), output(of, of.model))
+    family.model.save_pretrained(tmp_path)
+    loaded = type(family.model).from_pretrained(tmp_path).eval()
+    assert torch.equal(output(family, loaded), output(family, family.model))
     widths = {group.size for group in structure.groups if group.kind in ("ffn", "expert_ffn")}
-    assert widths == {of.model.config.moe_intermediate_size}
+    assert widths == {family.model.config.moe_intermediate_size}
     assert widths <= {4, 8, 12}
 
 
 def test_several_shared_experts_are_no_multiple_that_the_config_could_say() -> None:
-    of = deepseek_v3(dense=0, n_shared_experts=2)
-    structure = TransformersStructure(of.model, uniform=True)
+    family = deepseek_v3(dense=0, n_shared_experts=2)
+    structure = TransformersStructure(family.model, uniform=True)
     inner = [group for group in structure.groups if group.kind in ("ffn", "expert_ffn")]
     assert {group.size for group in inner} == {16, 32}
     assert structure.limits.widths == {group.name: (group.size,) for group in inner}
@@ -146,10 +148,10 @@ def test_widths_far_apart_are_not_overshot_on_the_way() -> None:
     """In one step or eight the same widths, and no fewer multiply-accumulates than were asked for."""
     found = []
     for steps in (1, 8):
-        of = MODELS["llama"]()
-        structure = TransformersStructure(of.model, uniform=True)
+        family = MODELS["llama"]()
+        structure = TransformersStructure(family.model, uniform=True)
         report = obc.prune(
-            of.model, None, of.batches, of.loss, macs=0.7, steps=steps, structure=structure, round_to=64
+            family.model, None, family.batches, family.loss, macs=0.7, steps=steps, structure=structure, round_to=64
         ).report
         found.append(report.widths)
         assert 0.69 * report.macs_before <= report.macs_after <= 0.7 * report.macs_before
@@ -157,49 +159,51 @@ def test_widths_far_apart_are_not_overshot_on_the_way() -> None:
 
 
 def test_shares_out_of_reach_name_what_is_reachable() -> None:
-    of = bert()
-    structure = TransformersStructure(of.model, uniform=True)
+    family = bert()
+    structure = TransformersStructure(family.model, uniform=True)
     with pytest.raises(ValueError, match=r"out of reach: 0\.\d+ remain .* such groups keep their 8 units"):
-        obc.prune(of.model, None, of.batches, of.loss, macs=0.1, structure=structure)
+        obc.prune(family.model, None, family.batches, family.loss, macs=0.1, structure=structure)
 
 
 @pytest.mark.filterwarnings("ignore:.*rows:UserWarning")
 def test_free_widths_warn_that_save_pretrained_does_not_serve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    of = MODELS["llama"]()
-    before = of.model.config.to_dict()
-    structure = TransformersStructure(of.model)
+    family = MODELS["llama"]()
+    before = family.model.config.to_dict()
+    structure = TransformersStructure(family.model)
     with caplog.at_level(logging.WARNING, logger="obc"):
-        report = obc.prune(of.model, None, of.batches, of.loss, macs=0.7, steps=3, structure=structure).report
+        report = obc.prune(
+            family.model, None, family.batches, family.loss, macs=0.7, steps=3, structure=structure
+        ).report
     told = [warning for warning in report.warnings if "save_pretrained" in warning]
     assert told == structure.warnings
     assert len(told) == 1
     assert "layers keep different" in told[0]
     assert "save_pruned and load_pruned" in told[0]
     assert told[0] in caplog.text
-    assert of.model.config.to_dict() == before
-    save_pruned(of.model, structure.plan, tmp_path)
-    assert torch.equal(output(of, load_pruned(tmp_path)), output(of, of.model))
+    assert family.model.config.to_dict() == before
+    save_pruned(family.model, structure.plan, tmp_path)
+    assert torch.equal(output(family, load_pruned(tmp_path)), output(family, family.model))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "bert"])
 def test_the_config_is_never_that_of_an_earlier_step(family: str) -> None:
     """Once it can't say the widths any more, it is the unpruned model's again, in every module."""
-    of = FAMILIES[family]()
-    before = copy.deepcopy(of.model.config.to_dict())
-    structure = TransformersStructure(of.model)
+    family = FAMILIES[family]()
+    before = copy.deepcopy(family.model.config.to_dict())
+    structure = TransformersStructure(family.model)
     said = [group.name for group in structure.groups if group.kind == "ffn" or family != "bert"]
     structure.remove(dict.fromkeys(said, torch.tensor([0])))
     assert structure.config_refused is None
     assert structure.warnings == []
-    assert of.model.config.to_dict() != before
-    of.model.config.use_cache = not before["use_cache"]
+    assert family.model.config.to_dict() != before
+    family.model.config.use_cache = not before["use_cache"]
     structure.remove({said[-1]: torch.tensor([0])})
     assert structure.config_refused is not None
-    assert of.model.config.to_dict() == before | {"use_cache": not before["use_cache"]}
-    held = [vars(module)["config"] for name, module in of.model.named_modules() if "config" in vars(module)]
+    assert family.model.config.to_dict() == before | {"use_cache": not before["use_cache"]}
+    held = [vars(module)["config"] for name, module in family.model.named_modules() if "config" in vars(module)]
     readers = {block.reads_config for block in structure.blocks.values()} - {None}
-    assert sum(config is of.model.config for config in held) == len(held) - len(readers)
-    assert output(of, of.model).isfinite().all()
+    assert sum(config is family.model.config for config in held) == len(held) - len(readers)
+    assert output(family, family.model).isfinite().all()
 
 
 # --- selection among given widths ---------------------------------------------------------------------------------

@@ -120,13 +120,13 @@ def _sequences(data: Path, tokenizer: Any, vocabulary: int, length: int, most: i
     """Up to ``most`` sequences of ``length`` tokens; reads no more of the file than that takes."""
     if length < 1:
         raise UsageError("--seq-len leaves no room for text")
-    between = _token(tokenizer, "eos") or _token(tokenizer, "sep")
+    separator = _token(tokenizer, "eos") or _token(tokenizer, "sep")
     pending: list[int] = []
     found: list[list[int]] = []
     for tokens in _documents(data, tokenizer):
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
             raise UsageError(f"--data {data}: token {max(tokens)} or {min(tokens)} is none of the model's {vocabulary}")
-        pending += [*tokens, *between]
+        pending += [*tokens, *separator]
         while len(pending) >= length and len(found) < most:
             found.append(pending[:length])
             del pending[:length]

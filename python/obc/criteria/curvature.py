@@ -47,16 +47,16 @@ class FastOBA(MeasuredCriterion):
 
     def measure(self, subject: Subject) -> GroupScores:
         subject = replace(subject, slices="all")
-        at = {0.0: _rows(subject)}
+        rows_at = {0.0: _rows(subject)}
         for step in (self.epsilon, -self.epsilon):
             with _scaled(subject.model, 1 + step):
-                at[step] = _rows(subject)
+                rows_at[step] = _rows(subject)
         found: GroupScores = {}
         for group in subject.groups:
             parts = []
-            for key, rows in at[0.0][group.name].items():
-                ahead, behind = (at[step][group.name][key] for step in (self.epsilon, -self.epsilon))
-                parts.append(((ahead - behind) / (2 * self.epsilon) - rows).mean(0))
+            for key, rows in rows_at[0.0][group.name].items():
+                higher, lower = (rows_at[step][group.name][key] for step in (self.epsilon, -self.epsilon))
+                parts.append(((higher - lower) / (2 * self.epsilon) - rows).mean(0))
             if parts:
                 scores = torch.stack(parts).mean(0).abs()
                 found[group.name] = relative(scores) if self.relative else scores  # type: ignore[assignment]

@@ -45,23 +45,23 @@ def read_residuals(subject: Subject, taps: list[Residuals], tokens: int | None =
         ValueError: with ``tokens``: layers saw different numbers of positions, so that rows don't belong together.
     """
     leaf, cut = torch.zeros((), requires_grad=True), Cut(subject.rows == "sample", tokens)
-    at: dict[nn.Module, list[Residuals]] = {}
+    taps_of_module: dict[nn.Module, list[Residuals]] = {}
     for tap in taps:
-        at.setdefault(tap.consumer.module, []).append(tap)
+        taps_of_module.setdefault(tap.consumer.module, []).append(tap)
     now: dict[Residuals, list[Tensor]] = {}
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_tensor(args, kwargs)
 
         def read(activation: Tensor, grad: Tensor) -> None:
-            for tap in at[module]:
+            for tap in taps_of_module[module]:
                 now.setdefault(tap, []).append(tap.read(activation, grad, cut))
 
         tapped = _Tap.apply(x, leaf, read)
         swapped = {key: tapped if value is x else value for key, value in kwargs.items()}
         return tuple(tapped if value is x else value for value in args), swapped
 
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in at]
+    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in taps_of_module]
     loss, batches = WatchedLoss(subject.loss_fn, Part(), []), UsableBatches.of(subject.batches)
     try:
         with evaluating(subject.model), frozen(subject.model):

@@ -46,8 +46,8 @@ class State:
 
     def first_order(self) -> Tensor:
         """(units,) the sum over the unit's columns j of |(G W^T)_j . W_j|."""
-        through = (self.gram @ self.columns * self.columns).sum(1).abs()
-        return through[self.consumer.channels].sum(1)
+        change = (self.gram @ self.columns * self.columns).sum(1).abs()
+        return change[self.consumer.channels].sum(1)
 
     def remove(self, units: Tensor) -> None:
         """Take out these units and let the others take over."""

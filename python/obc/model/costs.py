@@ -118,16 +118,16 @@ class Costs:
         chosen, w = {place[name] for name in names}, self.effective()
         constant, linear, quadratic = self.constant, self.linear.clone(), self.quadratic.clone()
         for group in (index for index in range(len(self.names)) if index not in chosen):
-            around = [block for block, groups in self._inside.items() if group in groups and block in chosen]
+            enclosing = [block for block, groups in self._inside.items() if group in groups and block in chosen]
             cross, own = 2 * quadratic[group] * w[group], linear[group] * w[group]
             own += quadratic[group, group] * w[group] ** 2
             cross[group] = 0.0
             quadratic[group, :] = quadratic[:, group] = 0.0
-            if not around:
+            if not enclosing:
                 constant += float(own)
                 linear += cross
                 continue
-            block = min(around, key=lambda one: len(self._inside[one]))  # the innermost
+            block = min(enclosing, key=lambda one: len(self._inside[one]))  # the innermost
             linear[block] += own
             for other in cross.nonzero().flatten().tolist():
                 if other == block or other in self._inside[block]:

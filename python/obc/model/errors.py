@@ -33,9 +33,9 @@ def explained(model: nn.Module, doing: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         layer = layer_in(error, model)
-        at = "" if layer is None else f" in {layer!r}"
+        place = "" if layer is None else f" in {layer!r}"
         raise PruningError(
-            f"{type(model).__name__}: {doing} failed{at}: {type(error).__name__}: {error}; {remedy}"
+            f"{type(model).__name__}: {doing} failed{place}: {type(error).__name__}: {error}; {remedy}"
         ) from error
 
 

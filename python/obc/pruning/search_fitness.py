@@ -99,8 +99,8 @@ class CompensatedEvaluation(Evaluation):
         if not centred:
             return solved, None
         mean = (sums.sum / sums.count).to(new.device)
-        through = (mean[:, None] * (weights - new)).sum(0).reshape(shape[1:])
-        shift = through if through.dim() == 1 else through.flatten(1).sum(1)
+        shift = (mean[:, None] * (weights - new)).sum(0).reshape(shape[1:])
+        shift = shift if shift.dim() == 1 else shift.flatten(1).sum(1)
         return solved, (module.bias.detach().double() + shift).to(module.bias.dtype)
 
 

@@ -69,14 +69,14 @@ def positions(model: nn.Module, names: Sequence[str], example_inputs: Any) -> di
 
 def warn_below(break_evens: Mapping[str, float], seen: Mapping[str, int]) -> None:
     """Warn of the layers whose positions ``seen`` are fewer than their break-even, naming each with both."""
-    below = [
+    few = [
         f"{name} (T = {seen[name]}, T* = {threshold:.0f})"
         for name, threshold in break_evens.items()
         if seen.get(name, threshold) < threshold
     ]
-    if below:
+    if few:
         warnings.warn(
-            f"with fewer than T* positions a step, folding costs more than explicit 1x1 layers: {', '.join(below)}; "
+            f"with fewer than T* positions a step, folding costs more than explicit 1x1 layers: {', '.join(few)}; "
             f"take larger batches, share one fold between micro-batches (EquivalentPruning.accumulate), or use "
             f"factors='reduced'",
             stacklevel=3,

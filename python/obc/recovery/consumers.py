@@ -86,8 +86,8 @@ class Consumer:
             weight.flatten(2).sum(2) if self.layout.convolution else weight.unflatten(1, (-1, self.repeat)).sum(2)
         )
         blocks = per_channel.unflatten(0, (self.layout.groups, -1))
-        through = blocks @ constant.to(blocks).reshape(self.layout.groups, -1, 1)
-        return through.flatten().to(self.weight.dtype)
+        outputs = blocks @ constant.to(blocks).reshape(self.layout.groups, -1, 1)
+        return outputs.flatten().to(self.weight.dtype)
 
 
 def find_consumers(pruned_model: nn.Module, original_model: nn.Module, plan: PruningPlan) -> dict[str, Consumer]:

@@ -246,7 +246,7 @@ class CorrectRun:
         shared = False
         for index in range(len(self.batches)):
             start, arguments = capture(model, chain, partial(run, index), first_only=shared)
-            shared = shared or all(beside.same_as(arguments[0]) for beside in arguments)
+            shared = shared or all(known.same_as(arguments[0]) for known in arguments)
             streams.append(_Stream(self._stored(start), arguments, start.device))
         return streams
 

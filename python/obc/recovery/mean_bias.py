@@ -120,8 +120,8 @@ def _absorb(name: str, module: nn.Module, weight: Tensor, kept: Kept, mean: Tens
     matrix = (weight.transpose(0, 1) if layout.transposed else weight).double().cpu()
     if layout.convolution:  # every tap reads the same mean
         matrix = matrix.flatten(2).sum(2)
-    through = matrix.unflatten(0, (layout.groups, -1)) @ constant.reshape(layout.groups, -1, 1)
-    shift = through.flatten().to(weight)
+    outputs = matrix.unflatten(0, (layout.groups, -1)) @ constant.reshape(layout.groups, -1, 1)
+    shift = outputs.flatten().to(weight)
     if module.bias is None:
         module.bias = nn.Parameter(shift.clone())
         report.created.append(name)

@@ -86,8 +86,8 @@ class _Watcher:
     def needs_more(self, event: _Event, source: str, path: Sequence[str]) -> bool:
         """Whether the event's module needs, besides the stream, a tensor made on the path from its source."""
         start, stream = self.events[path[0]].start, self.events[source].output
-        beside = set(event.inputs) - {stream}
-        return any(other.output in beside and other.start >= start for other in self.events.values())
+        others = set(event.inputs) - {stream}
+        return any(other.output in others and other.start >= start for other in self.events.values())
 
     def _last(self, source: _Event, event: _Event) -> bool:
         """Whether nothing else returned the same tensor, changed in place, between the two."""
@@ -263,9 +263,9 @@ def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> s
     with torch.no_grad():
         for _ in range(2):  # twice: a module that keeps something from one run to the next is noticed
             stream: Tensor | None = changed
-            for name, beside, seen in zip(chain, arguments, shown, strict=True):
+            for name, given, seen in zip(chain, arguments, shown, strict=True):
                 assert stream is not None
-                stream = stream_of(beside.call(model.get_submodule(name), stream.clone()))
+                stream = stream_of(given.call(model.get_submodule(name), stream.clone()))
                 if stream is None or stream.shape != seen.shape or not _close(stream, seen):
                     return f"{name}, run by itself, does not return what it returns inside the model"
     return None

@@ -86,11 +86,11 @@ def memory_estimate(
         reader = BatchRows(scorer, loss_fn or label_free_loss(rows=rows), checks_on_a_sample=True)
         with evaluating(model), scorer:
             first, _ = live.peak_of(lambda: reader.batch(0, batch))
-            later, between = live.peak_of(lambda: reader.batch(1, batch))
+            later, row_bytes = live.peak_of(lambda: reader.batch(1, batch))
     return MemoryEstimate(
         weights=sum(weights.values()),
-        activations=later - between,
-        rows=between,
+        activations=later - row_bytes,
+        rows=row_bytes,
         checking_row=max(0, first - later),
         kept_rows=scorer.rows_bytes(keep_rows),
     )

@@ -91,8 +91,8 @@ class BlockGreedy(Greedy):
 
     def _note_gone(self, group: int, row: Tensor) -> None:
         self._gone += row
-        if around := self._around.get(group):
-            self._left[around] -= row
+        if enclosing := self._around.get(group):
+            self._left[enclosing] -= row
 
 
 def inside_of(names: Sequence[str], inside: Mapping[str, Sequence[str]]) -> dict[int, list[int]]:

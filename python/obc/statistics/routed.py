@@ -103,8 +103,8 @@ def make_up(module: nn.Module, inputs: Sequence[RoutedInput], output: Any) -> bo
     total = torch.zeros(output.shape, dtype=torch.promote_types(output.dtype, torch.float32), device=output.device)
     down = _weights(module)[1]
     for routed in inputs:
-        through = F.linear(routed.x, down[routed.expert]) * routed.gates.unsqueeze(1)
-        total.index_add_(0, routed.tokens, through.to(total.dtype))
+        outputs = F.linear(routed.x, down[routed.expert]) * routed.gates.unsqueeze(1)
+        total.index_add_(0, routed.tokens, outputs.to(total.dtype))
     allowed = _AGREEMENT_OF_HALF if output.element_size() < 4 else _AGREEMENT
     distance = (total - output).norm()
     return not bool(distance.isfinite()) or bool(distance <= allowed * total.norm())

@@ -317,7 +317,7 @@ class _Run:
         step = self.micro_batch or 1
         if samples <= step:
             return [batch]
-        return [part_of(batch, at, min(at + step, samples), samples) for at in range(0, samples, step)]
+        return [part_of(batch, start, min(start + step, samples), samples) for start in range(0, samples, step)]
 
     def _with_backward(self, read: Callable[[], None]) -> None:
         try:

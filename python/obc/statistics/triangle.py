@@ -32,7 +32,7 @@ class Triangle:
     @property
     def numbers(self) -> int:
         """How many numbers are kept."""
-        return sum(rows * (self.width - at) for at, rows in self._rows())
+        return sum(rows * (self.width - start) for start, rows in self._rows())
 
     def add_product(self, packed: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
         """packed = left^T right + beta * packed.
@@ -46,8 +46,8 @@ class Triangle:
         if not computes_half(packed.device):
             self._add(packed, left.mT @ right, beta)
             return
-        for at, stored in self._blocks(packed):
-            torch.addmm(stored, left[:, at : at + len(stored)].mT, right[:, at:], beta=beta, out=stored)
+        for start, stored in self._blocks(packed):
+            torch.addmm(stored, left[:, start : start + len(stored)].mT, right[:, start:], beta=beta, out=stored)
 
     def diagonal(self, packed: Tensor) -> Tensor:
         """(width,) the diagonal."""
@@ -56,32 +56,32 @@ class Triangle:
     def unpacked(self, packed: Tensor) -> Tensor:
         """(width, width) the matrix, symmetric to the bit."""
         whole = packed.new_empty(self.width, self.width)
-        for at, stored in self._blocks(packed):
-            end = at + len(stored)
-            whole[at:end, at:] = stored
-            whole[end:, at:end] = stored[:, len(stored) :].mT
+        for start, stored in self._blocks(packed):
+            end = start + len(stored)
+            whole[start:end, start:] = stored
+            whole[end:, start:end] = stored[:, len(stored) :].mT
             square = stored[:, : len(stored)]
-            whole[at:end, at:end] = square.triu() + square.triu(1).mT
+            whole[start:end, start:end] = square.triu() + square.triu(1).mT
         return whole
 
     def _add(self, packed: Tensor, whole: Tensor, beta: int) -> None:
-        for at, stored in self._blocks(packed):
-            part = whole[at : at + len(stored), at:]
+        for start, stored in self._blocks(packed):
+            part = whole[start : start + len(stored), start:]
             if beta:
                 stored += part
             else:
                 stored.copy_(part)
 
     def _rows(self) -> Iterator[tuple[int, int]]:
-        for at in range(0, self.width, self.block):
-            yield at, min(self.block, self.width - at)
+        for start in range(0, self.width, self.block):
+            yield start, min(self.block, self.width - start)
 
     def _blocks(self, packed: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The first row of each block row, and the block row (rows, width - first row), a view."""
         begin = 0
-        for at, rows in self._rows():
-            count = rows * (self.width - at)
-            yield at, packed[begin : begin + count].view(rows, self.width - at)
+        for start, rows in self._rows():
+            count = rows * (self.width - start)
+            yield start, packed[begin : begin + count].view(rows, self.width - start)
             begin += count
 
 

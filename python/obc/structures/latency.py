@@ -200,10 +200,10 @@ def _places(model: nn.Module, groups: Sequence[ChannelGroup], called: Collection
     channels = [group.name for group in groups if not group.is_depth]
     layers_of = {name: found[name] for name in channels}
     for name in channels:
-        around = _running(_common(layers_of[name]), called)
+        outer = _running(_common(layers_of[name]), called)
         others = [one for other in channels if other != name for one in layers_of[other]]
-        if around and not any(one == around or _inside(one, around) or _inside(around, one) for one in others):
-            found[name] = [around]
+        if outer and not any(one == outer or _inside(one, outer) or _inside(outer, one) for one in others):
+            found[name] = [outer]
     return found
 
 

@@ -106,8 +106,8 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
             _mask_attention(uses, module, channels)
         elif side == "in":
             _zero_columns(uses, module, channels)
-        elif (over := _normalised(module)) is not None:
-            _normalise_kept(module, *over, channels)
+        elif (normalised := _normalised(module)) is not None:
+            _normalise_kept(module, *normalised, channels)
     for group in groups:
         if group.kind == "experts" and group.name in removed:
             for part in group.slices:
@@ -199,14 +199,14 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
 
     def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kept = stays.to(x.device)
-        at = dim if x.shape[dim] == size else 1  # a norm that is told where its channels are, by a forward of its own
-        if x.shape[at] != size:  # of each head apart, where its channels lie in two dimensions: none sees another
+        axis = dim if x.shape[dim] == size else 1  # a norm that is told where its channels are, by a forward of its own
+        if x.shape[axis] != size:  # of each head apart, where its channels lie in two dimensions: none sees another
             unchanged: Tensor = forward(x, *args, **kwargs)
             return unchanged
         others = (narrowed(value) for value in args)
         named = {key: narrowed(value) for key, value in kwargs.items()}
-        normalised = inner.forward(x.index_select(at, kept), *others, **named)
-        return normalised.new_zeros(x.shape).index_copy(at, kept, normalised)
+        normalised = inner.forward(x.index_select(axis, kept), *others, **named)
+        return normalised.new_zeros(x.shape).index_copy(axis, kept, normalised)
 
     module.forward = over_kept
 

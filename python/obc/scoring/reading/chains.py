@@ -99,9 +99,9 @@ class Candidates:
             elif "BatchNorm" in name:
                 self._norm(node, path, slot, homogeneous)
             elif node is not None:
-                through = _through(node, name) if homogeneous else ()
+                passed = _through(node, name) if homogeneous else ()
                 for index, (before, _) in enumerate(node.next_functions):
-                    pending.append((before, (*path, (name, index)), index in through))
+                    pending.append((before, (*path, (name, index)), index in passed))
 
     def _norm(self, node: Any, path: Path, slot: Slot, homogeneous: bool) -> None:
         (before, _), (weight, _), *_ = node.next_functions

@@ -46,8 +46,8 @@ def output_of(layers: Layers, name: str) -> str | None:
     """The output projection of the attention ``name``."""
     parent = name.rpartition(".")[0]
     inside = (joined(name, child) for family in FAMILIES.values() for child in family.outputs)
-    around = (joined(parent, child) for family in FAMILIES.values() for child in family.outputs_around)
-    return next((layer for layer in (*inside, *around) if layers.layer("", layer) is not None), None)
+    outside = (joined(parent, child) for family in FAMILIES.values() for child in family.outputs_around)
+    return next((layer for layer in (*inside, *outside) if layers.layer("", layer) is not None), None)
 
 
 def inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:

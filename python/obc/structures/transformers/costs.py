@@ -54,7 +54,7 @@ def transformer_costs(
         ValueError: an unknown unit.
     """
     check_unit(unit)
-    polynomial, around = _polynomial(blocks, axes, unit, depth), _around(blocks, depth)
+    polynomial, container = _polynomial(blocks, axes, unit, depth), _around(blocks, depth)
 
     for own, key, tensor, skipped, factor in _terms(model, unit):
         module = (names_of or {}).get(own, own)
@@ -63,14 +63,14 @@ def transformer_costs(
             factor *= calibration.factors.get(module, 0.0)
         counted = [dim for dim in range(tensor.dim()) if dim not in skipped]
         sizes = (polynomial.size((name, dim), tensor.shape[dim]) for dim in counted)
-        polynomial.add(factor, *sizes, goes_with=around(module))
+        polynomial.add(factor, *sizes, goes_with=container(module))
     if unit == "macs" and calibration is not None:
         present = {
             (names_of or {}).get(name, name) for name, one in named_modules(model) if not isinstance(one, Skipped)
         }
         for module, macs in calibration.constant.items():
             if module in present:
-                polynomial.add(macs, goes_with=around(module))
+                polynomial.add(macs, goes_with=container(module))
         per_unit = [calibration.per_unit.get(block.group.name, 0.0) for block in blocks]
         polynomial.add_per_unit(per_unit + [0.0] * len(depth))
     elif unit == "macs" and sequence_length:
@@ -95,7 +95,7 @@ def transformer_memory(
         cached: the layers of the cache, where ``use`` counts one.
         model, blocks, axes, depth, names_of: as for :func:`transformer_costs`.
     """
-    polynomial, around = _polynomial(blocks, axes, "bytes", depth), _around(blocks, depth)
+    polynomial, container = _polynomial(blocks, axes, "bytes", depth), _around(blocks, depth)
     seen: set[int] = set()
     for own, module in named_modules(model):
         name = (names_of or {}).get(own, own)
@@ -105,10 +105,10 @@ def transformer_memory(
             seen.add(id(tensor))
             full = f"{name}.{key}" if name else key
             sizes = (polynomial.size((full, dim), size) for dim, size in enumerate(tensor.shape))
-            polynomial.add(use.bytes_each(tensor), *sizes, goes_with=around(name))
+            polynomial.add(use.bytes_each(tensor), *sizes, goes_with=container(name))
     per_unit = dict.fromkeys((block.group.name for block in blocks), 0.0)
     for layer in cached:
-        goes_with, taken = around(layer.module), layer.bytes_of_unit(use)
+        goes_with, taken = container(layer.module), layer.bytes_of_unit(use)
         polynomial.add(layer.fixed * use.batch, goes_with=goes_with)
         if layer.group in per_unit:
             per_unit[layer.group] += taken
@@ -135,11 +135,11 @@ def _around(blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> Callable[[st
     """Finds the innermost block or branch that a module goes with, among the groups."""
     holders = Holders(depth)
 
-    def around(module: str) -> int | None:
+    def container(module: str) -> int | None:
         inner = holders.innermost(module)
         return None if inner is None else len(blocks) + inner
 
-    return around
+    return container
 
 
 def _inside(blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> dict[str, list[str]]:
@@ -147,8 +147,8 @@ def _inside(blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> dict[str, li
     holders = Holders(depth)
     found: dict[str, list[str]] = {one.group.name: [] for one in depth}
     for group in (*(block.group for block in blocks), *(one.group for one in depth)):
-        around = [holders.of(part.module) for part in group.slices]
-        for place in sorted(set.intersection(*around)) if around else range(len(depth)):
+        container = [holders.of(part.module) for part in group.slices]
+        for place in sorted(set.intersection(*container)) if container else range(len(depth)):
             if depth[place].group is not group:
                 found[depth[place].group.name].append(group.name)
     return found

@@ -78,8 +78,8 @@ class Holders:
     def of(self, name: str) -> set[int]:
         """The places of the units that it goes with (:meth:`DepthUnit.holds`)."""
         parts = name.split(".")
-        around = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-        return {place for one in around for place in self._places.get(one, ())}
+        enclosing = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        return {place for one in enclosing for place in self._places.get(one, ())}
 
     def innermost(self, name: str) -> int | None:
         """The branch, or else the whole block, that it goes with; None where it goes with none."""

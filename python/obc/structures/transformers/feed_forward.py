@@ -92,18 +92,18 @@ def _between(layers: Layers, name: str, projections: Sequence[str], width: int, 
 
     Feed-forward blocks inside, as MobileBERT's, have channels of their own.
     """
-    between = []
-    within: list[str] = []
+    depthwise = []
+    nested: list[str] = []
     for inner, module in layers.modules[name].named_modules():
         layer = joined(name, inner)
         if inner and _names_of(layers, layer):
-            within.append(f"{layer}.")
+            nested.append(f"{layer}.")
         if layout_of(module) is None and inner and width != outer:
             _refuse_matrices(layer, module, width)
-        if layer in projections or layout_of(module) is None or width == outer or layer.startswith(tuple(within)):
+        if layer in projections or layout_of(module) is None or width == outer or layer.startswith(tuple(nested)):
             continue
         if isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels == width:
-            between.append(layer)
+            depthwise.append(layer)
         elif width in (layers.size(layer, "out"), layers.size(layer, "in")):
             raise NotPrunableError(f"{layer} has {width} channels too, and how they are used is not known")
-    return between
+    return depthwise

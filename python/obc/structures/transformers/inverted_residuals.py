@@ -57,9 +57,9 @@ def _block(layers: Layers, parts: Sequence[str], kind: str) -> Block:
     for layer in (producer, consumer):
         if layers.modules[layer].groups != 1:
             raise NotPrunableError(f"{layer} is a grouped convolution")
-    between = [inner for part in parts[:-1] for inner in _inside(layers, part) if inner != producer]
+    inners = [inner for part in parts[:-1] for inner in _inside(layers, part) if inner != producer]
     slices = [Slice(producer, "out", channels(width, 1))]
-    for inner in between:
+    for inner in inners:
         slices += _slices(layers, inner, width)
     slices.append(Slice(consumer, "in", channels(width, 1)))
     return Block(ChannelGroup(producer, tuple(slices), kind))

@@ -82,10 +82,10 @@ def _norms(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) 
 def _parameters(layers: Layers, name: str, count: int, size: int) -> Iterator[PerHead]:
     """Parameters of the attention, and of modules in it and beside it."""
     parent = name.rpartition(".")[0]
-    within = [joined(name, child) for child, _ in layers.modules[name].named_children()]
-    beside = [joined(parent, child) for child, _ in layers.modules[parent].named_children()] if parent else []
+    inner = [joined(name, child) for child, _ in layers.modules[name].named_children()]
+    neighbours = [joined(parent, child) for child, _ in layers.modules[parent].named_children()] if parent else []
     dims = {key: dim for family in FAMILIES.values() for key, dim in family.head_parameters.items()}
-    for owner in dict.fromkeys([name, *within, *beside]):
+    for owner in dict.fromkeys([name, *inner, *neighbours]):
         for key, dim in dims.items():
             parameter = layers.modules[owner]._parameters.get(key)
             if parameter is None or parameter.dim() <= dim:

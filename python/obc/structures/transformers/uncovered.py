@@ -38,11 +38,11 @@ def uncovered(layers: Layers, blocks: Mapping[str, Block], left_out: Collection[
         repeated = any(part.isdigit() for part in holder.split("."))
         if repeated and holder not in covered and not _with_those_around([holder]) & {*left_out}:
             weights.setdefault(holder, []).extend([name.rpartition(".")[2]] if is_layer else matrices)
-    beside = {name.rpartition(".")[0] for name in left_out}  # the output projection of an attention that is left out
+    parents = {name.rpartition(".")[0] for name in left_out}  # the output projection of an attention that is left out
     return {
         holder: _reason(layers.modules[holder], names)
         for holder, names in weights.items()
-        if len(names) > 1 or holder.rpartition(".")[0] not in beside
+        if len(names) > 1 or holder.rpartition(".")[0] not in parents
     }
 
 

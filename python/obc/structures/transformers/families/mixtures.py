@@ -73,8 +73,8 @@ def _stored(module: nn.Module, up: Tensor, down: Tensor) -> _Stored:
         raise NotPrunableError(f"experts stored as {shapes} are not understood")
     if getattr(module, "is_transposed", transposed) != transposed:
         raise NotPrunableError("the experts' shapes and is_transposed contradict each other")
-    beside = channels(width, 1, 2) if getattr(module, "is_concatenated", True) else channels(width, 2)
-    return _Stored(count, width, beside, up_dim, down_dim, biases)
+    up_channels = channels(width, 1, 2) if getattr(module, "is_concatenated", True) else channels(width, 2)
+    return _Stored(count, width, up_channels, up_dim, down_dim, biases)
 
 
 def _inner_channels(layers: Layers, name: str, stored: _Stored) -> Block:
