@@ -13,5 +13,11 @@
 set -eu
 
 cd "$(dirname "$0")/.."
+python="${PYTHON:-python3}"
+# nvcc, ncu, cmake and ninja are often beside the path.
+for folder in "$(dirname "$(command -v "$python")")" "${CUDA_HOME:-/usr/local/cuda}/bin" /opt/nvidia/nsight-compute/*; do
+    [ ! -d "$folder" ] || PATH="$PATH:$folder"
+done
+export PATH
 export PYTHONPATH="$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH}"
-exec "${PYTHON:-python3}" -m benchmarks.gpu_run "$@"
+exec "$python" -m benchmarks.gpu_run "$@"

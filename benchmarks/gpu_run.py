@@ -37,9 +37,9 @@ REASON = "the time for the tests was spent"
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# Seconds after which a part that was asked to end is killed: enough for pytest to write its report. It is kept free at
-# the end of all, and a quarter of it before each part.
-GRACE = 8.0
+# Seconds after which a part that was asked to end is killed. pytest needs eleven to write its report where a worker
+# hangs: xdist waits ten for it. They are kept free at the end of all, and a quarter of them before each part.
+GRACE = 14.0
 
 # The files of operators' tests have thousands of tests, for each of which Triton compiles kernels; those that look for
 # races, wrong addresses and wrong streams are few and come first.
@@ -79,7 +79,8 @@ class Part:
     """One command.
 
     Attributes:
-        least: seconds that it needs to be of use; earlier parts leave them, and with less it is left out.
+        least: seconds that earlier parts leave to it; with less than half of them, which would be of no use, it is left
+            out. Parts that have to be killed take up to two times :data:`GRACE` of it.
         command: of (:class:`Folders`, seconds that it has).
         most: seconds after which it is ended whatever is left.
         environment: what it has besides, of the seconds.
@@ -170,10 +171,13 @@ def _tests_command(folders: Folders, seconds: float) -> list[str]:
         "-p",
         "benchmarks.gpu_budget",
     ]
-    if importlib.util.find_spec("pytest_timeout"):  # a test that hangs is named, and others run on
+    command += ["-o", "faulthandler_timeout=60"]  # where a test hangs is in the log
+    if importlib.util.find_spec("pytest_timeout"):  # and others run on
         command += ["--timeout=90", "--timeout-method=thread"]
     if importlib.util.find_spec("xdist"):  # compiling is work for the processors: several share the GPU
-        command += ["-n", str(min(8, max(1, (os.cpu_count() or 1) // 2))), "--dist", "worksteal"]
+        workers = min(8, max(1, (os.cpu_count() or 1) // 2))
+        # One test at a time, so that all workers begin with those that come first.
+        command += ["-n", str(workers), "--dist", "load", "--maxschedchunk", "1"]
     return [*command, f"--junitxml={folders.logs / 'gpu-tests.xml'}", *files]
 
 
@@ -183,14 +187,16 @@ def _tests_environment(seconds: float) -> dict[str, str]:
 
 
 def tested(folders: Folders) -> dict[str, Any]:
-    """Counts of the tests, the names of those that failed, and how many did not run for want of time."""
+    """Counts of the tests, the names of those that failed, and how many did not run, or not end, for want of time."""
     path = folders.logs / "gpu-tests.xml"
     if not path.exists():
         return {"tests": "no report was written"}
-    found: dict[str, Any] = {"passed": 0, "failed": [], "skipped": {}, "not_run": 0}
+    found: dict[str, Any] = {"passed": 0, "failed": [], "skipped": {}, "not_run": 0, "not_ended": 0}
     for case in ElementTree.parse(path).getroot().iter("testcase"):
         skipped = case.find("skipped")
-        if case.find("failure") is not None or case.find("error") is not None:
+        if case.get("name") is None:  # the run was ended before the test was
+            found["not_ended"] += 1
+        elif case.find("failure") is not None or case.find("error") is not None:
             found["failed"].append(f"{case.get('classname')}::{case.get('name')}")
         elif skipped is None:
             found["passed"] += 1
@@ -231,11 +237,12 @@ def run(parts: Sequence[Part], out: Path, seconds: float) -> dict[str, Any]:
             # A part that can't run here needs nothing.
             later = sum(other.least + GRACE / 4 for other in parts[index + 1 :] if other.missing() is None)
             left = end - time.monotonic() - GRACE
-            allowed = left if left < part.least else min(part.most, max(part.least, left - later))
+            needed = part.least / 2
+            allowed = min(part.most, max(min(part.least, left), left - later))
             if reason := part.missing():
                 result: dict[str, Any] = {"left_out": reason}
-            elif left < part.least:
-                result = {"left_out": f"{max(left, 0):.0f} s were left, it needs {part.least:.0f}"}
+            elif left < needed:
+                result = {"left_out": f"{max(left, 0):.0f} s were left, it needs {needed:.0f}"}
             else:
                 report["parts"][part.name] = {"ended": "this run was ended before the part was"}
                 keep = lambda: _keep(report, folders)  # noqa: E731

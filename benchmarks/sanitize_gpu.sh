@@ -16,6 +16,7 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python3}"
 out="${1:-benchmarks/results}"
 mkdir -p "$out"
+PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 if ! command -v compute-sanitizer >/dev/null; then
     echo "no compute-sanitizer on the path (the CUDA toolkit has it)" >&2
     exit 1

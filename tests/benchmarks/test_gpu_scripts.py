@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from xdist.workermanage import NodeManager
 
 from benchmarks import bench_gpu, fastest_table, gpu_budget, gpu_run, gpu_smoke, profiled_calls
 from benchmarks.gpu_run import Folders, Part
@@ -40,7 +41,7 @@ def test_parts_run_within_the_limit_and_keep_what_others_found(tmp_path: Path) -
         Part("hangs", 1, python("import time; print('begun', flush=True); time.sleep(60)")),
         Part("absent", 1, python(""), missing=lambda: "no such tool"),
         Part("works", 2, python("print('done')"), outcome=lambda folders: {"found": 7}),
-        Part("late", 10_000, python("")),
+        Part("late", 20_000, python("")),
     ]
     begun = time.monotonic()
     report = gpu_run.run(parts[:4], tmp_path, seconds=gpu_run.GRACE + 14)
@@ -56,7 +57,7 @@ def test_parts_run_within_the_limit_and_keep_what_others_found(tmp_path: Path) -
     assert (results["works"]["exit_code"], results["works"]["found"]) == (0, 7)
     assert gpu_run.failed(report)
     late = gpu_run.run(parts[4:], tmp_path, seconds=20)
-    assert late["parts"]["late"] == {"left_out": "12 s were left, it needs 10000"}
+    assert late["parts"]["late"] == {"left_out": "6 s were left, it needs 10000"}
     assert not gpu_run.failed(late)
 
 
@@ -146,7 +147,7 @@ def test_a_test_that_breaks_the_device_ends_its_process(processes: list[str], tm
 
 
 def test_every_part_leaves_the_others_the_least_that_they_need() -> None:
-    assert sum(part.least for part in gpu_run.PARTS) + gpu_run.GRACE <= 525
+    assert sum(part.least + gpu_run.GRACE / 4 for part in gpu_run.PARTS) + gpu_run.GRACE <= 525
     assert [part.name for part in gpu_run.PARTS] == [
         "build",
         "smoke-cuda",
@@ -180,7 +181,17 @@ def test_report_of_tests_counts_what_the_time_did_not_reach(tmp_path: Path) -> N
         "failed": ["test_some::test_bad"],
         "skipped": {"no second device": 1},
         "not_run": 1,
+        "not_ended": 0,
     }
+
+
+def test_a_report_of_tests_is_there_where_one_hangs(tmp_path: Path) -> None:
+    """In a kernel that never ends no interrupt is heeded: pytest writes its report when xdist gives the worker up."""
+    assert gpu_run.GRACE > NodeManager.EXIT_TIMEOUT + 2
+    cases = '<testcase classname="test_some" name="test_good" time="0.1" /><testcase time="0.0" />'
+    (tmp_path / "gpu-tests.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
+    found = gpu_run.tested(Folders(tmp_path, tmp_path))
+    assert (found["passed"], found["not_ended"]) == (1, 1)
 
 
 def test_shell_scripts_parse_and_name_what_they_would_run() -> None:
@@ -202,6 +213,13 @@ def test_few_files_come_back_and_what_parts_print_is_shown(tmp_path: Path, capsy
     assert printed.count("last\n") == 9
     assert "said" not in printed  # only the end of a long log
     assert len(printed) < 9 * (gpu_run.PRINTED + 200)
+
+
+def test_a_part_that_was_left_more_than_half_runs(tmp_path: Path) -> None:
+    """Parts that had to be killed took some of its time: the benchmarks are worth having all the same."""
+    report = gpu_run.run([Part("short", 30, python("print(1)"))], tmp_path, seconds=gpu_run.GRACE + 20)
+    assert report["parts"]["short"]["exit_code"] == 0
+    assert 19 < report["parts"]["short"]["allowed_seconds"] <= 20
 
 
 def test_a_part_is_ended_after_its_most(tmp_path: Path) -> None:
