@@ -89,10 +89,6 @@ def test_functions_have_the_arguments_of_the_schema(operator: Operator) -> None:
         assert [(p.name, p.default) for p in parameters] == expected, module.__name__
 
 
-def test_mutated_arguments_are_read_from_the_schema() -> None:
-    assert {operator.name: operator.mutated for operator in TABLE if operator.mutated} == {"end_row": ("scores", "row")}
-
-
 def test_the_table_can_be_read_without_torch() -> None:
     """CMake runs it with nothing installed but what the build needs."""
     table = ROOT / "python" / "obc" / "backends" / "operators.py"

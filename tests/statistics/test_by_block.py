@@ -143,7 +143,7 @@ def test_products_of_one_block_at_a_time_are_held(monkeypatch: pytest.MonkeyPatc
 
     def noting(self: Sums, batch: int) -> None:
         commit(self, batch)
-        held.append(self.memory_held)
+        held.append(sum(spare.nbytes for spare in self._spare))
 
     monkeypatch.setattr(Sums, "commit", noting)
     collect(case.model, case.batches, statistics="gram", forward_fn=forward, by_block=True)

@@ -7,7 +7,6 @@ must offer. It imports nothing but the standard library.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,11 +30,6 @@ class Operator:
     schema: str
     libraries: tuple[str, ...] = LIBRARIES
     native: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def mutated(self) -> tuple[str, ...]:
-        """The arguments that a call changes in place."""
-        return tuple(re.findall(r"\(\w+!\)\S* (\w+)", self.schema))
 
     def native_schema(self, library: str) -> str:
         """What ``libobc_<library>.so`` registers, name included."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -127,6 +127,3 @@ def name_of(criterion: Any) -> str:
     """What messages call it."""
     function = getattr(criterion, "function", None)
     return getattr(criterion, "name", "") or getattr(function, "__name__", type(criterion).__name__)
-
-
-Named = Mapping[str, Criterion]

@@ -94,11 +94,6 @@ class Sums:
             self._add_to_total(key, finite)
             self._free(key, finite)
 
-    @property
-    def memory_held(self) -> int:
-        """Bytes of earlier summands that :meth:`memory` gives out again."""
-        return sum(spare.nbytes for spare in self._spare)
-
     def free_memory(self) -> None:
         """Free the memory of earlier summands: other modules are read from now on, or none."""
         self._spare.clear()

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-from obc.model.costs import Costs
-from obc.model.groups import ChannelGroup
 
 
 @dataclass(frozen=True)
@@ -55,16 +51,6 @@ class MemoryUse:
         if self.length == 0:
             return f"weights{dtype}"
         return f"weights and a cache of {self.batch} x {self.length} tokens{dtype}"
-
-
-class Measurable(Protocol):
-    """A structure whose memory is known; ``obc.prune(memory=...)`` needs one."""
-
-    @property
-    def groups(self) -> Sequence[ChannelGroup]: ...
-
-    def memory(self, use: MemoryUse) -> Costs:
-        """Bytes of the model as it is now, over its groups."""
 
 
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
