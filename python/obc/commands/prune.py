@@ -78,7 +78,7 @@ def add(commands: Any) -> None:
     prune.add_argument(
         "--criterion", help="(default: jacobian); obc criteria lists them; of a MODEL_DIR with its statistics"
     )
-    prune.add_argument("--allocation", help="global, uniform, equal, profile, two_classes ...: see obc.prune")
+    prune.add_argument("--allocation", help="global, uniform, equal, profile, two_classes, search ...: see obc.prune")
     entry = prune.add_argument_group("module:function")
     entry.add_argument("--selection", choices=("joint", "independent"), help="(default: joint)")
     entry.add_argument("--slices", choices=("gate", "all"), help="(default: gate)")

@@ -127,9 +127,10 @@ def prune(
             ``needs`` and ``score(group, statistics, model)``; or such a function.
         allocation: how much each group loses: "global" (all units compete), "uniform" (equal shares), "equal" (equal
             widths of groups of one kind), "profile" (blocks that change their input more keep more), "two_classes"
-            (attention apart), "window" and "tail" (consecutive whole blocks go:
-            :mod:`obc.selection.depth_allocations`), a mapping of names to strengths, or an object of
-            :mod:`obc.selection.allocation`. None: what the criterion was published with, else "global".
+            (attention apart), "search" (by what the output loses: :class:`obc.selection.search.Search`), "window" and
+            "tail" (consecutive whole blocks go: :mod:`obc.selection.depth_allocations`), a mapping of names to
+            strengths, or an object of :mod:`obc.selection.allocation`. None: what the criterion was published with,
+            else "global".
         selection: "joint" chooses sets of units by their rows, which only "jacobian" has; "independent" ranks single
             units by their scores. None: joint where the criterion has rows and ``slices`` is "gate".
         steps: how often to score and remove; or the shares to reach, descending to ``macs`` or ``params``.

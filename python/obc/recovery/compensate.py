@@ -62,7 +62,8 @@ def compensate(
     of the unpruned and four of the pruned one where its modules form a chain, such as decoder layers, besides the sums
     of products. Memory: twice the tensor between two modules for all batches, the stream after each layer of one
     module, and 16 (columns + outputs) columns bytes for one layer, columns being its inputs (of a convolution times its
-    taps). No logits are kept. A model whose modules form no chain runs from its start up to every layer.
+    taps). No logits are kept. A model whose modules form no chain runs from its start up to every layer. A transposed
+    convolution, whose outputs overlap, has its input reconstructed from what arrives, as in "seq".
 
     mode="ls": every consumer gets the weight W D with D = S + (E[x zT] - S E[z zT]) (E[z zT] + lambda I)^-1
     (:mod:`obc.recovery.moments`), and its bias the rest of the mean. z is the kept part of the unpruned model's x; one
