@@ -194,6 +194,20 @@ def test_a_report_of_tests_is_there_where_one_hangs(tmp_path: Path) -> None:
     assert (found["passed"], found["not_ended"]) == (1, 1)
 
 
+def test_where_the_build_fails_cmake_builds_what_it_can(tmp_path: Path) -> None:
+    cmake = tmp_path / "cmake"
+    cmake.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    cmake.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "OBC_BUILD_CUDA": "1"}
+    for python, called in (("true", False), ("false", True)):
+        done = subprocess.run(["sh", "-c", gpu_run._BUILD, python], env=environment, cwd=tmp_path, capture_output=True)
+        assert done.returncode == 0
+        assert (tmp_path / "calls").exists() == called
+    configured, built = (tmp_path / "calls").read_text().splitlines()
+    assert "-DOBC_BUILD_CUDA=1 -DPython_EXECUTABLE=false" in configured
+    assert built == "--build build/gpu -- -k 0"
+
+
 def test_shell_scripts_parse_and_name_what_they_would_run() -> None:
     for script in ("gpu.sh", "sanitize_gpu.sh"):
         subprocess.run(["sh", "-n", ROOT / "benchmarks" / script], check=True)
