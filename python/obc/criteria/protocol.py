@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.evaluation import ForwardFn
-from obc.model.groups import ChannelGroup, Slices
+from obc.model.groups import ChannelGroup, Side, Slices
 from obc.model.usable_batches import UsableBatches
 from obc.statistics.names import Chosen
 from obc.statistics.results import Statistics
@@ -35,6 +35,8 @@ class Subject:
         rows: "batch" or "sample", of the Jacobian Criterion.
         generator: of random numbers.
         micro_batch: samples that are run at once; None runs whole batches.
+        confirmed: modules whose gates a weight's gradient has confirmed, and what is read of each: later rows of the
+            same modules, pruned since, are not checked again.
     """
 
     model: nn.Module
@@ -46,6 +48,7 @@ class Subject:
     rows: Literal["batch", "sample"] = "batch"
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     micro_batch: int | None = None
+    confirmed: dict[str, tuple[nn.Module, set[Side]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from obc.criteria.protocol import About, Criterion, Subject
 from obc.model.evaluation import evaluating
 from obc.model.groups import ChannelGroup, Sided, Slices
 from obc.model.latency_table import LatencyTable
+from obc.scoring.coverage import Coverage
 from obc.scoring.run import score
 from obc.statistics.loss import frozen, run_backward
 from obc.statistics.results import Statistics
@@ -45,6 +46,13 @@ def read_rows(subject: Subject) -> GroupRows:
     if not wanted and reader is not None:
         _run(subject, reader)
         return GroupRows(reader.rows(), {})
+    modules = dict(subject.model.named_modules())
+    check = subject.rows == "sample" or not all(
+        name in subject.confirmed
+        and subject.confirmed[name][0] is modules[name]
+        and sides <= subject.confirmed[name][1]
+        for name, sides in wanted.items()
+    )
     scores = score(
         subject.model,
         subject.batches,
@@ -53,8 +61,12 @@ def read_rows(subject: Subject) -> GroupRows:
         keep_rows=True,
         micro_batch=subject.micro_batch,
         modules=wanted,
+        check=check,
         progress=False,
     )
+    if check:
+        plain = {Coverage("gate"), Coverage("norm gradient")}  # neither copied, nor tied, nor following from other rows
+        subject.confirmed.update((n, (modules[n], wanted[n])) for n, how in scores.coverage.items() if how in plain)
     unscored = {name: str(how.reason) for name, how in scores.coverage.items() if name in wanted and not how.scored}
     if reader is None:
         return GroupRows(scores.rows, unscored)

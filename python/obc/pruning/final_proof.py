@@ -35,15 +35,19 @@ def first_finite(batches: Iterable[Any]) -> Any:
 
 
 def run_on(batch: Any, loss_fn: Any, forward_fn: ForwardFn | None) -> Run:
-    """``run(model)``: what ``forward_fn`` returns on the batch; without it all that ``loss_fn`` computes."""
+    """``run(model)``: what ``forward_fn`` returns on the batch, or what the model returns while ``loss_fn`` runs.
+
+    The loss is compared only where ``loss_fn`` calls parts of the model alone. It may read weights as well (a penalty
+    on their norm), and these differ rightly: masked units are still in it.
+    """
 
     def run(model: nn.Module) -> Any:
-        """With a loss alone: the loss, and what the model returned while it was computed."""
         if forward_fn is not None:
             return forward_fn(model, batch)
         if loss_fn is None:
             return call_on_batch(model, batch)
-        return with_outputs(model, lambda: loss_fn(model, batch))
+        loss, outputs = with_outputs(model, lambda: loss_fn(model, batch))
+        return outputs or loss
 
     return run
 
