@@ -31,7 +31,7 @@ from obc.model.groups import ChannelGroup
 from obc.model.latency_table import LatencyTable
 
 
-@pytest.mark.parametrize("name", ["chain", "grouped", "llama"])
+@pytest.mark.parametrize("name", ["chain", "grouped", "vit", "llama", "mixtral"])
 @pytest.mark.parametrize(("form", "second"), [*itertools.product(["element", "vector"], [False, True])])
 def test_llm_pruner(name: str, form: Any, second: bool) -> None:
     subject = make_subject(name)
