@@ -59,11 +59,6 @@ class Compensator:
         self.batches, self.forward, self.recalibrate, self.report = batches, forward, recalibrate, report
         self._states = self.original.state_dict()
 
-    @property
-    def by_regression(self) -> bool:
-        """Whether consumers take over what was removed by least squares."""
-        return self.how in ("correct", "ls", "seq")
-
     def undo(self) -> None:
         """Give the model the weights that pruning leaves, before the next compensation."""
         if self.every_step:

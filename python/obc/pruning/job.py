@@ -244,9 +244,7 @@ class Job:
         """What the model's output loses with these units masked."""
         if self._evaluation is None:
             search: Any = self.choice.allocation
-            compensated = getattr(search, "compensated", None)
-            if compensated is None:
-                compensated = self.compensator is not None and self.compensator.by_regression
+            compensated = getattr(search, "compensated", False)
             subject = replace(self.subject, groups=self.structure.groups)
             metric: Any = getattr(search, "metric", "kl")
             self._evaluation = fitness_of(subject, metric, getattr(search, "batches", None), compensated)

@@ -1,4 +1,4 @@
-"""What a search over widths measures where the pruned model is to be compensated: the output after compensation.
+"""What a search over widths measures with ``compensated=True``: the output after compensation.
 
 With G the centred Gram matrix of a consumer's input, k the channels that stay and r those that go, its weight becomes
 
@@ -105,11 +105,13 @@ class CompensatedEvaluation(Evaluation):
 
 
 def fitness_of(subject: Subject, metric: Metric, batches: int | None, compensated: bool) -> Evaluation:
-    """What a search measures, on the first ``batches``."""
-    everything = subject.batches
-    some = everything if batches is None else everything.part(everything.numbered()[:batches])
-    measured = replace(subject, batches=some)
-    return CompensatedEvaluation(measured, metric, subject) if compensated else Evaluation(measured, metric)
+    """What a search measures, on the first ``batches``; of others the Gram matrices, where there are any."""
+    measured = rest = subject
+    if batches is not None:
+        numbered = subject.batches.numbered()
+        measured = replace(subject, batches=subject.batches.part(numbered[:batches]))
+        rest = replace(subject, batches=subject.batches.part(numbered[batches:] or numbered))
+    return CompensatedEvaluation(measured, metric, rest) if compensated else Evaluation(measured, metric)
 
 
 def _size(solution: Solution) -> int:

@@ -17,11 +17,11 @@ class Search:
 
     Which units of a group go follows from their scores; a child takes one level from a group and gives it to another of
     the same kind, one to ``mutations`` times, and still frees the budget. The fitness is what the model's output loses
-    with the chosen units masked (:class:`obc.criteria.MaskedEvaluation`), and, where compensation follows, their
-    consumers compensated by plain least squares: widths are chosen for the model that will be left.
+    with the chosen units masked (:class:`obc.criteria.MaskedEvaluation`), and with ``compensated`` their consumers
+    compensated by plain least squares.
 
     Cost: 1 + generations * offspring forward passes over the batches that fitness is measured on. Compensated: also one
-    over all batches for the consumers' Gram matrices, 8 bytes times the square of their inputs each, and a least
+    over the other batches for the consumers' Gram matrices, 8 bytes times the square of their inputs each, and a least
     squares for each new width of a group.
 
     Args:
@@ -33,7 +33,7 @@ class Search:
         metric: "kl", "mse" or "loss".
         seed: of the mutations.
         batches: fitness is measured on the first so many; None: on all.
-        compensated: fitness after compensation; None: where ``obc.prune`` is to compensate by "correct", "ls" or "seq".
+        compensated: measure fitness after compensation, regressed on the batches that fitness is not measured on.
     """
 
     evaluates = True
@@ -48,7 +48,7 @@ class Search:
         metric: str = "kl",
         seed: int = 0,
         batches: int | None = None,
-        compensated: bool | None = None,
+        compensated: bool = False,
     ) -> None:
         counts = {"generations": generations, "offspring": offspring, "survivors": survivors}
         if batches is not None:
