@@ -142,9 +142,10 @@ def test_minitron_of_heads_in_groups(kind: str, make: Callable[..., nn.Module], 
 
 
 @pytest.mark.parametrize("weights", [False, True])
-def test_cfsp(weights: bool) -> None:
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_cfsp(name: str, weights: bool) -> None:
     """The released code's three terms |W| / sum |W|, averaged over the axis along which they sum to 1, cancel."""
-    subject = make_subject("llama")
+    subject = make_subject(name)
     seen = {layer: torch.cat([x.flatten(0, 1) for x in batches]) for layer, batches in inputs(subject).items()}
 
     def value(layer_name: str, layer: Any, unit: list[int]) -> float:
@@ -187,8 +188,9 @@ def test_greedy_obs_removes_one_after_another(name: str) -> None:
             assert float(got[group.name][unit]) == pytest.approx(highest, rel=1e-4)
 
 
-def test_slimgpt_takes_cholesky_diagonals_of_each_head() -> None:
-    subject = make_subject("llama")
+@pytest.mark.parametrize("name", NAMES)
+def test_slimgpt_takes_cholesky_diagonals_of_each_head(name: str) -> None:
+    subject = make_subject(name)
     seen = inputs(subject)
 
     def value(layer_name: str, layer: Any, unit: list[int]) -> Tensor:
