@@ -3,7 +3,7 @@
 Peak memory and time per row on Llama-like models from configuration, random weights, batch of one sequence: plain
 inference, a plain fine-tuning step (SGD, so that no optimizer state hides the gradients), the paper's way (every
 weight gradient kept, contracted at the end), weight gradients contracted at once, and obc by batch and by sample rows,
-whose first row also checks; "obc rows after the first" has that one behind it.
+whose first row also checks; "obc rows after the first" leaves the checking row out.
 Every case runs in a process of its own; its memory is what came on top of the weights. A way that needs more than
 ``--limit`` GiB together with the weights is not started, and is listed as such.
 

@@ -3,7 +3,7 @@
 Counted: forward passes. Of the proof: those of the tries of all groups (two models each, and one of the model as it
 is), and three at the end. Of the whole: those of the proof, and every call of the loss.
 
-Timed: the seconds of the proof and of the whole call, as the report says them. ``--rows`` batches a step are far fewer
+Timed: the proof and the whole call, in seconds, from the report. ``--rows`` batches a step are far fewer
 than pruning wants (as many as the widest layer has channels), so that the share is larger here than in use.
 
 Weights are random; the networks are as deep as the real ones.

@@ -10,7 +10,7 @@ training images before every re-scoring ("bn"), and that network compensated seq
 training images ("seq"). Stage "tune": the "bn" network at 2x and 3x is fine-tuned for a short and a longer time, with
 the learning rate that was best on the validation split of seed 0 for that task, kind, method, ratio and budget.
 
-Every case is appended to the file as one line as soon as it is done; a killed run continues where it was. Accuracies
+Every case is appended to the file as one line as soon as it is done; a killed run resumes. Accuracies
 are on the test split, which decides nothing: methods have no options that were chosen by it, learning rates are chosen
 on the validation split.
 """

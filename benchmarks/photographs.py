@@ -1,8 +1,8 @@
 """Images that packages carry, to calibrate and to test an ImageNet classifier with; no photograph serves both.
 
 Calibration: photographic cut-outs of animals, plants, food and things (tuxpaint's stamps), each pasted on a crop of a
-photograph (scikit-learn's, scikit-image's and matplotlib's). Hundreds of motifs: with crops of a handful of photographs
-both what is pruned and what is regressed fit those alone.
+photograph (scikit-learn's, scikit-image's and matplotlib's). There are hundreds of motifs: a handful of photographs
+would let pruning and regression fit those alone.
 
 Test: crops of the 20 photographs of ImageNet that foolbox carries, on which a classifier is sure of itself. (Crops of
 tissue, or of a blurred clock, have no class: noise of 5 % in the logits' energy already changes every seventh answer.)

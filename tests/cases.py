@@ -40,7 +40,7 @@ KERNEL_TARGETS = [_param(name, device) for name, device in _targets() if name !=
 
 @contextlib.contextmanager
 def on(target: tuple[str, str]) -> Iterator[str]:
-    """Run the operators on the target's backend; gives the device. Skips, by name, what this machine lacks."""
+    """Use the target's backend and yield its device; skip, with the reason, what this machine lacks."""
     name, device = target
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")

@@ -1,4 +1,4 @@
-"""bench_selection: its generated task, its schedule, and that a killed run goes on."""
+"""bench_selection: its generated task, its schedule, and that a killed run resumes."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize("place", [1, 3, 5])
-def test_a_run_that_was_stopped_goes_on_to_the_same_bits(place: int, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_bits(place: int, tmp_path: Path) -> None:
     case = models.llama()
     batches = case.batches * 2
 
@@ -192,7 +192,7 @@ def run_until_killed(folder: Path) -> None:
     collect(case.model, batches(), case.loss, statistics=["rows", "moments"], checkpoint=folder / "state", every=2)
 
 
-def test_a_killed_process_is_gone_on_from(tmp_path: Path) -> None:
+def test_a_killed_process_is_resumed(tmp_path: Path) -> None:
     process = torch.multiprocessing.get_context("spawn").Process(target=run_until_killed, args=(tmp_path,))
     process.start()
     process.join()
