@@ -64,6 +64,8 @@ OTHERS = {
     "Taylor": "taylor",
     "Fisher": "fisher",
     "reconstruction": "reconstruction",
+    "K-FAC": "kfac",
+    "compensated JC": "compensated_jacobian",
 }
 CRITERIA = ("random", "L1", "JC", "joint", "joint-label-free", *OTHERS)
 STATES = ("naive", "ls", "seq", "correct")

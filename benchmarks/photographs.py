@@ -4,14 +4,16 @@ Calibration: photographic cut-outs of animals, plants, food and things (tuxpaint
 photograph (scikit-learn's, scikit-image's and matplotlib's). There are hundreds of motifs: a handful of photographs
 would let pruning and regression fit those alone.
 
-Test: crops of the 20 photographs of ImageNet that foolbox carries, on which a classifier is sure of itself. (Crops of
-tissue, or of a blurred clock, have no class: noise of 5 % in the logits' energy already changes every seventh answer.)
+Test: 230 photographs of animals, buildings, tools and household things from GCompris, an educational program, and the
+20 of ImageNet that foolbox carries. Each comes once before any comes again.
 """
 
 from __future__ import annotations
 
+import io
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,11 @@ from obc.demo.pretrained import package_folder
 
 INSTALL = "pip install scikit-learn scikit-image matplotlib pillow"
 IMAGENET = "pip install --no-deps foolbox"
+GCOMPRIS = Path("/usr/share/gcompris-qt/rcc")
+# Qt's resource files, which hold many images one after another, and what of them are photographs of one thing.
+_RESOURCES = ("categorization", "details", "erase", "explore_farm_animals", "explore_monuments", "explore_world_animals")
+_WEBP = re.compile(rb"RIFF....WEBP", re.DOTALL)
+_SMALLEST_PHOTOGRAPH = 200  # pixels of the shorter side; smaller ones are icons
 STAMPS = Path("/usr/share/tuxpaint/stamps")
 _BACKGROUNDS = ("sklearn/china.jpg", "sklearn/flower.jpg", "skimage/coffee.png", "skimage/astronaut.png")
 _BACKGROUNDS += ("skimage/motorcycle_left.png", "skimage/camera.png", "skimage/coins.png", "skimage/chelsea.png")
@@ -61,16 +68,38 @@ def calibration_batches(batches: int, size: int, seed: int) -> list[Tensor]:
 
 
 def test_batches(batches: int, size: int, seed: int) -> list[Tensor]:
-    """Batches of (size, 3, 224, 224) normalised crops of the photographs of ImageNet in turn.
+    """Batches of (size, 3, 224, 224) normalised crops of the test photographs, in an order that the seed draws.
 
     Raises:
         ImportError: foolbox is not installed; says how to get it.
+        FileNotFoundError: likewise GCompris's data.
     """
     folder = package_folder("foolbox", IMAGENET) / "data"
-    photographs = [_opened(path) for path in sorted(folder.glob("imagenet_*.jpg"))]
     drawing = random.Random(seed)
-    images = [_crop(photographs[place % len(photographs)], _SMALLEST_TEST, drawing) for place in range(batches * size)]
+    sources: list[Path | bytes] = [*sorted(folder.glob("imagenet_*.jpg")), *_embedded()]
+    drawing.shuffle(sources)
+    images = [
+        _crop(_opened(sources[place % len(sources)]), _SMALLEST_TEST, drawing) for place in range(batches * size)
+    ]
     return list(torch.stack(images).sub(MEAN).div(DEVIATION).split(size))
+
+
+def _embedded() -> Iterator[bytes]:
+    """The photographs in GCompris's resource files: what is opaque and no icon."""
+    package_folder("PIL", INSTALL)
+    from PIL import Image
+
+    for name in _RESOURCES:
+        path = GCOMPRIS / f"{name}.rcc"
+        if not path.exists():
+            raise FileNotFoundError(f"{path} is missing; get it with: apt-get install gcompris-qt-data")
+        content = path.read_bytes()
+        for match in _WEBP.finditer(content):
+            length = 8 + int.from_bytes(content[match.start() + 4 : match.start() + 8], "little")
+            found = content[match.start() : match.start() + length]
+            with Image.open(io.BytesIO(found)) as image:
+                if image.mode == "RGB" and min(image.size) >= _SMALLEST_PHOTOGRAPH:
+                    yield found
 
 
 def _background(name: str) -> Tensor:
@@ -78,18 +107,18 @@ def _background(name: str) -> Tensor:
     return _opened(package_folder(package, INSTALL) / _FOLDERS[package] / file)
 
 
-def _opened(path: Path) -> Tensor:
+def _opened(source: Path | bytes) -> Tensor:
     """(3, H, W) uint8."""
-    return _pixels(path, "RGB")
+    return _pixels(source, "RGB")
 
 
-def _pixels(path: Path, mode: str, size: int | None = None) -> Tensor:
+def _pixels(source: Path | bytes, mode: str, size: int | None = None) -> Tensor:
     """(channels, H, W) uint8; cut to what is not transparent and resized so that the longer side is ``size``."""
     package_folder("PIL", INSTALL)
     import numpy
     from PIL import Image
 
-    with Image.open(path) as opened:
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
         image: Any = opened.convert(mode)
     if size is not None:
         image = image.crop(image.getbbox())
