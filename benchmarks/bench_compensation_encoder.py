@@ -358,10 +358,11 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     usual = statistics.mode(row["sentences"] for row in rows)
     rows = [row for row in rows if row["sentences"] == usual]
     corpora = list(dict.fromkeys(row["corpus"] for row in rows))
-    figure = Figure(figsize=(4.6 * len(STATES), 3.8 * len(corpora) + 0.8), layout="constrained")
-    panels = figure.subplots(len(corpora), len(STATES), squeeze=False, sharex=True, sharey=True)
+    states = [state for state in STATES if any(state in row for row in rows)]
+    figure = Figure(figsize=(4.6 * len(states), 3.8 * len(corpora) + 0.8), layout="constrained")
+    panels = figure.subplots(len(corpora), len(states), squeeze=False, sharex=True, sharey=True)
     for line, corpus in zip(panels, corpora, strict=True):
-        for panel, state in zip(line, STATES, strict=True):
+        for panel, state in zip(line, states, strict=True):
             for index, name in enumerate(CRITERIA):
                 name_rows = [
                     row for row in rows if (row["corpus"], row["criterion"]) == (corpus, name) and state in row

@@ -28,7 +28,14 @@ INSTALL = "pip install scikit-learn scikit-image matplotlib pillow"
 IMAGENET = "pip install --no-deps foolbox"
 GCOMPRIS = Path("/usr/share/gcompris-qt/rcc")
 # Qt's resource files, which hold many images one after another, and what of them are photographs of one thing.
-_RESOURCES = ("categorization", "details", "erase", "explore_farm_animals", "explore_monuments", "explore_world_animals")
+_RESOURCES = (
+    "categorization",
+    "details",
+    "erase",
+    "explore_farm_animals",
+    "explore_monuments",
+    "explore_world_animals",
+)
 _WEBP = re.compile(rb"RIFF....WEBP", re.DOTALL)
 _SMALLEST_PHOTOGRAPH = 200  # pixels of the shorter side; smaller ones are icons
 STAMPS = Path("/usr/share/tuxpaint/stamps")
@@ -78,9 +85,7 @@ def test_batches(batches: int, size: int, seed: int) -> list[Tensor]:
     drawing = random.Random(seed)
     sources: list[Path | bytes] = [*sorted(folder.glob("imagenet_*.jpg")), *_embedded()]
     drawing.shuffle(sources)
-    images = [
-        _crop(_opened(sources[place % len(sources)]), _SMALLEST_TEST, drawing) for place in range(batches * size)
-    ]
+    images = [_crop(_opened(sources[place % len(sources)]), _SMALLEST_TEST, drawing) for place in range(batches * size)]
     return list(torch.stack(images).sub(MEAN).div(DEVIATION).split(size))
 
 

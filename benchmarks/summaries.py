@@ -136,9 +136,10 @@ def _encoder(results: Path) -> str:
     content = read(results, "bench_compensation_encoder")
     rows = content["rows"]
     kinds = sorted({(row["sentences"], row["criterion"]) for row in rows})
-    columns = [(share, state) for share in (0.25, 0.5) for state in ("naive", "ls", "seq")]
+    states = [state for state in ("naive", "ls", "seq", "correct") if any(state in row for row in rows)]
+    columns = [(share, state) for share in (0.25, 0.5) for state in states]
     parts = []
-    for corpus in ("docstrings", "topics"):
+    for corpus in dict.fromkeys(row["corpus"] for row in rows):
         lines = []
         for kind in kinds:
             kind_rows = [row for row in rows if (row["corpus"], row["sentences"], row["criterion"]) == (corpus, *kind)]
