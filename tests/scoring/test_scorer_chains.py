@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -276,3 +277,30 @@ def test_the_graph_of_a_row_is_not_kept_after_it() -> None:
             with scorer.row():
                 loss(model, batch).backward()
             assert not scorer._parts.plan.chains.outputs
+
+
+class GatedLayers(nn.Module):
+    """Two gated layers; with one side of each read, nothing brings a gradient to the outputs of the first one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.gates = nn.ModuleList(nn.Linear(6, 8) for _ in range(2))
+        self.ups = nn.ModuleList(nn.Linear(6, 8) for _ in range(2))
+        self.downs = nn.ModuleList(nn.Linear(8, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gate, up, down in zip(self.gates, self.ups, self.downs, strict=True):
+            x = down(F.relu(gate(x)) * up(x))
+        return x
+
+
+def test_an_output_that_nothing_else_brings_a_gradient_keeps_its_gate(caplog: pytest.LogCaptureFixture) -> None:
+    model = GatedLayers()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    sides = {name: ["in" if "downs" in name else "out"] for name in linear}
+    with caplog.at_level(logging.WARNING):
+        scores = obc.score(model, vectors(4), loss, modules=sides)
+    assert not caplog.records
+    assert_same(scores, obc.score(GatedLayers(), vectors(4), loss, modules=sides, chains=False))
+    assert set(chained(scores)) == {"gates.1", "ups.1"}

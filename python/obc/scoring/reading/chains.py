@@ -192,6 +192,13 @@ class Chains:
         self._fill = None
         self._seen_by.setdefault(chain.link.seen_by, []).append(chain)
 
+    def drop(self, slot: Slot) -> None:
+        """Have a gate for this slot again."""
+        chain = self._chains.pop(slot)
+        del self.slots[slot]
+        self._seen_by[chain.link.seen_by].remove(chain)
+        self._fill = None
+
     def forget_row(self) -> None:
         """Forget the row in hand, and the graph that it left."""
         self.outputs.clear()

@@ -181,6 +181,9 @@ class Reader:
                 return result
         if not self._reads() or not isinstance(output, Tensor) or self.rule.out_dim is None:
             return None
+        if not output.requires_grad and self.out in self._reading.chains.slots:
+            # Nothing before it is read and weights are frozen: only its own gate brings a gradient here.
+            self._reading.chains.drop(self.out)
         # A compiler's graph is not autograd's, so chains can't be checked: every slot has its gate.
         if self.out in self._reading.chains.slots and not is_compiling():
             self._reading.chains.outputs[self.out] = output.grad_fn
