@@ -20,12 +20,14 @@ class State:
         gram: (in, in) E[x x^T], undamped.
         columns: (in, entries) the weight as the removals so far updated it; zero where channels are gone.
         inverse: (in, in) P; the identity where channels are gone.
+        product: (in, entries) gram @ columns, once it was asked for; removals update it by their rank.
     """
 
     consumer: Consumer
     gram: Tensor
     columns: Tensor
     inverse: Tensor
+    product: Tensor | None = None
 
     @classmethod
     def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> State:
@@ -46,13 +48,16 @@ class State:
 
     def first_order(self) -> Tensor:
         """(units,) the sum over the unit's columns j of |(G W^T)_j . W_j|."""
-        change = (self.gram @ self.columns * self.columns).sum(1).abs()
-        return change[self.consumer.channels].sum(1)
+        if self.product is None:
+            self.product = self.gram @ self.columns
+        return (self.product * self.columns).sum(1).abs()[self.consumer.channels].sum(1)
 
     def remove(self, units: Tensor) -> None:
         """Take out these units and let the others take over."""
         gone = self.consumer.channels[units].flatten()
         solved = torch.linalg.solve(self.inverse[gone[:, None], gone], self.inverse[gone])  # (P_dd)^-1 P_d:
+        if self.product is not None:
+            self.product -= (self.gram @ solved.mT) @ self.columns[gone]
         self.columns -= solved.mT @ self.columns[gone]
         self.columns[gone] = 0.0
         self.inverse -= self.inverse[:, gone] @ solved
