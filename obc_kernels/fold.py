@@ -42,7 +42,7 @@ from obc_kernels.layout import ceil_div, power_of_two
 
 # A result row of 256 float32 is 64 registers a thread of 256: what a program can hold beside the operands.
 MOST_KEPT_IN = 256
-# Above 2^20 weights a product takes longer than its launch, and a library's product has the better schedule.
+# The kernel is there to save launches of small products; larger ones go to the platform's library.
 MOST_WEIGHTS = 2**20
 
 

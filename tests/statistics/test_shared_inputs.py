@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from obc.model.groups import ChannelGroup, Slice
 from obc.statistics import Gram, triangle
+from obc.statistics.part import Part
 from obc.statistics.run import collect
 from obc.statistics.triangle import Triangle
 
@@ -120,6 +121,36 @@ def test_layers_share_only_what_is_the_same(name: str, backward: bool, micro_bat
     if name != "shared in some batches":
         together = got.gram["layers.0"].total is got.gram["layers.1"].total
         assert together == shares
+
+
+def test_readers_share_one_copy_of_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward passes alone count no changes of tensors: what was read is compared with a copy, one for all readers."""
+    copies: list[Tensor] = []
+    copy_of = Part.copy_of
+
+    def noting(self: Part, x: Tensor) -> Tensor:
+        copies.append(copy_of(self, x))
+        return copies[-1]
+
+    monkeypatch.setattr(Part, "copy_of", noting)
+    collect(Attention(lambda x, index: x), [torch.randn(4, 5, 4)], statistics=STATISTICS, progress=False)
+    assert len(copies) == len(STATISTICS), (
+        "each asks once for what three layers are given; the batch counts its changes"
+    )
+    assert len(set(map(id, copies))) == 1
+
+
+def test_a_copy_is_of_the_tensor_as_it_is() -> None:
+    part = Part()
+    with torch.inference_mode():
+        x = torch.arange(3.0)
+        first = part.copy_of(x)
+        assert part.copy_of(x) is first
+        assert part.copy_of(x.clone()) is not first
+        first = part.copy_of(x)
+        x += 1
+        assert torch.equal(part.copy_of(x), torch.tensor([1.0, 2.0, 3.0]))
+        assert torch.equal(first, torch.tensor([0.0, 1.0, 2.0]))
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -19,7 +19,7 @@ from obc.criteria.kfac import KFAC
 from obc.criteria.magnitude import FPGM, WHC, BNScale, Magnitude, Random
 from obc.criteria.masked import MaskedEvaluation
 from obc.criteria.obs import OBS, SlimGPT
-from obc.criteria.protocol import About, Criterion, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, Criterion, MeasuredCriterion, MeasuredRows, Subject
 from obc.criteria.reconstruction import Reconstruction
 from obc.criteria.registry import available, get, register
 from obc.criteria.rows import Jacobian, NViT
@@ -56,6 +56,7 @@ __all__ = [
     "Magnitude",
     "MaskedEvaluation",
     "MeasuredCriterion",
+    "MeasuredRows",
     "Minitron",
     "NViT",
     "Nirvana",

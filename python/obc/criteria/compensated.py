@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, MeasuredRows, Subject
 from obc.criteria.residual_rows import read_residuals
 from obc.criteria.residuals import Residuals
 from obc.criteria.scoring import collected
@@ -20,7 +20,7 @@ from obc.criteria.units import consumers_of
 from obc.statistics.gram import Gram
 
 
-class CompensatedJacobian(MeasuredCriterion):
+class CompensatedJacobian(MeasuredRows):
     """S_u = sum over rows of r_u[n]^2 with r of the residuals e_u, which the other channels can't reproduce.
 
     Two runs: forward passes for H, then forward and backward. Sets of units can be chosen by the rows
@@ -42,9 +42,6 @@ class CompensatedJacobian(MeasuredCriterion):
 
     def __init__(self, ridge: float = 1e-2, tokens: int | None = None) -> None:
         self.ridge, self.tokens = ridge, checked_tokens(tokens)
-
-    def measure(self, subject: Subject) -> GroupScores:
-        return {name: rows.double().square().sum(0) for name, rows in self.measure_rows(subject).items()}
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
         """(N, units) rows of every group with a consumer that can be read."""

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.criteria.masked import output_tensor
-from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, MeasuredRows, Subject
 from obc.criteria.rows import read_rows
 from obc.model.evaluation import ForwardFn, evaluating
 from obc.model.usable_batches import UsableBatches
 
 
-class JBR(MeasuredCriterion):
+class JBR(MeasuredRows):
     """S_u = sum over n of (sum over consumers of r_m,u[n])^2 with L_n = CE(f(x_n), argmax f_0(x_n)).
 
     f is the model as it is, f_0 the model that was scored first with these batches, which is the unpruned one in all
@@ -37,9 +37,6 @@ class JBR(MeasuredCriterion):
 
     def __init__(self) -> None:
         self._labels: WeakKeyDictionary[UsableBatches, dict[int, Tensor]] = WeakKeyDictionary()
-
-    def measure(self, subject: Subject) -> GroupScores:
-        return {name: rows.double().square().sum(0) for name, rows in self.measure_rows(subject).items()}
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
         """(N, units) rows of every group."""

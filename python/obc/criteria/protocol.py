@@ -116,6 +116,17 @@ class MeasuredCriterion(Criterion):
         raise TypeError(f"{self.name!r} runs the model itself: pass it to obc.prune, or call measure(subject)")
 
 
+class MeasuredRows(MeasuredCriterion):
+    """A measured criterion of rows: S_u = sum over n of r_u[n]^2; ``selection="joint"`` chooses sets of units by r."""
+
+    def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
+        """(N, units) rows r of every group that has some."""
+        raise NotImplementedError
+
+    def measure(self, subject: Subject) -> GroupScores:
+        return {name: rows.double().square().sum(0) for name, rows in self.measure_rows(subject).items()}
+
+
 class FromFunction(Criterion):
     """A function (group, statistics, model) -> (units,) as a criterion; ``function.needs`` names its statistics."""
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, MeasuredRows, Subject
 from obc.criteria.residual_rows import read_residuals
 from obc.criteria.residuals import Residuals
 from obc.criteria.units import consumers_of
 
 
-class TokenJacobian(MeasuredCriterion):
+class TokenJacobian(MeasuredRows):
     """S_u = sum over rows of r_u[n, t]^2; sets of units can be chosen by the rows (``selection="joint"``).
 
     Forward and backward once. Layers that read a group's channels must see a sample's tokens along the first dimension
@@ -40,9 +40,6 @@ class TokenJacobian(MeasuredCriterion):
 
     def __init__(self, tokens: int = 16) -> None:
         self.tokens = checked_tokens(tokens)
-
-    def measure(self, subject: Subject) -> GroupScores:
-        return {name: rows.double().square().sum(0) for name, rows in self.measure_rows(subject).items()}
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
         """(rows, units) of every group with a consumer that can be read."""

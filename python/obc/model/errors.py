@@ -34,8 +34,9 @@ def explained(model: nn.Module, doing: str, remedy: str) -> Iterator[None]:
     except Exception as error:
         layer = layer_in(error, model)
         place = "" if layer is None else f" in {layer!r}"
+        said = str(error).replace(repr(model), type(model).__name__)  # Python quotes what it can't call
         raise PruningError(
-            f"{type(model).__name__}: {doing} failed{place}: {type(error).__name__}: {error}; {remedy}"
+            f"{type(model).__name__}: {doing} failed{place}: {type(error).__name__}: {said}; {remedy}"
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ class Part:
         self.batch: Any = None
         self.valid: Tensor | None = None
         self.reading = False
+        self._copied: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None  # a tensor and its copy
 
     def begin(self, batch: Any) -> None:
         """Note the part that the model is about to run on."""
@@ -46,6 +48,15 @@ class Part:
         if self.valid is None or self.valid_positions(x, channel_dim) is not None:
             return False
         return not (x.dim() == 2 and x.shape[0] == len(self.valid))
+
+    def copy_of(self, x: Tensor) -> Tensor:
+        """A copy of ``x`` as it is now. All readers of one tensor get the same copy, until the tensor changes."""
+        original, held = (None, None) if self._copied is None else (ref() for ref in self._copied)
+        if held is not None and original is x and torch.equal(x, held):
+            return held
+        copy = x.clone()
+        self._copied = weakref.ref(x), weakref.ref(copy)
+        return copy
 
 
 def is_running_again() -> bool:

@@ -249,7 +249,7 @@ class InputReader(Reader):
                 self._end_reading()
                 if x.numel():
                     fields = self.read(name, x, channel_dim, self.part.valid_positions(x, channel_dim), None)
-                    self._latest = _Reading(given, channel_dim, name, fields)
+                    self._latest = _Reading(given, channel_dim, name, fields, self.part)
 
         return hook
 
@@ -324,16 +324,17 @@ class _Reading:
         channel_dim: of it.
         module: which was given it first.
         fields: what was read.
+        part: keeps the copies that readers share.
 
     Attributes:
         modules: that were given it so far.
     """
 
-    def __init__(self, x: Tensor, channel_dim: int, module: str, fields: Mapping[str, Tensor]) -> None:
+    def __init__(self, x: Tensor, channel_dim: int, module: str, fields: Mapping[str, Tensor], part: Part) -> None:
         self.x, self.channel_dim, self.fields = x, channel_dim, fields
         self.modules = [module]
         # Tensors of inference mode count no changes: values are compared instead, and on a GPU the host waits for it.
-        self._values = x.clone() if x.is_inference() else None
+        self._values = part.copy_of(x) if x.is_inference() else None
         self._version = None if x.is_inference() else x._version
 
     def is_of(self, x: Tensor, channel_dim: int, module: str) -> bool:
