@@ -15,10 +15,11 @@ from obc.criteria.jbr import JBR
 from obc.criteria.kfac import KFAC
 from obc.criteria.magnitude import FPGM, WHC, BNScale, Magnitude, Random
 from obc.criteria.masked import MaskedEvaluation
+from obc.criteria.nvit import NViT
 from obc.criteria.obs import OBS, SlimGPT
 from obc.criteria.reconstruction import Reconstruction
 from obc.criteria.registry import register
-from obc.criteria.rows import Jacobian, NViT
+from obc.criteria.rows import Jacobian
 from obc.criteria.token_rows import TokenJacobian
 from obc.criteria.tolerance import Tolerance
 

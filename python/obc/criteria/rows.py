@@ -1,18 +1,16 @@
-"""Criteria of rows r_m,u[n] = w . dL_n/dw: the Jacobian Criterion and NViT's."""
+"""Rows r_m,u[n] = w . dL_n/dw of every group, and the Jacobian Criterion, which is of them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from obc.criteria.depth_rows import DepthRows
 from obc.criteria.protocol import About, Criterion, Subject
 from obc.model.evaluation import evaluating
 from obc.model.groups import ChannelGroup, Sided, Slices
-from obc.model.latency_table import LatencyTable
 from obc.scoring.coverage import Coverage
 from obc.scoring.run import score
 from obc.statistics.loss import frozen, run_backward
@@ -112,45 +110,3 @@ class Jacobian(Criterion):
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         return group.scores(statistics.rows, self.slices)
-
-
-class NViT(Criterion):
-    """S_u = kind's weight x mean over n of (sum over all slices m of r_m,u[n])^2.
-
-    NViT (Yang et al., arXiv 2110.04869; code NVlabs/NViT, method 23): the square of the sum over everything that goes
-    with a unit, one row a batch.
-
-    Args:
-        weights: kind of units -> a factor of r before squaring; the code has 1/6 for heads, 1/12 for the embedding.
-        latency: subtracted is ``eta`` times the milliseconds that the group's next unit frees by this table.
-        eta: of the latency.
-    """
-
-    name = "nvit"
-    about = About(
-        "NViT",
-        "arXiv 2110.04869; code NVlabs/NViT",
-        "mean over n of (sum over all slices of w . dL_n/dw)^2 - eta x latency that a unit frees",
-        "labels",
-        kinds="all that have rows",
-        differs="its code divides r by 6 for heads and by 12 for the embedding: weights=NViT.CODE_WEIGHTS",
-        missing="momentum over steps",
-    )
-    needs = (Rows("all"),)
-    CODE_WEIGHTS: Mapping[str, float] = {"heads": 1 / 6, "query_heads": 1 / 6, "embedding": 1 / 12}
-
-    def __init__(
-        self, weights: Mapping[str, float] | None = None, latency: LatencyTable | None = None, eta: float = 1.0
-    ) -> None:
-        self.weights, self.latency, self.eta = dict(weights or {}), latency, eta
-
-    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        parts = list(group.parts(statistics.rows).values())
-        if not parts:
-            return None
-        r = torch.stack(parts).double().sum(0) * self.weights.get(group.kind, 1.0)
-        scores = r.square().mean(0)
-        if self.latency is None:
-            return scores
-        seconds = self.latency.at(group.name, group.size) - self.latency.at(group.name, group.size - 1)
-        return scores - self.eta * 1000 * seconds
