@@ -117,3 +117,16 @@ def _eager(model: Any) -> Any:
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")
     return model
+
+
+@pytest.mark.parametrize("model", ["rwkv"], indirect=True)
+def test_a_cache_that_a_narrower_mixer_has_no_room_in_is_told(model: Any) -> None:
+    structure = TransformersStructure(model, ("mixer_channels",))
+    assert not structure.warnings
+    structure.remove({structure.groups[0].name: torch.tensor([1])})
+    assert any("use_cache=False" in warning for warning in structure.warnings)
+    batch = inputs_of("causal", model)
+    generated = model.generate(batch["input_ids"][:, :4], max_new_tokens=2, use_cache=False, do_sample=False)
+    assert generated.shape[1] == 6
+    with pytest.raises(RuntimeError, match="must match"):  # once transformers makes room, the warning can go
+        model(batch["input_ids"][:, :4], use_cache=True)

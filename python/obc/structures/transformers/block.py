@@ -43,6 +43,7 @@ class Block:
             queries, keys and values do.
         min_units: so many must stay for the model to run.
         attended: channels per unit in the products of queries with keys and of weights with values, the mean of both.
+        warning: what the caller should know of the model once units are gone.
     """
 
     group: ChannelGroup
@@ -54,6 +55,7 @@ class Block:
     reads_config: str | None = None
     min_units: int = 1
     attended: float = 0.0
+    warning: str = ""
 
     @property
     def counted_by(self) -> tuple[str, ...]:

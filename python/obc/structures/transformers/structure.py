@@ -242,12 +242,15 @@ class TransformersStructure:
 
     @property
     def warnings(self) -> list[str]:
-        """What the caller should know about the model as it is now: whether ``save_pretrained`` serves."""
+        """What the caller should know about the model as it is now: what it can't do any more."""
+        narrower = [block for block in self.blocks.values() if block.group.name in self._kept]
+        told = list(dict.fromkeys(block.warning for block in narrower if block.warning))
         if self.config_refused is None:
-            return []
+            return told
         return [
+            *told,
             "save_pretrained would write a folder that from_pretrained can't load, because the config is still the "
-            f"unpruned model's ({self.config_refused}); obc.structures.transformers.save_pruned and load_pruned serve"
+            f"unpruned model's ({self.config_refused}); obc.structures.transformers.save_pruned and load_pruned serve",
         ]
 
     def costs(self, unit: Unit) -> Costs:

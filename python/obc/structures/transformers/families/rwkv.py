@@ -50,6 +50,10 @@ def _mixer(layers: Layers, name: str) -> Block:
         axes=parameter_axes(name, _OF_CHANNELS),
         counters=layers.counters([name], {("attention_hidden_size",): (width, 1)}),
         config=layers.config_key(("attention_hidden_size",), 1),
+        warning=(
+            "RWKV's own code makes the cache as wide as the residual stream, not as the mixer: run the pruned"
+            " model with use_cache=False, also in generate()"
+        ),
     )
 
 
