@@ -138,7 +138,8 @@ def test_a_test_that_breaks_the_device_ends_its_process(processes: list[str], tm
         "benchmarks.gpu_budget",
         *processes,
     ]
-    environment = {**os.environ, "OBC_TESTS_END": str(time.time() + 1000), "PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    environment |= {"OBC_TESTS_END": str(time.time() + 1000), "PYTHONPATH": str(ROOT)}
     arguments = ["--rootdir", str(tmp_path), str(tmp_path)]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 1, done.stdout

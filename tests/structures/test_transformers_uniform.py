@@ -185,13 +185,13 @@ def test_free_widths_warn_that_save_pretrained_does_not_serve(tmp_path: Path, ca
     assert torch.equal(output(family, load_pruned(tmp_path)), output(family, family.model))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "bert"])
-def test_the_config_is_never_that_of_an_earlier_step(family: str) -> None:
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "bert"])
+def test_the_config_is_never_that_of_an_earlier_step(name: str) -> None:
     """Once it can't say the widths any more, it is the unpruned model's again, in every module."""
-    family = FAMILIES[family]()
+    family = FAMILIES[name]()
     before = copy.deepcopy(family.model.config.to_dict())
     structure = TransformersStructure(family.model)
-    said = [group.name for group in structure.groups if group.kind == "ffn" or family != "bert"]
+    said = [group.name for group in structure.groups if group.kind == "ffn" or name != "bert"]
     structure.remove(dict.fromkeys(said, torch.tensor([0])))
     assert structure.config_refused is None
     assert structure.warnings == []
@@ -200,7 +200,7 @@ def test_the_config_is_never_that_of_an_earlier_step(family: str) -> None:
     structure.remove({said[-1]: torch.tensor([0])})
     assert structure.config_refused is not None
     assert family.model.config.to_dict() == before | {"use_cache": not before["use_cache"]}
-    held = [vars(module)["config"] for name, module in family.model.named_modules() if "config" in vars(module)]
+    held = [vars(module)["config"] for _, module in family.model.named_modules() if "config" in vars(module)]
     readers = {block.reads_config for block in structure.blocks.values()} - {None}
     assert sum(config is family.model.config for config in held) == len(held) - len(readers)
     assert output(family, family.model).isfinite().all()
