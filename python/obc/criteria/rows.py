@@ -1,4 +1,4 @@
-"""Rows r_m,u[n] = w . dL_n/dw of every group, and the Jacobian Criterion, which is of them."""
+"""Rows r_m,u[n] = w . dL_n/dw of every group, and the Jacobian Criterion, which adds up their squares."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from obc.criteria.depth_rows import DepthRows
 from obc.criteria.protocol import About, Criterion, Subject
 from obc.model.evaluation import evaluating
-from obc.model.groups import ChannelGroup, Sided, Slices
+from obc.model.groups import ChannelGroup, Side, Sided, Slices
 from obc.scoring.coverage import Coverage
 from obc.scoring.run import score
 from obc.statistics.loss import frozen, run_backward
@@ -46,10 +46,7 @@ def read_rows(subject: Subject) -> GroupRows:
         return GroupRows(reader.rows(), {})
     modules = dict(subject.model.named_modules())
     check = subject.rows == "sample" or not all(
-        name in subject.confirmed
-        and subject.confirmed[name][0] is modules[name]
-        and sides <= subject.confirmed[name][1]
-        for name, sides in wanted.items()
+        _is_confirmed(subject, name, modules[name], sides) for name, sides in wanted.items()
     )
     scores = score(
         subject.model,
@@ -76,6 +73,12 @@ def read_rows(subject: Subject) -> GroupRows:
             "that are not finite"
         )
     return GroupRows({**scores.rows, **found}, unscored)
+
+
+def _is_confirmed(subject: Subject, name: str, module: nn.Module, sides: set[Side]) -> bool:
+    """Whether an earlier check confirmed the gates of this very module on these sides."""
+    known, read = subject.confirmed.get(name, (None, set()))
+    return known is module and sides <= read
 
 
 def _run(subject: Subject, reader: DepthRows) -> None:

@@ -113,7 +113,8 @@ class FinalProof:
         """
         gone = {group.name: staying(group.size, self._alive[group.name]) for group in self._groups}
         refused = unmaskable(self._reference, (group for group in self._groups if len(gone[group.name])))
-        for name, reason in refused.items():
+        if refused:
+            name, reason = next(iter(refused.items()))
             report.unproved[_MODEL] = f"{name} can't be masked: {reason}"
             return
         difference, tolerance = self._difference(model, gone, report)

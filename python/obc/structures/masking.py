@@ -93,8 +93,8 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
     """
     masked = shared_copy(model)
     modules, uses = dict(named_modules(masked)), parameter_uses(masked)
-    for name, reason in unmaskable(masked, (g for g in groups if g.name in removed and len(removed[g.name]))).items():
-        raise UnmaskableError(f"{name}: {reason}")
+    if refused := unmaskable(masked, (g for g in groups if g.name in removed and len(removed[g.name]))):
+        raise UnmaskableError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
     depth = [group for group in groups if group.is_depth and len(removed.get(group.name, ()))]
     for group in depth:
         _without_addition(modules[group.name], group.kind == "layers")

@@ -112,7 +112,7 @@ class JacobianImportance(GroupMagnitudeImportance):
             model: the model that is pruned.
             batches: as for :func:`obc.score`.
             loss_fn: as for :func:`obc.score`.
-            pruner: a pruner of ``model``; only what it may remove is read then, which takes less time and memory.
+            pruner: a pruner of ``model``; only what it may remove is read then.
             options: options of :func:`obc.score`.
 
         Raises:

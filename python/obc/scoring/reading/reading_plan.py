@@ -82,25 +82,25 @@ class Plan:
 
     def coverage(self, model: nn.Module, checked: bool) -> dict[str, Coverage]:
         """Module name -> how it is read, or why not, in the order of the model."""
-        coverage, found = {}, _Relations(self)
+        coverage, relations = {}, _Relations(self)
         for name, _ in model.named_modules():
             if name in self.unscored:
                 coverage[name] = Coverage.unscored(self.unscored[name])
             elif name in self.readers:
-                coverage[name] = self._how(self.readers[name], checked, found)
+                coverage[name] = self._how(self.readers[name], checked, relations)
         return coverage
 
-    def _how(self, reader: Reader, checked: bool, found: _Relations) -> Coverage:
+    def _how(self, reader: Reader, checked: bool, relations: _Relations) -> Coverage:
         if not reader.scored:
             return Coverage.unscored(str(reader.reason))
         if not self._was_used(reader):
             return Coverage.unscored("no gradient reached it in any row")
         if reader.how == "weight gradient":
             return Coverage(reader.how, reader.reason)
-        tied = found.tied(reader)
+        tied = relations.tied(reader)
         if reader.how != "gate":
             return Coverage(reader.how, tied=tied)
-        checked = checked and reader in found.checkable
+        checked = checked and reader in relations.checkable
         sides = {"out": reader.out} | ({} if reader.in_ is None else {"in": reader.in_})
         chained = [(side, self.chains.slots[slot]) for side, slot in sides.items() if slot in self.chains.slots]
         return Coverage("gate", copied=reader.copy_output, checked=checked, tied=tied, chained=chained)
