@@ -71,6 +71,7 @@ SELECTIONS: dict[str, Selection] = {
     "jacobian-uniform": Selection.of("jacobian", allocation="uniform"),
     "jacobian-capped": Selection.of("jacobian", max_pruning_ratio=0.8),
     "jacobian-single": Selection.of("jacobian", selection="independent"),
+    "token-jacobian": Selection.of("token_jacobian"),
     "compensated": Selection.of("compensated_jacobian"),
     "kfac": Selection.of("kfac"),
     "flap": Selection.of("flap"),
@@ -85,7 +86,14 @@ SELECTIONS: dict[str, Selection] = {
     "magnitude": Selection.of("l2"),
 }
 COMPENSATION = ("none", "mean", "grail", "obs", "ls", "correct")
-OURS = ("jacobian+correct", "jacobian+none", "compensated+correct", "kfac+correct", "jacobian-uniform+correct")
+OURS = (
+    "jacobian+correct",
+    "jacobian+none",
+    "token-jacobian+correct",
+    "compensated+correct",
+    "kfac+correct",
+    "jacobian-uniform+correct",
+)
 PEERS = (
     "flap+mean",
     "wanda-sp+none",
