@@ -70,6 +70,7 @@ SELECTIONS: dict[str, Selection] = {
     "jacobian": Selection.of("jacobian"),
     "jacobian-uniform": Selection.of("jacobian", allocation="uniform"),
     "jacobian-capped": Selection.of("jacobian", max_pruning_ratio=0.8),
+    "jacobian-search": Selection.of("jacobian", allocation=Search(generations=8, offspring=6, batches=4)),
     "jacobian-single": Selection.of("jacobian", selection="independent"),
     "token-jacobian": Selection.of("token_jacobian"),
     "compensated": Selection.of("compensated_jacobian"),
@@ -81,7 +82,9 @@ SELECTIONS: dict[str, Selection] = {
     "llm-pruner": Selection.of("llm_pruner_element", protected_blocks=lambda depth: (round(depth / 8), depth // 16)),
     "slimgpt": Selection.of("slimgpt"),
     # Local scores of Tyr; widths by evolution, of fewer generations than published.
-    "tyr": Selection.of(OBS(first_order=True), allocation=Search(generations=4, offspring=6, batches=4)),
+    "tyr": Selection.of(
+        OBS(first_order=True), allocation=Search(generations=4, offspring=6, batches=4, starts=("uniform",))
+    ),
     "minitron": Selection.of("minitron"),
     "magnitude": Selection.of("l2"),
 }
@@ -93,6 +96,7 @@ OURS = (
     "compensated+correct",
     "kfac+correct",
     "jacobian-uniform+correct",
+    "jacobian-search+correct",
 )
 PEERS = (
     "flap+mean",

@@ -127,6 +127,32 @@ def test_a_search_finds_the_widths_that_it_is_led_to() -> None:
     assert all(torch.equal(again[name], units) for name, units in removed.items())
 
 
+def test_a_search_is_no_worse_than_the_better_start() -> None:
+    """Whichever of equal shares and competing units the fitness prefers."""
+    tasks = {
+        "uniform": make_task(0.3, evaluate=widest),
+        "global": make_task(0.3, evaluate=lambda removed: -widest(removed)),
+    }
+    for better, task in tasks.items():
+        assert task.evaluate is not None
+        lone = {start: Search(generations=1, offspring=1, starts=(start,)) for start in ("uniform", "global")}
+        for search in lone.values():
+            search.select(task)
+        both = Search(generations=1, offspring=1)
+        removed = both.select(task)
+        assert lone[better].history[0] == min(search.history[0] for search in lone.values())
+        assert lone["uniform"].history[0] != lone["global"].history[0]
+        assert both.history[0] == lone[better].history[0]
+        assert task.evaluate(removed) <= both.history[0]
+    with pytest.raises(ValueError, match="'uniform' and 'global', got \\('even',\\)"):
+        Search(starts=("even",))  # type: ignore[arg-type]
+
+
+def widest(removed: Mapping[str, Tensor]) -> float:
+    """The largest share of a group that goes: least with equal shares."""
+    return max(len(units) / SIZES[name] for name, units in removed.items())
+
+
 def test_limits_hold() -> None:
     least = {name: 4 if name.endswith("attention") else 24 for name in SIZES}
     round_to = {name: 1 if name.endswith("attention") else 8 for name in SIZES}

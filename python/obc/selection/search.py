@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 from torch import Tensor
 
-from obc.selection.allocation import Task, Uniform
+from obc.selection.allocation import Allocation, Global, Task, Uniform
 
+_STARTS: dict[str, type[Allocation]] = {"uniform": Uniform, "global": Global}
 _ATTEMPTS = 50  # mutations tried for one child before its parent is taken again
 
 
 class Search:
-    """Elitist evolution over the groups' widths (DarwinLM, Týr-the-Pruner), from equal shares on.
+    """Elitist evolution over the groups' widths (DarwinLM, Týr-the-Pruner).
+
+    The first parents are the widths of ``starts``, so that the result disturbs the output no more than the better of
+    them does, on the batches that fitness is measured on.
 
     Which units of a group go follows from their scores; a child takes one level from a group and gives it to another of
     the same kind, one to ``mutations`` times, and still frees the budget. The fitness is what the model's output loses
     with the chosen units masked (:class:`obc.criteria.MaskedEvaluation`), and with ``compensated`` their consumers
     compensated by plain least squares.
 
-    Cost: 1 + generations * offspring forward passes over the batches that fitness is measured on. Compensated: also one
-    over the other batches for the consumers' Gram matrices, 8 bytes times the square of their inputs each, and a least
-    squares for each new width of a group.
+    Cost: len(starts) + generations * offspring forward passes over the batches that fitness is measured on.
+    Compensated: also one over the other batches for the consumers' Gram matrices, 8 bytes times the square of their
+    inputs each, and a least squares for each new width of a group.
 
     Args:
         generations: how often children are made.
@@ -34,6 +40,8 @@ class Search:
         seed: of the mutations.
         batches: fitness is measured on the first so many; None: on all.
         compensated: measure fitness after compensation, regressed on the batches that fitness is not measured on.
+        starts: "uniform", equal shares, "global", the widths at which units of all groups compete, or both. DarwinLM
+            and Týr start from equal shares.
     """
 
     evaluates = True
@@ -49,6 +57,7 @@ class Search:
         seed: int = 0,
         batches: int | None = None,
         compensated: bool = False,
+        starts: Sequence[Literal["uniform", "global"]] = ("uniform", "global"),
     ) -> None:
         counts = {"generations": generations, "offspring": offspring, "survivors": survivors}
         if batches is not None:
@@ -58,9 +67,11 @@ class Search:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if levels < 2 or mutations < 1:
             raise ValueError(f"levels must be at least 2 and mutations at least 1, got {levels} and {mutations}")
+        if not starts or not set(starts) <= set(_STARTS):
+            raise ValueError(f"starts takes one or both of 'uniform' and 'global', got {tuple(starts)}")
         self.generations, self.offspring, self.survivors = generations, offspring, survivors
         self.levels, self.mutations, self.metric, self.seed = levels, mutations, metric, seed
-        self.batches, self.compensated = batches, compensated
+        self.batches, self.compensated, self.starts = batches, compensated, tuple(dict.fromkeys(starts))
         self.history: list[float] = []
 
     def select(self, task: Task) -> dict[str, Tensor]:
@@ -69,13 +80,15 @@ class Search:
         if task.families:
             raise ValueError("a search gives groups different widths: it can't be had with equal ones (uniform=True)")
         chance, order = random.Random(self.seed), {name: _ranked(values) for name, values in task.scores.items()}
-        start = {name: len(units) for name, units in Uniform().select(task).items()}
+        scores = {group.name: task.scores[group.name] for group in task.scored()}
+        removed = [_STARTS[start]().select(replace(task, scores=scores)) for start in self.starts]
+        starts = [{name: len(units.get(name, ())) for name in scores} for units in removed]
 
         def chosen(counts: Mapping[str, int]) -> dict[str, Tensor]:
             return {name: order[name][:count].sort().values for name, count in counts.items()}
 
         assert task.evaluate is not None
-        parents = [(task.evaluate(chosen(start)), start)]
+        parents = sorted(((task.evaluate(chosen(counts)), counts) for counts in starts), key=lambda entry: entry[0])
         self.history = [parents[0][0]]
         for _ in range(self.generations):
             children: list[tuple[float, dict[str, int]]] = []
