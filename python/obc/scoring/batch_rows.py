@@ -1,4 +1,4 @@
-"""From batches to rows: what ``obc.score`` does with each batch."""
+"""Turns batches into rows for ``obc.score``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from obc.scoring.scorer import JacobianScorer
 
 logger = logging.getLogger("obc")
 
-# A batch is repeated after each correction of how the model is read; a few happen in the first row at most.
+# A batch is repeated after each correction of how the model is read; the first row needs a few at most.
 _REPEATS = 7
 # In half precision another order of operations changes the same losses by up to a percent.
 _SAME_LOSS = 1e-2
@@ -24,12 +24,12 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class BatchRows:
-    """Turns batches into rows: splits them, repeats a row that had to be dropped, goes sample by sample where it must.
+    """Turns batches into rows: splits them, repeats dropped rows, and goes sample by sample where needed.
 
     Attributes:
-        one_at_a_time: sample rows must come one sample at a time.
-        checks_on_a_sample: the checking row is tried on one sample of the first batch.
-        losses: of the batch read last, detached; a loss may be not finite where its row is.
+        one_at_a_time: whether sample rows must come one sample at a time.
+        checks_on_a_sample: whether the checking row is tried on one sample of the first batch.
+        losses: of the last batch, detached. A loss can be infinite or NaN although its row is finite.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class BatchRows:
         self.scorer, self.loss_fn, self.micro_batch, self.loss_scale = scorer, loss_fn, micro_batch, loss_scale
         self.one_at_a_time, self.checks_on_a_sample = False, checks_on_a_sample
         self.losses: list[Tensor] = []
-        self._read = 0  # samples of the batch in hand that are rows already: what is repeated begins behind them
+        self._read = 0  # samples of the current batch that are already rows: a repetition starts after them
 
     def batch(self, index: int, batch: Any) -> None:
         if self.checks_on_a_sample and self.scorer.can_check_on_a_sample:
@@ -65,7 +65,7 @@ class BatchRows:
                     self.one_at_a_time = True
 
     def _check_on_a_sample(self, index: int, batch: Any) -> None:
-        """Try it once; where the batch can't be cut, or the model does not run on a cut, the first row is checked."""
+        """Try the check on one sample; if the batch can't be cut or the model fails on it, check the first row."""
         self.checks_on_a_sample = False
         try:
             samples = samples_in(batch)
@@ -80,8 +80,8 @@ class BatchRows:
                 loss = _checked_loss(index, self.loss_fn(self.scorer.model, part_of(batch, 0, 1, samples)))
                 (loss * self.loss_scale).backward()
         except (MemoryError, torch.OutOfMemoryError):
-            raise  # a whole batch takes more
-        except Exception as error:  # whatever a loss raises for one sample: the first batch tells what is wrong
+            raise  # a whole batch takes even more memory
+        except Exception as error:  # a loss may raise anything for one sample; the first batch will show what is wrong
             logger.info("the check is made on the whole first batch, not on one sample: %s", error)
 
     def _rows(self, index: int, batch: Any) -> None:
@@ -91,7 +91,7 @@ class BatchRows:
                     loss = _checked_loss(index, self.loss_fn(self.scorer.model, part))
                     (loss * (share * self.loss_scale)).backward()
                     self.losses.append(loss.detach())
-                    del loss  # and with it the graph, before the next part makes its own
+                    del loss  # frees the graph before the next part builds its own
             return
         for part, _, start in self._parts(index, batch):
             with self.scorer.row(self.loss_scale):
@@ -104,7 +104,7 @@ class BatchRows:
             self._read = start + self.losses[-1].numel()
 
     def _check_spread(self, losses: Tensor, index: int, part: Any, start: int) -> None:
-        """Look-ups that were spread over the samples must not have changed the losses."""
+        """Raise if spreading look-ups over the samples changed the losses."""
         if not self.scorer.spread:
             return
         self._seek(index, start)
@@ -114,7 +114,7 @@ class BatchRows:
             raise self.scorer.unspread()
 
     def _parts(self, index: int, batch: Any) -> Iterator[tuple[Any, float, int]]:
-        """The parts that a batch is read in, each with its share of the samples and the first of them."""
+        """The parts of a batch, each with its share of the samples and the index of its first sample."""
         self._seek(index, 0)
         size = 1 if self.one_at_a_time else self.micro_batch
         samples = 0 if size is None else self._samples_in(batch)
@@ -129,11 +129,11 @@ class BatchRows:
     def _samples_in(self, batch: Any) -> int:
         if self.micro_batch is not None:
             return samples_in(batch)
-        with torch.no_grad():  # no gate is on, so that this pass belongs to no row
+        with torch.no_grad():  # no gate is attached here: this pass belongs to no row
             return self.loss_fn(self.scorer.model, batch).numel()
 
     def _seek(self, row: int, sample: int) -> None:
-        """A loss that draws random numbers draws the same ones however the batch is split, and in a repeated row."""
+        """Seek the loss's random numbers: the same ones however the batch is split, and in a repeated row."""
         if (seek := getattr(self.loss_fn, "seek", None)) is not None:
             seek(row, sample)
 

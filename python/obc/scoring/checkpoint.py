@@ -1,4 +1,4 @@
-"""Checkpoints of a scoring run: the scorer's state, saved in one file every few batches."""
+"""Checkpoints of a scoring run: the scorer's state, saved to one file every few batches."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class CheckpointError(ScoringError):
 
 
 class Checkpoint:
-    """The state of a scoring run in a safetensors file, and its kept rows beside it.
+    """The state of a scoring run in a safetensors file, with the kept rows in a file beside it.
 
-    A checkpoint takes the place of the one before when it is complete and on the disk. Kept rows are only ever added to
-    their file, and count as far as the checkpoint says: writing them costs each row once.
+    A checkpoint replaces the previous one only when it is completely on disk. Kept rows are appended to their file,
+    so each row is written once; the checkpoint says how many of them count.
 
     Args:
-        path: of the file. Kept rows lie in ``path`` + ".rows", unless the scorer itself keeps them in a file.
-        scorer: whose state it is.
-        options: what else must be the same in a run that goes on: name -> value.
+        path: the file. Kept rows go to ``path`` + ".rows", unless the scorer already keeps them in a file.
+        scorer: the scorer to save.
+        options: name -> value of every other option that must match when a run resumes.
     """
 
     def __init__(self, path: str | PathLike[str], scorer: JacobianScorer, options: Mapping[str, Any]) -> None:
@@ -56,10 +56,10 @@ class Checkpoint:
         self._random: list[Tensor] = []
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the checkpoint into the scorer; what :meth:`save` was given, or None where there is no checkpoint.
+        """Load the checkpoint into the scorer; returns what :meth:`save` was given, or None without a checkpoint.
 
         Raises:
-            CheckpointError: it is damaged, or of another model, other weights or other options.
+            CheckpointError: it is damaged, or belongs to another model, other weights or other options.
         """
         for path in (self.path, self._rows_path):
             remove_left_over(path)
@@ -79,13 +79,13 @@ class Checkpoint:
             self.scorer.load_state_dict(state)
         except ValueError as error:
             raise CheckpointError(f"the checkpoint {self.path} is of another run: {error}") from error
-        except (AttributeError, KeyError, TypeError) as error:  # what is not of the kind that it should be
+        except (AttributeError, KeyError, TypeError) as error:  # a value of the wrong type
             raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
         self._random = numbered(tensors, "random")
         return progress
 
     def save(self, progress: Mapping[str, Any]) -> None:
-        """Write the state, and what :meth:`resume` is to give back."""
+        """Write the state, and ``progress`` for :meth:`resume` to return."""
         state = self.scorer.state_dict(kept_rows=False)
         scores = state.pop("scores")
         state["kept"] = self._save_rows()
@@ -97,16 +97,16 @@ class Checkpoint:
         )
 
     def restore_random(self) -> None:
-        """Set torch's generators to where they were; call it once the batches are where they were."""
+        """Restore torch's random generators; call it after the finished batches have been skipped."""
         set_random_state(self._random)
 
     def remove(self) -> None:
-        """The run is over: a later one with other batches must not go on from here."""
+        """Delete the checkpoint at the end of a run, so that a later run with other batches does not resume from it."""
         self.path.unlink(missing_ok=True)
         self._rows_path.unlink(missing_ok=True)
 
     def _save_rows(self) -> int:
-        """Have every kept row on the disk; how many there are."""
+        """Write every kept row to disk; returns their number."""
         store = self.scorer.row_store
         if store is None:
             return 0
@@ -127,10 +127,10 @@ class Checkpoint:
 
 
 def read_checkpoint(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a checkpoint.
+    """The tensors and metadata of a checkpoint.
 
     Raises:
-        CheckpointError: the file is damaged, or has another format than ``form``.
+        CheckpointError: the file is damaged or its format is not ``form``.
     """
     try:
         tensors, header = load_tensors(path)
@@ -142,15 +142,15 @@ def read_checkpoint(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str,
 
 
 def refuse_other_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint whose run had other weights or options.
+    """Refuse to resume from a checkpoint of a run with other weights or options.
 
     Args:
-        path: of the checkpoint.
-        there: the identity in it: name -> plain value, the weights' fingerprint under "weights".
+        path: the checkpoint's path.
+        there: the checkpoint's identity: name -> plain value, the weights' fingerprint under "weights".
         here: the identity of this run.
 
     Raises:
-        CheckpointError: they differ; it says where.
+        CheckpointError: they differ; the message says where.
     """
     for name, value in here.items():
         if there.get(name) != value:
@@ -161,10 +161,10 @@ def refuse_other_run(path: Path, there: Mapping[str, Any], here: Mapping[str, An
 
 
 def batches_from(batches: Iterable[Any], done: int) -> Iterator[Any]:
-    """The batches from number ``done`` on; those before are not loaded where batches can be indexed.
+    """The batches from number ``done`` on. Earlier ones are not loaded if ``batches`` can be indexed.
 
     Raises:
-        CheckpointError: there are fewer batches.
+        CheckpointError: there are fewer than ``done`` batches.
     """
     if done and isinstance(batches, Sized) and hasattr(batches, "__getitem__") and not isinstance(batches, Mapping):
         return (batches[index] for index in range(done, len(batches)))

@@ -11,20 +11,18 @@ _CHAINED = re.compile(r", (out|in) channels from ")
 
 
 class Coverage(str):
-    """How a module was read, or why it was not: a text for people, with its parts as attributes.
+    """How a module was read, or why not: a string with its parts as attributes.
 
     >>> coverage = Coverage("gate", tied=["head"])
     >>> coverage, coverage.tied, coverage.scored
     ('gate, tied with head', ('head',), True)
 
-    It is a string, so that it prints, sorts, compares and goes into JSON as its text.
-
     Attributes:
-        how: "gate", "norm gradient", "weight gradient" or "unscored"; of other statistics "input" and the like, or
-            "unread".
-        reason: why it is not read by gates, or not at all; None where there is nothing to explain.
-        copied: the gate keeps a copy of the activation.
-        checked: False where a gate was never compared with a weight gradient.
+        how: "gate", "norm gradient", "weight gradient" or "unscored"; other statistics use "input" or "unread", for
+            example.
+        reason: why gates don't read it, or why nothing does; None if there is nothing to explain.
+        copied: whether the gate keeps a copy of the activation.
+        checked: whether its gates were compared with a weight gradient.
         tied: the other modules that use the same weight.
         chained: (side, source) of channels whose rows follow from other rows.
     """
@@ -65,12 +63,12 @@ class Coverage(str):
 
     @classmethod
     def unread(cls, reason: str) -> Coverage:
-        """The coverage of a module that a statistic was not read from."""
+        """The coverage of a module that a statistic could not read."""
         return cls(_UNREAD, reason)
 
     @classmethod
     def parse(cls, text: str) -> Coverage:
-        """The coverage that prints as ``text``; files of the first formats hold the text alone."""
+        """The coverage whose text is ``text``; early file formats store only the text."""
         if isinstance(text, cls):
             return text
         before, *chained = _CHAINED.split(text)
@@ -89,11 +87,11 @@ class Coverage(str):
 
     @property
     def scored(self) -> bool:
-        """Whether the module was read, and has scores or sums."""
+        """Whether the module was read and has scores or sums."""
         return self.how not in (_UNSCORED, _UNREAD)
 
     def fields(self) -> dict[str, Any]:
-        """The attributes as plain values: ``Coverage(**coverage.fields())`` is the same coverage."""
+        """The attributes as plain values; ``Coverage(**coverage.fields())`` is the same coverage."""
         return dict(vars(self))
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:

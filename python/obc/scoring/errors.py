@@ -1,14 +1,14 @@
-"""What can go wrong while a row is read."""
+"""Errors raised while a row is read."""
 
 from __future__ import annotations
 
 
 class ScoringError(RuntimeError):
-    """A row could not be read; the message names the module, and the model is as it was."""
+    """A row could not be read. The message names the module; the model is left as it was."""
 
 
 class RowError(ScoringError):
-    """A row was dropped and can be repeated: it will be read in another way."""
+    """A row was dropped and can be repeated; the repetition is read in another way."""
 
 
 class InplaceError(RowError):
@@ -16,11 +16,11 @@ class InplaceError(RowError):
 
 
 class ChainError(RowError):
-    """The model took another path than in the checking row, so rows can't be derived from other rows along it."""
+    """The model took another path than in the checking row, so a chain does not hold."""
 
 
 class SampleRowsError(ScoringError):
-    """Modules of this model have no per-sample form: sample rows must come one sample at a time."""
+    """Some modules have no per-sample form: sample rows must come one sample at a time."""
 
     @classmethod
     def of(cls, names: list[str]) -> SampleRowsError:

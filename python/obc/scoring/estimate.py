@@ -1,4 +1,4 @@
-"""What scoring will take of memory, by part, from one micro-batch of one checking row and one row after it."""
+"""Estimates the memory that scoring takes, by part, from one micro-batch of a checking row and of a later row."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class MemoryEstimate:
 
     Attributes:
         weights: parameters and buffers of the model.
-        activations: what a forward and backward of one micro-batch hold at most at once: what autograd saves, and the
-            gradients on their way.
-        rows: the row being read, its gates and the sums.
-        checking_row: how much more the first row takes than a later one: copies of activations, one weight gradient at
-            a time.
-        kept_rows: rows that are kept.
+        activations: the most that forward and backward of one micro-batch hold at once: what autograd saves, and the
+            gradients in flight.
+        rows: the current row, its gates and the sums.
+        checking_row: how much more the first row takes than a later one: copies of activations, and one weight
+            gradient at a time.
+        kept_rows: the kept rows.
     """
 
     weights: int
@@ -61,19 +61,19 @@ def memory_estimate(
     keep_rows: int = 0,
     **options: Any,
 ) -> MemoryEstimate:
-    """What ``obc.score`` with these arguments will take at its peak, before it is started.
+    """Estimate the peak memory of ``obc.score`` with these arguments, without starting it.
 
-    Reads a checking row and one more of the first ``micro_batch`` samples, and counts every tensor that torch makes or
-    lets go of meanwhile. Not counted: workspaces of kernels, what the allocator rounds up or keeps free, the batch.
+    Reads a checking row and a later row of the first ``micro_batch`` samples, and counts every tensor that torch
+    allocates or frees meanwhile. Not counted: kernel workspaces, the allocator's rounding and free blocks, the batch.
 
     Args:
-        model: left as it was.
-        batch: one batch like those to score with.
-        loss_fn: as for :func:`obc.score`; by default the label-free loss, which takes about the same.
+        model: the model; it is left as it was.
+        batch: one batch, like those to score with.
+        loss_fn: as for :func:`obc.score`; by default the label-free loss, which takes about the same memory.
         rows: "batch" or "sample".
         micro_batch: as for :func:`obc.score`.
-        keep_rows: how many rows will be kept in memory.
-        **options: of :class:`obc.JacobianScorer`.
+        keep_rows: the number of rows that will be kept in memory.
+        **options: options of :class:`obc.JacobianScorer`.
     """
     if micro_batch is not None:
         samples = samples_in(batch)
@@ -97,10 +97,10 @@ def memory_estimate(
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage that an operator returns, from then until it is freed.
+    """Counts the bytes of every storage that an operator returns, until it is freed.
 
     Args:
-        known: storages that were there before, by address.
+        known: address -> bytes of the storages that existed before.
     """
 
     def __init__(self, known: Iterable[int]) -> None:
@@ -110,7 +110,7 @@ class _LiveBytes(TorchDispatchMode):
         self._live: dict[int, weakref.ref[Any]] = {}
 
     def peak_of(self, call: Callable[[], object]) -> tuple[int, int]:
-        """The most bytes that were live at once during ``call``, and those after it."""
+        """The most bytes live at once during ``call``, and the bytes live after it."""
         self.peak = self.now
         call()
         return self.peak, self.now
@@ -137,6 +137,6 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address -> bytes of the storages of these tensors, each once."""
+    """Address -> bytes of these tensors' storages, each once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}

@@ -1,4 +1,4 @@
-"""A loss without labels: random projections of the model's output, whose rows tell how much the output changes."""
+"""A loss without labels: random projections of the output. Its rows tell how much the output changes."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ def label_free_loss(
     seed: int = 0,
     centre: bool | None = None,
 ) -> LabelFreeLoss:
-    """The loss v . z of each sample, with z the model's output and v ~ N(0, I): for :func:`obc.score` without labels.
+    """The loss v . z of each sample for :func:`obc.score` without labels; z is the model's output, v ~ N(0, I).
 
-    r[n, c] = w_c . d(v . z)/dw_c, so that over v the mean of r^2 is |J_c w_c|^2: how far the output moves to first
-    order when channel c goes.
+    r[n, c] = w_c . d(v . z)/dw_c. The mean of r^2 over v is |J_c w_c|^2: how far the output moves, to first order,
+    when channel c is removed.
 
     Args:
         forward_fn: ``forward_fn(model, batch)`` returns the outputs; by default
             :func:`obc.model.evaluation.call_on_batch`.
-        rows: "batch": the mean over the samples, a scalar. "sample": the vector (B,).
-        seed: v of sample b of row n depends on (seed, n, b) alone: the same in every run, however the batch is split.
-        centre: v minus its mean over the classes, so that a shift of all logits, which no softmax sees, does not count.
-            Classes lie along dim 1 of images (B, C, H, W), along the last dim of all else. None: centre, unless the
+        rows: "batch": the mean over the samples, a scalar. "sample": a vector (B,).
+        seed: v of sample b of row n depends only on (seed, n, b), so it is the same however the batch is split.
+        centre: subtract v's mean over the classes, so that a shift of all logits, which a softmax ignores, does not
+            count. Classes lie along dim 1 of images (B, C, H, W), otherwise along the last dim. None centres unless the
             output is hidden states.
     """
     return LabelFreeLoss(forward_fn, rows, seed, centre)
 
 
 class LabelFreeLoss:
-    """What :func:`label_free_loss` makes: ``loss(model, batch)``.
+    """The loss that :func:`label_free_loss` returns: ``loss(model, batch)``.
 
-    z is the output itself where it is a tensor, of a mapping or a transformers output ``logits``, else
-    ``last_hidden_state``, otherwise the first floating tensor. Positions that ``batch["attention_mask"]`` leaves out
-    don't count.
+    z is the output if that is a tensor; of a mapping or transformers output it is ``logits``, else
+    ``last_hidden_state``, else the first floating tensor. Positions masked by ``batch["attention_mask"]`` don't
+    count.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class LabelFreeLoss:
         if rows not in ("batch", "sample"):
             raise ValueError(f"rows must be 'batch' or 'sample', got {rows!r}")
         self.forward_fn, self.rows, self.seed, self.centre = forward_fn or call_on_batch, rows, seed, centre
-        # What a run that goes on from a checkpoint must have in common with the one before.
+        # What must match when a run resumes from a checkpoint.
         self.identity = {"label_free_seed": seed, "label_free_centre": centre}
         self._row = self._sample = 0
 
     def seek(self, row: int, sample: int = 0) -> None:
-        """The next call is of row ``row``, from its sample ``sample`` on. Without it, calls go on within one row."""
+        """Make the next call belong to row ``row``, from ``sample`` on; otherwise calls continue the same row."""
         self._row, self._sample = row, sample
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
@@ -74,7 +74,7 @@ class LabelFreeLoss:
         return losses if self.rows == "sample" else losses.mean()
 
     def _draw(self, like: Tensor, sample: int) -> Tensor:
-        """v of one sample, float32 (float64 for float64), on the device of the output."""
+        """v of one sample, float32 (float64 for a float64 output), on the output's device."""
         state = np.random.SeedSequence((self.seed, self._row, sample)).generate_state(1, np.uint64)
         generator = torch.Generator(like.device).manual_seed(int(state[0]) >> 1)
         dtype = torch.promote_types(like.dtype, torch.float32)

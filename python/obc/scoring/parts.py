@@ -1,4 +1,4 @@
-"""What a scorer is made of, for the steps that work on it: reading rows, resuming, and making scores."""
+"""The parts of a scorer, shared by the steps that read rows, resume, and compute scores."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Parts:
 
     Attributes:
         model: the model that is scored.
-        strict: raise where a module ends unscored.
-        was_checked: gates are compared with weight gradients.
+        strict: raise if a module ends unscored.
+        was_checked: whether gates are compared with weight gradients.
         plan: what is read, and the sums of squares.
         reading: which kind of row is read.
-        counter: counts rows, and names those that are left out.
-        shared: adds up the rows of which several processes have a part each.
-        store: keeps rows; None where they are not kept.
-        attachment: what is attached to the model; None while nothing is.
+        counter: counts rows and names those left out.
+        shared: adds up rows that are spread over several processes.
+        store: keeps rows, or None.
+        attachment: what is attached to the model, or None.
     """
 
     model: nn.Module
@@ -55,7 +55,7 @@ class Parts:
 
     @property
     def nbytes(self) -> int:
-        """What is held between rows: the row, its gates, the sums, and kept rows in memory."""
+        """Bytes held between rows: the row, its gates, the sums, and kept rows in memory."""
         norms = [] if self.attachment is None else self.attachment.norms
         store = 0 if self.store is None else self.store.memory_bytes
         gradients = sum(part.gradient.nbytes for part in norms)
@@ -66,10 +66,10 @@ class Parts:
         return self.plan.coverage(self.model, self.was_checked)
 
     def refuse_unscored(self, later_rows: bool = False) -> None:
-        """Raise, if strict, where a module ends unscored.
+        """If strict, raise if a module ends unscored.
 
         Args:
-            later_rows: rows follow, so that a module that was not used so far is no fault.
+            later_rows: more rows follow, so a module that was not used yet is accepted.
         """
         if not self.strict:
             return

@@ -20,8 +20,8 @@ class RowLifecycle:
     """Opens and ends the rows of a scorer, one at a time.
 
     Args:
-        parts: the scorer's.
-        fall_back: read modules that no gate serves from their weight's gradient; otherwise they are left unscored.
+        parts: the parts of the scorer.
+        fall_back: read modules that gates can't serve from their weight's gradient, instead of leaving them unscored.
 
     Attributes:
         check: decides in the first row how every module is read.
@@ -71,7 +71,7 @@ class RowLifecycle:
     def _end(self, row: RowInHand, attachment: Attachment, loss_scale: float) -> None:
         parts, reading, store = self._parts, self._parts.reading, self._parts.store
         row.complete(may_be_empty=parts.shared.in_step)
-        # A checking row that is not finite is dropped, and the next one is checked.
+        # A checking row that is not finite is dropped, and the next row is checked.
         counts = not reading.checking or self._settle_check(attachment)
         if reading.pending is not None:
             self.check.confirm_pending(attachment)
@@ -79,7 +79,7 @@ class RowLifecycle:
         parts.shared.add_up(parts.flats)
         samples = reading.samples or 1
         if reading.per_sample:
-            for flat in parts.flats:  # where no gate was bound there are none, or those of an earlier row
+            for flat in parts.flats:  # if no gate was bound there are none, or those of an earlier row
                 flat.sample_rows(samples)
         if store is not None and counts:
             store.make_room(samples)
@@ -98,7 +98,7 @@ class RowLifecycle:
         return settled
 
     def _repeatable(self, error: BaseException) -> RowError | None:
-        """The error to raise after a change of how rows are read: the row can be repeated. None if nothing helps."""
+        """The error to raise if reading was changed so that the row can be repeated; None if nothing helps."""
         plan, reading = self._parts.plan, self._parts.reading
         if isinstance(error, ChainError):
             plan.give_up_chains()
@@ -117,7 +117,7 @@ class RowLifecycle:
         return None
 
     def _leave_out(self, why: str) -> str:
-        """Note why this row is left out; returns which row it is."""
+        """Note why this row is left out; returns the row's name for messages."""
         row = self._parts.counter.row()
         self._parts.counter.left_out.append(f"{row}: {why}")
         return row
@@ -143,7 +143,7 @@ class RowLifecycle:
 
     @property
     def can_check_on_a_sample(self) -> bool:
-        """Whether the next row is the checking one, and a backward of one sample can stand for it."""
+        """Whether the next row is the checking row, and one sample can be checked in its place."""
         parts = self._parts
         return (
             parts.attachment is not None

@@ -25,7 +25,7 @@ from obc.scoring.scorer import JacobianScorer, Rows
 
 logger = logging.getLogger("obc")
 
-# Options that may differ between a run and its checkpoint; modules are compared by name.
+# Options that may differ between a checkpoint and the run that resumes from it; modules are compared by name.
 _MAY_DIFFER = ("model", "modules", "process_group", "rows_to")
 
 
@@ -46,43 +46,43 @@ def score(
 ) -> Scores:
     """Score every channel of a model by the Jacobian Criterion (arXiv 2508.05521).
 
-    S[c] = sum over rows n of (w_c . dL_n/dw_c)^2. The model is in eval mode while it is scored and is left as it was:
-    training flags, ``requires_grad``, ``.grad``, hooks, also after an exception. With batch rows ``loss_fn`` is called
-    once more at first, on one sample of the first batch: the check of how every module is read
-    (:class:`obc.JacobianScorer`, ``check``), which counts as no row. Activation checkpointing that was
-    switched on by ``model.gradient_checkpointing_enable()`` (transformers) stays on.
+    S[c] = sum over rows n of (w_c . dL_n/dw_c)^2. The model is in eval mode while it is scored. Afterwards everything
+    is restored, also after an exception: training flags, ``requires_grad``, ``.grad``, hooks. With batch rows
+    ``loss_fn`` is first called once more, on one sample of the first batch, to check how every module is read
+    (:class:`obc.JacobianScorer`, ``check``); this is not counted as a row. Activation checkpointing switched on by
+    ``model.gradient_checkpointing_enable()`` (transformers) stays on.
 
     Args:
         model: any module; put the batches on its device yourself, for example in ``loss_fn``.
         batches: any iterable; about 50 mini-batches in the paper. Rows that are not finite are left out and named.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar loss for ``rows="batch"``, or the vector (B,) of per-sample
-            losses for ``rows="sample"``. With ``labels=False`` it may be left out, or returns the model's outputs.
+            losses for ``rows="sample"``. With ``labels=False`` it may be omitted, or returns the model's outputs.
         rows: "batch": each batch is one row, the gradient of its loss. "sample": each sample is one row.
-        labels: False scores without labels, by gradients of random projections of the outputs:
-            :func:`obc.scoring.label_free_loss`.
-        seed: of these projections.
-        progress: show a progress bar; None shows it in a terminal only.
+        labels: False scores without labels, from gradients of random projections of the outputs
+            (:func:`obc.scoring.label_free_loss`).
+        seed: seed of these projections.
+        progress: show a progress bar; None shows it only in a terminal.
         micro_batch: run a batch in parts of at most this many samples, cut along dim 0 of its tensors. A batch row is
-            then the sum of the parts' losses, each weighted by its share of the samples: the mean loss of the batch,
-            where ``loss_fn`` is a mean over samples.
-        loss_scale: what each loss is multiplied by before its backward and each row divided by after it, so that
-            gradients in float16 do not vanish; a power of two.
-        checkpoint: a file that the state is written to after every ``every`` batches. A run that was killed and is
-            started again with the same arguments goes on from it, to the same bits; batches that can be indexed are not
-            loaded again, others are passed over. They must come in the same order, and random numbers from torch's
-            generators, which are restored. The file is removed at the end. Each process needs one of its own.
+            then the sum of the parts' losses, each weighted by its share of the samples. This equals the mean loss of
+            the batch if ``loss_fn`` is a mean over samples.
+        loss_scale: each loss is multiplied by it before its backward and each row divided by it afterwards, so that
+            float16 gradients do not underflow; use a power of two.
+        checkpoint: a file to which the state is written after every ``every`` batches. A run that was killed and is
+            started again with the same arguments resumes from it and gives the same bits. Finished batches are not
+            loaded again if ``batches`` can be indexed; otherwise they are skipped. Batches must come in the same order
+            and take random numbers only from torch's generators, which are restored. The file is removed at the end.
+            Each process needs a file of its own.
         every: batches between checkpoints.
-        **options: of :class:`obc.JacobianScorer`: modules, check, strict, fallback, process_group, fold_groups,
+        **options: options of :class:`obc.JacobianScorer`: modules, check, strict, fallback, process_group, fold_groups,
             keep_rows, rows_to.
 
     Returns:
-        The scores, float32, with the coverage (how each module was read, or why it was not) and a report of time and
-        memory.
+        The float32 scores, with the coverage (how each module was read, or why not) and a report of time and memory.
 
     Raises:
         ValueError: ``batches`` is empty, a loss has the wrong shape or no graph, or all rows are zero.
-        ScoringError: no row was finite, or (``strict``) something is unscored or not finite.
-        CheckpointError: the checkpoint is damaged, or of another model, other weights or other arguments.
+        ScoringError: no row was finite, or (``strict``) a module is unscored or a row is not finite.
+        CheckpointError: the checkpoint is damaged, or belongs to another model, other weights or other arguments.
     """
     if every < 1:
         raise ValueError(f"every must be at least 1, got {every}")
@@ -106,7 +106,7 @@ def score(
 
 
 class _Run:
-    """One run, or the rest of one that was killed."""
+    """One run, or the rest of a run that was killed."""
 
     def __init__(self, reader: BatchRows, total: int | None, saved: Checkpoint | None, every: int) -> None:
         self.reader, self.total, self.saved, self.every = reader, total, saved, every

@@ -1,4 +1,4 @@
-"""The state of a scorer, from which another of the same model and options goes on exactly."""
+"""The state of a scorer, from which another scorer of the same model and options resumes exactly."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ def state_of(parts: Parts, rows: str, kept_rows: bool) -> dict[str, Any]:
     """See :meth:`obc.JacobianScorer.state_dict`.
 
     Args:
-        parts: the scorer's.
+        parts: the parts of the scorer.
         rows: "batch" or "sample".
-        kept_rows: False leaves the kept rows out.
+        kept_rows: False omits the kept rows.
     """
     num_rows = parts.counter.count()
     state = {

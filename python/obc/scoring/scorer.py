@@ -36,8 +36,8 @@ class JacobianScorer:
     """Scores of the Jacobian Criterion, row by row, for your own loop.
 
     S[c] = sum over rows n of (w_c . dL_n/dw_c)^2 for every out and in channel c of every conv, linear, norm and
-    embedding (arXiv 2508.05521, eq. for the Jacobian Criterion), read from activation times gradient: no weight
-    gradient is computed after the first row, and nothing of parameter size is kept.
+    embedding (arXiv 2508.05521, the Jacobian Criterion), read from activation times gradient. No weight gradient is
+    computed after the first row, and nothing of parameter size is kept.
 
     >>> scorer = obc.JacobianScorer(model)
     >>> with scorer:
@@ -50,29 +50,30 @@ class JacobianScorer:
     Attach before ``torch.compile``.
 
     Args:
-        model: any module. Parameters frozen before are scored too; everything is restored on exit.
+        model: any module. Frozen parameters are scored too; everything is restored on exit.
         rows: "batch": each row is the gradient of one loss. "sample": each sample along dim 0 is a row of its own;
-            call backward on the *sum* of per-sample losses, one backward a ``row()``.
-        modules: the modules to score, all by default: names, a predicate (name, module) -> bool, or a mapping of names
-            to what is read of each, "in" channels, "out" channels or both: ``{"conv2": ["in"]}``. Of what is not read
-            no gate is placed and nothing is kept. (Tied weights are read where one of their uses is.)
-        check: compare gates with weight gradients in the first row, and read the modules that disagree from their
-            weight's gradient.
-        strict: raise where a module ends unscored or a row is not finite.
-        fallback: "weight_grad" reads modules that no gate serves from their weight's gradient; "skip" leaves them
+            call backward on the *sum* of per-sample losses, once per ``row()``.
+        modules: the modules to score, by default all: names, a predicate (name, module) -> bool, or a mapping from
+            names to the sides to read, "in", "out" or both: ``{"conv2": ["in"]}``. Other channels get no gate and no
+            memory. Tied weights are read if one of their uses is.
+        check: compare gates with weight gradients in the first row, and read modules that disagree from their weight's
+            gradient.
+        strict: raise if a module ends unscored or a row is not finite.
+        fallback: "weight_grad" reads modules that gates can't serve from their weight's gradient; "skip" leaves them
             unscored.
-        process_group: the processes that score together, each with a model of its own or a part of one. Tensor
-            parallelism needs none: its processes are found in the model. Together with ``fully_shard``: those of the
-            mesh's other dimensions.
-        combine: "row": every process has a part of each row; parts are summed before they are squared. "scores": every
-            process has rows of its own; their squares are summed in :meth:`scores`, which all processes call.
+        process_group: the processes that score together, each with a model of its own or a part of one. Not needed for
+            tensor parallelism, whose processes are found in the model. If that is combined with ``fully_shard``, pass
+            the processes of the mesh's other dimensions.
+        combine: "row": every process has a part of each row; parts are summed before squaring. "scores": every process
+            has rows of its own; their squares are summed in :meth:`scores`, which all processes must call.
         fold_groups: add up the groups of a grouped convolution's in channels before squaring, as the paper's code
             does, so that ``in_channels`` has C_in / groups entries.
-        keep_rows: also keep every row that counts: ``scores().rows``. ``rows_bytes(n)`` says beforehand what they take.
-        rows_to: where they are kept. "device": beside the row. "host": in the host's memory, pinned where CUDA is
-            there. A path: in a file, which later rows at the same path replace.
-        chains: leave out gates whose rows follow from other rows, as the graph of the checking row suggests and its
-            numbers confirm (:mod:`obc.scoring.reading.chains`).
+        keep_rows: also keep every row that counts, in ``scores().rows``. ``rows_bytes(n)`` tells beforehand what n
+            take.
+        rows_to: where rows are kept. "device": beside the current row. "host": in host memory, pinned if CUDA is
+            available. A path: in a file, which later rows at the same path replace.
+        chains: omit gates whose rows follow from other rows, if the graph of the checking row suggests it and its
+            numbers confirm it (:mod:`obc.scoring.reading.chains`).
 
     Raises:
         ValueError: no module can be scored, or an argument is not one of the values above.
@@ -136,51 +137,51 @@ class JacobianScorer:
     def row(self, loss_scale: float = 1.0, samples: int | None = None) -> contextlib.AbstractContextManager[None]:
         """One row: every backward inside the block adds to it; leaving the block squares it and adds it to the scores.
 
-        An exception inside drops the row and leaves the scorer as it was before it. On a GPU a row after the checking
-        one reads nothing back: captured in a CUDA graph together with its forward, every replay is a row.
+        An exception inside drops the row and leaves the scorer as it was. On a GPU a row after the checking row reads
+        nothing back: if it is captured in a CUDA graph together with its forward, every replay is a row.
 
         Args:
             loss_scale: what the loss was multiplied by (``GradScaler.get_scale()``); rows are divided by it.
-            samples: for sample rows, how many there are: compared with the activations. A compiled model needs it, with
-                its forward inside the block.
+            samples: for sample rows, their number, to be compared with the activations. A compiled model needs it, and
+                must run its forward inside the block.
 
         Raises:
             ScoringError: the scorer is not attached, rows are nested, gradients were replaced, or (``strict``) the row
                 is not finite.
-            RowError: an activation was changed in place, or the model took another way; the row can be repeated.
+            RowError: an activation was changed in place, or the model took another path; the row can be repeated.
         """
         return self._lifecycle.row(loss_scale, samples)
 
     @property
     def can_check_on_a_sample(self) -> bool:
-        """Whether the next row is the checking one, and a backward of one sample can stand for it."""
+        """Whether the next row is the checking row, and one sample can be checked in its place."""
         return self._lifecycle.can_check_on_a_sample
 
     def check_on_a_sample(self) -> contextlib.AbstractContextManager[None]:
-        """Check how modules are read by the backward of one sample, which runs inside the block and is no row.
+        """Check how modules are read on one sample: its backward runs inside the block and is not a row.
 
-        Unless every module is read rightly on it, nothing is decided and the next row is the checking one. Chains that
-        the sample suggests are used once a row of a whole batch has confirmed them.
+        Unless every module is read correctly on it, nothing is decided and the next row is the checking row. Chains
+        that the sample suggests are used once a row of a whole batch has confirmed them.
         """
         return self._lifecycle.check_on_a_sample()
 
     def check_samples(self, losses: Tensor) -> None:
         """Check that dim 0 holds the samples: by their number, and in the checking row by backwards of single losses.
 
-        Modules whose rows mix samples (BatchNorm in train mode, another layout) are read one sample at a time.
+        Modules whose rows mix samples (BatchNorm in train mode, another memory layout) are read one sample at a time.
 
         Args:
-            losses: (B,) per-sample losses with their graph; it is kept.
+            losses: (B,) per-sample losses with their graph, which is kept.
         """
         self._lifecycle.check.check_samples(losses)
 
     @property
     def spread(self) -> list[str]:
-        """The look-ups made once for all samples that the checking row repeated for each."""
+        """The look-ups made once for all samples that the checking row repeated for each sample."""
         return [reader.name for reader in self._parts.reading.spread]
 
     def unspread(self) -> RowError:
-        """Stop repeating these look-ups from now on; this row has to be repeated."""
+        """Stop repeating these look-ups; this row must be repeated."""
         return self._lifecycle.check.unspread()
 
     # --- results ----------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ class JacobianScorer:
         """The scores of all rows so far.
 
         Raises:
-            ScoringError: no finite row was ended.
+            ScoringError: no finite row has ended.
         """
         return scores_of(self._parts, self.rows, self.process_group if self.combine == "scores" else None)
 
@@ -207,18 +208,18 @@ class JacobianScorer:
         return self._parts.counter.count_left_out()
 
     def state_dict(self, kept_rows: bool = True) -> dict[str, Any]:
-        """Everything needed to go on exactly: the sums, how each module is read, the counts, and the kept rows.
+        """Everything needed to resume exactly: the sums, how each module is read, the counts, and the kept rows.
 
         Args:
-            kept_rows: False leaves the kept rows out.
+            kept_rows: False omits the kept rows.
         """
         return state_of(self._parts, self.rows, kept_rows)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from :meth:`state_dict` of a scorer of the same model and options; call it outside the ``with`` block.
+        """Resume from the :meth:`state_dict` of a scorer with the same model and options, outside the ``with`` block.
 
         Raises:
-            ValueError: the state is of another model or of other options; nothing was loaded.
+            ValueError: the state belongs to another model or other options; nothing was loaded.
             ScoringError: the scorer is attached.
         """
         load_state(self._parts, self.rows, state)
@@ -237,7 +238,7 @@ class JacobianScorer:
 
     @property
     def kept_bytes(self) -> int:
-        """What the scorer holds between rows: the row, its gates, the sums, and kept rows in memory."""
+        """Bytes held between rows: the row, its gates, the sums, and kept rows in memory."""
         return self._parts.nbytes
 
     @property
@@ -246,13 +247,13 @@ class JacobianScorer:
         return self._parts.store
 
     def rows_bytes(self, num_rows: int) -> int:
-        """What keeping ``num_rows`` rows takes, in bytes: four for every channel of every scored module."""
+        """Bytes that ``num_rows`` kept rows take: four for every channel of every scored module."""
         return 4 * num_rows * sum(flat.size for flat in self._parts.flats)
 
     def reserve_rows(self, num_rows: int) -> None:
         """Make room for ``num_rows`` more kept rows at once, instead of by doubling.
 
-        Before a CUDA graph is captured this is needed, with the number of its replays.
+        Call it before capturing a CUDA graph, with the number of its replays.
 
         Raises:
             ScoringError: the scorer does not keep rows.

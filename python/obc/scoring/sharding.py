@@ -1,9 +1,8 @@
-"""Models that lie on several processes: parameters sharded by ``fully_shard`` or split by tensor parallelism.
+"""Models spread over several processes: parameters sharded by ``fully_shard`` or split by tensor parallelism.
 
-Gates see the tensors that a process computes with. Under ``fully_shard`` those are whole, and every process has batches
-of its own. Under tensor parallelism they are parts: some of the channels, some of the positions, or a summand of
-each entry; a row is then the sum over the processes of what their gates read, except where all processes computed the
-same, which counts once.
+Gates see the tensors that a process computes with. Under ``fully_shard`` these are whole, and every process has batches
+of its own. Under tensor parallelism they are parts: some channels, some positions, or a summand of each entry. A row is
+then the sum over the processes of what their gates read; where all processes computed the same, it counts once.
 """
 
 from __future__ import annotations
@@ -18,21 +17,21 @@ from torch import distributed as dist
 from obc.model.sharding import is_dtensor, is_fully_sharded
 from obc.scoring.reading.flat_row import FlatRow, Slot
 
-# Results of processes on the same tensors differ by rounding at most; parts of a row differ by far more.
+# Results of several processes on the same tensors differ only by rounding; parts of a row differ by far more.
 _SAME = 1e-3
 
 
 def tensor_parallel_group(model: nn.Module) -> Any:
-    """The processes that parts of the model's layers lie on; None where it is not tensor-parallel.
+    """The processes over which the model's layers are split; None if it is not tensor-parallel.
 
-    Where it is fully sharded as well, the parameters of such layers lie on a mesh whose last dimension they are.
+    If the model is also fully sharded, these layers' parameters lie on a mesh whose last dimension is that group.
 
     Raises:
-        ValueError: its parameters lie on meshes of which that can't be said.
+        ValueError: its parameters lie on meshes that don't show which processes these are.
     """
     places = {p.device_mesh: p.placements for p in model.parameters() if is_dtensor(p)}  # type: ignore[attr-defined]
     dimensions = 0
-    if is_fully_sharded(model):  # fully_shard's come first: one of shards, or one of replicas before it
+    if is_fully_sharded(model):  # fully_shard's dimensions come first: one of shards, or one of replicas before it
         dimensions = max((2 if placements[0].is_replicate() else 1 for placements in places.values()), default=1)
     alone = [mesh for mesh in places if mesh.ndim == dimensions]
     split = [mesh for mesh in places if mesh.ndim == dimensions + 1]
@@ -49,7 +48,7 @@ def tensor_parallel_group(model: nn.Module) -> Any:
 
 
 def refuse_common_processes(process_group: Any, tensor_group: Any) -> None:
-    """Processes that have parts of one model read the same batches: adding them up again would count rows twice.
+    """Raise if processes with parts of one model would count rows twice, because they read the same batches.
 
     Raises:
         ValueError: several of the tensor-parallel processes are in ``process_group``.
@@ -63,11 +62,11 @@ def refuse_common_processes(process_group: Any, tensor_group: Any) -> None:
 
 
 class LocalPart:
-    """The part of a distributed activation that this process has, and the way back to the whole.
+    """This process's part of a distributed activation, and the way back to the whole.
 
     Attributes:
         tensor: the local tensor, with its graph.
-        first: the channel of the whole that its channel 0 is.
+        first: the index in the whole of its channel 0.
     """
 
     def __init__(self, activation: Any, channel_dim: int) -> None:
@@ -82,7 +81,7 @@ class LocalPart:
             self.first = min(rank * share, activation.shape[dim])
 
     def back(self, local: Tensor) -> Tensor:
-        """``local``, an identity of :attr:`tensor`, as the distributed activation that it is a part of."""
+        """The distributed activation made of ``local``, an identity of :attr:`tensor`."""
         from torch.distributed.tensor import DTensor
 
         whole = self._whole
@@ -94,7 +93,7 @@ class LocalPart:
 class RowParts:
     """Adds up the parts of rows over a tensor-parallel group.
 
-    Which slots all processes hold whole is seen in the first row in which they are not zero.
+    The first row in which a slot is not zero shows whether all processes hold it whole.
     """
 
     def __init__(self, group: Any) -> None:
@@ -102,7 +101,7 @@ class RowParts:
         self._shares: dict[Slot, float] = {}
 
     def add_up(self, flat: FlatRow) -> None:
-        """Replace the row in ``flat`` by the whole one, the same on every process."""
+        """Replace the row in ``flat`` by the whole row, the same on every process."""
         row = flat.values
         undecided = [slot for slot in flat.slots if slot not in self._shares]
         if undecided:
@@ -122,16 +121,16 @@ class RowParts:
 
 
 class SharedRows:
-    """Rows of which several processes have a part each: those of tensor parallelism, and those of ``process_group``.
+    """Adds up rows that are spread over processes, by tensor parallelism or over ``process_group``.
 
     Args:
-        model: the model, of which tensor parallelism is read.
+        model: the model, whose tensor parallelism is detected.
         process_group: the processes that score together, or None.
-        in_step: these processes sum their parts of each row; False: each has rows of its own.
+        in_step: whether these processes sum their parts of each row; otherwise each has rows of its own.
 
     Attributes:
-        process_group: as it was given.
-        in_step: a process may have no part in a row: others of ``process_group`` have.
+        process_group: the argument of that name.
+        in_step: a process may have no part in a row that others of ``process_group`` read.
         groups: the process groups that read every row together.
 
     Raises:
@@ -147,7 +146,7 @@ class SharedRows:
         self.groups = [group for group in (process_group if in_step else None, tensor_group) if group is not None]
 
     def add_up(self, flats: Iterable[FlatRow]) -> None:
-        """Replace the row in hand by the sum of its parts, the same on every process."""
+        """Replace the current row by the sum of its parts, the same on every process."""
         for flat in flats:
             if self._parts is not None:
                 self._parts.add_up(flat)
@@ -156,7 +155,7 @@ class SharedRows:
 
 
 def tied(readers: Iterable[Any]) -> Iterator[Any]:
-    """Readers that share a slot: which uses of a tied weight are parts can't be told from their sum."""
+    """Readers that share a slot: their sum does not tell which uses of a tied weight are parts."""
     users: dict[Slot, list[Any]] = {}
     for reader in readers:
         for slot in reader.slots:

@@ -1,4 +1,4 @@
-"""From the sums and kept rows of a scorer, or of several processes' scorers, to scores."""
+"""Turns the sums and kept rows of one scorer, or of several processes' scorers, into scores."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from obc.scoring.results.scores import ChannelScores, Scores
 def scores_of(parts: Parts, rows: str, merged_over: Any) -> Scores:
     """The scores of all rows so far.
 
-    Args:
+    parts: the parts of the scorer.
         parts: the scorer's.
         rows: "batch" or "sample".
-        merged_over: the process group whose processes have rows of their own; None where this process has all.
+        merged_over: the process group whose processes have rows of their own; None if this process has all rows.
 
     Raises:
-        ScoringError: no finite row was ended.
+        ScoringError: no finite row has ended.
     """
     facts = merge.Facts(parts.counter.count(), parts.coverage(), parts.counter.left_out)
     sums = {flat: flat.scores for flat in parts.flats}

@@ -1,1 +1,1 @@
-"""What works while a backward runs: gates, gradients, module readers, chains, the flat row, the first row."""
+"""The parts that work while a backward runs: gates, gradients, module readers, chains, flat rows, the first row."""

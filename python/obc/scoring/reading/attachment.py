@@ -1,7 +1,7 @@
 """What a scorer changes in a model while it is attached, and how that is undone.
 
-Weights are frozen, norms keep their gradients in one flat vector, gates sit on inputs and outputs, and during the
-checking row every weight's gradient is contracted. ``undo`` leaves the model as it was: requires_grad, .grad, hooks.
+Weights are frozen, norms keep their gradients in one flat vector, and gates sit on inputs and outputs. In the checking
+row every weight's gradient is contracted. ``undo`` restores requires_grad, .grad and hooks.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from obc.scoring.reading.module_readers import Reader, Reading
 from obc.scoring.reading.reading_plan import Plan
 from obc.scoring.reading.single_samples import guard
 
-# Modules that a scorer is attached to: a second scorer would put gates on gates.
+# Modules that have a scorer attached: a second scorer would put gates on gates.
 _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Attachment:
-    """The state of a model under scoring.
+    """What is attached to a model while it is scored.
 
     Args:
         model: the model.
@@ -50,10 +50,10 @@ class Attachment:
         self._guards: list[torch.utils.hooks.RemovableHandle] = []
 
     def make(self) -> None:
-        """Attach; after an exception the model is as it was.
+        """Attach. If this raises, the model is left as it was.
 
         Raises:
-            ScoringError: a scorer is attached to a part of the model, or modules were replaced since the plan was made.
+            ScoringError: a scorer is already attached to part of the model, or modules were replaced since planning.
         """
         if any(module in _attached for module in self.modules):
             model = type(self.model).__name__
@@ -67,7 +67,7 @@ class Attachment:
 
     def _make(self) -> None:
         _attached.update(self.modules)
-        # The encoder layers' fast path calls no module, so no gate would see it.
+        # The fast path of TransformerEncoderLayer calls no submodule, so no gate would see it.
         torch.backends.mha.set_fastpath_enabled(False)
         for wrapper, _, _ in self._synchronising:  # each process keeps its own gradients
             wrapper.require_backward_grad_sync = wrapper.require_forward_param_sync = False
@@ -87,12 +87,12 @@ class Attachment:
                     for slot in reader.slots:
                         slot.bind()
                 reader.attach(self.reading)
-        # After the gates' hooks: of those that come first, the last one registered is the first.
+        # Registered after the gates' hooks: among hooks that are prepended, the last one registered runs first.
         self._guards = [handle for module in self.modules if (handle := guard(module)) is not None]
         self.plan.chains.bind(self.norms)
 
     def undo(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         _attached.difference_update(self.modules)
         for reader in self.plan.readers.values():
             reader.detach()
@@ -112,13 +112,13 @@ class Attachment:
         self.reading.samples = None
 
     def drop_gradients(self) -> None:
-        """Drop the gradients that a row left in weights that could not be frozen."""
+        """Drop gradients that a row left in weights that could not be frozen."""
         if not self._freezes:
             for parameter, _, _ in self._before:
                 parameter.grad = None
 
     def set_weight_gradients(self) -> None:
-        """After the checking row: weights are frozen, but for those read from their gradient."""
+        """After the checking row, freeze the weights except those that are read from their gradient."""
         for source in self.plan.sources:
             if any(reader.how == "weight gradient" and reader.scored for reader in source.readers):
                 source.gradient.attach(lambda flat: flat.row)
@@ -144,7 +144,7 @@ class Attachment:
                 self._norm_hooks[name] = weight.register_post_accumulate_grad_hook(self._note_use(name, reader))
 
     def _note_use(self, name: str, reader: Reader) -> Callable[[Tensor], None]:
-        """A hook that notes that a gradient reached the norm, and then removes itself."""
+        """A hook that notes that a gradient reached the norm, then removes itself."""
 
         def note(parameter: Tensor) -> None:
             reader.used = True

@@ -1,18 +1,18 @@
 """Chains: rows that follow from other rows, so that one read of an activation serves two layers.
 
-What lies between a layer's output y and the next one's input x decides. Where it is homogeneous of degree one in y
-(ReLU, pooling, a product with something else, attention in its values), Euler's theorem gives, if nothing else reads y,
+Take a layer's output y and the next layer's input x. If everything between them is homogeneous of degree one in y
+(ReLU, pooling, a product with something else, attention in its values) and nothing else reads y, Euler's theorem gives
 
     sum over positions of y * dL/dy = sum over positions of x * dL/dx
 
-so the output's row is the input's, summed over what y was repeated to (flatten, grouped queries). An affine
-BatchNorm in eval mode before it has the row as well, gamma g_gamma + beta g_beta, and the convolution before that has
+so the output's row is the input's row, summed over the copies of y (flatten, grouped queries). If an affine BatchNorm
+in eval mode comes before, its row gamma g_gamma + beta g_beta is the same, and the convolution before it has
 
     r = gamma (g_gamma + mean / std * g_beta).
 
-Candidates are found in the graph that autograd records in the checking row; a second reader shows in the numbers. None
-is used whose two sides did not agree there. In every later row each input looks whether the graph still leads to where
-it led then; where it does not, the row is dropped, and repeated without that chain.
+Candidates are found in the graph that autograd records in the checking row, and used only if both sides agree there
+numerically (a second reader of y would show). In every later row each input checks that the graph still leads to the
+same node; if not, the row is dropped and repeated without that chain.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from obc.scoring.errors import ChainError
 from obc.scoring.reading.flat_row import FlatRow, Slot
 from obc.scoring.reading.gradients import NormGradients
 
-# How far both sides may differ, relative to the largest entry: only the order of their sums differs.
+# Largest accepted difference of the two sides, relative to the largest entry: only the order of their sums differs.
 _TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9}
 
-# Graph nodes that are homogeneous of degree one in their first input, by the start of their names.
+# Graph nodes that are homogeneous of degree one in their first input, by how their names start.
 _HOMOGENEOUS = (
     *("Relu", "LeakyRelu", "PreluKernel", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "Mkldnn", "Mean"),
     *("Upsample", "ConstantPad", "View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "Transpose"),
@@ -39,26 +39,26 @@ _HOMOGENEOUS = (
 )
 # Nodes that are homogeneous in each input while the others are fixed.
 _MULTILINEAR = ("Mul", "Bmm")
-_ATTENTION, _VALUES = "ScaledDotProduct", 2  # and which of its inputs are the values
+_ATTENTION, _VALUES = "ScaledDotProduct", 2  # and the index of its input that holds the values
 
-# The walk from an input back to the nearest gates; between two layers lie a handful of nodes.
+# Limit of the walk from an input back to the nearest gates; between two layers lie only a few nodes.
 _MOST_NODES = 64
 
 
-# From an input's graph node back: (a node's name, the input of it that the path goes on with), node by node.
+# From an input's graph node backwards: for each node its name and which of its inputs the path takes.
 Path = tuple[tuple[str, int], ...]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """The row of ``slot`` may follow from that of ``source``, or from the gradients of ``norm`` behind it.
+    """The row of ``slot`` may follow from the row of ``source``, or from the gradients of ``norm`` after it.
 
     Attributes:
-        slot: what needs no gate if so.
-        seen_by: the input that the path begins at.
-        path: to the output with ``slot``'s row, or to ``norm``.
-        source: another slot; None where ``norm``'s gradients serve.
-        norm: the BatchNorm that the path ends at, or None where it ends at an output.
+        slot: the slot that would need no gate.
+        seen_by: the input where the path begins.
+        path: the path to the output whose row is ``slot``, or to ``norm``.
+        source: another slot; None if ``norm``'s gradients are used.
+        norm: the BatchNorm where the path ends, or None if it ends at an output.
     """
 
     slot: Slot
@@ -69,7 +69,7 @@ class Candidate:
 
 
 class Candidates:
-    """The chains that the graph of the checking row suggests.
+    """Collects the chains that the graph of the checking row suggests.
 
     Args:
         norms: id of a norm's weight -> the norm and its slot.
@@ -81,11 +81,11 @@ class Candidates:
         self._walks: dict[Slot, int] = {}
 
     def found(self) -> list[Candidate]:
-        """The candidates that every use of their input saw."""
+        """The candidates that every use of their input suggested."""
         return [one for one, times in self._found.items() if times == self._walks[one.seen_by]]
 
     def walk(self, activation: Tensor, slot: Slot) -> None:
-        """Follow the graph from ``activation``, the input whose row is in ``slot``, back to the nearest gates."""
+        """Follow the graph from ``activation``, an input whose row is in ``slot``, back to the nearest gates."""
         self._walks[slot] = self._walks.get(slot, 0) + 1
         pending: list[tuple[Any, Path, bool]] = [(activation.grad_fn, (), True)]
         for _ in range(_MOST_NODES):
@@ -118,10 +118,10 @@ class Candidates:
 
 
 class Pending:
-    """Candidates found on one sample, until a row of a whole batch confirms them: there every slot has its gate.
+    """Candidates found on one sample, waiting for a row of a whole batch, where every slot has its gate.
 
     Args:
-        candidates: what the graph of the checking row said.
+        candidates: what the graph of the checking row suggested.
     """
 
     def __init__(self, candidates: Iterable[Candidate]) -> None:
@@ -131,17 +131,17 @@ class Pending:
         self._seen: dict[Candidate, list[bool]] = {}
 
     def begin_row(self) -> None:
-        """Forget what a row that was dropped, or was not finite, said."""
+        """Forget what a dropped or non-finite row showed."""
         self._seen.clear()
 
     def look(self, activation: Tensor, slot: Slot, outputs: Mapping[Slot, Any]) -> None:
-        """See whether the graph of this row says the same; ``outputs``: slot -> the node of its gate."""
+        """Note whether this row's graph suggests the same; ``outputs``: slot -> the node of its gate."""
         for chain in self._by_input.get(slot, ()):
             held = chain.link_holds(activation.grad_fn, outputs)
             self._seen.setdefault(chain.link, []).append(held)
 
     def found(self) -> list[Candidate]:
-        """Those that every use of their input saw."""
+        """The candidates that every use of their input suggested."""
         return [candidate for candidate, held in self._seen.items() if all(held)]
 
 
@@ -158,9 +158,9 @@ class Chains:
     """The chains of a model that held in its checking row.
 
     Attributes:
-        slots: those that need no gate, each with what its row follows from.
-        outputs: in the row in hand, the graph node of every output without a gate.
-        held: in the row in hand, the slots whose chains were seen to hold.
+        slots: slots that need no gate -> the chain that gives their row.
+        outputs: graph node of every output without a gate in the current row.
+        held: slots whose chains held so far in the current row.
     """
 
     def __init__(self) -> None:
@@ -172,7 +172,7 @@ class Chains:
         self._fill: _Fill | None = None  # made by the first row that needs it
 
     def confirm(self, candidates: Iterable[Candidate], norms: Iterable[NormGradients]) -> None:
-        """Take over the candidates whose two sides agree in the rows in hand."""
+        """Keep the candidates whose two sides agree in the current row."""
         views = _views(norms)
         sources: set[Slot] = set()
         # Norms first: they have gradients of their own, so the rows that follow from them need no gate at all.
@@ -193,19 +193,19 @@ class Chains:
         self._seen_by.setdefault(chain.link.seen_by, []).append(chain)
 
     def drop(self, slot: Slot) -> None:
-        """Have a gate for this slot again."""
+        """Remove this slot's chain: it has a gate again."""
         chain = self._chains.pop(slot)
         del self.slots[slot]
         self._seen_by[chain.link.seen_by].remove(chain)
         self._fill = None
 
     def forget_row(self) -> None:
-        """Forget the row in hand, and the graph that it left."""
+        """Forget the current row and its graph."""
         self.outputs.clear()
         self.held.clear()
 
     def look(self, activation: Tensor, slot: Slot) -> None:
-        """Check that ``activation``, the input whose row is in ``slot``, still comes from where its chains begin.
+        """Check that ``activation``, an input whose row is in ``slot``, still comes from where its chains begin.
 
         Raises:
             ChainError: it does not.
@@ -227,7 +227,7 @@ class Chains:
         )
 
     def refuse_unseen(self) -> None:
-        """Refuse a row in which an output without a gate reached no input that its row could follow from.
+        """Raise if an output without a gate reached no input that its row follows from.
 
         Raises:
             ChainError: it names the output.
@@ -237,13 +237,13 @@ class Chains:
                 raise ChainError(f"the output of {slot.label!r} went another way than in the checking row")
 
     def give_up(self) -> None:
-        """Drop all chains, so that every slot has a gate again."""
+        """Remove all chains, so that every slot has a gate again."""
         for by_slot in (self.slots, self.outputs, self._chains, self._seen_by, self.held):
             by_slot.clear()
         self._fill = None
 
     def bind(self, norms: Iterable[NormGradients]) -> None:
-        """Read the norms' gradients from where they are now."""
+        """Look up where the norms' gradients lie now."""
         views = _views(norms)
         for chain in self._chains.values():
             if isinstance(chain, _Before):
@@ -251,7 +251,7 @@ class Chains:
         self._fill = None
 
     def fill(self) -> None:
-        """Compute the rows that follow from rows that were read, for the modules that took part in this row."""
+        """Compute the rows that follow from other rows, for the modules that took part in the current row."""
         if len(self.held) == len(self._chains):
             if self._fill is None:
                 self._fill = _Fill(self._chains.values())
@@ -277,7 +277,7 @@ class Chains:
         return state
 
     def load(self, state: Iterable[Sequence[Any]], slots: list[Slot], norms: Mapping[str, nn.Module]) -> None:
-        """Restore a :meth:`state`; :meth:`bind` is called when the scorer is attached."""
+        """Restore a :meth:`state`; attaching the scorer then calls :meth:`bind`."""
         for place, seen_by, steps, source, norm, *shape in state:
             path = tuple((name, index) for name, index in steps)
             from_slot = None if source is None else slots[source]
@@ -298,13 +298,13 @@ def _agree(one: Tensor, other: Tensor) -> bool:
 
 
 class _Chain:
-    """What both kinds of chains have in common."""
+    """The common part of both kinds of chains."""
 
     def __init__(self, link: Candidate) -> None:
         self.link, self.slot = link, link.slot
 
     def link_holds(self, node: Any, outputs: Mapping[Slot, Any]) -> bool:
-        """Whether the path from the input's node ends where it ended in the checking row."""
+        """Whether the path from the input's node ends at the same node as in the checking row."""
         link = self.link
         for name, index in link.path:
             if node is None or node.name() != name:
@@ -321,7 +321,7 @@ class _Chain:
 
 
 class _Copy(_Chain):
-    """``source`` as (blocks, repeats, width), summed over the repeats, is the row of ``slot``."""
+    """The row of ``slot`` is ``source`` viewed as (blocks, repeats, width) and summed over the repeats."""
 
     def __init__(self, link: Candidate, source: Slot, repeats: int, width: int) -> None:
         super().__init__(link)
@@ -330,7 +330,7 @@ class _Copy(_Chain):
 
     @classmethod
     def of(cls, link: Candidate, source: Slot) -> _Copy | None:
-        """The copy that agrees with the rows in hand; None where none does."""
+        """The copy that agrees with the current rows, or None."""
         slot = link.slot
         if slot.flat is not source.flat or slot.size == 0 or source.size % slot.size:
             return None
@@ -359,10 +359,10 @@ class _Before(_Chain):
         self.bind(views)
 
     def bind(self, views: Mapping[int, Tensor]) -> None:
-        """Look up the gradients; without usable ones the chain has no row."""
+        """Look up the gradients; without usable ones the chain gives no row."""
         norm: Any = self.link.norm
         gradients = [views.get(id(norm.weight)), views.get(id(norm.bias))]
-        # Gradients in half precision are too coarse for what cancels here.
+        # The two terms cancel, and half precision is too coarse for that.
         right = norm.weight.dtype == self.slot.flat.dtype and norm.weight.numel() == self.slot.size
         if norm.running_mean is None or not right or any(gradient is None for gradient in gradients):
             return
@@ -388,9 +388,9 @@ class _Before(_Chain):
 
 
 class _Fill:
-    """All chains of a model at once: a few operations on flat vectors in place of a few for every chain.
+    """Computes all chains of a model with a few operations on flat vectors, instead of a few for every chain.
 
-    No chain's source is another chain's slot, so that their order does not matter.
+    The order does not matter, because no chain's source is another chain's slot.
     """
 
     def __init__(self, chains: Iterable[_Copy | _Before]) -> None:
@@ -430,7 +430,7 @@ def _channels(flat: FlatRow, slots: Iterable[Slot]) -> Tensor:
 
 
 class _Term:
-    """Term ``index`` of several chains, factor times gradient, whose gradients are views of one vector."""
+    """Term ``index`` of several chains, factor times gradient; the gradients are views of one vector."""
 
     def __init__(self, chains: Sequence[_Before], index: int) -> None:
         terms = [chain.terms[index] for chain in chains]

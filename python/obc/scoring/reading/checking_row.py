@@ -1,4 +1,4 @@
-"""The first row, which is also the check: how it is read, and what is decided at its end."""
+"""The first row, which is also the check, and the decisions at its end."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class CheckingRow:
     """Decides in the first finite row how every module is read from then on.
 
     Args:
-        plan: what is read; the decisions are noted in its readers.
+        plan: what is read; its readers hold the decisions.
         reading: which kind of row is read.
-        counter: gives the number of the row for messages.
-        fall_back: read modules that no gate serves from their weight's gradient; otherwise they are left unscored.
+        counter: numbers rows for messages.
+        fall_back: read modules that gates can't serve from their weight's gradient, instead of leaving them unscored.
     """
 
     def __init__(self, plan: Plan, reading: Reading, counter: RowCounter, fall_back: bool) -> None:
@@ -35,13 +35,13 @@ class CheckingRow:
             first_row.settle_unchecked(plan, fall_back)
 
     def begin(self) -> None:
-        """Note the present state, which is restored if the row is repeated."""
+        """Save the state, to be restored if the row is repeated."""
         if self._reading.checking:
             self._before = {reader: reader.noted for reader in self._plan.readers.values()}
             self._fired = [source.gradient.fired for source in self._plan.sources]
 
     def forget(self) -> None:
-        """Forget what a check on a sample noted: the next row is the checking one as if there had been none."""
+        """Forget what a check on a sample noted; the next row is then an ordinary checking row."""
         for reader, noted in self._before.items():
             reader.noted = noted
         for source, fired in zip(self._plan.sources, self._fired, strict=True):
@@ -67,7 +67,7 @@ class CheckingRow:
                 flat.reference.zero_()
 
     def _refuse_shared_count(self, samples: int) -> None:
-        """The first output may be made once for all samples; then it does not tell how many samples there are."""
+        """The first output may be computed once for all samples, and then does not tell their number."""
         reading, counted_by = self._reading, self._reading.counted_by
         if not reading.checking or counted_by is None or not reading.samples == 1 < samples:
             return
@@ -76,7 +76,7 @@ class CheckingRow:
             raise self._repeated(f"{counted_by.name!r} is looked up once for all samples")
 
     def unspread(self) -> RowError:
-        """Stop spreading look-ups over the samples; this row has to be repeated."""
+        """Stop spreading look-ups over the samples; this row must be repeated."""
         names = [reader.name for reader in self._reading.spread]
         for reader in self._reading.spread:
             reader.shared = True
@@ -89,10 +89,10 @@ class CheckingRow:
         return RowError(f"{self._counter.row()} was dropped: {why}; repeat this row")
 
     def settle(self, attachment: Attachment) -> bool:
-        """Compare, decide how every module is read, and put the right values in the row in hand.
+        """Compare, decide how every module is read, and put the right values in the current row.
 
         Returns:
-            False where the row is not finite: it is left out, and the next one is checked.
+            False if the row is not finite: it is left out, and the next row is checked.
         """
         reading, plan = self._reading, self._plan
         if not all(bool(flat.values.isfinite().all()) for flat in plan.flats.values()):
@@ -106,10 +106,10 @@ class CheckingRow:
         return True
 
     def settle_on_a_sample(self, attachment: Attachment) -> bool:
-        """End the check where one sample says of every module that its gates read it rightly.
+        """End the check if one sample shows for every module that its gates read it correctly.
 
         Returns:
-            False where it does not say so of one: a whole batch has to be looked at.
+            False if it does not, so that a whole batch must be checked.
         """
         if not first_row.holds_on_a_sample(self._plan):
             return False
@@ -125,7 +125,7 @@ class CheckingRow:
         attachment.set_weight_gradients()
 
     def confirm_pending(self, attachment: Attachment) -> None:
-        """Take over the chains that a sample suggested and the batch in hand confirms; not where it isn't finite."""
+        """Keep the chains that a sample suggested and the current batch confirms; does nothing if it isn't finite."""
         assert self._reading.pending is not None
         if all(bool(flat.values.isfinite().all()) for flat in self._plan.flats.values()):
             self._plan.confirm_chains(self._reading.pending, attachment.norms)

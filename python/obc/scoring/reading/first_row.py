@@ -1,8 +1,8 @@
-"""The checking first row: gates and weight gradients side by side, so that nothing is guessed.
+"""The checking first row reads gates and weight gradients side by side, so that nothing is guessed.
 
-Every weight stays trainable for one row and its gradient is contracted into a reference row. A module whose gates
-disagree with it, whatever the cause (its forward was bypassed, its weight is used elsewhere too, its output is scaled),
-is read from its weight's gradient from then on.
+Every weight stays trainable for one row and its gradient is contracted into a reference row. If a module's gates
+disagree with it (its forward was bypassed, its weight is also used elsewhere, its output is scaled …), the module is
+read from its weight's gradient from then on.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from obc.scoring.reading.reading_plan import Plan, Source
 
 logger = logging.getLogger("obc")
 
-# Largest accepted difference between a gate and the weight gradient, relative to the layer's largest entry. In float32
-# at most 3.2e-6 was seen on right ones; half precision rounds the activations and the gradients apart.
+# Largest accepted difference between a gate and the weight gradient, relative to the layer's largest entry. Correct
+# float32 gates differed by at most 3.2e-6; half precision rounds activations and gradients separately.
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
-# GPUs may multiply float32 with eleven bits (TF32, the default of cuDNN's convolutions): activations and weight
-# gradients are then rounded apart, by 5e-4 of each product.
+# GPUs may multiply float32 with eleven bits (TF32, cuDNN's default for convolutions): activations and weight
+# gradients are then rounded separately, by 5e-4 of each product.
 _TF32_TOLERANCE = 1e-2
 
-# Where a layer's rows cancel (a convolution before a BatchNorm in train mode scores zero), both are rounding noise of
-# the sum of |w| |g|: differences below this many ulps of it are no disagreement.
+# If a layer's rows cancel (a convolution before a BatchNorm in train mode scores zero), both are rounding noise of the
+# sum of |w| |g|: a difference below this many ulps of that sum is no disagreement.
 _NOISE_ULPS = 16
 
 
 def settle(plan: Plan, fall_back: bool) -> list[str]:
-    """Decide how every module is read from now on, and put the right values in the row in hand.
+    """Decide how every module is read from now on, and put the right values in the current row.
 
     Args:
         plan: its readers' ``how``, ``reason`` and ``scored`` are set.
-        fall_back: read modules that no gate serves from their weight's gradient; otherwise they are left unscored.
+        fall_back: read modules that gates can't serve from their weight's gradient, instead of leaving them unscored.
 
     Returns:
         The modules that are read from their weight's gradient.
@@ -55,9 +55,9 @@ def settle(plan: Plan, fall_back: bool) -> list[str]:
 
 
 def holds_on_a_sample(plan: Plan) -> bool:
-    """Whether a checking row of one sample said of every module that its gates read it rightly.
+    """Whether a checking row of one sample showed for every module that its gates read it correctly.
 
-    Where it did not, where a module was not reached or its row is zero, a whole batch has to be looked at.
+    If not, if a module was not reached, or if its row is zero, a whole batch must be checked.
     """
     for source in plan.sources:
         if _compare(source.readers, source.gradient) is not None:
@@ -72,7 +72,7 @@ def holds_on_a_sample(plan: Plan) -> bool:
 
 
 def settle_unchecked(plan: Plan, fall_back: bool) -> None:
-    """The same without a checking row: only what is known beforehand to be read wrongly by gates is changed."""
+    """Settle without a checking row: only modules known to be read wrongly by gates are changed."""
     for source in plan.sources:
         if any(reader.reason is not None for reader in source.readers):
             _fall_back(source, fall_back)
@@ -86,7 +86,7 @@ def _fall_back(source: Source, scored: bool, reason: str | None = None) -> None:
 
 
 def _disagreement(slot: Slot, source: WeightGradient, half: torch.dtype | None) -> str | None:
-    """Why the slot's gates can't be trusted, or None where they agree with the weight's gradient."""
+    """Why the slot's gates can't be trusted, or None if they agree with the weight's gradient."""
     flat = slot.flat
     gates = slot.of(flat.row) if flat.samples is None else slot.of(flat.samples).sum(1)
     reference = slot.of(flat.reference)
@@ -99,14 +99,14 @@ def _disagreement(slot: Slot, source: WeightGradient, half: torch.dtype | None) 
 
 
 def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
-    """The largest accepted difference between a gate and the weight gradient, by what products are computed in."""
+    """The largest accepted difference between a gate and the weight gradient, for the precision of the products."""
     if dtype == torch.float32 and device.type == "cuda" and tf32_is_allowed():
         return _TF32_TOLERANCE
     return _TOLERANCE[dtype]
 
 
 def _compare(readers: list[Reader], source: WeightGradient) -> str | None:
-    """Why the readers of one weight must be read from its gradient, or None where their gates hold."""
+    """Why the readers of one weight must be read from its gradient, or None if their gates agree with it."""
     for reader in readers:
         reader.used = source.fired
         reader.notice_changes()
@@ -133,7 +133,7 @@ def _look_at(reader: Reader) -> None:
 
 
 def _take_reference(readers: list[Reader]) -> None:
-    """Replace the gates' row by the reference's in the slots of these readers."""
+    """Replace the gates' row by the reference row in the slots of these readers."""
     for slot in _slots_of(readers):
         flat = slot.flat
         if flat.samples is not None:
@@ -142,7 +142,7 @@ def _take_reference(readers: list[Reader]) -> None:
 
 
 def mixed_samples(readers: list[Reader], sample: int) -> list[Reader]:
-    """The readers whose rows mix samples: after the backward of one sample's loss others are not zero there."""
+    """The readers whose rows mix samples: the backward of one sample's loss leaves non-zero rows for other samples."""
     return [reader for reader in readers if any(_others_are_not_zero(slot, sample) for slot in reader.slots)]
 
 
@@ -159,6 +159,6 @@ def _slots_of(readers: list[Reader]) -> list[Slot]:
 
 
 def _half_precision(readers: list[Reader]) -> torch.dtype | None:
-    """The half precision in which these readers' activations were, by their own dtype or by autocast; or None."""
+    """The half precision of these readers' activations, by their own dtype or by autocast; or None."""
     dtypes = {dtype for reader in readers for dtype in reader.activation_dtypes}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)

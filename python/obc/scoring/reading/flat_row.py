@@ -1,7 +1,7 @@
-"""The flat vectors that hold one row of scores and the sum of squares, and their slices.
+"""Flat vectors that hold one row and the sums of squares, and their slots.
 
-One :class:`FlatRow` per device and accumulation dtype. A gate's ``.grad`` is a slice of it, so autograd adds in
-place and ending a row is one operator, ``obc.ops.end_row``.
+There is one :class:`FlatRow` per device and accumulation dtype. A gate's ``.grad`` is a slice of it, so autograd adds
+in place, and one operator, ``obc.ops.end_row``, ends a row.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ class Slot:
     Tied weights share one slot, so that the uses of a weight add up before the square.
 
     Attributes:
-        shard: (first, count) of the channels that this process sees; None where it sees all.
-        read: False where these channels were not asked for: only their number is known, and rows have no entries.
+        shard: (first, count) of the channels that this process sees; None if it sees all.
+        read: False if these channels were not requested: their number is known, but rows have no entries for them.
     """
 
     label: str
@@ -41,24 +41,24 @@ class Slot:
 
     @property
     def local_size(self) -> int:
-        """How many channels this process sees."""
+        """The number of channels that this process sees."""
         return self.size if self.shard is None else self.shard[1]
 
     def of(self, flat_vector: Tensor) -> Tensor:
-        """The slot's channels of a vector, or of a matrix of one column a sample, laid out like the flat row."""
+        """The slot's channels of a vector, or of a (channels, samples) matrix, laid out like the flat row."""
         return flat_vector[self.start : self.stop]
 
     def _local_of(self, flat_vector: Tensor) -> Tensor:
         return self.of(flat_vector) if self.shard is None else self.of(flat_vector).narrow(0, *self.shard)
 
     def see(self, first: int, count: int) -> None:
-        """Gates see ``count`` channels from ``first`` on, from now on."""
+        """From now on gates see ``count`` channels from ``first`` on."""
         shard = None if count == self.size else (first, count)
         if shard != self.shard:
             self.shard, self.gate, self.view = shard, None, None
 
     def bind(self) -> None:
-        """Give the gate its slice of the row as gradient, for a batch row."""
+        """For a batch row, give the gate its slice of the row as gradient."""
         if self.gate is None:
             self.gate = torch.zeros(self.local_size, dtype=self.flat.dtype, device=self.flat.device, requires_grad=True)
             self.view = self._local_of(self.flat.row)
@@ -98,12 +98,12 @@ class FlatRow:
         return slot
 
     def allocate(self) -> None:
-        """Make the vectors, once every slot is known."""
+        """Allocate the vectors, once every slot is known."""
         self.row = torch.zeros(self.size, dtype=self.dtype, device=self.device)
         self.scores = torch.zeros_like(self.row)
 
     def sample_rows(self, samples: int) -> Tensor:
-        """The (channels, samples) rows, made anew when the number of samples changes."""
+        """The (channels, samples) rows, reallocated when the number of samples changes."""
         if self.samples is None or self.samples.shape[1] != samples:
             self.samples = torch.zeros(self.size, samples, dtype=self.dtype, device=self.device)
         return self.samples
@@ -121,13 +121,13 @@ class FlatRow:
 
     @property
     def values(self) -> Tensor:
-        """The row in hand: (channels,), or (channels, samples) for sample rows."""
+        """The current row: (channels,), or (channels, samples) for sample rows."""
         return self.row if self.samples is None else self.samples
 
     def join_samples(self) -> None:
-        """Add the row of transient weight gradients to that of the gates, where both serve one sample.
+        """Add the row of transient weight gradients to the gates' row, if both are of one sample.
 
-        Weight gradients have no per-sample form, so rows of several samples have no part from them.
+        Weight gradients have no per-sample form, so rows of several samples contain nothing from them.
         """
         if self.samples is not None and self.samples.shape[1] == 1:
             self.samples += self.row[:, None]
@@ -135,49 +135,49 @@ class FlatRow:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the vectors, and of the gates."""
+        """Bytes of the vectors and the gates."""
         tensors = [self.row, self.reference, self.scores, self.samples, *(slot.gate for slot in self.slots)]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     def first_fault(self, values: Tensor) -> str | None:
-        """The label of the first slot that has a value without a finite square; None where all squares are finite."""
+        """The label of the first slot with a value whose square is not finite; None if all squares are finite."""
         fine = values.square().isfinite().tolist()
         return next((slot.label for slot in self.slots if not all(fine[slot.start : slot.stop])), None)
 
 
 @dataclass(frozen=True)
 class EndedRow:
-    """A row that was ended.
+    """A row after its end.
 
     Attributes:
-        values: per flat row, (channels, samples), one sample for a batch row, divided by the loss scale.
-        finite: (samples,) bool, of which all squares are finite in every flat row.
+        values: per flat row (channels, samples), divided by the loss scale; a batch row has one sample.
+        finite: (samples,) bool, whether all squares of a sample are finite in every flat row.
     """
 
     values: list[Tensor]
     finite: Tensor
 
     def faulty_sample(self) -> Tensor:
-        """(1,) int64, the first sample that is not finite; without a host read, and 0 where all are."""
+        """(1,) int64, the first sample that is not finite, 0 if all are; reads nothing from the device."""
         return self.finite.to(torch.uint8).argmin().reshape(1)
 
 
 def end_row(flats: Sequence[FlatRow], loss_scale: float, *, add: bool = True) -> EndedRow:
-    """Add the squares of the row in hand, or of each sample's, where they are finite, and clear it.
+    """Add the squares of the current row, or of each sample's row, if they are finite, and clear it.
 
-    A row that lies in several flat rows is left out of all of them where one part is not finite. Nothing is read from
-    the device.
+    A row that spans several flat rows is left out of all of them if one part is not finite. Nothing is read from the
+    device.
 
     Args:
         flats: all flat rows of one model.
-        loss_scale: what the row is divided by.
-        add: False drops the row: it is checked and cleared, and nothing is added.
+        loss_scale: the divisor of the row.
+        add: False drops the row: it is checked and cleared, but not added.
     """
     for flat in flats:
         flat.join_samples()
     values = [flat.values.reshape(flat.size, -1) / loss_scale for flat in flats]
     if all(flat.samples is None for flat in flats):
-        # One vector takes the squares right away; several wait until it is known whether all of them are finite.
+        # A single vector takes the squares at once; several wait until all of them are known to be finite.
         waits = len(flats) > 1 or not add
         sums = [torch.zeros_like(flat.scores) if waits else flat.scores for flat in flats]
         flags = [ops.end_row(total, flat.row, loss_scale)[None] for flat, total in zip(flats, sums, strict=True)]

@@ -1,10 +1,10 @@
 """Gates: identities on activations whose own gradient is a row of scores.
 
-A gate is a zero leaf of one entry per channel (per sample and channel for sample rows) that travels with an
-activation through an identity. The identity's backward hands the gradient on unchanged and gives the gate
-``channel_dot(activation, gradient)``. Autograd then adds over every use, micro-batch and checkpointed segment,
-straight into the slice of one flat vector that the gate's ``.grad`` was preset to. Nothing has side effects, so
-``torch.compile`` traces it. :mod:`obc.scoring.reading.native_gates` does the same in C++.
+A gate is a zero leaf with one entry per channel (for sample rows per sample and channel) that travels with an
+activation through an identity. The identity's backward returns the gradient unchanged and gives the gate
+``channel_dot(activation, gradient)``. The gate's ``.grad`` is preset to a slice of one flat vector, so autograd adds
+every use, micro-batch and checkpointed segment directly into it. Nothing has side effects, so ``torch.compile`` traces
+it. :mod:`obc.scoring.reading.native_gates` does the same in C++.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from obc import ops
 def pass_gate(
     native: Any | None, activation: Tensor, gate: Tensor, channel_dim: int, per_sample: bool, fold: int
 ) -> Tensor:
-    """``activation`` through a gate: of the library ``native`` where there is one and it serves this tensor."""
+    """``activation`` through a gate; uses the library ``native`` if there is one and it serves this tensor."""
     if native is not None:
         gated = native.gate(activation, gate, channel_dim, per_sample, fold)
         if gated is not NotImplemented:
@@ -29,7 +29,7 @@ def pass_gate(
 
 
 def _folded_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool, fold: int) -> Tensor:
-    """channel_dot, with the channels of ``fold`` groups added up where that is more than one."""
+    """channel_dot; with ``fold`` > 1 the channels of that many conv groups are added up."""
     plain = type(grad) is Tensor and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     channel_dot = ops.channel_dot_undispatched if plain else ops.channel_dot
     dot = channel_dot(activation, grad, channel_dim, per_sample)
@@ -53,13 +53,13 @@ class Gate(torch.autograd.Function):
 
 
 class CheckGate(torch.autograd.Function):
-    """A gate of the checking row: it hands on a clone, so that in-place changes cannot hurt, and notices them.
+    """A gate of the checking row: it returns a clone, so that in-place changes do no harm, and detects them.
 
-    An output's gate keeps what it received, which nobody else sees; an input's gate keeps the clone, because others may
-    change what it received. ``watch.output_changed`` is set when the tensor handed on was changed in place,
-    ``watch.input_changed`` when the tensor received was, ``watch.reached`` when a gradient came. What is kept is kept
-    like any other saved tensor, so that activation checkpointing drops it, but without its version: a change is noted
-    here, not refused by autograd.
+    An output's gate keeps the tensor that it received, which no other code sees. An input's gate keeps the clone,
+    because other code may change the tensor that it received. Sets ``watch.output_changed`` if the returned tensor was
+    changed in place, ``watch.input_changed`` if the received one was, and ``watch.reached`` when a gradient arrives.
+    The kept tensor is saved as any other, so activation checkpointing drops it, but without its version: changes are
+    noted here instead of being refused by autograd.
     """
 
     @staticmethod
@@ -84,16 +84,16 @@ class CheckGate(torch.autograd.Function):
 
 
 def _version_alone(tensor: Tensor) -> Tensor:
-    """A tensor whose version is ``tensor``'s from now on, and which holds no memory."""
+    """A tensor that shares ``tensor``'s version counter from now on and holds no memory."""
     alias = tensor.detach()
-    alias.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # in place of the values; the version stays
+    alias.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)  # replaces the values; the version stays
     return alias
 
 
 class TokenGate(torch.autograd.Function):
-    """Identity on an embedding's output; the gate's gradient is, per row of the table, the dot of its look-ups.
+    """Identity on an embedding's output; the gate's gradient is, for each row of the table, the dot of its look-ups.
 
-    Serves the out channels of a head whose weight is tied to the table: their rows hold both uses.
+    Serves the out channels of a head whose weight is tied to the table: their rows contain both uses.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Rows of scores read from parameters' gradients: of norms, kept in one flat vector, and of weights, transient."""
+"""Rows read from parameters' gradients: norms' gradients, kept in one flat vector, and transient weight gradients."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from obc.scoring.reading.flat_row import FlatRow, Slot
 class NormGradients:
     """r = gamma * dL/dgamma + beta * dL/dbeta of every norm, from gradients that live in one flat vector.
 
-    Norms need no gate for batch rows: nothing of theirs is saved, so in-place changes after them cannot hurt.
+    Norms need no gate for batch rows: their outputs are not saved, so in-place changes after them do no harm.
 
     Args:
-        flat: the row that they add to.
+        flat: the row to add to.
         entries: (parameter, slot) pairs of one parameter dtype, each slot at most once.
     """
 
@@ -44,22 +44,22 @@ class NormGradients:
 
     def add_to_row(self, row: Tensor) -> None:
         weights = torch.cat([parameter.detach() for parameter in self.parameters])
-        # Each slot stands here at most once, so no two entries add to one channel: exact on any device.
+        # Each slot appears at most once, so no two entries add to one channel: exact on any device.
         row.index_add_(0, self.channels, weights.to(row.dtype) * self.gradient.to(row.dtype))
 
 
 class WeightGradient:
-    """r read from a weight's own gradient, which is contracted as soon as autograd has it and dropped.
+    """r read from a weight's own gradient, which is contracted and dropped as soon as autograd has it.
 
-    Serves the checking row and the modules that no gate can. ``rows`` and ``columns`` stand for dimensions 0 and
-    ``column_dim`` of the weight, whichever are the out and in channels of the modules that use it.
+    Serves the checking row and the modules that gates can't. ``rows`` and ``columns`` stand for dimensions 0 and
+    ``column_dim`` of the weight; which of them are out or in channels depends on the modules that use the weight.
 
     Args:
         weight: a leaf parameter.
         rows: the slot of dimension 0, or None.
         columns: the slot of dimension ``column_dim`` (times groups), or None.
-        groups: groups of the convolution.
-        fold: how many groups of columns share one slot entry.
+        groups: conv groups.
+        fold: the number of conv groups whose columns share one slot entry.
         biases: (bias, its slot) of every module that uses the weight.
         elementwise: the weight multiplies channels along its last dimension (norms); ``rows`` is their slot.
         column_dim: 2 for experts stored as one tensor, otherwise 1.
@@ -84,7 +84,7 @@ class WeightGradient:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def attach(self, target: Callable[[FlatRow], Tensor], measure: bool = False) -> None:
-        """Contract every gradient into the vector ``target(flat)``; ``measure`` also adds up |w| |g|."""
+        """Contract every gradient into the vector ``target(flat)``; ``measure`` also sums |w| |g|."""
         self.detach()
         self.weight.requires_grad_(True)
         self._handles.append(self.weight.register_post_accumulate_grad_hook(self._weight_hook(target, measure)))
@@ -105,7 +105,7 @@ class WeightGradient:
             grad, weight.grad = weight.grad, None
             assert grad is not None
             weight, grad = weight.detach(), grad.detach()
-            if grad.is_sparse:  # of an embedding with sparse=True
+            if grad.is_sparse:  # from an embedding with sparse=True
                 grad = grad.to_dense()
             self.fired = True
             if measure:

@@ -1,4 +1,4 @@
-"""One reader per scored module: it puts gates on the module's input and output while the scorer is attached."""
+"""One reader per scored module, which puts gates on the module's input and output while the scorer is attached."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from obc.scoring.reading.flat_row import Slot
 from obc.scoring.reading.gates import CheckGate, TokenGate, pass_gate
 from obc.scoring.sharding import LocalPart
 
-# How modules' forwards name their activation, where it is passed by keyword.
+# Names of the activation in modules' forwards, where it is passed by keyword.
 _ACTIVATION_KEYWORDS = ("input", "x", "hidden_states")
 
 
@@ -24,17 +24,17 @@ class Reading:
     """What all readers of a scorer share: which kind of row is being read.
 
     Attributes:
-        per_sample: sample rows.
+        per_sample: sample rows are read.
         checking: the checking row is not over yet.
-        samples: samples in the row being read, known from its first activation.
-        begins: the row being read has no activation yet, so what ``samples`` says is of a pass outside it.
-        counted_by: the reader whose activation told ``samples``; None where the caller told it.
+        samples: number of samples of the current row, known from its first activation.
+        begins: the current row has no activation yet, so ``samples`` stems from a pass outside it.
+        counted_by: the reader whose activation told ``samples``; None if the caller told it.
         spread: readers whose output was spread over the samples of this row.
-        sharded: parameters lie on several processes; no row is checked, and what gates can't read is not read.
-        candidates: in the checking row, for what may follow from other rows; None where that is not asked for.
-        pending: chains that a whole batch has to confirm; None where there is nothing to confirm.
-        chains: which slots need no gate, because their rows follow from others.
-        native: the library of gates in C++, or None where the row in hand is read by those in Python.
+        sharded: parameters lie on several processes; no row is checked, and only gates read.
+        candidates: collects chains in the checking row, or None.
+        pending: chains that a whole batch has to confirm, or None.
+        chains: the slots whose rows follow from others, which need no gate.
+        native: the library of gates in C++, or None if the current row is read by gates in Python.
     """
 
     def __init__(self, per_sample: bool, checking: bool, chains: Chains, sharded: bool = False) -> None:
@@ -48,7 +48,7 @@ class Reading:
         self.native: Any | None = None
 
     def begin_row(self, samples: int | None) -> None:
-        """Begin a row of ``samples`` samples; None where their number is not known yet."""
+        """Begin a row of ``samples`` samples; None if their number is not known yet."""
         self.begins = samples is None
         self.counted_by, self.spread = None, []
         self.native = native_gates.library()
@@ -57,7 +57,7 @@ class Reading:
 
 
 class _Watch:
-    """What a :class:`CheckGate` keeps of its activation, and what it noticed about it; ``slot``: where its row lies."""
+    """What a :class:`CheckGate` keeps of its activation and noticed about it; ``slot`` holds its row."""
 
     def __init__(self, slot: Slot | None, keeps_received: bool) -> None:
         self.slot, self.keeps_received = slot, keeps_received
@@ -69,12 +69,12 @@ class Reader:
 
     Attributes:
         how: "gate", "norm gradient" or "weight gradient": how rows are read after the checking row.
-        reason: why the module is not read by gates, or not read at all.
-        scored: False where the module is left out.
+        reason: why gates don't read the module, or why nothing does.
+        scored: False if the module is left out.
         called: its forward ran with a gate.
         used: its gradient was seen in at least one row.
         activation_dtypes: of its input and output in the checking row.
-        shared: its output is made once for all samples, and the model can't have it spread over them.
+        shared: its output is computed once for all samples, and the model fails if it is spread over them.
     """
 
     def __init__(self, name: str, module: nn.Module, rule: Rule, out: Slot, in_: Slot | None, fold: int) -> None:
@@ -105,7 +105,7 @@ class Reader:
 
     @property
     def reached(self) -> bool:
-        """Whether in the checking row a gradient came to its output, and through it to its input."""
+        """Whether a gradient came to its output, and through it to its input, in the checking row."""
         sides = ((self.out, self._watch_out), (self.in_, self._watch_in))
         return all(watch.reached for slot, watch in sides if slot is not None and slot.read)
 
@@ -121,14 +121,14 @@ class Reader:
             watch.input_changed = watch.output_changed = watch.reached = False
 
     def attach(self, reading: Reading) -> None:
-        """Put the gates on: hooks closest to the module's own forward, so that they see what it sees.
+        """Put the gates on, in hooks next to the module's own forward, so that they see what it sees.
 
-        They stay on until :meth:`detach`, whatever ``how`` becomes: a compiled model does not notice hooks that go.
+        They stay until :meth:`detach`, even if ``how`` changes, because a compiled model does not notice removed hooks.
         """
         self._reading = reading
         if self.in_ is not None:
             self._handles.append(self.module.register_forward_pre_hook(self._before, with_kwargs=True))
-        # What a table split over processes looks up is a part of the output only after the hook that adds the parts up.
+        # A look-up in a table split over processes is only a part of the output until a hook adds the parts up.
         last = self.rule.looks_up and is_dtensor(self.weight)
         if self.out.read or self.tokens is not None:
             self._handles.append(self.module.register_forward_hook(self._after, prepend=not last, with_kwargs=True))
@@ -140,16 +140,16 @@ class Reader:
         self.forget_native()
 
     def forget_native(self) -> None:
-        """Drop the gates in C++, which are made anew: what they were made for has changed."""
+        """Drop the gates in C++ because what they depend on has changed; they are made anew."""
         self._native_in = self._native_out = None
 
     def copy_from_now_on(self) -> None:
-        """From now on gates keep, and hand on, copies."""
+        """From now on gates keep, and return, copies."""
         self.copy_output = self.copy_input = True
         self.forget_native()
 
     def notice_changes(self) -> None:
-        """Note the changes in place that the checking row's gates saw: later gates hand on, or keep, copies."""
+        """Note the in-place changes that the checking row's gates saw, so that later gates return or keep copies."""
         self.copy_output |= self._watch_out.output_changed
         self.copy_input |= self._watch_in.input_changed
         if self._watch_in.output_changed:
@@ -182,9 +182,9 @@ class Reader:
         if not self._reads() or not isinstance(output, Tensor) or self.rule.out_dim is None:
             return None
         if not output.requires_grad and self.out in self._reading.chains.slots:
-            # Nothing before it is read and weights are frozen: only its own gate brings a gradient here.
+            # Nothing before it is read and weights are frozen, so only its own gate brings a gradient here.
             self._reading.chains.drop(self.out)
-        # A compiler's graph is not autograd's, so chains can't be checked: every slot has its gate.
+        # A compiler's graph is not autograd's, so chains can't be checked and every slot has its gate.
         if self.out in self._reading.chains.slots and not is_compiling():
             self._reading.chains.outputs[self.out] = output.grad_fn
             self._take_over_output(output)
@@ -200,7 +200,7 @@ class Reader:
         if self._reading.pending is not None and not is_compiling():
             self._reading.chains.outputs[self.out] = gated.grad_fn
         self._take_over_output(output)
-        # A compiler sees no version counters, and removes a copy that it finds needless.
+        # A compiler sees no version counters, and removes a copy that it considers needless.
         copy = (self.copy_output and not self._reading.checking) or is_compiling()
         return gated.clone() if copy else gated
 
@@ -210,7 +210,7 @@ class Reader:
     def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
         reading = self._reading
         if not slot.read:
-            # Only in the checking row does the layer save its input, which must then be a clone of its own.
+            # Only in the checking row does the layer save its input, which must then be a separate clone.
             return activation.clone() if reading.checking and slot is self.in_ else activation
         if not (reading.checking or is_compiling()) and slot is self.in_:
             if reading.pending is not None:
@@ -284,7 +284,7 @@ class Reader:
         return TokenGate.apply(output, slot.gate, tokens, self._reading.per_sample)  # type: ignore[no-any-return]
 
     def _bind(self, slot: Slot, activation: Tensor, channel_dim: int, channels: int) -> bool:
-        """Give the slot a gate of the right shape; False where this activation has another shape."""
+        """Give the slot a gate of the right shape; False if this activation has another shape."""
         reading, shape = self._reading, tuple(activation.shape)
         if not -len(shape) <= channel_dim < len(shape) or shape[channel_dim] != channels:
             self._refuse(f"its activation of shape {shape} does not have {channels} channels along dim {channel_dim}")
@@ -313,7 +313,7 @@ class Reader:
         return True
 
     def _refuse(self, reason: str) -> None:
-        """In the checking row, note why gates can't serve this module; in a later row that is an error."""
+        """In the checking row, note why gates can't serve this module; in a later row, raise."""
         self.reason = reason
         if self._reading.sharded:
             self.scored = False

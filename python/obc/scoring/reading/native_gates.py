@@ -1,8 +1,8 @@
-"""Gates in C++ (``csrc/torch_gates.cpp``), where they were built for the torch and the Python that run.
+"""Gates in C++ (``csrc/torch_gates.cpp``), used if they were built for the running torch and Python.
 
-They read the same rows as those of :mod:`obc.scoring.reading.gates`, to the bit, in a sixth of the time. A library
-with autograd nodes serves one version of torch, so its name holds that version; without a library for this one, with
-``OBC_NATIVE_GATES=0`` and under ``torch.compile`` the gates in Python serve.
+They read the same rows as :mod:`obc.scoring.reading.gates`, bit for bit, in a sixth of the time. A library with
+autograd nodes serves one version of torch, so its file name contains that version. Without a library for this one, with
+``OBC_NATIVE_GATES=0`` and under ``torch.compile``, the gates in Python are used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SAME_SUMS = (None, "cpu", "cuda")
 
 
 def path() -> Path:
-    """The path of the library for this torch and this Python, whether it was built or not."""
+    """The path of the library for this torch and this Python, whether or not it was built."""
     version = ".".join(torch.__version__.split(".")[:2])
     name = f"gates-torch{version}{sysconfig.get_config_var('EXT_SUFFIX')}"
     return Path(__file__).resolve().parents[2] / "_lib" / name
@@ -36,10 +36,10 @@ def path() -> Path:
 
 @functools.cache
 def _load() -> Any:
-    """The library; ImportError, with the reason, where it can't be used."""
+    """Load the library; raises ImportError with the reason if it can't be used."""
     if not path().exists():
         raise ImportError(f"{path().name} was not built: install obc again with this torch, and a C++20 compiler")
-    backends.BACKENDS["cpu"].load()  # the operator that gates use where their own kernel does not serve
+    backends.BACKENDS["cpu"].load()  # for the cases that the gates' own kernel does not serve
     spec = importlib.util.spec_from_file_location("obc_gates", path())
     assert spec is not None
     assert spec.loader is not None
@@ -50,7 +50,7 @@ def _load() -> Any:
 
 @functools.cache
 def why_unavailable() -> str | None:
-    """Why gates run in Python on this installation; None where they run in C++."""
+    """Why gates run in Python on this installation; None if they run in C++."""
     try:
         _load()
     except ImportError as error:
@@ -60,7 +60,7 @@ def why_unavailable() -> str | None:
 
 
 def library() -> Any | None:
-    """The library, or None where the gates in Python must read the row. It is asked before every row."""
+    """The library, or None if the gates in Python must read the row; asked before every row."""
     if os.environ.get(SWITCH) == "0" or backends.requested() not in _SAME_SUMS:
         return None
     return None if why_unavailable() else _load()

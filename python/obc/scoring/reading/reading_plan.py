@@ -1,4 +1,4 @@
-"""What a scorer will read: readers, slots of the flat rows, and the gradients that check or replace gates."""
+"""What a scorer reads: readers, slots of the flat rows, and the gradients that check or replace gates."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SIDES: frozenset[Side] = frozenset(("in", "out"))
 
 @dataclass
 class Source:
-    """A weight's gradient, and the readers that it checks or replaces: one, or several where the weight is tied."""
+    """A weight's gradient and the readers that it checks or replaces; a tied weight has several."""
 
     gradient: WeightGradient
     readers: list[Reader]
@@ -41,8 +41,8 @@ class Plan:
         unscored: module name -> why it has no rule.
         flats: one flat row per device and accumulation dtype.
         sources: the weights whose gradient can check or replace gates.
-        norms: (parameter, slot) of norms read from their own gradients, weights and biases apart.
-        unchecked: weights of modules that gates alone can read.
+        norms: (parameter, slot) of norms read from their own gradients; weights and biases are separate entries.
+        unchecked: weights of modules that only gates can read.
         chains: which rows follow from which, once a row was checked.
     """
 
@@ -60,16 +60,16 @@ class Plan:
         return Candidates({id(reader.weight): (reader.module, reader.out) for reader in readers})
 
     def confirm_chains(self, candidates: Candidates | Pending, norms: Iterable[NormGradients]) -> None:
-        """Keep the chains that hold in this row, of modules that gates read."""
+        """Keep the chains that hold in this row and belong to modules that gates read."""
         gated = [reader for reader in self.readers.values() if reader.how == "gate" and reader.in_ is not None]
         inputs = {reader.in_ for reader in gated}
-        # In the checking row, changes in place were made on a copy, which leaves another graph.
+        # In the checking row, in-place changes happened to a copy, which gives a different graph.
         outputs = {reader.out for reader in gated if not reader.copy_output}
         found = [one for one in candidates.found() if one.seen_by in inputs]
         self.chains.confirm((one for one in found if one.slot in inputs or one.slot in outputs), norms)
 
     def give_up_chains(self) -> None:
-        """Have gates everywhere again."""
+        """Put gates everywhere again."""
         self.chains.give_up()
         for reader in self.readers.values():
             reader.forget_native()
@@ -116,13 +116,13 @@ class Plan:
         return [reader for reader in self.readers.values() if reader.how == "gate" and reader not in checked]
 
     def sides(self, name: str) -> dict[str, Slot]:
-        """Where the rows of a module lie: "out_channels" and "in_channels", as far as they are read -> slot."""
+        """The slots of a module's rows: "out_channels" and "in_channels", as far as they are read."""
         reader = self.readers[name]
         slots = {"out_channels": reader.out, "in_channels": reader.in_}
         return {side: slot for side, slot in slots.items() if slot is not None and slot.read}
 
     def layout(self) -> list[tuple[str, int, int]]:
-        """(module, out channels, in channels), -1 for a side that is not read: what a saved state must agree with."""
+        """(module, out channels, in channels), -1 for a side that is not read; a saved state must have the same."""
         return [(name, _size_of(reader.out), _size_of(reader.in_)) for name, reader in self.readers.items()]
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What would make rows wrong without a sign: refused before a row is read, or at its end."""
+"""Refusals of what would silently make rows wrong, before a row is read or at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from obc.scoring.reading.reading_plan import Plan
 
 
 def refuse_unreadable(model: nn.Module) -> None:
-    """Refuse a model on which gates would not be seen, or whose parameters are not there yet."""
+    """Refuse a model whose gates would not be seen, or whose parameters are not initialised yet."""
     for name, module in model.named_modules():
         if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
             raise ScoringError(f"module {name!r} is not initialised yet; run one batch through the model first")
@@ -36,9 +36,9 @@ def refuse_unreadable(model: nn.Module) -> None:
 
 
 def refuse_changed(model: nn.Module, plan: Plan) -> None:
-    """Refuse a model whose modules are no longer those that were planned for."""
+    """Refuse a model whose modules are no longer those of the plan."""
     modules = dict(model.named_modules())
-    reads_gradients = bool(plan.sources or plan.norms)  # not of sharded models, which swap their parameters
+    reads_gradients = bool(plan.sources or plan.norms)  # false for sharded models, which swap their parameters
     known = plan.parameters_read()
     for name, reader in plan.readers.items():
         weight = None if reader.rule.packed else reader.weight
@@ -53,7 +53,7 @@ def refuse_changed(model: nn.Module, plan: Plan) -> None:
 
 
 def refuse_replaced_gradients(model: nn.Module, flats: Iterable[FlatRow], norms: Iterable[NormGradients]) -> None:
-    """Refuse a row whose gradients did not go where they were preset to."""
+    """Refuse a row whose gradients did not go where they were preset to go."""
     for flat in flats:
         for slot in flat.slots:
             if not slot.is_bound():
@@ -71,16 +71,16 @@ def refuse_replaced_gradients(model: nn.Module, flats: Iterable[FlatRow], norms:
 
 
 def refuse_samples(plan: Plan, reading: Reading, samples: int | None) -> None:
-    """Refuse a row whose samples don't lie along dim 0, or of which some module has no per-sample form.
+    """Refuse a row whose samples don't lie along dim 0, or that a module with no per-sample form takes part in.
 
     Args:
         plan: what is read.
         reading: which kind of row is read, and how many samples its activations have.
-        samples: how many the caller has; None where it does not say.
+        samples: the caller's number of samples, or None.
 
     Raises:
         ScoringError: the numbers differ.
-        SampleRowsError: modules are read from their weight's gradient, and there are several samples.
+        SampleRowsError: some modules are read from their weight's gradient, and there are several samples.
     """
     seen = reading.samples
     if not reading.per_sample or seen is None:
@@ -91,7 +91,7 @@ def refuse_samples(plan: Plan, reading: Reading, samples: int | None) -> None:
             "sample rows need the samples along dim 0: use rows='batch' with one sample a batch"
         )
     if not reading.checking and seen > 1:
-        # A layer that no gradient has reached so far, such as one that is never called, has no row to lose.
+        # A layer that no gradient has reached so far, for example because it is never called, has no row to lose.
         fired = [reader for source in plan.sources if source.gradient.fired for reader in source.readers]
         if names := [reader.name for reader in fired if reader.how == "weight gradient" and reader.scored]:
             raise SampleRowsError.of(names)
@@ -110,7 +110,7 @@ def warn_train_mode(model: nn.Module, stacklevel: int) -> None:
 
 
 def is_inplace_error(error: BaseException | None) -> bool:
-    """Whether autograd found a tensor changed in place after it had been saved, or refused to let a view be changed."""
+    """Whether autograd found a saved tensor changed in place, or refused an in-place change of a view."""
     if not isinstance(error, RuntimeError):
         return error is not None and is_inplace_error(error.__cause__)
     message = str(error)

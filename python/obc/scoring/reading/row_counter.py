@@ -1,4 +1,4 @@
-"""How many rows were read, and which were left out; counted on the device, so that a CUDA graph can capture a row."""
+"""Counts the rows that were read and names those left out; on the device, so that a CUDA graph can capture a row."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from obc.scoring.reading.flat_row import EndedRow, FlatRow
 
 @dataclass(frozen=True)
 class Count:
-    """The counts of one device, read back.
+    """The counts of one device, on the host.
 
     Attributes:
-        ended: rows ended since the scorer was made; the samples of one batch are one.
+        ended: rows ended since the scorer was made; a batch of samples counts once.
         read: rows, or samples, that were read.
-        unnamed: how many of them were not finite and are not named yet.
+        unnamed: how many of them were not finite and have not been named yet.
         row, sample: where the first of those was read.
     """
 
@@ -31,12 +31,12 @@ class Count:
 
 
 class RowCounter:
-    """Counts rows, and names those that are left out.
+    """Counts rows and names those left out.
 
     Args:
         flats: the flat rows of the model.
         per_sample: each sample is a row.
-        strict: a row that is not finite raises instead of warning.
+        strict: raise at a row that is not finite, instead of warning.
 
     Attributes:
         left_out: one line for each row, or run of rows, that was left out.
@@ -58,7 +58,7 @@ class RowCounter:
 
         Args:
             ended: the row.
-            dropped: its finite samples are left out too.
+            dropped: leave out its finite samples too.
         """
         counts, sample = self._counts, ended.faulty_sample()
         is_first = ~ended.finite.all() & (counts[2] == 0)
@@ -75,17 +75,17 @@ class RowCounter:
         return Count(*self._counts.tolist())
 
     def count(self) -> int:
-        """Rows, or samples, that were added to the scores. Reads from the device and names what was left out."""
+        """Rows, or samples, that were added to the scores. Reads from the device and names those left out."""
         self.name_faults()
         return self.read().read - self._num_left_out
 
     def count_left_out(self) -> int:
-        """Rows, or samples, that were left out because they were not finite. Reads from the device and names them."""
+        """Rows, or samples, left out because they were not finite. Reads from the device and names them."""
         self.name_faults()
         return self._num_left_out
 
     def row(self) -> str:
-        """The row in hand, for messages. Reads from the device."""
+        """The current row, for messages. Reads from the device."""
         return f"row {self.read().ended}"
 
     def name_faults(self) -> None:

@@ -1,4 +1,4 @@
-"""The row that is being read: what a backward adds to, and how the row is completed."""
+"""The row that is being read: what backward adds to, and how the row is completed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from obc.scoring.reading.reading_plan import Plan
 
 
 class RowInHand:
-    """One row, from its begin to the moment at which the flat rows hold all of it.
+    """One row, from its beginning until the flat rows hold all of it.
 
     Args:
         model: the model that is read.
         plan: what is read.
         reading: which kind of row is read.
         attachment: what is attached to the model.
-        samples: how many samples the row has, where the caller knows.
+        samples: the number of samples in the row, if the caller knows it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class RowInHand:
                     slot.bind_samples(samples)
 
     def _accumulators(self) -> list[Tensor]:
-        """Everything that a backward adds to."""
+        """Every tensor that a backward adds to."""
         flats = [tensor for flat in self._plan.flats.values() for tensor in (flat.row, flat.reference, flat.samples)]
         return [tensor for tensor in (*flats, *(norms.gradient for norms in self._norms)) if tensor is not None]
 
@@ -60,11 +60,12 @@ class RowInHand:
         """Verify that the row was read as planned, and add what gates did not read: norms and chains.
 
         Args:
-            may_be_empty: accept a row that no backward reached: one of several processes may have no part in it.
+            may_be_empty: accept a row that no backward reached, because one of several processes may have no part in
+                it.
 
         Raises:
             ScoringError: no backward added to it, gradients were replaced, or the samples don't fit.
-            ChainError: the model went another way than in the checking row.
+            ChainError: the model took another path than in the checking row.
         """
         refusals.refuse_replaced_gradients(self._model, self._plan.flats.values(), self._norms)
         unchanged = all(tensor._version == self._versions.get(id(tensor), 0) for tensor in self._accumulators())

@@ -1,8 +1,8 @@
-"""Batches of one sample: torch's BatchNorm and InstanceNorm on the CPU read some gradients of them in a wrong order.
+"""Batches of one sample: torch's BatchNorm and InstanceNorm on the CPU misread the layout of some gradients.
 
-A gradient of shape (1, C, *S) whose channels lie innermost, as behind a transposed tensor of tokens, counts as
-contiguous in two memory formats if the stride of its first dimension, which says nothing, is not C times the positions.
-The backward of these norms then takes it for the other format: the gradients of input, weight and bias are wrong (torch
+A gradient of shape (1, C, *S) whose channels lie innermost, for example after a transposed tensor of tokens, counts
+as contiguous in two memory formats if the meaningless stride of its first dimension is not C times the positions. The
+backward of these norms then assumes the wrong format, and the gradients of input, weight and bias are wrong (torch
 2.13, eval and train mode, all dtypes), with or without obc.
 """
 
@@ -17,10 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 
 def guard(module: nn.Module) -> RemovableHandle | None:
-    """Keep such gradients from the norm's backward until the handle is removed; None where it is no such norm."""
+    """Protect the norm's backward from such gradients until the handle is removed; None if the module needs none."""
     if not isinstance(module, _NormBase):
         return None
-    # First, so that it meets the gradient last, as the norm would get it.
+    # Prepended, so that it is the last hook to see the gradient, as the norm would get it.
     return module.register_forward_hook(_guard_output, prepend=True)
 
 
@@ -32,5 +32,5 @@ def _guard_output(module: nn.Module, args: Any, output: Any) -> None:
 
 
 def _with_plain_strides(grad: Tensor) -> Tensor | None:
-    """A contiguous copy where the stride of the only sample is not the number of its elements."""
+    """A contiguous copy if the stride of the only sample is not the number of its elements."""
     return None if grad.stride(0) == grad.numel() else grad.clone(memory_format=contiguous_format)

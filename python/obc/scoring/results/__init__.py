@@ -1,1 +1,1 @@
-"""What is left after scoring: scores, group scores, kept rows and where they are stored, the report."""
+"""The results of scoring: scores, group scores, kept rows and their storage, the report."""

@@ -17,11 +17,11 @@ class GroupScores(Mapping[str, Tensor]):
     """Scores per unit of every group that has a scored part, by the group's name.
 
     Attributes:
-        parts: group -> (module, side) -> (units,) what this slice adds with slices="all". In the order of execution.
+        parts: group -> (module, side) -> (units,), what this slice adds with slices="all"; in the order of execution.
         unscored: group -> (module, side) -> why this slice adds nothing.
-        exact: whether the scores come from kept rows. A unit of several channels c then has, for each slice,
-            sum_n (sum_c r_c[n])^2; without rows sum_c sum_n r_c[n]^2, which leaves out how its channels' rows agree
-            or cancel. Of units of one channel both are the same, but for slices="gate" with several consumers.
+        exact: whether the scores come from kept rows. A slice of a unit with several channels c then scores sum_n
+            (sum_c r_c[n])^2; without rows sum_c sum_n r_c[n]^2, which ignores how its channels' rows agree or cancel.
+            For units of one channel both are equal, except with slices="gate" and several consumers.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The rows that were kept: what scores sum the squares of, per module and channel."""
+"""Kept rows, per module and channel; scores are the sums of their squares."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Where the rows of one side of a module lie: which matrix, its first column, and the column after its last.
+# Location of one side's rows of a module: index of the matrix, first column, column after the last.
 Columns = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class ChannelRows:
-    """Every row of one module's channels: r[n, c] = w_c . dL_n/dw_c, whose squares add up to the scores.
+    """Every row of one module's channels: r[n, c] = w_c . dL_n/dw_c; the scores are the sums of squares.
 
     Attributes:
         out_channels: (N, C_out) float32, or None.
@@ -25,10 +25,10 @@ class ChannelRows:
 
 
 class KeptRows(Mapping[str, ChannelRows]):
-    """Rows by module name: views of few large matrices, in the order in which the rows were read.
+    """Rows by module name: views of a few large matrices, in the order in which the rows were read.
 
     Args:
-        matrices: (N, ...) float32, all of the same N.
+        matrices: (N, ...) float32, all with the same N.
         columns: module name -> side ("out_channels", "in_channels") -> its columns.
     """
 
@@ -43,15 +43,15 @@ class KeptRows(Mapping[str, ChannelRows]):
         columns: Mapping[str, Mapping[str, Sequence[int]]],
         num_rows: int | None = None,
     ) -> KeptRows:
-        """The rows whose :meth:`tensors` these are, of a file.
+        """Rows from the tensors of a file, as :meth:`tensors` gave them.
 
         Args:
-            tensors: by name; others may be among them.
+            tensors: by name; other tensors are ignored.
             columns: as :attr:`columns`.
-            num_rows: how many there must be; None: any number.
+            num_rows: the expected number of rows; None accepts any.
 
         Raises:
-            ValueError: the columns, or so many rows, are not there.
+            ValueError: a matrix is missing, or its size does not fit the columns or ``num_rows``.
         """
         matrices: list[Tensor] = []
         while (matrix := tensors.get(f"rows:{len(matrices)}")) is not None:
@@ -71,7 +71,7 @@ class KeptRows(Mapping[str, ChannelRows]):
         return cls(matrices, places)  # type: ignore[arg-type]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The matrices under the names that files give them."""
+        """The matrices under their names in files."""
         return {f"rows:{index}": matrix for index, matrix in enumerate(self.matrices)}
 
     def __getitem__(self, name: str) -> ChannelRows:

@@ -1,4 +1,4 @@
-"""Scores of several processes, each with rows of its own: sums are added, rows gathered, coverage merged."""
+"""Merges the scores of several processes with rows of their own: sums are added, rows gathered, coverage merged."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from obc.scoring.coverage import Coverage
 
 @dataclass(frozen=True)
 class Facts:
-    """What one process, or all of them, read.
+    """What one process, or all of them together, read.
 
     Attributes:
-        num_rows: rows that count.
+        num_rows: number of rows added.
         coverage: module name -> how it is read.
-        left_out: the rows that were left out, each with its reason.
+        left_out: the rows left out, each with its reason.
     """
 
     num_rows: int
@@ -29,7 +29,7 @@ class Facts:
 
 
 def all_facts(facts: Facts, group: Any) -> Facts:
-    """The facts of every process in one. A module counts as scored where any process scored it."""
+    """The facts of all processes, merged. A module counts as scored if any process scored it."""
     everyone = gathered(facts, group)
     coverage = dict(everyone[0].coverage)
     for other in everyone[1:]:
@@ -55,7 +55,7 @@ def all_sums(sums: Tensor, group: Any) -> Tensor:
 
 
 def all_rows(matrices: Sequence[Tensor], group: Any) -> list[Tensor]:
-    """The rows of every process below each other, in the order of the processes: (rows, channels) each."""
+    """The rows of every process, one below another in the order of the processes: (rows, channels) each."""
     counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=matrices[0].device)
     counts[dist.get_rank(group)] = len(matrices[0])
     dist.all_reduce(counts, group=group)

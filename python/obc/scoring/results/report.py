@@ -14,14 +14,14 @@ _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Report:
-    """What ``obc.score`` took.
+    """Time and memory that ``obc.score`` took.
 
     Attributes:
-        seconds: from the first batch to the last, with those of the runs that a checkpoint went on from.
+        seconds: from the first batch to the last, including earlier runs that a checkpoint resumed.
         rows: rows that were added.
-        peak_bytes: on CUDA the most that was allocated at once, weights and batches included; on the CPU how far the
-            process's resident memory grew above what it was at the start; None where the system does not say.
-        kept_bytes: what obc itself holds between rows: the flat vectors, and the kept rows.
+        peak_bytes: on CUDA the most that was allocated at once, including weights and batches; on the CPU the growth of
+            the process's resident memory since the start; None if the system does not tell.
+        kept_bytes: what obc holds between rows: the flat vectors and the kept rows.
     """
 
     seconds: float
@@ -31,7 +31,7 @@ class Report:
 
 
 class PeakMemory:
-    """The peak memory from now on. Resets the peak of CUDA's allocator, or Linux's for this process."""
+    """Measures peak memory from now on. Resets the peak of CUDA's allocator, or Linux's for this process."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._cuda = [device for device in set(devices) if device.type == "cuda"]
@@ -40,13 +40,13 @@ class PeakMemory:
         self._start = self._earlier = None
         if not self._cuda and _STATUS.exists():
             self._start, self._earlier = _status("VmRSS"), _status("VmHWM")
-            # Where this is not allowed, only a peak above all earlier ones is seen.
+            # If resetting is not allowed, only a peak above all earlier ones is seen.
             with contextlib.suppress(OSError):
                 _CLEAR_REFS.write_text("5")
                 self._earlier = 0
 
     def read(self) -> int | None:
-        """The peak in bytes, as :class:`Report` has it."""
+        """The peak in bytes, as in :class:`Report`."""
         if self._cuda:
             return sum(torch.cuda.max_memory_allocated(device) for device in self._cuda)
         peak = None if self._start is None else _status("VmHWM")
@@ -56,7 +56,7 @@ class PeakMemory:
 
 
 def _status(field: str) -> int | None:
-    """A field of Linux's status of this process, in bytes."""
+    """A field of this process's status on Linux, in bytes."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(f"{field}:"):
             return 1024 * int(line.split()[1])  # the kernel counts in KiB

@@ -1,4 +1,4 @@
-"""Rows of numbers in a file, appended block by block and read through a memory map."""
+"""Rows of numbers in a file, appended in blocks and read through a memory map."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from obc.files import atomic_write
 
-# The file begins with this and the width of a row, so that no other file is taken for one or overwritten.
+# The file begins with this and the row width, so that no other file is mistaken for one or overwritten.
 _MAGIC = b"obc.rows/1 "
 _HEADER_BYTES = 64
 
@@ -22,12 +22,12 @@ def _header(width: int) -> bytes:
 
 
 class RowFile:
-    """A (rows, width) float32 matrix in a file, in the machine's byte order, behind a header of 64 bytes.
+    """A (rows, width) float32 matrix in a file, in the machine's byte order, after a header of 64 bytes.
 
-    Bytes behind the last row are ignored: a process that was killed while it wrote leaves some.
+    Bytes after the last row are ignored: a process killed while writing may leave some.
 
     Attributes:
-        rows: how many there are.
+        rows: the number of rows.
     """
 
     def __init__(self, path: Path, width: int, rows: int) -> None:
@@ -35,11 +35,11 @@ class RowFile:
 
     @staticmethod
     def refuse_other(path: Path) -> None:
-        """Raise if no file of rows can be made at this path.
+        """Raise if no file of rows can be created at this path.
 
         Raises:
-            FileExistsError: the file there holds something else.
-            FileNotFoundError: there is no such folder.
+            FileExistsError: the path holds another kind of file.
+            FileNotFoundError: the folder does not exist.
         """
         if not path.parent.is_dir():
             raise FileNotFoundError(f"no file of rows can be made at {path}: there is no folder {path.parent}")
@@ -52,7 +52,7 @@ class RowFile:
 
     @classmethod
     def create(cls, path: Path, width: int) -> RowFile:
-        """Make a new file. An earlier file of rows at this path is replaced; mappings of it stay valid."""
+        """Create a new file. It replaces an earlier file of rows at this path; memory maps of that stay valid."""
         cls.refuse_other(path)
         with atomic_write(path) as file:
             file.write(_header(width))
@@ -60,10 +60,10 @@ class RowFile:
 
     @classmethod
     def open(cls, path: Path, width: int, rows: int) -> RowFile:
-        """A file written before, of which the first ``rows`` rows count.
+        """Open an existing file, of which the first ``rows`` rows count.
 
         Raises:
-            ValueError: there is none at ``path``, or it has another width or fewer rows.
+            ValueError: the file is missing, has another width, or has fewer rows.
         """
         if not path.exists():
             raise ValueError(f"the file of rows {path} is gone; delete the checkpoint to begin anew")
@@ -77,10 +77,10 @@ class RowFile:
         return cls(path, width, rows)
 
     def reserve(self, num_rows: int) -> None:
-        """Nothing: a file grows as rows are written."""
+        """Does nothing: a file grows as rows are written."""
 
     def append(self, parts: Sequence[Tensor]) -> None:
-        """Add rows: the columns of ``parts`` side by side."""
+        """Append rows; ``parts`` are their columns, side by side."""
         block = torch.cat([part.detach().cpu() for part in parts], dim=1).to(torch.float32).contiguous()
         with self.path.open("r+b") as file:
             file.seek(_HEADER_BYTES + 4 * self.width * self.rows)
@@ -88,12 +88,12 @@ class RowFile:
         self.rows += len(block)
 
     def sync(self) -> None:
-        """Return once every row is on the disk."""
+        """Return once every row is on disk."""
         with self.path.open("r+b") as file:
             os.fsync(file.fileno())
 
     def matrix(self) -> Tensor:
-        """(rows, width), mapped into memory; changes to it don't reach the file."""
+        """(rows, width), memory-mapped; changes to it don't reach the file."""
         if self.rows == 0:
             return torch.empty(0, self.width)
         shape = (self.rows, self.width)

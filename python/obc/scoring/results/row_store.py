@@ -1,8 +1,8 @@
-"""Keeps every row that counts: on the row's device, in the host's memory, or in a file.
+"""Stores every row that counts: on the row's device, in host memory, or in a file.
 
-A row is written at a place counted on the device. The place moves on only if the row was finite, so that nothing is
-read back, and a row that was left out is overwritten by the next one. Rows are spilled to the host or the file block
-by block, with one read from the device per block.
+A row is written at a position that is counted on the device. The position advances only if the row was finite, so
+nothing is read back, and a row left out is overwritten by the next. Full blocks are spilled to the host or the file,
+with one device read per block.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ logger = logging.getLogger("obc")
 # "device", "host", or the path of a file.
 RowsTo = str | PathLike[str]
 
-# A block on the device that is spilled when it is full: large enough that its one read back costs nothing.
+# Size of a block on the device, which is spilled when full: large enough that its one device read costs nothing.
 _SPILLED_BYTES = 32 << 20
 
-# The capacity at first, in rows, unless ``reserve`` says how many will come.
+# Initial capacity in rows, unless ``reserve`` tells how many will come.
 _FIRST_ROWS = 16
 
 
@@ -37,9 +37,9 @@ class RowStore:
     """The kept rows of a scorer.
 
     Args:
-        flats: the vectors that hold the row in hand.
-        to: "device": beside them. "host": in the host's memory, pinned where CUDA is there. A path: in a file, which is
-            mapped into memory when it is read.
+        flats: the vectors that hold the current row.
+        to: "device": beside them. "host": in host memory, pinned if CUDA is available. A path: in a file, which is
+            memory-mapped when read.
     """
 
     def __init__(self, flats: Sequence[FlatRow], to: RowsTo) -> None:
@@ -55,12 +55,12 @@ class RowStore:
             RowFile.refuse_other(self.file_path)
 
     def bytes(self, num_rows: int) -> int:
-        """What ``num_rows`` rows take: four bytes for each of their channels."""
+        """Bytes of ``num_rows`` rows: four for each channel."""
         return 4 * self.width * num_rows
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes that the store takes of the devices' and the host's memory now, free capacity included."""
+        """Bytes of device and host memory that the store takes now, including free capacity."""
         spilled = self._spills.matrix_bytes if isinstance(self._spills, _HostRows) else 0
         return spilled + sum(block.rows.nbytes for block in self._blocks)
 
@@ -94,7 +94,7 @@ class RowStore:
         return [block.rows[start:kept] for block in self._blocks]
 
     def kept(self, slots: Mapping[str, Mapping[str, Slot]]) -> KeptRows:
-        """The rows so far, which later ones don't change.
+        """The rows so far; later rows don't change them.
 
         Args:
             slots: module name -> side -> its slot.
@@ -115,7 +115,7 @@ class RowStore:
         return KeptRows(matrices, named)
 
     def load(self, rows: Sequence[Tensor] | RowFile) -> None:
-        """Hold these rows, and no others: matrices as of :meth:`matrices`, or a file to go on with."""
+        """Replace the stored rows by these: matrices as from :meth:`matrices`, or a file to append to."""
         for block in self._blocks:
             block.count.zero_()
         self._bound = 0
@@ -138,12 +138,12 @@ class RowStore:
         self._bound = num_rows
 
     def written_file(self) -> RowFile | None:
-        """The file that holds the rows, where they go to one, once every row is in it. Reads from the device."""
+        """The file with every row written to it, or None if rows don't go to a file. Reads from the device."""
         spill = self._spilled()
         return spill if isinstance(spill, RowFile) else None
 
     def _spill(self) -> _HostRows | RowFile | None:
-        """Where rows without room on the device go; made when first needed, None where they stay on the device."""
+        """Where rows that don't fit on the device go, created when first needed; None if they stay on the device."""
         if self._spills is None and self.to != "device":
             if self.file_path is None:
                 self._spills = _HostRows(self.width, any(flat.device.type == "cuda" for flat in self.flats))
@@ -152,7 +152,7 @@ class RowStore:
         return self._spills
 
     def _spilled(self) -> _HostRows | RowFile | None:
-        """The same, with every row in it. Reads from the device."""
+        """The same, with every row written to it. Reads from the device."""
         spill = self._spill()
         if spill is not None and (kept := self._count()):
             spill.append([block.rows[:kept] for block in self._blocks])
@@ -180,7 +180,7 @@ class RowStore:
             self._resize(max(self._bound + samples, 2 * self._capacity, _FIRST_ROWS))
 
     def _count(self) -> int:
-        """Rows in the blocks. Reads from the device."""
+        """Number of rows in the blocks. Reads from the device."""
         count = int(self._blocks[0].count)
         if count > self._capacity:
             raise ScoringError(
@@ -199,7 +199,7 @@ class RowStore:
 class _Block:
     """Rows of one flat vector on its device, and how many of them count.
 
-    There is one place more than the capacity: where the block is full, rows that don't count are written there.
+    It has one place more than its capacity: when the block is full, rows that don't count are written there.
     """
 
     def __init__(self, flat: FlatRow) -> None:
@@ -221,7 +221,7 @@ class _Block:
 
 
 class _HostRows:
-    """Rows in the host's memory, which grows by doubling."""
+    """Rows in host memory, which grows by doubling."""
 
     def __init__(self, width: int, pinned: bool) -> None:
         self.rows, self.pinned = 0, pinned

@@ -1,4 +1,4 @@
-"""The result of scoring: the importance of every channel, how each module was read, and the score file."""
+"""The result of scoring: the scores of every channel, how each module was read, and the score file."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from obc.scoring.results.report import Report
 from obc.tensor_file import save_tensors
 
 _FORMAT = "obc.Scores/3"
-# Earlier files: coverage is text alone, and the second holds rows as well.
+# Earlier formats: coverage is text alone, and the second also holds rows.
 _READABLE = ("obc.Scores/1", "obc.Scores/2", _FORMAT)
 
 
 class ScoresError(ValueError):
-    """A score file is not one, or belongs to another model."""
+    """A file is not a valid score file, or scores belong to another model."""
 
 
 @dataclass(frozen=True)
 class ChannelScores:
-    """Importance of one module's channels: sums over the rows of squares of weight times gradient.
+    """Scores of one module's channels: the sum over the rows of (weight . gradient)^2.
 
     Attributes:
         out_channels: (C_out,) float32, or None.
@@ -50,15 +50,15 @@ class ChannelScores:
 class Scores(Mapping[str, ChannelScores]):
     """Scores of a model, keyed by module name.
 
-    S[c] = sum over rows n of (w_c . dL_n/dw_c)^2 for the slice w_c of one channel in one module. A coupled group's
-    score is the sum over the slices it removes.
+    S[c] = sum over rows n of (w_c . dL_n/dw_c)^2 for the slice w_c of one channel in one module. The score of a group's
+    unit is the sum over its slices.
 
     Attributes:
         num_rows: rows that were added.
-        coverage: module name -> how its rows were read, or why not: :class:`obc.Coverage`, which is a string as well.
+        coverage: module name -> how its rows were read, or why not, as :class:`obc.Coverage`, a string with attributes.
         metadata: model class, kind of rows, obc's version, rows left out.
-        rows: with ``keep_rows=True`` every row by module name, :class:`obc.ChannelRows`; otherwise empty.
-        report: time and memory that :func:`obc.score` took; None for scores made otherwise.
+        rows: with ``keep_rows=True`` every row by module name, as :class:`obc.ChannelRows`; otherwise empty.
+        report: time and memory of :func:`obc.score`; None for scores made otherwise.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Scores(Mapping[str, ChannelScores]):
         return "\n".join([self._headline(), *(line.rstrip() for line in padded)])
 
     def table(self) -> list[tuple[str, ...]]:
-        """A head, and a line a module: its channels on both sides, its out-channel scores' range, how it was read."""
+        """A header, then one line per module: its channels, the range of its out-channel scores, how it was read."""
         lines: list[tuple[str, ...]] = [("module", "out", "in", "min", "median", "max", "read by")]
         for name, how in self.coverage.items():
             scores = self._channels.get(name, ChannelScores(None))
@@ -124,31 +124,31 @@ class Scores(Mapping[str, ChannelScores]):
         return fragment(element("p", self._headline()), score_table(self.table(), self.unscored_lines()))
 
     def unscored_lines(self) -> list[int]:
-        """The numbers of the modules in :meth:`table` that have no scores."""
+        """The line numbers in :meth:`table` of the modules without scores."""
         return [number for number, how in enumerate(self.coverage.values()) if not how.scored]
 
     def group(self, groups: Sequence[ChannelGroup], slices: Slices = "all") -> GroupScores:
         """Scores of coupled channels: S_g = sum over the slices m of group g of S_m, per unit, with the parts listed.
 
-        Where rows were kept (``keep_rows=True``) a unit of several channels, such as a head, is one slice:
+        With kept rows (``keep_rows=True``) a slice of several channels, such as a head's, scores as a whole:
         S_m = sum_n (sum over its channels c of r_c[n])^2. Without rows S_m is the sum of its channels' scores, which
-        leaves out how their rows agree or cancel.
+        ignores how their rows agree or cancel.
 
         Args:
-            groups: of the model as it was scored, for example :func:`obc.transformer_groups`.
-            slices: "all", the paper's sum over every slice; "gate", one gate on each unit: its consumers' rows are
-                added before squaring (without rows, their scores).
+            groups: groups of the model as it was scored, for example from :func:`obc.transformer_groups`.
+            slices: "all" is the paper's sum over every slice. "gate" places one gate on each unit: its consumers' rows
+                are added before squaring (without rows, their scores are added).
 
         Raises:
-            ValueError: an unknown ``slices``, two groups of one name, or groups of a model of other widths.
+            ValueError: an unknown ``slices``, two groups with one name, or groups of a model with other widths.
         """
         return group_scores(self, self.rows, self.coverage, groups, slices)
 
     def verify(self, model: nn.Module) -> None:
-        """Check that these scores are of ``model``: every module is there with as many channels.
+        """Check that these scores belong to ``model``: it has every module, with as many channels.
 
         Raises:
-            ScoresError: naming the first module that is not.
+            ScoresError: they don't; the message names the first module that differs.
         """
         from obc.model.rules import Rule, channel_count, rule_for
 
@@ -170,10 +170,10 @@ class Scores(Mapping[str, ChannelScores]):
                     )
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a safetensors file: one tensor per module and side, the kept rows, everything else as metadata.
+        """Write a safetensors file: one tensor per module and side, the kept rows, and the rest as metadata.
 
         Raises:
-            OSError: the file can't be written; a file that was there is what it was.
+            OSError: the file can't be written; an existing file is left unchanged.
         """
         tensors = {}
         for name, channels in self._channels.items():
@@ -200,11 +200,11 @@ class Scores(Mapping[str, ChannelScores]):
 
         Args:
             path: the file.
-            model: where given, the scores are verified to be of this model.
+            model: if given, the scores must belong to this model.
 
         Raises:
-            ScoresError: the file is not a score file, is damaged, or is of another model.
-            FileNotFoundError: there is no such file.
+            ScoresError: the file is not a score file, is damaged, or belongs to another model.
+            FileNotFoundError: the file does not exist.
         """
         if not Path(path).exists():
             raise FileNotFoundError(f"no score file at {path}")
@@ -243,10 +243,10 @@ class Scores(Mapping[str, ChannelScores]):
         return scores
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw every module's out-channel scores, sorted, as one curve a module on a logarithmic axis.
+        """Draw the sorted out-channel scores of every module as one curve each, on a logarithmic axis.
 
         Raises:
-            ImportError: matplotlib is missing; the message says how to get it.
+            ImportError: matplotlib is missing; the message says how to install it.
         """
         try:
             from matplotlib.figure import Figure
