@@ -11,6 +11,7 @@ from prunable import RECIPES, Pruned, Recipe, TransformerBlock
 from torch import nn
 from torch.nn.utils import parametrizations
 
+import obc
 from obc.recovery import Kept, PlanError, PruningPlan
 from obc.structures.traced import TorchPruningStructure
 from obc.structures.traced_plan import prune_step
@@ -271,6 +272,40 @@ def test_a_transposed_convolution_with_several_inputs_a_group_is_not_depthwise(s
     found = TorchPruningStructure(model, x)
     assert found.proof is not None
     assert "1" in found.proof.proved
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_depthwise_convolution_may_be_cut_to_one_channel(layer: type[nn.Conv2d], steps: int) -> None:
+    """It then has the sizes of a dense one: the plan, compensation and Equivalent Pruning still know what it was."""
+    torch.manual_seed(0)
+    depthwise = layer(6, 6, 3, padding=1, groups=6)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(6, 4, 1)).double()
+    batches = [torch.randn(4, 3, 6, 6, dtype=torch.float64) for _ in range(4)]
+    result = obc.prune(
+        copy.deepcopy(model),
+        batches[0],
+        batches,
+        labels=False,
+        macs=0.17,
+        steps=steps,
+        criterion="l2",
+        compensate=False,
+    )
+    assert tuple(result.model[2].weight.shape) == (1, 1, 3, 3)
+    kept = result.plan["2"].out_channels
+    narrow = nn.functional.conv2d if layer is nn.Conv2d else nn.functional.conv_transpose2d
+    hidden = model[:2](batches[0])[:, kept]
+    hidden = narrow(hidden, depthwise.weight[kept], depthwise.bias[kept], padding=1).relu()
+    expected = nn.functional.conv2d(hidden, model[4].weight[:, kept], model[4].bias)
+    torch.testing.assert_close(result.model(batches[0]), expected, rtol=1e-12, atol=1e-12)
+    again = result.plan.apply(copy.deepcopy(model))
+    assert torch.equal(again(batches[0]), result.model(batches[0]))
+    folded = obc.equivalent_pruning(copy.deepcopy(result.model), model.state_dict(), result.plan)
+    torch.testing.assert_close(folded.merge()(batches[0]), expected, rtol=1e-9, atol=1e-9)
+    for mode in ("ls", "seq", "correct"):
+        report = obc.compensate(copy.deepcopy(result.model), model, result.plan, batches, mode=mode)
+        assert report.final_error <= report.naive_error
 
 
 def test_shared_parameters_stay_shared_when_a_plan_is_applied() -> None:

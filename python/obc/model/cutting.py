@@ -25,8 +25,7 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     changes: list[tuple[nn.Module, str, Tensor]] = []
     depthwise: set[nn.Module] = set()
     for module_name, module in named_modules(model):
-        weight = module._parameters.get("weight")
-        if weight is not None and is_depthwise(module, weight):
+        if is_depthwise(module):
             depthwise.add(module)
         persistent = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
         for name in (*module._parameters, *persistent):

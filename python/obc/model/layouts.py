@@ -17,17 +17,12 @@ def layout_of(module: nn.Module) -> Rule | None:
     return rule if isinstance(rule, Rule) else None
 
 
-def is_depthwise(module: nn.Module, original_weight: Tensor | None = None) -> bool:
-    """One filter per channel: pruning it slices its filters and its groups together.
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether an unpruned convolution has one filter per channel: pruning it slices its filters and groups together.
 
-    Args:
-        module: as it is now.
-        original_weight: of the unpruned module, where ``module`` is a pruned one. It alone does not tell: a grouped
-            convolution may end with one channel in each group.
+    Of a pruned one, :func:`obc.model.slicing.was_depthwise`.
     """
-    if not isinstance(module, _ConvNd) or not module.groups == module.in_channels == module.out_channels > 1:
-        return False
-    return original_weight is None or original_weight.shape[1] == 1
+    return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
 
 
 def expand(channels: Tensor, repeat: int) -> Tensor:

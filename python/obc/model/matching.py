@@ -47,7 +47,7 @@ def match(original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) ->
 
 def _match_module(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Kept:
     layout = layout_of(module)
-    if layout is None or is_depthwise(module, tensors["weight"][0]):
+    if layout is None or (is_depthwise(module) and tensors["weight"][0].shape[1] == 1):
         return _match_channels(name, module, tensors)
     original, pruned = tensors["weight"]
     if layout.transposed:

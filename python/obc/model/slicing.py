@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from obc.model.kept import Kept, PlanError
-from obc.model.layouts import is_depthwise, layout_of, split_by_group
+from obc.model.layouts import layout_of, split_by_group
 from obc.model.quantized import is_quantised, why_not_sliced
 from obc.model.rules import Rule, is_packed
 
@@ -55,9 +56,22 @@ def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept) -
     if layout is None or tensor_name != "weight":
         # Norms, PReLU, biases: one entry per channel; counters and single slopes have none.
         return original if original.numel() == 1 and original.dim() == 0 else _take(original, -1, kept.out_channels)
-    if is_depthwise(module, original):
+    if was_depthwise(module, original, kept):
         return _take(original, 0, kept.out_channels)
     return sliced_weight(original, layout, kept)
+
+
+def was_depthwise(module: nn.Module, original: Tensor, kept: Kept) -> bool:
+    """Whether a convolution, pruned or not, had one filter per channel: its channels go on both sides together.
+
+    Its sizes alone don't tell. A depthwise convolution cut to one channel has the sizes of a dense one, and a grouped
+    convolution may end with one channel in each group.
+    """
+    if not isinstance(module, _ConvNd) or not module.groups == module.in_channels == module.out_channels:
+        return False
+    if original.shape[1] > 1 or kept.out_channels is None or kept.in_channels is None:
+        return False
+    return torch.equal(kept.out_channels, kept.in_channels)
 
 
 def sliced_weight(weight: Tensor, layout: Rule, kept: Kept) -> Tensor:

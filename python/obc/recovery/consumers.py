@@ -12,11 +12,11 @@ from torch.nn.utils import parametrize
 from obc import ops
 from obc.model.experts import fused_experts
 from obc.model.kept import Kept, PlanError
-from obc.model.layouts import is_depthwise, layout_of, split_by_group
+from obc.model.layouts import layout_of, split_by_group
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
 from obc.model.rules import Rule
-from obc.model.slicing import original_tensor, sliced
+from obc.model.slicing import original_tensor, sliced, was_depthwise
 from obc.recovery.calibration import channel_rows
 from obc.recovery.moments import Moments, Solution
 from obc.recovery.processes import Processes
@@ -101,7 +101,7 @@ def find_consumers(pruned_model: nn.Module, original_model: nn.Module, plan: Pru
         if parametrize.is_parametrized(module):
             raise ValueError(f"{name} is parametrised; compensate the naive model, or merge first")
         weight = original_tensor(state_dict, f"{name}.weight")
-        if is_depthwise(module, weight):
+        if was_depthwise(module, weight, kept):
             continue
         plan.verify_tensor(state_dict, name, module, "weight", module.weight.detach())  # type: ignore[union-attr, operator]
         in_channels = layout.sizes(weight)[1] // kept.in_repeat

@@ -48,7 +48,7 @@ def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
     bias = (Axis(name, "bias", 0, name, "out", raw=False),) if biased and side == "out" else ()
     if layout is None:
         return (Axis(name, "weight", weight.dim() - 1, name, "out", raw=False), *bias)
-    if is_depthwise(module, weight):
+    if is_depthwise(module):
         return (Axis(name, "weight", 0, name, "out", raw=False), *bias)
     dim = 0 if (side == "out") != layout.transposed else 1
     return (Axis(name, "weight", dim, name, side, raw=False), *bias)
