@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 
 import obc
 from obc.recovery import Kept, PlanError, PruningPlan
+from obc.recovery.mean_bias import absorb_means
 from obc.structures.traced import TorchPruningStructure
 from obc.structures.traced_plan import prune_step
 
@@ -306,6 +307,8 @@ def test_a_depthwise_convolution_may_be_cut_to_one_channel(layer: type[nn.Conv2d
     for mode in ("ls", "seq", "correct"):
         report = obc.compensate(copy.deepcopy(result.model), model, result.plan, batches, mode=mode)
         assert report.final_error <= report.naive_error
+    absorbed = absorb_means(copy.deepcopy(result.model), model, result.plan, batches)
+    assert (absorbed.absorbed, absorbed.left) == (["4"], {})
 
 
 def test_shared_parameters_stay_shared_when_a_plan_is_applied() -> None:

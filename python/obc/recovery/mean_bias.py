@@ -13,10 +13,10 @@ from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.kept import Kept
-from obc.model.layouts import expand, is_depthwise, layout_of
+from obc.model.layouts import expand, layout_of
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
-from obc.model.slicing import original_tensor, sliced
+from obc.model.slicing import original_tensor, sliced, was_depthwise
 from obc.statistics.run import collect
 
 
@@ -78,7 +78,7 @@ def _absorb_all(
         kept = plan.get(name)
         if kept is None or kept.in_channels is None or layout_of(module) is None:
             continue
-        if is_depthwise(module, original_tensor(state, f"{name}.weight")):
+        if was_depthwise(module, original_tensor(state, f"{name}.weight"), kept):
             continue
         if _pads_with_zeros(module):
             report.left[name] = "it pads with zeros, where dropped channels had another mean"
