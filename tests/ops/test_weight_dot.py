@@ -246,7 +246,7 @@ def test_weight_dot_list_and_moments_are_not_differentiable(device: str) -> None
     with pytest.raises(RuntimeError, match="weight_moments is not differentiable; write the moment"):
         sum(moment.sum() for moment in ops.weight_moments(weight, grad)).backward()
     outs, _ = ops.weight_dot_list([weight], [grad])
-    with pytest.raises(RuntimeError, match="weight_dot_list is not differentiable; call weight_dot layer by layer"):
+    with pytest.raises(RuntimeError, match="weight_dot_list is not differentiable; call weight_dot for each layer"):
         outs[0].sum().backward()
 
 
@@ -337,7 +337,7 @@ def test_weight_moments_rejects(args: tuple, error: type[Exception], message: st
         (([W], [W], None, [None, None]), "2 bias_grads for 1 weights"),
         (([W], [W], None, None, [1, 1]), "2 groups for 1 weights"),
         (([W], [W], None, None, None, []), "0 transposed for 1 weights"),
-        (([W, W.to("meta")], [W, W.to("meta")]), "weights on cpu and meta; pass one device a call"),
+        (([W, W.to("meta")], [W, W.to("meta")]), "weights on cpu and meta; pass weights of one device per call"),
     ],
 )
 def test_weight_dot_list_rejects(lists: tuple, message: str) -> None:

@@ -1,9 +1,9 @@
-"""Which implementation runs an operator: one record per backend and the choice among them.
+"""Chooses the implementation that runs an operator: one record per backend, one order of preference.
 
 ============  ===========================  ====================================================================
-explicit      ``with obc.use_backend(n)``  always obeyed; raises where it can't serve the tensor
+explicit      ``with obc.use_backend(n)``  always obeyed; raises if it can't serve the tensor
 environment   ``OBC_BACKEND=n``            the same, for the whole process (read at import)
-best          :mod:`obc.backends.fastest`   first available by device, operator, dtype and size; logged once
+best          :mod:`obc.backends.fastest`   first available for device, operator, dtype and size; logged once
 ============  ===========================  ====================================================================
 
 A backend is a module-like object with one callable per operator, each with the operator's positional signature.
@@ -28,7 +28,7 @@ logger = logging.getLogger("obc")
 
 
 class BackendError(RuntimeError):
-    """A backend that was asked for by name is unknown, can't be loaded, or can't serve a device."""
+    """A backend requested by name is unknown, can't be loaded, or can't serve a device."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Backend:
     """One implementation of the operators.
 
     Attributes:
-        name: what ``use_backend`` and ``OBC_BACKEND`` call it.
+        name: its name in ``use_backend`` and ``OBC_BACKEND``.
         devices: device types it serves; ``None`` means all.
-        load: returns the operators as attributes; raises ImportError or OSError with the reason where it can't.
-        remedy: what to do where it is missing.
+        load: returns the operators as attributes; raises ImportError or OSError with the reason on failure.
+        remedy: how to get it if it is missing.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Backend:
 
     @functools.cache  # noqa: B019 - the records live as long as the process
     def why_unavailable(self) -> str | None:
-        """The reason why this backend can't be used on this machine, or None where it can."""
+        """Why this backend can't be used on this machine; None if it can."""
         try:
             self.load()
         except (ImportError, OSError) as error:
@@ -89,7 +89,7 @@ def _load_triton() -> Any:
 
 
 def _triton_devices() -> frozenset[str]:
-    # Triton's interpreter runs kernels on CPU tensors; it is for tests, never chosen by itself.
+    # Triton's interpreter runs kernels on CPU tensors. It is for tests and never chosen automatically.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     return frozenset({"cpu", "cuda", "xpu"} if interpreted else {"cuda", "xpu"})
 
@@ -128,20 +128,21 @@ _environment: str | None = os.environ.get("OBC_BACKEND") or None
 
 
 def available() -> list[str]:
-    """Names of the backends that can be used on this machine."""
+    """Names of the backends usable on this machine."""
     return [name for name, backend in BACKENDS.items() if backend.why_unavailable() is None]
 
 
 def requested() -> str | None:
-    """The backend asked for by name, in this process (``use_backend``) or from outside (``OBC_BACKEND``), or None."""
+    """The backend requested by name, in this process (``use_backend``) or by ``OBC_BACKEND``; else None."""
     return _explicit or _environment
 
 
 def chosen(device_type: str, names: Sequence[str] | None = None) -> Backend:
-    """The backend that serves tensors on ``device_type`` now; by itself the first of ``names`` that is available.
+    """The backend that now serves tensors on ``device_type``; unless one was requested, the first available of
+    ``names``.
 
     Raises:
-        BackendError: a backend asked for by name is unknown, missing, or doesn't serve this device.
+        BackendError: a backend requested by name is unknown, missing, or does not serve this device.
     """
     if name := requested():
         backend = _usable(name)
@@ -167,7 +168,7 @@ def _log_fallback(name: str, device_type: str, reason: str) -> None:
 def resolve(
     operator: str, device_type: str, dtype: torch.dtype = torch.float32, elements: int = 0
 ) -> Callable[..., Any]:
-    """The callable that runs ``operator`` for a first input of this device, dtype and number of elements."""
+    """The callable that runs ``operator`` for a first input with this device, dtype and number of elements."""
     key = (operator, device_type, dtype, size_class(elements))
     if (call := _resolved.get(key)) is None:
         backend = chosen(device_type, order(device_type, operator, dtype, elements))
@@ -194,7 +195,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def describe() -> dict[str, dict[str, Any]]:
-    """Per backend: whether it is available, why not, how to get it, and where its compiled part lies."""
+    """Per backend: whether it is available, why not, how to get it, and where its compiled part is."""
     facts: dict[str, dict[str, Any]] = {}
     for name, backend in BACKENDS.items():
         reason = backend.why_unavailable()

@@ -10,7 +10,7 @@ from obc.backends import gemm, native
 
 
 def load() -> SimpleNamespace:
-    """Load the library and return its operators; ImportError where it was not built."""
+    """Load the library and return its operators; raises ImportError if it was not built."""
     library = native.load("cpu", "the CPU kernels were not built (no C++ compiler was found when obc was installed)")
 
     def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def load() -> SimpleNamespace:
 
 
 def describe_bad_group(position: int, group: int, count: int) -> str:
-    """The message for the first of end_row's groups that is out of range or less than the one before it."""
+    """The message for the first entry of end_row's groups that is out of range or less than the one before it."""
     return (
         f"obc::end_row: groups[{position}] is {group}, expected ascending groups of at least 0 and below {count} "
         "(the length of scores); sort the channels by group. Nothing was changed"

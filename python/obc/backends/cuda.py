@@ -1,10 +1,10 @@
 """The CUDA C++ kernels of ``csrc/cuda``, and ``fold`` by cuBLAS through torch.
 
-``fold`` is a chain of matrix products; no kernel of ours has been shown to beat cuBLAS at it, so there is none.
+``fold`` is a chain of matrix products. No kernel of ours was shown to beat cuBLAS at it, so there is none.
 
-Strides are honoured. Only tensors whose axes don't join into four in memory (permuted slices of six or more dimensions)
-are copied to contiguous memory first. ``end_row`` reads nothing back: groups that descend or leave the range of the
-scores make it report the row as not finite, and nothing is added.
+Strides are honoured. Only tensors whose axes can't be merged into four (permuted slices of six or more dimensions) are
+first copied to contiguous memory. ``end_row`` reads nothing back: if groups descend or are out of range, it reports the
+row as not finite and adds nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from obc.backends import gemm, native
 
 
 def load() -> SimpleNamespace:
-    """Load the library and return its operators; ImportError where torch has no CUDA or it was not built."""
+    """Load the library and return its operators; raises ImportError if torch has no CUDA or it was not built."""
     if not torch.cuda.is_available():
         raise ImportError("torch sees no CUDA device")
     return operators(native.load("cuda", "the CUDA kernels were not built (no nvcc was found when obc was installed)"))
@@ -37,7 +37,7 @@ def operators(library: Any) -> SimpleNamespace:
         groups: Sequence[int],
         transposed: Sequence[bool],
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """One launch for all layers of one dtype, up to 70 of them."""
+        """One launch for up to 70 layers of one dtype."""
         outs, ins = list(weights), list(weights)
         columns = (weights, grads, biases, bias_grads, groups, transposed)
         for dtype in dict.fromkeys(weight.dtype for weight in weights):

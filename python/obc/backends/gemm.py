@@ -1,19 +1,19 @@
-"""``fold`` and its backward by the platform's matrix products, in the order that needs fewer multiplications.
+"""``fold`` and its backward as matrix products, in the order that needs fewer multiplications.
 
 Index letters as in :mod:`obc.reference`: o out, i in, s repeat and kernel positions, k kept out, j kept in.
 Multiplications: C first s*k*i*(o + j), D first s*o*j*(i + k), each divided by the number of diagonal blocks. The
-backward takes twice the forward's where the forward's first product was kept, and forms nothing larger than the weight.
+backward takes twice as many if the forward kept its first product, and forms nothing larger than the weight.
 
-With ``reduced``, the factors hold dropped channels only: inside each block the weight's kept channels come first, and
-C stands for (I C), D for (I D) stacked. Then o and i are the dropped channels where they are summed over.
+With ``reduced``, the factors hold only dropped channels: within each block the weight's kept channels come first, and C
+stands for (I C), D for (I D) stacked. Then o and i are the dropped channels where they are summed over.
 
-Layouts: a weight whose in channels lie next to each other (``torch.channels_last`` for two kernel dimensions) is
-multiplied in place on both sides, and so is its gradient. A contiguous one is copied once for D, unless its kernel has
-a single position.
+Memory layout: a weight whose in channels are adjacent (``torch.channels_last`` for two kernel dimensions) is multiplied
+in place on both sides, and so is its gradient. A contiguous one is copied once for D, unless its kernel has a single
+position.
 
-Half precision: products of half-precision tensors on CUDA run in the tensor cores and accumulate in float32. The
-intermediate stays float32; as an operand of bfloat16 products it is split into three bfloat16 parts, which hold all of
-its bits. Everything else is widened to float32.
+Half precision: on CUDA, products of half-precision tensors run in the tensor cores and accumulate in float32. The
+intermediate stays float32; as an operand of bfloat16 products it is split into three bfloat16 parts, which preserve all
+of its bits. Everything else is widened to float32.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def multiplications(
     in_repeat: int = 1,
     reduced: bool = False,
 ) -> tuple[int, int]:
-    """What :func:`fold` multiplies with C before D, and with D before C; equal where there is one factor."""
+    """Multiplications that :func:`fold` needs with C first, and with D first; equal if there is only one factor."""
     positions = weight.shape[2:].numel() * in_repeat
     rows, columns = weight.shape[0], weight.shape[1] // in_repeat
-    # Per factor: what remains of the rows or columns, and over how many channels one entry of its product sums.
+    # Per factor: what remains of the rows or columns, and the number of channels summed for one entry of its product.
     kept_rows, summed_rows, kept_columns, summed_columns = rows, 0, columns, 0
     if compressor is not None:
         blocks = compressor.shape[0] if compressor.dim() == 3 else 1
@@ -58,13 +58,13 @@ def multiplications(
 
 @dataclass(frozen=True)
 class _Form:
-    """How the weight is seen: as (o, s, i), or as (o, 1, s*i) in any order of s and i where there is no D."""
+    """The view of the weight: (o, s, i), or without D (o, 1, s*i) with s and i in any order."""
 
     kernel: torch.Size
     groups: int
     in_repeat: int
     reduced: bool
-    in_place: bool  # a contiguous weight without D: its own order of positions and in channels stays
+    in_place: bool  # a contiguous weight without D keeps its own order of positions and in channels
 
     def split(self, weight: Tensor) -> Tensor:
         """(o, i * in_repeat, *kernel) to (o, s, i)."""
@@ -83,7 +83,7 @@ class _Form:
         return split.reshape(blocks, split.shape[0] // blocks, split.shape[1] * split.shape[2])
 
     def columns(self, split: Tensor, blocks: int) -> Tensor:
-        """(o, s, i) to (blocks, rows, i / blocks), a group's block of its own rows: what D mixes along dim 2."""
+        """(o, s, i) to (blocks, rows, i / blocks), each conv group with its own rows: what D mixes along dim 2."""
         if self.groups > 1:
             rows = split.shape[0] // self.groups * split.shape[1]
             return split.reshape(self.groups, rows, split.shape[2])
@@ -178,14 +178,14 @@ def _compress_first(weight: Tensor, c: Tensor, d: Tensor, form: _Form) -> bool:
 
 
 def _as_blocks(factor: Tensor | None, groups: int) -> Tensor | None:
-    """(blocks, rows, columns); of a matrix with groups only the diagonal blocks."""
+    """(blocks, rows, columns); with conv groups only the diagonal blocks of a matrix."""
     if factor is None or factor.dim() == 3:
         return factor
     return factor[None] if groups == 1 else _blocks(factor, groups)
 
 
 def _products(weight: Tensor, c: Tensor | None, d: Tensor | None, form: _Form) -> tuple[Tensor, Tensor | None]:
-    """(the folded weight, in the dtype of accumulation and any layout; the product that its backward wants)."""
+    """(the folded weight in the accumulation dtype and any memory layout; the product that its backward reuses)."""
     first: Tensor | None = None
     folded = form.split(weight)
     compress_before = c is None or d is None or _compress_first(weight, c, d, form)
@@ -211,11 +211,11 @@ def fold_backward(
     reduced: bool = False,
     first: Tensor | None = None,
 ) -> Grads:
-    """The gradients of weight, compressor and decompressor, each where ``needs`` asks for it.
+    """The gradients of weight, compressor and decompressor, for those that ``needs`` asks for.
 
     Args:
-        grad: of the folded weight.
-        first: the forward's first product (C W or W D), where it was kept; else it is formed again.
+        grad: gradient of the folded weight.
+        first: the forward's first product (C W or W D) if it was kept; otherwise it is recomputed.
     """
     form = _form(weight, decompressor, groups, in_repeat, reduced)
     with _no_autocast(weight.device.type):
@@ -231,7 +231,7 @@ def fold_backward(
 def _gradients(
     g: Tensor, weight: Tensor, c: Tensor | None, d: Tensor | None, back: _Backward, first: Tensor | None
 ) -> Grads:
-    """As blocks, and of the weight as (o, s, i)."""
+    """The gradients of the factors as blocks, and of the weight as (o, s, i)."""
     needs, form = back.needs, back.form
     dx: Tensor | None = g
     dc: Tensor | None = None
@@ -258,7 +258,7 @@ def _gradients(
 
 
 class _Backward:
-    """Gradients through one factor at a time."""
+    """Computes gradients through one factor at a time."""
 
     def __init__(
         self, x: Tensor, c: Tensor | None, d: Tensor | None, form: _Form, needs: tuple[bool, bool, bool]
@@ -266,7 +266,7 @@ class _Backward:
         self.x, self.c, self.d, self.form, self.needs = x, c, d, form, needs
 
     def shared_gradient(self, c: Tensor) -> Tensor | None:
-        """Room for the weight's gradient whose first rows can hold that of C X, which is part of it; else None.
+        """Memory for the weight's gradient whose first rows can hold the gradient of C X, a part of it; else None.
 
         A backward that is itself recorded must not overwrite what its own backward reads.
         """
@@ -276,7 +276,7 @@ class _Backward:
     def through_compressor(
         self, grad: Tensor, x: Tensor | None, inner: bool, into: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Of Y = C X: (dX = CT dY, dC = dY XT), of (rows, s, i); ``into``: for dX, its first rows are ``grad``."""
+        """For Y = C X: (dX = CT dY, dC = dY XT), of (rows, s, i). ``into`` is memory for dX, with ``grad`` first."""
         assert self.c is not None
         blocks, kept, summed = self.c.shape
         skip = kept if self.form.reduced else 0
@@ -298,7 +298,7 @@ class _Backward:
     def through_decompressor(
         self, grad: Tensor, x: Tensor | None, inner: bool, into: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Of Y = X D: (dX = dY DT, dD = XT dY), of (o, s, columns); ``into``: room for dX."""
+        """For Y = X D: (dX = dY DT, dD = XT dY), of (o, s, columns). ``into`` is memory for dX."""
         assert self.d is not None
         blocks, kept = self.d.shape[0], self.d.shape[2]
         skip = kept if self.form.reduced else 0
@@ -319,7 +319,7 @@ class _Backward:
 
 
 def _factor_grad(grad: Tensor, factor: Tensor | None) -> Tensor:
-    """The gradient of a factor's blocks as that of the factor: off its diagonal blocks a matrix was not read."""
+    """The gradient of a factor from that of its blocks; a matrix is not read off its diagonal blocks."""
     assert factor is not None
     grad = grad.to(factor.dtype)
     if factor.dim() == 3:
@@ -328,7 +328,7 @@ def _factor_grad(grad: Tensor, factor: Tensor | None) -> Tensor:
 
 
 class _Fold(torch.autograd.Function):
-    """The products, and their gradients with the first product kept."""
+    """The products, with gradients that reuse the first product."""
 
     @staticmethod
     def forward(
@@ -350,7 +350,7 @@ class _Fold(torch.autograd.Function):
         weight, compressor, decompressor, first = ctx.saved_tensors
         groups, in_repeat, reduced = ctx.form
         if torch.is_grad_enabled():
-            first = None  # a second backward goes through what the first product was formed of
+            first = None  # a second backward goes through the factors of the first product
         needs = ctx.needs_input_grad[:3]
         found = fold_backward(
             grads[0], weight, compressor, decompressor, groups, in_repeat, needs=needs, reduced=reduced, first=first
@@ -358,8 +358,8 @@ class _Fold(torch.autograd.Function):
         return (*found, None, None, None)
 
 
-# Devices for which torch.is_autocast_enabled raises. A table: torch 2.11's Dynamo can't trace is_autocast_available,
-# and torch.compiler.assume_constant_result imports all of Dynamo as soon as it decorates a function.
+# Device types for which torch.is_autocast_enabled raises. A table, because torch 2.11's Dynamo can't trace
+# is_autocast_available, and decorating with torch.compiler.assume_constant_result imports all of Dynamo.
 _WITHOUT_AUTOCAST = frozenset(
     name
     for name in ("meta", "lazy", "vulkan", "fpga", "ve", "hip", "ideep", "opencl", "opengl")
@@ -378,7 +378,7 @@ def _folded(
 ) -> tuple[Tensor, Tensor | None]:
     form = _form(weight, decompressor, groups, in_repeat, reduced)
     folded, first = _products(weight, _as_blocks(compressor, groups), _as_blocks(decompressor, groups), form)
-    # Flat and back: a kernel of one position could keep the strides of channels_last, which convolutions look at.
+    # Flatten and restore: a kernel of one position could keep the strides of channels_last, which convolutions look at.
     return folded.to(weight.dtype).contiguous().flatten().view(folded.shape), first
 
 
@@ -392,7 +392,7 @@ def fold(
 ) -> Tensor:
     """:func:`obc.ops.fold`, differentiable; half precision is folded with float32 sums.
 
-    With ``reduced``, C is (kept out, dropped out) and D (dropped in, kept in), or their blocks; inside each block the
+    With ``reduced``, C is (kept out, dropped out) and D (dropped in, kept in), or their blocks; within each block the
     weight's kept channels come before its dropped ones.
     """
     if compressor is None and decompressor is None:

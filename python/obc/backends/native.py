@@ -1,4 +1,4 @@
-"""Loading the native libraries, and the check that what they register is what this version of obc calls."""
+"""Loads the native libraries and checks that they register what this version of obc calls."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def load(library: str, remedy: str) -> Any:
 
     Args:
         library: ``cpu`` or ``cuda``.
-        remedy: why it may be missing, for the error.
+        remedy: why it may be missing, for the error message.
 
     Raises:
         ImportError: the library was not built.
-        LibraryMismatchError: it lacks an operator of the table, or registers one with another schema.
+        LibraryMismatchError: it lacks an operator of the table, or registers it with another schema.
     """
     path = FOLDER / f"libobc_{library}.so"
     if not path.exists():
@@ -38,7 +38,7 @@ def load(library: str, remedy: str) -> Any:
 
 
 def callables(library: str, found: Any) -> dict[str, Any]:
-    """Name -> what runs it, of every operator of the table that the library registers."""
+    """Name -> callable of every operator in the table that the library registers."""
     return {operator.name: getattr(found, operator.name).default for operator in TABLE if library in operator.libraries}
 
 
@@ -46,7 +46,7 @@ def check(library: str, table: Sequence[Operator] = TABLE, namespace: str | None
     """Compare what the loaded library registered with the table.
 
     Raises:
-        LibraryMismatchError: an operator is missing, or has another schema.
+        LibraryMismatchError: an operator is missing or has another schema.
     """
     namespace = namespace or f"obc_{library}"
     faults = []

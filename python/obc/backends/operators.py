@@ -1,8 +1,8 @@
-"""The operators' table: every name and schema of obc stands here and nowhere else.
+"""The operators' table: the only place for the names and schemas of obc's operators.
 
-Read from it are the schemas of ``obc::<op>`` (:mod:`obc.ops`), those that the native libraries register (CMake runs
-this file, see ``main``), the check of a library that is loaded (:mod:`obc.backends.native`), and what every backend
-must offer. It imports nothing but the standard library.
+It is read for the schemas of ``obc::<op>`` (:mod:`obc.ops`), the schemas that the native libraries register (CMake runs
+this file, see ``main``), the check when a library is loaded (:mod:`obc.backends.native`), and the list of what every
+backend must offer. It imports only the standard library.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Operator:
     """One operator.
 
     Attributes:
-        name: of ``obc::<name>``, of the function in :mod:`obc.ops`, :mod:`obc.reference` and every backend.
-        schema: arguments and results in the language of ``torch.library``; ``(a!)`` marks what is changed in place.
+        name: the name of ``obc::<name>`` and of the function in :mod:`obc.ops`, :mod:`obc.reference` and every backend.
+        schema: arguments and results in the language of ``torch.library``; ``(a!)`` marks arguments changed in place.
         libraries: the native libraries that register it.
-        native: library -> schema, where a library registers another one than ``schema``.
+        native: library -> its schema, if it differs from ``schema``.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Operator:
     native: Mapping[str, str] = field(default_factory=dict)
 
     def native_schema(self, library: str) -> str:
-        """What ``libobc_<library>.so`` registers, name included."""
+        """What ``libobc_<library>.so`` registers, including the name."""
         return self.name + self.native.get(library, self.schema)
 
 
@@ -75,7 +75,7 @@ OPERATORS = tuple(operator.name for operator in TABLE)
 
 
 def header() -> str:
-    """The C++ header from which the native libraries define their operators: OBC_CPU_SCHEMA_channel_dot and so on."""
+    """The C++ header with the operators that native libraries define: OBC_CPU_SCHEMA_channel_dot and so on."""
     lines = ["// Written by python/obc/backends/operators.py; the table stands there.", "#pragma once", ""]
     for library in LIBRARIES:
         for operator in TABLE:

@@ -1,4 +1,4 @@
-"""The Triton kernels of :mod:`obc_kernels`, and ``fold`` by whichever of one fused launch and two products fits."""
+"""The Triton kernels of :mod:`obc_kernels`; ``fold`` uses one fused launch or two products, whichever fits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from obc.backends.operators import OPERATORS
 
 
 def load() -> SimpleNamespace:
-    """Return the launchers as operators; ImportError where Triton or a GPU is missing."""
+    """Return the launchers as operators; raises ImportError if Triton or a GPU is missing."""
     import obc_kernels
 
     obc_kernels.require()
@@ -20,7 +20,7 @@ def load() -> SimpleNamespace:
 
 
 def fold(weight: Tensor, compressor: Tensor | None, decompressor: Tensor | None, groups: int, in_repeat: int) -> Tensor:
-    """:func:`obc.ops.fold` in one launch where :func:`obc_kernels.fold.fold_fits`, else by two matrix products."""
+    """:func:`obc.ops.fold` in one launch if :func:`obc_kernels.fold.fold_fits`, else by two matrix products."""
     from obc_kernels.fold import fold_fits, fold_triton
 
     if fold_fits(weight, compressor, decompressor, groups, in_repeat):

@@ -1,1 +1,1 @@
-"""Facts about a model that everything else stands on."""
+"""Facts about a model that all other packages build on."""

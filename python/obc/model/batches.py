@@ -1,4 +1,4 @@
-"""Batches cut along their samples."""
+"""Cuts batches along their samples."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils import _pytree as pytree
 
 
 def samples_in(batch: Any) -> int:
-    """The entries along dim 0 of the first tensor of a batch.
+    """The number of entries along dim 0 of a batch's first tensor.
 
     Raises:
-        ValueError: there is no tensor in it.
+        ValueError: the batch contains no tensor.
     """
     found: list[int] = []
 
@@ -33,7 +33,7 @@ def samples_in(batch: Any) -> int:
 
 
 def part_of(batch: Any, start: int, stop: int, samples: int) -> Any:
-    """Samples ``start:stop``: every tensor with ``samples`` entries along dim 0 is cut, the rest stays."""
+    """Samples ``start:stop``: tensors with ``samples`` entries along dim 0 are cut, everything else is kept."""
 
     def cut(tensor: Tensor) -> Tensor:
         return tensor[start:stop] if tensor.dim() > 0 and len(tensor) == samples else tensor

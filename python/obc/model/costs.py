@@ -1,4 +1,4 @@
-"""What a model costs as a function of how many units each of its groups keeps."""
+"""The cost of a model as a function of how many units each group keeps."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from obc.model.curves import Curve
 
 
 class Costs:
-    """MACs, or parameters, of a model whose group g keeps w_g units: constant + linear . e + e^T quadratic e.
+    """The cost of a model whose group g keeps w_g units: constant + linear . e + e^T quadratic e.
 
-    The effective width e_g is the width w_g itself; where the group has a curve, because seconds are not proportional
-    to the width, it is what the curve says at w_g. A layer from a_g w_g channels to a_h w_h costs c a_g a_h w_g w_h; a
-    layer that reads a concatenation, or a fixed input, has linear parts too. Every layer between two groups is such a
-    product, so the polynomial is exact. A group that is a whole block has width 1 or 0, and what the block costs
-    besides its groups' channels is linear in it; at width 0 the groups inside it count as 0 wide.
+    The effective width e_g is the width w_g; a group with a curve, whose seconds are not proportional to its width, has
+    the curve's value at w_g. A layer from a_g w_g to a_h w_h channels costs c a_g a_h w_g w_h; a layer that reads a
+    concatenation or a fixed input also has linear parts. Every layer between two groups is such a product, so the
+    polynomial is exact. A group that is a whole block has width 1 or 0; the block's cost apart from its groups'
+    channels is linear in that width. At width 0 the groups inside the block count as 0 wide.
 
     Attributes:
-        names: of the groups, in the order of the vectors.
-        widths: (groups,) units that each group has now.
-        constant: what no group changes.
+        names: the groups' names, in the order of the vectors.
+        widths: (groups,) the present number of units of each group.
+        constant: the cost that no group changes.
         linear: (groups,) float64.
         quadratic: (groups, groups) float64, symmetric.
         unit: what is counted: "macs", "parameters", "active_parameters", "bytes" or "seconds".
         inside: name of a group that is a whole block or branch -> names of the groups that vanish with it.
-        curves: group -> effective width at every width; of groups that are not named it is the width.
+        curves: group -> effective width at every width; for groups not named it is the width.
 
     Raises:
-        ValueError: shapes do not fit the number of names, a name occurs twice, a value is not finite, or a curve ends
+        ValueError: shapes don't fit the number of names, a name occurs twice, a value is not finite, or a curve ends
             below its group's width.
     """
 
@@ -81,7 +81,7 @@ class Costs:
                 )
 
     def effective(self, widths: Tensor | None = None) -> Tensor:
-        """(groups,) the effective widths, by default as the model is now; 0 of groups in a block of width 0."""
+        """(groups,) effective widths, by default of the present model; 0 for groups in a block of width 0."""
         w = (self.widths if widths is None else widths).double().clone()
         gone = [group for block, groups in self._inside.items() if w[block] == 0 for group in groups]
         for group, curve in self._curves.items():
@@ -90,17 +90,17 @@ class Costs:
         return w
 
     def total(self, widths: Tensor | None = None) -> float:
-        """The cost at ``widths``, by default as the model is now."""
+        """The cost at ``widths``, by default of the present model."""
         e = self.effective(widths)
         return float(self.constant + self.linear @ e + e @ self.quadratic @ e)
 
     def freed(self, lost: Mapping[str, int]) -> float:
-        """What is freed when the groups named lose so many units each."""
+        """The cost that is saved when the named groups lose that many units each."""
         gone = torch.tensor([lost.get(name, 0) for name in self.names], dtype=torch.float64)
         return self.total() - self.total(self.widths - gone)
 
     def marginal(self, widths: Tensor | None = None) -> Tensor:
-        """(groups,) what removing one unit of each group frees at ``widths``, exactly."""
+        """(groups,) the exact saving from removing one more unit of each group at ``widths``."""
         e, now = self.effective(widths), self.widths if widths is None else widths
         step = torch.ones_like(e)
         for group, curve in self._curves.items():
@@ -113,7 +113,7 @@ class Costs:
         return freed
 
     def only(self, names: Sequence[str]) -> Costs:
-        """The same costs over some of the groups; the others keep their widths, unless a block takes them along."""
+        """The costs as a function of these groups only; the others keep their widths unless their block is removed."""
         place = {name: index for index, name in enumerate(self.names)}
         chosen, w = {place[name] for name in names}, self.effective()
         constant, linear, quadratic = self.constant, self.linear.clone(), self.quadratic.clone()
@@ -150,13 +150,13 @@ class Costs:
 
     @classmethod
     def fixed(cls, costs: Mapping[str, float], widths: Mapping[str, int], unit: str = "macs") -> Costs:
-        """Every unit of a group frees the same, whatever the others' widths.
+        """Costs in which every unit of a group saves the same, whatever the other widths.
 
         Raises:
             ValueError: the two name different groups.
         """
         if set(costs) != set(widths):
             different = ", ".join(map(repr, sorted(set(costs) ^ set(widths))))
-            raise ValueError(f"costs and widths must be of the same groups; only one of them has {different}")
+            raise ValueError(f"costs and widths must name the same groups; only one of them has {different}")
         linear = torch.tensor([float(value) for value in costs.values()], dtype=torch.float64)
         return cls(list(costs), [widths[name] for name in costs], linear=linear, unit=unit)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class Curve:
-    """A value at a few widths, linear between them, never falling as the width grows.
+    """A value at a few widths, interpolated linearly between them, that never falls as the width grows.
 
-    Below the smallest width the value is that of the smallest one. Where values fall as the width grows, neighbours
-    are replaced by their mean until none does: the nearest such curve in the sense of least squares (pool adjacent
-    violators). A group is thus never said to cost more for a unit less.
+    Below the smallest width the value is that at the smallest width. If values fall as the width grows, neighbours are
+    replaced by their mean until none do (pool adjacent violators, the nearest such curve in least squares). Removing a
+    unit thus never appears to cost time.
 
     Args:
         points: width -> value.
@@ -38,14 +38,14 @@ class Curve:
 
     @property
     def widest(self) -> int:
-        """The largest width that has a value."""
+        """The largest width with a value."""
         return self.widths[-1]
 
     def at(self, width: int) -> float:
         """The value at a width.
 
         Raises:
-            ValueError: the width is beyond the largest one.
+            ValueError: the width is larger than the largest one.
         """
         if width > self.widest:
             raise ValueError(f"the curve ends at width {self.widest}, got {width}")
@@ -56,7 +56,7 @@ class Curve:
         return low + (high - low) * (width - left) / (right - left)
 
     def scaled(self, factor: float) -> Curve:
-        """The same curve, its values multiplied."""
+        """The curve with all values multiplied by ``factor``."""
         return Curve({width: value * factor for width, value in zip(self.widths, self.values, strict=True)})
 
     def dense(self, size: int) -> Tensor:
@@ -65,11 +65,11 @@ class Curve:
         return torch.from_numpy(np.interp(np.arange(size + 1), self.widths, self.values))
 
     def rates(self, size: int, lowest: int = 0) -> Tensor:
-        """(size + 1,) float64: by width w the most that a unit less brings on the way to any width v,
+        """(size + 1,) float64: for each width w the largest saving per removed unit on the way to any smaller width v,
 
             max over v in [lowest, w) of (value(w) - value(v)) / (w - v),
 
-        and 0 at widths up to ``lowest``. On a flat part it looks to its end, where the value falls.
+        and 0 at widths up to ``lowest``. On a flat part this looks ahead to where the value falls.
         """
         values, widths = self.dense(size), torch.arange(size + 1, dtype=torch.float64)
         best = torch.zeros_like(values)

@@ -1,4 +1,4 @@
-"""Applying a plan to the unpruned model: every tensor is cut to what was kept, and the layers' sizes follow."""
+"""Applies a plan to the unpruned model: cuts every tensor to what was kept and updates the layers' sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     """Cut ``model`` in place; shared parameters stay shared.
 
     Raises:
-        PlanError: the plan names what the model lacks, or does not fit a tensor's shape; nothing has been changed then.
+        PlanError: the plan names a module that the model lacks, or does not fit a tensor; nothing was changed.
     """
     _refuse_unknown(model, plan)
     made: dict[int, Tensor] = {}
@@ -65,7 +65,7 @@ def _cut_tensor(module: nn.Module, name: str, tensor: Tensor, kept: Kept | None,
 
 
 def _sync(module: nn.Module, depthwise: bool) -> None:
-    """Make the sizes that a layer keeps as attributes those of its tensors."""
+    """Set the sizes that a layer keeps as attributes to those of its tensors."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.MultiheadAttention):
         module.embed_dim = module.kdim = module.vdim = module.out_proj.out_features = module.out_proj.weight.shape[0]
@@ -99,7 +99,7 @@ def _sync(module: nn.Module, depthwise: bool) -> None:
 
 
 def _resize(module: nn.Module, kept: Kept) -> None:
-    """The same for a norm without any tensor."""
+    """The same for a norm without tensors."""
     if kept.out_channels is None:
         return
     size = len(kept.out_channels)

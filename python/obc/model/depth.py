@@ -1,8 +1,9 @@
-"""Whole blocks and residual branches that pruning took out: what stands in their place, and the model without them.
+"""Removed blocks and residual branches: their stand-ins, and the model without them.
 
-While a model is being pruned, a :class:`Skipped` module stands where a block or a branch was, so that all other modules
-keep their names. :func:`compact` then takes the blocks out of their lists, and renumbers what counts blocks: positions
-in a cache, and values of the config. Branches keep their stand-ins: a model has no other word for them.
+While a model is being pruned, a :class:`Skipped` module stands in for every removed block or branch, so that all other
+modules keep their names. :func:`compact` then deletes the blocks from their lists and renumbers whatever counts blocks:
+positions in a cache, and values in the config. Branches keep their stand-ins, because a model can't be expressed
+without them.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from torch import Tensor, nn
 
 from obc.model.errors import PruningError
 
-# What modules call their place among the blocks.
+# Attributes in which modules keep their position among the blocks.
 PLACE_ATTRIBUTES = ("layer_idx", "layer_index", "layer_id", "layer_number", "block_idx")
-# How modules are called with a cache of keys and values.
+# Argument names under which modules receive a cache of keys and values.
 _CACHES = ("cache", "past_key_values", "past_key_value", "layer_past")
 _PLAIN = (bool, int, float, str)
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """What stands in the place of a module.
+    """What a removed module's stand-in returns.
 
     Attributes:
-        returns: "input": its first floating tensor, unchanged. "zeros": zeros of that one's shape.
-        outputs: 0: it returns a tensor. n: a tuple of n, of which all but the first are None.
-        features: of zeros, the size of the last dimension; None: the input's.
-        counts_positions: an attention: later tokens must still find how many came before, in its layer of the cache.
+        returns: "input": its first floating tensor, unchanged. "zeros": zeros of the same shape.
+        outputs: 0: it returns a tensor. n: it returns a tuple of n, all None but the first.
+        features: size of the last dimension of zeros; None takes the input's.
+        counts_positions: for an attention, whose layer of the cache must still count the earlier tokens.
     """
 
     returns: Literal["input", "zeros"]
@@ -42,7 +43,7 @@ class StandIn:
 
 
 class Skipped(nn.Module):
-    """Does what its :class:`StandIn` says; has no parameters, and the numbers and words that ``replaced`` kept."""
+    """Returns what its :class:`StandIn` says. Has no parameters, and keeps the plain attributes of ``replaced``."""
 
     def __init__(self, stand_in: StandIn, replaced: nn.Module) -> None:
         super().__init__()
@@ -62,7 +63,7 @@ class Skipped(nn.Module):
         return x if self.stand_in.outputs == 0 else (x, *[None] * (self.stand_in.outputs - 1))
 
     def _count_positions(self, x: Tensor, kwargs: Mapping[str, Any]) -> None:
-        """Keys and values of no head, one a position: what the cache counts."""
+        """Add keys and values with no heads to the cache, one per position, so that it counts the positions."""
         cache = next((kwargs[key] for key in _CACHES if kwargs.get(key) is not None), None)
         cache = getattr(cache, "self_attention_cache", cache)
         place = next((vars(self)[key] for key in PLACE_ATTRIBUTES if key in vars(self)), None)
@@ -75,7 +76,7 @@ class Skipped(nn.Module):
 
 
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """The numbers and words that a module keeps in public attributes, but for its training flag."""
+    """A module's public attributes that are numbers or strings, except its training flag."""
     return {
         key: value
         for key, value in vars(module).items()
@@ -84,18 +85,17 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def first_floating(values: Iterable[Any]) -> Tensor | None:
-    """The first floating tensor."""
     return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 
 @dataclass(frozen=True)
 class BlockList:
-    """A list of blocks, some of which are gone.
+    """A list of blocks, some of which were removed.
 
     Attributes:
-        size: blocks in the unpruned model.
-        removed: places of those that are gone, ascending.
-        outputs: of a block: see :class:`StandIn`.
+        size: number of blocks in the unpruned model.
+        removed: positions of the removed blocks, ascending.
+        outputs: a block's outputs, as in :class:`StandIn`.
     """
 
     size: int
@@ -104,20 +104,20 @@ class BlockList:
 
     @property
     def kept(self) -> list[int]:
-        """Places, in the unpruned list, of the blocks that stay."""
+        """Positions in the unpruned list of the blocks that remain."""
         gone = set(self.removed)
         return [place for place in range(self.size) if place not in gone]
 
 
 @dataclass(frozen=True)
 class Depth:
-    """Which blocks and branches are gone, in terms of the unpruned model.
+    """Which blocks and branches were removed, in terms of the unpruned model.
 
     Attributes:
-        lists: name of a list of blocks -> which are gone.
-        stand_ins: name of a module -> what stands in its place: of branches.
-        config: dotted name of a value of the config -> (the list that it counts, the unpruned value): a number of
-            blocks, or a list with one entry a block.
+        lists: name of a list of blocks -> which of them were removed.
+        stand_ins: name of a removed branch -> its stand-in.
+        config: dotted name of a config value -> (the list that it counts, the unpruned value): a number of blocks, or
+            a list with one entry per block.
     """
 
     lists: Mapping[str, BlockList] = field(default_factory=dict)
@@ -129,16 +129,16 @@ class Depth:
 
     @property
     def removed(self) -> list[str]:
-        """Names of the blocks and of what stands in for branches."""
+        """Names of the removed blocks and branches."""
         blocks = [f"{name}.{place}" for name, one in self.lists.items() for place in one.removed]
         return [*blocks, *self.stand_ins]
 
     def without(self, name: str) -> bool:
-        """Whether the module of this name, in the unpruned model, is gone or lies in what is gone."""
+        """Whether the module with this name in the unpruned model was removed, alone or with what contains it."""
         return any(name == gone or name.startswith(f"{gone}.") for gone in self.removed)
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Plain values, for JSON."""
         return {
             "lists": {name: asdict(one) for name, one in self.lists.items()},
             "stand_ins": {name: asdict(one) for name, one in self.stand_ins.items()},
@@ -147,10 +147,10 @@ class Depth:
 
     @classmethod
     def parse(cls, content: Any) -> Depth:
-        """What :meth:`plain` gave.
+        """Parse what :meth:`plain` returned.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: ``content`` is damaged.
         """
         try:
             lists = {
@@ -171,21 +171,21 @@ class Depth:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` at the place of this name."""
+    """Put ``module`` in the place of the module with this name."""
     parent, _, child = name.rpartition(".")
     model.get_submodule(parent)._modules[child] = module
 
 
 def put_stand_in(model: nn.Module, name: str, stand_in: StandIn) -> None:
-    """Let ``stand_in`` stand at the place of this name."""
+    """Put a :class:`Skipped` in the place of the module with this name."""
     replace_module(model, name, Skipped(stand_in, model.get_submodule(name)))
 
 
 def is_compact(model: nn.Module, depth: Depth) -> bool:
-    """Whether the blocks that are gone are out of their lists.
+    """Whether the removed blocks were deleted from their lists.
 
     Raises:
-        PruningError: a list has neither as many blocks as it had nor as many as stay.
+        PruningError: a list has neither its old number of blocks nor the number that remains.
     """
     found = set()
     for name, one in depth.lists.items():
@@ -198,12 +198,12 @@ def is_compact(model: nn.Module, depth: Depth) -> bool:
             )
         found.add(count != one.size)
     if len(found) > 1:
-        raise PruningError("of some lists of blocks those that are gone are out, of others they are not")
+        raise PruningError("the removed blocks were deleted from some lists but not from others")
     return found == {True}
 
 
 def original_names(model: nn.Module, depth: Depth) -> dict[str, str]:
-    """Name of every module -> the name that it has in the unpruned model."""
+    """Name of every module -> its name in the unpruned model."""
     names = {name: name for name, _ in model.named_modules()}
     if not depth or not is_compact(model, depth):
         return names
@@ -221,9 +221,9 @@ def _original_name(name: str, depth: Depth) -> str:
 
 
 def compact(model: nn.Module, depth: Depth) -> None:
-    """Take the blocks that are gone out of their lists; caches and config count those that stay.
+    """Delete the removed blocks from their lists, and renumber caches and config.
 
-    What stands in for branches stays. Does nothing where they are out already.
+    Stand-ins for branches stay. Does nothing if the blocks were deleted already.
     """
     if is_compact(model, depth):
         return
@@ -236,7 +236,7 @@ def compact(model: nn.Module, depth: Depth) -> None:
 
 
 def expand(model: nn.Module, depth: Depth) -> None:
-    """Undo :func:`compact`: a :class:`Skipped` stands at the place of every block that is gone."""
+    """Undo :func:`compact`: put a :class:`Skipped` in the place of every removed block."""
     if not is_compact(model, depth):
         return
     for name, one in depth.lists.items():
@@ -286,7 +286,7 @@ def _renumber(block: nn.Module, old: int, new: int) -> None:
 
 
 def config_values(depth: Depth, compacted: bool) -> dict[str, Any]:
-    """Dotted name -> what the config says with all blocks, or without those that are gone."""
+    """Dotted name -> the config value for all blocks, or without the removed ones."""
     values: dict[str, Any] = {}
     for key, (name, full) in depth.config.items():
         one = depth.lists[name]
@@ -300,7 +300,7 @@ def config_values(depth: Depth, compacted: bool) -> dict[str, Any]:
 
 
 def with_depth(config: Any, depth: Depth, compacted: bool) -> Any:
-    """A copy of the config that says :func:`config_values`."""
+    """A copy of the config with the values of :func:`config_values`."""
     new = copy.deepcopy(config)
     overrides = {path: _overrides(part) for path, part in config_parts(new) if getattr(part, "is_heterogeneous", False)}
     for path in overrides:
@@ -321,19 +321,19 @@ def with_depth(config: Any, depth: Depth, compacted: bool) -> Any:
 
 
 def _overrides(config: Any) -> dict[int, dict[str, Any]]:
-    """What a config says of single layers (transformers' ``per_layer_config``)."""
+    """A config's settings for single layers (transformers' ``per_layer_config``)."""
     return {int(place): dict(values) for place, values in (config.to_dict().get("per_layer_config") or {}).items()}
 
 
 def part_of(config: Any, path: str) -> Any:
-    """The config of a dotted name inside a config."""
+    """The nested config at a dotted path."""
     for part in path.split(".") if path else ():
         config = getattr(config, part)
     return config
 
 
 def _write_config(model: Any, depth: Depth, compacted: bool) -> None:
-    """Every module that had the config, or a part of it, has the new one's."""
+    """Give every module that held the config, or a part of it, the new one."""
     config = getattr(model, "config", None)
     if config is None or not depth.config:
         return
@@ -346,7 +346,7 @@ def _write_config(model: Any, depth: Depth, compacted: bool) -> None:
 
 
 def matching_parts(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
-    """(identity of a config or of one inside it, the same of the new one)."""
+    """(identity of a config or of a nested one, the same part of the new config)."""
     yield id(old), new
     for key, value in vars(old).items():
         inner = vars(new).get(key)
@@ -355,7 +355,7 @@ def matching_parts(old: Any, new: Any) -> Iterable[tuple[int, Any]]:
 
 
 def config_parts(config: Any, path: str = "") -> Iterable[tuple[str, Any]]:
-    """(dotted name, config) of a config and all inside it; "" is the config itself."""
+    """(dotted name, config) of a config and all nested ones; "" is the config itself."""
     yield path, config
     for key, value in vars(config).items():
         if hasattr(value, "to_dict"):

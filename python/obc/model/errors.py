@@ -1,4 +1,4 @@
-"""One error for the failures of other code that obc calls: the model's own, Torch-Pruning's, another library's."""
+"""One error for failures of other code that obc calls: the model, Torch-Pruning, another library."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import nn
 
 
 class PruningError(ValueError):
-    """Something that obc uses failed on this model.
+    """Other code failed on this model.
 
-    The message names the model, what was being done, the layer where it is known, and what to do about it; the original
-    error is the cause (``error.__cause__``).
+    The message names the model, the operation, the layer if it is known, and the remedy; ``error.__cause__`` is the
+    original error.
     """
 
 
 @contextlib.contextmanager
 def explained(model: nn.Module, doing: str, remedy: str) -> Iterator[None]:
-    """Turn every error of other code inside the block into a :class:`PruningError`; obc's own errors stay.
+    """Turn every error of other code inside the block into a :class:`PruningError`; obc's own errors pass.
 
     Args:
-        model: named in the message; its layers are looked for in the traceback.
-        doing: what the block does: "running it on the example inputs".
+        model: the model to name; its layers are searched for in the traceback.
+        doing: what the block does, such as "running it on the example inputs".
         remedy: what the caller can do.
     """
     try:
@@ -41,9 +41,9 @@ def explained(model: nn.Module, doing: str, remedy: str) -> Iterator[None]:
 
 
 def layer_in(error: BaseException, model: nn.Module) -> str | None:
-    """The innermost layer of ``model`` that was at work when ``error`` was raised.
+    """The innermost layer of ``model`` that was active when ``error`` was raised.
 
-    Its own method was running, or a function had it, or a node of Torch-Pruning's graph behind it, in a local variable.
+    Found if a method of the layer was running, or if a local variable held it or a Torch-Pruning node that follows it.
     """
     names = {module: name for name, module in model.named_modules() if name}
     found, traceback = None, error.__traceback__
@@ -56,7 +56,7 @@ def layer_in(error: BaseException, model: nn.Module) -> str | None:
 
 
 def _named(value: Any, names: Mapping[nn.Module, str]) -> str | None:
-    """The name of a layer, or of the nearest one before a node of Torch-Pruning's graph."""
+    """The name of a layer, or of the nearest layer before a node of Torch-Pruning's graph."""
     if isinstance(value, nn.Module) and value in names:
         return names[value]
     seen: set[int] = set()

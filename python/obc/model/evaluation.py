@@ -1,4 +1,4 @@
-"""How a model is called on example inputs and on batches, and eval mode with activation checkpointing left on."""
+"""Calling a model on example inputs and on batches; eval mode that keeps activation checkpointing on."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ ForwardFn = Callable[[nn.Module, Any], Any]
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
-    """The model on example inputs: ``model(*inputs)`` of a tuple or list, ``model(**inputs)`` of a mapping, else
-    ``model(inputs)``. Unlike a batch, example inputs have no labels beside them.
+    """Call the model on example inputs: ``model(*inputs)`` for a tuple or list, ``model(**inputs)`` for a mapping,
+    otherwise ``model(inputs)``. Unlike a batch, example inputs contain no labels.
     """
     if isinstance(example_inputs, Mapping):
         return model(**example_inputs)
@@ -27,9 +27,10 @@ def call(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def call_on_batch(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch of a data loader, by the arguments that its ``forward`` requires.
+    """Call the model on a batch of a data loader, according to the arguments that its ``forward`` requires.
 
-    This is the default ``forward_fn`` everywhere. With k the number of arguments that ``forward`` requires, at least 1:
+    This is the default ``forward_fn`` everywhere. Let k be the number of arguments that ``forward`` requires, at least
+    1:
 
     ================================== ============================================================================
     batch                              call
@@ -50,7 +51,7 @@ def call_on_batch(model: nn.Module, batch: Any) -> Any:
 
 
 def with_outputs(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Any]]:
-    """What ``run()`` returns, and what ``model`` returned each time that it was called meanwhile."""
+    """What ``run()`` returns, and what ``model`` returned at each call meanwhile."""
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:
@@ -84,7 +85,7 @@ def _call_on_mapping(model: nn.Module, batch: Mapping[str, Any]) -> Any:
 
 
 def _required_arguments(model: nn.Module) -> list[str]:
-    """The arguments of the model's ``forward`` that have no default."""
+    """The arguments of the model's ``forward`` without a default."""
     return [
         argument.name
         for argument in _arguments(model)
@@ -100,7 +101,7 @@ def _arguments(model: nn.Module) -> list[inspect.Parameter]:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """The tensors in what a model takes or returns, nested in sequences, mappings and dataclasses."""
+    """The tensors in a model's inputs or outputs, nested in sequences, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -115,16 +116,16 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 
 def differentiable(output: Any) -> list[Tensor]:
-    """The tensors of a model's output that gradients flow from."""
+    """The output's tensors that gradients flow from."""
     return [tensor for tensor in tensors_in(output) if tensor.requires_grad]
 
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; every module's own training flag is restored after it.
+    """Use eval mode inside the block; afterwards every module's own training flag is restored.
 
-    Layers of transformers checkpoint their activations in train mode only: where ``gradient_checkpointing_enable()``
-    was called, they are in train mode when they decide about it, and in eval mode when they run.
+    Layers of transformers checkpoint their activations only in train mode. If ``gradient_checkpointing_enable()`` was
+    called, they are in train mode when they decide about checkpointing and in eval mode when they run.
     """
     training = {module: module.training for model in models for module in model.modules()}
     layers = [module for module in training if checkpoints_activations(module)]
@@ -145,7 +146,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_cache(*models: nn.Module) -> Iterator[None]:
-    """Models of transformers don't build a cache of keys and values, which a module that runs again would extend."""
+    """Stop transformers models from building a key/value cache, which a module that runs again would extend."""
     configs: list[Any] = [getattr(model, "config", None) for model in models]
     configs = [config for config in configs if isinstance(getattr(config, "use_cache", None), bool)]
     before = [config.use_cache for config in configs]
@@ -159,13 +160,13 @@ def without_cache(*models: nn.Module) -> Iterator[None]:
 
 
 def checkpoints_activations(module: nn.Module) -> bool:
-    """Whether the module is a layer of transformers that nothing but checkpointing tells its training flag."""
+    """Whether the module is a transformers layer whose training flag matters for checkpointing only."""
     is_layer = any(base.__name__ == "GradientCheckpointingLayer" for base in type(module).__mro__)
     return is_layer and getattr(module, "gradient_checkpointing", False)
 
 
 def _running_in_eval_mode(layer: nn.Module, checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-    """``checkpoint(function, ...)`` whose function, now and when it is run again, finds the layer in eval mode."""
+    """``checkpoint(function, ...)`` whose function finds the layer in eval mode, now and when it is rerun."""
 
     def checkpointed(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         def in_eval_mode(*inner_args: Any, **inner_kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a run that resumes from a checkpoint must find again: the same weights, and the states of torch's generators."""
+"""What must match when a run resumes from a checkpoint: the weights, and the states of torch's generators."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A hash over names, shapes and sums of the bits of every parameter and buffer; integers, so exact everywhere.
+    """A hash of names, shapes and bit sums of all parameters and buffers; integer sums, so exact everywhere.
 
-    What is on the meta device has no bits.
+    Tensors on the meta device have no bits.
     """
     digest = hashlib.sha256()
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
@@ -28,13 +28,13 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def random_state() -> list[Tensor]:
-    """The states of torch's generators: the CPU's, and those of CUDA devices where they are in use."""
+    """The states of torch's generators: the CPU's, and CUDA's if it is in use."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [torch.get_rng_state(), *cuda]
 
 
 def set_random_state(states: Sequence[Tensor]) -> None:
-    """Set torch's generators to what :func:`random_state` gave; nothing for no states."""
+    """Restore what :func:`random_state` returned; an empty list changes nothing."""
     if states:
         torch.set_rng_state(states[0])
         if len(states) > 1:

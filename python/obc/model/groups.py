@@ -1,7 +1,7 @@
-"""Groups of coupled channels: what structural pruning removes together, and their rows and scores.
+"""Groups of coupled channels, which structural pruning removes together, and their rows and scores.
 
-A group has units: the smallest things that can be removed from it, each as a whole. A unit is one channel with
-everything coupled to it, or a head, an expert, one channel out of every group of a grouped convolution.
+A group has units, the smallest parts that can be removed from it. A unit is one channel with everything coupled to it,
+a head, an expert, or one channel of every conv group.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Side = Literal["out", "in"]
-# Kinds whose one unit is a whole residual block, or one residual branch.
+# Kinds whose single unit is a whole residual block or branch.
 DEPTH_KINDS = ("layers", "sublayers")
 Slices = Literal["gate", "all"]
 
@@ -35,8 +35,8 @@ class Slice:
 
     Attributes:
         module: the layer's name.
-        side: "out": rows of its weight, and entries of its bias. "in": columns.
-        channels: (units, k) int64: the k channels of that side that go with each unit.
+        side: "out": rows of its weight and entries of its bias. "in": columns.
+        channels: (units, k) int64: the k channels on that side that go with each unit.
     """
 
     module: str
@@ -49,9 +49,9 @@ class ChannelGroup:
     """Coupled channels of several layers.
 
     Attributes:
-        name: of the layer that gives the group its name, and unique among a model's groups.
-        slices: everything that a unit takes with it, in the order of execution.
-        kind: "channels", "heads", "experts" or another word for what a unit is.
+        name: name of the layer that names the group; unique among a model's groups.
+        slices: everything that is removed with a unit, in the order of execution.
+        kind: "channels", "heads", "experts" or another word for the units.
     """
 
     name: str
@@ -60,24 +60,24 @@ class ChannelGroup:
 
     @property
     def size(self) -> int:
-        """How many units there are."""
+        """The number of units."""
         return len(self.slices[0].channels)
 
     @property
     def is_depth(self) -> bool:
-        """Whether its unit is a whole block or branch: its one slice names the module, and stands for what it adds."""
+        """Whether its unit is a whole block or branch; the one slice names that module and stands for what it adds."""
         return self.kind in DEPTH_KINDS
 
     @property
     def consumers(self) -> tuple[Slice, ...]:
         """The slices of layers that read the group's channels.
 
-        Where there are none, because what units return is added up (experts), the last slice stands for them.
+        If there are none because the units' outputs are summed (experts), the last slice stands for them.
         """
         return tuple(part for part in self.slices if part.side == "in") or self.slices[-1:]
 
     def parts(self, rows: Mapping[str, Sided]) -> dict[tuple[str, Side], Tensor]:
-        """(N, units) rows of every slice that has some: w_m . dL_n/dw_m, the slice's own channels added up."""
+        """(N, units) rows of every slice that has rows: w_m . dL_n/dw_m, summed over the slice's own channels."""
         found = {}
         for part in self.slices:
             values = _values(rows, part)
@@ -86,9 +86,9 @@ class ChannelGroup:
         return found
 
     def gate_rows(self, rows: Mapping[str, Sided]) -> Tensor | None:
-        """(N, units) rows of one gate on each unit: the sum of its consumers' rows, None where no consumer has rows.
+        """(N, units) rows of one gate per unit: the sum of its consumers' rows; None if no consumer has rows.
 
-        r_g[n] = sum over consumers of w_in . dL_n/dw_in, before squaring. Equal to the sum over the producers' rows
+        r_g[n] = sum over consumers of w_in . dL_n/dw_in, before squaring. It equals the sum over the producers' rows
         wherever the operations between are positively homogeneous.
         """
         consumers = {(part.module, part.side) for part in self.consumers}
@@ -96,7 +96,7 @@ class ChannelGroup:
         return torch.stack(parts).sum(0) if parts else None
 
     def scores(self, rows: Mapping[str, Sided], slices: Slices = "all") -> Tensor | None:
-        """(units,) S_g: the sum over rows of squares, of every slice ("all", the paper's) or of the gate ("gate")."""
+        """(units,) S_g: sum of squared rows over every slice ("all", as in the paper) or of the gate ("gate")."""
         if slices == "gate":
             gate = self.gate_rows(rows)
             return None if gate is None else gate.square().sum(0)
@@ -113,10 +113,10 @@ def _values(rows: Mapping[str, Any], part: Slice) -> Tensor | None:
 
 
 def by_name(groups: Sequence[ChannelGroup]) -> dict[str, ChannelGroup]:
-    """The groups by their names.
+    """The groups by name.
 
     Raises:
-        ValueError: two groups have one name.
+        ValueError: two groups have the same name.
     """
     named: dict[str, ChannelGroup] = {}
     for group in groups:

@@ -1,4 +1,4 @@
-"""What one layer kept: the entry of a pruning plan, and how a further step narrows it."""
+"""What one layer kept: an entry of a pruning plan, and how a further step narrows it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from obc.model.layouts import expand
 
 
 class PlanError(PruningError):
-    """A plan doesn't describe how the pruned model came from the original; names the layer and the two shapes."""
+    """A plan does not describe how the pruned model came from the original; the message names layer and shapes."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,13 +21,13 @@ class Kept:
     """What one layer, or one parameter outside any layer, kept.
 
     Attributes:
-        out_channels: int64 indices of the kept channels on the output side, ascending; None where all are kept. Norms,
-            embeddings (their features) and parameters outside layers use this side.
-        in_channels: the same of the input side.
-        in_repeat: for a Linear after flatten, how many consecutive columns each in channel owns.
-        out_blocks: into how many diagonal blocks a compressor of the output falls (attention heads).
+        out_channels: int64 indices of the kept out channels, ascending; None if all are kept. Norms, embeddings (their
+            features) and parameters outside layers use this side.
+        in_channels: the same for the in channels.
+        in_repeat: for a Linear after flatten, the number of consecutive columns of each in channel.
+        out_blocks: the number of diagonal blocks of an output compressor (attention heads).
         dim: for a parameter outside any layer, the dimension that ``out_channels`` indexes.
-        in_dim: the same for ``in_channels``, where such a parameter was pruned in two dimensions (fused experts).
+        in_dim: the same for ``in_channels``, if such a parameter was pruned in two dimensions (fused experts).
     """
 
     out_channels: Tensor | None = None
@@ -44,26 +44,26 @@ class Kept:
 
 
 def kept_of(plan: Mapping[str, Kept], module_name: str, key: str) -> Kept | None:
-    """What a plan says of the tensor ``key`` of a module; None where it is whole."""
-    # torch's attention has one entry for itself and its output projection.
+    """The plan's entry for the tensor ``key`` of a module; None if it is unpruned."""
+    # torch's attention shares one entry with its output projection.
     return plan.get(key) or plan.get(module_name) or plan.get(module_name.removesuffix(".out_proj"))
 
 
 def narrowed(kept: Tensor | None, size: int, removed: Tensor) -> Tensor:
-    """The kept indices after a further step removed the positions ``removed`` of the ``size`` that were left."""
+    """The kept indices after a further step removed the positions ``removed`` of the remaining ``size``."""
     stays = staying(size if kept is None else len(kept), removed)
     return stays if kept is None else kept[stays]
 
 
 def staying(size: int, removed: Tensor) -> Tensor:
-    """The indices below ``size`` that are not among ``removed``, ascending."""
+    """The indices below ``size`` that are not in ``removed``, ascending."""
     stays = torch.ones(size, dtype=torch.bool)
     stays[removed] = False
     return stays.nonzero()[:, 0]
 
 
 def with_columns(kept: Kept, columns: Tensor, repeat: int) -> Kept:
-    """``kept`` with in_channels from kept columns: blocks of ``repeat`` where they are whole, else single columns."""
+    """``kept`` with in_channels from kept columns: blocks of ``repeat`` if they are complete, else single columns."""
     channels = columns[::repeat] // repeat
     if repeat > 1 and len(columns) % repeat == 0 and torch.equal(expand(channels, repeat), columns):
         return replace(kept, in_channels=channels, in_repeat=repeat)

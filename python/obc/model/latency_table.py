@@ -1,4 +1,4 @@
-"""A latency table: seconds of every group against its width, and the costs of a model by it."""
+"""A latency table: each group's seconds by width, and the model costs that follow."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _FORMAT = "obc.LatencyTable/1"
 
 
 class LatencyTableError(ValueError):
-    """A latency table is damaged, or does not fit the model."""
+    """A latency table is damaged or does not fit the model."""
 
 
 @dataclass(frozen=True)
 class SharedSeconds:
-    """Seconds of layers that belong to two groups: one of their channels are its outputs, the other's its inputs.
+    """Seconds of layers that belong to two groups, one at their output and one at their input.
 
     Attributes:
-        groups: the two names.
-        seconds: of these layers as both groups are at their widest; part of the seconds of both.
+        groups: the names of the two groups.
+        seconds: these layers' seconds when both groups are at their widest; included in the seconds of both.
     """
 
     groups: tuple[str, str]
@@ -40,31 +40,31 @@ class SharedSeconds:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Seconds that the layers of every group take, at a few widths of the group.
+    """Seconds of every group's layers, at a few widths of the group.
 
-    Between two widths of the table the seconds are interpolated linearly, and below the smallest they are those of the
-    smallest; they never fall as the width grows (:class:`obc.model.curves.Curve`). With f_g(w) the seconds of group g
-    at width w, F_g those at the table's largest width, and s_gh what g and h share, the model takes
+    Between two widths of the table the seconds are interpolated linearly; below the smallest width they are those of
+    the smallest; they never fall as the width grows (:class:`obc.model.curves.Curve`). Let f_g(w) be the seconds of
+    group g at width w, F_g those at the table's largest width, and s_gh what g and h share. Then the model takes
 
         rest + sum_g (F_g - sum_h s_gh) p_g + sum_{g<h} s_gh p_g p_h,     p_g = f_g(w_g) / F_g
 
-    seconds: where one group alone becomes narrower, exactly what the table says of it. A layer whose inputs and
-    outputs both become narrower is thus counted once.
+    seconds. If only one group becomes narrower, this is exactly what the table says. A layer whose inputs and outputs
+    both become narrower is thus counted once.
 
-    :func:`obc.structures.latency.measure_latency` measures a table; one of other hardware may be given.
+    :func:`obc.structures.latency.measure_latency` measures a table; a table of other hardware may be used instead.
 
     Attributes:
-        seconds: group -> width -> seconds of its layers; of a group that is a whole block, at width 1 of everything in
-            the block.
-        rest: seconds of what no group changes.
-        shared: of layers that belong to two groups.
-        device: where it was measured: "cpu", or the name of the GPU; None: it holds for any.
-        dtype: of the parameters.
-        threads: of the CPU; None on a GPU.
-        batch: shapes of the inputs that it was measured with.
+        seconds: group -> width -> seconds of its layers; for a group that is a whole block, with everything in the
+            block at width 1.
+        rest: seconds that no group changes.
+        shared: seconds of layers that belong to two groups.
+        device: where it was measured: "cpu" or the name of the GPU; None means any device.
+        dtype: dtype of the parameters.
+        threads: number of CPU threads; None on a GPU.
+        batch: shapes of the inputs used for the measurement.
 
     Raises:
-        LatencyTableError: a width or a time is out of its range, or a group that is shared has no seconds.
+        LatencyTableError: a width or time is out of range, or a shared group has no seconds.
     """
 
     seconds: Mapping[str, Mapping[int, float]]
@@ -83,7 +83,7 @@ class LatencyTable:
                 raise LatencyTableError(f"seconds must be finite and not negative, got {value!r}")
         for one in self.shared:
             if lost := [name for name in one.groups if name not in self.seconds]:
-                raise LatencyTableError(f"the latency table says what {lost[0]!r} shares, but not its seconds")
+                raise LatencyTableError(f"the latency table says what {lost[0]!r} shares, but has no seconds for it")
 
     def _curve(self, name: str) -> Curve:
         try:
@@ -100,13 +100,13 @@ class LatencyTable:
         """Seconds of a group's layers at a width.
 
         Raises:
-            LatencyTableError: the table has no such group, or it ends below this width.
+            LatencyTableError: the table has no such group, or ends below this width.
         """
         self.check_groups({name: width})
         return self.curves[name].at(width)
 
     def check_groups(self, widths: Mapping[str, int]) -> None:
-        """Refuse a table that lacks one of these groups, or ends below its width.
+        """Raise if the table lacks one of these groups or ends below its width.
 
         Raises:
             LatencyTableError: the message names the group.
@@ -125,10 +125,10 @@ class LatencyTable:
                 )
 
     def check_device(self, model: nn.Module) -> None:
-        """Refuse a table of another device than the model's.
+        """Raise if the table belongs to another device than the model's.
 
         Raises:
-            LatencyTableError: the message names both.
+            LatencyTableError: the message names both devices.
         """
         here = device_name(model)
         if self.device is not None and self.device != here:
@@ -138,10 +138,10 @@ class LatencyTable:
             )
 
     def costs(self, groups: Iterable[ChannelGroup], inside: Mapping[str, Sequence[str]] | None = None) -> Costs:
-        """Seconds of a model with these groups as they are now, for :func:`obc.select`.
+        """The seconds of a model with these groups, as costs for :func:`obc.select`.
 
         Args:
-            groups: of the model.
+            groups: groups of the model.
             inside: whole block or branch -> groups that vanish with it (:class:`obc.model.costs.Costs`).
 
         Raises:
@@ -155,7 +155,7 @@ class LatencyTable:
         quadratic = torch.zeros(len(names), len(names), dtype=torch.float64)
         for one in self.shared:
             present = [place[name] for name in one.groups if name in place]
-            if len(present) == 2:  # else the other group has no unit left, and is no group any more
+            if len(present) == 2:  # otherwise the other group has no units left and is no longer a group
                 linear[present] -= one.seconds
                 quadratic[present[0], present[1]] += one.seconds
         inside = {name: [one for one in inner if one in place] for name, inner in (inside or {}).items()}
@@ -185,18 +185,18 @@ class LatencyTable:
         """Write the table as JSON, for :meth:`load`.
 
         Raises:
-            OSError: the file can't be written; a file that was there is what it was.
+            OSError: the file can't be written; an existing file is left unchanged.
         """
         with atomic_write(path) as file:
             file.write((json.dumps({"format": _FORMAT, **asdict(self)}, indent=1) + "\n").encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> LatencyTable:
-        """Read a table that :meth:`save` wrote.
+        """Read a table written by :meth:`save`.
 
         Raises:
-            LatencyTableError: the file is no latency table, or is damaged.
-            OSError: it can't be read.
+            LatencyTableError: the file is not a latency table, or is damaged.
+            OSError: the file can't be read.
         """
         try:
             raw = built(read_fields(path, _FORMAT), _Written)
@@ -214,7 +214,7 @@ class LatencyTable:
 
 @dataclass(frozen=True)
 class _Written:
-    """A table as JSON has it: widths are text there."""
+    """The JSON form of a table, whose widths are strings."""
 
     seconds: dict[str, dict[str, float]]
     rest: float = 0.0
@@ -226,7 +226,7 @@ class _Written:
 
 
 def device_name(model: nn.Module) -> str:
-    """The name of the GPU that a model's first tensor is on; else its kind of device, such as "cpu"."""
+    """The name of the GPU that a model's first tensor is on; otherwise the device type, such as "cpu"."""
     tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
     if tensor is None:
         return "cpu"

@@ -1,4 +1,4 @@
-"""Channels of linear and convolutional layers: what slicing, folding and compensation need to know of them."""
+"""Channel positions in linear and convolutional layers, as slicing, folding and compensation need them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from obc.model.rules import Rule, is_transformers_conv1d, rule_for
 
 
 def layout_of(module: nn.Module) -> Rule | None:
-    """Where the channels of a linear or convolutional layer lie; None for every other module."""
+    """Where the channels of a linear or convolutional layer lie; None for other modules."""
     if not isinstance(module, (_ConvNd, nn.Linear)) and not is_transformers_conv1d(module):
         return None
     rule = rule_for(module)
@@ -18,22 +18,22 @@ def layout_of(module: nn.Module) -> Rule | None:
 
 
 def is_depthwise(module: nn.Module) -> bool:
-    """Whether an unpruned convolution has one filter per channel: pruning it slices its filters and groups together.
+    """Whether an unpruned convolution has one filter per channel, so that pruning slices filters and groups together.
 
-    Of a pruned one, :func:`obc.model.slicing.was_depthwise`.
+    For a pruned one use :func:`obc.model.slicing.was_depthwise`.
     """
     return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
 
 
 def expand(channels: Tensor, repeat: int) -> Tensor:
-    """Columns owned by ``channels`` where each owns ``repeat`` consecutive ones."""
+    """The columns of ``channels`` if each has ``repeat`` consecutive ones."""
     if repeat == 1:
         return channels
     return (channels[:, None] * repeat + torch.arange(repeat, device=channels.device)).flatten()
 
 
 def split_by_group(channels: Tensor, size: int, groups: int) -> Tensor | None:
-    """(groups, n) indices inside each group of ``size / groups`` channels; None where groups keep unequal numbers."""
+    """(groups, n) indices within each conv group of ``size / groups`` channels; None if groups keep unequal numbers."""
     if size % groups or len(channels) % groups:
         return None
     local = channels.reshape(groups, -1)
@@ -44,5 +44,5 @@ def split_by_group(channels: Tensor, size: int, groups: int) -> Tensor | None:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether ``model`` came from ``torch.compile`` or compiled itself. (Naming Dynamo's class would import Dynamo.)"""
+    """Whether ``model`` came from ``torch.compile`` or compiled itself; does not import Dynamo."""
     return "_orig_mod" in model._modules or model._compiled_call_impl is not None

@@ -1,7 +1,7 @@
-"""The plan of a model that was pruned elsewhere, found by the values of its tensors.
+"""Finds the plan of a model that was pruned elsewhere, from the values of its tensors.
 
-Every kernel (a scalar of a linear layer) becomes an integer id, equal for equal values. A row of a pruned weight is a
-subsequence of its original row, because pruning keeps the order; a few such rows give the columns, the columns give
+Every kernel (for a linear layer, every scalar) becomes an integer id, equal for equal values. Pruning keeps the order,
+so a row of a pruned weight is a subsequence of its original row. A few such rows give the columns, and the columns give
 all rows.
 """
 
@@ -18,12 +18,12 @@ from obc.model.layouts import expand, is_depthwise, layout_of
 from obc.model.names import named_modules
 from obc.model.slicing import original_tensor
 
-# Rows whose subsequences are intersected before the columns count as found. One row leaves ties wherever values repeat.
+# Rows whose subsequences are intersected before the columns count as found; one row is ambiguous if values repeat.
 _PIVOTS = 4
 
 
 def match(original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> dict[str, Kept]:
-    """Kept of every module of ``pruned_model`` whose tensors are smaller than the original's."""
+    """The ``Kept`` of every module of ``pruned_model`` whose tensors are smaller than the original's."""
     kept: dict[str, Kept] = {}
     for name, module in named_modules(pruned_model):
         tensors = {
@@ -59,7 +59,7 @@ def _match_module(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tens
             raise PlanError(f"{name}: a grouped transposed convolution can't be matched; record it with prune_step")
         return _match_groups(name, original, pruned, layout.groups)
     ids, pruned_ids = _ids(original, pruned)
-    if "bias" in tensors:  # one more column that every row keeps
+    if "bias" in tensors:  # treated as one more column, which every row keeps
         bias, pruned_bias = _ids(*(bias[:, None] for bias in tensors["bias"]))
         extra = ids.max() + 1
         ids, pruned_ids = torch.cat([bias + extra, ids], 1), torch.cat([pruned_bias + extra, pruned_ids], 1)
@@ -70,7 +70,7 @@ def _match_module(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tens
 
 
 def _match_channels(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Kept:
-    """Norms, embeddings, depthwise convolutions: one set of channels, found from all tensors together."""
+    """Match norms, embeddings and depthwise convolutions: one set of channels explains all their tensors."""
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         raise PlanError(f"{name}: a pruned {type(module).__name__} can't be matched; record it with prune_step")
     dim = 1 if isinstance(module, nn.Embedding) else 0
@@ -109,7 +109,7 @@ def _unless_whole(indices: Tensor, size: int) -> Tensor | None:
 
 
 def _ids(original: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, columns) of integers, equal where the kernels are."""
+    """(rows, columns) of integers, equal where the kernels are equal."""
     kernels = torch.cat([tensor.reshape(-1, tensor.shape[2:].numel()) for tensor in (original, pruned)])
     if kernels.shape[1] == 1:
         ids = torch.unique(kernels, return_inverse=True)[1].flatten()
@@ -138,7 +138,7 @@ def _match_matrix(
 
 
 def _columns_from_pivots(ids: Tensor, pruned_ids: Tensor) -> Tensor | None:
-    """The columns, from a few rows: which original rows they can be, then one subsequence through all of them."""
+    """Find the columns from a few rows: their possible original rows, then one subsequence through all of them."""
     pivots = pruned_ids[: min(_PIVOTS, len(pruned_ids))]
     candidates = [_supersequences(ids, pivot) for pivot in pivots]
     if any(len(rows) == 0 for rows in candidates):
@@ -157,7 +157,7 @@ def _supersequences(ids: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _match_rows(originals: Tensor, pruneds: Tensor) -> Tensor | None:
-    """Ascending indices with originals[indices] == pruneds, the first of equals; None where there are none."""
+    """Ascending indices with originals[indices] == pruneds, first of equals first; None if there are none."""
     ids = torch.unique(torch.cat([originals, pruneds]), dim=0, return_inverse=True)[1].tolist()
     available, wanted = enumerate(ids[: len(originals)]), ids[len(originals) :]
     found = [next((index for index, value in available if value == target), None) for target in wanted]
@@ -166,7 +166,7 @@ def _match_rows(originals: Tensor, pruneds: Tensor) -> Tensor | None:
 
 
 def _is_channel_first(module: nn.Module) -> bool:
-    """Whether a flatten behind it makes runs of columns of its channels: linear layers have their channels last."""
+    """Whether flatten turns each channel into a run of columns; linear layers have their channels last."""
     layout = layout_of(module)
     if layout is not None:
         return layout.convolution
@@ -174,7 +174,7 @@ def _is_channel_first(module: nn.Module) -> bool:
 
 
 def _with_flatten(found: Kept, width: int, earlier: Mapping[str, Kept], state_dict: Mapping[str, Tensor]) -> Kept:
-    """in_repeat of a Linear: its columns are whole blocks of channels that one of ``earlier``, the last such, kept."""
+    """Infer in_repeat of a Linear: its columns are whole blocks of the channels that the last such layer kept."""
     columns = found.in_channels
     if columns is None:
         return found

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of every module under the first of its names: a module used twice has one entry in a plan."""
+    """(name, module) of every module, under its first name: a module used twice has one entry in a plan."""
     return iter(model.named_modules(remove_duplicate=True))
 
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """(module name, module, tensor name, tensor) of everything that a state dict holds, once per module."""
+    """(module name, module, tensor name, tensor) of everything in a state dict, once per module."""
     for module_name, module in named_modules(model):
         yield from ((module_name, module, name, p.detach()) for name, p in module.named_parameters(recurse=False))
         persistent = (

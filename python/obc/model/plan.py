@@ -1,4 +1,4 @@
-"""What pruning kept of every layer: recorded, composed over steps, verified exactly, saved without pickle."""
+"""The pruning plan, what every layer kept: composed over steps, verified exactly, saved as JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from obc.page.markup import table
 
 _FORMAT = {"format": "obc.PruningPlan", "version": 1}
 
-# Channels, columns and blocks lie below; a damaged file may say otherwise.
+# Channels, columns and blocks must lie below this; a damaged file may say otherwise.
 _LARGEST = 2**31
 # Fields that may be 0 or missing.
 _DIMENSIONS = ("dim", "in_dim")
@@ -34,11 +34,11 @@ _DIMENSIONS = ("dim", "in_dim")
 class PruningPlan(Mapping[str, Kept]):
     """What every pruned layer kept of the original model, by module name (raw parameters: by parameter name).
 
-    Names are those of the unpruned model, also where whole blocks are gone and later ones moved up in their list.
+    Names are those of the unpruned model, even if whole blocks were removed and later ones moved up in their list.
 
     Args:
-        kept: by name.
-        depth: the blocks and branches that are gone.
+        kept: name -> what was kept.
+        depth: the removed blocks and branches.
     """
 
     def __init__(self, kept: Mapping[str, Kept] | None = None, depth: Depth | None = None) -> None:
@@ -70,7 +70,7 @@ class PruningPlan(Mapping[str, Kept]):
         Layers without an entry must be unchanged.
 
         Raises:
-            PlanError: naming the first tensor that differs, and both shapes.
+            PlanError: a tensor differs; the message names the first one and both shapes.
         """
         names = original_names(pruned_model, self.depth)
         known = set(names.values()) | {
@@ -94,9 +94,9 @@ class PruningPlan(Mapping[str, Kept]):
         tensor_name: str,
         pruned: Tensor,
     ) -> None:
-        """:meth:`verify` of one tensor: ``pruned``, the tensor ``tensor_name`` of the pruned ``module``.
+        """Like :meth:`verify` for one tensor: ``pruned``, the tensor ``tensor_name`` of the pruned ``module``.
 
-        ``module_name`` is the module's in the unpruned model.
+        ``module_name`` is the module's name in the unpruned model.
         """
         key = f"{module_name}.{tensor_name}" if module_name else tensor_name
         original = original_tensor(original_state_dict, key)
@@ -117,9 +117,9 @@ class PruningPlan(Mapping[str, Kept]):
             )
 
     def put_slices(self, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> None:
-        """Give a pruned model the slices of the original again: what changed its weights since is undone, in place.
+        """Reset a pruned model's weights, in place, to the slices of the original.
 
-        Running statistics of norms stay as they are. Blocks that are gone must have their stand-ins.
+        Running statistics of norms are kept. Removed blocks must have their stand-ins.
 
         Raises:
             PlanError: the plan does not describe the model.
@@ -137,20 +137,20 @@ class PruningPlan(Mapping[str, Kept]):
         return sliced(module, tensor_name, original, kept_of(self, module_name, key), key)
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Cut an unpruned model to what this plan kept, in place: to load a pruned state dict into it.
+        """Cut an unpruned model to what this plan kept, in place, so that a pruned state dict can be loaded.
 
         >>> model = build()  # the unpruned model's class and arguments
         >>> obc.PruningPlan.load("plan.json").apply(model).load_state_dict(pruned_state_dict)
 
-        Sizes of torch's own layers follow. Counts that modules of your own keep, such as a number of heads, don't: set
-        them yourself where whole heads were removed. Models of the transformers library have
+        Sizes of torch's own layers are updated. Counts in your own modules, such as a number of heads, are not: set
+        them yourself if whole heads were removed. For models of the transformers library use
         :func:`obc.structures.transformers.load_pruned`.
 
         Returns:
             The model.
 
         Raises:
-            PlanError: the plan names what the model lacks, or does not fit a tensor's shape; the model is unchanged.
+            PlanError: the plan names a module that the model lacks, or does not fit a tensor; the model is unchanged.
         """
         cut(model, self)
         for name, stand_in in self.depth.stand_ins.items():
@@ -162,7 +162,7 @@ class PruningPlan(Mapping[str, Kept]):
         """Write the plan as JSON.
 
         Raises:
-            OSError: the file can't be written; a file that was there is what it was.
+            OSError: the file can't be written; an existing file is left unchanged.
         """
         layers = {name: {field: _plain(value) for field, value in vars(kept).items()} for name, kept in self.items()}
         depth = {"depth": self.depth.plain()} if self.depth else {}
@@ -175,8 +175,8 @@ class PruningPlan(Mapping[str, Kept]):
         """Read a plan written by :meth:`save`.
 
         Raises:
-            PlanError: the file is no plan, one of another version, or damaged.
-            OSError: it can't be read.
+            PlanError: the file is not a plan, has another version, or is damaged.
+            OSError: the file can't be read.
         """
         with open(path, "rb") as file:
             text = file.read()
@@ -198,13 +198,13 @@ class PruningPlan(Mapping[str, Kept]):
 
     @classmethod
     def from_models(cls, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> PruningPlan:
-        """The plan of a model that was pruned elsewhere, found by matching values, and verified.
+        """Find and verify the plan of a model that was pruned elsewhere, by matching values.
 
-        Channels with equal values are interchangeable and matched in ascending order. Whether a Linear follows a
-        flatten is inferred: its columns were kept in blocks and an earlier layer kept those channels.
+        Channels with equal values are interchangeable and matched in ascending order. A Linear is taken to follow a
+        flatten if its columns were kept in blocks and an earlier layer kept those channels.
 
         Raises:
-            PlanError: a tensor of the pruned model is no slice of the original, or several slices explain it.
+            PlanError: a tensor of the pruned model is not a slice of the original, or several slices explain it.
         """
         plan = cls(match(original_state_dict, pruned_model))
         plan.verify(original_state_dict, pruned_model)
@@ -220,7 +220,7 @@ def _plain(value: Any) -> Any:
 
 
 def _kept(fields: Any) -> Kept:
-    """The entry of one layer, from a file; ValueError where it is none."""
+    """Parse one layer's entry of a file; raises ValueError if it is damaged."""
     known = {field.name for field in dataclasses.fields(Kept)}
     if not isinstance(fields, dict) or not fields.keys() <= known:
         raise ValueError(f"a layer has the fields {', '.join(sorted(known))}, got {reprlib.repr(fields)}")

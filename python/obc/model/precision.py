@@ -1,4 +1,4 @@
-"""What float32 products are computed in."""
+"""The precision of float32 products."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 
 
 def tf32_is_allowed() -> bool:
-    """Whether GPUs may multiply float32 with eleven bits (TF32), by whichever of torch's settings.
+    """Whether any of torch's settings lets GPUs multiply float32 with eleven bits (TF32).
 
-    cuDNN's convolutions may by default. The older settings (``allow_tf32``) can't be read once a newer one was made.
+    cuDNN's convolutions may by default. The older settings (``allow_tf32``) can't be read once a newer one was set.
     """
     backends = torch.backends
     return "tf32" in (backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""A line of progress in the log where no progress bar is shown because the output is no terminal."""
+"""Logs progress when no progress bar is shown because the output is not a terminal."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class ProgressLog:
     """Logs progress at most every 30 seconds, at level INFO of the logger "obc.progress".
 
     Args:
-        name: of the work that is logged.
-        progress: as every ``progress`` argument: None says it where standard error is no terminal, because a bar is
-            shown there; True always shows a bar, False nothing.
+        name: name of the work.
+        progress: as in every ``progress`` argument: None logs if standard error is not a terminal (a bar is shown there
+            otherwise); True always shows a bar; False shows nothing.
     """
 
     def __init__(self, name: str, progress: bool | None) -> None:
@@ -28,7 +28,7 @@ class ProgressLog:
         self.doing = ""
 
     def tick(self, done: int, total: int | None, unit: str = "batch") -> None:
-        """``done`` of ``total`` are done; ``doing`` says of what."""
+        """Report that ``done`` of ``total`` are done; ``doing`` names the work."""
         now = time.monotonic()
         if not self._speaks or now - self._said < _EVERY:
             return

@@ -1,8 +1,8 @@
-"""Quantised layers: the weight that they stand for, and plain layers in their place.
+"""Quantised layers: the weights that they represent, and plain layers to replace them.
 
-A packed weight stores other numbers than those of the matrix that it stands for, often in another shape, so that no row
-or column can be taken out of it. Scoring does not need to: it reads activations and their gradients. Pruning does, and
-refuses such layers by name; :func:`dequantize` makes plain ones of them first.
+A packed weight stores other numbers than the matrix it represents, often in another shape, so no row or column can be
+removed from it. Scoring is unaffected, because it reads activations and their gradients. Pruning refuses such layers by
+name; :func:`dequantize` replaces them by plain layers first.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from obc.model.names import named_modules
 from obc.model.refusals import refuse_adapted
 from obc.model.rules import is_packed, packed_weight
 
-# What a plain layer may differ by from its quantised one, relative to the largest output. Kernels multiply in float16
-# or bfloat16, whose steps are 2^-10 and 2^-8 of a number; a wrong scale or order is off by far more.
+# How much a plain layer may differ from its quantised one, relative to the largest output. Kernels multiply in float16
+# or bfloat16, whose steps are 2^-10 and 2^-8 of a number; a wrong scale or order differs by far more.
 _TOLERANCE = 2e-2
-# Unit vectors at once: more would need the memory of another weight for a wide layer's inputs.
+# Number of unit vectors per call: more would take as much memory as another weight for a layer with many inputs.
 _CHUNK = 512
 _COLUMNS_CHECKED = 16
 
@@ -36,9 +36,9 @@ class QuantisedKind:
 
     Attributes:
         name: for messages.
-        matches: whether a module is stored so.
-        weight: the matrix that such a module stands for, as a plain layer has it: (out, in), (out, in, *kernel) of a
-            convolution, (entries, features) of an embedding.
+        matches: tells whether a module is stored this way.
+        weight: computes the matrix that such a module represents, laid out as in a plain layer: (out, in), for a
+            convolution (out, in, *kernel), for an embedding (entries, features).
     """
 
     name: str
@@ -50,10 +50,10 @@ _KINDS: dict[str, QuantisedKind] = {}
 
 
 def register(kind: QuantisedKind) -> None:
-    """Let :func:`dequantize` read a further kind of quantised layer.
+    """Register another kind of quantised layer for :func:`dequantize`.
 
     Raises:
-        ValueError: another kind has the name.
+        ValueError: the name is taken.
     """
     if _KINDS.get(kind.name, kind) is not kind:
         raise ValueError(f"a kind {kind.name!r} is registered already; choose another name")
@@ -61,22 +61,22 @@ def register(kind: QuantisedKind) -> None:
 
 
 def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model whose weights are stored packed, by name."""
+    """The layers whose weights are stored packed, by name."""
     return {name: module for name, module in named_modules(model) if is_quantised(module)}
 
 
 def refuse_quantised(model: nn.Module) -> None:
-    """Refuse a model with quantised layers.
+    """Raise if a model has quantised layers.
 
     Raises:
-        PlanError: names the first of them, and what to do.
+        PlanError: names the first such layer and the remedy.
     """
     for name, module in quantised_layers(model).items():
         raise PlanError(why_not_sliced(name, module))
 
 
 def why_not_sliced(name: str, module: nn.Module) -> str:
-    """Why no channels can be taken out of a quantised layer, and what to do about it."""
+    """Why channels can't be removed from a quantised layer, and what to do about it."""
     stored = ""
     if (key := packed_weight(module)) is not None:
         tensor = getattr(module, key)
@@ -90,30 +90,30 @@ def why_not_sliced(name: str, module: nn.Module) -> str:
 
 @torch.no_grad()
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
-    """Put a plain layer in the place of every quantised one, in place: the model then can be pruned.
+    """Replace every quantised layer by a plain one, in place, so that the model can be pruned.
 
-    Read by what they store: layers of bitsandbytes (8 and 4 bits), optimum-quanto and compressed-tensors, of torchao
-    and every other tensor class with ``dequantize()``, and transformers' ``FP8Linear``; :func:`register` adds kinds.
-    Any other linear layer is read by what it does: its output on the unit vector e_i, less that on zeros, is the i-th
-    column of its weight; it is refused unless it then computes the same as the plain layer on other inputs. Where a
-    quantised linear layer runs on its device, the plain one is compared with it.
+    These are read from what they store: layers of bitsandbytes (8 and 4 bits), optimum-quanto and compressed-tensors,
+    torchao's and every other tensor class with ``dequantize()``, and transformers' ``FP8Linear``; :func:`register`
+    adds kinds. Any other linear layer is read from its outputs: its output on the unit vector e_i, minus that on
+    zeros, is the i-th column of its weight. It is refused unless the plain layer then computes the same on other
+    inputs. If a quantised linear layer runs on its device, the plain one is compared with it.
 
-    The config of a transformers model then says that nothing is quantised, so that ``save_pretrained`` writes a
-    plain checkpoint; of one that was loaded from a GGUF file too, whose weights are plain already. Everything is
-    refused, or nothing: an exception leaves the model as it was.
+    Afterwards the config of a transformers model says that nothing is quantised, so that ``save_pretrained`` writes a
+    plain checkpoint. This includes models loaded from a GGUF file, whose weights are plain already. If anything raises,
+    the model is left as it was.
 
     Args:
-        model: changed in place.
-        dtype: of the plain weights and biases; by default that of the model's first parameter that is neither packed
-            nor an integer.
+        model: the model, changed in place.
+        dtype: dtype of the plain weights and biases; by default that of the model's first parameter that is neither
+            packed nor an integer.
 
     Returns:
-        The names of the layers.
+        The names of the replaced layers.
 
     Raises:
-        PlanError: a layer can't be read, or its plain layer does not compute what it computes; the model is itself such
-            a layer, has adapters that are not merged, or hooks that move a layer's weight between devices.
-        ValueError: no ``dtype``, and no parameter to take it from.
+        PlanError: a layer can't be read, or its plain layer computes something else; the model itself is such a layer,
+            has unmerged adapters, or has hooks that move a layer's weight between devices.
+        ValueError: ``dtype`` is None and no parameter provides it.
     """
     refuse_adapted(model)
     layers = quantised_layers(model)
@@ -142,7 +142,7 @@ def _own_dtype(model: nn.Module) -> torch.dtype:
     for parameter in model.parameters():
         if not is_packed(parameter):
             return parameter.dtype
-    raise ValueError("every parameter is packed, so that none says which dtype the others shall have; pass dtype=")
+    raise ValueError("every parameter is packed, so the dtype of the plain layers is unknown; pass dtype=")
 
 
 def _plain(name: str, module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -194,12 +194,12 @@ def _with_weight(name: str, module: nn.Module, weight: Tensor, kind: QuantisedKi
 
 
 def _by_unit_vectors(name: str, module: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a linear layer by its outputs: column i is y(e_i) - y(0)."""
+    """Read a linear layer's weight from its outputs: column i is y(e_i) - y(0)."""
     found: Any = module
     features, device = getattr(found, "in_features", None), _device_of(module)
     if type(features) is not int:
         raise PlanError(
-            f"{name} is a {type(module).__name__} that stores its weights packed, and no kind that obc can read "
+            f"{name} is a {type(module).__name__} that stores its weights packed, and not of a kind that obc can read "
             f"({', '.join(_KINDS)}); load the model unquantised, or obc.model.quantized.register the kind"
         )
     columns = []
@@ -211,7 +211,7 @@ def _by_unit_vectors(name: str, module: nn.Module, dtype: torch.dtype) -> Tensor
             columns.append((found(units) - zero).T)
     except Exception as error:
         raise PlanError(
-            f"{name} is a {type(module).__name__}, no kind whose weight obc can read ({', '.join(_KINDS)}), and it "
+            f"{name} is a {type(module).__name__}, not a kind whose weight obc can read ({', '.join(_KINDS)}), and it "
             f"does not run on {device} either: {type(error).__name__}: {error}; load the model unquantised, or "
             "obc.model.quantized.register the kind"
         ) from error
@@ -219,9 +219,10 @@ def _by_unit_vectors(name: str, module: nn.Module, dtype: torch.dtype) -> Tensor
 
 
 def _compare(name: str, module: nn.Module, plain: nn.Module, known: bool) -> None:
-    """Refuse a plain layer that does not compute what the quantised one computes.
+    """Raise if a plain layer computes something else than the quantised one.
 
-    On unit vectors, which survive rounding of activations exactly; where it was made from those, on other inputs.
+    Compares on unit vectors, which survive rounding of activations exactly, or on other inputs if the weight was read
+    from unit vectors.
     """
     if not isinstance(plain, nn.Linear):
         return
@@ -234,7 +235,7 @@ def _compare(name: str, module: nn.Module, plain: nn.Module, known: bool) -> Non
         x = torch.randn(4, features, generator=generator).to(plain.weight)
     try:
         found = module(x)
-    except Exception:  # of any type: its kernels may need another device, which says nothing about the weight
+    except Exception:  # its kernels may need another device, which says nothing about the weight
         if known:
             return
         raise
@@ -254,7 +255,7 @@ def _device_of(module: nn.Module) -> torch.device:
 
 
 def _forget_quantisation(model: Any) -> None:
-    """Let a transformers model, and its config, say that nothing is quantised."""
+    """Make a transformers model, and its config, say that nothing is quantised."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -270,7 +271,7 @@ def _forget_quantisation(model: Any) -> None:
 
 
 def _is(module: Any, package: str, name: str) -> bool:
-    """Whether a module's class is, or derives from, ``name`` of a package, which is not imported for it."""
+    """Whether a module's class is, or derives from, ``name`` of a package; does not import the package."""
     return any(cls.__name__ == name and cls.__module__.partition(".")[0] == package for cls in type(module).__mro__)
 
 
@@ -289,7 +290,7 @@ def _bitsandbytes_eight(module: Any) -> Tensor:
 
 
 def _fp8(module: Any) -> Tensor:
-    """weight * weight_scale_inv, one scale for the whole or for each block of rows and columns."""
+    """weight * weight_scale_inv, with one scale in total or one per block of rows and columns."""
     weight, scale = module.weight.float(), module.weight_scale_inv.float()
     if module.block_size is not None:
         for dim, size in enumerate(module.block_size):

@@ -1,4 +1,4 @@
-"""Numbers of bytes with a unit."""
+"""Formats numbers of bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models that can't be pruned as they are: compiled, wrapped, with adapters, or with computed weights."""
+"""Refuses models that can't be pruned as they are: compiled, wrapped, with adapters, or with computed weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from obc.model.kept import PlanError
 from obc.model.layouts import is_compiled
 from obc.model.sharding import is_sharded
 
-# Classes of the hooks that compute a weight before every forward -> how to make it a parameter again.
+# Classes of hooks that compute a weight before every forward -> what turns it into a parameter again.
 _REMOVERS = {
     "WeightNorm": "torch.nn.utils.remove_weight_norm",
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
@@ -22,11 +22,11 @@ _REMOVERS = {
 
 
 def refuse_unprunable(model: nn.Module) -> None:
-    """Refuse models whose layers can't be given smaller weights; the message says what can be pruned instead.
+    """Raise if layers can't be given smaller weights; the message says what can be pruned instead.
 
     Raises:
-        PlanError: the model is compiled, scripted, wrapped for several processes or GPUs, spread over processes, has
-            adapters that are not merged, weights that are computed from others, or lazy layers without weights.
+        PlanError: the model is compiled, scripted, wrapped for several processes or GPUs, or spread over processes; or
+            it has unmerged adapters, computed weights, or lazy layers without weights.
     """
     name = type(model).__name__
     if is_compiled(model):
@@ -60,11 +60,11 @@ def refuse_unprunable(model: nn.Module) -> None:
 def refuse_adapted(model: nn.Module) -> None:
     """Refuse PEFT adapters, whose widths are those of the unpruned model.
 
-    They are layers that wrap the model's and add something to what these compute, copies of layers that are trained
+    They are layers that wrap the model's layers and add to their outputs, trained copies of layers
     (``modules_to_save``), and learned prompts.
 
     Raises:
-        PlanError: names the first of them, and what to do.
+        PlanError: names the first of them and the remedy.
     """
     name = type(model).__name__
     wrappers = _classes("peft.tuners.tuners_utils", "BaseTunerLayer") + _classes(
@@ -73,18 +73,18 @@ def refuse_adapted(model: nn.Module) -> None:
     for layer, module in model.named_modules():
         if isinstance(module, wrappers):
             raise PlanError(
-                f"{name} has adapters of PEFT ({layer!r} is a {type(module).__name__}), which widths of its own would "
-                "not fit; prune model.merge_and_unload(), or adapt the pruned model"
+                f"{name} has adapters of PEFT ({layer!r} is a {type(module).__name__}), which would "
+                "not fit new widths; prune model.merge_and_unload(), or adapt the pruned model"
             )
     if isinstance(model, _classes("peft.peft_model", "PeftModel")):
         raise PlanError(
-            f"{name} has prompts of PEFT, which widths of its own would not fit; prune model.get_base_model(), and "
+            f"{name} has prompts of PEFT, which would not fit new widths; prune model.get_base_model(), and "
             "learn prompts for the pruned model"
         )
 
 
 def _classes(module: str, *names: str) -> tuple[type, ...]:
-    """Those of a module's classes that there are; nothing is imported, so that a model without them costs nothing."""
+    """Those of a module's classes that exist; imports nothing, so a model without them costs nothing."""
     return tuple(found for name in names if isinstance(found := getattr(sys.modules.get(module), name, None), type))
 
 
@@ -94,7 +94,7 @@ def _refuse_computed(layer: str, module: nn.Module) -> None:
         for base in type(hook).__mro__:
             if base.__module__.startswith("torch.nn.utils.") and base.__name__ in _REMOVERS:
                 raise PlanError(
-                    f"{layer or 'the model'} has a weight that {base.__name__} computes before every forward, so that "
+                    f"{layer or 'the model'} has a weight that {base.__name__} computes before every forward, so "
                     f"it can't be sliced; make it a parameter again: {_REMOVERS[base.__name__]}(module"
                     f"{', name' if base.__name__ == 'BasePruningMethod' else ''})"
                 )

@@ -1,7 +1,7 @@
 """Which modules have channels to score, and where their channels lie.
 
-A rule says how a module's row of scores can be read: by gates on its input and output, from the gradients of its
-one-dimensional parameters, or only from its weight's gradient.
+A rule says how a module's row can be read: by gates on its input and output, from the gradients of its one-dimensional
+parameters, or only from its weight's gradient.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class Rule:
     """Where a module's channels lie.
 
     Attributes:
-        kind: "gate" (activation times gradient at input and output), "norm" (an affine of one-dimensional weight and
-            bias), or "weight" (only the weight's gradient serves).
+        kind: "gate" (activation times gradient at input and output), "norm" (one-dimensional weight and bias that scale
+            and shift), or "weight" (only the weight's gradient works).
         weight: the weight's attribute name.
         bias: the bias's attribute name, or None.
-        out_axis: the weight's dimension of the out channels.
-        in_axis: the weight's dimension of the in channels, or None where the module has none.
-        out_dim: the channel dimension of the output, counted from the end; None where no gate serves it.
+        out_axis: the weight's dimension of out channels.
+        in_axis: the weight's dimension of in channels; None if the module has none.
+        out_dim: the output's channel dimension, counted from the end; None if no gate works there.
         in_dim: the same for the input.
-        groups: groups of a convolution.
+        groups: conv groups.
         looks_up: the module selects rows of its weight by integer input (an embedding).
         elementwise: the weight multiplies channels along its last dimension.
-        packed: the weight is stored in other numbers than it stands for (a quantised layer), so that it has no
-            gradient, and its shape does not tell the channels.
+        packed: the weight stores other numbers than it represents (a quantised layer), so it has no gradient and its
+            shape does not tell the channels.
     """
 
     kind: Literal["gate", "norm", "weight"]
@@ -56,11 +56,11 @@ class Rule:
 
     @property
     def convolution(self) -> bool:
-        """Whether the channels lie along dim 1 of the input and output, before the positions; else along the last."""
+        """Whether channels lie along dim 1 of input and output, before the positions; otherwise along the last dim."""
         return self.out_dim is not None and self.out_dim < -1
 
     def sizes(self, weight: Tensor) -> tuple[int, int]:
-        """(out channels, in channels) of ``weight``, of this layer before or after pruning: grouping stays."""
+        """(out channels, in channels) of ``weight``, a weight of this layer before or after pruning."""
         rows, columns = weight.shape[0], weight.shape[1] * self.groups
         return (columns, rows) if self.transposed else (rows, columns)
 
@@ -74,7 +74,7 @@ def _bias_name(module: nn.Module) -> str | None:
 
 
 def rule_for(module: nn.Module) -> Rule | str | None:
-    """The rule of a module, the reason why none fits, or None where the module owns no parameters."""
+    """The rule of a module, the reason why none fits, or None if the module owns no parameters."""
     if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
         channel_dim = -1 - len(module.kernel_size)
         out_axis, in_axis = (1, 0) if isinstance(module, _TRANSPOSED) else (0, 1)
@@ -100,7 +100,7 @@ def rule_for(module: nn.Module) -> Rule | str | None:
         return Rule("gate", out_axis=1, out_dim=-1, looks_up=True)
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None:
-            return "query, key and value of different widths have no common in channels"
+            return "query, key and value of different widths don't share their in channels"
         bias = None if module.in_proj_bias is None else "in_proj_bias"
         return Rule("weight", weight="in_proj_weight", bias=bias, in_axis=1)
     return _mixture_rule(module) or _elementwise_rule(module)
@@ -109,9 +109,9 @@ def rule_for(module: nn.Module) -> Rule | str | None:
 def _mixture_rule(module: nn.Module) -> Rule | None:
     """Experts stored as one tensor, and routers that multiply by a weight of their own.
 
-    Of experts the down projections are read, (experts, features, inner) or (experts, inner, features): out channels are
-    whole experts, in channels the inner ones, each of every expert. Up projections would say the same, gates aside.
-    JetMoE has a module for each projection, with one weight (experts, outputs, inputs).
+    For experts the down projections are read, (experts, features, inner) or (experts, inner, features). Out channels
+    are whole experts; in channels are the inner channels of every expert. Up projections would give the same apart from
+    gates. JetMoE has one module per projection, with one weight (experts, outputs, inputs).
     """
     own = dict(module.named_parameters(recurse=False))
     down, weights = own.get(DOWN), fused_experts(module)
@@ -126,7 +126,7 @@ def _mixture_rule(module: nn.Module) -> Rule | None:
 
 
 def _elementwise_rule(module: nn.Module) -> Rule | str | None:
-    """Norms, PReLU, layer scales: a weight, and perhaps a bias, that multiply and shift each channel."""
+    """Norms, PReLU, layer scales: a weight, and perhaps a bias, that scale and shift each channel."""
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     own = dict(module.named_parameters(recurse=False))
     if not own:
@@ -138,15 +138,15 @@ def _elementwise_rule(module: nn.Module) -> Rule | str | None:
             if isinstance(module, (_NormBase, nn.GroupNorm, nn.PReLU)):
                 out_dim = 1
             return Rule("norm", bias=bias_name, out_dim=out_dim, elementwise=True)
-        if isinstance(module, nn.LayerNorm):  # normalised over several dimensions: channels are the last one
+        if isinstance(module, nn.LayerNorm):  # normalised over several dimensions: channels lie along the last one
             return Rule("gate", bias=bias_name, out_axis=weight.dim() - 1, out_dim=-1, elementwise=True)
     names = ", ".join(sorted(own)) or "weight"
     return f"no rule for {type(module).__name__}'s own parameters ({names})"
 
 
 def is_packed(tensor: Tensor) -> bool:
-    """Whether a tensor stores other numbers than it stands for: integers, floats of one byte, a class that holds other
-    tensors. (A tensor of several processes does not.)
+    """Whether a tensor stores other numbers than it represents: integers, one-byte floats, or a class that contains
+    other tensors. DTensors don't count.
     """
     if is_dtensor(tensor):
         return False
@@ -154,10 +154,10 @@ def is_packed(tensor: Tensor) -> bool:
 
 
 def packed_weight(module: nn.Module) -> str | None:
-    """The name of a quantised layer's packed weight, None where the module is no such layer.
+    """The name of a quantised layer's packed weight, or None if the module is not one.
 
-    Linear layers of other libraries are told by their ``in_features`` and ``out_features``; besides those torch's own
-    linear and convolutional layers and embeddings, and experts stored as one tensor.
+    Other libraries' linear layers are recognised by ``in_features`` and ``out_features``. Otherwise torch's linear and
+    convolutional layers, embeddings, and experts stored as one tensor are recognised.
     """
     if _is_linear(module):
         names: tuple[str, ...] = ("weight", "qweight", "weight_packed")
@@ -177,20 +177,20 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _lacking_weight(module: nn.Module) -> str | None:
-    """Why a layer without parameters is not read: None for those that have no channels of their own."""
+    """Why a layer without parameters is not read; None if it has no channels of its own."""
     if _is_linear(module) and not list(module.children()):
         return f"{type(module).__name__} is a linear layer whose weight is no tensor of its own"
     return None
 
 
 def is_transformers_conv1d(module: nn.Module) -> bool:
-    """Whether this is GPT-2's linear layer, told by its name: transformers must not be imported for it."""
+    """Whether this is GPT-2's linear layer, recognised by name so that transformers is not imported."""
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and weight is not None and weight.dim() == 2
 
 
 def channel_count(module: nn.Module, rule: Rule, axis: int) -> int:
-    """Channels along ``axis`` of the module's weight; dimension 1 of a grouped weight holds one group's share."""
+    """Channels along ``axis`` of the module's weight; dimension 1 of a grouped weight holds one conv group's share."""
     if rule.packed:
         kind = "features" if _is_linear(module) else "channels"
         return int(getattr(module, f"{'out' if axis == rule.out_axis else 'in'}_{kind}"))

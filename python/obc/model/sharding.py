@@ -10,14 +10,14 @@ from torch import nn
 
 
 def is_fully_sharded(model: nn.Module) -> bool:
-    """Whether a part of the model went through ``fully_shard``."""
-    # Importing it takes half a second, and a model that went through it has imported it.
+    """Whether ``fully_shard`` was applied to a part of the model."""
+    # Importing it takes half a second; a model that it was applied to has already imported it.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def is_dtensor(tensor: Any) -> bool:
-    """Whether this is a tensor of several processes."""
+    """Whether this is a DTensor."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 

@@ -11,24 +11,24 @@ from obc.model.names import named_modules
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
-    """Copies of all modules of ``model``, with parameters that share the memory of its own; buffers are copied.
+    """Copy all modules of ``model``; parameters share the memory of the original, buffers are copied.
 
-    The parameters are new objects without gradients. Giving the copy other or shorter ones, or other flags, leaves
-    ``model`` as it is; writing into their values would not.
+    The parameters are new objects without gradients. Replacing or shortening them in the copy, or changing flags,
+    leaves ``model`` as it is; writing into their values would change it.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 memo[id(parameter)] = _alias(parameter)
-        # Tensors in plain attributes may have a history, which can't be copied.
+        # Tensors in plain attributes may have a graph, which can't be copied.
         memo |= {id(value): value for value in vars(module).values() if isinstance(value, Tensor)}
     return copy.deepcopy(model, memo)
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
     if type(parameter) is not nn.Parameter:
-        return parameter  # a class with a state of its own
+        return parameter  # a class with its own state
     return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
 
@@ -36,7 +36,7 @@ Uses = dict[int, list[tuple[dict[str, Any], str]]]
 
 
 def parameter_uses(model: nn.Module) -> Uses:
-    """id of a parameter -> (the dict of a module that holds it, its name there): several where it is shared."""
+    """id of a parameter -> (the module's dict that holds it, its name there); several entries if it is shared."""
     uses: Uses = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -46,7 +46,7 @@ def parameter_uses(model: nn.Module) -> Uses:
 
 
 def replace_parameter(uses: Uses, old: nn.Parameter, new: Tensor) -> None:
-    """Give every module that holds ``old`` one parameter with the values of ``new``."""
+    """Give every module that holds ``old`` one new parameter with the values of ``new``."""
     parameter = nn.Parameter(new, requires_grad=old.requires_grad)
     holders = uses.pop(id(old))
     uses[id(parameter)] = holders

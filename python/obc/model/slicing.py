@@ -15,7 +15,7 @@ from obc.model.rules import Rule, is_packed
 
 
 def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
-    """``state_dict[key]``, detached; PlanError where it is missing."""
+    """``state_dict[key]``, detached; raises PlanError if it is missing."""
     if key not in state_dict:
         raise PlanError(f"the original state dict lacks {key!r} of the pruned model; pass the unpruned model's")
     return state_dict[key].detach()
@@ -25,7 +25,7 @@ def sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept | N
     """What pruning leaves of ``original``, the tensor ``tensor_name`` of a layer like ``module``.
 
     Raises:
-        PlanError: the indices don't fit; the layer, or the original, is a quantised one.
+        PlanError: the indices don't fit, or the layer or its original is quantised.
     """
     if kept is None:
         return original
@@ -75,7 +75,7 @@ def was_depthwise(module: nn.Module, original: Tensor, kept: Kept) -> bool:
 
 
 def sliced_weight(weight: Tensor, layout: Rule, kept: Kept) -> Tensor:
-    """The rows and columns of ``weight`` that ``kept`` names, in its order: of a grouped convolution in each group."""
+    """The rows and columns of ``weight`` in ``kept``, in its order; for a grouped convolution within each group."""
     if kept.in_channels is not None and len(kept.in_channels) * kept.in_repeat > weight.numel():
         raise ValueError(f"{len(kept.in_channels)} in channels of {kept.in_repeat} columns each are more than it has")
     rows, columns = kept.out_channels, kept.in_columns
@@ -108,7 +108,7 @@ def _sliced_groups(weight: Tensor, rows: Tensor | None, columns: Tensor | None, 
 
 
 def _sliced_attention(tensor_name: str, original: Tensor, kept: Kept) -> Tensor:
-    """torch's own attention, pruned along its embedding: queries, keys and values lie stacked in ``in_proj``."""
+    """torch's own attention, pruned along its embedding: queries, keys and values are stacked in ``in_proj``."""
     features = kept.out_channels
     if features is None:
         return original

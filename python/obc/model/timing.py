@@ -1,4 +1,4 @@
-"""Wall time of calls: medians, on the CPU by its clock and on CUDA by events."""
+"""Median wall time of calls, by the clock on the CPU and by events on CUDA."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ REPEATS, WARM_UPS = 15, 3
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, all of its work on ``device`` done."""
+    """Seconds of one call, including all of its work on ``device``."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(device):
@@ -31,7 +31,7 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 def median_seconds(
     calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = REPEATS, warm_ups: int = WARM_UPS
 ) -> list[float]:
-    """The median time of every call. The calls take turns, so that a machine that drifts is fair to all of them."""
+    """The median time of every call. The calls take turns, so that a drift of the machine affects all alike."""
     taken: list[list[float]] = [[] for _ in calls]
     for number in range(warm_ups + repeats):
         for call, times in zip(calls, taken, strict=True):

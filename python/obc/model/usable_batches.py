@@ -1,4 +1,4 @@
-"""Batches without those that are not finite: a batch that one pass leaves out, every later pass leaves out too."""
+"""Batches without the non-finite ones: a batch that one pass leaves out is skipped in every later pass."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _MOST_LEFT_OUT = 0.1
 
 
 class UsableBatches:
-    """Batches to pass over again and again; a pass that finds one not finite names it, and no later pass sees it.
+    """Batches for repeated passes. A pass that finds one not finite names it, and later passes skip it.
 
     >>> for batch in usable:
     ...     if not all_finite(model(batch)):
     ...         usable.leave_out("its outputs are not finite")
 
     Attributes:
-        left_out: number of a batch, counted from 0 over all of them -> why it is left out.
-        on_batch: called with the number of each batch before it is handed on, and how many there are (None: unknown).
-        on_left_out: called with the message where a batch is left out; by default it is a warning.
+        left_out: number of a batch, counted from 0 over all batches -> why it is left out.
+        on_batch: called before each batch with its number and the total (None if unknown).
+        on_left_out: called with the message when a batch is left out; the default warns.
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
@@ -42,11 +42,11 @@ class UsableBatches:
 
     @classmethod
     def of(cls, batches: Iterable[Any]) -> UsableBatches:
-        """The batches themselves where they are usable ones already, so that those left out before stay left out."""
+        """Wrap batches; usable batches are returned as they are, so that those left out stay left out."""
         return batches if isinstance(batches, cls) else cls(batches)
 
     def part(self, numbered: Sequence[tuple[int, Any]]) -> UsableBatches:
-        """Some of the batches, as :meth:`numbered` gave them, under the same numbers. What is left out is shared."""
+        """Some of the batches from :meth:`numbered`, under the same numbers. They share what is left out."""
         some = UsableBatches([batch for _, batch in numbered])
         some._numbers, some._whole = [number for number, _ in numbered], self._whole
         some.left_out, some.on_batch, some.on_left_out = self.left_out, self.on_batch, self.on_left_out
@@ -72,29 +72,29 @@ class UsableBatches:
 
     @property
     def all(self) -> Iterable[Any]:
-        """The batches as given, with those that are left out."""
+        """All batches as given, including those left out."""
         return self._batches
 
     @property
     def count(self) -> int | None:
-        """How many batches there are, left-out ones included; None before the first pass where it can't be known."""
+        """The number of batches, including those left out; None before the first pass if it can't be known."""
         return len(self._batches) if isinstance(self._batches, Sized) else self._seen or None
 
     @property
     def current(self) -> int:
-        """The number of the batch that was handed on last."""
+        """The number of the current batch."""
         return self._current
 
     def leave_out(self, why: str) -> None:
-        """Leave out the batch that was handed on last."""
+        """Leave out the current batch from now on."""
         self.left_out[self._current] = why
         self.on_left_out(f"batch {self._current} is left out: {why}")
 
     def refuse_many(self, total: Callable[..., Sequence[float]] | None = None) -> None:
-        """After a pass.
+        """Raise if too many batches are left out; call it after a pass.
 
         Args:
-            total: sums numbers over the processes that have batches of their own.
+            total: sums numbers over processes with batches of their own.
 
         Raises:
             ValueError: more than a tenth of all batches are left out.
@@ -111,7 +111,7 @@ class UsableBatches:
 
 
 def all_finite(value: Any) -> bool:
-    """Whether every floating tensor in ``value``, nested in any way, is finite."""
+    """Whether every floating tensor in ``value``, at any nesting, is finite."""
     tensors = [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
     flags = [tensor.isfinite().all() for tensor in tensors]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())

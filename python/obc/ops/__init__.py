@@ -1,9 +1,9 @@
-"""The operators: every fake and autograd formula of obc stands here and nowhere else; their schemas in a table,
+"""The operators: the only place for obc's fakes and autograd formulas. Their schemas are in a table,
 :mod:`obc.backends.operators`.
 
-``torch.ops.obc.<op>`` is a Python implementation that checks its arguments and hands them to the backend of
-:mod:`obc.backends`. :mod:`obc.reference` is each operator's definition. All of them accumulate in float32
-(float64 for float64 input), read every element once and are deterministic.
+``torch.ops.obc.<op>`` is a Python implementation that checks its arguments and passes them to the backend chosen by
+:mod:`obc.backends`. :mod:`obc.reference` defines each operator. All of them accumulate in float32 (float64 for float64
+input), read every element once and are deterministic.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def channel_dot_undispatched(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
-    """:func:`channel_dot` on plain tensors without torch's dispatcher, whose share of a small call is the larger one.
+    """:func:`channel_dot` on plain tensors without torch's dispatcher, which dominates the time of a small call.
 
-    For a backward that nothing records, traces or compiles.
+    Use it only in a backward that is not recorded, traced or compiled.
     """
     channel_dim = checks.channel_dot(activation, grad, channel_dim, per_sample)
     call = backends.resolve("channel_dot", activation.device.type, activation.dtype, activation.numel())
@@ -103,7 +103,7 @@ def _end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tenso
     checks.apart(scores, row)
     call = backends.resolve("end_row", row.device.type, row.dtype, row.numel())
     finite = call(scores, row, loss_scale, groups)
-    # A raw schema's mutation does not reach autograd's version counters by itself.
+    # The mutation in a raw schema does not bump autograd's version counters.
     torch.autograd.graph.increment_version((scores, row))
     return finite
 
@@ -226,7 +226,7 @@ def _fold_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _fold_backward(ctx: Any, grad_folded: Tensor) -> tuple[Tensor | None, ...]:
     weight, compressor, decompressor = ctx.saved_tensors
-    given = ctx.needs_input_grad  # arguments left at their defaults have no entry at its end
+    given = ctx.needs_input_grad  # trailing arguments left at their defaults have no entry
     needs = (given[0], len(given) > 1 and given[1], len(given) > 2 and given[2])
     grads = gemm.fold_backward(grad_folded, weight, compressor, decompressor, ctx.groups, ctx.in_repeat, needs=needs)
     return (*grads, None, None)[: len(given)]
@@ -264,7 +264,7 @@ _register(
     "weight_dot_list",
     _weight_dot_list,
     _weight_dot_list_fake,
-    _not_differentiable("weight_dot_list", "call weight_dot layer by layer"),
+    _not_differentiable("weight_dot_list", "call weight_dot for each layer"),
 )
 _register(
     "weight_moments",
@@ -280,13 +280,13 @@ _register("end_row", _end_row, _end_row_fake, None)  # refuses inputs that requi
 
 
 def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
-    """Sum of activation times gradient per channel: one row of scores of a layer.
+    """Sum of activation times gradient per channel: one layer's part of a row.
 
     r[c] = sum over all other positions of activation[.., c, ..] * grad[.., c, ..]
 
     Args:
         activation: floating tensor of any layout, for example (N, C, *S), channels-last or (..., C).
-        grad: gradient of a loss by ``activation``: the same shape, dtype and device.
+        grad: gradient of a loss with respect to ``activation``; same shape, dtype and device.
         channel_dim: the dimension of the channels; negative counts from the end.
         per_sample: keep the samples along dim 0 apart.
 
@@ -300,21 +300,21 @@ def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: 
 
 
 def channel_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four sums per channel of what a layer reads, from one reading of ``x``; the mean, variance and norms follow.
+    """Four sums per channel of a layer's input in one pass over ``x``; mean, variance and norms follow from them.
 
     Over all positions p of all samples b:  sum x,  sum x^2,  sum |x|,
     and over the samples:                   sum over b of (mean over p of |x[b, p]|)^2
 
     Args:
-        x: floating tensor of any layout with samples along dim 0, for example (B, C, *S), channels-last or (B, T, C);
-            a position is an index of every dimension but those of samples and channels. (B, C): one position a sample.
+        x: floating tensor of any layout with samples along dim 0, for example (B, C, *S), channels-last or (B, T, C).
+            A position is an index into all dimensions except samples and channels; (B, C) has one position per sample.
         channel_dim: the dimension of the channels, not the first; negative counts from the end.
-        mask: bool, the shape of ``x`` without its channels, on its device. Positions where it is False (padding) don't
-            count: a sample's mean is over those that do, and a sample without any adds nothing.
+        mask: bool, the shape of ``x`` without the channel dimension, on the same device. Positions where it is False
+            (padding) don't count: a sample's mean is over the others, and a sample without any contributes nothing.
 
     Returns:
-        Four tensors (C,), float32, or float64 for float64 input. How many positions and samples there were follows from
-        the shape or the mask. Not differentiable.
+        Four tensors (C,), float32, or float64 for float64 input; not differentiable. The numbers of positions and
+        samples follow from the shape or the mask.
 
     Raises:
         ValueError, TypeError, IndexError: ``channel_dim`` is 0 or out of range, x is not floating, or the mask does not
@@ -331,17 +331,17 @@ def weight_dot(
     groups: int = 1,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Both sums of weight times gradient, per out channel and per in channel, in one pass over the two tensors.
+    """Sums of weight times gradient per out channel and per in channel, in one pass over the two tensors.
 
     out_dot[o] = sum w[o] * g[o] + b[o] * gb[o];   in_dot[i] = sum w[:, i] * g[:, i]
 
     Args:
         weight: (out, in / groups, *kernel), or (in, out / groups, *kernel) with ``transposed``.
-        grad: its gradient: the same shape, dtype and device.
+        grad: the weight's gradient; same shape, dtype and device.
         bias: (out,) or None.
-        bias_grad: the bias's gradient; given exactly when ``bias`` is.
-        groups: groups of the convolution; in_dot counts every in channel of every group.
-        transposed: the weight is a transposed convolution's.
+        bias_grad: the bias's gradient; required exactly if ``bias`` is given.
+        groups: conv groups; in_dot has every in channel of every conv group.
+        transposed: the weight belongs to a transposed convolution.
 
     Returns:
         out_dot (out,) and in_dot (in,); float32, or float64 for float64 input. Differentiable.
@@ -360,13 +360,13 @@ def weight_dot_list(
     groups: Sequence[int] | None = None,
     transposed: Sequence[bool] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """:func:`weight_dot` of a whole model in one call.
+    """:func:`weight_dot` for a whole model in one call.
 
     Args:
         weights, grads, biases, bias_grads, groups, transposed: per layer, the arguments of :func:`weight_dot`.
 
     Returns:
-        The list of out_dots and the list of in_dots, one of each a layer. Not differentiable.
+        The list of out_dots and the list of in_dots, one entry per layer. Not differentiable.
 
     Raises:
         ValueError, TypeError: the lists differ in length, or a layer's tensors don't fit.
@@ -375,11 +375,11 @@ def weight_dot_list(
 
 
 def weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Per row of dim 0: sum wg, sum (wg)^2, sum |wg|, sum w^2, sum |w|, all from one pass over the two tensors.
+    """Per row of dim 0: sum wg, sum (wg)^2, sum |wg|, sum w^2, sum |w|, in one pass over the two tensors.
 
     Args:
         weight: (out, in / groups, *kernel).
-        grad: its gradient: the same shape, dtype and device.
+        grad: the weight's gradient; same shape, dtype and device.
 
     Returns:
         Five vectors (out,), float32, or float64 for float64 input. Not differentiable.
@@ -407,9 +407,9 @@ def fold(
             the identity.
         decompressor: D, (in, kept_in), or the diagonal blocks (blocks, in / blocks, kept_in / blocks). None is the
             identity.
-        groups: groups of the convolution. With more than one, C and D must be block-diagonal: ``groups`` blocks, or
-            matrices of which only the diagonal blocks are read.
-        in_repeat: for a Linear after flatten, how many columns each in channel owns (D is then D x I).
+        groups: conv groups. With more than one, C and D must be block-diagonal: ``groups`` blocks, or matrices of which
+            only the diagonal blocks are read.
+        in_repeat: for a Linear after flatten, the number of columns of each in channel (D is then D x I).
 
     Returns:
         (kept_out, kept_in / groups, *kernel) in the dtype of ``weight``, products accumulated in float32 or better.
@@ -419,8 +419,8 @@ def fold(
         ValueError, TypeError: shapes, dtypes or devices don't fit.
     """
     if weight.device.type == "cpu" and backends.requested() in (None, "cpu"):
-        # The CPU's fold is matrix products that autograd knows: no operator of ours, so that its backward finds the
-        # first product kept, and a small weight does not pay for a call through the dispatcher.
+        # On the CPU fold is matrix products that autograd knows, not an operator of ours: its backward can reuse the
+        # first product, and a small weight does not pay for the dispatcher.
         if not torch.compiler.is_compiling():  # Dynamo can't trace the checks' messages; the products check shapes too
             checks.fold(weight, compressor, decompressor, groups, in_repeat)
         return gemm.fold(weight, compressor, decompressor, groups, in_repeat)
@@ -430,12 +430,12 @@ def fold(
 def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
     """End a row: scores[groups[c]] += (row[c] / loss_scale)^2, then row = 0, both in place and in one pass.
 
-    Where a square is not finite, nothing is added, and the row is zeroed all the same.
+    If a square is not finite, nothing is added; the row is zeroed in any case.
 
     Args:
         scores: flat float32 or float64 vector, one entry per group, or per channel without ``groups``.
         row: flat vector of the same dtype and device, one entry per channel; shares no entry with ``scores``.
-        loss_scale: what the loss was multiplied by (a gradient scaler's scale).
+        loss_scale: the factor that the loss was multiplied by (a gradient scaler's scale).
         groups: int64 vector, the group of each channel, ascending.
 
     Returns:

@@ -1,6 +1,6 @@
-"""What the operators of :mod:`obc.ops` refuse, and in which words: the implementations and the fakes check alike.
+"""Argument checks of the operators in :mod:`obc.ops`, shared by implementations and fakes.
 
-Each takes the arguments of its operator; with symbolic sizes, what it asks becomes a guard.
+Each function takes the arguments of its operator. With symbolic sizes its conditions become guards.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _require(error: type[Exception], condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
-    """``torch._check_with``, which costs microseconds, only where the condition is symbolic or does not hold."""
+    """``torch._check_with``, which takes microseconds, only if the condition is symbolic or false."""
     if condition is not True:
         torch._check_with(error, condition, message)
 
@@ -31,7 +31,7 @@ def _check_floating(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _check_alike(op: str, first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
-    """The two tensors have one shape, dtype and device."""
+    """Require one shape, dtype and device for the two tensors."""
     _require(
         ValueError,
         first.shape == tensor.shape,
@@ -162,7 +162,7 @@ def per_layer(
     groups: Sequence[int] | None,
     transposed: Sequence[bool] | None,
 ) -> list[tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, bool]]:
-    """The arguments of weight_dot_list transposed into one tuple per layer; defaults filled in, everything checked."""
+    """The arguments of weight_dot_list as one tuple per layer, with defaults filled in and everything checked."""
     count = len(weights)
     columns: dict[str, Sequence[Any]] = {
         "grads": grads,
@@ -180,12 +180,12 @@ def per_layer(
         weight_dot(*layer, "weight_dot_list")
         if layer[0].device != weights[0].device:
             devices = f"{weights[0].device} and {layer[0].device}"
-            raise ValueError(f"obc::weight_dot_list: weights on {devices}; pass one device a call")
+            raise ValueError(f"obc::weight_dot_list: weights on {devices}; pass weights of one device per call")
     return layers
 
 
 def _check_factor(name: str, factor: Tensor, weight: Tensor, side: int, size: int, groups: int) -> int:
-    """``factor`` fits ``size`` channels of the weight with its dimension ``side`` (-1 C, -2 D); returns those kept."""
+    """Require that dimension ``side`` (-1 of C, -2 of D) fits ``size`` channels; returns the number of kept ones."""
     _check_same_kind("fold", "weight", weight, name, factor)
     _require(
         ValueError,
@@ -251,27 +251,27 @@ def _check_not_expanded(name: str, tensor: Tensor) -> None:
     _require(
         ValueError,
         tensor.shape[0] < 2 or tensor.stride(0) != 0,
-        lambda: f"obc::end_row: {name} is expanded, so that its entries share memory; clone it first",
+        lambda: f"obc::end_row: {name} is expanded: its entries share memory; clone it first",
     )
 
 
 def _addresses(vector: Tensor) -> range:
-    """Where the entries of a flat vector lie; the only entry of one may have any stride, also 0."""
+    """The addresses of a flat vector's entries; a single entry may have any stride, even 0."""
     step = max(1, vector.stride(0)) * vector.element_size()
     return range(vector.data_ptr(), vector.data_ptr() + len(vector) * step, step)
 
 
 def apart(scores: Tensor, row: Tensor) -> None:
-    """Both are written: no entry may be one of each. Fakes have no memory to ask this of."""
+    """Require that the two vectors, both of which are written, share no entry. Fakes have no memory to check."""
     first, second = _addresses(scores), _addresses(row)
     if first.start >= second.stop or second.start >= first.stop:
         return
-    if any(address in first for address in second):  # else they interlace
+    if any(address in first for address in second):  # otherwise they interlace
         raise ValueError("obc::end_row: scores and row share memory, and both are changed; clone one of them first")
 
 
 def end_row(scores: Tensor, row: Tensor, loss_scale: float, groups: Tensor | None) -> None:
-    """Values of groups are not looked at: on a GPU that would wait for it."""
+    """Checks everything except the values of groups, which would make a GPU wait."""
     _check_floating("end_row", "scores", scores)
     _require(
         ValueError,
