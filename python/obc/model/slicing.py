@@ -69,9 +69,9 @@ def was_depthwise(module: nn.Module, original: Tensor, kept: Kept) -> bool:
     """
     if not isinstance(module, _ConvNd) or not module.groups == module.in_channels == module.out_channels:
         return False
-    if original.shape[1] > 1 or kept.out_channels is None or kept.in_channels is None:
+    if original.shape[1] > 1 or kept.out_channels is None:
         return False
-    return torch.equal(kept.out_channels, kept.in_channels)
+    return kept.in_channels is None or torch.equal(kept.out_channels, kept.in_channels)
 
 
 def sliced_weight(weight: Tensor, layout: Rule, kept: Kept) -> Tensor:
