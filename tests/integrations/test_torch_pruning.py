@@ -80,7 +80,7 @@ def test_a_pruner_of_another_model_is_refused() -> None:
     other = family.build()
     with pytest.raises(ValueError, match="none of its groups has a module of this ResidualCNN"):
         importance.score(other.model, other.batches, other.loss, pruner=pruner)
-    with pytest.raises(ValueError, match="give pruner or modules, not both"):
+    with pytest.raises(ValueError, match="pass pruner or modules, not both"):
         importance.score(case.model, case.batches, case.loss, pruner=pruner, modules=["head"])
 
 

@@ -1,11 +1,11 @@
-"""Distillation inside ``transformers.Trainer``: its loss is compared with the unpruned model instead of labels.
+"""Distillation inside ``transformers.Trainer``: the loss compares with the unpruned model instead of labels.
 
 >>> class Recovery(DistillationMixin, transformers.Trainer): ...
 >>> distillation = obc.Distillation(temperature=2.0)
 >>> trainer = Recovery(model=pruned, teacher=original, distillation=distillation, args=arguments, train_dataset=...)
 >>> trainer.train()
 
-Everything else is the Trainer's: data, optimizer, accumulation, checkpoints, several processes, logging. Equivalent
+The Trainer does everything else: data, optimizer, accumulation, checkpoints, several processes, logging. Equivalent
 Pruning needs nothing more: call :func:`obc.equivalent_pruning` on the pruned model before, and ``merge()`` after.
 """
 
@@ -20,10 +20,10 @@ from obc.recovery.distillation import Distillation
 
 
 class DistillationMixin:
-    """Goes before ``transformers.Trainer``, or a class derived from it, among the bases.
+    """Base class to list before ``transformers.Trainer``, or before a class derived from it.
 
     Args:
-        teacher: the unpruned model; put in eval mode, moved to the device of the model in training.
+        teacher: the unpruned model; it is put in eval mode and moved to the device of the trained model.
         distillation: what is compared.
     """
 
@@ -37,7 +37,7 @@ class DistillationMixin:
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The distillation loss; with ``return_outputs`` also the model's outputs, which evaluation asks for."""
+        """The distillation loss; with ``return_outputs`` also the model's outputs, which evaluation needs."""
         self.teacher.to(next(model.parameters()).device)
         loss = self.distillation.loss(model, self.teacher, inputs)
         if not return_outputs:

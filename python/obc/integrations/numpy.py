@@ -1,8 +1,8 @@
-"""The operators on NumPy arrays, by the CPU kernels themselves: for programs whose tensors are not torch's.
+"""The operators on NumPy arrays, run by the same CPU kernels, for programs without torch tensors.
 
-Signatures and meaning are those of :mod:`obc.ops`; arrays are float32, float64 or float16 (NumPy has no bfloat16),
-with any strides. Results are NumPy arrays, bit for bit those of the torch operators on the CPU, except those of
-:func:`fold`, whose matrix products are NumPy's: they agree to rounding. Nothing here is differentiable.
+Signatures and meaning are those of :mod:`obc.ops`. Arrays are float32, float64 or float16 (NumPy has no bfloat16), with
+any strides. Results are NumPy arrays, bit for bit those of the torch operators on the CPU, except for :func:`fold`,
+whose matrix products are NumPy's and agree up to rounding. Nothing here is differentiable.
 
 The kernels release the interpreter's lock and use ``OBC_NUM_THREADS`` threads, by default one per processor.
 """
@@ -100,7 +100,7 @@ def _check_flat(op: str, name: str, array: NDArray[Any]) -> None:
 
 
 def channel_dot(activation: Array, grad: Array, channel_dim: int, per_sample: bool = False) -> Array:
-    """Sum of activation times gradient per channel: (C,), or (N, C) with ``per_sample``: :func:`obc.ops.channel_dot`.
+    """Sum of activation times gradient per channel, (C,), or (N, C) with ``per_sample``: :func:`obc.ops.channel_dot`.
 
     Raises:
         ValueError, TypeError, IndexError: shapes or dtypes differ, or ``channel_dim`` is out of range.
@@ -170,7 +170,7 @@ def weight_dot_list(
     groups: Sequence[int] | None = None,
     transposed: Sequence[bool] | None = None,
 ) -> tuple[list[Array], list[Array]]:
-    """:func:`weight_dot` of a whole model in one call: the list of out_dots and the list of in_dots.
+    """:func:`weight_dot` for a whole model in one call: the list of out_dots and the list of in_dots.
 
     Raises:
         ValueError, TypeError: the lists differ in length, or a layer's arrays don't fit.
@@ -210,7 +210,7 @@ def end_row(scores: Array, row: Array, loss_scale: float = 1.0, groups: NDArray[
     """scores[groups[c]] += (row[c] / loss_scale)^2, then row = 0, both in place. See :func:`obc.ops.end_row`.
 
     Returns:
-        Whether every square was finite; where not, nothing was added.
+        Whether every square was finite; if not, nothing was added.
 
     Raises:
         ValueError, TypeError: shapes or dtypes don't fit, a vector is read-only, scores and row share memory, or the
@@ -261,7 +261,7 @@ def _diagonal_blocks(factor: Array, blocks: int) -> Array:
 
 
 def _check_factor(name: str, factor: Array, weight: Array, side: int, size: int, groups: int) -> None:
-    """``factor`` fits ``size`` channels of the weight with its dimension ``side`` (-1 C, -2 D)."""
+    """Raise unless dimension ``side`` (-1 of C, -2 of D) of ``factor`` fits ``size`` channels of the weight."""
     _check_array("fold", name, factor)
     _check_dtype("fold", "weight", weight, name, factor)
     if factor.ndim not in (2, 3):
@@ -287,7 +287,7 @@ def fold(
 ) -> Array:
     """The folded weight C W D over (out, in / groups, *kernel). See :func:`obc.ops.fold`.
 
-    Its products are NumPy's, so it agrees with the torch operator to rounding, not bit for bit.
+    Its products are NumPy's, so it agrees with the torch operator up to rounding, not bit for bit.
 
     Raises:
         ValueError, TypeError: shapes or dtypes don't fit.

@@ -1,4 +1,4 @@
-"""The names of :mod:`obc.structures.transformers`, beside the other integrations."""
+"""The names of :mod:`obc.structures.transformers`, in one place with the other integrations."""
 
 from obc.structures.transformers import TransformersStructure, load_pruned, save_pruned, transformer_groups
 

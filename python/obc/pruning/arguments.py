@@ -1,4 +1,4 @@
-"""The arguments of ``obc.prune``: choices by name, caps, batches."""
+"""Checks the arguments of ``obc.prune``: choices by name, caps, batches."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Choice:
     """How units are chosen.
 
     Attributes:
-        slices: what the Jacobian Criterion reads of a unit.
-        per_cost: importance is weighed by what the unit's removal frees.
+        slices: which slices of a unit the Jacobian Criterion reads.
+        per_cost: whether scores are divided by what the unit's removal frees.
         caps: how much any one group may lose.
     """
 
@@ -58,10 +58,10 @@ class Choice:
         round_to: int | None,
         caps: Caps,
     ) -> Choice:
-        """What ``obc.prune`` was given, checked; what was left out as the criterion was published, or by default.
+        """Check the arguments of ``obc.prune``; missing ones default to the criterion's published choice.
 
         Raises:
-            ValueError: an argument has an unknown value, or arguments don't go together.
+            ValueError: an argument has an unknown value, or arguments can't be combined.
         """
         criterion, slices = chosen_criterion(criterion, slices)
         if selection is None:
@@ -80,7 +80,7 @@ class Choice:
 def _check_joint(criterion: Any, selection: Selection, slices: Slices) -> None:
     if selection == "joint" and not has_rows(criterion):
         raise ValueError(
-            f"selection='joint' needs rows, which criterion={name_of(criterion)!r} has none of; leave selection out, "
+            f"selection='joint' needs rows, which criterion={name_of(criterion)!r} does not have; leave selection out, "
             "or pass criterion='jacobian'"
         )
     if selection == "joint" and slices != "gate":
@@ -88,12 +88,12 @@ def _check_joint(criterion: Any, selection: Selection, slices: Slices) -> None:
 
 
 def has_rows(criterion: Any) -> bool:
-    """Whether sets of units can be chosen by the criterion's rows."""
+    """Whether the criterion has rows, so that sets of units can be chosen."""
     return isinstance(criterion, Jacobian) or hasattr(criterion, "measure_rows")
 
 
 def chosen_criterion(criterion: Any, slices: Slices) -> tuple[Any, Slices]:
-    """The criterion, and the slices that the Jacobian Criterion reads: an object's own."""
+    """The criterion, and the slices that the Jacobian Criterion reads; a criterion object has its own."""
     found = get(criterion)
     if isinstance(found, Jacobian):
         if isinstance(criterion, str):
@@ -104,17 +104,17 @@ def chosen_criterion(criterion: Any, slices: Slices) -> tuple[Any, Slices]:
 
 
 def chosen_allocation(allocation: Any, criterion: Any) -> Allocation:
-    """``allocation``; by default what the criterion was published with, or all units compete."""
+    """``allocation``; by default the one the criterion was published with, or else all units compete."""
     if allocation is None:
         allocation = getattr(criterion, "allocation", None) or "global"
     return allocation_of(allocation)
 
 
 def chosen_compensation(compensate: Compensation | bool | None, every_step: bool) -> Compensation | None:
-    """``compensate``; True stands for "correct".
+    """``compensate``, with True replaced by "correct".
 
     Raises:
-        ValueError: an unknown one, or one that is not made after every step.
+        ValueError: it is unknown, or can't be repeated after every step.
     """
     if isinstance(compensate, bool):
         compensate = "correct" if compensate else None
@@ -132,12 +132,13 @@ def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
 
 
 def repeatable(batches: Iterable[Any] | None) -> Sequence[Any]:
-    """``batches`` as a list: each pass must see the same ones, which a data loader that shuffles does not give.
+    """``batches`` as a list, because every pass must see the same ones and a shuffling data loader does not ensure
+    that.
 
-    What one pass found on a batch is compared with what a later pass finds on the batch of the same number.
+    Results of one pass are compared with those of later passes by the batch's number.
 
     Raises:
-        ValueError: they are missing, empty, or no iterable.
+        ValueError: they are missing, empty, or not iterable.
     """
     if batches is None:
         raise ValueError("batches is missing: pass obc.prune(model, example_inputs, batches, loss_fn), or by keyword")

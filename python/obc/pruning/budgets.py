@@ -1,4 +1,4 @@
-"""What is to remain of a model: of its MACs, parameters, memory or time, and how much of each there is."""
+"""Budgets: the share of MACs, parameters, memory or time that must remain, and how these are counted."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from obc.structures.protocol import Structure
 _DEFAULT_SHARE = 0.5
 
 Argument = Literal["macs", "params", "blocks", "active_params", "memory", "latency"]
-# As messages call what is counted, and its unit in costs.
+# Names in messages of what is counted, and its unit in costs.
 NOUNS: Mapping[Argument, str] = {
     "macs": "MACs",
     "params": "parameters",
@@ -36,8 +36,8 @@ class Meters:
     """How memory and latency are counted.
 
     Attributes:
-        memory_use: what memory is counted.
-        table: seconds of every group; None: latency is not known.
+        memory_use: the memory to count.
+        table: seconds of every group; None if latency is not known.
     """
 
     memory_use: MemoryUse = field(default_factory=MemoryUse)
@@ -45,20 +45,20 @@ class Meters:
 
     @classmethod
     def of(cls, memory_use: MemoryUse | None, table: LatencyTable | str | os.PathLike[str] | None) -> Meters:
-        """What ``obc.prune`` was given; a table may be the path of one.
+        """Convert the arguments of ``obc.prune``; a table may be a path.
 
         Raises:
-            LatencyTableError: the file is no latency table.
+            LatencyTableError: the file is not a latency table.
         """
         if table is not None and not isinstance(table, LatencyTable):
             table = LatencyTable.load(table)
         return cls(memory_use or MemoryUse(), table)
 
     def costs(self, structure: Structure, argument: Argument) -> Costs:
-        """What the model of a structure costs now.
+        """The present cost of a structure's model.
 
         Raises:
-            ValueError: the structure does not say it, or the latency table lacks a group.
+            ValueError: the structure does not provide it, or the latency table lacks a group.
         """
         if argument == "memory":
             if (memory := getattr(structure, "memory", None)) is None:
@@ -74,7 +74,7 @@ class Meters:
         return structure.costs("active_parameters" if argument == "active_params" else "parameters")
 
     def measured(self, structure: Any, run: Callable[[nn.Module], Any], round_to: int | None) -> Meters:
-        """The same with a latency table, measured now where there is none.
+        """The same with a latency table, measured now if there is none.
 
         Raises:
             ValueError: the structure's groups can't be tried on copies.
@@ -89,7 +89,7 @@ class Meters:
         return replace(self, table=measure_latency(structure, run, round_to=round_to))
 
     def known(self, structure: Structure) -> dict[str, tuple[float, str]]:
-        """Whatever else than MACs and parameters is known of a model: name -> (how much, of what)."""
+        """Further known quantities of a model besides MACs and parameters: name -> (amount, what is counted)."""
         parameters = structure.costs("parameters")
         found = {"blocks": (parameters.total() - parameters.constant, "parameters of what can be pruned")}
         active = _active(structure)
@@ -105,18 +105,18 @@ class Meters:
 def _active(structure: Structure) -> float | None:
     try:
         return structure.costs("active_parameters").total()
-    except ValueError:  # not known of this structure
+    except ValueError:  # unknown for this structure
         return None
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What is to remain of the unpruned model.
+    """What must remain of the unpruned model.
 
     Attributes:
-        argument: of ``obc.prune``: what is counted.
-        share: of it, in (0, 1]; None until :meth:`resolved` where an amount is given.
-        amount: bytes of memory that are to remain.
+        argument: the argument of ``obc.prune`` that says what is counted.
+        share: the share in (0, 1]; for an ``amount``, None until :meth:`resolved`.
+        amount: bytes of memory that must remain.
         meters: how memory and latency are counted.
     """
 
@@ -127,10 +127,10 @@ class Budget:
 
     @classmethod
     def of(cls, given: Mapping[Argument, float | None], meters: Meters | None = None) -> Budget:
-        """The one that is not None; half of the MACs where all are.
+        """The budget that is not None; half of the MACs if all are.
 
         Raises:
-            ValueError: several are given, or the share does not lie in (0, 1].
+            ValueError: several budgets are given, or the share is outside (0, 1].
         """
         shares = {name: share for name, share in given.items() if share is not None}
         if len(shares) > 1:
@@ -148,12 +148,12 @@ class Budget:
 
     @property
     def noun(self) -> str:
-        """As messages call it."""
+        """Its name in messages."""
         return NOUNS[self.argument]
 
     @property
     def unit(self) -> Counted:
-        """Of its costs."""
+        """The unit of its costs."""
         units: dict[Argument, Counted] = {
             "macs": "macs",
             "active_params": "active_parameters",
@@ -164,22 +164,22 @@ class Budget:
 
     @property
     def said(self) -> str:
-        """As ``obc.prune`` was given it."""
+        """It as an argument of ``obc.prune``."""
         return f"{self.argument}={self.share if self.amount is None else self.amount:g}"
 
     def costs(self, structure: Structure) -> Costs:
-        """What the budget counts, of the model of a structure as it is now."""
+        """The costs that the budget counts, for the structure's present model."""
         return self.meters.costs(structure, self.argument)
 
     def counted(self, costs: Costs, widths: Tensor | None = None) -> float:
-        """What of the costs, at ``widths`` or as the model is now, the share is of."""
+        """The part of the costs that the share refers to, at ``widths`` or at present."""
         return costs.total(widths) - (costs.constant if self.argument == "blocks" else 0.0)
 
     def ready(self, structure: Structure, run: Callable[[nn.Module], Any], round_to: int | None) -> Budget:
-        """The same, latency measured where it is asked for and no table is given, and an amount made a share.
+        """The same, with latency measured if needed and not given, and an amount converted to a share.
 
         Raises:
-            ValueError: the latency table is not of this model or device, or the amount is more than there is.
+            ValueError: the latency table belongs to another model or device, or the amount exceeds the model's.
         """
         budget = self
         if self.argument == "latency":
@@ -189,10 +189,10 @@ class Budget:
         return budget.resolved(structure)
 
     def resolved(self, structure: Structure) -> Budget:
-        """The same with the share that an amount is of the unpruned model.
+        """The same, with an amount converted to its share of the unpruned model.
 
         Raises:
-            ValueError: the amount is more than there is.
+            ValueError: the amount exceeds the model's.
         """
         if self.amount is None:
             return self
@@ -205,10 +205,10 @@ class Budget:
         return replace(self, share=self.amount / full)
 
     def schedule(self, steps: int | Sequence[float]) -> list[float]:
-        """The share that remains after every step; without a share, checks the steps alone.
+        """The share that remains after every step; if it is not known yet, only checks the steps.
 
         Raises:
-            ValueError: a number of steps below 1, or shares that do not descend to the budget's.
+            ValueError: the number of steps is below 1, or the shares do not descend to the budget's.
         """
         if isinstance(steps, int):
             if isinstance(steps, bool) or steps < 1:

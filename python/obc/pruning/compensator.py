@@ -21,19 +21,19 @@ from obc.structures.protocol import Structure
 
 
 class Compensator:
-    """Holds a copy of the unpruned model, and lets what remains take over what was removed.
+    """Keeps a copy of the unpruned model, and compensates for what was removed.
 
-    Every compensation starts from the weights that pruning leaves, sliced from the unpruned model's: what an earlier
-    one found decides which units go next, and nothing else.
+    Every compensation starts from the weights that pruning leaves, sliced from the unpruned model's. An earlier one
+    only affects which units are removed next.
 
     Args:
-        structure: of the unpruned model.
+        structure: the structure of the unpruned model.
         how: the argument ``compensate`` of ``obc.prune``.
         every_step: compensate after every step.
         batches: calibration batches.
-        forward: returns what is to be preserved.
-        recalibrate: estimate BatchNorm statistics anew where weights change.
-        report: takes the time, and what the last compensation did.
+        forward: returns the outputs to preserve.
+        recalibrate: re-estimate BatchNorm statistics after weights changed.
+        report: receives the time, and the report of the last compensation.
         progress: show a progress bar.
 
     Raises:
@@ -60,18 +60,18 @@ class Compensator:
         self._states = self.original.state_dict()
 
     def undo(self) -> None:
-        """Give the model the weights that pruning leaves, before the next compensation."""
+        """Restore the weights that pruning leaves, before the next compensation."""
         if self.every_step:
             self.structure.plan.put_slices(self._states, self.model)
 
     def step(self) -> None:
-        """After a step's removal."""
+        """Call after a step's removal."""
         if self.every_step:
             self._run()
 
     @contextlib.contextmanager
     def undone(self) -> Iterator[None]:
-        """The model as pruning leaves it inside the block, to be verified."""
+        """Inside the block the model is as pruning leaves it, for verification."""
         if not self.every_step:
             yield
             return
@@ -83,7 +83,7 @@ class Compensator:
                 tensor.copy_(value)
 
     def finish(self) -> None:
-        """After the last step."""
+        """Call after the last step."""
         if not self.every_step:
             self._run()
 

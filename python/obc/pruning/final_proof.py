@@ -1,4 +1,4 @@
-"""The proof of a whole ``obc.prune``: on the first batch, the pruned model equals the masked unpruned one."""
+"""The final proof of ``obc.prune``: on the first batch, the pruned model equals the masked unpruned one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MODEL = "the whole model"
 
 
 def first_finite(batches: Iterable[Any]) -> Any:
-    """The first batch whose floating tensors are finite; the first one where none is."""
+    """The first batch whose floating tensors are finite, or the first batch if there is none."""
     first = None
     for number, batch in enumerate(batches):
         first = batch if number == 0 else first
@@ -37,8 +37,8 @@ def first_finite(batches: Iterable[Any]) -> Any:
 def run_on(batch: Any, loss_fn: Any, forward_fn: ForwardFn | None) -> Run:
     """``run(model)``: what ``forward_fn`` returns on the batch, or what the model returns while ``loss_fn`` runs.
 
-    The loss is compared only where ``loss_fn`` calls parts of the model alone. It may read weights as well (a penalty
-    on their norm), and these differ rightly: masked units are still in it.
+    The loss itself is compared only if ``loss_fn`` calls parts of the model alone. It may also read weights (a penalty
+    on their norm), and these differ legitimately, because they still contain masked units.
     """
 
     def run(model: nn.Module) -> Any:
@@ -53,7 +53,7 @@ def run_on(batch: Any, loss_fn: Any, forward_fn: ForwardFn | None) -> Run:
 
 
 def prove_groups(structure: Structure, run: Run, report: PruningReport) -> None:
-    """Try the structure's groups, where that was not done when it was made, and report what is known of them."""
+    """Try the structure's groups, unless that was done when it was made, and report the result."""
     proof = getattr(structure, "proof", None)
     if proof is None and hasattr(structure, "twin") and hasattr(structure, "leave_out"):
         proof = prove(structure, run)  # type: ignore[arg-type]
@@ -66,7 +66,7 @@ def prove_groups(structure: Structure, run: Run, report: PruningReport) -> None:
 
 
 def take_out_blocks(structure: Structure, run: Run) -> None:
-    """Take blocks that are gone out of their lists; the model must compute what it computed with stand-ins there.
+    """Delete removed blocks from their lists; the model must compute the same as with stand-ins.
 
     Raises:
         ProofError: it does not.
@@ -77,9 +77,9 @@ def take_out_blocks(structure: Structure, run: Run) -> None:
     before = observe(structure.model, run)
     compact()
     after = observe(structure.model, run)
-    if len(before.outputs) != len(after.outputs):  # one hidden state a block
+    if len(before.outputs) != len(after.outputs):  # one hidden state per block
         before.outputs, after.outputs = before.outputs[:1], after.outputs[:1]
-    before.readings = after.readings = {}  # under other names
+    before.readings = after.readings = {}  # their names differ
     found = compare(before, after)
     if found.where is not None:
         raise ProofError(
@@ -89,7 +89,7 @@ def take_out_blocks(structure: Structure, run: Run) -> None:
 
 
 class FinalProof:
-    """Remembers the unpruned model, which costs no memory beside what undoes the pruning, and what is removed.
+    """Remembers the unpruned model and what is removed; needs no memory beyond what undoing the pruning needs.
 
     Args:
         structure: of the unpruned model.
@@ -101,15 +101,15 @@ class FinalProof:
         self._alive = {group.name: torch.arange(group.size) for group in self._groups}
 
     def note(self, removed: Mapping[str, Tensor]) -> None:
-        """These units, indices into the groups as they are before, are removed."""
+        """Record that these units, as indices into the present groups, are removed."""
         for name, units in removed.items():
             self._alive[name] = narrowed(self._alive[name], len(self._alive[name]), units.cpu())
 
     def check(self, model: nn.Module, report: PruningReport) -> None:
-        """Compare ``model`` with the unpruned one, masked; normalised by the statistics of the unpruned one, both.
+        """Compare ``model`` with the masked unpruned one, both normalised by the statistics of the unpruned one.
 
         Raises:
-            ProofError: they differ; names the first layer that does.
+            ProofError: they differ; the message names the first layer that does.
         """
         gone = {group.name: staying(group.size, self._alive[group.name]) for group in self._groups}
         refused = unmaskable(self._reference, (group for group in self._groups if len(gone[group.name])))
@@ -150,7 +150,7 @@ class FinalProof:
         return compare(expected, observe(pruned, self._run)), expected.tolerance
 
     def _take_statistics(self, pruned: nn.Module, lost: Lost) -> None:
-        """Give BatchNorms the unpruned model's statistics, which were estimated anew."""
+        """Give BatchNorms the unpruned model's statistics in place of the re-estimated ones."""
         norms = dict(named_modules(self._reference))
         for name, module in named_modules(pruned):
             if isinstance(module, _BatchNorm) and module.track_running_stats:

@@ -38,7 +38,7 @@ from obc.structures.protocol import Limits, Structure, Unit
 
 logger = logging.getLogger("obc")
 
-# Costs are sums of large products in float64: a target that is met up to this is met.
+# Costs are sums of large products in float64: a target met up to this is met.
 _ROUNDING = 1e-9
 _UNITS: tuple[Unit, Unit] = ("macs", "parameters")
 
@@ -75,7 +75,7 @@ class Job:
         report.macs_before, report.parameters_before = (round(self.unpruned[unit]) for unit in _UNITS)
 
     def _costs(self) -> Costs:
-        """What the budget counts, of the model as it is now."""
+        """The costs that the budget counts, for the present model."""
         return self.budget.costs(self.structure)
 
     def run(
@@ -109,16 +109,16 @@ class Job:
                 self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
 
     def note_known(self) -> None:
-        """What the model costs in the end, whatever the budget was."""
+        """Record what the final model costs in every known unit."""
         self.report.note_known(self.budget.meters.known(self.structure), before=False)
 
     def note_warnings(self) -> None:
-        """What the structure has to say of the model as it is now."""
+        """Record the structure's warnings about the present model."""
         for warning in getattr(self.structure, "warnings", ()):
             self._warn(warning)
 
     def _measure(self) -> None:
-        """What the model costs now, for the report."""
+        """Record what the present model costs."""
         report = self.report
         report.macs_after, report.parameters_after = (round(self.structure.costs(unit).total()) for unit in _UNITS)
         counted = sum(parameter.numel() for parameter in self.subject.model.parameters())
@@ -132,7 +132,7 @@ class Job:
         costs = self._costs()
         counted = self.budget.counted(costs)
         excess = counted - share * self.full
-        if excess <= _ROUNDING * self.full:  # the step before went far enough
+        if excess <= _ROUNDING * self.full:  # the previous step went far enough
             self._note_step(share, {})
             return
         subject = replace(self.subject, groups=self.structure.groups)
@@ -169,7 +169,7 @@ class Job:
         self.report.steps.append(StepReport(target, macs, parameters, removed, remaining))
 
     def _rows(self, subject: Subject) -> dict[str, Tensor]:
-        """(N, units) rows of every group for joint selection, its (units,) scores for the independent one."""
+        """Per group, (N, units) rows for joint selection or (units,) scores for independent selection."""
         criterion, also = self.choice.criterion, tuple(getattr(self.choice.allocation, "needs", ()))
         if isinstance(criterion, Jacobian):
             rows = self._jacobian(subject)
@@ -202,18 +202,18 @@ class Job:
         rows = {group.name: group_rows for group, group_rows in named if group_rows is not None}
         if rows and not any(bool(group_rows.any()) for group_rows in rows.values()):
             raise ValueError(
-                "all rows are zero, so that no choice is better than another: no loss depends on what can be "
+                "all rows are zero, so no choice is better than another: no loss depends on what can be "
                 "pruned; check loss_fn, and rows='sample' with losses that couple samples (then rows='batch')"
             )
         return rows
 
     def _note_importance(self, statistics: Statistics) -> None:
-        """What a profile follows."""
+        """Record the importance that a profile follows."""
         importance = getattr(self.choice.allocation, "importance", None)
         self._importance = {} if importance is None else importance(statistics)
 
     def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float, goal: float) -> dict[str, Tensor]:
-        """What the allocation removes to free ``excess``, of the ``goal`` of all steps; each warning is told once."""
+        """What the allocation removes to free ``excess``, part of all steps' ``goal``; each warning is issued once."""
         choice, limits = self.choice, self._limits()
         task = Task(
             rows,
@@ -235,13 +235,13 @@ class Job:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             removed = choice.allocation.select(task)
-        self._evaluation = None  # of this step's model
+        self._evaluation = None  # it belongs to this step's model
         for warning in caught:
             self._warn(str(warning.message))
         return removed
 
     def _evaluate(self, removed: Mapping[str, Tensor]) -> float:
-        """What the model's output loses with these units masked."""
+        """The loss of the model's output with these units masked."""
         if self._evaluation is None:
             search: Any = self.choice.allocation
             compensated = getattr(search, "compensated", False)
@@ -261,12 +261,12 @@ class Job:
             )
 
     def _limits(self) -> Limits:
-        """The structure's limits and the caller's together."""
+        """The structure's limits combined with the caller's."""
         own: Limits = getattr(self.structure, "limits", Limits())
         names = [group.name for group in self.structure.groups]
         whole_blocks = {group.name for group in self.structure.groups if group.is_depth}
         asked_least = {name: self.choice.min_units for name in names if name not in whole_blocks}
-        # Where all units of a group may go, some of its channels always stay: they count as one unit.
+        # If all units of a group may be removed, some of its channels always stay; they count as one unit.
         asked_least |= {name: units - 1 for name, units in asked_least.items() if not own.min_units.get(name, 1)}
         least = {
             name: max(asked_least.get(name, 0), own.min_units.get(name, 1), self.least.get(name, 0)) for name in names

@@ -1,4 +1,4 @@
-"""The MACs that the model executes on the first batch, before and after, to compare with predicted ones."""
+"""The MACs that the model executes on the first batch, before and after, to compare with the predicted ones."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from obc.structures.protocol import Structure
 
 logger = logging.getLogger("obc")
 
-# A larger difference between the predicted and the measured share is named.
+# Larger differences between the predicted and the measured share cause a warning.
 _DIFFERENT = 0.01
 
 
 class MeasuredMacs:
-    """Counts the unpruned model's MACs, calibrates the structure's by them, and counts again at the end.
+    """Counts the unpruned model's MACs, calibrates the structure's prediction, and counts again at the end.
 
     Args:
-        structure: of the unpruned model.
+        structure: the structure of the unpruned model.
         run: ``run(model)`` runs it on the first batch.
-        report: gets ``macs_measured``, and a warning where nothing can be counted.
+        report: receives ``macs_measured``, and a warning if nothing can be counted.
     """
 
     def __init__(self, structure: Structure, run: Callable[[nn.Module], Any], report: PruningReport) -> None:

@@ -1,4 +1,4 @@
-"""The time of a forward pass, before and after, where it is asked for."""
+"""Optionally measures the time of a forward pass, before and after pruning."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from obc.pruning.report import Change, PruningReport, timed
 
 
 class MeasuredSpeed:
-    """Keeps a copy of the unpruned model that shares its weights, and times both in turns at the end.
+    """Keeps a copy of the unpruned model that shares its weights, and times both models in turns at the end.
 
     Args:
-        model: unpruned.
+        model: the unpruned model.
         run: ``run(model)`` runs it on the first batch.
-        report: gets ``speed``.
+        report: receives ``speed``.
     """
 
     def __init__(self, model: nn.Module, run: Callable[[nn.Module], Any], report: PruningReport) -> None:

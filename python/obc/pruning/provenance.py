@@ -1,4 +1,4 @@
-"""Where a pruned model comes from: what was asked for, and with which software."""
+"""Where a pruned model comes from: what was requested, and with which software."""
 
 from __future__ import annotations
 

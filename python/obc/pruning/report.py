@@ -1,4 +1,4 @@
-"""The report and the result of a pruning."""
+"""The report and the result of pruning."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from obc.structures.proof import Proof
 _FORMAT = "obc.PruningReport/1"
 # The units that budgets count.
 Counted = Literal["macs", "parameters", "active_parameters", "bytes", "seconds"]
-# Values that a curve of scores has at most.
+# The largest number of points of a score curve.
 _POINTS = 121
 
 
 class ReportError(ValueError):
-    """A file is no report of a pruning, or is damaged."""
+    """A file is not a report of a pruning, or is damaged."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class StepReport:
     """One scoring and removal.
 
     Attributes:
-        target: share of what the budget counts of the unpruned model that was to be reached.
-        macs: share of the MACs that remained after it.
-        parameters: share of the parameters that remained after it.
-        removed: units removed from each group, where any were.
-        remaining: share of what the budget counts that remained after it, below the target by less than the last unit
+        target: the share of the budgeted quantity that was to be reached.
+        macs: the share of MACs that remained.
+        parameters: the share of parameters that remained.
+        removed: the number of units removed from each group that lost any.
+        remaining: the share of the budgeted quantity that remained, below the target by less than the last unit
             removed.
     """
 
@@ -56,12 +56,12 @@ class StepReport:
 
 @dataclass
 class Change:
-    """How much of something there was, and is.
+    """How much of something there was before and after pruning.
 
     Attributes:
-        before: of the unpruned model.
-        after: of the pruned model.
-        counted: what is counted, in words that begin with its unit.
+        before: amount in the unpruned model.
+        after: amount in the pruned model.
+        counted: what is counted, in words that begin with the unit.
     """
 
     before: float
@@ -73,39 +73,39 @@ class Change:
 class PruningReport:
     """What :func:`obc.prune` did.
 
-    MACs are predicted: those of one call with the example inputs, as :func:`obc.structures.measure.costs_of` says; of
-    transformers models those of the first batch, or for one token where that makes no difference
+    MACs are predicted: those of one call with the example inputs, as :func:`obc.structures.measure.costs_of` counts;
+    for transformers models those of the first batch, or for one token if that makes no difference
     (:func:`obc.structures.transformers.costs.transformer_costs`).
 
     Attributes:
-        budget: what ``steps`` have targets of: "macs", "parameters", "active_parameters", "bytes" or "seconds".
-        macs_before: of the unpruned model.
-        macs_after: of the pruned model.
-        macs_measured: the share of the MACs executed on the first batch that the pruned model executes, all products of
-            matrices counted; None where they could not be counted.
-        parameters_before: of the unpruned model.
-        parameters_after: of the pruned model.
-        known: what else is known of both: "blocks", "active_params", "memory", "latency" (:class:`Change`).
+        budget: the unit of the targets in ``steps``: "macs", "parameters", "active_parameters", "bytes" or "seconds".
+        macs_before: MACs of the unpruned model.
+        macs_after: MACs of the pruned model.
+        macs_measured: the share of MACs that the pruned model executes on the first batch, counting all matrix
+            products; None if they could not be counted.
+        parameters_before: parameters of the unpruned model.
+        parameters_after: parameters of the pruned model.
+        known: further known quantities: "blocks", "active_params", "memory", "latency" (:class:`Change`).
         speed: seconds of a forward pass on the first batch, with ``measure=True``.
         widths: group -> (units before, units after).
-        steps: one entry a step that removed something.
-        seconds: wall time by part: "structure", "latency" (measuring a table), "count", "score", "select", "remove",
-            "recalibrate", "compensate", "verify", "measure".
-        unscored: layers whose rows were wanted and could not be read -> why.
+        steps: one entry per step that removed something.
+        seconds: wall time of each part: "structure", "latency" (measuring a table), "count", "score", "select",
+            "remove", "recalibrate", "compensate", "verify", "measure".
+        unscored: layers whose rows were needed but could not be read -> why.
         left_out: groups that were not pruned -> why.
         warnings: what deserves a second look.
-        proof: which groups were tried, and what was found (:mod:`obc.structures.proof`); None where they can't be.
+        proof: which groups were tried, with the result (:mod:`obc.structures.proof`); None if they can't be tried.
         error: the largest relative difference between the pruned model and the unpruned one with the same units masked,
-            of what layers read and of outputs on the first batch, before compensation and with equal statistics in
-            BatchNorms; None where they were not compared.
+            over what layers read and the outputs on the first batch, before compensation and with equal BatchNorm
+            statistics; None if they were not compared.
         tolerance: the difference that rounding explains (:class:`obc.structures.comparison.Observation`).
-        unproved: groups, or "the whole model", of which nothing could be proved -> why.
-        compensation: the report of :func:`obc.compensate`, where it was asked for.
+        unproved: groups, or "the whole model", about which nothing could be proved -> why.
+        compensation: the report of :func:`obc.compensate`, if it was requested.
         means: what biases took over, with ``compensate="mean"``.
-        fusion: what was fused into what stays, with ``compensate="fusion"``.
-        scores: group -> its units' scores before anything was removed, smallest first; of more than 121 units as many
-            quantiles. Without what is not finite.
-        provenance: what was asked for, of which model, with which software, and when.
+        fusion: what was fused into remaining units, with ``compensate="fusion"``.
+        scores: group -> its units' finite scores before any removal, smallest first; for more than 121 units as many
+            quantiles.
+        provenance: what was requested, for which model, with which software, and when.
     """
 
     budget: Counted = "macs"
@@ -133,7 +133,7 @@ class PruningReport:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def note_known(self, found: Mapping[str, tuple[float, str]], before: bool) -> None:
-        """Remember what is known of the unpruned model, ``before``, or of the pruned one."""
+        """Record known quantities of the unpruned model (``before``) or of the pruned one."""
         for name, (value, counted) in found.items():
             if before:
                 self.known[name] = Change(value, value, counted)
@@ -141,7 +141,7 @@ class PruningReport:
                 self.known[name].after = value
 
     def note_scores(self, name: str, scores: Tensor) -> None:
-        """Remember a group's (units,) scores, unless they are known from an earlier step."""
+        """Record a group's (units,) scores, unless an earlier step did."""
         if name in self.scores:
             return
         ordered = scores.detach().double().flatten().cpu()
@@ -151,7 +151,7 @@ class PruningReport:
         self.scores[name] = ordered.tolist()
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain Python values, for JSON, but for the matrices of compensation."""
+        """Everything as plain Python values for JSON, except the matrices of compensation."""
         fields = dict(vars(self))
         fields["steps"] = [asdict(step) for step in self.steps]
         fields["known"] = {name: asdict(change) for name, change in self.known.items()}
@@ -169,7 +169,7 @@ class PruningReport:
         """Write the report as JSON, for :meth:`load` and ``obc report``.
 
         Raises:
-            OSError: the file can't be written; a file that was there is what it was.
+            OSError: the file can't be written; an existing file is left unchanged.
         """
         content = json.dumps({"format": _FORMAT, **self.as_dict()}, indent=2)
         with atomic_write(path) as file:
@@ -180,8 +180,8 @@ class PruningReport:
         """Read a report written by :meth:`save`.
 
         Raises:
-            ReportError: the file is no report, or is damaged.
-            OSError: it can't be read.
+            ReportError: the file is not a report, or is damaged.
+            OSError: the file can't be read.
         """
         name = os.fspath(path)
         try:
@@ -195,7 +195,7 @@ class PruningReport:
         return report
 
     def html(self, further: Sequence[Section] = ()) -> str:
-        """One self-contained page without scripts: what ``obc report`` writes."""
+        """One self-contained page without scripts, as ``obc report`` writes it."""
         return pruning_page(self.as_dict(), further)
 
     def _repr_html_(self) -> str:
@@ -220,7 +220,7 @@ class PruningReport:
         return "\n".join(lines)
 
     def speed_said(self) -> str:
-        """The speed-up that was measured, in a line."""
+        """The measured speed-up, in one line."""
         assert self.speed is not None
         before, after, counted = self.speed.before, self.speed.after, self.speed.counted
         return f"measured speed-up: {before / after:.2f} ({before:.4g} -> {after:.4g} {counted})"
@@ -251,13 +251,13 @@ def _change(what: str, before: int, after: int) -> str:
 
 @dataclass(frozen=True)
 class PruningResult:
-    """What :func:`obc.prune` gives back.
+    """The result of :func:`obc.prune`.
 
     Attributes:
         model: the model that was passed, pruned in place.
         plan: what every layer kept of the unpruned model, verified value by value.
         report: what was done.
-        latency_table: that was given or measured, to prune the unpruned model by again; None where there was none.
+        latency_table: the table given or measured, for pruning the unpruned model again; None if there was none.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""The report of a pruning as a page, and as a part of a notebook."""
+"""The report of a pruning as a page, and as a fragment for notebooks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from obc.page.charts import bar, change_bars, curves, figure
 from obc.page.document import Section, document, fragment
 from obc.page.markup import Html, element, facts, number, reasons, safe, table
 
-Report = Mapping[str, Any]  # what PruningReport.as_dict returns
+Report = Mapping[str, Any]  # as PruningReport.as_dict returns it
 
 
 def pruning_page(report: Report, further: Sequence[Section] = ()) -> str:
-    """The whole page; ``further`` sections, such as those of a score file, stand before the last one."""
+    """The whole page; ``further`` sections, such as those of a score file, come before the last one."""
     sections = [
         Section("budgets", "Budgets", _budgets(report)),
         Section("widths", "Widths", _widths(report)),

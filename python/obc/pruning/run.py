@@ -1,4 +1,4 @@
-"""``obc.prune``: from a trained model to one within a budget of MACs, parameters, memory or time, in one call."""
+"""``obc.prune``: prunes a trained model to a budget of MACs, parameters, memory or time in one call."""
 
 from __future__ import annotations
 
@@ -86,92 +86,91 @@ def prune(
     on_step: Callable[[PruningResult], None] | None = None,
     progress: bool | None = None,
 ) -> PruningResult:
-    """Prune ``model`` in place until a share of its multiply-accumulates, or parameters, remains; with a plan.
+    """Prune ``model`` in place until a share of its multiply-accumulates, or parameters, remains; returns a plan too.
 
-    In every step the criterion scores the model as it then is, ``obc.select`` chooses what to remove, and BatchNorm
-    statistics are estimated anew. After step t of T at most share^(t/T) remains: each step removes the same
-    share of what is left. After an exception the model is as it was before the call; the unpruned weights are kept in
-    memory until then.
+    In every step the criterion scores the present model, ``obc.select`` chooses what to remove, and BatchNorm
+    statistics are re-estimated. After step t of T at most share^(t/T) remains, so each step removes the same share of
+    what is left. After an exception the model is as before the call; for this the unpruned weights are kept in memory.
 
-    The default chooses *sets* of channels (``selection="joint"``): in every row n the first-order change of the loss
-    when all channels g of a set go is sum_g r_g[n]; the set with the smallest sum of its squares over the rows goes.
-    ``selection="independent", slices="all", per_macs=False, recalibrate=False`` is the paper's protocol: one global
+    By default *sets* of channels are chosen (``selection="joint"``). If the channels g of a set are removed, the loss
+    of row n changes to first order by sum_g r_g[n]; the set with the smallest sum of squares over the rows is removed.
+    ``selection="independent", slices="all", per_macs=False, recalibrate=False`` is the paper's protocol, one global
     ranking of single channels (arXiv 2508.05521).
 
     Args:
-        model: any model that Torch-Pruning can trace, one of the transformers library, or that of ``structure``.
+        model: a model that Torch-Pruning can trace, one of the transformers library, or that of ``structure``.
         example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of keywords;
-            unused with ``structure``. Left out: the model is one of the transformers library, and is pruned by its own
-            blocks, untraced (:class:`obc.structures.transformers.TransformersStructure`).
-        batches: what ``loss_fn`` takes; passed over twice a step. About 1000 samples; best as many batches as the
-            widest layer has channels, because each is one row. A list is made of them, so that every pass sees the
-            same ones, whatever a data loader shuffles or draws. A batch on which something is not finite, such as a
-            row or a BatchNorm's statistic, is left out of everything from then on, and named.
-        loss_fn: ``loss_fn(model, batch)``: a scalar loss, or with ``rows="sample"`` the vector of per-sample losses.
-            With ``labels=False`` it may be None, or stands for ``forward_fn``.
-        macs: the share of MACs that remains, in (0, 1]; 0.5 where ``params`` is not given either.
+            unused with ``structure``. Without it the model must be one of the transformers library, and is pruned by
+            its blocks without tracing (:class:`obc.structures.transformers.TransformersStructure`).
+        batches: what ``loss_fn`` takes, about 1000 samples; two passes per step. Each batch is one row, so as many
+            batches as the widest layer has channels are best. A list is made of them, so that every pass sees the same
+            ones even if a data loader shuffles. If something about a batch is not finite, such as its row or a
+            BatchNorm statistic, the batch is left out of everything from then on, and named.
+        loss_fn: ``loss_fn(model, batch)`` returns a scalar loss, or with ``rows="sample"`` the vector of per-sample
+            losses. With ``labels=False`` it may be None, or is used as ``forward_fn``.
+        macs: the share of MACs that remains, in (0, 1]; 0.5 if no budget is given.
         params: instead of ``macs``, the share of parameters that remains.
-        blocks: instead, the share that remains of the parameters that can be pruned: those whose number depends on a
-            group's width, without embeddings, a head, and layers that are left out.
-        active_params: instead, the share that remains of the parameters that one token meets: of a mixture's experts as
-            many count as a token is routed to. For models of the transformers library.
-        memory: instead, the share that remains of the bytes of weights, buffers and the cache of keys and values; above
-            1 a number of bytes.
-        latency: instead, the share that remains of the seconds of a forward pass by ``latency_table``: of its sum.
-        memory_use: length and batch of the cache, and the dtype, that ``memory`` and the report count; by default the
-            weights alone, as they are (:class:`obc.MemoryUse`).
-        latency_table: seconds of every group against its width (:class:`obc.LatencyTable`), or the path of a saved
-            table. Left out with ``latency``: it is measured on the first batch before anything is removed
-            (:func:`obc.measure_latency`). With another budget it is for the report.
-        criterion: "jacobian" or another name of ``obc.criteria.available()`` (docs/criteria.md); an object with
+        blocks: instead, the share that remains of the prunable parameters: those whose number depends on a group's
+            width, without embeddings, heads, and layers left out.
+        active_params: instead, the share that remains of the parameters used by one token: only as many of a mixture's
+            experts count as a token is routed to. For models of the transformers library.
+        memory: instead, the share that remains of the bytes of weights, buffers and the key/value cache; above 1 a
+            number of bytes.
+        latency: instead, the share that remains of the forward pass's seconds, as summed from ``latency_table``.
+        memory_use: the length, batch size and dtype of the cache that ``memory`` and the report count; by default only
+            the weights count (:class:`obc.MemoryUse`).
+        latency_table: seconds of every group by width (:class:`obc.LatencyTable`), or the path of a saved table. If it
+            is missing, ``latency`` measures one on the first batch before anything is removed
+            (:func:`obc.measure_latency`). With another budget it is used for the report only.
+        criterion: "jacobian" or another name in ``obc.criteria.available()`` (docs/criteria.md); an object with
             ``needs`` and ``score(group, statistics, model)``; or such a function.
         allocation: how much each group loses: "global" (all units compete), "uniform" (equal shares), "equal" (equal
             widths of groups of one kind), "profile" (blocks that change their input more keep more), "two_classes"
-            (attention apart), "search" (by what the output loses: :class:`obc.selection.search.Search`), "window" and
-            "tail" (consecutive whole blocks go: :mod:`obc.selection.depth_allocations`), a mapping of names to
-            strengths, or an object of :mod:`obc.selection.allocation`. None: what the criterion was published with,
-            else "global".
+            (attention is ranked separately), "search" (by the output's loss, :class:`obc.selection.search.Search`),
+            "window" and "tail" (consecutive whole blocks, :mod:`obc.selection.depth_allocations`), a mapping of names
+            to strengths, or an object of :mod:`obc.selection.allocation`. None: as the criterion was published,
+            otherwise "global".
         selection: "joint" chooses sets of units by their rows, which only "jacobian" has; "independent" ranks single
-            units by their scores. None: joint where the criterion has rows and ``slices`` is "gate".
-        steps: how often to score and remove; or the shares to reach, descending to ``macs`` or ``params``.
-        slices: "gate": one row per unit, of all its consumers together. "all": every slice is squared by itself, as in
-            the paper; for independent selection.
-        per_macs: weigh what a unit costs the loss by the MACs that its removal frees (by what the budget counts).
-            None: unless the criterion's scores are standardised or ranks.
-        recalibrate: after every step give BatchNorms statistics with which they return the means and variances that
-            they return in the unpruned model, on the same batches (:func:`obc.recalibrate_norms`).
+            units by their scores. None: joint if the criterion has rows and ``slices`` is "gate".
+        steps: how often to score and remove; or the shares to reach, descending to the budget's.
+        slices: "gate": one row per unit, for all its consumers together. "all": every slice is squared separately, as
+            in the paper; for independent selection.
+        per_macs: divide what a unit costs the loss by what its removal frees of the budgeted quantity. None: yes,
+            unless the criterion's scores are standardised or ranks.
+        recalibrate: after every step give BatchNorms the statistics with which they return the same means and variances
+            as in the unpruned model, on the same batches (:func:`obc.recalibrate_norms`).
         labels: False scores without labels: rows are gradients of random projections of the model's outputs.
-        compensate: at the end the consumers take over, by least squares, what the dropped channels carried
-            (:func:`obc.compensate`): "correct" or True, which also repairs what layers before them broke; "ls"; "seq".
-            "mean": their biases take what the dropped channels carried on average
-            (:func:`obc.recovery.mean_bias.absorb_means`). "fusion": what goes is fused into what stays, without data
-            (:func:`obc.recovery.fusion.fuse_units`; needs scipy). Needs a copy of the unpruned model meanwhile.
-        compensate_every_step: with "correct", "ls" or "seq", after every step: the next step scores what compensation
-            made, ``on_step`` gets it, and each compensation starts anew from the unpruned model's weights.
+        compensate: at the end, consumers take over by least squares what the dropped channels carried
+            (:func:`obc.compensate`): "correct" or True, which also repairs the errors of layers before them; "ls";
+            "seq". "mean": biases take over the average of the dropped channels
+            (:func:`obc.recovery.mean_bias.absorb_means`). "fusion": removed units are fused into remaining ones without
+            data (:func:`obc.recovery.fusion.fuse_units`; needs scipy). Needs a copy of the unpruned model meanwhile.
+        compensate_every_step: with "correct", "ls" or "seq", compensate after every step: the next step scores the
+            compensated model, ``on_step`` gets it, and each compensation restarts from the unpruned model's weights.
         rows: "batch" or "sample": what one row is.
-        micro_batch: the Jacobian Criterion runs batches in parts of at most so many samples (:func:`obc.score`).
-        ignored_layers: layers or their names whose outputs keep their widths.
-        num_heads: query, key and value projections, or their names -> number of heads: heads are removed as wholes.
-        round_to: widths, in units, become multiples of it; a ``structure`` may spare groups of heads and experts.
-        min_units: every group keeps at least so many.
-        max_pruning_ratio: the largest share of its units that any group loses, over all steps; or by group's name, or
-            the name of a block, such as "model.layers.0".
-        protected_blocks: so many blocks at the start and at the end lose nothing; a pair says how many at each.
-        shrinkage: of interactions in joint selection; None chooses it from the numbers of rows and units.
+        micro_batch: the Jacobian Criterion runs batches in parts of at most this many samples (:func:`obc.score`).
+        ignored_layers: layers, or names of layers, whose outputs keep their widths.
+        num_heads: query, key and value projections, or their names -> number of heads; heads are removed whole.
+        round_to: widths, in units, become multiples of it; a ``structure`` may exempt groups of heads and experts.
+        min_units: the number of units that every group keeps at least.
+        max_pruning_ratio: the largest share of its units that any group loses, over all steps; or by name of a group or
+            block, such as "model.layers.0".
+        protected_blocks: the number of blocks at the start and at the end that lose nothing, or a pair of numbers.
+        shrinkage: shrinkage of interactions in joint selection; None chooses it from the numbers of rows and units.
         forward_fn: ``forward_fn(model, batch)`` returns the outputs to preserve, for recalibration, compensation and
-            label-free rows; by default what ``model`` returns inside ``loss_fn``; without a ``loss_fn`` what it returns
-            on the batch (:func:`obc.model.evaluation.call_on_batch`).
-        structure: the groups, instead of those that Torch-Pruning finds.
-        seed: of the criterion "random" and of label-free rows.
-        verify: compare the pruned model on the first batch with the unpruned one, its removed channels masked, before
-            it is compensated. Takes three forward passes.
-        measure: time a forward pass on the first batch with the unpruned and the pruned model (``report.speed``).
-        on_step: called after every step with what there is so far: to evaluate, or to keep copies.
+            label-free rows. By default they are what ``model`` returns inside ``loss_fn``, or without a ``loss_fn`` on
+            the batch (:func:`obc.model.evaluation.call_on_batch`).
+        structure: the groups, in place of those that Torch-Pruning finds.
+        seed: seed of the criterion "random" and of label-free rows.
+        verify: compare the pruned model, before compensation, with the unpruned one with masked channels, on the first
+            batch. Takes three forward passes.
+        measure: time a forward pass of the unpruned and the pruned model on the first batch (``report.speed``).
+        on_step: called after every step with the result so far, for example to evaluate or copy the model.
         progress: show a progress bar; None shows it in a terminal only.
 
     Raises:
-        ValueError: an argument is not one of the values above, no layer can be pruned, ``batches`` is empty, more than
-            a tenth of them are not finite, or the share can't be reached: the message says which can.
+        ValueError: an argument has a wrong value, no layer can be pruned, ``batches`` is empty, more than a tenth of
+            them are not finite, or the share can't be reached; the message says which share can.
         PruningError: the model does not run, or can't be traced or copied; the original error is its cause.
         PlanError: the model can't be pruned as it is: compiled, wrapped, with adapters or with computed weights.
         ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
@@ -242,7 +241,7 @@ def prune(
     return PruningResult(model, structure.plan, report, budget.meters.table)
 
 
-# --- what is asked for ---------------------------------------------------------------------------------------
+# --- arguments -----------------------------------------------------------------------------------------------
 
 
 def _check_model(model: nn.Module, structure: Structure | None) -> None:
@@ -258,7 +257,7 @@ def _check_model(model: nn.Module, structure: Structure | None) -> None:
 def _loss(
     loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool, rows: RowKind, seed: int
 ) -> LossFn:
-    """The loss whose rows are read."""
+    """The loss that rows are read from."""
     one_of("rows", rows, get_args(RowKind))
     if not labels:
         return label_free_loss(_forward(loss_fn, forward_fn, labels), rows=rows, seed=seed)
@@ -269,7 +268,7 @@ def _loss(
 
 @contextlib.contextmanager
 def _restored_on_error(model: nn.Module, report: PruningReport, budget: Budget, steps: int) -> Iterator[Snapshot]:
-    """After an exception inside the block the model is as it is now; the exception gets a note of how far it came."""
+    """After an exception inside the block, restore the model, and add a note to the exception on how far it came."""
     snapshot = Snapshot(model)
     try:
         yield snapshot
@@ -278,12 +277,12 @@ def _restored_on_error(model: nn.Module, report: PruningReport, budget: Budget, 
         if report.steps:
             share = report.steps[-1].remaining
             note = f"obc.prune had done {len(report.steps)} of {steps} steps, {share:.3f} of the {budget.noun}"
-            # What BaseException.add_note does, which Python 3.10 lacks.
+            # The equivalent of BaseException.add_note, which Python 3.10 lacks.
             vars(error).setdefault("__notes__", []).append(f"{note}; the model was restored to what it was")
         raise
 
 
-# --- what is pruned, and what it computes --------------------------------------------------------------------
+# --- the structure, and the outputs --------------------------------------------------------------------------
 
 
 def _structure(
@@ -338,7 +337,7 @@ def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
 
 
 def _verify(plan: PruningPlan, original: Mapping[str, Tensor], model: nn.Module, recalibrated: bool) -> None:
-    """:meth:`PruningPlan.verify`, but for running statistics that were estimated anew."""
+    """:meth:`PruningPlan.verify`, except for running statistics that were re-estimated."""
     for module_name, module, tensor_name, tensor in named_tensors(model):
         if not (recalibrated and isinstance(module, _BatchNorm) and tensor_name.startswith("running_")):
             plan.verify_tensor(original, module_name, module, tensor_name, tensor)

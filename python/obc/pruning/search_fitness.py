@@ -1,11 +1,11 @@
-"""What a search over widths measures with ``compensated=True``: the output after compensation.
+"""Fitness of a search over widths with ``compensated=True``: the output after compensation.
 
-With G the centred Gram matrix of a consumer's input, k the channels that stay and r those that go, its weight becomes
+Let G be the centred Gram matrix of a consumer's input, k the kept channels and r the removed ones. Its weight becomes
 
     W_k' = W_k + W_r G_rk (G_kk + lambda I)^-1
 
 and its bias takes the rest of the mean: plain least squares with a fixed ridge. The Gram matrices are collected once.
-Widths lie on few levels, so that most consumers of a candidate were solved for an earlier one.
+Widths lie on few levels, so most consumers of a candidate were solved for an earlier one.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from obc.structures.masking import lost_channels
 
 # Relative to the mean diagonal of G_kk.
 _RIDGE = 1e-2
-# Weights that were solved for are kept up to so many bytes; those that were not used for longest go first.
+# Solved weights are cached up to this many bytes; the least recently used are dropped first.
 _MAX_BYTES = 2**30
 
 Solution = tuple[Tensor, Tensor | None]
@@ -38,12 +38,12 @@ Solution = tuple[Tensor, Tensor | None]
 class CompensatedEvaluation(Evaluation):
     """The metric of the model with units masked and their consumers compensated by least squares.
 
-    Consumers that have no Gram matrix (fused experts) and convolutions with groups are masked alone.
+    Consumers without a Gram matrix (fused experts) and convolutions with conv groups are only masked.
 
     Args:
-        subject: its batches are those that the metric is measured on.
+        subject: provides the batches that the metric is measured on.
         metric: "loss", "kl" or "mse".
-        calibration: the subject whose batches the Gram matrices are collected on.
+        calibration: provides the batches for the Gram matrices.
     """
 
     def __init__(self, subject: Subject, metric: Metric, calibration: Subject) -> None:
@@ -53,7 +53,7 @@ class CompensatedEvaluation(Evaluation):
         self._bytes = 0
 
     def without(self, removed: Mapping[str, Tensor]) -> nn.Module:
-        """The model that is measured: with these units masked, and their consumers compensated."""
+        """The model to measure: these units masked and their consumers compensated."""
         masked = super().without(removed)
         with torch.no_grad():
             for (name, side), channels in lost_channels(self.subject.groups, removed).items():
@@ -62,7 +62,7 @@ class CompensatedEvaluation(Evaluation):
         return masked
 
     def _compensate(self, name: str, module: Any, channels: Tensor) -> None:
-        """Give a masked module its compensated weight and bias; its weight is its own, its bias the model's."""
+        """Give a masked module its compensated weight and bias; it owns its weight, the model owns the bias."""
         rule = rule_for(module)
         if not isinstance(rule, Rule) or rule.groups > 1 or (rule.convolution and rule.transposed):
             return
@@ -105,7 +105,7 @@ class CompensatedEvaluation(Evaluation):
 
 
 def fitness_of(subject: Subject, metric: Metric, batches: int | None, compensated: bool) -> Evaluation:
-    """What a search measures, on the first ``batches``; of others the Gram matrices, where there are any."""
+    """The fitness for a search, on the first ``batches``; Gram matrices use the other batches if there are any."""
     measured = rest = subject
     if batches is not None:
         numbered = subject.batches.numbered()

@@ -11,8 +11,8 @@ from obc.model.names import named_tensors
 class Snapshot:
     """Remembers a model's modules, widths and tensors, without copying its weights.
 
-    Pruning replaces weights, and so the unpruned ones are only kept alive. Buffers and vectors are copied: running
-    statistics and biases are changed in place.
+    Pruning replaces weights, so the unpruned ones only have to be kept alive. Buffers and vectors are copied, because
+    running statistics and biases are changed in place.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -25,11 +25,11 @@ class Snapshot:
         self._held = [(tensor, _remembered(tensor)) for tensor in held.values()]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The unpruned model's parameters and persistent buffers, by the names that its state dict has."""
+        """The unpruned model's parameters and persistent buffers, by their names in its state dict."""
         return self._tensors
 
     def restore(self) -> None:
-        """Make the model what it was: the same modules with the same parameters, widths and values."""
+        """Restore the model: the same modules with the same parameters, widths and values."""
         for module, state in self._modules:
             module.__dict__.clear()
             module.__dict__.update(_copied(state))

@@ -1,10 +1,10 @@
-"""From how many positions a step on a fold is cheaper than the explicit 1x1 layers that it stands for.
+"""Break-even: above how many positions per step a fold is cheaper than the explicit 1x1 layers it stands for.
 
-With T output positions, kernel area s and o x i channels pruned to k x j, multiplications of a forward are
+With T output positions, kernel area s, and o x i channels pruned to k x j, a forward needs these multiplications:
 
     explicit  T (o i s + k o + i j)          folded  T k j s + F
 
-F being the fold's own, for any batch. The backward has twice as many of each. They are equal at T*.
+where F is the fold's own number, for any batch. The backward needs twice as many of each. They are equal at T*.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ def break_even(fold: FoldedWeight, original: Tensor) -> float:
     if columns is not None:
         blocks = columns.shape[0] if columns.dim() == 3 else 1
         kept_columns = blocks * columns.shape[-1] * fold.in_repeat // fold.groups
-        mixing += columns.shape[-1] * original.shape[1] * fold.groups  # of each of in_repeat columns
+        mixing += columns.shape[-1] * original.shape[1] * fold.groups  # for each of in_repeat columns
     naive = kept_rows * kept_columns * original.shape[2:].numel()
     return fold.multiplications(original) / (original.numel() + mixing - naive)
 
 
 def positions(model: nn.Module, names: Sequence[str], example_inputs: Any) -> dict[str, int]:
-    """At how many positions one forward pass applies the weights of these layers; what it does not reach is left out.
+    """The number of positions at which one forward pass applies these layers' weights; unreached layers are omitted.
 
     Args:
         model: the naively pruned model; run in eval mode, without gradients.
-        names: of its layers.
+        names: names of layers.
         example_inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
     """
     seen: dict[str, int] = {}
@@ -68,7 +68,7 @@ def positions(model: nn.Module, names: Sequence[str], example_inputs: Any) -> di
 
 
 def warn_below(break_evens: Mapping[str, float], seen: Mapping[str, int]) -> None:
-    """Warn of the layers whose positions ``seen`` are fewer than their break-even, naming each with both."""
+    """Warn of layers with fewer positions in ``seen`` than their break-even, naming both numbers."""
     few = [
         f"{name} (T = {seen[name]}, T* = {threshold:.0f})"
         for name, threshold in break_evens.items()

@@ -1,4 +1,4 @@
-"""Running models over calibration batches: capturing inputs, comparing outputs, estimating BatchNorm statistics."""
+"""Runs models over calibration batches: captures inputs, compares outputs, estimates BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NOT_FINITE = "what it gives a BatchNorm is not finite"
 
 
 def inputs(model: nn.Module, names: Sequence[str], batch: Any, forward_fn: ForwardFn) -> dict[str, list[Tensor]]:
-    """The inputs of the modules ``names`` in one forward pass, call by call, by name in the order of first calls."""
+    """The inputs of the modules ``names`` in one forward pass, one per call; by name, in the order of first calls."""
     seen: dict[str, list[Tensor]] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -42,7 +42,7 @@ def inputs(model: nn.Module, names: Sequence[str], batch: Any, forward_fn: Forwa
 
 
 def channel_rows(x: Tensor, layout: Rule, repeat: int) -> Tensor:
-    """(positions, channels) of a layer's input; behind a flatten every column of a channel is a position."""
+    """(positions, channels) of a layer's input; after a flatten every column of a channel is a position."""
     if layout.convolution:
         return x.movedim(1, -1).reshape(-1, x.shape[1])
     rows = x.reshape(-1, x.shape[-1])
@@ -50,7 +50,7 @@ def channel_rows(x: Tensor, layout: Rule, repeat: int) -> Tensor:
 
 
 def outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn) -> list[list[Tensor]]:
-    """The floating tensors that ``forward_fn`` returns, batch by batch, without the positions of padding."""
+    """The floating tensors that ``forward_fn`` returns for each batch, without padding positions."""
     return [
         [without_padding(batch, out) for out in tensors_in(forward_fn(model, batch)) if out.is_floating_point()]
         for batch in batches
@@ -60,7 +60,7 @@ def outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn) -> 
 def output_error(
     got: Iterable[Sequence[Tensor]], expected: Iterable[Sequence[Tensor]], processes: Processes = ALONE
 ) -> float:
-    """Sum of squared differences over the sum of squares of ``expected``; infinite where something is not finite."""
+    """Sum of squared differences over the sum of squares of ``expected``; infinite if anything is not finite."""
     difference = energy = 0.0
     for tensors, targets in zip(got, expected, strict=True):
         more, also = _squares(tensors, targets)
@@ -75,9 +75,9 @@ def streamed_error(
     forward_fn: ForwardFn,
     processes: Processes = ALONE,
 ) -> float:
-    """:func:`output_error` of ``model`` against ``expected``, both run on one batch after the other; none is kept.
+    """:func:`output_error` of ``model`` against ``expected``; both run on one batch at a time and nothing is kept.
 
-    A batch on which what ``expected`` returns is not finite is left out.
+    A batch is left out if the output of ``expected`` is not finite.
     """
     difference = energy = 0.0
     for batch in batches:
@@ -92,7 +92,7 @@ def streamed_error(
 
 
 def _squares(tensors: Sequence[Tensor], targets: Sequence[Tensor]) -> tuple[float, float]:
-    """Sums of squared differences, and of the squares of ``targets``; piece by piece, so that no copy is large."""
+    """Sums of squared differences, and of squares of ``targets``; computed in pieces, so that no copy is large."""
     difference = energy = 0.0
     for tensor, target in zip(tensors, targets, strict=True):
         pieces = (values.reshape(-1).split(_PIECE) for values in (tensor, target))
@@ -109,12 +109,12 @@ def _relative(difference: float, energy: float, processes: Processes) -> float:
 
 
 def batch_norms(model: nn.Module) -> list[_BatchNorm]:
-    """The norms of ``model`` that keep running statistics."""
+    """The norms of ``model`` with running statistics."""
     return list(named_norms(model).values())
 
 
 def named_norms(module: nn.Module, place: str = "") -> dict[str, _BatchNorm]:
-    """The norms of ``module`` that keep running statistics, by their names in the model that holds it at ``place``."""
+    """The norms of ``module`` with running statistics, by their names in the model that contains it at ``place``."""
     return {
         ".".join(part for part in (place, name) if part): norm
         for name, norm in module.named_modules()
@@ -131,29 +131,30 @@ def recalibrate_norms(
     plan: PruningPlan | None = None,
     process_group: Any = None,
 ) -> None:
-    """Estimate the running statistics of every BatchNorm anew from ``batches``.
+    """Re-estimate the running statistics of every BatchNorm from ``batches``.
 
-    With ``original_model``, the unpruned one, and the plan of what pruning kept: so that every norm returns the mean
-    and the variance that it returns in the unpruned model on the same batches, whatever data these are
-    (:mod:`obc.recovery.norm_reference`). Without: the mean over the batches of each batch's statistics, which is right
-    where the batches are like the training data, and many.
+    With ``original_model``, the unpruned one, and the plan, every norm gets the statistics with which it returns the
+    same mean and variance as in the unpruned model on the same batches, whatever data these are
+    (:mod:`obc.recovery.norm_reference`). Without it, statistics are the mean over the batches of each batch's
+    statistics, which is right if there are many batches and they resemble the training data.
 
-    All other modules run in eval mode; training flags, momenta and the count of batches seen are restored. A model
+    All other modules run in eval mode. Training flags, momenta and the count of batches seen are restored. A model
     without such norms is not run.
 
     Args:
-        model: changed in place.
-        batches: any iterable, passed over once; with ``original_model`` a list is made of it, which is used twice.
-        forward_fn: ``forward_fn(model, batch)``; by default :func:`obc.model.evaluation.call_on_batch`, which takes
+        model: the model, changed in place.
+        batches: any iterable, used once; with ``original_model`` a list is made of it, which is used twice.
+        forward_fn: ``forward_fn(model, batch)``; by default :func:`obc.model.evaluation.call_on_batch`, which accepts
             batches such as (inputs, labels).
         original_model: the unpruned model; unchanged.
-        plan: of ``model``; empty where left out: nothing was pruned.
-        process_group: the mean is over the batches of all processes of this group.
+        plan: the plan of ``model``; by default nothing was pruned.
+        process_group: use the batches of all processes in this group.
 
-    A batch that makes a statistic not finite is left out and named; where it fails, the model keeps its statistics.
+    A batch that makes a statistic infinite or NaN is left out and named. If this raises, the model keeps its
+    statistics.
 
     Raises:
-        ValueError: there are no batches, in no process, or more than a tenth of them can't be used.
+        ValueError: no process has batches, or more than a tenth of them can't be used.
     """
     if not (norms := batch_norms(model)):
         return
@@ -167,10 +168,10 @@ def recalibrate_norms(
 
 
 def norm_reference(model: nn.Module, batches: UsableBatches, forward_fn: ForwardFn, place: str = "") -> NormReference:
-    """What arrives at the BatchNorms of the unpruned ``model``, from one pass over the batches in eval mode.
+    """The inputs' statistics at the BatchNorms of the unpruned ``model``, from one pass over the batches in eval mode.
 
-    ``model`` may be the module of one that is called ``place``, which ``forward_fn`` runs alone. The pass is one of its
-    own: in a run that :func:`obc.recovery.stream_points.observe` follows, reading a norm's input would end the trace.
+    ``model`` may be the module called ``place`` in a larger model, if ``forward_fn`` runs it alone. This is a separate
+    pass, because reading a norm's input would end the trace of :func:`obc.recovery.stream_points.observe`.
     """
     norms = named_norms(model, place)
     reference = NormReference(norms)
@@ -179,7 +180,7 @@ def norm_reference(model: nn.Module, batches: UsableBatches, forward_fn: Forward
             for batch in batches:
                 with reference.reading() as calls:
                     forward_fn(model, batch)
-                if all_finite(calls):  # else the passes over the pruned model leave the batch out and say why
+                if all_finite(calls):  # otherwise the passes over the pruned model leave the batch out and say why
                     reference.add(calls, batches.current)
     return reference
 
@@ -192,9 +193,9 @@ def recalibrate_from(
     processes: Processes,
     targets: Mapping[_BatchNorm, Target],
 ) -> None:
-    """:func:`recalibrate_norms` of some norms; ``forward_fn`` may run a part of a model alone.
+    """:func:`recalibrate_norms` for some norms; ``forward_fn`` may run part of a model.
 
-    Norms with a target get the statistics that follow from it, others those of the batches.
+    Norms with a target get the statistics that follow from it; the others get those of the batches.
     """
     targets = {norm: targets[norm] for norm in norms if norm in targets}
     plain = [norm for norm in norms if norm not in targets]
@@ -205,7 +206,7 @@ def recalibrate_from(
             for norm in plain:
                 norm.train()
                 for statistic in _statistics(norm):
-                    statistic.zero_()  # the mean starts anew, also where a statistic is not finite
+                    statistic.zero_()  # restarts the mean, even if a statistic is not finite
                 tracked = norm.num_batches_tracked
                 norm.num_batches_tracked = None if tracked is None else torch.zeros_like(tracked)
                 norm.momentum = None  # a cumulative mean
@@ -258,7 +259,7 @@ def _pass_over(
     batches: UsableBatches,
     forward_fn: ForwardFn,
 ) -> int:
-    """Run the model on the batches and count them; what a batch that is not finite did to the statistics is undone."""
+    """Run the model on the batches and count them; a batch that is not finite leaves the statistics unchanged."""
     count = 0
     for batch in batches:
         buffers = [buffer for norm in plain for buffer in norm.buffers()]

@@ -1,4 +1,4 @@
-"""Compensation without training: by least squares, consumers of pruned channels take over what these carried.
+"""Compensation without training: consumers of pruned channels take over by least squares what these carried.
 
 Mode "correct" is :mod:`obc.recovery.correct`, modes "ls" and "seq" are :mod:`obc.recovery.least_squares`.
 """
@@ -29,9 +29,9 @@ Mode = Literal["correct", "ls", "seq"]
 
 # Relative ridges that held-out batches choose from.
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
-# Modes "ls" and "seq" try a larger one too: errors of other layers, which they don't see, make large changes harmful.
+# Modes "ls" and "seq" also try a larger one: they don't see errors of other layers, which make large changes harmful.
 _MORE_RIDGES = (3e-1,)
-# And mode "correct": late layers of convolutional networks have few positions in each image.
+# Mode "correct" too: late layers of convolutional networks have few positions per image.
 _LARGE_RIDGES = (10.0, 1.0)
 
 
@@ -52,67 +52,65 @@ def compensate(
     process_group: Any = None,
     progress: bool | None = None,
 ) -> CompensationReport:
-    """Compensate ``pruned_model`` in place from unlabelled batches; it keeps its shapes and its parameter names.
+    """Compensate ``pruned_model`` in place from unlabelled batches; shapes and parameter names stay the same.
 
-    mode="correct": layer by layer in the order of execution, the error that the residual stream has by then is put into
-    the regression: W' = W + E[(S_full - S_pruned) zT] (E[z zT] + lambda I)^-1, with S the stream after the layer and z
-    what arrives at it; for a layer off the stream S is its own output (:mod:`obc.recovery.correct`). On a stream of
-    tokens every position weighs one over the mean square of S_full there. The bias, where there is one, takes the rest
-    of the mean. Both models run side by side, module by module: about two forward passes
-    of the unpruned and four of the pruned one where its modules form a chain, such as decoder layers, besides the sums
-    of products. Memory: twice the tensor between two modules for all batches, the stream after each layer of one
-    module, and 16 (columns + outputs) columns bytes for one layer, columns being its inputs (of a convolution times its
-    taps). No logits are kept. A model whose modules form no chain runs from its start up to every layer. A transposed
-    convolution, whose outputs overlap, has its input reconstructed from what arrives, as in "seq".
-
-    mode="ls": every consumer gets the weight W D with D = S + (E[x zT] - S E[z zT]) (E[z zT] + lambda I)^-1
+    mode="correct" works layer by layer in the order of execution, and includes the present error of the residual stream
+    in the regression: W' = W + E[(S_full - S_pruned) zT] (E[z zT] + lambda I)^-1, where S is the stream after the layer
+    and z the layer's input; for a layer off the stream S is its own output (:mod:`obc.recovery.correct`). On a stream
+    of tokens every position is weighted by one over the mean square of S_full there. The bias, if there is one, takes
+    the rest of the mean. Both models run side by side, module by module: about two forward passes of the unpruned and
+    four of the pruned one if its modules form a chain, such as decoder layers, plus the sums of products. Memory: twice
+    the tensor between two modules for all batches, the stream after each layer of one module, and 16 (columns +
+    outputs) columns bytes for one layer, where columns counts its inputs (for a convolution times its taps). No logits
+    are kept. A model whose modules form no chain runs from its start up to every layer. The input of a transposed
+    convolution, whose outputs overlap, is reconstructed as in "seq".
+    mode="ls" gives every consumer the weight W D with D = S + (E[x zT] - S E[z zT]) (E[z zT] + lambda I)^-1
     (:mod:`obc.recovery.moments`), and its bias the rest of the mean. z is the kept part of the unpruned model's x; one
-    pass over the batches for all layers. Of a layer that writes a stream of tokens every position weighs one over the
-    mean square of the stream there. A convolution that pads with zeros is regressed through zero: its padding has no
-    mean.
-    mode="seq": likewise layer by layer, z being what the pruned model, compensated so far, hands on: two passes per
-    layer, with the ridge that was best in "ls"; what "ls" gives stays where the held-out batches like it better.
+    pass over the batches serves all layers. For a layer that writes to a stream of tokens every position is weighted by
+    one over the mean square of the stream there. A convolution that pads with zeros is regressed through zero, because
+    its padding does not have the mean.
+    mode="seq" does the same layer by layer, where z is what the pruned model, compensated so far, produces: two passes
+    per layer, with the ridge that was best in "ls". The result of "ls" is kept if it is better on the held-out batches.
 
-    A layer that no batch reached, such as an expert that no token was routed to, stays naive and is warned of; so do
-    fused experts, whose weights are one tensor for all of them.
-    Positions of padding, by a batch's ``attention_mask``, count neither in the regressions nor in the model's output.
-    After an exception the pruned model is as it was.
+    Layers that no batch reached, such as an expert without tokens, and fused experts, whose weights are one tensor for
+    all of them, stay naive; a warning names them. Padding positions, according to a batch's ``attention_mask``, count
+    neither in the regressions nor in the model's output. After an exception the pruned model is as it was.
 
-    A share of the batches is held out. In mode "correct" they run along; for every layer they choose the ridge, or to
-    leave it as it was, and at the end whether the result is better than naive. In modes "ls" and "seq" they choose by
-    the model's output: one ridge for all layers, or for each layer the ridge (or none of it) that reconstructs its own
-    input best; or naive. That takes a pass over the held-out batches for every ridge, where there are BatchNorms a pass
-    over all. The running sums take 16 (in * kept + 2 in + kept) bytes per layer ("seq": + 16 kept^2, one layer at a
-    time), besides a copy of the consumers for every ridge and the unpruned model's outputs on the held-out batches,
-    which are computed again each time where they take more than ``max_bytes``.
+    A share of the batches is held out. In mode "correct" they decide for every layer which ridge to use, or to leave it
+    unchanged, and at the end whether the result is better than naive. In modes "ls" and "seq" they decide by the
+    model's output: one ridge for all layers, or for each layer the ridge (or no compensation) that reconstructs its
+    input best, or naive. This takes a pass over the held-out batches for every ridge; with BatchNorms, a pass over all
+    batches. The running sums take 16 (in * kept + 2 in + kept) bytes per layer ("seq": + 16 kept^2, one layer at a
+    time), plus a copy of the consumers for every ridge and the unpruned model's outputs on the held-out batches, which
+    are recomputed each time if they exceed ``max_bytes``.
 
     Args:
-        pruned_model: as pruning left it; its device and dtype are those of ``original_model``.
+        pruned_model: the model as pruning left it; device and dtype are those of ``original_model``.
         original_model: the unpruned model; unchanged.
         plan: what pruning kept.
-        batches: calibration batches, at least two; a list is made of them, because they are used several times. Those
+        batches: calibration batches, at least two; a list is made of them, because they are used several times. Batches
             on which something is not finite are left out and named.
-        forward_fn: ``forward_fn(model, batch)`` returns what is to be preserved, tensors in any nesting; by default
-            :func:`obc.model.evaluation.call_on_batch`, which takes batches such as (inputs, labels).
-        mode: "correct", "ls" or "seq". None: "correct", as in ``obc.prune(compensate=True)``; with
-            ``keep_decompressors`` "ls", because "correct" has none.
-        ridge: relative to the mean diagonal of E[z zT]. None: what held-out batches like best, of 1e-1 to 1e-5, and of
-            3e-1 in modes "ls" and "seq", of 10 and 1 in mode "correct".
-        held_out: the share of the batches that is held out, in (0, 0.5]; at least one.
-        recalibrate_norms: give BatchNorms statistics that fit whenever weights changed, so that they return the means
-            and variances that they return in the unpruned model.
+        forward_fn: ``forward_fn(model, batch)`` returns the outputs to preserve, tensors in any nesting; by default
+            :func:`obc.model.evaluation.call_on_batch`, which accepts batches such as (inputs, labels).
+        mode: "correct", "ls" or "seq". None means "correct", as in ``obc.prune(compensate=True)``, but "ls" with
+            ``keep_decompressors``, because "correct" has no decompressors.
+        ridge: relative to the mean diagonal of E[z zT]. None lets held-out batches choose from 1e-1 to 1e-5, and also
+            3e-1 in modes "ls" and "seq", 10 and 1 in mode "correct".
+        held_out: the share of the batches to hold out, in (0, 0.5]; at least one batch.
+        recalibrate_norms: whenever weights change, give BatchNorms the statistics with which they return the same means
+            and variances as in the unpruned model.
         offload: mode "correct": keep the tensors between modules in host memory.
-        max_bytes: limit for the running sums of mode "ls": layers beyond it take further passes over the batches.
-        keep_decompressors: keep every D, in * kept numbers a layer, in the report; mode "correct" has none.
-        process_group: every process of this group holds the same models and passes batches of its own, not necessarily
-            as many; sums, errors and BatchNorm statistics are those of all of them, and all end with the same model.
+        max_bytes: limit for the running sums of mode "ls"; further layers take further passes over the batches.
+        keep_decompressors: keep every D, in * kept numbers per layer, in the report; not for mode "correct".
+        process_group: every process in this group has the same models and its own batches, possibly of different
+            number. Sums, errors and BatchNorm statistics combine all of them, and all get the same model.
         progress: show a progress bar; None shows it in a terminal only.
 
     Raises:
         PlanError: the plan doesn't describe the consumers' weights.
-        ValueError: an unknown mode, a negative ridge, a held-out share out of range, fewer than two batches, more
-            than a tenth of them not finite, no consumer that a batch reached, a Gram matrix that is singular in spite
-            of the ridge, or a compiled or parametrised model.
+        ValueError: an unknown mode, a negative ridge, ``held_out`` out of range, fewer than two batches, more than a
+            tenth of them not finite, no consumer reached by a batch, a Gram matrix that is singular despite the ridge,
+            or a compiled or parametrised model.
     """
     start = time.perf_counter()
     if mode is None:
@@ -205,9 +203,9 @@ def _warn_of_few_rows(report: CompensationReport, consumers: Mapping[str, Consum
 
 
 def _split(usable: UsableBatches, share: float, processes: Processes) -> tuple[UsableBatches, UsableBatches]:
-    """(calibration, held out): of a fifth every fifth batch is held out; the last one where there are fewer."""
+    """(calibration, held out): with a share of a fifth every fifth batch is held out; of fewer batches the last one."""
     batches = usable.numbered()
-    (fewest,) = processes.least([len(batches)])  # all processes raise where one must: none is left waiting
+    (fewest,) = processes.least([len(batches)])  # all processes raise if one must, so that none is left waiting
     if fewest < 2:
         raise ValueError(f"compensate got {fewest} batches; pass at least two: one of them is held out to decide")
     every = round(1 / share)

@@ -1,4 +1,4 @@
-"""What compensation did, layer by layer and for the whole model."""
+"""What compensation did, for each layer and for the whole model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class LayerCompensation:
         input_error_after: the same with the decompressor.
         held_out: E |x - D z - intercept|^2 on the held-out batches, relative to the naive one there.
         applied: whether the layer kept its compensation.
-        rows: how many input positions the regression saw.
-        ridge: the relative ridge that was used; larger than the one asked for where Cholesky needed it.
+        rows: the number of input positions in the regression.
+        ridge: the relative ridge that was used; larger than requested if Cholesky needed it.
     """
 
     input_error_before: float
@@ -37,16 +37,16 @@ class LayerCompensation:
 class LayerCorrection:
     """What mode "correct" did for one consumer.
 
-    Errors are relative squared errors on the held-out batches at the layer's point: of the residual stream that its
-    output enters, or of its own output.
+    Errors are relative squared errors on the held-out batches at the layer's point: the residual stream that its output
+    enters, or its own output.
 
     Attributes:
         on_stream: whether its point is a residual stream.
-        error_before: with the layer naive and all before it compensated.
-        error_after: with what the layer became.
+        error_before: error with the layer naive and all layers before it compensated.
+        error_after: error with the final layer.
         applied: whether it was changed.
-        rows: how many input positions the regression saw.
-        ridge: the relative ridge that was chosen; 0 where nothing was changed.
+        rows: the number of input positions in the regression.
+        ridge: the chosen relative ridge; 0 if nothing was changed.
     """
 
     on_stream: bool
@@ -69,19 +69,19 @@ class CompensationReport:
 
     Attributes:
         layers: per consumer, in the order of execution.
-        naive_error: before anything.
-        compensated_error: of the best way to compensate that was tried.
-        tried: modes "ls" and "seq": the error of every way that was tried, by name.
-        final_error: at the end; never above ``naive_error``.
-        norms_recalibrated: whether BatchNorm statistics were estimated anew; not where the model has none, it was not
-            asked for, or the held-out error is lower without.
-        decompressors: D of every layer that kept its compensation, in the form that ``equivalent_pruning`` takes; only
-            where asked for.
-        moment_bytes: the largest memory that the running sums took.
+        naive_error: error before compensation.
+        compensated_error: error of the best compensation that was tried.
+        tried: modes "ls" and "seq": name -> error of every candidate that was tried.
+        final_error: error at the end; never above ``naive_error``.
+        norms_recalibrated: whether BatchNorm statistics were re-estimated; not if there are none, if it was not
+            requested, or if the held-out error is lower without.
+        decompressors: D of every layer that kept its compensation, in the form for ``equivalent_pruning``; only if
+            requested.
+        moment_bytes: the most memory that the running sums took.
         unreached: consumers that no batch reached; they stay naive.
         sliced_experts: fused experts that lost inner channels; they stay naive.
-        stream_bytes: mode "correct": the largest memory that both models' tensors between modules took.
-        notes: exceptions to the usual course.
+        stream_bytes: mode "correct": the most memory that both models' tensors between modules took.
+        notes: exceptions to the usual procedure.
         seconds: wall time.
     """
 
@@ -100,10 +100,10 @@ class CompensationReport:
     seconds: float = 0.0
 
     def leave_unreached(self, names: Sequence[str], consumers: Iterable[str]) -> None:
-        """Note which of the consumers no batch reached.
+        """Record the consumers that no batch reached.
 
         Raises:
-            ValueError: none of them was reached.
+            ValueError: no consumer was reached.
         """
         if names and set(names) == set(consumers):
             raise ValueError(
@@ -113,7 +113,7 @@ class CompensationReport:
         self.unreached = list(names)
 
     def leave_naive(self) -> None:
-        """Report that every layer was left naive."""
+        """Record that every layer was left naive."""
         self.final_error, self.norms_recalibrated = self.naive_error, False
         self.layers = {name: replace(layer, applied=False) for name, layer in self.layers.items()}
 

@@ -1,4 +1,4 @@
-"""The layers that lost inputs: their original weights, their inputs as rows, and how a decompressor changes them."""
+"""Layers that lost inputs: their original weights, their inputs as rows, and the effect of a decompressor."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Consumer:
 
     @property
     def intercept(self) -> bool:
-        """Whether a constant input adds the same to every output position, so that the bias can take it."""
+        """Whether a constant input adds the same to every output position, so that the bias can absorb it."""
         module: Any = self.module
         padded = self.layout.convolution and module.padding_mode == "zeros" and module.padding not in ("valid", 0)
         padded = padded and (isinstance(module.padding, str) or any(module.padding))
@@ -47,11 +47,11 @@ class Consumer:
 
     @property
     def overlaps(self) -> bool:
-        """Whether several input positions add to one output position: a transposed convolution."""
+        """Whether several input positions add to one output position, as in a transposed convolution."""
         return self.layout.convolution and self.layout.transposed
 
     def bytes(self, paired: bool) -> int:
-        """What :meth:`moments` take."""
+        """The bytes that :meth:`moments` take."""
         return Moments.bytes_for(len(self.positions), self.size, self.positions.shape[1], paired)
 
     def moments(self, paired: bool) -> Moments:
@@ -63,7 +63,7 @@ class Consumer:
         return channel_rows(x, self.layout, self.repeat)
 
     def parameters(self) -> list[Tensor]:
-        """Weight and, where there is one, bias, detached."""
+        """Weight and, if there is one, bias, detached."""
         module: Any = self.module
         return [parameter.detach() for parameter in (module.weight, module.bias) if parameter is not None]
 
@@ -114,7 +114,7 @@ def find_consumers(pruned_model: nn.Module, original_model: nn.Module, plan: Pru
 
 
 def sliced_experts(pruned_model: nn.Module, original_model: nn.Module) -> list[str]:
-    """Fused experts whose down projections lost inputs: no layers, so that they are no consumers."""
+    """Fused experts whose down projections lost inputs; they are not layers, so they are not consumers."""
     found = []
     for name, module in named_modules(pruned_model):
         if (experts := fused_experts(module)) is None:
@@ -128,7 +128,7 @@ def sliced_experts(pruned_model: nn.Module, original_model: nn.Module) -> list[s
 def in_execution_order(
     consumers: Mapping[str, Consumer], called: Sequence[str], processes: Processes
 ) -> dict[str, Consumer]:
-    """The consumers in the order of execution; those on branches that the first batch did not take come last."""
+    """The consumers in the order of execution; those that the first batch did not reach come last."""
     places = {name: place for place, name in enumerate(called)}
     earliest = processes.least([places.get(name, len(consumers)) for name in consumers])
     return {

@@ -1,28 +1,28 @@
-"""Mode "correct" of compensation: errors are corrected as they arise, layer by layer in the order of execution.
+"""Mode "correct" of compensation: corrects errors as they arise, layer by layer in the order of execution.
 
-The output of a layer on a residual branch enters a sum, its point (:mod:`obc.recovery.stream_points`). With S_full the
-sum in the unpruned model and S_pruned in the pruned one, compensated up to here, the layer's weight becomes
+The output of a layer on a residual branch enters a sum, its point (:mod:`obc.recovery.stream_points`). Let S_full be
+the sum in the unpruned model and S_pruned in the pruned one, compensated up to here. The layer's weight becomes
 
     W' = W + E[(S_full - S_pruned) zT] (E[z zT] + lambda I)^-1
 
-where z is what arrives at it (:mod:`obc.recovery.normal_equations`): the regression of W x_full plus the error of the
-stream, minus what W already makes of z. So each layer repairs what all before it broke, as far as its input allows. A
-layer that enters no sum has its own output as its point. Layers that write one sum in parallel come one after the
-other: each sees the error that those before it left. Layers that read the same tensor and have points of their own
-don't see each other's changes and are solved together.
+where z is the layer's input (:mod:`obc.recovery.normal_equations`): the regression of W x_full plus the error of the
+stream, minus what W already makes of z. Each layer thus repairs what all layers before it broke, as far as its input
+allows. The point of a layer that enters no sum is its own output. Layers that write to one sum in parallel are
+corrected one after another: each sees the error that the previous ones left. Layers that read the same tensor and have
+points of their own don't see each other's changes and are solved together.
 
-On a stream of tokens every position weighs one over the mean square of S_full there: the norms that read the stream
-divide by its size, so that what counts is the error relative to it. Without that a few special tokens, whose stream is
-many times larger, decide the regression of a transformer.
+On a stream of tokens every position is weighted by one over the mean square of S_full there: norms that read the stream
+divide by its size, so the relative error counts. Otherwise a few special tokens, whose stream is many times larger,
+would determine the regression of a transformer.
 
-The unpruned and the pruned model run side by side through a chain of modules (:mod:`obc.recovery.segments`): of every
-module the unpruned one runs once, the pruned one up to each layer and once more, and only the tensors between modules
-are kept. Where the module has BatchNorms, both run again for their statistics. Layers outside the chain are reached by
-running the models from the start up to them.
+The unpruned and the pruned model run side by side through a chain of modules (:mod:`obc.recovery.segments`): the
+unpruned one runs every module once, the pruned one up to each layer and once more, and only the tensors between modules
+are kept. If a module has BatchNorms, both run again for their statistics. Layers outside the chain are reached by
+running the models from their start.
 
-Held-out batches run along. For every layer they choose the ridge, or to leave the layer as it was, by the mean over
-channels of what remains of each channel's error; at the end, whether the model's output came closer to the unpruned
-model's at all.
+Held-out batches run along. For every layer they choose the ridge, or to leave the layer unchanged, by the mean over
+channels of the remaining share of each channel's error; at the end they decide whether the output came closer to the
+unpruned model's at all.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ from obc.recovery.processes import Processes
 from obc.recovery.segments import Arguments, capture, find_chain, replays, stream_of
 from obc.recovery.stream_points import Call, Seen, observe
 
-# A channel whose naive error is this much smaller than the average has nothing to lose by a change.
+# A channel whose naive error is this much smaller than the average can't lose anything by a change.
 _SMALLEST_ERROR = 1e-6
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of :func:`obc.compensate`."""
+    """Options of :func:`obc.compensate`."""
 
     forward: ForwardFn
     ridges: Sequence[float]
@@ -87,12 +87,12 @@ class _Layer:
     calls: int = 0
     scope: str = ""
     source: int = 0
-    order: int = 2**31  # last, where the first batch does not reach it
+    order: int = 2**31  # last if the first batch does not reach it
 
 
 @dataclass
 class _Sums:
-    """What one layer's regression accumulates over calibration and held-out batches, and the point's energy there."""
+    """Sums for one layer's regression over calibration and held-out batches, and the point's energy there."""
 
     fit: NormalEquations
     check: NormalEquations
@@ -107,10 +107,10 @@ class _Place:
     """Where layers are corrected: the whole models, or one module of the chain.
 
     Attributes:
-        full: runs the unpruned model's part on a batch, by its index.
-        pruned: likewise the pruned model's.
-        layers: in it.
-        points: by batch, of a module of the chain: the unpruned model's points, which are kept while it is worked on.
+        full: runs the unpruned model's part on a batch, given by its index.
+        pruned: the same for the pruned model's part.
+        layers: the layers in it.
+        points: per batch, the unpruned model's points in a module of the chain, kept while it is worked on.
     """
 
     full: Callable[[int], Any]
@@ -164,7 +164,7 @@ class CorrectRun:
     # --- the order of work ------------------------------------------------------------------------------------
 
     def run(self, bar: Any) -> CompensationReport:
-        """Correct every layer, and keep the result if the held-out output error falls; after an error nothing."""
+        """Correct every layer, and keep the result if the held-out output error falls; on an error keep nothing."""
         try:
             return self._run(bar)
         except BaseException:
@@ -178,7 +178,8 @@ class CorrectRun:
     def _run(self, bar: Any) -> CompensationReport:
         bar.total = len(self.layers)
         if self.norms:
-            # The regressions take over what new statistics would repair, and start from what the weights were made for.
+            # The regressions absorb what new statistics would repair, and start from those that the weights were made
+            # for.
             take_statistics(self.pruned, self.original, self.options.plan)
         self._look()
         chain = self._chain()
@@ -257,7 +258,7 @@ class CorrectRun:
         return stored
 
     def _run_full(self, here: _Place) -> list[Tensor]:
-        """Run the unpruned module on every batch; keep the points of its layers and what it hands on."""
+        """Run the unpruned module on every batch; keep its layers' points and return its outputs."""
         after = []
         modules = {layer.name: self.original.get_submodule(layer.name) for layer in here.layers}
         own = {layer.name for layer in here.layers if not layer.summed}
@@ -277,14 +278,14 @@ class CorrectRun:
         return found
 
     def _renew_norms(self, here: _Place, name: str, after: list[Tensor]) -> None:
-        """Give the module's BatchNorms statistics that fit if that brings its output closer to the unpruned one's."""
+        """Give the module's BatchNorms new statistics if that brings its output closer to the unpruned one's."""
         module = self.pruned.get_submodule(name)
         norms = [norm for norm in batch_norms(module) if any(norm is other for other in self.norms)]
         if not norms:
             return
         before, states = self._distance(here, after), copy.deepcopy([norm.state_dict() for norm in norms])
         processes = self.options.processes
-        # Under numbers that stay the same when a batch is left out.
+        # By numbers that stay the same when a batch is left out.
         indices = UsableBatches(()).part([(index, index) for index in self._live() if index < self.calibration])
         unpruned = self.original.get_submodule(name)
         reference = norm_reference(unpruned, indices, lambda _, index: here.full(index), name)
@@ -303,7 +304,7 @@ class CorrectRun:
                 continue
             got = stream_of(here.pruned(index))
             if got is None or got.shape != after[index].shape:
-                return 0.0  # the stream itself lost channels: there is nothing to compare, and the norms stay
+                return 0.0  # the stream itself lost channels, so nothing can be compared and the norms stay
             total += float((got.double() - after[index].to(got.device).double()).square().sum())
         return self.options.processes.total(total)[0]
 
@@ -350,7 +351,7 @@ class CorrectRun:
                 self._add(layer, sums[layer.name], target, call, index)
 
     def _add(self, layer: _Layer, sums: _Sums, target: Tensor, call: Call, index: int) -> None:
-        """Add one call of a layer to its sums; nothing if the models ran it on different positions."""
+        """Add one call of a layer to its sums; skipped if the models ran it on different positions."""
         layout, module = layer.consumer.layout, layer.consumer.module
         sums.reached = True
         if layer.consumer.overlaps:
@@ -412,7 +413,7 @@ class CorrectRun:
         )
 
     def _changes(self, layer: _Layer, fit: NormalEquations) -> list[Change]:
-        """The solutions under every ridge that suffices; where none does, under the first larger one that does."""
+        """The solutions for every sufficient ridge; if none is, for the first larger one that is."""
         largest = max(self.options.ridges)
         for larger in larger_ridges(largest):
             ridges = self.options.ridges if larger == largest else [larger]
@@ -424,7 +425,7 @@ class CorrectRun:
         )
 
     def _reconstruct(self, layer: _Layer, moments: Moments) -> None:
-        """Reconstruct the input of a layer whose outputs overlap: it is no matrix product of its input's rows."""
+        """Reconstruct the input of a layer whose outputs overlap, which is no matrix product of its input's rows."""
         moments.gather(self.options.processes)
         solution = moments.solve(min(self.options.ridges), intercept=False)
         layer.consumer.apply(solution)
@@ -477,7 +478,7 @@ def _inside(scope: str, module: str) -> bool:
 
 
 def _waves(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
-    """Groups of layers that are solved together: they read the same tensor, and each has a point of its own."""
+    """Groups of layers that are solved together: they read the same tensor, and each has its own point."""
     wave: list[_Layer] = []
     for layer in layers:
         together = wave and not (layer.summed or wave[-1].summed)
@@ -490,9 +491,9 @@ def _waves(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
 
 
 def _best(errors: Sequence[Tensor]) -> int:
-    """Which of several errors, (blocks, channels), is the smallest; the first is the naive one.
+    """The index of the smallest of several errors, (blocks, channels); the first is the naive one.
 
-    Every channel's error counts relative to its naive one. Summed as they are, a few channels of a large stream decide.
+    Every channel's error counts relative to its naive one; otherwise a few channels of a large stream would decide.
     """
     naive = errors[0]
     floor = naive.clamp_min(max(_SMALLEST_ERROR * float(naive.mean()), torch.finfo(naive.dtype).tiny))

@@ -16,7 +16,7 @@ from obc.model.evaluation import ForwardFn, call_on_batch
 def logit_distillation(
     student: Tensor, teacher: Tensor, temperature: float = 1.0, mask: Tensor | None = None
 ) -> Tensor:
-    """Forward Kullback-Leibler divergence of the two predictions, mean over positions.
+    """Forward Kullback-Leibler divergence of the two predictions, averaged over positions.
 
         T^2 · mean over positions of sum over classes of p (log p - log q)
 
@@ -34,7 +34,8 @@ def logit_distillation(
         A scalar in nats.
 
     Raises:
-        ValueError: the shapes differ, the temperature is not positive, or the mask has another shape or leaves nothing.
+        ValueError: the shapes differ, the temperature is not positive, or the mask has another shape or selects
+            nothing.
     """
     if student.shape != teacher.shape:
         raise ValueError(f"logits must have one shape, got {tuple(student.shape)} and {tuple(teacher.shape)}")
@@ -55,7 +56,7 @@ def hidden_distillation(student: Tensor, teacher: Tensor, mask: Tensor | None = 
         mask: (...) the positions that count; None counts all.
 
     Raises:
-        ValueError: the shapes differ, or the mask has another shape or leaves nothing.
+        ValueError: the shapes differ, or the mask has another shape or selects nothing.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -88,17 +89,17 @@ class Distillation:
 
     Attributes:
         logits: weight of :func:`logit_distillation`.
-        temperature: of the logits.
-        hidden: weight of :func:`hidden_distillation`, mean over ``modules``.
+        temperature: temperature of the logits.
+        hidden: weight of :func:`hidden_distillation`, averaged over ``modules``.
         modules: names of modules, the same in both models, whose outputs are compared.
-        outputs: weight of :func:`hidden_distillation` of the models' own outputs: for models without a head, whose
-            outputs are no logits.
+        outputs: weight of :func:`hidden_distillation` of the models' own outputs, for models without a head, whose
+            outputs are not logits.
         labels: weight of ``label_loss``.
-        label_loss: ``label_loss(outputs, batch)``: a scalar, such as cross-entropy with the batch's labels.
-        forward_fn: ``forward_fn(model, batch)``: the model's outputs; by default
+        label_loss: ``label_loss(outputs, batch)`` returns a scalar, such as cross-entropy with the batch's labels.
+        forward_fn: ``forward_fn(model, batch)`` returns the model's outputs; by default
             :func:`obc.model.evaluation.call_on_batch`.
         logits_of: takes the logits out of the outputs; by default ``outputs.logits``, else the first tensor of a tuple,
-            else the outputs. With the weight ``outputs``: what is compared of the outputs.
+            else the outputs. With the weight ``outputs`` it selects what is compared.
     """
 
     logits: float = 1.0
@@ -204,5 +205,5 @@ def _mask(batch: Any) -> Tensor | None:
 
 
 def _fitting(mask: Tensor | None, values: Tensor) -> Tensor | None:
-    """The attention mask, where the values have a position for each of its entries."""
+    """The attention mask, if the values have one position for each of its entries."""
     return mask if mask is not None and mask.shape == values.shape[:-1] else None

@@ -1,9 +1,9 @@
-"""Equivalent Pruning, folded: the pruned model's weights computed from the original ones in every forward.
+"""Equivalent Pruning, folded: every forward computes the pruned model's weights from the original ones.
 
-A layer whose outputs were pruned gets weight = C W and bias = C b, one whose inputs were pruned weight = W D, one
-with both C W D, over the unpruned W, with C and D starting as rows and columns of the identity. Function, gradients
-and training trajectory are those of the network with explicit 1x1 layers, at the pruned model's activations.
-(The parametrisations themselves: :mod:`obc.recovery.folds`.)
+A layer whose outputs were pruned gets weight = C W and bias = C b, one whose inputs were pruned weight = W D, one with
+both C W D, where W is the unpruned weight and C and D start as rows and columns of the identity. Function, gradients
+and training trajectory are those of the network with explicit 1x1 layers; activations are as small as the pruned
+model's. :mod:`obc.recovery.folds` has the parametrisations.
 """
 
 from __future__ import annotations
@@ -39,38 +39,38 @@ def equivalent_pruning(
     order: Literal["CB"] = "CB",
     example_inputs: Any = None,
 ) -> EquivalentPruning:
-    """Give every pruned layer of ``pruned_model`` its original weight behind a compressor and a decompressor, in place.
+    """Give every pruned layer of ``pruned_model`` its original weight with a compressor and a decompressor, in place.
 
-    Linear and convolutional layers (transposed and grouped too, block-diagonal by group) are folded; norms,
-    embeddings, depthwise convolutions and torch's own attention stay sliced. A fold costs the same for every batch
-    size: below :attr:`EquivalentPruning.break_even` positions (batch x height x width, or tokens) per step, explicit
-    1x1 layers would be cheaper.
+    Linear and convolutional layers are folded, including transposed ones and grouped ones (block-diagonal by conv
+    group); norms, embeddings, depthwise convolutions and torch's own attention stay sliced. A fold costs the same for
+    every batch size: below :attr:`EquivalentPruning.break_even` positions (batch x height x width, or tokens) per step,
+    explicit 1x1 layers would be cheaper.
 
-    The folded model's ``state_dict`` can be saved and loaded like any other's; to load it, build the same folded
-    model from the original state dict and the plan first.
+    The folded model's ``state_dict`` can be saved and loaded as usual. To load it, first build the same folded model
+    from the original state dict and the plan.
 
     Args:
         pruned_model: the naively pruned model, as pruning left it.
-        original_state_dict: the unpruned model's.
-        plan: what :func:`~obc.integrations.torch_pruning.prune_step` recorded.
-        decompressor: "identity", or per layer name the start of its D, (in, kept in) over channels; layers that it
-            doesn't name start as the identity. For "reduced" factors its kept rows must be the identity.
-        factors: "full" as in the paper, or "reduced": C and D over the dropped channels only, the kept ones staying
-            the identity. The same functions can be reached with fewer multiplications and parameters; the training
-            trajectory is another one.
-        order: "CB": the compressor stands before the norm. The paper's "BC" and "BCB", with a norm before the
+        original_state_dict: state dict of the unpruned model.
+        plan: the plan from :func:`~obc.integrations.torch_pruning.prune_step`.
+        decompressor: "identity", or layer name -> the initial D, (in, kept in) over channels; layers not named start as
+            the identity. For "reduced" factors its kept rows must be the identity.
+        factors: "full" as in the paper, or "reduced": C and D cover only the dropped channels, and the kept ones stay
+            the identity. The same functions can be reached with fewer multiplications and parameters, on another
+            training trajectory.
+        order: "CB": the compressor comes before the norm. The paper's "BC" and "BCB", with a norm before the
             compressor, can't be folded and are refused.
-        example_inputs: what one training step feeds the model, a tensor, a tuple of arguments or a mapping of keyword
-            arguments. One forward pass in eval mode, without gradients, then counts each layer's positions, and
-            layers below their break-even are named in a warning.
+        example_inputs: the inputs of one training step: a tensor, a tuple of arguments or a mapping of keyword
+            arguments. One forward pass in eval mode, without gradients, then counts each layer's positions, and a
+            warning names layers below their break-even.
 
     Returns:
         The handle for training and merging; its ``model`` is ``pruned_model``.
 
     Raises:
-        PlanError: the plan doesn't describe the model (nothing has been changed then).
-        ValueError: the model is compiled, a layer is already parametrised, a decompressor doesn't fit, or ``factors``
-            or ``order`` is none of the above.
+        PlanError: the plan does not describe the model (nothing was changed).
+        ValueError: the model is compiled, a layer is already parametrised, a decompressor does not fit, or ``factors``
+            or ``order`` has another value.
     """
     if factors not in ("full", "reduced"):
         raise ValueError(f"factors must be 'full' or 'reduced', got {factors!r}")
@@ -119,7 +119,7 @@ class _Layer:
     kept: Kept
 
     def fold(self, start: Tensor | None, reduced: bool) -> FoldedWeight:
-        """The fold of the weight as it starts."""
+        """The initial fold of the weight."""
         rows, columns = self.layout.sizes(self.weight)
         kept, groups = self.kept, self.layout.groups
         compressor = decompressor = None
@@ -134,7 +134,7 @@ class _Layer:
         return FoldedWeight(names, compressor, decompressor, self.layout, stored, reduced)
 
     def _factor(self, kept: Tensor, size: int, blocks: int, start: Tensor | None, reduced: bool) -> Tensor:
-        """C as it starts, or D transposed: (kept, size), (kept, dropped) where reduced, or their diagonal blocks."""
+        """The initial C, or D transposed: (kept, size), if reduced (kept, dropped), or their diagonal blocks."""
         local = split_by_group(kept, size, blocks)
         if local is None:
             raise PlanError(f"{self.name}: its {blocks} groups keep unequal numbers of channels: {kept.tolist()}")
@@ -156,7 +156,7 @@ class _Layer:
         return start.to(expected).mT.reshape(selection.shape)
 
     def _dropped(self, factor: Tensor, local: Tensor) -> Tensor:
-        """(blocks, kept, dropped): the columns of the dropped channels; the kept ones' must be the identity."""
+        """(blocks, kept, dropped): the columns of the dropped channels; those of the kept ones must be the identity."""
         _, kept, size = factor.shape
         order = torch.stack([kept_first(block, size, 1) for block in local])
         ordered = factor.gather(2, order[:, None].expand(-1, kept, -1))
@@ -181,11 +181,11 @@ class _Layer:
             self._register("bias", bias, FoldedBias(fold.parameter_names, fold.compressor, fold.reduced))
 
     def _kept_first(self) -> Kept:
-        """All channels of the pruned sides, in each block the kept ones first: the order that reduced factors want."""
+        """All channels of the pruned sides, kept ones first within each block, as reduced factors need them."""
         return self._by_block(kept_first)
 
     def _by_block(self, indices: Callable[[Tensor, int, int], Tensor]) -> Kept:
-        """``indices`` (kept, how many there were, in how many blocks) of each pruned side."""
+        """``indices`` (kept, previous number, number of blocks) for each pruned side."""
         rows, columns = self.layout.sizes(self.weight)
         kept, groups = self.kept, self.layout.groups
         blocks = groups if groups > 1 else kept.out_blocks
@@ -204,7 +204,7 @@ class _Layer:
 
 
 def kept_first(kept: Tensor, size: int, blocks: int) -> Tensor:
-    """All ``size`` indices, inside each of ``blocks`` equal parts the kept ones before the others."""
+    """All ``size`` indices; within each of ``blocks`` equal parts the kept ones come first."""
     dropped = torch.ones(size, dtype=torch.bool, device=kept.device)
     dropped[kept] = False
     others = torch.arange(size, device=kept.device)[dropped]
@@ -212,13 +212,13 @@ def kept_first(kept: Tensor, size: int, blocks: int) -> Tensor:
 
 
 def leading(kept: Tensor, size: int, blocks: int) -> Tensor:
-    """Where :func:`kept_first` puts the kept indices."""
+    """The positions of the kept indices in :func:`kept_first`."""
     starts = torch.arange(blocks, device=kept.device)[:, None] * (size // blocks)
     return (starts + torch.arange(len(kept) // blocks, device=kept.device)).flatten()
 
 
 def _positions_outside(weight: Tensor) -> Tensor:
-    """A copy of ``weight`` with its in channels next to each other: both products of a fold then need no copy."""
+    """A copy of ``weight`` with adjacent in channels, so that neither product of a fold needs a copy."""
     if weight.dim() <= 2:
         return weight.clone(memory_format=torch.contiguous_format)
     return weight.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
@@ -227,7 +227,7 @@ def _positions_outside(weight: Tensor) -> Tensor:
 def _prepare(
     name: str, module: nn.Module, original_state_dict: Mapping[str, Tensor], plan: PruningPlan
 ) -> _Layer | None:
-    """The layer if it has to be folded; it is checked against the plan."""
+    """The layer, checked against the plan, if it must be folded."""
     kept, layout = plan.get(name), layout_of(module)
     if kept is None or layout is None:
         return None
@@ -254,7 +254,7 @@ class EquivalentPruning:
 
     @property
     def break_even(self) -> dict[str, float]:
-        """Per folded layer how many output positions a step needs for the fold to be cheaper than explicit layers."""
+        """Per folded layer, the output positions per step above which a fold is cheaper than explicit layers."""
         return {
             name: break_even(chain[0], chain.original)
             for name, module in named_modules(self.model)
@@ -283,7 +283,8 @@ class EquivalentPruning:
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
-        """Exact gradient accumulation: fold once, share it in every forward inside, go back through it once at the end.
+        """Accumulate gradients exactly: fold once, share it in every forward inside, and backpropagate through it at
+        the end.
 
         >>> with equivalent.accumulate():
         ...     for batch in micro_batches:
@@ -291,7 +292,7 @@ class EquivalentPruning:
         >>> optimizer.step()
 
         Don't step an optimizer inside. Parameters of folded layers get their gradients at the end of the block, so
-        under DistributedDataParallel leave it out: there every backward folds for itself.
+        don't use it under DistributedDataParallel; there every backward folds separately.
 
         Raises:
             RuntimeError: the model is merged, or blocks are nested.
@@ -317,14 +318,14 @@ class EquivalentPruning:
     def merge(self, model: nn.Module | None = None) -> nn.Module:
         """Evaluate every fold once and return the plain pruned model, which needs no obc; in place.
 
-        Build a new optimizer afterwards: the old one holds parameters that the model no longer has, and stepping it
-        raises.
+        Build a new optimizer afterwards: the old one holds parameters that the model no longer has, and raises when
+        stepped.
 
         Args:
-            model: a deep copy or an averaged copy of :attr:`model` to merge instead of it; the others stay folded.
+            model: a deep copy or an averaged copy of :attr:`model` to merge instead; the others stay folded.
 
         Raises:
-            RuntimeError: nothing is folded (any more), or a layer has further parametrisations.
+            RuntimeError: nothing is folded (any more), or a layer has other parametrisations.
         """
         return merge(self.model if model is None else model)
 
@@ -355,7 +356,7 @@ def _merge_layer(name: str, module: nn.Module) -> None:
             _RETIRED[id(parameter)] = f"{name}.{tensor_name}"
             weakref.finalize(parameter, _RETIRED.pop, id(parameter), None)
     _watch_optimizers()
-    # The dynamic class stays as it is: copies of this module share it.
+    # The dynamic class is left alone: copies of this module share it.
     module.__class__ = type(module).__bases__[0]
     del module.parametrizations
     kept = dict(module._parameters)
@@ -377,13 +378,13 @@ def _chains(module: nn.Module) -> Any:
     return module.parametrizations
 
 
-# Parameters that a merge took out of a model, by id, as long as something (an optimizer) keeps them alive.
+# Parameters removed by a merge, by id, as long as something (an optimizer) keeps them alive.
 _RETIRED: dict[int, str] = {}
 _watching = False
 
 
 def _watch_optimizers() -> None:
-    """Make every optimizer refuse to step parameters that a merge has taken out of their model."""
+    """Make every optimizer refuse to step parameters that a merge removed from their model."""
     global _watching
     if not _watching:
         register_optimizer_step_pre_hook(_refuse_retired)

@@ -1,12 +1,12 @@
 """The parametrisations of a folded layer: its weight and bias as folds of the original ones.
 
 ``factors="full"``: C is (kept out, out) and D (in, kept in), starting as rows and columns of the identity.
-``factors="reduced"``: they hold the dropped channels only and start as zeros; the kept ones' part is the identity and
+``factors="reduced"``: they hold only the dropped channels and start as zeros; the kept ones' part is the identity and
 is never multiplied. The original weight is stored with the kept channels of each block before the dropped ones.
 
-As long as the factors are what they started as, a forward takes the kept channels instead of multiplying. Their values
-are looked at each time, until they are first seen changed: a change is noticed whatever made it, an optimizer, a
-loaded state dict, or a write that bumps no version counter.
+As long as the factors have their initial values, a forward selects the kept channels instead of multiplying. The values
+are compared each time until a change is first seen, whatever caused it: an optimizer, a loaded state dict, or a write
+that bumps no version counter.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class FoldedTensor(nn.Module):
     """A parametrisation: one tensor of a layer as a fold of the original's.
 
     Attributes:
-        held: the folded tensor that every forward shares inside :meth:`EquivalentPruning.accumulate`.
-        parameter_names: the layer's parameters in their order, to restore it when merging.
+        held: the folded tensor shared by every forward inside :meth:`EquivalentPruning.accumulate`.
+        parameter_names: the layer's parameters in order, to restore it when merging.
     """
 
     def __init__(self, parameter_names: tuple[str, ...]) -> None:
@@ -40,7 +40,7 @@ class FoldedTensor(nn.Module):
         return self.fold(original) if self.held is None else self.held
 
     def fold(self, original: Tensor) -> Tensor:
-        """The pruned tensor, made of the original one."""
+        """Compute the pruned tensor from the original one."""
         raise NotImplementedError
 
 
@@ -48,7 +48,7 @@ class FoldedWeight(FoldedTensor):
     """weight = C W D.
 
     Attributes:
-        kept: the kept channels as the stored original orders them, while the factors are what they started as; else
+        kept: positions of the kept channels in the stored original, while the factors have their initial values; else
             None.
     """
 
@@ -71,14 +71,14 @@ class FoldedWeight(FoldedTensor):
         return self.layout.groups
 
     def factors(self) -> tuple[Tensor | None, Tensor | None]:
-        """The factors of the stored weight's rows and of its columns; a transposed convolution stores (in, out)."""
+        """The factors for the stored weight's rows and columns; a transposed convolution stores (in, out)."""
         if not self.layout.transposed:
             return self.compressor, self.decompressor
         rows, columns = (None if factor is None else factor.mT for factor in (self.decompressor, self.compressor))
         return rows, columns
 
     def multiplications(self, original: Tensor) -> int:
-        """Multiplications of one fold, forward."""
+        """Multiplications of one fold in a forward."""
         return min(gemm.multiplications(original, *self.factors(), self.groups, self.in_repeat, self.reduced))
 
     def fold(self, original: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class FoldedWeight(FoldedTensor):
 
     @staticmethod
     def _comparable(original: Tensor) -> bool:
-        """Whether values can be compared here: not in a traced graph, and not while a CUDA graph is recorded."""
+        """Whether values can be compared: not in a traced graph, nor while a CUDA graph is recorded."""
         if torch.compiler.is_compiling() or type(original) not in (Tensor, nn.Parameter):
             return False
         return not (original.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -109,7 +109,7 @@ class FoldedWeight(FoldedTensor):
 
 
 def is_selection(factor: Tensor, kept: Tensor | None) -> bool:
-    """Whether (kept, all), or its diagonal blocks, has its only non-zeros, ones, at the columns ``kept``."""
+    """Whether (kept, all), or its diagonal blocks, has ones at the columns ``kept`` and zeros elsewhere."""
     if kept is None or int(factor.count_nonzero()) != len(kept):
         return False
     local = (kept.to(factor.device) % factor.shape[-1]).reshape(factor.shape[:-1])
@@ -117,7 +117,7 @@ def is_selection(factor: Tensor, kept: Tensor | None) -> bool:
 
 
 class _Kept(torch.autograd.Function):
-    """A fold whose factors are the identity: the kept channels of the weight, with the fold's gradients."""
+    """A fold with identity factors: the kept channels of the weight, with the fold's gradients."""
 
     @staticmethod
     def forward(ctx: Any, original: Tensor, rows: Tensor | None, columns: Tensor | None, fold: FoldedWeight) -> Tensor:

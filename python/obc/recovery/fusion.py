@@ -1,14 +1,14 @@
-"""Intra-Fusion: units that go are fused into those that stay, by optimal transport between their weights. No data.
+"""Intra-Fusion without data: removed units are fused into kept ones by optimal transport between their weights.
 
-Theus et al., arXiv 2402.07839; code alexandertheus/Intra-Fusion. With v_u the weights of unit u in all layers of the
-group, concatenated and divided by their norm, K the units that stay, and T >= 0 (K, units) the plan that moves the mass
-of all units, 1 each, to those that stay, equally much to each, at the least cost
+Theus et al., arXiv 2402.07839; code alexandertheus/Intra-Fusion. Let v_u be the weights of unit u in all layers of the
+group, concatenated and divided by their norm, K the kept units, and T >= 0 (K, units) the plan that moves the mass of
+all units, 1 each, to the kept ones, equally much to each, at the least cost
 
     sum over k, u of T_ku |v_k - v_u|_p,        sum over k of T_ku = 1,
 
-layers that write the units get the rows T W (with T's rows divided by their sums: means of what they fuse), and
-layers that read them the columns W T^T (sums of what they fuse). Units with equal input weights are fused exactly.
-T is the solution of one linear program a group, with |K| * units variables.
+Layers that write the units get the rows T W (with T's rows divided by their sums: means of what they fuse), and layers
+that read them the columns W T^T (sums of what they fuse). Units with equal input weights are fused exactly. T solves
+one linear program per group, with |K| * units variables.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class FusionReport:
     """What :func:`fuse_units` did.
 
     Attributes:
-        fused: group -> how many units were fused into how many.
-        left: groups that were pruned and stay as they are -> why.
+        fused: group -> (number of units before, number after).
+        left: pruned groups that were not fused -> why.
     """
 
     fused: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -54,15 +54,15 @@ def fuse_units(
 ) -> FusionReport:
     """Fuse what was pruned into what was kept, in place. Needs scipy.
 
-    Norms and everything else that is no linear layer or convolution keep the entries of the units that stay.
+    Norms and other modules that are neither linear nor convolutional keep the entries of the kept units.
 
     Args:
-        pruned_model: as pruning left it.
+        pruned_model: the model as pruning left it.
         original_model: the unpruned model; unchanged.
         plan: what pruning kept.
-        groups: of the unpruned model.
-        outputs: "mean", or "sum": the released code.
-        p: of the norm of differences.
+        groups: groups of the unpruned model.
+        outputs: "mean", or "sum" as in the released code.
+        p: exponent of the norm of differences.
 
     Raises:
         ValueError: unknown ``outputs``.
@@ -96,12 +96,12 @@ def fuse_units(
 
 
 def transport(vectors: Tensor, kept: Tensor, p: float = 1.0) -> Tensor:
-    """(K, units) T: the exact optimal transport from all units to those that are kept, its columns summing to 1.
+    """(K, units) T: the exact optimal transport from all units to the kept ones; its columns sum to 1.
 
     Args:
         vectors: (units, entries).
         kept: (K,) indices of units.
-        p: of the norm of differences of vectors of length 1.
+        p: exponent of the norm of differences of vectors of length 1.
     """
     from scipy import sparse
     from scipy.optimize import linprog
@@ -111,7 +111,7 @@ def transport(vectors: Tensor, kept: Tensor, p: float = 1.0) -> Tensor:
     count, size = cost.shape
     columns = sparse.kron(torch.ones(1, count).numpy(), sparse.identity(size))
     rows = sparse.kron(sparse.identity(count), torch.ones(1, size).numpy())
-    # The last kept unit gets what is left; said twice, rounding could contradict itself.
+    # The last kept unit gets the remainder; a redundant constraint could contradict the others by rounding.
     amounts = torch.cat([torch.ones(size), torch.full((count - 1,), size / count)]).double()
     constraints = sparse.vstack([columns, rows.tocsr()[:-1]])
     solved = linprog(cost.flatten().numpy(), A_eq=constraints, b_eq=amounts.numpy(), method="highs-ds")
@@ -122,7 +122,7 @@ def transport(vectors: Tensor, kept: Tensor, p: float = 1.0) -> Tensor:
 
 
 def _kept_units(group: ChannelGroup, plan: PruningPlan) -> Tensor | None:
-    """The units that the plan keeps; None where it says nothing of the group."""
+    """The units that the plan keeps; None if it does not mention the group."""
     for part in group.slices:
         entry = plan.get(part.module)
         channels = None if entry is None else entry.out_channels if part.side == "out" else entry.in_columns
@@ -140,7 +140,7 @@ def _unfusable(group: ChannelGroup, modules: dict[str, nn.Module]) -> str | None
 
 
 def _vectors(group: ChannelGroup, modules: dict[str, nn.Module]) -> Tensor:
-    """(units, entries) the weights of every unit in all layers."""
+    """(units, entries) weights of every unit in all layers."""
     parts = []
     for part in group.slices:
         weight = weight_of(module := modules.get(part.module))
@@ -158,7 +158,7 @@ def _filled(
     channels: Tensor,
     kept: Tensor,
 ) -> Tensor:
-    """(kept channels, channels) the selection that the plan makes, with ``matrix`` in place of this group's units."""
+    """(kept channels, channels): the plan's selection, with ``matrix`` in place of this group's units."""
     name, side = key
     entry, module = plan[name], modules[name]
     stays = entry.out_channels if side == "out" else entry.in_columns
@@ -179,7 +179,7 @@ def _filled(
 def _fold(
     pruned: nn.Module, original: nn.Module, plan: PruningPlan, name: str, rows: Tensor | None, columns: Tensor | None
 ) -> None:
-    """weight = C W D, bias = C b, with the selections of the plan for a side that nothing is fused on."""
+    """weight = C W D, bias = C b, with the plan's selection on a side where nothing is fused."""
     layout, weight = layout_of(original), weight_of(original)
     assert layout is not None
     assert weight is not None

@@ -1,4 +1,4 @@
-"""A layer as a matrix product: its input as rows of what one output position reads, and a change of its weight."""
+"""A layer as a matrix product: its input as rows, each read by one output position, and a change of its weight."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from obc.model.rules import Rule
 from obc.recovery.normal_equations import Change
 
-# Convolutions have far more positions than a regression needs: this many rows per column are drawn, over all batches.
+# Convolutions have far more positions than a regression needs: draw this many rows per column, over all batches.
 _ROWS_PER_COLUMN = 32
-# A position whose stream is this much smaller than the batch's average, in mean square, weighs no more than one at it.
+# A position whose stream is this much smaller than the batch's average, in mean square, gets no larger weight.
 _SMALLEST_STREAM = 1e-4
 # A channel that enters the sum with a factor this much smaller than the largest can't correct it.
 _SMALLEST_FACTOR = 1e-3
 
 
 def columns_of(module: nn.Module, layout: Rule) -> tuple[int, int, int]:
-    """(blocks, columns, outputs) of the matrix that the layer multiplies with; of a convolution with all its taps."""
+    """(blocks, columns, outputs) of the matrix that the layer multiplies with; a convolution's columns include taps."""
     weight: Any = module.weight
     if layout.transposed:  # transformers' Conv1D: (in, out)
         return 1, weight.shape[0], weight.shape[1]
@@ -28,13 +28,13 @@ def columns_of(module: nn.Module, layout: Rule) -> tuple[int, int, int]:
 
 
 def drawn_rows(module: nn.Module, layout: Rule, positions: int, batches: int) -> Any:
-    """The positions of a batch that are read: indices, or a slice for all of them."""
+    """The positions of a batch to read: indices, or a slice for all of them."""
     if not layout.convolution:
         return slice(None)
     wanted = -(-_ROWS_PER_COLUMN * columns_of(module, layout)[1] // batches)
     if positions <= wanted:
         return slice(None)
-    # The same positions of every batch: what is drawn does not depend on the order or the process.
+    # The same positions in every batch, so that the result depends neither on the order nor on the process.
     return torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
 
 
@@ -61,8 +61,8 @@ def output_rows(layout: Rule, y: Tensor, rows: Any) -> Tensor:
 def stream_weights(stream: Tensor) -> Tensor:
     """(rows,): one over the mean square of the unpruned stream, (blocks, rows, channels), at every position.
 
-    The norms that read a stream of tokens divide by its size: what counts is the error relative to it. With equal
-    weights a few special tokens, whose stream is many times larger, decide the regression of a transformer.
+    Norms that read a stream of tokens divide by its size, so the relative error counts. With equal weights a few
+    special tokens, whose stream is many times larger, would determine the regression of a transformer.
     """
     squares = stream.double().square().mean((0, 2))
     return 1 / squares.clamp_min(max(_SMALLEST_STREAM * float(squares.mean()), torch.finfo(torch.float64).tiny))
@@ -80,7 +80,7 @@ def _patches(module: Any, x: Tensor) -> Tensor:
 
 
 def apply_change(module: nn.Module, layout: Rule, change: Change) -> None:
-    """weight += change, in place; bias likewise."""
+    """weight += change, in place; the same for the bias."""
     weight: Any = module.weight
     flat = change.weight.flatten(0, 1)
     added = flat.mT if layout.transposed else flat.reshape(weight.shape)
@@ -91,7 +91,7 @@ def apply_change(module: nn.Module, layout: Rule, change: Change) -> None:
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
-    """a - b, of half-precision tensors in float32."""
+    """a - b; half precision is subtracted in float32."""
     return a - b if a.dtype in (torch.float32, torch.float64) else a.float() - b.float()
 
 

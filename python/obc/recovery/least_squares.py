@@ -1,9 +1,9 @@
-"""Modes "ls" and "seq" of compensation: every consumer's input reconstructed from what is left of it.
+"""Modes "ls" and "seq" of compensation: every consumer's input is reconstructed from what is left of it.
 
-Held-out batches choose, by the model's output, among few candidates: every layer with the same ridge, of a small grid;
-every layer with the ridge, or without compensation, that reconstructs its own input best; in mode "seq" also what goes
-layer by layer. Where none of them brings the output closer to the unpruned model's, the model stays naive. That costs a
-pass of the pruned model over the held-out batches for each candidate, however many layers there are.
+Held-out batches choose among few candidates by the model's output: every layer with the same ridge from a small grid;
+every layer with the ridge, or without compensation, that reconstructs its own input best; in mode "seq" also the
+layer-by-layer result. If none brings the output closer to the unpruned model's, the model stays naive. This costs one
+pass of the pruned model over the held-out batches per candidate, however many layers there are.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from obc.recovery.stream_points import observe
 
 @dataclass(frozen=True)
 class Options:
-    """Arguments of :func:`obc.recovery.compensate` that modes "ls" and "seq" use; what norms are compared with."""
+    """Arguments of :func:`obc.recovery.compensate` for modes "ls" and "seq", and the reference of the norms."""
 
     forward: ForwardFn
     ridges: Sequence[float]
@@ -45,7 +45,7 @@ class Options:
 
 @dataclass(frozen=True, eq=False)
 class _Compensated:
-    """A consumer's parameters after its least squares, and what is reported about it.
+    """A consumer's parameters after least squares, with the figures to report.
 
     ``held_out``: E |x - D z - intercept|^2 on the held-out batches, relative to the naive one.
     """
@@ -62,9 +62,9 @@ class _Candidate:
     """One way to compensate the model.
 
     Attributes:
-        name: for the report.
-        layers: by consumer; those that are missing stay naive.
-        ridge: where all layers share it.
+        name: name in the report.
+        layers: name of a consumer -> its state; missing ones stay naive.
+        ridge: the ridge, if all layers share it.
     """
 
     name: str
@@ -124,7 +124,7 @@ class LeastSquaresRun:
         return self.report
 
     def _try(self, candidates: Iterable[_Candidate]) -> dict[str, float]:
-        """The held-out error of the model's output with each candidate."""
+        """The held-out output error with each candidate."""
         found = {}
         for candidate in candidates:
             self._put_all(candidate)
@@ -132,7 +132,7 @@ class LeastSquaresRun:
         return found
 
     def _settle(self, best: _Candidate, any_one: _Candidate) -> None:
-        """Keep the best candidate, or leave the model naive where the output does not come closer by it."""
+        """Keep the best candidate, or leave the model naive if none brings the output closer."""
         report = self.report
         report.compensated_error = report.tried[best.name]
         self._put_all(best)
@@ -152,7 +152,7 @@ class LeastSquaresRun:
                 report.decompressors[name] = applied.decompressor
 
     def _at_once(self, bar: Any) -> list[_Candidate]:
-        """From the unpruned model's inputs of all consumers, collected together: for each ridge, and mixed."""
+        """Candidates from the unpruned inputs of all consumers, collected together: one per ridge, and mixed."""
         found: dict[float, dict[str, _Compensated]] = {ridge: {} for ridge in self.options.ridges}
         unreached: list[str] = []
         for names in _chunks(self.consumers, self.options.max_bytes):
@@ -175,7 +175,7 @@ class LeastSquaresRun:
         return [*candidates, _Candidate("own ridges", helping)]
 
     def _sequential(self, ridge: float, bar: Any) -> _Candidate:
-        """Mode "seq": each consumer regressed on what those before it, compensated, hand on."""
+        """Mode "seq": regress each consumer on the output of the compensated ones before it."""
         found = {}
         self._put_all(_Candidate("naive"))
         for name in self.consumers:
@@ -192,7 +192,7 @@ class LeastSquaresRun:
         return _Candidate("layer by layer", found, ridge)
 
     def _moments(self, names: Sequence[str], paired: bool) -> tuple[dict[str, Moments], dict[str, Moments]]:
-        """Of the calibration and of the held-out batches."""
+        """Moments of the calibration batches and of the held-out batches."""
         taken = 2 * sum(self.consumers[name].bytes(paired) for name in names)
         self.report.moment_bytes = max(self.report.moment_bytes, taken)
         found = []
@@ -226,7 +226,7 @@ class LeastSquaresRun:
                 moments[name].add(x, z, weights)
 
     def _look(self, consumers: Mapping[str, Consumer]) -> tuple[dict[str, Consumer], set[str]]:
-        """The consumers in the order of execution; those whose outputs enter no sum: no stream weighs their tokens."""
+        """The consumers in order of execution; and those whose outputs enter no sum: no stream weights tokens."""
         processes = self.options.processes
         modules = {name: self.original.get_submodule(name) for name in consumers}
         batch = next(iter(self.calibration))
@@ -237,7 +237,7 @@ class LeastSquaresRun:
         return in_execution_order(consumers, list(calls), processes), off_stream
 
     def _solve(self, name: str, moments: Moments, check: Moments, ridge: float) -> _Compensated:
-        """The consumer's least squares, applied."""
+        """Solve and apply the consumer's least squares."""
         consumer = self.consumers[name]
         try:
             solution = moments.solve(ridge, consumer.intercept)
@@ -253,13 +253,13 @@ class LeastSquaresRun:
         return _Compensated(_copies(consumer.parameters()), solution.fit, moments.samples, held_out, decompressor)
 
     def share(self) -> None:
-        """Give all processes the first one's result: on unlike machines the last bits of a solution may differ."""
+        """Give all processes the first one's result: the last bits of a solution may differ between machines."""
         statistics = (buffer for norm in self.norms for buffer in norm.buffers())
         parameters = (parameter for consumer in self.consumers.values() for parameter in consumer.parameters())
         self.options.processes.share([*parameters, *statistics])
 
     def _leave_naive(self) -> None:
-        """Restore everything, except for new norm statistics where those alone help."""
+        """Restore everything, except for new norm statistics if they help on their own."""
         self._put_all(_Candidate("naive"))
         report = self.report
         report.final_error = self._error_recalibrated()
@@ -286,7 +286,7 @@ class LeastSquaresRun:
         return self._error()
 
     def _expected(self) -> list[list[Tensor]] | None:
-        """The unpruned model's outputs on the held-out batches; None where they take too much memory."""
+        """The unpruned model's outputs on the held-out batches; None if they take too much memory."""
         found: list[list[Tensor]] | None = []
         taken = 0
         for batch in self.held_out:
@@ -311,7 +311,7 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _chunks(consumers: Mapping[str, Consumer], max_bytes: int) -> Iterator[list[str]]:
-    """Runs of consumers whose moments fit into ``max_bytes`` together; one at a time where a single one does not."""
+    """Split the consumers into runs whose moments fit into ``max_bytes``, at least one consumer each."""
     chunk: list[str] = []
     taken = 0
     for name, consumer in consumers.items():

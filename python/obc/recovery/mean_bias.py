@@ -1,4 +1,4 @@
-"""Adding what dropped channels carried on average to their consumers' biases: the update of FLAP."""
+"""Adds the mean contribution of dropped channels to their consumers' biases: FLAP's update."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class MeansReport:
     """What :func:`absorb_means` did.
 
     Attributes:
-        absorbed: consumers whose bias took over what their dropped channels carried on average.
-        created: those of them that had no bias before.
-        left: consumers that stayed as they were -> why.
+        absorbed: consumers whose bias absorbed the mean of their dropped channels.
+        created: those among them without a bias before.
+        left: consumers that were left unchanged -> why.
         warnings: what the caller should know.
     """
 
@@ -44,20 +44,20 @@ def absorb_means(
     batches: Iterable[Any],
     forward_fn: ForwardFn | None = None,
 ) -> MeansReport:
-    """bias += W_d E[x_d] in every consumer of dropped channels d, in place; a bias is created where there is none.
+    """bias += W_d E[x_d] in every consumer of dropped channels d, in place; a bias is created if there is none.
 
-    x is the consumer's input in the unpruned model (An et al., arXiv 2312.11983). Convolutions that pad with zeros stay
-    as they are: at the border the dropped channels had another mean.
+    x is the consumer's input in the unpruned model (An et al., arXiv 2312.11983). Convolutions that pad with zeros are
+    left unchanged, because at the border the dropped channels had another mean.
 
-    A created bias is a parameter like any other, which ``torch.save`` and ``obc.structures.transformers.save_pruned``
-    keep; ``save_pretrained`` writes it, but ``from_pretrained`` drops it, because no config can say it. The report
-    warns of that.
+    A created bias is an ordinary parameter, which ``torch.save`` and ``obc.structures.transformers.save_pruned`` keep.
+    ``save_pretrained`` writes it, but ``from_pretrained`` drops it, because no config can express it; the report warns
+    of that.
 
     Args:
-        pruned_model: changed in place.
+        pruned_model: the model to change in place.
         original_model: the unpruned model; unchanged.
         plan: what pruning kept.
-        batches: calibration batches, passed over once, without gradients.
+        batches: calibration batches, used once, without gradients.
         forward_fn: as for :func:`obc.collect`.
     """
     with expanded(pruned_model, plan.depth):
@@ -110,7 +110,7 @@ def _absorb_all(
 
 
 def _absorb(name: str, module: nn.Module, weight: Tensor, kept: Kept, mean: Tensor, report: MeansReport) -> None:
-    """Add what the dropped channels carry at their means; ``weight`` has the kept outputs and all inputs."""
+    """Add the dropped channels' contribution at their means; ``weight`` has the kept outputs and all inputs."""
     assert kept.in_channels is not None
     dropped = torch.ones(len(mean), dtype=torch.bool)
     dropped[expand(kept.in_channels.cpu(), kept.in_repeat)] = False

@@ -1,13 +1,13 @@
-"""Second moments of a consumer's input, accumulated batch by batch, and the least-squares decompressor from them.
+"""Second moments of a consumer's input, accumulated over batches, and the least-squares decompressor from them.
 
-x is the consumer's input in the unpruned model, z what reaches it in the pruned one (the kept channels of x itself in
-mode "ls"). With S the selection of the kept channels, the decompressor is
+x is the consumer's input in the unpruned model, z its input in the pruned one (in mode "ls" the kept channels of x).
+With S the selection of the kept channels, the decompressor is
 
     D = S + (E[x zT] - S E[z zT]) (E[z zT] + lambda I)^-1,      lambda = ridge * mean diagonal of E[z zT]
 
-so that a growing ridge shrinks it towards the naive S. Where z is the kept part of x the kept rows are the identity,
-and only the others are computed. With an intercept all moments are centred, and the consumer's bias takes
-W (E[x] - D E[z]).
+so that a growing ridge shrinks it towards the naive S. If z is the kept part of x, the kept rows are the identity and
+only the others are computed. With an intercept all moments are centred, and the consumer's bias absorbs W (E[x] - D
+E[z]).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from obc.recovery.processes import Processes
 
-# A ridge that Cholesky can't use is multiplied by the first, at most as often as the second; the report names it.
+# If Cholesky fails, the ridge is multiplied by the first number, at most as often as the second; the report names it.
 _RIDGE_STEP = 10.0
 _RIDGE_STEPS = 6
 
@@ -50,7 +50,7 @@ class Solution:
 
     Attributes:
         decompressor: D, (in, kept in), or its diagonal blocks for a grouped convolution; float64.
-        intercept: (in,), what of the mean D leaves; None where the regression goes through zero.
+        intercept: (in,), the part of the mean that D does not explain; None if the regression goes through zero.
         fit: how well they reconstruct.
     """
 
@@ -62,7 +62,7 @@ class Solution:
 class Moments:
     """Running sums of one consumer, float64: sum x zT, sum z zT per diagonal block, sum x, sum z, sum x^2.
 
-    Rows may be weighed; E is the weighed mean then.
+    Rows may be weighted; E is then the weighted mean.
 
     Args:
         kept: (blocks, kept in / blocks) positions of the kept channels inside their block.
@@ -73,7 +73,7 @@ class Moments:
     def __init__(self, kept: Tensor, size: int, paired: bool) -> None:
         blocks, count = kept.shape
         self.kept, self.paired, self.samples = kept, paired, 0
-        self.total = 0.0  # of the weights
+        self.total = 0.0  # sum of the weights
         self.cross = torch.zeros(blocks, size, count, dtype=torch.float64)
         self.gram = torch.zeros(blocks, count, count, dtype=torch.float64) if paired else None
         self.sum_x, self.sum_z = (
@@ -84,7 +84,7 @@ class Moments:
 
     @staticmethod
     def bytes_for(blocks: int, size: int, kept: int, paired: bool) -> int:
-        """What one object holds: 8 (size * kept + kept^2 where paired + 2 size + kept) bytes per block."""
+        """Bytes of one object: 8 (size * kept + 2 size + kept), plus 8 kept^2 if paired, per block."""
         return 8 * blocks * (size * kept + kept * kept * paired + 2 * size + kept)
 
     def add(self, x: Tensor, z: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -110,7 +110,7 @@ class Moments:
         self.samples += x.shape[1]
 
     def gather(self, processes: Processes) -> None:
-        """Add up what the processes accumulated."""
+        """Add up the sums of all processes."""
         samples, total = torch.tensor(self.samples), torch.tensor(self.total, dtype=torch.float64)
         sums = (self.cross, self.gram, self.sum_x, self.sum_z, self.square, samples, total)
         processes.add(tensor for tensor in sums if tensor is not None)
@@ -161,13 +161,13 @@ class Moments:
 
     @cached_property
     def _dropped(self) -> Tensor:
-        """(blocks, dropped / blocks) positions of the channels that went."""
+        """(blocks, dropped / blocks) positions of the dropped channels."""
         blocks, size = self.square.shape
         stays = torch.zeros(blocks, size, dtype=torch.bool).scatter_(1, self.kept, True)
         return (~stays).nonzero()[:, 1].reshape(blocks, -1)
 
     def _taken(self, values: Tensor) -> Tensor:
-        """The rows that are regressed, of (blocks, size, ...)."""
+        """The regressed rows of (blocks, size, ...)."""
         if self.paired:
             return values
         index = self._dropped if values.dim() == 2 else self._dropped[..., None].expand(-1, -1, values.shape[2])
@@ -175,7 +175,7 @@ class Moments:
 
     @property
     def _start(self) -> Tensor | None:
-        """S in the rows that are regressed; None where it is zero there."""
+        """S in the regressed rows; None if it is zero there."""
         return self._selection if self.paired else None
 
     def _naive_error(self, count: float) -> float:
@@ -197,7 +197,7 @@ class Moments:
 
 
 def _blocked(rows: Tensor, blocks: int) -> Tensor:
-    """(rows, channels) to (blocks, rows, channels / blocks) in float64, because the ridge divides rounding errors."""
+    """(rows, channels) to (blocks, rows, channels / blocks) in float64, because the ridge amplifies rounding errors."""
     return rows.double().unflatten(1, (blocks, -1)).transpose(0, 1)
 
 
@@ -207,7 +207,7 @@ def _error(decompressor: Tensor, cross: Tensor, gram: Tensor, square: Tensor) ->
 
 
 def larger_ridges(ridge: float) -> list[float]:
-    """A ridge, and the larger ones that are tried in turn where it leaves a matrix that can't be factorised."""
+    """The ridge, and larger ones to try in turn if the matrix can't be factorised."""
     return [ridge * _RIDGE_STEP**step for step in range(_RIDGE_STEPS + 1)]
 
 
@@ -215,7 +215,7 @@ def _regress(target: Tensor, gram: Tensor, ridge: float) -> tuple[Tensor, float,
     """target (gram + lambda I)^-1, the relative ridge that made it solvable, and lambda, (blocks, 1, 1)."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     mean = diagonal.mean(-1)[:, None, None]
-    # A block whose kept channels are all constant has nothing to regress on: any positive number solves it to zero.
+    # A block whose kept channels are all constant has nothing to regress on: any positive number gives zero.
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
     for used in larger_ridges(ridge):

@@ -1,17 +1,16 @@
-"""BatchNorm statistics of a pruned model that fit although the batches at hand are not the training data.
+"""BatchNorm statistics for a pruned model from batches that need not resemble the training data.
 
-A few calibration batches rarely have the statistics of the data that a model was trained on: recalibrated on them, even
-an unpruned model may lose its accuracy. But the two models can be compared on the same batches. With M and V the mean
-and the variance of what arrives at a channel of a norm there, full in the unpruned model, and mean and var the unpruned
-norm's own statistics,
+A few calibration batches rarely have the statistics of the training data: recalibrated on them, even an unpruned model
+may lose accuracy. But both models can be compared on the same batches. Let M and V be the mean and variance of a norm
+channel's input on them, M_full and V_full those in the unpruned model, and mean and var the unpruned norm's own
+statistics. Then
 
     ratio = (V + delta) / (V_full + delta)
     var' + eps = ratio (var + eps),    mean' = M - sqrt(ratio) (M_full - mean)
 
-so that what the norm returns has on these batches the mean and the variance that it has in the unpruned model. Where
-the batches are like the training data these are M and V themselves: plain recalibration. Where nothing was pruned they
-are the norm's own statistics. delta, a small part of var + eps, spares the scale of channels that the batches hardly
-move.
+and the norm's output has the same mean and variance on these batches as in the unpruned model. If the batches resemble
+the training data, the new statistics are M and V, as in plain recalibration; if nothing was pruned, they are the norm's
+own. delta, a small part of var + eps, protects the scale of channels that hardly vary on the batches.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from obc.recovery.processes import ALONE, Processes
 _DELTA = 1e-2
 
 
-# What one run showed: a norm's key, the mean and the variance of its input, call by call.
+# Result of one run: a norm's key, the mean and the variance of its input, for each call.
 Calls = list[tuple[Any, Tensor, Tensor]]
 Moments = tuple[Tensor, Tensor]
 
@@ -42,7 +41,7 @@ class MomentSums:
     """Sums over calls of the mean and the variance of every channel of a norm's input, (C,) float64.
 
     Args:
-        like: (C,), where they are.
+        like: (C,), a tensor on the same device.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -61,7 +60,7 @@ class MomentSums:
         self._calls = int(calls)
 
     def average(self) -> Moments | None:
-        """Mean and variance; None where there were no calls."""
+        """Mean and variance; None if there were no calls."""
         return (self._mean / self._calls, self._variance / self._calls) if self._calls else None
 
 
@@ -74,13 +73,13 @@ def moments_of(x: Tensor) -> Moments:
 
 @dataclass(frozen=True)
 class Target:
-    """What a pruned model's norm is compared with: (C,) float64 each.
+    """The reference for a pruned model's norm: (C,) float64 each.
 
     Attributes:
         average: M_full and V_full over all batches.
-        by_batch: by a batch's number, and call by call, M_full and V_full there.
+        by_batch: number of a batch -> M_full and V_full there, for each call.
         own: the unpruned norm's mean and var + eps.
-        kept: the channels of all these that the pruned norm has; None: all.
+        kept: the channels of these that the pruned norm has; None means all.
     """
 
     average: Moments
@@ -89,7 +88,7 @@ class Target:
     kept: Tensor | None
 
     def put(self, norm: _BatchNorm, mean: Tensor, variance: Tensor, full: Moments | None = None) -> None:
-        """Give ``norm`` the statistics that follow from M, V and, by default, the averages of M_full and V_full."""
+        """Give ``norm`` the statistics that follow from M, V and, by default, the average M_full and V_full."""
         assert norm.running_mean is not None
         assert norm.running_var is not None
         full_mean, full_variance, own_mean, own_variance = (
@@ -106,7 +105,7 @@ class NormReference:
     """The targets of an unpruned model's BatchNorms, collected from runs inside :meth:`reading`.
 
     Args:
-        norms: by name, in eval mode.
+        norms: norms by name, in eval mode.
     """
 
     def __init__(self, norms: Mapping[str, _BatchNorm]) -> None:
@@ -116,13 +115,13 @@ class NormReference:
 
     @contextmanager
     def reading(self) -> Iterator[Calls]:
-        """Yields what arrives at the norms; :meth:`add` takes it."""
+        """Yields the norms' inputs during the run; pass them to :meth:`add`."""
         calls: Calls = []
         with _before_each(self._norms, lambda name, x: calls.append((name, *moments_of(x)))):
             yield calls
 
     def add(self, calls: Calls, number: int) -> None:
-        """Take what arrived from the batch of this number."""
+        """Add the inputs that the batch with this number caused."""
         for name, mean, variance in calls:
             self._by_batch[name].setdefault(number, []).append((mean, variance))
 
@@ -134,14 +133,14 @@ class NormReference:
         left_out: Container[int] = (),
         processes: Processes = ALONE,
     ) -> dict[_BatchNorm, Target]:
-        """By norm of the pruned model; those that the unpruned model did not run have none.
+        """The targets of the pruned model's norms; norms that the unpruned model did not run have none.
 
         Args:
             pruned: the pruned model, or a module of it.
             plan: what pruning kept.
             place: that module's name in the unpruned model.
-            left_out: numbers of batches that don't count any more.
-            processes: averages are over the batches of all of them.
+            left_out: numbers of batches that no longer count.
+            processes: averages include the batches of all of them.
         """
         found = {}
         names = {name: name for name, _ in pruned.named_modules()} if place else original_names(pruned, plan.depth)
@@ -162,7 +161,7 @@ class NormReference:
 
 
 def take_statistics(pruned: nn.Module, original: nn.Module, plan: PruningPlan) -> None:
-    """Give the norms of ``pruned`` the statistics of the unpruned model's, of the channels that are left."""
+    """Give the norms of ``pruned`` the statistics of the unpruned model's, for the remaining channels."""
     for name, unpruned_name in original_names(pruned, plan.depth).items():
         norm = pruned.get_submodule(name)
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None or norm.running_var is None:
@@ -178,10 +177,10 @@ def take_statistics(pruned: nn.Module, original: nn.Module, plan: PruningPlan) -
 
 @contextmanager
 def matching(targets: Mapping[_BatchNorm, Target], number: int) -> Iterator[Calls]:
-    """Let these norms, in eval mode, use in every call the statistics that follow from that call's input.
+    """Make these norms, in eval mode, use in every call the statistics that follow from that call's input.
 
-    They are compared with what the unpruned model showed on the batch of the same number; where that is not known, with
-    the average. Yields what arrives at them. They keep the statistics of the last call.
+    The reference is what the unpruned model showed on the batch with the same number, or the average if that is
+    unknown. Yields the norms' inputs. The norms keep the statistics of the last call.
     """
     calls: Calls = []
     counts: dict[_BatchNorm, int] = {}
@@ -199,7 +198,7 @@ def matching(targets: Mapping[_BatchNorm, Target], number: int) -> Iterator[Call
 
 @contextmanager
 def _before_each(norms: Mapping[Any, _BatchNorm], act: Callable[[Any, Tensor], None]) -> Iterator[None]:
-    """Before every call of one of the norms, ``act`` gets its key and its input."""
+    """Call ``act`` with the key and the input before every call of one of the norms."""
 
     def hook(key: Any) -> Callable[..., None]:
         return lambda _, args: act(key, args[0].detach())

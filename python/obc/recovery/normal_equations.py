@@ -1,11 +1,11 @@
 """The change of a layer's weight that removes an error: ridge regression of the error on the layer's input.
 
-With z what arrives at the layer, e the error at the point that its output enters, and a the factors by which it does,
+Let z be the layer's input, e the error at the point that its output enters, and a the factors with which it enters:
 
     change = diag(1/a) E[e zT] (E[z zT] + lambda I)^-1,      lambda = ridge * mean diagonal of E[z zT]
 
-so that a growing ridge leaves the weight as it was. With an intercept the moments are centred, and the layer's bias
-takes diag(1/a) E[e] - change E[z].
+so that a growing ridge leaves the weight unchanged. With an intercept the moments are centred, and the layer's bias
+absorbs diag(1/a) E[e] - change E[z].
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class Change:
 
 
 class NormalEquations:
-    """Running sums in float64 per diagonal block: sum w z zT, sum w e zT, sum w z, sum w e, sum w e^2, w weighing rows.
+    """Running sums in float64 per diagonal block: sum w z zT, sum w e zT, sum w z, sum w e, sum w e^2; w weights rows.
 
     Args:
-        blocks: groups of a convolution; else 1.
-        columns: of z in a block.
-        outputs: of e in a block.
-        device: where the sums are.
+        blocks: number of conv groups; otherwise 1.
+        columns: columns of z in a block.
+        outputs: columns of e in a block.
+        device: device of the sums.
     """
 
     def __init__(self, blocks: int, columns: int, outputs: int, device: torch.device) -> None:
@@ -54,7 +54,7 @@ class NormalEquations:
         self.gram, self.cross = zeros(columns, columns), zeros(outputs, columns)
         self.sum_z, self.sum_e, self.energy = zeros(columns), zeros(outputs), zeros(outputs)
         self.rows = 0
-        self.total = 0.0  # of the weights
+        self.total = 0.0  # sum of the weights
 
     @property
     def bytes(self) -> int:
@@ -81,13 +81,13 @@ class NormalEquations:
         self.total += z.shape[1] if weights is None else float(weights.double().sum())
 
     def gather(self, processes: Processes) -> None:
-        """Add up what the processes accumulated."""
+        """Add up the sums of all processes."""
         rows, total = torch.tensor(self.rows), torch.tensor(self.total, dtype=torch.float64)
         processes.add([*self._sums(), rows, total])
         self.rows, self.total = int(rows), float(total)
 
     def changes(self, ridges: Sequence[float], intercept: bool) -> list[Change]:
-        """The solution under every ridge with which the Gram matrix can be factorised."""
+        """The solution for every ridge with which the Gram matrix can be factorised."""
         count = self.total or 1.0
         gram, cross = self.gram / count, self.cross / count
         mean_z, mean_e = self.sum_z / count, self.sum_e / count

@@ -1,4 +1,4 @@
-"""The positions that count, of a layer's input and of what a model returns: those that the attention mask keeps."""
+"""Selects the positions that the attention mask keeps, in a layer's input and in a model's output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from obc.statistics.part import Part
 
 
 def valid_rows(batch: Any, x: Tensor) -> Tensor | slice:
-    """Indices into the positions of ``x``, (B, T, C) or (B * T, C), that the mask of the batch keeps; else all."""
+    """Indices of the positions of ``x``, (B, T, C) or (B * T, C), that the batch's mask keeps; without one, all."""
     part = Part()
     part.begin(batch)
     valid = part.valid_positions(x, -1)
@@ -18,7 +18,7 @@ def valid_rows(batch: Any, x: Tensor) -> Tensor | slice:
 
 
 def without_padding(batch: Any, output: Tensor) -> Tensor:
-    """(positions, C) of what a model returned, (B, T, C), that the mask of the batch keeps; else all of it."""
+    """(positions, C) of a model's output (B, T, C) that the batch's mask keeps; without one, all of it."""
     part = Part()
     part.begin(batch)
     if part.valid is None or output.dim() != 3 or output.shape[:2] != part.valid.shape:

@@ -1,4 +1,4 @@
-"""Several processes that each hold a part of the calibration batches and decide as one."""
+"""Several processes that each have some of the calibration batches and decide as one."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 
 class Processes:
-    """A process group; with ``group=None`` this process alone, so that nothing is exchanged.
+    """A process group; ``group=None`` is this process alone, and nothing is exchanged.
 
     Args:
         group: a ``torch.distributed`` process group.
-        device: where its backend can exchange tensors: the models' device.
+        device: where the backend can exchange tensors: the models' device.
     """
 
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
         self.group, self.device = group, device
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Make every tensor, in place, the sum of what the processes hold."""
+        """Replace every tensor, in place, by its sum over the processes."""
         self._reduce(tensors, "SUM")
 
     def total(self, *numbers: float) -> list[float]:
@@ -37,7 +37,7 @@ class Processes:
         return least.tolist()
 
     def share(self, tensors: Iterable[Tensor]) -> None:
-        """Make every tensor, in place, what the first process holds."""
+        """Replace every tensor, in place, by the first process's."""
         if self.group is None:
             return
         source = torch.distributed.get_global_rank(self.group, 0)

@@ -30,10 +30,10 @@ class RecoveryReport:
     """What training did.
 
     Attributes:
-        losses: of every optimizer step, the mean over its batches.
+        losses: mean loss of every optimizer step over its batches.
         evaluations: (step, what ``evaluate`` returned).
-        trained_parameters: how many numbers were trained.
-        seconds: in all.
+        trained_parameters: number of trained parameters.
+        seconds: total time.
         resumed_at: the step that a checkpoint had reached; 0 for a fresh start.
     """
 
@@ -71,37 +71,37 @@ def recover(
     checkpoint: str | PathLike[str] | None = None,
     progress: bool | None = None,
 ) -> RecoveryReport:
-    """Train the pruned ``model`` in place to compute again what the unpruned ``teacher`` computes.
+    """Train the pruned ``model`` in place to compute what the unpruned ``teacher`` computes.
 
-    AdamW with a linear warm-up and a cosine decay to 0. The loss needs no labels by default: the forward KL divergence
-    of the logits (:class:`obc.Distillation`). The model trains in train mode and the teacher stays in eval mode.
+    AdamW with a linear warm-up and a cosine decay to 0. The default loss needs no labels: the forward KL divergence of
+    the logits (:class:`obc.Distillation`). The model is in train mode and the teacher in eval mode.
 
     Args:
-        model: the pruned model. With ``train="folded"`` or ``"lora"`` what trains is merged at the end: the model is a
-            plain one again.
+        model: the pruned model. With ``train="folded"`` or ``"lora"`` the trained factors are merged at the end, so
+            that the model is a plain one again.
         teacher: the unpruned model; unchanged.
-        batches: passed over again and again until ``steps`` are done.
-        steps: optimizer steps.
+        batches: repeated until ``steps`` are done.
+        steps: number of optimizer steps.
         lr: the peak learning rate.
-        train: "naive": every parameter of the pruned model. "folded": the compressors and decompressors of Equivalent
-            Pruning too (:func:`obc.equivalent_pruning`), which needs ``plan`` and a model that was only pruned, not
-            compensated. "lora": low-rank updates of linear and convolutional layers (needs peft).
+        train: "naive" trains every parameter of the pruned model. "folded" also trains the compressors and
+            decompressors of Equivalent Pruning (:func:`obc.equivalent_pruning`); it needs ``plan`` and a model that was
+            pruned but not compensated. "lora" trains low-rank updates of linear and convolutional layers (needs peft).
         plan: what pruning kept, for ``train="folded"``.
-        distillation: what is compared.
-        weight_decay: of AdamW; biases, norms and compressors have none.
-        warmup: the share of the steps in which the rate rises.
-        clip: the largest norm of the gradient; None leaves it as it is.
-        accumulate: batches of one optimizer step. Folds are computed once a step, exactly.
-        rank: of "lora".
-        evaluate: ``evaluate(model)`` returns a number, lower or higher is better as you like; called before the first
-            step, every ``every`` steps and after the last, in eval mode and without gradients.
+        distillation: the losses to use.
+        weight_decay: weight decay of AdamW; biases, norms and compressors have none.
+        warmup: the share of the steps during which the learning rate rises.
+        clip: the largest gradient norm; None does not clip.
+        accumulate: batches per optimizer step. Folds are computed once per step, exactly.
+        rank: rank of "lora".
+        evaluate: ``evaluate(model)`` returns a number; called before the first step, every ``every`` steps and after
+            the last, in eval mode and without gradients.
         every: steps between evaluations and checkpoints; None evaluates and saves at the end only.
-        checkpoint: a file from which a run with the same arguments resumes; replaced as training goes on.
+        checkpoint: a file from which a run with the same arguments resumes; replaced during training.
         progress: show a progress bar; None shows it in a terminal only.
 
     Raises:
-        ValueError: an argument is not one of the values above, ``batches`` is empty, or the loss is not finite: the
-            message names the step, and the model keeps the parameters before that step.
+        ValueError: an argument has a wrong value, ``batches`` is empty, or the loss is not finite; then the message
+            names the step, and the model keeps the parameters before that step.
         PlanError: the plan does not describe how ``model`` came from ``teacher`` (``train="folded"``).
         ImportError: peft is missing (``train="lora"``).
     """
@@ -140,7 +140,7 @@ def recover(
 
 
 class _Training:
-    """One optimizer with its schedule, and what a step does."""
+    """One optimizer with its schedule, and the work of a step."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class _Training:
         self.report.losses.append(total)
 
     def evaluate(self, step: int, evaluate: Callable[[nn.Module], float] | None) -> None:
-        """Evaluate the model as it is now, and note the result."""
+        """Evaluate the present model and record the result."""
         if evaluate is None:
             return
         self.trained.model.eval()
@@ -235,7 +235,7 @@ def _cosine(steps: int, warmup: float) -> Callable[[int], float]:
 
 
 def _endless(batches: Iterable[Any], skip: int) -> Iterator[Any]:
-    """The batches again and again, without the first ``skip``."""
+    """Repeat the batches endlessly, skipping the first ``skip``."""
     if isinstance(batches, Iterator):
         batches = list(batches)
     count = 0

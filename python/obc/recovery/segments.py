@@ -1,9 +1,9 @@
-"""A model as a chain of modules that hand one tensor on: decoder layers, residual blocks, the layers of a plain chain.
+"""A model as a chain of modules that pass one tensor on: decoder layers, residual blocks, layers of a plain chain.
 
-The chain is found by watching one forward pass: which module's input is the very tensor that another returned. Of all
-chains it is the one whose modules hold the most layers of interest, in the most pieces; a module counts for a layer
-only if it also holds the sum that the layer's output enters. A chain is used only where its modules, run one by one on
-what they were seen to get, return what they were seen to return.
+The chain is found by watching one forward pass: a module follows another if its input is the very tensor that the other
+returned. Of all chains, the one is chosen whose modules hold the most layers of interest, in the most pieces; a layer
+counts for a module only if the module also contains the sum that the layer's output enters. A chain is used only if its
+modules, run one by one on the inputs seen, return the outputs seen.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from obc.recovery.stream_points import Reached
 
 @dataclass
 class _Event:
-    """One module's only call in the watched pass."""
+    """A module's only call in the watched pass."""
 
     name: str
     start: int
@@ -32,7 +32,7 @@ class _Event:
 
 
 class _Watcher:
-    """Records every module's call with its input and output tensors, which it keeps so that their ids stay unique."""
+    """Records every module's call with input and output tensors; keeps the tensors so that their ids stay unique."""
 
     def __init__(self, model: nn.Module) -> None:
         self.events: dict[str, _Event] = {}
@@ -46,7 +46,7 @@ class _Watcher:
                 self.handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
 
     def _before(self, name: str) -> Callable[..., None]:
-        """A hook that begins the event of the module ``name``; a second call is noted as a repetition."""
+        """A hook that begins the event of the module ``name``; a second call is recorded as a repetition."""
 
         def record(module: nn.Module, args: Any, kwargs: Any) -> None:
             if name in self.events:
@@ -73,7 +73,7 @@ class _Watcher:
         return record
 
     def sources(self, event: _Event) -> list[str]:
-        """The modules, inner and outer, that returned one of the event's inputs, as it was when the event began."""
+        """The modules, inner and outer, that returned one of the event's inputs as it was when the event began."""
         found = []
         for other in self.events.values():
             is_source = (
@@ -100,20 +100,20 @@ class _Watcher:
 
 
 def stream_of(output: Any) -> Tensor | None:
-    """The tensor that a module hands on: its output, or the first entry of a tuple."""
+    """The tensor that a module passes on: its output, or the first entry of a tuple."""
     if isinstance(output, (tuple, list)) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None
 
 
 def find_chain(model: nn.Module, run: Callable[[], Any], scopes: Mapping[str, str], layers: Sequence[str]) -> list[str]:
-    """The names of the chain's modules in order; empty where no module holds one of the layers.
+    """The names of the chain's modules in order; empty if no module contains one of the layers.
 
     Args:
-        model: watched while it runs.
+        model: the model to watch.
         run: runs it on one batch.
-        scopes: by layer the innermost module that holds both it and its point.
-        layers: that should be covered.
+        scopes: layer -> the innermost module that contains it and its point.
+        layers: the layers to cover.
     """
     watcher = _Watcher(model)
     try:
@@ -156,7 +156,7 @@ def _holds(module: str, scope: str) -> bool:
 
 @dataclass
 class Arguments:
-    """What a module of the chain was called with, the stream left out."""
+    """What a module of the chain was called with, without the stream."""
 
     leaves: list[Any]
     spec: Any
@@ -164,7 +164,7 @@ class Arguments:
 
     @classmethod
     def of(cls, args: Any, kwargs: Any, stream: Tensor | None) -> Arguments:
-        """Those of a call; ``stream`` is the stream in them, None the first floating tensor."""
+        """The arguments of a call; ``stream`` is the stream among them, None means the first floating tensor."""
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if stream is None:
             place = next(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point())
@@ -173,13 +173,13 @@ class Arguments:
         return cls([None if i == place else leaf for i, leaf in enumerate(leaves)], spec, place)
 
     def call(self, module: nn.Module, stream: Tensor) -> Any:
-        """Call the module with them and ``stream``."""
+        """Call the module with these arguments and ``stream``."""
         leaves = [stream if i == self.stream else leaf for i, leaf in enumerate(self.leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return module(*args, **kwargs)
 
     def same_as(self, other: Arguments) -> bool:
-        """Whether it holds the same objects at the same places."""
+        """Whether both hold the same objects in the same places."""
         return (
             self.spec == other.spec
             and self.stream == other.stream
@@ -195,13 +195,13 @@ def _equal(a: Any, b: Any) -> bool:
 def capture(
     model: nn.Module, chain: Sequence[str], run: Callable[[], Any], first_only: bool
 ) -> tuple[Tensor, list[Arguments]]:
-    """The stream before the chain and every module's arguments beside it; the run stops when the last is known.
+    """The stream before the chain, and every module's other arguments; the run stops when the last are known.
 
     Args:
-        model: run once.
+        model: the model, run once.
         chain: its modules.
         run: runs it on a batch.
-        first_only: all modules get what the first one gets: the run stops there.
+        first_only: all modules get the arguments of the first one, and the run stops there.
     """
     streams: list[Tensor] = []
     found: list[Arguments] = []
@@ -235,9 +235,9 @@ def capture(
 
 
 def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> str | None:
-    """None if the chain, run module by module, returns what the model's run shows; else why not.
+    """None if the chain, run module by module, gives the same as the model's run; otherwise why not.
 
-    The stream before the chain is changed in both: what the modules get beside the stream must not depend on it.
+    The stream before the chain is changed in both, because the modules' other arguments must not depend on it.
     """
     start, arguments = capture(model, chain, run, first_only=False)
     changed = start * 1.25
@@ -261,7 +261,7 @@ def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> s
         for handle in handles:
             handle.remove()
     with torch.no_grad():
-        for _ in range(2):  # twice: a module that keeps something from one run to the next is noticed
+        for _ in range(2):  # twice, to notice a module that keeps something from one run to the next
             stream: Tensor | None = changed
             for name, given, seen in zip(chain, arguments, shown, strict=True):
                 assert stream is not None
@@ -272,5 +272,5 @@ def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> s
 
 
 def _close(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding, as another batch size or kernel may round differently."""
+    """Whether two tensors are equal up to rounding, which may differ with batch size or kernel."""
     return bool((a.double() - b.double()).norm() <= 1e-3 * b.double().norm())

@@ -1,10 +1,10 @@
-"""Where a layer's output ends up: in a residual stream, or in no sum.
+"""Finds where a layer's output ends up: in a residual stream, or in no sum.
 
-A model is run with hooks at some layers, under a mode that sees every torch function. The output y of such a layer is
-followed through what acts on each of its channels alone (dropout, a factor, a BatchNorm in eval mode) into a sum with
-another tensor of its shape, and on through further sums as long as nothing else uses them: in ``x + attention(x)`` that
-is the sum, in ``x + attention(x) + mlp(x)`` the sum of all three. It is the layer's *point*. A layer whose output goes
-elsewhere first, through an activation or a norm over channels, has its own output as its point.
+A model runs with hooks at some layers, under a mode that sees every torch function. The output y of such a layer is
+followed through operations on single channels (dropout, a factor, a BatchNorm in eval mode) into a sum with another
+tensor of the same shape, and through further sums as long as nothing else uses them: in ``x + attention(x)`` this is
+the sum, in ``x + attention(x) + mlp(x)`` the sum of all three. It is the layer's *point*. A layer whose output first
+goes elsewhere, such as through an activation or a norm over channels, has its own output as its point.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _IDENTITIES = {
 
 
 class Reached(BaseException):
-    """Stops a forward pass once it has shown enough; it is no error, so that handlers of errors let it pass."""
+    """Stops a forward pass once it has shown enough. Not an Exception, so that error handlers don't catch it."""
 
 
 @dataclass
@@ -46,10 +46,10 @@ class Call:
     Attributes:
         x: the layer's input.
         point: the sum, or the layer's own output.
-        scale: the factors by which its output enters the sum, a number or one per channel.
+        scale: the factors with which the output enters the sum, a number or one per channel.
         summed: whether the point is a sum.
-        stack: the modules, outermost first, that were running at the call and are still running at the sum; known only
-            where ``observe`` got the whole model.
+        stack: the modules, outermost first, that are running at both the call and the sum; known only if ``observe``
+            got the whole model.
         source: the id of the input tensor.
     """
 
@@ -62,13 +62,13 @@ class Call:
 
     @property
     def scope(self) -> str:
-        """The innermost module that holds the layer and its point."""
+        """The innermost module that contains the layer and its point."""
         return self.stack[-1]
 
 
 @dataclass
 class _Trace:
-    """A tensor that holds the outputs of some calls, and by what factors."""
+    """A tensor that contains the outputs of some calls, with their factors."""
 
     tensor: Tensor  # so that no other tensor gets its id
     calls: list[tuple[Call, Tensor | float]]
@@ -77,11 +77,11 @@ class _Trace:
 
 @dataclass
 class Seen:
-    """The calls that a run showed.
+    """The calls seen in a run.
 
     Attributes:
         calls: by layer, in the order of the calls.
-        output: of the run; None where it was stopped.
+        output: output of the run; None if it was stopped.
     """
 
     calls: dict[str, list[Call]] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class _Observer(TorchFunctionMode):
             self._close(trace)
 
     def _hook(self, name: str) -> Callable[..., None]:
-        """A hook that notes a call of the layer ``name`` and begins to follow its output."""
+        """A hook that records a call of the layer ``name`` and begins to follow its output."""
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
@@ -150,7 +150,7 @@ class _Observer(TorchFunctionMode):
             return func(*args, **kwargs)
         handed_on = self._handed_on(getattr(func, "__name__", ""), traced, args, kwargs)
         if handed_on is None:
-            # The numbers are taken before the function runs, which may change the tensor in place; a function that
+            # The numbers are taken before the function runs, because it may change the tensor in place. A function that
             # returns no tensor only asked for a shape or the like.
             before = [(trace, trace.tensor.detach().clone()) for trace in traced] if _may_write(func) else []
             result = func(*args, **kwargs)
@@ -182,7 +182,7 @@ class _Observer(TorchFunctionMode):
     def _handed_on(
         name: str, traced: Sequence[_Trace], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> _Trace | None:
-        """The trace of the result where the function keeps every channel by itself; else None."""
+        """The result's trace, if the function acts on every channel separately; else None."""
         first = traced[0]
         calls = [entry for trace in traced for entry in trace.calls]
         if name in _ADDITIONS and len(args) == 2 and kwargs.get("alpha", 1) == 1:
@@ -219,14 +219,14 @@ def observe(
     stop_after: int | None = None,
     whole: nn.Module | None = None,
 ) -> Seen:
-    """Run a model or a part of it, without gradients, and return what its layers saw and where their outputs went.
+    """Run a model or a part of it without gradients; returns what its layers saw and where their outputs went.
 
     Args:
-        run: runs it.
+        run: runs the model.
         modules: the layers by name.
-        own: those whose own output is asked for, wherever it goes.
-        stop_after: stop the run when so many calls were seen with their points.
-        whole: the model, where every call's stack is asked for.
+        own: layers whose own output is wanted, wherever it goes.
+        stop_after: stop the run after this many calls with known points.
+        whole: the model, if every call's stack is wanted.
     """
     observer = _Observer(modules, own, stop_after, whole)
     try:
@@ -238,7 +238,7 @@ def observe(
 
 
 def _factor(name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | float | None:
-    """By what a function multiplies each channel of ``tensor``; None where it does something else."""
+    """The factor by which a function multiplies each channel of ``tensor``; None if it does something else."""
     if name in _MULTIPLICATIONS and len(args) == 2:
         other = args[1] if args[0] is tensor else args[0]
         if isinstance(other, (int, float)) and not isinstance(other, bool):

@@ -21,11 +21,11 @@ class Trained:
     """A model ready for training.
 
     Attributes:
-        model: what is called: the pruned model itself; low-rank updates stand inside its layers.
-        parameters: what an optimizer gets.
-        factors: ids of those that stand for compressors and decompressors, which have no weight decay.
+        model: the module to call: the pruned model itself, with low-rank updates inside its layers.
+        parameters: the parameters for the optimizer.
+        factors: ids of the compressors' and decompressors' parameters, which have no weight decay.
         accumulate: a context in which several backwards add up to one step.
-        merge: makes the pruned model a plain one again; called once.
+        merge: makes the pruned model a plain one again; call it once.
     """
 
     model: nn.Module
@@ -36,10 +36,10 @@ class Trained:
 
 
 def prepared(model: nn.Module, teacher: nn.Module, train: str, plan: PruningPlan | None, rank: int) -> Trained:
-    """``model`` with the parameters of this way of training.
+    """``model`` with the parameters for this kind of training.
 
     Raises:
-        ValueError: an unknown way, no plan for folds, or nothing to train.
+        ValueError: an unknown kind, no plan for folds, or nothing to train.
         ImportError: peft is missing.
     """
     ways = {
@@ -90,5 +90,5 @@ def _lora(model: nn.Module, rank: int) -> Trained:
             parameter.requires_grad_(flag)
 
     parameters = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    # peft changes the model in place. Its wrapper has other names of modules, which a distillation would not find.
+    # peft changes the model in place. In its wrapper modules have other names, which distillation would not find.
     return Trained(model, parameters, frozenset(map(id, parameters)), contextlib.nullcontext, merge)

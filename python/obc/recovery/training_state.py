@@ -25,7 +25,7 @@ def save_training(
     optimizer: torch.optim.Optimizer,
     report: Any,
 ) -> None:
-    """Write everything that a run needs to resume after ``step``. The file is replaced as a whole."""
+    """Write everything that a run needs to resume after ``step``; replaces the file atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in _own_tensors(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
@@ -41,7 +41,7 @@ def save_training(
 
 
 def load_training(path: str | PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, report: Any) -> int:
-    """Restore a run from :func:`save_training`, and return its step; 0 where there is no file.
+    """Restore a run from :func:`save_training` and return its step; 0 if there is no file.
 
     Raises:
         ValueError: the file is damaged, or belongs to another model or optimizer.
@@ -85,5 +85,5 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, each under the first of its names."""
+    """Parameters and buffers, each under its first name."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}

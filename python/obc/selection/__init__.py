@@ -1,4 +1,4 @@
-"""Which channels to remove: costs, and the choice of sets under a budget."""
+"""Selects which units to remove: costs, and the choice of sets under a budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Allocations: how much each group loses, whatever the criterion; which of its units go follows from their scores."""
+"""Allocations: how much each group loses, with any criterion. Scores then decide which of its units are removed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from obc.selection.caps import block_of, found_for
 from obc.selection.choice import BudgetError, Selection, select
 from obc.selection.uniform import select_uniform
 
-# How strongly a sigmoid profile tells blocks apart: an importance one standard deviation off shifts its argument by 1.
+# Steepness of a sigmoid profile: an importance one standard deviation off shifts its argument by 1.
 _STEEPNESS = 1.0
 
 
@@ -25,21 +25,21 @@ class Task:
     """The problem that an allocation solves.
 
     Attributes:
-        scores: by group (N, units) rows or (units,) scores.
-        groups: of the model, in the order of execution.
-        costs: of the model as it is now.
+        scores: group -> (N, units) rows or (units,) scores.
+        groups: the model's groups, in the order of execution.
+        costs: the costs of the present model.
         budget: how much to free, in the unit of the costs.
-        selection: how units are chosen within what a group loses.
-        shrinkage: of interactions in joint selection.
-        per_cost: whether scores are weighed by what a unit frees, where units of several groups compete.
-        min_units: by group, how many stay.
-        round_to: by group, a multiple of which stays.
-        full_widths: by group, the unpruned widths.
-        families: names of groups that must keep equal widths; empty where every width is free.
-        widths: by group of a family, the only widths that it may come to.
-        goal: what this and later steps free together.
-        importance: block or group name -> importance, for profiles that follow it.
-        evaluate: what the model's output loses with these units of each group masked; for searches.
+        selection: how units are chosen within a group.
+        shrinkage: shrinkage of interactions in joint selection.
+        per_cost: whether scores are divided by what a unit frees, where units of several groups compete.
+        min_units: group -> the number of units that must stay.
+        round_to: group -> a number of which its width must stay a multiple.
+        full_widths: group -> its unpruned width.
+        families: names of groups that must keep equal widths; empty if every width is free.
+        widths: group of a family -> the only permitted widths.
+        goal: what this step and later ones must free together.
+        importance: name of a block or group -> importance, for profiles that follow it.
+        evaluate: returns the model's output loss with these units of each group masked; for searches.
     """
 
     scores: Mapping[str, Tensor]
@@ -61,7 +61,7 @@ class Task:
     def by_shares(
         self, families: Sequence[Sequence[str]], shares: Callable[[str, float], float] | None = None
     ) -> dict[str, Tensor]:
-        """:func:`obc.selection.uniform.select_uniform` of this task."""
+        """:func:`obc.selection.uniform.select_uniform` for this task."""
         return select_uniform(
             self.scores,
             self.costs,
@@ -78,19 +78,19 @@ class Task:
         )
 
     def scored(self) -> list[ChannelGroup]:
-        """The groups of channels that have scores: whole blocks have no share that could stay."""
+        """The groups of channels with scores; whole blocks are excluded, because no share of one can stay."""
         return [group for group in self.groups if group.name in self.scores and not group.is_depth]
 
 
 class Allocation(Protocol):
-    """An allocation. ``needs`` (names of statistics) is optional: they are collected with the criterion's."""
+    """Decides how much each group loses. Optional ``needs`` names statistics to collect with the criterion's."""
 
     def select(self, task: Task) -> dict[str, Tensor]:
-        """By group the indices of the units that go, int64 and ascending, so that the task's budget is freed."""
+        """Choose units that free the budget: group -> their indices, int64 and ascending."""
 
 
 class Global:
-    """Units of all groups compete (:func:`obc.select`); where families keep equal widths, within each family."""
+    """Units of all groups compete (:func:`obc.select`); if families keep equal widths, within each family."""
 
     def select(self, task: Task) -> dict[str, Tensor]:
         if task.families:
@@ -115,7 +115,7 @@ class Uniform:
 
 
 class Equal:
-    """Groups of one kind that have equal widths keep equal widths, and all kinds the same share."""
+    """Groups of one kind and of equal width keep equal widths, and all kinds keep the same share."""
 
     def select(self, task: Task) -> dict[str, Tensor]:
         if task.families:
@@ -127,10 +127,10 @@ class Equal:
 
 
 class Profile:
-    """Each group loses a multiple of what the others lose: its share that goes is min(1, t a), with one t for all.
+    """Each group loses the share min(1, t a), with its own strength a and one t for all groups.
 
     Args:
-        strengths: group's name, or a part of names that ends at a dot (a block), -> a >= 0; 1 where nothing is said.
+        strengths: name of a group or block (a part of names that ends at a dot) -> a >= 0; 1 if not named.
     """
 
     def __init__(self, strengths: Mapping[str, float]) -> None:
@@ -158,11 +158,11 @@ class Profile:
 
 
 class LogProfile(Profile):
-    """Shares that go grow with the logarithm of depth from ``first`` to ``last``, up to a common factor (SlimGPT).
+    """The lost share grows with the logarithm of depth from ``first`` to ``last``, up to a common factor (SlimGPT).
 
     Args:
-        first: of the first block.
-        last: of the last one.
+        first: lost share of the first block.
+        last: lost share of the last block.
     """
 
     def __init__(self, first: float = 0.0625, last: float = 0.25) -> None:
@@ -182,11 +182,11 @@ class LogProfile(Profile):
 class BlockProfile(Profile):
     """Blocks that change their input more keep more.
 
-    With I the importance of a group's block and z its z-score over the blocks: "sigmoid": share that stays
-    proportional to sigma(z); "linear": share that goes proportional to 1 - I / max I + 0.1.
+    With I the importance of a group's block and z its z-score over the blocks: "sigmoid" makes the kept share
+    proportional to sigma(z); "linear" makes the lost share proportional to 1 - I / max I + 0.1.
 
     Args:
-        by: "angle", or "cosine": E arccos(cos) / pi or 1 - E cos of block input and output.
+        by: "angle" is E arccos(cos) / pi, "cosine" is 1 - E cos, of block input and output.
         shape: "sigmoid" (CFSP) or "linear".
     """
 
@@ -224,10 +224,10 @@ class BlockProfile(Profile):
 
 
 class TwoClasses:
-    """Attention and everything else are ranked apart; the rest loses ``gamma`` times what attention loses (NIRVANA).
+    """Ranks attention and everything else separately; the rest loses ``gamma`` times what attention loses (NIRVANA).
 
     Args:
-        gamma: budget of the rest over that of attention.
+        gamma: budget of the rest divided by that of attention.
     """
 
     def __init__(self, gamma: float = 3.36) -> None:
@@ -243,7 +243,7 @@ class TwoClasses:
         removed = _at_most(task, attention, task.budget / (1 + self.gamma))
         removed |= _at_most(task, rest, task.budget - _freed(task.costs, removed))
         missing = task.budget - _freed(task.costs, removed)
-        if missing > 1e-9 * task.budget:  # the rest can give no more: attention gives what is missing
+        if missing > 1e-9 * task.budget:  # the rest can free no more, so attention frees what is missing
             from_rest = {name: units for name, units in removed.items() if name in rest}
             wanted = task.budget - _freed(task.costs, from_rest)
             removed = from_rest | Global().select(_only(task, attention, wanted))
@@ -251,7 +251,7 @@ class TwoClasses:
 
 
 def _at_most(task: Task, names: Collection[str], budget: float) -> dict[str, Tensor]:
-    """Units of these groups that free the budget, or as much of it as they can."""
+    """Units of these groups that free the budget, or as much of it as possible."""
     try:
         return Global().select(_only(task, names, max(budget, 0.0)))
     except BudgetError as error:

@@ -21,11 +21,11 @@ ALLOCATIONS: dict[str, Callable[[], Allocation]] = {
 
 
 def allocation_of(allocation: str | Allocation) -> Allocation:
-    """The allocation that a name, a mapping of strengths or an object stands for.
+    """The allocation for a name, a mapping of strengths, or an allocation object.
 
     Raises:
-        ValueError: an unknown name; it lists the known.
-        TypeError: it is none.
+        ValueError: unknown name; the message lists the known names.
+        TypeError: the argument is none of these.
     """
     if isinstance(allocation, str):
         if allocation not in ALLOCATIONS:

@@ -1,4 +1,4 @@
-"""How much any one group may lose; names of groups and of the blocks that they lie in."""
+"""Limits on how much one group may lose; names of groups and of the blocks that contain them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Caps:
-    """How much any one group may lose, over all steps.
+    """Limits how much any one group may lose, over all steps.
 
     Attributes:
-        ratio: the largest share of its units that a group may lose, in [0, 1]: of every group, or by group's name or a
-            part of names that ends at a dot (a block); 1 where not named.
-        protected: so many blocks at the start and at the end lose nothing.
+        ratio: the largest share of its units that a group may lose, in [0, 1]: one number, or by name of a group or
+            block (a part of names that ends at a dot), 1 if not named.
+        protected: the number of blocks at the start and at the end that lose nothing.
     """
 
     ratio: float | Mapping[str, float] = 1.0
@@ -22,10 +22,10 @@ class Caps:
 
     @classmethod
     def of(cls, ratio: float | Mapping[str, float], protected: int | tuple[int, int]) -> Caps:
-        """What ``obc.prune`` or ``obc.select`` was given, checked.
+        """Check and convert the arguments of ``obc.prune`` or ``obc.select``.
 
         Raises:
-            ValueError: a ratio outside [0, 1], or a number of blocks that is no integer from 0 on.
+            ValueError: a ratio is outside [0, 1], or a number of blocks is not an integer of at least 0.
         """
         named = ratio.items() if isinstance(ratio, Mapping) else [("", ratio)]
         for name, value in named:
@@ -37,10 +37,10 @@ class Caps:
         return cls(ratio, (ends[0], ends[1]))
 
     def least(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """Group -> how many units stay at least, of unpruned widths in the order of execution.
+        """Group -> the number of units that must stay, from unpruned widths in the order of execution.
 
         Raises:
-            ValueError: a name that no group has.
+            ValueError: no group has one of the names.
         """
         ratios = self.ratio if isinstance(self.ratio, Mapping) else {}
         for name in ratios:
@@ -56,7 +56,7 @@ class Caps:
 
 
 def found_for(name: str, values: Mapping[str, float], default: float) -> float:
-    """The value of a name, or of the longest part of it that ends before a dot."""
+    """The value for a name, or for its longest prefix that ends before a dot."""
     while name:
         if name in values:
             return values[name]
@@ -65,7 +65,7 @@ def found_for(name: str, values: Mapping[str, float], default: float) -> float:
 
 
 def block_of(name: str) -> str:
-    """The part of a layer's name up to its first number: the block that it lies in."""
+    """A layer's name up to its first number: the block that contains it."""
     parts = name.split(".")
     for place, part in enumerate(parts):
         if part.isdigit():

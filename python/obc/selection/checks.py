@@ -1,4 +1,4 @@
-"""The arguments of ``obc.select``: checks, and conversion to one form."""
+"""Checks the arguments of ``obc.select`` and converts them to one form."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from obc.selection.effective import EffectiveWidths
 from obc.selection.greedy import RemovalCosts
 from obc.selection.interactions import FORMS
 
-# A group that keeps less than this share of its units is named: a network rarely recovers from it.
+# Groups that keep less than this share of their units are named: a network rarely recovers from it.
 NARROW = 0.1
-# Warnings name the caller of obc.select: this function, select, its caller.
+# Warnings should point at the caller of obc.select: this function, select, its caller.
 _CALLER = 3
 
 
 def check_arguments(selection: str, shrinkage: float | None, form: str | None, max_bytes: int, budget: float) -> None:
-    """Refuse what is out of its range."""
+    """Raise if an argument is out of range."""
     if selection not in ("joint", "independent"):
         raise ValueError(f"selection must be 'joint' or 'independent', got {selection!r}")
     if shrinkage is not None and not 0 <= shrinkage <= 1:
@@ -67,7 +67,7 @@ def checked_rows(rows_by_group: Mapping[str, Tensor], selection: str) -> list[Te
 
 
 def stacked(rows: Sequence[Tensor]) -> Tensor:
-    """(C, N) float64: one line a unit."""
+    """(C, N) float64, one line per unit."""
     sizes = [values.shape[1] for values in rows]
     units = torch.empty(sum(sizes), len(rows[0]), dtype=torch.float64, device=rows[0].device)
     for part, values in zip(units.split(sizes), rows, strict=True):
@@ -81,7 +81,7 @@ def limits(
     min_units: int | Mapping[str, int],
     round_to: int | Mapping[str, int] | None,
 ) -> tuple[list[int], list[int]]:
-    """By group the width that it can fall to, and what its width must be a multiple of."""
+    """Per group, the lowest permitted width, and the number that its width must be a multiple of."""
     least = _by_group("min_units", names, min_units, 0)
     multiples = _by_group("round_to", names, 1 if round_to is None else round_to, 1)
     # A group whose lowest multiple exceeds its width loses nothing.
@@ -111,7 +111,7 @@ def removal_costs(
     lowest: Sequence[int],
     device: torch.device,
 ) -> RemovalCosts:
-    """What removals free, of the groups that have rows, in their order; ``lowest``: widths that they can fall to."""
+    """What removals free, for the groups with rows, in their order; ``lowest`` holds their lowest widths."""
     missing = sorted(set(names) - set(costs.names if isinstance(costs, Costs) else costs))
     if missing:
         raise ValueError(f"there are rows but no costs of {named(missing)}: are these rows of another model?")
@@ -164,7 +164,7 @@ def _check_costs(name: str, values: Tensor) -> None:
 def warn_if_free(
     names: Sequence[str], sizes: Sequence[int], costs: RemovalCosts, inside: Mapping[int, Sequence[int]]
 ) -> None:
-    """Names groups whose units free nothing; a whole block frees what the groups ``inside`` it cost."""
+    """Warn of groups whose units free nothing; a whole block frees the costs of the groups ``inside`` it."""
     if costs.unit_costs is not None:
         free = torch.stack([part.amax() for part in costs.unit_costs.split(list(sizes))]) == 0
     else:
@@ -179,14 +179,14 @@ def warn_if_free(
 
 
 def warn_if_all_equal(values: Tensor, what: str) -> None:
-    """``values``: scores (C,), or rows (C, N)."""
+    """Warn if all ``values``, scores (C,) or rows (C, N), are equal."""
     if len(values) > 1 and bool((values == values[0]).all()):
         zero = "zero" if not values.any() else "equal"
         warnings.warn(f"all {what} are {zero}: which units go is arbitrary, the first ones do", stacklevel=_CALLER)
 
 
 def warn_if_few_rows(units: Tensor) -> None:
-    """``units``: (C, N)."""
+    """Warn if ``units``, (C, N), have fewer rows than units."""
     if units.shape[1] < units.shape[0]:
         warnings.warn(
             f"{units.shape[1]} rows are fewer than the units to choose from: they can't tell interactions from noise, "
@@ -197,7 +197,7 @@ def warn_if_few_rows(units: Tensor) -> None:
 
 
 def warn_if_narrow(removed: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
-    """Name groups that keep less than the share ``NARROW`` of their units."""
+    """Warn of groups that keep less than the share ``NARROW`` of their units."""
     kept = {name: (size - len(units), size) for (name, units), size in zip(removed.items(), sizes, strict=True)}
     narrow = [f"{name!r} ({left} of {size})" for name, (left, size) in kept.items() if left < NARROW * size]
     if narrow:
@@ -209,7 +209,7 @@ def warn_if_narrow(removed: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
 
 
 def listed(words: Sequence[str]) -> str:
-    """The first five, and how many more there are."""
+    """The first five words, and how many more there are."""
     shown = ", ".join(words[:5])
     return shown if len(words) <= 5 else f"{shown} and {len(words) - 5} more"
 

@@ -1,4 +1,4 @@
-"""obc.select: which units to remove so that enough is freed and the loss changes least."""
+"""obc.select: chooses the units to remove so that enough is freed and the loss changes least."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Selection = Literal["joint", "independent"]
 
 
 class BudgetError(ValueError):
-    """A budget that can't be met. ``reachable``: the most that can be freed."""
+    """A budget that can't be met; ``reachable`` is the most that can be freed."""
 
     def __init__(self, message: str, reachable: float) -> None:
         super().__init__(message)
@@ -44,26 +44,27 @@ def select(
     form: Form | None = None,
     max_bytes: int = 2**31,
 ) -> dict[str, Tensor]:
-    """Units to remove, found greedily, that free ``budget`` and change the loss least.
+    """Choose units greedily that free ``budget`` and change the loss least.
 
-    With r_u[n] the first-order change of the loss of row n when unit u goes, a set S changes it by
-    delta[n] = sum_{u in S} r_u[n]. "joint" minimises sum_n delta[n]^2: with R the (N, C) rows of all units, u adds
+    Let r_u[n] be the first-order change of the loss of row n when unit u is removed. Removing a set S changes it by
+    delta[n] = sum_{u in S} r_u[n]. "joint" minimises sum_n delta[n]^2. With R the (N, C) rows of all units, u adds
 
         (R^T R)_uu + 2 (1 - shrinkage) sum_{h in S} (R^T R)_uh
 
-    to it, and what adds least for what it frees goes next. "independent" minimises the sum of the (R^T R)_uu.
-    Where u adds less than nothing, because it undoes what others changed, the negative number is multiplied by what u
-    frees, not divided by it: of two alike the one that frees more is the better. These go before all others.
+    to it; the next unit is the one that adds least per amount freed. "independent" minimises the sum of the (R^T R)_uu.
+    If u adds less than nothing, because it cancels what others changed, the negative number is multiplied by what u
+    frees instead of divided: of two equal ones, the one that frees more is better. Such units are removed before all
+    others.
 
-    Costs are those of the moment: with :class:`obc.selection.Costs` each removal changes what the others free, and
-    what was freed is the exact difference of the polynomial.
+    Costs follow the removals: with :class:`obc.selection.Costs` each removal changes what the others free, and the
+    total freed is the exact difference of the polynomial.
 
-    With ``round_to`` a group loses as many units at once as lead to its next multiple, picked one after another, and
-    groups are compared by what these units add and free together. The last removal may exceed the budget.
+    With ``round_to`` a group loses at once as many units as lead to its next multiple, picked one after another; groups
+    are compared by what these units add and free together. The last removal may exceed the budget.
 
-    Everything is computed in float64, on the device of the first group's rows, which the host waits for once in 32
-    steps. Of units that can't be told apart beyond rounding the first goes, of the first group: the result depends
-    neither on the number of threads, nor on the device, nor on ``form``, the way in which R^T R is held:
+    Everything is computed in float64 on the device of the first group's rows; the host waits for it once in 32 steps.
+    Of units that are equal up to rounding, the first one of the first group is removed. The result thus depends neither
+    on the number of threads, nor on the device, nor on ``form``, the way in which R^T R is held:
 
     ========= ============================== =================== ======================
     form      operations                     read in each step   bytes
@@ -73,42 +74,42 @@ def select(
     "rows"    2 C N a step                   8 C N               none
     ========= ============================== =================== ======================
 
-    beside a float64 copy of the rows, 8 C N bytes. "blocked" reads as "rows" does where too many columns would be
-    computed in vain. By default "full" where it fits ``max_bytes``, on a CPU only up to 2048 channels; otherwise
-    "blocked" on a CPU and "rows" elsewhere; and "rows" where N is small or several units go in a step.
+    in addition to a float64 copy of the rows, 8 C N bytes. "blocked" reads as "rows" does when too many columns would
+    be computed in vain. The default is "rows" if N is small or several units are removed per step; otherwise "full" if
+    it fits ``max_bytes`` (on a CPU only up to 2048 channels); otherwise "blocked" on a CPU and "rows" elsewhere.
 
     Args:
-        rows_by_group: (N, units) rows of every group, for example :meth:`ChannelGroup.gate_rows`. For "independent"
-            also (units,) scores, taken as they are.
-        costs: a :class:`obc.selection.Costs`, of which groups without rows keep their widths, such as
-            ``structure.costs("macs")``, ``structure.memory(use)``, or the seconds of :meth:`obc.LatencyTable.costs`; or
-            by group the cost of any of its units, or a (units,) tensor of their own costs. Units that free nothing
-            stay, unless the costs have curves that fall further on: then groups are compared by the best rate on the
-            way to any smaller width. Where the costs say what is ``inside`` a group, that group is a whole block: its
-            one unit frees what is left of the units inside, which can't go by themselves any more, and adds to the loss
-            what their removal did not add.
+        rows_by_group: (N, units) rows of every group, for example :meth:`ChannelGroup.gate_rows`. "independent" also
+            accepts (units,) scores, which are used unchanged.
+        costs: a :class:`obc.selection.Costs`, such as ``structure.costs("macs")``, ``structure.memory(use)``, or the
+            seconds of :meth:`obc.LatencyTable.costs`; its groups without rows keep their widths. Or, by group, the cost
+            of each unit as one number or as a (units,) tensor. Units that free nothing stay, unless the costs have
+            curves that fall further on; then groups are compared by the best rate on the way to any smaller width. A
+            group that has others ``inside`` it, according to the costs, is a whole block: its one unit frees what is
+            left of the units inside, which then can't be removed individually, and adds to the loss what their removal
+            did not add.
         budget: how much to free, in the unit of the costs.
         selection: "joint" or "independent".
-        shrinkage: from 0, interactions count as the rows have them, to 1, they do not. None: 0 where there are as
-            many rows as units; fewer can't tell interactions from noise: then it is estimated from the rows, with a
-            warning (:func:`obc.selection.estimated_shrinkage`).
-        per_cost: False compares what units add, not what they add for what they free.
-        min_units: of every group, or by group (1 where not named), at least so many units stay.
-        round_to: of every group that loses units, or by group (1 where not named), a multiple of this stays.
-        max_pruning_ratio: the largest share of its units that any group loses; or by group's name, or the name of a
-            block, such as "model.layers.0" (1 where not named).
-        protected_blocks: so many blocks at the start and at the end lose nothing; a pair says how many at each. Groups
-            come in the order of execution, and a block is a group's name up to its first number.
-        form: how R^T R is held, chosen by size where None.
-        max_bytes: of R^T R, or the part of it that is held.
+        shrinkage: 0 counts interactions as the rows have them, 1 ignores them. None means 0 with at least as many rows
+            as units. Fewer rows can't tell interactions from noise; then it is estimated from the rows, with a warning
+            (:func:`obc.selection.estimated_shrinkage`).
+        per_cost: False compares what units add, without regard to what they free.
+        min_units: the number of units that must stay in every group, or by group (1 if not named).
+        round_to: keep the widths of groups that lose units at a multiple of this, or by group (1 if not named).
+        max_pruning_ratio: the largest share of its units that any group loses; or by name of a group or block, such as
+            "model.layers.0" (1 if not named).
+        protected_blocks: the number of blocks at the start and at the end that lose nothing, or a pair of numbers.
+            Groups must come in the order of execution; a block is a group's name up to its first number.
+        form: how R^T R is held; None chooses by size.
+        max_bytes: limit for R^T R, or for the part of it that is held.
 
     Returns:
-        By group the indices of the units to remove: int64, ascending, on the CPU; empty where none goes.
+        Group -> the indices of the units to remove: int64, ascending, on the CPU; empty if none is removed.
 
     Raises:
-        BudgetError: the budget can't be met; it says what can.
-        ValueError: rows or costs are not finite, empty, or not of the same groups; an argument is out of its range.
-        TypeError: rows are not of a floating-point dtype.
+        BudgetError: the budget can't be met; the message says how much can.
+        ValueError: rows or costs are not finite, empty, or of different groups; or an argument is out of range.
+        TypeError: rows don't have a floating-point dtype.
     """
     checks.check_arguments(selection, shrinkage, form, max_bytes, budget)
     rows = checks.checked_rows(rows_by_group, selection)
@@ -153,7 +154,7 @@ def _interacting(
 
 
 def _within_budget(names: Sequence[str], problem: Problem, solver: Greedy, budget: float, unit: str) -> Tensor:
-    """The units that free ``budget``, in the order in which they go."""
+    """The units that free ``budget``, in the order of their removal."""
     if budget == 0:
         return torch.empty(0, dtype=torch.int64)
     reachable = problem.reachable()
@@ -162,7 +163,8 @@ def _within_budget(names: Sequence[str], problem: Problem, solver: Greedy, budge
     if reachable >= enough:
         chosen, freed = solver.until(budget)
         if freed < enough and problem.costs.unit_costs is not None:
-            # Cheap units went where dear ones had to: now those alone may go which free the most in their groups.
+            # Cheap units were removed where expensive ones were needed: allow only those that free the most in their
+            # groups.
             chosen, freed = greedy(_dearest(problem)).until(budget)
         if freed >= enough:
             return chosen
@@ -177,7 +179,7 @@ def _within_budget(names: Sequence[str], problem: Problem, solver: Greedy, budge
 
 
 def _dearest(problem: Problem) -> Problem:
-    """Where units have costs of their own: only those may go that free what is reachable."""
+    """If units have costs of their own: allow only the units that free what is reachable."""
     costs = problem.costs
     assert costs.unit_costs is not None
     only = torch.zeros_like(costs.unit_costs)
@@ -189,7 +191,7 @@ def _dearest(problem: Problem) -> Problem:
 
 
 def _by_group(chosen: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The units of each group, counted within it, ascending."""
+    """The units of each group, as indices within it, ascending."""
     gone = torch.zeros(sum(sizes), dtype=torch.bool)
     gone[chosen] = True
     return [part.nonzero().flatten() for part in gone.split(list(sizes))]

@@ -1,4 +1,4 @@
-"""The greedy choice on the CPU by a compiled step: the choices of :class:`obc.selection.greedy.Greedy`, one thread."""
+"""The greedy choice on the CPU in a compiled step on one thread; same choices as :mod:`obc.selection.greedy`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ImportError:  # obc was installed without a compiler: obc info says so
 
 
 def greedy(problem: Problem) -> Greedy:
-    """The choice for this problem: compiled where it can be, on the CPU, where units go one by one at linear costs."""
+    """The choice for this problem: compiled if available, on the CPU, for single units at linear costs."""
     on_cpu = problem.increments.device.type == "cpu"
     if _native is not None and on_cpu and max(problem.multiples) == 1 and problem.costs.effective is None:
         return CompiledGreedy(problem)
@@ -27,8 +27,8 @@ def greedy(problem: Problem) -> Greedy:
 class CompiledGreedy(Greedy):
     """:class:`Greedy` whose steps are ``csrc/cpu/greedy.cpp``.
 
-    A step of tensor operations pays for each operation's overhead, and wakes threads that have nothing to do; this one
-    reads the units once. Columns of the Gram matrix still come from torch.
+    Steps made of tensor operations pay for each operation's overhead and wake idle threads; a compiled step reads the
+    units once. Columns of the Gram matrix still come from torch.
     """
 
     def __init__(self, problem: Problem) -> None:

@@ -1,4 +1,4 @@
-"""The allocations of the papers on depth: consecutive blocks go, the last ones or those in the cheapest window."""
+"""Allocations of the papers on depth pruning: remove the last blocks, or the cheapest window of consecutive blocks."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from obc.selection.choice import BudgetError
 
 
 class Tail:
-    """The last blocks go, as many as free the budget (Gromov et al., arXiv 2403.17887, "simple heuristic").
+    """Removes the last blocks, as many as free the budget (Gromov et al., arXiv 2403.17887, "simple heuristic").
 
     Args:
-        keep_last: how many at the very end stay; their heuristic keeps one.
+        keep_last: the number of blocks at the very end that stay; the paper's heuristic keeps one.
     """
 
     def __init__(self, keep_last: int = 0) -> None:
@@ -35,11 +35,11 @@ class Tail:
 
 
 class Window:
-    """Consecutive blocks go: of all windows just long enough to free the budget, the one with the lowest score.
+    """Removes consecutive blocks: of all windows just long enough to free the budget, the one with the lowest score.
 
-    A window's score is, with rows r_b[n] of its blocks, sum_n (sum_b r_b[n])^2; with scores their sum. For criteria
-    that score windows themselves (``AngularDistance(span=n)``, Gromov et al., arXiv 2403.17887), ``score="first"``
-    takes the score under the name of the window's first block.
+    A window's score is sum_n (sum_b r_b[n])^2 with rows r_b[n] of its blocks, or the sum of their scores. For criteria
+    that score windows themselves (``AngularDistance(span=n)``, Gromov et al., arXiv 2403.17887), ``score="first"`` uses
+    the score of the window's first block.
 
     Args:
         score: "sum" or "first".
@@ -75,7 +75,7 @@ class Window:
 
 
 def _blocks(task: Task) -> list[ChannelGroup]:
-    """The whole blocks that are left, in the order of execution."""
+    """The whole blocks that remain, in the order of execution."""
     blocks = [group for group in task.groups if group.kind == "layers" and group.name in task.scores]
     if not blocks:
         raise ValueError(
@@ -83,7 +83,7 @@ def _blocks(task: Task) -> list[ChannelGroup]:
         )
     if len({_place(group)[0] for group in blocks}) > 1:
         lists = sorted({_place(group)[0] for group in blocks})
-        raise ValueError(f"the blocks lie in several lists, {', '.join(lists)}; ignored_layers leaves all but one out")
+        raise ValueError(f"the blocks lie in several lists, {', '.join(lists)}; ignored_layers must hold all but one")
     return blocks
 
 

@@ -11,13 +11,13 @@ from obc.model.curves import Curve
 
 
 class EffectiveWidths:
-    """Of G groups the effective width (:class:`obc.model.costs.Costs`) at every width, and the rate at which it falls.
+    """Effective widths of G groups (:class:`obc.model.costs.Costs`) at every width, and the rates at which they fall.
 
     Args:
-        curves: index of a group -> its curve; the effective width of the others is their width.
-        sizes: units of each group.
-        lowest: widths that the groups can fall to.
-        device: of the tables.
+        curves: index of a group -> its curve; for other groups the effective width is the width.
+        sizes: number of units of each group.
+        lowest: lowest permitted width of each group.
+        device: device of the tables.
     """
 
     def __init__(
@@ -33,16 +33,16 @@ class EffectiveWidths:
         self._values, self._rates = (torch.cat(parts).to(device) for parts in (values, rates))
 
     def at(self, widths: Tensor) -> Tensor:
-        """(G,) at widths (G,), which count from 0."""
+        """(G,) effective widths at ``widths`` (G,), which count from 0."""
         return self._values.index_select(0, self._first + widths.long())
 
     def taken(self, widths: Tensor, units: Tensor) -> Tensor:
-        """(G,) what the effective widths lose with so many units of every group; too many count as all."""
+        """(G,) decrease of the effective widths when every group loses so many units; too many count as all."""
         return self.at(widths) - self.at((widths - units).clamp_min(0))
 
     def promised(self, widths: Tensor, units: Tensor) -> Tensor:
-        """(G,) what they lose with so many units at the best rate on the way to any smaller width.
+        """(G,) decrease for so many units at the best rate on the way to any smaller width.
 
-        On a flat part of a curve a unit frees nothing; this is the share of a unit in what the next fall frees.
+        On a flat part of a curve a unit frees nothing; this credits it with its share of the next fall.
         """
         return self._rates.index_select(0, self._first + widths.long()) * units

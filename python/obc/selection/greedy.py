@@ -12,7 +12,7 @@ from torch import Tensor
 from obc.selection.effective import EffectiveWidths
 from obc.selection.interactions import Columns
 
-# The host reads what was freed once in this many steps; steps after the one that reached the budget are dropped.
+# The host reads the freed amount once in this many steps; steps after the budget was reached are dropped.
 STEPS_PER_LOOK = 32
 # A budget counts as met if it is missed by no more than the rounding of many additions.
 BUDGET_ROUNDING = 1e-12
@@ -22,11 +22,11 @@ TIE_DEVIATIONS = 16
 
 @dataclass(frozen=True)
 class Interacting:
-    """How increments depend on what was removed before.
+    """How increments depend on earlier removals.
 
     Attributes:
         columns: sums of columns of the Gram matrix.
-        within: products of every unit with the one picked in its group; None where units go one by one.
+        within: products of every unit with the one picked in its group; None if units are removed one by one.
         strength: factor of the off-diagonal, 1 - shrinkage.
     """
 
@@ -40,9 +40,9 @@ class RemovalCosts:
     """What removals from G groups free: a polynomial of their numbers, or each unit's own cost.
 
     Attributes:
-        slope, curvature: (G,) and (G, G) float64: effective widths that fall by k free slope . k - k^T curvature k.
-        unit_costs: (C,) float64, what each unit frees by itself; slope and curvature are then zero.
-        effective: of groups whose effective width is not their width; None where there are none.
+        slope, curvature: (G,) and (G, G) float64: if effective widths fall by k, slope . k - k^T curvature k is freed.
+        unit_costs: (C,) float64, what each unit frees alone; slope and curvature are then zero.
+        effective: for groups whose effective width is not their width; None if there are none.
     """
 
     slope: Tensor
@@ -53,18 +53,18 @@ class RemovalCosts:
 
 @dataclass(frozen=True)
 class Problem:
-    """C units of G groups, those of a group side by side.
+    """C units in G groups; the units of a group are adjacent.
 
     Attributes:
         increments: (C,) float64, what each unit adds to the loss while nothing else is removed.
-        sizes: units of each group.
-        lowest: widths that the groups can fall to.
+        sizes: number of units of each group.
+        lowest: lowest permitted width of each group.
         multiples: a group that loses units keeps a multiple of this.
         costs: what removals free.
-        per_cost: increments are compared per cost.
-        rows: how many rows were summed for each increment, which says how far it is rounded.
-        interacting: None where increments do not change.
-        inside: group that is a whole block -> the groups whose units go with it.
+        per_cost: whether increments are divided by costs.
+        rows: the number of rows summed for each increment, which determines its rounding error.
+        interacting: None if increments do not change.
+        inside: group that is a whole block -> the groups whose units are removed with it.
     """
 
     increments: Tensor
@@ -78,7 +78,7 @@ class Problem:
     inside: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def reachable(self) -> float:
-        """What is freed when every group falls to its lowest width."""
+        """What is freed when every group has its lowest width."""
         losses = [size - lowest for size, lowest in zip(self.sizes, self.lowest, strict=True)]
         for block, groups in self.inside.items():
             if losses[block]:
@@ -102,11 +102,11 @@ class Proposals:
     """What every group would lose next.
 
     Attributes:
-        increments, rounding: (groups,) sums over these units, and how far they are uncertain.
-        taken: (groups,) what the effective widths lose.
-        freed: (groups,).
-        promised: (groups,) what groups are compared by: ``freed``, but on flat parts of a curve.
-        units: (places, groups); as many of them as the group would lose.
+        increments, rounding: (groups,) sums over these units, and their uncertainty.
+        taken: (groups,) decrease of the effective widths.
+        freed: (groups,) what the removal frees.
+        promised: (groups,) what groups are compared by: ``freed``, except on flat parts of a curve.
+        units: (places, groups); only as many of them count as the group would lose.
     """
 
     increments: Tensor
@@ -118,10 +118,10 @@ class Proposals:
 
 
 def quotient(increment: Tensor, cost: Tensor) -> Tensor:
-    """increment / cost, what greedy minimises; where the increment is negative, increment * cost.
+    """The value that greedy minimises: increment / cost, or increment * cost for a negative increment.
 
-    A removal that lowers the loss is the better the more it frees; division would make it the worse. Either way what
-    lowers the loss goes before what raises it.
+    A removal that lowers the loss is better the more it frees; division would make it worse. Either way, removals that
+    lower the loss come before those that raise it.
     """
     return torch.where(increment < 0, increment * cost, increment / cost)
 
@@ -129,12 +129,11 @@ def quotient(increment: Tensor, cost: Tensor) -> Tensor:
 class Greedy:
     """The state of a choice, on the device of the increments.
 
-    A step looks, in each group, at the units that the group would lose next: one, or as many as lead to the next
-    multiple, picked one after another with their interactions. The group whose units together have the lowest
-    quotient loses them. Of equals the first group, and in it the first unit, goes.
-
-    The tensors are small, so that a step takes as long as the number of its operations says: some of them work in
-    place, constants are tensors made once, and numbers of units are float64, which needs no conversions.
+    A step considers the units that each group would lose next: one, or as many as lead to the next multiple, picked one
+    after another with their interactions. The group whose units together have the lowest quotient loses them; among
+    equals the first group, and in it the first unit.
+The tensors are small, so a step's time is determined by the number of operations. Some therefore work in place,
+constants are tensors made once, and unit numbers are float64, which needs no conversions.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -157,14 +156,14 @@ class Greedy:
         self._places = torch.arange(max(problem.multiples), dtype=torch.float64, device=device)
         self._one_each = torch.ones(groups, dtype=torch.float64, device=device)
 
-        self._increments = problem.increments.clone()  # infinite where a unit is gone
+        self._increments = problem.increments.clone()  # infinite for removed units
         if problem.costs.unit_costs is not None:
-            self._increments.masked_fill_(problem.costs.unit_costs <= 0, math.inf)  # what frees nothing stays
+            self._increments.masked_fill_(problem.costs.unit_costs <= 0, math.inf)  # units that free nothing stay
         self._widths = float64(problem.sizes)
         self._slope = problem.costs.slope.clone()
         self._own_curvature = problem.costs.curvature.diagonal()
         self._freed = float64([0.0])
-        # Products of rows walk at random with their roundings: by eps sqrt(rows) times the product of both norms.
+        # Rounding errors of products of rows walk at random: eps sqrt(rows) times the product of both norms.
         step = TIE_DEVIATIONS * torch.finfo(torch.float64).eps * math.sqrt(problem.rows)
         self._squares = problem.increments.abs()
         self._rounding, self._rounding_by_norm = step * self._squares, step * self._squares.sqrt()
@@ -174,13 +173,13 @@ class Greedy:
 
     @torch.inference_mode()
     def until(self, budget: float) -> tuple[Tensor, float]:
-        """Removes until ``budget`` is freed, or nothing more may go. The units in order, on the host, and the freed."""
+        """Remove units until ``budget`` is freed or none may go; returns them in order, on the host, and the total."""
         target = budget * (1 - BUDGET_ROUNDING)
         picks: list[Tensor] = []
         while True:
             steps = [self._step() for _ in range(STEPS_PER_LOOK)]
             units, freed = (torch.stack(values).cpu() for values in zip(*steps, strict=True))
-            picks.append(units)  # (steps, places), -1 where a place is empty, and all over once nothing may go
+            picks.append(units)  # (steps, places); -1 is an empty place; all are -1 once nothing may go
             enough = (freed >= target).nonzero()
             if len(enough):
                 last = int(enough[0, 0])
@@ -193,7 +192,7 @@ class Greedy:
             return order[order >= 0], float(freed[last])
 
     def ranking(self) -> Tensor:
-        """(C,) quotients of single units as they are now, infinite where nothing may go."""
+        """(C,) quotients of single units at present, infinite for units that may not be removed."""
         freed = self._problem.costs.unit_costs
         if freed is None:
             effective = self._problem.costs.effective
@@ -204,7 +203,7 @@ class Greedy:
         return scores.masked_fill(stays, math.inf)
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        """The units removed, (places,) and -1 for none, and what has been freed since the start, (1,)."""
+        """The removed units, (places,) with -1 for none, and the total freed since the start, (1,)."""
         chunk = self._one_each if len(self._places) == 1 else (self._widths - 1) % self._multiples + 1
         proposals = self._propose(chunk)
         stays = (self._widths - chunk < self._lowest) | (proposals.promised <= self._zero)
@@ -257,7 +256,7 @@ class Greedy:
         return Proposals(totals[0], totals[1], taken, freed, promised, torch.stack(picks))
 
     def _first_of_each_group(self, increments: Tensor, rounding: Tensor) -> Tensor:
-        """(groups,) of each group the unit with the lowest quotient, of equals the first; any where none is left."""
+        """(groups,) the unit of each group with the lowest quotient, first among equals; any if none is left."""
         scores, upper = increments, increments + rounding
         unit_costs = self._problem.costs.unit_costs
         if unit_costs is not None and self._problem.per_cost:
@@ -268,7 +267,7 @@ class Greedy:
         return self._past_all.scatter_reduce(0, self._group_of, places, "amin")
 
     def _remove(self, group: Tensor, count: Tensor, taken: Tensor, units: Tensor, valid: Tensor) -> None:
-        """``units`` that are ``valid`` (places,), of ``group`` (1,): ``count`` units, ``taken`` of effective width."""
+        """Remove the ``valid`` ``units`` (places,) of ``group`` (1,): ``count`` units, ``taken`` effective width."""
         if self._interacting is not None:
             columns = self._interacting.columns(units, valid, self.ranking)
             self._increments.add_(columns, alpha=2 * self._interacting.strength)

@@ -1,8 +1,8 @@
-"""How removals act on each other: columns of the Gram matrix of the rows, which is held whole, in parts, or not at all.
+"""Interactions of removals: columns of the rows' Gram matrix, which is held whole, in parts, or not at all.
 
-With x_u the N rows of unit u, removing the units S changes what every other unit u adds to the loss by
-2 sum_{h in S} x_u . x_h: a sum of columns of X X^T, where X is (C, N). Everything is float64: a product of two float32
-numbers is exact in it, and what remains after cancellation is still right.
+With x_u the N rows of unit u, removing the units S changes what every other unit u adds to the loss by 2 sum_{h in S}
+x_u . x_h, a sum of columns of X X^T with X (C, N). Everything is float64: products of two float32 numbers are exact in
+it, so the result stays right after cancellation.
 """
 
 from __future__ import annotations
@@ -18,38 +18,38 @@ Form = Literal["full", "blocked", "rows"]
 FORMS: tuple[Form, ...] = get_args(Form)
 
 Ranking = Callable[[], Tensor]
-"""(C,) how soon every unit is likely to go, the smallest first; infinite where it is gone or must stay."""
+"""(C,) how soon each unit is likely to be removed, smallest first; infinite if it was removed or must stay."""
 
 FLOAT64_BYTES = 8
-# This many rows of X times X^T run at the speed of a matrix product; a larger block only wastes more columns.
+# This many rows of X times X^T run at matrix-product speed; a larger block only wastes more columns.
 BLOCK = 128
-# A column of such a product takes about an eighth of the time of one alone (measured: 2.1 and 20 ms, 512 x 100,000):
-# a block was worth its time where at least so many of its columns were used.
+# A column in such a product takes about an eighth of the time of a single one (measured: 2.1 and 20 ms, 512 x 100,000):
+# a block pays off if at least this many of its columns are used.
 WORTH = BLOCK // 8
-# This many columns are computed alone before another block is tried, so that trying costs little.
+# This many columns are computed singly before another block is tried, so that trying costs little.
 PATIENCE = 4 * BLOCK
-# On a CPU the whole matrix of more channels takes longer than those of its columns that are used.
+# On a CPU, computing the whole matrix takes longer than the columns that are used, for more channels than this.
 FEW_CHANNELS = 16 * BLOCK
-# With so few rows, reading X takes no longer than the rest of a removal: a cache of columns has nothing to save.
+# With so few rows, reading X takes no longer than the rest of a removal, so a cache of columns saves nothing.
 FEW_ROWS = 16
 
 
 class Columns(Protocol):
-    """Columns of X X^T, X (C, N) the units' rows, computed or held."""
+    """Columns of X X^T, computed or held; X (C, N) are the units' rows."""
 
     def __call__(self, picks: Tensor, valid: Tensor, ranking: Ranking) -> Tensor:
-        """(C,) the sum of the columns ``picks`` (k,) of X X^T, of those that are ``valid`` (k,)."""
+        """(C,) the sum of those columns ``picks`` (k,) of X X^T that are ``valid`` (k,)."""
 
     def column(self, unit: int, ranking: Ranking) -> Tensor:
         """(C,) one column; it may be overwritten by the next call."""
 
 
 def choose_form(units: Tensor, sizes: Sequence[int], *, chunks: bool, max_bytes: int) -> Form:
-    """The fastest form that holds at most ``max_bytes`` beside X (C, N).
+    """The fastest form that holds at most ``max_bytes`` in addition to X (C, N).
 
     Args:
-        sizes: how many units each group has.
-        chunks: several units go at a time; then one pass over X serves them all, which a cache would not improve on.
+        sizes: number of units of each group.
+        chunks: several units are removed at a time; one pass over X then serves them all, and a cache would not help.
     """
     channels, rows = units.shape
     on_host = units.device.type == "cpu"
@@ -62,14 +62,14 @@ def choose_form(units: Tensor, sizes: Sequence[int], *, chunks: bool, max_bytes:
 
 
 def columns_of(form: Form, units: Tensor, max_bytes: int) -> Columns:
-    """What gives the columns of X X^T; ``units`` is X (C, N), float64."""
+    """The source of the columns of X X^T; ``units`` is X (C, N), float64."""
     if form == "full":
         return FullGram(units)
     return BlockedGram(units, max_bytes) if form == "blocked" else RowsOnly(units)
 
 
 class FullGram:
-    """X X^T at once: 2 C^2 N operations and 8 C^2 bytes; then 8 C bytes are read for each unit removed."""
+    """X X^T at once: 2 C^2 N operations and 8 C^2 bytes; then 8 C bytes are read per removed unit."""
 
     def __init__(self, units: Tensor) -> None:
         self._gram = units @ units.T
@@ -83,7 +83,7 @@ class FullGram:
 
 
 class RowsOnly:
-    """X (sum of the picked rows of X): 2 C N operations and 8 C N bytes read a step, and no matrix."""
+    """X (sum of the picked rows of X): 2 C N operations and 8 C N bytes read per step; no matrix is held."""
 
     def __init__(self, units: Tensor) -> None:
         self._units = units
@@ -96,11 +96,11 @@ class RowsOnly:
 
 
 class BlockedGram:
-    """Columns in blocks, of the units that rank next; at most ``max_bytes`` of them are held.
+    """Columns in blocks, for the units that rank next; at most ``max_bytes`` of them are held.
 
-    One matrix product computes a block, with 2 C N operations a column. A column is used at most once; one of a unit
-    that ranks high and is not removed is computed in vain. If too many are, columns are computed one by one, as in
-    :class:`RowsOnly`.
+    One matrix product computes a block, with 2 C N operations per column. Each column is used at most once; the column
+    of a unit that ranks high but is not removed is computed in vain. If there are too many of those, columns are
+    computed one by one, as in :class:`RowsOnly`.
     """
 
     def __init__(self, units: Tensor, max_bytes: int) -> None:
@@ -131,10 +131,10 @@ class BlockedGram:
         return self._cache[slot]
 
     def _fill(self, wanted: int, ranking: Tensor) -> None:
-        """Columns of ``wanted`` and of those that rank next, in place of those that rank last."""
+        """Compute the column of ``wanted`` and those of the units that rank next, replacing those that rank last."""
         held = self._unit_in >= 0
         priority = torch.where(held, ranking[self._unit_in], torch.inf)
-        slots = priority.topk(min(BLOCK, len(priority))).indices  # the free ones, then those that rank last
+        slots = priority.topk(min(BLOCK, len(priority))).indices  # free slots first, then those that rank last
         ranking = ranking.clone()
         ranking[self._unit_in[held]] = torch.inf
         ranking[wanted] = -torch.inf
@@ -149,9 +149,9 @@ class BlockedGram:
 
 
 def products_within(units: Tensor, sizes: Sequence[int], max_bytes: int) -> Callable[[Tensor], Tensor]:
-    """What gives, for one unit picked in every group (groups,), each unit's product with its own group's: (C,).
+    """A function that gives, for one unit picked per group (groups,), each unit's product with its group's pick: (C,).
 
-    From the diagonal blocks of X X^T where these fit ``max_bytes``, from X otherwise.
+    Uses the diagonal blocks of X X^T if they fit ``max_bytes``, otherwise X.
     """
     ends = list(accumulate(sizes))
     parts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]

@@ -1,4 +1,4 @@
-"""Allocation by evolutionary search: which widths disturb the model's output least, measured with units masked."""
+"""Allocation by evolutionary search for widths that disturb the output least, measured with units masked."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from torch import Tensor
 from obc.selection.allocation import Allocation, Global, Task, Uniform
 
 _STARTS: dict[str, type[Allocation]] = {"uniform": Uniform, "global": Global}
-_ATTEMPTS = 50  # mutations tried for one child before its parent is taken again
+_ATTEMPTS = 50  # mutations tried for one child before its parent is used unchanged
 
 
 class Search:
     """Elitist evolution over the groups' widths (DarwinLM, Týr-the-Pruner).
 
-    The first parents are the widths of ``starts``, so that the result disturbs the output no more than the better of
-    them does, on the batches that fitness is measured on.
+    The first parents are the widths of ``starts``, so on the batches that fitness is measured on, the result disturbs
+    the output no more than the best of them.
 
-    Which units of a group go follows from their scores; a child takes one level from a group and gives it to another of
-    the same kind, one to ``mutations`` times, and still frees the budget. The fitness is what the model's output loses
-    with the chosen units masked (:class:`obc.criteria.MaskedEvaluation`), and with ``compensated`` their consumers
-    compensated by plain least squares.
+    Scores decide which units a group loses. A child moves one level from a group to another of the same kind, one to
+    ``mutations`` times, and still frees the budget. Fitness is the loss of the model's output with the chosen units
+    masked (:class:`obc.criteria.MaskedEvaluation`); with ``compensated`` their consumers are also compensated by plain
+    least squares.
 
-    Cost: len(starts) + generations * offspring forward passes over the batches that fitness is measured on.
-    Compensated: also one over the other batches for the consumers' Gram matrices, 8 bytes times the square of their
-    inputs each, and a least squares for each new width of a group.
+    Cost: len(starts) + generations * offspring forward passes over the batches for fitness. With ``compensated``, also
+    one pass over the other batches for the consumers' Gram matrices (8 bytes times the square of their inputs each),
+    and one least-squares problem for each new width of a group.
 
     Args:
-        generations: how often children are made.
-        offspring: children of a generation.
-        survivors: parents of the next one, the best of parents and children.
-        levels: widths of a group lie on so many levels.
-        mutations: at most so many exchanges make a child.
+        generations: number of generations.
+        offspring: children per generation.
+        survivors: number of parents of the next generation, the best of parents and children.
+        levels: number of levels of a group's widths.
+        mutations: the most moves that make a child.
         metric: "kl", "mse" or "loss".
-        seed: of the mutations.
-        batches: fitness is measured on the first so many; None: on all.
-        compensated: measure fitness after compensation, regressed on the batches that fitness is not measured on.
-        starts: "uniform", equal shares, "global", the widths at which units of all groups compete, or both. DarwinLM
+        seed: seed of the mutations.
+        batches: measure fitness on the first so many batches; None uses all.
+        compensated: measure fitness after compensation, which uses the batches that fitness is not measured on.
+        starts: "uniform" (equal shares), "global" (the widths at which units of all groups compete), or both. DarwinLM
             and Týr start from equal shares.
     """
 
@@ -133,6 +133,6 @@ class Search:
 
 
 def _ranked(values: Tensor) -> Tensor:
-    """Units from the least important on."""
+    """Units, least important first."""
     scores = values if values.dim() == 1 else values.double().square().sum(0)
     return scores.argsort(stable=True).cpu()

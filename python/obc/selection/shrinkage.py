@@ -1,4 +1,4 @@
-"""How far to trust interactions that few rows measured."""
+"""Estimates how far to trust interactions measured with few rows."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from torch import Tensor
 
 
 def estimated_shrinkage(units: Tensor) -> float:
-    """How much the off-diagonal of the Gram matrix of ``units`` (C, N) is noise, from 0, none, to 1, all.
+    """The noise share of the off-diagonal of the Gram matrix of ``units`` (C, N): 0 is none, 1 is all.
 
-    The intensity that minimises the expected squared distance of (1 - s) * off-diagonal to the truth, estimated from
-    the rows themselves (Ledoit and Wolf; Schäfer and Strimmer's target "diagonal, unequal variance", about zero
-    instead of the mean): with w_uvn = x_un x_vn,
+    It minimises the expected squared distance of (1 - s) * off-diagonal to the truth, estimated from the rows
+    themselves (Ledoit and Wolf; Schäfer and Strimmer's target "diagonal, unequal variance", about zero instead of the
+    mean): with w_uvn = x_un x_vn,
 
         s = sum_{u != v} Var(sum_n w_uvn) / sum_{u != v} (sum_n w_uvn)^2,   clamped to [0, 1].
 
-    Neither sum needs the C x C matrix: 2 C N^2 operations. A single row has no variance: 1.
+    Neither sum needs the C x C matrix: 2 C N^2 operations. A single row has no variance; the result is then 1.
     """
     rows = units.shape[1]
     if rows < 2:

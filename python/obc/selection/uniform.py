@@ -1,4 +1,4 @@
-"""Selection under equal widths: which units go within each group, where how many go is the same for all of a family."""
+"""Selection under equal widths: all groups of a family lose equally many units, chosen within each group."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from obc.model.costs import Costs
 from obc.selection.choice import BudgetError, Selection, select
 
-# Halvings of the kept share: beyond the resolution of any width.
+# Number of halvings of the kept share, beyond the resolution of any width.
 _HALVINGS = 50
 
 
@@ -32,30 +32,30 @@ def select_uniform(
     goal: float | None = None,
     shares: Callable[[str, float], float] | None = None,
 ) -> dict[str, Tensor]:
-    """Units to remove that free ``budget``, with equal widths within every family.
+    """Choose units that free ``budget``, with equal widths within every family.
 
-    Every family keeps the same share of its full width, to the nearest permitted one: the largest share that frees the
-    budget. Families that came out below their share, one after another, keep the next width above it where the others
-    free enough. Which units go is chosen by :func:`obc.select` within each group alone.
+    Every family keeps the same share of its full width, rounded to the nearest permitted width: the largest share that
+    frees the budget. Then families that came out below their share get the next width above it, one after another, if
+    the others still free enough. Within each group :func:`obc.select` chooses the units.
 
     Args:
-        rows_by_group: as for :func:`obc.select`. Families of which a group has no rows keep their widths.
-        costs: of the model.
+        rows_by_group: as for :func:`obc.select`. A family with a group that has no rows keeps its width.
+        costs: the model's costs.
         budget: how much to free, in the unit of the costs.
-        families: names of groups that keep equal widths; they have equal widths now.
+        families: names of groups that keep equal widths; their present widths must be equal.
         selection: as for :func:`obc.select`, within each group.
         shrinkage: the same.
-        min_units: by group, how many units stay (1 where not named).
-        round_to: by group, a multiple of which stays where units go (1 where not named).
-        full_widths: by group, what the share is of, for families that lost units before; by default the widths now.
-        widths: by group, the only ones that it may come to; any where it is not named. The width now is permitted.
-        goal: what this and later calls free together: no family goes below the width that it has in the end, however
-            far apart the permitted ones are. By default the budget.
-        shares: shares(name of a family's first group, level) -> the share that it keeps at a level in [0, 1]; grows
-            with the level up to 1. By default every family keeps the level itself.
+        min_units: group -> the number of units that must stay (1 if not named).
+        round_to: group -> a number of which its width must be a multiple if it loses units (1 if not named).
+        full_widths: group -> the width that shares refer to, for families pruned before; by default the present width.
+        widths: group -> the only permitted widths, in addition to the present one; any if not named.
+        goal: what this and later calls free together. No family goes below its final width, however far apart the
+            permitted ones are. By default the budget.
+        shares: shares(name of a family's first group, level) -> the share that it keeps at a level in [0, 1]; it grows
+            with the level up to 1. By default the share is the level.
 
     Returns:
-        By group the indices of the units to remove: int64, ascending, on the CPU.
+        Group -> the indices of the units to remove: int64, ascending, on the CPU.
 
     Raises:
         BudgetError: the budget can't be met.
@@ -97,13 +97,13 @@ def select_uniform(
 
 
 def permitted_widths(size: int, lowest: int, multiple: int, only: Collection[int] | None = None) -> Sequence[int]:
-    """The widths that a group of ``size`` units may come to, ascending; the last is ``size`` itself.
+    """The permitted widths of a group of ``size`` units, ascending; the last is ``size`` itself.
 
     Args:
-        size: the width now.
-        lowest: so many units stay.
-        multiple: a multiple of this stays where units go.
-        only: the widths to choose from; None: any.
+        size: the present width.
+        lowest: the number of units that must stay.
+        multiple: a smaller width must be a multiple of this.
+        only: the widths to choose from; None allows any.
     """
     least = -(-lowest // multiple) * multiple
     return [*(width for width in range(least, size, multiple) if only is None or width in only), size]
@@ -115,7 +115,7 @@ def _widths(
     budget: float,
     shares: Callable[[str, float], float] | None,
 ) -> dict[str, int]:
-    """By group, the widths at the largest level that frees the budget."""
+    """Per group, the widths at the largest level that frees the budget."""
 
     def share_of(limit: _Limits, level: float) -> float:
         return level if shares is None else shares(limit.family[0], level)
@@ -143,23 +143,23 @@ def _widths(
 
 @dataclass(frozen=True)
 class _Limits:
-    """What the width of a family may be."""
+    """The permitted widths of a family."""
 
     family: Sequence[str]
     full: int
     permitted: Sequence[int]
 
     def width(self, share: float) -> int:
-        """The permitted width nearest to a share of the full one; of two the larger."""
+        """The permitted width nearest to a share of the full one, the larger of two."""
         wanted = share * self.full
         place = bisect_left(self.permitted, wanted)
         nearest = self.permitted[max(place - 1, 0) : place + 1]
         return min(nearest, key=lambda width: (abs(width - wanted), -width))
 
     def width_above(self, share: float) -> int:
-        """The smallest permitted width that is at least a share of the full one, where there is one."""
+        """The smallest permitted width of at least a share of the full one, if there is one."""
         return self.permitted[min(bisect_left(self.permitted, share * self.full), len(self.permitted) - 1)]
 
     def at_least(self, width: int) -> _Limits:
-        """The same, but for smaller widths."""
+        """The same limits without smaller widths."""
         return replace(self, permitted=self.permitted[bisect_left(self.permitted, width) :])

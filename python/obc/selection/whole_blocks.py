@@ -1,4 +1,4 @@
-"""The greedy choice where some groups are whole blocks: with a block go the units of the groups inside it."""
+"""The greedy choice with groups that are whole blocks: a block takes the units of the groups inside it along."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from obc.selection.greedy import Greedy, Problem, Proposals
 class BlockGreedy(Greedy):
     """:class:`obc.selection.greedy.Greedy` with groups of one unit that are whole blocks.
 
-    With r_b the row of a block b, and S what is gone already, removing the block changes the loss of every row by
+    Let r_b be the row of a block b and S the units removed so far. Removing the block changes the loss of every row by
 
         r_b - sum of the rows of its own units, and branches, in S
 
-    because those are gone already; its increment, and what it adds to the increments of others, are of this
-    difference. It frees what it costs and what the units left inside it cost; these can't go any more.
+    because those units were removed already. Its increment, and what it adds to the increments of others, use this
+    difference. It frees its own cost and the cost of the units left inside, which then can't be removed any more.
 
     Args:
         problem: with ``inside``.
-        rows: (C, N) float64 of all units, where they interact; None where increments do not change.
+        rows: (C, N) float64 rows of all units if they interact; None if increments do not change.
     """
 
     def __init__(self, problem: Problem, rows: Tensor | None) -> None:
@@ -35,8 +35,8 @@ class BlockGreedy(Greedy):
         self._place_of = {block: place for place, block in enumerate(problem.inside)}
         self._blocks = torch.tensor(list(problem.inside), dtype=torch.int64, device=device)
         self._block_units = first.to(device)[self._blocks]
-        self._holds = problem.increments.new_zeros(len(self._blocks), len(problem.sizes))  # its own group, and inside
-        self._around: dict[int, list[int]] = {}  # group -> blocks around it, whose rows lose what it takes
+        self._holds = problem.increments.new_zeros(len(self._blocks), len(problem.sizes))  # itself and inside
+        self._around: dict[int, list[int]] = {}  # group -> the blocks that contain it, whose rows lose what it takes
         for block, groups in problem.inside.items():
             self._holds[self._place_of[block], [block, *groups]] = 1.0
             for group in groups:
@@ -44,7 +44,7 @@ class BlockGreedy(Greedy):
         self._curvature = problem.costs.curvature
         self._vanished = torch.zeros(len(problem.sizes), dtype=torch.bool, device=device)
         if rows is not None:
-            self._gone = rows.new_zeros(rows.shape[1])  # sum of the rows of all that is gone
+            self._gone = rows.new_zeros(rows.shape[1])  # sum of the rows of all removed units
             self._left = rows[self._block_units]  # (blocks, N)
             self._strength = 0.0 if problem.interacting is None else problem.interacting.strength
 
@@ -60,7 +60,7 @@ class BlockGreedy(Greedy):
         return proposals
 
     def _effective_left(self) -> Tensor:
-        """(groups,) the effective widths, 0 of groups that went with a block."""
+        """(groups,) the effective widths; 0 for groups removed with a block."""
         effective = self._problem.costs.effective
         left = self._widths if effective is None else effective.at(self._widths)
         return left.masked_fill(self._vanished, 0.0)
@@ -96,7 +96,7 @@ class BlockGreedy(Greedy):
 
 
 def inside_of(names: Sequence[str], inside: Mapping[str, Sequence[str]]) -> dict[int, list[int]]:
-    """Index of a block -> indices of the groups inside it, of the groups ``names``."""
+    """Index of a block -> indices of the groups inside it, among the groups ``names``."""
     place = {name: index for index, name in enumerate(names)}
     return {
         place[block]: [place[name] for name in groups if name in place]

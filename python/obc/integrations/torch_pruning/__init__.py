@@ -2,7 +2,7 @@
 
 >>> importance = JacobianImportance()
 >>> pruner = tp.pruner.BasePruner(model, example_inputs, importance, global_pruning=True, ...)
->>> importance.score(model, batches, loss_fn, pruner=pruner)  # again before every step: pruning changes the channels
+>>> importance.score(model, batches, loss_fn, pruner=pruner)  # before every step: pruning changes the channels
 >>> pruner.step()
 """
 
@@ -40,25 +40,25 @@ _NORMALIZERS = ("sum", "standarization", "mean", "max", "gaussian", "lamp")  # s
 
 
 class JacobianImportance(GroupMagnitudeImportance):
-    """Importance of a group's root channels: the Jacobian Criterion of every slice that goes with each of them.
+    """Importance of a group's root channels: the Jacobian Criterion of every slice removed with each of them.
 
-    S_c = reduction over the group's layers m of sum over rows n of (w_m . dL_n/dw_m)^2, for the slices w_m that are
-    pruned with root channel c: of layers pruned at their output the weight's rows and the bias, of layers pruned at
-    their input the weight's columns, of norms, embeddings and other per-channel parameters their entries. Where one
-    layer loses several slices with one root channel (a Linear after flatten), they are added first.
+    S_c = reduction over the group's layers m of sum over rows n of (w_m . dL_n/dw_m)^2, where w_m is the slice of layer
+    m that is pruned with root channel c: for layers pruned at their output the weight's rows and the bias, for layers
+    pruned at their input the weight's columns, for norms, embeddings and other per-channel parameters their entries. If
+    a layer loses several slices with one root channel (a Linear after flatten), they are added first.
 
-    It is filled in one of four ways: :meth:`score`; a loop of your own within ``with importance.scorer(model) as
-    scorer``; :class:`obc.Scores` assigned to ``importance.scores``; or, as in the paper's code, ``zero_score()``,
+    There are four ways to fill it: :meth:`score`; your own loop within ``with importance.scorer(model) as scorer``;
+    assigning :class:`obc.Scores` to ``importance.scores``; or, as in the paper's code, ``zero_score()``,
     ``zero_grad()``, then ``accumulate_grad(model)`` after every ``loss.backward()``, then ``accumulate_score(model)``.
 
-    Scores hold for the channels that were scored. After ``pruner.step()`` score again; otherwise the next step raises.
+    Scores are valid for the scored channels only. Score again after ``pruner.step()``; otherwise the next step raises.
 
     Args:
-        group_reduction: "sum" (the criterion), "mean", "max", "prod", "first", "gate" (the last layer), or None: the
-            layers' (layers, channels) unreduced.
+        group_reduction: "sum" (the criterion), "mean", "max", "prod", "first", "gate" (the last layer), or None for the
+            unreduced (layers, channels).
         normalizer: None (the criterion), a callable, or one of Torch-Pruning's: "sum", "standarization", "mean",
             "max", "gaussian", "lamp", "sentinel_<quantile>". A group of zeros stays a group of zeros.
-        strict: raise for a group with layers that have no scores; otherwise a warning names each of them once.
+        strict: raise for a group with unscored layers; otherwise a warning names each of them once.
 
     Raises:
         ValueError: an unknown reduction or normalizer.
@@ -112,25 +112,25 @@ class JacobianImportance(GroupMagnitudeImportance):
             model: the model that is pruned.
             batches: as for :func:`obc.score`.
             loss_fn: as for :func:`obc.score`.
-            pruner: a pruner of ``model``; only what it may remove is read then.
+            pruner: a pruner of ``model``; then only what it may remove is read.
             options: options of :func:`obc.score`.
 
         Raises:
-            ValueError: the pruner is another model's, or ``modules`` is given beside it.
+            ValueError: the pruner belongs to another model, or ``modules`` is given as well.
         """
         if pruner is not None:
             if options.get("modules") is not None:
-                raise ValueError("give pruner or modules, not both: each says which modules are read")
+                raise ValueError("pass pruner or modules, not both: each says which modules are read")
             options["modules"] = removable_sides(pruner, model)
         scores = score(model, batches, loss_fn, **options)
         self.scores = scores
         return scores
 
     def scorer(self, model: nn.Module, **options: Any) -> JacobianScorer:
-        """An :class:`obc.JacobianScorer` of ``model`` whose scores are used from the end of its ``with`` block on."""
+        """An :class:`obc.JacobianScorer` of ``model``; its scores are used once its ``with`` block ends."""
         return _FillingScorer(self, model, **options)
 
-    # --- filling as the paper's code does ---------------------------------------------------------------------
+    # --- filling as in the paper's code -----------------------------------------------------------------------
 
     def zero_score(self) -> None:
         """Forget the scores."""
@@ -146,15 +146,15 @@ class JacobianImportance(GroupMagnitudeImportance):
     def accumulate_grad(self, model: nn.Module, loss_scale: float = 1.0) -> None:
         """Read one row from the gradients that ``loss.backward()`` left in the model.
 
-        The gradients are contracted at once, none is kept. Zero them between rows or let them add up: a row is what
-        was added since the previous one. The first row takes them as they are.
+        The gradients are contracted at once; none is kept. Zero them between rows or let them add up: a row is what was
+        added since the previous one. The first row uses them as they are.
 
         Args:
             model: the model, with its gradients.
-            loss_scale: what the loss was multiplied by.
+            loss_scale: the factor that the loss was multiplied by.
 
         Raises:
-            RuntimeError: the model was pruned or replaced while rows of it were being added up.
+            RuntimeError: the model was pruned or replaced while its rows were being added up.
         """
         if self._rows is not None and not self._rows.is_of(model):
             if self._rows.pending_rows or self._scores is not None:
@@ -183,17 +183,17 @@ class JacobianImportance(GroupMagnitudeImportance):
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
-        """The importance of a group of Torch-Pruning, or None where nothing in it has scores.
+        """The importance of a group of Torch-Pruning, or None if nothing in it has scores.
 
         Args:
-            group: a ``tp.Group``, of all channels or of some.
+            group: a ``tp.Group`` of all or some channels.
 
         Returns:
             (root channels,) float32 in the order of the group's root indices.
 
         Raises:
             RuntimeError: nothing was scored yet.
-            ValueError: the scores are of another model, or of this one before it was pruned; or (``strict``) a layer
+            ValueError: the scores belong to another model, or to this one before it was pruned; or (``strict``) a layer
                 has no scores.
         """
         if self._scores is None:
@@ -240,7 +240,7 @@ class JacobianImportance(GroupMagnitudeImportance):
 
 
 class _FillingScorer(JacobianScorer):
-    """A scorer that hands its scores to an importance when its ``with`` block ends without an error."""
+    """A scorer that passes its scores to an importance when its ``with`` block ends without an error."""
 
     def __init__(self, importance: JacobianImportance, model: nn.Module, **options: Any) -> None:
         super().__init__(model, **options)
@@ -258,12 +258,12 @@ class _Lookup:
     """Finds the scores of what Torch-Pruning prunes, for one group.
 
     Args:
-        model: the model that is pruned. Scores are found by its modules' names.
+        model: the model to prune. Scores are found by its modules' names.
         scores: by module name.
-        parameter_scores: by parameter name and dimension, for parameters of no scored module.
+        parameter_scores: by parameter name and dimension, for parameters outside scored modules.
 
     Attributes:
-        unscored: module or parameter name -> why it has no scores, of all that was looked up.
+        unscored: module or parameter name -> why it has no scores, for all that was looked up.
     """
 
     def __init__(
@@ -284,14 +284,13 @@ class _Lookup:
             )
 
     def name_of(self, module: nn.Module | nn.Parameter) -> str:
-        """The name of a module or parameter of the model."""
         return self._names[id(module)]
 
     def channels(self, dep: Any) -> Tensor | None:
-        """Scores of all channels of ``dep``'s target on the side that it prunes; None where there is nothing to add.
+        """Scores of all channels of ``dep``'s target on the side that it prunes; None if there is nothing to add.
 
         Raises:
-            ValueError: the target has another number of channels than when it was scored.
+            ValueError: the target had another number of channels when it was scored.
         """
         target = dep.target.module
         if isinstance(target, nn.Parameter):
@@ -306,8 +305,8 @@ class _Lookup:
             self._note_unscored(name, rule or "it is pruned as a whole by a customised pruner")
             return None
         if isinstance(target, nn.PReLU) and target.num_parameters == 1:
-            return None  # one slope for all channels is not pruned
-        # Norms, depthwise convolutions and the like have one handler for both sides, named after the output.
+            return None  # a single slope for all channels is not pruned
+        # Norms, depthwise convolutions and similar layers have one handler for both sides, named after the output.
         out = dep.handler == dep.handler.__self__.prune_out_channels
         return self._side(name, target, rule, out)
 
@@ -321,7 +320,7 @@ class _Lookup:
             return None
         key = (id(getattr(module, rule.weight)), axis)
         if key in self._read:
-            return None  # a tied weight: its score holds both uses and counts once
+            return None  # a tied weight: its score contains both uses and counts once
         self._read.add(key)
         count = channel_count(module, rule, axis)
         if not out and rule.groups > 1 and len(values) * rule.groups == count:
@@ -330,7 +329,7 @@ class _Lookup:
         return values
 
     def _of_attention(self, attention: nn.MultiheadAttention) -> Tensor | None:
-        """Torch-Pruning takes a channel out of the query, key, value and output projections, on both sides."""
+        """Torch-Pruning removes a channel from the query, key, value and output projections, on both sides."""
         name = self.name_of(attention)
         names = (name, f"{name}.out_proj" if name else "out_proj")
         if any(part not in self._scores for part in names):
@@ -344,7 +343,7 @@ class _Lookup:
         return torch.stack([side.reshape(-1, width).sum(0) for side in sides if side is not None]).sum(0)
 
     def _of_parameter(self, parameter: nn.Parameter, axis: int) -> Tensor | None:
-        """A parameter that Torch-Pruning prunes by itself: of a layer that it does not know, or of no layer."""
+        """A parameter that Torch-Pruning prunes alone: of an unknown layer, or of no layer."""
         name = self.name_of(parameter)
         if name in self._parameter_scores:
             values = self._parameter_scores[name][axis]
@@ -373,7 +372,7 @@ class _Lookup:
 
 
 def _root_idxs(item: Any) -> list[int] | None:
-    """The root index of each index of a group's item; None for items that Torch-Pruning left without."""
+    """The root index of each index of a group's item; None if Torch-Pruning left it without."""
     root_idxs = getattr(item, "root_idxs", None)
     if root_idxs is None or any(root is None for root in root_idxs):
         return None
@@ -385,7 +384,7 @@ def _out_axis(module: nn.Module, rule: Rule) -> int:
 
 
 def _reduce_layers(reduction: str | None, parts: list[Tensor], covered: list[Tensor]) -> Tensor:
-    """One vector from a vector for each layer; ``covered`` says which root channels a layer has slices of."""
+    """Reduce one vector per layer to one vector; ``covered`` says which root channels a layer has slices of."""
     layers = torch.stack([part.to(parts[0].device) for part in parts])
     if reduction == "sum":
         return layers.sum(0)

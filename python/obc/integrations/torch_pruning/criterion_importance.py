@@ -2,7 +2,7 @@
 
 >>> importance = CriterionImportance("flap")
 >>> pruner = tp.pruner.BasePruner(model, example_inputs, importance, global_pruning=True, ...)
->>> importance.score(model, batches)  # again before every step: pruning changes the channels
+>>> importance.score(model, batches)  # before every step: pruning changes the channels
 >>> pruner.step()
 """
 
@@ -31,13 +31,13 @@ except ImportError as error:
 
 
 class CriterionImportance(Importance):
-    """Importance of a group's root channels by a criterion of :mod:`obc.criteria`, one unit a root channel.
+    """Importance of a group's root channels by a criterion of :mod:`obc.criteria`, with one unit per root channel.
 
-    Scores hold for the channels that were scored. After ``pruner.step()`` score again; otherwise the next step raises.
+    Scores are valid for the scored channels only. Score again after ``pruner.step()``; otherwise the next step raises.
 
     Args:
         criterion: a name of ``obc.criteria.available()``, an object, or a function (group, statistics, model).
-        seed: of the criterion "random".
+        seed: seed of the criterion "random".
     """
 
     def __init__(self, criterion: str | Any, seed: int = 0) -> None:
@@ -56,14 +56,14 @@ class CriterionImportance(Importance):
         forward_fn: ForwardFn | None = None,
         micro_batch: int | None = None,
     ) -> Statistics:
-        """Collect what the criterion needs of ``model``; criteria of weights alone need no batches.
+        """Collect what the criterion needs of ``model``; criteria that only read weights need no batches.
 
         Criteria that run the model themselves keep the batches, and run when a group is scored.
 
         Args:
-            model: the model that is pruned.
-            batches: as for :func:`obc.collect`; a list where the criterion runs the model itself.
-            loss_fn: ``loss_fn(model, batch)``, where the criterion needs gradients.
+            model: the model to prune.
+            batches: as for :func:`obc.collect`; a list if the criterion runs the model itself.
+            loss_fn: ``loss_fn(model, batch)``, if the criterion needs gradients.
             forward_fn: ``forward_fn(model, batch)``; by default :func:`obc.model.evaluation.call_on_batch`.
             micro_batch: as for :func:`obc.collect`.
         """
@@ -89,7 +89,7 @@ class CriterionImportance(Importance):
 
     @torch.no_grad()
     def __call__(self, group: Any) -> Tensor | None:
-        """The importance of a group of Torch-Pruning; None where the criterion has nothing to score in it.
+        """The importance of a group of Torch-Pruning; None if the criterion has nothing to score in it.
 
         Returns:
             (root channels,) float64 on the CPU, in the order of the group's root indices.
@@ -119,9 +119,9 @@ class CriterionImportance(Importance):
 
 
 def channel_group(group: Any, model: nn.Module) -> ChannelGroup | None:
-    """A group of Torch-Pruning with one unit a root channel; None where it has no layer with a name.
+    """A group of Torch-Pruning with one unit per root channel; None if it has no named layer.
 
-    Layers that give roots different numbers of channels, or whose roots Torch-Pruning does not say, are left out.
+    Layers that give roots different numbers of channels, or for which Torch-Pruning gives no roots, are left out.
     """
     names = {module: name for name, module in model.named_modules()}
     roots = list(group[0][1])

@@ -1,10 +1,10 @@
-"""Rows of scores read from gradients that a loop of the user's own left in ``.grad``.
+"""Rows read from gradients that the user's own loop left in ``.grad``.
 
-Serves interfaces that hand over a model after ``loss.backward()``. Each call contracts every gradient at once into a
-row of r = <w, dL/dw> per channel; no gradient is kept, and ``.grad`` stays the user's.
+For interfaces that provide a model after ``loss.backward()``. Each call contracts every gradient at once into a row r =
+<w, dL/dw> per channel; no gradient is kept, and ``.grad`` remains the user's.
 
-A loop may zero the gradients between rows or let them add up: a hook that fires once, before the next backward adds
-to a gradient, takes out of the row what was there already, so that the row holds the new part alone.
+A loop may zero the gradients between rows or let them add up. A hook that fires once, before the next backward adds to
+a gradient, subtracts from the row what was there already, so that the row holds only the new part.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from obc.scoring.results.scores import ChannelScores, Scores
 
 @dataclass
 class _Contraction:
-    """Where the sums of one parameter times its gradient go: a slot for each dimension that holds channels.
+    """Where the sums of one parameter times its gradient go: one slot for each dimension that holds channels.
 
     Attributes:
         slots: (dimension, slot) pairs.
-        groups: groups of a convolution.
-        is_weight: dimensions 0 and 1 of a layer's weight, read in one pass; otherwise each slot is read by itself.
+        groups: conv groups.
+        is_weight: dimensions 0 and 1 of a layer's weight, read in one pass; otherwise each slot is read separately.
     """
 
     slots: dict[int, Slot] = field(default_factory=dict)
@@ -46,8 +46,8 @@ class GradientRows:
         model: the model. Its parameters must stay the same objects: make a new instance after pruning.
 
     Attributes:
-        num_rows: rows in :meth:`scores`.
-        pending_rows: rows that :meth:`commit` has not added yet.
+        num_rows: number of rows in :meth:`scores`.
+        pending_rows: number of rows that :meth:`commit` has not added yet.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -102,7 +102,7 @@ class GradientRows:
         return slots[axis]
 
     def is_of(self, model: nn.Module) -> bool:
-        """Whether ``model`` is this model with the parameters it had."""
+        """Whether ``model`` is this model, with the same parameters."""
         if model is not self.model:
             return False
         now = dict(model.named_parameters())
@@ -110,14 +110,14 @@ class GradientRows:
 
     @torch.no_grad()
     def end_row(self, loss_scale: float = 1.0) -> None:
-        """Contract the gradients at hand into a row and add its squares to the pending ones.
+        """Contract the present gradients into a row and add its squares to the pending ones.
 
         A row that is not finite is left out with a warning that names the module.
         """
         new = [
             (parameter, parameter.grad)
             for parameter in self._contractions
-            # A backward that did not reach a parameter has left it the gradient of an earlier row.
+            # If a backward did not reach a parameter, its gradient still is that of an earlier row.
             if parameter.grad is not None and not (self._backward_seen and parameter in self._handles)
         ]
         self._reached.update(parameter for parameter, _ in new)
@@ -140,7 +140,7 @@ class GradientRows:
 
     @torch.no_grad()
     def _before_backward(self, parameter: nn.Parameter, grad: Tensor) -> None:
-        """Take out of the row that begins what ``parameter.grad`` holds already; fires once a row."""
+        """Subtract from the row that begins what ``parameter.grad`` already holds; fires once per row."""
         self._backward_seen = True
         self._handles.pop(parameter).remove()
         if parameter.grad is not None:
@@ -192,7 +192,7 @@ class GradientRows:
         self._stop_watching()
 
     def _stop_watching(self) -> None:
-        """Remove every hook: the next row takes the gradients as they are then."""
+        """Remove every hook: the next row uses the gradients as they then are."""
         for flat in self._flats.values():
             flat.row.zero_()
         for handle in self._handles.values():
@@ -213,7 +213,7 @@ class GradientRows:
         return Scores(channels, num_rows=self.num_rows, coverage=coverage, metadata=metadata)
 
     def parameter_scores(self) -> dict[str, dict[int, Tensor]]:
-        """The committed scores of parameters that belong to no scored module: name -> dimension -> (size,)."""
+        """The committed scores of parameters outside scored modules: name -> dimension -> (size,)."""
         return {
             name: {axis: self._total(slot) for axis, slot in self._contractions[parameter].slots.items()}
             for name, parameter in self._raw.items()

@@ -12,11 +12,11 @@ from obc.model.groups import Side
 def removable_sides(pruner: Any, model: nn.Module) -> dict[str, set[Side]]:
     """The sides of ``model``'s modules that have a slice in a group of ``pruner``; "in", "out" or both.
 
-    What is pruned as a parameter, or as a whole attention, is read on both sides of its module.
+    Anything pruned as a parameter or as a whole attention is read on both sides of its module.
 
     Args:
-        pruner: made for ``model``; its ``ignored_layers`` and ``root_module_types`` hold.
-        model: has the modules, by name.
+        pruner: a pruner of ``model``; its ``ignored_layers`` and ``root_module_types`` are respected.
+        model: the model that names the modules.
 
     Raises:
         ValueError: none of the pruner's groups has a module of ``model``.
