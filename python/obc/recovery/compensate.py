@@ -64,11 +64,13 @@ def compensate(
     outputs) columns bytes for one layer, where columns counts its inputs (for a convolution times its taps). No logits
     are kept. A model whose modules form no chain runs from its start up to every layer. The input of a transposed
     convolution, whose outputs overlap, is reconstructed as in "seq".
+
     mode="ls" gives every consumer the weight W D with D = S + (E[x zT] - S E[z zT]) (E[z zT] + lambda I)^-1
     (:mod:`obc.recovery.moments`), and its bias the rest of the mean. z is the kept part of the unpruned model's x; one
     pass over the batches serves all layers. For a layer that writes to a stream of tokens every position is weighted by
     one over the mean square of the stream there. A convolution that pads with zeros is regressed through zero, because
     its padding does not have the mean.
+
     mode="seq" does the same layer by layer, where z is what the pruned model, compensated so far, produces: two passes
     per layer, with the ridge that was best in "ls". The result of "ls" is kept if it is better on the held-out batches.
 

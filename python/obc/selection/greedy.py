@@ -132,8 +132,8 @@ class Greedy:
     A step considers the units that each group would lose next: one, or as many as lead to the next multiple, picked one
     after another with their interactions. The group whose units together have the lowest quotient loses them; among
     equals the first group, and in it the first unit.
-The tensors are small, so a step's time is determined by the number of operations. Some therefore work in place,
-constants are tensors made once, and unit numbers are float64, which needs no conversions.
+    The tensors are small, so a step's time is determined by the number of operations. Some therefore work in place,
+    constants are tensors made once, and unit numbers are float64, which needs no conversions.
     """
 
     def __init__(self, problem: Problem) -> None:

@@ -1,4 +1,4 @@
-"""Streaming statistics of a model: all that criteria need, from one run over the batches."""
+"""Streaming statistics of a model: everything that criteria need, from one run over the batches."""
 
 from obc.statistics.blocks import Blocks, BlockSums, residual_blocks
 from obc.statistics.by_block import ByBlock

@@ -16,15 +16,15 @@ from obc.statistics.hidden_states import HiddenStates
 from obc.statistics.part import Part
 from obc.statistics.reader import Reader, first_tensor
 
-# What a block returns by itself may differ by rounding from what it returned inside the model.
+# A block run alone may differ by rounding from what it returned inside the model.
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
 _AGREEMENT_OF_HALF = 5e-2
 
-Parts = Sequence[Sequence[Any]]  # of every batch its parts
+Parts = Sequence[Sequence[Any]]  # for every batch its parts
 
 
 class _ArrivedError(BaseException):
-    """Stops a forward pass at a block; handlers of errors must not take it for one.
+    """Stops a forward pass at a block. Not an Exception, so that error handlers don't catch it.
 
     Attributes:
         call_args: positional arguments of the block's call.
@@ -37,7 +37,7 @@ class _ArrivedError(BaseException):
 
 
 class _RefusedError(BaseException):
-    """Carries an error through what calls the model, which may turn errors into others."""
+    """Carries an error through the model's callers, which may turn errors into others."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class _RefusedError(BaseException):
 
 
 class _StandIn(nn.Module):
-    """In place of a block: what it returns is given; everything else that is asked of it is the block's."""
+    """Stands in for a block: returns a given result, and otherwise has the block's attributes."""
 
     def __init__(self, block: nn.Module, answer: Callable[..., Any]) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Seen:
     Attributes:
         chain: the blocks in the order in which they ran.
         outputs: block -> the hidden states that it returned, on the host.
-        lengths: block -> the length of the tuple that it returned them in; None: it returned them alone.
+        lengths: block -> the length of the tuple that contained them, or None if they were returned alone.
     """
 
     def __init__(self) -> None:
@@ -78,10 +78,10 @@ class BlockRun:
     """One pass of all batches through all blocks.
 
     Args:
-        model: in eval mode, with the readers' hooks attached.
-        options: of the pass.
-        readers: of forward statistics.
-        part: what the readers ask about the part that is run.
+        model: the model in eval mode, with the readers' hooks attached.
+        options: options of the pass.
+        readers: readers of forward statistics.
+        part: tells the readers about the part being run.
         call: ``call(model, part)`` runs the model.
     """
 
@@ -99,12 +99,12 @@ class BlockRun:
         self.seen, self.span = _Seen(), 1
 
     def over(self, batches: Parts, done: int, after: Callable[[int, int], None]) -> int:
-        """Read every block on every batch; the bytes of hidden states that were stored at once.
+        """Read every block on every batch; returns the most bytes of hidden states stored at once.
 
         Args:
-            batches: of every batch its parts.
-            done: so many blocks were read before: they run without being read.
-            after: called with the number of blocks that are done, and how many there are.
+            batches: for every batch its parts.
+            done: this many blocks were read before; they run without being read.
+            after: called with the number of finished blocks and their total.
         """
         with torch.inference_mode(), HiddenStates(self.options.states) as states, self.weights.on_device():
             self._watch(batches[0][0])
@@ -127,7 +127,7 @@ class BlockRun:
     # --- the whole model once --------------------------------------------------------------------------------------
 
     def _watch(self, part: Any) -> None:
-        """Run the model on one part, a block's weights on the device at a time, and see what the blocks do."""
+        """Run the model on one part, with one block's weights on the device at a time, and record what blocks do."""
         last: list[Tensor] = []
         with contextlib.ExitStack() as stack, contextlib.ExitStack() as resident:
 
@@ -172,7 +172,7 @@ class BlockRun:
             )
 
     def _span(self) -> int:
-        """How many places the hidden states are needed for."""
+        """The number of places for which hidden states are needed."""
         chain, longest = self.seen.chain, 1
         for reader in self.readers.values():
             for place, name in enumerate(chain):
@@ -210,7 +210,7 @@ class BlockRun:
         self._commit(batch)
 
     def _read_rest(self, batch: int, parts: Sequence[Any], states: HiddenStates, reading: bool) -> None:
-        """Layers outside the blocks: the model runs with a stand-in for every block."""
+        """Read the layers outside the blocks: the model runs with a stand-in for every block."""
         last = len(self.seen.chain) - 1
         self._begin()
         for index, part in enumerate(parts):
@@ -223,7 +223,7 @@ class BlockRun:
         self._commit(batch)
 
     def _arrival(self, place: int, part: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the block is called with, the hidden states aside, which are those before the first block."""
+        """The block's arguments; the hidden states among them are those before the first block."""
 
         def stop(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
             raise _ArrivedError(args, kwargs)
@@ -237,7 +237,7 @@ class BlockRun:
 
     @contextlib.contextmanager
     def _stand_ins(self, last: int, result: Callable[[Tensor | None], Tensor | None]) -> Iterator[None]:
-        """The first blocks hand on what they get, the one at ``last`` returns ``result`` of it."""
+        """Inside, the first blocks return their inputs, and the one at ``last`` returns ``result`` of its input."""
         with contextlib.ExitStack() as stack:
             for place in range(last + 1):
                 length = self.seen.lengths[self.seen.chain[place]]
@@ -265,7 +265,7 @@ class BlockRun:
             holder[child] = block
 
     def _hand_windows(self, name: str, batch: int, index: int, states: HiddenStates) -> None:
-        """Windows of several blocks that end here need the input of their first."""
+        """Pass the input of the first block to windows of several blocks that end here."""
         for reader in self.readers.values():
             first = reader.window(name)
             if first is not None and first != name:
@@ -273,7 +273,7 @@ class BlockRun:
                 reader.take_window(first, states.get((place, batch, index), self.device))
 
     def _compare(self, name: str, output: Tensor) -> None:
-        """A block must return by itself what it returned inside the model."""
+        """Raise unless the block alone returns what it returned inside the model."""
         seen = self.seen.outputs.pop(name).to(output.device)
         allowed = _AGREEMENT.get(output.dtype, _AGREEMENT_OF_HALF)
         if output.shape == seen.shape:

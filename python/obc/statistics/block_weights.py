@@ -1,4 +1,4 @@
-"""A model's weights on a device block by block, from the host's memory or from safetensors files."""
+"""Moves a model's weights to a device block by block, from host memory or from safetensors files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from obc.statistics.errors import StatisticsError
 
-_OUTSIDE = ""  # the owner of what lies in no block, or in several
+_OUTSIDE = ""  # owner of what lies in no block, or in several
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class _Place:
     """Where a module keeps a parameter or buffer.
 
     Attributes:
-        name: in ``model.state_dict()``.
-        holder: the module's dictionary of them.
-        key: in it.
+        name: name in ``model.state_dict()``.
+        holder: the module's dictionary that contains it.
+        key: key in that dictionary.
     """
 
     name: str
@@ -34,13 +34,13 @@ class _Place:
 
 
 class BlockWeights:
-    """Puts the weights of one block, or those outside the blocks, on the device for a while.
+    """Puts the weights of one block, or those outside the blocks, on the device temporarily.
 
     Args:
-        model: whose weights.
+        model: the model.
         blocks: names of the blocks.
-        device: where they are needed.
-        files: a safetensors file, or a folder of them, for what is on the meta device.
+        device: where weights are needed.
+        files: a safetensors file, or a folder of them, for tensors on the meta device.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class BlockWeights:
         self._check()
 
     def bytes(self, block: str = _OUTSIDE) -> int:
-        """What a block takes, or what lies outside the blocks."""
+        """Bytes of a block's weights, or of those outside the blocks."""
         return sum(self._tensors[identity].nbytes for identity in self._owned[block])
 
     @contextlib.contextmanager
     def on_device(self, block: str = _OUTSIDE) -> Iterator[None]:
-        """The weights of a block, or those outside the blocks, are on the device inside the ``with`` statement."""
+        """Inside the ``with`` statement, the weights of a block, or those outside the blocks, are on the device."""
         moved = []
         try:
             for identity in self._owned[block]:
@@ -108,7 +108,7 @@ class BlockWeights:
         return next((place.name for place in self._places[identity] if place.name in self._files), None)
 
     def _check(self) -> None:
-        """Everything on the meta device must be found in the files: said before anything runs."""
+        """Raise before anything runs if a tensor on the meta device is not in the files."""
         for identity, tensor in self._tensors.items():
             if tensor.is_meta and self._name_in_files(identity) is None:
                 name = self._places[identity][0].name

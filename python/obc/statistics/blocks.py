@@ -1,4 +1,4 @@
-"""How much residual blocks change what they are given: the statistic of depth pruning."""
+"""How much residual blocks change their input: the statistic of depth pruning."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Tokens = Literal["all", "last"]
 
 @dataclass(frozen=True, eq=False)
 class BlockSums:
-    """Sums over tokens of a block's input x and output y (of ``span`` blocks: the last one's output).
+    """Sums over tokens of a block's input x and output y (with ``span`` the output of the window's last block).
 
     Attributes:
-        count: tokens; pixels of feature maps.
+        count: tokens, or pixels of feature maps.
         cosine: sum cos(x, y).
-        angle: sum arccos(cos(x, y)) / pi, between 0 and 1 a token.
+        angle: sum arccos(cos(x, y)) / pi, from 0 to 1 per token.
         difference: sum |y - x|^2.
         input: sum |x|^2.
         output: sum |y|^2.
-        calls: how many calls of the block the entropies are of; 0 where they were not asked for.
-        input_entropy: sum over calls of the entropy of x in nats, of its dimensions' histograms added up.
-        output_entropy: the same of y.
+        calls: number of calls behind the entropies; 0 if they were not requested.
+        input_entropy: sum over calls of the entropy of x in nats, from a histogram of each dimension.
+        output_entropy: the same for y.
     """
 
     count: int
@@ -51,14 +51,14 @@ class BlockSums:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Similarity of what residual blocks read and return, per token. Forward only.
+    """Similarity of the inputs and outputs of residual blocks, per token. Forward only.
 
     Args:
-        tokens: "all", or "last": the last token of each sequence that the attention mask lets count.
-        span: compare the input of each block with the output of the span - 1 blocks after it: windows of consecutive
-            blocks, under the name of their first.
+        tokens: "all", or "last": the last token of each sequence that the attention mask keeps.
+        span: compare the input of each block with the output of the span - 1 blocks after it, in windows of consecutive
+            blocks named after their first.
         modules: names of the blocks, in the order of execution; by default :func:`residual_blocks`.
-        entropy_bins: also the entropies of input and output, from histograms of so many bins; 0: not.
+        entropy_bins: also collect entropies of input and output, from histograms with this many bins; 0 collects none.
     """
 
     tokens: Tokens = "all"
@@ -94,10 +94,10 @@ class Blocks:
 
 
 def residual_blocks(model: nn.Module) -> list[str]:
-    """Names of what looks like residual blocks: the members of lists and sequences that hold modules of one kind.
+    """Names of likely residual blocks: the members of lists and sequences that hold modules of one kind.
 
-    The outermost such lists count, without the blocks that pruning removed; a member must have modules inside it.
-    Whether its output has its input's shape shows when the model runs: what has not is left out then.
+    Only the outermost such lists count, without blocks that pruning removed; members must contain modules. Blocks whose
+    output turns out to differ in shape from the input are left out when the model runs.
     """
     found: list[str] = []
     for name, module in named_modules(model):
@@ -223,12 +223,13 @@ class _Reader(Reader):
 def entropy(states: Tensor, bins: int) -> Tensor:
     """The sum over dimensions of the entropy, in nats, of their values over the tokens, as EntroDrop estimates it.
 
-    H = - sum over d and b of p_db log p_db, with p_db the share of tokens whose value of dimension d lies in bin b of
-    ``bins`` equal ones between that dimension's least and greatest value. Not additive over tokens: of one call.
+    H = - sum over d and b of p_db log p_db, where p_db is the share of tokens whose value in dimension d lies in bin b
+    of ``bins`` equal ones between that dimension's minimum and maximum. It belongs to one call, and is not additive
+    over tokens.
 
     Args:
         states: (tokens, dimensions).
-        bins: of each histogram.
+        bins: number of bins per histogram.
     """
     low, high = states.amin(0), states.amax(0)
     places = ((states - low) / (high - low).clamp_min(torch.finfo(states.dtype).tiny) * bins).long().clamp_(0, bins - 1)
@@ -238,7 +239,7 @@ def entropy(states: Tensor, bins: int) -> Tensor:
 
 
 def _last(x: Tensor, valid: Tensor | None) -> Tensor:
-    """(B,) the place of the last token that counts."""
+    """(B,) the position of the last token that counts."""
     if valid is None:
         return torch.full((len(x),), x.shape[1] - 1, device=x.device)
     places = torch.arange(x.shape[1], device=x.device)
@@ -246,7 +247,7 @@ def _last(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def channel_dim(block: nn.Module, x: Tensor) -> int:
-    """Dimension 1 of feature maps that a convolution of the block reads; otherwise the last."""
+    """Dimension 1 for feature maps that a convolution of the block reads; otherwise the last."""
     if x.dim() > 3:
         widths = {module.in_channels for module in block.modules() if isinstance(module, _ConvNd)}
         if x.shape[1] in widths:

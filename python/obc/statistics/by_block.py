@@ -1,4 +1,4 @@
-"""Options of a collection block by block, for models that are larger than the device."""
+"""Options of a collection block by block, for models larger than the device."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from obc.statistics.errors import StatisticsError
 class ByBlock:
     """How :func:`obc.collect` goes through a model block by block.
 
-    One block runs on all batches before the next one does. Its weights are on the device only meanwhile; those outside
+    One block runs on all batches before the next one does, and its weights are on the device only then; those outside
     the blocks, such as embeddings and the head, stay there. Between two blocks the hidden states of all batches are
-    stored: tokens * width numbers in the model's dtype (times ``span`` for ``Blocks(span=...)``).
-
-    Before that the whole model runs once on the first batch, with one block's weights on the device at a time. It shows
-    the order of the blocks; what each of them returned then is compared with what it returns by itself.
+    stored: tokens * width numbers in the model's dtype (times ``span`` for ``Blocks(span=...)``). Before that, the
+    whole model runs once on the first batch, with one block's weights on the device at a time. This shows the order of
+    the blocks, and what each of them returns is compared with its later result alone.
 
     Args:
         device: where blocks run, and where the batches must be; None: where the model's weights are (the CPU for a
             model on the meta device).
-        weights: a safetensors file, or a folder of them, for parameters and buffers that are on the meta device. Their
-            names there are those of ``model.state_dict()``.
-        states: "host" keeps hidden states in the host's memory; a folder keeps them in files there, which are removed
-            at the end.
+        weights: a safetensors file, or a folder of them, for parameters and buffers on the meta device. Tensors are
+            named as in ``model.state_dict()``.
+        states: "host" keeps hidden states in host memory; a folder keeps them in files there, which are removed at the
+            end.
         blocks: names of the blocks; by default :func:`obc.statistics.residual_blocks`.
     """
 
@@ -69,16 +68,16 @@ class ByBlock:
         return next(devices, torch.device("cpu"))
 
     def identity(self) -> dict[str, Any]:
-        """What a run that goes on from a checkpoint must have in common."""
+        """What must match when a run resumes from a checkpoint."""
         weights = None if self.weights is None else str(self.weights)
         return {"blocks": None if self.blocks is None else list(self.blocks), "weights": weights}
 
 
 def options_of(by_block: bool | ByBlock) -> ByBlock | None:
-    """The options that ``obc.collect(by_block=...)`` stands for.
+    """The options for the argument ``by_block`` of ``obc.collect``.
 
     Raises:
-        StatisticsError: it is neither a bool nor a ByBlock, or its folder is none.
+        StatisticsError: it is neither a bool nor a ByBlock, or its folder does not exist.
     """
     if isinstance(by_block, bool):
         return ByBlock() if by_block else None

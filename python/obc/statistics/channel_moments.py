@@ -1,4 +1,4 @@
-"""Moments of the inputs that a statistic reads, over the positions that count."""
+"""Moments of a statistic's inputs, over the positions that count."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def moments_of(x: Tensor, channel_dim: int, valid: Tensor | None) -> tuple[Tenso
     """Counts and sums of one tensor (:func:`obc.ops.channel_moments`).
 
     Args:
-        x: floating, samples along dim 0.
-        channel_dim: of the channels.
-        valid: (B, T) bool, of x (B, T, C) or (B * T, C): the positions that count; None: all.
+        x: floating tensor with samples along dim 0.
+        channel_dim: the dimension of the channels.
+        valid: (B, T) bool, for x (B, T, C) or (B * T, C): the positions that count; None counts all.
 
     Returns:
-        (2,) float64: how many positions and how many samples counted; (4, C): sum x, sum x^2, sum |x|, and over the
-        samples the sum of (mean over positions of |x|)^2.
+        (2,) float64: the numbers of positions and samples that counted; (4, C): sum x, sum x^2, sum |x|, and the sum
+        over samples of (mean over positions of |x|)^2.
     """
     if valid is None:
         counts = torch.tensor([x.numel() // x.shape[channel_dim], x.shape[0]], dtype=torch.float64, device=x.device)

@@ -19,19 +19,19 @@ from obc.statistics.reader import Reader
 from obc.tensor_file import save_tensors
 
 _FORMAT = "obc.statistics.checkpoint/2"
-_BETWEEN = "\n"  # modules that share a sum
-_LISTS = ("scores", "kept_rows")  # of the scorer's state: lists of tensors
+_BETWEEN = "\n"  # between the names of modules that share a sum
+_LISTS = ("scores", "kept_rows")  # lists of tensors in the scorer's state
 
 
 class Checkpoint:
-    """The state of one run of :func:`obc.collect` in a safetensors file, replaced as a whole each time.
+    """The state of one run of :func:`obc.collect` in a safetensors file, replaced atomically each time.
 
     Args:
-        path: of the file.
-        model: whose statistics.
-        options: what must be the same in a run that goes on: name -> plain value.
-        readers: by statistic.
-        scorer: of the rows; None without.
+        path: the file.
+        model: the model.
+        options: name -> plain value of every option that must match when a run resumes.
+        readers: readers by statistic.
+        scorer: the scorer of rows, or None.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Checkpoint:
         self._random: list[Tensor] = []
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the state; what :meth:`save` was given, or None where there is no checkpoint.
+        """Load the state; returns what :meth:`save` was given, or None without a checkpoint.
 
         Raises:
-            CheckpointError: it is damaged, or of another model, other weights or other options.
+            CheckpointError: it is damaged, or belongs to another model, other weights or other options.
         """
         remove_left_over(self.path)
         if not self.path.exists():
@@ -69,11 +69,11 @@ class Checkpoint:
         return progress
 
     def restore_random(self) -> None:
-        """Set torch's generators to where they were; call it once the batches are where they were."""
+        """Restore torch's random generators; call it after the finished batches have been skipped."""
         set_random_state(self._random)
 
     def save(self, progress: Mapping[str, Any]) -> None:
-        """Write the state, and what :meth:`resume` is to give back."""
+        """Write the state, and ``progress`` for :meth:`resume` to return."""
         tensors = {f"random:{index}": generator for index, generator in enumerate(random_state())}
         state: dict[str, Any] = {"readers": {}, "scorer": None}
         for name, reader in self.readers.items():
@@ -93,7 +93,7 @@ class Checkpoint:
         save_tensors(self.path, tensors, {"format": _FORMAT, **texts})
 
     def remove(self) -> None:
-        """The run is over: a later one with other batches must not go on from here."""
+        """Delete the checkpoint at the end of a run, so that a later run with other batches does not resume from it."""
         self.path.unlink(missing_ok=True)
 
     def _load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How experts of a mixture are used: the statistic of REAP, of frequency and of activation norms."""
+"""How the experts of a mixture are used, for REAP, frequency and activation norms."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class ExpertSums:
 class Experts:
     """Use of every expert: count, sum g, sum |f(x)|, sum g |f(x)| over the tokens routed to it. Forward only.
 
-    Read at modules that hold all experts in one (as the transformers library's do) and are called with hidden states
-    (T, d), expert indices (T, k) and weights (T, k). The outputs of the k experts of a token are computed once more,
-    by the module itself: about as much as the experts took.
+    Read from modules that hold all experts in one (as in the transformers library) and are called with hidden states
+    (T, d), expert indices (T, k) and weights (T, k). The module recomputes the outputs of each token's k experts, which
+    takes about as long as the experts took.
 
     Args:
-        gates: "routed": g is the weight that the model multiplies with (of the top k, renormalised where the model
-            does so). "softmax": the router's softmax over all experts, as REAP's code takes it.
+        gates: "routed": g is the weight that the model multiplies with (among the top k, renormalised if the model does
+            that). "softmax": the router's softmax over all experts, as in REAP's code.
     """
 
     gates: Gates = "routed"
@@ -115,7 +115,7 @@ class _Reader(Reader):
         hidden, indices, weights = inputs[:3]
         experts = expert_count(module)
         valid = self.part.valid_positions(hidden, hidden.dim() - 1)
-        counted = indices < experts  # an index beyond the last is how parallel processes say: not here
+        counted = indices < experts  # parallel processes mark experts elsewhere by an index beyond the last
         if valid is not None:
             counted = counted & valid.reshape(-1, 1)
         router = self._routers[name]
@@ -132,7 +132,7 @@ class _Reader(Reader):
         self.sums.add(name, "sums", sums)
 
     def _norms(self, module: nn.Module, hidden: Tensor, indices: Tensor, weights: Tensor, k: int) -> Tensor:
-        """(T,) the norm of what the k-th expert of each token returns: the module itself with that expert alone."""
+        """(T,) the norm of the output of each token's k-th expert, from running the module with that expert alone."""
         self._again = True
         try:
             output = module.forward(hidden, indices[:, k : k + 1], torch.ones_like(weights[:, k : k + 1]))

@@ -1,4 +1,4 @@
-"""Moments of the gradients that come back to what layers read, per channel."""
+"""Moments of the gradients with respect to layers' inputs, per channel."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from obc.statistics.sums import Sums
 class ChannelGradients:
     """Sums of g = dL/dx over the positions of one layer's input, through this layer alone; tensors are (C,) float64.
 
-    L is the loss of the batch, with ``rows="sample"`` that of the sample.
+    L is the loss of the batch, or with ``rows="sample"`` of the sample.
 
     Attributes:
-        count: positions that a gradient came back to.
+        count: positions that received a gradient.
         absolute: sum |g|.
         square: sum g^2.
     """
@@ -47,7 +47,7 @@ class GradientMoments:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity whose backward shows the gradient to ``read``. The leaf brings the backward here past frozen weights."""
+    """Identity whose backward passes the gradient to ``read``. A leaf lets backward reach it despite frozen weights."""
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, leaf: Tensor, read: Callable[[Tensor], None]) -> Tensor:
@@ -62,7 +62,7 @@ class _Tap(torch.autograd.Function):
 
 
 class _Reader(InputReader):
-    """A part's backward may be run more than once (to see whether samples are apart): the last one counts."""
+    """If a part's backward runs more than once (to test whether samples are independent), the last one counts."""
 
     def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups) -> None:
         super().__init__(sums, part, model, groups, experts=False)
@@ -85,7 +85,7 @@ class _Reader(InputReader):
         self._of_part.hand_over(self.sums)
 
     def read_gradient(self, name: str, grad: Tensor, channel_dim: int, valid: Tensor | None) -> None:
-        """Add what came back to the input of one call."""
+        """Add the gradient of the input of one call."""
         values = flat_rows(grad, channel_dim).to(ops.accumulation_dtype(grad.dtype))
         if valid is not None:
             values = values.masked_fill(~valid.reshape(-1, 1), 0)

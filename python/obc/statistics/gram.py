@@ -1,4 +1,4 @@
-"""The Gram matrix of what a layer reads: the statistic of Optimal Brain Surgeon's family and of least squares."""
+"""The Gram matrix of a layer's input, for the Optimal Brain Surgeon family and least squares."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from obc.statistics.triangle import Triangle, full_precision
 Weight = Callable[[Any], Tensor]
 
 _TOTAL = "total"
-# Feature maps with fewer positions a sample are copied, and multiplied as one product over all samples.
+# Feature maps with fewer positions per sample are copied, and multiplied as one product over all samples.
 _POSITIONS_OF_A_PRODUCT = 64
 
 
@@ -29,7 +29,7 @@ class GramSum:
     """Sums over the positions of one layer's input, weighted by omega; tensors are float64.
 
     Attributes:
-        count: sum omega; the number of positions where omega is 1.
+        count: sum omega; the number of positions if omega is 1.
         total: (d, d) sum omega x x^T.
         sum: (d,) sum omega x.
     """
@@ -48,17 +48,16 @@ class Gram:
     """The Gram matrix of consumers' inputs, sum omega x x^T. Forward only.
 
     Each batch's product is a float32 GEMM (float64 for float64 inputs) without TF32, added into float64. Only the
-    blocks on and above the diagonal are kept, and on the CPU only those are computed. Layers that are given the very
-    same tensor, as query, key and value, share their product and their matrix. For a float32 input of d channels it
-    takes 8 d^2 bytes, or up to 12 d^2 where d is below 384. For convolutions x is one pixel's channels. Of fused
-    experts x is what the down projection of one expert reads of a token routed to it; each has a matrix of its own,
-    under a name such as "mlp.experts[3]".
+    blocks on and above the diagonal are kept, and on the CPU only those are computed. Layers that read the very same
+    tensor, such as query, key and value, share product and matrix. A float32 input of d channels takes 8 d^2 bytes, or
+    up to 12 d^2 if d is below 384. For convolutions x is one pixel's channels. For fused experts x is the input of one
+    expert's down projection for a token routed to it; each expert has its own matrix, named like "mlp.experts[3]".
 
     Args:
-        weight: ``weight(batch)`` gives omega >= 0 as (B,), one a sample, or (B, T), one a token; for a key of a mapping
-            write ``lambda batch: batch["weight"]``. None: 1.
-        to: "device" keeps the sums where the layer is, "host" in the host's memory: then 2 to 4 d^2 bytes a layer are
-            needed on the device, and each batch's product is copied.
+        weight: ``weight(batch)`` gives omega >= 0 as (B,), one per sample, or (B, T), one per token; for a key of a
+            mapping write ``lambda batch: batch["weight"]``. None: 1.
+        to: "device" keeps the sums where the layer is, "host" in host memory; the device then needs 2 to 4 d^2 bytes
+            per layer, and each batch's product is copied.
     """
 
     weight: Weight | None = None
@@ -78,7 +77,7 @@ class Gram:
 
 
 class GramReader(InputReader):
-    """Reads Gram matrices, and knows beforehand what they take."""
+    """Reads Gram matrices, and knows their memory beforehand."""
 
     def __init__(
         self, to: torch.device | None, part: Part, model: nn.Module, groups: Groups, weight: Weight | None
@@ -122,14 +121,14 @@ class GramReader(InputReader):
         return packed
 
     def _checked(self, name: str, field: str, values: Tensor) -> Tensor:
-        """What shows whether a product is finite: |sum x_i x_j| is at most the larger of sum x_i^2 and sum x_j^2."""
+        """Values that show whether a product is finite: |sum x_i x_j| is at most the larger of sum x_i^2, sum x_j^2."""
         return self._triangles[name].diagonal(values) if field == _TOTAL else values
 
     def _unpacked(self, name: str, field: str, total: Tensor) -> Tensor:
         return self._triangles[name].unpacked(total) if field == _TOTAL else total
 
     def _omega(self, name: str, x: Tensor, channel_dim: int, routed: RoutedInput | None) -> Tensor:
-        """(positions,) the weight of each."""
+        """(positions,) the weight of each position."""
         assert self._weight is not None
         omega = self._weight(self.part.batch).detach().to(x.device)
         positions = x.movedim(channel_dim, -1).shape[:-1].numel() if routed is None else routed.total
@@ -151,11 +150,11 @@ class GramReader(InputReader):
         return sum(self.bytes_of(name) for name in self.widths)
 
     def bytes_of(self, name: str) -> int:
-        """What one layer takes: packed, the sum and a batch's product; at the end, the matrix."""
+        """Bytes for one layer: packed, the sum and a batch's product; at the end, the matrix."""
         return max(12 * self._triangles[name].numbers, 8 * self.widths[name] ** 2)
 
     def product_bytes(self, name: str) -> int:
-        """What a batch's product takes."""
+        """Bytes of a batch's product."""
         return 4 * self._triangles[name].numbers
 
     def largest(self) -> str:
@@ -163,7 +162,7 @@ class GramReader(InputReader):
         return max(self.widths, key=self.widths.__getitem__)
 
     def bytes_by_device(self) -> dict[torch.device, int]:
-        """What the sums and a batch's summands take on each device."""
+        """Bytes of the sums and a batch's summands on each device."""
         found: dict[torch.device, int] = {}
         for name, width in self.widths.items():
             device = self.device_of(name)
@@ -177,10 +176,10 @@ class GramReader(InputReader):
 
 
 def _pieces(x: Tensor, channel_dim: int) -> list[Tensor]:
-    """Parts (positions, C) of an input, which hold all of it.
+    """Parts (positions, C) that together hold an input.
 
-    Feature maps are taken sample by sample where that saves their transposed copy, and where a sample has positions
-    enough for a product.
+    Feature maps are split by sample if this saves their transposed copy and a sample has enough positions for a
+    product.
     """
     positions = x[0].numel() // x.shape[channel_dim]
     if channel_dim == 1 and x.is_contiguous() and positions >= _POSITIONS_OF_A_PRODUCT:

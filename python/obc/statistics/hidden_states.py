@@ -1,4 +1,4 @@
-"""What passes between two blocks, for all batches: in the host's memory or in files."""
+"""Stores the hidden states between two blocks for all batches, in host memory or in files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-Key = tuple[int, int, int]  # place among the blocks, batch, part of the batch
+Key = tuple[int, int, int]  # position among the blocks, batch, part of the batch
 
 
 class HiddenStates:
@@ -49,14 +49,14 @@ class HiddenStates:
             save_file({"states": states.detach().cpu().contiguous()}, self._path(key))
 
     def get(self, key: Key, device: torch.device) -> Tensor:
-        """What was stored, on the device; the caller may change it."""
+        """The stored states, on the device; the caller may change them."""
         if self._folder is None:
             return self._held[key].to(device, copy=True)
         with safe_open(str(self._path(key)), framework="pt") as file:
             return file.get_tensor("states").to(device)
 
     def drop(self, key: Key) -> None:
-        """Forget what was stored, if anything."""
+        """Forget the stored states, if any."""
         self._now -= self._sizes.pop(key, 0)
         self._held.pop(key, None)
         if self._folder is not None:

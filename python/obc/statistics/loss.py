@@ -1,4 +1,4 @@
-"""A loss function that tells readers which part of a batch is run, and where each backward begins."""
+"""A loss function that tells readers which part of a batch is run, and when each backward begins."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class SeekableLoss(Protocol):
-    """A loss function that is told which batch comes, and from which of its samples on."""
+    """A loss function that is told which batch comes next, and from which of its samples on."""
 
     def seek(self, row: int, sample: int) -> None:
-        """The next call is of batch ``row``, from its sample ``sample`` on."""
+        """The next call belongs to batch ``row``, from ``sample`` on."""
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         """The loss."""
@@ -31,12 +31,12 @@ class SeekableLoss(Protocol):
 class WatchedLoss:
     """A loss function that tells the readers what is run.
 
-    A batch may be run again, because its row had to be dropped; ``seek(row, 0)`` says that it begins. A part's backward
-    may be run twice, to see whether samples are apart; the gradient at the loss says that one begins. A forward pass
-    without gradients only counts samples, and nothing is read of it.
+    A batch may run again if its row had to be dropped; ``seek(row, 0)`` says that it begins. A part's backward may run
+    twice, to test whether samples are independent; the gradient at the loss says that one begins. A forward pass
+    without gradients only counts samples and is not read.
 
     Attributes:
-        losses: of the batch read last, detached.
+        losses: losses of the last batch, detached.
     """
 
     def __init__(self, loss_fn: LossFn, part: Part, readers: Sequence[Reader]) -> None:
@@ -44,7 +44,7 @@ class WatchedLoss:
         self.losses: list[Tensor] = []
 
     def seek(self, row: int, sample: int) -> None:
-        """The next call is of batch ``row``, from its sample ``sample`` on."""
+        """The next call belongs to batch ``row``, from ``sample`` on."""
         if (seek := getattr(self._loss_fn, "seek", None)) is not None:
             seek(row, sample)
         if sample == 0:
@@ -75,10 +75,10 @@ class WatchedLoss:
 def run_backward(
     model: nn.Module, loss: SeekableLoss, index: int, batch: Any, rows: Literal["batch", "sample"], size: int | None
 ) -> None:
-    """Forward and backward of one batch, where no rows are read.
+    """Forward and backward of one batch, when no rows are read.
 
     Raises:
-        StatisticsError: the loss has another shape than ``rows`` asks for, or no graph.
+        StatisticsError: the loss has no graph, or its shape does not fit ``rows``.
     """
     for part, share in _parts(loss, index, batch, size):
         losses = loss(model, part)
@@ -111,8 +111,7 @@ def _parts(loss: SeekableLoss, index: int, batch: Any, size: int | None) -> Iter
 def frozen(model: nn.Module) -> Iterator[None]:
     """Freeze all parameters inside the block, so that only gradients of activations are computed.
 
-    Norms get gradients of single samples in an order that they read rightly
-    (:mod:`obc.scoring.reading.single_samples`).
+    Norms are protected against misreading gradients of single samples (:mod:`obc.scoring.reading.single_samples`).
     """
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     guards = [handle for module in model.modules() if (handle := guard(module)) is not None]

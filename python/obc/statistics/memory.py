@@ -1,4 +1,4 @@
-"""The memory of a collection, estimated before the first batch is run."""
+"""Estimates the memory of a collection before the first batch is run."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def memory_estimate(
     groups: Groups = None,
     by_block: bool | ByBlock = False,
 ) -> dict[str, int]:
-    """Bytes that each statistic's sums and one batch's summands take, before :func:`obc.collect` is run.
+    """Estimate the bytes of each statistic's sums and of one batch's summands, before :func:`obc.collect` is run.
 
-    Kept rows, four bytes a row and channel, are not counted, nor what the model takes (:func:`obc.memory_estimate`).
-    With ``by_block`` also "weights": the most that are on the device at once, those outside the blocks and the largest
-    block's. Hidden states, stored on the host or on disk, take tokens * width numbers in the model's dtype.
+    Kept rows, four bytes per row and channel, are not included, nor the model (:func:`obc.memory_estimate`). With
+    ``by_block`` there also is "weights": the most that are on the device at once, those outside the blocks and the
+    largest block's. Hidden states, stored on the host or on disk, take tokens * width numbers in the model's dtype.
 
     Args:
-        model: whose statistics.
+        model: the model.
         statistics: as for ``obc.collect``.
         groups: as for ``obc.collect``.
         by_block: as for ``obc.collect``.
@@ -50,12 +50,12 @@ def memory_estimate(
 
 
 def refuse_too_large(readers: Iterable[Reader], by_block: ByBlock | None, model: nn.Module) -> None:
-    """Refuse Gram matrices that the free memory of a device can't hold.
+    """Refuse Gram matrices that a device's free memory can't hold.
 
     Args:
-        readers: of which those of Gram matrices are looked at.
-        by_block: options of a run block by block, where one block's products are on the device at a time.
-        model: whose blocks.
+        readers: only those of Gram matrices are checked.
+        by_block: options of a run block by block, which has one block's products on the device at a time.
+        model: the model with the blocks.
 
     Raises:
         StatisticsError: with the bytes and what to do.
@@ -77,7 +77,7 @@ def refuse_too_large(readers: Iterable[Reader], by_block: ByBlock | None, model:
 
 
 def _by_block(reader: GramReader, options: ByBlock, model: nn.Module) -> dict[torch.device, int]:
-    """What a run block by block takes: all sums on the host, and one block's products where it runs."""
+    """Bytes of a run block by block: all sums on the host, and one block's products where it runs."""
     products = {name: reader.product_bytes(name) for name in reader.widths}
     device, names = options.runs_on(model), options.names(model)
     inside = [sum(size for layer, size in products.items() if f"{layer}.".startswith(f"{name}.")) for name in names]
@@ -88,7 +88,7 @@ def _by_block(reader: GramReader, options: ByBlock, model: nn.Module) -> dict[to
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Free memory of a device; None where the system does not say."""
+    """Free memory of a device; None if the system does not tell."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -100,6 +100,6 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def stated(sizes: Mapping[str, int]) -> str:
-    """The bytes of each statistic, as a line."""
+    """One line with the bytes of each statistic."""
     parts = ", ".join(f"{name} {readable(size)}" for name, size in sizes.items())
     return f"{readable(sum(sizes.values()))} of sums" + (f" ({parts})" if parts else "")

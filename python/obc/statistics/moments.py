@@ -1,4 +1,4 @@
-"""Moments of what layers read, per channel: the statistic of FLAP, Wanda-sp, Minitron and CFSP."""
+"""Moments of layers' inputs per channel, for FLAP, Wanda-sp, Minitron and CFSP."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class ChannelMoments:
     """Sums over the positions of one layer's input, per channel; tensors are (C,) float64.
 
     Attributes:
-        count: n, positions: tokens, pixels.
-        samples: samples that had a position.
+        count: n, the number of positions (tokens, pixels).
+        samples: the number of samples with at least one position.
         sum: sum x.
         square: sum x^2.
         absolute: sum |x|.
@@ -42,7 +42,7 @@ class ChannelMoments:
 
     @property
     def variance(self) -> Tensor:
-        """E x^2 - (E x)^2, not below 0."""
+        """E x^2 - (E x)^2, at least 0."""
         return (self.square / self.count - self.mean.square()).clamp_min(0)
 
 
@@ -50,8 +50,8 @@ class ChannelMoments:
 class Moments:
     """Input moments of consumers: n, sum x, sum x^2, sum |x|, sum over samples of (mean |x|)^2. Forward only.
 
-    Of fused experts the inputs of the down projections are read, every routed token as a sample of its own, under names
-    such as "mlp.experts[3]".
+    For fused experts the inputs of the down projections are read, with every routed token as a sample, under names such
+    as "mlp.experts[3]".
     """
 
     name: ClassVar[str] = "moments"

@@ -25,7 +25,7 @@ def chosen_statistics(statistics: str | Chosen | Sequence[str | Chosen]) -> list
     """Objects for names, with their default options.
 
     Raises:
-        StatisticsError: a name that is none, the same statistic twice, or none at all.
+        StatisticsError: an unknown name, a statistic given twice, or none at all.
     """
     listed = list(statistics) if isinstance(statistics, (list, tuple, set, frozenset)) else [statistics]
     found: dict[str, Chosen] = {}

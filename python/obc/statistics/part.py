@@ -1,4 +1,4 @@
-"""The part of a batch that the model is run on: which of its positions count, and whether anything is read."""
+"""The part of a batch that the model is run on: which positions count, and whether anything is read."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Part:
-    """What readers ask about the forward pass that they see.
+    """Tells readers about the forward pass that they see.
 
     Attributes:
         batch: the part of the batch.
-        valid: (B, T) bool, where the batch carries an ``attention_mask``; None: every position counts.
+        valid: (B, T) bool, from the batch's ``attention_mask``; None: every position counts.
         reading: False while the model runs for another purpose.
     """
 
@@ -26,16 +26,16 @@ class Part:
         self._copied: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None  # a tensor and its copy
 
     def begin(self, batch: Any) -> None:
-        """Note the part that the model is about to run on."""
+        """Record the part that the model is about to run on."""
         self.batch = batch
         inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch  # (inputs, labels)
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         self.valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def valid_positions(self, x: Tensor, channel_dim: int) -> Tensor | None:
-        """(B, T) bool where the positions of ``x`` are those of the attention mask; None where all count.
+        """(B, T) bool if the positions of ``x`` are those of the attention mask; None if all count.
 
-        ``x`` is (B, T, C), or (B * T, C) as mixtures of experts flatten it. One entry a sample, (B, C), counts whole.
+        ``x`` is (B, T, C), or (B * T, C) as mixtures of experts flatten it. In (B, C) every sample counts.
         """
         if self.valid is None or channel_dim % x.dim() != x.dim() - 1:
             return None
@@ -44,13 +44,13 @@ class Part:
         return None
 
     def ignores_mask(self, x: Tensor, channel_dim: int) -> bool:
-        """Whether the batch carries a mask that does not fit ``x``, so that padding counts."""
+        """Whether the batch has a mask that does not fit ``x``, so that padding counts."""
         if self.valid is None or self.valid_positions(x, channel_dim) is not None:
             return False
         return not (x.dim() == 2 and x.shape[0] == len(self.valid))
 
     def copy_of(self, x: Tensor) -> Tensor:
-        """A copy of ``x`` as it is now. All readers of one tensor get the same copy, until the tensor changes."""
+        """A copy of ``x``; all readers of one tensor get the same copy, until the tensor changes."""
         original, held = (None, None) if self._copied is None else (ref() for ref in self._copied)
         if held is not None and original is x and torch.equal(x, held):
             return held
@@ -60,5 +60,5 @@ class Part:
 
 
 def is_running_again() -> bool:
-    """Whether a forward pass is run inside a backward, as activation checkpointing does: it was read before."""
+    """Whether a forward pass runs inside a backward, as in activation checkpointing: it was read before."""
     return torch._C._current_graph_task_id() != -1

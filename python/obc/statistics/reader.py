@@ -38,8 +38,8 @@ class Statistic(Protocol):
     """One statistic and its options.
 
     Attributes:
-        name: under which its results are found.
-        backward: whether it needs gradients, and so a loss.
+        name: key of its results.
+        backward: whether it needs gradients, and thus a loss.
     """
 
     name: ClassVar[str]
@@ -70,7 +70,7 @@ class Reader:
         raise NotImplementedError
 
     def begin(self) -> None:
-        """A batch is read, or read again."""
+        """A batch begins, for the first time or again."""
         self.sums.begin()
 
     def backward_begins(self) -> None:
@@ -83,22 +83,22 @@ class Reader:
         """All parts of the batch are over."""
 
     def window(self, block: str) -> str | None:
-        """The block whose input must still be there when ``block`` returns; None where no window ends at it."""
+        """The block whose input is still needed when ``block`` returns; None if no window ends at it."""
         return None
 
     def take_window(self, block: str, x: Tensor) -> None:
-        """``x`` is the input of ``block``, which ran earlier."""
+        """Take the input ``x`` of ``block``, which ran earlier."""
 
     def result(self, fields: Mapping[str, Tensor]) -> Any:
         """The result of one module, from its sums."""
         raise NotImplementedError
 
     def bytes(self) -> int:
-        """What the sums and one batch's summands take, as far as it is known before the run."""
+        """Bytes of the sums and one batch's summands, as far as known before the run."""
         return 0
 
     def final_coverage(self) -> dict[str, Coverage]:
-        """The coverage; modules that were never called are named in it."""
+        """The coverage, in which modules that were never called are named."""
         never = Coverage.unread(
             "never called; its weight may be used by another module's forward, or no batch reached it"
         )
@@ -106,13 +106,13 @@ class Reader:
 
 
 def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], dict[str, Coverage]]:
-    """The layers whose inputs are read, and the consumers that can't be read with the reason.
+    """The layers whose inputs are read, and the unreadable consumers with the reason.
 
     Modules that hold all experts of a mixture are among the layers.
 
     Args:
         model: the model.
-        groups: whose consumers; None: every linear layer and convolution, and every mixture.
+        groups: the groups whose consumers to read; None: every linear layer and convolution, and every mixture.
     """
     modules = dict(named_modules(model))
     if groups is None:
@@ -156,16 +156,16 @@ class InputReader(Reader):
     """Reads the inputs of layers, and those of the down projections of fused experts.
 
     Args:
-        sums: of the statistic.
-        part: what is run.
-        model: whose layers.
-        groups: whose consumers' inputs; None: those of every layer.
-        experts: whether those of fused experts are read.
+        sums: sums of the statistic.
+        part: the part being run.
+        model: the model.
+        groups: the groups whose consumers' inputs are read; None: every layer.
+        experts: whether fused experts are read.
 
     Attributes:
         layers: name -> layer.
         mixtures: name -> module that holds all experts of a mixture.
-        widths: name -> channels of its input; of each expert under its own name, as "mlp.experts[3]".
+        widths: name -> channels of its input; each expert has its own name, such as "mlp.experts[3]".
     """
 
     def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups, experts: bool = True) -> None:
@@ -185,7 +185,7 @@ class InputReader(Reader):
         for name, module in self.mixtures.items():
             self.widths |= {expert_name(name, e): inner_width(module) for e in range(expert_count(module))}
         self.coverage = dict.fromkeys(self.widths, Coverage("input")) | unread
-        self._proved: set[str] = set()  # mixtures whose parts make up what they return
+        self._proved: set[str] = set()  # mixtures whose parts reproduce their output
         self._latest: _Reading | None = None
 
     def begin(self) -> None:
@@ -205,7 +205,7 @@ class InputReader(Reader):
         return handles
 
     def device_of(self, name: str) -> torch.device:
-        """Where the weight of what is read under this name lies."""
+        """The device of the weight that is read under this name."""
         module = self.layers.get(name) or self.mixtures[name.rpartition("[")[0]]
         tensors = itertools.chain(module.parameters(), module.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
@@ -213,14 +213,15 @@ class InputReader(Reader):
     def read(
         self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None
     ) -> dict[str, Tensor]:
-        """What one call shows, by field. It is added to the sums of the layer, and of others that read the same tensor.
+        """Read one call, by field. The result is added to the sums of the layer and of others that read the same
+        tensor.
 
         Args:
-            name: of the layer or expert.
+            name: name of the layer or expert.
             x: its input, with samples along dim 0.
-            channel_dim: of ``x``.
-            valid: (B, T) bool, where padding is left out of it.
-            routed: of an expert: which tokens they are. Each counts as a sample.
+            channel_dim: channel dimension of ``x``.
+            valid: (B, T) bool, if padding is excluded from it.
+            routed: for an expert, which tokens these are. Each counts as a sample.
         """
         raise NotImplementedError
 
@@ -240,7 +241,7 @@ class InputReader(Reader):
             with torch.no_grad():
                 given = self.checked_input(name, module, args, kwargs)
                 x, channel_dim = given.detach(), input_dim(module, given)
-                if channel_dim == 0:  # without a dimension of samples
+                if channel_dim == 0:  # it has no dimension of samples
                     x, channel_dim = x.unsqueeze(0), 1
                 self.note_call(name, x, channel_dim)
                 if self._latest is not None and self._latest.is_of(given, channel_dim, name):
@@ -254,7 +255,7 @@ class InputReader(Reader):
         return hook
 
     def _end_reading(self) -> None:
-        """No more modules share what was read last: add it."""
+        """Add what was read last: no more modules share it."""
         if self._latest is not None:
             for field, values in self._latest.fields.items():
                 self.sums.add(tuple(self._latest.modules), field, values)
@@ -308,7 +309,7 @@ class InputReader(Reader):
         return x
 
     def note_call(self, name: str, x: Tensor, channel_dim: int) -> None:
-        """The coverage says that the layer was called, and where padding counts."""
+        """Record in the coverage that the layer was called, and whether padding counts."""
         self.called.add(name)
         if self.part.ignores_mask(x, channel_dim):
             assert self.part.valid is not None
@@ -317,28 +318,28 @@ class InputReader(Reader):
 
 
 class _Reading:
-    """What was read of a tensor, for all modules in a row that are given it: query, key and value, gate and up.
+    """What was read from a tensor, for consecutive modules that get it: query, key and value, gate and up.
 
     Args:
         x: the tensor.
-        channel_dim: of it.
-        module: which was given it first.
+        channel_dim: its channel dimension.
+        module: the first module that got it.
         fields: what was read.
         part: keeps the copies that readers share.
 
     Attributes:
-        modules: that were given it so far.
+        modules: the modules that got it so far.
     """
 
     def __init__(self, x: Tensor, channel_dim: int, module: str, fields: Mapping[str, Tensor], part: Part) -> None:
         self.x, self.channel_dim, self.fields = x, channel_dim, fields
         self.modules = [module]
-        # Tensors of inference mode count no changes: values are compared instead, and on a GPU the host waits for it.
+        # Tensors in inference mode have no version counter: values are compared, and on a GPU the host waits.
         self._values = part.copy_of(x) if x.is_inference() else None
         self._version = None if x.is_inference() else x._version
 
     def is_of(self, x: Tensor, channel_dim: int, module: str) -> bool:
-        """Whether another module is given the same tensor, which is what it was."""
+        """Whether another module gets the same, unchanged tensor."""
         if x is not self.x or channel_dim != self.channel_dim or module in self.modules:
             return False
         if self._values is None:

@@ -27,7 +27,7 @@ from obc.tensor_file import save_tensors
 
 _FORMAT = "obc.Statistics/1"
 
-# Statistic -> what it gives back for one module. A new one is a line here.
+# Statistic -> its result for one module. A new statistic needs a line here.
 RESULTS: dict[str, type[Any]] = {
     "moments": ChannelMoments,
     "gram": GramSum,
@@ -37,13 +37,13 @@ RESULTS: dict[str, type[Any]] = {
     "weight_gradients": WeightGradientSums,
 }
 
-OPTIONAL = (("weight_gradients", "square"),)  # what a statistic may have left out
+OPTIONAL = (("weight_gradients", "square"),)  # fields that a statistic may lack
 
 Value = TypeVar("Value")
 
 
 class ByModule(Mapping[str, Value], Generic[Value]):
-    """One statistic's results by module name; asking for a module that was not read says why it was not."""
+    """One statistic's results by module name; looking up a module that was not read raises with the reason."""
 
     def __init__(self, name: str, values: Mapping[str, Value], coverage: Mapping[str, Coverage]) -> None:
         self._name, self._values, self._coverage = name, dict(values), dict(coverage)
@@ -68,17 +68,17 @@ class ByModule(Mapping[str, Value], Generic[Value]):
 class Statistics:
     """What :func:`obc.collect` read: sums over all positions, samples or rows, not means.
 
-    ``rows[module]`` is as ``Scores.rows``; ``moments[module]``, ``gram[module]``, ``gradient_moments[module]``,
+    ``rows[module]`` is as in ``Scores.rows``; ``moments[module]``, ``gram[module]``, ``gradient_moments[module]``,
     ``experts[module]`` and ``blocks[module]`` are :class:`obc.statistics.ChannelMoments`, ``GramSum``,
     ``ChannelGradients``, ``ExpertSums`` and ``BlockSums``.
 
     Attributes:
         collected: names of the statistics that were collected.
-        num_batches: batches that were run, of all processes.
+        num_batches: number of batches that were run, on all processes.
         coverage: statistic -> module -> how it was read, or why not (:class:`obc.Coverage`).
         left_out: what was left out of which statistic because it was not finite.
         metadata: model class, kind of rows, obc's version.
-        report: time and memory; None for statistics that were loaded without.
+        report: time and memory; None for loaded statistics without a report.
     """
 
     def __init__(
@@ -133,10 +133,10 @@ class Statistics:
         return self._of("weight_gradients")
 
     def require(self, names: Sequence[str], what: str) -> None:
-        """Check that these statistics are here.
+        """Check that these statistics were collected.
 
         Raises:
-            StatisticsError: one is not; it says what was collected and what ``what`` needs.
+            StatisticsError: one was not; the message says what was collected and what ``what`` needs.
         """
         for name in names:
             if name not in self.collected:
@@ -165,7 +165,7 @@ class Statistics:
         """Write a safetensors file: one tensor per statistic, module and sum, everything else as metadata.
 
         Raises:
-            OSError: the file can't be written; a file that was there is what it was.
+            OSError: the file can't be written; an existing file is left unchanged.
         """
         tensors: dict[str, Tensor] = {}
         numbers: dict[str, dict[str, dict[str, float]]] = {}
@@ -198,8 +198,8 @@ class Statistics:
         """Read a file written by :meth:`save`.
 
         Raises:
-            StatisticsError: the file is none, or is damaged.
-            FileNotFoundError: there is no such file.
+            StatisticsError: the file is not one of statistics, or is damaged.
+            FileNotFoundError: the file does not exist.
         """
         if not Path(path).exists():
             raise FileNotFoundError(f"no file of statistics at {path}")

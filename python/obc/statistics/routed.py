@@ -1,8 +1,7 @@
-"""What the experts of a mixture read inside a module that holds all of them as three-dimensional parameters.
+"""Inputs of experts inside a module that holds all of them as three-dimensional parameters.
 
-Such a module is called with hidden states (T, d), expert indices (T, k) and weights (T, k). Expert e computes
-down_e h with h = act(gate_e x) * up_e x; h, the input of its down projection, is nowhere a module's input and is
-computed once more.
+Such a module is called with hidden states (T, d), expert indices (T, k) and weights (T, k). Expert e computes down_e h
+with h = act(gate_e x) * up_e x. The input h of its down projection is no module's input and is recomputed.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from torch.nn import functional as F
 
 from obc.model.experts import DOWN, GATE_UP, fused_experts
 
-# What experts return may differ by rounding from what their parts do.
+# The experts' output may differ by rounding from the output of their parts.
 _AGREEMENT, _AGREEMENT_OF_HALF = 1e-3, 5e-2
 
 
 @dataclass(frozen=True, eq=False)
 class RoutedInput:
-    """What one expert's down projection reads in one call.
+    """The input of one expert's down projection in one call.
 
     Attributes:
-        expert: its number.
+        expert: number of the expert.
         x: (n, width).
-        tokens: (n,) int64: which of the call's tokens they come from.
-        total: tokens of the call.
-        gates: (n,) what the expert's outputs are multiplied with.
+        tokens: (n,) int64, the call's tokens that they come from.
+        total: number of tokens in the call.
+        gates: (n,) the factors of the expert's outputs.
     """
 
     expert: int
@@ -40,12 +39,12 @@ class RoutedInput:
     gates: Tensor
 
     def where(self, counted: Tensor) -> RoutedInput:
-        """Of the tokens for which ``counted``, (n,) bool, is true."""
+        """The same for the tokens where ``counted``, (n,) bool, is true."""
         return RoutedInput(self.expert, self.x[counted], self.tokens[counted], self.total, self.gates[counted])
 
 
 def expert_count(module: nn.Module) -> int:
-    """How many experts the module holds."""
+    """The number of experts in the module."""
     return len(_weights(module)[1])
 
 
@@ -56,7 +55,7 @@ def _weights(module: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def expert_name(module: str, expert: int) -> str:
-    """The name under which statistics of one expert are found."""
+    """The name of one expert's statistics."""
     return f"{module}[{expert}]"
 
 
@@ -86,7 +85,7 @@ def is_routed_call(inputs: Sequence[Any]) -> bool:
 
 
 def routed_inputs(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Iterator[RoutedInput]:
-    """What the down projection of every expert that tokens were routed to reads."""
+    """The input of the down projection of every expert that got tokens."""
     gate_up, down = _weights(module)
     for expert in range(len(down)):
         tokens, slots = torch.where(indices == expert)
@@ -97,7 +96,7 @@ def routed_inputs(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor)
 
 
 def make_up(module: nn.Module, inputs: Sequence[RoutedInput], output: Any) -> bool:
-    """Whether the experts' down projections of these inputs, weighted and added, are what the module returned."""
+    """Whether the experts' down projections of these inputs, weighted and added, equal the module's output."""
     if not isinstance(output, Tensor) or output.dim() != 2:
         return False
     total = torch.zeros(output.shape, dtype=torch.promote_types(output.dtype, torch.float32), device=output.device)

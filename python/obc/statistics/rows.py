@@ -1,4 +1,4 @@
-"""Rows of the Jacobian Criterion as a statistic of the same run, read by the scorer."""
+"""Rows of the Jacobian Criterion as a statistic, read by the scorer in the same run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Rows:
     backward: ClassVar[bool] = True
 
     def wanted(self, model: nn.Module, groups: Groups) -> dict[str, set[Side]] | None:
-        """The modules to read, and what of each: "in" channels, "out" channels or both; None: all of all."""
+        """The modules to read, with their sides; None reads both sides of all."""
         if self.slices not in ("gate", "all"):
             raise StatisticsError(f"Rows(slices=...) must be 'gate' or 'all', got {self.slices!r}")
         if groups is None:

@@ -76,45 +76,45 @@ def collect(
     "blocks"             residual blocks       forward  cosine, angle, squared norms of input, output, difference
     ==================== ===================== ======== ===========================================================
 
-    The model is in eval mode meanwhile and is left as it was, also after an exception. Sums are accumulated on the
-    device of what is read: one batch in float32 (float64 for float64 models), all batches in float64. A batch whose
-    summands of one statistic are not finite is left out of that statistic and named in ``left_out``; modules that were
-    never called are named in ``coverage`` and in a warning.
+    The model is in eval mode meanwhile and is restored afterwards, also after an exception. Sums are accumulated on the
+    device of the activations: one batch in float32 (float64 for float64 models), all batches in float64. If a batch's
+    summands for a statistic are not finite, the batch is left out of that statistic and named in ``left_out``. Modules
+    that were never called are named in ``coverage`` and in a warning.
 
-    Padding: where a batch is a mapping with an ``attention_mask`` (B, T), positions with 0 are left out of everything
-    but rows and gradients' losses, which ``loss_fn`` masks.
+    Padding: if a batch is a mapping with an ``attention_mask`` (B, T), positions with 0 are ignored, except in rows and
+    in the losses of gradients, which ``loss_fn`` masks.
 
     Models larger than the device: ``by_block=True`` runs one residual block on all batches before the next one, with
-    the weights of that block alone on the device, for every statistic that needs no loss. The sums are those of a run
-    without it, to rounding; they are held on the host. A batch that is not finite is left out from the block on in
-    which that shows.
+    only that block's weights on the device, for every statistic that needs no loss. The sums equal those of a normal
+    run up to rounding and are held on the host. A batch that is not finite is left out from the first block where that
+    shows.
 
     Args:
         model: any module that is not compiled; put the batches on its device yourself.
         batches: any iterable.
-        loss_fn: ``loss_fn(model, batch)``: a scalar, or with ``rows="sample"`` the vector (B,) of per-sample losses.
-            Where no statistic needs gradients it may be None, or is run forward only, under ``inference_mode``.
+        loss_fn: ``loss_fn(model, batch)`` returns a scalar, or with ``rows="sample"`` the vector (B,) of per-sample
+            losses. If no statistic needs gradients, it may be None, or is run forward only, under ``inference_mode``.
         statistics: names, or objects with options such as ``obc.statistics.Gram(weight=...)``.
-        groups: only what these groups need is read: their consumers' inputs. None: every layer.
+        groups: read only what these groups need, their consumers' inputs. None reads every layer.
         rows: "batch": a loss is a batch's. "sample": a loss is a sample's.
-        micro_batch: run a batch in parts of at most so many samples; sums and batch rows stay those of the batch.
-        forward_fn: ``forward_fn(model, batch)`` where there is no loss; by default
+        micro_batch: run a batch in parts of at most this many samples; sums and batch rows stay those of the batch.
+        forward_fn: ``forward_fn(model, batch)``, used without a loss; by default
             :func:`obc.model.evaluation.call_on_batch`.
-        checkpoint: a file that the state is written to after every ``every`` batches; a run that was killed and is
-            started again with the same arguments goes on from it, to the same bits (:func:`obc.score`).
-        every: batches between checkpoints; with ``by_block`` one is written after each block, and a run that goes on
-            runs the blocks before it again without reading them.
-        by_block: run block by block; :class:`obc.statistics.ByBlock` has the device, the weights' files and where
+        checkpoint: a file to which the state is written after every ``every`` batches; a run that was killed and is
+            started again with the same arguments resumes from it, to the same bits (:func:`obc.score`).
+        every: batches between checkpoints. With ``by_block`` one is written after each block, and a resumed run repeats
+            the blocks before it without reading them.
+        by_block: run block by block; :class:`obc.statistics.ByBlock` sets the device, the weights' files and where
             hidden states are stored. Batches are then kept in a list.
         progress: show a progress bar; None shows it in a terminal only.
-        process_group: processes with the same model and batches of their own: sums are added up, rows put below each
-            other, in the order of the processes. All of them return the same statistics.
+        process_group: processes with the same model and their own batches: sums are added, and rows concatenated in the
+            order of the processes. All of them return the same statistics.
 
     Raises:
-        StatisticsError: an unknown statistic, a loss that is missing, a Gram matrix that the device can't hold,
-            nothing to read, no batches, or no finite batch; with ``by_block``: blocks that do not follow each other, or
-            weights that are missing.
-        CheckpointError: the checkpoint is damaged, or of another run.
+        StatisticsError: an unknown statistic, a missing loss, a Gram matrix that the device can't hold, nothing to
+            read, no batches, or no finite batch; with ``by_block``, blocks that don't follow each other, or missing
+            weights.
+        CheckpointError: the checkpoint is damaged or belongs to another run.
     """
     if every < 1 or (micro_batch is not None and micro_batch < 1):
         raise StatisticsError(f"every and micro_batch must be at least 1, got {every} and {micro_batch}")
@@ -184,7 +184,7 @@ class _Run:
         logger.info("obc.collect holds %s", stated({name: reader.bytes() for name, reader in self.readers.items()}))
         self.report: Report | None = None
         self.saved: Checkpoint | None = None
-        self._losses: list[Tensor] = []  # of the batch read last
+        self._losses: list[Tensor] = []  # losses of the last batch
         self._left_out = 0  # how often something was not finite so far
 
     def _scorer(self, wanted: Mapping[str, set[Side]] | None) -> JacobianScorer:
@@ -253,7 +253,7 @@ class _Run:
         self.report = Report(earlier + time.perf_counter() - started, self.done, memory.read(), held + stored)
 
     def _judge(self, batches: UsableBatches) -> None:
-        """Decide whether later passes may use the batch read last. Reads from the device."""
+        """Decide whether later passes may use the last batch. Reads from the device."""
         lines = [line for reader in self.readers.values() for line in reader.sums.settle()]
         rows = 0 if self.scorer is None else self.scorer.count_left_out()
         left_out, self._left_out = self._left_out, len(lines) + rows
@@ -264,12 +264,12 @@ class _Run:
 
     @contextlib.contextmanager
     def _hooked(self) -> Iterator[None]:
-        """The readers' hooks in the model, which is in eval mode."""
+        """Attach the readers' hooks to the model, in eval mode."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             fast = torch.backends.mha.get_fastpath_enabled()
             stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
-            torch.backends.mha.set_fastpath_enabled(False)  # it calls no module
+            torch.backends.mha.set_fastpath_enabled(False)  # the fast path calls no submodule
             if self.backward and self.scorer is None:
                 stack.enter_context(frozen(self.model))
             for reader in self.readers.values():
@@ -279,7 +279,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _attached(self, call: Callable[..., Any]) -> Iterator[Callable[[Any], None]]:
-        """Attach the hooks; the context gives a function that reads one batch."""
+        """Attach the hooks; the context yields a function that reads one batch."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._hooked())
             if not self.backward:
@@ -312,7 +312,7 @@ class _Run:
         self._commit()
 
     def _parts(self, batch: Any) -> list[Any]:
-        """What is run at once."""
+        """The parts of a batch."""
         samples = 0 if self.micro_batch is None else samples_in(batch)
         step = self.micro_batch or 1
         if samples <= step:
@@ -335,7 +335,7 @@ class _Run:
                 reader.sums.commit(self.done)
 
     def statistics(self) -> Statistics:
-        """What was read, of all processes."""
+        """The statistics of all processes."""
         if self.process_group is not None:
             for reader in self.readers.values():
                 reader.sums.merge(self.process_group)
@@ -397,7 +397,7 @@ class _Run:
 
 
 def _merged(coverages: Sequence[Mapping[str, Mapping[str, Coverage]]]) -> dict[str, dict[str, Coverage]]:
-    """A module counts as read where any process read it."""
+    """Merge coverages: a module counts as read if any process read it."""
     merged: dict[str, dict[str, Coverage]] = {}
     for coverage in coverages:
         for name, modules in coverage.items():

@@ -1,4 +1,4 @@
-"""Running sums of one statistic. A batch's summands are kept apart until the batch is known to be finite."""
+"""Running sums of one statistic. A batch's summands are kept separate until the batch is known to be finite."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from torch import distributed as dist
 
 from obc.statistics.errors import StatisticsError
 
-Key = tuple[tuple[str, ...], str]  # the modules that the sum is of, all of which read the very same; field
+Key = tuple[tuple[str, ...], str]  # the modules with this sum, which read the very same tensor; field
 
-# Numbers that are converted to the totals' dtype at once: no converted copy of a whole matrix is made.
+# Numbers converted to the totals' dtype at once, so that no converted copy of a whole matrix is made.
 _AT_ONCE = 65536
 
 
 class Sums:
-    """Float64 sums per module and field, on the device of what is added.
+    """Float64 sums per module and field, on the device of the summands.
 
-    Modules that read the very same have one sum together, as long as they do: a module's sum is that of all keys it is
-    in. Adding reads nothing from a GPU: there, a batch that is not finite is replaced by zeros, and named when asked.
+    Modules share a sum as long as they read the very same tensor; a module's total adds all keys that contain it.
+    Adding reads nothing from a GPU: a batch that is not finite is replaced by zeros there, and named when asked.
 
     Args:
-        name: of the statistic.
-        checked: ``checked(module, field, summand)``: what of it shows whether it is finite; all of it by default.
-        to: where the totals lie; None: where the summands do.
-        dtype: of the totals.
-        reused: fields whose summands' memory :meth:`memory` gives out again.
-        unpacked: ``unpacked(module, field, total)``: the total as it is handed out.
+        name: name of the statistic.
+        checked: ``checked(module, field, summand)`` returns the part that shows whether it is finite; by default all of
+            it.
+        to: device of the totals; None: the summands' device.
+        dtype: dtype of the totals.
+        reused: fields whose summands' memory :meth:`memory` reuses.
+        unpacked: ``unpacked(module, field, total)`` converts a total for the caller.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class Sums:
             self._batch[key] = values
 
     def memory(self, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(count,) numbers to be overwritten and then added as one of the fields ``reused``."""
+        """(count,) numbers to overwrite and then add as one of the fields ``reused``."""
         for place, spare in enumerate(self._spare):
             if (spare.numel(), spare.dtype, spare.device) == (count, dtype, device):
                 return self._spare.pop(place)
         return torch.empty(count, dtype=dtype, device=device)
 
     def begin(self) -> None:
-        """Begin a batch, or begin it again: forget its summands."""
+        """Begin a batch, for the first time or again: forget its summands."""
         self._batch.clear()
 
     def hand_over(self, other: Sums) -> None:
@@ -95,7 +96,7 @@ class Sums:
             self._free(key, finite)
 
     def free_memory(self) -> None:
-        """Free the memory of earlier summands: other modules are read from now on, or none."""
+        """Free the memory of earlier summands, because other modules, or none, are read from now on."""
         self._spare.clear()
 
     def settle(self) -> list[str]:
@@ -107,7 +108,7 @@ class Sums:
         return self.left_out
 
     def take(self) -> dict[str, dict[str, Tensor]]:
-        """Module -> field -> sum, and forget them. Modules that always read the same get the same tensor."""
+        """Module -> field -> sum; clears them. Modules that always read the same tensor get the same sum."""
         self.free_memory()
         found: dict[str, dict[str, Tensor]] = {}
         for modules, field in list(self.totals):
@@ -118,7 +119,7 @@ class Sums:
         return found
 
     def merge(self, group: object) -> None:
-        """Add up the sums of all processes; what one of them never read counts as zero there."""
+        """Add up the sums of all processes; a sum that a process lacks counts as zero."""
         mine = {key: tuple(total.shape) for key, total in self.totals.items()}
         everyone: list[Mapping[Key, tuple[int, ...]]] = [{}] * dist.get_world_size(group)  # type: ignore[arg-type]
         dist.all_gather_object(everyone, mine, group=group)  # type: ignore[arg-type]
@@ -136,7 +137,7 @@ class Sums:
             dist.all_reduce(total, group=group)  # type: ignore[arg-type]
 
     def _free(self, key: Key, values: Tensor) -> None:
-        """``values`` has been added."""
+        """Reuse or release ``values``, which has been added."""
         if key[1] in self.reused:
             self._spare.append(values)
 
@@ -158,16 +159,16 @@ class Sums:
 
     def _name(self, batch: int, keys: list[Key], flags: Tensor) -> None:
         if any(line.startswith(f"batch {batch}: ") for line in self.left_out):
-            return  # of an earlier block
+            return  # it belongs to an earlier block
         module = next(key[0][0] for key, finite in zip(keys, flags.tolist(), strict=True) if not finite)
         self.left_out.append(f"batch {batch}: {self.name} of {module!r} is not finite; the batch was left out of it")
 
 
 def _finite(tensors: list[Tensor]) -> Tensor:
-    """(tensors,) bool, on the device of the first."""
+    """(tensors,) bool, on the first one's device."""
     return torch.stack([tensor.isfinite().all().to(tensors[0].device) for tensor in tensors])
 
 
 def reads_at_once(device: torch.device) -> bool:
-    """Whether it costs nothing to ask if a batch was finite; on a GPU the host would wait."""
+    """Whether asking if a batch was finite costs nothing; on a GPU the host would wait."""
     return device.type == "cpu"

@@ -1,4 +1,4 @@
-"""Symmetric matrices as the block rows on and above their diagonal, one behind the other in a vector."""
+"""Symmetric matrices as block rows on and above their diagonal, concatenated in a vector."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Every block row is a product of its own, so that narrower blocks would make many small ones.
+# Every block row is a separate product, so narrower blocks would make many small ones.
 _NARROWEST = 128
-# Halving blocks once more than so saves less than a thirtieth of the multiplications.
+# Further halving of blocks saves less than a thirtieth of the multiplications.
 _MOST_BLOCKS = 16
 
 
@@ -19,8 +19,8 @@ _MOST_BLOCKS = 16
 class Triangle:
     """How a symmetric (width, width) matrix is packed.
 
-    Block row i holds the rows i * block and following, from the first column of the block on the diagonal to the last
-    one, contiguously. With k block rows that is (k + 1) / 2k of the matrix.
+    Block row i holds the rows from i * block on, contiguously, from the first column of its diagonal block to the last
+    column. With k block rows this is (k + 1) / 2k of the matrix.
     """
 
     width: int
@@ -39,7 +39,7 @@ class Triangle:
 
         Args:
             packed: (numbers,).
-            left: (positions, width), in any layout.
+            left: (positions, width), with any strides.
             right: the same, with left^T right symmetric.
             beta: 0 or 1.
         """
@@ -54,7 +54,7 @@ class Triangle:
         return torch.cat([stored.diagonal() for _, stored in self._blocks(packed)])
 
     def unpacked(self, packed: Tensor) -> Tensor:
-        """(width, width) the matrix, symmetric to the bit."""
+        """(width, width) the matrix, exactly symmetric."""
         whole = packed.new_empty(self.width, self.width)
         for start, stored in self._blocks(packed):
             end = start + len(stored)
@@ -77,7 +77,7 @@ class Triangle:
             yield start, min(self.block, self.width - start)
 
     def _blocks(self, packed: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """The first row of each block row, and the block row (rows, width - first row), a view."""
+        """The first row of each block row, and the block row (rows, width - first row) as a view."""
         begin = 0
         for start, rows in self._rows():
             count = rows * (self.width - start)
@@ -86,13 +86,13 @@ class Triangle:
 
 
 def computes_half(device: torch.device) -> bool:
-    """Whether the block rows are products of their own; on a GPU there is one whole product."""
+    """Whether the block rows are separate products; on a GPU there is one whole product."""
     return device.type == "cpu"
 
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of float32 in float32: TF32 keeps ten bits, which a matrix that is to be inverted can't spare."""
+    """Compute float32 products in float32: TF32 keeps ten bits, too few for a matrix that is to be inverted."""
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")

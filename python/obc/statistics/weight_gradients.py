@@ -22,9 +22,9 @@ class WeightGradientSums:
     """Sums over the rows n of one layer's weight gradient; tensors are shaped like the weight, float32.
 
     Attributes:
-        count: rows: batches.
+        count: number of rows, that is, batches.
         total: sum dL_n/dw.
-        square: sum (dL_n/dw)^2, or None where it was not asked for.
+        square: sum (dL_n/dw)^2, or None if it was not requested.
     """
 
     count: int
@@ -34,14 +34,14 @@ class WeightGradientSums:
 
 @dataclass(frozen=True)
 class WeightGradients:
-    """Sums of the weight gradients of every layer that the groups slice, one row a batch. Needs a loss.
+    """Sums of the weight gradients of every layer that the groups slice, one row per batch. Needs a loss.
 
-    Takes two weights in float32 a layer (three with ``square``), besides the gradient itself: unlike every other
-    statistic its memory is of the model's size, which is why its sums are not float64. It can't be collected together
-    with rows, which freeze the weights.
+    Takes two float32 weights per layer (three with ``square``), in addition to the gradient. Unlike all other
+    statistics it needs memory of the model's size, so its sums are not float64. It can't be collected together with
+    rows, which freeze the weights.
 
     Args:
-        square: also the sum of squares.
+        square: also collect the sum of squares.
     """
 
     square: bool = False
@@ -57,7 +57,7 @@ class WeightGradients:
 
 
 class _Reader(Reader):
-    """Parts of a batch add up in the weight's gradient before it is squared."""
+    """Adds the parts of a batch in the weight's gradient before squaring."""
 
     def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups, square: bool) -> None:
         super().__init__(sums, part)
@@ -112,7 +112,7 @@ class _Reader(Reader):
 
 
 class _Restoration:
-    """Gives a weight its own gradient and flag back."""
+    """Restores a weight's own gradient and flag."""
 
     def __init__(self, weight: nn.Parameter) -> None:
         self._weight, self._before = weight, (weight.requires_grad, weight.grad)
@@ -125,7 +125,7 @@ class _Restoration:
 
 
 def floating_weight(module: nn.Module) -> nn.Parameter | None:
-    """The weight of a layer that has slices on both sides, where it is one of floating numbers."""
+    """The weight of a layer with slices on both sides, if it is a floating-point parameter."""
     weight = module.in_proj_weight if isinstance(module, nn.MultiheadAttention) else None
     if weight is None and layout_of(module) is not None:
         weight = module._parameters.get("weight")
