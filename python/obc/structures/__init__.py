@@ -1,1 +1,1 @@
-"""What can be removed from a model: the protocol, traced structures, transformers by blocks."""
+"""What can be removed from a model: the protocol, structures found by tracing, and transformers by blocks."""

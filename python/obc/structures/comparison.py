@@ -1,9 +1,9 @@
-"""The comparison of two models on the same batch: what every layer reads, and what the models return.
+"""Compares two models on the same batch: the inputs of every layer, and the models' outputs.
 
-Of what a layer reads, one number a channel is kept: the sum over all positions, each weighted by a random number that
-is the same for both models. Two channels, or two positions, that changed places give other sums. This sees a channel in
-a wrong place where the output hides it, behind a weight of zero or one too small for float32, and it says where two
-models part.
+For each channel that a layer reads, one number is kept: the sum over all positions, each weighted by a random number
+that is the same for both models. If two channels or positions swap places, the sums differ. This detects a misplaced
+channel even where the output hides it, behind a weight that is zero or too small for float32, and it tells where two
+models diverge.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from obc.model.precision import tf32_is_allowed
 from obc.model.rules import Rule, rule_for
 from obc.structures.units import without
 
-# Roundings per layer that may add up, like a random walk over the layers, in float32 and float64.
+# Roundings per layer that may accumulate like a random walk over the layers, in float32 and float64.
 _ROUNDINGS = 1000
-# Half precision is coarser: this many roundings are allowed, even where they come to more than this share.
+# Half precision is coarser: this many roundings are allowed, even if they exceed this share.
 _FEW_ROUNDINGS, _SMALL_SHARE = 4, 1e-2
 # A fault changes a value by about the size of the value.
 _LARGEST = 0.5
@@ -52,12 +52,12 @@ class Observation:
     """One forward pass.
 
     Attributes:
-        readings: layer -> one for every call, in the order of first calls.
+        readings: layer -> one reading per call, in the order of first calls.
         outputs: the floating tensors that were returned.
         called: modules that were called.
-        modules: all that the model has, but for what stands in for others.
+        modules: all modules of the model except stand-ins.
         rounding: the coarsest relative rounding of the numbers that layers read and returned.
-        calls: of layers.
+        calls: number of calls of layers.
     """
 
     readings: dict[str, list[Reading]] = field(default_factory=dict)
@@ -71,16 +71,16 @@ class Observation:
     def tolerance(self) -> float:
         """The largest relative difference that rounding explains, from the dtype and the number of layers.
 
-        1000 roundings, times the root of the number of layers: 1e-3 of float32 and 2e-12 of float64 at 100 layers.
-        Above a hundredth only 4 roundings: 0.3 of bfloat16 at 100 layers, where a channel in a wrong place is off by
-        about 1.4. So half precision is proved by what layers read; of its outputs only large differences are seen.
+        1000 roundings times the root of the number of layers: at 100 layers 1e-3 for float32 and 2e-12 for float64.
+        Above a hundredth only 4 roundings: 0.3 for bfloat16 at 100 layers, where a misplaced channel is off by about
+        1.4. Half precision is thus proved by what layers read; in its outputs only large differences show.
         """
         walk = self.rounding * math.sqrt(max(self.calls, 1))
         return min(_ROUNDINGS * walk, max(_FEW_ROUNDINGS * walk, _SMALL_SHARE), _LARGEST)
 
     @property
     def finite(self) -> bool:
-        """Whether all that was returned is finite."""
+        """Whether all outputs are finite."""
         return all(bool(torch.isfinite(leaf).all()) for leaf in self.outputs)
 
 
@@ -89,9 +89,8 @@ class Difference:
     """The difference between two models.
 
     Attributes:
-        error: the largest relative difference; infinite where shapes differ.
-        where: the first layer, or output, where it is above the tolerance, and what is the matter; None where it is
-            nowhere.
+        error: the largest relative difference; infinite if shapes differ.
+        where: the first layer or output where it exceeds the tolerance, with the fault; None if there is none.
     """
 
     error: float
@@ -102,9 +101,9 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], lost: Mapping[str
     """Run ``model`` once in eval mode, without gradients and with the same random numbers every time.
 
     Args:
-        model: given to ``run``.
+        model: the argument of ``run``.
         run: returns what the model returns, in any nesting.
-        lost: layer -> channels that are left out of what it reads.
+        lost: layer -> channels to leave out of what it reads.
     """
     seen = Observation()
     handles = []
@@ -128,7 +127,7 @@ def run_alike(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]
 
 
 def _recorder(seen: Observation, name: str, lost: Tensor | None) -> Callable[..., None]:
-    """A forward hook that notes what one call of the layer ``name`` reads, without the channels ``lost``."""
+    """A forward hook that records what one call of the layer ``name`` reads, without the channels ``lost``."""
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         seen.called.add(name)
@@ -148,12 +147,12 @@ def _recorder(seen: Observation, name: str, lost: Tensor | None) -> Callable[...
 
 
 def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """What a layer reads: the first that it is called with, by place or by name; None where there is nothing."""
+    """A layer's input: the first argument of its call, positional or by name; None if there is none."""
     return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _rounding(tensor: Tensor) -> float:
-    """Relative rounding of the arithmetic on a tensor: GPUs may multiply float32 with eleven bits (TF32)."""
+    """Relative rounding of arithmetic on a tensor: GPUs may multiply float32 with eleven bits (TF32)."""
     precise = torch.finfo(tensor.dtype).eps
     if tensor.dtype == torch.float32 and tensor.device.type == "cuda":
         return 2.0**-11 if tf32_is_allowed() else precise
@@ -183,7 +182,7 @@ def _same_random_numbers(model: nn.Module) -> Iterator[None]:
 
 
 def compare(expected: Observation, got: Observation) -> Difference:
-    """The difference of ``got`` from ``expected``: by channel of what layers read, by tensor of what is returned."""
+    """The difference of ``got`` from ``expected``: per channel of layers' inputs, per tensor of outputs."""
     tolerance, largest = expected.tolerance, 0.0
     for name, readings in got.readings.items():
         wanted = expected.readings.get(name, [])
@@ -196,7 +195,7 @@ def compare(expected: Observation, got: Observation) -> Difference:
             largest = max(largest, error)
             if not error <= tolerance:
                 return Difference(largest, f"what {name} reads differs by {error:.2g}")
-    # What is in a block or branch that is gone does not run any more.
+    # Modules in removed blocks and branches don't run any more.
     if lacking := [name for name in expected.readings if name not in got.readings and name in got.modules]:
         return Difference(math.inf, f"{lacking[0]} does not run")
     if (shapes := _shapes(expected)) != (other_shapes := _shapes(got)):
@@ -214,11 +213,11 @@ def _shapes(seen: Observation) -> list[tuple[int, ...]]:
 
 
 def _channel_error(one: Reading, other: Reading) -> float:
-    """The largest difference of a channel, relative to its size, or to the mean size where it is smaller."""
+    """The largest difference of a channel, relative to its size, or to the mean size if that is larger."""
     if not len(one.sums):
         return 0.0
     sizes = torch.maximum(one.sizes, one.sizes.mean())
-    sizes = torch.where(sizes > 0, sizes, other.sizes)  # of nothing, the other's
+    sizes = torch.where(sizes > 0, sizes, other.sizes)  # if it is zero, the other's
     error = (other.sums - one.sums).abs() / torch.where(sizes > 0, sizes, torch.ones_like(sizes))
     worst = float(error.max())
     return math.inf if math.isnan(worst) else worst

@@ -1,4 +1,4 @@
-"""The MACs that a model executes in one forward pass, counted operation by operation, for each module."""
+"""Counts the MACs that a model executes in one forward pass, per module and operation by operation."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from obc.model.names import named_modules
 
 
 def _grouped_product(a_shape: Any, b_shape: Any, *args: Any, **kwargs: Any) -> int:
-    """FLOPs of (rows, in) times (groups, in, out), every row with the matrix of its own group."""
+    """FLOPs of (rows, in) times (groups, in, out), where every row uses the matrix of its group."""
     return 2 * int(torch.Size(a_shape).numel()) * int(b_shape[-1])
 
 
 def counted_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, float]:
     """MACs of the operations in each module's own forward, without those in modules inside it.
 
-    Products of matrices and convolutions count, attention's as well, by torch's own counter
-    (``torch.utils.flop_counter``, two FLOPs a MAC); element-wise operations don't. A module that never ran is left out.
+    Matrix products and convolutions count, including attention's, by torch's own counter (``torch.utils.flop_counter``,
+    two FLOPs per MAC); element-wise operations don't. Modules that never ran are omitted.
 
     Args:
-        model: run once, in eval mode and without gradients.
+        model: the model, run once, in eval mode and without gradients.
         run: ``run(model)`` calls it.
 
     Raises:
         PruningError: the model fails while it is counted.
     """
-    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which import obc does without
+    from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which importing obc avoids
 
     names = {module: name for name, module in named_modules(model)}
     own: dict[str, float] = {}
-    # Of every module that is running: FLOPs counted when it began, and those of the modules inside it so far.
+    # For every running module: FLOPs counted when it began, and those of the modules inside it so far.
     running: list[list[float]] = []
     grouped = torch.ops.aten._grouped_mm
     counter = FlopCounterMode(display=False, custom_mapping={grouped: _grouped_product})
@@ -58,8 +58,8 @@ def counted_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str,
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:
-            parameter.requires_grad_(False)  # torch's counter looks for gradient functions, which nothing has here
-        # Fused attention has kernels that torch does not count; plain products of matrices are.
+            parameter.requires_grad_(False)  # torch's counter looks for gradient functions, which don't exist here
+        # torch does not count kernels of fused attention, but it counts plain matrix products.
         counting = explained(model, "counting its MACs on the first batch", remedy)
         with counting, evaluating(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             run(model)

@@ -1,4 +1,4 @@
-"""Measuring a latency table: the layers of every group by themselves, at a few widths of the group."""
+"""Measures a latency table: the layers of every group alone, at a few widths of the group."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from obc.model.timing import median_seconds
 from obc.selection.uniform import permitted_widths
 from obc.structures.protocol import Limits, Provable
 
-# Seconds of a call; the second argument says where its work is done.
+# Seconds of a call; the second argument is the device that does the work.
 Timer = Callable[[Callable[[], Any], torch.device], float]
 Run = Callable[[nn.Module], Any]
 POINTS = 8
@@ -29,19 +29,19 @@ POINTS = 8
 def measure_latency(
     structure: Provable, run: Run, *, points: int = POINTS, round_to: int | None = None, timer: Timer | None = None
 ) -> LatencyTable:
-    """Time the layers of every group of ``structure`` at a few widths, on the device where its model is.
+    """Time the layers of every group of ``structure`` at a few widths, on the model's device.
 
-    For every group and width a copy that shares the model's weights loses the other units and runs once; then the
-    group's layers run by themselves, again and again, on the inputs that they had: the layers of its slices, or the
-    smallest module around them all where no other group lies in it, so that the products of attention and activations
-    count. Groups that are alike in all shapes are measured once. The unpruned model is timed as a whole: what its
-    groups do not account for is ``rest``.
+    For every group and width, a copy that shares the model's weights loses the other units and runs once. Then the
+    group's layers run alone, repeatedly, on the inputs that they had: the layers of its slices, or the smallest module
+    that contains them if no other group lies in it, so that attention's products and activations count. Groups with
+    equal shapes are measured once. The unpruned model is timed as a whole; ``rest`` is what its groups do not account
+    for.
 
     Args:
-        structure: its model stays as it is.
+        structure: the structure; its model is not changed.
         run: ``run(model)`` runs it on inputs that are always the same, such as one batch.
-        points: so many widths, about equally far apart up to the group's own.
-        round_to: widths of channels are multiples of it.
+        points: the number of widths, about equally spaced up to the group's own.
+        round_to: widths of channels are multiples of this.
         timer: ``timer(call, device)`` returns the seconds of ``call()``; by default the median of 15 calls
             (:func:`obc.model.timing.median_seconds`).
 
@@ -145,7 +145,7 @@ class _Measurement:
             return self.timer(call, self.device)
 
     def _calls(self, model: nn.Module, places: Collection[str] | None) -> dict[str, list[_Call]]:
-        """What the modules named, or all, are called with in one run."""
+        """The arguments of the named modules, or of all, in one run."""
         calls: dict[str, list[_Call]] = {}
         handles = []
         for name, module in named_modules(model):
@@ -173,7 +173,7 @@ def _signature(group: ChannelGroup) -> Hashable:
 
 
 def _described(module: nn.Module, calls: Sequence[_Call]) -> Hashable:
-    """Equal for modules that do the same work."""
+    """A key that is equal for modules that do the same work."""
     parameters = tuple((name, tuple(one.shape), one.dtype) for name, one in module.named_parameters())
     attributes = tuple(
         (key, value)
@@ -193,7 +193,7 @@ def _places(model: nn.Module, groups: Sequence[ChannelGroup], called: Collection
     found: dict[str, list[str]] = {}
     for group in groups:
         layers = dict.fromkeys(_running(part.module, called) for part in group.slices)
-        # A module around a bare parameter is timed for it, unless layers that are timed by themselves lie in it.
+        # A module with a bare parameter is timed for it, unless it contains layers that are timed separately.
         found[group.name] = [
             one for one in layers if one and (one in own or group.is_depth or not any(_inside(two, one) for two in own))
         ]
@@ -208,7 +208,7 @@ def _places(model: nn.Module, groups: Sequence[ChannelGroup], called: Collection
 
 
 def _running(name: str, called: Collection[str]) -> str:
-    """The module of this name, or the innermost one around it that runs by itself; "" where that is the model."""
+    """The module of this name, or the innermost one around it that runs by itself; "" if that is the model."""
     while name and name not in called:
         name = name.rpartition(".")[0]
     return name
@@ -220,7 +220,7 @@ def _inside(name: str, other: str) -> bool:
 
 
 def _common(names: Sequence[str]) -> str:
-    """The longest name that all names lie in."""
+    """The longest name that contains all names."""
     parts = [name.split(".") for name in names]
     shared = []
     for words in zip(*parts, strict=False):
@@ -231,10 +231,10 @@ def _common(names: Sequence[str]) -> str:
 
 
 class _Shares:
-    """How the time of a layer is divided among the groups that lie in it.
+    """How a layer's time is divided among the groups in it.
 
-    Of the groups on one side of a layer each has the share of its channels. A layer with outputs of g and inputs of h
-    is shared by both.
+    The groups on one side of a layer get shares in proportion to their channels. A layer with outputs in g and inputs
+    in h is shared by both.
     """
 
     def __init__(self, groups: Mapping[str, ChannelGroup], places: Mapping[str, Sequence[str]]) -> None:
@@ -253,7 +253,7 @@ class _Shares:
                     by_group[name] /= total
 
     def own(self, name: str, full: Mapping[str, float], now: Mapping[str, float]) -> list[float]:
-        """By place what of its seconds ``now`` is the group's; ``full``: seconds in the unpruned model."""
+        """For each place, the group's part of the seconds ``now``; ``full``: seconds in the unpruned model."""
         return [seconds - full[place] * (1 - self._share(place, name)) for place, seconds in now.items()]
 
     def _share(self, place: str, name: str) -> float:
@@ -263,7 +263,7 @@ class _Shares:
         return outputs + inputs - outputs * inputs
 
     def pairs(self, full: Mapping[str, float]) -> list[SharedSeconds]:
-        """What two groups share."""
+        """The seconds that two groups share."""
         found: dict[tuple[str, str], float] = {}
         for place, sides in self._of_place.items():
             for one, share in sides["out"].items():

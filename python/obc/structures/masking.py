@@ -1,15 +1,15 @@
-"""The model that pruning must reproduce: the unpruned one with the removed units at zero wherever they are read.
+"""The model that pruning must reproduce: the unpruned one in which removed units are read as zero.
 
-A layer that reads a channel at zero, and one whose weights for the channel are zero, compute the same. So the columns
-of the consumers' weights are set to zero: that also reaches layers whose weights are used without calling them.
+A layer that reads a zero channel computes the same as one whose weights for the channel are zero. So the columns of the
+consumers' weights are set to zero; this also works for layers whose weights are used without calling them.
 
-Three kinds of modules compute something else without a channel than with the channel at zero, and have counterparts
-that are exact: norms over channels take their statistics from the channels that stay; routers give the removed experts
-a logit of minus infinity; :class:`torch.nn.MultiheadAttention`, where it loses channels inside its heads, scales its
-products by the width that remains.
+Three kinds of modules compute something else without a channel than with a zero channel, and get exact counterparts:
+norms over channels take their statistics from the remaining channels; routers give removed experts a logit of minus
+infinity; :class:`torch.nn.MultiheadAttention`, if it loses channels inside its heads, scales its products by the
+remaining width.
 
-A whole block without its unit returns what it was given; a branch returns zeros. Both run nevertheless, so that what
-stands in for them in the pruned model is held against the real ones.
+A whole block without its unit returns its input; a branch returns zeros. Both still run, so that their stand-ins in the
+pruned model are compared with the real ones.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class UnmaskableError(ValueError):
 
 
 def lost_channels(groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> Lost:
-    """(module, side) -> the channels, ascending, that go with these units of each named group."""
+    """(module, side) -> the channels, ascending, that are removed with these units of each named group."""
     lost: Lost = {}
     for group in groups:
         units = removed.get(group.name)
@@ -57,7 +57,7 @@ def lost_channels(groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor])
 
 
 def unmaskable(model: nn.Module, groups: Iterable[ChannelGroup]) -> dict[str, str]:
-    """Group name -> why its units can't be masked; groups whose units can be are not in it."""
+    """Group name -> why its units can't be masked; maskable groups are omitted."""
     modules = dict(named_modules(model))
     return {group.name: reason for group in groups if (reason := _unmaskable(modules, group)) is not None}
 
@@ -81,11 +81,11 @@ def _unmaskable(modules: Mapping[str, nn.Module], group: ChannelGroup) -> str | 
 def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> nn.Module:
     """A copy of ``model`` that computes what it must compute without these units.
 
-    Memory: that of the consumers' weights; all others are shared with ``model``.
+    It needs memory for the consumers' weights; all others are shared with ``model``.
 
     Args:
-        model: left as it is.
-        groups: of the model.
+        model: the model; it is not changed.
+        groups: the model's groups.
         removed: group name -> int64 indices of units.
 
     Raises:
@@ -101,7 +101,7 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
     for (name, side), channels in lost_channels(groups, removed).items():
         module = modules.get(name)
         if module is None or any(name == group.name for group in depth):
-            continue  # a parameter outside any layer: no layer reads the lost entries
+            continue  # a parameter outside any layer: no layer reads its entries
         if isinstance(module, nn.MultiheadAttention) and side == "out":
             _mask_attention(uses, module, channels)
         elif side == "in":
@@ -120,7 +120,7 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
 
 
 def _without_addition(module: nn.Module, whole_block: bool) -> None:
-    """Let a block return what it was given, or a branch zeros: it runs, and what it computed is dropped."""
+    """Let a block return its input, or a branch zeros: it runs, and its result is discarded."""
     forward = module.forward
 
     def without_addition(*args: Any, **kwargs: Any) -> Any:
@@ -130,7 +130,7 @@ def _without_addition(module: nn.Module, whole_block: bool) -> None:
         y = output[0] if isinstance(output, (tuple, list)) else output
         if whole_block and (given is None or given.shape != y.shape):
             shapes = f"{None if given is None else tuple(given.shape)} to {tuple(y.shape)}"
-            raise UnmaskableError(f"it changes the shape of what it is given, {shapes}")
+            raise UnmaskableError(f"it changes the shape of its input, {shapes}")
         instead = given if whole_block else torch.zeros_like(y)
         return (instead, *output[1:]) if isinstance(output, (tuple, list)) else instead
 
@@ -144,7 +144,7 @@ def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:
     old = getattr(module, rule.weight)
     weight, channels = old.detach().clone(), channels.to(old.device)
     if rule.groups > 1 and rule.in_axis == 1:
-        width = weight.shape[1]  # of one group's channels
+        width = weight.shape[1]  # channels of one conv group
         weight.unflatten(0, (rule.groups, -1))[channels // width, :, channels % width] = 0
     else:
         weight.index_fill_(rule.in_axis, channels, 0)
@@ -152,9 +152,9 @@ def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:
 
 
 def _mask_attention(uses: Uses, module: nn.MultiheadAttention, channels: Tensor) -> None:
-    """Queries without the channels that go, scaled from the width of a head that was to the one that remains."""
+    """Queries without the removed channels, rescaled from the old width of a head to the remaining one."""
     width = module.embed_dim
-    channels = channels[channels < width]  # of queries, keys, values that lie stacked
+    channels = channels[channels < width]  # of stacked queries, keys, values
     scale = math.sqrt(width / (width - len(channels)))
     for old in (module.in_proj_weight, module.in_proj_bias):
         if old is not None:
@@ -165,7 +165,7 @@ def _mask_attention(uses: Uses, module: nn.MultiheadAttention, channels: Tensor)
 
 
 def _normalised(module: nn.Module) -> tuple[int, int] | None:
-    """(channels, their dimension) of a norm over channels; None of every other module."""
+    """(channels, their dimension) of a norm over channels; None for other modules."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return module.normalized_shape[-1], -1
     if isinstance(module, nn.GroupNorm):
@@ -178,7 +178,7 @@ def _normalised(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) -> None:
-    """Make a norm compute what it computes of the channels that stay, and zero in place of the others."""
+    """Make a norm compute what it computes from the remaining channels, and zero in place of the others."""
     stays, forward = staying(size, channels), module.forward
     inner: Any = copy.copy(module)
     vars(inner)["_parameters"] = {
@@ -189,18 +189,18 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
         inner.normalized_shape = (len(stays),)
     elif isinstance(module, nn.GroupNorm):
         inner.num_channels = len(stays)
-    elif type(grouped := getattr(module, "group_size", None)) is int and grouped:  # as many channels of each group
+    elif type(grouped := getattr(module, "group_size", None)) is int and grouped:  # as many in each group
         inner.group_size = grouped * len(stays) // size
 
     def narrowed(value: Any) -> Any:
-        """Also a gate beside the input."""
+        """Also narrow a gate that accompanies the input."""
         fits = isinstance(value, Tensor) and value.dim() > 1 and value.shape[dim] == size
         return value.index_select(dim, stays.to(value.device)) if fits else value
 
     def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kept = stays.to(x.device)
-        axis = dim if x.shape[dim] == size else 1  # a norm that is told where its channels are, by a forward of its own
-        if x.shape[axis] != size:  # of each head apart, where its channels lie in two dimensions: none sees another
+        axis = dim if x.shape[dim] == size else 1  # a norm whose own forward is told where its channels are
+        if x.shape[axis] != size:  # each head separately: its channels lie in two dimensions and none sees another
             unchanged: Tensor = forward(x, *args, **kwargs)
             return unchanged
         others = (narrowed(value) for value in args)
@@ -220,7 +220,7 @@ def _is_router(module: nn.Module | None, group: ChannelGroup) -> bool:
 
 
 class _WithoutExperts(TorchFunctionMode):
-    """Logits of minus infinity for some rows of a linear layer with so many rows."""
+    """Logits of minus infinity for some rows of the linear layers that have this many rows."""
 
     def __init__(self, rows: int, removed: Tensor) -> None:
         super().__init__()
@@ -236,7 +236,7 @@ class _WithoutExperts(TorchFunctionMode):
 
 
 def _never_preferred(uses: Uses, holders: Sequence[nn.Module], rows: int, removed: Tensor) -> None:
-    """Correction biases of minus infinity: they are added to scores that a removed expert's logit leaves at zero."""
+    """Set correction biases to minus infinity: they are added to scores, which a removed logit only sets to zero."""
     for holder in dict.fromkeys(holders):
         for key, tensor in [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]:
             if tensor.shape != (rows,) or CORRECTION not in key:

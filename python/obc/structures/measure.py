@@ -24,12 +24,12 @@ class Usage:
     """What one forward pass showed about the layers.
 
     Attributes:
-        positions: layer -> at how many positions its weight is applied: of the output; of the input for transposed
-            convolutions; tokens for linear layers. A layer that is called twice counts twice.
-        order: every module that was called, in the order of first calls.
-        depthwise: convolutions with one filter a channel, which lose groups where others lose channels.
-        returned: modules whose output the model returns as it is.
-        shapes: of the tensors that the model returns.
+        positions: layer -> the number of positions at which its weight is applied: of the output; for transposed
+            convolutions of the input; for linear layers tokens. A layer that is called twice counts twice.
+        order: every called module, in the order of first calls.
+        depthwise: convolutions with one filter per channel, which lose conv groups where others lose channels.
+        returned: modules whose output the model returns unchanged.
+        shapes: shapes of the tensors that the model returns.
     """
 
     positions: dict[str, float] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def measure(model: nn.Module, forward: Callable[[], Any]) -> Usage:
 
 def _positions(name: str, module: nn.Module, inputs: Sequence[Tensor], output: Any) -> list[tuple[str, float]]:
     if isinstance(module, nn.MultiheadAttention):
-        # Queries, keys and values are projected each by a third of one weight; the output projection runs inside.
+        # Queries, keys and values each use a third of one weight; the output projection runs inside.
         tokens = [tensor.numel() / tensor.shape[-1] for tensor in inputs[:3]]
         return [(name, sum(tokens) / 3), (f"{name}.out_proj" if name else "out_proj", tokens[0])]
     layout = layout_of(module)
@@ -100,11 +100,11 @@ def costs_of(
     activations and the products between queries, keys and values. Tied parameters count once.
 
     Args:
-        model: as it is now.
-        groups: of the model as it is now.
-        usage: measured on the unpruned model.
+        model: the present model.
+        groups: the present model's groups.
+        usage: usage measured on the unpruned model.
         unit: "macs" or "parameters".
-        parameter_dims: for slices of parameters outside any layer, the dimension that is pruned.
+        parameter_dims: for slices of parameters outside any layer, the pruned dimension.
 
     Raises:
         ValueError: an unknown unit.
@@ -132,7 +132,7 @@ def memory_of(
     """Bytes of the weights and buffers that ``model`` saves, as a polynomial like those of :func:`costs_of`.
 
     Raises:
-        ValueError: a cache is asked for, which only models of the transformers library have.
+        ValueError: a cache is requested, which only models of the transformers library have.
     """
     if use.length:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What memory a budget counts: weights in bytes, and a cache of keys and values of a stated size."""
+"""The memory that a budget counts: bytes of weights, and a key/value cache of a stated size."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Memory while a model serves: its weights and buffers, and the keys and values of every sequence in flight.
+    """Memory of a model that serves requests: its weights and buffers, and the cache of all sequences.
 
     bytes = sum of numel x itemsize over the state dict's tensors, tied ones once
           + batch x sum over attentions of (tokens kept) x (channels of keys + channels of values) x itemsize
 
-    Tokens kept are ``length``, with a sliding window of w at most w - 1, as in the cache of the transformers library.
-    Heads of keys and values that go free their cache, and so do whole blocks; states of recurrent mixers count in full.
-    Activations are not counted.
+    The tokens kept are ``length``, or with a sliding window of w at most w - 1, as in the transformers library's cache.
+    Removed key/value heads and blocks free their cache; states of recurrent mixers count in full. Activations are not
+    counted.
 
     Attributes:
-        length: tokens of every sequence in the cache; 0: weights alone.
-        batch: sequences in the cache.
-        dtype: of the floating tensors of both; None: those that they have.
+        length: tokens of every sequence in the cache; 0 counts only the weights.
+        batch: number of sequences in the cache.
+        dtype: dtype of all floating tensors; None uses their own.
 
     Raises:
-        ValueError: a length below 0, a batch below 1, or a dtype that is no floating one.
+        ValueError: a length below 0, a batch below 1, or a dtype that is not floating-point.
     """
 
     length: int = 0
@@ -41,7 +41,7 @@ class MemoryUse:
             raise ValueError(f"the dtype of MemoryUse must be a floating one, as torch.bfloat16, got {self.dtype!r}")
 
     def bytes_each(self, tensor: Tensor) -> float:
-        """Of one entry of a tensor."""
+        """Bytes of one entry of a tensor."""
         if self.dtype is not None and tensor.is_floating_point():
             return float(self.dtype.itemsize)
         return float(tensor.element_size())
@@ -54,7 +54,7 @@ class MemoryUse:
 
 
 def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The module's own buffers that lie in its state dict."""
+    """The module's own buffers that are in its state dict."""
     for key, buffer in module._buffers.items():
         if buffer is not None and key not in module._non_persistent_buffers_set:
             yield key, buffer

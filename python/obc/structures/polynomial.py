@@ -1,4 +1,4 @@
-"""The cost of a model as a polynomial in its groups' widths, added up weight by weight."""
+"""The cost of a model as a polynomial in its groups' widths, summed weight by weight."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Size(NamedTuple):
     """The size of one dimension of a weight: ``fixed + per_unit . widths``.
 
     Attributes:
-        fixed: what no group changes.
-        per_unit: (groups,) what one unit of each group takes; None where no group lies there.
+        fixed: the part that no group changes.
+        per_unit: (groups,) what one unit of each group contributes; None if no group lies there.
     """
 
     fixed: float
@@ -27,7 +27,7 @@ class Size(NamedTuple):
 
 
 def check_unit(unit: str) -> None:
-    """Refuse a unit that structures have no costs in.
+    """Refuse units of cost that structures don't know.
 
     Raises:
         ValueError: an unknown unit.
@@ -40,8 +40,8 @@ class Polynomial:
     """A sum of products of sizes, at most two of which depend on the widths.
 
     Args:
-        groups: of the model as it is now.
-        unit: of the costs.
+        groups: the present model's groups.
+        unit: unit of the costs.
     """
 
     def __init__(self, groups: Sequence[ChannelGroup], unit: str) -> None:
@@ -53,17 +53,17 @@ class Polynomial:
         self.quadratic = torch.zeros(len(groups), len(groups), dtype=torch.float64)
 
     def place(self, dimension: Hashable, group: int, part: Slice) -> None:
-        """Say that a slice of the ``group``-th group lies in a dimension of a weight."""
+        """Declare that a slice of the ``group``-th group lies in a dimension of a weight."""
         per_unit = self._per_unit.setdefault(dimension, torch.zeros_like(self._widths))
         per_unit[group] += part.channels.shape[1]
 
     def size(self, dimension: Hashable, now: int) -> Size:
-        """The size of a dimension that is ``now`` long."""
+        """The size of a dimension whose present length is ``now``."""
         per_unit = self._per_unit.get(dimension)
         return Size(float(now)) if per_unit is None else Size(now - float(per_unit @ self._widths), per_unit)
 
     def add(self, factor: float, *sizes: Size, goes_with: int | None = None) -> None:
-        """Add ``factor`` times the product of the sizes; ``goes_with``: the group with which the constant part goes."""
+        """Add ``factor`` times the product of the sizes; ``goes_with``: the group that takes the constant part."""
         varying = [(size.fixed, size.per_unit) for size in sizes if size.per_unit is not None]
         factor *= math.prod(size.fixed for size in sizes if size.per_unit is None)
         constant = factor * math.prod(fixed for fixed, _ in varying)
@@ -79,11 +79,11 @@ class Polynomial:
             self.quadratic += factor * torch.outer(per_unit, other_per_unit)
 
     def add_per_unit(self, factors: Sequence[float]) -> None:
-        """Add so much for each unit of every group."""
+        """Add a constant for each unit of every group."""
         self.linear += torch.tensor(factors, dtype=torch.float64)
 
     def costs(self, inside: Mapping[str, Sequence[str]] | None = None) -> Costs:
-        """All that was added; ``inside``: see :class:`obc.model.costs.Costs`."""
+        """The sum of everything added; ``inside`` is that of :class:`obc.model.costs.Costs`."""
         return Costs(
             self._names,
             self._widths,

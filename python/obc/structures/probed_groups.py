@@ -1,9 +1,9 @@
-"""Groups in the order that running the model shows, where the order that tracing shows is wrong.
+"""Groups in the order found by running the model, if the order found by tracing is wrong.
 
-What :mod:`obc.structures.probing` finds says which channels go together; it does not say what the operations between
-layers do when some are gone. A shuffle between groups, for example, needs groups of equal width. So units are tried:
-single channels first, then channels that are joined across the runs of the order, then across ever more parts of equal
-width, and channels of one run alone, where the others stay. The first units that pass the proof are taken.
+:mod:`obc.structures.probing` finds which channels belong together, but not what the operations between layers do when
+some are gone. A shuffle between groups, for example, needs groups of equal width. So candidates are tried: first single
+channels, then channels joined across the runs of the order, then across ever more parts of equal width, then channels
+of one run while the others stay. The first units that pass the proof are used.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ from obc.structures.traced_groups import Found, GroupFinder
 from obc.structures.traced_units import Members, Units
 from obc.structures.units import NotPrunableError
 
-# Of so many producers of one group, each by itself is looked at: every one takes as many passes as all together.
+# Up to this many producers of one group are also probed one by one, which takes as many passes each as all together.
 _MOST_PRODUCERS = 16
 _MOST_TRIES = 12
-# More than of other groups: one of many kinds of units is looked for, and may pass fewer by chance.
+# More tries than for other groups, because one of many candidates might pass by chance.
 _TRIES = 5
 
 
 class Extensible(Provable, Protocol):
-    """A structure that can be given groups."""
+    """A structure that accepts further groups."""
 
     left_out: dict[str, str]
 
     def offer(self, group: ChannelGroup) -> None:
-        """Take a group among ``groups``."""
+        """Add a group to ``groups``."""
 
 
 @dataclass(eq=False)
 class Suspect:
-    """A group whose removal, as it was found, is wrong.
+    """A group whose removal, as found, is wrong.
 
     Attributes:
-        found: it.
-        producers: layer -> channel of its output -> root channel, as it was found.
-        unseen: what else loses channels, which nothing that is read shows: parameters outside layers, embeddings.
+        found: the group as found.
+        producers: layer -> channel of its output -> root channel, as found.
+        unseen: further members whose channels no input shows: parameters outside layers, embeddings.
     """
 
     found: Found
@@ -57,13 +57,13 @@ class Suspect:
 
     @property
     def width(self) -> int:
-        """How many channels must be told apart."""
+        """The number of channels to tell apart."""
         return max(self.found.size, *(max(roots) + 1 for roots in self.producers.values()))
 
 
 @dataclass(eq=False)
 class Proposal:
-    """What goes together in the order that running shows, named by the first producer."""
+    """Channels that belong together in the order found by running, named after the first producer."""
 
     name: str
     members: Members
@@ -71,21 +71,21 @@ class Proposal:
 
 
 def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof) -> None:
-    """Find the true order of groups that can't be pruned in the order that tracing shows; offer what is then proved.
+    """Find the true order of groups that can't be pruned in the traced order; add the groups that are then proved.
 
     Args:
-        structure: is given groups.
-        finder: of the structure's groups.
+        structure: the structure that receives groups.
+        finder: finder of the structure's groups.
         wrong: the groups that can't be pruned.
         run: see :func:`obc.structures.proof.prove`.
-        proof: of the other groups; what this takes, and what it proves, is added.
+        proof: proof of the other groups; the costs and results of these are added.
     """
     suspects = [suspect for found in wrong if (suspect := _suspect(structure.model, found)) is not None]
     if not suspects:
         return
     try:
         proposals, passes = proposed(varied_copy(structure.model), run, suspects, finder.place)
-    except Exception:  # the model's own code, which may not run on numbers that are made up
+    except Exception:  # the model's own code, which may not run on invented numbers
         return
     proof.passes += passes
     reasons = dict(structure.left_out)
@@ -105,7 +105,7 @@ def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], 
 def _accepted(
     structure: Extensible, finder: GroupFinder, proposals: Sequence[Proposal], run: Run, proof: Proof
 ) -> list[str]:
-    """The names of the proposals for which some units pass, which are then groups of the structure."""
+    """The names of the proposals for which some units pass; these are now groups of the structure."""
     names = {group.name for group in structure.groups}
     waiting = {one.name: _groups(finder, one) for one in proposals if one.name not in names}
     accepted: list[str] = []
@@ -132,7 +132,7 @@ def _accepted(
 
 
 def _suspect(model: nn.Module, found: Found) -> Suspect | None:
-    """What must be probed of a group; None where no order would make it one."""
+    """What must be probed of a group; None if no order would make it one."""
     modules = dict(model.named_modules())
     producers: dict[str, dict[int, int]] = {}
     unseen: Members = {}
@@ -156,10 +156,10 @@ def _suspect(model: nn.Module, found: Found) -> Suspect | None:
 def proposed(
     model: nn.Module, run: Run, suspects: Sequence[Suspect], place: Callable[[str], int]
 ) -> tuple[list[Proposal], int]:
-    """(what goes together, forward passes).
+    """(proposals, number of forward passes).
 
-    All suspects are probed at once. Where something depends on several of their channels, on a pair of halves or on
-    neighbours for example, channels are taken together; where that does not tell, each producer is probed by itself.
+    All suspects are probed at once. If something depends on several of their channels, for example on a pair of halves
+    or on neighbours, channels are taken together; if that does not resolve it, each producer is probed alone.
     """
     bits = max(suspect.width - 1 for suspect in suspects).bit_length()
     numbered = dict(enumerate(suspects))
@@ -200,7 +200,7 @@ def proposed(
 
 
 def _probe(model: nn.Module, run: Run, producers: Mapping[int, dict[str, dict[int, int]]], bits: int) -> Probe:
-    """Probe the producers of several suspects at once; the number of the suspect stands above the bits of a channel."""
+    """Probe the producers of several suspects at once; a code has the suspect's number above the channel's bits."""
     return probe(
         model,
         run,
@@ -217,17 +217,17 @@ def _proposal(
 
 
 def _neighbours(size: int, read: int) -> list[int]:
-    """Of each of ``size`` channels, which of the ``read`` that a layer reads it goes into: neighbours into one."""
+    """For each of ``size`` channels, which of a layer's ``read`` input channels it enters: neighbours share one."""
     return [channel // (size // read) for channel in range(size)]
 
 
 def _strided(size: int, read: int) -> list[int]:
-    """The same for one channel out of each of equal parts, such as the halves of a gated unit."""
+    """The same for one channel from each of several equal parts, such as the halves of a gated unit."""
     return [channel % read for channel in range(size)]
 
 
 def _merged(suspect: Suspect, classes: Sequence[int]) -> Suspect:
-    """The suspect with root channels of one class taken for one."""
+    """The suspect with root channels of one class treated as one."""
     producers = {
         layer: {channel: classes[root] for channel, root in roots.items()} for layer, roots in suspect.producers.items()
     }
@@ -245,7 +245,7 @@ def _codes(roots: dict[int, int], first: int) -> Tensor:
 
 
 def _several(probed: Probe, number: int, bits: int) -> Tensor:
-    """Of the layer that reads most of them: what depends on several channels that may be those of one suspect."""
+    """For the layer that reads most of them: what depends on several channels that may belong to one suspect."""
     most = torch.empty(0, dtype=torch.int64)
     for name, seen in probed.suspects.items():
         upper = seen[:, bits:]
@@ -271,7 +271,7 @@ def _reached(model: nn.Module, probed: Probe, number: int, bits: int) -> Members
 
 
 def _coupled(suspect: Suspect, maps: Sequence[Members], place: Callable[[str], int]) -> list[Proposal]:
-    """Channels of several producers that meet go together; producers that never meet are groups of their own."""
+    """Channels of several producers that meet belong together; producers that never meet form separate groups."""
     layers = list(suspect.producers)
     start = torch.tensor([0, *(max(roots) + 1 for roots in suspect.producers.values())]).cumsum(0).tolist()
     channels, together = Units(start[-1]), Units(len(layers))
@@ -286,7 +286,7 @@ def _coupled(suspect: Suspect, maps: Sequence[Members], place: Callable[[str], i
     for lead in {together.find(number) for number in range(len(layers))}:
         mine = [number for number in range(len(layers)) if together.find(number) == lead]
         if suspect.unseen and len(mine) < len(layers):
-            continue  # whose they are is not known
+            continue  # their suspect is not known
         members: Members = {}
         for number in mine:
             own = {channel: channels.find(start[number] + channel) for channel in suspect.producers[layers[number]]}
@@ -304,7 +304,7 @@ def _coupled(suspect: Suspect, maps: Sequence[Members], place: Callable[[str], i
 
 
 def _groups(finder: GroupFinder, proposal: Proposal) -> Iterator[ChannelGroup]:
-    """Groups of the proposal's channels, from the smallest units on."""
+    """Groups of the proposal's channels, smallest units first."""
     order = _order(proposal)
     tables: list[list[list[int]]] = []
     for table, hidden in _divisions(order, proposal.size):
@@ -323,7 +323,7 @@ def _groups(finder: GroupFinder, proposal: Proposal) -> Iterator[ChannelGroup]:
 
 
 def _order(proposal: Proposal) -> list[int]:
-    """The root channels in the order in which the first layer reads them that reads them in another order."""
+    """The root channels in the order of the first layer that reads them in another order."""
     order = list(range(proposal.size))
     for (_, side), roots in proposal.members.items():
         if side == "in":
@@ -334,7 +334,7 @@ def _order(proposal: Proposal) -> list[int]:
 
 
 def _divisions(order: Sequence[int], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(channels that may go, (size, parts) which part each is in): parts that may have to stay equally wide."""
+    """(removable channels, (size, parts) part of each): parts that may have to stay equally wide."""
     each = torch.arange(size)[:, None]
     yield each, None
     places = [0] * size
@@ -358,7 +358,7 @@ def _divisions(order: Sequence[int], size: int) -> Iterator[tuple[Tensor, Tensor
 
 
 def _runs(numbers: Sequence[int]) -> Tensor:
-    """(n,) the run that each number is in: runs go on by equal steps."""
+    """(n,) the run of each number; a run continues while the step stays equal."""
     run, runs, step = 0, [0], None
     for before, now in itertools.pairwise(numbers):
         if step is not None and now - before != step:

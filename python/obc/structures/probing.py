@@ -1,17 +1,17 @@
-"""Which channel of which layer each input of every other layer comes from, found by running the model.
+"""Finds, by running the model, which channel of which layer each input of every other layer comes from.
 
-Tracing says what operations do to shapes; running says what they do to channels: whether they are flipped, rolled,
-shuffled, flattened with the channels last, stacked before others. Every layer returns made-up numbers whatever it
-reads, so that a channel reaches what lies between its layer and the next ones, and nothing behind them. Norms over
-channels let their input through. In a pass, the channels whose code has a certain bit get other numbers, of the
-opposite sign, so that no ReLU hides it; what any layer reads differently depends on one of them. A second pass changes
-the other channels. An input that differs in exactly one of the two, for every bit, depends on one channel, and its code
-is what the passes spell.
+Tracing tells what operations do to shapes; running tells what they do to channels: whether they are flipped, rolled,
+shuffled, flattened with the channels last, or stacked. Every layer returns invented numbers whatever it reads, so a
+channel reaches what lies between its layer and the next ones, and nothing beyond. Norms over channels let their input
+through. In a pass, the channels whose code has a certain bit get other numbers, with the opposite sign so that no ReLU
+hides them; whatever a layer reads differently depends on one of them. A second pass changes the other channels. An
+input that differs in exactly one of the two passes, for every bit, depends on one channel, and the passes spell its
+code.
 
-For n codes that takes 2 log2(n) passes and one to compare with, in which no layer multiplies by its weight, after one
-that runs the layers to see the shapes of their outputs. Inputs that nothing reached for some bit (behind a norm that
-shifts, or an activation that saturates) are looked at again with numbers of another size and sign: at most three times
-as many passes.
+For n codes this takes 2 log2(n) passes and one for comparison, in which no layer multiplies by its weight, after one
+that runs the layers to see the shapes of their outputs. Inputs that nothing reached for some bit (after a norm that
+shifts, or an activation that saturates) are examined again with numbers of another size and sign, which takes at most
+three times as many passes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from obc.model.shared_copy import shared_copy
 from obc.structures.comparison import first_argument, run_alike
 
 Run = Callable[[nn.Module], Any]
-# What a channel of an input depends on, besides the code of one channel: none that has a code, or several of them.
+# Instead of a channel's code, an input may depend on no coded channel, or on several.
 NOTHING, SEVERAL = -1, -2
-# Size and sign of the numbers: positive ones pass a ReLU, so that no product with them is zero; None stands for both.
+# Size and sign of the numbers: positive ones pass a ReLU, so no product with them is zero; None uses both signs.
 _ROUNDS: tuple[tuple[float, int | None], ...] = ((1.0, 1), (30.0, None), (1 / 30, -1))
 
 
@@ -43,11 +43,11 @@ class Probe:
     """What was found.
 
     Attributes:
-        origins: module -> (C,) int64, for each channel of what it reads the code that it depends on, or ``NOTHING``, or
-            ``SEVERAL``. Linear and convolutional layers, and everything that has one value a channel.
-        suspects: module -> (C, bits) for each bit, which of its values are among the codes that a channel depends on:
-            1 and 2, or both (3), or neither (0).
-        passes: that it took.
+        origins: module -> (C,) int64, for each input channel the code that it depends on, ``NOTHING`` or ``SEVERAL``;
+            for linear and convolutional layers, and everything with one value per channel.
+        suspects: module -> (C, bits) which values of each bit occur among the codes that a channel depends on: 1 for
+            zero, 2 for one, 3 for both, 0 for neither.
+        passes: number of forward passes.
     """
 
     origins: dict[str, Tensor] = field(default_factory=dict)
@@ -56,13 +56,13 @@ class Probe:
 
 
 def probe(model: nn.Module, run: Run, codes: Mapping[str, Tensor]) -> Probe:
-    """Find out which coded channel each input of every layer depends on.
+    """Find which coded channel each input of every layer depends on.
 
     Args:
-        model: is left as it is.
+        model: the model; it is not changed.
         run: ``run(model)`` calls it, always on the same inputs.
-        codes: layer -> (C,) int64, a number of at least 0 for each channel of its output; -1 for channels that are not
-            looked for. Channels with equal codes are taken for one.
+        codes: layer -> (C,) int64, a number of at least 0 for each output channel; -1 for channels that are not
+            searched. Channels with equal codes are not distinguished.
     """
     largest = max((int(code.max()) for code in codes.values()), default=0)
     bits = max(1, largest.bit_length())
@@ -90,12 +90,12 @@ def probe(model: nn.Module, run: Run, codes: Mapping[str, Tensor]) -> Probe:
 
 
 def _undecided(seen: Tensor) -> bool:
-    """Whether something reached a module, and some channel of it is not yet known."""
+    """Whether something reached a module, and some of its channels are not known yet."""
     return bool(seen.any()) and bool(((seen == 0).any(1) & ~(seen == 3).any(1)).any())
 
 
 def _changed(before: Mapping[str, list[Tensor]], now: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
-    """Module -> which channels of what it read are other ones, in any of its calls."""
+    """Module -> which channels it read differently, in any of its calls."""
     changed: dict[str, Tensor] = {}
     for name, readings in before.items():
         others = now.get(name, [])
@@ -106,11 +106,11 @@ def _changed(before: Mapping[str, list[Tensor]], now: Mapping[str, list[Tensor]]
 
 
 class _Prober:
-    """A copy of a model whose layers return made-up numbers."""
+    """A copy of a model whose layers return invented numbers."""
 
     def __init__(self, model: nn.Module, run: Run, codes: Mapping[str, Tensor]) -> None:
         self._model, self._run, self._codes = shared_copy(model), run, codes
-        self._outputs: dict[str, list[Tensor]] = {}  # of every call: meta tensors, which have a shape and no numbers
+        self._outputs: dict[str, list[Tensor]] = {}  # for every call: meta tensors, which have a shape but no numbers
         self._devices: dict[str, torch.device] = {}
         self._calls: dict[str, int] = {}
         self._readings: dict[str, list[Tensor]] = {}
@@ -120,7 +120,7 @@ class _Prober:
         modules = list(named_modules(self._model))
         for name, module in modules:
             self._listen(name, module)
-        # Depthwise convolutions change no channel's place, and run.
+        # Depthwise convolutions don't move channels, so they run.
         layers = [(name, m) for name, m in modules if layout_of(m) is not None and not is_depthwise(m)]
         handles = [layer.register_forward_hook(self._remember(name)) for name, layer in layers]
         self._observe()
@@ -129,7 +129,7 @@ class _Prober:
             self._pretend(name, layer)
 
     def read(self, selected: tuple[int, int] | None) -> dict[str, list[Tensor]]:
-        """What all modules read, the channels with this value of this bit changed."""
+        """What all modules read when the channels with this value of this bit are changed."""
         self._selected = selected
         self._observe()
         return self._readings
@@ -150,7 +150,7 @@ class _Prober:
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_argument(args, kwargs)
             if isinstance(x, Tensor) and x.is_floating_point():
-                elsewhere = size is not None and x.shape[dim] != size  # a norm that keeps its channels in dimension 1
+                elsewhere = size is not None and x.shape[dim] != size  # a norm with its channels in dimension 1
                 self._readings.setdefault(name, []).append(_sums(x.detach(), 1 if elsewhere else dim))
 
         module.register_forward_pre_hook(listen, with_kwargs=True)
@@ -196,7 +196,7 @@ class _Prober:
 
 
 def _pattern(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Positive numbers that differ along every dimension: a product of one random vector for each."""
+    """Positive numbers that differ along every dimension: a product of one random vector per dimension."""
     pattern = torch.ones(())
     for axis, size in enumerate(shape):
         factors = torch.rand(size, generator=generator) + 0.5
@@ -209,7 +209,7 @@ def _let_through(*args: Any, **kwargs: Any) -> Any:
 
 
 def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:
-    """(dimension, number where it is known) of the channels that a module reads; None where it has none of its own."""
+    """(dimension, number if known) of the channels that a module reads; None if it has none of its own."""
     rule = rule_for(module)
     if layout_of(module) is not None:
         assert isinstance(rule, Rule)
@@ -228,7 +228,7 @@ def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:
 
 
 def _sums(x: Tensor, dim: int) -> Tensor:
-    """(C,) random sums over all positions, in float64: other numbers have other sums."""
+    """(C,) random sums over all positions, in float64; different numbers give different sums."""
     dim %= x.dim()
     rows = x.movedim(dim, 0).flatten(1).double() if x.dim() > 1 else x.double()[:, None]
     weights = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -1,11 +1,11 @@
 """The proof that removing units is right: the sliced model equals the unpruned one with these units masked.
 
-Every group is tried with about half of its units, chosen at random, on copies of the model that share its weights: one
-is sliced by the structure, one masked (:mod:`obc.structures.masking`), and both run on the same inputs
-(:mod:`obc.structures.comparison`). All groups are tried at once; where that fails, halves of them are, down to single
-ones. A second try removes other units, so that a unit in another's place shows in one of the two. Parameters that hold
-one value only (norms at their start, layers that begin at zero) get random values in both copies, lest they hide what
-lies before them.
+About half of every group's units, chosen at random, are removed on copies of the model that share its weights: one is
+sliced by the structure, one masked (:mod:`obc.structures.masking`), and both run on the same inputs
+(:mod:`obc.structures.comparison`). All groups are tried at once; on failure halves of them are tried, down to single
+groups. A second try removes other units, so that a misplaced unit shows in one of the two. Parameters with a single
+value (freshly initialised norms, layers that start at zero) get random values in both copies, because they could hide
+what comes before them.
 
 A try costs two forward passes.
 """
@@ -32,8 +32,8 @@ from obc.structures.protocol import Limits, Provable
 
 Run = Callable[[nn.Module], Any]
 _TRIES = 2
-# So many of the units must be told apart by what their consumers read: half of them are silent behind a ReLU, and
-# half go in each try.
+# Consumers must distinguish at least this share of the units: half of them are silent behind a ReLU, and half are
+# removed in each try.
 _SEEN = 0.25
 
 
@@ -46,15 +46,15 @@ class Proof:
     """What was proved of a structure's groups.
 
     Attributes:
-        proved: groups whose removal equals masking.
+        proved: groups for which removing equals masking.
         left_out: group -> why removing its units is wrong.
         unproved: group -> why nothing can be said about it.
-        error: the largest relative difference between a sliced and a masked model, of the groups that are proved.
-        tolerance: what rounding explains: see :attr:`obc.structures.comparison.Observation.tolerance`.
-        passes: forward passes that it took.
-        tries: copies that were sliced.
-        seconds: that it took.
-        probed: groups whose order was found by running the model (:mod:`obc.structures.probing`); among ``proved``.
+        error: the largest relative difference between a sliced and a masked model, over the proved groups.
+        tolerance: the difference that rounding explains (:attr:`obc.structures.comparison.Observation.tolerance`).
+        passes: number of forward passes.
+        tries: number of sliced copies.
+        seconds: time taken.
+        probed: the proved groups whose order was found by running the model (:mod:`obc.structures.probing`).
     """
 
     proved: list[str] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Proof:
     probed: list[str] = field(default_factory=list)
 
     def add(self, other: Proof) -> None:
-        """Add what another proof of groups of the same structure took, and its largest error."""
+        """Add the costs and the largest error of another proof for the same structure."""
         self.error, self.tolerance = max(self.error, other.error), max(self.tolerance, other.tolerance)
         self.passes, self.tries = self.passes + other.passes, self.tries + other.tries
         self.seconds += other.seconds
@@ -77,15 +77,15 @@ class Proof:
 def prove(
     structure: Provable, run: Run, *, seed: int = 0, among: Collection[str] | None = None, tries: int = _TRIES
 ) -> Proof:
-    """Try every group of ``structure``, and tell it to leave out those whose removal is wrong.
+    """Try every group of ``structure``, and make it leave out those whose removal is wrong.
 
     Args:
-        structure: its model and what it has removed so far stay as they are.
+        structure: its model, and what it has removed so far, are not changed.
         run: ``run(model)`` returns the model's outputs on inputs that are always the same, in any nesting.
-        seed: of the choice of units.
-        among: names of the groups that are tried; all by default.
-        tries: with other units and another width in each, the third with one unit less; the fourth without the first
-            half, the fifth without the last.
+        seed: seed of the choice of units.
+        among: names of the groups to try; by default all.
+        tries: number of tries, with other units and another width in each; the third with one unit less, the fourth
+            without the first half, the fifth without the last.
     """
     start = time.perf_counter()
     proof = _Prover(structure, run, seed, tries, among).prove()
@@ -118,7 +118,7 @@ class _Prover:
             return proof
         try:
             self.base = self._base()
-        except Exception as error:  # a model's own code: of copying, or of running
+        except Exception as error:  # the model's own code, copied or run
             names = [*names, *(name for one in depth for name in one)]
             proof.unproved |= dict.fromkeys(names, f"a copy of the model does not run: {type(error).__name__}: {error}")
             return proof
@@ -145,7 +145,7 @@ class _Prover:
         return [half for names in kinds.values() for half in (names[::2], names[1::2]) if half]
 
     def _prove_depth(self, depth: Sequence[Sequence[str]]) -> list[str]:
-        """Those whose removal equals masking; the others are left out."""
+        """Those for which removing equals masking; the others are left out."""
         passing: list[str] = []
         for half in depth:
             if not self.unmasked.finite:
@@ -156,7 +156,7 @@ class _Prover:
         return passing
 
     def _base(self) -> nn.Module:
-        """What is sliced and masked: the model with some values varied where it runs so, else as it is."""
+        """The model to slice and mask: with some values varied if it runs that way, otherwise unchanged."""
         varied = varied_copy(self.structure.model)
         self.unmasked = self._observe(varied)
         if self.unmasked.finite:
@@ -166,7 +166,7 @@ class _Prover:
         return plain
 
     def _units(self, group: ChannelGroup, limits: Limits, number: int) -> Tensor:
-        """About half of the units, others in every try; none where no smaller width is permitted."""
+        """About half of the units, different ones in every try; none if no smaller width is permitted."""
         size, least = group.size, limits.min_units.get(group.name, 1)
         multiple = limits.round_to.get(group.name, 1)
         permitted = [width for width in range(least, size) if width % multiple == 0]
@@ -175,24 +175,25 @@ class _Prover:
         # Every try leaves another width: an operation may be right for even widths only.
         permitted.sort(key=lambda width: abs(width - size / 2))
         gone = size - (max(permitted) if number == _TRIES else permitted[min(number, len(permitted) - 1)])
-        if number > _TRIES:  # the first half, then the last: what depends on which units go shows best there
+        if number > _TRIES:  # the first half, then the last, where a dependence on which units are removed shows best
             half = size - permitted[0]
             return torch.arange(half) if number == _TRIES + 1 else torch.arange(size - half, size)
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {group.name}".encode()))
         order = torch.randperm(size, generator=generator)
-        # Half of what one try removes is removed in the next as well: so every quarter has a fate of its own.
+        # Half of what one try removes is also removed in the next, so the quarters have different combinations of
+        # tries.
         return order.roll(-number * max(1, gone // 2))[:gone].sort().values
 
     # --- which of them pass ---------------------------------------------------------------------------------
 
     def _passing(self, names: Sequence[str], number: int) -> list[str]:
-        """Those of the groups that pass, together; the others are left out."""
+        """Those of the groups that pass together; the others are left out."""
         if not names or self._fault(names, number) is None:
             return self._untied(names, number)
         if not self._repeats(names, number):
             self.proof.unproved |= dict.fromkeys(names, "the model returns something else at every call")
             return list(names)
-        # Groups of the same kind pass or fail alike: they stand together, so that halves are mostly of one sort.
+        # Groups of the same kind pass or fail alike. They are adjacent, so that halves mostly contain one kind.
         alike = sorted(names, key=lambda name: ("".join(c for c in name if not c.isdigit()), names.index(name)))
         passing = self._halved(alike, number)
         if len(passing) > 1 and self._fault(passing, number) is not None:
@@ -200,7 +201,7 @@ class _Prover:
         return [name for name in names if name in passing]
 
     def _untied(self, names: Sequence[str], number: int) -> list[str]:
-        """Those of the groups, which pass together, that share no parameter, or pass alone: others may go by chance."""
+        """Among groups that pass together, perhaps by chance: those that share no parameter, or also pass alone."""
         shared = {name.rpartition(".")[0] for tied in shared_parameters(self.base) for name in tied}
         passing = []
         for name in names:
@@ -225,7 +226,7 @@ class _Prover:
         return passing
 
     def _one_by_one(self, names: Sequence[str], number: int) -> list[str]:
-        """As many as pass together: each passes alone, but not beside all others."""
+        """As many as pass together; each passes alone, but not with all others."""
         together: list[str] = []
         for name in names:
             fault = self._fault([*together, name], number)
@@ -251,7 +252,7 @@ class _Prover:
                 trial.remove(part)
             trial.plan.verify(self.base.state_dict(), trial.model)
             sliced = self._observe(trial.model)
-        except Exception as fault:  # whatever a model's own code raises is the reason that is reported
+        except Exception as fault:  # whatever a model's own code raises is the reported reason
             return self._said(
                 names, f"the model does not run without {self._shares(removed)}: {type(fault).__name__}: {fault}"
             )
@@ -268,7 +269,7 @@ class _Prover:
         return self._said(names, f"its consumers do not see its channels in this order: {found.where}")
 
     def _masked(self, names: Sequence[str], removed: Mapping[str, Tensor]) -> Observation | None:
-        """The unpruned model with these units masked; None where that can't be had of a group."""
+        """The unpruned model with these units masked; None if that is impossible for a group."""
         if any(name in self.proof.unproved for name in names):
             return None
         groups = [self.groups[name] for name in names]
@@ -314,7 +315,7 @@ class _Prover:
         return what + (f"; {', '.join(shared)} are one parameter" if shared else "")
 
     def _note_seen(self, names: Sequence[str], masked: Observation, removed: Mapping[str, Tensor]) -> None:
-        """Which units' channels are read, and tell themselves from the others'."""
+        """Record which units' channels are read and can be distinguished."""
         lost = lost_inputs(self.base, [self.groups[name] for name in names], removed)
         for name in (one for one in names if not self.groups[one].is_depth):
             stays = staying(self.groups[name].size, removed[name])
@@ -325,9 +326,9 @@ class _Prover:
                     channels = channels - torch.searchsorted(lost[part.module], channels)
                 for reading in readings:
                     if not len(stays) and len(_told_apart(reading.sums[:, None])) >= _SEEN * len(reading.sums):
-                        self.seen[name] |= set(range(self.groups[name].size))  # by what always stays
+                        self.seen[name] |= set(range(self.groups[name].size))  # some of its channels always stay
                     self.seen[name] |= set(stays[_told_apart(reading.sums[channels])].tolist())
-                # Layers whose weights are used without calling them: something in or around them ran.
+                # For layers whose weights are used without calling them: something in or around them ran.
                 if not readings and any(part.module.startswith(called) for called in masked.called if called):
                     self.seen[name] |= set(stays.tolist())
 
@@ -343,7 +344,7 @@ class _MaskedError(Exception):
 
 
 def lost_inputs(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Layer -> the channels of its input that go with these units; depthwise convolutions read what they write."""
+    """Layer -> its input channels that are removed with these units; depthwise convolutions read what they write."""
     lost: dict[str, Tensor] = {}
     modules = dict(model.named_modules())
     for (name, side), channels in lost_channels(groups, removed).items():
@@ -353,7 +354,7 @@ def lost_inputs(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
 
 
 def _parts(removed: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
-    """The same ascending units in so many removals, one after the other: each counts what the ones before left."""
+    """The same ascending units in ``count`` consecutive removals; each uses the indices that the previous left."""
     parts: list[dict[str, Tensor]] = [{} for _ in range(count)]
     for name, units in removed.items():
         gone = 0
@@ -365,7 +366,7 @@ def _parts(removed: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]
 
 
 def _told_apart(sums: Tensor) -> Tensor:
-    """The rows that are not zero, and of equal ones the first."""
+    """Indices of the non-zero rows, without repetitions of equal rows."""
     _, places = sums.unique(dim=0, return_inverse=True)
     first = torch.full((len(sums),), len(sums)).scatter_reduce(0, places, torch.arange(len(sums)), "amin")
     rows = first[first < len(sums)]
@@ -376,7 +377,7 @@ def _told_apart(sums: Tensor) -> Tensor:
 
 
 def varied_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in which parameters that hold one value only are random around it: nothing hides behind 0."""
+    """A copy of ``model`` whose single-valued parameters are random around their value, so that none hides a fault."""
     varied = shared_copy(model)
     uses = parameter_uses(varied)
     generator = torch.Generator().manual_seed(0)
@@ -387,7 +388,7 @@ def varied_copy(model: nn.Module) -> nn.Module:
 
 
 def varied_inputs(inputs: Any) -> Any:
-    """Example inputs, of which floating tensors that hold one value only are random around it."""
+    """Example inputs whose single-valued floating tensors are random around their value."""
     generator = torch.Generator().manual_seed(0)
 
     def leaf_samples(leaf: Any) -> Any:
@@ -399,13 +400,13 @@ def varied_inputs(inputs: Any) -> Any:
 
 
 def is_constant(tensor: Tensor) -> bool:
-    """Whether all entries have one value; the last is looked at first, which mostly tells."""
+    """Whether all entries are equal; the last is compared first, which usually decides."""
     first = tensor[(0,) * tensor.dim()]
     return bool(first == tensor[(-1,) * tensor.dim()]) and bool((tensor == first).all())
 
 
 def vary(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Between half and one and a half times the value; of zeros, normal with the size of a fresh layer's weights."""
+    """Between half and one and a half times the value; for zeros, normal with the size of a fresh layer's weights."""
     noise = torch.rand(tensor.shape, generator=generator).to(tensor)
     if bool(tensor.any()):
         return tensor * (0.5 + noise)

@@ -17,14 +17,14 @@ Unit = Literal["macs", "parameters", "active_parameters"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the widths of a structure's groups must be, besides what the caller of ``obc.prune`` asks for.
+    """Constraints on the widths of a structure's groups, in addition to those of ``obc.prune``'s caller.
 
     Attributes:
-        min_units: by group, how many units stay at least, 1 by default; 0 where other channels always stay.
-        round_to: by group, a multiple of which stays.
-        whole: groups whose units are no channels, such as heads: what the caller says about rounding spares them.
-        families: names of groups that keep equal widths; empty where every width is free.
-        widths: by group of a family, the only widths that it may come to; any where it is not named.
+        min_units: group -> the number of units that must stay, 1 by default; 0 if other channels always stay.
+        round_to: group -> a number of which its width must be a multiple.
+        whole: groups whose units are not channels, such as heads; the caller's rounding does not apply to them.
+        families: names of groups that keep equal widths; empty if every width is free.
+        widths: group of a family -> the only permitted widths; any if not named.
     """
 
     min_units: Mapping[str, int] = field(default_factory=dict)
@@ -35,15 +35,15 @@ class Limits:
 
 
 class Structure(Protocol):
-    """A model's prunable groups. Implemented on Torch-Pruning's dependency graph, and for transformers without it.
+    """A model's prunable groups, found on Torch-Pruning's dependency graph or, for transformers, without it.
 
-    A structure may have attributes ``limits`` (:class:`Limits`), ``left_out`` (name -> why it can't be pruned) and
-    ``warnings`` (what the caller should know about the model as it is now) too.
+    A structure may also have attributes ``limits`` (:class:`Limits`), ``left_out`` (name -> why it can't be pruned) and
+    ``warnings`` (what the caller should know about the present model).
 
     Attributes:
         model: the model, pruned in place.
         plan: everything removed so far, in terms of the unpruned model.
-        groups: of the model as it is now; names stay the same from step to step.
+        groups: the present model's groups; names stay the same from step to step.
     """
 
     model: nn.Module
@@ -55,20 +55,20 @@ class Structure(Protocol):
     def groups(self) -> Sequence[ChannelGroup]: ...
 
     def costs(self, unit: Unit) -> Costs:
-        """Costs of the model as it is now, over its groups."""
+        """Costs of the present model, as a function of its groups."""
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
-        """Remove these units (int64 indices into each named group as it is now), and record it in the plan."""
+        """Remove these units (int64 indices into each present named group), and record it in the plan."""
 
 
 class Provable(Structure, Protocol):
-    """A structure whose groups can be tried on copies of its model: :func:`obc.structures.proof.prove` does."""
+    """A structure whose groups can be tried on copies of its model by :func:`obc.structures.proof.prove`."""
 
     def twin(self, model: nn.Module) -> Structure:
-        """The same groups on ``model``, a copy of this structure's own as it is now, with a plan that begins there.
+        """The same groups on ``model``, a copy of this structure's present model, with a plan that begins there.
 
-        What is removed from the twin changes nothing here.
+        Removals from the twin don't change this structure.
         """
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Take a group out of ``groups``, and note the reason in ``left_out``."""
+        """Remove a group from ``groups``, and record the reason in ``left_out``."""

@@ -1,4 +1,4 @@
-"""Channels taken out of any model's layers: what each layer keeps, in one step and over all steps."""
+"""Removes channels from any model's layers: what each layer keeps, in one step and over all steps."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from obc.structures.masking import Lost
 
 
 def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int]) -> dict[str, Kept]:
-    """What every module keeps of the channels that it has now.
+    """What every module keeps of its present channels.
 
     Args:
-        modules: of the model, by name.
-        lost: (module, side) -> channels that go; for parameters outside any layer under their names.
-        dims: by name of such a parameter, the dimension that loses them.
+        modules: the model's modules by name.
+        lost: (module, side) -> removed channels; parameters outside any layer have their own names.
+        dims: name of such a parameter -> the dimension that loses them.
 
     Returns:
-        A plan of this step alone, for :func:`obc.model.cutting.cut`.
+        A plan for this step alone, for :func:`obc.model.cutting.cut`.
     """
     step: dict[str, Kept] = {}
     for (name, side), channels in lost.items():
@@ -35,7 +35,7 @@ def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int
             size = getattr(modules[owner], attribute).shape[dims[name]]
             step[name] = Kept(staying(size, channels), dim=dims[name])
         elif isinstance(module, nn.MultiheadAttention):
-            if side == "in":  # its outputs are those of queries, keys and values, which follow
+            if side == "in":  # its outputs are queries, keys and values, which are cut accordingly
                 stay = staying(module.embed_dim, channels)
                 step[name] = Kept(stay, stay)
         elif not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
@@ -49,7 +49,7 @@ def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int
 
 
 def size_of(module: nn.Module, side: str) -> int:
-    """How many channels a module has on one side, as it is now; norms and their like have one side."""
+    """The number of channels on one side of the present module; norms and similar modules have one side."""
     if isinstance(module, nn.MultiheadAttention):
         return int(module.embed_dim) * (3 if side == "out" else 1)
     layout, weight = layout_of(module), getattr(module, "weight", None)
@@ -70,9 +70,9 @@ def followed(before: Kept | None, step: Kept, repeat: int) -> Kept:
     """What is kept after a further step, in terms of the unpruned model.
 
     Args:
-        before: after the steps so far; None where nothing went.
-        step: what this one keeps of that.
-        repeat: how many consecutive columns each in channel owns (of a linear layer behind a flatten).
+        before: what previous steps kept; None if everything.
+        step: what this step keeps of that.
+        repeat: number of consecutive columns per in channel (for a linear layer after flatten).
     """
     kept = before or Kept(dim=step.dim)
     if step.out_channels is not None:

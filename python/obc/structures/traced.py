@@ -49,38 +49,37 @@ _UNTRACEABLE = (
 class TorchPruningStructure:
     """The prunable groups of any model that Torch-Pruning (1.5.3 and later) can trace; see ``obc.pruning.Structure``.
 
-    Left out are widths that are no inner matter: of layers in ``ignored_layers``, of the model's outputs, of channels
-    that nothing reads, of layers that a plan can't describe, and of groups whose removal is wrong: where the model
-    without half of the units, tried on a copy, differs from the model with these units masked. ``left_out`` names them.
+    Some widths are left out, with the reason in ``left_out``: those of layers in ``ignored_layers``, of the model's
+    outputs, of channels that nothing reads, of layers that a plan can't describe, and of groups whose removal is wrong,
+    that is, the model without half of the units, tried on a copy, differs from the model with these units masked.
 
-    A unit is one channel with everything coupled to it; one channel out of every group of a grouped convolution or a
-    GroupNorm; one head where ``num_heads`` says so. The model's own count of heads, where it keeps one, is yours to
-    adapt.
+    A unit is one channel with everything coupled to it; one channel of every group of a grouped convolution or
+    GroupNorm; or one head according to ``num_heads``. If the model keeps its own count of heads, you must adapt it.
 
     Args:
-        model: pruned in place by :meth:`remove`. Training flags and ``requires_grad`` are kept.
+        model: the model, pruned in place by :meth:`remove`. Training flags and ``requires_grad`` are kept.
         example_inputs: what ``model`` is called with: a tensor, a tuple or list of arguments, a dict of keywords.
-        ignored_layers: layers, or names of layers, whose outputs keep their widths; with all layers inside them.
-        num_heads: query, key and value projections (or the fused one), or their names -> number of heads: heads are
-            removed as wholes.
-        in_channel_groups: layer or name -> groups of its inputs that keep equal widths, besides those that grouped
-            convolutions and norms have by themselves.
+        ignored_layers: layers, or names of layers, whose outputs keep their widths, including all layers inside them.
+        num_heads: query, key and value projections (or the fused one), or their names -> number of heads; heads are
+            removed whole.
+        in_channel_groups: layer or name -> number of groups of its inputs that keep equal widths, in addition to those
+            of grouped convolutions and norms.
         out_channel_groups: the same for outputs.
-        forward_fn: ``forward_fn(model, example_inputs)``, where calling the model is not enough; returns tensors in
-            any nesting.
-        unwrapped_parameters: parameter name -> dimension to prune, of parameters outside any layer; the last dimension
-            of more than one entry by default.
+        forward_fn: ``forward_fn(model, example_inputs)``, if calling the model is not enough; returns tensors in any
+            nesting.
+        unwrapped_parameters: parameter name -> dimension to prune, for parameters outside any layer; by default the
+            last dimension with more than one entry.
         check: try every group on a copy and leave out those whose removal is wrong (:mod:`obc.structures.proof`).
 
     Attributes:
         left_out: group -> why it can't be pruned.
-        proof: what was found out about every group; None without ``check``.
+        proof: the result for every group; None without ``check``.
 
     Raises:
         PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`).
         PruningError: the model does not run on the example inputs, or Torch-Pruning can't trace it.
-        ValueError: a name that no layer has; heads that don't divide a projection; a model that Torch-Pruning is known
-            not to trace.
+        ValueError: no layer has a given name, heads don't divide a projection, or Torch-Pruning is known not to trace
+            the model.
     """
 
     def __init__(
@@ -139,18 +138,18 @@ class TorchPruningStructure:
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
-        """The groups of the model as it is now, in the order of execution; one that has lost all its units is gone."""
+        """The present model's groups in the order of execution; a group without units is dropped."""
         return tuple(self._groups.values())
 
     @property
     def limits(self) -> Limits:
-        """Rounding of widths spares heads; all units of a group may go where some of its channels always stay."""
+        """Rounding does not apply to heads; all units of a group may go if some of its channels always stay."""
         heads = [name for name, group in self._groups.items() if group.kind == "heads"]
         taken: dict[tuple[str, Side], int] = {}
         for group in self._groups.values():
             for part in group.slices:
                 taken[part.module, part.side] = taken.get((part.module, part.side), 0) + part.channels.numel()
-        outside = {key for key in taken if key[0] not in self._modules}  # parameters, which go along
+        outside = {key for key in taken if key[0] not in self._modules}  # parameters, which are cut along
         rest = outside | {(name, side) for (name, side), count in taken.items() if self._size(name, side) > count}
         spare = {
             name: 0
@@ -163,7 +162,7 @@ class TorchPruningStructure:
         """The cost as an exact polynomial in the groups' widths: see :func:`obc.structures.measure.costs_of`.
 
         Raises:
-            ValueError: of models that are traced, which parameters are active is not known.
+            ValueError: it is not known which parameters of a traced model are active.
         """
         if unit == "active_parameters":
             raise ValueError("active_params counts the experts of transformers models; pass params, or macs")
@@ -174,7 +173,7 @@ class TorchPruningStructure:
         return memory_of(self.model, self.groups, self._usage, use, self._finder.dims)
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
-        """Remove these units of each named group, and record it in the plan; nothing is removed where that fails.
+        """Remove these units of each named group and record it in the plan; if this raises, nothing is removed.
 
         Raises:
             KeyError: no group has the name.
@@ -206,7 +205,7 @@ class TorchPruningStructure:
         return size_of(self._modules[name], side) if name in self._modules else 0
 
     def _in_blocks(self, name: str, kept: Kept) -> Kept:
-        """A compressor of queries, keys or values mixes inside each head as long as every head kept equally many."""
+        """Split a compressor of queries, keys or values by head, as long as every head kept equally many channels."""
         if name not in self._finder.blocks or kept.out_channels is None:
             return kept
         blocks, width = self._finder.blocks[name]
@@ -219,7 +218,7 @@ class TorchPruningStructure:
         return self._modules[layer_name(self._modules, layer, argument)]
 
     def _trace(self, unwrapped: Mapping[str, int]) -> Any:
-        """Torch-Pruning's graph. It follows gradients, so that frozen parameters must not be frozen meanwhile."""
+        """Torch-Pruning's graph. It follows gradients, so parameters are unfrozen meanwhile."""
         named = dict(self.model.named_parameters())
         for name in unwrapped:
             if name not in named:
@@ -247,7 +246,7 @@ class TorchPruningStructure:
     # --- on a copy --------------------------------------------------------------------------------------------
 
     def twin(self, model: nn.Module) -> TorchPruningStructure:
-        """The same groups on ``model``, a copy of this structure's own as it is now."""
+        """The same groups on ``model``, a copy of this structure's present model."""
         twin = copy.copy(self)
         twin.model = model
         twin._modules = dict(model.named_modules(remove_duplicate=True))
@@ -255,13 +254,13 @@ class TorchPruningStructure:
         return twin
 
     def offer(self, group: ChannelGroup) -> None:
-        """Take a group among ``groups``."""
+        """Add a group to ``groups``."""
         self.left_out.pop(group.name, None)
         groups = [*self._groups.values(), group]
         self._groups = {one.name: one for one in sorted(groups, key=lambda one: self._finder.place(one.name))}
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Take a group out of ``groups``, and note the reason in ``left_out``."""
+        """Remove a group from ``groups``, and record the reason in ``left_out``."""
         self.left_out[name] = reason
         del self._groups[name]
 

@@ -1,4 +1,4 @@
-"""A limit for searches of Torch-Pruning, some of which never end: on some views it follows channels in a circle."""
+"""Bounds Torch-Pruning's searches, some of which never end: on some views it follows channels in a circle."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 # A search visits a node once for every path to it.
 _MOST_CALLS = 10_000
-# Between layers a tensor may have more channels than any layer: concatenated, or with positions among them.
+# Between layers a tensor may have more channels than any layer: concatenated, or including positions.
 _ROOM = 16
 
 
@@ -18,7 +18,7 @@ class UnboundedSearchError(RuntimeError):
 
 
 class _Mappings(list[Any]):
-    """The mappings of channels along one edge of the graph, which Torch-Pruning puts in anew before every search."""
+    """The channel mappings along one edge of the graph, which Torch-Pruning refills before every search."""
 
     def __init__(self, mappings: list[Any], most: int) -> None:
         self._most = most

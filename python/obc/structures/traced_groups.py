@@ -1,4 +1,4 @@
-"""Groups of coupled channels as Torch-Pruning's dependency graph has them."""
+"""Groups of coupled channels according to Torch-Pruning's dependency graph."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ except ImportError as error:
     raise ImportError("obc.prune finds groups by Torch-Pruning: pip install torch-pruning") from error
 
 _ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
-# What Torch-Pruning raises where its own arithmetic on channels goes wrong.
+# What Torch-Pruning raises when its own arithmetic on channels fails.
 _INSIDE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 _UNFOLLOWED = "Torch-Pruning can't follow its channels"
 
 
 @dataclass(eq=False)
 class Found:
-    """A group that was found, or something that can't be one.
+    """A group that was found, or the reason why there is none.
 
     Attributes:
-        name: of the first of its producers.
+        name: name of its first producer.
         members: everything with parameters that loses channels with it.
-        size: root channels.
-        group: None where ``reason`` says why there is none.
-        inner: another order of its channels might make it a group.
+        size: number of root channels.
+        group: the group; None if ``reason`` says why there is none.
+        inner: whether another order of its channels might make it a group.
     """
 
     name: str
@@ -53,12 +53,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the caller says about layers.
+    """The caller's settings for layers.
 
     Attributes:
         ignored: layers whose outputs keep their widths.
         heads: projections -> number of heads.
-        divisions: side -> layer -> groups of its channels that keep equal widths.
+        divisions: side -> layer -> number of groups of its channels that keep equal widths.
     """
 
     ignored: frozenset[nn.Module] = frozenset()
@@ -67,18 +67,18 @@ class Settings:
 
 
 class GroupFinder:
-    """Finds the groups of a model in Torch-Pruning's graph of it.
+    """Finds the groups of a model in Torch-Pruning's graph.
 
     Args:
-        model: as it was traced.
-        graph: Torch-Pruning's.
-        usage: measured on the model.
-        settings: what the caller says.
+        model: the traced model.
+        graph: Torch-Pruning's graph.
+        usage: usage measured on the model.
+        settings: the caller's settings.
 
     Attributes:
-        dims: parameter outside any layer -> the dimension that is pruned.
-        repeats: (group, linear layer) -> how many consecutive columns each channel owns.
-        blocks: projection -> (blocks that heads or their thirds make of its outputs, outputs).
+        dims: parameter outside any layer -> the pruned dimension.
+        repeats: (group, linear layer) -> number of consecutive columns per channel.
+        blocks: projection -> (number of blocks that heads or their thirds form in its outputs, number of outputs).
     """
 
     def __init__(self, model: nn.Module, graph: Any, usage: Usage, settings: Settings) -> None:
@@ -91,7 +91,7 @@ class GroupFinder:
         self.blocks: dict[str, tuple[int, int]] = {}
 
     def place(self, name: str) -> int:
-        """When a layer, or the layer of a parameter, is called first."""
+        """When a layer, or the layer of a parameter, is first called."""
         return self._order.get(name, self._order.get(name.rpartition(".")[0], len(self._order)))
 
     def find(self) -> list[Found]:
@@ -116,7 +116,7 @@ class GroupFinder:
         return found
 
     def _raw_groups(self) -> Iterator[Any]:
-        """Torch-Pruning's groups, each from the first of its layers; what it fails on as something that is no group."""
+        """Torch-Pruning's groups, each from its first layer; where it fails, the reason instead of a group."""
         graph, ignored = self._graph, self._settings.ignored
         seen = set(graph.IGNORED_LAYERS_IN_TRACING) | ignored
         for module in list(graph.module2node):
@@ -170,14 +170,15 @@ class GroupFinder:
         hidden: Tensor | None = None,
         kind: str = "channels",
     ) -> ChannelGroup:
-        """The group of these members.
+        """The group with these members.
 
         Args:
-            name: of the group.
+            name: name of the group.
             members: what each root channel takes with it.
-            units: (units, k) root channels that must go together; those in none of them stay.
-            size: how many root channels there are.
-            hidden: (root channels, parts) of parts that no layer shows, but an operation between layers keeps equal.
+            units: (units, k) root channels that must be removed together; channels in no unit stay.
+            size: number of root channels.
+            hidden: (root channels, parts): parts that an operation between layers keeps equal, though no layer shows
+                it.
             kind: what a unit is.
 
         Raises:
@@ -193,7 +194,7 @@ class GroupFinder:
         return ChannelGroup(name, tuple(sorted(slices, key=lambda part: self.place(part.module))), kind)
 
     def _rerooted(self, raw: Any) -> Any:
-        """The group of an attention from the inputs of its output projection: their order is that of the heads."""
+        """The group of an attention from the inputs of its output projection, which are in the order of the heads."""
         for item in raw:
             dep = item[0]
             layer = dep.target.module
@@ -203,7 +204,7 @@ class GroupFinder:
         raise InnerMatterError("no layer reads the attention's output")
 
     def _members(self, raw: Any) -> Members:
-        """(module, side) -> channel -> root channel, of everything with parameters that the group prunes."""
+        """(module, side) -> channel -> root channel, for everything with parameters that the group prunes."""
         members: Members = {}
         for item in raw:
             dep, channels, roots = item[0], list(item[1]), getattr(item, "root_idxs", None)
@@ -220,7 +221,7 @@ class GroupFinder:
         return members
 
     def _parts(self, target: Any, dep: Any) -> list[tuple[str, Side, list[int]]]:
-        """(name, side, offsets of the copies of its channels) of what one item of a group prunes."""
+        """(name, side, offsets of the copies of its channels) for what one item of a group prunes."""
         if isinstance(target, nn.Parameter):
             return self._parts_of_parameter(target, dep.target.pruning_dim % target.dim())
         if target not in self._names or not (holds_channels(target) or isinstance(target, _NormBase)):
@@ -272,14 +273,14 @@ class GroupFinder:
             units.join_blocks(count)
 
     def _note_blocks(self, projections: set[nn.Module]) -> None:
-        """Into how many diagonal blocks a compressor of a projection's output falls."""
+        """Record the number of diagonal blocks of a compressor of a projection's output."""
         fused = len(projections) == 1
         for module in projections:
             blocks = self._settings.heads[module] * (3 if fused and isinstance(module, nn.Linear) else 1)
             self.blocks[self._names[module]] = (blocks, size_of(module, "out"))
 
     def _divisions(self, members: Members, size: int) -> list[Tensor]:
-        """Of every layer whose channels fall into groups of equal width: see :func:`divided`."""
+        """For every layer whose channels form groups of equal width, as :func:`divided` needs them."""
         found = []
         for (name, side), roots in members.items():
             module = self._modules.get(name)
@@ -301,9 +302,9 @@ class GroupFinder:
         return math.lcm(own, self._settings.divisions.get(side, {}).get(module, 1))
 
     def _join_self_coupled(self, units: Units, root: nn.Module, handler: Any, size: int) -> None:
-        """Channels of the root that go together, as the two halves before a gated unit do.
+        """Join channels of the root that must go together, such as the two halves before a gated unit.
 
-        A group of all channels does not show it, one of a single channel does: three are looked at first.
+        A group of all channels does not show this, but a group of a single channel does; three are examined first.
         """
 
         def coupled(channel: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""One pruning step of Torch-Pruning, recorded: which indices every layer of every group kept."""
+"""Records one pruning step of Torch-Pruning: which indices every layer of every group kept."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from obc.model.refusals import refuse_unprunable
 def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
     """Run ``pruner.step()`` and record what every layer kept, root and coupled, outputs and inputs.
 
-    Torch-Pruning's own history records root layers only, and wrongly where indices are passed to ``group.prune``.
+    Torch-Pruning's own history contains root layers only, and is wrong if indices are passed to ``group.prune``.
 
     Args:
         pruner: a Torch-Pruning pruner (``BasePruner`` or a subclass).
-        plan: the plan of the steps before this one, recorded on the same model; None at the first step.
+        plan: the plan of the previous steps, recorded on the same model; None at the first step.
 
     Returns:
         The plan of all steps so far, in terms of the unpruned model. ``plan`` itself is not changed.
 
     Raises:
-        PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`), or a layer can't be described by a
-            plan (LSTM).
+        PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`), or a plan can't describe a layer
+            (LSTM).
     """
     refuse_unprunable(pruner.model)
     refuse_quantised(pruner.model)
-    # What the pruner read when it was built: of the unpruned model, unless an earlier pruner pruned it before.
+    # What the pruner read when it was built: the unpruned model's, unless an earlier pruner pruned it before.
     heads = {module: pruner.init_num_heads.get(module, now) for module, now in pruner.num_heads.items()}
     recorder = PlanRecorder(pruner.DG, plan, heads, pruner.layer_init_out_ch)
     for group in pruner.step(interactive=True):
@@ -47,23 +47,23 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
 
 
 def holds_channels(module: nn.Module) -> bool:
-    """Whether a module has one value a channel, or normalises over channels: then a plan needs an entry for it."""
+    """Whether a module has one value per channel or normalises over channels, so that a plan needs an entry for it."""
     has_statistics = isinstance(module, _NormBase) and module.running_mean is not None
     over_channels = isinstance(module, (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm))
     return has_statistics or over_channels or next(module.parameters(), None) is not None
 
 
 class PlanRecorder:
-    """What every layer kept, one group after the other.
+    """What every layer kept, group after group.
 
     Args:
         graph: Torch-Pruning's dependency graph of the model.
-        plan: of the steps before; in terms of the unpruned model.
-        heads: of the unpruned model, by query, key and value projection.
+        plan: plan of the previous steps, in terms of the unpruned model.
+        heads: query, key or value projection -> number of heads in the unpruned model.
         widths: out channels of the unpruned model's layers, at least of those with heads.
 
     Attributes:
-        kept: by module or parameter name; changes with every record.
+        kept: module or parameter name -> what was kept; changes with every record.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class PlanRecorder:
         self._before = plan or PruningPlan()
 
     def record(self, group: Any) -> None:
-        """Note what ``group`` is about to remove; call it before ``group.prune()``."""
+        """Record what ``group`` is about to remove; call it before ``group.prune()``."""
         for item in group:
             dep, removed = item[0], torch.as_tensor([int(index) for index in item[1]], dtype=torch.int64)
             if len(removed) == 0:
@@ -114,14 +114,14 @@ class PlanRecorder:
 
     def _narrow_columns(self, module: nn.Module, before: Kept, size: int, removed: Tensor, roots: Any) -> Kept:
         if layout_of(module) is None and not isinstance(module, nn.MultiheadAttention):
-            return before  # norms, embeddings: one set of channels, which the output side holds
+            return before  # norms and embeddings have one set of channels, on the output side
         repeat = repeat_of(removed.tolist(), roots, size) if isinstance(module, nn.Linear) else 1
         if before.in_channels is not None:
             repeat = math.gcd(repeat, before.in_repeat)
         return with_columns(before, narrowed(before.in_columns, size, removed), repeat)
 
     def _attention_blocks(self, group: Any) -> None:
-        """A compressor of queries, keys or values mixes inside each head as long as every head kept equally many."""
+        """Split a compressor of queries, keys or values by head, as long as every head kept equally many channels."""
         projections = {item[0].target.module for item in group if item[0].target.module in self._heads}
         for module in projections:
             name = self._names[module]
@@ -133,13 +133,13 @@ class PlanRecorder:
             original = self._widths[module]
             before = self._before.get(name, Kept()).out_channels
             if before is not None and len(before) == original:
-                continue  # an earlier pruner's plan: what it decided about the heads of the unpruned model stands
+                continue  # an earlier pruner's plan already says what became of the unpruned model's heads
             even = original % blocks == 0 and split_by_group(kept.out_channels, original, blocks) is not None
             self.kept[name] = replace(kept, out_blocks=blocks if even else 1)
 
 
 def repeat_of(removed: Sequence[int], roots: Sequence[int | None] | None, size: int) -> int:
-    """How many consecutive columns one root channel owns behind a flatten; 1 where the indices don't tell."""
+    """The number of consecutive columns per root channel after a flatten; 1 if the indices don't tell."""
     if roots is None or len(roots) != len(removed):
         return 1
     pairs = sorted(zip(removed, roots, strict=True), key=lambda pair: pair[0])

@@ -1,4 +1,4 @@
-"""Channels that go together, joined into units."""
+"""Joins channels that go together into units."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from obc.model.groups import Side, Slice
 from obc.structures.units import NotPrunableError
 
-# (module, side) -> channel of that side -> root channel of the group that it goes with.
+# (module, side) -> channel of that side -> root channel of the group that it belongs to.
 Members = dict[tuple[str, Side], dict[int, int]]
 
 
 class InnerMatterError(NotPrunableError):
-    """Why a group can't be pruned in whatever order its channels are: its width is no inner matter, or has no plan."""
+    """Why a group can't be pruned in any order of its channels: its width is visible outside, or has no plan."""
 
 
 class Units:
@@ -51,7 +51,7 @@ class Units:
             self.join(channel, channel - channel % width)
 
     def table(self) -> Tensor:
-        """(units, k) the channels of each, ordered by the first."""
+        """(units, k) the channels of each unit, ordered by the first."""
         members: dict[int, list[int]] = {}
         for channel in range(len(self._parents)):
             members.setdefault(self.find(channel), []).append(channel)
@@ -62,21 +62,21 @@ class Units:
 
 
 def divided(units: Tensor, divisions: Sequence[Tensor]) -> Tensor:
-    """Units joined so that parts of equal width, such as the groups of a convolution, stay equally wide.
+    """Join units so that parts of equal width, such as a convolution's groups, stay equally wide.
 
-    Units that lie in the same parts of every division form a cell. A joined unit takes one unit out of each cell, or as
-    many as the cell's share of the whole. Where cells are of different sizes, some units are in no joined one: they
-    always stay.
+    Units that lie in the same parts of every division form a cell. A joined unit takes one unit from each cell, or as
+    many as the cell's share of the whole. If cells have different sizes, some units are in no joined unit and always
+    stay.
 
     Args:
         units: (units, k) root channels.
-        divisions: of each, (root channels, parts): how many channels each root channel has in each part.
+        divisions: for each division (root channels, parts): how many channels each root channel has in each part.
 
     Returns:
-        (joined units, channels of one).
+        (joined units, channels per unit).
 
     Raises:
-        NotPrunableError: neither keeps all parts equally wide.
+        NotPrunableError: neither choice keeps all parts equally wide.
     """
     if not divisions:
         return units

@@ -1,4 +1,4 @@
-"""Units of groups: which of them may go, and channels counted anew when some are gone."""
+"""Units of groups: which may be removed, and how channels are renumbered afterwards."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from obc.model.kept import staying
 
 
 class NotPrunableError(ValueError):
-    """Why a group that was found can't be pruned; the reason is kept in ``left_out``."""
+    """Why a group that was found can't be pruned; ``left_out`` keeps the reason."""
 
 
 def checked_units(groups: Mapping[str, ChannelGroup], name: str, units: Tensor, least: int = 1) -> Tensor:
     """The units to remove from the group ``name``: ascending int64 indices on the CPU, each once.
 
     Args:
-        groups: of the model as it is now, by name.
-        name: of the group.
+        groups: the present model's groups by name.
+        name: name of the group.
         units: indices of its units.
-        least: so many units must stay.
+        least: the number of units that must stay.
 
     Raises:
         KeyError: no group has the name.
@@ -42,12 +42,12 @@ def checked_units(groups: Mapping[str, ChannelGroup], name: str, units: Tensor, 
 
 
 def layer_name(modules: Mapping[str, nn.Module], layer: nn.Module | str, argument: str) -> str:
-    """The name of a layer that the caller gave as itself or by its name.
+    """The name of a layer that the caller passed as an object or by name.
 
     Args:
-        modules: of the model, by name.
-        layer: one of them.
-        argument: of the caller, for the message.
+        modules: the model's modules by name.
+        layer: one of them, or its name.
+        argument: name of the caller's argument, for the message.
 
     Raises:
         ValueError: the model has no such layer.
@@ -72,17 +72,17 @@ def without(tensor: Tensor, removed: Tensor, dim: int = 0) -> Tensor:
 
 
 def without_units(group: ChannelGroup, removed: Tensor) -> ChannelGroup:
-    """The group without the units ``removed``; the channels of the others keep their numbers."""
+    """The group without the units ``removed``; the other units' channels keep their numbers."""
     slices = (replace(part, channels=without(part.channels, removed)) for part in group.slices)
     return replace(group, slices=tuple(slices))
 
 
 def renumbered_group(group: ChannelGroup, lost: Sequence[Tensor | None]) -> ChannelGroup:
-    """The group after channels of other groups are gone.
+    """The group after channels of other groups were removed.
 
     Args:
-        group: with channels as they were numbered before.
-        lost: by slice, the channels that its side of the layer has lost, ascending; None where it lost none.
+        group: the group, with channels numbered as before.
+        lost: for each slice, the channels that its side of the layer lost, ascending; None if none.
     """
     parts = zip(group.slices, lost, strict=True)
     slices = (replace(part, channels=renumbered(part.channels, removed)) for part, removed in parts)
@@ -90,5 +90,5 @@ def renumbered_group(group: ChannelGroup, lost: Sequence[Tensor | None]) -> Chan
 
 
 def renumbered(channels: Tensor, removed: Tensor | None) -> Tensor:
-    """The same channels, counted without the ``removed`` ones (ascending, none of them among ``channels``)."""
+    """The same channels, numbered without the ``removed`` ones (ascending, none of them among ``channels``)."""
     return channels if removed is None else channels - torch.searchsorted(removed, channels)
