@@ -1,4 +1,4 @@
-"""Large models of the transformers library: their prunable groups, their pruning without tracing, their files.
+"""Models of the transformers library: their prunable groups, pruning without tracing, and saving.
 
 structure = TransformersStructure(model, uniform=True)
 result = obc.prune(model, None, batches, loss_fn, structure=structure, round_to=64)

@@ -14,7 +14,7 @@ from obc.structures.transformers.layers import Counter, Layers, joined
 from obc.structures.transformers.per_head import per_head
 from obc.structures.units import NotPrunableError
 
-# Names of fused projections whose order differs from model to model: where no family says it, the module is refused.
+# Names of fused projections whose order differs between models; unless a family gives it, the module is refused.
 _OF_MANY_ORDERS = ("query_key_value", "Wqkv", "in_proj_qkv")
 _UNKNOWN_ORDER = "the order of queries, keys and values in {} is not known"
 
@@ -51,7 +51,7 @@ def output_of(layers: Layers, name: str) -> str | None:
 
 
 def inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
-    """The sides of an attention's layers, and of norms inside it, that aren't the residual stream's."""
+    """The sides of an attention's layers, and of norms inside it, that don't belong to the residual stream."""
     output = output_of(layers, name)
     if output is None:
         return set()
@@ -63,7 +63,7 @@ def inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
 
 
 def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], size: int) -> None:
-    """Refuse an attention with parameters outside what is ``known``: layers, norms, parameters, by their full names.
+    """Refuse an attention with parameters that are not ``known``: layers, norms and parameters, by full name.
 
     Norms of ``size`` are the same for every head.
     """
@@ -78,7 +78,7 @@ def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], s
 
 
 def _projections(layers: Layers, name: str) -> list[str]:
-    """The projections of queries, keys and values, or the one of all three."""
+    """The projections of queries, keys and values, or the single one for all three."""
     for family in FAMILIES.values():
         for names in family.projections:
             if all(layers.layer(name, child) is not None for child in names):
@@ -157,7 +157,7 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
     queried, ratio = rows.output[:, ::size] // size, heads.queries // heads.shared
     heads_of: dict[HeadsOf, Tensor] = {"queries": queried}
     counts: dict[HeadsOf, int] = {"queries": heads.queries}
-    if kind == "heads":  # else all keys and values stay
+    if kind == "heads":  # otherwise all keys and values stay
         heads_of["keys"], counts["keys"] = queried[:, ::ratio] // ratio, heads.shared
     others = per_head(layers, name, counts, size)
     slices += [found.slice_of(heads_of[found.heads_of]) for found in others]

@@ -1,4 +1,4 @@
-"""Where a slice of a model lies: tensors and their dimensions, and how removing from them is recorded."""
+"""Where a slice lies in a model: tensors and their dimensions, and how removals are recorded."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Axis:
     """One dimension of one tensor.
 
     Attributes:
-        module: the name of the module that owns the tensor.
-        tensor: its name in the module.
+        module: name of the module that owns the tensor.
+        tensor: name of the tensor in the module.
         dim: the dimension.
-        key: under which the plan records it.
+        key: the plan's key for it.
         slot: the side of the plan's entry.
-        raw: the tensor is no ordinary layer's: the plan's entry names the dimension.
+        raw: the tensor is not an ordinary layer's, so the plan's entry names the dimension.
     """
 
     module: str
@@ -38,7 +38,7 @@ class Axis:
 
 def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
     """The axes of one side of an ordinary layer: linear, convolution, norm or embedding."""
-    if isinstance(module, _NormBase):  # with statistics of each channel
+    if isinstance(module, _NormBase):  # with statistics per channel
         tensors = {**module._parameters, **module._buffers}
         names = [key for key, tensor in tensors.items() if tensor is not None and tensor.dim() == 1]
         return tuple(Axis(name, key, 0, name, "out", raw=False) for key in names)
@@ -55,12 +55,12 @@ def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
 
 
 def parameter_axes(name: str, keys: Iterable[str]) -> dict[tuple[str, Side], tuple[Axis, ...]]:
-    """The axes of the module's own parameters, by (full name, "out"): the channels lie in their first dimension."""
+    """The axes of the module's own parameters, by (full name, "out"); channels lie in their first dimension."""
     return {(joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in keys}
 
 
 def narrow(kept: Mapping[str, Kept], axis: Axis, size: int, removed: Tensor) -> Kept:
-    """The plan's entry of an axis after the positions ``removed`` of the ``size`` that it had are gone."""
+    """The plan's entry of an axis after the positions ``removed`` of its ``size`` were removed."""
     before = kept.get(axis.key, Kept())
     if axis.slot == "out":
         dim = axis.dim if axis.raw else None
@@ -70,12 +70,12 @@ def narrow(kept: Mapping[str, Kept], axis: Axis, size: int, removed: Tensor) -> 
 
 
 def axis_key(axis: Axis) -> tuple[str, int]:
-    """(parameter name, dimension): which axes lie in the same dimension."""
+    """(parameter name, dimension), equal for axes that lie in the same dimension."""
     return f"{axis.module}.{axis.tensor}" if axis.module else axis.tensor, axis.dim
 
 
 def sync_layer(module: nn.Module) -> None:
-    """Make the sizes that a layer keeps as attributes those of its weight."""
+    """Set the sizes that a layer keeps as attributes to those of its weight."""
     if isinstance(module, _NormBase):
         tensor = module.weight if module.weight is not None else module.running_mean
         module.num_features = len(tensor) if tensor is not None else module.num_features
@@ -94,5 +94,5 @@ def sync_layer(module: nn.Module) -> None:
         module.embedding_dim = weight.shape[1]
     elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         module.normalized_shape = tuple(weight.shape)
-    elif layout_of(module) is not None:  # GPT-2's
+    elif layout_of(module) is not None:  # GPT-2's linear layer
         module.nx, module.nf = weight.shape  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""A block of a transformers model: a group of coupled channels, and what else changes when units of it go."""
+"""A block of a transformers model: a group of coupled channels, and what else changes when units are removed."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Kind:
     """A kind of group.
 
     Attributes:
-        name: as callers ask for it.
-        whole: its units are no single channels, so that rounding of widths spares them.
-        counted: the config's count of its units may have to divide other sizes, so that every width is tried there.
-        by_default: found where the caller names no kinds.
+        name: the name that callers use.
+        whole: its units are not single channels, so rounding of widths does not apply.
+        counted: other sizes may have to be multiples of the config's count of its units, so every width is tried.
+        by_default: found if the caller names no kinds.
     """
 
     name: str
@@ -29,21 +29,21 @@ class Kind:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """A group, and everything besides its weights that changes when units go.
+    """A group, and everything besides its weights that changes when units are removed.
 
     Attributes:
-        group: as the model is now.
-        axes: for slices of tensors outside any ordinary layer, where they lie.
+        group: the group of the present model.
+        axes: locations of slices of tensors outside ordinary layers.
         counters: attributes of modules that count units.
-        config: config key -> how much a unit counts there; a fraction where it says a multiple of another width.
-        config_fixed: config key -> a value that must be written down once units are gone (it was derived before).
-        config_part: dotted name of the config inside the model's that says ``config`` and ``config_fixed``; "" is the
-            model's own. Models of several parts (vision and language) have one for each.
+        config: config key -> how much a unit counts there; a fraction if the key is a multiple of another width.
+        config_fixed: config key -> a value that must be written once units were removed, because it was derived before.
+        config_part: dotted name, inside the model's config, of the one with ``config`` and ``config_fixed``; "" is the
+            model's own. Models with several parts (vision and language) have one for each.
         reads_config: a module whose forward reads these counts from its config, as layers with one projection for
             queries, keys and values do.
-        min_units: so many must stay for the model to run.
-        attended: channels per unit in the products of queries with keys and of weights with values, the mean of both.
-        warning: what the caller should know of the model once units are gone.
+        min_units: the number of units that the model needs to run.
+        attended: channels per unit in the products of queries with keys and of weights with values; the mean of both.
+        warning: what the caller should know once units were removed.
     """
 
     group: ChannelGroup
@@ -59,5 +59,5 @@ class Block:
 
     @property
     def counted_by(self) -> tuple[str, ...]:
-        """What the config counts the units by: groups that it counts as one keep equal widths where it says them."""
+        """The config's counts of the units; the config can only express equal widths of groups with equal counts."""
         return (self.config_part, *(self.config or (self.group.kind,)))

@@ -1,7 +1,7 @@
-"""Finding the prunable blocks of a transformers model, from the names and shapes of its layers and its config.
+"""Finds the prunable blocks of a transformers model, from the names and shapes of its layers and its config.
 
-Nothing is traced and the transformers library is not imported. What looks like a block and is not understood is named
-with the reason.
+Nothing is traced, and the transformers library is not imported. Anything that looks like a block but is not understood
+is named with the reason.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Finder:
     """Finds the blocks of one model.
 
     Attributes:
-        layers: of the model.
+        layers: layers of the model.
         blocks: by group name, in the order of the model.
-        left_out: what looks like a block -> why it is none that can be pruned.
+        left_out: module that looks like a block -> why it can't be pruned.
     """
 
     def __init__(self, model: nn.Module, wanted: Sequence[str]) -> None:
@@ -61,7 +61,7 @@ class Finder:
         self._join_tied()
 
     def _join_tied(self) -> None:
-        """Blocks that lie in the same parameters, as modules that share theirs, are one: their units go together."""
+        """Join blocks that lie in the same parameters, because modules share them: their units are removed together."""
         first: dict[tuple[tuple[int, int], ...], str] = {}
         for name, block in list(self.blocks.items()):
             holder = first.setdefault(self._lies_in(block), name)
@@ -82,7 +82,7 @@ class Finder:
         return tuple(places)
 
     def _add(self, name: str, found: Iterator[Block]) -> bool:
-        """Whether something was found, or refused with a reason."""
+        """Whether a block was found, or refused with a reason."""
         before = len(self.blocks)
         try:
             for block in found:
@@ -93,7 +93,7 @@ class Finder:
         return len(self.blocks) > before
 
     def _place(self, block: Block) -> int:
-        """The place in the model of what a block names first: a layer, or a parameter of a module."""
+        """The position in the model of a block's first layer or parameter."""
         order = {name: index for index, name in enumerate(self.layers.modules)}
         first = block.group.slices[0].module
         return order.get(first, order.get(first.rpartition(".")[0], 0))

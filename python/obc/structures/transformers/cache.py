@@ -1,4 +1,4 @@
-"""The cache of keys and values that a model of the transformers library fills, read from one that it filled."""
+"""The key/value cache of a transformers model, read from a cache that it filled."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from obc.structures.transformers.block import Block
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """What one layer of the cache holds.
+    """The contents of one layer of the cache.
 
     Attributes:
-        module: the attention, or mixer, that fills it.
-        group: of the heads of keys and values; None where they can't be removed.
-        per_unit: entries a token of one unit of the group, keys and values together; without a group, of all heads.
-        most: tokens that are kept at most; None: all.
+        module: the attention or mixer that fills it.
+        group: group of the key/value heads; None if they can't be removed.
+        per_unit: entries per token of one unit of the group, keys and values together; without a group, of all heads.
+        most: the most tokens that are kept; None: all.
         itemsize: bytes of an entry.
-        fixed: bytes a sequence that do not grow with its length.
+        fixed: bytes per sequence that do not grow with its length.
     """
 
     module: str
@@ -37,7 +37,7 @@ class CachedLayer:
     fixed: float = 0.0
 
     def bytes_of_unit(self, use: MemoryUse) -> float:
-        """Of one unit of the group; without a group, of the layer."""
+        """Bytes of one unit of the group; without a group, of the layer."""
         tokens = use.length if self.most is None else min(use.length, self.most)
         itemsize = self.itemsize if use.dtype is None else use.dtype.itemsize
         return float(self.per_unit * tokens * use.batch * itemsize)
@@ -47,8 +47,8 @@ def cached_layers(model: Any, blocks: Sequence[Block]) -> list[CachedLayer]:
     """The layers of the cache after one token.
 
     Args:
-        model: with ``past_key_values`` among its outputs.
-        blocks: of the model as it is now.
+        model: a model with ``past_key_values`` among its outputs.
+        blocks: blocks of the present model.
 
     Raises:
         PruningError: the model does not run on one token, or returns no cache of this kind.

@@ -1,4 +1,4 @@
-"""How often a model applies each weight, from the MACs that it executes; the polynomial of costs is scaled by it."""
+"""Calibrates predicted costs by the MACs that a model executes, which show how often it applies each weight."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from obc.structures.transformers.block import Block
 
-# If every module's MACs are the same multiple of those for one token up to this share, calibrating changes nothing.
+# If all modules' MACs are the same multiple of those for one token up to this share, calibrating changes nothing.
 _SAME = 0.01
 
 
@@ -17,8 +17,8 @@ class Calibration:
 
     Attributes:
         factors: module -> how often each of its weights is applied in the whole batch.
-        per_unit: group -> MACs per unit outside any weight's: products of queries, keys and values.
-        constant: module -> MACs that no group of channels changes, outside any weight's.
+        per_unit: group -> MACs per unit that belong to no weight: products of queries, keys and values.
+        constant: module -> MACs that belong to no weight and that no group changes.
     """
 
     factors: Mapping[str, float]
@@ -29,15 +29,15 @@ class Calibration:
 def calibrate(
     counted: Mapping[str, float], predicted: Mapping[str, float], blocks: Sequence[Block]
 ) -> Calibration | None:
-    """The calibration, or None where the prediction for one token is the same for all modules but for one multiple.
+    """The calibration; None if the MACs of all modules are the same multiple of those predicted for one token.
 
     A weight's MACs are those counted in its module. What is counted in a module without a weight, such as attention's
-    products, belongs to the block around it, one unit as much as the other, or else to no group.
+    products, belongs to the block around it, in equal parts per unit, or otherwise to no group.
 
     Args:
-        counted: module -> MACs in its own forward, of the unpruned model (:func:`obc.structures.counted_macs`).
+        counted: module -> MACs in its own forward, for the unpruned model (:func:`obc.structures.counted_macs`).
         predicted: module -> MACs of its weights for one token.
-        blocks: of the unpruned model.
+        blocks: blocks of the unpruned model.
     """
     outside = {module: macs for module, macs in counted.items() if macs and not predicted.get(module)}
     if _agrees(counted, predicted, sum(outside.values())):
@@ -56,10 +56,10 @@ def calibrate(
 
 
 def _owners(module: str, predicted: Mapping[str, float], blocks: Sequence[Block]) -> list[Block]:
-    """The blocks whose units share what is computed in ``module`` without a weight of its own.
+    """The blocks whose units share the work of ``module`` that uses no weight of its own.
 
-    Attention's products belong to the heads around them. What else a module computes belongs to a block if all weights
-    inside the module are the block's, as in a mixer of Mamba.
+    Attention's products belong to the heads around them. Other work of a module belongs to a block if all weights
+    inside the module are the block's, as in a Mamba mixer.
     """
     attending = [block for block in blocks if block.attended and _lies_in(module, _place(block))]
     if attending:
@@ -81,7 +81,7 @@ def _agrees(counted: Mapping[str, float], predicted: Mapping[str, float], outsid
 
 
 def _place(block: Block) -> str:
-    """The innermost module that holds all of a block's slices."""
+    """The innermost module that contains all of a block's slices."""
     paths = [part.module.split(".") for part in block.group.slices]
     common = []
     for names in zip(*paths, strict=False):
@@ -89,7 +89,7 @@ def _place(block: Block) -> str:
             break
         common.append(names[0])
     whole = ".".join(common)
-    # Slices of one layer alone lie in that layer; what is around it is the module that calls it.
+    # The slices of a single layer lie in that layer; the block is the module that calls it.
     return whole if any(path != common for path in paths) else whole.rpartition(".")[0]
 
 

@@ -1,4 +1,4 @@
-"""Writing a pruned model's widths into its config, where the architecture has a key for them."""
+"""Writes a pruned model's widths into its config, if the architecture has a key for them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from obc.model.kept import PlanError
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import says, value_of
 
-_SHOWN = 3  # widths of an uneven model that a message shows
+_SHOWN = 3  # number of widths of an uneven model shown in a message
 
 
 def with_widths(
@@ -24,16 +24,16 @@ def with_widths(
     shapes: Mapping[str, Sequence[int]] | None = None,
     depth: Depth | None = None,
 ) -> tuple[Any | None, str | None]:
-    """(a copy of the model's config with the blocks' widths, None), or (None, why no config says them).
+    """(a copy of the model's config with the blocks' widths, None), or (None, why no config can express them).
 
-    Believed only where the model's class, built from it, has exactly the model's shapes; it is built without memory.
+    Accepted only if the model's class, built from it without memory, has exactly the model's shapes.
 
     Args:
-        model: has the config.
-        blocks: of the model.
-        sizes: group -> units, where it is not as many as the group has now.
-        shapes: tensor -> the shape that it would have with these sizes, where that is not its shape now.
-        depth: blocks and branches that are gone.
+        model: the model with the config.
+        blocks: blocks of the model.
+        sizes: group -> number of units, if it differs from the present number.
+        shapes: tensor -> its shape with these sizes, if it differs from the present shape.
+        depth: removed blocks and branches.
     """
     model_: Any = model
     config = copy.deepcopy(model_.config)
@@ -59,7 +59,7 @@ def with_widths(
             if key not in (getattr(part, "per_layer_attributes", None) or ()) and _derived_head_size(part) != value:
                 setattr(part, key, value)
         skeleton = _skeleton(type(model), config)
-    except Exception as refusal:  # transformers' own validation, of whatever type, is the reason that is reported
+    except Exception as refusal:  # transformers' own validation may raise anything; its message is the reported reason
         if uneven:
             return None, f"{uneven}, and {type(model).__name__} does not read them layer by layer ({_begin(refusal)})"
         return None, f"{type(config).__name__} refuses the widths: {refusal}"
@@ -77,7 +77,7 @@ def with_widths(
 
 
 def _counted(blocks: Sequence[Block], sizes: Mapping[str, int]) -> dict[tuple[str, str], dict[Any, str]]:
-    """(part of the config, key) -> the values that blocks have there -> the first block that has it."""
+    """(part of the config, key) -> the values of the blocks for it -> the first block with the value."""
     values: dict[tuple[str, str], dict[Any, str]] = {}
     for block in blocks:
         for key, value in _values_of(block, sizes).items():
@@ -88,17 +88,17 @@ def _counted(blocks: Sequence[Block], sizes: Mapping[str, int]) -> dict[tuple[st
 def _values_of(block: Block, sizes: Mapping[str, int]) -> dict[str, Any]:
     size = sizes.get(block.group.name, block.group.size)
     exact = {key: size * per_unit for key, per_unit in block.config.items()}
-    # Widths as multiples of the hidden size come as fractions; what is whole is an integer, as configs want it.
+    # Widths that are multiples of the hidden size are fractions; whole numbers become integers, as configs want them.
     return {key: int(value) if value == int(value) else value for key, value in exact.items()}
 
 
 def _say_per_layer(
     config: Any, blocks: Sequence[Block], sizes: Mapping[str, int], keys: set[str], depth: Depth | None
 ) -> str | None:
-    """Let the config say the values of these keys layer by layer (transformers' ``per_layer_config``); or why not.
+    """Write the values of these keys per layer (transformers' ``per_layer_config``), or return why that fails.
 
-    What it said of single layers before is replaced wherever a block says otherwise. Whether the model's code reads
-    them so shows when it is built from the config.
+    Earlier values for single layers are replaced if a block has another value. Building a model from the config shows
+    whether the model's code reads them.
     """
     known = hasattr(type(config), "per_layer_config")
     if not known:
@@ -125,7 +125,7 @@ def _say_per_layer(
 
 
 def _place_of(name: str, depth: Depth | None) -> int | None:
-    """The place among the layers of the model as it is now: the first number in a name."""
+    """The index among the present model's layers: the first number in a name."""
     for list_name, one in (depth.lists if depth else {}).items():
         if name.startswith(f"{list_name}."):
             return one.kept.index(int(name[len(list_name) + 1 :].partition(".")[0]))
@@ -133,7 +133,7 @@ def _place_of(name: str, depth: Depth | None) -> int | None:
 
 
 def _more_than(model: nn.Module, skeleton: nn.Module, depth: Depth | None) -> str | None:
-    """What a model built from the config has that the pruned one has not; with blocks gone also what it does else."""
+    """What a model built from the config has beyond the pruned one; if blocks were removed, also other differences."""
     state = model.state_dict()
     if lacking := next((name for name in skeleton.state_dict() if name not in state), None):
         return f"no config can say that {lacking} is gone; a model built from it has it"
@@ -151,7 +151,7 @@ def _more_than(model: nn.Module, skeleton: nn.Module, depth: Depth | None) -> st
 
 
 def refuse_save_pretrained(model: Any, reason: str | None) -> None:
-    """Let ``model.save_pretrained`` raise where its folder would load with fresh weights; None takes that back."""
+    """Make ``model.save_pretrained`` raise if its folder would load with fresh weights; None undoes this."""
     vars(model).pop("save_pretrained", None)
     if reason is None:
         return
@@ -167,14 +167,14 @@ def refuse_save_pretrained(model: Any, reason: str | None) -> None:
 
 
 def said_values(config: Any, blocks: Sequence[Block]) -> dict[tuple[str, str], Any]:
-    """What the config says of every key that the blocks' widths may change: (part, key) -> value, where it has any."""
+    """The config's values for every key that the blocks' widths may change: (part, key) -> value, if present."""
     keys = [(block.config_part, key) for block in blocks for key in (*block.config, *block.config_fixed)]
     found = {(path, key): part_of(config, path) for path, key in dict.fromkeys(keys)}
     return {(path, key): value_of(part, key) for (path, key), part in found.items() if says(part, key)}
 
 
 def with_values(config: Any, blocks: Sequence[Block], values: Mapping[tuple[str, str], Any]) -> Any:
-    """A copy of the config that says ``values``, and nothing of the blocks' other keys: undoes :func:`with_widths`."""
+    """A copy of the config with ``values`` and no other keys of the blocks; undoes :func:`with_widths`."""
     former = copy.deepcopy(config)
     for path in dict.fromkeys(block.config_part for block in blocks):
         if getattr(part_of(former, path), "is_heterogeneous", False):
@@ -196,7 +196,7 @@ def own_config(config: Any, block: Block) -> Any:
 
 
 def _derived_head_size(config: Any) -> int | None:
-    """The size of a head that the config says, or that the library derives from it."""
+    """The size of a head according to the config, or as the library derives it."""
     if (said := value_of(config, "head_dim")) is not None:
         return int(said)
     hidden, heads = value_of(config, "hidden_size"), value_of(config, "num_attention_heads")
@@ -204,12 +204,12 @@ def _derived_head_size(config: Any) -> int | None:
 
 
 def _begin(refusal: Exception) -> str:
-    """The first sentence of a library's message; advice on its own attributes follows there."""
+    """The first sentence of a library's message; what follows is advice on its own attributes."""
     return str(refusal).split(". ")[0]
 
 
 def _skeleton(model_class: type[nn.Module], config: Any) -> nn.Module:
-    """The model that ``from_pretrained`` would build: from the config as it is read back from its file."""
+    """The model that ``from_pretrained`` would build, from the config as it is read back from its file."""
     read_back = type(config).from_dict(config.to_dict())
     with torch.device("meta"):
         return model_class(read_back)

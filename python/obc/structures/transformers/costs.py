@@ -32,23 +32,23 @@ def transformer_costs(
     depth: Sequence[DepthUnit] = (),
     names_of: Mapping[str, str] | None = None,
 ) -> Costs:
-    """Parameters, those that one token meets, or its multiply-accumulates, exact in the widths of the blocks' groups.
+    """Parameters, active parameters or multiply-accumulates per token, exact in the widths of the blocks' groups.
 
-    A weight of shape (d_1, d_2, ...) has the product of its sizes in parameters, and takes as many MACs, once for every
-    token; fused experts take those of the experts that a token is routed to. Embeddings, norms, biases and the scan of
-    state spaces take none. The products of queries with keys and of weights with values take 2 * ``sequence_length``
-    MACs per attended channel. Tied parameters count once; their uses take MACs each.
+    A weight of shape (d_1, d_2, ...) has as many parameters as the product of its sizes, and takes as many MACs, once
+    per token; fused experts take those of the experts that a token is routed to. Embeddings, norms, biases and the scan
+    of state spaces take none. The products of queries with keys and of weights with values take 2 * ``sequence_length``
+    MACs per attended channel. Tied parameters count once, but each of their uses takes MACs.
 
     Args:
-        model: as it is now.
-        blocks: of the model as it is now.
-        axes: (parameter name, dimension) -> the indices of the blocks, and their slices, that lie there.
+        model: the present model.
+        blocks: blocks of the present model.
+        axes: (parameter name, dimension) -> (index of a block, its slice) for everything that lies there.
         unit: "macs", "parameters" or "active_parameters".
-        sequence_length: positions that each token attends to.
-        calibration: MACs are those of a whole batch, as they were counted on the unpruned model.
-        depth: whole blocks and branches that may go: groups of one unit behind the others, with which the costs of
-            everything inside vanish.
-        names_of: name of a module -> the name that blocks and calibration have for it, where that is another.
+        sequence_length: number of positions that each token attends to.
+        calibration: makes MACs those of a whole batch, as counted on the unpruned model.
+        depth: removable blocks and branches: groups of one unit after the others, which take the costs of everything
+            inside along.
+        names_of: name of a module -> its name in blocks and calibration, if that differs.
 
     Raises:
         ValueError: an unknown unit.
@@ -88,11 +88,11 @@ def transformer_memory(
     depth: Sequence[DepthUnit] = (),
     names_of: Mapping[str, str] | None = None,
 ) -> Costs:
-    """Bytes of the weights and buffers that the model saves, tied ones once, and of its cache of keys and values.
+    """Bytes of the saved weights and buffers, tied ones once, and of the key/value cache.
 
     Args:
         use: what is counted.
-        cached: the layers of the cache, where ``use`` counts one.
+        cached: the layers of the cache, if ``use`` counts one.
         model, blocks, axes, depth, names_of: as for :func:`transformer_costs`.
     """
     polynomial, container = _polynomial(blocks, axes, "bytes", depth), _around(blocks, depth)
@@ -132,7 +132,7 @@ def _polynomial(
 
 
 def _around(blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> Callable[[str], int | None]:
-    """Finds the innermost block or branch that a module goes with, among the groups."""
+    """A function that finds the innermost block or branch that contains a module, among the groups."""
     holders = Holders(depth)
 
     def container(module: str) -> int | None:
@@ -181,9 +181,9 @@ def _terms(model: nn.Module, unit: str) -> Iterator[tuple[str, str, Tensor, tupl
 
 
 def _counted(model: nn.Module, module_name: str, unit: str) -> tuple[tuple[int, ...], float]:
-    """(dimensions that don't count, how often the rest counts) of a parameter, as a parameter.
+    """(dimensions that don't count, how often the rest counts) for a parameter, by its name.
 
-    Of active ones, those of experts count as often as a token is routed to one of them.
+    In active counts, experts' parameters count as often as a token is routed to one of them.
     """
     if unit == "parameters":
         return (), 1.0
@@ -201,7 +201,7 @@ def _is_router(module: nn.Module, key: str, parameter: Tensor) -> bool:
 
 
 def _routed(model: nn.Module, experts: str) -> int:
-    """To how many experts each token goes."""
+    """The number of experts per token."""
     parent = model.get_submodule(experts.rpartition(".")[0])
     for module in (parent, *parent.children()):
         if isinstance(top := getattr(module, "top_k", None), int):

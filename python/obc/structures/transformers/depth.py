@@ -1,9 +1,9 @@
 """Whole blocks ("layers") and residual branches ("sublayers") of a transformers model as units.
 
-A block without its unit returns what it was given, a branch adds nothing. The first block of every list stays: caches,
-masks and tables of relative positions may hang on it, and one must.
+A block without its unit returns its input, a branch adds nothing. The first block of every list stays: caches, masks
+and tables of relative positions may depend on it, and one block is needed.
 
-Where a branch lies is told by the children of a block:
+The children of a block show where a branch lies:
 
 ========================================= ==================================== =====================================
 children                                  the branch is                        in its place
@@ -14,7 +14,8 @@ children                                  the branch is                        i
 any other module with linear layers       that module                          zeros
 ========================================= ==================================== =====================================
 
-A module that is handed the residual stream to add to it (BLOOM's) is no branch by itself; it is left out and named.
+A module that receives the residual stream in order to add to it (as in BLOOM) is not a separate branch; it is left out
+and named.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from obc.model.layouts import layout_of
 from obc.structures.transformers.layers import joined
 from obc.structures.units import NotPrunableError
 
-# What configs call the number of blocks.
+# Config keys for the number of blocks.
 _COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_blocks", "depth")
 _SIDED_COUNTS = {
     "encoder": ("encoder_layers", "num_encoder_layers", "num_encoder_blocks"),
@@ -51,9 +52,9 @@ class DepthUnit:
     """A whole block or branch.
 
     Attributes:
-        group: of one unit, named by the module whose output changes.
-        block: the list of blocks and the place in it; None of a branch.
-        stand_ins: module -> what stands in its place.
+        group: a group with one unit, named after the module whose output changes.
+        block: the list of blocks and the position in it; None for a branch.
+        stand_ins: module -> its stand-in.
     """
 
     group: ChannelGroup
@@ -61,12 +62,12 @@ class DepthUnit:
     stand_ins: Mapping[str, StandIn]
 
     def holds(self, name: str) -> bool:
-        """Whether a module, or tensor, of this name goes with the unit."""
+        """Whether the module or tensor with this name is removed with the unit."""
         return any(name == own or name.startswith(f"{own}.") for own in self.stand_ins)
 
 
 class Holders:
-    """Which of these units a module or tensor goes with, looked up by the names of what is around it."""
+    """Looks up by name which of these units take a module or tensor along."""
 
     def __init__(self, units: Sequence[DepthUnit]) -> None:
         self.units = units
@@ -76,20 +77,20 @@ class Holders:
                 self._places.setdefault(name, []).append(place)
 
     def of(self, name: str) -> set[int]:
-        """The places of the units that it goes with (:meth:`DepthUnit.holds`)."""
+        """The indices of the units that take it along (:meth:`DepthUnit.holds`)."""
         parts = name.split(".")
         enclosing = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
         return {place for one in enclosing for place in self._places.get(one, ())}
 
     def innermost(self, name: str) -> int | None:
-        """The branch, or else the whole block, that it goes with; None where it goes with none."""
+        """The branch, or else the whole block, that takes it along; None if there is none."""
         found = self.of(name)
         return min(found, key=lambda place: (self.units[place].group.kind == "layers", place), default=None)
 
 
 @dataclass(frozen=True)
 class FoundDepth:
-    """The units, why others are none, and what the config says of the lists.
+    """The units, why others were left out, and the config's counts of the lists.
 
     Attributes:
         units: by name.
@@ -103,10 +104,10 @@ class FoundDepth:
 
 
 def find_depth(model: nn.Module, modules: Mapping[str, nn.Module], kinds: Collection[str]) -> FoundDepth:
-    """The blocks and branches of a model that can be removed.
+    """Find the blocks and branches of a model that can be removed.
 
     Args:
-        model: of the transformers library, or built like those.
+        model: a model of the transformers library, or built like one.
         modules: its modules by name.
         kinds: "layers", "sublayers" or both.
     """
@@ -143,7 +144,7 @@ def _group(name: str, kind: str) -> ChannelGroup:
 
 
 def block_lists(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the lists of blocks: the outermost ones whose members are modules with linear layers inside."""
+    """Names of the lists of blocks: the outermost ones whose members contain linear layers."""
     found: list[str] = []
     for name, module in modules.items():
         if any(name.startswith(f"{outer}.") for outer in found):
@@ -173,12 +174,12 @@ def _shared_owners(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def merged(found: Depth, before: Depth) -> Depth:
-    """What is gone already, of the lists that the model has."""
+    """What was already removed from the lists that the model has."""
     return Depth({**found.lists, **before.lists}, before.stand_ins, {**found.config, **before.config})
 
 
 def without_unit(depth: Depth, unit: DepthUnit) -> Depth:
-    """``depth`` with this unit gone as well."""
+    """``depth`` with this unit removed as well."""
     lists, stand_ins = dict(depth.lists), {n: s for n, s in depth.stand_ins.items() if not unit.holds(n)}
     if unit.block is None:
         return Depth(lists, stand_ins | dict(unit.stand_ins), depth.config)
@@ -241,7 +242,7 @@ def _counts(name: str, module: nn.Module) -> bool:
 
 
 def _outputs(module: nn.Module) -> int:
-    """How many values ``forward`` returns as a tuple; 0 where it returns a tensor: by its code, else its annotation."""
+    """The length of the tuple that ``forward`` returns; 0 for a tensor; by its code, else its annotation."""
     forward = inspect.unwrap(type(module).forward)
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
@@ -279,11 +280,11 @@ def _of_annotation(annotation: str) -> int | None:
     return 0 if name in ("Tensor", "FloatTensor") else None
 
 
-# --- what the config says ---------------------------------------------------------------------------------------
+# --- the config -------------------------------------------------------------------------------------------------
 
 
 def _config_values(model: Any, modules: Mapping[str, nn.Module], list_name: str) -> dict[str, Any]:
-    """Dotted names of values that count the blocks of a list, with the values."""
+    """Dotted names and values of the config's counts of a list's blocks."""
     config = getattr(model, "config", None)
     if config is None:
         return {}
@@ -306,7 +307,7 @@ def _config_values(model: Any, modules: Mapping[str, nn.Module], list_name: str)
 
 
 def _count_keys(config: Any, list_name: str) -> tuple[str, ...]:
-    """In the order in which they are tried."""
+    """The keys in the order in which they are tried."""
     side = next((side for side in _SIDED_COUNTS if side in list_name), None)
     if side is None or not getattr(config, "is_encoder_decoder", False):
         return (*_COUNTS, *_SIDED_COUNTS["encoder"], *_SIDED_COUNTS["decoder"])

@@ -1,4 +1,4 @@
-"""The residual stream: every side that has the config's hidden size and is no inner width."""
+"""The residual stream: every side of hidden size that is not an inner width."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def embedding(layers: Layers, inner: Mapping[str, Block], left_out: Mapping[str,
     """The channels of the residual stream.
 
     Args:
-        layers: of the model.
-        inner: its other blocks, of all kinds that are found by default.
-        left_out: what among these was not understood.
+        layers: layers of the model.
+        inner: its other blocks, of all default kinds.
+        left_out: default blocks that were not understood.
     """
     hidden = getattr(layers.config, "hidden_size", None)
     if not isinstance(hidden, int):
@@ -57,7 +57,7 @@ def embedding_name(layers: Layers) -> str:
 def _stream(
     layers: Layers, hidden: int, taken: set[tuple[str, Side]]
 ) -> tuple[list[Slice], dict[tuple[str, Side], tuple[Axis, ...]]]:
-    """The slices of every side of ``hidden`` channels that isn't taken, and the axes of parameters outside layers."""
+    """The slices of every side with ``hidden`` channels that isn't taken, and the axes of parameters outside layers."""
     head = getattr(layers.model, "get_output_embeddings", lambda: None)()
     one = channels(hidden, 1)
     slices: list[Slice] = []
@@ -76,7 +76,7 @@ def _stream(
 
 
 def _attention_sides(layers: Layers, name: str) -> set[tuple[str, Side]] | None:
-    """The inner sides of the attention ``name``; None where the module is none."""
+    """The inner sides of the attention ``name``; None if the module is not one."""
     found = [family.inner_sides(layers, name) for family in FAMILIES.values() if family.inner_sides is not None]
     own = set().union(*found)
     if own or attention.is_attention(layers, name):

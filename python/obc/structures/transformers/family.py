@@ -1,8 +1,7 @@
-"""How families of transformers models call their layers and count their widths; each registers itself.
+"""Families of transformers models: names of their layers and of their counts. Each family registers itself.
 
-A block is known by the names of its layers and believed only where all their shapes agree. So the names of all families
-are tried on every model: a model that is built like a known one needs no entry, and a name that fits by accident does
-no harm.
+A block is recognised by the names of its layers, and accepted only if all their shapes agree. So the names of all
+families are tried on every model: a model built like a known one needs no entry, and an accidental match does no harm.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.heads import HeadChannels, Heads
 from obc.structures.transformers.layers import Layers
 
-# (attention, its heads, "heads" or "query_heads") -> the channels of every unit; None where the order is another.
+# (attention, its heads, "heads" or "query_heads") -> the channels of every unit; None if the order is another.
 HeadOrder = Callable[[nn.Module, Heads, str], "HeadChannels | None"]
 # (layers, name of a module, kinds) -> the module's blocks of these kinds.
 FindBlocks = Callable[[Layers, str, Collection[str]], Iterator[Block]]
-# (layers, name of a module) -> sides of its layers that are not the residual stream's.
+# (layers, name of a module) -> sides of its layers that don't belong to the residual stream.
 InnerSides = Callable[[Layers, str], "set[tuple[str, Side]]"]
-# Whose heads: those of queries, or those of keys and values that queries share.
+# Whose heads: those of queries, or the key/value heads that queries share.
 HeadsOf = Literal["queries", "keys"]
 Role = Literal[
     "hidden_size", "inner_width", "expert_width", "heads", "key_value_heads", "attention_width", "head_size", "experts"
@@ -33,33 +32,33 @@ Role = Literal[
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models: names of its layers, and what is its own.
+    """A family of models: names of its layers, and its special features.
 
     Attributes:
         name: of the family.
-        feed_forwards: names of the layers of a feed-forward block, in its module: the producers, then the consumer.
-        fused_feed_forwards: (producer, consumer), where the producer's outputs are [gate | up].
+        feed_forwards: names of the layers of a feed-forward block within its module: the producers, then the consumer.
+        fused_feed_forwards: (producer, consumer), if the producer's outputs are [gate | up].
         inverted_residuals: names of the modules of an inverted residual, each with one convolution: the widening one,
-            what lies between, the narrowing one (:mod:`obc.structures.transformers.inverted_residuals`).
+            those between, the narrowing one (:mod:`obc.structures.transformers.inverted_residuals`).
         projections: names of the projections of queries, keys and values.
-        fused_projections: name of a projection of all three -> the order of its outputs. None: [all queries | all
-            keys | all values], unless another family's order is the module's.
-        outputs: names of the output projection, in the module of the others.
-        outputs_around: the same, in the module around that one.
+        fused_projections: name of a projection of all three -> the order of its outputs. None means [all queries | all
+            keys | all values], unless another family's order fits the module.
+        outputs: names of the output projection, in the same module as the others.
+        outputs_around: names of the output projection in the module around that one.
         gated_queries: classes of attention whose query projection gives each head its query and then a gate.
-        head_parameters: parameters with an entry for every query head, or a stretch of a head's channels -> the
-            dimension of the heads.
+        head_parameters: parameters with an entry, or one head's channels, for every query head -> the dimension of the
+            heads.
         head_layers: layers of an attention whose outputs are such entries: gates, projections of positions.
         head_norms: norms over the channels of all heads of an attention -> whose heads.
-        headless: parameters of an attention, or modules in it, that are the same whatever heads it has.
+        headless: parameters of an attention, or modules in it, that don't depend on the number of heads.
         attributes: role -> attributes of modules that count it.
-        config_keys: role -> keys of the config that count it.
+        config_keys: role -> config keys that count it.
         forward_reads_config: fused projections whose module reads its counts from the config when it runs.
-        kinds: of groups that only this family has.
-        blocks: finds blocks that aren't ordinary feed-forward blocks or attention, or raises
-            :class:`~obc.structures.units.NotPrunableError`. What it finds or refuses in a module is not looked at as
-            an ordinary block.
-        inner_sides: where ``blocks`` finds attention, the sides that aren't the residual stream's.
+        kinds: kinds of groups that only this family has.
+        blocks: finds blocks other than ordinary feed-forward blocks or attention, or raises
+            :class:`~obc.structures.units.NotPrunableError`. If it finds or refuses something in a module, the module is
+            not examined as an ordinary block.
+        inner_sides: if ``blocks`` finds attention, the sides that don't belong to the residual stream.
     """
 
     name: str
@@ -87,10 +86,10 @@ FAMILIES: dict[str, Family] = {}
 
 
 def register(family: Family) -> None:
-    """Make a family known to every structure that is made from now on.
+    """Make a family known to every structure created from now on.
 
     Raises:
-        ValueError: another family has the name.
+        ValueError: the name is taken.
     """
     if FAMILIES.get(family.name, family) is not family:
         raise ValueError(f"a family {family.name!r} is registered already; choose another name")
@@ -98,12 +97,12 @@ def register(family: Family) -> None:
 
 
 def attributes(role: Role) -> tuple[str, ...]:
-    """What modules of all families call the attribute that counts ``role``."""
+    """All families' names of the attributes that count ``role``."""
     return tuple(dict.fromkeys(key for family in FAMILIES.values() for key in family.attributes.get(role, ())))
 
 
 def config_keys(role: Role) -> tuple[str, ...]:
-    """What configs of all families call the count of ``role``, the most usual first."""
+    """All families' names of the config keys that count ``role``, most common first."""
     return tuple(dict.fromkeys(key for family in FAMILIES.values() for key in family.config_keys.get(role, ())))
 
 

@@ -16,14 +16,14 @@ from obc.structures.units import NotPrunableError
 
 
 def feed_forwards(layers: Layers, name: str) -> Iterator[Block]:
-    """The feed-forward block of the module ``name``, if it is one. Of its names, those of most layers count."""
+    """The feed-forward block of the module ``name``, if it is one. If several names fit, those of most layers win."""
     found = _names_of(layers, name)
-    if found:  # names that are used both for a gate beside the other channels and for none are told by their widths
+    if found:  # names used both with and without a separate gate are told apart by their widths
         yield _feed_forward(layers, name, *next((one for one in found if _agrees(layers, *one)), found[0]))
 
 
 def _names_of(layers: Layers, name: str) -> list[tuple[list[str], int]]:
-    """(producers and consumer, how often a producer has each channel), by every names that the module fits."""
+    """(producers and consumer, how often a producer has each channel), for every set of names that fits the module."""
     plain = [(names, 1) for family in FAMILIES.values() for names in family.feed_forwards]
     fused = [(names, 2) for family in FAMILIES.values() for names in family.fused_feed_forwards]
     gated = [(names, 1) for names, _ in plain if len(names) > 2]
@@ -52,7 +52,7 @@ def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies:
             raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
     slices = [Slice(layer, "out", channels(width, 1, copies)) for layer in producers]
     slices += [Slice(layer, "out", channels(width, 1)) for layer in _between(layers, name, projections, width, outer)]
-    # A norm over the inner channels takes its statistics from those that stay, as the class does at that width.
+    # A norm over the inner channels takes its statistics from the remaining ones, as the class does at that width.
     slices += [Slice(norm, "out", channels(width, 1)) for norm in _inner_norms(layers, name, width, outer)]
     slices.append(Slice(consumer, "in", channels(width, 1)))
     return Block(
@@ -63,16 +63,16 @@ def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies:
 
 
 def _refuse_matrices(name: str, module: nn.Module, width: int) -> None:
-    """Refuse parameters of the inner channels that are no layer's and no ordinary norm's, as those of ConvNeXt V2's."""
+    """Refuse parameters over the inner channels that belong to no layer and no ordinary norm (ConvNeXt V2)."""
     for key, parameter in module.named_parameters(recurse=False):
         if parameter.dim() > 1 and width in parameter.shape:
             raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
 
 
 def _config_keys(layers: Layers, name: str) -> tuple[str, ...]:
-    """Which keys of the config may count the inner channels, by where the block is."""
+    """The config keys that may count the inner channels, by where the block is."""
     if "shared_expert" in name:
-        # Where several experts are shared, DeepSeek's config counts their product.
+        # If several experts are shared, DeepSeek's config counts their product.
         one = getattr(layers.config, "n_shared_experts", None) == 1
         return ("shared_expert_intermediate_size", *(config_keys("expert_width") if one else ()))
     if ".experts." in name:
@@ -88,9 +88,9 @@ def _inner_norms(layers: Layers, name: str, width: int, outer: int) -> Iterator[
 
 
 def _between(layers: Layers, name: str, projections: Sequence[str], width: int, outer: int) -> list[str]:
-    """Depthwise convolutions over the inner channels; what else has so many is not understood.
+    """Depthwise convolutions over the inner channels; other layers with as many channels are not understood.
 
-    Feed-forward blocks inside, as MobileBERT's, have channels of their own.
+    Nested feed-forward blocks, as in MobileBERT, have their own channels.
     """
     depthwise = []
     nested: list[str] = []

@@ -1,4 +1,4 @@
-"""Where an attention's heads lie in its projections: beside each other, or fused into one."""
+"""Where an attention's heads lie in its projections, separate or fused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Heads:
     """The heads of an attention.
 
     Attributes:
-        queries: query heads.
-        shared: heads of keys and values that they share.
-        size: channels of a head.
-        gated: each head's query is followed by a gate of as many channels, in the query projection.
+        queries: number of query heads.
+        shared: number of key/value heads that they share.
+        size: channels per head.
+        gated: in the query projection, each head's query is followed by a gate with as many channels.
     """
 
     queries: int
@@ -33,8 +33,8 @@ class HeadChannels:
     """The channels of every unit.
 
     Attributes:
-        projections: (units, k) rows of each projection: of queries, keys, values, or of the fused one. Where keys and
-            values keep all theirs, of queries alone.
+        projections: (units, k) rows of each projection: of queries, keys and values, or of the fused one. If keys and
+            values keep all theirs, only of queries.
         output: (units, k) columns of the output projection.
         counters: attributes of the module, besides those of heads, that count units.
     """
@@ -45,12 +45,12 @@ class HeadChannels:
 
 
 def head_channels(heads: Heads, kind: str, fused: bool) -> HeadChannels:
-    """The channels of the units of an attention that has its queries before its keys before its values.
+    """The channels of an attention's units, if queries come before keys and keys before values.
 
     Args:
-        heads: of the attention.
-        kind: "heads": a head of keys and values with the query heads that share it. "query_heads": the j-th query head
-            of every head of keys and values.
+        heads: the heads of the attention.
+        kind: "heads": a key/value head with the query heads that share it. "query_heads": the j-th query head of every
+            key/value head.
         fused: queries, keys and values are the outputs of one layer.
     """
     queries, shared, size = heads.queries, heads.shared, heads.size

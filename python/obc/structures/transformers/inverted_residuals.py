@@ -19,8 +19,8 @@ from obc.structures.units import NotPrunableError
 def inverted_residuals(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
     """The inverted residual of the module ``name``, if it is one.
 
-    Its parts, ``Family.inverted_residuals``, are modules with one convolution each, and perhaps a BatchNorm behind it:
-    widening, depthwise ones, narrowing. Between them may stand a gate, which squeezes all channels through a
+    Its parts, ``Family.inverted_residuals``, are modules with one convolution each, possibly followed by a BatchNorm:
+    widening, depthwise ones, narrowing. Between them there may be a gate, which squeezes all channels through a
     convolution and widens them again. Without anything between, the two are a feed-forward block.
     """
     for parts in (parts for family in FAMILIES.values() for parts in family.inverted_residuals):
@@ -33,7 +33,7 @@ def inverted_residuals(layers: Layers, name: str, kinds: Collection[str]) -> Ite
 
 
 def _wraps_convolutions(layers: Layers, name: str) -> bool:
-    """Whether convolutions are inside a module: beside a bare one may stand norms that no name here leads to."""
+    """Whether a module contains convolutions; a bare one may have norms beside it that no known name leads to."""
     return not isinstance(layers.modules[name], _ConvNd) and bool(_convolutions(layers, name))
 
 

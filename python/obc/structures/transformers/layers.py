@@ -1,4 +1,4 @@
-"""The layers of a model by name: their sizes, the attributes of modules and the keys of the config that count them."""
+"""A model's layers by name: their sizes, and the module attributes and config keys that count them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Counter:
 
 
 class Layers:
-    """What is asked of a model to find its blocks.
+    """Answers questions about a model, for finding its blocks.
 
     Attributes:
-        model: as given.
-        config: of the module that was entered last, or None: the model's, or one inside it.
-        config_part: its dotted name inside the model's.
-        modules: by name.
+        model: the model.
+        config: config of the module entered last: the model's, one inside it, or None.
+        config_part: its dotted name inside the model's config.
+        modules: modules by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -44,7 +44,7 @@ class Layers:
         self._parts = {id(part): (path, part) for path, part in parts}
 
     def enter(self, name: str) -> None:
-        """Let :attr:`config` be that of the module ``name``: of the nearest one around it that has one."""
+        """Set :attr:`config` to that of the module ``name``, or of the nearest module around it that has one."""
         if self.config is None:
             return
         while True:
@@ -62,17 +62,17 @@ class Layers:
         """The linear or convolutional layer ``child`` of the module ``name``, or None.
 
         Raises:
-            NotPrunableError: it is a quantised one.
+            NotPrunableError: it is quantised.
         """
         self.refuse_quantised(joined(name, child))
         module = self.modules.get(joined(name, child))
         return module if module is not None and layout_of(module) is not None else None
 
     def size(self, name: str, side: str) -> int:
-        """How many channels a side of a linear or convolutional layer has.
+        """The number of channels on one side of a linear or convolutional layer.
 
         Raises:
-            NotPrunableError: it is a quantised one.
+            NotPrunableError: it is quantised.
         """
         module = self.modules[name]
         self.refuse_quantised(name)
@@ -82,7 +82,7 @@ class Layers:
         return layout.sizes(weight)[0 if side == "out" else 1]
 
     def size_or_none(self, name: str, side: str) -> int | None:
-        """The same of any module: norms and embeddings have outputs alone, and others no side at all."""
+        """The same for any module: norms and embeddings only have outputs, others no side at all."""
         module = self.modules[name]
         self.refuse_quantised(name)
         if layout_of(module) is not None:
@@ -96,13 +96,13 @@ class Layers:
         """Refuse a layer whose weight is stored packed.
 
         Raises:
-            NotPrunableError: it is; says what to do.
+            NotPrunableError: it is packed; the message says what to do.
         """
         if name in self._quantised:
             raise NotPrunableError(why_not_sliced(name, self.modules[name]))
 
     def counters(self, names: Sequence[str], counted: Mapping[tuple[str, ...], tuple[int, int]]) -> tuple[Counter, ...]:
-        """Attributes of these modules that have the value that they would count."""
+        """The attributes of these modules whose values match the counts."""
         return tuple(
             Counter(name, key, per_unit)
             for name in names
@@ -118,20 +118,20 @@ class Layers:
 
 
 def channels(units: int, width: int, copies: int = 1) -> Tensor:
-    """(units, copies * width): of ``copies`` stretches of ``units`` blocks, the u-th block of each."""
+    """(units, copies * width): the u-th of ``units`` blocks in each of ``copies`` stretches."""
     blocks = torch.arange(copies * units * width).reshape(copies, units, width)
     return blocks.transpose(0, 1).reshape(units, copies * width)
 
 
 def joined(name: str, child: str) -> str:
-    """The full name of a child; of the model itself, whose name is empty, the child's own."""
+    """The full name of a child; the model itself has an empty name."""
     return f"{name}.{child}" if name else child
 
 
 def value_of(config: Any, key: str, default: Any = None) -> Any:
-    """What a config says of a key; of one that differs from layer to layer, what it says of all others.
+    """The config's value for a key; for a key that differs per layer, the value for all other layers.
 
-    transformers raises where code reads such a key of the whole model.
+    transformers raises if code reads such a key for the whole model.
     """
     read = getattr(config, "_getattr_without_heterogeneous_validation", None)
     return getattr(config, key, default) if read is None else read(key, default)

@@ -1,8 +1,8 @@
-"""What an attention has for every head besides its projections: sinks, gates of its output, norms over all heads.
+"""What an attention has for every head besides its projections: sinks, output gates, norms over all heads.
 
-A norm over the channels of all heads takes its statistics from the heads that stay, as the model's own class does in a
-model with so many heads. So the heads that stay are scaled otherwise than beside the ones that went, and what a pruned
-model must compute is the model whose norm sees only what stays.
+A norm over the channels of all heads takes its statistics from the remaining heads, as the model's class does with that
+many heads. The remaining heads are thus scaled differently than before; a pruned model must compute what the model
+computes if its norm sees only the remaining heads.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from obc.structures.transformers.layers import Layers, joined
 
 @dataclass(frozen=True)
 class PerHead:
-    """A layer, a norm or a parameter with an entry, or a stretch of entries, for every head.
+    """A layer, a norm or a parameter with one or several entries for every head.
 
     Attributes:
-        name: of the layer or norm, or of the parameter.
-        axes: of what is no ordinary layer: where the heads lie.
+        name: name of the layer, norm or parameter.
+        axes: where the heads lie, if it is not an ordinary layer.
         heads_of: whose heads.
-        width: entries a head.
+        width: entries per head.
     """
 
     name: str
@@ -36,7 +36,7 @@ class PerHead:
     width: int
 
     def slice_of(self, heads: Tensor) -> Slice:
-        """The entries of ``heads`` (units, heads a unit)."""
+        """The entries of ``heads`` (units, heads per unit)."""
         return Slice(self.name, "out", (heads[:, :, None] * self.width + torch.arange(self.width)).flatten(1))
 
 
@@ -44,10 +44,10 @@ def per_head(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int
     """What the attention ``name`` has for every head.
 
     Args:
-        layers: of the model.
-        name: of the attention.
-        counts: whose heads -> how many.
-        size: channels of a head in the input of the output projection.
+        layers: layers of the model.
+        name: name of the attention.
+        counts: whose heads -> their number.
+        size: channels per head in the input of the output projection.
     """
     found = [*_layers(layers, name, counts, size), *_norms(layers, name, counts, size)]
     return [*found, *_parameters(layers, name, counts["queries"], size)]
@@ -74,13 +74,13 @@ def _norms(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) 
             continue
         if weight.shape == (count * size,):
             yield PerHead(full, None, heads_of, size)
-        elif weight.shape == (count, size):  # Chameleon's: each head has weights of its own
+        elif weight.shape == (count, size):  # Chameleon: each head has its own weights
             for key in layers.modules[full]._parameters:
                 yield PerHead(joined(full, key), (_axis(full, key, 0),), heads_of, 1)
 
 
 def _parameters(layers: Layers, name: str, count: int, size: int) -> Iterator[PerHead]:
-    """Parameters of the attention, and of modules in it and beside it."""
+    """Parameters of the attention, and of modules inside and next to it."""
     parent = name.rpartition(".")[0]
     inner = [joined(name, child) for child, _ in layers.modules[name].named_children()]
     neighbours = [joined(parent, child) for child, _ in layers.modules[parent].named_children()] if parent else []

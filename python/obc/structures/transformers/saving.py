@@ -1,4 +1,4 @@
-"""Pruned transformers models in a folder, whatever their widths: config, plan and weights, without pickle."""
+"""Saves and loads pruned transformers models of any widths in a folder: config, plan and weights, without pickle."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ from obc.structures.transformers.structure import TransformersStructure
 
 PLAN_FILE, _WEIGHTS = "obc_plan.json", "model.safetensors"
 _FORMAT = "obc.pruned_model/1"
-# Query heads inside the groups of keys and values come after whole groups: each is counted by what the other leaves.
+# Query heads inside key/value groups come after whole groups: each count depends on what the other leaves.
 _ROUNDS = (DEFAULT_KINDS, ("query_heads",), ("embedding",))
 
 
 def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLike[str]) -> None:
     """Save a pruned transformers model into a folder: config.json, obc_plan.json and model.safetensors.
 
-    For models whose layers keep different widths, which no config can say; where ``save_pretrained`` serves, this does
-    too. Tied parameters are stored once. Values may have changed since pruning (fine-tuned, compensated).
+    For models whose layers keep different widths, which no config can express; it also works where ``save_pretrained``
+    does. Tied parameters are stored once. Values may have changed since pruning (fine-tuned, compensated).
 
     Args:
         model: the pruned model.
-        plan: its structure's.
-        directory: made where it is missing.
+        plan: the plan of its structure.
+        directory: the folder; created if it is missing.
 
     Raises:
         ValueError: the model has no config, or belongs to no class of the transformers library.
-        OSError: a file can't be written; each file is written whole or not at all.
+        OSError: a file can't be written; each file is written completely or not at all.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
@@ -74,11 +74,11 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
 
     Args:
         directory: the folder.
-        model_class: of the model; by default the class of the transformers library that the config names.
+        model_class: the model's class; by default the transformers class that the config names.
 
     Raises:
-        PlanError: the folder is none that ``save_pruned`` wrote, or its files don't belong together.
-        ValueError: transformers has no class of the name; pass ``model_class``.
+        PlanError: :func:`save_pruned` did not write the folder, or its files don't belong together.
+        ValueError: transformers has no class with the name; pass ``model_class``.
     """
     import transformers
 
@@ -114,7 +114,7 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
 
 
 def is_saved_pruned(directory: str | os.PathLike[str]) -> bool:
-    """Whether :func:`save_pruned` wrote this folder: its config alone does not say the model's widths."""
+    """Whether :func:`save_pruned` wrote this folder, so that its config alone does not tell the model's widths."""
     weights = Path(directory) / _WEIGHTS
     if not weights.is_file():
         return False
@@ -126,7 +126,7 @@ def is_saved_pruned(directory: str | os.PathLike[str]) -> bool:
 
 
 def _create_biases(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give layers the biases that were created after pruning, which no config says."""
+    """Create the biases that layers got after pruning, which no config mentions."""
     modules = dict(model.named_modules())
     for name, tensor in state.items():
         module = modules.get(name.removesuffix(".bias"))
@@ -149,15 +149,15 @@ def cut_to(model: nn.Module, plan: PruningPlan) -> None:
 
 
 def _units_kept(structure: TransformersStructure, block: Block, plan: Mapping[str, Kept]) -> int | None:
-    """How many units the plan keeps: what its slices need at least, where query heads went from a group too."""
+    """The number of units that the plan keeps; if query heads were removed from groups too, what its slices need."""
     needed = []
     for part in block.group.slices:
         axis = structure.axes(block, part)[0]
         kept = plan.get(axis.key)
         channels = None if kept is None else kept.out_channels if axis.slot == "out" else kept.in_channels
         if channels is None:
-            return None  # its units are all there; another kind of group narrowed what the others share
-        # Channels that belong to no unit all stay: keys and values that all query heads share, in a fused projection.
+            return None  # it lost no units; another kind of group narrowed what they share
+        # Channels in no unit all stay: keys and values that all query heads share, in a fused projection.
         others = structure.tensor(axis).shape[axis.dim] - part.channels.numel()
         needed.append(math.ceil((len(channels) - others) / part.channels.shape[1]))
     return max(needed)
@@ -172,7 +172,7 @@ def _keeps_fewer_features(model: nn.Module, plan: Mapping[str, Kept]) -> bool:
 
 
 def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors without those that share memory with an earlier one, name of such a one -> the earlier one's)."""
+    """(tensors without those that share memory with an earlier one, name of such a tensor -> the earlier name)."""
     first: dict[tuple[int, tuple[int, ...]], str] = {}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}

@@ -49,7 +49,7 @@ from obc.structures.transformers.uncovered import uncovered
 from obc.structures.transformers.widths import Expressible, equal_widths, expressible_widths
 from obc.structures.units import checked_units, layer_name, renumbered_group, without, without_units
 
-# torch's grouped products want rows that begin at multiples of so many bytes.
+# torch's grouped products want rows that begin at multiples of this many bytes.
 _GROUPED_BYTES = 16
 
 
@@ -76,14 +76,14 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
     "sublayers"         a residual branch: an attention, a feed-forward block, a mixer; not among the default kinds
     =================== ==============================================================================================
 
-    Slices of tensors outside ordinary layers have the tensor's name as their module. Experts stored as one tensor are
-    one layer: whole experts are its outputs, their inner channels its inputs. What of all this the scorer has no rule
-    for (up projections of such experts, Mamba's A_log and D) is named by ``scores.group``.
+    Slices of tensors outside ordinary layers have the tensor's name as module. Experts stored as one tensor are one
+    layer: whole experts are its outputs, their inner channels its inputs. Parts that the scorer has no rule for (up
+    projections of such experts, Mamba's A_log and D) are named by ``scores.group``.
 
     Args:
-        model: a model of the transformers library, or one built and named like those: Llama, Qwen, Mistral, Gemma,
-            OPT, GPT-2, BERT, ViT, Mixtral, Mamba, DeepSeek and their kin.
-        kinds: of groups to find.
+        model: a model of the transformers library, or one built and named like it: Llama, Qwen, Mistral, Gemma, OPT,
+            GPT-2, BERT, ViT, Mixtral, Mamba, DeepSeek and similar.
+        kinds: kinds of groups to find.
 
     Raises:
         ValueError: an unknown kind, or "query_heads" together with "heads".
@@ -95,7 +95,7 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
 
 
 def _checked_depth(kinds: Sequence[str], uniform: bool) -> list[str]:
-    """Which of the kinds are whole blocks and branches."""
+    """The kinds among these that are whole blocks and branches."""
     found = [kind for kind in kinds if kind in DEPTH_KINDS]
     others = [kind for kind in kinds if kind not in DEPTH_KINDS]
     if found and "embedding" in others:
@@ -120,36 +120,37 @@ def _found(model: nn.Module, kinds: Sequence[str]) -> Finder:
 class TransformersStructure:
     """The prunable groups of a transformers model; see ``obc.pruning.Structure`` and :func:`transformer_groups`.
 
-    A unit's removal takes it out of every weight, of the modules' own counts of heads, channels and experts, and, where
-    all layers then agree, of the config, so that ``save_pretrained`` and ``from_pretrained`` round-trip; where they
-    don't, or the architecture can't express the widths, the config says what it said of the unpruned model,
-    ``config_refused`` and ``warnings`` say why, and :func:`save_pruned` saves the model. What remains of a router is
-    renormalised by the model's own routing: as if the removed experts' logits were minus infinity. Norms over the
-    residual stream ("embedding") are over what remains.
+    A unit is removed from every weight, from the modules' own counts of heads, channels and experts, and, if all layers
+    then agree, from the config, so that ``save_pretrained`` and ``from_pretrained`` round-trip. Otherwise, or if the
+    architecture can't express the widths, the config keeps the unpruned model's values, ``config_refused`` and
+    ``warnings`` say why, and :func:`save_pruned` saves the model. The model's own routing renormalises what remains of
+    a router, as if the removed experts' logits were minus infinity. Norms over the residual stream ("embedding") cover
+    what remains.
 
     Args:
-        model: pruned in place by :meth:`remove`.
-        kinds: of groups, see :func:`transformer_groups`.
-        uniform: ask ``obc.prune`` to keep equal widths in all layers, and only such as the config can say: units are
-            ranked within each layer. Where the config has no word for fewer units of a kind (heads of BERT, GPT-2,
-            OPT), these all stay, and ``left_out`` says so.
-        round_to: ask it to keep widths that are multiples of this, of channels; heads and experts are never rounded.
-            Channels of fused experts stay multiples of 16 bytes in any case: grouped products need it.
-        ignored_layers: modules, or names of modules, whose own groups, and those of all modules inside, are left alone.
-        sequence_length: of the tokens that MACs count the products of queries, keys and values with; 0 leaves those
-            products out.
-        example_inputs: where given, every group is tried on copies of the model, and left out where its removal is
-            wrong (:mod:`obc.structures.proof`). ``obc.prune`` does so on its first batch where it was not done before.
-        plan: of what was pruned before by another structure of the same model: this one's goes on from it.
+        model: the model, pruned in place by :meth:`remove`.
+        kinds: kinds of groups, see :func:`transformer_groups`.
+        uniform: make ``obc.prune`` keep equal widths in all layers, and only widths that the config can express; units
+            are ranked within each layer. If the config has no key for fewer units of a kind (heads of BERT, GPT-2,
+            OPT), all of them stay, and ``left_out`` says so.
+        round_to: make it keep channel widths that are multiples of this; heads and experts are never rounded. Channels
+            of fused experts stay multiples of 16 bytes in any case, because grouped products need it.
+        ignored_layers: modules, or names of modules, whose groups, including those of all modules inside, are left
+            alone.
+        sequence_length: number of tokens for which MACs count the products of queries, keys and values; 0 omits these
+            products.
+        example_inputs: if given, every group is tried on copies of the model and left out if its removal is wrong
+            (:mod:`obc.structures.proof`). Otherwise ``obc.prune`` does this on its first batch.
+        plan: the plan of earlier pruning of the same model by another structure; this structure continues it.
 
     Attributes:
-        left_out: module that looks like a block -> why it can't be pruned; where all default kinds are asked for, also
-            modules of repeated blocks that are not known; with ``uniform`` also the first group of those whose number
-            of units the config has no word for.
+        left_out: module that looks like a block -> why it can't be pruned; with all default kinds, also unknown modules
+            of repeated blocks; with ``uniform``, also the first group of those whose number of units the config has no
+            key for.
         config_refused: why the config could not be adapted to the widths, or None.
-        uniform: as given.
+        uniform: the argument of that name.
         blocks: the blocks behind the groups, by name.
-        proof: what was found out about every group; None where none was tried.
+        proof: the result for every group; None if none was tried.
 
     Raises:
         PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`).
@@ -219,12 +220,12 @@ class TransformersStructure:
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
-        """The groups of the model as it is now, in the order of its modules; whole blocks and branches at the end."""
+        """The present model's groups, in the order of its modules; whole blocks and branches at the end."""
         return (*(block.group for block in self.blocks.values()), *(unit.group for unit in self._depth_units.values()))
 
     @property
     def limits(self) -> Limits:
-        """What widths ``obc.prune`` may choose: experts that a token is routed to stay, rounding, equal widths."""
+        """The widths that ``obc.prune`` may choose: as many experts as tokens are routed to, rounding, equal widths."""
         multiples = {name: self._multiple(block) for name, block in self.blocks.items()}
         return Limits(
             {name: block.min_units for name, block in self.blocks.items()} | dict.fromkeys(self._depth_units, 0),
@@ -242,7 +243,7 @@ class TransformersStructure:
 
     @property
     def warnings(self) -> list[str]:
-        """What the caller should know about the model as it is now: what it can't do any more."""
+        """What the caller should know about the present model: what it can't do any more."""
         narrower = [block for block in self.blocks.values() if block.group.name in self._kept]
         told = list(dict.fromkeys(block.warning for block in narrower if block.warning))
         if self.config_refused is None:
@@ -254,7 +255,7 @@ class TransformersStructure:
         ]
 
     def costs(self, unit: Unit) -> Costs:
-        """Parameters, those that one token meets, or MACs: for one token, or calibrated.
+        """Parameters, active parameters, or MACs: for one token, or calibrated.
 
         See :mod:`obc.structures.transformers.costs`.
         """
@@ -265,10 +266,10 @@ class TransformersStructure:
     def memory(self, use: MemoryUse) -> Costs:
         """Bytes of weights, buffers and the cache: see :class:`obc.structures.memory.MemoryUse`.
 
-        The first call that counts a cache lets the model fill one with one token.
+        The first call that counts a cache makes the model fill one with one token.
 
         Raises:
-            PruningError: it does not run on one token, or returns no cache of keys and values.
+            PruningError: the model does not run on one token, or returns no key/value cache.
         """
         blocks, depth = list(self.blocks.values()), list(self._depth_units.values())
         names, axes = original_names(self.model, self._depth), self._slices_by_axis()
@@ -279,7 +280,7 @@ class TransformersStructure:
         return transformer_memory(self.model, blocks, axes, use, cached, depth, names)
 
     def _slices_by_axis(self) -> dict[tuple[str, int], list[tuple[int, Slice]]]:
-        """Axis -> the indices of the blocks, and their slices, that lie there."""
+        """Axis -> (index of a block, its slice) for everything that lies there."""
         axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
         for index, block in enumerate(self.blocks.values()):
             for part in block.group.slices:
@@ -288,23 +289,23 @@ class TransformersStructure:
         return axes
 
     def calibrate(self, counted: Mapping[str, float]) -> None:
-        """Let MACs be those that the model executes, where they differ from those for one token by more than a percent.
+        """Use the MACs that the model executes, if they differ from those for one token by more than a percent.
 
         Layers may see other numbers of positions than tokens (stages of an image model, convolutions, routed experts),
         and queries, keys and values are multiplied without a weight. Call it before anything is removed.
 
         Args:
-            counted: what :func:`obc.structures.counted_macs.counted_macs` says of the model on a batch.
+            counted: the model's MACs on a batch, from :func:`obc.structures.counted_macs.counted_macs`.
         """
         self._calibration = calibrate(counted, macs_for_one_token(self.model), list(self.blocks.values()))
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
-        """Remove these units of each named group, and record it in the plan; nothing is removed where that fails.
+        """Remove these units of each named group and record it in the plan; if this raises, nothing is removed.
 
         Raises:
             KeyError: no group has the name.
             IndexError: a group has no such unit.
-            ValueError: too little would be left of a group; blocks that are gone are out of their lists already.
+            ValueError: too little would be left of a group, or :meth:`compact` was called before.
         """
         if self._depth and is_compact(self.model, self._depth):
             raise ValueError(
@@ -326,17 +327,17 @@ class TransformersStructure:
             if parts and not any(all(unit.holds(part.module) for part in parts) for unit in vanishing):
                 self._remove(name, indices, users)
         for unit in sorted(vanishing, key=lambda one: one.group.kind != "layers"):
-            if unit.group.name in self._depth_units:  # not inside one that went just now
+            if unit.group.name in self._depth_units:  # it may lie inside one removed just now
                 self._remove_module(unit)
         self._adapt_config()
 
     def compact(self) -> None:
-        """Take the blocks that are gone out of their lists, where stand-ins kept their places until now.
+        """Delete the removed blocks from their lists, where stand-ins kept their places until now.
 
-        Caches and the config count what is left; the modules behind a block that is gone move up, and so do their
-        names. :attr:`plan` keeps the names of the unpruned model. ``obc.prune`` does this at its end. A branch that is
-        gone keeps a stand-in that adds nothing, which no config can say: :func:`save_pruned` saves such a model, and
-        ``save_pretrained`` raises, lest ``from_pretrained`` fill the branch with fresh weights.
+        Caches and the config count what is left; modules after a removed block move up and are renamed. :attr:`plan`
+        keeps the names of the unpruned model. ``obc.prune`` does this at its end. A removed branch keeps a stand-in
+        that adds nothing, which no config can express: :func:`save_pruned` saves such a model, and ``save_pretrained``
+        raises, because ``from_pretrained`` would fill the branch with fresh weights.
         """
         if not self._depth:
             return
@@ -345,7 +346,7 @@ class TransformersStructure:
         refuse_save_pretrained(self.model, self.config_refused)
 
     def _remove_module(self, unit: DepthUnit) -> None:
-        """Let stand-ins stand where a block or branch was; everything inside is gone with it."""
+        """Replace a block or branch by stand-ins; everything inside it is removed too."""
         for name, stand_in in unit.stand_ins.items():
             put_stand_in(self.model, name, stand_in)
         self._modules = {name: module for name, module in self._modules.items() if not unit.holds(name)}
@@ -379,7 +380,7 @@ class TransformersStructure:
     # --- on a copy -------------------------------------------------------------------------------------------------
 
     def twin(self, model: nn.Module) -> TransformersStructure:
-        """The same groups on ``model``, a copy of this structure's own as it is now."""
+        """The same groups on ``model``, a copy of this structure's present model."""
         twin = copy.copy(self)
         twin.model = model
         twin._modules = {name: model.get_submodule(name) for name in self._modules}
@@ -390,7 +391,7 @@ class TransformersStructure:
         return twin
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Take a group out of ``groups``, with ``uniform`` its whole family; note the reason in ``left_out``."""
+        """Remove a group, with ``uniform`` its whole family, from ``groups``; record the reason in ``left_out``."""
         if name in self._depth_units:
             del self._depth_units[name]
             self.left_out[name] = reason
@@ -405,7 +406,7 @@ class TransformersStructure:
     # --- removing --------------------------------------------------------------------------------------------------
 
     def axes(self, block: Block, part: Slice) -> tuple[Axis, ...]:
-        """Where a slice of a block lies in the model as it is now."""
+        """Where a slice of a block lies in the present model."""
         found = block.axes.get((part.module, part.side))
         return layer_axes(part.module, self._modules[part.module], part.side) if found is None else found
 
@@ -419,7 +420,7 @@ class TransformersStructure:
                 self._kept[axis.key] = narrow(self._kept, axis, self.tensor(axis).shape[axis.dim], removed)
         lost = {axis_key(axis): removed for axes, removed in removals for axis in axes}
         touched = dict.fromkeys(axis.module for axes, _ in removals for axis in axes)
-        shortened: dict[tuple[int, int], Tensor] = {}  # the tensors too: an id is one only while they are there
+        shortened: dict[tuple[int, int], Tensor] = {}  # keeps the tensors too, so that their ids stay unique
         for axes, removed in removals:
             for axis in axes:
                 self._shorten(axis, removed, shortened, users)
@@ -446,7 +447,7 @@ class TransformersStructure:
         shortened: dict[tuple[int, int], Tensor],
         users: dict[int, list[dict[str, Any]]],
     ) -> None:
-        """Give the axis's module a shorter parameter; modules that share one share the new one, shortened once."""
+        """Give the axis's module a shorter parameter; modules that share one get the same new one, shortened once."""
         old = self.tensor(axis)
         if (id(old), axis.dim) in shortened:
             return
@@ -462,10 +463,10 @@ class TransformersStructure:
                     parameters[key] = new
 
     def _adapt_config(self) -> None:
-        """Write the widths into the config where the config can say them; every module gets the new one.
+        """Write the widths into the config if it can express them; every module gets the new config.
 
-        Where it can't, the config says again what it said of the unpruned model, and not widths of some earlier step;
-        modules that read counts of their own from it get one of their own.
+        Otherwise the config gets the unpruned model's values back, not those of an earlier step; modules that read
+        their counts from it get a config of their own.
         """
         config = getattr(self.model, "config", None)
         if config is None:

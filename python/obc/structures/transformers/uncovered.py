@@ -1,4 +1,4 @@
-"""Modules of repeated blocks that no kind of group covers: each is named, so that nothing is left out in silence."""
+"""Names the modules of repeated blocks that no kind of group covers, so that nothing is left out silently."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ from torch import nn
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import Layers
 
-_SHOWN = 6  # weights that a reason names
+_SHOWN = 6  # number of weights that a reason names
 
 
 def uncovered(layers: Layers, blocks: Mapping[str, Block], left_out: Collection[str]) -> dict[str, str]:
-    """Module of a repeated block that has none of its weights in a group -> a reason that names these weights.
+    """Module of a repeated block with no weight in any group -> a reason that names its weights.
 
-    A module counts as covered where a group has any layer or parameter inside it, and where it, or a module around or
-    inside it, is left out with a reason already. So projections that a group leaves alone, beside others of the same
-    module, are not named.
+    A module is covered if a group has any layer or parameter inside it, or if it, or a module around or inside it, was
+    left out with a reason already. So a projection that no group uses is not named if others of its module are used.
 
     Args:
-        layers: of the model.
-        blocks: all that were found, of all kinds.
+        layers: layers of the model.
+        blocks: all blocks found, of all kinds.
         left_out: names of modules that are left out with a reason.
     """
     covered = _with_those_around(part.module for block in blocks.values() for part in block.group.slices)

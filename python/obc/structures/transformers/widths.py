@@ -18,12 +18,12 @@ from obc.structures.transformers.family import kinds
 
 @dataclass(frozen=True)
 class Expressible:
-    """What a config can say.
+    """What a config can express.
 
     Attributes:
-        widths: group -> the widths that it may have, where not all can be said.
-        refused: first group of a family -> why it has to stay as it is.
-        multiples: group -> a multiple of which it must keep.
+        widths: group -> the widths that it may have, if not all can be expressed.
+        refused: first group of a family -> why its width must stay.
+        multiples: group -> a number of which its width must be a multiple.
     """
 
     widths: Mapping[str, Sequence[int]]
@@ -32,7 +32,7 @@ class Expressible:
 
 
 def equal_widths(blocks: Mapping[str, Block]) -> list[list[str]]:
-    """Names of the groups that keep equal widths: those that the config counts alike, and that are equal now."""
+    """Names of the groups that keep equal widths: those that the config counts together and that are equal now."""
     families: dict[tuple[Any, ...], list[str]] = {}
     for name, block in blocks.items():
         families.setdefault((*block.counted_by, block.group.size), []).append(name)
@@ -45,15 +45,15 @@ def expressible_widths(
     axes_of: Callable[[Block, Slice], Sequence[Axis]],
     multiple_of: Callable[[Block], int],
 ) -> Expressible:
-    """The widths of every family that the config of the model can say, whatever those of the other families are.
+    """The widths of every family that the config can express, whatever the widths of the other families are.
 
-    Where not even the widths of the model as it is can be said, nothing is known, and nothing is ruled out.
+    If it can't even express the present widths, nothing is known, and nothing is ruled out.
 
     Args:
-        model: with its config.
-        blocks: of the model, by group name.
-        axes_of: where a slice of a block lies.
-        multiple_of: a multiple of which a block keeps.
+        model: the model with its config.
+        blocks: blocks of the model, by group name.
+        axes_of: returns where a slice of a block lies.
+        multiple_of: returns the number of which a block's width must be a multiple.
     """
     nothing = Expressible({}, {}, {})
     if getattr(model, "config", None) is None or with_widths(model, list(blocks.values()))[1] is not None:
@@ -63,7 +63,7 @@ def expressible_widths(
     refused: dict[str, str] = {}
     multiples: dict[str, int] = {}
     heads = {getattr(model.config, "num_attention_heads", None) or 1}
-    # The residual stream comes last: what its width is divided into is known then.
+    # The residual stream comes last, when it is known what its width is divided into.
     for family in sorted(equal_widths(blocks), key=lambda names: blocks[names[0]].group.kind == "embedding"):
         block = blocks[family[0]]
         size, kind = block.group.size, kinds()[block.group.kind]
@@ -75,7 +75,7 @@ def expressible_widths(
         candidates = range(-(-least // multiple) * multiple, size, multiple)
         if not candidates:
             continue
-        # Of widths that nothing else counts, all that lie between two are taken to be as good as these.
+        # If nothing else counts these widths, all widths between two good ones are taken to be good.
         tried = candidates if kind.counted else sorted({candidates[0], candidates[-1]})
         reasons = {width: trial.refusal(family, width) for width in tried}
         said = [width for width, reason in reasons.items() if reason is None]
@@ -105,12 +105,12 @@ class _Trial:
         self.model, self.blocks, self.axes_of = model, blocks, axes_of
         self.parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         self.parameters |= dict(model.named_buffers(remove_duplicate=False))  # correction biases, running statistics
-        self.names: dict[int, list[str]] = {}  # of one parameter: tied ones have several
+        self.names: dict[int, list[str]] = {}  # several names for one tied parameter
         for name, parameter in self.parameters.items():
             self.names.setdefault(id(parameter), []).append(name)
 
     def refusal(self, family: Sequence[str], width: int) -> str | None:
-        """Why the config can't say that the groups of a family have ``width`` units; None where it can."""
+        """Why the config can't express ``width`` units for the groups of a family; None if it can."""
         sizes = dict.fromkeys(family, width)
         return with_widths(self.model, list(self.blocks.values()), sizes, self._shapes(sizes))[1]
 

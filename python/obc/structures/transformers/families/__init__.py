@@ -1,6 +1,6 @@
-"""The families that obc knows, one a file: each file registers its own, and nothing else names it.
+"""The known families, one per file. Each file registers its own family, and nothing else mentions it.
 
-The file of the usual names comes first: names that it gives count before those of others.
+The file of the usual names comes first, so that its names take precedence.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""BART, OPT, CLIP, SigLIP, Whisper and their kin: ``fc1`` and ``fc2``; Phi calls its output projection ``dense``."""
+"""BART, OPT, CLIP, SigLIP, Whisper and similar: ``fc1`` and ``fc2``; Phi calls its output projection ``dense``."""
 
 from obc.structures.transformers.family import Family, register
 

@@ -1,4 +1,4 @@
-"""CodeGen and GPT-J: of CodeGen, queries, values and keys lie in ``mp_num`` blocks of the fused projection."""
+"""CodeGen and GPT-J; CodeGen's fused projection holds queries, values and keys in ``mp_num`` blocks."""
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from obc.structures.units import NotPrunableError
 
 
 def _in_blocks(module: nn.Module, heads: Heads, kind: str) -> HeadChannels | None:
-    """[queries | values | keys] of every block: where a block is one head, blocks go; else one head of every block."""
+    """[queries | values | keys] of every block. If a block is one head, it is a unit; else one head of each block."""
     blocks = getattr(module, "mp_num", None)
     if not isinstance(blocks, int):
         return None

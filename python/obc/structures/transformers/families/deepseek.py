@@ -1,7 +1,7 @@
-"""DeepSeek and its kin (Kimi, GLM, LongCat): latent attention.
+"""DeepSeek and similar models (Kimi, GLM, LongCat): latent attention.
 
-What is common to the heads stays; each head has rows of its own in the second projections. A row of q_b_proj belongs to
-one head's query, of kv_b_proj to its key or its value, whose sizes may differ. The rotary part of the keys comes from
+What the heads share stays; each head has its own rows in the second projections. A row of q_b_proj belongs to one
+head's query, a row of kv_b_proj to its key or its value, whose sizes may differ. The rotary part of the keys comes from
 the first projection, for all heads.
 """
 
@@ -36,7 +36,7 @@ def _latent_attention(layers: Layers, name: str, kinds: Collection[str]) -> Iter
         raise NotPrunableError(f"latent attention without {'output' if output is None else 'query'} projection")
     if not (isinstance(plain, int) and isinstance(rotary, int) and isinstance(value, int)):
         raise NotPrunableError(f"{type(module).__name__} does not say {', '.join(_SIZES)}")
-    gate = value if queries.endswith("q_gate_proj") else 0  # of the output, beside each head's query
+    gate = value if queries.endswith("q_gate_proj") else 0  # gates the output; beside each head's query
     rows = {queries: plain + rotary + gate, keys_and_values: plain + value, output: value}
     widths = [layers.size(layer, "in" if layer == output else "out") for layer in rows]
     count = widths[-1] // value
@@ -66,7 +66,7 @@ def _inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
 register(
     Family(
         "deepseek",
-        headless=("indexer", "k_rope_only_layernorm"),  # what chooses positions for all heads; the norm of shared keys
+        headless=("indexer", "k_rope_only_layernorm"),  # chooses positions for all heads; norm of shared keys
         blocks=_latent_attention,
         inner_sides=_inner_sides,
     )

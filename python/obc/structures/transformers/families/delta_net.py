@@ -1,7 +1,7 @@
 """Gated delta rule: the heads of linear attention in Qwen3-Next, Qwen3.5, OLMo hybrid, Kimi Linear and Bailing.
 
-A unit is a head of keys with the heads of values that share it. The norm behind it is of one head at a time, so that
-heads don't see each other. What a unit takes:
+A unit is a head of keys with the heads of values that share it. The following norm treats each head separately, so
+heads don't affect each other. What a unit takes:
 
 ========================= ==========================================================================================
 module                    in the projections
@@ -74,7 +74,7 @@ def _delta_net(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Bl
 
 
 def _forgetting(layers: Layers, name: str) -> Block:
-    """Kimi's: every head has a query, a key and a value of one size."""
+    """Kimi's variant: every head has a query, a key and a value of one size."""
     module, gate = layers.modules[name], joined(name, "forget_gate")
     heads, size = getattr(module, "num_heads", None), getattr(module, "head_dim", None)
     if not isinstance(heads, int) or not isinstance(size, int):
@@ -115,17 +115,17 @@ def _block(
     config: Mapping[str, int],
     also: tuple[str, ...] = (),
 ) -> Block:
-    """The heads, where all shapes agree.
+    """The heads, if all shapes agree.
 
     Args:
-        layers: of the model.
-        name: of the mixer.
+        layers: layers of the model.
+        name: name of the mixer.
         projected: layer -> the out channels of every head.
         consumed: in channels of the output projection.
         parameters: (module, parameter) -> the dimension of heads, and its entries.
-        counted: attributes of the mixer, and of the modules ``also``.
+        counted: attributes of the mixer, and of the modules ``also``, that count heads.
         config: key -> how much a head counts.
-        also: see ``counted``.
+        also: further modules with such attributes.
     """
     output = next((child for child in ("out_proj", "o_proj") if layers.layer(name, child) is not None), None)
     if output is None:

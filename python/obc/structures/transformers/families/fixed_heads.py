@@ -1,6 +1,6 @@
-"""BigBird, DBRX, Longformer, ProphetNet, TrOCR, XLNet, and all with ALiBi: attention that keeps its heads, and why.
+"""Attention that keeps its heads, with the reasons: BigBird, DBRX, Longformer, ProphetNet, TrOCR, XLNet, and ALiBi.
 
-ALiBi gives each head a slope, which the model computes from the number of heads: BLOOM, MPT, some of Falcon.
+ALiBi gives each head a slope, which the model computes from the number of heads: BLOOM, MPT, some Falcon models.
 """
 
 from collections.abc import Collection, Iterator

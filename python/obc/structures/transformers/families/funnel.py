@@ -5,7 +5,7 @@ from obc.structures.transformers.family import Family, register
 register(
     Family(
         "funnel",
-        feed_forwards=(("ffn.linear_1", "ffn.linear_2"),),  # "linear_1" alone would be LLaVA's projector too
+        feed_forwards=(("ffn.linear_1", "ffn.linear_2"),),  # "linear_1" alone would also match LLaVA's projector
         projections=(("q_head", "k_head", "v_head"),),
         outputs=("post_proj",),
         head_parameters={"r_w_bias": 0, "r_r_bias": 0, "r_s_bias": 0, "r_kernel": 1, "seg_embed": 1},

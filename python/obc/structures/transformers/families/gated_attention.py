@@ -1,4 +1,4 @@
-"""Afmoe, Beam, MiniMax, LFM3, Laguna, HRM, HY-V4 and others: attention whose output has a gate, a head or a channel.
+"""Attention whose output has a gate per head or channel: Afmoe, Beam, MiniMax, LFM3, Laguna, HRM, HY-V4 and others.
 
 Qwen3-Next and its successors compute the gates in the projection of queries.
 """

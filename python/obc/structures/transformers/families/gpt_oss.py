@@ -1,4 +1,4 @@
-"""gpt-oss, Flint, Granite with sliding windows: every head has a sink, one more logit of its softmax."""
+"""gpt-oss, Flint, Granite with sliding windows: every head has a sink, an additional logit in its softmax."""
 
 from obc.structures.transformers.family import Family, register
 

@@ -35,7 +35,7 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
         ChannelGroup(producers[0], (*slices, Slice(output, "in", wide)), "mixer_heads"),
         axes=parameter_axes(unit, parameters),
         counters=counters,
-        # The config counts these blocks and the heads of attention as one.
+        # The config has one count for these blocks and for attention heads.
         config={"num_attention_heads": 1, "lru_width": width // heads} if layers.config is not None else {},
     )
 

@@ -1,4 +1,4 @@
-"""JetMoE: mixtures of feed-forward blocks, and of the queries' and output projections of attention.
+"""JetMoE: mixtures of feed-forward blocks, and of the query and output projections of attention.
 
 Both hold their experts in two modules, each with one tensor (experts, outputs, inputs):
 
@@ -42,7 +42,7 @@ def _blocks(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block
 
 
 def _experts(layers: Layers, name: str) -> tuple[Tensor, Tensor] | None:
-    """The weights of all experts of the module ``name``, (experts, outputs, inputs) each; None where it has none."""
+    """The weights of all experts of the module ``name``, (experts, outputs, inputs) each; None if it has none."""
     tensors = []
     for child in (_INPUT, _OUTPUT):
         weight = getattr(layers.modules.get(joined(name, child)), "weight", None)

@@ -1,4 +1,4 @@
-"""LUKE, Nystromformer: more projections, or filters over positions, with a stretch for every head."""
+"""LUKE, Nystromformer: further projections, or filters over positions, with a part for every head."""
 
 from obc.structures.transformers.family import Family, register
 

@@ -15,7 +15,7 @@ _LAYERS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 def _mixer(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
     module = layers.modules[name]
     own = dict(module.named_parameters(recurse=False))
-    # Mamba-2 and Zamba, whose mixers have heads, have files of their own.
+    # Mamba-2 and Zamba, whose mixers have heads, have their own files.
     if "mamba" not in kinds or "A_log" not in own or {"dt_bias", "x_proj_weight"} & set(own):
         return
     if set(own) != {"A_log", "D"} or not all(layers.has(name, child) for child in _LAYERS):

@@ -1,9 +1,9 @@
 """Mamba-2: the heads of its mixer, in Mamba-2, Bamba, Zamba2, Nemotron-H and the hybrid Granite models.
 
 in_proj returns [gate | x | B | C | dt] of widths [H P | H P | G S | G S | H], for H heads of P channels in G groups,
-each with one B and C of S states; the convolution runs over [x | B | C]. A unit is the j-th head of every group, so
-that groups stay equal; B and C stay. The gated norm takes its statistics from the heads that stay, group by group, as a
-model with so many heads does.
+where each group has one B and one C of S states; the convolution runs over [x | B | C]. A unit is the j-th head of
+every group, so that groups stay equal; B and C stay. The gated norm takes its statistics from the remaining heads,
+group by group, as a model with that many heads does.
 """
 
 from collections.abc import Collection, Iterator
@@ -84,7 +84,7 @@ def _norm_counters(layers: Layers, name: str, grouped: int, size: int) -> tuple[
 
 
 def _config(layers: Layers, heads: int, groups: int, size: int) -> dict[str, float]:
-    """Keys that count heads, and the width that the config says as a multiple of the hidden size."""
+    """Keys that count heads, and the width that the config expresses as a multiple of the hidden size."""
     found: dict[str, float] = {key: groups for key in _HEAD_KEYS if value_of(layers.config, key) == heads}
     hidden, width = getattr(layers.config, "hidden_size", None), groups * size
     for key in _EXPANSIONS:

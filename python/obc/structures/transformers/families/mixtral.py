@@ -1,4 +1,4 @@
-"""Experts that are modules of their own, as older Mixtral and the files of Llama call their layers."""
+"""Experts that are separate modules, with the layer names of older Mixtral code and Llama's files."""
 
 from obc.structures.transformers.family import Family, register
 

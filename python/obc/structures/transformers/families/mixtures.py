@@ -1,7 +1,7 @@
 """Mixtures whose experts are one tensor: Mixtral, Qwen-MoE, DeepSeek, OLMoE, gpt-oss, Llama 4.
 
-Their tensors may lie the other way round, have biases, and have gates and up projections in turn (gpt-oss). Routers may
-have a bias, and a correction bias by which experts are chosen: a removed expert takes its entries along.
+The tensors may be transposed, have biases, and interleave gates and up projections (gpt-oss). Routers may have a bias,
+and a correction bias for choosing experts; a removed expert takes its entries along.
 """
 
 from collections.abc import Collection, Iterator
@@ -18,7 +18,7 @@ from obc.structures.transformers.family import Family, attributes, config_keys, 
 from obc.structures.transformers.layers import Layers, channels, joined
 from obc.structures.units import NotPrunableError
 
-# Routers that choose among groups of experts first need groups of equal size.
+# Routers that first choose among groups of experts need groups of equal size.
 _ROUTED_GROUPS = ("n_group", "num_group")
 
 
@@ -26,7 +26,7 @@ def _experts(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Bloc
     module = layers.modules[name]
     if not {"experts", "expert_ffn"} & set(kinds):
         return
-    if layout_of(module) is None:  # a layer is refused by the block that it is part of
+    if layout_of(module) is None:  # the block that contains a layer refuses it
         layers.refuse_quantised(name)
     if (weights := fused_experts(module)) is None:
         return
@@ -39,13 +39,13 @@ def _experts(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Bloc
 
 @dataclass(frozen=True)
 class _Stored:
-    """How the experts of a module lie in its tensors.
+    """How a module's tensors store its experts.
 
     Attributes:
-        count: of experts.
-        width: inner channels of each.
-        gate_up: (inner channels, 2) places of their gates and up projections.
-        up_dim: dimension of these in the gate and up projections.
+        count: number of experts.
+        width: inner channels of each expert.
+        gate_up: (inner channels, 2) positions of the gate and up projection of each.
+        up_dim: dimension of these positions in the gate and up projections.
         down_dim: dimension of the inner channels in the down projections.
         biases: names of the biases, (experts, outputs) each.
     """
@@ -119,9 +119,9 @@ def _whole_experts(layers: Layers, name: str, stored: _Stored) -> Block:
 
 
 def _router(layers: Layers, parent: str, count: int) -> tuple[str, list[tuple[str, str]]]:
-    """The router beside the experts, and its correction biases: (module, tensor), in it or in the block around it.
+    """The router next to the experts, and its correction biases: (module, tensor), in it or in the block around it.
 
-    Believed where a row for each expert, with a bias, and correction biases are all that both have.
+    Accepted only if both have nothing but a row per expert, a bias, and correction biases.
     """
     router = next((joined(parent, child) for child in ("gate", "router") if layers.has(parent, child)), None)
     weight = None if router is None else getattr(layers.modules[router], "weight", None)
@@ -130,7 +130,7 @@ def _router(layers: Layers, parent: str, count: int) -> tuple[str, list[tuple[st
     corrections, others = [], []
     for holder in (router, parent):
         module = layers.modules[holder]
-        inside = holder == router  # below the block lie the experts
+        inside = holder == router  # the block also contains the experts
         tensors = [*module.named_parameters(recurse=inside), *module.named_buffers(recurse=inside)]
         for key, tensor in tensors:
             one_each = tuple(tensor.shape) == (count,)

@@ -1,4 +1,4 @@
-"""Moshi: its layers lie in modules of their own, and ``fc1`` is [gate | up]."""
+"""Moshi: layers inside wrapper modules; ``fc1`` is [gate | up]."""
 
 from obc.structures.transformers.family import Family, register
 

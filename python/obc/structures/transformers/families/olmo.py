@@ -1,4 +1,4 @@
-"""OLMo 2 and 3, OLMoE, MiniMax-M2, Chameleon, BitNet: norms over all heads, of queries, of keys or of the output."""
+"""OLMo 2 and 3, OLMoE, MiniMax-M2, Chameleon, BitNet: norms over all heads of queries, keys or the output."""
 
 from obc.structures.transformers.family import Family, register
 

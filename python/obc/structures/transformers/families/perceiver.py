@@ -1,4 +1,4 @@
-"""Perceiver: attention that begins with norms of its inputs, and feed-forward blocks with names of their own."""
+"""Perceiver: attention that begins with norms of its inputs; feed-forward blocks with their own names."""
 
 from obc.structures.transformers.family import Family, register
 

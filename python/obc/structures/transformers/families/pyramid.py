@@ -1,4 +1,4 @@
-"""PVT, Segformer: attention whose keys and values are of a sequence that a convolution of the stream shortened."""
+"""PVT, Segformer: attention whose keys and values come from a sequence shortened by a convolution."""
 
 from obc.structures.transformers.family import Family, register
 

@@ -1,6 +1,6 @@
 """RWKV: the inner channels of its mixer, and those of its feed-forward blocks.
 
-Every channel of the mixer is a recurrence of its own: a row of key, value and receptance, a decay, a bonus of the first
+Every channel of the mixer is a separate recurrence: a row of key, value and receptance, a decay, a bonus for the first
 token, and a column of the output.
 """
 

@@ -1,7 +1,7 @@
-"""T5 and its kin, MPNet, CPM-Ant: attention with a bias of its own for relative positions.
+"""T5 and similar models, MPNet, CPM-Ant: attention with its own bias for relative positions.
 
-The bias has a column for every head. Where the attentions of a stack share one table, or pass on what the first of them
-computed, their h-th heads are one unit: it is removed from all of them at once.
+The bias has a column for every head. If the attentions of a stack share one table, or reuse what the first of them
+computed, their h-th heads are one unit, which is removed from all of them at once.
 """
 
 import re
@@ -35,7 +35,7 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
         return
     stack = [other for other in layers.modules if _place(other) == _place(name) and _layers_of(layers, other)]
     if all(layers.has(member, _TABLE) for member in stack):
-        stack = [name]  # each has a table of its own
+        stack = [name]  # each has its own table
     if name == stack[0]:
         yield _in_all(layers, stack)
 
@@ -69,7 +69,7 @@ def _in_all(layers: Layers, stack: list[str]) -> Block:
 
 
 def _tables(layers: Layers, stack: list[str], count: int) -> list[tuple[Slice, tuple[Axis, ...]]]:
-    """(slice, axes of a parameter) of the tables inside these attentions, or else outside all attentions."""
+    """(slice, axes of a parameter) for the tables inside these attentions, or else outside all attentions."""
     inside = [owner for owner in stack if _table(layers, owner) is not None]
     outside = _outside(layers)
     found: list[tuple[Slice, tuple[Axis, ...]]] = []
@@ -84,12 +84,12 @@ def _tables(layers: Layers, stack: list[str], count: int) -> list[tuple[Slice, t
 
 
 def _outside(layers: Layers) -> list[str]:
-    """Modules with a table that are no attention."""
+    """Modules with a table that are not attentions."""
     return [name for name in layers.modules if _table(layers, name) is not None and not _layers_of(layers, name)]
 
 
 def _table(layers: Layers, owner: str) -> Tensor | None:
-    """The biases of a module: an embedding or a parameter, whose last dimension are the heads."""
+    """The biases of a module: an embedding or a parameter whose last dimension holds the heads."""
     embedding = layers.modules.get(joined(owner, _TABLE))
     if isinstance(embedding, nn.Embedding):
         return embedding.weight
@@ -97,7 +97,7 @@ def _table(layers: Layers, owner: str) -> Tensor | None:
 
 
 def _place(name: str) -> str:
-    """A name without the number of the layer: the same for all attentions of a stack."""
+    """A name without the layer's number, equal for all attentions of a stack."""
     return re.sub(r"(^|\.)\d+(?=\.)", r"\1N", name, count=1)
 
 

@@ -1,4 +1,4 @@
-"""Names that many families share: Llama, Qwen, Mistral, Gemma, OLMo, Cohere and all that are built like them."""
+"""Names shared by many families: Llama, Qwen, Mistral, Gemma, OLMo, Cohere and similar models."""
 
 from obc.structures.transformers.block import Kind
 from obc.structures.transformers.family import Family, register

@@ -1,8 +1,8 @@
 """xLSTM: the heads of its matrix memories.
 
-A head has its rows of queries, keys, values, output gates, and one row each of the input and forget gates; the norm
-behind it is of one head at a time, with weights for each. With ``weight_mode="fused"`` these are the outputs of two
-layers: [queries | keys | values | output gates] and [input gates | forget gates].
+A head has its own rows of queries, keys, values and output gates, and one row each of the input and forget gates; the
+following norm treats each head separately and has weights for each. With ``weight_mode="fused"`` these are the outputs
+of two layers: [queries | keys | values | output gates] and [input gates | forget gates].
 """
 
 from collections.abc import Collection, Iterator
@@ -61,7 +61,7 @@ def _projected(layers: Layers, name: str, keyed: Tensor, valued: Tensor) -> dict
 
 
 def _config(layers: Layers, heads: int, keyed: int, valued: int) -> dict[str, float]:
-    """Keys that count heads, and widths that the config says as multiples of the hidden size."""
+    """Keys that count heads, and widths that the config expresses as multiples of the hidden size."""
     hidden = value_of(layers.config, "hidden_size")
     if not hidden or value_of(layers.config, "num_heads") != heads:
         return {}

@@ -1,6 +1,6 @@
-"""Zamba: Mamba's mixer in heads, whose projections to the state space are parameters with an entry for every head.
+"""Zamba: Mamba's mixer in heads; its projections to the state space are parameters with an entry for every head.
 
-in_proj returns, for every channel of the heads one after the other, its input and its gate.
+in_proj returns, for one channel after another, its input and its gate.
 """
 
 from collections.abc import Collection, Iterator
