@@ -1,4 +1,4 @@
-"""The command line; each command stands in a module of :mod:`obc.commands`."""
+"""The command line; each command has a module in :mod:`obc.commands`."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"obc {parsed.name}: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:  # whoever read the output has gone: obc info | head
+    except BrokenPipeError:  # the reader has closed the pipe: obc info | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
 
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings as one line each, without the place in obc's source that raised them."""
+    """Print warnings as one line each, without the location in obc's source."""
     before = warnings.formatwarning
     warnings.formatwarning = lambda message, *place, **more: f"warning: {message}\n"
     try:
@@ -55,7 +55,7 @@ def _plain_warnings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress_lines() -> Iterator[None]:
-    """A line of progress every 30 seconds on standard error, where that is no terminal and shows no bar."""
+    """Print progress to standard error every 30 seconds if it is not a terminal and shows no bar."""
     logger, handler = logging.getLogger("obc.progress"), logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     before = logger.level

@@ -1,4 +1,4 @@
-"""The name under which obc is installed, which is not the name that is imported, and its version."""
+"""obc's distribution name, which differs from the import name, and its version."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import importlib.metadata
 DISTRIBUTION = "optimal-brain-connection"
 
 
-# What builds the native libraries of a source tree anew.
+# Rebuilds the native libraries of a source tree.
 REBUILD = "pip install --no-build-isolation -e . in obc's source tree, or reinstall obc"
 
 
 @functools.cache
 def obc_version() -> str | None:
-    """The installed version; None where obc is imported from its source tree without being installed."""
+    """The installed version; None if obc is imported from its source tree without being installed."""
     try:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The names of :mod:`obc.recovery` and of plans, where older code imports them from."""
+"""The names of :mod:`obc.recovery` and of plans, for older code that imports them from here."""
 
 from obc.recovery import (
     CompensationReport,

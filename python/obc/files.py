@@ -1,4 +1,4 @@
-"""Writing a file completely or not at all, and reading JSON that may be damaged."""
+"""Writes files completely or not at all, and reads JSON that may be damaged."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file to write ``path`` with: it takes the place of ``path`` when the block ends, and only then.
+    """A binary file that replaces ``path`` when the block ends, and only then.
 
-    After an exception in the block, a full disk or the end of the process ``path`` is what it was. A symbolic link
-    stays one, and what it points to is replaced; a device or a pipe is written as it stands.
+    After an exception in the block, a full disk or the end of the process, ``path`` is unchanged. If it is a symbolic
+    link, the link stays and its target is replaced. A device or a pipe is written directly.
 
     >>> with atomic_write("scores.safetensors") as file:
     ...     file.write(content)
 
     Raises:
-        OSError: the file can't be written; nothing is left beside it.
+        OSError: the file can't be written; no temporary file is left.
     """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
@@ -35,7 +35,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         return
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{os.fspath(path)} can't be written: there is no folder {target.parent}")
-    # Beside the target, so that both lie on one file system. Made by open, unlike tempfile's, it has the usual mode.
+    # In the same folder, so that both are on one file system. Unlike tempfile's, a file made by open has the usual
+    # mode.
     temporary = target.with_name(f".{target.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -51,19 +52,19 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 def remove_left_over(path: str | os.PathLike[str]) -> None:
-    """Remove what a process left beside ``path`` that was killed inside :func:`atomic_write`."""
+    """Remove the temporary file of a process that was killed inside :func:`atomic_write`."""
     target = Path(os.path.realpath(path))
     for left in target.parent.glob(f".{glob.escape(target.name[:100])}.{'[0-9a-f]' * 16}.tmp"):
         left.unlink(missing_ok=True)
 
 
 def parse_json(text: str | bytes, kind: Any) -> Any:
-    """The value of a JSON text of a given kind: str, int, float, None, or a list, dict or union of kinds.
+    """Parse JSON as a value of the given kind: str, int, float, None, or a list, dict or union of kinds.
 
     >>> parse_json('{"conv1": [0, 2]}', dict[str, list[int] | None])
 
     Raises:
-        ValueError: the text is no JSON (in UTF-8), is nested too deeply to be read, or holds something else.
+        ValueError: the text is not JSON (in UTF-8), is nested too deeply, or holds another kind of value.
     """
     try:
         value = json.loads(text)
@@ -75,11 +76,11 @@ def parse_json(text: str | bytes, kind: Any) -> Any:
 
 
 def read_fields(path: str | os.PathLike[str], format_name: str) -> dict[str, Any]:
-    """What a JSON file holds beside its ``format``.
+    """The fields of a JSON file besides its ``format``.
 
     Raises:
-        ValueError: it is no JSON object, or of another format.
-        OSError: it can't be read.
+        ValueError: it is not a JSON object, or has another format.
+        OSError: the file can't be read.
     """
     with open(path, "rb") as file:
         fields: dict[str, Any] = parse_json(file.read(), dict[str, Any])
@@ -98,19 +99,19 @@ def _is(value: Any, kind: Any) -> bool:
         return any(_is(value, part) for part in parts)
     if kind is float:
         return type(value) in (float, int)
-    return kind is Any or type(value) is kind  # a bool is no int
+    return kind is Any or type(value) is kind  # a bool is not an int
 
 
 def built(value: Any, kind: Any) -> Any:
-    """``value``, as JSON gives it, as an object of ``kind``: what :func:`parse_json` knows, tuples, literals and
-    dataclasses, nested in any way.
+    """Convert ``value``, as JSON gives it, to an object of ``kind``: anything that :func:`parse_json` knows, tuples,
+    literals and dataclasses, nested in any way.
 
     Fields with a default may be missing.
 
     >>> built({"target": 0.5, "removed": {"conv1": 3}}, Step)
 
     Raises:
-        ValueError: it is of another kind; names the field.
+        ValueError: it is of another kind; the message names the field.
     """
     origin, parts = get_origin(kind), get_args(kind)
     if dataclasses.is_dataclass(kind) and isinstance(kind, type):
@@ -149,7 +150,7 @@ def _dataclass(value: Any, kind: type) -> Any:
 def _first_built(value: Any, kinds: Sequence[Any]) -> Any:
     last = ValueError(f"expected None, got {reprlib.repr(value)}")
     for kind in kinds:
-        if kind is type(None) and value is not None:  # what is wrong with the other kind says more
+        if kind is type(None) and value is not None:  # the other kind's fault is more informative
             continue
         try:
             return built(value, kind)

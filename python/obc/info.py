@@ -1,4 +1,4 @@
-"""``obc.info()``: what this installation consists of, what is missing, and how to get it."""
+"""``obc.info()``: what is installed, what is missing, and how to get it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "OBC_AUTOTUNE": "1 lets Triton search its launch configurations instead of using the fixed ones",
     "TRITON_INTERPRET": "1 runs the Triton kernels on CPU tensors, for tests",
 }
-"""The environment variables that change what obc does while it runs. Those of the build stand in setup.py."""
+"""Environment variables that change what obc does while it runs. Those for building are in setup.py."""
 
 
 def _build() -> dict[str, Any]:
@@ -47,8 +47,8 @@ def info() -> dict[str, Any]:
 
     Returns:
         "obc", "python", "torch", "platform": versions and the machine's kind;
-        "distribution": the name that pip knows obc by;
-        "backends": per backend whether it is available, and if not "reason" and "remedy";
+        "distribution": the name of obc for pip;
+        "backends": for each backend whether it is available, and if not "reason" and "remedy";
         "build": of the native code "compiler", "flags", the "torch" it was built with and the "instruction_set" in
         use, or why there is none and the remedy;
         "gates": whether scoring's gates run in C++, and if not "reason" and "remedy";

@@ -1,4 +1,4 @@
-"""How good a model is: perplexity on tokens, accuracy, and agreement with another model."""
+"""Quality of a model: perplexity on tokens, accuracy, and agreement with another model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity with its spread.
+    """Perplexity and its spread.
 
     Attributes:
-        perplexity: exp of the mean loss of a token.
+        perplexity: exp of the mean loss per token.
         losses: (windows,) float64: the mean loss of each window's predicted tokens, in nats.
         counts: (windows,) int64: how many tokens each window predicts.
-        standard_error: of the mean loss in nats, over windows; nan for a single one.
+        standard_error: standard error of the mean loss in nats, over windows; nan for a single window.
     """
 
     perplexity: float
@@ -39,22 +39,22 @@ class Perplexity:
 def perplexity(
     model: Any, tokens: Tensor, *, length: int, stride: int | None = None, batch_size: int = 1
 ) -> Perplexity:
-    """Perplexity of a causal language model on one long text, by windows.
+    """Perplexity of a causal language model on one long text, in windows.
 
-    Windows of ``length`` tokens start every ``stride`` tokens; each token of the text but the first is predicted once,
-    by the first window that holds it, from what stands before it there. With ``stride == length`` windows don't
-    overlap and each window's first token is not predicted; a smaller stride gives more context and takes longer.
+    Windows of ``length`` tokens start every ``stride`` tokens. Each token of the text except the first is predicted
+    once, by the first window that contains it, from the tokens before it in that window. With ``stride == length``
+    windows don't overlap and each window's first token is not predicted; a smaller stride gives more context and takes
+    longer.
 
     Args:
         model: returns ``.logits`` (batch, length, vocabulary) for ``model(input_ids=...)``; run in eval mode.
         tokens: (N,) token ids of the text.
-        length: tokens of a window, at least 2.
-        stride: tokens between the starts of windows, in [1, length]; ``length`` where it is None.
-        batch_size: windows run together.
+        length: tokens per window, at least 2.
+        stride: tokens between the starts of windows, in [1, length]; None means ``length``.
+        batch_size: number of windows run together.
 
     Raises:
-        ValueError: an argument is not one of the values above, the text is shorter than two tokens, or a loss is not
-            finite.
+        ValueError: an argument has a wrong value, the text is shorter than two tokens, or a loss is not finite.
     """
     stride = length if stride is None else stride
     if length < 2 or not 1 <= stride <= length:
@@ -80,9 +80,9 @@ def perplexity(
 
 
 def _window_batches(size: int, length: int, stride: int, batch_size: int) -> Iterable[list[tuple[int, int, int]]]:
-    """(start, stop, predicted tokens) of every window, those of equal length together."""
+    """(start, stop, predicted tokens) of every window, windows of equal length together."""
     windows: list[tuple[int, int, int]] = []
-    done = 0  # tokens before this one are predicted
+    done = 0  # tokens before this one have been predicted
     for start in range(0, size - 1, stride):
         stop = min(start + length, size)
         new = stop - max(done, start + 1)
@@ -141,7 +141,7 @@ def agreement(
 def cosine(
     model: nn.Module, reference: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = call_on_batch
 ) -> float:
-    """Mean cosine similarity of the two models' outputs, over everything but the last dimension."""
+    """Mean cosine similarity of the two models' outputs along the last dimension."""
     total, count = 0.0, 0
     with evaluating(model, reference), torch.inference_mode():
         for batch in batches:

@@ -1,7 +1,7 @@
-"""The definition of every operator in plain PyTorch: slow, short, and the oracle of every backend.
+"""The definition of every operator in plain PyTorch: slow, short, and the oracle for every backend.
 
-Each function has the name and the signature of the operator in :mod:`obc.ops`. Inputs of half precision are
-read in float32 and float64 stays float64, so every sum is at least float32.
+Each function has the name and signature of the operator in :mod:`obc.ops`. Half-precision inputs are read as float32
+and float64 stays float64, so every sum is at least float32.
 
 Index letters: n sample, c channel, o out channel, i in channel, s position (spatial, kernel or repeat),
 g group, b block, k kept out channel, j kept in channel.
@@ -79,7 +79,7 @@ def weight_dot_list(
     groups: Sequence[int] | None = None,
     transposed: Sequence[bool] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """:func:`weight_dot` of every layer of a model: the list of out_dots and the list of in_dots."""
+    """:func:`weight_dot` for every layer of a model: the list of out_dots and the list of in_dots."""
     count = len(weights)
     dots = [
         weight_dot(*layer)
@@ -103,7 +103,7 @@ def weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 
 def _blocks(factor: Tensor, blocks: int) -> Tensor:
-    """A (blocks, rows, columns) view of a factor; of a 2-D block-diagonal one only its diagonal blocks are read."""
+    """A (blocks, rows, columns) view of a factor; only the diagonal blocks of a 2-D block-diagonal one are read."""
     if factor.dim() == 3:
         return factor
     rows, columns = factor.shape
@@ -120,8 +120,8 @@ def fold(
 ) -> Tensor:
     """W' = C W D over (out, in / groups, *kernel): out channels mixed by C, in channels by D.
 
-    ``compressor`` is (kept_out, out), ``decompressor`` (in, kept_in), or the blocks of a block-diagonal one,
-    (blocks, ...). ``in_repeat`` > 1 serves a Linear after flatten: each in channel owns that many columns.
+    ``compressor`` is (kept_out, out), ``decompressor`` (in, kept_in), or the blocks of a block-diagonal one, (blocks,
+    ...). ``in_repeat`` > 1 is for a Linear after flatten: each in channel has that many columns.
     """
     kernel = weight.shape[2:]
     # (o, i, s)

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, so that large ones need no second copy in memory."""
+"""Writes safetensors files tensor by tensor, so that large ones need no second copy in memory."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch
 
 
 def save_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file of float64, float32, int64 and uint8 tensors. An earlier file is replaced as a whole.
+    """Write a safetensors file of float64, float32, int64 and uint8 tensors. It replaces an earlier file atomically.
 
-    Its header is the length of a JSON object in eight bytes, and the object: dtype, shape and place of each tensor.
+    Its header is the length of a JSON object in eight bytes, and the object: dtype, shape and position of each tensor.
 
     Raises:
-        OSError: the file can't be written; a file that was there is what it was.
+        OSError: the file can't be written; an existing file is left unchanged.
     """
-    # The widest dtypes first, so that each tensor is aligned to its own where the file is mapped.
+    # Widest dtypes first, so that each tensor is aligned for its dtype when the file is memory-mapped.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     start = 0
@@ -41,10 +41,10 @@ def save_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor], metad
 
 
 def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, copied out of it, and its metadata.
+    """Copies of the tensors of a safetensors file, and its metadata.
 
     Raises:
-        SafetensorError: the file is not one, or is damaged.
+        SafetensorError: the file is not a safetensors file, or is damaged.
     """
     with safe_open(str(path), framework="pt") as file:
         return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

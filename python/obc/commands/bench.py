@@ -13,7 +13,7 @@ import obc
 from obc.commands.common import UsageError, folder, require
 from obc.commands.run_log import add_log, say
 
-# What is asked for -> the benchmarks that answer it.
+# Argument -> the benchmarks that it runs.
 BENCHMARKS = {
     "ops": ("bench_ops", "bench_dispatch"),
     "scoring": ("bench_scoring", "bench_criteria"),
@@ -42,7 +42,7 @@ def add(commands: Any) -> None:
 
 
 def checkout() -> Path:
-    """The folder that holds the benchmarks."""
+    """The folder that contains the benchmarks."""
     for root in (Path.cwd(), Path(obc.__file__).parents[2]):
         if (root / "benchmarks" / "harness.py").is_file():
             return root
@@ -50,7 +50,7 @@ def checkout() -> Path:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Run and draw what was asked for, each benchmark in a process of its own; the highest of their exit statuses."""
+    """Run and draw the requested benchmarks, each in its own process; returns the highest exit status."""
     asked = parsed.what or ["ops"]
     if unknown := [name for name in asked if name not in BENCHMARKS]:
         raise UsageError(f"no benchmark is named {unknown[0]!r}; there are {', '.join(BENCHMARKS)}")

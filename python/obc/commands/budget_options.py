@@ -1,4 +1,4 @@
-"""The options of ``obc prune`` that say what is to remain."""
+"""The options of ``obc prune`` that say how much must remain."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from obc.model.latency_table import LatencyTable, LatencyTableError
 from obc.pruning.budgets import NOUNS, Argument, Budget, Meters
 from obc.structures.memory import MemoryUse
 
-# What obc prune writes a table that it measured to, and reads it from.
+# The file to which obc prune writes a latency table that it measured, and from which it reads one.
 TABLE_FILE = "latency_table.json"
 
 
 def add(prune: argparse.ArgumentParser) -> None:
-    """Add them: budgets, of which one is given, and how memory and latency are counted."""
+    """Add the options: budgets, of which one can be given, and how memory and latency are counted."""
     share = prune.add_mutually_exclusive_group()
     share.add_argument("--macs", type=_share, help="share of the MACs that remains (default: 0.5)")
     share.add_argument("--params", type=_share, help="instead: share of the parameters that remains")
@@ -38,7 +38,7 @@ def add(prune: argparse.ArgumentParser) -> None:
 
 
 def budget_of(parsed: argparse.Namespace) -> Budget:
-    """The budget that the options say."""
+    """The budget that the options give."""
     dtype = None if parsed.memory_dtype is None else checkpoints.DTYPES[parsed.memory_dtype]
     if parsed.cache_batch is not None and parsed.cache_length is None:
         raise UsageError("--cache-batch needs --cache-length: without it weights alone are counted")
@@ -54,14 +54,14 @@ def budget_of(parsed: argparse.Namespace) -> Budget:
 
 
 def keywords(budget: Budget) -> dict[str, Any]:
-    """As ``obc.prune`` takes them."""
+    """The keyword arguments of ``obc.prune``."""
     value = budget.share if budget.amount is None else budget.amount
     meters = budget.meters
     return {budget.argument: value, "memory_use": meters.memory_use, "latency_table": meters.table}
 
 
 def _share(text: str) -> float:
-    """An argument that is some of a whole, not all of it."""
+    """An argument strictly between 0 and 1."""
     value = float(text)
     if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value:g}")

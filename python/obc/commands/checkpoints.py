@@ -1,6 +1,6 @@
-"""Local transformers directories for the command line: the model, and the loss that its kind is scored by.
+"""Local transformers directories for the command line: the model, and the loss for its kind.
 
-Nothing is fetched, no code of the directory is run, and weights are read from safetensors only.
+Nothing is downloaded, no code in the directory is run, and weights are read from safetensors only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LOSSES = ("auto", "causal-lm", "masked-lm", "label", "label-free")
 
 Batch = Mapping[str, Any]
 Losses = Callable[[nn.Module, Batch], Tensor]
-IGNORED = -100  # the label of a token that counts for nothing
+IGNORED = -100  # the label of a token that does not count
 
 # The end of an architecture's name in config.json -> the class that loads it, and its loss.
 _ARCHITECTURES = (
@@ -39,11 +39,11 @@ _ARCHITECTURES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model of a local directory.
+    """A model from a local directory.
 
     Attributes:
         model: in eval mode, on its device.
-        loss: the kind of loss that it is scored by.
+        loss: the kind of loss for scoring it.
         path: the directory.
     """
 
@@ -67,12 +67,12 @@ def config_of(path: Path) -> Any:
 
 
 def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto") -> Checkpoint:
-    """The model of a directory that ``save_pretrained``, or obc's ``save_pruned``, wrote.
+    """Load the model of a directory written by ``save_pretrained`` or obc's ``save_pruned``.
 
     Args:
         path: the directory.
-        dtype: None keeps the one it was saved in.
-        device: where the model goes.
+        dtype: None keeps the saved dtype.
+        device: the device of the model.
         loss: one of :data:`LOSSES`; "auto" follows the model's head.
     """
     import transformers
@@ -104,12 +104,12 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
             f"safetensors weights of an architecture that this transformers knows"
         ) from error
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # keys and values for later tokens, which scoring never asks for
+        model.config.use_cache = False  # it holds keys and values for later tokens, which scoring does not need
     return Checkpoint(model.to(device).eval(), own if loss == "auto" else loss, path)
 
 
 def recompute_activations(model: Any) -> None:
-    """Switch on activation checkpointing: backward computes each layer's activations again, forward keeps none."""
+    """Switch on activation checkpointing: backward recomputes each layer's activations, and forward keeps none."""
     if getattr(model, "supports_gradient_checkpointing", False):
         # The second is its older name.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -122,7 +122,7 @@ def recompute_activations(model: Any) -> None:
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device of this name; None is the first GPU, else the CPU."""
+    """The device with this name; None means the first GPU, else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -137,7 +137,7 @@ def loss_of(kind: str, rows: Literal["batch", "sample"], seed: int) -> Losses:
     """The loss of a kind: the mean over the samples for batch rows, the vector (B,) for sample rows.
 
     causal-lm: mean cross-entropy of the next token.
-    masked-lm: mean cross-entropy of the tokens that the batch masked.
+    masked-lm: mean cross-entropy of the masked tokens.
     label: cross-entropy of the batch's labels.
     label-free: random projections of the outputs (:func:`obc.scoring.label_free.label_free_loss`).
     """
@@ -148,12 +148,12 @@ def loss_of(kind: str, rows: Literal["batch", "sample"], seed: int) -> Losses:
 
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Without the labels, of which the model would compute its own loss, a mean over the batch."""
+    """The logits without passing labels, from which the model would compute its own loss, a mean over the batch."""
     return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over each sample's tokens that have a label."""
+    """Mean over each sample's tokens with a label."""
     token_losses = F.cross_entropy(logits.float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
     return token_losses.sum(1) / (labels != IGNORED).sum(1).clamp_min(1)
 
@@ -171,7 +171,7 @@ def _labelled(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def outputs(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits on a batch, or of a model without a head its last hidden state; labels are left out."""
+    """The logits on a batch, or the last hidden state if the model has no head; labels are not passed."""
     found = model(**{name: value for name, value in batch.items() if name != "labels"})
     output: Tensor = next(found[key] for key in ("logits", "last_hidden_state") if found.get(key) is not None)
     return output

@@ -41,7 +41,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _complete_files(parser: argparse.ArgumentParser, kind: Any) -> None:
-    """Every argument that is a path completes files."""
+    """Make every path argument complete files."""
     for action in parser._actions:
         if action.type is Path:
             action.complete = kind  # type: ignore[attr-defined]

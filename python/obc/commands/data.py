@@ -13,8 +13,8 @@ from torch import Tensor
 from obc.commands.checkpoints import IGNORED
 from obc.commands.common import UsageError, require
 
-SEQUENCE = 2048  # tokens of a sequence, where the model has room for so many
-MASKED_SHARE = 0.15  # of the tokens, as BERT was trained
+SEQUENCE = 2048  # tokens per sequence, if the model allows as many
+MASKED_SHARE = 0.15  # share of the tokens, as in BERT's training
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _ENTRY = "give each line a 'text', or 'input_ids' (a list of token numbers)"
 
@@ -30,20 +30,20 @@ def batches(
     seq_len: int | None,
     seed: int,
 ) -> list[dict[str, Tensor]]:
-    """Up to ``count`` batches of ``size`` samples, on the model's device; fewer where the data ends before.
+    """Up to ``count`` batches of ``size`` samples, on the model's device; fewer if the data ends before.
 
-    Text is cut into sequences of exactly ``seq_len`` tokens, documents one after the other with the tokenizer's end
-    between them, so that no position is padding.
+    Text is cut into sequences of exactly ``seq_len`` tokens. Documents follow one another, separated by the tokenizer's
+    end token, so there is no padding.
 
     Args:
-        data: a .txt or .jsonl file, or a folder of images (in a folder a class where the loss needs labels).
-        model: whose configuration and device decide.
-        source: its directory, with the tokenizer or the image processor.
-        loss: one of ``checkpoints.LOSSES`` but "auto".
-        count: of batches.
-        size: samples of a batch.
-        seq_len: tokens of a sequence; None takes ``SEQUENCE``, or the most that the model has positions for.
-        seed: of masks and of the order of images.
+        data: a .txt or .jsonl file, or a folder of images (with one folder per class if the loss needs labels).
+        model: the model; its configuration and device are used.
+        source: the model's directory, with the tokenizer or the image processor.
+        loss: one of ``checkpoints.LOSSES`` except "auto".
+        count: number of batches.
+        size: samples per batch.
+        seq_len: tokens per sequence; None means ``SEQUENCE``, or as many as the model has positions for.
+        seed: seed of masks and of the order of images.
     """
     if not data.exists():
         raise UsageError(f"--data {data}: there is no such file or folder")
@@ -63,7 +63,7 @@ def batches(
 def _token_batches(
     data: Path, model: Any, source: Path, loss: str, count: int, size: int, seq_len: int | None, seed: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Whole batches of whole sequences, masked where the loss needs it."""
+    """Whole batches of whole sequences, masked if the loss needs it."""
     if loss == "label":
         raise UsageError(f"--data {data}: this model classifies images; pass a folder of images")
     if getattr(model.config, "vocab_size", None) is None:
@@ -90,7 +90,7 @@ def _token_batches(
 
 
 def tokenizer_of(source: Path) -> Any:
-    """The directory's tokenizer, None where it has none."""
+    """The directory's tokenizer, or None."""
     if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer
@@ -102,7 +102,7 @@ def tokenizer_of(source: Path) -> Any:
 
 
 def _sequence_length(model: Any, tokenizer: Any, asked: int | None) -> int:
-    """As many tokens as asked for, else ``SEQUENCE``, within what model and tokenizer have room for."""
+    """The requested number of tokens, else ``SEQUENCE``, within what model and tokenizer allow."""
     most = [getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
     room = min((value for value in most if value), default=SEQUENCE)
     if asked is not None and asked > room:
@@ -111,13 +111,13 @@ def _sequence_length(model: Any, tokenizer: Any, asked: int | None) -> int:
 
 
 def _token(tokenizer: Any, kind: str) -> list[int]:
-    """The tokenizer's special token of this kind, none where it has none."""
+    """The tokenizer's special token of this kind; empty if it has none."""
     token = getattr(tokenizer, f"{kind}_token_id", None)
     return [] if token is None else [token]
 
 
 def _sequences(data: Path, tokenizer: Any, vocabulary: int, length: int, most: int) -> list[list[int]]:
-    """Up to ``most`` sequences of ``length`` tokens; reads no more of the file than that takes."""
+    """Up to ``most`` sequences of ``length`` tokens; reads no more of the file than needed."""
     if length < 1:
         raise UsageError("--seq-len leaves no room for text")
     separator = _token(tokenizer, "eos") or _token(tokenizer, "sep")
@@ -155,7 +155,7 @@ def _documents(data: Path, tokenizer: Any) -> Iterator[list[int]]:
 
 
 def _paragraphs(file: Any) -> Iterator[str]:
-    """Runs of lines between empty ones."""
+    """Runs of lines between empty lines."""
     lines: list[str] = []
     for line in file:
         if line.strip():
@@ -168,7 +168,7 @@ def _paragraphs(file: Any) -> Iterator[str]:
 
 
 def _entry(data: Path, number: int, line: str) -> str | list[int]:
-    """A line's text or its token numbers; no tokens in an empty line."""
+    """A line's text or its token numbers; an empty line has no tokens."""
     if not line.strip():
         return []
     try:
@@ -184,7 +184,7 @@ def _entry(data: Path, number: int, line: str) -> str | list[int]:
 
 
 def _masked(ids: Tensor, tokenizer: Any, generator: torch.Generator) -> dict[str, Tensor]:
-    """A share of the tokens, none of them special, replaced by the mask; the labels are what they were."""
+    """Replace a share of the non-special tokens by the mask; the labels are the original tokens."""
     mask = getattr(tokenizer, "mask_token_id", None)
     if mask is None:
         raise UsageError("the model's directory has no tokenizer with a mask token; use --loss label-free")
@@ -199,7 +199,7 @@ def _masked(ids: Tensor, tokenizer: Any, generator: torch.Generator) -> dict[str
 def _image_batches(
     data: Path, model: Any, source: Path, loss: str, count: int, size: int, seed: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Whole batches of images in random order, with labels where the loss needs them."""
+    """Whole batches of images in random order, with labels if the loss needs them."""
     if getattr(model.config, "image_size", None) is None:
         raise UsageError(f"--data {data}: this model reads no images; pass a .txt or .jsonl file")
     if loss in ("causal-lm", "masked-lm"):
@@ -239,7 +239,7 @@ def _labels(files: Sequence[Path], model: Any) -> list[int]:
 
 
 def _preparation(model: Any, source: Path) -> Any:
-    """File -> (C, H, W) float32: by the directory's image processor, else resized and scaled to [-1, 1]."""
+    """File -> (C, H, W) float32, by the directory's image processor, else resized and scaled to [-1, 1]."""
     from PIL import Image, UnidentifiedImageError
 
     channels = getattr(model.config, "num_channels", 3)

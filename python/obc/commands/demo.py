@@ -1,6 +1,6 @@
-"""``obc demo``: small networks on digits, trained, pruned by four criteria, recovered, and fine-tuned where asked.
+"""``obc demo``: small networks on digits, trained, pruned by four criteria, recovered, and optionally fine-tuned.
 
-``obc demo --real``: a pretrained model that a package carries, pruned and compensated without training.
+``obc demo --real``: a pretrained model from a Python package, pruned and compensated without training.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Prune by every criterion, print and draw what each kept; with ``--full`` fine-tune as well."""
+    """Prune by every criterion, print and draw what each kept; ``--full`` also fine-tunes."""
     if parsed.real is not None:
         return run_real(parsed)
     require(PACKAGES)
@@ -66,7 +66,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def run_real(parsed: argparse.Namespace) -> int:
-    """Prune a pretrained model, print its figures and what it answers, and draw them."""
+    """Prune a pretrained model, print its figures and its answers, and draw them."""
     if parsed.full:
         raise UsageError("--full fine-tunes the networks on digits; --real trains nothing: pass one of them")
     require({"transformers": "transformers", "matplotlib": "matplotlib"})

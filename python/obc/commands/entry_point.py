@@ -1,4 +1,4 @@
-"""A Python entry point ``module:function`` that returns what has to be pruned."""
+"""A Python entry point ``module:function`` that returns what to prune."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FURTHER = ("ignored_layers", "num_heads", "forward_fn")
 
 @dataclass(frozen=True)
 class Subject:
-    """What the entry point returned: the arguments of ``obc.prune``, and its further keyword arguments."""
+    """What the entry point returned: the arguments of ``obc.prune``, and further keyword arguments."""
 
     model: nn.Module
     batches: list[Any]
@@ -42,7 +42,7 @@ class Subject:
 
 
 def load(name: str) -> Subject:
-    """Import ``module:function``, call it, and check what it returned. What its own code raises is passed on."""
+    """Import ``module:function``, call it, and check what it returned. Exceptions in its own code propagate."""
     returned = _function(name)()
     if isinstance(returned, Mapping):
         parts = dict(returned)
@@ -71,7 +71,7 @@ def load(name: str) -> Subject:
 
 
 def _function(name: str) -> Callable[[], Any]:
-    """The function that ``module:function`` names; modules of the working directory are found."""
+    """The function ``module:function``; modules in the working directory are found."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
         raise UsageError(f"{name!r} is neither a directory nor module:function")
@@ -93,7 +93,7 @@ def _function(name: str) -> Callable[[], Any]:
 
 
 def _first_sample(name: str, batch: Any) -> Any:
-    """Example inputs for tracing: the first sample of a batch, or of what leads it."""
+    """Example inputs for tracing: the first sample of a batch, or of its first entry."""
     inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     if isinstance(inputs, Tensor) and inputs.dim() > 0:
         return inputs[:1]

@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Print one line a figure."""
+    """Print one line per figure."""
     require(checkpoints.PACKAGES)
     device = checkpoints.device_of(parsed.device)
     checkpoint = checkpoints.load(parsed.model, parsed.dtype, device)
@@ -98,7 +98,7 @@ def _figures(model: Any, loss: str, batches: list[Any], stride: int | None) -> l
 
 
 def _speed(models: dict[str, Any], batch: Any) -> list[str]:
-    """Median seconds of a forward pass; the models take turns, so that a drifting machine is fair to both."""
+    """Median seconds of a forward pass; the models take turns, so that a drift of the machine affects both alike."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
     with evaluating(*models.values()), torch.inference_mode():
         for _ in range(_ROUNDS + 1):
@@ -108,7 +108,7 @@ def _speed(models: dict[str, Any], batch: Any) -> list[str]:
                 if next(model.parameters()).is_cuda:
                     torch.cuda.synchronize()
                 seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first warms up
+    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first round is a warm-up
     lines = [f"{name}seconds of a forward pass: {value:.4f}" for name, value in medians.items()]
     if len(medians) == 2:
         ours, theirs = medians.values()

@@ -22,7 +22,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def lines(facts: Mapping[str, Any], indent: str = "") -> list[str]:
-    """``key: value`` lines, what is nested indented under its key."""
+    """``key: value`` lines; nested values are indented under their key."""
     written = []
     for key, value in facts.items():
         if isinstance(value, Mapping):
@@ -33,7 +33,7 @@ def lines(facts: Mapping[str, Any], indent: str = "") -> list[str]:
 
 
 def _words(value: Any) -> str:
-    """Without Python's spelling of None, bool and sequences."""
+    """The value without Python's spelling of None, bool and sequences."""
     if value is None:
         return "not set"
     if isinstance(value, bool):

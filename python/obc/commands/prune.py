@@ -1,4 +1,4 @@
-"""``obc prune``: a Python entry point, or a local transformers directory with its scores."""
+"""``obc prune``: prunes the model of a Python entry point, or a local transformers directory by its scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ obc prune MODEL_DIR --scores F   prune a transformers directory by the scores th
 
 {entry_point.DESCRIPTION}"""
 
-# Options of one of the two ways alone: attribute -> as it is written.
+# Options that only one of the two ways has: attribute -> spelling.
 _ENTRY_ONLY = {
     "selection": "--selection",
     "slices": "--slices",
@@ -48,7 +48,7 @@ _SCORED_ONLY = {
 
 
 def add(commands: Any) -> None:
-    """Add ``obc prune`` to the subparsers: the options of both ways, in a group each."""
+    """Add ``obc prune`` to the subparsers: the options of both ways, each in its own group."""
     prune = commands.add_parser(
         "prune",
         help="prune a model of your own code, or a transformers directory by its scores",
@@ -105,19 +105,19 @@ def _caps(text: str) -> float | dict[str, float]:
 
 
 def _ends(text: str) -> tuple[int, int]:
-    """How many blocks at the start and at the end."""
+    """The numbers of blocks at the start and at the end."""
     first, comma, last = text.partition(",")
     return int(first), int(last if comma else first)
 
 
 def caps_of(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The caps that were given, as ``obc.prune`` takes them."""
+    """The given caps as keyword arguments of ``obc.prune``."""
     given = {name: getattr(parsed, name) for name in ("max_pruning_ratio", "protected_blocks")}
     return {name: value for name, value in given.items() if value is not None}
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """By its scores where the target is a directory, else by obc.prune; options of the other way are refused."""
+    """Prune a directory by its scores, or an entry point by obc.prune; options of the other way are refused."""
     budget = budget_options.budget_of(parsed)
     if Path(parsed.target).is_dir():
         _refuse(parsed, _ENTRY_ONLY, "is for module:function")
@@ -127,7 +127,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _refuse(parsed: argparse.Namespace, options: dict[str, str], why: str) -> None:
-    """None of ``options`` may be given."""
+    """Raise if one of ``options`` was given."""
     for attribute, written in options.items():
         if getattr(parsed, attribute) is not None:
             raise UsageError(f"{written} {why}")
@@ -175,7 +175,7 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
 
 
 def _structure_of(subject: entry_point.Subject, kinds: Sequence[str], ignored: Sequence[Any]) -> Any:
-    """The groups of these kinds, of a transformers model."""
+    """The groups of these kinds in a transformers model."""
     require(checkpoints.PACKAGES)
     from obc.structures.transformers import TransformersStructure
 

@@ -1,4 +1,4 @@
-"""Pruning a local transformers directory by the scores in a file, without a forward pass."""
+"""Prunes a local transformers directory by the scores in a file, without a forward pass."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
 
 
 def _check(parsed: argparse.Namespace, source: Path) -> None:
-    """Refuse options that don't go together."""
+    """Refuse options that can't be combined."""
     if parsed.scores is None:
         raise UsageError(f"--scores is missing: score the directory first, obc score {source} --data FILE")
     if parsed.compensate and parsed.data is None:
@@ -135,7 +135,7 @@ def _report(parsed: argparse.Namespace, structure: Any, budget: Budget) -> Pruni
 
 
 def _on_first_batch(parsed: argparse.Namespace, model: nn.Module, source: Path) -> Callable[[nn.Module], Any]:
-    """Runs a model on the first batch of ``--data``, which latency and speed are measured on."""
+    """A function that runs a model on the first batch of ``--data``, for measuring latency and speed."""
     measured = parsed.latency is not None and parsed.latency_table is None
     if (measured or parsed.measure) and parsed.data is None:
         what = "--measure" if parsed.measure else "--latency without --latency-table"
@@ -147,7 +147,7 @@ def _on_first_batch(parsed: argparse.Namespace, model: nn.Module, source: Path) 
 
 
 def _note_result(report: PruningReport, structure: Any, budget: Budget) -> None:
-    """What remains."""
+    """Record what remains."""
     report.note_known(budget.meters.known(structure), before=False)
     report.macs_after, report.parameters_after = (
         round(structure.costs(unit).total()) for unit in ("macs", "parameters")
@@ -159,7 +159,7 @@ def _note_result(report: PruningReport, structure: Any, budget: Budget) -> None:
 
 
 def _statistics(path: Path) -> obc.Statistics:
-    """The statistics of a file."""
+    """Load the statistics from a file."""
     try:
         return obc.Statistics.load(path)
     except (OSError, ValueError) as error:
@@ -174,7 +174,7 @@ def _by_criterion(
     parsed: argparse.Namespace,
     report: PruningReport,
 ) -> dict[str, Tensor]:
-    """The units to remove by a criterion of statistics."""
+    """The units to remove according to a criterion from statistics."""
     criterion: str = parsed.criterion
     found, costs = get(criterion), budget.costs(structure)
     if hasattr(found, "measure"):
@@ -202,7 +202,7 @@ def _by_criterion(
 
 
 def _limits(structure: Any, caps: Mapping[str, Any]) -> Limits:
-    """The structure's limits and the caps together."""
+    """The structure's limits combined with the caps."""
     limits: Limits = structure.limits
     least = Caps.of(caps.get("max_pruning_ratio", 1.0), caps.get("protected_blocks", 0)).least(
         {group.name: group.size for group in structure.groups}
@@ -211,7 +211,7 @@ def _limits(structure: Any, caps: Mapping[str, Any]) -> Limits:
 
 
 def _chosen(structure: Any, limits: Limits, scores: Scores, budget: Budget, report: PruningReport) -> dict[str, Tensor]:
-    """The units to remove: sets of them where the file has rows, else one by one."""
+    """The units to remove: sets of them if the file has rows, else one by one."""
     groups, costs = structure.groups, budget.costs(structure)
     joint = bool(scores.rows)
     values: dict[str, Tensor]
@@ -236,7 +236,7 @@ def _chosen(structure: Any, limits: Limits, scores: Scores, budget: Budget, repo
 
 
 def _excess(budget: Budget, costs: Costs) -> float:
-    """What has to be freed."""
+    """How much must be freed."""
     assert budget.share is not None
     return (1 - budget.share) * budget.counted(costs)
 
@@ -257,7 +257,7 @@ def _batches(parsed: argparse.Namespace, original: nn.Module, source: Path, coun
 def _compensate(
     parsed: argparse.Namespace, model: Any, original: nn.Module, plan: PruningPlan, report: PruningReport
 ) -> str:
-    """Compensate ``model`` in place from ``--data``, and say in a line what came of it."""
+    """Compensate ``model`` in place from ``--data``, and print the result in one line."""
     batches = _batches(parsed, original, Path(parsed.target), _CALIBRATION_BATCHES)
     if parsed.compensate == "mean":
         report.means = means = absorb_means(model, original, plan, batches, checkpoints.outputs)
@@ -277,7 +277,7 @@ def _compensate(
 
 
 def _save(model: Any, structure: Any, source: Path, out: Path) -> None:
-    """Write the model as ``from_pretrained`` loads it, or else as ``load_pruned`` does; the tokenizer beside it."""
+    """Write the model for ``from_pretrained``, or else for ``load_pruned``, with the tokenizer."""
     from obc.structures.transformers import save_pruned
 
     if structure.config_refused is None:

@@ -1,4 +1,4 @@
-"""``obc recover``: train a pruned transformers directory for a while against the unpruned one."""
+"""``obc recover``: trains a pruned transformers directory for a while against the unpruned one."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _distillation(loss: str, temperature: float) -> obc.Distillation:
-    """Of predictions; of hidden states where the model has no head."""
+    """Distillation of predictions; of hidden states if the model has no head."""
     if loss == "label-free":
         return obc.Distillation(logits=0.0, outputs=1.0, forward_fn=checkpoints.outputs)
     return obc.Distillation(temperature=temperature, forward_fn=checkpoints.outputs)
@@ -108,7 +108,7 @@ def _plan(path: Path, model: Any, teacher: Any, needed: bool) -> obc.PruningPlan
 
 
 def _carry_report(parsed: argparse.Namespace, out: Path) -> None:
-    """The pruning's report goes with the model, and says that it was trained."""
+    """Copy the pruning's report, with a note that the model was trained."""
     source = parsed.model / REPORT_FILES[1]
     if source.is_file():
         report = PruningReport.load(source)
@@ -118,7 +118,7 @@ def _carry_report(parsed: argparse.Namespace, out: Path) -> None:
 
 
 def _save(model: Any, plan: obc.PruningPlan | None, source: Path, out: Path) -> None:
-    """As the pruned model was saved, with its tokenizer."""
+    """Save the model in the same form as the pruned one, with its tokenizer."""
     if plan is not None and is_saved_pruned(source):
         save_pruned(model, plan, out)
     else:

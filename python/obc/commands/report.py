@@ -1,4 +1,4 @@
-"""``obc report``: a pruning, or a score file, as one self-contained page."""
+"""``obc report``: draws a pruning, or a score file, as one self-contained page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
 
 
 def load(path: Path) -> Scores:
-    """The scores of a file."""
+    """Load the scores from a file."""
     try:
         return Scores.load(path)
     except (OSError, ValueError) as error:
@@ -51,7 +51,7 @@ def load(path: Path) -> Scores:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Write the page: all of it, or nothing."""
+    """Write the page, completely or not at all."""
     source = _file(parsed.source)
     if source.suffix == ".json":
         content, said = _pruning(source, parsed.scores)
@@ -77,7 +77,7 @@ def _file(source: Path) -> Path:
 
 
 def _pruning(source: Path, scores: Path | None) -> tuple[str, str]:
-    """The page of a pruning, and what is drawn."""
+    """The page of a pruning, and what it shows."""
     further: list[Section] = []
     if scores is not None:
         found = load(scores)
@@ -90,7 +90,7 @@ def _pruning(source: Path, scores: Path | None) -> tuple[str, str]:
 
 
 def score_page(scores: Scores, source: str) -> str:
-    """The page of ``scores``, which come from the file ``source``."""
+    """The page of ``scores``, which were read from the file ``source``."""
     unscored = scores.unscored_lines()
     listed = {
         "file": source,

@@ -1,4 +1,4 @@
-"""``--log FILE``: what a command did, with times: its arguments, what it printed, warnings, progress, how it ended."""
+"""``--log FILE``: logs a command with times: arguments, output, warnings, progress, and how it ended."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def say(*lines: object) -> None:
 
 @contextlib.contextmanager
 def run_log(path: Path | None, arguments: Sequence[str]) -> Iterator[None]:
-    """Log what happens inside the block; nothing where ``path`` is None.
+    """Log what happens inside the block; does nothing if ``path`` is None.
 
     Raises:
         UsageError: the file can't be written.
@@ -49,7 +49,7 @@ def run_log(path: Path | None, arguments: Sequence[str]) -> Iterator[None]:
         raise UsageError(f"can't write --log {path}: {error}") from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     handlers: list[logging.Handler] = [file]
-    if not logging.getLogger().handlers:  # without a handler anywhere Python prints warnings; now there is one
+    if not logging.getLogger().handlers:  # Python prints warnings only while no handler exists
         handlers.append(_warnings_on_standard_error())
     package = logging.getLogger("obc")
     level = package.level
@@ -94,7 +94,7 @@ def _warnings_on_standard_error() -> logging.Handler:
 
 @contextlib.contextmanager
 def _logged_warnings() -> Iterator[None]:
-    """Warnings are shown as before, and logged."""
+    """Log warnings in addition to showing them."""
     shown = warnings.showwarning
 
     def show(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:

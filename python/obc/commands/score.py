@@ -1,4 +1,4 @@
-"""``obc score``: score a local transformers directory, and write the scores."""
+"""``obc score``: scores a local transformers directory and writes the scores."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def run(parsed: argparse.Namespace) -> int:
 def _collect(
     parsed: argparse.Namespace, model: nn.Module, batches: Any, loss: Any, out: Path, device: torch.device
 ) -> int:
-    """Collect statistics, and write them."""
+    """Collect statistics and write them."""
     try:
         with _states(parsed.by_block, out) as states:
             by_block = ByBlock(device=device, states=states) if parsed.by_block else False
@@ -184,7 +184,7 @@ def _statistics(
 
 
 def summary(scores: Scores) -> str:
-    """How many modules were read in which way, and what is unscored by name."""
+    """How many modules were read in which way, and the unscored ones by name."""
     ways = Counter(_way(how) for how in scores.coverage.values() if how.scored)
     lines = [f"{len(scores)} modules scored by {scores.num_rows} rows"]
     lines += [f"  {count} read by {way}" for way, count in ways.items()]

@@ -1,7 +1,7 @@
 """Criteria: one score per unit of each group, the least important lowest.
 
-Written for unit u of a group with slices m (what layer m loses with u), W_m,u the slice as a vector, r_m,u[n] =
-W_m,u . dL_n/dW_m,u its row, x the input of a consumer. ``docs/criteria.md`` has the table of all.
+Notation: for unit u of a group, slice m is what layer m loses with u, W_m,u the slice as a vector, r_m,u[n] = W_m,u .
+dL_n/dW_m,u its row, and x the input of a consumer. ``docs/criteria.md`` has the table of all criteria.
 """
 
 from obc.criteria.activations import CFSP, FLAP, Minitron, WandaSP

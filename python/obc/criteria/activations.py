@@ -1,4 +1,4 @@
-"""Criteria of input moments: FLAP, Wanda-sp, Minitron, CFSP. Forward passes alone."""
+"""Criteria from input moments: FLAP, Wanda-sp, Minitron, CFSP. They need forward passes only."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from obc.statistics.results import Statistics
 
 
 class FLAP(Criterion):
-    """S_j = Var(x_j) |W_:j|^2 of every in channel, standardised within the consumer; a unit's is its channels' mean.
+    """S_j = Var(x_j) |W_:j|^2 of every in channel, standardised within the consumer; a unit scores its channels' mean.
 
-    FLAP (An et al., arXiv 2312.11983, "WIFV"): one threshold for all groups; what dropped channels carried on average
-    goes into the consumer's bias, ``compensate="mean"``.
+    FLAP (An et al., arXiv 2312.11983, "WIFV"): one threshold for all groups; the consumer's bias absorbs the mean of
+    the dropped channels, ``compensate="mean"``.
 
     Args:
-        standardise: False leaves S as it is.
-        code: as the authors' code: S of heads is squared first, and the standard deviation is that of n - 1 values.
+        standardise: False does not standardise S.
+        code: follow the authors' code: S of heads is squared first, and the standard deviation uses n - 1.
     """
 
     name = "flap"
@@ -55,7 +55,7 @@ class FLAP(Criterion):
 
 
 class WandaSP(Criterion):
-    """S_j = sqrt(E x_j^2) sum_i |W_ij| of every in channel, added over a unit's channels.
+    """S_j = sqrt(E x_j^2) sum_i |W_ij| of every in channel, summed over a unit's channels.
 
     Wanda (Sun et al., arXiv 2306.11695) by columns, the baseline of FLAP's code; equal shares in every group.
     """
@@ -85,8 +85,8 @@ class Minitron(Criterion):
     """s_u = |s_c over the unit's channels c|_2, s_c = sqrt(sum over samples of (mean over tokens of |x_c|)^2).
 
     Minitron (Muralidharan et al., arXiv 2407.14679) and Minitron-SSM (arXiv 2504.11409), as in Model-Optimizer: at the
-    input of the second feed-forward layer, of the attention's output projection, of Mamba's. Equal widths: as a unit of
-    "query_heads" and of Mamba-2's "mixer_heads" is one head of every group, groups keep equal numbers of heads.
+    input of the second feed-forward layer, of attention's output projection, and of Mamba's. Equal widths: a unit of
+    "query_heads" and of Mamba-2's "mixer_heads" is one head of every group, so groups keep equal numbers of heads.
     """
 
     name = "minitron"
@@ -114,10 +114,10 @@ class CFSP(Criterion):
     """Fine score of CFSP (code wyxscir/CFSP): |x_j|_2^power; coarse shares by the angle between a block's ends.
 
     Args:
-        weights: False: the released code, whose weight terms cancel: each of the three |W| / sum |W| sums to 1 over the
-            axis that is averaged, so that S_j = (3 / hidden) |x_j|_2^power. True: |x_j|_2^power times the mean over
+        weights: False follows the released code, whose weight terms cancel: each of the three |W| / sum |W| sums to 1
+            over the averaged axis, so S_j = (3 / hidden) |x_j|_2^power. True uses |x_j|_2^power times the mean over
             outputs i of |W_ij| / sum_k |W_ik| in the consumer, the term of the paper's relative weights that sees x_j.
-        power: of the norm.
+        power: exponent of the norm.
     """
 
     name = "cfsp"
@@ -139,7 +139,7 @@ class CFSP(Criterion):
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         def value(consumer: Consumer) -> Tensor:
-            """(units,) the sum over the channels of |x_j|_2^power, weighted where weights are asked for."""
+            """(units,) the sum over the channels of |x_j|_2^power, weighted if requested."""
             norms = statistics.moments[consumer.name].square.cpu().sqrt().pow(self.power)
             if self.weights:
                 absolute = consumer.columns.abs()

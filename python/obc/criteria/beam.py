@@ -15,18 +15,18 @@ from obc.structures.masking import unmaskable
 
 
 class BeamSearch(MeasuredCriterion):
-    """A unit's score is the metric when it went, in the best of the sets that a beam search keeps.
+    """A unit's score is the metric when it was removed, in the best of the sets that a beam search keeps.
 
-    From the ``width`` best sets of s units each, all sets of s + 1 are measured and the ``width`` best are kept. Units
-    that are not in the final set score its metric with them added: they are ranked as after one more step.
+    From the ``width`` best sets of s units each, all sets of s + 1 are measured, and the ``width`` best are kept. Units
+    outside the final set score the metric of that set plus the unit, as if after one more step.
 
     Cost: width forward passes over the batches for every unit and removal.
 
     Args:
-        removals: how many units the search removes.
-        width: sets that are kept.
+        removals: number of units that the search removes.
+        width: number of sets that are kept.
         metric: "mse" (Skrr), "kl" or "loss".
-        null: further batches whose mean is added: Skrr's null prompt.
+        null: further batches whose mean metric is added: Skrr's null prompt.
     """
 
     name = "beam"

@@ -1,7 +1,7 @@
-"""The Jacobian Criterion of the loss after compensation: what the others can reproduce is cheap.
+"""The Jacobian Criterion of the loss after compensation: whatever the others can reproduce is cheap.
 
-For a consumer with input x (centred where it has a bias), H = E[x x^T] + lambda I, P = H^-1, and unit u a set of its
-channels, with y = dL_n/dx at the same positions:
+For a consumer with input x (centred if it has a bias), H = E[x x^T] + lambda I, P = H^-1, unit u a set of its channels,
+and y = dL_n/dx at the same positions:
 
     e_u = (P_uu)^-1 (P x)_u             x_u minus its best linear prediction from all other channels
     r_u[n] = sum over positions and c in u of e_c . dL_n/dx_c,          S_u = sum over n of r_u[n]^2
@@ -21,14 +21,14 @@ from obc.statistics.gram import Gram
 
 
 class CompensatedJacobian(MeasuredRows):
-    """S_u = sum over rows of r_u[n]^2 with r of the residuals e_u, which the other channels can't reproduce.
+    """S_u = sum over rows of r_u[n]^2, with r from the residuals e_u, which the other channels can't reproduce.
 
-    Two runs: forward passes for H, then forward and backward. Sets of units can be chosen by the rows
+    Needs two runs: forward passes for H, then forward and backward. Sets of units can be chosen by the rows
     (``selection="joint"``). Meant for use with ``compensate="ls"``, step by step.
 
     Args:
         ridge: lambda, relative to the mean diagonal of E[x x^T].
-        tokens: a row for so many consecutive tokens of a sample; None: rows are batches or samples.
+        tokens: make a row of this many consecutive tokens of a sample; None: rows are batches or samples.
     """
 
     name = "compensated_jacobian"
@@ -44,7 +44,7 @@ class CompensatedJacobian(MeasuredRows):
         self.ridge, self.tokens = ridge, checked_tokens(tokens)
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
-        """(N, units) rows of every group with a consumer that can be read."""
+        """(N, units) rows of every group with a readable consumer."""
         statistics = collected([Gram()], (), subject)
         taps = [
             Residuals.of(group.name, consumer, statistics, self.ridge)

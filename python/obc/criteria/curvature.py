@@ -1,4 +1,4 @@
-"""Second-order criteria: w . Hw by differences of rows at scaled weights (FastOBA)."""
+"""Second-order criteria: w . Hw from differences of rows at scaled weights (FastOBA)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from obc.criteria.units import relative
 class FastOBA(MeasuredCriterion):
     """S_u = |mean over slices m and rows n of sum over i in W_m,u of w_i (H_n w)_i|, relative to the group's mean.
 
-    FastOBA ("Optimal Brain Apoptosis"; code NEU-REAL/OBA), its second-order term. With every parameter of the model
-    scaled by (1 + t), dr_u/dt at t = 0 is r_u + sum w_i (Hw)_i, so that two more runs replace the double backward:
+    The second-order term of FastOBA ("Optimal Brain Apoptosis"; code NEU-REAL/OBA). With every parameter of the model
+    scaled by (1 + t), dr_u/dt at t = 0 is r_u + sum w_i (Hw)_i, so two more runs replace the double backward:
 
         sum w_i (Hw)_i = (r_u(1 + eps) - r_u(1 - eps)) / 2 eps - r_u(1)
 
-    Where activations have kinks (ReLU), the difference sees those that the step crosses, the double backward does not.
+    At kinks of activations (ReLU) the difference sees those that the step crosses; the double backward does not.
 
     Args:
-        epsilon: the step; rounding of r divided by it is the error, so that float32 wants about 1e-2.
+        epsilon: the step. The error is the rounding of r divided by it, so about 1e-2 suits float32.
         relative: divide by the group's mean, as the code does.
     """
 
@@ -74,7 +74,7 @@ def _rows(subject: Subject) -> dict[str, dict[tuple[str, str], Tensor]]:
 
 @contextlib.contextmanager
 def _scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    """The model's parameters times ``factor`` inside the block, and their own bits after it."""
+    """Inside the block the model's parameters are multiplied by ``factor``; afterwards their bits are restored."""
     parameters = {id(parameter): parameter for parameter in model.parameters() if parameter.is_floating_point()}
     before = {key: parameter.detach().clone() for key, parameter in parameters.items()}
     try:

@@ -1,4 +1,4 @@
-"""Criteria of whole residual blocks, from their inputs and outputs. Forward passes alone."""
+"""Criteria of whole residual blocks from their inputs and outputs. They need forward passes only."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from obc.statistics.results import Statistics
 
 
 class BlockCriterion(Criterion):
-    """A criterion of residual blocks: groups of kind "layers", of one unit each.
+    """A criterion of residual blocks: groups of kind "layers" with one unit each.
 
     Args:
         tokens: "all" or "last".
-        span: score windows of so many consecutive blocks, under the name of their first.
+        span: score windows of this many consecutive blocks, named after their first.
     """
 
     def __init__(self, tokens: Tokens = "all", span: int = 1) -> None:
@@ -79,12 +79,12 @@ class AngularDistance(BlockCriterion):
 class EntropyGain(BlockCriterion):
     """dH = H(y) - H(x), from histograms of every dimension (EntroDrop, Yang et al., arXiv 2504.03794).
 
-    Entropy falls over the first blocks and rises afterwards; only blocks of the second stage go.
+    Entropy falls over the first blocks and rises afterwards; only blocks of the second stage are removed.
 
     Args:
-        bins: of the histograms.
+        bins: number of bins of the histograms.
         spare: blocks that score one nat more than all others. "falling": all before the entropy first rises. "ends":
-            the first two and the last, as the released code has it. None: no blocks.
+            the first two and the last, as in the released code. None: no blocks.
     """
 
     name = "entropy"

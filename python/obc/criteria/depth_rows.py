@@ -1,7 +1,7 @@
 """Rows of whole blocks and branches: a gate on what they add to the residual stream.
 
-r_b[n] = sum over positions of y . dL_n/dy, with y what a branch returns, or the output of a block minus its input: the
-first-order change of the loss of row n when the block goes.
+r_b[n] = sum over positions of y . dL_n/dy, where y is the output of a branch, or the output of a block minus its input:
+the first-order change of the loss of row n when the block is removed.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from obc.model.groups import ChannelGroup
 from obc.scoring.results.kept_rows import ChannelRows
 
 LossFn = Callable[[nn.Module, Any], Tensor]
-# (row, first sample): what one forward and backward pass gives.
+# (row, first sample): identifies one forward and backward pass.
 _Part = tuple[int, int]
 
 
 class DepthRows:
     """A loss function that reads rows of blocks while its gradient is computed.
 
-    What calls it says by ``seek(row, sample)`` which batch comes, and from which of its samples on; a batch, or the
-    backward of a part, that is run again counts once.
+    The caller says by ``seek(row, sample)`` which batch comes, and from which of its samples on. A batch that runs
+    again, or whose backward does, counts once.
 
     Args:
-        model: whose blocks.
+        model: the model with the blocks.
         groups: of kinds "layers" and "sublayers".
         loss_fn: ``loss_fn(model, batch)``.
-        per_sample: rows are of samples, which lie along dim 0 of what blocks return.
+        per_sample: rows belong to samples, which lie along dim 0 of the blocks' outputs.
     """
 
     def __init__(self, model: nn.Module, groups: Sequence[ChannelGroup], loss_fn: LossFn, per_sample: bool) -> None:
@@ -43,7 +43,7 @@ class DepthRows:
             self.identity = loss_fn.identity
 
     def seek(self, row: int, sample: int) -> None:
-        """The next call is of batch ``row``, from its sample ``sample`` on."""
+        """The next call belongs to batch ``row``, from ``sample`` on."""
         if (seek := getattr(self._loss_fn, "seek", None)) is not None:
             seek(row, sample)
         if sample == 0:
@@ -88,7 +88,7 @@ class DepthRows:
         found[name] = found[name] + dot if name in found else dot
 
     def rows(self) -> dict[str, ChannelRows]:
-        """(N, 1) rows of every block and branch, of the rows that are finite; 0 where a batch did not reach it."""
+        """(N, 1) finite rows of every block and branch; 0 if a batch did not reach it."""
         matrix = self._matrix()
         matrix = matrix[matrix.isfinite().all(1)]
         return {group.name: ChannelRows(matrix[:, [place]].float()) for place, group in enumerate(self._groups)}
@@ -119,7 +119,7 @@ def _keeps_input(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity whose backward hands ``added . gradient`` to ``take``. The leaf brings it here past frozen weights."""
+    """Identity whose backward passes ``added . gradient`` to ``take``. A leaf lets backward pass frozen weights."""
 
     @staticmethod
     def forward(

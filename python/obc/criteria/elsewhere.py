@@ -1,8 +1,8 @@
-"""Systems of the field: the criterion that is theirs here, or what of them works and why the rest does not."""
+"""Systems of the field: their criterion in obc, or what works and why the rest does not."""
 
 from __future__ import annotations
 
-# System -> the criterion, and the options or allocation that make it theirs.
+# System -> the criterion, and the options or allocation that correspond to it.
 WITH_CRITERION: dict[str, tuple[str, str]] = {
     "Optimal Brain Connection": ("jacobian", ""),
     "NViT": ("nvit", ""),

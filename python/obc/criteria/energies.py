@@ -1,4 +1,4 @@
-"""The share of their consumers' outputs that is lost with each unit, from unlabelled batches, without gradients."""
+"""The share of consumers' outputs that is lost with each unit, from unlabelled batches, without gradients."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def relative_errors(
 ) -> dict[str, Tensor]:
     """Per group (units,) float64: the sum over consumers m of E|W_m x_u|^2 / E|y_m|^2.
 
-    x_u is what of the consumer's input x belongs to unit u, y_m its output, and E runs over all batches and positions.
-    Cost: about two forward passes of the consumers.
+    x_u is the part of the consumer's input x that belongs to unit u, y_m its output, and E is the mean over all batches
+    and positions. Cost: about two forward passes of the consumers.
 
     Raises:
         ValueError: there are no batches.
@@ -38,7 +38,7 @@ def relative_errors(
                 consumed.setdefault(part.module, []).append((group.name, part))
     energies: dict[tuple[str, str], Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    energies_in_batch: list[tuple[str, Tensor, list[tuple[str, Tensor]]]] = []  # added only where all of it is finite
+    energies_in_batch: list[tuple[str, Tensor, list[tuple[str, Tensor]]]] = []  # added only if all of it is finite
 
     def hook(name: str) -> Callable[..., None]:
         def collect(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
@@ -76,7 +76,7 @@ def relative_errors(
 
 
 def _energies(module: nn.Module, x: Tensor, part: Slice) -> Tensor:
-    """(units,) float64: the sum of squares of what a layer makes of each unit's channels alone, without its bias."""
+    """(units,) float64: the sum of squares of a layer's outputs for each unit's channels alone, without its bias."""
     channels = part.channels.to(x.device)
     if not isinstance(module, _ConvNd):
         return _linear_energies(module, x, channels)
@@ -84,7 +84,7 @@ def _energies(module: nn.Module, x: Tensor, part: Slice) -> Tensor:
 
 
 def _linear_energies(module: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
-    """Sum over positions p and outputs o of (sum_k W[o, u, k] x[p, u, k])^2, by the k x k moments of x and of W."""
+    """Sum over positions p and outputs o of (sum_k W[o, u, k] x[p, u, k])^2, from the k x k moments of x and of W."""
     layout, weight = layout_of(module), module.weight
     assert layout is not None
     assert isinstance(weight, Tensor)
@@ -95,7 +95,7 @@ def _linear_energies(module: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
 
 
 def _alone(module: _ConvNd, channels: Tensor) -> nn.Module:
-    """The layer with these in channels alone, one or more in each of its groups, and without a bias."""
+    """The layer with only these in channels, one or more in each conv group, and without a bias."""
     alone = copy.copy(module)
     alone.__dict__ = dict(module.__dict__)
     alone._forward_hooks, alone._forward_pre_hooks = type(module._forward_hooks)(), type(module._forward_hooks)()

@@ -1,4 +1,4 @@
-"""Criteria of whole experts: REAP, frequency, activation norms. Forward passes alone."""
+"""Criteria of whole experts: REAP, frequency, activation norms. They need forward passes only."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger("obc")
 
 
 class ExpertCriterion(Criterion):
-    """A criterion of the tokens that were routed to each expert; experts that none reached score 0 and are named.
+    """A criterion of the tokens routed to each expert; experts without tokens score 0 and are named.
 
     Args:
-        gates: which g: see :class:`obc.statistics.Experts`.
+        gates: which g to use, see :class:`obc.statistics.Experts`.
     """
 
     allocation = "uniform"
@@ -65,7 +65,7 @@ class REAP(ExpertCriterion):
 
 
 class ExpertFrequency(ExpertCriterion):
-    """S_e = how many tokens were routed to e (Z-code's expert pruning by utilisation, and a baseline of REAP's)."""
+    """S_e = number of tokens routed to e (Z-code's expert pruning by utilisation, and a baseline of REAP's)."""
 
     name = "expert_frequency"
     about = About("expert frequency, Z-code", "code CerebrasResearch/reap", "tokens routed", "forward", kinds="experts")

@@ -1,4 +1,4 @@
-"""GAPrune: what matters to one domain more than to text in general, from the rows of two sets of batches."""
+"""GAPrune: what matters more to one domain than to general text, from the rows of two sets of batches."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from obc.model.usable_batches import UsableBatches
 from obc.statistics.results import Statistics
 from obc.statistics.weight_gradients import WeightGradients
 
-_EPSILON = 1e-8  # of the published code
+_EPSILON = 1e-8  # as in the published code
 
 
 class GAPrune(MeasuredCriterion):
-    """S_u = (sum r_dom^2 - beta sum r_gen^2) clip(1 + 0.2 cos, 0.8, 1.2), with r of two sets of batches.
+    """S_u = (sum r_dom^2 - beta sum r_gen^2) clip(1 + 0.2 cos, 0.8, 1.2), with r from two sets of batches.
 
-    GAPrune (code yixuantt/GAPrune) lifted from weights to units: the domain's importance less the general one, and the
+    GAPrune (code yixuantt/GAPrune) for units instead of weights: the domain's importance minus the general one, and the
     cosine of the two mean rows over the unit's channels.
 
-    The code scores single weights, with F = mean over batches of g^2 of each domain, g_d its mean gradient divided by
+    The code scores single weights. F is the mean over batches of g^2 for each domain, g_d its mean gradient divided by
     its norm in the matrix, and a the mean of g_dom * g_gen over 3 x 3 neighbouring weights:
 
         softplus((F_dom - beta F_gen) |w| clip(1 + 0.2 a, 0.8, 1.2) + magnitude sqrt|w|)
 
-    standardised within the matrix, then through a sigmoid. With ``code=True`` a unit's score is their mean over its
-    weights in all slices; it runs with weight gradients, and pass batches of one sample to have the code's F.
+    standardised within the matrix, then through a sigmoid. With ``code=True`` a unit's score is the mean over its
+    weights in all slices; this needs weight gradients, and batches of one sample to get the code's F.
 
     Args:
-        general: batches of general data, passed over once a scoring; the domain's are those of ``obc.prune``.
-        general_loss: their loss; by default the same.
-        beta: of the general importance.
+        general: batches of general data, used once per scoring; the domain's batches are those of ``obc.prune``.
+        general_loss: loss for these batches; by default the same.
+        beta: weight of the general importance.
         code: score single weights as the published code does.
-        magnitude: of sqrt|w|; only with ``code``.
+        magnitude: weight of sqrt|w|; only with ``code``.
     """
 
     name = "gaprune"

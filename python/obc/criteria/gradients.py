@@ -1,4 +1,4 @@
-"""Criteria of weight times weight gradient: Taylor, Fisher, LLM-Pruner, NIRVANA."""
+"""Criteria from weight times weight gradient: Taylor, Fisher, LLM-Pruner, NIRVANA."""
 
 from __future__ import annotations
 
@@ -90,11 +90,11 @@ class Nirvana(Criterion):
     """S_u = sum over slices m of sum over w in W_m,u of |w df/dw|, f a functional of the outputs without labels.
 
     NIRVANA (code: iDEA-iSAIL-Lab-UIUC/NIRVANA), from the neural tangent kernel under Adam. Attention and feed-forward
-    units are ranked apart (``obc.selection.TwoClasses``).
+    units are ranked separately (``obc.selection.TwoClasses``).
 
     Args:
-        over: "sequence": f = mean over samples and logits of the maximum over the *sequence*, as the published code
-            has it. "vocabulary": the mean over tokens of the largest logit.
+        over: "sequence": f = mean over samples and logits of the maximum over the *sequence*, as in the published code.
+            "vocabulary": the mean over tokens of the largest logit.
         gamma: feed-forward parameters removed for each of attention: 3.36 for Llama-3.1-8B, 3.0 for 3.2-3B.
     """
 
@@ -117,7 +117,7 @@ class Nirvana(Criterion):
         self.allocation = TwoClasses(gamma)
 
     def functional(self, output: Any) -> Tensor:
-        """f of what the model returned."""
+        """f of the model's output."""
         logits = output if isinstance(output, Tensor) else output["logits"] if "logits" in output else output[0]
         if logits.dim() != 3:
             return logits.amax(-1).mean()
@@ -129,7 +129,7 @@ class Nirvana(Criterion):
 
 
 def products(part: Slice, statistics: Statistics, model: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """(units, entries) w g and w^2 sum g_n^2 of one slice, float64 on the CPU; None of slices without a gradient."""
+    """(units, entries) w g and w^2 sum g_n^2 of one slice, float64 on the CPU; None for slices without a gradient."""
     module = module_of(model, part)
     weight = weight_of(module)
     if module is None or weight is None or part.module not in statistics.weight_gradients:

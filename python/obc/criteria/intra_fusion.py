@@ -1,4 +1,4 @@
-"""Intra-Fusion as a criterion: which units stay. What the others carry is fused into them afterwards, without data."""
+"""Intra-Fusion as a criterion: which units stay. The others are then fused into them, without data."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from obc.criteria.protocol import About
 
 
 class IntraFusion(Magnitude):
-    """The L1 magnitude picks the units that stay, as in the paper's experiments; any criterion may."""
+    """Chooses the kept units by L1 magnitude, as in the paper's experiments; any criterion would work."""
 
     update = "fusion"
 

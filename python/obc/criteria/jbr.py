@@ -1,4 +1,4 @@
-"""JBR: the Jacobian Criterion with the unpruned model's own predictions for labels."""
+"""JBR: the Jacobian Criterion with the unpruned model's own predictions as labels."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from obc.model.usable_batches import UsableBatches
 class JBR(MeasuredRows):
     """S_u = sum over n of (sum over consumers of r_m,u[n])^2 with L_n = CE(f(x_n), argmax f_0(x_n)).
 
-    f is the model as it is, f_0 the model that was scored first with these batches, which is the unpruned one in all
-    steps of one ``obc.prune``. Classes lie along dim 1 of images (B, C, H, W), along the last dim of all else;
-    positions that ``attention_mask`` leaves out don't count. No labels are used.
+    f is the present model. f_0 is the model that was scored first with these batches, which during one ``obc.prune`` is
+    the unpruned one. Classes lie along dim 1 of images (B, C, H, W), otherwise along the last dim; positions masked by
+    ``attention_mask`` don't count. No labels are used.
     """
 
     name = "jbr"
@@ -50,7 +50,7 @@ class JBR(MeasuredRows):
 
 
 def predictions(subject: Subject) -> dict[int, Tensor]:
-    """Number of a batch -> the class that the model finds most likely, of every sample or position."""
+    """Number of a batch -> the most likely class of every sample or position, according to the model."""
     found = {}
     with evaluating(subject.model), torch.no_grad():
         for number, batch in subject.batches.numbered():
@@ -60,12 +60,12 @@ def predictions(subject: Subject) -> dict[int, Tensor]:
 
 
 def class_dim(logits: Tensor) -> int:
-    """The dimension of the classes: 1 of images (B, C, H, W), else the last."""
+    """The dimension of the classes: 1 for images (B, C, H, W), else the last."""
     return 1 if logits.dim() >= 4 else logits.dim() - 1
 
 
 class PseudoLabelLoss:
-    """``loss(model, batch)``: cross entropy with labels that were found before, of one batch after the other."""
+    """``loss(model, batch)``: cross entropy with labels found before, for one batch after another."""
 
     def __init__(self, labels: Mapping[int, Tensor], subject: Subject) -> None:
         self._labels, self._batches, self._rows = labels, subject.batches, subject.rows
@@ -73,7 +73,7 @@ class PseudoLabelLoss:
         self._sample = 0
 
     def seek(self, row: int, sample: int = 0) -> None:
-        """The next call is of the batch at hand, from its sample ``sample`` on."""
+        """The next call belongs to the same batch, from ``sample`` on."""
         self._sample = sample
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:

@@ -16,7 +16,7 @@ from obc.statistics.results import Statistics
 class KFAC(Criterion):
     """S_u = sum over consumers and channels c of u of [(P_uu)^-1]_cc E[g_c^2], g = dL/dx at the consumer's input.
 
-    The compensated Jacobian Criterion with positions taken as independent: one run for both statistics.
+    The compensated Jacobian Criterion with positions treated as independent: one run collects both statistics.
 
     Args:
         ridge: lambda, relative to the mean diagonal of E[x x^T].

@@ -1,4 +1,4 @@
-"""Criteria of weights alone. Without data they are comparable between groups only relative to each group's mean."""
+"""Criteria from weights alone. Without data, they compare groups only after division by each group's mean."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Magnitude(Criterion):
 class BNScale(Criterion):
     """S_u = mean over the group's BatchNorms of |gamma_u| (Network Slimming, Liu et al., arXiv 1708.06519).
 
-    Groups without a BatchNorm have none.
+    Groups without a BatchNorm have no score.
     """
 
     name = "bn_scale"
@@ -101,7 +101,7 @@ class WHC(Criterion):
 def by_weights(
     group: ChannelGroup, model: nn.Module, value: Callable[[Tensor], Tensor], producers: bool = False
 ) -> Tensor | None:
-    """The mean of ``value`` of (units, entries) over the layers' slices, relative to the group's mean."""
+    """The mean of ``value``, a function of (units, entries), over the layers' slices, divided by the group's mean."""
 
     def part_values(part: Slice) -> Tensor | None:
         module = module_of(model, part)

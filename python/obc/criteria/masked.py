@@ -14,24 +14,25 @@ from obc.model.evaluation import evaluating
 from obc.structures.masking import masked_copy, unmaskable
 
 Metric = Literal["loss", "kl", "mse"]
-Masks = dict[str, Tensor]  # group -> (units,) bool: what is zero
+Masks = dict[str, Tensor]  # group -> (units,) bool: the units at zero
 
 
 class MaskedEvaluation(MeasuredCriterion):
-    """S_u = metric with u zero minus metric of the model as it is: the oracle; with ``rounds`` > 1 a greedy search.
+    """S_u = metric with u at zero minus metric of the present model: the oracle; ``rounds`` > 1 is a greedy search.
 
-    What is measured is what the pruned model would compute (:mod:`obc.structures.masking`). "loss": the mean loss over
-    the batches. "kl": KL(unpruned || masked) of the outputs' softmax over the last dimension. "mse": mean squared
+    It measures what the pruned model would compute (:mod:`obc.structures.masking`). "loss": the mean loss over the
+    batches. "kl": KL(unpruned || masked) of the outputs' softmax over the last dimension. "mse": mean squared
     difference of the outputs.
 
-    Greedy: in each of ``rounds`` rounds the cheapest share of the remaining units of all groups goes, then the others
-    are measured again; a unit's score is its metric in the round in which it went, not below those of earlier rounds.
+    Greedy: in each of ``rounds`` rounds the cheapest share of the remaining units of all groups is removed, then the
+    others are measured again. A unit's score is its metric in the round of its removal, at least that of earlier
+    rounds.
 
-    Cost: a forward pass over the batches for every unit and round: for small models, or few units such as heads.
+    Cost: one forward pass over the batches per unit and round: suits small models, or few units such as heads.
 
     Args:
         metric: "loss", "kl" or "mse".
-        rounds: 1 measures every unit by itself.
+        rounds: 1 measures every unit alone.
     """
 
     name = "masked"
@@ -76,13 +77,13 @@ class MaskedEvaluation(MeasuredCriterion):
 
 
 def check_metric(metric: str) -> None:
-    """Refuse a metric that :class:`Evaluation` doesn't know."""
+    """Raise for a metric that :class:`Evaluation` doesn't know."""
     if metric not in ("loss", "kl", "mse"):
         raise ValueError(f"metric must be 'loss', 'kl' or 'mse', got {metric!r}")
 
 
 class Evaluation:
-    """The metric of a model with units masked, relative to what it computed at first.
+    """The metric of a model with masked units, relative to what the model computed at first.
 
     Args:
         subject: the model, its groups, batches and loss.
@@ -114,7 +115,7 @@ class Evaluation:
         return total / count
 
     def without(self, removed: Mapping[str, Tensor]) -> nn.Module:
-        """The model that is measured: with these units masked."""
+        """The model to measure, with these units masked."""
         return masked_copy(self.subject.model, self.subject.groups, removed)
 
     def _of(self, model: nn.Module, index: int, batch: Any) -> float:
@@ -131,7 +132,7 @@ class Evaluation:
 
 
 def output_tensor(output: Any) -> Tensor:
-    """The logits of what a forward pass returned, else its last hidden state, else its first tensor."""
+    """The logits of a forward pass's output, else its last hidden state, else its first tensor."""
     while isinstance(output, (list, tuple)) and output:
         output = output[0]
     for name in ("logits", "last_hidden_state"):
@@ -143,7 +144,7 @@ def output_tensor(output: Any) -> Tensor:
 
 
 def with_unit(masks: Masks, name: str, unit: int) -> Masks:
-    """The masks with one more unit of the group ``name`` at zero; ``masks`` stays as it is."""
+    """A copy of the masks with one more unit of the group ``name`` at zero."""
     mask = masks[name].clone()
     mask[unit] = True
     return {**masks, name: mask}

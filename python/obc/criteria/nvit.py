@@ -1,4 +1,4 @@
-"""NViT: the square of the sum over everything that goes with a unit, less the latency that it frees."""
+"""NViT: the squared sum over everything removed with a unit, minus the latency that this saves."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from obc.statistics.rows import Rows
 class NViT(Criterion):
     """S_u = kind's weight x mean over n of (sum over all slices m of r_m,u[n])^2.
 
-    NViT (Yang et al., arXiv 2110.04869; code NVlabs/NViT, method 23): the square of the sum over everything that goes
-    with a unit, one row a batch.
+    NViT (Yang et al., arXiv 2110.04869; code NVlabs/NViT, method 23): the squared sum over everything removed with a
+    unit, one row per batch.
 
     Args:
-        weights: kind of units -> a factor of r before squaring; the code has 1/6 for heads, 1/12 for the embedding.
-        latency: subtracted is ``eta`` times the milliseconds that the group's next unit frees by this table.
-        eta: of the latency.
+        weights: kind of units -> factor of r before squaring; the code uses 1/6 for heads, 1/12 for the embedding.
+        latency: a table; ``eta`` times the milliseconds that the group's next unit saves is subtracted.
+        eta: weight of the latency.
     """
 
     name = "nvit"

@@ -1,11 +1,11 @@
-"""Optimal Brain Surgeon on a consumer's input: what the output loses when a unit goes and the others take over.
+"""Optimal Brain Surgeon on a consumer's input: the output error when a unit is removed and the others take over.
 
-With G = E[x x^T] + lambda I, P = G^-1 and W_u the consumer's columns of unit u, the loss of the output and the weight
-that attains it are
+With G = E[x x^T] + lambda I, P = G^-1 and W_u the consumer's columns of unit u, the output error and the weight that
+attains it are
 
     e_u = tr(W_u (P_uu)^-1 W_u^T),        W' = W - W_u (P_uu)^-1 P_u:
 
-the error of least squares on the kept channels, so that ``compensate="ls"`` is the update.
+which is the error of least squares on the kept channels, so ``compensate="ls"`` is the update.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from obc.model.groups import ChannelGroup
 from obc.selection.allocation import LogProfile
 from obc.statistics.results import Statistics
 
-# At most so many removals one by one; larger groups lose several units between two updates of the inverse.
+# At most this many removals one by one; larger groups lose several units between two updates of the inverse.
 _GREEDY_STEPS = 512
 
 
 class OBS(Criterion):
     """e_u = sum over consumers of tr(W_u (P_uu)^-1 W_u^T): SlimGPT, ZipLM, OBS-Diff, DarwinLM's and Tyr's local part.
 
-    Greedy: units go one by one, P and W are updated after each, and a unit's score is its error when it went, not below
-    that of any that went before, so that the order is kept. Heads are whole blocks (P_uu)^-1.
+    Greedy: units are removed one by one, and P and W are updated after each. A unit's score is its error when removed,
+    but at least that of any unit removed before, so that the order is kept. Heads are whole blocks (P_uu)^-1.
 
     Args:
-        greedy: False scores every unit as if it were the first to go.
-        heads: "exact": the whole block, as ZipLM and DarwinLM. "cholesky": sum over the head's columns j of
+        greedy: False scores every unit as if it were the first to be removed.
+        heads: "exact": the whole block, as in ZipLM and DarwinLM. "cholesky": sum over the head's columns j of
             |W_:j|^2 / d_j with d the squared diagonal of the Cholesky factor of the head's block of P, as in SlimGPT.
-        first_order: Tyr's term: sum over the unit's columns of |(G W^T)_j . W_j|, with G the undamped Gram matrix.
+        first_order: add Tyr's term: sum over the unit's columns of |(G W^T)_j . W_j|, with G the undamped Gram matrix.
         ridge: lambda, relative to the mean diagonal.
     """
 

@@ -1,4 +1,4 @@
-"""What a criterion is: which statistics it needs, and one score a unit from them."""
+"""What a criterion is: the statistics that it needs, and how it turns them into one score per unit."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ ScoreFunction = Callable[[ChannelGroup, Statistics, nn.Module], "Tensor | None"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored, and on what.
+    """What is scored, and on which data.
 
     Attributes:
-        model: as it is now.
+        model: the present model.
         groups: its groups.
-        batches: can be passed over again; those that are not finite are left out from then on.
+        batches: can be iterated repeatedly; non-finite ones are left out from then on.
         loss_fn: ``loss_fn(model, batch)``.
-        forward_fn: ``forward_fn(model, batch)``: any forward pass.
+        forward_fn: ``forward_fn(model, batch)`` runs a forward pass.
         slices: whether the Jacobian Criterion reads every slice or the group's gate.
-        rows: "batch" or "sample", of the Jacobian Criterion.
-        generator: of random numbers.
-        micro_batch: samples that are run at once; None runs whole batches.
-        confirmed: modules whose gates a weight's gradient has confirmed, and what is read of each: later rows of the
-            same modules, pruned since, are not checked again.
+        rows: "batch" or "sample", for the Jacobian Criterion.
+        generator: source of random numbers.
+        micro_batch: number of samples run at once; None runs whole batches.
+        confirmed: modules whose gates were confirmed by a weight's gradient, with the sides that are read; later rows
+            of the same modules, even if pruned since, are not checked again.
     """
 
     model: nn.Module
@@ -53,17 +53,17 @@ class Subject:
 
 @dataclass(frozen=True)
 class About:
-    """What the table of criteria says of one.
+    """The entry of a criterion in the table of criteria.
 
     Attributes:
         system: the published system's name.
-        source: where it is published.
+        source: where it was published.
         formula: S_u in one line.
-        passes: what its statistics take: "weights", "forward", "gradients" (any loss, also one without labels) or
-            "labels" (published with a loss on labels; any other can be passed).
-        kinds: kinds of units that it scores.
-        differs: what the published code does differently, and the option that does so here.
-        missing: what of the system does not work here, and why.
+        passes: what its statistics need: "weights", "forward", "gradients" (any loss, even one without labels) or
+            "labels" (published with a loss on labels; any other loss works too).
+        kinds: kinds of units that it can score.
+        differs: what the published code does differently, and the option for that.
+        missing: what is missing of the system, and why.
     """
 
     system: str
@@ -76,17 +76,17 @@ class About:
 
 
 class Criterion:
-    """A criterion: ``score(group, statistics, model)`` gives one number a unit, the least important lowest.
+    """A criterion: ``score(group, statistics, model)`` gives one number per unit, lowest for the least important.
 
-    Any object with ``needs`` and ``score`` serves as well; the other attributes are optional.
+    Any object with ``needs`` and ``score`` can be used; the other attributes are optional.
 
     Attributes:
-        name: in the registry.
-        about: for the table of criteria.
-        needs: names of statistics, or their objects; nothing for criteria of weights alone.
-        allocation: what it was published with: a name or object that ``obc.prune(allocation=...)`` takes.
-        update: what it was published with: a value of ``obc.prune(compensate=...)``.
-        per_cost: whether scores may be divided by what a unit costs; not where they are ranks or standardised.
+        name: name in the registry.
+        about: entry in the table of criteria.
+        needs: names of statistics, or statistic objects; empty for criteria from weights alone.
+        allocation: the published allocation: a name or object for ``obc.prune(allocation=...)``.
+        update: the published update: a value of ``obc.prune(compensate=...)``.
+        per_cost: whether scores may be divided by a unit's cost; False for ranks and standardised scores.
     """
 
     name: ClassVar[str] = ""
@@ -97,7 +97,7 @@ class Criterion:
     per_cost: bool = True
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        """(units,) scores of one group, or None where it has nothing that the criterion scores."""
+        """(units,) scores of one group, or None if the criterion can't score it."""
         raise NotImplementedError
 
     def finish(self, scores: GroupScores, statistics: Statistics, model: nn.Module) -> GroupScores:
@@ -106,10 +106,10 @@ class Criterion:
 
 
 class MeasuredCriterion(Criterion):
-    """A criterion that runs the model in ways of its own, and scores all groups at once."""
+    """A criterion that runs the model itself and scores all groups at once."""
 
     def measure(self, subject: Subject) -> GroupScores:
-        """Scores of every group that has some."""
+        """Scores of every group that the criterion can score."""
         raise NotImplementedError
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
@@ -117,7 +117,7 @@ class MeasuredCriterion(Criterion):
 
 
 class MeasuredRows(MeasuredCriterion):
-    """A measured criterion of rows: S_u = sum over n of r_u[n]^2; ``selection="joint"`` chooses sets of units by r."""
+    """A measured criterion of rows: S_u = sum over n of r_u[n]^2; ``selection="joint"`` chooses sets by r."""
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
         """(N, units) rows r of every group that has some."""
@@ -138,6 +138,6 @@ class FromFunction(Criterion):
 
 
 def name_of(criterion: Any) -> str:
-    """What messages call it."""
+    """The criterion's name in messages."""
     function = getattr(criterion, "function", None)
     return getattr(criterion, "name", "") or getattr(function, "__name__", type(criterion).__name__)

@@ -7,9 +7,9 @@ from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
 
 
 class Reconstruction(MeasuredCriterion):
-    """S_u = sum over consumers m of E|W_m x_u|^2 / E|y_m|^2: the error of what they compute where u is zero.
+    """S_u = sum over consumers m of E|W_m x_u|^2 / E|y_m|^2: the error of their outputs if u is zero.
 
-    y_m is the consumer's output and x_u the part of its input that belongs to u. No labels and no gradients.
+    y_m is the consumer's output and x_u the part of its input that belongs to u. Needs no labels and no gradients.
     """
 
     name = "reconstruction"

@@ -1,4 +1,4 @@
-"""Criteria by name, and what ``obc.prune(criterion=...)`` makes of its argument."""
+"""Criteria by name, and how ``obc.prune(criterion=...)`` interprets its argument."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def register(name: str, criterion: Any) -> None:
     """Make ``criterion`` known as ``name`` to ``obc.prune``, the command line and the table of criteria.
 
     Args:
-        name: free, or the name of the same criterion.
+        name: an unused name, or the name of the same criterion.
         criterion: an object with ``needs`` and ``score``, or a function (group, statistics, model) -> (units,).
 
     Raises:
-        ValueError: another criterion has the name.
-        TypeError: it is no criterion.
+        ValueError: the name is taken.
+        TypeError: it is not a criterion.
     """
     if name in _REGISTERED and _REGISTERED[name] is not criterion:
         raise ValueError(f"a criterion {name!r} is registered already; choose another name")
@@ -32,11 +32,11 @@ def available() -> list[str]:
 
 
 def get(criterion: str | Any) -> Any:
-    """The criterion that a name, an object or a function stands for.
+    """The criterion for a name, an object or a function.
 
     Raises:
-        ValueError: an unknown name; it lists the known.
-        TypeError: it is no criterion.
+        ValueError: unknown name; the message lists the known names.
+        TypeError: it is not a criterion.
     """
     if isinstance(criterion, str):
         if criterion not in _REGISTERED:
@@ -46,7 +46,7 @@ def get(criterion: str | Any) -> Any:
 
 
 def as_criterion(criterion: Any) -> Any:
-    """An object with ``needs`` and ``score``; of a function one is made.
+    """An object with ``needs`` and ``score``; wraps functions.
 
     Raises:
         TypeError: it is neither.

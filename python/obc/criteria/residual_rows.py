@@ -1,4 +1,4 @@
-"""Rows of residuals at consumers' inputs, read while the loss goes backward."""
+"""Reads rows of residuals at consumers' inputs during the backward pass."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from obc.statistics.reader import first_tensor
 
 
 class _Tap(torch.autograd.Function):
-    """Identity whose backward reads the residuals' row. The leaf brings the backward here past frozen weights."""
+    """Identity whose backward reads the residuals' row. A leaf lets backward reach it despite frozen weights."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, leaf: Tensor, read: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
         ctx.read = read
-        return x.clone()  # what comes after may change it in place
+        return x.clone()  # later code may change it in place
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -34,15 +34,15 @@ class _Tap(torch.autograd.Function):
 
 
 def read_residuals(subject: Subject, taps: list[Residuals], tokens: int | None = None) -> dict[str, Tensor]:
-    """Forward and backward over the batches: rows of every group, without those that are not finite.
+    """Forward and backward over the batches: the finite rows of every group.
 
     Args:
         subject: the model, its batches and loss.
-        taps: what is read.
-        tokens: of a row; None: rows are those of ``subject.rows``.
+        taps: what to read.
+        tokens: tokens per row; None: rows are those of ``subject.rows``.
 
     Raises:
-        ValueError: with ``tokens``: layers saw different numbers of positions, so that rows don't belong together.
+        ValueError: with ``tokens``: layers saw different numbers of positions, so their rows don't belong together.
     """
     leaf, cut = torch.zeros((), requires_grad=True), Cut(subject.rows == "sample", tokens)
     taps_of_module: dict[nn.Module, list[Residuals]] = {}
@@ -83,7 +83,7 @@ def read_residuals(subject: Subject, taps: list[Residuals], tokens: int | None =
 
 
 def _joined(parts: list[Tensor], several: bool) -> Tensor:
-    """One batch's row of one tap: parts of the batch add up, or are samples below each other."""
+    """One batch's row of one tap: parts of the batch are added, or concatenated if they are samples."""
     return torch.cat(parts) if several else torch.stack(parts).sum(0)
 
 

@@ -1,7 +1,7 @@
-"""Residuals e_u of a unit's input channels, or x_u itself, and the sums of e . dL/dx that are rows of a criterion.
+"""Residuals e_u of a unit's input channels, or x_u itself, and the sums of e . dL/dx that form a criterion's rows.
 
-A row is that of a batch, of a sample, or of so many consecutive tokens of a sample: of the sum over positions of
-e . dL/dx, the part at these positions. The rows of a sample's tokens add up to the sample's row.
+A row belongs to a batch, a sample, or a number of consecutive tokens of a sample: it is the part at these positions of
+the sum over positions of e . dL/dx. The rows of a sample's tokens add up to the sample's row.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from obc.statistics.results import Statistics
 
 
 def has_bias(consumer: Consumer) -> bool:
-    """Whether the mean of what goes can be given to a bias."""
+    """Whether a bias can absorb the mean of the removed channels."""
     return isinstance(getattr(consumer.module, "bias", None), Tensor)
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What one row is: a batch, a sample, or so many consecutive tokens of a sample.
+    """What one row covers: a batch, a sample, or a number of consecutive tokens of a sample.
 
     Attributes:
-        per_sample: every sample has rows of its own.
-        tokens: of a row; None: all of the sample.
+        per_sample: every sample has its own rows.
+        tokens: tokens per row; None: the whole sample.
     """
 
     per_sample: bool
@@ -41,7 +41,7 @@ class Cut:
         return self.per_sample or self.tokens is not None
 
     def summed(self, product: Tensor, samples: int) -> Tensor:
-        """(positions of all samples, columns) to (rows, columns), or (columns,) of a batch; the last may be shorter."""
+        """(all samples' positions, columns) to (rows, columns), or (columns,) of a batch; the last may be shorter."""
         if not self.several:
             return product.sum(0)
         by_sample = product.unflatten(0, (samples, -1))
@@ -53,14 +53,14 @@ class Cut:
 
 @dataclass(eq=False)
 class Residuals:
-    """One consumer of one group: what makes e of its input, and the rows read at it.
+    """One consumer of one group: how e follows from its input, and the rows read there.
 
     Attributes:
-        group: its name.
+        group: name of the group.
         consumer: the layer.
-        matrix: (units * k, in): e = matrix (x - mean); None where e is x_u itself.
+        matrix: (units * k, in): e = matrix (x - mean); None if e is x_u itself.
         mean: (in,).
-        rows: what every batch gave so far; (units,), of samples and of tokens (rows, units).
+        rows: the rows of every batch so far: (units,), for samples and tokens (rows, units).
     """
 
     group: str

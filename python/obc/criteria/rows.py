@@ -1,4 +1,4 @@
-"""Rows r_m,u[n] = w . dL_n/dw of every group, and the Jacobian Criterion, which adds up their squares."""
+"""Rows r_m,u[n] = w . dL_n/dw of every group, and the Jacobian Criterion, which sums their squares."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from obc.statistics.rows import Rows
 
 @dataclass(frozen=True)
 class GroupRows:
-    """Rows of every group, and what had none.
+    """Rows of every group, and the modules without rows.
 
     Attributes:
         rows: module -> (N, channels) on both sides.
@@ -32,9 +32,9 @@ class GroupRows:
 
 
 def read_rows(subject: Subject) -> GroupRows:
-    """Rows of the layers that the groups' scores need: of the consumers for gates, else of every slice.
+    """Read the rows that the groups' scores need: of consumers for gates, otherwise of every slice.
 
-    Those of whole blocks and branches are read in the same passes (:mod:`obc.criteria.depth_rows`).
+    Rows of whole blocks and branches are read in the same passes (:mod:`obc.criteria.depth_rows`).
     """
     wanted = Rows(subject.slices).wanted(subject.model, subject.groups) or {}
     depth = [group for group in subject.groups if group.is_depth]
@@ -76,22 +76,22 @@ def read_rows(subject: Subject) -> GroupRows:
 
 
 def _is_confirmed(subject: Subject, name: str, module: nn.Module, sides: set[Side]) -> bool:
-    """Whether an earlier check confirmed the gates of this very module on these sides."""
+    """Whether an earlier check confirmed the gates of this same module on these sides."""
     known, read = subject.confirmed.get(name, (None, set()))
     return known is module and sides <= read
 
 
 def _run(subject: Subject, reader: DepthRows) -> None:
-    """Forward and backward passes of all batches, for blocks alone."""
+    """Forward and backward passes of all batches, for blocks only."""
     with evaluating(subject.model), frozen(subject.model):
         for row, batch in enumerate(subject.batches):
             run_backward(subject.model, reader, row, batch, subject.rows, subject.micro_batch)
 
 
 class Jacobian(Criterion):
-    """S_u = sum over n and m of r_m,u[n]^2, or of the gate: sum over n of (sum over consumers r_m,u[n])^2.
+    """S_u = sum over n and m of r_m,u[n]^2; for the gate, sum over n of (sum over consumers r_m,u[n])^2.
 
-    The Jacobian Criterion (arXiv 2508.05521). With ``selection="joint"`` the gate's rows are used instead of scores.
+    The Jacobian Criterion (arXiv 2508.05521). ``selection="joint"`` uses the gate's rows instead of scores.
 
     Args:
         slices: "gate" or "all"; "all" is the paper's.

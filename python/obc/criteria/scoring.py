@@ -1,4 +1,4 @@
-"""Scores of every group by a criterion: its statistics are collected in one run, then each group is scored."""
+"""Scores every group by a criterion: collects its statistics in one run, then scores each group."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from obc.statistics.run import collect
 
 
 def group_scores(criterion: Any, subject: Subject) -> GroupScores:
-    """(units,) scores of every group that the criterion has something to score in, the least important lowest.
+    """(units,) scores of every group that the criterion can score, lowest for the least important.
 
     Args:
         criterion: a name, an object or a function.
-        subject: what is scored.
+        subject: what is scored, and on which data.
 
     Raises:
-        ValueError: scores of another shape than (units,), or not finite; it names the group.
+        ValueError: scores have another shape than (units,), or are not finite; the message names the group.
     """
     return scored(criterion, subject)[0]
 
 
 def scored(criterion: Any, subject: Subject, also: Sequence[str] = ()) -> tuple[GroupScores, Statistics]:
-    """:func:`group_scores`, and what was collected: with the statistics ``also`` in it."""
+    """:func:`group_scores`, and the collected statistics, which include ``also``."""
     criterion = get(criterion)
     measure = getattr(criterion, "measure", None)
     statistics = collected([] if measure else needed(criterion), also, subject, getattr(criterion, "functional", None))
@@ -44,10 +44,10 @@ def scored(criterion: Any, subject: Subject, also: Sequence[str] = ()) -> tuple[
 
 
 def scores_from(criterion: Any, groups: Any, statistics: Statistics, model: nn.Module) -> GroupScores:
-    """The scores from statistics that were collected before, for example by one run for several criteria.
+    """The scores from statistics collected before, for example in one run for several criteria.
 
     Raises:
-        StatisticsError: the criterion needs what was not collected.
+        StatisticsError: a needed statistic was not collected.
     """
     criterion = get(criterion)
     statistics.require([one.name for one in needed(criterion)], f"the criterion {name_of(criterion)!r}")
@@ -61,14 +61,14 @@ def scores_from(criterion: Any, groups: Any, statistics: Statistics, model: nn.M
 
 
 def needed(criterion: Any) -> list[Chosen]:
-    """The statistics that it needs."""
+    """The statistics that the criterion needs."""
     return chosen_statistics(list(criterion.needs)) if criterion.needs else []
 
 
 def collected(
     needs: Sequence[Chosen], also: Sequence[str], subject: Subject, functional: Callable[[Any], Tensor] | None = None
 ) -> Statistics:
-    """What is needed, collected in one run; nothing is run where that is nothing."""
+    """Collect what is needed in one run; nothing is run if nothing is needed."""
     names = {one.name for one in needs}
     further = [name for name in also if name not in names]
     chosen = [*needs, *(chosen_statistics(further) if further else [])]
@@ -89,7 +89,7 @@ def collected(
 
 
 def functional_loss(functional: Callable[[Any], Tensor], forward_fn: ForwardFn) -> LossFn:
-    """The loss that is a criterion's own functional of the outputs."""
+    """The loss for a criterion's own functional of the outputs."""
 
     def loss(model: nn.Module, batch: Any) -> Tensor:
         output = forward_fn(model, batch)

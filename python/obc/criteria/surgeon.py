@@ -13,14 +13,14 @@ from obc.statistics.results import Statistics
 
 @dataclass
 class State:
-    """One consumer in the course of greedy removal: its weight's columns and the inverse of what is left.
+    """One consumer during greedy removal: its weight's columns and the inverse of what is left.
 
     Attributes:
-        consumer: as it was.
+        consumer: the consumer before any removal.
         gram: (in, in) E[x x^T], undamped.
-        columns: (in, entries) the weight as the removals so far updated it; zero where channels are gone.
-        inverse: (in, in) P; the identity where channels are gone.
-        product: (in, entries) gram @ columns, once it was asked for; removals update it by their rank.
+        columns: (in, entries) the weight as updated by the removals so far; zero for removed channels.
+        inverse: (in, in) P; the identity for removed channels.
+        product: (in, entries) gram @ columns, once requested; removals apply low-rank updates to it.
     """
 
     consumer: Consumer
@@ -31,11 +31,11 @@ class State:
 
     @classmethod
     def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> State:
-        """Before any removal; ``ridge`` is relative to the mean diagonal of ``gram``."""
+        """The state before any removal; ``ridge`` is relative to the mean diagonal of ``gram``."""
         return cls(consumer, gram, consumer.columns.clone(), inverse(gram, ridge))
 
     def errors(self, heads: str = "exact") -> Tensor:
-        """(units,) e_u of every unit that is still there."""
+        """(units,) e_u of every remaining unit."""
         channels = self.consumer.channels
         columns = self.columns[channels]  # (units, k, entries)
         if channels.shape[1] == 1:
@@ -53,7 +53,7 @@ class State:
         return (self.product * self.columns).sum(1).abs()[self.consumer.channels].sum(1)
 
     def remove(self, units: Tensor) -> None:
-        """Take out these units and let the others take over."""
+        """Remove these units and let the others take over."""
         gone = self.consumer.channels[units].flatten()
         solved = torch.linalg.solve(self.inverse[gone[:, None], gone], self.inverse[gone])  # (P_dd)^-1 P_d:
         if self.product is not None:
@@ -67,9 +67,9 @@ class State:
 
 
 def second_moment(consumer: Consumer, statistics: Statistics, centred: bool = False) -> Tensor:
-    """(in, in) E[x x^T] of a consumer's input, on the CPU; zero between channels of different convolution groups.
+    """(in, in) E[x x^T] of a consumer's input, on the CPU; zero between channels of different conv groups.
 
-    Of an expert it is times the share of the mixture's tokens that were routed to it.
+    For an expert, it is multiplied by the share of the mixture's tokens routed to it.
     """
     found = statistics.gram[consumer.name]
     count = found.count

@@ -1,4 +1,4 @@
-"""The table of criteria that ``obc criteria`` prints; ``docs/criteria.md`` says more of each."""
+"""The table of criteria that ``obc criteria`` prints; ``docs/criteria.md`` has more about each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rows() -> list[tuple[str, Any, About | None]]:
 
 
 def as_text() -> str:
-    """One line a criterion: name, what it needs, units, system, source."""
+    """One line per criterion: name, what it needs, units, system, source."""
     lines = [("name", "needs", "units", "system", "source")]
     for name, _, about in rows():
         if about is None:

@@ -1,12 +1,12 @@
 """The Jacobian Criterion with rows of tokens: thousands of rows from a few dozen sequences.
 
-Joint selection tells interactions of units from noise where it has as many rows as units, and a row a sequence needs
-as many sequences. A sequence's row is a sum over its positions; here each part of it is a row of its own:
+Joint selection needs about as many rows as units to tell their interactions from noise, and with one row per sequence
+that many sequences. A sequence's row is a sum over its positions; here each part of the sum is a separate row:
 
     r_u[n, t] = sum over consumers, positions p in chunk t of sequence n, and channels c of u of x_pc . dL/dx_pc
 
-L being the loss of the whole batch. Their sum over t is the row of the sequence. Rows of neighbouring tokens are not
-independent, so that they stand for fewer rows than they are.
+where L is the loss of the whole batch. The sum over t is the row of the sequence. Rows of neighbouring tokens are not
+independent, so they count for less than their number.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from obc.criteria.units import consumers_of
 class TokenJacobian(MeasuredRows):
     """S_u = sum over rows of r_u[n, t]^2; sets of units can be chosen by the rows (``selection="joint"``).
 
-    Forward and backward once. Layers that read a group's channels must see a sample's tokens along the first dimension
-    after the samples, as those of transformers do.
+    Needs forward and backward once. Layers that read a group's channels must have a sample's tokens along the first
+    dimension after the samples, as in transformers.
 
     Args:
-        tokens: of a row.
+        tokens: tokens per row.
     """
 
     name = "token_jacobian"
@@ -42,7 +42,7 @@ class TokenJacobian(MeasuredRows):
         self.tokens = checked_tokens(tokens)
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
-        """(rows, units) of every group with a consumer that can be read."""
+        """(rows, units) of every group with a readable consumer."""
         taps = [
             Residuals(group.name, consumer)
             for group in subject.groups
@@ -53,7 +53,7 @@ class TokenJacobian(MeasuredRows):
 
 
 def checked_tokens(tokens: int | None) -> int | None:
-    """``tokens``, or an error where it is no number of tokens."""
+    """``tokens``, if it is a valid number of tokens."""
     if tokens is not None and tokens < 1:
         raise ValueError(f"tokens must be at least 1, got {tokens}")
     return tokens

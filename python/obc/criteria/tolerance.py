@@ -20,17 +20,17 @@ from obc.structures.masking import unmaskable
 class Tolerance(MeasuredCriterion):
     """PAGCP: groups lose units, least important first, as long as no task's loss grows by more than a tolerance.
 
-    Groups go in the order of ``order``, what earlier ones lost stays masked. Of each, shares of 1/20, 2/20, ... are
-    masked until max over tasks of loss / base loss > 1 + tau; the tolerance is then tau * decay for the next group. A
-    unit's score is the largest ratio - 1 up to the share it goes with; units beyond the tolerance score more than all
-    that are within it.
+    Groups are processed in the order of ``order``; what earlier ones lost stays masked. In each group, shares of 1/20,
+    2/20, ... are masked until max over tasks of loss / base loss > 1 + tau; for the next group the tolerance is tau *
+    decay. A unit's score is the largest ratio - 1 up to the share that includes it; units beyond the tolerance score
+    higher than all units within it.
 
     Args:
         tau: tolerance of the first group.
-        decay: factor of the tolerance from group to group.
-        tasks: losses of several tasks; None: the loss of ``obc.prune`` alone.
-        within: what ranks the units of a group; by default the L2 magnitude.
-        order: names of groups; by default those whose weights are most come first.
+        decay: factor of the tolerance from one group to the next.
+        tasks: losses of several tasks; None: only the loss of ``obc.prune``.
+        within: the criterion that ranks the units of a group; by default L2 magnitude.
+        order: names of groups; by default those with most weights come first.
     """
 
     name = "tolerance"

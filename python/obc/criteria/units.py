@@ -1,4 +1,4 @@
-"""The weights and statistics of a group's units, as criteria use them."""
+"""The weights and statistics of a group's units, for criteria."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from obc.model.layouts import layout_of
 from obc.statistics.routed import expert_name
 from obc.statistics.weight_gradients import floating_weight
 
-# Divisors that could vanish are not below this.
+# Divisors that could vanish are at least this.
 TINY = torch.finfo(torch.float64).tiny
 
 
@@ -23,12 +23,12 @@ class Consumer:
     """One layer that reads a group's channels.
 
     Attributes:
-        name: of the module; of one expert of a mixture that is one module, as "mlp.experts[3]".
-        module: the layer, or that module.
+        name: name of the module; for one expert of a fused mixture, such as "mlp.experts[3]".
+        module: the layer or the mixture.
         channels: (units, k) int64 on the CPU: its in channels that go with each unit.
-        columns: (in, entries) float64 on the CPU: the weight's entries of each in channel. Entries of one column are
-            outputs, for convolutions every output and tap.
-        routed: whether it is an expert, which has no statistics where no token reached it.
+        columns: (in, entries) float64 on the CPU: the weight's entries for each in channel. The entries of one column
+            are outputs, for convolutions every output and tap.
+        routed: whether it is an expert, which has no statistics if no token reached it.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Consumer:
 
     @property
     def groups(self) -> int:
-        """Groups of a convolution: channels of different groups reach different outputs."""
+        """Number of conv groups: channels of different groups reach different outputs."""
         layout = layout_of(self.module)
         return 1 if layout is None else layout.groups
 
@@ -69,18 +69,18 @@ def by_channel(module: nn.Module, tensor: Tensor, side: str) -> Tensor:
     """(channels, entries) of a tensor shaped like the layer's weight, by the channels of one side."""
     layout = layout_of(module)
     transposed, groups = (False, 1) if layout is None else (layout.transposed, layout.groups)
-    if (side == "in") != transposed:  # dim 1: one group's channels, of which each group has its own
+    if (side == "in") != transposed:  # dim 1 holds one conv group's channels, and each group has its own
         tensor = tensor.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     return tensor.flatten(1)
 
 
 def by_unit(module: nn.Module, tensor: Tensor, part: Slice) -> Tensor:
-    """(units, entries) what of ``tensor``, shaped like the layer's weight, goes with each unit."""
+    """(units, entries) the part of ``tensor``, shaped like the layer's weight, that goes with each unit."""
     return by_channel(module, tensor, part.side)[part.channels.to(tensor.device)].flatten(1)
 
 
 def mean_over_slices(group: ChannelGroup, value: Callable[[Slice], Tensor | None]) -> Tensor | None:
-    """The mean over the group's slices of (units,) values, of those that have some."""
+    """The mean of the (units,) values of those slices of the group that have some."""
     parts = [values.double().cpu() for part in group.slices if (values := value(part)) is not None]
     return torch.stack(parts).mean(0) if parts else None
 
@@ -88,13 +88,13 @@ def mean_over_slices(group: ChannelGroup, value: Callable[[Slice], Tensor | None
 def sum_over_consumers(
     group: ChannelGroup, model: nn.Module, value: Callable[[Consumer], Tensor], read: Container[str]
 ) -> Tensor | None:
-    """The sum over the group's consumers of (units,) values; None where none can be read.
+    """The sum over the group's consumers of (units,) values; None if no consumer is readable.
 
     Args:
-        group: whose consumers.
-        model: whose layers.
-        value: of one of them.
-        read: names of those that have statistics: experts that no token reached have none and add nothing.
+        group: the group.
+        model: the model with its layers.
+        value: computes the values of one consumer.
+        read: names of consumers with statistics: experts that no token reached have none and add nothing.
     """
     parts = [value(one) for one in consumers_of(group, model) if not one.routed or one.name in read]
     return torch.stack(parts).sum(0) if parts else None
@@ -106,17 +106,17 @@ def relative(scores: Tensor | None) -> Tensor | None:
 
 
 def standardised(values: Tensor, correction: int = 0) -> Tensor:
-    """Values minus their mean, over their standard deviation: of n values with n - correction in its denominator."""
+    """Values minus their mean, divided by their standard deviation, which uses n - correction."""
     deviation = values.std(correction=correction) if len(values) > 1 else values.new_ones(())
     return (values - values.mean()) / deviation.clamp_min(TINY)
 
 
 def module_of(model: nn.Module, part: Slice) -> nn.Module | None:
-    """The module that the slice is of; None where the model has none of that name."""
+    """The slice's module; None if the model has no module with that name."""
     return dict(model.named_modules()).get(part.module)
 
 
 def weight_of(module: nn.Module | None) -> Tensor | None:
-    """The weight of a layer that has slices on both sides."""
+    """The weight of a layer with slices on both sides."""
     weight = None if module is None else floating_weight(module)
     return None if weight is None else weight.detach()

@@ -1,7 +1,7 @@
-"""The criteria that the demo compares, each as Torch-Pruning's users would use it.
+"""The criteria that the demo compares, each used as a Torch-Pruning user would use it.
 
-The defaults of Torch-Pruning's own criteria are kept. Taylor and the Jacobian Criterion read the same batches: Taylor
-the gradient of their summed losses, the Jacobian Criterion one row a batch.
+Torch-Pruning's own criteria keep their defaults. Taylor and the Jacobian Criterion read the same batches: Taylor the
+gradient of their summed losses, the Jacobian Criterion one row per batch.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Criterion:
 
     Attributes:
         name: as printed.
-        importance: makes Torch-Pruning's importance.
-        score: (importance, pruner, split) fills it before a step; for criteria that look at the weights alone, nothing.
+        importance: creates Torch-Pruning's importance.
+        score: (importance, pruner, split) fills it before a step; does nothing for criteria that use weights alone.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits in three splits that the seed decides."""
+"""scikit-learn's handwritten digits in three splits, determined by the seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Split:
         return len(self.labels)
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(images, labels) of ``size``, the last one smaller; in random order if there is a generator."""
+        """Batches (images, labels) of ``size``, the last one smaller; in random order if there is a generator."""
         order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
         for chosen in order.split(size):
             yield self.images[chosen], self.labels[chosen]
@@ -32,7 +32,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Digits:
-    """Training trains and scores, validation watches training, test is for evaluation alone."""
+    """``train`` is for training and scoring, ``validation`` watches training, ``test`` is for evaluation only."""
 
     train: Split
     validation: Split
@@ -40,7 +40,7 @@ class Digits:
 
 
 def digits(seed: int = 0) -> Digits:
-    """The 1797 digits, shuffled by ``seed``: 500 to test, 200 to validate, the others to train. Needs scikit-learn."""
+    """The 1797 digits, shuffled by ``seed``: 500 for test, 200 for validation, the rest for training; needs sklearn."""
     from sklearn.datasets import load_digits
 
     data = load_digits()

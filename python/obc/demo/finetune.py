@@ -1,8 +1,8 @@
-"""``obc demo --full``: a short fine-tuning after pruning, naive against compensated against Equivalent Pruning.
+"""``obc demo --full``: short fine-tuning after pruning: naive, compensated, and Equivalent Pruning.
 
 All start from the same pruned network and have the same budget: epochs, batches and their order, optimizer, schedule
-and learning rates to try. Each chooses its learning rate by the validation split; the test split is read once, for the
-network that was chosen.
+and learning rates to try. Each chooses its learning rate by the validation split; the test split is used once, for the
+chosen network.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WEIGHT_DECAY = 0.05
 
 @dataclass(frozen=True)
 class Pruned:
-    """A pruned network with what it was and what was kept of it."""
+    """A pruned network, the unpruned network, and what was kept."""
 
     model: nn.Module
     original: nn.Module
@@ -42,7 +42,7 @@ class Pruned:
 
 @dataclass(frozen=True)
 class Way:
-    """A way to fine-tune: ``train`` makes of a pruned network, the data, a learning rate and a seed a plain model."""
+    """A way to fine-tune: ``train`` turns a pruned network, data, a learning rate and a seed into a plain model."""
 
     name: str
     train: Callable[[Pruned, Digits, float, int], nn.Module]
@@ -50,7 +50,7 @@ class Way:
 
 @dataclass(frozen=True)
 class FineTuned:
-    """One network and one way: the learning rate chosen and the test accuracy after it, one a seed."""
+    """One network and one way: per seed, the chosen learning rate and the test accuracy after it."""
 
     way: str
     learning_rates: tuple[float, ...]
@@ -63,7 +63,7 @@ class FineTuned:
 
 @dataclass(frozen=True)
 class FineTuning:
-    """One network: its accuracy unpruned and right after pruning, one a seed, and what fine-tuning made of it."""
+    """One network: per seed, its accuracy unpruned and right after pruning, and the results of fine-tuning."""
 
     model: str
     unpruned: tuple[float, ...]
@@ -113,7 +113,7 @@ def run(
     criterion: Criterion = CRITERIA[-1],
     say: Callable[[str], None] = lambda line: None,
 ) -> list[FineTuning]:
-    """Prune every network by ``criterion`` to ``TARGET`` and fine-tune it in every way; ``seeds`` seeds in a row."""
+    """Prune every network by ``criterion`` to ``TARGET`` and fine-tune it in every way, for ``seeds`` seeds."""
     with one_thread():
         return [_compare(recipe, range(seed, seed + seeds), criterion, say) for recipe in recipes]
 

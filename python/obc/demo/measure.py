@@ -1,4 +1,4 @@
-"""What scoring costs: its time, and its peak of allocated memory."""
+"""The cost of scoring: time, and peak of allocated memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    """The median time of ``repeats`` calls, after one that warms up."""
+    """The median time of ``repeats`` calls, after a warm-up."""
     call()
     taken = []
     for _ in range(repeats):
@@ -23,14 +23,14 @@ def seconds(call: Callable[[], object], repeats: int = 3) -> float:
 
 
 def peak_bytes(call: Callable[[], object]) -> int:
-    """The most bytes that torch's CPU allocator had handed out during ``call``, above what it had at its start.
+    """The most bytes that torch's CPU allocator had handed out during ``call``, above the amount at its start.
 
-    Counted from every allocation and release that torch's profiler sees, so it does not depend on the machine; memory
-    that kernels take elsewhere is not in it.
+    Counted from every allocation and release in torch's profiler, so it does not depend on the machine. Memory that
+    kernels allocate elsewhere is not included.
     """
-    # Kineto reads this when it first runs; its start and stop would otherwise be printed on stderr.
+    # Kineto reads this when it first runs; otherwise it would print its start and stop on stderr.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    gc.collect()  # what earlier calls left in reference cycles would count as released during this one
+    gc.collect()  # otherwise reference cycles of earlier calls would count as released during this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     recorded = profiler.profiler

@@ -1,4 +1,4 @@
-"""The demo's networks: small, of the usual three kinds, and with more width than handwritten digits need.
+"""The demo's networks: small, of three usual kinds, and wider than handwritten digits need.
 
 All take (N, 1, 8, 8) images and return (N, classes) logits.
 """
@@ -16,7 +16,7 @@ CLASSES = 10
 
 
 class ResidualBlock(nn.Module):
-    """conv - norm - ReLU - conv - norm, added to the input or to its 1x1 convolution where the shape changes."""
+    """conv - norm - ReLU - conv - norm, added to the input, or to its 1x1 convolution if the shape changes."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()

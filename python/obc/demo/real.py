@@ -1,7 +1,7 @@
-"""``obc demo --real``: a pretrained model that a package carries, pruned and compensated without training.
+"""``obc demo --real``: a pretrained model from a Python package, pruned and compensated without training.
 
-Calibration and test texts are different topics of the language reference that Python itself carries
-(``pydoc_data.topics``), so that nothing has to be fetched.
+Calibration and test texts are different topics of the language reference included in Python (``pydoc_data.topics``), so
+nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import obc
 from obc.demo import pretrained
 
-# Sizes and shares are such that two CPU cores need about two minutes. More calibration data would compensate better.
-_CALIBRATION, _TEST, _LENGTH = 8, 6, 128  # sequences of the language model, and their tokens
-_SENTENCES, _BATCH = 96, 16  # of the encoder, to calibrate and again to test
+# Chosen so that two CPU cores need about two minutes. More calibration data would compensate better.
+_CALIBRATION, _TEST, _LENGTH = 8, 6, 128  # for the language model: sequences, and tokens per sequence
+_SENTENCES, _BATCH = 96, 16  # for the encoder: sentences, both to calibrate and to test, and batch size
 _PROMPTS = ("The capital of France is", "A function in Python is defined with")
 _QUERIES = ("How do I open a file?", "Comparing two numbers", "What happens when an error is raised?")
 _NEW_TOKENS = 16
@@ -34,19 +34,19 @@ _NEW_TOKENS = 16
 
 @dataclass(frozen=True)
 class Subject:
-    """A pretrained model, its data, and what is shown of it.
+    """A pretrained model, its data, and what to show of it.
 
     Attributes:
         title: its name.
-        model: unpruned.
-        calibration: batches.
-        loss: of a batch, for the Jacobian Criterion.
-        forward: what compensation preserves.
-        measure: of a pruned model, on the test texts.
+        model: the unpruned model.
+        calibration: calibration batches.
+        loss: loss of a batch, for the Jacobian Criterion.
+        forward: outputs that compensation preserves.
+        measure: figure of a pruned model on the test texts.
         what: the name of that figure.
         texts: (prompt, answer) pairs that show what a model does.
-        shares: of the parameters that can be pruned, which go one after another.
-        data: what calibrates and what tests, in words.
+        shares: shares of the prunable parameters to remove, one after another.
+        data: the calibration and test data, in words.
     """
 
     title: str
@@ -66,9 +66,9 @@ class Point:
     """One pruned model.
 
     Attributes:
-        share: of the prunable parameters that went.
-        parameters: that remain.
-        naive: the figure as pruning left it.
+        share: removed share of the prunable parameters.
+        parameters: number of remaining parameters.
+        naive: the figure after pruning alone.
         compensated: after :func:`obc.compensate`.
     """
 
@@ -80,7 +80,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """What the demo shows: figures, and what the unpruned and the last pruned model answer."""
+    """What the demo shows: figures, and answers of the unpruned and the last pruned model."""
 
     title: str
     what: str
@@ -94,28 +94,28 @@ class Result:
 
 
 def documents(seed: int) -> tuple[str, str]:
-    """Text to calibrate and text to test: of different topics."""
+    """Text for calibration and text for testing, from different topics."""
     texts = [re.sub(r"[ \t]+", " ", topics[name]) for name in sorted(topics)]
     random.Random(seed).shuffle(texts)
     return "\n\n".join(texts[::2]), "\n\n".join(texts[1::2])
 
 
 def run(name: str, seed: int = 0, say: Callable[[str], None] = print) -> Result:
-    """Prune the model to every share, one after another, and compensate a copy of each.
+    """Prune the model to every share in turn, and compensate a copy of each.
 
     Args:
         name: one of ``SUBJECTS``.
-        seed: which topics calibrate and test.
+        seed: selects the topics for calibration and testing.
         say: called with a line before each long part.
 
     Raises:
-        ImportError: a package is missing; says how to get it.
+        ImportError: a package is missing; the message says how to get it.
     """
     return compare(SUBJECTS[name](seed), say)
 
 
 def compare(subject: Subject, say: Callable[[str], None]) -> Result:
-    """:func:`run` of any subject."""
+    """:func:`run` for any subject."""
     start, shares = time.perf_counter(), subject.shares
     found: list[Point] = []
     last: list[nn.Module] = []
@@ -215,7 +215,7 @@ def _sequences(tokenizer: Any, text: str, number: int, seed: int) -> list[Tensor
 
 
 def sentence_encoder(model: Any, tokenizer: Any, seed: int, title: str) -> Subject:
-    """A model of BERT's form: cosine to the unpruned model's embeddings, and which sentence is nearest to a query."""
+    """A BERT-like model: cosine to the unpruned model's embeddings, and the sentence nearest to a query."""
     (first, second), found = documents(seed), []
     for text in (first, second):
         split = re.split(r"(?<=[.!?])\s", re.sub(r"\s+", " ", text))

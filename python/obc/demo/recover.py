@@ -1,4 +1,4 @@
-"""What a pruned network gets back without training: BatchNorm recalibrated, or compensated by least squares."""
+"""What a pruned network regains without training: BatchNorm recalibrated, or compensated by least squares."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ WAYS = (RAW, RECALIBRATED, LEAST_SQUARES, SEQUENTIAL)
 
 
 def calibration(split: Split) -> list[Tensor]:
-    """The first images of ``split`` in batches, no labels."""
+    """The first images of ``split`` in batches, without labels."""
     return list(split.images[:CALIBRATION_IMAGES].split(CALIBRATION_BATCH))
 
 
 def recovered(
     pruned: nn.Module, original: nn.Module, plan: PruningPlan, split: Split, measure: Callable[[nn.Module], float]
 ) -> Mapping[str, float | None]:
-    """``measure`` of the pruned network and of a recovered copy for each way of ``WAYS``; ``pruned`` is unchanged.
+    """``measure`` of the pruned network, and of a copy recovered in each of ``WAYS``; ``pruned`` is unchanged.
 
-    None where a way does not apply: without BatchNorm there is nothing to recalibrate.
+    The result is None if a way does not apply: without BatchNorm there is nothing to recalibrate.
     """
     batches = calibration(split)
     values: dict[str, float | None] = {RAW: measure(pruned), RECALIBRATED: None}

@@ -24,7 +24,7 @@ _LINE = 118
 
 
 def protocol() -> str:
-    """What the figures are, in words."""
+    """What the figures mean, in words."""
     return textwrap.fill(
         f"Accuracy on {TEST_IMAGES} held-out digits after pruning, without fine-tuning. Torch-Pruning "
         f"{version('torch-pruning')}, global ranking, 1/{STEPS} of the channels a step; Taylor and Jacobian are "
@@ -45,7 +45,7 @@ def headline(result: ModelResult) -> str:
 
 
 def table(result: ModelResult) -> str:
-    """Per target one line a criterion: actual MACs, accuracy in every way; then what scoring costs."""
+    """Per target one line per criterion: actual MACs, accuracy in every way; then the cost of scoring."""
     lines = [["criterion", "fewer MACs", *WAYS]]
     for points in zip(*(found.points for found in result.criteria), strict=True):
         for found, point in zip(result.criteria, points, strict=True):
@@ -59,7 +59,7 @@ def table(result: ModelResult) -> str:
 
 
 def fine_tuning_table(result: FineTuning) -> str:
-    """One line a way: mean and range over the seeds, and the learning rates that validation chose."""
+    """One line per way: mean and range over the seeds, and the learning rates that validation chose."""
     lines = [["fine-tuned", "mean", "lowest - highest", "learning rates chosen"]]
     plain = (("unpruned", result.unpruned), ("pruned, not fine-tuned", result.pruned))
     lines += [[name, _percent(statistics.fmean(values)), _range(values), ""] for name, values in plain]
@@ -70,7 +70,7 @@ def fine_tuning_table(result: FineTuning) -> str:
 
 
 def fine_tuning_protocol() -> str:
-    """What the fine-tuning's figures are, in words."""
+    """What the fine-tuning's figures mean, in words."""
     rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
     return textwrap.fill(
         f"Accuracy on {TEST_IMAGES} held-out digits after {EPOCHS} epochs of fine-tuning, AdamW, one-cycle schedule, "
@@ -103,7 +103,7 @@ def _aligned(lines: Sequence[Sequence[str]], group: int = 0) -> list[str]:
 
 
 def draw(results: Sequence[ModelResult], path: Path) -> None:
-    """The same as a PNG: per network a row of accuracy over MACs, raw and compensated, scoring time and peak memory."""
+    """The same as a PNG: a row per network with accuracy over MACs, raw and compensated, scoring time and memory."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 4.2 * len(results) + 1.3), layout="constrained")

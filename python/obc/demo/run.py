@@ -1,8 +1,8 @@
-"""The comparison: train a network, prune copies of it by each criterion, evaluate each on digits never seen.
+"""The comparison: train a network, prune copies of it by each criterion, evaluate them on unseen digits.
 
-One protocol for every criterion: Torch-Pruning's pruner with global ranking removes a fixed share of the channels a
-step, with the criterion scored anew on the training digits before each step, until the network has so many fewer MACs.
-It is evaluated there without fine-tuning: as pruning left it, and recovered in each way of :mod:`obc.demo.recover`.
+All criteria share one protocol: Torch-Pruning's pruner with global ranking removes a fixed share of the channels per
+step, and the criterion is scored again on the training digits before each step, until the network reaches a target of
+fewer MACs. There it is evaluated without fine-tuning: as pruned, and recovered in each way of :mod:`obc.demo.recover`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from obc.recovery import PruningPlan
 from obc.structures.traced_plan import prune_step
 
 TARGETS = (1.3, 1.5, 2.0)  # times fewer MACs
-STEPS = 32  # each removes 1 / STEPS of the channels there were
+STEPS = 32  # each removes 1 / STEPS of the original channels
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Point:
-    """One pruned network: the MACs it was to lose, how many times fewer it has, its accuracy on the test split.
+    """One pruned network: its target and actual reduction of MACs, and its accuracy on the test split.
 
-    ``accuracy`` has a value for each way of ``obc.demo.recover.WAYS``, None where that way does not apply.
+    ``accuracy`` has a value for each way of ``obc.demo.recover.WAYS``, None if that way does not apply.
     """
 
     target: float
@@ -54,7 +54,7 @@ class Point:
 
 @dataclass(frozen=True)
 class CriterionResult:
-    """What one criterion kept, and what scoring the unpruned network by it costs."""
+    """What one criterion kept, and the cost of scoring the unpruned network by it."""
 
     criterion: str
     points: tuple[Point, ...]
@@ -64,7 +64,7 @@ class CriterionResult:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One network, unpruned, and what became of it."""
+    """One network: unpruned, and its results."""
 
     model: str
     accuracy: float
@@ -86,10 +86,10 @@ def run(
     targets: Sequence[float] = TARGETS,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[ModelResult]:
-    """Train and prune every network by every criterion. Deterministic given ``seed``, but for the seconds.
+    """Train and prune every network by every criterion. Deterministic given ``seed``, except for the seconds.
 
     Args:
-        seed: of the splits, the initial weights, the order of training and the random criterion.
+        seed: seed of the splits, the initial weights, the order of training and the random criterion.
         recipes: the networks.
         criteria: the criteria.
         targets: times fewer MACs, ascending.
@@ -101,7 +101,7 @@ def run(
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread inside the block: more gain nothing on networks so small, and sums depend on their number."""
+    """Use one thread inside the block: more don't help such small networks, and sums depend on their number."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -145,7 +145,7 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def make_pruner(model: Any, importance: Any) -> Any:
-    """The pruner that every criterion gets."""
+    """The pruner for every criterion."""
     return tp.pruner.MagnitudePruner(
         model,
         example(),
@@ -162,7 +162,7 @@ def make_pruner(model: Any, importance: Any) -> Any:
 
 
 def prune(model: nn.Module, criterion: Criterion, data: Digits, targets: Sequence[float]) -> tuple[Point, ...]:
-    """Prune ``model`` in place, and evaluate it where it first reaches each target."""
+    """Prune ``model`` in place, and evaluate it when it first reaches each target."""
     original = copy.deepcopy(model)
     full, _ = count(model)
     points = []
@@ -175,7 +175,7 @@ def prune(model: nn.Module, criterion: Criterion, data: Digits, targets: Sequenc
 def steps(
     model: nn.Module, criterion: Criterion, data: Digits, targets: Sequence[float]
 ) -> Iterator[tuple[float, PruningPlan]]:
-    """Prune ``model`` in place step by step; yields each target with the plan where the model first reaches it.
+    """Prune ``model`` in place step by step; yields each target with the plan when the model first reaches it.
 
     Raises:
         RuntimeError: the pruner's steps ended before a target.
@@ -207,5 +207,5 @@ def cost(model: nn.Module, criterion: Criterion, data: Digits) -> tuple[float, i
             importance(group)
         model.zero_grad()
 
-    peak = measure.peak_bytes(score)  # first: nothing that an earlier call left is released while it counts
+    peak = measure.peak_bytes(score)  # first, so that nothing left by an earlier call is released while it counts
     return measure.seconds(score), peak

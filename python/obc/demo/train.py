@@ -25,8 +25,8 @@ def train(
 ) -> nn.Module:
     """Train ``model`` in place with AdamW on a one-cycle schedule; returns it in eval mode.
 
-    The order of the batches follows ``seed``, so that two runs on one machine agree. ``parameters`` are those of the
-    model, or the optimizer's groups of them.
+    The order of the batches follows ``seed``, so two runs on one machine agree. ``parameters`` are the model's, or
+    parameter groups for the optimizer.
     """
     generator = torch.Generator().manual_seed(seed)
     trained = model.parameters() if parameters is None else parameters

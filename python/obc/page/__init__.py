@@ -1,1 +1,1 @@
-"""Pages of HTML: markup that escapes whatever it is given, charts, and one self-contained document."""
+"""HTML pages: markup that escapes its content, charts, and one self-contained document."""

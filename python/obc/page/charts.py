@@ -1,4 +1,4 @@
-"""Charts without scripts: bars of HTML, which stay readable on a phone, and curves of SVG."""
+"""Charts without scripts: HTML bars, which stay readable on a phone, and SVG curves."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from obc.page.markup import Html, element, number, safe, table
 
 _CURVE_WIDTH, _CURVE_HEIGHT = 240, 90
 _MARGIN = 2
-_POSITIVE = 0.92  # of the height; the rest sets what scores nothing apart
+_POSITIVE = 0.92  # of the height; the rest separates values that are not positive
 
 
 def bar(after: float, before: float = 1.0) -> Html:
-    """A bar of the length ``before`` with ``after`` of it filled, both in [0, 1]."""
+    """A bar of length ``before`` with ``after`` of it filled, both in [0, 1]."""
     whole, filled = (min(max(value, 0.0), 1.0) for value in (before, after))
     inner = element("span", class_="obc-after", style=f"width:{100 * filled / whole if whole else 0:.1f}%")
     return element("span", inner, class_="obc-before", style=f"width:{100 * whole:.1f}%", aria_hidden="true")
 
 
 def change_bars(changes: Mapping[str, tuple[float, float]], *, head: Sequence[str], label: str) -> Html:
-    """A row a name: its value before and after as a bar, both numbers, and the share that remained.
+    """One row per name: its value before and after as a bar, both numbers, and the remaining share.
 
     The longest bar is the largest value before.
     """
@@ -47,7 +47,7 @@ def exponents(values: Iterable[float]) -> tuple[float, float]:
 
 
 def height(value: float, low: float, high: float, whole: float) -> float:
-    """Where a value is drawn, measured from the top, on a logarithmic axis; what is not positive at the bottom."""
+    """The vertical position of a value from the top, on a logarithmic axis; others lie at the bottom."""
     if value <= 0:
         return whole - _MARGIN
     share = (math.log10(value) - low) / (high - low)
@@ -55,11 +55,11 @@ def height(value: float, low: float, high: float, whole: float) -> float:
 
 
 def curves(values: Mapping[str, Sequence[float]], *, mark: float | None = None) -> tuple[Html, str]:
-    """(picture, its range): a curve of each list, on one logarithmic axis.
+    """(picture, its range): one curve per list, on a common logarithmic axis.
 
     Args:
         values: class of a line -> its values, from left to right.
-        mark: a share of the width, in [0, 1], at which a line stands.
+        mark: share of the width, in [0, 1], at which to draw a line.
     """
     low, high = exponents(value for line in values.values() for value in line)
     lines = []

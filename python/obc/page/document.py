@@ -1,4 +1,4 @@
-"""One self-contained page: no script, nothing loaded from anywhere, light and dark, narrow and wide."""
+"""One self-contained page: no scripts, nothing loaded, for light and dark, narrow and wide screens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from obc.page.markup import Html, element, joined, safe
 
-# Whatever a name or a file may hold, the browser must neither run nor fetch anything.
+# Whatever a name or file contains, the browser must neither run nor fetch anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
-# Orange and blue are told apart by colour-blind readers too (Okabe and Ito); the dark ones are lighter.
+# Colour-blind readers can tell orange and blue apart (Okabe and Ito); the dark ones are lighter.
 _STYLE = """
 :root { color-scheme: light dark; --text: #1b1b1b; --back: #ffffff; --soft: #f3f3f3; --rule: #d4d4d4; --out: #b34700;
   --in: #0060a0; --bad: #fdecea; --good: #11633a; }
@@ -58,9 +58,9 @@ class Section:
     """A part of a page.
 
     Attributes:
-        key: its anchor, of the caller's own.
+        key: its anchor, chosen by the caller.
         title: its heading.
-        content: what stands below.
+        content: its content.
     """
 
     key: str
@@ -68,7 +68,7 @@ class Section:
     content: Html
 
 
-# A notebook has colours of its own: bars alone are styled, in the colour of its text.
+# Notebooks have their own colours: only bars are styled, in the colour of the text.
 _FRAGMENT_STYLE = """
 .obc .obc-before, .obc .obc-after { display: block; height: .8em; background: currentColor; }
 .obc .obc-before { opacity: .35; } .obc td:has(> .obc-before) { min-width: 10rem; }
@@ -76,7 +76,7 @@ _FRAGMENT_STYLE = """
 
 
 def fragment(*content: object) -> str:
-    """A part of somebody else's page, such as a notebook's output."""
+    """A fragment for another page, such as a notebook's output."""
     return element("div", element("style", Html(_FRAGMENT_STYLE)), *content, class_="obc")
 
 
@@ -84,9 +84,9 @@ def document(title: str, sections: Sequence[Section], head: Html | None = None) 
     """The whole page.
 
     Args:
-        title: escaped.
-        sections: in order; links to them stand above.
-        head: what stands between the title and the links.
+        title: title of the page; it is escaped.
+        sections: sections in order; links to them come first.
+        head: content between the title and the links.
     """
     links = element(
         "nav",

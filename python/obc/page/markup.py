@@ -1,4 +1,4 @@
-"""Markup that can't be broken by a name: every string is escaped unless it is markup already."""
+"""Markup that a name can't break: every string is escaped unless it is markup already."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Html(str):
-    """Markup, which goes into a page as it stands. Made by the functions of this package, never of a name."""
+    """Markup, which goes into a page unchanged. Created by the functions of this package, never from a name."""
 
     __slots__ = ()
 
@@ -18,7 +18,7 @@ _VOID = frozenset({"meta", "br", "rect", "polyline", "line"})
 
 
 def safe(*content: object) -> Html:
-    """All of it, one after the other: markup as it stands, anything else escaped."""
+    """Join the parts: markup unchanged, everything else escaped."""
     return Html("".join(part if isinstance(part, Html) else escape(str(part)) for part in content))
 
 
@@ -29,10 +29,10 @@ def element(tag: str, *content: object, **attributes: object) -> Html:
     '<td class="name">&lt;b&gt;</td>'
 
     Args:
-        tag: its name, of the caller's own.
-        content: what it holds; escaped unless it is :class:`Html`.
-        attributes: ``class_`` stands for class, other underscores for hyphens. None leaves one out, True gives it no
-            value; everything else is escaped.
+        tag: name of the tag, chosen by the caller.
+        content: content of the element; escaped unless it is :class:`Html`.
+        attributes: ``class_`` stands for class, other underscores for hyphens. None omits an attribute, True gives it
+            no value; everything else is escaped.
     """
     written = ""
     for name, value in attributes.items():
@@ -51,7 +51,7 @@ def joined(parts: Iterable[object]) -> Html:
 
 
 def facts(values: Mapping[str, object]) -> Html:
-    """A list of names and what they stand for."""
+    """A list of names with their values."""
     return element("dl", *(safe(element("dt", name), element("dd", value)) for name, value in values.items()))
 
 
@@ -63,12 +63,12 @@ def table(
     words: bool = False,
     marked: Mapping[int, str] | None = None,
 ) -> Html:
-    """A table whose first column names the row; it scrolls sideways by itself where the page is narrow.
+    """A table whose first column names the row; on a narrow page it scrolls sideways.
 
     Args:
-        head: of the columns.
-        rows: cells, as many as there are columns.
-        label: what the table holds, for screen readers.
+        head: headings of the columns.
+        rows: cells, as many per row as there are columns.
+        label: what the table contains, for screen readers.
         words: the last column is text, not a number.
         marked: index of a row -> its class.
     """
@@ -88,14 +88,14 @@ def table(
 
 
 def reasons(found: Mapping[str, str], nothing: str) -> Html:
-    """A list of names with a reason each, or the sentence ``nothing``."""
+    """A list of names with a reason each, or the sentence ``nothing`` if it is empty."""
     if not found:
         return element("p", nothing)
     return element("ul", *(element("li", element("code", name), ": ", why) for name, why in found.items()))
 
 
 def number(value: Any) -> str:
-    """A count, which may be a whole float, with separators; another number with three digits; "-" for None."""
+    """An integer, even a whole float, with separators; other numbers with three digits; "-" for None."""
     if value is None:
         return "-"
     if isinstance(value, int) or value.is_integer():

@@ -1,4 +1,4 @@
-"""Scores of layers as parts of a page: through the network, by layer, and how they were read."""
+"""Sections of a page about scores: through the network, by layer, and how they were read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from obc.page.charts import curves, exponents, figure, height
 from obc.page.document import Section
 from obc.page.markup import Html, element, safe, table
 
-_POINTS = 120  # of a curve; wider layers are drawn at as many quantiles
+_POINTS = 120  # points per curve; wider layers are drawn as this many quantiles
 _STRIP_WIDTH, _STRIP_HEIGHT = 1000, 220
 
 
@@ -29,12 +29,12 @@ class Sided(Protocol):
 def score_sections(
     scores: Mapping[str, Sided], lines: Sequence[Sequence[str]], unscored: Collection[int]
 ) -> list[Section]:
-    """The sections of a model's scores.
+    """The sections about a model's scores.
 
     Args:
         scores: by module.
         lines: the table of all modules, as for :func:`score_table`.
-        unscored: the numbers of its modules without scores.
+        unscored: line numbers of modules without scores.
     """
     strip = safe(
         element(
@@ -64,7 +64,7 @@ def score_sections(
 
 
 def drawn(scores: Tensor | None) -> list[float]:
-    """Sorted, largest first, at most 120 of them; what is not finite is left out."""
+    """At most 120 of the finite scores, largest first."""
     if scores is None:
         return []
     finite = scores.detach().float().cpu().flatten()
@@ -119,8 +119,8 @@ def score_table(lines: Sequence[Sequence[str]], unscored: Collection[int]) -> Ht
     """Every module: its channels, the range of its out-channel scores, and how it was read, or why not.
 
     Args:
-        lines: a head, and a line a module.
-        unscored: the numbers of the modules without scores.
+        lines: a header, and one line per module.
+        unscored: line numbers of the modules without scores.
     """
     head, *rows = lines
     marked = dict.fromkeys(unscored, "unscored")
