@@ -75,7 +75,7 @@ inline at::ScalarType accumulation_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Whether nothing but a device and autograd has a part in this tensor: no subclass, transform, lazy zero or negation.
+// Whether the tensor involves only a device and autograd: no subclass, transform, lazy zero or negation.
 inline bool is_plain(const Tensor& tensor) {
   using c10::DispatchKey;
   constexpr c10::DispatchKeySet plain(
@@ -95,7 +95,7 @@ inline bool kernel_serves(const Tensor& activation, const Tensor& grad) {
          activation.scalar_type() == grad.scalar_type() && activation.sizes() == grad.sizes();
 }
 
-// Where channel_dot goes, and how.
+// Where channel_dot is added, and how.
 struct Dot {
   int64_t channel_dim;
   bool per_sample;
@@ -139,7 +139,7 @@ void add_strided(const T* sums, const Tensor& target) {
   }
 }
 
-// channel_dot by the kernel, added to `target` without a tensor in between; false where that is not possible.
+// Adds channel_dot to `target` by the kernel, without an intermediate tensor; false if that is not possible.
 inline bool add_by_kernel(const Tensor& activation, const Tensor& grad, const Dot& dot, const Tensor& target) {
   const bool fits = dot.fold == 1 && target.defined() && target.is_cpu() && is_plain(target) &&
                     target.scalar_type() == accumulation_dtype(activation) &&
@@ -163,7 +163,7 @@ struct GateBackward : public Node {
   torch::autograd::SavedVariable activation_;
   Tensor gate_;
   Dot dot_;
-  // On the CPU. Elsewhere the gate has an edge: the engine keeps streams in step with accumulators alone.
+  // On the CPU. Elsewhere the gate has an edge, because the engine synchronises streams for accumulators only.
   bool adds_itself_ = true;
 
   std::string name() const override { return "GateBackward"; }
@@ -183,7 +183,7 @@ struct GateBackward : public Node {
       if (task_should_compute_output(1)) results[1] = folded_dot(activation, grads[0], dot_);
       return results;
     }
-    // With given inputs, as in autograd.grad, no leaf but those accumulates.
+    // With given inputs, as in autograd.grad, only these leaves accumulate.
     const auto* asked = torch::autograd::get_current_graph_task_exec_info();
     if (asked == nullptr || asked->empty()) accumulate(activation, grads[0]);
     return results;
@@ -206,8 +206,8 @@ struct GateBackward : public Node {
   }
 };
 
-// As activation.view_as(activation), without its graph: a stride of a dimension of one entry may become another, by
-// which torch's matmul chooses how it computes.
+// As activation.view_as(activation), without its graph: the stride of a dimension with one entry may change, and
+// torch's matmul chooses its algorithm by strides.
 inline Tensor alias_of(const Tensor& activation) {
   c10::TensorImpl* impl = activation.unsafeGetTensorImpl();
   Tensor alias(impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/true));
@@ -219,8 +219,8 @@ inline Tensor alias_of(const Tensor& activation) {
   return alias;
 }
 
-// An alias of `activation` that comes from a gate. In-place changes of either are noticed by the versions that both
-// share; activation and alias are two variables, so that only what follows the gate passes it.
+// An alias of `activation` that comes from a gate. Both share a version, so in-place changes of either are noticed.
+// activation and alias are two variables, so that only what follows the gate passes it.
 inline Tensor pass_gate(const Tensor& activation, const Tensor& gate, const Dot& dot) {
   auto node = make_node<GateBackward>();
   node->activation_ = torch::autograd::SavedVariable(activation, /*is_output=*/false);

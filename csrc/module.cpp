@@ -188,7 +188,7 @@ std::pair<bool, int64_t> end_row(
   return {finite, bad_group};
 }
 
-// obc::cpu::Greedy over arrays that Python keeps: contiguous float64, checked in python/obc/selection/compiled.py.
+// obc::cpu::Greedy on arrays that Python owns: contiguous float64, checked in python/obc/selection/compiled.py.
 class GreedySteps {
  public:
   GreedySteps(

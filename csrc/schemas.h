@@ -1,7 +1,7 @@
 // Defines a library's operators with the schemas of the table in python/obc/backends/operators.py.
 //
-// OBC_DEFINE(CPU, channel_dot) defines obc_cpu::channel_dot by the function of that name. A function that takes another
-// number of arguments than the schema does not compile: the stable ABI would find out at the first call.
+// OBC_DEFINE(CPU, channel_dot) defines obc_cpu::channel_dot by the function of that name. If it takes
+// another number of arguments than the schema, it does not compile; the stable ABI would only notice at the first call.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,4 @@
-// What the registrations of both devices need of torch's stable ABI: tensors as the kernels take them, new tensors.
+// Shared by the registrations of both devices, on torch's stable ABI: tensors as kernels take them, new tensors.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -41,7 +41,7 @@ inline cpu::Pair pair_of(const Tensor& first, const Tensor& second) {
   };
 }
 
-// A tensor and its mask, of the same sizes but for the channels, along which the mask's stride is 0; without a mask the
+// A tensor and its mask, of the same sizes except along the channels, where the mask has stride 0; without a mask, the
 // tensor twice.
 struct MaskedPair {
   MaskedPair(const Tensor& x, int64_t channel_dim, const std::optional<Tensor>& mask) : pair(pair_of(x, x)) {
@@ -77,7 +77,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const T
   return Tensor(handle);
 }
 
-// The same in the dtype that sums elements of `like`.
+// The same in the accumulation dtype of `like`.
 inline Tensor empty_sums(std::initializer_list<int64_t> sizes, const Tensor& like) {
   const bool wide = dtype_of(like) == cpu::Dtype::float64;
   return empty(sizes, wide ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), like);

@@ -1,9 +1,8 @@
 // Registers the CPU kernels with torch as obc_cpu::<op>, on LibTorch's stable ABI: one build serves torch 2.11 and
 // later.
 //
-// Schemas come from the table in python/obc/backends/operators.py; python/obc/ops checks the arguments before they come
-// here: below torch 2.13 an error raised behind the ABI loses its message. end_row alone sends back a position to
-// complain about.
+// Schemas come from the table in python/obc/backends/operators.py. python/obc/ops checks the arguments before, because
+// errors raised behind the ABI lose their message before torch 2.13. Only end_row returns a position, of a bad group.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

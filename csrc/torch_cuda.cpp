@@ -1,8 +1,8 @@
 // Registers the CUDA kernels with torch as obc_cuda::<op>, on LibTorch's stable ABI: one build serves torch 2.11 and
 // later, and needs neither a torch with CUDA nor a GPU.
 //
-// Schemas come from the table in python/obc/backends/operators.py; python/obc/ops checks the arguments before they come
-// here. weight_dot_list takes layers of one dtype.
+// Schemas come from the table in python/obc/backends/operators.py; python/obc/ops checks the arguments before.
+// weight_dot_list takes layers of one dtype.
 
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -23,12 +23,12 @@
 #include "schemas.h"
 #include "tensors.h"
 
-// The dispatch key under which the operators are registered; the emulation of the tests runs them on CPU tensors.
+// The dispatch key of the operators; the emulation in the tests runs them on CPU tensors.
 #ifndef OBC_CUDA_DISPATCH_KEY
 #define OBC_CUDA_DISPATCH_KEY CUDA
 #endif
 
-// Counters that are cleared ahead of captures at a time; the tests have fewer, to run out of them.
+// Number of counters cleared at a time ahead of captures; the tests use fewer, to run out of them.
 #ifndef OBC_CUDA_RESERVE
 #define OBC_CUDA_RESERVE (1 << 18)
 #endif
@@ -52,23 +52,23 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// The counters of a stream: zero between any two of its kernels, so that no call has to clear them. Smaller ones that
-// were outgrown are kept too: another thread may be about to launch a kernel over them.
+// The counters of a stream: zero between any two of its kernels, so that no call has to clear them. Outgrown smaller
+// ones are kept, because another thread may be about to launch a kernel that uses them.
 struct Counters {
   std::vector<Tensor> memory;
   int64_t count = 0;
 };
 
-// Zeroed counters of a device for calls that are captured: each takes some for good, because its graph is replayed on
-// any stream. They are cleared before any capture, so that a graph has no node that does it.
+// Zeroed counters of a device for captured calls: each call keeps some permanently, because its graph may be replayed
+// on any stream. They are cleared before any capture, so that a graph has no node for it.
 struct Reserve {
   std::vector<Tensor> memory;
   uint32_t* next = nullptr;
   int64_t left = 0;
 };
 
-// An output that several blocks share takes one, and there are seldom more of those than a launch has blocks (264):
-// enough for about a thousand calls. Calls that find none left clear counters of their graph's own.
+// An output shared by several blocks needs one, and there are rarely more such outputs than blocks in a launch (264):
+// enough for about a thousand calls. Calls that find none left clear counters in their own graph.
 constexpr int64_t kReserve = OBC_CUDA_RESERVE;
 constexpr size_t kMostReserves = 16;
 
@@ -93,7 +93,7 @@ class Call : public obc::cuda::Context {
  public:
   explicit Call(const Tensor& on)
       : Context(current_stream(on.get_device_index())), guard_(on.get_device_index()), on_(on) {
-    // The library has a CUDA runtime of its own, which torch's guard does not tell of the device.
+    // The library has its own CUDA runtime, which torch's guard does not inform of the device.
     check(cudaSetDevice(on.get_device_index()));
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     check(cudaStreamIsCapturing(stream, &status));
@@ -124,7 +124,7 @@ class Call : public obc::cuda::Context {
   void check(cudaError_t error) override { STD_CUDA_CHECK(error); }
 
  private:
-  // Counters that a graph keeps: it is replayed on any stream, beside whatever runs on this one.
+  // Counters that a graph keeps: it may be replayed on any stream, concurrently with this one.
   uint32_t* of_graph(int64_t count) {
     Reserve& reserve = reserves()[on_.get_device_index()];
     if (reserve.left < count) return zeros(scratch(count * sizeof(uint32_t)), count);
@@ -132,8 +132,8 @@ class Call : public obc::cuda::Context {
     return std::exchange(reserve.next, reserve.next + count);
   }
 
-  // Leaves half a reserve or more for the next capture. It waits until the counters are cleared: a replay may come on
-  // a stream that is ordered after nothing.
+  // Ensures at least half a reserve for the next capture. Waits until the counters are cleared, because a replay may
+  // come on a stream that is not ordered after this one.
   void fill_reserve() {
     Reserve& reserve = reserves()[on_.get_device_index()];
     if (reserve.left >= kReserve / 2 || reserve.memory.size() == kMostReserves) return;
@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor> weight_dot(
 
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
-// Everything that a plan is made of: not where tensors lie, but how far from a multiple of 16 bytes.
+// Everything that a plan depends on: not the addresses of tensors, but their distance from a multiple of 16 bytes.
 std::vector<int64_t> key_of(const std::vector<WeightDot>& layers) {
   std::vector<int64_t> key;
   const auto add = [&](const Pair& pair) {
@@ -260,7 +260,7 @@ std::list<PlanPointer>& kept_plans() {
   return plans;
 }
 
-// The plan of these layers from those kept, or a new one; null where a layer has too many axes.
+// The cached plan of these layers, or a new one; null if a layer has too many axes.
 PlanPointer plan_of(const std::vector<WeightDot>& layers) {
   std::vector<int64_t> key = key_of(layers);
   const std::lock_guard<std::mutex> lock(state_mutex());

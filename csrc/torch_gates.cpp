@@ -1,7 +1,7 @@
-// Gates in C++ for Python: an autograd node (gate_node.h), and what the hooks of a reader do in every row after the
-// checking one. What is not served here is left to python/obc/scoring/reading/gates.py and module_readers.py.
+// Gates in C++ for Python: an autograd node (gate_node.h), and the work of a reader's hooks in every row after the
+// checking row. Other cases are left to python/obc/scoring/reading/gates.py and module_readers.py.
 //
-// Nodes are not in LibTorch's stable ABI: this library serves the version of torch and of Python that it was built for.
+// Nodes are not in LibTorch's stable ABI: this library works with the torch and Python that it was built for.
 
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
@@ -43,7 +43,7 @@ PyObject* gate_function(PyObject*, PyObject* const* args, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// --- what a reader's hook does in every row after the checking one ----------------------------------------------
+// --- the hooks of a reader in every row after the checking row --------------------------------------------------
 
 struct PyDecref {
   void operator()(PyObject* object) const { Py_DECREF(object); }
@@ -60,7 +60,7 @@ Object checked(PyObject* made) {
   return Object(made);
 }
 
-// One step back from a node. The name of a C++ class is compared once; afterwards its type is.
+// One step back from a node. The name of a C++ class is compared once, afterwards its type.
 struct Step {
   std::string name;
   size_t input;
@@ -76,11 +76,11 @@ struct Step {
   }
 };
 
-// A chain that an input looks after: what _Chain.link_holds of chains.py asks.
+// A chain that an input checks, as _Chain.link_holds in chains.py does.
 struct Link {
   Object slot;
   bool ends_here;       // the slot is the input's own
-  Object norm, weight;  // null where no norm is between
+  Object norm, weight;  // null if there is no norm between
   std::vector<Step> steps;
 
   // `outputs` is Chains.outputs.
@@ -116,11 +116,11 @@ struct Link {
   }
 };
 
-// The gate of one side of a module. Its calls return what a hook does, or NotImplemented where anything is not as it
-// was in the checking row: then gates.py and module_readers.py decide.
+// The gate of one side of a module. Its calls return what the hook returns, or NotImplemented if anything differs from
+// the checking row: then gates.py and module_readers.py decide.
 struct Gate {
   Object slot, outputs, held;
-  Tensor gate;  // undefined where the row follows from another
+  Tensor gate;  // undefined if the row follows from another
   int64_t channel_dim = -1, channels = 0, fold = 1;
   bool copy_before = false, copy_after = false;
   std::vector<Link> links;

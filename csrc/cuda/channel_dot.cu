@@ -6,9 +6,9 @@
 //
 // Two ways through memory:
 //   by rows   the innermost dimension is summed (channel-first): rows.h;
-//   by tiles  the innermost dimension is kept (channels-last, tokens), or it is summed, short and right inside a kept
-//             one (channel-first with few positions, whose rows begin at no multiple of 16 bytes): tiles.h. Short lines
-//             that follow each other in memory are read as one.
+//   by tiles  the innermost dimension is kept (channels-last, tokens), or it is short, summed and directly inside a
+//             kept one (channel-first with few positions, whose rows are not aligned to 16 bytes): tiles.h. Short
+//             lines that are adjacent in memory are read as one.
 
 #include "plan.h"
 
@@ -18,7 +18,7 @@ namespace {
 
 enum Role { kSummed, kSample, kChannel };
 
-// Positions of a kept channel up to which its neighbours are read together with it.
+// A kept channel with at most this many positions is read together with its neighbours.
 constexpr int64_t kFewPositions = 256;
 
 template <class T>
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) channel_dot_ker
   }
 }
 
-// Lines shorter than half a tile that follow each other in memory become one line of many repeats of the channels.
+// Lines shorter than half a tile that are adjacent in memory become one line with many repeats of the channels.
 void widen_lines(Matrix& m, int item) {
   const int64_t most = most_columns(Reading::kWide, item), vector = vector_items(item);
   const int64_t unit = std::lcm(m.channels, vector);
@@ -56,7 +56,7 @@ void widen_lines(Matrix& m, int item) {
   m.lines.first[0] = m.lines.second[0] = m.width;
 }
 
-// The matrix of an inner kept dimension, or nothing where this is not the way.
+// The matrix of an inner kept dimension, or nothing if this way does not apply.
 std::optional<Matrix> plan_tiles(const Pair& pair, std::vector<Dim> dims, Output& output) {
   const int item = element_size(pair.dtype);
   if (dims.empty()) return std::nullopt;
@@ -89,7 +89,7 @@ std::optional<Matrix> plan_tiles(const Pair& pair, std::vector<Dim> dims, Output
       output.group_stride = dim.out;
     }
   }
-  // Nothing is summed over lines: where the samples follow each other they are channels of one line.
+  // Nothing is summed over lines: adjacent samples become channels of one line.
   if (lines.empty() && m.groups > 1 && m.group.first == m.width * m.column.first &&
       m.group.second == m.width * m.column.second && output.group_stride == m.channels * output.stride) {
     m.channels *= m.groups;

@@ -1,12 +1,12 @@
-// channel_moments: per channel the sums of x, x^2 and |x|, and over the samples that of (mean |x| of the sample)^2.
+// channel_moments: per channel the sums of x, x^2 and |x|, and the sum over samples of (mean |x| of the sample)^2.
 //
 // Shapes: x (samples, channels, positions), any strides; positions are all other dimensions. A mask (samples,
-// positions) of bytes leaves positions out: they are not read.
+// positions) of bytes excludes positions, which are not read.
 // Bytes: x once; partial sums of `splits` parts of every sample's positions, written and read once.
 // Accumulation: float32, float64 for float64 input.
 //
 // Two ways through memory:
-//   by columns  channels are innermost: a lane reads some neighbouring channels of one position after the other;
+//   by columns  channels are innermost: a lane reads a few neighbouring channels, position after position;
 //   by rows     positions are innermost: a warp reads the positions of one sample's channel.
 // A second kernel adds up the parts of each sample, squares its mean and adds up the samples, in a fixed order.
 
@@ -20,7 +20,7 @@ enum Role { kPosition, kSample, kChannel };
 
 constexpr int kSums = 3;    // x, x^2, |x|; with a mask a fourth counts positions
 constexpr int kAtOnce = 8;  // loads of one thread; there is one array to read
-// Parts of one sample's positions: what one thread of the second kernel adds up in a few round trips to the cache.
+// The most parts of one sample's positions: one thread of the second kernel adds them in a few reads of the cache.
 constexpr int64_t kMostSplits = 64;
 
 struct Input {
@@ -44,7 +44,7 @@ __device__ void add(Acc (&sums)[kSums], Acc value) {
   sums[2] += fabs(value);
 }
 
-// Where the sums of one split of one sample lie: (splits, sums, samples, channels).
+// Layout of the sums: (splits, sums, samples, channels).
 template <class Acc>
 __device__ Acc* partial(const Input& in, Acc* partials, int64_t split, int64_t moment, int64_t sample) {
   const int64_t moments = in.mask ? kSums + 1 : kSums;
@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) columns_kernel(
   }
 }
 
-// The sums over every kLanes-th of the loads [begin, end) of one sample's channel; with a mask `count` counts what is
-// kept. `mask` is the sample's.
+// The sums over every kLanes-th of the loads [begin, end) of one sample's channel. With a mask, `count` is the number
+// of kept positions. `mask` belongs to the sample.
 template <bool kMasked, class T, int kItems>
 __device__ void read_row(
     const Input& in,
@@ -130,7 +130,7 @@ __device__ void read_row(
     Accumulator<T>& count
 ) {
   using Acc = Accumulator<T>;
-  constexpr int kLoads = kMasked ? kAtOnce / 2 : kAtOnce;  // places in the mask take the registers of the others
+  constexpr int kLoads = kMasked ? kAtOnce / 2 : kAtOnce;  // offsets in the mask take the other registers
   const int64_t last = in.positions.second[in.positions.count - 1];
   const int64_t mask_step = kItems > 1 ? last / kItems : last;
   for (int64_t position = begin; position < end; position += kLoads * kLanes) {
@@ -153,7 +153,7 @@ __device__ void read_row(
         Acc value = values[i];
         if (kMasked) {
           const bool kept = here && mask[at[n].second + i * mask_step];
-          if (!kept) value = 0;  // not-a-numbers too
+          if (!kept) value = 0;  // NaN too
           count += kept ? 1 : 0;
         }
         add(sums, value);
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(
   results.sums[warp][channel] = sum;
 }
 
-// Nothing where the positions have too many axes.
+// Nothing if the positions have too many axes.
 std::optional<Input> plan(const Pair& pair, bool masked, const std::vector<Dim>& dims) {
   Input in = {pair.first, masked ? static_cast<const uint8_t*>(pair.second) : nullptr, 1, {0, 0}, 1, 0};
   std::vector<Dim> positions;
@@ -256,7 +256,7 @@ std::optional<Input> plan(const Pair& pair, bool masked, const std::vector<Dim>&
   return in;
 }
 
-// `least`: loads that a split should have.
+// `least`: the fewest loads of a split.
 void split(Input& in, int64_t blocks, int64_t least) {
   const int64_t wanted =
       std::min({ceil_div(kBlocks, std::max<int64_t>(blocks, 1)), ceil_div(in.length, least), kMostSplits});

@@ -1,4 +1,4 @@
-// What every kernel is made of: element types, 16-byte loads, walks over strided axes, sums in a fixed order.
+// Building blocks of the kernels: element types, 16-byte loads, walks over strided axes, sums in a fixed order.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,14 +15,14 @@ namespace obc::cuda {
 
 constexpr int kLanes = 32;  // threads of a warp
 constexpr uint32_t kAllLanes = 0xffffffff;
-// Two blocks of eight warps on a multiprocessor leave each thread the 128 registers that eight 16-byte loads and their
-// sums need. With 16 warps that is up to 64 KiB under way; bandwidth times latency asks for about 25 KiB (4.3 TB/s and
+// Two blocks of eight warps per multiprocessor leave each thread the 128 registers that eight 16-byte loads and their
+// sums need. 16 warps then have up to 64 KiB in flight; bandwidth times latency requires about 25 KiB (4.3 TB/s and
 // 0.7 us over 132 multiprocessors).
 constexpr int kWarps = 8;
 constexpr int kThreads = kWarps * kLanes;
 constexpr int kBlocksPerProcessor = 2;
-// Blocks of a launch that has work enough: two on each of 132 multiprocessors. It is no property of the device at hand,
-// so that every device splits a sum in the same way. More blocks would mean more partial sums for the last one to add.
+// Blocks of a launch with enough work: two on each of 132 multiprocessors. The number does not depend on the device, so
+// that every device splits a sum in the same way. More blocks would mean more partial sums for the last one to add.
 constexpr int kBlocks = 264;
 constexpr int kVectorBytes = 16;
 
@@ -42,7 +42,7 @@ __device__ inline double widen(double value) { return value; }
 __device__ inline float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ inline float widen(__half value) { return __half2float(value); }
 
-// kItems neighbouring elements, loaded at once. They are read once in a launch: let them leave the cache first.
+// kItems neighbouring elements, loaded at once. A launch reads them once, so they should be evicted first.
 template <class T, int kItems>
 struct Loaded {
   static_assert(kItems * sizeof(T) == kVectorBytes, "one vector or one element");
@@ -81,7 +81,7 @@ struct Axes {
   int64_t second[kMaxAxes];
 };
 
-// a / b for numbers that are not negative. Mostly they have 32 bits: a division of 64 is a call of a subroutine.
+// a / b for non-negative numbers. Most fit in 32 bits; a 64-bit division is a subroutine call.
 __device__ inline int64_t quotient(int64_t a, int64_t b) {
   if ((a | b) >> 32 == 0) return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
   return a / b;
@@ -89,7 +89,7 @@ __device__ inline int64_t quotient(int64_t a, int64_t b) {
 
 __device__ inline Place place(const Axes& axes, int64_t index) {
   Place at = {0, 0};
-#pragma unroll 1  // mostly there is one axis and no step; four copies of a division only fill the instruction cache
+#pragma unroll 1  // usually one axis and no step: four copies of a division would only fill the instruction cache
   for (int d = static_cast<int>(axes.count) - 1; d > 0; --d) {
     const int64_t outer = quotient(index, axes.sizes[d]);
     const int64_t rest = index - outer * axes.sizes[d];
@@ -102,7 +102,7 @@ __device__ inline Place place(const Axes& axes, int64_t index) {
   return at;
 }
 
-// The sum over the lanes of a warp, in all of them; the tree makes it the same in all.
+// The sum over the lanes of a warp, returned in all of them; the tree makes it the same in all.
 template <class Acc>
 __device__ Acc warp_sum(Acc value) {
 #pragma unroll
@@ -110,8 +110,8 @@ __device__ Acc warp_sum(Acc value) {
   return value;
 }
 
-// Whether this block is the last of `count` to come here: then it sees what all of them wrote before. The counter is
-// left at zero. Every thread of the block must call it.
+// Whether this block is the last of `count` to get here; it then sees everything that the others wrote before. Leaves
+// the counter at zero. Every thread of the block must call it.
 __device__ inline bool last_of(uint32_t* counter, int64_t count) {
   if (count == 1) {
     __syncthreads();
@@ -125,7 +125,7 @@ __device__ inline bool last_of(uint32_t* counter, int64_t count) {
   return last;
 }
 
-// How many threads share one output in add_up. The threads of an output are added up by one of them at the end.
+// How many threads share one output in add_up; at the end one of them adds their sums.
 constexpr int kSharers = 32;
 
 // store(i, sum of load(i, j) over j < terms) for all i < count, by the whole block and in a fixed order. `shared` has
@@ -139,7 +139,7 @@ __device__ void add_up(int64_t count, int64_t terms, Acc* shared, const Load& lo
     const int output = static_cast<int>(threadIdx.x) % outputs, share = static_cast<int>(threadIdx.x) / outputs;
     Acc sum = 0;
     if (share < sharers) {
-      // The loads of 16 terms are under way at once: each comes from the level-2 cache.
+      // The loads of 16 terms are in flight at once: each comes from the level-2 cache.
 #pragma unroll 16
       for (int64_t j = share; j < terms; j += sharers) sum += load(begin + output, j);
     }

@@ -5,11 +5,11 @@
 // read and written once.
 // Accumulation: the dtype of row.
 //
-// One launch, two passes: the first finds out whether everything is finite, the second adds and clears. A row that one
-// block can't hold is shared by many, which wait for each other between the passes and so must all be resident: a
-// cooperative launch sees to that. In the second pass the thread at a group's first channel walks through the group,
-// adds its squares in order and clears them; a long group is finished by its whole warp. No two warps touch one score,
-// and no block clears what another still has to read.
+// One launch, two passes: the first checks whether everything is finite, the second adds and clears. A row too large
+// for one block is shared by many, which wait for each other between the passes and must therefore all be resident; a
+// cooperative launch ensures that. In the second pass the thread at a group's first channel walks through the group,
+// adds its squares in order and clears them; the whole warp finishes a long group. No two warps write one score, and
+// no block clears what another still has to read.
 
 #include "cpu/layout.h"
 #include "device.h"
@@ -19,11 +19,11 @@ namespace obc::cuda {
 namespace {
 
 constexpr int kRowThreads = 1024;
-// Channels of one block: few enough passes over them that another block would not help, since waiting costs about as
-// much as eight loads one after the other.
+// Channels of one block. With so few passes over them another block would not help, because waiting costs about as much
+// as eight consecutive loads.
 constexpr int64_t kChannelsPerBlock = 8 * kRowThreads;
 
-// Members of a group that one thread adds by itself.
+// Members of a group that a single thread adds.
 constexpr int64_t kWalk = 32;
 
 template <class Acc>
@@ -43,7 +43,7 @@ struct Row {
     const Acc scaled = row[c * stride] / loss_scale;
     return scaled * scaled;
   }
-  // The square of channel c, which is cleared.
+  // Returns the square of channel c and clears the channel.
   __device__ Acc take(int64_t c) const {
     const Acc squared = square(c);
     row[c * stride] = 0;
@@ -59,11 +59,11 @@ struct Row {
   }
 };
 
-// Counters of any_block: blocks that have come, whether all have, blocks that have gone.
+// Counters of any_block: blocks that have arrived, whether all have, blocks that have left.
 constexpr int64_t kMeetingCounters = 3;
 
-// Waits until every block of the launch has come here, and tells each whether one of them said `flag`; `flags` has one
-// word a block. The last block to go on clears what the others waited for: the counters are left at zero.
+// Waits until every block of the launch gets here, and tells each whether any of them passed `flag`; `flags` has one
+// word per block. The last block to leave clears what the others waited for, so the counters are left at zero.
 __device__ bool any_block(bool flag, uint32_t* counters, uint32_t* flags) {
   flag = __syncthreads_or(flag);
   if (gridDim.x == 1) return flag;

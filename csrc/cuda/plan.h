@@ -1,4 +1,4 @@
-// From a pair of strided arrays to what the kernels walk. Everything here runs on the host.
+// Converts a pair of strided arrays to what the kernels walk. Everything here runs on the host.
 #pragma once
 
 #include <numeric>
@@ -14,7 +14,7 @@ using cpu::ceil_div;
 using cpu::continues;
 using cpu::Dim;
 
-// `dims`, outermost first, as axes; nothing where they are too many.
+// `dims`, outermost first, as axes; nothing if there are too many.
 inline std::optional<Axes> axes_of(const std::vector<Dim>& dims) {
   if (dims.size() > kMaxAxes) return std::nullopt;
   Axes axes = {1, {1}, {0}, {0}};
@@ -37,8 +37,8 @@ inline bool multiples(const Axes& axes, int64_t items, int64_t skipped = 0) {
   return true;
 }
 
-// Chooses tile and reading of a matrix whose channels and terms are known. `together` neighbouring channels are never
-// cut: false where they are more than a tile can hold.
+// Chooses tile and reading of a matrix with known channels and terms. `together` neighbouring channels are never
+// separated; returns false if a tile can't hold as many.
 inline bool choose_tile(Matrix& m, int item, int64_t together = 1) {
   const int64_t vector = vector_items(item);
   const int64_t columns = m.channels * m.terms;
@@ -63,7 +63,7 @@ inline bool choose_tile(Matrix& m, int item, int64_t together = 1) {
   return true;
 }
 
-// Rows that a block reads in one step: lines that its warps take at once, in whole rows.
+// Rows that a block reads in one step: the lines that its warps read at once, in whole rows.
 inline int64_t step_rows(const Matrix& m, int item) {
   return ceil_div(kWarps * lines_at_once(m.reading, item), m.lines_per_row);
 }
@@ -74,8 +74,7 @@ inline int64_t steps(const Matrix& m, int item) {
   return m.groups * m.tiles * std::max<int64_t>(ceil_div(rows, step_rows(m, item)), 1);
 }
 
-// Partial line sums of a chunk that its last item adds up by itself: 128 loads a thread, eight round trips to the
-// cache.
+// Partial line sums of a chunk that its last item alone adds up: 128 loads per thread, eight round trips to the cache.
 constexpr int64_t kMostLinePartials = 128 * kThreads;
 
 inline void choose_chunks(Matrix& m, int64_t steps_per_item, bool line_sums, int item) {
@@ -87,7 +86,7 @@ inline void choose_chunks(Matrix& m, int64_t steps_per_item, bool line_sums, int
   m.sections = ceil_div(m.chunks, kFanIn);
 }
 
-// For a matrix that has a launch to itself: as many chunks as make one wave of blocks.
+// For a matrix with its own launch: as many chunks as make one wave of blocks.
 inline void choose_chunks(Matrix& m, bool line_sums, int item) {
   const int64_t side_by_side = m.groups * m.tiles;
   const int64_t chunks = std::max<int64_t>(kBlocks / side_by_side, 1);
@@ -96,7 +95,7 @@ inline void choose_chunks(Matrix& m, bool line_sums, int item) {
 
 inline int64_t items(const Matrix& m) { return m.groups * m.chunks * m.tiles; }
 
-// Scratch memory of a launch while it is given out.
+// Scratch memory of a launch while it is being divided.
 struct Space {
   int64_t partials = 0;
   int64_t counters = 0;
@@ -118,8 +117,8 @@ inline void place_partials(Matrix& m, bool line_sums, Space& space) {
   m.line_counters = take(space.counters, m.tiles > 1 ? m.groups * m.chunks : 0);
 }
 
-// Whether every output's positions are runs that are adjacent in both arrays, and lie equally far from a multiple of 16
-// bytes there.
+// Whether every output's positions form runs that are adjacent in both arrays, at equal distances from a multiple of 16
+// bytes.
 inline bool can_peel(const Rows& r, int64_t vector, int item, bool several_runs) {
   bool alike = (reinterpret_cast<uintptr_t>(r.first) - reinterpret_cast<uintptr_t>(r.second)) % kVectorBytes == 0;
   for (int64_t d = 0; d < r.outputs.count; ++d) alike &= (r.outputs.first[d] - r.outputs.second[d]) % vector == 0;
@@ -127,13 +126,13 @@ inline bool can_peel(const Rows& r, int64_t vector, int item, bool several_runs)
   if (last > 0 && !several_runs) return false;
   for (int64_t d = 0; d < last; ++d) alike &= (r.positions.first[d] - r.positions.second[d]) % vector == 0;
   const bool adjacent = r.positions.first[last] == 1 && r.positions.second[last] == 1;
-  // Below two vectors there may be no whole one; and of several runs each has as many loads as single elements.
+  // With fewer than two vectors there may be no whole one; with several runs each has as many loads as single elements.
   const int64_t least = last == 0 ? 2 * vector : 2 * vector * vector;
   return alike && adjacent && r.positions.sizes[last] >= least && reinterpret_cast<uintptr_t>(r.first) % item == 0;
 }
 
-// Outputs are the `kept` dimensions in that order, positions the `summed` ones; nothing where axes are too many.
-// `several_runs`: the kernel peels more than one run of an output, for which five sums leave it no registers.
+// Outputs are the `kept` dimensions in that order, positions the `summed` ones; nothing if there are too many axes.
+// `several_runs`: the kernel peels more than one run of an output; with five sums it has no registers for that.
 inline std::optional<Rows> rows_of(
     const Pair& pair, const std::vector<Dim>& kept, const std::vector<Dim>& summed, bool several_runs
 ) {
@@ -159,7 +158,7 @@ inline std::optional<Rows> rows_of(
     r.length = r.length / (r.peeled > 0 ? r.peeled : r.positions.sizes[last] * vector) * r.positions.sizes[last];
     r.positions.first[last] = r.positions.second[last] = vector;
   }
-  // A block's every thread should have a full set of loads, and a warp should not be left alone with more than that.
+  // Every thread of a block should have a full set of loads, and no single warp should have more than that.
   constexpr int64_t kShare = kThreads * kLoadsAtOnce;
   r.by_warp = r.length < kShare || r.count >= kBlocks * kWarps;
   r.splits = 1;

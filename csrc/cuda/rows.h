@@ -1,11 +1,11 @@
 // Sums over all positions of each output: channel_dot where the positions lie innermost, weight_moments.
 //
-// Positions are counted in loads (16-byte vectors, or single elements). A warp sums an output where there are enough
-// outputs to fill the device or few positions each; else a block does, or several blocks a share each, of which the
-// last one to end adds up the shares.
+// Positions are counted in loads (16-byte vectors, or single elements). A warp sums an output if there are enough
+// outputs to fill the device, or few positions each. Otherwise a block does, or several blocks sum a share each and the
+// last one to finish adds the shares.
 //
-// Positions that lie in runs of adjacent elements which begin at no multiple of 16 bytes (maps of 17 x 17, one run for
-// each sample) are peeled: a run's elements before its first and after its last whole vector are read one by one.
+// Runs of adjacent elements that do not begin at a multiple of 16 bytes (maps of 17 x 17, one run per sample) are
+// peeled: the elements before the first and after the last whole vector of a run are read one by one.
 #pragma once
 
 #include "device.h"
@@ -21,10 +21,10 @@ struct Rows {
   Axes outputs;
   int64_t count;
   Axes positions;
-  int64_t length;  // loads per output, at most where it is peeled
-  int64_t peeled;  // elements of a run where its vectors begin at an element of its own, else 0
+  int64_t length;  // loads per output, an upper bound if peeled
+  int64_t peeled;  // elements of a run if its vectors begin at different elements, else 0
   bool by_warp;
-  int64_t splits;  // 1 where a warp sums an output
+  int64_t splits;  // 1 if a warp sums an output
   int64_t share;   // loads of one split
 };
 
@@ -41,7 +41,7 @@ __device__ void add_moments(Acc (&sums)[kMoments], Acc a, Acc g) {
   }
 }
 
-// Loads of both arrays, all under way before the first of them is used.
+// Loads of both arrays, all in flight before the first of them is used.
 template <class T, int kItems>
 struct Loads {
   Loaded<T, kItems> first[kLoadsAtOnce], second[kLoadsAtOnce];
@@ -66,9 +66,9 @@ struct Loads {
   }
 };
 
-// The sums over the loads `begin + step * n` below `end` of an output that has several peeled runs. A load is a vector
-// of a run; where the run has one vector less than there is room for, because it begins late, its last load is nothing.
-// Load v brings the v-th of the single elements too.
+// The sums over the loads `begin + step * n` below `end` of an output with several peeled runs. A load is a vector of a
+// run; a run that begins late has one vector less, and its last load is empty. Load v also reads the v-th of the single
+// elements.
 template <class T, int kItems, int kMoments>
 __device__ void read_runs(
     const Rows& r,
@@ -106,8 +106,8 @@ __device__ void read_runs(
   }
 }
 
-// The same where positions have one axis: nothing is divided or multiplied on the way. Vectors are adjacent, so that
-// the loads of one round lie at constant distances.
+// The same for positions on one axis, which needs no divisions or multiplications. Vectors are adjacent, so the loads
+// of one round lie at constant distances.
 template <class T, int kItems, int kMoments>
 __device__ void read_axis(
     const Rows& r,
@@ -154,7 +154,7 @@ __device__ void read_positions(
   if (kItems > 1 && r.peeled > 0) {
     const int64_t head = (kItems - reinterpret_cast<uintptr_t>(first) / sizeof(T) % kItems) % kItems;
     const int64_t vectors = (r.peeled - head) / kItems, rest = r.peeled - vectors * kItems;
-    // Fewer than two vectors' elements, for as many of the threads that begin the output.
+    // Fewer elements than two vectors have, one for each of the first threads of the output.
     if (begin < rest) {
       const int64_t at = begin < head ? begin : begin + vectors * kItems;
       add_moments(sums, widen(__ldg(first + at)), widen(__ldg(second + at)));

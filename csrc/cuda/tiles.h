@@ -1,13 +1,13 @@
-// Column sums, and if wanted line sums, of the product of two matrices, tile by tile: channel_dot and weight_dot.
+// Column sums, and optionally line sums, of the product of two matrices, tile by tile: channel_dot and weight_dot.
 //
 // The arrays are `groups` matrices of `line_count` lines by `columns` columns. An item is a tile of columns by a chunk
 // of lines, read once by one block: each warp takes some lines at a time, each lane some columns. At the end of an item
-// the warps' column sums are added in shared memory and folded into channels: a channel owns `terms` columns (the
+// the warps' column sums are added in shared memory and combined into channels: a channel has `terms` columns (the
 // kernel positions of a weight, the few positions of a small feature map, or the repeats of a widened line).
 //
-// Whatever an item can't finish goes to the partial sums: column sums where there are several chunks, line sums always
-// (a row of a weight may have several lines). Of the items that share an output the last one to end adds them up; many
-// chunks meet in two rounds, first in sections, so that the last one is not left alone with all their sums.
+// Whatever an item can't finish goes to the partial sums: column sums if there are several chunks, line sums always (a
+// row of a weight may have several lines). The last of the items that share an output adds them up. Many chunks are
+// added in two rounds, first in sections, so that the last item does not have to add all their sums alone.
 #pragma once
 
 #include "device.h"
@@ -16,16 +16,15 @@ namespace obc::cuda {
 
 // How a warp reads lines.
 enum class Reading : int64_t {
-  kWide,     // 16-byte vectors, several of a line at once
-  kNarrow,   // 16-byte vectors, one of each of several lines: lines of at most 32 vectors
+  kWide,     // 16-byte vectors, several per line at once
+  kNarrow,   // 16-byte vectors, one from each of several lines: lines of at most 32 vectors
   kStrided,  // single elements of any stride
 };
 
 __host__ __device__ constexpr int vector_items(int item_size) { return kVectorBytes / item_size; }
-// 16 (float64: 8) column sums are what a thread's registers hold beside eight vectors.
+// A thread's registers hold 16 (float64: 8) column sums in addition to eight vectors.
 __host__ __device__ constexpr int wide_unroll(int item_size) { return item_size == 2 ? 2 : 4; }
-// Partial sums that one thread adds up in one go: their loads are all under way at once. At most 264 chunks then need
-// two rounds.
+// Partial sums that one thread adds at once, with all their loads in flight. Then at most 264 chunks need two rounds.
 constexpr int kFanIn = 16;
 constexpr int kVectorsAtOnce = 4;  // of each of the two arrays
 constexpr int kStridedUnroll = 4;
@@ -83,8 +82,8 @@ struct Matrix {
   int64_t line_counters;
 };
 
-// Where the sum of channel (or row) i of a group goes: to group * group_stride + i * stride. Where bias is given,
-// bias[i] * bias_grad[i] is added to it; then the strides are those of one contiguous vector.
+// The sum of channel (or row) i of a group goes to group * group_stride + i * stride. If bias is given,
+// bias[i] * bias_grad[i] is added to it, and the strides are those of one contiguous vector.
 struct Output {
   int64_t group_stride;
   int64_t stride;
@@ -111,8 +110,8 @@ __device__ void store_sum(
 template <class T>
 constexpr int kShared = kWarps * most_columns(Reading::kWide, sizeof(T)) + kThreads;
 
-// Reads the lines [begin, end) of one group and one tile. Leaves each warp's column sums in `shared` and, if wanted,
-// each line's sum in `line_sums`.
+// Reads the lines [begin, end) of one group and one tile. Writes each warp's column sums to `shared` and, if requested,
+// each line's sum to `line_sums`.
 template <class T, int kItems, int kUnroll, int kLines, bool kLineSums>
 __device__ void read_lines(
     const Matrix& m,
@@ -126,13 +125,13 @@ __device__ void read_lines(
   using Acc = Accumulator<T>;
   constexpr int kColumns = kLanes * kItems * kUnroll;
   const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  // Vectors lie next to each other, so that one address serves a whole line.
+  // Vectors are adjacent, so one address serves a whole line.
   const Place step = kItems > 1 ? Place{1, 1} : m.column;
   const T* const first = static_cast<const T*>(m.first) + group * m.group.first + (column + lane * kItems) * step.first;
   const T* const second =
       static_cast<const T*>(m.second) + group * m.group.second + (column + lane * kItems) * step.second;
 
-  // Where the first of a warp's next lines begins, if lines have one axis: then nothing is multiplied on the way.
+  // The beginning of a warp's next lines if lines have one axis, which needs no multiplications.
   const bool one_axis = m.lines.count == 1;
   const int64_t first_line = begin + warp * kLines;
   const T* a_next = first + first_line * m.lines.first[0];
@@ -192,8 +191,8 @@ __device__ void read_lines(
   }
 }
 
-// One item: reads it, adds up its columns, and finishes the channels and rows of which it is the last item.
-// `coarse`, if given, gets the sums of every `coarse_channels` neighbouring channels too; such a matrix has one chunk.
+// Reads one item, adds up its columns, and finishes the channels and rows of which it is the last item. `coarse`, if
+// given, also gets the sums of every `coarse_channels` neighbouring channels; such a matrix has one chunk.
 template <class T, bool kLineSums>
 __device__ void run_item(
     const Matrix& m,

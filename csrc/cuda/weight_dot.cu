@@ -1,16 +1,16 @@
-// weight_dot: row and column sums of w * g from one reading of both arrays; weight_dot_list: of a whole model at once.
+// weight_dot: row and column sums of w * g in one pass over both arrays; weight_dot_list: for a whole model at once.
 //
 //   row_dot[r]       = sum over columns k, kernel s of w[r, k, s] * g[r, k, s]
 //   column_dot[g, k] = sum over rows r of group g, kernel s of w[r, k, s] * g[r, k, s]
 //
 // Shapes: w and g (rows, K, *kernel), any strides, each its own; rows = groups * rows per group. Rows are out channels
-// and columns in channels, the other way round in a transposed convolution; bias * bias_grad joins the out channels.
-// Bytes: both inputs once; partial sums, one a line and tile and one a column and chunk (1/512 and 1/128 of the
+// and columns in channels, or vice versa in a transposed convolution; bias * bias_grad is added to the out channels.
+// Bytes: both inputs once; partial sums, one per line and tile and one per column and chunk (1/512 and 1/128 of the
 // elements of a 4096 x 4096 float32 weight), written and read once. Accumulation: float32, float64 for float64 input.
 //
-// Of rows and columns the one that lies further out in memory makes the lines of the matrix in tiles.h, so that
-// transposed layouts are read along memory too. Kernel positions right inside a channel are columns, others lines.
-// A depthwise layer is one line; there each row sum is a column sum, and sums of those of a group make the other side.
+// The outer of rows and columns in memory forms the lines of the matrix in tiles.h, so transposed weights are read
+// along memory too. Kernel positions directly inside a channel are columns, others lines. A depthwise layer is one
+// line, in which each row sum is a column sum, and sums over a conv group give the other side.
 
 #include <limits>
 
@@ -26,7 +26,7 @@ struct Layer {
   Matrix matrix;
   Output columns;
   Output lines;
-  int64_t lines_are_rows;   // lines are the weight's rows, columns its columns; else the other way round
+  int64_t lines_are_rows;   // lines are the weight's rows, columns its columns; else vice versa
   int64_t coarse_channels;  // rows per group of a depthwise layer, 0 for all others
 };
 
@@ -123,13 +123,13 @@ Output output_of(int64_t per_group, const Pair* bias) {
   return output;
 }
 
-// The matrix of one group, whose dimensions are given. False where they are too many.
+// The matrix of one conv group with the given dimensions; false if there are too many.
 bool plan_matrix(Matrix& m, const std::vector<Dim>& dims, int item, bool& lines_are_rows) {
   const auto find = [&](int role) {
     return std::find_if(dims.begin(), dims.end(), [role](const Dim& dim) { return dim.role == role; });
   };
   const auto row = find(kRow), column = find(kColumn);
-  // Where there is a single row or column, the other side makes the columns of one line.
+  // If there is a single row or column, the other side forms the columns of one line.
   lines_are_rows = row == dims.end() || (column != dims.end() && row < column);
   const auto line = lines_are_rows ? row : column, channel = lines_are_rows ? column : row;
   const Dim one = {1, 0, 0, kColumn};
@@ -146,7 +146,7 @@ bool plan_matrix(Matrix& m, const std::vector<Dim>& dims, int item, bool& lines_
       kernel.push_back(*dim);
     }
   }
-  // A kernel larger than a tile makes lines after all; then a lane's columns lie that far apart.
+  // A kernel larger than a tile forms lines after all; a lane's columns are then that far apart.
   for (;;) {
     m.terms = m.channel_stride = terms.size;
     m.term_stride = 1;
@@ -175,7 +175,7 @@ void plan_empty(Matrix& m, int64_t rows, int64_t columns, int item) {
   choose_tile(m, item);
 }
 
-// One line of all channels of a depthwise weight, `together` of which belong to a group. False where it is no one line.
+// One line of all channels of a depthwise weight, `together` of which belong to a conv group; false if not one line.
 bool plan_depthwise(Matrix& m, const Pair& weight, int64_t together) {
   const std::vector<Dim> dims = cpu::canonical(dims_of(weight, weight.sizes[0]));
   if (dims.empty() || dims.size() > 2 || dims[0].role != kRow) return false;
@@ -189,7 +189,7 @@ bool plan_depthwise(Matrix& m, const Pair& weight, int64_t together) {
   return choose_tile(m, element_size(weight.dtype), together);
 }
 
-// Everything but chunks and places, which depend on what else is launched.
+// Everything except chunks and places, which depend on what else is launched.
 bool plan_layer(const WeightDot& given, Layer& layer) {
   const Pair& weight = given.weight;
   const int item = element_size(weight.dtype);
@@ -261,13 +261,13 @@ int64_t all_items(std::vector<Layer>& layers, int64_t steps_per_item, int item) 
   return count;
 }
 
-// What an item costs beside its steps, in steps: finding its layer, adding up the sums of its warps and writing them.
-// Of the instructions of an item of one step it is about half.
+// The fixed cost of an item, in steps: finding its layer, adding up the sums of its warps and writing them. It is about
+// half of the instructions of an item with one step.
 constexpr int64_t kItemOverhead = 1;
 constexpr int64_t kMostItemsOfBlock = 6;
 
-// Steps of an item, so that the block with most items has least to do: with few long items some blocks have one more
-// than others, with many short ones each pays for more of them.
+// Steps per item that minimise the work of the busiest block: with few long items some blocks have one more than
+// others, with many short ones each pays the fixed cost more often.
 int64_t choose_steps(std::vector<Layer>& layers, int64_t all_steps, int item) {
   int64_t best = 1, least = std::numeric_limits<int64_t>::max();
   for (int64_t wanted = 1; wanted <= kMostItemsOfBlock; ++wanted) {

@@ -1,11 +1,11 @@
-// weight_moments: per row of dim 0, the sums of wg, (wg)^2, |wg|, w^2 and |w| from one reading of both arrays.
+// weight_moments: per row of dim 0, the sums of wg, (wg)^2, |wg|, w^2 and |w| in one pass over both arrays.
 //
 // Shapes: w and g (rows, ...), any strides, each its own; five results (rows,).
-// Bytes: both inputs once; where there are few rows, partial sums of at most 264 blocks written and read once.
+// Bytes: both inputs once; with few rows, partial sums of at most 264 blocks written and read once.
 // Accumulation: float32, float64 for float64 input.
 //
-// Of a transposed weight, whose rows are adjacent, a warp's loads lie a row apart: each brings 32 bytes for one
-// element, and the warps beside it find the rest of them in the cache where it still is.
+// In a transposed weight, whose rows are adjacent, a warp's loads lie a row apart: each fetches 32 bytes for one
+// element, and neighbouring warps find the rest in the cache if it is still there.
 
 #include "plan.h"
 
