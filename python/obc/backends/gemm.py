@@ -5,7 +5,7 @@ Multiplications: C first s*k*i*(o + j), D first s*o*j*(i + k), each divided by t
 backward takes twice as many if the forward kept its first product, and forms nothing larger than the weight.
 
 With ``reduced``, the factors hold only dropped channels: within each block the weight's kept channels come first, and C
-stands for (I C), D for (I D) stacked. Then o and i are the dropped channels where they are summed over.
+stands for (I C), D for (I D) stacked. In sums, o and i then run over the dropped channels.
 
 Memory layout: a weight whose in channels are adjacent (``torch.channels_last`` for two kernel dimensions) is multiplied
 in place on both sides, and so is its gradient. A contiguous one is copied once for D, unless its kernel has a single
@@ -276,7 +276,7 @@ class _Backward:
     def through_compressor(
         self, grad: Tensor, x: Tensor | None, inner: bool, into: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """For Y = C X: (dX = CT dY, dC = dY XT), of (rows, s, i). ``into`` is memory for dX, with ``grad`` first."""
+        """(dX = CT dY, dC = dY XT) for Y = C X of (rows, s, i). ``into`` is memory for dX, with ``grad`` first."""
         assert self.c is not None
         blocks, kept, summed = self.c.shape
         skip = kept if self.form.reduced else 0
@@ -298,7 +298,7 @@ class _Backward:
     def through_decompressor(
         self, grad: Tensor, x: Tensor | None, inner: bool, into: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """For Y = X D: (dX = dY DT, dD = XT dY), of (o, s, columns). ``into`` is memory for dX."""
+        """(dX = dY DT, dD = XT dY) for Y = X D of (o, s, columns). ``into`` is memory for dX."""
         assert self.d is not None
         blocks, kept = self.d.shape[0], self.d.shape[2]
         skip = kept if self.form.reduced else 0

@@ -32,7 +32,7 @@ class Operator:
     native: Mapping[str, str] = field(default_factory=dict)
 
     def native_schema(self, library: str) -> str:
-        """What ``libobc_<library>.so`` registers, including the name."""
+        """The name and schema that ``libobc_<library>.so`` registers."""
         return self.name + self.native.get(library, self.schema)
 
 

@@ -23,7 +23,6 @@ BENCHMARKS = {
 
 
 def add(commands: Any) -> None:
-    """Add ``obc bench`` to the subparsers."""
     bench = commands.add_parser(
         "bench",
         help="time operators, scoring, folded fine-tuning, large models; draw the ratios",
@@ -42,7 +41,6 @@ def add(commands: Any) -> None:
 
 
 def checkout() -> Path:
-    """The folder that contains the benchmarks."""
     for root in (Path.cwd(), Path(obc.__file__).parents[2]):
         if (root / "benchmarks" / "harness.py").is_file():
             return root

@@ -53,7 +53,6 @@ class Checkpoint:
 
 
 def config_of(path: Path) -> Any:
-    """The directory's configuration."""
     if not path.is_dir():
         raise UsageError(f"{path} is no directory; pass one written by save_pretrained")
     if not (path / "config.json").is_file():

@@ -19,7 +19,6 @@ The script does not start Python when it completes."""
 
 
 def add(commands: Any) -> None:
-    """Add ``obc completion`` to the subparsers."""
     completion = commands.add_parser(
         "completion",
         help="print a completion script for a shell",

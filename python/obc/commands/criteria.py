@@ -9,7 +9,6 @@ from obc.criteria.table import as_text
 
 
 def add(commands: Any) -> None:
-    """Add ``obc criteria`` to the subparsers."""
     criteria = commands.add_parser(
         "criteria",
         help="list the criteria: name, what each needs, its units, its source",
@@ -19,6 +18,5 @@ def add(commands: Any) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Print the table."""
     print(as_text())
     return 0

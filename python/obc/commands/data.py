@@ -90,7 +90,6 @@ def _token_batches(
 
 
 def tokenizer_of(source: Path) -> Any:
-    """The directory's tokenizer, or None."""
     if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer

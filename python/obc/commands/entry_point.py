@@ -32,7 +32,7 @@ _FURTHER = ("ignored_layers", "num_heads", "forward_fn")
 
 @dataclass(frozen=True)
 class Subject:
-    """What the entry point returned: the arguments of ``obc.prune``, and further keyword arguments."""
+    """The result of the entry point: the arguments of ``obc.prune``, and further keyword arguments."""
 
     model: nn.Module
     batches: list[Any]

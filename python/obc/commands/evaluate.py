@@ -29,7 +29,6 @@ _ROUNDS = 7
 
 
 def add(commands: Any) -> None:
-    """Add ``obc evaluate`` to the subparsers."""
     evaluate = commands.add_parser(
         "evaluate",
         help="perplexity, accuracy, agreement, speed",

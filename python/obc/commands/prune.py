@@ -127,7 +127,6 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _refuse(parsed: argparse.Namespace, options: dict[str, str], why: str) -> None:
-    """Raise if one of ``options`` was given."""
     for attribute, written in options.items():
         if getattr(parsed, attribute) is not None:
             raise UsageError(f"{written} {why}")

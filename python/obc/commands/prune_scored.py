@@ -97,7 +97,6 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
 
 
 def _check(parsed: argparse.Namespace, source: Path) -> None:
-    """Refuse options that can't be combined."""
     if parsed.scores is None:
         raise UsageError(f"--scores is missing: score the directory first, obc score {source} --data FILE")
     if parsed.compensate and parsed.data is None:
@@ -109,7 +108,7 @@ def _check(parsed: argparse.Namespace, source: Path) -> None:
 
 
 def _report(parsed: argparse.Namespace, structure: Any, budget: Budget) -> PruningReport:
-    """What is known before anything is removed."""
+    """The report before anything is removed."""
     choices = {
         "directory": parsed.target,
         "scores": parsed.scores,
@@ -147,7 +146,6 @@ def _on_first_batch(parsed: argparse.Namespace, model: nn.Module, source: Path) 
 
 
 def _note_result(report: PruningReport, structure: Any, budget: Budget) -> None:
-    """Record what remains."""
     report.note_known(budget.meters.known(structure), before=False)
     report.macs_after, report.parameters_after = (
         round(structure.costs(unit).total()) for unit in ("macs", "parameters")
@@ -159,7 +157,6 @@ def _note_result(report: PruningReport, structure: Any, budget: Budget) -> None:
 
 
 def _statistics(path: Path) -> obc.Statistics:
-    """Load the statistics from a file."""
     try:
         return obc.Statistics.load(path)
     except (OSError, ValueError) as error:
@@ -202,7 +199,6 @@ def _by_criterion(
 
 
 def _limits(structure: Any, caps: Mapping[str, Any]) -> Limits:
-    """The structure's limits combined with the caps."""
     limits: Limits = structure.limits
     least = Caps.of(caps.get("max_pruning_ratio", 1.0), caps.get("protected_blocks", 0)).least(
         {group.name: group.size for group in structure.groups}
@@ -236,7 +232,6 @@ def _chosen(structure: Any, limits: Limits, scores: Scores, budget: Budget, repo
 
 
 def _excess(budget: Budget, costs: Costs) -> float:
-    """How much must be freed."""
     assert budget.share is not None
     return (1 - budget.share) * budget.counted(costs)
 

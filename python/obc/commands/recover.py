@@ -22,7 +22,6 @@ plain model."""
 
 
 def add(commands: Any) -> None:
-    """Add ``obc recover`` to the subparsers."""
     recover = commands.add_parser(
         "recover",
         help="distil the unpruned model into the pruned one",

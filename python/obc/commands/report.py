@@ -24,7 +24,6 @@ obc report scores.safetensors         a score file: every layer's scores, and ho
 
 
 def add(commands: Any) -> None:
-    """Add ``obc report`` to the subparsers."""
     report = commands.add_parser(
         "report",
         help="draw a pruning, or a score file, as one HTML page",
@@ -43,7 +42,6 @@ def add(commands: Any) -> None:
 
 
 def load(path: Path) -> Scores:
-    """Load the scores from a file."""
     try:
         return Scores.load(path)
     except (OSError, ValueError) as error:
@@ -77,7 +75,6 @@ def _file(source: Path) -> Path:
 
 
 def _pruning(source: Path, scores: Path | None) -> tuple[str, str]:
-    """The page of a pruning, and what it shows."""
     further: list[Section] = []
     if scores is not None:
         found = load(scores)

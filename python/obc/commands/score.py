@@ -34,7 +34,6 @@ and no labels."""
 
 
 def add(commands: Any) -> None:
-    """Add ``obc score`` to the subparsers."""
     score = commands.add_parser(
         "score",
         help="score a local transformers directory",
@@ -80,7 +79,6 @@ def add(commands: Any) -> None:
 
 
 def positive(text: str) -> int:
-    """An argument that counts something."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
@@ -143,7 +141,6 @@ def run(parsed: argparse.Namespace) -> int:
 def _collect(
     parsed: argparse.Namespace, model: nn.Module, batches: Any, loss: Any, out: Path, device: torch.device
 ) -> int:
-    """Collect statistics and write them."""
     try:
         with _states(parsed.by_block, out) as states:
             by_block = ByBlock(device=device, states=states) if parsed.by_block else False
@@ -158,7 +155,7 @@ def _collect(
 
 @contextlib.contextmanager
 def _states(by_block: str | None, out: Path) -> Iterator[str]:
-    """Where hidden states are kept between blocks: "host", or a folder that is removed afterwards."""
+    """The place of hidden states between blocks: "host", or a folder that is removed afterwards."""
     if by_block != "disk":
         yield "host"
         return

@@ -80,5 +80,4 @@ class BeamSearch(MeasuredCriterion):
 
 
 def _left(masks: Masks) -> list[tuple[str, int]]:
-    """The units that are not masked."""
     return [(name, unit) for name, mask in masks.items() for unit in (~mask).nonzero().flatten().tolist()]

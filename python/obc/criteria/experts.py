@@ -42,7 +42,6 @@ class ExpertCriterion(Criterion):
         return self.of_experts(found)[order]
 
     def of_experts(self, sums: ExpertSums) -> Tensor:
-        """(experts,) scores."""
         raise NotImplementedError
 
 

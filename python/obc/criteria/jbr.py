@@ -39,7 +39,6 @@ class JBR(MeasuredRows):
         self._labels: WeakKeyDictionary[UsableBatches, dict[int, Tensor]] = WeakKeyDictionary()
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
-        """(N, units) rows of every group."""
         subject = replace(subject, batches=UsableBatches.of(subject.batches))
         if subject.batches not in self._labels:
             self._labels[subject.batches] = predictions(subject)

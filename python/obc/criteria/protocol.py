@@ -1,4 +1,4 @@
-"""What a criterion is: the statistics that it needs, and how it turns them into one score per unit."""
+"""The interface of criteria: the statistics that one needs, and how it turns them into one score per unit."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ScoreFunction = Callable[[ChannelGroup, Statistics, nn.Module], "Tensor | None"]
 
 @dataclass(frozen=True)
 class Subject:
-    """What is scored, and on which data.
+    """The model to score, and the data to use.
 
     Attributes:
         model: the present model.

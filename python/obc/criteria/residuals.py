@@ -25,7 +25,7 @@ def has_bias(consumer: Consumer) -> bool:
 
 @dataclass(frozen=True)
 class Cut:
-    """What one row covers: a batch, a sample, or a number of consecutive tokens of a sample.
+    """The extent of one row: a batch, a sample, or a number of consecutive tokens of a sample.
 
     Attributes:
         per_sample: every sample has its own rows.
@@ -71,7 +71,7 @@ class Residuals:
 
     @classmethod
     def of(cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float) -> Residuals:
-        """For a consumer whose Gram matrix was collected; ``ridge`` is relative to the mean diagonal."""
+        """Residuals of a consumer whose Gram matrix was collected; ``ridge`` is relative to the mean diagonal."""
         centred = has_bias(consumer)
         inverted = inverse(second_moment(consumer, statistics, centred), ridge)
         channels = consumer.channels

@@ -20,7 +20,7 @@ def group_scores(criterion: Any, subject: Subject) -> GroupScores:
 
     Args:
         criterion: a name, an object or a function.
-        subject: what is scored, and on which data.
+        subject: the model to score, and the data to use.
 
     Raises:
         ValueError: scores have another shape than (units,), or are not finite; the message names the group.
@@ -61,7 +61,6 @@ def scores_from(criterion: Any, groups: Any, statistics: Statistics, model: nn.M
 
 
 def needed(criterion: Any) -> list[Chosen]:
-    """The statistics that the criterion needs."""
     return chosen_statistics(list(criterion.needs)) if criterion.needs else []
 
 

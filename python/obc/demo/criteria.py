@@ -38,7 +38,6 @@ class Criterion:
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross-entropy of one batch."""
     images, labels = batch
     return F.cross_entropy(model(images), labels)
 

@@ -80,7 +80,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """What the demo shows: figures, and answers of the unpruned and the last pruned model."""
+    """The results that the demo shows: figures, and answers of the unpruned and the last pruned model."""
 
     title: str
     what: str
@@ -208,7 +208,6 @@ def language_model(model: Any, tokenizer: Any, seed: int, title: str) -> Subject
 
 
 def _sequences(tokenizer: Any, text: str, number: int, seed: int) -> list[Tensor]:
-    """Batches of one sequence: disjoint pieces of the text."""
     tokens = torch.tensor(tokenizer(text)["input_ids"])
     pieces = tokens[: len(tokens) // _LENGTH * _LENGTH].reshape(-1, 1, _LENGTH)
     return list(pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[:number]])
@@ -279,7 +278,7 @@ SUBJECTS: dict[str, Callable[[int], Subject]] = {
 }
 
 
-# --- what is printed and drawn -------------------------------------------------------------------------------------
+# --- printing and drawing -----------------------------------------------------------------------------------------
 
 
 def shown(result: Result) -> str:

@@ -1,4 +1,4 @@
-"""What a pruned network regains without training: BatchNorm recalibrated, or compensated by least squares."""
+"""Recovery of a pruned network without training: BatchNorm recalibrated, or compensated by least squares."""
 
 from __future__ import annotations
 

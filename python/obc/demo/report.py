@@ -24,7 +24,7 @@ _LINE = 118
 
 
 def protocol() -> str:
-    """What the figures mean, in words."""
+    """The meaning of the figures, in words."""
     return textwrap.fill(
         f"Accuracy on {TEST_IMAGES} held-out digits after pruning, without fine-tuning. Torch-Pruning "
         f"{version('torch-pruning')}, global ranking, 1/{STEPS} of the channels a step; Taylor and Jacobian are "
@@ -70,7 +70,7 @@ def fine_tuning_table(result: FineTuning) -> str:
 
 
 def fine_tuning_protocol() -> str:
-    """What the fine-tuning's figures mean, in words."""
+    """The meaning of the fine-tuning's figures, in words."""
     rates = ", ".join(f"{rate:g}" for rate in LEARNING_RATES)
     return textwrap.fill(
         f"Accuracy on {TEST_IMAGES} held-out digits after {EPOCHS} epochs of fine-tuning, AdamW, one-cycle schedule, "

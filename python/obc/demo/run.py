@@ -54,7 +54,7 @@ class Point:
 
 @dataclass(frozen=True)
 class CriterionResult:
-    """What one criterion kept, and the cost of scoring the unpruned network by it."""
+    """The networks pruned by one criterion, and the cost of scoring the unpruned network by it."""
 
     criterion: str
     points: tuple[Point, ...]
@@ -134,7 +134,6 @@ def seeded(seed: int) -> None:
 
 
 def example() -> torch.Tensor:
-    """One blank image."""
     return torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE)
 
 
@@ -145,7 +144,6 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def make_pruner(model: Any, importance: Any) -> Any:
-    """The pruner for every criterion."""
     return tp.pruner.MagnitudePruner(
         model,
         example(),

@@ -27,7 +27,7 @@ _PLAIN = (bool, int, float, str)
 
 @dataclass(frozen=True)
 class StandIn:
-    """What a removed module's stand-in returns.
+    """The outputs of a removed module's stand-in.
 
     Attributes:
         returns: "input": its first floating tensor, unchanged. "zeros": zeros of the same shape.
@@ -111,7 +111,7 @@ class BlockList:
 
 @dataclass(frozen=True)
 class Depth:
-    """Which blocks and branches were removed, in terms of the unpruned model.
+    """The removed blocks and branches, in terms of the unpruned model.
 
     Attributes:
         lists: name of a list of blocks -> which of them were removed.

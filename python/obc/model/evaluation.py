@@ -51,7 +51,7 @@ def call_on_batch(model: nn.Module, batch: Any) -> Any:
 
 
 def with_outputs(model: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Any]]:
-    """What ``run()`` returns, and what ``model`` returned at each call meanwhile."""
+    """The result of ``run()``, and the outputs of each call of ``model`` meanwhile."""
     outputs: list[Any] = []
     handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
     try:

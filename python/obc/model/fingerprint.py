@@ -1,4 +1,4 @@
-"""What must match when a run resumes from a checkpoint: the weights, and the states of torch's generators."""
+"""The state that must match when a run resumes from a checkpoint: the weights, and the states of torch's generators."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Sided(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Slice:
-    """What one layer loses with each unit of a group.
+    """The part that one layer loses with each unit of a group.
 
     Attributes:
         module: the layer's name.

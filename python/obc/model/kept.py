@@ -1,4 +1,4 @@
-"""What one layer kept: an entry of a pruning plan, and how a further step narrows it."""
+"""The entry of a pruning plan for one layer, and how a further step narrows it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PlanError(PruningError):
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """What one layer, or one parameter outside any layer, kept.
+    """The channels that one layer, or one parameter outside any layer, kept.
 
     Attributes:
         out_channels: int64 indices of the kept out channels, ascending; None if all are kept. Norms, embeddings (their

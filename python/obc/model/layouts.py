@@ -10,7 +10,7 @@ from obc.model.rules import Rule, is_transformers_conv1d, rule_for
 
 
 def layout_of(module: nn.Module) -> Rule | None:
-    """Where the channels of a linear or convolutional layer lie; None for other modules."""
+    """The rule for the channels of a linear or convolutional layer; None for other modules."""
     if not isinstance(module, (_ConvNd, nn.Linear)) and not is_transformers_conv1d(module):
         return None
     rule = rule_for(module)

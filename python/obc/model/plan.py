@@ -32,7 +32,7 @@ _DIMENSIONS = ("dim", "in_dim")
 
 
 class PruningPlan(Mapping[str, Kept]):
-    """What every pruned layer kept of the original model, by module name (raw parameters: by parameter name).
+    """The channels that every pruned layer kept, by module name (raw parameters: by parameter name).
 
     Names are those of the unpruned model, even if whole blocks were removed and later ones moved up in their list.
 

@@ -1,4 +1,4 @@
-"""Which modules have channels to score, and where their channels lie.
+"""Rules for the modules that have channels to score: where these channels lie.
 
 A rule says how a module's row can be read: by gates on its input and output, from the gradients of its one-dimensional
 parameters, or only from its weight's gradient.
@@ -19,7 +19,7 @@ from obc.model.sharding import is_dtensor
 
 @dataclass(frozen=True)
 class Rule:
-    """Where a module's channels lie.
+    """The location of a module's channels.
 
     Attributes:
         kind: "gate" (activation times gradient at input and output), "norm" (one-dimensional weight and bias that scale

@@ -262,7 +262,7 @@ def _addresses(vector: Tensor) -> range:
 
 
 def apart(scores: Tensor, row: Tensor) -> None:
-    """Require that the two vectors, both of which are written, share no entry. Fakes have no memory to check."""
+    """Require that the two vectors, which are both written, share no entry. Fakes have no memory to check."""
     first, second = _addresses(scores), _addresses(row)
     if first.start >= second.stop or second.start >= first.stop:
         return

@@ -111,7 +111,7 @@ def _active(structure: Structure) -> float | None:
 
 @dataclass(frozen=True)
 class Budget:
-    """What must remain of the unpruned model.
+    """The part of the unpruned model that must remain.
 
     Attributes:
         argument: the argument of ``obc.prune`` that says what is counted.
@@ -148,12 +148,10 @@ class Budget:
 
     @property
     def noun(self) -> str:
-        """Its name in messages."""
         return NOUNS[self.argument]
 
     @property
     def unit(self) -> Counted:
-        """The unit of its costs."""
         units: dict[Argument, Counted] = {
             "macs": "macs",
             "active_params": "active_parameters",

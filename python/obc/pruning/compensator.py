@@ -65,7 +65,6 @@ class Compensator:
             self.structure.plan.put_slices(self._states, self.model)
 
     def step(self) -> None:
-        """Call after a step's removal."""
         if self.every_step:
             self._run()
 
@@ -83,7 +82,6 @@ class Compensator:
                 tensor.copy_(value)
 
     def finish(self) -> None:
-        """Call after the last step."""
         if not self.every_step:
             self._run()
 

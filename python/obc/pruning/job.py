@@ -75,7 +75,6 @@ class Job:
         report.macs_before, report.parameters_before = (round(self.unpruned[unit]) for unit in _UNITS)
 
     def _costs(self) -> Costs:
-        """The costs that the budget counts, for the present model."""
         return self.budget.costs(self.structure)
 
     def run(
@@ -118,7 +117,6 @@ class Job:
             self._warn(warning)
 
     def _measure(self) -> None:
-        """Record what the present model costs."""
         report = self.report
         report.macs_after, report.parameters_after = (round(self.structure.costs(unit).total()) for unit in _UNITS)
         counted = sum(parameter.numel() for parameter in self.subject.model.parameters())
@@ -208,12 +206,11 @@ class Job:
         return rows
 
     def _note_importance(self, statistics: Statistics) -> None:
-        """Record the importance that a profile follows."""
         importance = getattr(self.choice.allocation, "importance", None)
         self._importance = {} if importance is None else importance(statistics)
 
     def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float, goal: float) -> dict[str, Tensor]:
-        """What the allocation removes to free ``excess``, part of all steps' ``goal``; each warning is issued once."""
+        """The units that the allocation removes to free ``excess`` of all steps' ``goal``; warns only once."""
         choice, limits = self.choice, self._limits()
         task = Task(
             rows,
@@ -261,7 +258,6 @@ class Job:
             )
 
     def _limits(self) -> Limits:
-        """The structure's limits combined with the caller's."""
         own: Limits = getattr(self.structure, "limits", Limits())
         names = [group.name for group in self.structure.groups]
         whole_blocks = {group.name for group in self.structure.groups if group.is_depth}

@@ -42,7 +42,6 @@ class MeasuredMacs:
             calibrate(counted)
 
     def finish(self, model: nn.Module) -> None:
-        """Count what the pruned model executes."""
         report = self._report
         if not self._before:
             return

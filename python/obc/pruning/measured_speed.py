@@ -32,7 +32,6 @@ class MeasuredSpeed:
             self._unpruned = shared_copy(model)
 
     def finish(self, pruned: nn.Module) -> None:
-        """Time the unpruned and the pruned model."""
         first = next(pruned.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
         models = (self._unpruned, pruned)

@@ -1,4 +1,4 @@
-"""Where a pruned model comes from: what was requested, and with which software."""
+"""The provenance of a pruned model: the request and the software."""
 
 from __future__ import annotations
 

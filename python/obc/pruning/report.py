@@ -71,7 +71,7 @@ class Change:
 
 @dataclass
 class PruningReport:
-    """What :func:`obc.prune` did.
+    """The report of :func:`obc.prune`.
 
     MACs are predicted: those of one call with the example inputs, as :func:`obc.structures.measure.costs_of` counts;
     for transformers models those of the first batch, or for one token if that makes no difference

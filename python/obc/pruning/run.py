@@ -268,7 +268,7 @@ def _loss(
 
 @contextlib.contextmanager
 def _restored_on_error(model: nn.Module, report: PruningReport, budget: Budget, steps: int) -> Iterator[Snapshot]:
-    """After an exception inside the block, restore the model, and add a note to the exception on how far it came."""
+    """Restore the model after an exception inside the block, and add a note to the exception on how far it came."""
     snapshot = Snapshot(model)
     try:
         yield snapshot
@@ -316,7 +316,6 @@ def _first_left_out(left_out: Mapping[str, str]) -> str:
 
 
 def _forward(loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool) -> ForwardFn:
-    """Returns a model's outputs on a batch."""
     if forward_fn is not None:
         return forward_fn
     if loss_fn is None:
@@ -325,7 +324,7 @@ def _forward(loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, l
 
 
 def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
-    """What the model returns while ``loss_fn`` runs."""
+    """Returns the model's outputs while ``loss_fn`` runs."""
 
     def forward(model: nn.Module, batch: Any) -> list[Any]:
         _, outputs = with_outputs(model, lambda: loss_fn(model, batch))

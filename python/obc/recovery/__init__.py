@@ -1,4 +1,4 @@
-"""After pruning: compensation, recalibration, folded fine-tuning, distillation."""
+"""Recovery after pruning: compensation, recalibration, folded fine-tuning, distillation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What compensation did, for each layer and for the whole model."""
+"""The report of compensation, for each layer and for the whole model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerCompensation:
-    """What compensation did for one consumer.
+    """The result of compensation for one consumer.
 
     Attributes:
         input_error_before: E |x - naive|^2 / E |x|^2 of its reconstructed input on the calibration batches.
@@ -35,7 +35,7 @@ class LayerCompensation:
 
 @dataclass(frozen=True)
 class LayerCorrection:
-    """What mode "correct" did for one consumer.
+    """The result of mode "correct" for one consumer.
 
     Errors are relative squared errors on the held-out batches at the layer's point: the residual stream that its output
     enters, or its own output.
@@ -63,7 +63,7 @@ class LayerCorrection:
 
 @dataclass
 class CompensationReport:
-    """What :func:`compensate` did.
+    """The report of :func:`compensate`.
 
     Errors are relative squared errors of the model's output against the unpruned model's on the held-out batches.
 
@@ -113,7 +113,6 @@ class CompensationReport:
         self.unreached = list(names)
 
     def leave_naive(self) -> None:
-        """Record that every layer was left naive."""
         self.final_error, self.norms_recalibrated = self.naive_error, False
         self.layers = {name: replace(layer, applied=False) for name, layer in self.layers.items()}
 

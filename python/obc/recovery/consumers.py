@@ -55,7 +55,6 @@ class Consumer:
         return Moments.bytes_for(len(self.positions), self.size, self.positions.shape[1], paired)
 
     def moments(self, paired: bool) -> Moments:
-        """Empty sums for this layer's input."""
         return Moments(self.positions, self.size, paired)
 
     def rows(self, x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ class _Sums:
 
 @dataclass
 class _Place:
-    """Where layers are corrected: the whole models, or one module of the chain.
+    """The part in which layers are corrected: the whole models, or one module of the chain.
 
     Attributes:
         full: runs the unpruned model's part on a batch, given by its index.
@@ -153,7 +153,6 @@ class CorrectRun:
         return error
 
     def _live(self) -> list[int]:
-        """The indices of the batches that are not left out."""
         return [index for index, number in enumerate(self.numbers) if number not in self.usable.left_out]
 
     def _leave_out(self, index: int) -> None:

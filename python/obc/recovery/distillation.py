@@ -85,7 +85,7 @@ def _mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Distillation:
-    """What training compares a pruned model with: a weighted sum of losses against the unpruned one.
+    """A weighted sum of losses of a pruned model against the unpruned one.
 
     Attributes:
         logits: weight of :func:`logit_distillation`.

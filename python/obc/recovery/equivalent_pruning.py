@@ -109,8 +109,6 @@ def _refuse_order(order: str, model: nn.Module, plan: PruningPlan) -> None:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer about to be folded."""
-
     name: str
     module: nn.Module
     layout: Rule
@@ -374,7 +372,6 @@ def _folds(model: nn.Module, recurse: bool = True) -> Iterator[tuple[Tensor, Fol
 
 
 def _chains(module: nn.Module) -> Any:
-    """The parametrisations of a module's tensors, by name."""
     return module.parametrizations
 
 

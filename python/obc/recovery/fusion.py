@@ -32,7 +32,7 @@ Outputs = Literal["mean", "sum"]
 
 @dataclass
 class FusionReport:
-    """What :func:`fuse_units` did.
+    """The report of :func:`fuse_units`.
 
     Attributes:
         fused: group -> (number of units before, number after).

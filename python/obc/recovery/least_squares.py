@@ -192,7 +192,6 @@ class LeastSquaresRun:
         return _Candidate("layer by layer", found, ridge)
 
     def _moments(self, names: Sequence[str], paired: bool) -> tuple[dict[str, Moments], dict[str, Moments]]:
-        """Moments of the calibration batches and of the held-out batches."""
         taken = 2 * sum(self.consumers[name].bytes(paired) for name in names)
         self.report.moment_bytes = max(self.report.moment_bytes, taken)
         found = []

@@ -22,7 +22,7 @@ from obc.statistics.run import collect
 
 @dataclass
 class MeansReport:
-    """What :func:`absorb_means` did.
+    """The report of :func:`absorb_means`.
 
     Attributes:
         absorbed: consumers whose bias absorbed the mean of their dropped channels.

@@ -179,7 +179,6 @@ class Moments:
         return self._selection if self.paired else None
 
     def _naive_error(self, count: float) -> float:
-        """sum |x - S z|^2 / count."""
         if not self.paired:
             return float(self._taken(self.square).sum()) / count
         return _error(self._selection, self.cross, self._gram, self.square) / count
@@ -202,7 +201,6 @@ def _blocked(rows: Tensor, blocks: int) -> Tensor:
 
 
 def _error(decompressor: Tensor, cross: Tensor, gram: Tensor, square: Tensor) -> float:
-    """E |x - D z|^2 from the moments."""
     return float(square.sum() - 2 * (decompressor * cross).sum() + ((decompressor @ gram) * decompressor).sum())
 
 

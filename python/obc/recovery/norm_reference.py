@@ -54,7 +54,6 @@ class MomentSums:
         self._calls += 1
 
     def gather(self, processes: Processes) -> None:
-        """Add up what the processes accumulated."""
         calls = torch.tensor(self._calls)
         processes.add([self._mean, self._variance, calls])
         self._calls = int(calls)

@@ -81,7 +81,6 @@ class NormalEquations:
         self.total += z.shape[1] if weights is None else float(weights.double().sum())
 
     def gather(self, processes: Processes) -> None:
-        """Add up the sums of all processes."""
         rows, total = torch.tensor(self.rows), torch.tensor(self.total, dtype=torch.float64)
         processes.add([*self._sums(), rows, total])
         self.rows, self.total = int(rows), float(total)

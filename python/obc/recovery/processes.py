@@ -25,7 +25,6 @@ class Processes:
         self._reduce(tensors, "SUM")
 
     def total(self, *numbers: float) -> list[float]:
-        """The sums of the processes' numbers."""
         summed = torch.tensor(numbers, dtype=torch.float64)
         self.add([summed])
         return summed.tolist()

@@ -27,7 +27,7 @@ Train = Literal["naive", "folded", "lora"]
 
 @dataclass
 class RecoveryReport:
-    """What training did.
+    """The report of training.
 
     Attributes:
         losses: mean loss of every optimizer step over its batches.

@@ -156,7 +156,7 @@ def _holds(module: str, scope: str) -> bool:
 
 @dataclass
 class Arguments:
-    """What a module of the chain was called with, without the stream."""
+    """The arguments of a module in the chain, without the stream."""
 
     leaves: list[Any]
     spec: Any

@@ -43,7 +43,6 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The sum of all parts."""
         return self.weights + self.activations + self.rows + self.checking_row + self.kept_rows
 
     def __str__(self) -> str:
@@ -137,6 +136,5 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address -> bytes of these tensors' storages, each once."""
     storages = (tensor.untyped_storage() for tensor in tensors)
     return {storage.data_ptr(): storage.nbytes() for storage in storages}

@@ -50,7 +50,6 @@ class Parts:
 
     @property
     def devices(self) -> set[torch.device]:
-        """The devices that rows are read on."""
         return {flat.device for flat in self.flats}
 
     @property

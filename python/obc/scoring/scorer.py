@@ -224,7 +224,7 @@ class JacobianScorer:
         """
         load_state(self._parts, self.rows, state)
 
-    # --- what is held, and where ------------------------------------------------------------------------------
+    # --- memory and devices -----------------------------------------------------------------------------------
 
     @property
     def groups_in_step(self) -> list[Any]:
@@ -243,7 +243,7 @@ class JacobianScorer:
 
     @property
     def row_store(self) -> RowStore | None:
-        """Where rows are kept; None with ``keep_rows=False``."""
+        """The store of kept rows; None with ``keep_rows=False``."""
         return self._parts.store
 
     def rows_bytes(self, num_rows: int) -> int:

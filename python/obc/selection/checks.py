@@ -111,7 +111,7 @@ def removal_costs(
     lowest: Sequence[int],
     device: torch.device,
 ) -> RemovalCosts:
-    """What removals free, for the groups with rows, in their order; ``lowest`` holds their lowest widths."""
+    """The costs that removals free, for the groups with rows, in their order; ``lowest`` holds their lowest widths."""
     missing = sorted(set(names) - set(costs.names if isinstance(costs, Costs) else costs))
     if missing:
         raise ValueError(f"there are rows but no costs of {named(missing)}: are these rows of another model?")

@@ -179,7 +179,7 @@ def _within_budget(names: Sequence[str], problem: Problem, solver: Greedy, budge
 
 
 def _dearest(problem: Problem) -> Problem:
-    """If units have costs of their own: allow only the units that free what is reachable."""
+    """The problem restricted to the units that free what is reachable, if units have their own costs."""
     costs = problem.costs
     assert costs.unit_costs is not None
     only = torch.zeros_like(costs.unit_costs)
@@ -191,7 +191,6 @@ def _dearest(problem: Problem) -> Problem:
 
 
 def _by_group(chosen: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The units of each group, as indices within it, ascending."""
     gone = torch.zeros(sum(sizes), dtype=torch.bool)
     gone[chosen] = True
     return [part.nonzero().flatten() for part in gone.split(list(sizes))]

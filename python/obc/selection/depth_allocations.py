@@ -75,7 +75,6 @@ class Window:
 
 
 def _blocks(task: Task) -> list[ChannelGroup]:
-    """The whole blocks that remain, in the order of execution."""
     blocks = [group for group in task.groups if group.kind == "layers" and group.name in task.scores]
     if not blocks:
         raise ValueError(

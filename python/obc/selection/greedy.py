@@ -37,7 +37,7 @@ class Interacting:
 
 @dataclass(frozen=True)
 class RemovalCosts:
-    """What removals from G groups free: a polynomial of their numbers, or each unit's own cost.
+    """The costs freed by removals from G groups: a polynomial of their numbers, or each unit's own cost.
 
     Attributes:
         slope, curvature: (G,) and (G, G) float64: if effective widths fall by k, slope . k - k^T curvature k is freed.
@@ -78,7 +78,7 @@ class Problem:
     inside: Mapping[int, Sequence[int]] = field(default_factory=dict)
 
     def reachable(self) -> float:
-        """What is freed when every group has its lowest width."""
+        """The cost freed when every group has its lowest width."""
         losses = [size - lowest for size, lowest in zip(self.sizes, self.lowest, strict=True)]
         for block, groups in self.inside.items():
             if losses[block]:
@@ -99,7 +99,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Proposals:
-    """What every group would lose next.
+    """The units that every group would lose next.
 
     Attributes:
         increments, rounding: (groups,) sums over these units, and their uncertainty.

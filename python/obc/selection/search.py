@@ -133,6 +133,5 @@ class Search:
 
 
 def _ranked(values: Tensor) -> Tensor:
-    """Units, least important first."""
     scores = values if values.dim() == 1 else values.double().square().sum(0)
     return scores.argsort(stable=True).cpu()

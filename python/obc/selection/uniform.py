@@ -143,8 +143,6 @@ def _widths(
 
 @dataclass(frozen=True)
 class _Limits:
-    """The permitted widths of a family."""
-
     family: Sequence[str]
     full: int
     permitted: Sequence[int]

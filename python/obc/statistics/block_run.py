@@ -60,7 +60,7 @@ class _StandIn(nn.Module):
 
 
 class _Seen:
-    """What the whole model showed on the first part of the first batch.
+    """Observations of the whole model on the first part of the first batch.
 
     Attributes:
         chain: the blocks in the order in which they ran.

@@ -20,7 +20,7 @@ _OUTSIDE = ""  # owner of what lies in no block, or in several
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a module keeps a parameter or buffer.
+    """The place of a parameter or buffer in a module.
 
     Attributes:
         name: name in ``model.state_dict()``.
@@ -119,7 +119,6 @@ class BlockWeights:
 
 
 def _index(files: str | PathLike[str]) -> dict[str, Path]:
-    """Tensor name -> the file that has it."""
     path = Path(files)
     paths = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not paths:

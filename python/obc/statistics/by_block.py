@@ -61,14 +61,13 @@ class ByBlock:
         return found
 
     def runs_on(self, model: nn.Module) -> torch.device:
-        """The device that blocks run on."""
         if self.device is not None:
             return torch.device(self.device)
         devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)
         return next(devices, torch.device("cpu"))
 
     def identity(self) -> dict[str, Any]:
-        """What must match when a run resumes from a checkpoint."""
+        """The options that must match when a run resumes from a checkpoint."""
         weights = None if self.weights is None else str(self.weights)
         return {"blocks": None if self.blocks is None else list(self.blocks), "weights": weights}
 

@@ -154,11 +154,9 @@ class GramReader(InputReader):
         return max(12 * self._triangles[name].numbers, 8 * self.widths[name] ** 2)
 
     def product_bytes(self, name: str) -> int:
-        """Bytes of a batch's product."""
         return 4 * self._triangles[name].numbers
 
     def largest(self) -> str:
-        """The layer with the most in channels."""
         return max(self.widths, key=self.widths.__getitem__)
 
     def bytes_by_device(self) -> dict[torch.device, int]:

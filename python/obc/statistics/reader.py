@@ -294,7 +294,6 @@ class InputReader(Reader):
                     self.sums.add(one, field, values)
 
     def checked_input(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-        """The layer's input."""
         x = first_tensor(args, kwargs)
         if x is None:
             raise StatisticsError(f"{name!r} was called without a tensor; leave it out with groups=")
@@ -318,7 +317,7 @@ class InputReader(Reader):
 
 
 class _Reading:
-    """What was read from a tensor, for consecutive modules that get it: query, key and value, gate and up.
+    """The values read from a tensor, for consecutive modules that get it: query, key and value, gate and up.
 
     Args:
         x: the tensor.

@@ -66,7 +66,7 @@ class ByModule(Mapping[str, Value], Generic[Value]):
 
 
 class Statistics:
-    """What :func:`obc.collect` read: sums over all positions, samples or rows, not means.
+    """The result of :func:`obc.collect`: sums over all positions, samples or rows, not means.
 
     ``rows[module]`` is as in ``Scores.rows``; ``moments[module]``, ``gram[module]``, ``gradient_moments[module]``,
     ``experts[module]`` and ``blocks[module]`` are :class:`obc.statistics.ChannelMoments`, ``GramSum``,
@@ -76,7 +76,7 @@ class Statistics:
         collected: names of the statistics that were collected.
         num_batches: number of batches that were run, on all processes.
         coverage: statistic -> module -> how it was read, or why not (:class:`obc.Coverage`).
-        left_out: what was left out of which statistic because it was not finite.
+        left_out: the batches left out of a statistic because they were not finite.
         metadata: model class, kind of rows, obc's version.
         report: time and memory; None for loaded statistics without a report.
     """

@@ -44,7 +44,6 @@ class RoutedInput:
 
 
 def expert_count(module: nn.Module) -> int:
-    """The number of experts in the module."""
     return len(_weights(module)[1])
 
 
@@ -60,7 +59,7 @@ def expert_name(module: str, expert: int) -> str:
 
 
 def inner_width(module: nn.Module) -> int:
-    """In channels of each down projection."""
+    """The number of in channels of each down projection."""
     return _weights(module)[1].shape[2]
 
 

@@ -196,7 +196,6 @@ class _Run:
     def over(
         self, batches: Iterable[Any], call: Callable[..., Any], total: int | None, every: int, progress: bool | None
     ) -> None:
-        """Read every batch."""
         earlier = 0.0
         if self.saved is not None and (state := self.saved.resume()) is not None:
             self.done, earlier = state["batches"], state["seconds"]
@@ -224,7 +223,6 @@ class _Run:
         self.report = Report(seconds, self.done, memory.read(), held + kept)
 
     def over_blocks(self, batches: Iterable[Any], call: Callable[..., Any], progress: bool | None) -> None:
-        """Read every batch block by block."""
         assert self.by_block is not None
         done, earlier = 0, 0.0
         if self.saved is not None and (state := self.saved.resume()) is not None:
@@ -264,7 +262,6 @@ class _Run:
 
     @contextlib.contextmanager
     def _hooked(self) -> Iterator[None]:
-        """Attach the readers' hooks to the model, in eval mode."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(evaluating(self.model))
             fast = torch.backends.mha.get_fastpath_enabled()
@@ -312,7 +309,6 @@ class _Run:
         self._commit()
 
     def _parts(self, batch: Any) -> list[Any]:
-        """The parts of a batch."""
         samples = 0 if self.micro_batch is None else samples_in(batch)
         step = self.micro_batch or 1
         if samples <= step:
@@ -335,7 +331,6 @@ class _Run:
                 reader.sums.commit(self.done)
 
     def statistics(self) -> Statistics:
-        """The statistics of all processes."""
         if self.process_group is not None:
             for reader in self.readers.values():
                 reader.sums.merge(self.process_group)

@@ -100,7 +100,7 @@ class Sums:
         self._spare.clear()
 
     def settle(self) -> list[str]:
-        """What was left out so far. Reads from the device."""
+        """The batches left out so far. Reads from the device."""
         for batch, keys, flags in self._flags:
             if not bool(flags.all()):
                 self._name(batch, keys, flags)

@@ -50,7 +50,6 @@ class Triangle:
             torch.addmm(stored, left[:, start : start + len(stored)].mT, right[:, start:], beta=beta, out=stored)
 
     def diagonal(self, packed: Tensor) -> Tensor:
-        """(width,) the diagonal."""
         return torch.cat([stored.diagonal() for _, stored in self._blocks(packed)])
 
     def unpacked(self, packed: Tensor) -> Tensor:

@@ -1,1 +1,1 @@
-"""What can be removed from a model: the protocol, structures found by tracing, and transformers by blocks."""
+"""The removable parts of a model: the protocol, structures found by tracing, and transformers by blocks."""

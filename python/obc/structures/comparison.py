@@ -36,7 +36,7 @@ _SEED = 0x0BC
 
 @dataclass
 class Reading:
-    """What one call of one layer read.
+    """The input of one call of one layer.
 
     Attributes:
         sums: (C,) random sums over the positions.
@@ -80,7 +80,6 @@ class Observation:
 
     @property
     def finite(self) -> bool:
-        """Whether all outputs are finite."""
         return all(bool(torch.isfinite(leaf).all()) for leaf in self.outputs)
 
 

@@ -59,7 +59,7 @@ def _median(call: Callable[[], Any], device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a module was called with."""
+    """The arguments of a module's call."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -145,7 +145,6 @@ class _Measurement:
             return self.timer(call, self.device)
 
     def _calls(self, model: nn.Module, places: Collection[str] | None) -> dict[str, list[_Call]]:
-        """The arguments of the named modules, or of all, in one run."""
         calls: dict[str, list[_Call]] = {}
         handles = []
         for name, module in named_modules(model):
@@ -184,7 +183,7 @@ def _described(module: nn.Module, calls: Sequence[_Call]) -> Hashable:
     return repr(module), parameters, attributes, tuple(call.shapes() for call in calls)
 
 
-# --- where a group's time goes ------------------------------------------------------------------------------------
+# --- dividing the time by group -----------------------------------------------------------------------------------
 
 
 def _places(model: nn.Module, groups: Sequence[ChannelGroup], called: Collection[str]) -> dict[str, list[str]]:
@@ -215,7 +214,6 @@ def _running(name: str, called: Collection[str]) -> str:
 
 
 def _inside(name: str, other: str) -> bool:
-    """Whether the module ``name`` lies in the module ``other``."""
     return name.startswith(f"{other}.")
 
 
@@ -253,7 +251,7 @@ class _Shares:
                     by_group[name] /= total
 
     def own(self, name: str, full: Mapping[str, float], now: Mapping[str, float]) -> list[float]:
-        """For each place, the group's part of the seconds ``now``; ``full``: seconds in the unpruned model."""
+        """The group's part of the seconds ``now``, for each place; ``full``: seconds in the unpruned model."""
         return [seconds - full[place] * (1 - self._share(place, name)) for place, seconds in now.items()]
 
     def _share(self, place: str, name: str) -> float:
@@ -263,7 +261,6 @@ class _Shares:
         return outputs + inputs - outputs * inputs
 
     def pairs(self, full: Mapping[str, float]) -> list[SharedSeconds]:
-        """The seconds that two groups share."""
         found: dict[tuple[str, str], float] = {}
         for place, sides in self._of_place.items():
             for one, share in sides["out"].items():

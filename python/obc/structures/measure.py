@@ -21,7 +21,7 @@ from obc.structures.polynomial import Polynomial, check_unit
 
 @dataclass
 class Usage:
-    """What one forward pass showed about the layers.
+    """Observations of the layers in one forward pass.
 
     Attributes:
         positions: layer -> the number of positions at which its weight is applied: of the output; for transposed

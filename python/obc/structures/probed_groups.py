@@ -57,7 +57,6 @@ class Suspect:
 
     @property
     def width(self) -> int:
-        """The number of channels to tell apart."""
         return max(self.found.size, *(max(roots) + 1 for roots in self.producers.values()))
 
 
@@ -132,7 +131,7 @@ def _accepted(
 
 
 def _suspect(model: nn.Module, found: Found) -> Suspect | None:
-    """What must be probed of a group; None if no order would make it one."""
+    """The part of a group to probe; None if no order would make it a group."""
     modules = dict(model.named_modules())
     producers: dict[str, dict[int, int]] = {}
     unseen: Members = {}
@@ -217,7 +216,7 @@ def _proposal(
 
 
 def _neighbours(size: int, read: int) -> list[int]:
-    """For each of ``size`` channels, which of a layer's ``read`` input channels it enters: neighbours share one."""
+    """The input channel, of ``read`` ones, that each of ``size`` channels enters: neighbours share one."""
     return [channel // (size // read) for channel in range(size)]
 
 
@@ -245,7 +244,7 @@ def _codes(roots: dict[int, int], first: int) -> Tensor:
 
 
 def _several(probed: Probe, number: int, bits: int) -> Tensor:
-    """For the layer that reads most of them: what depends on several channels that may belong to one suspect."""
+    """The inputs that depend on several channels of one suspect, in the layer that reads most of them."""
     most = torch.empty(0, dtype=torch.int64)
     for name, seen in probed.suspects.items():
         upper = seen[:, bits:]
@@ -304,7 +303,6 @@ def _coupled(suspect: Suspect, maps: Sequence[Members], place: Callable[[str], i
 
 
 def _groups(finder: GroupFinder, proposal: Proposal) -> Iterator[ChannelGroup]:
-    """Groups of the proposal's channels, smallest units first."""
     order = _order(proposal)
     tables: list[list[list[int]]] = []
     for table, hidden in _divisions(order, proposal.size):

@@ -40,7 +40,7 @@ _ROUNDS: tuple[tuple[float, int | None], ...] = ((1.0, 1), (30.0, None), (1 / 30
 
 @dataclass
 class Probe:
-    """What was found.
+    """The findings of a probe.
 
     Attributes:
         origins: module -> (C,) int64, for each input channel the code that it depends on, ``NOTHING`` or ``SEVERAL``;
@@ -129,7 +129,7 @@ class _Prober:
             self._pretend(name, layer)
 
     def read(self, selected: tuple[int, int] | None) -> dict[str, list[Tensor]]:
-        """What all modules read when the channels with this value of this bit are changed."""
+        """The inputs of all modules when the channels with this value of this bit are changed."""
         self._selected = selected
         self._observe()
         return self._readings
@@ -139,7 +139,7 @@ class _Prober:
         self._calls, self._readings = {}, {}
         run_alike(self._model, self._run)
 
-    # --- what is read -----------------------------------------------------------------------------------------
+    # --- inputs ------------------------------------------------------------------------------------------------
 
     def _listen(self, name: str, module: nn.Module) -> None:
         found = _channels_read(module)
@@ -164,7 +164,7 @@ class _Prober:
 
         return remember
 
-    # --- what is returned -------------------------------------------------------------------------------------
+    # --- outputs ----------------------------------------------------------------------------------------------
 
     def _pretend(self, name: str, module: nn.Module) -> None:
         layout = layout_of(module)

@@ -43,7 +43,7 @@ class ProofError(PlanError):
 
 @dataclass
 class Proof:
-    """What was proved of a structure's groups.
+    """The results of proving a structure's groups.
 
     Attributes:
         proved: groups for which removing equals masking.
@@ -239,7 +239,7 @@ class _Prover:
     # --- one try --------------------------------------------------------------------------------------------
 
     def _fault(self, names: Sequence[str], number: int) -> str | None:
-        """What is wrong with removing units of these groups, or None."""
+        """The fault in removing units of these groups, or None."""
         removed = {name: self.removals[number][name] for name in names}
         try:
             masked = self._masked(names, removed)
@@ -299,7 +299,7 @@ class _Prover:
         self.proof.passes += 1
         return observe(model, self.run, lost)
 
-    # --- what is said about it ------------------------------------------------------------------------------
+    # --- messages -------------------------------------------------------------------------------------------
 
     def _shares(self, removed: Mapping[str, Tensor]) -> str:
         return " and ".join(f"{len(units)} of the {self.groups[name].size} units" for name, units in removed.items())

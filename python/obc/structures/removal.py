@@ -17,7 +17,7 @@ from obc.structures.masking import Lost
 
 
 def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int]) -> dict[str, Kept]:
-    """What every module keeps of its present channels.
+    """The channels that every module keeps of its present ones.
 
     Args:
         modules: the model's modules by name.
@@ -67,7 +67,7 @@ def size_of(module: nn.Module, side: str) -> int:
 
 
 def followed(before: Kept | None, step: Kept, repeat: int) -> Kept:
-    """What is kept after a further step, in terms of the unpruned model.
+    """The channels kept after a further step, in terms of the unpruned model.
 
     Args:
         before: what previous steps kept; None if everything.

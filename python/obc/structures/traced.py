@@ -133,7 +133,7 @@ class TorchPruningStructure:
 
     @property
     def plan(self) -> PruningPlan:
-        """What every layer kept so far, in terms of the unpruned model."""
+        """The channels that every layer kept so far, in terms of the unpruned model."""
         return PruningPlan(self._kept)
 
     @property
@@ -254,7 +254,6 @@ class TorchPruningStructure:
         return twin
 
     def offer(self, group: ChannelGroup) -> None:
-        """Add a group to ``groups``."""
         self.left_out.pop(group.name, None)
         groups = [*self._groups.values(), group]
         self._groups = {one.name: one for one in sorted(groups, key=lambda one: self._finder.place(one.name))}

@@ -95,7 +95,6 @@ class GroupFinder:
         return self._order.get(name, self._order.get(name.rpartition(".")[0], len(self._order)))
 
     def find(self) -> list[Found]:
-        """All groups, in the order of execution."""
         found = []
         for raw in self._raw_groups():
             found.append(raw if isinstance(raw, Found) else self._found(raw))
@@ -138,7 +137,6 @@ class GroupFinder:
                 yield raw
 
     def _producers(self, raw: Any) -> list[str]:
-        """The layers whose outputs a group of Torch-Pruning prunes."""
         return [
             self._names[item[0].target.module]
             for item in raw
@@ -280,7 +278,7 @@ class GroupFinder:
             self.blocks[self._names[module]] = (blocks, size_of(module, "out"))
 
     def _divisions(self, members: Members, size: int) -> list[Tensor]:
-        """For every layer whose channels form groups of equal width, as :func:`divided` needs them."""
+        """The divisions by layers whose channels form groups of equal width, for :func:`divided`."""
         found = []
         for (name, side), roots in members.items():
             module = self._modules.get(name)

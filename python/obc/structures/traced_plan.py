@@ -54,7 +54,7 @@ def holds_channels(module: nn.Module) -> bool:
 
 
 class PlanRecorder:
-    """What every layer kept, group after group.
+    """Records what every layer kept, group after group.
 
     Args:
         graph: Torch-Pruning's dependency graph of the model.

@@ -20,13 +20,10 @@ class InnerMatterError(NotPrunableError):
 
 
 class Units:
-    """Root channels joined into units."""
-
     def __init__(self, size: int) -> None:
         self._parents = list(range(size))
 
     def find(self, channel: int) -> int:
-        """The first channel of the unit."""
         while self._parents[channel] != channel:
             self._parents[channel] = self._parents[self._parents[channel]]
             channel = self._parents[channel]

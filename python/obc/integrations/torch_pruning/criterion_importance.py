@@ -151,7 +151,6 @@ def _has_parameters(model: nn.Module, name: str) -> bool:
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Module -> the shape of its weight."""
     return {
         name: tuple(module.weight.shape)
         for name, module in model.named_modules()

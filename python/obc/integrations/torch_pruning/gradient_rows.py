@@ -26,7 +26,7 @@ from obc.scoring.results.scores import ChannelScores, Scores
 
 @dataclass
 class _Contraction:
-    """Where the sums of one parameter times its gradient go: one slot for each dimension that holds channels.
+    """The destination of the sums of one parameter times its gradient: one slot for each dimension that holds channels.
 
     Attributes:
         slots: (dimension, slot) pairs.

@@ -1,4 +1,4 @@
-"""What a pruner of Torch-Pruning may remove, as the modules and sides that :func:`obc.score` reads."""
+"""The channels that a Torch-Pruning pruner may remove, as the modules and sides that :func:`obc.score` reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a scorer changes in a model while it is attached, and how that is undone.
+"""The changes that an attached scorer makes in a model, and their reversal.
 
 Weights are frozen, norms keep their gradients in one flat vector, and gates sit on inputs and outputs. In the checking
 row every weight's gradient is contracted. ``undo`` restores requires_grad, .grad and hooks.
@@ -25,7 +25,7 @@ _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Attachment:
-    """What is attached to a model while it is scored.
+    """The hooks and flags of a model that is being scored.
 
     Args:
         model: the model.
@@ -92,7 +92,6 @@ class Attachment:
         self.plan.chains.bind(self.norms)
 
     def undo(self) -> None:
-        """Restore the model."""
         _attached.difference_update(self.modules)
         for reader in self.plan.readers.values():
             reader.detach()
@@ -118,7 +117,7 @@ class Attachment:
                 parameter.grad = None
 
     def set_weight_gradients(self) -> None:
-        """After the checking row, freeze the weights except those that are read from their gradient."""
+        """Freeze the weights after the checking row, except those that are read from their gradient."""
         for source in self.plan.sources:
             if any(reader.how == "weight gradient" and reader.scored for reader in source.readers):
                 source.gradient.attach(lambda flat: flat.row)

@@ -200,7 +200,6 @@ class Chains:
         self._fill = None
 
     def forget_row(self) -> None:
-        """Forget the current row and its graph."""
         self.outputs.clear()
         self.held.clear()
 
@@ -216,7 +215,7 @@ class Chains:
             self.held.add(chain.slot)
 
     def links(self, slot: Slot) -> tuple[Any, ...]:
-        """What :meth:`look` checks for the input whose row is in ``slot``, for a gate in C++.
+        """The checks of :meth:`look` for the input whose row is in ``slot``, for a gate in C++.
 
         One (slot, whether it is the input's own, norm, the norm's weight, path) for each chain.
         """
@@ -286,7 +285,6 @@ class Chains:
 
 
 def _views(norms: Iterable[NormGradients]) -> dict[int, Tensor]:
-    """id of a norm's parameter -> its gradient."""
     return {id(p): view for one in norms for p, view in zip(one.parameters, one.views, strict=True)}
 
 

@@ -52,13 +52,13 @@ class Slot:
         return self.of(flat_vector) if self.shard is None else self.of(flat_vector).narrow(0, *self.shard)
 
     def see(self, first: int, count: int) -> None:
-        """From now on gates see ``count`` channels from ``first`` on."""
+        """Let gates see ``count`` channels from ``first`` on."""
         shard = None if count == self.size else (first, count)
         if shard != self.shard:
             self.shard, self.gate, self.view = shard, None, None
 
     def bind(self) -> None:
-        """For a batch row, give the gate its slice of the row as gradient."""
+        """Give the gate its slice of the row as gradient, for a batch row."""
         if self.gate is None:
             self.gate = torch.zeros(self.local_size, dtype=self.flat.dtype, device=self.flat.device, requires_grad=True)
             self.view = self._local_of(self.flat.row)
@@ -135,7 +135,6 @@ class FlatRow:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the vectors and the gates."""
         tensors = [self.row, self.reference, self.scores, self.samples, *(slot.gate for slot in self.slots)]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 

@@ -21,7 +21,7 @@ _ACTIVATION_KEYWORDS = ("input", "x", "hidden_states")
 
 
 class Reading:
-    """What all readers of a scorer share: which kind of row is being read.
+    """The state shared by all readers of a scorer: which kind of row is being read.
 
     Attributes:
         per_sample: sample rows are read.
@@ -57,7 +57,7 @@ class Reading:
 
 
 class _Watch:
-    """What a :class:`CheckGate` keeps of its activation and noticed about it; ``slot`` holds its row."""
+    """The tensor that a :class:`CheckGate` keeps, and the changes that it noticed; ``slot`` holds its row."""
 
     def __init__(self, slot: Slot | None, keeps_received: bool) -> None:
         self.slot, self.keeps_received = slot, keeps_received
@@ -95,7 +95,6 @@ class Reader:
 
     @property
     def slots(self) -> list[Slot]:
-        """The slots that are read."""
         return [slot for slot in (self.out, self.in_, self.tokens) if slot is not None and slot.read]
 
     @property
@@ -111,7 +110,7 @@ class Reader:
 
     @property
     def noted(self) -> tuple[str | None, bool, bool, bool]:
-        """What a checking row notes of gates: the reason against them, whether they were called, what is copied."""
+        """The notes of a checking row about gates: the reason against them, whether they were called, the copies."""
         return self.reason, self.called, self.copy_input, self.copy_output
 
     @noted.setter
@@ -140,11 +139,11 @@ class Reader:
         self.forget_native()
 
     def forget_native(self) -> None:
-        """Drop the gates in C++ because what they depend on has changed; they are made anew."""
+        """Drop the gates in C++ because what they depend on has changed; they are rebuilt."""
         self._native_in = self._native_out = None
 
     def copy_from_now_on(self) -> None:
-        """From now on gates keep, and return, copies."""
+        """Make gates keep and return copies from now on."""
         self.copy_output = self.copy_input = True
         self.forget_native()
 
@@ -313,7 +312,7 @@ class Reader:
         return True
 
     def _refuse(self, reason: str) -> None:
-        """In the checking row, note why gates can't serve this module; in a later row, raise."""
+        """Note why gates can't read this module in the checking row; raise in a later row."""
         self.reason = reason
         if self._reading.sharded:
             self.scored = False

@@ -1,4 +1,4 @@
-"""What a scorer reads: readers, slots of the flat rows, and the gradients that check or replace gates."""
+"""The plan of a scorer: readers, slots of the flat rows, and the gradients that check or replace gates."""
 
 from __future__ import annotations
 
@@ -55,7 +55,6 @@ class Plan:
     chains: Chains = field(default_factory=Chains)
 
     def candidates(self) -> Candidates:
-        """An empty set of candidates for chains."""
         readers = [reader for reader in self.readers.values() if reader.how == "norm gradient"]
         return Candidates({id(reader.weight): (reader.module, reader.out) for reader in readers})
 
@@ -126,7 +125,6 @@ class Plan:
         return [(name, _size_of(reader.out), _size_of(reader.in_)) for name, reader in self.readers.items()]
 
     def state_dict(self) -> dict[str, Any]:
-        """The sums, and how each module is read."""
         return {
             "layout": self.layout(),
             "scores": [flat.scores.clone() for flat in self.flats.values()],
@@ -165,7 +163,7 @@ class Plan:
 
 
 class _Relations:
-    """Which readers share a weight and which a weight's gradient can check, found for all of a plan at once."""
+    """The readers that share a weight, and those that a weight's gradient can check, for a whole plan."""
 
     def __init__(self, plan: Plan) -> None:
         self.checkable = {reader for source in plan.sources for reader in source.readers}
@@ -189,7 +187,6 @@ def _size_of(slot: Slot | None) -> int:
 
 
 def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn.Module], frozenset[Side]]:
-    """The sides of a module that are read."""
     if modules is None:
         return lambda name, module: _SIDES
     if callable(modules):
@@ -251,9 +248,9 @@ class _Slots:
         self._asked: set[tuple[int, int]] = set()
 
     def ask(self, module: nn.Module, rule: Rule, sides: Iterable[Side]) -> bool:
-        """Note that these sides of a module are read; False where it has none of them.
+        """Note that these sides of a module are read; False if it has none of them.
 
-        Of a tied weight a slot is read at every use where it is asked for at one.
+        If one use of a tied weight needs a slot, all uses read it.
         """
         axes: dict[Side, int | None] = {"out": rule.out_axis, "in": rule.in_axis}
         asked = {_key(module, rule, axis) for side in sides if (axis := axes[side]) is not None}
@@ -345,7 +342,7 @@ def _plan_sharded(plan: Plan) -> None:
 
 
 def _by_kind(entries: list[tuple[nn.Parameter, Slot]]) -> list[list[tuple[nn.Parameter, Slot]]]:
-    """Split by parameter dtype and flat row, and so that each slot stands once in every part."""
+    """Split by parameter dtype and flat row, so that each slot appears at most once in every part."""
     parts: dict[tuple[torch.dtype, FlatRow, int], list[tuple[nn.Parameter, Slot]]] = {}
     seen: dict[Slot, int] = {}
     for parameter, slot in entries:

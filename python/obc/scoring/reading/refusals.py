@@ -98,7 +98,6 @@ def refuse_samples(plan: Plan, reading: Reading, samples: int | None) -> None:
 
 
 def warn_train_mode(model: nn.Module, stacklevel: int) -> None:
-    """Warn where a BatchNorm is in train mode."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
             warnings.warn(

@@ -114,6 +114,5 @@ class RowCounter:
         raise AssertionError("a row that is not finite has an entry that is not")
 
     def load(self, ended: int, read: int, left_out: Sequence[str]) -> None:
-        """Continue from these counts."""
         self._counts.copy_(torch.tensor([ended, read, 0, 0, 0]))
         self._num_left_out, self.left_out = 0, list(left_out)

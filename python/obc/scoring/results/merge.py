@@ -15,7 +15,7 @@ from obc.scoring.coverage import Coverage
 
 @dataclass(frozen=True)
 class Facts:
-    """What one process, or all of them together, read.
+    """The results of one process, or of all of them together.
 
     Attributes:
         num_rows: number of rows added.

@@ -76,7 +76,6 @@ class RowStore:
             self._resize(self._bound + num_rows)
 
     def make_room(self, samples: int) -> None:
-        """Make sure that ``samples`` more rows fit."""
         if self._bound + samples > self._capacity:
             self._enlarge(samples)
 
@@ -143,7 +142,7 @@ class RowStore:
         return spill if isinstance(spill, RowFile) else None
 
     def _spill(self) -> _HostRows | RowFile | None:
-        """Where rows that don't fit on the device go, created when first needed; None if they stay on the device."""
+        """The store of rows that don't fit on the device, made when first needed; None if all stay there."""
         if self._spills is None and self.to != "device":
             if self.file_path is None:
                 self._spills = _HostRows(self.width, any(flat.device.type == "cuda" for flat in self.flats))
@@ -180,7 +179,6 @@ class RowStore:
             self._resize(max(self._bound + samples, 2 * self._capacity, _FIRST_ROWS))
 
     def _count(self) -> int:
-        """Number of rows in the blocks. Reads from the device."""
         count = int(self._blocks[0].count)
         if count > self._capacity:
             raise ScoringError(

@@ -1,4 +1,4 @@
-"""Where a slice lies in a model: tensors and their dimensions, and how removals are recorded."""
+"""The location of a slice in a model: tensors and their dimensions, and how removals are recorded."""
 
 from __future__ import annotations
 

@@ -73,7 +73,6 @@ class Finder:
                 del self.blocks[name]
 
     def _lies_in(self, block: Block) -> tuple[tuple[int, int], ...]:
-        """(id of the parameter, dimension) of every slice."""
         places = []
         for part in block.group.slices:
             axes = block.axes.get((part.module, part.side))

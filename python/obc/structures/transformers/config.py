@@ -133,7 +133,7 @@ def _place_of(name: str, depth: Depth | None) -> int | None:
 
 
 def _more_than(model: nn.Module, skeleton: nn.Module, depth: Depth | None) -> str | None:
-    """What a model built from the config has beyond the pruned one; if blocks were removed, also other differences."""
+    """The modules that only a model built from the config has; if blocks were removed, also other differences."""
     state = model.state_dict()
     if lacking := next((name for name in skeleton.state_dict() if name not in state), None):
         return f"no config can say that {lacking} is gone; a model built from it has it"

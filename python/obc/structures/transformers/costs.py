@@ -143,7 +143,6 @@ def _around(blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> Callable[[st
 
 
 def _inside(blocks: Sequence[Block], depth: Sequence[DepthUnit]) -> dict[str, list[str]]:
-    """Whole block or branch -> the groups that vanish with it."""
     holders = Holders(depth)
     found: dict[str, list[str]] = {one.group.name: [] for one in depth}
     for group in (*(block.group for block in blocks), *(one.group for one in depth)):
@@ -201,7 +200,6 @@ def _is_router(module: nn.Module, key: str, parameter: Tensor) -> bool:
 
 
 def _routed(model: nn.Module, experts: str) -> int:
-    """The number of experts per token."""
     parent = model.get_submodule(experts.rpartition(".")[0])
     for module in (parent, *parent.children()):
         if isinstance(top := getattr(module, "top_k", None), int):

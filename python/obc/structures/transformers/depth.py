@@ -161,7 +161,6 @@ def block_lists(modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _shared_owners(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Name of a module that shares a parameter -> name of the other one."""
     first: dict[int, str] = {}
     shared: dict[str, str] = {}
     for name, module in modules.items():
@@ -174,7 +173,7 @@ def _shared_owners(modules: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def merged(found: Depth, before: Depth) -> Depth:
-    """What was already removed from the lists that the model has."""
+    """The blocks already removed from the model's lists."""
     return Depth({**found.lists, **before.lists}, before.stand_ins, {**found.config, **before.config})
 
 
@@ -307,7 +306,6 @@ def _config_values(model: Any, modules: Mapping[str, nn.Module], list_name: str)
 
 
 def _count_keys(config: Any, list_name: str) -> tuple[str, ...]:
-    """The keys in the order in which they are tried."""
     side = next((side for side in _SIDED_COUNTS if side in list_name), None)
     if side is None or not getattr(config, "is_encoder_decoder", False):
         return (*_COUNTS, *_SIDED_COUNTS["encoder"], *_SIDED_COUNTS["decoder"])

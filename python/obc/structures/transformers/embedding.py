@@ -50,7 +50,6 @@ def embedding(layers: Layers, inner: Mapping[str, Block], left_out: Mapping[str,
 
 
 def embedding_name(layers: Layers) -> str:
-    """The first embedding of the model."""
     return next((name for name, module in layers.modules.items() if isinstance(module, nn.Embedding)), "embedding")
 
 

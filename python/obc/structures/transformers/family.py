@@ -107,5 +107,4 @@ def config_keys(role: Role) -> tuple[str, ...]:
 
 
 def kinds() -> dict[str, Kind]:
-    """Every kind of group, by name."""
     return {kind.name: kind for family in FAMILIES.values() for kind in family.kinds}

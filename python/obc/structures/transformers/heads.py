@@ -1,4 +1,4 @@
-"""Where an attention's heads lie in its projections, separate or fused."""
+"""The location of an attention's heads in its projections, separate or fused."""
 
 from __future__ import annotations
 

@@ -38,7 +38,6 @@ def _wraps_convolutions(layers: Layers, name: str) -> bool:
 
 
 def _convolutions(layers: Layers, name: str) -> list[str]:
-    """The convolutions inside a module, or the module itself."""
     return [inner for inner in _inside(layers, name) if isinstance(layers.modules[inner], _ConvNd)]
 
 
@@ -66,7 +65,7 @@ def _block(layers: Layers, parts: Sequence[str], kind: str) -> Block:
 
 
 def _slices(layers: Layers, name: str, width: int) -> list[Slice]:
-    """What a module between the two convolutions loses with each channel."""
+    """The slices that a module between the two convolutions loses with each channel."""
     module, one = layers.modules[name], channels(width, 1)
     if layout_of(module) is not None:
         sizes = layers.size(name, "in"), layers.size(name, "out")

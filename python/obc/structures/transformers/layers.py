@@ -141,5 +141,4 @@ _NOTHING = object()
 
 
 def says(config: Any, key: str) -> bool:
-    """Whether a config has the key."""
     return value_of(config, key, _NOTHING) is not _NOTHING

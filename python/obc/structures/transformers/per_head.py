@@ -1,4 +1,4 @@
-"""What an attention has for every head besides its projections: sinks, output gates, norms over all heads.
+"""The parts of an attention for every head besides its projections: sinks, output gates, norms over all heads.
 
 A norm over the channels of all heads takes its statistics from the remaining heads, as the model's class does with that
 many heads. The remaining heads are thus scaled differently than before; a pruned model must compute what the model
@@ -41,7 +41,7 @@ class PerHead:
 
 
 def per_head(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) -> list[PerHead]:
-    """What the attention ``name`` has for every head.
+    """The parts of the attention ``name`` for every head.
 
     Args:
         layers: layers of the model.

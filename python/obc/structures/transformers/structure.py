@@ -215,7 +215,7 @@ class TransformersStructure:
 
     @property
     def plan(self) -> PruningPlan:
-        """What every layer kept so far, in terms of the unpruned model."""
+        """The channels that every layer kept so far, in terms of the unpruned model."""
         return PruningPlan(self._kept, self._depth)
 
     @property
@@ -243,7 +243,7 @@ class TransformersStructure:
 
     @property
     def warnings(self) -> list[str]:
-        """What the caller should know about the present model: what it can't do any more."""
+        """Warnings about the present model: what it can't do any more."""
         narrower = [block for block in self.blocks.values() if block.group.name in self._kept]
         told = list(dict.fromkeys(block.warning for block in narrower if block.warning))
         if self.config_refused is None:
@@ -280,7 +280,6 @@ class TransformersStructure:
         return transformer_memory(self.model, blocks, axes, use, cached, depth, names)
 
     def _slices_by_axis(self) -> dict[tuple[str, int], list[tuple[int, Slice]]]:
-        """Axis -> (index of a block, its slice) for everything that lies there."""
         axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
         for index, block in enumerate(self.blocks.values()):
             for part in block.group.slices:
@@ -406,7 +405,7 @@ class TransformersStructure:
     # --- removing --------------------------------------------------------------------------------------------------
 
     def axes(self, block: Block, part: Slice) -> tuple[Axis, ...]:
-        """Where a slice of a block lies in the present model."""
+        """The location of a block's slice in the present model."""
         found = block.axes.get((part.module, part.side))
         return layer_axes(part.module, self._modules[part.module], part.side) if found is None else found
 
@@ -436,7 +435,6 @@ class TransformersStructure:
             self.blocks[other] = replace(coupled, group=renumbered_group(coupled.group, removed_from))
 
     def tensor(self, axis: Axis) -> Tensor:
-        """The tensor of an axis."""
         tensor: Tensor = getattr(self._modules[axis.module], axis.tensor)
         return tensor
 

@@ -46,7 +46,6 @@ def uncovered(layers: Layers, blocks: Mapping[str, Block], left_out: Collection[
 
 
 def _with_those_around(names: Iterable[str]) -> set[str]:
-    """These names, and those of all modules around them."""
     found: set[str] = set()
     for name in names:
         while name and name not in found:

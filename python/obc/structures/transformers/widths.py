@@ -18,7 +18,7 @@ from obc.structures.transformers.family import kinds
 
 @dataclass(frozen=True)
 class Expressible:
-    """What a config can express.
+    """The widths that a config can express.
 
     Attributes:
         widths: group -> the widths that it may have, if not all can be expressed.
@@ -115,7 +115,6 @@ class _Trial:
         return with_widths(self.model, list(self.blocks.values()), sizes, self._shapes(sizes))[1]
 
     def _shapes(self, sizes: Mapping[str, int]) -> dict[str, list[int]]:
-        """The shapes of the tensors that would change."""
         lost: dict[tuple[str, int], int] = {}
         for name, width in sizes.items():
             block = self.blocks[name]

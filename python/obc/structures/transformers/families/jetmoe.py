@@ -54,7 +54,7 @@ def _experts(layers: Layers, name: str) -> tuple[Tensor, Tensor] | None:
 
 
 def _axes(up: str, down: str) -> dict[tuple[str, Side], tuple[Axis, ...]]:
-    """Where the inner channels of all experts lie: outputs of one weight, inputs of the other."""
+    """The inner channels of all experts: outputs of one weight, inputs of the other."""
     first, second = f"{up}.weight", f"{down}.weight"
     return {
         (first, "out"): (Axis(up, "weight", 1, first, "out"),),

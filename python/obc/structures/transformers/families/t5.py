@@ -84,7 +84,6 @@ def _tables(layers: Layers, stack: list[str], count: int) -> list[tuple[Slice, t
 
 
 def _outside(layers: Layers) -> list[str]:
-    """Modules with a table that are not attentions."""
     return [name for name in layers.modules if _table(layers, name) is not None and not _layers_of(layers, name)]
 
 
