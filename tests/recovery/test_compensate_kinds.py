@@ -289,7 +289,7 @@ def test_convolutions_with_groups_come_closer(mode: str, make: Callable[[], nn.M
     assert error(result.model, original, held) < 0.9 * before
 
 
-# --- transformers: whole blocks gone, fused experts ------------------------------------------------------------------
+# --- transformers: whole blocks gone --------------------------------------------------------------------------------
 
 SIZES = {
     "vocab_size": 64,
@@ -341,21 +341,3 @@ def test_blocks_that_are_gone_leave_the_others_their_layers(mode: str) -> None:
         assert len(copied.model.layers) == (3 if out else 4)
         found.append(copied(text(1, 9)[0]).logits)
     assert_close(*found, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_fused_experts_stay_naive_and_are_named(mode: str) -> None:
-    transformers = pytest.importorskip("transformers")
-    from obc.integrations.transformers import TransformersStructure
-
-    torch.manual_seed(0)
-    config = transformers.MixtralConfig(**SIZES, num_hidden_layers=1, num_local_experts=4)
-    original = transformers.MixtralForCausalLM(config).eval()
-    model = copy.deepcopy(original)
-    structure = TransformersStructure(model, ["expert_ffn"])
-    structure.remove({group.name: torch.arange(16) for group in structure.groups})
-    before = copy.deepcopy(model.state_dict())
-    with pytest.warns(UserWarning, match=r"fused experts are not compensated: model\.layers\.0\.mlp\.experts stay"):
-        report = compensate(model, original, structure.plan, text(5, 0), logits, mode=mode, progress=False)
-    assert report.sliced_experts == ["model.layers.0.mlp.experts"]
-    assert_close(model.state_dict(), before, rtol=0, atol=0)

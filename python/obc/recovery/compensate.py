@@ -22,8 +22,9 @@ from obc.model.usable_batches import UsableBatches
 from obc.recovery import correct, least_squares
 from obc.recovery.calibration import batch_norms, norm_reference
 from obc.recovery.compensation_report import CompensationReport
-from obc.recovery.consumers import Consumer, find_consumers, sliced_experts
+from obc.recovery.consumers import Consumer, find_consumers
 from obc.recovery.processes import Processes
+from obc.recovery.unfused import unfused
 
 Mode = Literal["correct", "ls", "seq"]
 
@@ -74,9 +75,11 @@ def compensate(
     mode="seq" does the same layer by layer, where z is what the pruned model, compensated so far, produces: two passes
     per layer, with the ridge that was best in "ls". The result of "ls" is kept if it is better on the held-out batches.
 
-    Layers that no batch reached, such as an expert without tokens, and fused experts, whose weights are one tensor for
-    all of them, stay naive; a warning names them. Padding positions, according to a batch's ``attention_mask``, count
-    neither in the regressions nor in the model's output. After an exception the pruned model is as it was.
+    The down projections of fused experts, whose weights are one tensor, are layers too, each regressed on the tokens
+    routed to it (:mod:`obc.recovery.unfused`). Layers that no batch reached, such as an expert without tokens, stay
+    naive, and so do fused experts that compute something other than a gated product; a warning names them. Padding
+    positions, according to a batch's ``attention_mask``, count neither in the regressions nor in the model's output.
+    After an exception the pruned model is as it was.
 
     A share of the batches is held out. In mode "correct" they decide for every layer which ridge to use, or to leave it
     unchanged, and at the end whether the result is better than naive. In modes "ls" and "seq" they decide by the
@@ -102,7 +105,8 @@ def compensate(
         recalibrate_norms: whenever weights change, give BatchNorms the statistics with which they return the same means
             and variances as in the unpruned model.
         offload: mode "correct": keep the tensors between modules in host memory.
-        max_bytes: limit for the running sums of mode "ls"; further layers take further passes over the batches.
+        max_bytes: limit for the running sums of mode "ls", and of layers that mode "correct" solves together; further
+            layers take further passes over the batches.
         keep_decompressors: keep every D, in * kept numbers per layer, in the report; not for mode "correct".
         process_group: every process in this group has the same models and its own batches, possibly of different
             number. Sums, errors and BatchNorm statistics combine all of them, and all get the same model.
@@ -127,29 +131,31 @@ def compensate(
         evaluating(pruned_model, original_model),
         without_cache(pruned_model, original_model),
         torch.no_grad(),
+        unfused(pruned_model, original_model, plan, next(iter(split[0])), forward, processes) as (layers, fused),
         tqdm(desc="compensate", unit="layer", disable=disable) as bar,
     ):
-        consumers = find_consumers(pruned_model, original_model, plan)
-        experts = sliced_experts(pruned_model, original_model)
+        consumers = find_consumers(pruned_model, original_model, layers)
         norms = batch_norms(pruned_model) if recalibrate_norms else []
         more = _LARGE_RIDGES if mode == "correct" else _MORE_RIDGES
         ridges: Sequence[float] = [*more, *RIDGES] if ridge is None else [ridge]
         if mode == "correct":
-            outputs = {name: plan[name].out_channels for name in consumers}
-            options = correct.Options(forward, ridges, offload, processes, plan)
+            outputs = {name: layers[name].out_channels for name in consumers}
+            options = correct.Options(forward, ridges, offload, max_bytes, processes, layers)
             run = correct.CorrectRun(pruned_model, original_model, consumers, outputs, split, norms, options)
             report = run.run(bar)
         else:
             targets = {}
             if norms:
                 reference = norm_reference(original_model, split[0], forward)
-                targets = reference.targets(pruned_model, plan, processes=processes)
+                targets = reference.targets(pruned_model, layers, processes=processes)
             settings = least_squares.Options(
                 forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, targets
             )
             solver = least_squares.LeastSquaresRun(pruned_model, original_model, consumers, split, norms, settings)
             report = solver.run(bar)
-    report.sliced_experts = experts
+    report.sliced_experts = fused
+    # Equivalent Pruning leaves fused experts sliced.
+    report.decompressors = {name: found for name, found in report.decompressors.items() if name in plan}
     _warn_of_unreached(report)
     _warn_of_few_rows(report, consumers)
     report.seconds = time.perf_counter() - start

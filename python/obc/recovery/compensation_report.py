@@ -79,7 +79,7 @@ class CompensationReport:
             requested.
         moment_bytes: the most memory that the running sums took.
         unreached: consumers that no batch reached; they stay naive.
-        sliced_experts: fused experts that lost inner channels; they stay naive.
+        sliced_experts: fused experts that lost inner channels and stay naive, because their formula is not understood.
         stream_bytes: mode "correct": the most memory that both models' tensors between modules took.
         notes: exceptions to the usual procedure.
         seconds: wall time.

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from obc import ops
-from obc.model.experts import fused_experts
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import layout_of, split_by_group
 from obc.model.names import named_modules
@@ -109,18 +108,6 @@ def find_consumers(pruned_model: nn.Module, original_model: nn.Module, plan: Pru
             raise PlanError(f"{name}: its {layout.groups} groups keep unequal numbers of channels")
         rows = sliced(module, "weight", weight, Kept(kept.out_channels), f"{name}.weight")
         found[name] = Consumer(module, layout, rows, positions, in_channels // layout.groups, kept.in_repeat)
-    return found
-
-
-def sliced_experts(pruned_model: nn.Module, original_model: nn.Module) -> list[str]:
-    """Fused experts whose down projections lost inputs; they are not layers, so they are not consumers."""
-    found = []
-    for name, module in named_modules(pruned_model):
-        if (experts := fused_experts(module)) is None:
-            continue
-        whole = fused_experts(original_model.get_submodule(name))
-        if whole is not None and experts[1].shape[1:] != whole[1].shape[1:]:
-            found.append(name)
     return found
 
 

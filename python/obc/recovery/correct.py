@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -58,8 +58,8 @@ from obc.recovery.norm_reference import take_statistics
 from obc.recovery.normal_equations import Change, NormalEquations
 from obc.recovery.padding import valid_rows
 from obc.recovery.processes import Processes
-from obc.recovery.segments import Arguments, capture, find_chain, replays, stream_of
-from obc.recovery.stream_points import Call, Seen, observe
+from obc.recovery.segments import ChainBatch, capture, find_chain, replays, stream_of
+from obc.recovery.stream_points import Call, Seen, observe, of_same_tokens
 
 # A channel whose naive error is this much smaller than the average can't lose anything by a change.
 _SMALLEST_ERROR = 1e-6
@@ -72,6 +72,7 @@ class Options:
     forward: ForwardFn
     ridges: Sequence[float]
     offload: bool
+    max_bytes: int
     processes: Processes
     plan: PruningPlan
 
@@ -101,6 +102,11 @@ class _Sums:
     reached: bool = False
     inputs: Moments | None = None  # used instead for a layer whose outputs overlap
 
+    @classmethod
+    def of(cls, consumer: Consumer) -> _Sums:
+        shape, device = columns_of(consumer.module, consumer.layout), next(consumer.module.parameters()).device
+        return cls(NormalEquations(*shape, device), NormalEquations(*shape, device))
+
 
 @dataclass
 class _Place:
@@ -116,7 +122,7 @@ class _Place:
     full: Callable[[int], Any]
     pruned: Callable[[int], Any]
     layers: list[_Layer]
-    points: list[dict[str, list[Tensor]]] = field(default_factory=list)
+    points: list[dict[str, list[Call]]] = field(default_factory=list)
 
 
 class CorrectRun:
@@ -240,14 +246,14 @@ class CorrectRun:
                 full[index].stream = stream
                 pruned[index].stream = self._stored(stream_of(here.pruned(index)))
 
-    def _captured(self, model: nn.Module, chain: list[str]) -> list[_Stream]:
+    def _captured(self, model: nn.Module, chain: list[str]) -> list[ChainBatch]:
         run = self._whole(model)
         streams = []
         shared = False
         for index in range(len(self.batches)):
             start, arguments = capture(model, chain, partial(run, index), first_only=shared)
             shared = shared or all(known.same_as(arguments[0]) for known in arguments)
-            streams.append(_Stream(self._stored(start), arguments, start.device))
+            streams.append(ChainBatch(self._stored(start), arguments, start.device))
         return streams
 
     def _stored(self, stream: Tensor | None) -> Tensor:
@@ -267,13 +273,14 @@ class CorrectRun:
             after.append(self._stored(stream_of(seen.output)))
         return after
 
-    def _targets(self, layers: Sequence[_Layer], seen: Seen) -> dict[str, list[Tensor]]:
-        """The unpruned model's points; for a layer whose outputs overlap, its inputs."""
+    def _targets(self, layers: Sequence[_Layer], seen: Seen) -> dict[str, list[Call]]:
+        """The unpruned model's calls with their points alone; for a layer whose outputs overlap, with its inputs."""
         found = {}
         for layer in layers:
             calls = seen.calls.get(layer.name, [])
             tensors = [call.x if layer.consumer.overlaps else call.point for call in calls]
-            found[layer.name] = [tensor.cpu() for tensor in tensors] if self.options.offload else tensors
+            tensors = [tensor.cpu() for tensor in tensors] if self.options.offload else tensors
+            found[layer.name] = [replace(call, x=kept, point=kept) for call, kept in zip(calls, tensors, strict=True)]
         return found
 
     def _renew_norms(self, here: _Place, name: str, after: list[Tensor]) -> None:
@@ -310,8 +317,8 @@ class CorrectRun:
     # --- layers -----------------------------------------------------------------------------------------------
 
     def _correct(self, here: _Place, bar: Any) -> None:
-        for wave in _waves(here.layers):
-            sums = {layer.name: self._new_sums(layer) for layer in wave}
+        for wave in _waves(here.layers, self.options.max_bytes):
+            sums = {layer.name: _Sums.of(layer.consumer) for layer in wave}
             for index in self._live():
                 self._accumulate(here, wave, sums, index)
             self.usable.refuse_many(self.options.processes.total)
@@ -321,12 +328,6 @@ class CorrectRun:
             for layer in wave:
                 self._solve(layer, sums[layer.name])
                 bar.update()
-
-    def _new_sums(self, layer: _Layer) -> _Sums:
-        module = layer.consumer.module
-        shape = columns_of(module, layer.consumer.layout)
-        device = next(module.parameters()).device
-        return _Sums(NormalEquations(*shape, device), NormalEquations(*shape, device))
 
     def _accumulate(self, here: _Place, wave: list[_Layer], sums: dict[str, _Sums], index: int) -> None:
         own = {layer.name for layer in wave if not layer.summed}
@@ -339,7 +340,9 @@ class CorrectRun:
             seen = observe(partial(here.full, index), originals, own, stop)
             points = self._targets(wave, seen)
         arrived = observe(partial(here.pruned, index), modules, own, stop).calls
-        if not all_finite((points, [[(call.x, call.point) for call in calls] for calls in arrived.values()])):
+        if not all_finite(
+            [[(call.x, call.point) for call in calls] for calls in (*points.values(), *arrived.values())]
+        ):
             self._leave_out(index)
             return
         for layer in wave:
@@ -349,17 +352,19 @@ class CorrectRun:
             for target, call in zip(targets, calls, strict=True):
                 self._add(layer, sums[layer.name], target, call, index)
 
-    def _add(self, layer: _Layer, sums: _Sums, target: Tensor, call: Call, index: int) -> None:
+    def _add(self, layer: _Layer, sums: _Sums, full: Call, call: Call, index: int) -> None:
         """Add one call of a layer to its sums; skipped if the models ran it on different positions."""
         layout, module = layer.consumer.layout, layer.consumer.module
-        sums.reached = True
+        kept = full.point.to(call.point.device)
+        full, call = of_same_tokens(replace(full, x=kept, point=kept), call)
+        target = full.point
+        sums.reached = sums.reached or target.numel() > 0
         if layer.consumer.overlaps:
             if target.shape[0] == call.x.shape[0] and target.shape[2:] == call.x.shape[2:]:
                 moments = sums.inputs = sums.inputs or layer.consumer.moments(paired=True)
-                moments.add(layer.consumer.rows(target.to(call.x.device)), layer.consumer.rows(call.x))
+                moments.add(layer.consumer.rows(target), layer.consumer.rows(call.x))
             return
         dim = 1 if layout.convolution else -1
-        target = target.to(call.point.device)
         if layer.out_channels is not None and target.shape[dim] != call.point.shape[dim]:
             target = target.index_select(dim, layer.out_channels.to(target.device))
         if target.shape != call.point.shape:
@@ -367,7 +372,7 @@ class CorrectRun:
         positions = call.point.numel() // call.point.shape[dim]
         rows = drawn_rows(module, layout, positions, self.all_batches)
         if not layout.convolution:
-            rows = valid_rows(self.batches[index], call.x)
+            rows = valid_rows(self.batches[index], call.x, call.routing)
         inverse, sums.factors = inverse_scale(call.scale, call.point, dim)
         error = output_rows(layout, difference(target, call.point), rows)
         if inverse is not None:
@@ -375,6 +380,8 @@ class CorrectRun:
         held_out = index >= self.calibration
         weighed = layer.summed and not layout.convolution
         weights = stream_weights(output_rows(layout, target, rows)) if weighed else None
+        if call.routing is not None:  # the output enters the mixture's sum by its gate
+            weights = call.routing.gates[rows].double().square()
         (sums.check if held_out else sums.fit).add(input_rows(module, layout, call.x, rows), error, weights)
         if held_out:
             squares = output_rows(layout, target, rows).double().square().sum((0, 2))
@@ -454,21 +461,7 @@ class CorrectRun:
             report.leave_naive()
 
 
-@dataclass
-class _Stream:
-    """One batch between two modules of the chain."""
-
-    stream: Tensor
-    arguments: list[Arguments]
-    device: torch.device
-
-    def call(self, module: nn.Module, place: int) -> Any:
-        # A copy: a module may change its input in place.
-        stream = self.stream.to(self.device) if self.stream.device != self.device else self.stream.clone()
-        return self.arguments[place].call(module, stream)
-
-
-def _call(streams: Sequence[_Stream], module: nn.Module, place: int, index: int) -> Any:
+def _call(streams: Sequence[ChainBatch], module: nn.Module, place: int, index: int) -> Any:
     return streams[index].call(module, place)
 
 
@@ -476,15 +469,22 @@ def _inside(scope: str, module: str) -> bool:
     return scope == module or scope.startswith(f"{module}.")
 
 
-def _waves(layers: Sequence[_Layer]) -> Iterator[list[_Layer]]:
-    """Groups of layers that are solved together: they read the same tensor, and each has its own point."""
+def _waves(layers: Sequence[_Layer], max_bytes: int) -> Iterator[list[_Layer]]:
+    """Groups of layers that are solved together: they read the same tensor, and each has its own point.
+
+    The sums of a group take at most ``max_bytes``, unless a single layer's take more.
+    """
     wave: list[_Layer] = []
+    taken = 0
     for layer in layers:
-        together = wave and not (layer.summed or wave[-1].summed)
+        blocks, columns, outputs = columns_of(layer.consumer.module, layer.consumer.layout)
+        needed = 2 * 8 * blocks * columns * (columns + outputs)
+        together = wave and not (layer.summed or wave[-1].summed) and taken + needed <= max_bytes
         if wave and not (together and layer.source == wave[-1].source and layer.calls == wave[-1].calls == 1):
             yield wave
-            wave = []
+            wave, taken = [], 0
         wave.append(layer)
+        taken += needed
     if wave:
         yield wave
 

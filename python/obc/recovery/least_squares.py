@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import ForwardFn
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.recovery.calibration import inputs, output_error, outputs, recalibrate_from, streamed_error
+from obc.recovery.calibration import output_error, outputs, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
 from obc.recovery.consumers import Consumer, in_execution_order
 from obc.recovery.layer_rows import output_rows, stream_weights
@@ -27,7 +27,7 @@ from obc.recovery.moments import Fit, Moments, SingularError
 from obc.recovery.norm_reference import Target
 from obc.recovery.padding import valid_rows
 from obc.recovery.processes import Processes
-from obc.recovery.stream_points import observe
+from obc.recovery.stream_points import Call, observe, of_same_tokens
 
 
 @dataclass(frozen=True)
@@ -208,17 +208,22 @@ class LeastSquaresRun:
     def _accumulate(self, moments: Mapping[str, Moments], batches: UsableBatches, batch: Any, paired: bool) -> None:
         modules = {name: self.original.get_submodule(name) for name in moments}
         full = observe(partial(self.options.forward, self.original, batch), modules, self.off_stream).calls
-        pruned = inputs(self.pruned, list(moments), batch, self.options.forward) if paired else {}
-        if not all_finite(([[call.x for call in calls] for calls in full.values()], list(pruned.values()))):
+        pruned: Mapping[str, list[Call]] = {}
+        if paired:
+            modules = {name: self.consumers[name].module for name in moments}
+            pruned = observe(partial(self.options.forward, self.pruned, batch), modules, set(modules)).calls
+        if not all_finite([[call.x for call in calls] for calls in (*full.values(), *pruned.values())]):
             batches.leave_out("a layer's input on it is not finite")
             return
         for name, calls in full.items():
             consumer = self.consumers[name]
-            arriving = [consumer.rows(z) for z in pruned[name]] if paired else [None] * len(calls)
-            for call, z in zip(calls, arriving, strict=True):
+            for call, arrived in zip(calls, pruned[name] if paired else [None] * len(calls), strict=True):
+                if arrived is not None:
+                    call, arrived = of_same_tokens(call, arrived)
+                z = None if arrived is None else consumer.rows(arrived.x)
                 x, weights = consumer.rows(call.x), None
                 if not consumer.layout.convolution and consumer.repeat == 1:
-                    rows = valid_rows(batch, call.x)
+                    rows = valid_rows(batch, call.x, call.routing)
                     x, z = x[rows], None if z is None else z[rows]
                     if name not in self.off_stream:
                         weights = stream_weights(output_rows(consumer.layout, call.point, rows))

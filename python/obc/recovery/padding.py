@@ -6,13 +6,21 @@ from typing import Any
 
 from torch import Tensor
 
+from obc.recovery.stream_points import Routing
 from obc.statistics.part import Part
 
 
-def valid_rows(batch: Any, x: Tensor) -> Tensor | slice:
-    """Indices of the positions of ``x``, (B, T, C) or (B * T, C), that the batch's mask keeps; without one, all."""
+def valid_rows(batch: Any, x: Tensor, routing: Routing | None = None) -> Tensor | slice:
+    """Indices of the positions of ``x``, (B, T, C) or (B * T, C), that the batch's mask keeps; without one, all.
+
+    With ``routing`` the positions of ``x``, (n, C), are the tokens that an expert got.
+    """
     part = Part()
     part.begin(batch)
+    if routing is not None:
+        if part.valid is None or part.valid.numel() != routing.total:
+            return slice(None)
+        return part.valid.flatten().to(routing.tokens.device)[routing.tokens].nonzero()[:, 0]
     valid = part.valid_positions(x, -1)
     return slice(None) if valid is None else valid.flatten().nonzero()[:, 0]
 

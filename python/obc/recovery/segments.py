@@ -192,6 +192,21 @@ def _equal(a: Any, b: Any) -> bool:
     return isinstance(a, plain) and isinstance(b, plain) and a == b
 
 
+@dataclass
+class ChainBatch:
+    """One batch between two modules of the chain."""
+
+    stream: Tensor
+    arguments: list[Arguments]
+    device: torch.device
+
+    def call(self, module: nn.Module, place: int) -> Any:
+        """Run the chain's module at ``place`` on it."""
+        # A copy: a module may change its input in place.
+        stream = self.stream.to(self.device) if self.stream.device != self.device else self.stream.clone()
+        return self.arguments[place].call(module, stream)
+
+
 def capture(
     model: nn.Module, chain: Sequence[str], run: Callable[[], Any], first_only: bool
 ) -> tuple[Tensor, list[Arguments]]:

@@ -10,7 +10,7 @@ goes elsewhere, such as through an activation or a norm over channels, has its o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
@@ -39,6 +39,29 @@ class Reached(BaseException):
     """Stops a forward pass once it has shown enough. Not an Exception, so that error handlers don't catch it."""
 
 
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """The tokens that one expert of a mixture got in one call.
+
+    Attributes:
+        tokens: (n,) int64, ascending: which of the call's tokens.
+        total: how many tokens the call had.
+        gates: (n,) by what the expert's outputs are multiplied.
+    """
+
+    tokens: Tensor
+    total: int
+    gates: Tensor
+
+    def where(self, counted: Tensor) -> Routing:
+        """Of the tokens for which ``counted``, (n,) bool, is true."""
+        return Routing(self.tokens[counted], self.total, self.gates[counted])
+
+    def among(self, other: Routing) -> Tensor:
+        """(n,) bool: which of these tokens are the other's too."""
+        return torch.isin(self.tokens, other.tokens)
+
+
 @dataclass
 class Call:
     """One call of a layer.
@@ -50,7 +73,8 @@ class Call:
         summed: whether the point is a sum.
         stack: the modules, outermost first, that are running at both the call and the sum; known only if ``observe``
             got the whole model.
-        source: the id of the input tensor.
+        source: the id of the tensor that the layer reads; of experts, of the one that they all read.
+        routing: of an expert's layer (:mod:`obc.recovery.unfused`), whose rows are the tokens routed to it.
     """
 
     x: Tensor
@@ -59,11 +83,24 @@ class Call:
     summed: bool = False
     stack: list[str] = field(default_factory=list)
     source: int = 0
+    routing: Routing | None = None
 
     @property
     def scope(self) -> str:
         """The innermost module that contains the layer and its point."""
         return self.stack[-1]
+
+    def where(self, counted: Tensor) -> Call:
+        """An expert's call without the tokens for which ``counted``, (n,) bool, is false."""
+        assert self.routing is not None
+        return replace(self, x=self.x[counted], point=self.point[counted], routing=self.routing.where(counted))
+
+
+def of_same_tokens(full: Call, pruned: Call) -> tuple[Call, Call]:
+    """Two calls of one layer, of an expert reduced to the tokens that both got."""
+    if full.routing is None or pruned.routing is None:
+        return full, pruned
+    return full.where(full.routing.among(pruned.routing)), pruned.where(pruned.routing.among(full.routing))
 
 
 @dataclass
@@ -127,9 +164,10 @@ class _Observer(TorchFunctionMode):
 
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             x = args[0] if args else next(iter(kwargs.values()))
-            call = Call(x.detach(), output.detach(), stack=list(self.stack), source=id(x))
+            routing, source = getattr(module, "routing", None), getattr(module, "reads", x)
+            call = Call(x.detach(), output.detach(), stack=list(self.stack), source=id(source), routing=routing)
             if self.whole is not None:
-                self.alive.append(x)
+                self.alive.append(source)
             self.seen.calls.setdefault(name, []).append(call)
             if name in self.own:
                 call.x, call.point = x.clone(), output.detach().clone()  # either may be changed in place later

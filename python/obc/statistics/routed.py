@@ -85,13 +85,17 @@ def is_routed_call(inputs: Sequence[Any]) -> bool:
 
 def routed_inputs(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Iterator[RoutedInput]:
     """The input of the down projection of every expert that got tokens."""
-    gate_up, down = _weights(module)
-    for expert in range(len(down)):
-        tokens, slots = torch.where(indices == expert)
-        if len(tokens):
-            gate, up = F.linear(hidden[tokens], gate_up[expert]).chunk(2, -1)
-            x = module.act_fn(gate) * up
-            yield RoutedInput(expert, x, tokens, len(hidden), weights[tokens, slots])
+    for expert in range(expert_count(module)):
+        routed = routed_input(module, expert, hidden, indices, weights)
+        if len(routed.tokens):
+            yield routed
+
+
+def routed_input(module: Any, expert: int, hidden: Tensor, indices: Tensor, weights: Tensor) -> RoutedInput:
+    """What the down projection of one expert reads; no rows where no token was routed to it."""
+    tokens, slots = torch.where(indices == expert)
+    gate, up = F.linear(hidden[tokens], _weights(module)[0][expert]).chunk(2, -1)
+    return RoutedInput(expert, module.act_fn(gate) * up, tokens, len(hidden), weights[tokens, slots])
 
 
 def make_up(module: nn.Module, inputs: Sequence[RoutedInput], output: Any) -> bool:

@@ -1,0 +1,160 @@
+"""Fused experts as one linear layer an expert, while a model is compensated.
+
+A mixture's experts are stored as one tensor, whose down projections are no layers. Inside :func:`unfused` each is one,
+a view of the tensor that compensation changes in place, and the module computes expert by expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from obc.model.evaluation import ForwardFn
+from obc.model.experts import DOWN, fused_experts
+from obc.model.kept import Kept
+from obc.model.names import named_modules
+from obc.model.plan import PruningPlan
+from obc.recovery.processes import Processes
+from obc.recovery.stream_points import Routing
+from obc.statistics.routed import expert_name, is_routed_call, make_up, routed_input, routed_inputs, unreadable
+
+
+class DownProjection(nn.Linear):
+    """One expert's down projection.
+
+    Attributes:
+        routing: the tokens of its last call.
+        reads: the hidden states that all experts read in that call.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None)
+        self.routing: Routing | None = None
+        self.reads: Tensor | None = None
+
+
+@contextlib.contextmanager
+def unfused(
+    pruned: nn.Module, original: nn.Module, plan: PruningPlan, batch: Any, forward: ForwardFn, processes: Processes
+) -> Iterator[tuple[PruningPlan, list[str]]]:
+    """Give both models a layer for every fused expert whose inner channels were pruned, until the block ends.
+
+    Its name is that of the tensor with the expert's number in the pruned model:
+    ``"model.layers.0.mlp.experts.down_proj[3]"``.
+
+    Args:
+        pruned: with the unpruned model's names.
+        original: the unpruned model; run once, on ``batch``, if it has such experts.
+        plan: of ``pruned``.
+        batch: on which the experts' modules are tried.
+        forward: runs a model on a batch.
+        processes: must agree on the experts.
+
+    Yields:
+        The plan with entries for these layers; and the experts that stay fused, because they compute something other
+        than a gated product and a down projection, or because the batch did not reach them.
+    """
+    sliced = sliced_experts(pruned, original)
+    readable = _readable(original, sliced, batch, forward) if sliced else set()
+    agreed = processes.least([int(name in readable) for name in sliced])
+    chosen = [name for name, found in zip(sliced, agreed, strict=True) if found]
+    entries: dict[str, Kept] = {}
+    changed: list[nn.Module] = []
+    try:
+        for name in chosen:
+            kept = plan[f"{name}.{DOWN}"]
+            indices = {kept.dim: kept.out_channels, kept.in_dim: kept.in_channels}
+            module, whole = pruned.get_submodule(name), original.get_submodule(name)
+            numbers = _numbers(module) if indices.get(0) is None else indices[0].tolist()  # type: ignore[union-attr]
+            changed += [module, whole]
+            _unfuse(module, _numbers(module))
+            _unfuse(whole, numbers)
+            layer = Kept(out_channels=indices.get(1), in_channels=indices.get(2))
+            entries |= {expert_name(f"{name}.{DOWN}", place): layer for place in range(len(numbers))}
+        yield PruningPlan({**plan, **entries}, plan.depth), [name for name in sliced if name not in chosen]
+    finally:
+        for module in changed:
+            _fuse(module)
+
+
+def sliced_experts(pruned_model: nn.Module, original_model: nn.Module) -> list[str]:
+    """Fused experts whose down projections lost inputs."""
+    found = []
+    for name, module in named_modules(pruned_model):
+        if (experts := fused_experts(module)) is None:
+            continue
+        whole = fused_experts(original_model.get_submodule(name))
+        if whole is not None and experts[1].shape[1:] != whole[1].shape[1:]:
+            found.append(name)
+    return found
+
+
+def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: ForwardFn) -> set[str]:
+    """The modules that return what the parts of their experts, computed one by one, make up."""
+    found: set[str] = set()
+
+    def hook(name: str) -> Any:
+        def compare(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if is_routed_call(args) and make_up(module, list(routed_inputs(module, *args[:3])), output):
+                found.add(name)
+
+        return compare
+
+    handles = []
+    for name in names:
+        module = original.get_submodule(name)
+        if unreadable(module) is None and "forward" not in vars(module):  # another library's wrapper stays
+            handles.append(module.register_forward_hook(hook(name)))
+    try:
+        forward(original, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _numbers(module: nn.Module) -> list[int]:
+    experts = fused_experts(module)
+    assert experts is not None
+    return list(range(len(experts[1])))
+
+
+def _unfuse(module: nn.Module, numbers: Sequence[int]) -> None:
+    """Give the module a layer for each of these experts, and a forward pass that calls them."""
+    experts = fused_experts(module)
+    assert experts is not None
+    layers = {}
+    for place, expert in enumerate(numbers):
+        layers[expert] = module._modules[expert_name(DOWN, place)] = DownProjection(experts[1].detach()[expert])
+    module.forward = partial(_forward, module, layers)
+
+
+def _fuse(module: nn.Module) -> None:
+    vars(module).pop("forward", None)
+    for name in [name for name, child in module._modules.items() if isinstance(child, DownProjection)]:
+        del module._modules[name]
+
+
+def _forward(
+    module: Any, layers: dict[int, DownProjection], hidden: Tensor, indices: Tensor, weights: Tensor
+) -> Tensor:
+    """sum over experts e of g_e down_e h_e. Each layer is called once, without rows if no token was routed to it."""
+    output = torch.zeros_like(hidden)
+    for expert in _numbers(module):
+        routed = routed_input(module, expert, hidden, indices, weights)
+        if (layer := layers.get(expert)) is None:
+            outputs = F.linear(routed.x, getattr(module, DOWN)[expert])
+        else:
+            layer.routing, layer.reads = Routing(routed.tokens, routed.total, routed.gates), hidden
+            outputs = layer(routed.x)
+        output.index_add_(0, routed.tokens, (outputs * routed.gates[:, None]).to(output.dtype))
+    return output
