@@ -157,6 +157,7 @@ wheel: setup ## build the source distribution and the wheel, each in isolation, 
 docs: setup ## the pages of docs/ as a site in build/docs, with the API reference from the docstrings
 	$(BIN)/python docs/drawings.py
 	$(BIN)/python docs/criteria_table.py
+	$(BIN)/python docs/operators_table.py
 	$(BIN)/python -m sphinx -W --keep-going -q -b html -d build/doctrees docs build/docs $(ARGS)
 	@echo "built: build/docs/index.html"
 

@@ -1,7 +1,8 @@
 // Defines a library's operators with the schemas of the table in python/obc/backends/operators.py.
 //
-// OBC_DEFINE(CPU, channel_dot) defines obc_cpu::channel_dot by the function of that name. If it takes
-// another number of arguments than the schema, it does not compile; the stable ABI would only notice at the first call.
+// OBC_DEFINE_CPU(channel_dot) defines obc_cpu::channel_dot, and OBC_IMPLEMENT(channel_dot) gives it the function of
+// that name. Without such a function, or where it takes another number of arguments than the schema, the library does
+// not compile: the stable ABI would find out at the first call.
 #pragma once
 
 #include <cstddef>
@@ -41,4 +42,7 @@ constexpr size_t arguments_of(Result (*)(Arguments...)) {
       ": the function"                                                                         \
       " takes another number of arguments than its schema in python/obc/backends/operators.py" \
   );                                                                                           \
-  library.def(OBC_##LIBRARY##_SCHEMA_##NAME)
+  library.def(OBC_##LIBRARY##_SCHEMA_##NAME);
+#define OBC_DEFINE_CPU(NAME) OBC_DEFINE(CPU, NAME)
+#define OBC_DEFINE_CUDA(NAME) OBC_DEFINE(CUDA, NAME)
+#define OBC_IMPLEMENT(NAME) library.impl(#NAME, TORCH_BOX(&NAME));

@@ -153,20 +153,6 @@ std::tuple<Tensor, int64_t> end_row(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(obc_cpu, library) {
-  OBC_DEFINE(CPU, channel_dot);
-  OBC_DEFINE(CPU, channel_moments);
-  OBC_DEFINE(CPU, weight_dot);
-  OBC_DEFINE(CPU, weight_dot_list);
-  OBC_DEFINE(CPU, weight_moments);
-  OBC_DEFINE(CPU, end_row);
-}
+STABLE_TORCH_LIBRARY(obc_cpu, library) { OBC_CPU_OPERATORS(OBC_DEFINE_CPU); }
 
-STABLE_TORCH_LIBRARY_IMPL(obc_cpu, CPU, library) {
-  library.impl("channel_dot", TORCH_BOX(&channel_dot));
-  library.impl("channel_moments", TORCH_BOX(&channel_moments));
-  library.impl("weight_dot", TORCH_BOX(&weight_dot));
-  library.impl("weight_dot_list", TORCH_BOX(&weight_dot_list));
-  library.impl("weight_moments", TORCH_BOX(&weight_moments));
-  library.impl("end_row", TORCH_BOX(&end_row));
-}
+STABLE_TORCH_LIBRARY_IMPL(obc_cpu, CPU, library) { OBC_CPU_OPERATORS(OBC_IMPLEMENT); }

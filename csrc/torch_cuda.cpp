@@ -368,20 +368,6 @@ Tensor end_row(const Tensor& scores, const Tensor& row, double loss_scale, const
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(obc_cuda, library) {
-  OBC_DEFINE(CUDA, channel_dot);
-  OBC_DEFINE(CUDA, channel_moments);
-  OBC_DEFINE(CUDA, weight_dot);
-  OBC_DEFINE(CUDA, weight_dot_list);
-  OBC_DEFINE(CUDA, weight_moments);
-  OBC_DEFINE(CUDA, end_row);
-}
+STABLE_TORCH_LIBRARY(obc_cuda, library) { OBC_CUDA_OPERATORS(OBC_DEFINE_CUDA); }
 
-STABLE_TORCH_LIBRARY_IMPL(obc_cuda, OBC_CUDA_DISPATCH_KEY, library) {
-  library.impl("channel_dot", TORCH_BOX(&channel_dot));
-  library.impl("channel_moments", TORCH_BOX(&channel_moments));
-  library.impl("weight_dot", TORCH_BOX(&weight_dot));
-  library.impl("weight_dot_list", TORCH_BOX(&weight_dot_list));
-  library.impl("weight_moments", TORCH_BOX(&weight_moments));
-  library.impl("end_row", TORCH_BOX(&end_row));
-}
+STABLE_TORCH_LIBRARY_IMPL(obc_cuda, OBC_CUDA_DISPATCH_KEY, library) { OBC_CUDA_OPERATORS(OBC_IMPLEMENT); }

@@ -14,12 +14,14 @@ Exempt from the second rule, and marked so, are the strided cases and the second
 from __future__ import annotations
 
 import argparse
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,17 +32,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from obc_kernels.channel_dot import channel_dot_triton
-from obc_kernels.channel_moments import channel_moments_triton
-from obc_kernels.end_row import end_row_triton
-from obc_kernels.fold import fold_triton
+from obc_kernels.case import DTYPES, Case
 from obc_kernels.launch import Launch, recording
 from obc_kernels.layout import VECTOR_BYTES
-from obc_kernels.weight_dot import weight_dot_triton
-from obc_kernels.weight_dot_list import weight_dot_list_triton
-from obc_kernels.weight_moments import weight_moments_triton
 
-DTYPES = {"f32": torch.float32, "f64": torch.float64, "bf16": torch.bfloat16, "f16": torch.float16}
+FOLDER = [str(Path(__file__).parent)]
 TYPE_NAMES = {
     torch.float32: "fp32",
     torch.float64: "fp64",
@@ -57,17 +53,6 @@ SECOND_STAGES = (
     "_weight_dot_finish_kernel",
     "_weight_dot_list_finish_kernel",
 )
-
-
-@dataclass(frozen=True)
-class Case:
-    """Arguments for one launcher that lead to specialisations of their own."""
-
-    operator: str
-    name: str
-    run: Callable[[torch.dtype], Any]
-    aligned: bool = True
-    dtypes: tuple[str, ...] = tuple(DTYPES)
 
 
 @dataclass(frozen=True)
@@ -106,99 +91,10 @@ HEADER = (
 )
 
 
-def _empty(dtype: torch.dtype, *shape: int, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta", memory_format=memory_format)
-
-
-def _fold(precision: str, kept_in: int) -> Callable[[torch.dtype], Any]:
-    def run(dtype: torch.dtype) -> Tensor:
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(precision)
-        try:
-            return fold_triton(_empty(dtype, 512, 512), _empty(dtype, 256, 512), _empty(dtype, 512, kept_in))
-        finally:
-            torch.set_float32_matmul_precision(before)
-
-    return run
-
-
-def _channel_dot(
-    shape: tuple[int, ...], dim: int, per_sample: bool = False, step: int = 1
-) -> Callable[[torch.dtype], Any]:
-    def run(dtype: torch.dtype) -> Tensor:
-        tensor = _empty(dtype, *shape[:-1], shape[-1] * step)[..., ::step]
-        return channel_dot_triton(tensor, tensor, dim, per_sample)
-
-    return run
-
-
-def _channel_moments(shape: tuple[int, ...], dim: int, masked: bool = False) -> Callable[[torch.dtype], Any]:
-    def run(dtype: torch.dtype) -> Any:
-        mask = _empty(torch.bool, *shape[:dim], *shape[dim + 1 :]) if masked else None
-        return channel_moments_triton(_empty(dtype, *shape), dim, mask)
-
-    return run
-
-
-def _weights(
-    launcher: Callable[..., Any], shape: tuple[int, ...], groups: int | None = None, step: int = 1
-) -> Callable[[torch.dtype], Any]:
-    def run(dtype: torch.dtype) -> Any:
-        weight = _empty(dtype, *shape[:-1], shape[-1] * step)[..., ::step]
-        return launcher(weight, weight) if groups is None else launcher(weight, weight, groups=groups)
-
-    return run
-
-
-def _weight_list(dtype: torch.dtype, biases: bool) -> Any:
-    weights = [_empty(dtype, 512, 256, 3, 3), _empty(dtype, 33, 17), _empty(dtype, 64, 1, 3, 3)]
-    bias = [_empty(dtype, weight.shape[0]) if biases else None for weight in weights]
-    return weight_dot_list_triton(weights, weights, bias, bias, [1, 1, 64], [False] * 3)
-
-
-def _end_row(channels: int, grouped: bool) -> Callable[[torch.dtype], Any]:
-    def run(dtype: torch.dtype) -> Tensor:
-        row = _empty(dtype, channels)
-        return end_row_triton(row, row, 1.0, _empty(torch.int64, channels) if grouped else None)
-
-    return run
-
-
-ROW_DTYPES = ("f32", "f64")
-FOLD_DTYPES = ("f32", "bf16", "f16")
-CASES = (
-    Case("channel_dot", "tokens", _channel_dot((8, 2048, 4096), 2)),
-    Case("channel_dot", "tokens by sample", _channel_dot((8, 2048, 4096), 2, per_sample=True)),
-    Case("channel_dot", "channel-first", _channel_dot((64, 256, 56, 56), 1)),
-    Case("channel_dot", "channel-first 14x14", _channel_dot((64, 256, 14, 14), 1), aligned=False),
-    Case("channel_dot", "few channels", _channel_dot((64, 3, 224, 224), 1)),
-    Case("channel_dot", "strided", _channel_dot((64, 256, 56, 56), 1, step=2), aligned=False),
-    Case("channel_moments", "tokens", _channel_moments((8, 2048, 4096), 2)),
-    Case("channel_moments", "tokens, masked", _channel_moments((8, 2048, 4096), 2, masked=True)),
-    Case("channel_moments", "channel-first", _channel_moments((64, 256, 56, 56), 1)),
-    Case("weight_dot", "linear", _weights(weight_dot_triton, (4096, 4096), groups=1)),
-    Case("weight_dot", "conv", _weights(weight_dot_triton, (512, 256, 3, 3), groups=1)),
-    Case("weight_dot", "depthwise", _weights(weight_dot_triton, (512, 1, 3, 3), groups=512), aligned=False),
-    Case("weight_dot", "strided", _weights(weight_dot_triton, (512, 256, 3, 3), groups=1, step=2), aligned=False),
-    Case("weight_dot_list", "model", lambda dtype: _weight_list(dtype, biases=True)),
-    Case("weight_moments", "conv", _weights(weight_moments_triton, (512, 256, 3, 3))),
-    Case("weight_moments", "strided", _weights(weight_moments_triton, (512, 256, 3, 3), step=2), aligned=False),
-    Case(
-        "weight_moments",
-        "transposed",
-        lambda dtype: weight_moments_triton(_empty(dtype, 4096, 4096).t(), _empty(dtype, 4096, 4096).t()),
-    ),
-    *(
-        Case("fold", f"{precision}, {kept_in} kept in", _fold(precision, kept_in), dtypes=FOLD_DTYPES)
-        for precision in ("highest", "high")
-        for kept_in in (64, 128, 256)
-    ),
-    *(
-        Case("end_row", f"{channels} channels{', grouped' * grouped}", _end_row(channels, grouped), dtypes=ROW_DTYPES)
-        for channels in (1024, 2048, 2**20)
-        for grouped in (False, True)
-    ),
-)
+def cases() -> list[Case]:
+    """Those of every operator's file, by the operators' names."""
+    modules = (importlib.import_module(f"obc_kernels.{found.name}") for found in pkgutil.iter_modules(FOLDER))
+    return [case for module in modules for case in getattr(module, "CASES", ())]
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
@@ -260,9 +156,9 @@ def _width(load: str) -> int:
     return 2 if "16" in load else 1 if "8" in load else 4
 
 
-def reports(archs: list[int], dtypes: list[str], operators: list[str]) -> Iterator[Report]:
+def reports(found: list[Case], archs: list[int], dtypes: list[str], operators: list[str]) -> Iterator[Report]:
     """Compile each distinct launch of the cases once per architecture."""
-    for case in CASES:
+    for case in found:
         for dtype in [dtype for dtype in case.dtypes if dtype in dtypes and case.operator in operators]:
             with recording(dry=True) as launches:
                 case.run(DTYPES[dtype])
@@ -273,7 +169,8 @@ def reports(archs: list[int], dtypes: list[str], operators: list[str]) -> Iterat
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; returns 1 if a kernel has a fault."""
-    operators = list(dict.fromkeys(case.operator for case in CASES))
+    found = cases()
+    operators = list(dict.fromkeys(case.operator for case in found))
     parser = argparse.ArgumentParser(prog="python -m obc_kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="compute capabilities without the dot")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -281,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     print(HEADER)
     count = faulty = 0
-    for report in reports(options.arch, options.dtypes, options.operators):
+    for report in reports(found, options.arch, options.dtypes, options.operators):
         print(report.line(), flush=True)
         count, faulty = count + 1, faulty + bool(report.faults)
     print(f"{count} kernels compiled, {faulty} with faults")

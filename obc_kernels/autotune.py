@@ -18,16 +18,28 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import triton
+from torch import Tensor
 
 from obc_kernels.launch import is_dry
 
 logger = logging.getLogger("obc")
 
-Config = TypeVar("Config")
+
+class LaunchParameters(Protocol):
+    """What a kernel's class of launch parameters offers; the arguments are its own."""
+
+    @classmethod
+    def from_heuristic(cls, *arguments: Any) -> Any: ...
+
+    @classmethod
+    def variations(cls, *arguments: Any) -> Any: ...
+
+
+Config = TypeVar("Config", bound=LaunchParameters)
 
 # The variation that every family has, and that runs where nothing is tuned.
 HEURISTIC = "heuristic"
@@ -49,27 +61,31 @@ def size_class(*sizes: int) -> tuple[int, ...]:
 
 def choose(
     family: str,
+    config: type[Config],
+    arguments: tuple[Any, ...],
     shape_class: tuple[Any, ...],
-    device: torch.device,
-    heuristic: Callable[[], Config],
-    variations: Callable[[], Mapping[str, Config]],
+    like: Tensor,
     run: Callable[[Config], Any],
 ) -> Config:
     """The launch parameters of one call.
 
     Args:
         family: the operator.
-        shape_class: what else the choice depends on.
-        heuristic: makes the parameters that are used where nothing is tuned.
-        variations: makes what is tried, by name; one of them is ``heuristic``.
+        config: the class of its parameters. ``from_heuristic(*arguments)`` makes those that are used where nothing is
+            tuned, ``variations(*arguments)`` what is tried, by name; one of them is ``heuristic``.
+        arguments: of both.
+        shape_class: what the choice depends on, beside the dtype and device of ``like``.
+        like: an input.
         run: launches the call with some parameters; it must leave its inputs as they are.
     """
+    device = like.device
     if not enabled() or is_dry() or device.type == "meta" or _capturing(device):
-        return heuristic()
+        return config.from_heuristic(*arguments)
+    shape_class = (*shape_class, like.dtype)
     key = f"{family} {shape_class} {_device_name(device)} triton {triton.__version__}"
     with _lock:
         _read_file()
-        candidates = variations()
+        candidates = config.variations(*arguments)
         name = _choices.get(key, "")
         if name not in candidates:
             name = _choices[key] = _fastest(key, candidates, run, device)

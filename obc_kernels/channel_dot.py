@@ -10,13 +10,16 @@ adds in a fixed order; the split depends on shape and strides alone, so every de
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from obc_kernels import autotune
+from obc_kernels.case import Case, empty
 from obc_kernels.launch import launch
 from obc_kernels.layout import (
     Walk,
@@ -157,16 +160,14 @@ def channel_dot_triton(
     shape = (walk.rows, walk.channels) if per_sample else (walk.channels,)
     if activation.numel() == 0:
         return activation.new_zeros(shape, dtype=accumulator(activation))
-    if config is None:
-        itemsize = activation.element_size()
-        config = autotune.choose(
-            "channel_dot",
-            (*walk.size_class, activation.dtype),
-            activation.device,
-            lambda: ChannelDotConfig.from_heuristic(walk, itemsize),
-            lambda: ChannelDotConfig.variations(walk, itemsize),
-            lambda config: channel_dot_triton(activation, grad, channel_dim, per_sample, config),
-        )
+    config = config or autotune.choose(
+        "channel_dot",
+        ChannelDotConfig,
+        (walk, activation.element_size()),
+        walk.size_class,
+        activation,
+        lambda config: channel_dot_triton(activation, grad, channel_dim, per_sample, config),
+    )
     channel_blocks, inner_tiles = ceil_div(walk.channels, config.block_c), ceil_div(walk.inner, config.block_p)
     tiles = walk.outer_steps * inner_tiles
     programs = channel_blocks * walk.rows * config.splits
@@ -195,3 +196,21 @@ def channel_dot_triton(
         num_warps=config.num_warps,
     )
     return sum_partials(partial)
+
+
+def _case(shape: tuple[int, ...], dim: int, per_sample: bool = False, step: int = 1) -> Callable[[torch.dtype], Tensor]:
+    def run(dtype: torch.dtype) -> Tensor:
+        tensor = empty(dtype, *shape, step=step)
+        return channel_dot_triton(tensor, tensor, dim, per_sample)
+
+    return run
+
+
+CASES = (
+    Case("channel_dot", "tokens", _case((8, 2048, 4096), 2)),
+    Case("channel_dot", "tokens by sample", _case((8, 2048, 4096), 2, per_sample=True)),
+    Case("channel_dot", "channel-first", _case((64, 256, 56, 56), 1)),
+    Case("channel_dot", "channel-first 14x14", _case((64, 256, 14, 14), 1), aligned=False),
+    Case("channel_dot", "few channels", _case((64, 3, 224, 224), 1)),
+    Case("channel_dot", "strided", _case((64, 256, 56, 56), 1, step=2), aligned=False),
+)

@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from obc_kernels import autotune
+from obc_kernels.case import Case, empty
 from obc_kernels.launch import launch
 from obc_kernels.layout import Walk, accumulator, aligned, ceil_div, check_steps, outer_offset, power_of_two
 from obc_kernels.weight_moments import WeightMomentsConfig, narrowed
@@ -186,16 +187,14 @@ def channel_moments_triton(
     first, second, third, fourth = (x.new_zeros(channels, dtype=accumulator(x)) for _ in range(4))
     if x.numel() == 0:
         return first, second, third, fourth
-    if config is None:
-        itemsize = x.element_size()
-        config = autotune.choose(
-            "channel_moments",
-            (*walk.size_class, x.dtype),
-            x.device,
-            lambda: WeightMomentsConfig.from_heuristic(walk, itemsize),
-            lambda: WeightMomentsConfig.variations(walk, itemsize),
-            lambda config: channel_moments_triton(x, channel_dim, mask, config),
-        )
+    config = config or autotune.choose(
+        "channel_moments",
+        WeightMomentsConfig,
+        (walk, x.element_size()),
+        walk.size_class,
+        x,
+        lambda config: channel_moments_triton(x, channel_dim, mask, config),
+    )
     blocks, inner_tiles = ceil_div(channels, config.block_o), ceil_div(walk.inner, config.block_p)
     tiles = walk.outer_steps * inner_tiles
     programs = blocks * walk.rows * config.splits
@@ -250,3 +249,14 @@ def channel_moments_triton(
         num_warps=finish.num_warps,
     )
     return first, second, third, fourth
+
+
+CASES = (
+    Case("channel_moments", "tokens", lambda dtype: channel_moments_triton(empty(dtype, 8, 2048, 4096), 2)),
+    Case(
+        "channel_moments",
+        "tokens, masked",
+        lambda dtype: channel_moments_triton(empty(dtype, 8, 2048, 4096), 2, empty(torch.bool, 8, 2048)),
+    ),
+    Case("channel_moments", "channel-first", lambda dtype: channel_moments_triton(empty(dtype, 64, 256, 56, 56), 1)),
+)

@@ -12,6 +12,7 @@ shares in order. One launch where the row fits one tile; else two, the first for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from obc_kernels import autotune
+from obc_kernels.case import Case, empty
 from obc_kernels.launch import launch
 from obc_kernels.layout import ceil_div, power_of_two
 
@@ -165,16 +167,14 @@ def end_row_triton(
     channels = row.shape[0]
     if channels == 0:
         return torch.ones((), dtype=torch.bool, device=row.device)
-    if config is None:
-        itemsize = row.element_size()
-        config = autotune.choose(
-            "end_row",
-            (*autotune.size_class(channels), groups is not None, row.dtype),
-            row.device,
-            lambda: EndRowConfig.from_heuristic(channels, itemsize),
-            lambda: EndRowConfig.variations(channels, itemsize),
-            lambda config: end_row_triton(scores.clone(), row.clone(), loss_scale, groups, config),
-        )
+    config = config or autotune.choose(
+        "end_row",
+        EndRowConfig,
+        (channels, row.element_size()),
+        (*autotune.size_class(channels), groups is not None),
+        row,
+        lambda config: end_row_triton(scores.clone(), row.clone(), loss_scale, groups, config),
+    )
     tiles = ceil_div(channels, config.block_c)
     flag = torch.empty((), dtype=torch.bool, device=row.device)
     strides = row.stride(0), 0 if groups is None else groups.stride(0)
@@ -214,3 +214,18 @@ def end_row_triton(
         num_warps=config.num_warps,
     )
     return flag
+
+
+def _case(channels: int, grouped: bool) -> Callable[[torch.dtype], Tensor]:
+    def run(dtype: torch.dtype) -> Tensor:
+        row = empty(dtype, channels)
+        return end_row_triton(row, row, 1.0, empty(torch.int64, channels) if grouped else None)
+
+    return run
+
+
+CASES = tuple(
+    Case("end_row", f"{channels} channels{', grouped' * grouped}", _case(channels, grouped), dtypes=("f32", "f64"))
+    for channels in (1024, 2048, 2**20)
+    for grouped in (False, True)
+)

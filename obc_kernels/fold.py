@@ -29,6 +29,7 @@ Two things are left to matrix products, by these counts (4 TB/s, 6 TFLOP/s of bf
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -37,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from obc_kernels import autotune
+from obc_kernels.case import Case, empty
 from obc_kernels.launch import launch
 from obc_kernels.layout import ceil_div, power_of_two
 
@@ -191,15 +193,14 @@ def fold_triton(
     folded = weight.new_empty((kept_out, kept_in, positions))
     highest = torch.get_float32_matmul_precision() == "highest"
     exact = highest and weight.dtype == torch.float32
-    if config is None:
-        config = autotune.choose(
-            "fold",
-            (*autotune.size_class(*matrices.shape, kept_out, kept_in), exact, highest, weight.dtype),
-            weight.device,
-            lambda: FoldConfig.from_heuristic(kept_in, exact),
-            lambda: FoldConfig.variations(kept_in, exact),
-            lambda config: fold_triton(weight, compressor, decompressor, groups, in_repeat, config),
-        )
+    config = config or autotune.choose(
+        "fold",
+        FoldConfig,
+        (kept_in, exact),
+        (*autotune.size_class(*matrices.shape, kept_out, kept_in), exact, highest),
+        weight,
+        lambda config: fold_triton(weight, compressor, decompressor, groups, in_repeat, config),
+    )
     launch(
         _fold_kernel,
         ceil_div(kept_out, config.block_k) * positions,
@@ -226,3 +227,22 @@ def fold_triton(
         max_registers=255,
     )
     return folded.view(kept_out, kept_in * in_repeat, *weight.shape[2:])
+
+
+def _case(precision: str, kept_in: int) -> Callable[[torch.dtype], Tensor]:
+    def run(dtype: torch.dtype) -> Tensor:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return fold_triton(empty(dtype, 512, 512), empty(dtype, 256, 512), empty(dtype, 512, kept_in))
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return run
+
+
+CASES = tuple(
+    Case("fold", f"{precision}, {kept_in} kept in", _case(precision, kept_in), dtypes=("f32", "bf16", "f16"))
+    for precision in ("highest", "high")
+    for kept_in in (64, 128, 256)
+)

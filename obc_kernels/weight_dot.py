@@ -14,13 +14,17 @@ adds in a fixed order; the split depends on shape and strides alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from obc_kernels import autotune
+from obc_kernels.case import Case, empty
 from obc_kernels.launch import launch
 from obc_kernels.layout import (
     VECTOR_BYTES,
@@ -42,12 +46,12 @@ ADDRESS_REGISTERS = 255
 
 
 @triton.jit
-def tile_sums(
+def weight_dot_kernel(
     row_ptr,  # (column_blocks, rows)
     column_ptr,  # (groups, row_splits, columns)
     w_ptr,
     g_ptr,
-    program,
+    program,  # None: the launch's own
     groups,
     rows_per_group,
     columns,
@@ -71,6 +75,8 @@ def tile_sums(
     ALIGN: tl.constexpr,
 ):
     """One program's partial sums: ``BLOCK_M`` columns of ``BLOCK_G`` groups, down ``tiles_per_split`` tiles of rows."""
+    if program is None:
+        program = tl.program_id(0)
     column_block = (program % column_blocks).to(tl.int64)
     split = program // column_blocks % row_splits
     group_block = (program // column_blocks // row_splits).to(tl.int64)
@@ -126,64 +132,6 @@ def finished_sums(
         mask = (t < splits * positions)[:, None] & (i < count)[None, :]
         acc += tl.load(partial_ptr + term[:, None] + base[None, :], mask=mask, other=0.0)
     return tl.sum(acc, axis=0)
-
-
-@triton.jit
-def _weight_dot_kernel(
-    row_ptr,
-    column_ptr,
-    w_ptr,
-    g_ptr,
-    groups,
-    rows_per_group,
-    columns,
-    size_1,
-    size_2,
-    column_blocks,
-    row_splits,
-    tiles_per_split,
-    stride_wr,
-    stride_w0,
-    stride_w1,
-    stride_w2,
-    stride_gr,
-    stride_g0,
-    stride_g1,
-    stride_g2,
-    BLOCK_G: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    FLAT: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    tile_sums(
-        row_ptr,
-        column_ptr,
-        w_ptr,
-        g_ptr,
-        tl.program_id(0),
-        groups,
-        rows_per_group,
-        columns,
-        size_1,
-        size_2,
-        column_blocks,
-        row_splits,
-        tiles_per_split,
-        stride_wr,
-        stride_w0,
-        stride_w1,
-        stride_w2,
-        stride_gr,
-        stride_g0,
-        stride_g1,
-        stride_g2,
-        BLOCK_G,
-        BLOCK_R,
-        BLOCK_M,
-        FLAT,
-        ALIGN,
-    )
 
 
 @triton.jit
@@ -412,16 +360,14 @@ def weight_dot_triton(
     walk = WeightWalk.over(weight, grad, groups)
     if walk is None:
         return weight_dot_triton(weight.contiguous(), grad.contiguous(), bias, bias_grad, groups, transposed, config)
-    if config is None:
-        itemsize = weight.element_size()
-        config = autotune.choose(
-            "weight_dot",
-            (*walk.size_class, weight.dtype),
-            weight.device,
-            lambda: WeightDotConfig.from_heuristic(walk, itemsize),
-            lambda: WeightDotConfig.variations(walk, itemsize),
-            lambda config: weight_dot_triton(weight, grad, bias, bias_grad, groups, transposed, config),
-        )
+    config = config or autotune.choose(
+        "weight_dot",
+        WeightDotConfig,
+        (walk, weight.element_size()),
+        walk.size_class,
+        weight,
+        lambda config: weight_dot_triton(weight, grad, bias, bias_grad, groups, transposed, config),
+    )
     check_steps("weight_dot", config.programs(walk))
     partials = _partial_sums(weight, grad, walk, config)
     row_dot, column_dot = _finished_dots(*partials, walk, bias, bias_grad, transposed, config)
@@ -434,12 +380,13 @@ def _partial_sums(weight: Tensor, grad: Tensor, walk: WeightWalk, config: Weight
     row_partial = weight.new_empty((column_blocks, walk.rows), dtype=accumulator(weight))
     column_partial = row_partial.new_empty((walk.groups, row_splits, walk.columns))
     launch(
-        _weight_dot_kernel,
+        weight_dot_kernel,
         config.programs(walk),
         row_partial,
         column_partial,
         weight,
         grad,
+        None,
         walk.groups,
         walk.rows_per_group,
         walk.columns,
@@ -497,3 +444,19 @@ def _finished_dots(
         num_warps=config.num_warps,
     )
     return row_dot, column_dot
+
+
+def _case(*shape: int, groups: int = 1, step: int = 1) -> Callable[[torch.dtype], Any]:
+    def run(dtype: torch.dtype) -> Any:
+        weight = empty(dtype, *shape, step=step)
+        return weight_dot_triton(weight, weight, groups=groups)
+
+    return run
+
+
+CASES = (
+    Case("weight_dot", "linear", _case(4096, 4096)),
+    Case("weight_dot", "conv", _case(512, 256, 3, 3)),
+    Case("weight_dot", "depthwise", _case(512, 1, 3, 3, groups=512), aligned=False),
+    Case("weight_dot", "strided", _case(512, 256, 3, 3, step=2), aligned=False),
+)

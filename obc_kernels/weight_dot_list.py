@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from obc_kernels import weight_dot_records as fields
+from obc_kernels.case import Case, empty
 from obc_kernels.launch import launch
 from obc_kernels.layout import VECTOR_BYTES, accumulator, ceil_div, check_steps, run_elements, tile_elements
 from obc_kernels.weight_dot import (
@@ -33,7 +34,7 @@ from obc_kernels.weight_dot import (
     bias_term,
     finished_sums,
     rows_outer,
-    tile_sums,
+    weight_dot_kernel,
 )
 from obc_kernels.weight_dot_records import FinishRecord, SumRecord
 
@@ -60,7 +61,7 @@ def _weight_dot_list_kernel(
     if VECTORS:
         w_ptr = tl.multiple_of(w_ptr, 16)
         g_ptr = tl.multiple_of(g_ptr, 16)
-    tile_sums(
+    weight_dot_kernel(
         partial_ptr + tl.load(record + fields.SUM_ROW_SUMS),
         partial_ptr + tl.load(record + fields.SUM_COLUMN_SUMS),
         w_ptr,
@@ -479,3 +480,12 @@ def _parts(flat: Tensor, sizes: list[int]) -> Iterator[Tensor]:
     Torch copies lists of tensors in one launch for about a hundred of them, but only as arithmetic: times one is exact.
     """
     return iter(torch._foreach_mul(list(flat.split(sizes)), 1) if sizes else ())
+
+
+def _case(dtype: torch.dtype) -> Any:
+    weights = [empty(dtype, 512, 256, 3, 3), empty(dtype, 33, 17), empty(dtype, 64, 1, 3, 3)]
+    biases = [empty(dtype, weight.shape[0]) for weight in weights]
+    return weight_dot_list_triton(weights, weights, biases, biases, [1, 1, 64], [False] * 3)
+
+
+CASES = (Case("weight_dot_list", "model", _case),)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 class SumRecord(NamedTuple):
-    """What the first stage reads of one layer: the arguments of :func:`obc_kernels.weight_dot.tile_sums`.
+    """What the first stage reads of one layer: the arguments of :func:`obc_kernels.weight_dot.weight_dot_kernel`.
 
     Attributes:
         weight, grad: addresses.

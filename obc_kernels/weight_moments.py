@@ -9,13 +9,17 @@ Accumulation: float32, float64 for float64 input. Deterministic as :mod:`obc_ker
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from obc_kernels import autotune
+from obc_kernels.case import Case, empty
 from obc_kernels.channel_dot import ChannelDotConfig
 from obc_kernels.launch import launch
 from obc_kernels.layout import (
@@ -160,16 +164,14 @@ def weight_moments_triton(
         return weight_moments_triton(weight.contiguous(), grad.contiguous(), config)
     if weight.numel() == 0:
         return _separate(weight.new_zeros((5, walk.channels), dtype=accumulator(weight)))
-    if config is None:
-        itemsize = weight.element_size()
-        config = autotune.choose(
-            "weight_moments",
-            (*walk.size_class, weight.dtype),
-            weight.device,
-            lambda: WeightMomentsConfig.from_heuristic(walk, itemsize),
-            lambda: WeightMomentsConfig.variations(walk, itemsize),
-            lambda config: weight_moments_triton(weight, grad, config),
-        )
+    config = config or autotune.choose(
+        "weight_moments",
+        WeightMomentsConfig,
+        (walk, weight.element_size()),
+        walk.size_class,
+        weight,
+        lambda config: weight_moments_triton(weight, grad, config),
+    )
     blocks, inner_tiles = ceil_div(walk.channels, config.block_o), ceil_div(walk.inner, config.block_p)
     tiles = walk.outer_steps * inner_tiles
     check_steps("weight_moments", tiles)
@@ -205,3 +207,14 @@ def _separate(moments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(5, O) as five tensors of their own: results of one operator must not share memory."""
     first, second, third, fourth, fifth = (moment.clone() for moment in moments)
     return first, second, third, fourth, fifth
+
+
+def _case(weight: Callable[[torch.dtype], Tensor]) -> Callable[[torch.dtype], Any]:
+    return lambda dtype: weight_moments_triton(weight(dtype), weight(dtype))
+
+
+CASES = (
+    Case("weight_moments", "conv", _case(lambda dtype: empty(dtype, 512, 256, 3, 3))),
+    Case("weight_moments", "strided", _case(lambda dtype: empty(dtype, 512, 256, 3, 3, step=2)), aligned=False),
+    Case("weight_moments", "transposed", _case(lambda dtype: empty(dtype, 4096, 4096).t())),
+)

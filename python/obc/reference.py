@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 
-def _accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which an operator sums inputs of ``dtype``: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(_accumulation_dtype(tensor.dtype))
+    return tensor.to(accumulation_dtype(tensor.dtype))
 
 
 def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:

@@ -142,6 +142,12 @@ def test_the_table_of_criteria_is_what_they_say_about_themselves() -> None:
     assert written == _run("criteria_table.py")["page"](), "run python docs/criteria_table.py"
 
 
+def test_the_tables_of_operators_are_those_of_the_code() -> None:
+    script = _run("operators_table.py")
+    for path in script["PAGES"]:
+        assert path.read_text(encoding="utf-8") == script["page"](path), "run python docs/operators_table.py"
+
+
 def test_the_architecture_shows_every_folder() -> None:
     page = (DOCS / "architecture.md").read_text(encoding="utf-8")
     for folder in _PACKAGE:

@@ -35,33 +35,41 @@ def missing_places(operator: Operator) -> list[str]:
     """The places where the operator should stand and does not, each as a sentence."""
     name = operator.name
     source = SHARED_FILE.get(name, name)
+    own = f"python/obc/ops/{name}.py"
     places = {
         f"python/obc/reference.py: its definition, def {name}": hasattr(reference, name),
-        f"python/obc/ops/__init__.py: the public function, def {name}": hasattr(ops, name),
-        "python/obc/ops/__init__.py: _register(...) with its fake": hasattr(torch.ops.obc, name)
+        f"{own}: the public function, def {name}": _says(own, rf"^def {name}\("),
+        f"{own}: register(...) with its check and fake": hasattr(torch.ops.obc, name)
         and torch._C._dispatch_has_kernel_for_dispatch_key(f"obc::{name}", "CompositeExplicitAutograd"),
+        f"python/obc/ops/__init__.py: the import of {name}": hasattr(ops, name) and name in ops.__all__,
         f"obc_kernels/{name}.py: the Triton launcher {name}_triton": _says(
             f"obc_kernels/{name}.py", rf"^def {name}_triton\("
         ),
-        f"obc_kernels/aot.py: a Case of {name}": _says("obc_kernels/aot.py", rf'^ +"?{name}"|Case\(\s*"{name}"'),
+        f"obc_kernels/{name}.py: CASES to compile ahead of time": _says(f"obc_kernels/{name}.py", "^CASES = "),
         f"python/obc/integrations/numpy.py: def {name}": _says("python/obc/integrations/numpy.py", rf"^def {name}\("),
         f"tests/ops/test_{SHARED_TESTS.get(name, name)}.py: def test_{name}_...": _says(
             f"tests/ops/test_{SHARED_TESTS.get(name, name)}.py", rf"^def test_{name}\w*\("
         ),
-        f"tests/ops/test_fuzz_ops.py: def test_{name}": _says("tests/ops/test_fuzz_ops.py", rf"^def test_{name}\("),
+        f"tests/ops/: a hypothesis test, @given and def test_{name}...": any(
+            re.search(rf"^@given\(.*\)\ndef test_{name}\w*\(", path.read_text(), re.MULTILINE)
+            for path in (ROOT / "tests" / "ops").glob("test_*.py")
+        ),
         f"benchmarks/bench_ops.py: def {SHARED_FILE.get(name, name)}": _says(
             "benchmarks/bench_ops.py", rf"^def {SHARED_FILE.get(name, name)}\("
         ),
-        f"README.md: `{name}` in the table of operators": _says("README.md", rf"^\|.*`{name}`"),
+        f"README.md: `{name}` in the table of operators, by python docs/operators_table.py": _says(
+            "README.md", rf"^\|.*`{name}`"
+        ),
         f"CHANGELOG.md: `{name}`": _says("CHANGELOG.md", rf"`{name}`"),
     }
     for library, suffix in zip(LIBRARIES, ("cpp", "cu"), strict=True):
         if library in operator.libraries:
             folder = f"csrc/{library}"
             places[f"{folder}/{source}.{suffix}: its kernel"] = (ROOT / f"{folder}/{source}.{suffix}").exists()
-            places[f"csrc/torch_{library}.cpp: OBC_DEFINE and impl"] = _says(
-                f"csrc/torch_{library}.cpp", rf"OBC_DEFINE\({library.upper()}, {name}\)"
-            ) and _says(f"csrc/torch_{library}.cpp", rf'impl\("{name}"')
+            places[f"{folder}/kernels.h: its declaration"] = _says(f"{folder}/kernels.h", rf"\b{source}\(")
+            places[f"csrc/torch_{library}.cpp: the function {name}"] = _says(
+                f"csrc/torch_{library}.cpp", rf"^[\w:<>, ]+ {name}\("
+            )
     return [place for place, found in places.items() if not found]
 
 
@@ -72,8 +80,8 @@ def test_an_operator_stands_in_every_place(operator: Operator) -> None:
 
 
 def test_the_test_of_places_finds_what_is_missing() -> None:
-    toy = Operator("toy_dot", "(Tensor x) -> Tensor")
-    assert len(missing_places(toy)) == 15
+    toy = Operator("toy_dot", "(Tensor x) -> Tensor", "a toy")
+    assert len(missing_places(toy)) == 18
 
 
 @pytest.mark.parametrize("operator", TABLE, ids=lambda operator: operator.name)
@@ -102,10 +110,10 @@ def test_a_library_of_another_version_is_refused_when_it_is_loaded() -> None:
     if reason := BACKENDS["cpu"].why_unavailable():
         pytest.skip(f"backend 'cpu' is not available: {reason}")
     native.check("cpu")
-    other = Operator("channel_dot", "(Tensor activation, Tensor grad, int channel_dim) -> Tensor")
+    other = Operator("channel_dot", "(Tensor activation, Tensor grad, int channel_dim) -> Tensor", "")
     with pytest.raises(LibraryMismatchError, match=r"it registers obc_cpu::channel_dot\(Tensor activation.*expected"):
         native.check("cpu", [other])
-    absent = Operator("toy_dot", "(Tensor x) -> Tensor")
+    absent = Operator("toy_dot", "(Tensor x) -> Tensor", "a toy")
     with pytest.raises(LibraryMismatchError, match=r"libobc_cpu.so was built from another version.*toy_dot is missing"):
         native.check("cpu", [absent])
 
@@ -114,7 +122,7 @@ def test_a_mismatch_is_no_reason_to_fall_back_silently(monkeypatch: pytest.Monke
     """Unlike a library that was not built."""
     if reason := BACKENDS["cpu"].why_unavailable():
         pytest.skip(f"backend 'cpu' is not available: {reason}")
-    monkeypatch.setattr(native.check, "__defaults__", ([Operator("toy_dot", "(Tensor x) -> Tensor")], None))
+    monkeypatch.setattr(native.check, "__defaults__", ([Operator("toy_dot", "(Tensor x) -> Tensor", "a toy")], None))
     from obc.backends import cpu
 
     with pytest.raises(LibraryMismatchError, match="Rebuild it: "):

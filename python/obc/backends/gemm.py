@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obc.reference import _accumulation_dtype, _blocks
+from obc.reference import _blocks, accumulation_dtype
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -107,7 +107,7 @@ def _form(weight: Tensor, decompressor: Tensor | None, groups: int, in_repeat: i
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    dtype = _accumulation_dtype(tensor.dtype)
+    dtype = accumulation_dtype(tensor.dtype)
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
@@ -146,7 +146,7 @@ def _mm_into(target: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _mm_added(summand: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """summand + left @ right, accumulated and returned in at least float32."""
-    if not summand.dtype == left.dtype == right.dtype == _accumulation_dtype(left.dtype):
+    if not summand.dtype == left.dtype == right.dtype == accumulation_dtype(left.dtype):
         return _mm(left, right).add_(summand)
     if left.shape[0] == 1:
         return torch.addmm(summand[0], left[0], right[0])[None]
@@ -271,7 +271,7 @@ class _Backward:
         A backward that is itself recorded must not overwrite what its own backward reads.
         """
         shared = self.form.reduced and self.needs[0] and c.shape[0] == 1 and not torch.is_grad_enabled()
-        return self.x.new_empty(self.x.shape, dtype=_accumulation_dtype(self.x.dtype)) if shared else None
+        return self.x.new_empty(self.x.shape, dtype=accumulation_dtype(self.x.dtype)) if shared else None
 
     def through_compressor(
         self, grad: Tensor, x: Tensor | None, inner: bool, into: Tensor | None = None
@@ -290,7 +290,7 @@ class _Backward:
         dx = into
         if dx is None:
             rows = blocks * (skip + summed)
-            dx = grad.new_empty(rows, *grad.shape[1:], dtype=_accumulation_dtype(grad.dtype))
+            dx = grad.new_empty(rows, *grad.shape[1:], dtype=accumulation_dtype(grad.dtype))
             self.form.rows(dx, blocks)[:, :skip] = g[:, :skip]
         _mm_into(self.form.rows(dx, blocks)[:, skip:], self.c.mT, g)
         return dx, dc
@@ -311,7 +311,7 @@ class _Backward:
             return None, dd
         dx = into
         if dx is None:
-            dx = grad.new_empty(*grad.shape[:2], self.x.shape[2], dtype=_accumulation_dtype(grad.dtype))
+            dx = grad.new_empty(*grad.shape[:2], self.x.shape[2], dtype=accumulation_dtype(grad.dtype))
         columns = self.form.columns(dx, blocks)
         columns[..., :skip] = g[..., :skip]
         _mm_into(columns[..., skip:], g, self.d.mT)

@@ -1,0 +1,63 @@
+"""Registration of ``torch.ops.obc.<op>``: arguments are checked, then passed to a backend of :mod:`obc.backends`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obc import backends
+from obc.backends.operators import TABLE
+
+_LIBRARY = torch.library.Library("obc", "DEF")
+for _operator in TABLE:
+    _LIBRARY.define(_operator.name + _operator.schema)
+
+
+def run(op: str, like: Tensor, *arguments: Any) -> Any:
+    """The backend's result for checked arguments; ``like`` is the tensor by which the backend is chosen."""
+    return backends.resolve(op, like.device.type, like.dtype, like.numel())(*arguments)
+
+
+def register(
+    op: str,
+    check: Callable[..., tuple[Any, ...]],
+    empty: Callable[..., Any],
+    autograd: tuple[Callable[..., Any], Callable[..., None]] | None,
+    implementation: Callable[..., Any] | None = None,
+) -> None:
+    """Give an operator of the table its implementation, its fake and its autograd formula.
+
+    Args:
+        op: its name in the table.
+        check: raises if an argument does not fit; returns all arguments, with defaults filled in and dimensions counted
+            from 0. The implementation and the fake both call it.
+        empty: makes the result, without values, from checked arguments.
+        autograd: backward and setup_context, for example those of :func:`not_differentiable`; None if ``check`` refuses
+            inputs that require grad.
+        implementation: takes unchecked arguments. By default they are checked and passed to the backend that the first
+            one chooses.
+    """
+
+    def checked(*arguments: Any) -> Any:
+        arguments = check(*arguments)
+        return run(op, arguments[0], *arguments)
+
+    _LIBRARY.impl(op, implementation or checked, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"obc::{op}", lambda *arguments, **named: empty(*check(*arguments, **named)), lib=_LIBRARY
+    )
+    if autograd is not None:
+        backward, setup_context = autograd
+        torch.library.register_autograd(f"obc::{op}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def not_differentiable(op: str, remedy: str) -> tuple[Callable[..., Any], Callable[..., None]]:
+    """The autograd formula that raises."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"obc::{op} is not differentiable; {remedy}")
+
+    return backward, lambda ctx, inputs, output: None
