@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,24 +15,33 @@ from torch import Tensor, nn
 
 tp = pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
 
-from models import regression_losses  # noqa: E402
+from models import randomise, regression_losses  # noqa: E402
 from prunable import RECIPES  # noqa: E402
 
 import obc  # noqa: E402
 from obc.criteria import Subject  # noqa: E402
-from obc.model.groups import ChannelGroup  # noqa: E402
+from obc.model.groups import ChannelGroup, Slice  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
 
-TRACED = ("chain", "flatten", "grouped", "vit")
-NAMES = (*TRACED, "llama", "mixtral")
+TRACED = {"chain": "chain", "flatten": "flatten", "grouped": "grouped", "resnet": "resnet", "traced-vit": "vit"}
+TRANSFORMERS = {"llama": "Llama", "mixtral": "Mixtral", "qwen2-moe": "Qwen2Moe"}
+SIZES = families._SIZES | {"hidden_size": 16, "intermediate_size": 12, "initializer_range": 0.2}
+EXPERTS = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2-moe": {
+        "moe_intermediate_size": 10,
+        "shared_expert_intermediate_size": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
 RIDGE = 1e-2
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def sample_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     x, target = batch
-    output = model(x)
-    return regression_losses(getattr(output, "logits", output), target)
+    return regression_losses(logits(model, (x, target)), target)
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -43,21 +52,59 @@ def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Any:
     return model(batch[0])
 
 
-def make_subject(name: str) -> Subject:
-    generator = torch.Generator().manual_seed(0)
+def logits(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    output = forward(model, batch)
+    return getattr(output, "logits", output)
+
+
+def image_transformer() -> nn.Module:
+    import transformers
+
+    sizes = {key: SIZES[key] for key in ("hidden_size", "intermediate_size", "initializer_range")}
+    config = transformers.ViTConfig(
+        **sizes, image_size=8, patch_size=4, num_hidden_layers=2, num_attention_heads=4, num_labels=5
+    )
+    return transformers.ViTForImageClassification(config)
+
+
+def language_model(name: str) -> nn.Module:
+    import transformers
+
+    kind = TRANSFORMERS[name]
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **EXPERTS.get(name, {}))
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+@cache
+def _built(name: str) -> tuple[nn.Module, tuple[ChannelGroup, ...], list[Tensor]]:
+    """(model, groups, inputs); whoever changes the model copies it."""
     if name in TRACED:
-        recipe = RECIPES[name]
+        recipe = RECIPES[TRACED[name]]
         model = recipe.model()
-        inputs = [recipe.inputs(3, seed) for seed in range(4)]
         groups = TorchPruningStructure(
             model, recipe.inputs(2).requires_grad_(), ignored_layers=recipe.ignored, num_heads=recipe.heads
         ).groups
+        return model, tuple(groups), [recipe.inputs(3, seed) for seed in range(4)]
+    torch.manual_seed(0)
+    model = randomise(image_transformer() if name == "vit" else language_model(name)).double().eval()
+    if name in EXPERTS:
+        model.set_experts_implementation("eager")  # type: ignore[operator]  # grouped products take no float64
+    generator = torch.Generator().manual_seed(0)
+    if name == "vit":
+        found = [torch.randn(3, 3, 8, 8, generator=generator, dtype=torch.float64) for _ in range(3)]
     else:
-        case = families.FAMILIES[name]()
-        model, inputs = families.double(case) if name == "mixtral" else copy.deepcopy(case.model).double(), case.batches
-        groups = tuple(obc.transformer_groups(model))
-    batches = [(x, torch.arange(float(len(x))) + n) for n, x in enumerate(inputs)]
-    return Subject(model, groups, batches, loss, forward, "gate", "batch", generator)
+        found = [torch.randint(0, 31, (3, 7), generator=generator) for _ in range(3)]
+    return model, tuple(obc.transformer_groups(model)), found
+
+
+def make_subject(name: str, kinds: Sequence[str] | None = None) -> Subject:
+    """A tiny model in float64 with its groups, of these kinds, and its batches."""
+    model, groups, inputs = _built(name)
+    model = copy.deepcopy(model)
+    if kinds is not None:
+        groups = tuple(obc.transformer_groups(model, kinds))
+    batches: Any = [(x, torch.arange(float(len(x))) + n) for n, x in enumerate(inputs)]
+    return Subject(model, groups, batches, loss, forward, "gate", "batch", torch.Generator().manual_seed(0))
 
 
 def changed(subject: Subject, **fields: Any) -> Subject:
@@ -65,7 +112,7 @@ def changed(subject: Subject, **fields: Any) -> Subject:
     return Subject(**{**vars(subject), **fields})
 
 
-def readers(subject: Subject, group: ChannelGroup) -> list[tuple[str, Any, Tensor]]:
+def readers(subject: Subject, group: ChannelGroup, experts: bool = True) -> list[tuple[str, Any, Tensor]]:
     """(name, layer, channels) of the consumers that are layers, and of every expert's down projection."""
     modules = dict(subject.model.named_modules())
     found: list[tuple[str, Any, Tensor]] = []
@@ -73,7 +120,12 @@ def readers(subject: Subject, group: ChannelGroup) -> list[tuple[str, Any, Tenso
         module: Any = modules.get(part.module)
         if part.side == "in" and hasattr(module, "weight"):
             found.append((part.module, module, part.channels))
-        elif part.side == "in" and hasattr(module, "down_proj") and isinstance(module.down_proj, nn.Parameter):
+        elif (
+            experts
+            and part.side == "in"
+            and hasattr(module, "down_proj")
+            and isinstance(module.down_proj, nn.Parameter)
+        ):
             for expert, weight in enumerate(module.down_proj):
                 found.append((f"{part.module}[{expert}]", SimpleNamespace(weight=weight, bias=None), part.channels))
     return found
@@ -131,11 +183,13 @@ def check(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float
         torch.testing.assert_close(got[name].double(), values, rtol=rtol, atol=rtol * float(values.abs().max()))
 
 
-def by_units(subject: Subject, value: Callable[[str, Any, list[int]], Tensor | float]) -> dict[str, Tensor]:
+def by_units(
+    subject: Subject, value: Callable[[str, Any, list[int]], Tensor | float], experts: bool = True
+) -> dict[str, Tensor]:
     """The sum over consumers of value(name, layer, the unit's channels)."""
     found = {}
     for group in subject.groups:
-        layers = readers(subject, group)
+        layers = readers(subject, group, experts)
         if layers:
             units = [
                 sum(torch.as_tensor(value(name, layer, channels[u].tolist())) for name, layer, channels in layers)
@@ -172,13 +226,12 @@ def removal_error(total: Tensor, columns: Tensor, gone: list[int]) -> Tensor:
     return (difference.mT @ total @ difference).trace()
 
 
-def block_pairs(model: nn.Module) -> dict[str, list[tuple[Tensor, Tensor]]]:
+def block_pairs(model: nn.Module, blocks: Sequence[str]) -> dict[str, list[tuple[Tensor, Tensor]]]:
     """Block -> (input, output) of its calls, filled while the model runs."""
-    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for index in range(2):
-        block = f"model.layers.{index}"
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {block: [] for block in blocks}
+    for block in blocks:
         model.get_submodule(block).register_forward_hook(
-            lambda m, args, y, block=block: pairs.setdefault(block, []).append(
+            lambda m, args, y, block=block: pairs[block].append(
                 (args[0].detach(), (y[0] if isinstance(y, tuple) else y).detach())
             )
         )
@@ -194,54 +247,83 @@ def gradients(subject: Subject, functional: Callable[..., Tensor] = loss) -> lis
     return found
 
 
-def slices_of(subject: Subject, group: ChannelGroup) -> list[tuple[str, Callable[[Tensor, int], Tensor]]]:
-    """(parameter, what takes a unit's entries out of a tensor like it) of every slice of a layer with two sides."""
-    found = []
-    modules = dict(subject.model.named_modules())
-    for part in group.slices:
-        layer: Any = modules.get(part.module)
-        if isinstance(layer, LAYERS):
-            groups = getattr(layer, "groups", 1)
+Take = Callable[[Tensor, int], Tensor]
 
-            transposed = isinstance(layer, nn.ConvTranspose2d)  # of these models one in a single group
 
-            def take(
-                t: Tensor, u: int, part: Any = part, groups: int = groups, transposed: bool = transposed
-            ) -> Tensor:
-                channels = part.channels[u].tolist()
-                if transposed:
-                    return t[:, channels].flatten() if part.side == "out" else t[channels].flatten()
-                if part.side == "out":
-                    return t[channels].flatten()
-                width, rows = t.shape[1], len(t) // groups
-                picked = [t[c // width * rows : (c // width + 1) * rows, c % width].flatten() for c in channels]
-                return torch.cat(picked)
+def entries(subject: Subject, part: Slice) -> tuple[str, Take] | None:
+    """The weight that loses entries with one slice of a layer, and what takes a unit's out of a tensor like it."""
+    layer: Any = dict(subject.model.named_modules()).get(part.module)
+    if not isinstance(layer, LAYERS):
+        return None
+    groups, transposed = getattr(layer, "groups", 1), isinstance(layer, nn.ConvTranspose2d)  # the latter in one group
 
-            found.append((f"{part.module}.weight", take))
-    return found
+    def take(t: Tensor, u: int) -> Tensor:
+        channels = part.channels[u].tolist()
+        if (part.side == "out") != transposed:
+            return t[channels].flatten()
+        if groups == 1:
+            return t[:, channels].flatten()
+        width, rows = t.shape[1], len(t) // groups
+        picked = [t[c // width * rows : (c // width + 1) * rows, c % width].flatten() for c in channels]
+        return torch.cat(picked)
+
+    return f"{part.module}.weight", take
+
+
+def read_entries(subject: Subject, part: Slice) -> list[tuple[str, Take]]:
+    """Of everything whose rows are read, biases, norms, routers and experts too, as :func:`entries` has it.
+
+    An expert's output is linear in its down projection, and its router's logit in a row of the router.
+    """
+    layer: Any = dict(subject.model.named_modules()).get(part.module)
+    if layer is None:
+        return []
+    if isinstance(getattr(layer, "down_proj", None), nn.Parameter):
+        dims = (0,) if part.side == "out" else (2,)
+        return [(f"{part.module}.down_proj", lambda t, u: t.index_select(dims[0], part.channels[u]).flatten())]
+    found = entries(subject, part)
+    own = ["weight", "bias"] if found is None else ["bias"] if part.side == "out" else []
+    parameters = dict(layer.named_parameters(recurse=False))
+    plain = [(f"{part.module}.{key}", lambda t, u: t[part.channels[u]].flatten()) for key in own if key in parameters]
+    return [*([] if found is None else [found]), *plain]
+
+
+def weighted(subject: Subject, group: ChannelGroup) -> list[tuple[Slice, str, Take]]:
+    """(slice, parameter, what takes a unit's entries) of the group's slices of layers with two sides."""
+    parts = [(part, entries(subject, part)) for part in group.slices]
+    return [(part, *found) for part, found in parts if found is not None]
+
+
+def values_of(subject: Subject) -> dict[str, Tensor]:
+    return {key: parameter.detach() for key, parameter in subject.model.named_parameters()}
+
+
+def products(subject: Subject, functional: Callable[..., Tensor] = loss) -> list[dict[str, Tensor]]:
+    """Parameter -> w * dL_n/dw, batch by batch."""
+    weights = values_of(subject)
+    return [{key: weights[key] * g for key, g in row.items()} for row in gradients(subject, functional)]
+
+
+def sums(subject: Subject, tensors: Mapping[str, Tensor], part: Slice) -> Tensor | None:
+    """(units,) what of the tensors goes with each unit of a slice whose rows are read, added up."""
+    taken = read_entries(subject, part)
+    if not taken:
+        return None
+    units = range(len(part.channels))
+    return torch.stack([torch.stack([take(tensors[key], u).sum() for key, take in taken]).sum() for u in units])
+
+
+def part_rows(subject: Subject, rows: Sequence[Mapping[str, Tensor]], parts: Sequence[Slice]) -> list[Tensor]:
+    """(N, units) w . dL_n/dw of every slice that has rows; ``rows`` are :func:`products`."""
+    found = [[sums(subject, row, part) for row in rows] for part in parts]
+    return [torch.stack(values) for values in found if values[0] is not None]  # type: ignore[arg-type]
 
 
 def unit_rows(subject: Subject, everything: bool, functional: Callable[..., Tensor] = loss) -> dict[str, Tensor]:
-    """(N, units) per group: the sum over all slices, or the consumers alone, of w . dL_n/dw with biases and norms."""
-    rows = gradients(subject, functional)
-    parameters = {key: p.detach() for key, p in subject.model.named_parameters()}
-    modules = dict(subject.model.named_modules())
-    found = {}
-    for group in subject.groups:
-        total = torch.zeros(len(rows), group.size, dtype=torch.float64)
-        for part in group.slices if everything else group.consumers:
-            layer: Any = modules.get(part.module)
-            if layer is None:
-                continue
-            if isinstance(layer, LAYERS):
-                ((key, take),) = slices_of(subject, ChannelGroup(group.name, (part,)))
-                for n, u in itertools.product(range(len(rows)), range(group.size)):
-                    total[n, u] += take(parameters[key] * rows[n][key], u).sum()
-            keys = [] if part.side == "in" else ["bias"]
-            if not isinstance(layer, LAYERS):
-                keys = ["weight", "bias"]
-            for key in (f"{part.module}.{k}" for k in keys if f"{part.module}.{k}" in parameters):
-                for n, u in itertools.product(range(len(rows)), range(group.size)):
-                    total[n, u] += (parameters[key] * rows[n][key])[part.channels[u]].sum()
-        found[group.name] = total
-    return found
+    """(N, units) per group: the sum over all slices, or the consumers alone, of w . dL_n/dw."""
+    rows = products(subject, functional)
+    found = {
+        group.name: part_rows(subject, rows, group.slices if everything else group.consumers)
+        for group in subject.groups
+    }
+    return {name: torch.stack(parts).sum(0) for name, parts in found.items() if parts}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from formulas import (
-    NAMES,
     by_units,
     check,
     damped,
@@ -23,6 +24,7 @@ from formulas import (
     removal_error,
 )
 from torch import Tensor, nn
+from transcribed import ALL, FOUR, transcribes
 
 import obc
 from obc import criteria
@@ -30,7 +32,7 @@ from obc.criteria import Subject, group_scores
 from obc.structures.transformers import TransformersStructure
 
 
-@pytest.mark.parametrize("name", NAMES)
+@transcribes("flap", "flap(standardise=False)", "flap(code=True)", models=ALL)
 def test_flap(name: str) -> None:
     subject = make_subject(name)
     seen = {layer: torch.cat([x.flatten(0, 1) for x in batches]) for layer, batches in inputs(subject).items()}
@@ -41,19 +43,20 @@ def test_flap(name: str) -> None:
 
     raw = by_units(subject, lambda n, m, unit: fluctuation(n, m)[unit].mean())
     check(group_scores(criteria.FLAP(standardise=False), subject), raw)
-    expected = {}
-    for group in subject.groups:
-        total = torch.zeros(group.size, dtype=torch.float64)
-        for layer_name, layer, channels in readers(subject, group):
-            values = fluctuation(layer_name, layer)
-            mine = values[channels.flatten()]
-            z = (values - mine.mean()) / ((mine - mine.mean()).pow(2).mean().sqrt())
-            total += z[channels].mean(1)
-            expected[group.name] = total
-    check(group_scores("flap", subject), expected)
+    for code in (False, True):
+        expected = {}
+        for group in subject.groups:
+            total = torch.zeros(group.size, dtype=torch.float64)
+            for layer_name, layer, channels in readers(subject, group):
+                values = fluctuation(layer_name, layer)
+                mine = (values.square() if code and group.kind == "heads" else values)[channels.flatten()]
+                variance = (mine - mine.mean()).square().sum() / (len(mine) - code)
+                total += ((mine - mine.mean()) / variance.sqrt()).view_as(channels).mean(1)
+                expected[group.name] = total
+        check(group_scores(criteria.FLAP(code=code), subject), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@transcribes("wanda_sp", models=ALL)
 def test_wanda_sp(name: str) -> None:
     subject = make_subject(name)
     seen = {layer: torch.cat([x.flatten(0, 1) for x in batches]) for layer, batches in inputs(subject).items()}
@@ -65,7 +68,7 @@ def test_wanda_sp(name: str) -> None:
     check(group_scores("wanda_sp", subject), by_units(subject, value))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@transcribes("minitron", models=ALL)
 def test_minitron(name: str) -> None:
     subject = make_subject(name)
     seen = inputs(subject)
@@ -142,7 +145,7 @@ def test_minitron_of_heads_in_groups(kind: str, make: Callable[..., nn.Module], 
 
 
 @pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+@transcribes("cfsp", "cfsp(weights=True)", models=("vit", "llama", "mixtral"))
 def test_cfsp(name: str, weights: bool) -> None:
     """The released code's three terms |W| / sum |W|, averaged over the axis along which they sum to 1, cancel."""
     subject = make_subject(name)
@@ -156,7 +159,7 @@ def test_cfsp(name: str, weights: bool) -> None:
     check(group_scores(criteria.CFSP(weights=weights), subject), by_units(subject, value))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@transcribes("obs(greedy=False)", models=ALL)
 def test_obs_is_the_error_of_least_squares_on_what_stays(name: str) -> None:
     subject = make_subject(name)
     seen = inputs(subject)
@@ -167,16 +170,17 @@ def test_obs_is_the_error_of_least_squares_on_what_stays(name: str) -> None:
     check(group_scores(criteria.OBS(greedy=False), subject), by_units(subject, value), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["chain", "llama", "vit"])
+@transcribes("obs", models=FOUR)
 def test_greedy_obs_removes_one_after_another(name: str) -> None:
     """Its next unit is the one whose removal, on top of those gone, adds least to the error of least squares."""
     subject = make_subject(name)
     seen, got = inputs(subject), group_scores("obs", subject)
+    assert set(got) == {group.name for group in subject.groups if readers(subject, group)}
     for group in subject.groups:
         layers = [(damped(gram(subject, n, m, seen)), matrix(m)[0], c) for n, m, c in readers(subject, group)]
         gone: list[int] = []
         highest, before = 0.0, 0.0
-        for _ in range(min(group.size, 8)):
+        for _ in range(group.size if layers else 0):
             errors = {
                 u: float(sum(removal_error(g, w, c[[*gone, u]].flatten().tolist()) for g, w, c in layers))
                 for u in range(group.size)
@@ -188,27 +192,81 @@ def test_greedy_obs_removes_one_after_another(name: str) -> None:
             assert float(got[group.name][unit]) == pytest.approx(highest, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_slimgpt_takes_cholesky_diagonals_of_each_head(name: str) -> None:
+def cholesky_error(total: Tensor, columns: Tensor, unit: list[int]) -> Tensor:
+    """The sum over the unit's columns of |W_:j|^2 over the squared diagonal of its block's Cholesky factor."""
+    lower = torch.linalg.cholesky(total.inverse()[unit][:, unit])
+    return torch.stack([columns[j].pow(2).sum() / lower[k, k] ** 2 for k, j in enumerate(unit)]).sum()
+
+
+@transcribes("obs(heads='cholesky')", models=ALL)
+def test_cholesky_diagonals_of_each_head(name: str) -> None:
     subject = make_subject(name)
     seen = inputs(subject)
 
     def value(layer_name: str, layer: Any, unit: list[int]) -> Tensor:
-        inverse = damped(gram(subject, layer_name, layer, seen)).inverse()
-        lower = torch.linalg.cholesky(inverse[unit][:, unit])
-        columns = matrix(layer)[0]
-        return sum(columns[j].pow(2).sum() / lower[place, place] ** 2 for place, j in enumerate(unit))  # type: ignore
+        return cholesky_error(damped(gram(subject, layer_name, layer, seen)), matrix(layer)[0], unit)
 
     check(group_scores(criteria.OBS(greedy=False, heads="cholesky"), subject), by_units(subject, value), 1e-5)
 
 
-def test_tyr_keeps_the_first_order_term() -> None:
-    subject = make_subject("chain")
+@transcribes("slimgpt", models=FOUR)
+def test_slimgpt_removes_one_after_another_and_updates_what_stays(name: str) -> None:
+    """After each removal the Gram matrix is that of the kept channels, the weights solve least squares on them."""
+    subject = make_subject(name)
+    seen, expected = inputs(subject), {}
+    for group in subject.groups:
+        layers = [(damped(gram(subject, n, m, seen)), matrix(m)[0], c) for n, m, c in readers(subject, group)]
+        scores = torch.zeros(group.size, dtype=torch.float64)
+        left, highest = list(range(group.size)) if layers else [], 0.0
+        while left:
+            errors = dict.fromkeys(left, 0.0)
+            for total, columns, channels in layers:
+                gone = channels[[u for u in range(group.size) if u not in left]].flatten().tolist()
+                kept = [j for j in range(len(total)) if j not in gone]
+                reduced = total[kept][:, kept]
+                solved = torch.linalg.solve(reduced, total[kept] @ columns)
+                for u in left:
+                    errors[u] += float(cholesky_error(reduced, solved, [kept.index(j) for j in channels[u].tolist()]))
+            unit = min(left, key=lambda u: errors[u])
+            highest = max(highest, errors[unit])
+            scores[unit] = highest
+            left.remove(unit)
+            expected[group.name] = scores
+    check(group_scores("slimgpt", subject), expected, 1e-4)
+
+
+@transcribes("obs(first_order=True)", models=FOUR)
+def test_tyr_keeps_the_first_order_term(name: str) -> None:
+    """The sum over the unit's columns j of |(G W^T)_j . W_j|, and half the error."""
+    subject = make_subject(name)
     seen = inputs(subject)
 
     def value(layer_name: str, layer: Any, unit: list[int]) -> Tensor:
         total, columns = gram(subject, layer_name, layer, seen), matrix(layer)[0]
-        first = sum((total @ columns)[j] @ columns[j] for j in unit)
-        return first.abs() + removal_error(damped(total), columns, unit) / 2  # type: ignore[union-attr]
+        first = torch.stack([((total @ columns)[j] @ columns[j]).abs() for j in unit]).sum()
+        return first + removal_error(damped(total), columns, unit) / 2
 
     check(group_scores(criteria.OBS(greedy=False, first_order=True), subject), by_units(subject, value), 1e-5)
+
+
+@transcribes("reconstruction", models=ALL)
+def test_reconstruction(name: str) -> None:
+    """The sum over consumers of |W x_u|^2 / |y|^2: the layer itself, given the unit's channels alone, and no bias."""
+    subject = make_subject(name)
+    expected: dict[str, Tensor] = {}
+    for group in subject.groups:
+        for _, layer, channels in readers(subject, group, experts=False):
+            calls: list[tuple[Tensor, Tensor]] = []
+            handle = layer.register_forward_hook(lambda m, args, y, calls=calls: calls.append((args[0], y.clone())))
+            for batch in subject.batches:
+                forward(subject.model, batch)
+            handle.remove()
+            linear, dim = copy.deepcopy(layer), 1 if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) else -1
+            linear.bias = None
+            energy = sum(float(y.detach().square().sum()) for _, y in calls)
+            lost = torch.zeros(group.size, dtype=torch.float64)
+            for (x, _), unit in itertools.product(calls, range(group.size)):
+                alone = torch.zeros_like(x).index_copy(dim, channels[unit], x.index_select(dim, channels[unit]))
+                lost[unit] += linear(alone).square().sum().detach() / energy
+            expected[group.name] = expected.get(group.name, 0) + lost
+    check(group_scores("reconstruction", subject), expected)

@@ -8,28 +8,40 @@ from typing import Any
 
 import pytest
 import torch
-import transformers_families as families
-from formulas import block_pairs, check, forward, loss, make_subject, readers
+from formulas import block_pairs, check, forward, make_subject
+from torch import Tensor
+from transcribed import transcribes
 
 import obc
 from obc import criteria
 from obc.criteria import Subject, group_scores
+from obc.statistics.blocks import entropy
+
+BLOCKS = {"vit": "vit.layers", "llama": "model.layers", "mixtral": "model.layers"}
 
 
-@pytest.mark.parametrize(("name", "gates"), [*itertools.product(["mixtral", "qwen2-moe"], ["routed", "softmax"])])
+@torch.no_grad()
+@pytest.mark.parametrize("gates", ["routed", "softmax"])
+@transcribes(
+    *(
+        f"{name}{switch}"
+        for name in ("reap", "expert_frequency", "expert_norm")
+        for switch in ("", "(gates='softmax')")
+    ),
+    models=("mixtral", "qwen2-moe"),
+)
 def test_experts(name: str, gates: Any) -> None:
-    case = families.FAMILIES[name]()
-    model = families.double(case)
-    groups = obc.transformer_groups(model, ["experts"])
-    subject = Subject(model, groups, case.batches, case.loss, lambda m, b: m(b), "gate", "batch", torch.Generator())
+    subject = make_subject(name, ["experts"])
+    model, groups = subject.model, subject.groups
     calls: dict[str, list[Any]] = {group.name: [] for group in groups}
     reap = group_scores(criteria.REAP(gates), subject)
-    counts, norms = group_scores("expert_frequency", subject), group_scores("expert_norm", subject)
+    counts = group_scores(criteria.ExpertFrequency(gates), subject)
+    norms = group_scores(criteria.ExpertNorm(gates), subject)
+    assert set(reap) == set(counts) == set(norms) == set(calls)
     for group_name, seen in calls.items():
         model.get_submodule(group_name).register_forward_pre_hook(lambda m, args, seen=seen: seen.append(args))
-    with torch.no_grad():
-        for batch in case.batches:
-            model(batch)
+    for batch in subject.batches:
+        forward(model, batch)
     for group_name, seen in calls.items():
         experts: Any = model.get_submodule(group_name)
         router: Any = model.get_submodule(group_name.removesuffix("experts") + "gate")
@@ -48,65 +60,84 @@ def test_experts(name: str, gates: Any) -> None:
         check({"x": norms[group_name]}, {"x": torch.tensor(total, dtype=torch.float64)}, 1e-5)
 
 
-def test_blocks() -> None:
-    subject = make_subject("llama")
-    pairs = block_pairs(subject.model)
-    influence, distance = criteria.BlockInfluence(), criteria.AngularDistance()
-    for criterion, tokens in ((influence, slice(None)), (distance, slice(-1, None))):
-        pairs.clear()
-        got = criterion.of_blocks(
-            obc.collect(subject.model, subject.batches, statistics=criterion.needs, forward_fn=forward)
-        )
-        for block, found in pairs.items():
-            cosines = torch.cat([torch.cosine_similarity(x, y, -1)[:, tokens].flatten() for x, y in found])
-            expected = 1 - cosines.mean() if criterion is influence else (cosines.arccos() / math.pi).mean()
-            assert got[block] == pytest.approx(float(expected), rel=1e-6)
-
-
-@pytest.mark.parametrize(("name", "metric"), [("vit", "loss"), ("vit", "kl"), ("vit", "mse"), ("chain", "mse")])
-def test_masked_evaluation(name: str, metric: Any) -> None:
-    """Each unit is zeroed in its consumers' weights, one by one."""
-    subject = make_subject(name)
-    dense = [getattr(forward(subject.model, batch), "logits", None) for batch in subject.batches]
-    dense = [d if d is not None else forward(subject.model, b) for d, b in zip(dense, subject.batches, strict=True)]
-
-    def measured() -> float:
-        values = []
-        for batch, before in zip(subject.batches, dense, strict=True):
-            output = forward(subject.model, batch)
-            output = getattr(output, "logits", output)
-            if metric == "loss":
-                values.append(loss(subject.model, batch))
-            elif metric == "mse":
-                values.append((output - before).pow(2).mean())
-            else:
-                p, q = before.softmax(-1), output.softmax(-1)
-                values.append((p * (p / q).log()).sum(-1).mean())
-        return float(torch.stack(values).mean())
-
-    expected = {}
+def pairs_of(name: str, subject: Subject) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Block -> (input, output) of every batch."""
+    pairs = block_pairs(subject.model, [f"{BLOCKS[name]}.{place}" for place in range(2)])
     with torch.no_grad():
-        base = measured()
-        for group in subject.groups:
-            scores = []
-            for u in range(group.size):
-                before = {n: layer.weight.clone() for n, layer, _ in readers(subject, group)}
-                for _, layer, channels in readers(subject, group):
-                    layer.weight[:, channels[u]] = 0
-                scores.append(measured() - base)
-                for n, layer, _ in readers(subject, group):
-                    layer.weight.copy_(before[n])
-            expected[group.name] = torch.tensor(scores, dtype=torch.float64)
-    check(group_scores(criteria.MaskedEvaluation(metric), subject), expected, 1e-8)
+        for batch in subject.batches:
+            forward(subject.model, batch)
+    return pairs
 
 
-def test_greedy_masked_evaluation_measures_again_after_each_round() -> None:
-    subject = make_subject("vit")
-    subject = Subject(**{**vars(subject), "groups": subject.groups[:1], "batches": subject.batches[:1]})
-    total = sum(group.size for group in subject.groups)
-    single = group_scores(criteria.MaskedEvaluation("mse"), subject)
-    greedy = group_scores(criteria.MaskedEvaluation("mse", rounds=total), subject)
-    first = min((float(s), name, u) for name, scores in single.items() for u, s in enumerate(scores))
-    values = sorted((float(s), name, u) for name, scores in greedy.items() for u, s in enumerate(scores))
-    assert values[0] == pytest.approx(first)
-    assert values[-1][0] > max(float(s.max()) for s in single.values()), "all gone costs more than any one"
+def check_blocks(subject: Subject, criterion: Any, expected: dict[str, float]) -> None:
+    """Scores of all blocks, and of the groups: of blocks that may go."""
+    statistics = obc.collect(subject.model, subject.batches, statistics=criterion.needs, forward_fn=forward)
+    assert criterion.of_blocks(statistics) == pytest.approx(expected, rel=1e-6)
+    names = [group.name for group in subject.groups]
+    check(group_scores(criterion, subject), {name: torch.tensor([expected[name]]).double() for name in names})
+
+
+@pytest.mark.parametrize("tokens", ["all", "last"])
+@transcribes(
+    "block_influence",
+    "block_influence(tokens='last')",
+    "angular_distance",
+    "angular_distance(tokens='all')",
+    models=tuple(BLOCKS),
+)
+def test_blocks(name: str, tokens: Any) -> None:
+    """1 - E cos(x, y), and E arccos(cos(x, y)) / pi, over all tokens or the last of each sample."""
+    subject = make_subject(name, ["layers"])
+    influences, distances = {}, {}
+    for block, found in pairs_of(name, subject).items():
+        cosines = []
+        for x, y in found:
+            for sample, place in itertools.product(range(len(x)), range(x.shape[1])):
+                if tokens == "all" or place == x.shape[1] - 1:
+                    a, b = x[sample, place], y[sample, place]
+                    cosines.append(float(a @ b) / math.hypot(*a.tolist()) / math.hypot(*b.tolist()))
+        influences[block] = 1 - sum(cosines) / len(cosines)
+        distances[block] = sum(math.acos(cosine) / math.pi for cosine in cosines) / len(cosines)
+    check_blocks(subject, criteria.BlockInfluence(tokens), influences)
+    check_blocks(subject, criteria.AngularDistance(tokens), distances)
+
+
+def binned(values: Tensor, bins: int) -> float:
+    """-sum p log p of one dimension, bin by bin, from the published description."""
+    low, high = float(values.min()), float(values.max())
+    edges = [low + (high - low) * b / bins for b in range(bins + 1)]
+    shares = [
+        sum(edges[b] <= v and (v < edges[b + 1] or b == bins - 1) for v in values.tolist()) / len(values)
+        for b in range(bins)
+    ]
+    return -sum(p * math.log(p) for p in shares if p > 0)
+
+
+def test_entropy_is_that_of_histograms() -> None:
+    torch.manual_seed(0)
+    states = torch.randn(40, 3, dtype=torch.float64)
+    for bins in (2, 7):
+        assert float(entropy(states, bins)) == pytest.approx(sum(binned(d, bins) for d in states.T), rel=1e-12)
+    assert float(entropy(torch.ones(5, 2), 4)) == 0.0
+
+
+@pytest.mark.parametrize("spare", [None, "falling", "ends"])
+@transcribes("entropy", "entropy(spare='ends')", "entropy(spare=None)", models=tuple(BLOCKS))
+def test_entropy_gain_of_blocks(name: str, spare: Any) -> None:
+    """The mean over calls of H(y) - H(x), sums over dimensions; one nat above all where a block is spared."""
+    subject = make_subject(name, ["layers"])
+    gains = {}
+    for block, found in pairs_of(name, subject).items():
+        calls = [
+            sum(binned(d, 5) for d in y.flatten(0, 1).T) - sum(binned(d, 5) for d in x.flatten(0, 1).T)
+            for x, y in found
+        ]
+        gains[block] = sum(calls) / len(calls)
+    blocks, spared = list(gains), set()
+    if spare == "falling":
+        spared = set(itertools.takewhile(lambda block: gains[block] <= 0, blocks))
+    elif spare == "ends":
+        spared = {*blocks[:2], blocks[-1]}
+    most = max(gains.values())
+    expected = {block: most + 1 if block in spared else gain for block, gain in gains.items()}
+    check_blocks(subject, criteria.EntropyGain(bins=5, spare=spare), expected)

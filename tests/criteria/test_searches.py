@@ -12,7 +12,7 @@ import models
 import pytest
 import torch
 import transformers_families as families
-from formulas import block_pairs, changed, check, forward, make_subject, unit_rows
+from formulas import check, forward
 from torch import Tensor, nn
 
 import obc
@@ -22,40 +22,7 @@ from obc.model.groups import ChannelGroup, Slice
 from obc.model.usable_batches import UsableBatches
 from obc.recovery.fusion import fuse_units, transport
 from obc.statistics import Blocks
-from obc.statistics.blocks import entropy
 from obc.structures.transformers import TransformersStructure
-
-
-@pytest.mark.parametrize("name", ["vit", "llama"])
-@pytest.mark.parametrize("micro_batch", [None, 2])
-def test_jbr_is_the_jacobian_criterion_on_the_first_models_predictions(name: str, micro_batch: int | None) -> None:
-    subject = make_subject(name)
-    subject = changed(subject, batches=UsableBatches(list(subject.batches)), micro_batch=micro_batch)
-    criterion = criteria.JBR()
-    for turn in range(2):  # the second time the weights are others, and the labels stay
-        if turn == 0:
-            labels = [logits(subject.model, batch).argmax(-1) for batch in subject.batches]
-        else:
-            with torch.no_grad():
-                for parameter in subject.model.parameters():
-                    parameter.mul_(1.3)
-        place = {id(batch): n for n, batch in enumerate(subject.batches.all)}
-
-        def loss(model: nn.Module, batch: Any) -> Tensor:
-            chances = logits(model, batch).log_softmax(-1)
-            return -chances.gather(-1, labels[place[id(batch)]].unsqueeze(-1)).mean()  # noqa: B023
-
-        rows = {
-            group: r.square().sum(0)
-            for group, r in unit_rows(changed(subject, loss_fn=loss), everything=False, functional=loss).items()
-        }
-        got = group_scores(criterion, subject)
-        check(got, {key: values for key, values in rows.items() if key in got}, 1e-4)
-
-
-def logits(model: nn.Module, batch: Any) -> Tensor:
-    output = forward(model, batch)
-    return getattr(output, "logits", output)
 
 
 def test_jbr_leaves_padding_out_and_takes_sample_rows() -> None:
@@ -71,45 +38,6 @@ def test_jbr_leaves_padding_out_and_takes_sample_rows() -> None:
         one = Subject(case.model, groups, batches, case.loss, call, "gate", "sample", torch.Generator())
         found.append(group_scores("jbr", one))
     check(found[0], {name: scores.double() for name, scores in found[1].items()}, 1e-3)
-
-
-def binned(values: Tensor, bins: int) -> float:
-    """-sum p log p of one dimension, bin by bin, from the published description."""
-    low, high = float(values.min()), float(values.max())
-    edges = [low + (high - low) * b / bins for b in range(bins + 1)]
-    shares = [
-        sum(edges[b] <= v and (v < edges[b + 1] or b == bins - 1) for v in values.tolist()) / len(values)
-        for b in range(bins)
-    ]
-    return -sum(p * math.log(p) for p in shares if p > 0)
-
-
-def test_entropy_is_that_of_histograms() -> None:
-    torch.manual_seed(0)
-    states = torch.randn(40, 3, dtype=torch.float64)
-    for bins in (2, 7):
-        assert float(entropy(states, bins)) == pytest.approx(sum(binned(d, bins) for d in states.T), rel=1e-12)
-    assert float(entropy(torch.ones(5, 2), 4)) == 0.0
-
-
-def test_entropy_gain_of_blocks() -> None:
-    subject = make_subject("llama")
-    pairs = block_pairs(subject.model)
-    criterion = criteria.EntropyGain(bins=5, spare=None)
-    statistics = obc.collect(subject.model, subject.batches, statistics=criterion.needs, forward_fn=forward)
-    got = criterion.of_blocks(statistics)
-    for block, found in pairs.items():
-        gains = [
-            sum(binned(d, 5) for d in y.flatten(0, 1).T) - sum(binned(d, 5) for d in x.flatten(0, 1).T)
-            for x, y in found
-        ]
-        assert got[block] == pytest.approx(sum(gains) / len(gains), rel=1e-6)
-    group = ChannelGroup(
-        "model.layers.1", (Slice("model.layers.1", "out", torch.zeros(1, 1, dtype=torch.int64)),), "layers"
-    )
-    scores = criterion.score(group, statistics, subject.model)
-    assert scores is not None
-    assert float(scores) == pytest.approx(got["model.layers.1"])
 
 
 def test_entropy_spares_the_first_stage_or_the_ends(tmp_path: Path) -> None:
@@ -140,100 +68,6 @@ def small() -> Subject:
         return (model(batch[0]) - batch[1]).square().mean()
 
     return Subject(model, groups, UsableBatches(batches), loss, forward, "gate", "batch", torch.Generator())
-
-
-def with_zeros(subject: Subject, units: Any) -> nn.Module:
-    """The model with the columns of these (group, unit) at zero."""
-    model: Any = copy.deepcopy(subject.model)
-    with torch.no_grad():
-        for name, unit in units:
-            model[int(name) + 2].weight[:, unit] = 0
-    return model
-
-
-def distance(subject: Subject, units: Any, batches: Any) -> float:
-    model = with_zeros(subject, units)
-    return sum(float((model(x) - subject.model(x)).square().mean()) for x, _ in batches) / len(batches)
-
-
-@pytest.mark.parametrize("null", [False, True])
-@pytest.mark.parametrize("width", [1, 2, 100])
-def test_beam_search_is_a_beam_search(width: int, null: bool) -> None:
-    """Sets are grown one unit at a time, the best ``width`` of each size survive; all sets for a wide beam."""
-    subject = small()
-    batches: Any = list(subject.batches)
-    empty = [(torch.zeros(1, 4).double(), torch.zeros(1, 2).double())]
-
-    def measured(units: Any) -> float:
-        return distance(subject, units, batches) + (distance(subject, units, empty) if null else 0.0)
-
-    everything = [(group, unit) for group in ("0", "2") for unit in range(3)]
-    beam: list[list[tuple[str, int]]] = [[]]
-    for _ in range(3):
-        sets = {
-            frozenset([*path, unit]): [*path, unit]
-            for path in reversed(beam)
-            for unit in everything
-            if unit not in path
-        }
-        beam = sorted(sets.values(), key=measured)[:width]
-    best = beam[0]
-    got = group_scores(criteria.BeamSearch(removals=3, width=width, null=empty if null else None), subject)
-    order = sorted(everything, key=lambda unit: float(got[unit[0]][unit[1]]))
-    assert set(order[:3]) == set(best)
-    highest = max(float(got[group][unit]) for group, unit in best)
-    assert highest >= measured(best) * (1 - 1e-9)
-    if width == 100:
-        assert measured(best) == pytest.approx(min(map(measured, itertools.combinations(everything, 3))))
-    for group, unit in set(everything) - set(best):
-        expected = max(highest, measured([*best, (group, unit)]))
-        assert float(got[group][unit]) == pytest.approx(expected)
-
-
-def test_tolerance_masks_shares_until_a_task_loses_too_much() -> None:
-    subject = small()
-    batches: Any = list(subject.batches)
-
-    def other(model: nn.Module, batch: Any) -> Tensor:
-        return model(batch[0]).abs().mean() + 0.1
-
-    tasks = [subject.loss_fn, other]
-
-    def losses(units: Any) -> list[float]:
-        model = with_zeros(subject, units)
-        with torch.no_grad():
-            return [sum(float(task(model, batch)) for batch in batches) / len(batches) for task in tasks]
-
-    base = losses([])
-    ranks = {
-        name: sorted(
-            range(3),
-            key=lambda u, name=name: float(
-                subject.model.get_submodule(name).weight[u].pow(2).sum()  # type: ignore[union-attr, operator, index]
-                + subject.model.get_submodule(str(int(name) + 2)).weight[:, u].pow(2).sum()  # type: ignore
-            ),
-        )
-        for name in ("0", "2")
-    }
-    for tau, decay in ((0.05, 0.5), (0.5, 0.9), (100.0, 1.0)):
-        criterion = criteria.Tolerance(tau, decay, tasks=tasks, order=["2", "0"])
-        got, masked, tolerance, within, outside = group_scores(criterion, subject), [], tau, {}, []
-        for name in ("2", "0"):
-            highest, accepted = 0.0, 0
-            for count in range(1, 3):  # shares of 1/20 of three units: one, then two
-                tried = [*masked, *((name, unit) for unit in ranks[name][:count])]
-                ratio = max(a / b for a, b in zip(losses(tried), base, strict=True)) - 1
-                if ratio > tolerance:
-                    break
-                highest, accepted = max(highest, ratio), count
-                within[name, ranks[name][count - 1]] = highest
-            masked += [(name, unit) for unit in ranks[name][:accepted]]
-            outside += [(name, unit) for unit in ranks[name][accepted:]]
-            tolerance *= decay
-        for (name, unit), value in within.items():
-            assert float(got[name][unit]) == pytest.approx(value, abs=1e-12)
-        most = max(within.values(), default=0.0)
-        assert all(float(got[name][unit]) >= most + 1 for name, unit in outside)
 
 
 def test_searches_refuse_what_makes_no_sense() -> None:
