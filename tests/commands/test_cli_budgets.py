@@ -134,6 +134,21 @@ def test_whole_blocks_of_a_directory_go_by_statistics(scored: Callable[..., list
     assert len(transformers.LlamaForCausalLM.from_pretrained("out").model.layers) == 2
 
 
+def test_what_a_criterion_needs_is_collected_by_its_name(
+    scored: Callable[..., list[object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    angle = ("--criterion", "angular_distance", "--kinds", "layers", "--memory", 0.8)
+    assert prune(*scored("--statistics", "blocks"), *angle) == 2
+    refused = capsys.readouterr().err
+    assert "needs the statistic 'blocks' with tokens='last', which was collected with tokens='all'" in refused
+    assert "or collect them by obc score MODEL_DIR --statistics angular_distance" in refused
+    arguments = scored("--statistics", "moments,angular_distance")
+    assert prune(*arguments, *angle) == 0
+    assert prune(*arguments, "--criterion", "flap", "--kinds", "layers", "--memory", 0.8) == 2
+    refused = capsys.readouterr().err
+    assert "'flap' scores no group of this model: it scores channels, heads, the groups are of layers" in refused
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -322,6 +322,8 @@ def test_statistics_are_collected_and_a_directory_is_pruned_by_them(
         assert message in capsys.readouterr().err
     assert cli.main([*arguments, "--statistics", "grams"]) == 2
     assert "statistics are 'rows', 'moments'" in capsys.readouterr().err
+    assert cli.main([*arguments, "--statistics", "masked"]) == 2
+    assert "--statistics masked: this criterion needs no statistics" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("where", [[], ["host"], ["disk"]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import models
@@ -16,7 +17,9 @@ import obc
 from obc import criteria
 from obc.criteria import Subject, group_scores, scores_from
 from obc.model.groups import ChannelGroup
-from obc.statistics import StatisticsError
+from obc.selection import BudgetError
+from obc.statistics import StatisticsError, memory
+from obc.structures.transformers import TransformersStructure
 
 NEEDY = [name for name in criteria.available() if getattr(criteria.get(name), "needs", ())]
 
@@ -32,6 +35,71 @@ def test_a_criterion_that_needs_what_was_not_collected(name: str) -> None:
         scores_from(name, obc.transformer_groups(case.model), there, case.model)
 
 
+@pytest.mark.parametrize(
+    ("criterion", "plain", "needed"),
+    [
+        ("fisher", "weight_gradients", "WeightGradients(square=True)"),
+        (criteria.LLMPruner(second_order=True), "weight_gradients", "WeightGradients(square=True)"),
+        ("nvit", "rows", "Rows(slices='all')"),
+        ("angular_distance", "blocks", "Blocks(tokens='last', span=1, modules=None, entropy_bins=0)"),
+        ("entropy", "blocks", "Blocks(tokens='all', span=1, modules=None, entropy_bins=20)"),
+        (criteria.REAP("softmax"), "experts", "Experts(gates='softmax')"),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)
+def test_a_statistic_that_was_collected_with_other_options(
+    criterion: Any, plain: str, needed: str, tmp_path: Path
+) -> None:
+    subject = make_subject("mixtral")
+
+    def found(statistics: Any) -> obc.Statistics:
+        return obc.collect(
+            subject.model,
+            subject.batches,
+            subject.loss_fn,
+            statistics=statistics,
+            groups=subject.groups,
+            forward_fn=subject.forward_fn,
+        )
+
+    found(plain).save(tmp_path / "file")
+    for there in (found(plain), obc.Statistics.load(tmp_path / "file")):
+        with pytest.raises(
+            StatisticsError, match=f"needs the statistic '{plain}' with .*, which was collected with"
+        ) as e:
+            scores_from(criterion, subject.groups, there, subject.model)
+        assert f"pass statistics=[obc.statistics.{needed}] to obc.collect" in str(e.value)
+    scores_from(criterion, subject.groups, found(eval(needed, vars(obc.statistics))), subject.model)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "more"),
+    [
+        ("jacobian", obc.statistics.Rows("all")),
+        ("taylor", obc.statistics.WeightGradients(square=True)),
+        ("block_influence", obc.statistics.Blocks(entropy_bins=5)),
+        ("obs", obc.statistics.Gram(to="host")),
+    ],
+)
+def test_a_statistic_that_was_collected_with_more_serves(criterion: str, more: Any) -> None:
+    subject = make_subject("llama", ["layers", "ffn"])
+    options: dict[str, Any] = {"statistics": more, "groups": subject.groups, "forward_fn": subject.forward_fn}
+    there = obc.collect(subject.model, subject.batches, subject.loss_fn, **options)
+    scores = scores_from(criterion, subject.groups, there, subject.model)
+    expected = group_scores(criterion, subject)
+    assert set(scores) == set(expected)
+    for name, values in expected.items():
+        torch.testing.assert_close(scores[name], values)
+
+
+def test_rows_of_every_layer_are_rows_of_all_slices() -> None:
+    subject = make_subject("llama")
+    there = obc.collect(subject.model, subject.batches, subject.loss_fn, statistics="rows")
+    scores = scores_from("nvit", subject.groups, there, subject.model)
+    for name, values in group_scores("nvit", subject).items():
+        torch.testing.assert_close(scores[name], values)
+
+
 def test_unknown_names_list_the_known() -> None:
     with pytest.raises(ValueError, match=r"criterion must be one of 'jacobian', .*'entropy', got 'jacobin'"):
         criteria.get("jacobin")
@@ -40,19 +108,70 @@ def test_unknown_names_list_the_known() -> None:
     with pytest.raises(ValueError, match="registered already"):
         criteria.register("flap", criteria.FLAP())
 
+    subject = make_subject("llama")
+    for options, message in (
+        ({"criterion": "flapp"}, r"criterion must be one of 'jacobian', .*'entropy', got 'flapp'"),
+        ({"allocation": "serch"}, r"allocation must be one of 'global', .*'search', .* got 'serch'"),
+        ({"compensate": "lss"}, r"compensate must be one of None, .*'ls', 'seq', got 'lss'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pruned(subject, **options)
+
+
+def pruned(subject: Subject, **options: Any) -> obc.PruningResult:
+    """The subject's model pruned by ``obc.prune``; a traced one without its head."""
+    traced = {} if hasattr(subject.model, "config") else {"example_inputs": subject.batches[0][0].requires_grad_()}
+    given: dict[str, Any] = {"macs": 0.9, "steps": 1, "progress": False, "verify": False} | traced | options
+    fields = {"batches": subject.batches, "loss_fn": subject.loss_fn, "forward_fn": subject.forward_fn}
+    return obc.prune(subject.model, ignored_layers=["head"] if traced else [], **fields, **given)
+
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "criterion", "why", "scored", "there"),
     [
-        ("reap", "nothing to read 'experts' of in this model"),
-        ("block_influence", "the criterion 'block_influence' scores no group of this model"),
-        ("bn_scale", "the criterion 'bn_scale' scores no group of this model"),
+        ("chain", "block_influence", " (no residual blocks were found in ConvChain)", "blocks", "channels"),
+        ("chain", "entropy", " (no residual blocks were found in ConvChain)", "blocks", "channels"),
+        ("llama", "angular_distance", "", "blocks", "ffn, heads"),
+        ("llama", "reap", " (there is nothing to read 'experts' of in this model)", "experts", "ffn, heads"),
+        ("vit", "expert_norm", " (there is nothing to read 'experts' of in this model)", "experts", "ffn, heads"),
+        ("mixtral", "bn_scale", "", "channels behind a BatchNorm", "expert_ffn, experts, heads"),
     ],
 )
-def test_units_that_it_can_not_score(name: str, message: str) -> None:
-    case = models.llama()
-    with pytest.raises(ValueError, match=message):
-        obc.prune(case.model, batches=case.batches, loss_fn=case.loss, criterion=name, macs=0.9)
+def test_units_that_it_can_not_score(name: str, criterion: str, why: str, scored: str, there: str) -> None:
+    subject = make_subject(name)
+    with pytest.raises(ValueError, match="scores no group") as error:
+        pruned(subject, criterion=criterion)
+    said = (
+        f"the criterion '{criterion}' scores no group of this model{why}: it scores {scored}, the groups are of {there}"
+    )
+    assert str(error.value).startswith(said)
+    assert "pass another criterion (`obc criteria` lists them" in str(error.value)
+    assert ("TransformersStructure(model, ['layers'])" in str(error.value)) == (scored == "blocks")
+    if name == "llama" and scored == "blocks":  # what the message says serves
+        pruned(subject, criterion=criterion, structure=TransformersStructure(subject.model, ["layers"]), macs=0.7)
+
+
+def test_rows_of_tokens_of_layers_with_unlike_positions() -> None:
+    with pytest.raises(
+        ValueError, match="the criterion 'token_jacobian': rows of tokens need layers that see the same"
+    ):
+        pruned(make_subject("chain"), criterion="token_jacobian")
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "search"])
+@pytest.mark.parametrize("criterion", ["reap", "expert_frequency", "expert_norm"])
+def test_a_budget_that_the_groups_which_are_scored_do_not_reach(criterion: str, allocation: str) -> None:
+    with pytest.raises(BudgetError, match=r"macs=0\.95 is out of reach with the allocation") as error:
+        pruned(make_subject("mixtral"), criterion=criterion, allocation=allocation, macs=0.95)
+    assert f"6 groups, of which the criterion '{criterion}' scores 2: the others stay whole" in str(error.value)
+    assert str(error.value).endswith("Let more of it remain, or pass another allocation= or criterion=")
+
+
+@pytest.mark.parametrize("criterion", ["flap", "l1", "jacobian"])
+def test_a_budget_of_a_search_that_no_widths_reach(criterion: str) -> None:
+    options: dict[str, Any] = {"allocation": "search", "macs": 0.01}
+    with pytest.raises(ValueError, match=r"macs=0\.01 is out of reach: 0\.\d+ remain where each of the 4 groups"):
+        pruned(make_subject("llama"), criterion=criterion, **options)
 
 
 def test_experts_that_no_token_reached_score_zero_and_are_named(caplog: pytest.LogCaptureFixture) -> None:
@@ -93,11 +212,39 @@ def test_scores_of_a_wrong_shape_or_not_finite() -> None:
         group_scores(criteria.FLAP, subject)
 
 
-def test_a_gram_matrix_that_is_singular_asks_for_batches() -> None:
+@pytest.mark.parametrize("criterion", ["obs", "slimgpt", "kfac", "compensated_jacobian"])
+def test_a_gram_matrix_that_is_too_large(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bytes, the largest layer, and what can be done: sums on the host are no less where the layers are there."""
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
+    subject = make_subject("llama")
+    sizes = r"take 9\.4 KiB on {}, where 100 B are free \(the largest, of '.*o_proj' with 16 channels: 3\.0 KiB\)"
+    with pytest.raises(StatisticsError, match=f"the criterion '{criterion}': .*{sizes.format('cpu')}") as error:
+        pruned(subject, criterion=criterion)
+    assert str(error.value).endswith(
+        "pass groups= for fewer layers at a time. In obc.prune ignored_layers= leaves layers out"
+    )
+    elsewhere = changed(subject, model=subject.model.to("meta"))
+    with pytest.raises(StatisticsError, match=sizes.format("meta")) as error:
+        group_scores(criterion, elsewhere)
+    for remedy in ("groups=", "Gram(to='host')", "by_block=True", "ignored_layers="):
+        assert remedy in str(error.value)
+    kind = type(criteria.get(criterion))
+    assert f"criterion=obc.criteria.{kind.__name__}(to='host')" in str(error.value)
+    assert kind(to="host").to == "host"
+
+
+@pytest.mark.parametrize("kind", [criteria.OBS, criteria.KFAC, criteria.CompensatedJacobian])
+def test_a_gram_matrix_that_is_singular_asks_for_batches(kind: Any) -> None:
     subject = make_subject("chain")
-    subject = changed(subject, batches=[(torch.zeros_like(x), y) for x, y in subject.batches])
-    with pytest.raises(ValueError, match="a Gram matrix is singular with ridge=0; pass more batches"):
-        group_scores(criteria.OBS(ridge=0.0), subject)
+    zeros: Any = [(torch.zeros_like(x), y) for x, y in subject.batches]
+    subject = changed(subject, batches=zeros, groups=subject.groups[:1])
+    with torch.no_grad():
+        subject.model.features[0].bias.zero_()
+        subject.model.features[1].bias.sub_(10.0)  # nothing passes the ReLU
+    with pytest.raises(
+        ValueError, match=rf"the criterion '{kind.name}': .*'features\.3' reads \(6 channels\) is singular"
+    ):
+        group_scores(kind(ridge=0.0), subject)
 
 
 def test_options_out_of_range() -> None:

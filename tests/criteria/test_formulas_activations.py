@@ -159,7 +159,7 @@ def test_cfsp(name: str, weights: bool) -> None:
     check(group_scores(criteria.CFSP(weights=weights), subject), by_units(subject, value))
 
 
-@transcribes("obs(greedy=False)", models=ALL)
+@transcribes("obs(greedy=False)", "obs(to='host')", models=ALL)
 def test_obs_is_the_error_of_least_squares_on_what_stays(name: str) -> None:
     subject = make_subject(name)
     seen = inputs(subject)
@@ -167,7 +167,9 @@ def test_obs_is_the_error_of_least_squares_on_what_stays(name: str) -> None:
     def value(layer_name: str, layer: Any, unit: list[int]) -> Tensor:
         return removal_error(damped(gram(subject, layer_name, layer, seen)), matrix(layer)[0], unit)
 
-    check(group_scores(criteria.OBS(greedy=False), subject), by_units(subject, value), 1e-5)
+    expected = by_units(subject, value)
+    for to in ("device", "host"):
+        check(group_scores(criteria.OBS(greedy=False, to=to), subject), expected, 1e-5)  # type: ignore[arg-type]
 
 
 @transcribes("obs", models=FOUR)
@@ -209,7 +211,7 @@ def test_cholesky_diagonals_of_each_head(name: str) -> None:
     check(group_scores(criteria.OBS(greedy=False, heads="cholesky"), subject), by_units(subject, value), 1e-5)
 
 
-@transcribes("slimgpt", models=FOUR)
+@transcribes("slimgpt", "slimgpt(to='host')", models=FOUR)
 def test_slimgpt_removes_one_after_another_and_updates_what_stays(name: str) -> None:
     """After each removal the Gram matrix is that of the kept channels, the weights solve least squares on them."""
     subject = make_subject(name)
@@ -233,6 +235,7 @@ def test_slimgpt_removes_one_after_another_and_updates_what_stays(name: str) -> 
             left.remove(unit)
             expected[group.name] = scores
     check(group_scores("slimgpt", subject), expected, 1e-4)
+    check(group_scores(criteria.SlimGPT(to="host"), subject), expected, 1e-4)
 
 
 @transcribes("obs(first_order=True)", models=FOUR)

@@ -241,7 +241,9 @@ def test_fastoba_is_a_hessian_vector_product(name: str) -> None:
 
 
 @pytest.mark.parametrize("rows", ["batch", "sample"])
-@transcribes("compensated_jacobian", models=("chain", "traced-vit", "vit", "llama", "mixtral"))
+@transcribes(
+    "compensated_jacobian", "compensated_jacobian(to='host')", models=("chain", "traced-vit", "vit", "llama", "mixtral")
+)
 def test_compensated_jacobian(name: str, rows: Any) -> None:
     """e_u by regressing the unit's channels on all others, position by position; then e . dL/dx. Not of experts."""
     subject = make_subject(name)
@@ -284,6 +286,7 @@ def test_compensated_jacobian(name: str, rows: Any) -> None:
         squares = r.square().sum(0) if rows == "sample" else r.sum(0).square()
         totals[key.partition("/")[0]] = totals.get(key.partition("/")[0], 0) + squares
     check(group_scores("compensated_jacobian", subject), totals, 1e-5)
+    check(group_scores(criteria.CompensatedJacobian(to="host"), subject), totals, 1e-5)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 1000])
@@ -323,7 +326,7 @@ def test_rows_of_tokens_need_the_same_positions() -> None:
         criteria.TokenJacobian(0)
 
 
-@transcribes("kfac", models=("chain", "traced-vit", "vit", "llama", "mixtral"))
+@transcribes("kfac", "kfac(to='host')", models=("chain", "traced-vit", "vit", "llama", "mixtral"))
 def test_kfac(name: str) -> None:
     subject = make_subject(name)
     seen = inputs(subject)
@@ -347,4 +350,6 @@ def test_kfac(name: str) -> None:
             dim = 1 if isinstance(layer, nn.Conv2d) else -1
             squares[layer_name] = [t.grad.movedim(dim, -1).flatten(0, -2) for t in taps]
     subject.model.zero_grad()
-    check(group_scores("kfac", subject), by_units(subject, value, experts=False), 1e-5)
+    expected = by_units(subject, value, experts=False)
+    check(group_scores("kfac", subject), expected, 1e-5)
+    check(group_scores(criteria.KFAC(to="host"), subject), expected, 1e-5)

@@ -225,8 +225,10 @@ def test_modules_that_are_never_called_are_named() -> None:
 def test_a_gram_matrix_too_large_for_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     case = models.llama()
     monkeypatch.setattr(memory, "free_bytes", lambda device: 10_000)
-    with pytest.raises(StatisticsError, match=r"take .* KiB on cpu, where 9\.8 KiB are free .*Gram\(to='host'\)"):
+    with pytest.raises(StatisticsError, match=r"take .* KiB on cpu, where 9\.8 KiB are free .*pass groups= for fewer"):
         collect(case.model, case.batches, statistics="gram")
+    with pytest.raises(StatisticsError, match=r"KiB on meta, .*Gram\(to='host'\) or by_block=True"):
+        collect(copy.deepcopy(case.model).to("meta"), case.batches, statistics="gram")
 
 
 def test_products_outside_the_blocks_count_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:

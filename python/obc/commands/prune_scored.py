@@ -17,6 +17,7 @@ from obc.commands.common import REPORT_FILES, UsageError, folder, require
 from obc.commands.report import load as load_scores
 from obc.commands.run_log import say
 from obc.criteria import get, scores_from
+from obc.criteria.refusals import scores_nothing
 from obc.model.plan import PruningPlan
 from obc.pruning.arguments import chosen_allocation
 from obc.pruning.budgets import Budget
@@ -30,6 +31,7 @@ from obc.selection.allocation import Task
 from obc.selection.caps import Caps
 from obc.selection.choice import BudgetError
 from obc.selection.uniform import select_uniform
+from obc.statistics import StatisticsError
 from obc.structures.protocol import Limits
 from obc.structures.transformers.saving import PLAN_FILE
 
@@ -178,9 +180,12 @@ def _by_criterion(
         raise UsageError(f"--criterion {criterion} runs the model itself: prune by a module:function")
     chosen = chosen_allocation(parsed.allocation, found)
     importance = getattr(chosen, "importance", None)
-    scores = scores_from(found, structure.groups, statistics, structure.model)
+    try:
+        scores = scores_from(found, structure.groups, statistics, structure.model)
+    except StatisticsError as error:
+        raise UsageError(f"{error}, or collect them by obc score MODEL_DIR --statistics {criterion}") from error
     if not scores:
-        raise UsageError(f"--criterion {criterion} scores no group of this model")
+        raise UsageError(f"{scores_nothing(found, structure.groups)}; --kinds says which groups there are")
     for name, units in scores.items():
         report.note_scores(name, units)
     task = Task(

@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,12 @@ import obc
 from obc.commands import checkpoints, data
 from obc.commands.common import UsageError, require, writable
 from obc.commands.run_log import add_log, say
+from obc.criteria import available, get
+from obc.criteria.scoring import needed
 from obc.scoring import Coverage, Scores
 from obc.scoring.errors import ScoringError
 from obc.statistics import ByBlock
+from obc.statistics.names import Chosen
 
 _DESCRIPTION = """\
 Score every channel of a model that save_pretrained wrote, by the Jacobian Criterion, and write a safetensors file for
@@ -59,8 +62,8 @@ def add(commands: Any) -> None:
     score.add_argument(
         "--statistics",
         metavar="NAMES",
-        help="instead of scores, collect these statistics (moments,gram ...: what obc criteria says a criterion needs) "
-        "of the groups that can be pruned",
+        help="instead of scores, collect these statistics of the groups that can be pruned (moments,gram ...), or what "
+        "these criteria need (flap,angular_distance ...: obc criteria lists them)",
     )
     score.add_argument(
         "--by-block",
@@ -163,6 +166,21 @@ def _states(by_block: str | None, out: Path) -> Iterator[str]:
         yield folder
 
 
+def asked_for(names: str) -> list[str | Chosen]:
+    """Statistics by name, and those of criteria by name, with the options that these need.
+
+    Raises:
+        UsageError: a criterion needs no statistics.
+    """
+    found: list[str | Chosen] = []
+    for name in (part.strip() for part in names.split(",")):
+        asked: Sequence[str | Chosen] = needed(get(name)) if name in available() else [name]
+        if not asked:
+            raise UsageError(f"--statistics {name}: this criterion needs no statistics: it is of weights, or measures")
+        found += [one for one in asked if one not in found]
+    return found
+
+
 def _statistics(
     parsed: argparse.Namespace, model: nn.Module, batches: Any, loss: Any, by_block: ByBlock | bool
 ) -> obc.Statistics:
@@ -170,7 +188,7 @@ def _statistics(
         model,
         batches,
         loss,
-        statistics=[name.strip() for name in parsed.statistics.split(",")],
+        statistics=asked_for(parsed.statistics),
         groups=obc.transformer_groups(model),
         rows=parsed.rows,
         micro_batch=parsed.micro_batch,

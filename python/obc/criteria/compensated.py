@@ -17,7 +17,7 @@ from obc.criteria.residuals import Residuals
 from obc.criteria.scoring import collected
 from obc.criteria.token_rows import checked_tokens
 from obc.criteria.units import consumers_of
-from obc.statistics.gram import Gram
+from obc.statistics.gram import Gram, Held
 
 
 class CompensatedJacobian(MeasuredRows):
@@ -29,6 +29,7 @@ class CompensatedJacobian(MeasuredRows):
     Args:
         ridge: lambda, relative to the mean diagonal of E[x x^T].
         tokens: make a row of this many consecutive tokens of a sample; None: rows are batches or samples.
+        to: where the Gram matrices are held (:class:`obc.statistics.Gram`).
     """
 
     name = "compensated_jacobian"
@@ -40,12 +41,12 @@ class CompensatedJacobian(MeasuredRows):
     )
     update = "ls"
 
-    def __init__(self, ridge: float = 1e-2, tokens: int | None = None) -> None:
-        self.ridge, self.tokens = ridge, checked_tokens(tokens)
+    def __init__(self, ridge: float = 1e-2, tokens: int | None = None, to: Held = "device") -> None:
+        self.ridge, self.tokens, self.to = ridge, checked_tokens(tokens), to
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
         """(N, units) rows of every group with a readable consumer."""
-        statistics = collected([Gram()], (), subject)
+        statistics = collected([Gram(to=self.to)], (), subject)
         taps = [
             Residuals.of(group.name, consumer, statistics, self.ridge)
             for group in subject.groups

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from obc.criteria.protocol import About, GroupScores, LossFn, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, CriterionError, GroupScores, LossFn, MeasuredCriterion, Subject
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected
 from obc.criteria.units import TINY, by_unit, module_of, standardised, weight_of
@@ -68,7 +68,7 @@ class GAPrune(MeasuredCriterion):
 
     def measure(self, subject: Subject) -> GroupScores:
         if self.general is None:
-            raise ValueError("GAPrune compares two domains: pass criterion=obc.criteria.GAPrune(general=batches)")
+            raise CriterionError("it compares two domains: pass criterion=obc.criteria.GAPrune(general=batches)")
         loss = self.general_loss or subject.loss_fn
         general = replace(subject, batches=UsableBatches.of(self.general), loss_fn=loss)
         return self._of_weights(subject, general) if self.code else self._of_rows(subject, general)

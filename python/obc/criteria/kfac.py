@@ -10,6 +10,7 @@ from obc.criteria.residuals import has_bias
 from obc.criteria.surgeon import inverse, second_moment
 from obc.criteria.units import consumers_of
 from obc.model.groups import ChannelGroup
+from obc.statistics.gram import Gram, Held
 from obc.statistics.results import Statistics
 
 
@@ -20,6 +21,7 @@ class KFAC(Criterion):
 
     Args:
         ridge: lambda, relative to the mean diagonal of E[x x^T].
+        to: where the Gram matrices are held (:class:`obc.statistics.Gram`).
     """
 
     name = "kfac"
@@ -29,18 +31,18 @@ class KFAC(Criterion):
         "sum over consumers of tr((P_uu)^-1 diag E g_u^2)",
         "labels",
     )
-    needs = ("gram", "gradient_moments")
     update = "ls"
 
-    def __init__(self, ridge: float = 1e-2) -> None:
-        self.ridge = ridge
+    def __init__(self, ridge: float = 1e-2, to: Held = "device") -> None:
+        self.ridge, self.to = ridge, to
+        self.needs = (Gram(to=to), "gradient_moments")
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         parts = []
         for consumer in consumers_of(group, model):
             if consumer.name not in statistics.gram or consumer.name not in statistics.gradient_moments:
                 continue
-            inverted = inverse(second_moment(consumer, statistics, has_bias(consumer)), self.ridge)
+            inverted = inverse(second_moment(consumer, statistics, has_bias(consumer)), self.ridge, consumer.name)
             blocks = inverted[consumer.channels[:, :, None], consumer.channels[:, None, :]]
             residual = torch.linalg.inv(blocks).diagonal(dim1=1, dim2=2)
             gradients = statistics.gradient_moments[consumer.name]

@@ -20,6 +20,7 @@ from obc.criteria.surgeon import State, second_moment
 from obc.criteria.units import consumers_of
 from obc.model.groups import ChannelGroup
 from obc.selection.allocation import LogProfile
+from obc.statistics.gram import Gram, Held
 from obc.statistics.results import Statistics
 
 # At most this many removals one by one; larger groups lose several units between two updates of the inverse.
@@ -38,6 +39,7 @@ class OBS(Criterion):
             |W_:j|^2 / d_j with d the squared diagonal of the Cholesky factor of the head's block of P, as in SlimGPT.
         first_order: add Tyr's term: sum over the unit's columns of |(G W^T)_j . W_j|, with G the undamped Gram matrix.
         ridge: lambda, relative to the mean diagonal.
+        to: where the Gram matrices are held (:class:`obc.statistics.Gram`).
     """
 
     name = "obs"
@@ -50,7 +52,6 @@ class OBS(Criterion):
         "term without abs, weighted by half the curvature: first_order=True has the paper's with abs",
         missing="sequential collection on the model pruned so far; Tyr's weighted error accumulation",
     )
-    needs = ("gram",)
     update = "ls"
 
     def __init__(
@@ -59,10 +60,12 @@ class OBS(Criterion):
         heads: Literal["exact", "cholesky"] = "exact",
         first_order: bool = False,
         ridge: float = 1e-2,
+        to: Held = "device",
     ) -> None:
         if heads not in ("exact", "cholesky"):
             raise ValueError(f"heads must be 'exact' or 'cholesky', got {heads!r}")
-        self.greedy, self.heads, self.first_order, self.ridge = greedy, heads, first_order, ridge
+        self.greedy, self.heads, self.first_order, self.ridge, self.to = greedy, heads, first_order, ridge, to
+        self.needs = (Gram(to=to),)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         states = [
@@ -110,6 +113,6 @@ class SlimGPT(OBS):
         missing="collection layer by layer on the pruned model's activations",
     )
 
-    def __init__(self, ridge: float = 1e-2, first: float = 0.0625, last: float = 0.25) -> None:
-        super().__init__(heads="cholesky", ridge=ridge)
+    def __init__(self, ridge: float = 1e-2, first: float = 0.0625, last: float = 0.25, to: Held = "device") -> None:
+        super().__init__(heads="cholesky", ridge=ridge, to=to)
         self.allocation = LogProfile(first, last)

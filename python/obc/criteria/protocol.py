@@ -21,6 +21,10 @@ Needs = tuple["str | Chosen", ...]
 ScoreFunction = Callable[[ChannelGroup, Statistics, nn.Module], "Tensor | None"]
 
 
+class CriterionError(ValueError):
+    """A criterion can't score this model on these batches; the message says why and what to do."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """The model to score, and the data to use.

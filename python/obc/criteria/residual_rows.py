@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.criteria.protocol import Subject
+from obc.criteria.protocol import CriterionError, Subject
 from obc.criteria.residuals import Cut, Residuals
 from obc.model.evaluation import evaluating
 from obc.model.usable_batches import UsableBatches
@@ -42,7 +42,7 @@ def read_residuals(subject: Subject, taps: list[Residuals], tokens: int | None =
         tokens: tokens per row; None: rows are those of ``subject.rows``.
 
     Raises:
-        ValueError: with ``tokens``: layers saw different numbers of positions, so their rows don't belong together.
+        CriterionError: with ``tokens``: layers saw different numbers of positions, so their rows don't belong together.
     """
     leaf, cut = torch.zeros((), requires_grad=True), Cut(subject.rows == "sample", tokens)
     taps_of_module: dict[nn.Module, list[Residuals]] = {}
@@ -93,7 +93,10 @@ def _refuse_unlike(rows: dict[Residuals, Tensor]) -> None:
         counts.setdefault(len(values), tap.consumer.name)
     if len(counts) > 1:
         said = " and ".join(f"{name} has {count}" for count, name in counts.items())
-        raise ValueError(f"rows of tokens need layers that see the same positions: of one batch {said} rows")
+        raise CriterionError(
+            f"rows of tokens need layers that see the same positions: of one batch {said} rows; leave layers out with "
+            "ignored_layers=, or score whole samples, rows='sample' and criterion='jacobian'"
+        )
 
 
 def _by_group(taps: list[Residuals], several: bool) -> dict[str, Tensor]:

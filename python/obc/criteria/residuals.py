@@ -73,7 +73,7 @@ class Residuals:
     def of(cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float) -> Residuals:
         """Residuals of a consumer whose Gram matrix was collected; ``ridge`` is relative to the mean diagonal."""
         centred = has_bias(consumer)
-        inverted = inverse(second_moment(consumer, statistics, centred), ridge)
+        inverted = inverse(second_moment(consumer, statistics, centred), ridge, consumer.name)
         channels = consumer.channels
         blocks = inverted[channels[:, :, None], channels[:, None, :]]
         matrix = torch.linalg.solve(blocks, inverted[channels]).flatten(0, 1)

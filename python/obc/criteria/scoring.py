@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from obc.criteria.protocol import GroupScores, LossFn, Subject, name_of
+from obc.criteria.refusals import said_of
 from obc.criteria.registry import get
 from obc.model.evaluation import ForwardFn
 from obc.statistics.names import Chosen, chosen_statistics
@@ -32,11 +33,13 @@ def scored(criterion: Any, subject: Subject, also: Sequence[str] = ()) -> tuple[
     """:func:`group_scores`, and the collected statistics, which include ``also``."""
     criterion = get(criterion)
     measure = getattr(criterion, "measure", None)
-    statistics = collected([] if measure else needed(criterion), also, subject, getattr(criterion, "functional", None))
-    if measure is not None:
-        found = measure(subject)
-    else:
-        found = scores_from(criterion, subject.groups, statistics, subject.model)
+    needs = [] if measure else needed(criterion)
+    with said_of(criterion, subject.groups, [one.name for one in needs]):
+        statistics = collected(needs, also, subject, getattr(criterion, "functional", None))
+        if measure is not None:
+            found = measure(subject)
+        else:
+            found = scores_from(criterion, subject.groups, statistics, subject.model)
     for group in subject.groups:
         if group.name in found:
             _check(criterion, group.name, group.size, found[group.name])
@@ -50,7 +53,7 @@ def scores_from(criterion: Any, groups: Any, statistics: Statistics, model: nn.M
         StatisticsError: a needed statistic was not collected.
     """
     criterion = get(criterion)
-    statistics.require([one.name for one in needed(criterion)], f"the criterion {name_of(criterion)!r}")
+    statistics.require(needed(criterion), f"the criterion {name_of(criterion)!r}")
     found = {}
     for group in groups:
         scores = criterion.score(group, statistics, model)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obc.criteria.protocol import CriterionError
 from obc.criteria.units import Consumer
 from obc.statistics.results import Statistics
 
@@ -32,7 +33,7 @@ class State:
     @classmethod
     def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> State:
         """The state before any removal; ``ridge`` is relative to the mean diagonal of ``gram``."""
-        return cls(consumer, gram, consumer.columns.clone(), inverse(gram, ridge))
+        return cls(consumer, gram, consumer.columns.clone(), inverse(gram, ridge, consumer.name))
 
     def errors(self, heads: str = "exact") -> Tensor:
         """(units,) e_u of every remaining unit."""
@@ -83,12 +84,19 @@ def second_moment(consumer: Consumer, statistics: Statistics, centred: bool = Fa
     return gram
 
 
-def inverse(gram: Tensor, ridge: float) -> Tensor:
-    """(G + lambda I)^-1, lambda = ridge * mean diagonal."""
+def inverse(gram: Tensor, ridge: float, layer: str) -> Tensor:
+    """(G + lambda I)^-1, lambda = ridge * mean diagonal.
+
+    Raises:
+        CriterionError: it is singular; the message names ``layer``, whose input it is of.
+    """
     mean = gram.diagonal().mean()
     damping = ridge * (mean if bool(mean > 0) else torch.ones_like(mean))
     identity = torch.eye(len(gram), dtype=gram.dtype)
     factor, failed = torch.linalg.cholesky_ex(gram + damping * identity)
     if bool(failed):
-        raise ValueError(f"a Gram matrix is singular with ridge={ridge:g}; pass more batches, or a larger ridge")
+        raise CriterionError(
+            f"the Gram matrix of what {layer!r} reads ({len(gram)} channels) is singular with ridge={ridge:g}; pass "
+            "more batches, or a criterion with a larger ridge="
+        )
     return torch.cholesky_inverse(factor)

@@ -10,7 +10,7 @@ import torch
 
 from obc.criteria.magnitude import Magnitude
 from obc.criteria.masked import Evaluation, Masks
-from obc.criteria.protocol import About, GroupScores, LossFn, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, CriterionError, GroupScores, LossFn, MeasuredCriterion, Subject
 from obc.criteria.scoring import group_scores
 from obc.criteria.units import by_unit, module_of, weight_of
 from obc.model.groups import ChannelGroup
@@ -69,7 +69,10 @@ class Tolerance(MeasuredCriterion):
         masks: Masks = {group.name: torch.zeros(group.size, dtype=torch.bool) for group in groups}
         base = [loss(masks) for loss in losses]
         if min(base) <= 0:
-            raise ValueError(f"tolerances are shares of positive losses, the unpruned model has {min(base):g}")
+            raise CriterionError(
+                f"tolerances are shares of positive losses, the model as it is has {min(base):g}; add a constant to "
+                "loss_fn, or to the task's loss in Tolerance(tasks=...)"
+            )
         tolerance, within, beyond = self.tau, {}, {}
         for group in self._ordered(groups, subject):
             units = ranks[group.name].argsort(stable=True).cpu()

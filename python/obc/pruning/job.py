@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from obc.criteria import Jacobian, Subject
 from obc.criteria.masked import Evaluation
 from obc.criteria.protocol import name_of
+from obc.criteria.refusals import said_of, scores_nothing
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
 from obc.model.groups import ChannelGroup
@@ -32,6 +33,7 @@ from obc.recovery.processes import ALONE
 from obc.selection import Costs
 from obc.selection.allocation import Task
 from obc.selection.checks import NARROW
+from obc.selection.choice import BudgetError
 from obc.selection.uniform import permitted_widths
 from obc.statistics.results import Statistics
 from obc.structures.protocol import Limits, Structure, Unit
@@ -172,20 +174,18 @@ class Job:
         if isinstance(criterion, Jacobian):
             rows = self._jacobian(subject)
         elif self.choice.selection == "joint":
-            rows = criterion.measure_rows(subject)
+            with said_of(criterion, subject.groups):
+                rows = criterion.measure_rows(subject)
         else:
             rows, statistics = scored(criterion, subject, also)
             self._note_importance(statistics)
             also = ()
         if also:
             self._note_importance(collected([], also, subject))
+        if not rows:
+            raise scores_nothing(criterion, subject.groups, self._left_out())
         for name in {group.name for group in subject.groups} - set(rows):
             self.report.left_out[name] = f"the criterion {name_of(criterion)!r} has nothing to score in it"
-        if not rows:
-            raise ValueError(
-                f"the criterion {name_of(criterion)!r} scores no group of this model{self._reasons()}; it scores "
-                f"{criterion.about.kinds if getattr(criterion, 'about', None) else 'other units'}"
-            )
         return rows
 
     def _jacobian(self, subject: Subject) -> dict[str, Tensor]:
@@ -231,11 +231,25 @@ class Job:
         )
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
-            removed = choice.allocation.select(task)
+            try:
+                removed = choice.allocation.select(task)
+            except BudgetError as error:
+                raise self._unreached(error, rows) from error
         self._evaluation = None  # it belongs to this step's model
         for warning in caught:
             self._warn(str(warning.message))
         return removed
+
+    def _unreached(self, error: BudgetError, rows: Mapping[str, Tensor]) -> BudgetError:
+        """The error in terms of what ``obc.prune`` was given."""
+        scored, groups = len(rows), len(self.structure.groups)
+        whole = f", of which the criterion {name_of(self.choice.criterion)!r} scores {scored}: the others stay whole"
+        return BudgetError(
+            f"{self.budget.argument}={self.budget.share:g} is out of reach with the allocation "
+            f"{type(self.choice.allocation).__name__} over {groups} groups{whole if scored < groups else ''}: {error}. "
+            f"Let more of it remain, or pass another allocation= or criterion=",
+            error.reachable,
+        )
 
     def _evaluate(self, removed: Mapping[str, Tensor]) -> float:
         """The loss of the model's output with these units masked."""
@@ -276,9 +290,12 @@ class Job:
         least, multiple = limits.min_units[group.name], limits.round_to[group.name]
         return permitted_widths(group.size, least, multiple, limits.widths.get(group.name))[0]
 
-    def _reasons(self) -> str:
+    def _left_out(self) -> str:
         reasons = "; ".join(f"{name}: {why}" for name, why in self.report.left_out.items())
-        return f" (not pruned: {reasons})" if reasons else ""
+        return f"not pruned: {reasons}" if reasons else ""
+
+    def _reasons(self) -> str:
+        return f" ({self._left_out()})" if self.report.left_out else ""
 
     def _warn(self, warning: str) -> None:
         if warning in self.report.warnings:

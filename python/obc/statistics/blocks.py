@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.depth import Skipped
 from obc.model.names import named_modules
 from obc.scoring.coverage import Coverage
-from obc.statistics.errors import StatisticsError
+from obc.statistics.errors import NothingToReadError, StatisticsError
 from obc.statistics.part import Part, is_running_again
 from obc.statistics.reader import Groups, Handle, Reader, first_tensor
 from obc.statistics.sums import Sums
@@ -79,9 +79,8 @@ class Blocks:
         if unknown := [name for name in names if name not in known]:
             raise StatisticsError(f"Blocks(modules=...): the model has no module {unknown[0]!r}")
         if not names:
-            raise StatisticsError(
-                f"no residual blocks were found in {type(model).__name__}: name them, Blocks(modules=[...])"
-            )
+            reason = f"no residual blocks were found in {type(model).__name__}"
+            raise NothingToReadError(self.name, reason, "name them, Blocks(modules=[...])")
         if not 1 <= self.span <= len(names):
             raise StatisticsError(
                 f"Blocks(span=...) must lie in 1 to {len(names)}, the number of blocks, got {self.span}"

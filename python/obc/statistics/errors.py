@@ -5,3 +5,20 @@ from __future__ import annotations
 
 class StatisticsError(ValueError):
     """A statistic can't be collected, was not collected, or its file is invalid; the message says what to do."""
+
+
+class NothingToReadError(StatisticsError):
+    """The model has nothing that a statistic is read of.
+
+    Attributes:
+        statistic: its name.
+        reason: what there is none of; the message has also what to do about it where statistics are collected.
+    """
+
+    def __init__(self, statistic: str, reason: str, remedy: str = "") -> None:
+        super().__init__(f"{reason}: {remedy}" if remedy else reason)
+        self.statistic, self.reason = statistic, reason
+
+
+class TooLargeError(StatisticsError):
+    """The sums of a statistic are more than a device can hold."""

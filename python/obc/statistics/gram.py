@@ -18,6 +18,7 @@ from obc.statistics.sums import Sums
 from obc.statistics.triangle import Triangle, full_precision
 
 Weight = Callable[[Any], Tensor]
+Held = Literal["device", "host"]
 
 _TOTAL = "total"
 # Feature maps with fewer positions per sample are copied, and multiplied as one product over all samples.
@@ -61,7 +62,7 @@ class Gram:
     """
 
     weight: Weight | None = None
-    to: Literal["device", "host"] = "device"
+    to: Held = "device"
 
     name: ClassVar[str] = "gram"
     backward: ClassVar[bool] = False

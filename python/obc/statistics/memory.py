@@ -11,7 +11,7 @@ from torch import nn
 from obc.model.readable import readable
 from obc.statistics.block_weights import BlockWeights
 from obc.statistics.by_block import ByBlock, options_of
-from obc.statistics.errors import StatisticsError
+from obc.statistics.errors import TooLargeError
 from obc.statistics.gram import GramReader
 from obc.statistics.names import Chosen, chosen_statistics
 from obc.statistics.part import Part
@@ -58,7 +58,7 @@ def refuse_too_large(readers: Iterable[Reader], by_block: ByBlock | None, model:
         model: the model with the blocks.
 
     Raises:
-        StatisticsError: with the bytes and what to do.
+        TooLargeError: with the bytes and what to do.
     """
     for reader in readers:
         if not isinstance(reader, GramReader):
@@ -67,12 +67,12 @@ def refuse_too_large(readers: Iterable[Reader], by_block: ByBlock | None, model:
         for device, needed in needs.items():
             free = free_bytes(device)
             if free is not None and needed > free:
-                largest = reader.largest()
-                raise StatisticsError(
+                largest, fewer = reader.largest(), "pass groups= for fewer layers at a time"
+                elsewhere = ", Gram(to='host') or by_block=True, which hold the sums in the host's memory"
+                raise TooLargeError(
                     f"the Gram matrices of {len(reader.widths)} layers take {readable(needed)} on {device}, where "
                     f"{readable(free)} are free (the largest, of {largest!r} with {reader.widths[largest]} channels: "
-                    f"{readable(reader.bytes_of(largest))}); pass groups= for fewer layers at a time, "
-                    "Gram(to='host') or by_block=True, which hold the sums in the host's memory"
+                    f"{readable(reader.bytes_of(largest))}); {fewer}{'' if device.type == 'cpu' else elsewhere}"
                 )
 
 

@@ -22,6 +22,8 @@ from obc.statistics.experts import ExpertSums
 from obc.statistics.gradient_moments import ChannelGradients
 from obc.statistics.gram import GramSum
 from obc.statistics.moments import ChannelMoments
+from obc.statistics.names import Chosen, chosen_statistics
+from obc.statistics.serving import unlike, written
 from obc.statistics.weight_gradients import WeightGradientSums
 from obc.tensor_file import save_tensors
 
@@ -77,6 +79,7 @@ class Statistics:
         num_batches: number of batches that were run, on all processes.
         coverage: statistic -> module -> how it was read, or why not (:class:`obc.Coverage`).
         left_out: the batches left out of a statistic because they were not finite.
+        options: statistic -> the options it was collected with; none for statistics from a file that has none.
         metadata: model class, kind of rows, obc's version.
         report: time and memory; None for loaded statistics without a report.
     """
@@ -89,6 +92,7 @@ class Statistics:
         num_batches: int,
         coverage: Mapping[str, Mapping[str, Coverage]],
         left_out: Sequence[str] = (),
+        options: Mapping[str, Mapping[str, Any]] | None = None,
         metadata: Mapping[str, str] | None = None,
         report: Report | None = None,
     ) -> None:
@@ -96,6 +100,7 @@ class Statistics:
         self._values = {name: ByModule(name, found, self.coverage.get(name, {})) for name, found in values.items()}
         self._rows = rows
         self.num_batches, self.left_out, self.report = num_batches, list(left_out), report
+        self.options = {name: dict(values) for name, values in (options or {}).items()}
         self.metadata = dict(metadata or {})
 
     @property
@@ -132,17 +137,24 @@ class Statistics:
     def weight_gradients(self) -> ByModule[WeightGradientSums]:
         return self._of("weight_gradients")
 
-    def require(self, names: Sequence[str], what: str) -> None:
-        """Check that these statistics were collected.
+    def require(self, needs: Sequence[str | Chosen], what: str) -> None:
+        """Check that these statistics were collected, with the options that they are needed with.
 
         Raises:
             StatisticsError: one was not; the message says what was collected and what ``what`` needs.
         """
-        for name in names:
-            if name not in self.collected:
+        wanted = chosen_statistics(list(needs)) if needs else []
+        remedy = f"pass statistics=[{', '.join(map(written, wanted))}] to obc.collect"
+        for one in wanted:
+            if one.name not in self.collected:
                 raise StatisticsError(
-                    f"{what} needs the statistic {name!r}, which was not collected (there are "
-                    f"{', '.join(self.collected) or 'none'}); pass statistics={list(names)!r} to obc.collect"
+                    f"{what} needs the statistic {one.name!r}, which was not collected (there are "
+                    f"{', '.join(self.collected) or 'none'}); {remedy}"
+                )
+            for option, (value, got) in unlike(one, self.options.get(one.name, {})).items():
+                raise StatisticsError(
+                    f"{what} needs the statistic {one.name!r} with {option}={value!r}, which was collected with "
+                    f"{option}={got!r}; {remedy}"
                 )
 
     def _of(self, name: str) -> ByModule[Any]:
@@ -184,6 +196,7 @@ class Statistics:
             "num_batches": self.num_batches,
             "coverage": self.coverage,
             "left_out": self.left_out,
+            "options": self.options,
             "metadata": self.metadata,
             "report": None if self.report is None else asdict(self.report),
             "rows": None if self._rows is None else self._rows.columns,
@@ -243,6 +256,7 @@ class Statistics:
                 for name, modules in parse_json(header["coverage"], dict[str, dict[str, str]]).items()
             },
             left_out=parse_json(header["left_out"], list[str]),
+            options=parse_json(header.get("options", "{}"), dict[str, dict[str, Any]]),
             metadata=parse_json(header["metadata"], dict[str, str]),
             report=None if report is None else Report(**report),
         )

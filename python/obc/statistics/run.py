@@ -32,7 +32,7 @@ from obc.scoring.scorer import Rows as RowKind
 from obc.statistics.block_run import BlockRun
 from obc.statistics.by_block import ByBlock, options_of
 from obc.statistics.checkpoint import Checkpoint
-from obc.statistics.errors import StatisticsError
+from obc.statistics.errors import NothingToReadError, StatisticsError
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.memory import refuse_too_large, stated
 from obc.statistics.names import Chosen, chosen_statistics
@@ -163,6 +163,9 @@ class _Run:
         by_block: ByBlock | None,
     ) -> None:
         self.by_block = by_block
+        self.options = {one.name: one.identity() for one in chosen}
+        if groups is None and Rows.name in self.options:  # every layer is read on both sides
+            self.options[Rows.name] = Rows("all").identity()
         self.model, self.rows, self.micro_batch, self.process_group = model, rows, micro_batch, process_group
         self.part, self.done = Part(), 0
         self.backward = any(one.backward for one in chosen)
@@ -176,7 +179,9 @@ class _Run:
         for name, reader in self.readers.items():
             if not any(how.scored for how in reader.coverage.values()):
                 why = "; ".join(f"{module}: {how}" for module, how in reader.coverage.items())
-                raise StatisticsError(f"there is nothing to read {name!r} of in this model{why and f' ({why})'}")
+                raise NothingToReadError(
+                    name, f"there is nothing to read {name!r} of in this model{why and f' ({why})'}"
+                )
         if by_block is not None and by_block.runs_on(model).type != "cpu":
             for reader in self.readers.values():
                 reader.sums.to = torch.device("cpu")
@@ -362,6 +367,7 @@ class _Run:
             num_batches=count,
             coverage=coverage,
             left_out=left_out,
+            options=self.options,
             metadata=metadata,
             report=self.report,
         )

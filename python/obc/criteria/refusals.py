@@ -1,0 +1,64 @@
+"""What a criterion can't score, said in terms of the call that asked for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from obc.criteria.protocol import CriterionError, name_of
+from obc.model.groups import ChannelGroup
+from obc.statistics.errors import NothingToReadError, StatisticsError, TooLargeError
+
+_BLOCKS = (
+    "for a transformers model pass structure=obc.structures.transformers.TransformersStructure(model, ['layers']), "
+    "which has whole blocks for groups, for any other "
+)
+
+
+def scores_nothing(criterion: Any, groups: Sequence[ChannelGroup], why: str = "") -> CriterionError:
+    """The error that no group has anything which the criterion scores.
+
+    Args:
+        criterion: which.
+        groups: of the model.
+        why: there is nothing, as far as that is known.
+    """
+    about, kinds = getattr(criterion, "about", None), sorted({group.kind for group in groups})
+    scored = "other units" if about is None else about.kinds
+    return CriterionError(
+        f"the criterion {name_of(criterion)!r} scores no group of this model{f' ({why})' if why else ''}: it scores "
+        f"{scored}, the groups are of {', '.join(kinds) or 'no kind'}; {_BLOCKS if 'blocks' in scored else ''}pass "
+        "another criterion (`obc criteria` lists them with the units that they score)"
+    )
+
+
+@contextlib.contextmanager
+def said_of(criterion: Any, groups: Sequence[ChannelGroup], needs: Sequence[str] = ()) -> Iterator[None]:
+    """Let errors of collecting and of measuring name the criterion, and what can be done through ``obc.prune``.
+
+    Args:
+        criterion: for which statistics are collected, or which runs the model.
+        groups: of the model.
+        needs: names of its statistics; others are collected for an allocation.
+    """
+    name = name_of(criterion)
+    try:
+        yield
+    except NothingToReadError as error:
+        if error.statistic not in needs:
+            raise
+        raise scores_nothing(criterion, groups, error.reason) from error
+    except (StatisticsError, CriterionError) as error:
+        if repr(name) not in str(error):
+            error.args = (f"the criterion {name!r}: {error}{_fewer(criterion, error)}", *error.args[1:])
+        raise
+
+
+def _fewer(criterion: Any, error: Exception) -> str:
+    """What a call of obc.prune can do where sums are too large."""
+    if not isinstance(error, TooLargeError):
+        return ""
+    on_host = f", criterion=obc.criteria.{type(criterion).__name__}(to='host') holds them there"
+    hosted = on_host if hasattr(criterion, "to") and "to='host'" in str(error) else ""
+    return f". In obc.prune ignored_layers= leaves layers out{hosted}"
