@@ -295,9 +295,9 @@ def test_rows_of_tokens(name: str, tokens: int) -> None:
     """x . dL/dx position by position, added up by hand; all tokens of a sample make its row."""
     subject = make_subject(name)
     found = criteria.TokenJacobian(tokens).measure_rows(subject)
-    of_layers = [group for group in subject.groups if readers(subject, group, experts=False)]
-    assert set(found) == {group.name for group in of_layers}
-    for group in of_layers:
+    readable = [group for group in subject.groups if readers(subject, group, experts=False)]
+    assert set(found) == {group.name for group in readable}
+    for group in readable:
         expected: list[Tensor] = []
         for batch in subject.batches:
             total: Any = 0
