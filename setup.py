@@ -1,4 +1,4 @@
-"""Calls CMakeLists.txt, the one description of the native build; everything else stands in pyproject.toml.
+"""Calls CMakeLists.txt, the one description of the native build; everything else is in pyproject.toml.
 
 Environment switches:
     OBC_BUILD_CUDA=auto|0|1   CUDA kernels: where nvcc is found (default), never, or fail without it
@@ -59,7 +59,7 @@ class CMakeBuild(build_ext):
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         build = ["cmake", "--build", build_dir, *jobs]
         if subprocess.run(build).returncode != 0:
-            # Their C++ is of another standard, and of torch's own headers; Python's gates serve as well.
+            # They need another C++ standard and torch's own headers; gates in Python can replace them.
             self.warn("obc: building again without the gates in C++: scoring small networks will be slower")
             subprocess.run([*configure_command, "-DOBC_BUILD_GATES=0"], check=True)
             subprocess.run(build, check=True)

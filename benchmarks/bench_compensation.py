@@ -60,12 +60,12 @@ class Pruned:
         return model, compensate(model, self.original, self.plan, self.calibration(samples), mode=mode, progress=False)
 
     def accuracy(self, model: nn.Module) -> float:
-        """In percent, on the test split."""
+        """Accuracy in percent on the test split."""
         return 100 * accuracy(model, self.data.test)
 
 
 def pruned(recipe: Recipe, seed: int) -> Pruned:
-    """Train with ``seed`` and prune to half the MACs, scored anew before each step."""
+    """Train with ``seed`` and prune to half the MACs, scored again before each step."""
     data = digits(seed)
     seeded(seed)
     model = train(recipe.build(), data.train, epochs=recipe.epochs, seed=seed)
@@ -76,7 +76,7 @@ def pruned(recipe: Recipe, seed: int) -> Pruned:
 
 
 def accuracies(network: Pruned) -> dict[str, float | None]:
-    """Test accuracy of every way; None where there is no BatchNorm to estimate anew."""
+    """Test accuracy of every way; None if there is no BatchNorm to re-estimate."""
     found: dict[str, float | None] = {
         "unpruned": network.accuracy(network.original),
         "naive": network.accuracy(network.model),
@@ -130,7 +130,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def cost_table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Of the first seed of each network."""
+    """The costs for the first seed of each network."""
     yield f"{'compensation':24} {'seconds':>8} {'epochs':>7} {'sums KiB':>9} {'peak MiB':>9}"
     for name in dict.fromkeys(row["network"] for row in rows):
         cost = next(row["cost"] for row in rows if row["network"] == name)

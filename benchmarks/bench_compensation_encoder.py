@@ -70,7 +70,7 @@ OTHERS = {
 CRITERIA = ("random", "L1", "JC", "joint", "joint-label-free", *OTHERS)
 STATES = ("naive", "ls", "seq", "correct")
 SHARES = (0.25, 0.5)
-JOINT_STEPS = (0.125, 0.25, 0.375, 0.5)  # scored anew before each; passes all SHARES
+JOINT_STEPS = (0.125, 0.25, 0.375, 0.5)  # scored again before each; passes all SHARES
 BATCH = 32
 PAIRS_PER_BATCH = 8
 TEMPERATURE = 0.05  # of the contrastive loss the encoder was trained with
@@ -79,7 +79,7 @@ WORDS = range(8, 31)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where sentences come from, the seed of their order and of everything else that is random, and what it is for."""
+    """The source of sentences, the seed of their order and of all other random choices, and their purpose."""
 
     name: str
     texts: Callable[[], Iterator[str]]
@@ -283,7 +283,7 @@ def criteria(encoder: Encoder, texts: Sequence[str], seed: int) -> dict[str, Cal
 
 
 def _subject(encoder: Encoder, texts: Sequence[str], seed: int) -> Subject:
-    """What the criteria of ``obc.prune`` score: the hidden channels, in the order of the layers."""
+    """The units that the criteria of ``obc.prune`` score: the hidden channels, in the order of the layers."""
     return Subject(
         encoder.model,
         TransformersStructure(encoder.model, kinds=("ffn",)).groups,
@@ -388,7 +388,7 @@ def _read(path: Path | None) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the tables; the exit status is 1 where a row ended below its naive one."""
+    """Print the tables; the exit status is 1 if a row ended below its naive one."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_compensation_encoder")
     parser.add_argument("--sentences", type=int, default=512, help="to calibrate, and again to test (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")

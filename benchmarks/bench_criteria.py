@@ -1,4 +1,4 @@
-"""What scoring costs, criterion by criterion: ``python -m benchmarks.bench_criteria``.
+"""The cost of scoring by each criterion: ``python -m benchmarks.bench_criteria``.
 
 Time and peak memory of scoring every layer once from the same batches, data and forward passes included:
 

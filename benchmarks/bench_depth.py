@@ -48,7 +48,7 @@ _WIDTHS = ("ffn", "heads")
 
 @dataclass(frozen=True)
 class Method:
-    """What is removed, and how it is chosen: by rows, or by block influence."""
+    """The kinds to remove, and their choice: by rows, or by block influence."""
 
     kinds: Sequence[str]
     rows: bool = True
@@ -125,7 +125,7 @@ def pruned(task: Task, read: Read, method: Method, share: float) -> obc.PruningR
 
 
 def parameters_of_blocks(task: Task) -> int:
-    """What shares are of: all parameters inside the blocks."""
+    """The whole that shares refer to: all parameters inside the blocks."""
     model: Any = task.model
     return sum(parameter.numel() for parameter in model.model.layers.parameters())
 

@@ -1,4 +1,4 @@
-"""What every call and every gate costs besides the work itself: ``python -m benchmarks.bench_dispatch``.
+"""The overhead of every call and every gate: ``python -m benchmarks.bench_dispatch``.
 
 Tensors of eight elements, so that nothing is computed: a call of each operator through ``obc.ops`` and through
 ``torch.ops.obc``, the backend's own callable below it, and the definition in torch; then a gate on a layer, forward and

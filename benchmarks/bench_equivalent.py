@@ -286,7 +286,7 @@ CASES = _cases()
 
 @pytest.mark.parametrize("title", CASES)
 def test_step(benchmark: Any, title: str) -> None:
-    """For pytest-benchmark: the folded step alone."""
+    """The folded step alone, for pytest-benchmark."""
     providers = {provider.name: provider for provider in CASES[title]().providers}
     benchmark(providers["folded"].call)
 

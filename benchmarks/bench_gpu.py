@@ -223,7 +223,7 @@ def _chosen_calls(elements: int, dtype: torch.dtype) -> dict[str, tuple[Callable
 
 
 def defaults_section() -> Rows:
-    """Which backend is faster, by operator, dtype and size class, called in a loop: what backends/fastest.py holds."""
+    """The faster backend by operator, dtype and size class, called in a loop, for backends/fastest.py."""
     for size, elements in CLASS_SIZES.items():
         elements = min(elements, 2**12) if timing.is_dry() else elements
         for name, dtype in (*DTYPES.items(), ("f16", torch.float16)):
@@ -254,7 +254,7 @@ SECTIONS: dict[str, tuple[Callable[[], Rows], float]] = {
 
 
 def facts() -> dict[str, Any]:
-    """Where and with what this run was made."""
+    """The machine and software of this run."""
 
     def output(*command: str) -> str:
         try:
@@ -291,7 +291,7 @@ def facts() -> dict[str, Any]:
 
 
 class Report:
-    """What was measured so far, on disk after every row: ``gpu-<name>.json`` and, as tables, ``.txt``."""
+    """The measurements so far, written to disk after every row: ``gpu-<name>.json`` and, as tables, ``.txt``."""
 
     def __init__(self, out: Path) -> None:
         self.content: dict[str, Any] = {"facts": facts(), "sections": {}, "failed": {}, "cut_short": [], "left_out": []}

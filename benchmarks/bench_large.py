@@ -165,7 +165,7 @@ def child(size: str, way: str, tokens: int, repeats: int, threads: int) -> dict[
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
-    """Of the line through the points, by least squares."""
+    """The slope of the line through the points, by least squares."""
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
 

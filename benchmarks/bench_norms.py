@@ -1,4 +1,4 @@
-"""What recalibrating BatchNorms on few images does to EfficientNet-Lite0: ``python -m benchmarks.bench_norms``.
+"""The effect of recalibrating BatchNorms on few images, on EfficientNet-Lite0: ``python -m benchmarks.bench_norms``.
 
 Printed: agreement of the first class with the unpruned model on photographs of ImageNet, of the unpruned model and of
 one without a share of its MACs (the Jacobian Criterion, one step): as it is, with the statistics of the calibration

@@ -206,7 +206,7 @@ def fold(out: int, in_: int, kept_out: int, kept_in: int, *kernel: int) -> Case:
 
 
 def dispatch() -> Case:
-    """What a call costs where there is nothing to compute."""
+    """The cost of a call with nothing to compute."""
     a, g = torch.ones(2, 1, 8)
     native = obc.backends.resolve("channel_dot", "cpu")
     return Case(

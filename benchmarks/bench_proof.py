@@ -1,4 +1,4 @@
-"""What the proof costs beside a whole ``obc.prune``: ``python -m benchmarks.bench_proof``.
+"""The cost of the proof compared with a whole ``obc.prune``: ``python -m benchmarks.bench_proof``.
 
 Counted: forward passes. Of the proof: those of the tries of all groups (two models each, and one of the model as it
 is), and three at the end. Of the whole: those of the proof, and every call of the loss.

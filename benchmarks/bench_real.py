@@ -5,7 +5,7 @@ parameters that can be pruned, heads and feed-forward channels competing; of Eff
 compensation. Ours and the peers' are in ``METHODS``: each peer as it was published, by its own formula, allocation and
 update; and some of their choices with our compensation.
 
-What is measured of every test sample (sequence, sentence, crop) is a number of which smaller is better: the mean loss
+The measure of every test sample (sequence, sentence, crop) is a number, smaller is better: the mean loss
 of its tokens, one minus a cosine, disagreement. The table shows the mean, of losses exp(mean), the perplexity, and the
 difference to ``jacobian+correct`` with its standard error over the samples of all draws, paired: above zero is worse.
 

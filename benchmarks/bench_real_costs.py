@@ -1,4 +1,4 @@
-"""What compensation costs on a pretrained model: ``python -m benchmarks.bench_real_costs --model smollm2``.
+"""The cost of compensation on a pretrained model: ``python -m benchmarks.bench_real_costs --model smollm2``.
 
 Printed: seconds of ``obc.compensate`` over those of one forward pass of the unpruned model over the same calibration
 data, and by how much the process's resident memory rises meanwhile above the two models, with sizes of the pieces that
@@ -27,14 +27,14 @@ from benchmarks.real_tasks import TASKS, Task
 
 
 def cpu_seconds(call: Callable[[], object]) -> float:
-    """Of this process, all its threads."""
+    """CPU seconds of all threads of this process."""
     start = time.process_time()
     call()
     return time.process_time() - start
 
 
 def forward_pass(task: Task) -> None:
-    """Of the unpruned model, over the calibration data."""
+    """CPU seconds of one forward pass of the unpruned model over the calibration data."""
     with torch.no_grad():
         for batch in task.calibration:
             task.forward(task.model, batch)

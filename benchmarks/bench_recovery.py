@@ -60,14 +60,14 @@ class Task:
     Attributes:
         teacher: unpruned.
         pruned: a pruned copy.
-        plan: what it kept.
+        plan: the plan of its pruning.
         train: batches of a seed.
         validation: batches that choose the rate.
         test: batches that are shown.
-        distillation: what is compared in training.
+        distillation: the loss of training.
         forward: what compensation preserves.
         measure: of a model on batches.
-        sign: 1 where a larger measure is better, -1 where a smaller one is.
+        sign: 1 if a larger measure is better, -1 if a smaller one is.
     """
 
     teacher: nn.Module
@@ -99,7 +99,7 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 def freeze_embeddings(model: nn.Module) -> None:
-    """Embeddings, and a head that is tied to them, stay as they are."""
+    """Embeddings, and a head tied to them, are left unchanged."""
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             module.requires_grad_(False)
@@ -158,7 +158,7 @@ def smollm2(steps: int, sequences: int, length: int, share: float) -> Task:
 
 
 def encoder(steps: int, sequences: int, length: int, share: float) -> Task:
-    """``length`` is not used: sentences are as long as they are, and 16 of them stand for a sequence."""
+    """``length`` is not used: sentences keep their lengths, and 16 of them count as a sequence."""
     found, count = Encoder.pretrained(), 16 * sequences
     texts = next(corpus for corpus in CORPORA if corpus.name == "docstrings").sentences(_SENTENCES)
     held_out, rest = texts[: 2 * count], texts[2 * count :]
@@ -224,7 +224,7 @@ class Case:
 
 
 def measured(task: Task, case: Case, steps: int) -> dict[str, Any]:
-    """Validation and test figures of a case, and what it took."""
+    """Validation and test figures of a case, and its cost."""
     started, model, facts = time.perf_counter(), copy.deepcopy(task.pruned), {}
     if case.way == "unpruned":
         model = task.teacher

@@ -196,14 +196,14 @@ def contract_and_drop(weight: Tensor) -> None:
 
 
 def contracting(model: nn.Module) -> nn.Module:
-    """``model`` itself, its weight gradients contracted as soon as they are there, and dropped."""
+    """``model`` itself; its weight gradients are contracted and dropped as soon as they exist."""
     for weight in _weights(model):
         weight.register_post_accumulate_grad_hook(contract_and_drop)
     return model
 
 
 def _inputs_alone(model: nn.Module) -> dict[str, list[str]]:
-    """What is read where only inputs of layers are."""
+    """The sides to read if only inputs of layers are read."""
     return {name: ["in"] for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
 
 
@@ -431,7 +431,7 @@ def _kept_by_rows(subject: Subject, modules: Any = None) -> float:
 
 
 def print_kept() -> None:
-    """What the activations kept for a backward take: at the floor, in a row, and in a row of inputs alone."""
+    """The memory of activations kept for a backward: at the floor, in a row, and in a row of inputs alone."""
     for name, make in {**MODELS, "small CNN": small_cnn}.items():
         torch.manual_seed(0)
         subject = make()

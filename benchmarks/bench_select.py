@@ -63,7 +63,7 @@ def make_costs(groups: int) -> Costs:
 
 
 def select(rows: dict[str, Tensor], form: Form | None) -> dict[str, Tensor]:
-    """What is measured: half of the MACs go."""
+    """The problem to measure: half of the MACs are removed."""
     costs = make_costs(len(rows))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that there are fewer rows than channels is the point of some
@@ -93,7 +93,7 @@ def plain_select(rows: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def table(channels: int, count: int) -> Case:
-    """Every form beside plain NumPy."""
+    """Every form compared with plain NumPy."""
     rows = make_rows(channels, count)
     expected = plain_select(rows)
 
@@ -149,7 +149,7 @@ def run_apart(channels: int, count: int, threads: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Prints tables and runs; 1 where a table is void."""
+    """Prints tables and runs; returns 1 if a table is void."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_select")
     parser.add_argument("--repeats", type=int, default=21, help="rounds a table (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")

@@ -144,7 +144,7 @@ def losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def loss_of(method: str) -> Callable[[nn.Module, Batch], Tensor] | None:
-    """What a method takes the gradients of."""
+    """The loss whose gradients a method uses."""
     options = METHODS[method]
     if not options.get("labels", True):
         return None
@@ -189,7 +189,7 @@ def prune_network(network: Network, method: str) -> dict[str, Any]:
 
 
 def compensated_accuracy(network: Network, result: PruningResult) -> float:
-    """On the test split, of a compensated copy."""
+    """Accuracy of a compensated copy on the test split."""
     model = copy.deepcopy(result.model)
     images = network.splits.train.images[:CALIBRATION]
     obc.compensate(model, network.model, result.plan, list(images.split(32)), mode="seq", progress=False)
@@ -226,7 +226,7 @@ def run(
 
 
 def prunable(model: nn.Module) -> dict[str, Any]:
-    """Of a transformer whole heads and hidden units, not the width of its residual stream; else all but the outputs."""
+    """Whole heads and hidden units of a transformer, not its residual stream; otherwise all layers but the outputs."""
     if not isinstance(model, models.Transformer):
         return {}
     layers = [layer for layer in model.layers if isinstance(layer, models.EncoderLayer)]

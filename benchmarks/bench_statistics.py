@@ -59,7 +59,7 @@ MODELS: dict[str, Callable[[], Subject]] = {"VGG-19": vgg19, "ViT-S": vit_small,
 
 
 def statistics_of(name: str) -> list[str]:
-    """What is collected together: a VGG has no residual blocks."""
+    """The statistics to collect together: a VGG has no residual blocks."""
     return ["rows", "gram", "moments", *([] if name == "VGG-19" else ["blocks"])]
 
 
@@ -102,7 +102,7 @@ def plain(subject: Subject) -> None:
 
 
 def one_run(name: str, batches: int = BATCHES) -> Case:
-    """Everything together against everything by itself."""
+    """All statistics together, compared with each one alone."""
     torch.manual_seed(0)
     subject = MODELS[name]()
     subject = replace(subject, batches=subject.batches[:batches])

@@ -33,7 +33,7 @@ _STAGES = (
 
 
 class Conv(nn.Conv2d):
-    """A convolution whose padding is TensorFlow's "same": what is odd of it goes below and to the right."""
+    """A convolution with TensorFlow's "same" padding: the odd row and column are added at the bottom and right."""
 
     def __init__(self, channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__(channels, out, kernel, stride, groups=groups, bias=False)

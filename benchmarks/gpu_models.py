@@ -1,4 +1,4 @@
-"""Models of real size from configuration, with random weights: what is timed does not depend on their values."""
+"""Models of real size from configuration, with random weights, because times do not depend on their values."""
 
 from __future__ import annotations
 
@@ -175,5 +175,5 @@ def llama_8b_layer() -> list[tuple[int, ...]]:
 
 
 def resnet50_weights() -> list[tuple[int, ...]]:
-    """Those of ResNet-50's convolutions and its linear layer."""
+    """The weights of ResNet-50's convolutions and its linear layer."""
     return [tuple(m.weight.shape) for m in resnet50_model().modules() if isinstance(m, nn.Conv2d | nn.Linear)]

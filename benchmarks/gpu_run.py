@@ -63,7 +63,7 @@ SHOWN = 30
 
 @dataclass(frozen=True)
 class Folders:
-    """Where results go.
+    """The destinations of results.
 
     Attributes:
         out: what is kept as files of their own.
@@ -125,7 +125,7 @@ def _build_command(folders: Folders, seconds: float) -> list[str]:
 
 
 def built(folders: Folders) -> dict[str, Any]:
-    """Which native libraries lie in place now."""
+    """The native libraries that exist now."""
     folder = ROOT / "python" / "obc"
     return {"libraries": sorted(path.name for path in (*folder.glob("_lib/*.so"), *folder.glob("_native*.so")))}
 
@@ -267,7 +267,7 @@ def run(parts: Sequence[Part], out: Path, seconds: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _told_to_end() -> Iterator[None]:
-    """SIGTERM and SIGHUP end this process as an exception does: what runs is ended, what is there is kept."""
+    """Make SIGTERM and SIGHUP end this process like an exception: the running part is ended, results are kept."""
 
     def end(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
@@ -281,7 +281,7 @@ def _told_to_end() -> Iterator[None]:
 
 
 def _keep(report: Mapping[str, Any], folders: Folders) -> None:
-    """Write what is known so far."""
+    """Write the results so far."""
     (folders.out / "gpu-run.json").write_text(json.dumps(report, indent=1) + "\n")
     _archive(folders)
 

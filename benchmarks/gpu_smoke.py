@@ -109,7 +109,7 @@ def scored_row(backend: str, device: str) -> float:
 
 
 def attempts(backends: Sequence[str], device: str) -> list[tuple[str, Callable[[], float], float]]:
-    """What is tried, float32 of everything first: (its name, its error, the error allowed)."""
+    """The cases, float32 first: (name, error, allowed error)."""
     found: list[tuple[str, Callable[[], float], float]] = []
     for dtype_name, dtype in DTYPES.items():
         for backend in backends:

@@ -27,7 +27,7 @@ _dry = False
 
 
 def dry_run() -> None:
-    """From here on everything runs on the CPU, once and with small shapes."""
+    """Make everything run on the CPU from here on, once and with small shapes."""
     global _dry
     _dry = True
 
@@ -37,7 +37,7 @@ def is_dry() -> bool:
 
 
 def device() -> str:
-    """Where the benchmarks' tensors lie."""
+    """The device of the benchmarks' tensors."""
     return "cpu" if _dry else "cuda"
 
 
@@ -59,7 +59,7 @@ def attempt(row: dict[str, Any], measure: Callable[[dict[str, Any]], None]) -> d
 
 
 def backends() -> list[str]:
-    """The backends that are compared, where they are available."""
+    """The backends to compare, if they are available."""
     return [name for name in (("cpu",) if _dry else ("cuda", "triton")) if name in obc.backends.available()]
 
 

@@ -73,7 +73,7 @@ class Case:
         baseline: the provider that ratios refer to.
         limit: what the machine allows (:func:`plain_read`, :func:`plain_product`, or the case's own).
         bytes_moved: what any implementation must read and write.
-        check: raises AssertionError where a provider's first result is wrong.
+        check: raises AssertionError if a provider's first result is wrong.
         unchecked: providers that compute something else on purpose, such as a plain read.
         targets: what the project promises.
         flops: multiplications and additions of any implementation; 0 where bytes alone decide.
@@ -283,7 +283,7 @@ def _slowed_by_threads(case: Case, inner: dict[str, int], repeats: int, threads:
 
 
 def provenance(repeats: int, threads: int) -> dict[str, Any]:
-    """Where, when and with what a run was made; of paths in the command what is the same on any machine."""
+    """Machine, time and software of a run, and its command with paths that are the same on any machine."""
     import obc
 
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
@@ -371,7 +371,7 @@ def main(name: str, cases: Mapping[str, Callable[[], Case]], argv: Sequence[str]
         cases: per table its name and what makes the case, so that only one case's tensors exist at a time.
 
     Returns:
-        The exit status: 1 where a case was void, else 0. A missed target is a result, not an error.
+        The exit status: 1 if a case was void, else 0. A missed target is a result, not an error.
     """
     parser = parser_of(name)
     arguments = parser.parse_args(argv)

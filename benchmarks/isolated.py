@@ -17,7 +17,7 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def run(module: str, arguments: Sequence[object]) -> dict[str, Any]:
-    """What ``python -m benchmarks.<module> <arguments>`` prints as JSON in its last line.
+    """The JSON in the last line that ``python -m benchmarks.<module> <arguments>`` prints.
 
     Where it fails, {"failed": the last line of its error}.
     """

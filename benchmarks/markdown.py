@@ -28,7 +28,7 @@ def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 
 def source(facts: Mapping[str, Any]) -> str:
-    """Where the figures come from."""
+    """The source of the figures."""
     return (
         f"\n\n<sub>`{facts['command']}`: {facts['cpu']}, {facts['threads']} of {facts['logical_cpus']} logical CPUs, "
         f"torch {facts['torch']}, {facts['repeats']} rounds, {facts['date'][:10]}, commit {facts['commit'][:12]}</sub>"

@@ -90,7 +90,7 @@ def test_batches(batches: int, size: int, seed: int) -> list[Tensor]:
 
 
 def _embedded() -> Iterator[bytes]:
-    """The photographs in GCompris's resource files: what is opaque and no icon."""
+    """The photographs in GCompris's resource files: opaque images that are not icons."""
     package_folder("PIL", INSTALL)
     from PIL import Image
 
@@ -118,7 +118,7 @@ def _opened(source: Path | bytes) -> Tensor:
 
 
 def _pixels(source: Path | bytes, mode: str, size: int | None = None) -> Tensor:
-    """(channels, H, W) uint8; cut to what is not transparent and resized so that the longer side is ``size``."""
+    """(channels, H, W) uint8; cropped to the opaque part and resized so that the longer side is ``size``."""
     package_folder("PIL", INSTALL)
     import numpy
     from PIL import Image
@@ -155,6 +155,6 @@ def _pasted(image: Tensor, stamp: Path, drawing: random.Random) -> Tensor:
 
 
 def _overlap(places: Sequence[int], sides: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Where in the image what is put at ``places`` begins and ends."""
+    """The beginning and end in the image of parts put at ``places``."""
     starts = [max(place, 0) for place in places]
     return starts, [min(SIZE, place + side) for place, side in zip(places, sides, strict=True)]

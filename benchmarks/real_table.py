@@ -48,7 +48,7 @@ def method_of(case: Case) -> str:
 
 
 def _cell(cases: Sequence[Case], method: str, share: float, draws: int) -> str:
-    """Mean over the draws, and how many where they are fewer than the title says; the paired difference."""
+    """Mean over the draws, their number if it is below the title's, and the paired difference."""
     mine = {case["draw"]: case for case in cases if method_of(case) == method and case["share"] == share}
     if not mine:
         return "-"

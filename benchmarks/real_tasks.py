@@ -1,4 +1,4 @@
-"""The pretrained models of ``bench_real``, each with its calibration and test data and what is measured of it.
+"""The pretrained models of ``bench_real``, each with its calibration and test data and its measure.
 
 SmolLM2 and the sentence encoder: the Debian handbook calibrates, the developer's reference tests. EfficientNet-Lite0:
 cut-outs on photographs calibrate, photographs of ImageNet test. A draw is the seed that says which pieces.

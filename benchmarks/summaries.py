@@ -258,7 +258,7 @@ def _large(results: Path) -> str:
 
 
 def _real(results: Path) -> str:
-    """What is left of pretrained models: methods down, shares across, with paired differences to ours."""
+    """The quality of pruned pretrained models: methods in rows, shares in columns, with paired differences to ours."""
     content = read(results, "bench_real")
     return "\n\n".join(
         f"**{title}**\n\n{markdown(head, rows)}" for title, head, rows in real_table.parts(content["cases"])

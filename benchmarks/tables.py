@@ -34,7 +34,7 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def filled(text: str, results: Path = RESULTS) -> str:
-    """``text`` with every block made anew."""
+    """``text`` with every block regenerated."""
     return _BLOCK.sub(lambda found: _block(found["name"], results), text)
 
 

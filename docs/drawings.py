@@ -46,7 +46,7 @@ def _picture(width: int, height: int, label: str, parts: Sequence[str]) -> str:
 
 
 def pipeline() -> str:
-    """What ``obc.prune`` does."""
+    """A drawing of ``obc.prune``."""
     parts = ['<rect class="box loop" x="170" y="24" width="452" height="182"/>']
     parts.append('<text class="note" x="396" y="194">in steps, 8 by default, until the budget is met</text>')
     parts.append(_box(20, 62, 120, 84, "data", "your model", ["batches,", "a loss"]))

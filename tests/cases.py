@@ -1,4 +1,4 @@
-"""What the operators' tests run over: dtypes, layouts, backends with their devices, and strategies for strides."""
+"""The parameters of the operators' tests: dtypes, layouts, backends with their devices, and strategies for strides."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def expanded_last(tensor: Tensor) -> Tensor:
 
 
 def one_element(tensor: Tensor) -> Tensor:
-    """Stride 0 everywhere: what the backward of a sum hands on."""
+    """Stride 0 everywhere, as in the backward of a sum."""
     return tensor.flatten()[0].expand(tensor.shape) if tensor.numel() else tensor
 
 

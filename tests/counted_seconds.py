@@ -17,7 +17,7 @@ def _grouped(rows: Any, weights: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def counted_seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """In place of a clock, so that a test says the same on every machine."""
+    """Replaces a clock, so that a test has the same result on every machine."""
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._grouped_mm: _grouped})
     with counter:
         call()

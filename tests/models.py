@@ -125,7 +125,7 @@ def case(
 
 
 class ResidualCNN(nn.Module):
-    """In-place ReLUs after norms, an in-place residual sum, a stride, a shortcut and a head."""
+    """A network with in-place ReLUs after norms, an in-place residual sum, a stride, a shortcut and a head."""
 
     def __init__(self, width: int = 8, classes: int = 5) -> None:
         super().__init__()
@@ -300,7 +300,7 @@ def scaled_embedding() -> Case:
 
 
 class ScaledEmbedding(nn.Embedding):
-    """As in Gemma: the scale is part of the embedding's own forward."""
+    """The scale is part of the embedding's own forward, as in Gemma."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 3.0

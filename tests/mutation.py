@@ -61,7 +61,7 @@ class Mutant:
 
 
 def changed(node: ast.AST) -> Iterator[ast.AST]:
-    """What to put in a node's place."""
+    """The replacement of a node."""
     copy = deepcopy(node)
     if isinstance(copy, ast.Compare) and type(copy.ops[0]) in SWAPPED:
         copy.ops[0] = SWAPPED[type(copy.ops[0])]()
@@ -123,7 +123,7 @@ def place(node: ast.AST, field: str, index: int | None, new: ast.AST) -> None:
 
 
 def noticed(copy: Path, tests: list[str]) -> str | None:
-    """How the tests failed, in a process of their own; None where they passed."""
+    """The failure of the tests in a separate process; None if they passed."""
     pid = os.fork()
     if pid == 0:
         os.setpgid(0, 0)

@@ -54,7 +54,7 @@ def expected_scores(case: Case, rows: str = "batch") -> oracle.Rows:
 def score_in_a_loop(
     scorer: obc.JacobianScorer, case: Case, batches: list[Any] | None = None, loss_scale: float = 1.0
 ) -> obc.Scores:
-    """What a user's own loop does."""
+    """A user's own loop."""
     with scorer:
         for batch in case.batches if batches is None else batches:
             with scorer.row(loss_scale=loss_scale):

@@ -1,4 +1,4 @@
-"""Small models, how Torch-Pruning prunes each of them, and what it makes of them."""
+"""Small models, how Torch-Pruning prunes each of them, and the results."""
 
 from __future__ import annotations
 

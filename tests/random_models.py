@@ -184,7 +184,7 @@ class Maker:
         return [*layers, nn.Linear(hidden, 4)]
 
     def activation(self) -> nn.Module:
-        """To follow a layer, a norm or a sum: none of them needs its output again."""
+        """An operation after a layer, a norm or a sum, none of which needs its output again."""
         name = self.random.choice(["relu", "leaky_relu", "silu", "elu", "tanh", "scale"])
         in_place = self.odds(0.6)
         return Apply(name, in_place and not self.plain)
@@ -287,7 +287,7 @@ class Maker:
 
 
 def random_case(seed: int) -> Case:
-    """The network number ``seed`` with two batches of three samples; drawn again where it is none (:func:`_sound`)."""
+    """The network number ``seed`` with two batches of three samples; drawn again if it is unsound (:func:`_sound`)."""
     draws = (_case(1000 * seed + attempt) for attempt in itertools.count())
     return next(drawn for drawn in draws if drawn is not None and _sound(drawn))
 

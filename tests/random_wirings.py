@@ -19,7 +19,7 @@ Move = Callable[[Tensor], Tensor]
 
 
 class Stage(nn.Module):
-    """What lies between two layers: moves, and layers that keep channels where they are."""
+    """The operations between two layers: moves, and layers that keep channels in place."""
 
     def __init__(self, parts: Sequence[tuple[str, Move | nn.Module]]) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Stage(nn.Module):
         return x
 
     def sources(self, channels: int, size: int) -> list[int]:
-        """For every input channel (of a linear layer: column) of the reader, the channel that it comes from."""
+        """The origin of every input channel (in a linear layer: column) of the reader."""
         x = torch.arange(channels, dtype=torch.float64)[None, :, None, None].expand(1, channels, size, size)
         for part in self.parts:
             if not isinstance(part, nn.Module):

@@ -1,4 +1,4 @@
-"""What scoring must give back: every trace that it could leave on a model."""
+"""The state that scoring must restore: every trace that it could leave on a model."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_importing_prints_nothing_and_builds_nothing() -> None:
 
 
 def test_obc_works_without_its_library_and_without_triton(tmp_path: Path) -> None:
-    """A copy of the Python files alone: the reference serves, and the record says what is missing."""
+    """With a copy of only the Python files the reference is used, and the record says what is missing."""
     for package in ("obc", "obc_kernels"):
         origin = Path(obc.__file__).parent if package == "obc" else Path(obc.__file__).parents[2] / "obc_kernels"
         shutil.copytree(origin, tmp_path / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels on a real GPU: the tests of the Triton kernels at full size, and what is theirs alone."""
+"""The CUDA C++ kernels on a real GPU: the tests of the Triton kernels at full size, and their own tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be told of the CUDA kernels without a GPU: they compile as meant, and the table that chooses them holds."""
+"""Checks of the CUDA kernels without a GPU: they compile as intended, and the table that chooses them is valid."""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def test_weight_dot_list_is_one_launch(library: ctypes.CDLL, dtype: torch.dtype)
 
 @pytest.mark.parametrize("shapes", [resnet50_weights(), llama_8b_layer()], ids=["ResNet-50", "Llama-8B layer"])
 def test_a_models_weights_take_one_launch(library: ctypes.CDLL, shapes: list[tuple[int, ...]]) -> None:
-    """As many layers, of channels a 64th: what a launch holds does not depend on their sizes."""
+    """The same layers with 64 times fewer channels: the size of a launch does not depend on theirs."""
     weights = [torch.randn(max(1, out // 64), max(1, in_ // 64), *kernel) for out, in_, *kernel in shapes]
     grads = [torch.randn_like(weight) for weight in weights]
     before = library.obc_emulation_launches()

@@ -102,7 +102,7 @@ def test_a_models_weights_take_few_launches(shapes: list[tuple[int, ...]], most:
 
 
 def test_more_steps_than_32_bits_count_are_refused() -> None:
-    """Without memory: what is refused is refused before anything is launched."""
+    """Refusals come before any launch, shown on tensors without memory."""
     from obc_kernels import channel_dot_triton, weight_dot_list_triton
     from obc_kernels.launch import recording
 

@@ -15,7 +15,7 @@ ARGUMENTS = ["--model", "tiny", "--steps", "2", "--sequences", "4", "--length", 
 
 
 def rows_of(measure: Any, seeds: int) -> list[dict[str, Any]]:
-    """What a run would do, with figures from ``measure(case)``."""
+    """A stand-in for a run, with figures from ``measure(case)``."""
     rows: list[dict[str, Any]] = []
     while (case := bench.next_case(rows, seeds, sign=1)) is not None:
         rows.append({"way": case.way, "half": case.half, "seed": case.seed, "validation": measure(case)})

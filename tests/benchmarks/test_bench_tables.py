@@ -1,4 +1,4 @@
-"""What is published agrees with the committed results; the guard finds regressions and only those."""
+"""Published tables agree with the committed results; the guard finds exactly the regressions."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def test_the_slope_is_of_the_line() -> None:
 
 
 def test_peaks_are_measured_above_the_start() -> None:
-    """In a fresh process: memory that earlier tests gave back would be taken again, unseen."""
+    """Uses a fresh process, because memory freed by earlier tests would be reused unseen."""
     call = "lambda: bytes(bytearray(b'x') * 2**26)"  # a copy beside the original
     program = f"from benchmarks import isolated; print(isolated.measure({call})['peak_mib'])"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)

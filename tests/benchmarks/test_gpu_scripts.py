@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.sh runs where there is a GPU, tried without one: time limits, reports, the table of defaults."""
+"""The parts of benchmarks/gpu.sh, tried without a GPU: time limits, reports, the table of defaults."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_parts_are_interrupted_where_a_shell_has_this_process_ignore_it(tmp_path
 
 
 def test_a_run_that_is_told_to_end_keeps_what_is_there(tmp_path: Path) -> None:
-    """As a machine does whose time is over: the part that runs is ended, its log and the report are in the folder."""
+    """When a machine's time is over, the running part is ended, and its log and the report are in the folder."""
     program = (
         "import sys; from pathlib import Path; from benchmarks import gpu_run\n"
         "hang = 'import os, time; print(\"begun\", os.getpid(), flush=True); time.sleep(60)'\n"
@@ -187,7 +187,7 @@ def test_report_of_tests_counts_what_the_time_did_not_reach(tmp_path: Path) -> N
 
 
 def test_a_report_of_tests_is_there_where_one_hangs(tmp_path: Path) -> None:
-    """In a kernel that never ends no interrupt is heeded: pytest writes its report when xdist gives the worker up."""
+    """A kernel that never ends ignores interrupts: pytest writes its report when xdist gives the worker up."""
     assert gpu_run.GRACE > NodeManager.EXIT_TIMEOUT + 2
     cases = '<testcase classname="test_some" name="test_good" time="0.1" /><testcase time="0.0" />'
     (tmp_path / "gpu-tests.xml").write_text(f"<testsuites><testsuite>{cases}</testsuite></testsuites>")
@@ -219,7 +219,7 @@ def test_shell_scripts_parse_and_name_what_they_would_run() -> None:
 
 
 def test_few_files_come_back_and_what_parts_print_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A lent machine hands back eight files; what was printed is there even where it hands back none."""
+    """A remote machine returns eight files; the printed output is there even if it returns none."""
     parts = [Part(f"part-{n}", 1, python(f"print('said', {n}); print('x' * 9000); print('last')")) for n in range(9)]
     gpu_run.run(parts, tmp_path, seconds=60)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpu-logs.tar.gz", "gpu-run.json"]
@@ -365,7 +365,7 @@ def _row(operator: str, dtype: str, size: str, cuda: float, triton: float) -> di
 
 
 def test_table_of_defaults_is_made_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What is printed is Python that the order of backends follows."""
+    """The printed table is Python that the order of backends follows."""
     rows = [
         _row("weight_dot", "f32", "small", 10.0, 9.0),
         _row("weight_dot", "f32", "large", 10.0, 9.8),  # within the spread of two runs

@@ -1,4 +1,4 @@
-"""What the tests of pages share: hostile names, a reader that checks the markup, a page of every kind."""
+"""Shared by the tests of pages: hostile names, a reader that checks the markup, a page of every kind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line: what it prints, where it exits with 2 and one clear line."""
+"""The command line: its output, and errors that exit with 2 and one clear line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``obc prune``: a function of one's own, or a transformers directory by its scores; and what it refuses."""
+"""``obc prune``: your own function, or a transformers directory by its scores; and refusals."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def figure(pattern: str, text: str) -> list[float]:
 
 
 def divergence(path: Path, teacher: Path, data: Path) -> float:
-    """What training lowers, on the data it trained on."""
+    """The loss that training lowers, on the training data."""
     student, wanted = (checkpoints.load(folder, None, torch.device("cpu")).model for folder in (path, teacher))
     ids = torch.tensor([json.loads(line)["input_ids"] for line in data.read_text().splitlines()])
     return obc.Distillation().loss(student, wanted, {"input_ids": ids}).item()

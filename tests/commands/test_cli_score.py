@@ -1,4 +1,4 @@
-"""``obc score``: local directories, their data and their losses; and what it refuses."""
+"""``obc score``: local directories, their data and their losses; and refusals."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def by_units(
 
 
 def gram(subject: Subject, layer_name: str, layer: Any, seen: dict[str, list[Tensor]], centred: bool = False) -> Tensor:
-    """Of an expert: times its share of the tokens that were routed anywhere in its mixture."""
+    """The second moment; for an expert, times its share of the tokens routed in its mixture."""
     x = torch.cat([batch.flatten(0, 1) for batch in seen[layer_name]])
     x = x - x.mean(0) if centred else x
     mixture = layer_name.partition("[")[0]

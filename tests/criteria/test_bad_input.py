@@ -1,4 +1,4 @@
-"""What criteria can't do is an error that says what was wrong, and what to do."""
+"""Errors of criteria say what was wrong, and what to do."""
 
 from __future__ import annotations
 

@@ -218,7 +218,7 @@ def test_gaprune_of_single_weights(name: str) -> None:
 
 @transcribes("fastoba", "fastoba(relative=False)", models=("grouped", "traced-vit", "vit", "llama", "mixtral"))
 def test_fastoba_is_a_hessian_vector_product(name: str) -> None:
-    """By double backward: sum over i of w_i (Hw)_i, with w all parameters; of smooth models."""
+    """Sum over i of w_i (Hw)_i by double backward, with w all parameters; for smooth models."""
     subject = make_subject(name)
     if hasattr(subject.model, "set_attn_implementation"):
         subject.model.set_attn_implementation("eager")  # the fused attention has no second derivative

@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon's state: what removals update is what the definition gives anew."""
+"""Optimal Brain Surgeon's state: updates after removals agree with the definition."""
 
 import pytest
 import torch

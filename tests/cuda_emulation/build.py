@@ -22,12 +22,12 @@ FLAGS += ["-DOBC_CUDA_RESERVE=1024"]
 
 
 def compiler() -> str | None:
-    """The C++ compiler, or None where there is none."""
+    """The C++ compiler, or None."""
     return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
 
 
 def build() -> Path:
-    """The library, built anew where a source has changed."""
+    """The library, rebuilt if a source has changed."""
     torch_root = Path(torch.__file__).parent
     sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
     sources += [ROOT / "csrc" / "torch_cuda.cpp", HERE / "emulation.cpp"]

@@ -1,4 +1,4 @@
-"""The pages: built without a warning, complete, short where they promise it, and true about the source's files."""
+"""The pages build without warnings, are complete, keep promised lengths, and name existing source files."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_the_glossary_defines_each_word_once() -> None:
 
 
 def _run(script: str) -> dict[str, Any]:
-    """What a script of docs/ defines."""
+    """The names that a script of docs/ defines."""
     return runpy.run_path(str(DOCS / script))
 
 

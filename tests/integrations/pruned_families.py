@@ -114,7 +114,7 @@ class Head(nn.Module):
 
 
 def grouped() -> nn.Module:
-    """As in ResNeXt: a grouped convolution between two others."""
+    """A grouped convolution between two others, as in ResNeXt."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 3),
         nn.BatchNorm2d(8),
@@ -129,7 +129,7 @@ def grouped() -> nn.Module:
 
 
 def depthwise() -> nn.Module:
-    """As in MobileNet: expand, depthwise, project."""
+    """Expand, depthwise, project, as in MobileNet."""
     return nn.Sequential(
         nn.Conv2d(3, 8, 1),
         nn.BatchNorm2d(8),
@@ -159,7 +159,7 @@ def normed() -> nn.Module:
 
 
 class Concatenated(nn.Module):
-    """Two branches whose channels stand one after the other: each item has slices of some root channels only."""
+    """Two branches with concatenated channels: each item has slices of some root channels only."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -138,7 +138,7 @@ def test_equal_widths_run_in_llama_cpp(tmp_path: Path) -> None:
 
 
 def test_widths_of_their_own_in_every_layer_run_in_llama_cpp(tmp_path: Path) -> None:
-    """As Llama-Nemotron's: heads of keys and values, query heads and inner channels differ from layer to layer."""
+    """Key/value heads, query heads and inner channels differ from layer to layer, as in Llama-Nemotron."""
     model = llama()
     structure = TransformersStructure(model)
     structure.remove(

@@ -113,7 +113,7 @@ REDUCED = {
 
 @pytest.mark.parametrize("reduction", REDUCED)
 def test_reductions(reduction: str | None) -> None:
-    """On a group in which some layers have slices of some root channels only, and one several of each."""
+    """A group in which some layers have slices of only some root channels, and one has several of each."""
     family, case, summed = scored("concatenated")
     importance = JacobianImportance(reduction)
     importance.scores = summed.scores

@@ -1,4 +1,4 @@
-"""The paper's loop with JacobianImportance in Torch-Pruning, and what it refuses."""
+"""The paper's loop with JacobianImportance in Torch-Pruning, and refusals."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_several_backwards_make_one_row(zero: Callable[[nn.Module], None]) -> No
 
 
 def test_a_layer_that_a_row_does_not_reach_adds_nothing_to_it() -> None:
-    """Its gradient is still there from the row before when nobody zeroes it."""
+    """If it is not zeroed, its gradient still is that of the row before."""
 
     def three_layers() -> nn.ModuleList:
         return nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)])

@@ -18,7 +18,7 @@ A, B, LABELS = torch.ones(2, 3), torch.full((2, 3), 2.0), torch.zeros(2, dtype=t
 
 
 class Model(nn.Module):
-    """Returns what it was called with."""
+    """Returns its arguments."""
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         super().__init__()

@@ -278,7 +278,7 @@ def test_a_transposed_convolution_with_several_inputs_a_group_is_not_depthwise(s
 @pytest.mark.parametrize("layer", [nn.Conv2d, nn.ConvTranspose2d])
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_depthwise_convolution_may_be_cut_to_one_channel(layer: type[nn.Conv2d], steps: int) -> None:
-    """It then has the sizes of a dense one: the plan, compensation and Equivalent Pruning still know what it was."""
+    """It then looks like a dense one; the plan, compensation and Equivalent Pruning still know its origin."""
     torch.manual_seed(0)
     depthwise = layer(6, 6, 3, padding=1, groups=6)
     model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(6, 4, 1)).double()

@@ -28,7 +28,7 @@ print(json.dumps(found))
 
 
 def test_tf32_is_seen() -> None:
-    """In a process of its own: the settings are the whole process's."""
+    """Runs in a separate process, because the settings are process-wide."""
     command = [sys.executable, "-c", PROGRAM, json.dumps(list(SETTINGS))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert dict(zip(SETTINGS, json.loads(done.stdout), strict=True)) == SETTINGS

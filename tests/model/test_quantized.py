@@ -1,4 +1,4 @@
-"""Quantised models: refused by name where they would be sliced, and made plain by obc.dequantize."""
+"""Quantised models are refused by name when they would be sliced; obc.dequantize makes them plain."""
 
 from __future__ import annotations
 
@@ -200,11 +200,11 @@ def test_convolutions_and_embeddings_of_quanto() -> None:
     assert model[0].out_channels < 8
 
 
-# --- kinds that nobody told of ------------------------------------------------------------------------------------
+# --- unknown kinds -----------------------------------------------------------------------------------------------
 
 
 class Packed(nn.Module):
-    """A linear layer of nobody's library: rows of small integers, and a scale for each."""
+    """A linear layer of no known library: rows of small integers, with a scale for each."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ def test_a_kind_can_be_taught() -> None:
 
 
 def test_a_wrong_weight_is_refused() -> None:
-    """What a kind reads is compared with what the layer does."""
+    """The weight that a kind reads is compared with the layer's outputs."""
 
     class Scaled(Packed):
         pass

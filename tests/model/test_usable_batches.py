@@ -134,7 +134,7 @@ def test_more_than_a_tenth_raises_and_the_model_is_as_it_was() -> None:
 
 
 def mean_statistics(data: list[Batch]) -> tuple[Tensor, Tensor]:
-    """Of the first BatchNorm, in float64: the means of the batches' means and unbiased variances."""
+    """The means over the batches of the first BatchNorm's mean and unbiased variance, in float64."""
     convolution = network()[0].double()
     outputs = [convolution(x.double()).detach() for x, _ in data]
     means = torch.stack([y.mean((0, 2, 3)) for y in outputs]).mean(0)

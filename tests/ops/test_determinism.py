@@ -1,4 +1,4 @@
-"""Which scores have the same bits, and which are equal to rounding.
+"""Scores that have the same bits, and those that are equal up to rounding.
 
 The same bits, with one build of torch on one machine, for the same batches in the same order:
 
@@ -87,7 +87,7 @@ def test_processes_have_the_same_bits() -> None:
 
 @pytest.mark.parametrize("family", READ_ALIKE)
 def test_ways_of_reading_have_the_same_bits(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In an own loop, with kept rows, resumed after every row.
+    """Scores of a separate loop with kept rows, resumed after every row.
 
     All of them check in the first row, as an own loop does: where a norm's weight has a gradient too, torch may round
     that of its input another way.
@@ -109,7 +109,7 @@ def test_ways_of_reading_have_the_same_bits(family: str, monkeypatch: pytest.Mon
 
 
 def torchs_own(case: Case) -> list[Tensor]:
-    """What torch computes before obc reads it: each layer's inputs and outputs, their gradients, those of norms."""
+    """The values that torch computes before obc reads them: inputs, outputs and gradients of layers and norms."""
     seen: list[Tensor] = []
 
     def keep(tensor: Tensor) -> None:

@@ -238,7 +238,7 @@ def test_factors_of_dropped_channels_in_half_precision(case: Case, dtype: torch.
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fold", FORMS, ids=["function", "operator"])
 def test_fold_backward(device: str, dtype: torch.dtype, fold: Callable[..., Tensor]) -> None:
-    """In every dtype, and for every subset of inputs that require grad, the gradients of the einsum in float64."""
+    """The gradients equal the float64 einsum's, for every dtype and every subset of inputs that require grad."""
     case = Case((6, 5, 3), (4, 6), (5, 3))
     values = case.tensors(dtype, device)
     weighting = torch.randn(4, 3, 3, device=device).to(dtype)

@@ -222,7 +222,7 @@ def test_weight_dot_gradcheck(device: str, case: Case) -> None:
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weight_dot_backward(device: str, dtype: torch.dtype) -> None:
-    """In every dtype the gradient by weight is grad times (out's + in's cotangent), and so the other way round."""
+    """The gradient by weight is, for every dtype, grad times (out's + in's cotangent), and so the other way round."""
     weight, grad, bias, bias_grad = (t.requires_grad_() for t in Case((5, 4, 3)).tensors(dtype, device))
     dots = ops.weight_dot(weight, grad, bias, bias_grad)
     by_out, by_in = (torch.randn_like(dot) for dot in dots)

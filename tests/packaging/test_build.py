@@ -1,4 +1,4 @@
-"""The native build: what it links, what it registers, what obc.info() says, and how obc lives without it."""
+"""The native build: its links and registrations, obc.info(), and obc without it."""
 
 from __future__ import annotations
 

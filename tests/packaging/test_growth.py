@@ -1,4 +1,4 @@
-"""Work beside the layers' own: twice the layers take about twice the calls of Python functions, in every entry point.
+"""The overhead grows linearly: twice the layers take about twice the calls of Python functions, in every entry point.
 
 A loop over all layers inside a loop over all layers shows here before it shows on a model of thousands of them.
 """

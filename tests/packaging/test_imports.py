@@ -107,7 +107,7 @@ def test_no_import_runs_upward() -> None:
 
 
 def test_no_file_of_the_package_imports_its_public_names() -> None:
-    """``import obc`` inside the package waits for everything; commands and the demo stand above all of it."""
+    """``import obc`` inside the package waits for everything; only commands and the demo are above it."""
     above = ("commands", "demo", "cli")
     names = [name for name in FILES if "obc" in _imports(name) and name.split(".")[1] not in above]
     assert not names

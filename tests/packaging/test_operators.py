@@ -1,4 +1,4 @@
-"""Every operator of the table stands in every place where it belongs, and a native library of another table is refused.
+"""Every operator of the table is in every place where it belongs, and a native library of another table is refused.
 
 Whoever adds a name to :mod:`obc.backends.operators` is told by these tests what is still missing.
 """
@@ -32,7 +32,7 @@ def _says(path: str, pattern: str) -> bool:
 
 
 def missing_places(operator: Operator) -> list[str]:
-    """The places where the operator should stand and does not, each as a sentence."""
+    """The places that lack the operator, each as a sentence."""
     name = operator.name
     source = SHARED_FILE.get(name, name)
     own = f"python/obc/ops/{name}.py"
@@ -86,7 +86,7 @@ def test_the_test_of_places_finds_what_is_missing() -> None:
 
 @pytest.mark.parametrize("operator", TABLE, ids=lambda operator: operator.name)
 def test_functions_have_the_arguments_of_the_schema(operator: Operator) -> None:
-    """In name, order and defaults: the public function and the reference."""
+    """The public function and the reference agree in names, order and defaults."""
     schema = torch._C.parse_schema(f"obc::{operator.name}{operator.schema}")
     expected = [
         (argument.name, argument.default_value if argument.has_default_value() else inspect.Parameter.empty)

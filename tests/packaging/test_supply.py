@@ -1,4 +1,4 @@
-"""What the project stands on: a lock of the development environment, and the commands that list and check it."""
+"""The project's dependencies: a lock of the development environment, and the commands that list and check it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_the_lock_has_every_package_that_the_project_names() -> None:
-    """Those that its metadata names; what they need in turn is there because pip wrote the file."""
+    """The requirements in its metadata; pip, which wrote the file, adds theirs."""
     required = importlib.metadata.requires(DISTRIBUTION) or []
     named = {re.sub(r"[-_.]+", "-", re.split(r"[\s\[<>=!;(]", line)[0]).lower() for line in required}
     tools = {"setuptools", DISTRIBUTION}  # pip's own, which it doesn't freeze, and obc

@@ -1,4 +1,4 @@
-"""``obc.prune(blocks=...)``: a share of what can be pruned; and lines of progress where there is no terminal."""
+"""``obc.prune(blocks=...)``, a share of the prunable parameters; and lines of progress without a terminal."""
 
 from __future__ import annotations
 

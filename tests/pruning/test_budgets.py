@@ -1,4 +1,4 @@
-"""Budgets of latency and memory: met by their own count, reported before and after, and refused where they can't be."""
+"""Budgets of latency and memory are met by their own count, reported before and after, and refused if impossible."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_whole_blocks_compete_by_their_seconds() -> None:
 
 
 def test_whole_blocks_alone_leave_a_model_that_saves_as_usual() -> None:
-    """What the report says of memory is counted before the blocks leave their list, and warnings are those of after."""
+    """The report counts memory before the blocks leave their list; warnings are those of afterwards."""
     case = FAMILIES["llama"]()
     structure = TransformersStructure(case.model, ["layers"])
     result = obc.prune(case.model, batches=case.batches, loss_fn=case.loss, memory=0.6, structure=structure, steps=1)

@@ -87,7 +87,7 @@ def test_the_second_step_scores_what_the_first_compensation_made(name: str, how:
 
 
 def outputs_inside(loss: Any) -> Any:
-    """What the model returns while the loss is computed: what obc.prune preserves without a forward_fn."""
+    """The model's outputs while the loss is computed, which obc.prune preserves without a forward_fn."""
 
     def forward(model: nn.Module, batch: Any) -> list[Any]:
         found: list[Any] = []

@@ -32,7 +32,7 @@ def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def penalised(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Uses a weight beside its layer, which only a check finds out."""
+    """Uses a weight outside its layer, which only a check detects."""
     return loss(model, batch) + model.get_parameter("second.weight").square().sum()
 
 

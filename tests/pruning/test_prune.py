@@ -142,7 +142,7 @@ def test_norms_are_recalibrated_after_the_last_step(labels: bool) -> None:
 
 
 def test_joint_selection_sees_redundancy() -> None:
-    """Of two equal channels either may go, but not both: a third that costs more alone goes with one of them."""
+    """One of two equal channels may be removed, but not both: a third that costs more alone goes with one of them."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     data = [torch.randn(8, 4) for _ in range(6)]

@@ -131,7 +131,7 @@ def test_the_compensated_criterion_selects_jointly() -> None:
 
 
 def test_biases_take_what_dropped_channels_carried_on_average(tmp_path: Path) -> None:
-    """With every consumer's input replaced by its mean where channels go, the outputs agree."""
+    """The outputs agree if removed channels are replaced by their means at every consumer's input."""
     case = families.FAMILIES["llama"]()
     original = copy.deepcopy(case.model)
     result = obc.prune(

@@ -1,4 +1,4 @@
-"""What a search over widths measures: the output after compensation, where the model is to be compensated."""
+"""The measure of a search over widths: the output after compensation, if the model is to be compensated."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_fitness_is_the_error_after_least_squares(kind: str, bias: bool) -> None
 
 
 class Redundant(nn.Module):
-    """Two wide layers beside each other; those of one follow from a quarter of them, if consumers take over."""
+    """Two parallel wide layers; the channels of one follow from a quarter of them, if consumers take over."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -90,7 +90,7 @@ def test_a_failed_call_leaves_the_model_as_it_was() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"selection": "independent", "slices": "all"}, {"per_macs": False}], ids=str)
 def test_experts_that_are_one_tensor_are_pruned(options: dict[str, Any]) -> None:
-    """By the library's default implementation, whose grouped products take whole 16 bytes alone."""
+    """Uses the library's default implementation, whose grouped products need multiples of 16 bytes."""
     case = FAMILIES["mixtral"]()
     structure = TransformersStructure(case.model)
     result = obc.prune(case.model, None, case.batches, case.loss, macs=0.7, steps=2, structure=structure, **options)

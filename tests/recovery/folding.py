@@ -1,4 +1,4 @@
-"""What the tests of Equivalent Pruning share."""
+"""Shared parts of the tests of Equivalent Pruning."""
 
 from __future__ import annotations
 

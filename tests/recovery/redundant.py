@@ -1,4 +1,4 @@
-"""What the tests of compensation share: a model half of whose channels are redundant."""
+"""Shared by the tests of compensation: a model with half of its channels redundant."""
 
 from __future__ import annotations
 

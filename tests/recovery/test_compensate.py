@@ -177,7 +177,7 @@ def test_helps_on_inputs_that_it_never_saw(name: str) -> None:
 
 
 def test_a_layer_that_would_do_harm_stays_naive() -> None:
-    """In the calibration batches a dropped channel follows a kept one, in the held-out one it does the reverse."""
+    """A dropped channel follows a kept one in the calibration batches, and does the reverse in the held-out one."""
     pruned, _ = prune_redundant("linear")
     with torch.no_grad():
         pruned.original.producer.weight.copy_(torch.eye(8, 5))
@@ -255,7 +255,7 @@ def test_seq_corrects_what_arrives() -> None:
 
 @pytest.mark.parametrize("mode", ["ls", "seq"])
 def test_held_out_batches_choose_the_ridge_by_the_output(mode: str) -> None:
-    """What is kept is the best of what was tried; with a ridge of one's own only that one is."""
+    """The best candidate is kept; with a given ridge only that one is tried."""
     pruned, data = RECIPES["vit"].prune(), batches("vit")
     errors = {}
     for ridge in RIDGES:

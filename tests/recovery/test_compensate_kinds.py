@@ -121,7 +121,7 @@ def test_both_models_see_the_same_batches(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("labelled", [False, True], ids=["mapping", "mapping-and-labels"])
 def test_padding_changes_nothing(mode: str, labelled: bool) -> None:
-    """Neither the weights nor the held-out errors depend on what stands at positions of padding."""
+    """Neither the weights nor the held-out errors depend on the values at padding positions."""
 
     def batches(padding: float) -> list[Any]:
         found: list[Any] = []
@@ -199,7 +199,7 @@ def test_after_an_exception_the_model_is_as_it_was(mode: str, failure: type[Base
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_loses_no_more_than_rounding(mode: str, dtype: torch.dtype) -> None:
-    """As good as the float32 model's solution, rounded; sums and solutions are float64."""
+    """The result is as good as the float32 model's, rounded; sums and solutions are float64."""
     original = stack().to(dtype)
     batches, held = [x.to(dtype) for x in data()], [x.to(dtype) for x in data(3, 9)]
     model, _ = run(mode, batches, original)
@@ -312,7 +312,7 @@ def text(count: int, seed: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("mode", [*MODES, "mean"])
 def test_blocks_that_are_gone_leave_the_others_their_layers(mode: str) -> None:
-    """As good, and in the same layers, as the model in which stand-ins keep the places of removed blocks."""
+    """The result equals that of the model in which stand-ins replace removed blocks, layer by layer."""
     transformers = pytest.importorskip("transformers")
     from obc.integrations.transformers import TransformersStructure
     from obc.model.depth import compact

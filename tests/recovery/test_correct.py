@@ -109,7 +109,7 @@ def test_weights_are_those_of_the_formula(scale: bool) -> None:
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "gptj"])
 def test_nothing_is_left_where_consumers_are_free_enough(name: str) -> None:
-    """With fewer positions than kept inputs every layer can attain its target; then so must the model, exactly.
+    """Every layer can attain its target with fewer positions than kept inputs; then so must the model, exactly.
 
     BERT has its norms after the sums (the stream that enters a sum is a normalised one), GPT-J writes one sum twice.
     """
@@ -207,7 +207,7 @@ def tiny(name: str) -> tuple[nn.Module, dict[str, bool]]:
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "bert"])
 def test_layers_of_transformers_have_their_points_and_chains(name: str) -> None:
-    """In GPT-J attention and feed-forward write one sum; elsewhere each has its own."""
+    """Attention and feed-forward write one sum in GPT-J; elsewhere each has its own."""
     model, ends = tiny(name)
     model.eval()
     tokens = torch.randint(50, (2, 8))
@@ -362,7 +362,7 @@ def test_every_channel_counts_alike_in_the_choice_of_the_ridge() -> None:
 
 
 def test_padding_does_not_count() -> None:
-    """Whatever stands at padded positions, the result is the same."""
+    """The result does not depend on the values at padded positions."""
     model, _ = tiny("bert")
     model.eval()
     forward = lambda m, batch: m(**batch)[0][batch["attention_mask"].bool()]  # noqa: E731
@@ -399,7 +399,7 @@ def test_offloaded_streams_give_the_same(offload: bool) -> None:
 
 
 def test_a_model_whose_modules_form_no_chain_is_corrected_all_the_same() -> None:
-    """The blocks' calls hand on another tensor than they return; what is learned is the same as with a chain."""
+    """The blocks pass on another tensor than they return; the result is the same as with a chain."""
 
     class Woven(Stack):
         def forward(self, x: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def test_forward_and_gradients_are_the_explicit_networks(name: str, training: bo
 @both_factors
 @pytest.mark.parametrize("name", RECIPES)
 def test_trains_like_the_explicit_network(name: str, factors: str) -> None:
-    """With "reduced" factors: like explicit layers whose kept part is frozen to the identity."""
+    """Reduced factors train like explicit layers whose kept part is frozen to the identity."""
     pruned, equivalent = folded(name, factors)
     explicit = explicit_model(pruned, equivalent)
     models = (equivalent.model.train(), explicit.train())

@@ -1,4 +1,4 @@
-"""Equivalent Pruning in use: files, optimizers, processes, break-even; and what it refuses."""
+"""Equivalent Pruning in use: files, optimizers, processes, break-even; and refusals."""
 
 from __future__ import annotations
 

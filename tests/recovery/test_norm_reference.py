@@ -24,7 +24,7 @@ def training_data(name: str, seed: int) -> list[Tensor]:
 
 
 def other_data(name: str, seed: int) -> list[Tensor]:
-    """Of another mean and variance."""
+    """Batches with another mean and variance."""
     return [0.4 * batch + 0.7 for batch in training_data(name, seed)]
 
 
@@ -43,7 +43,7 @@ def pruned(name: str) -> Pruned:
 
 
 def arriving(model: nn.Module, data: list[Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """By norm the means over the batches of the mean and the variance of its input."""
+    """Norm -> the means over the batches of the mean and the variance of its input."""
     seen: dict[str, list[Tensor]] = {}
     handles = [
         norm.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0].clone()))
@@ -83,7 +83,7 @@ def test_an_unpruned_model_keeps_its_statistics(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_statistics_follow_the_formula(name: str) -> None:
-    """On one batch, where a norm sees what it sees with its final statistics."""
+    """Exact on one batch, where a norm's input does not change with its final statistics."""
     found, data = pruned(name), other_data(name, 200)[:1]
     obc.recalibrate_norms(found.model, data, original_model=found.original, plan=found.plan)
     full, arrived = arriving(found.original, data), arriving(found.model, data)

@@ -111,7 +111,7 @@ def test_compensated_models_start_equivalent_pruning() -> None:
 
 
 def test_whole_heads_have_no_blocks() -> None:
-    """What remains of whole heads may mix: a compressor that falls into heads would need channels of every head."""
+    """The remaining whole heads may mix: a compressor split by heads would need channels of every head."""
     _, _, plan = pruned(FAMILIES["bert"]())
     kept = plan["bert.encoder.layer.0.attention.self.query"]
     assert kept.out_blocks == 1

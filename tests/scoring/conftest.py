@@ -1,4 +1,4 @@
-"""Which gates read the rows of a test: those in Python, and those in C++ where they were built."""
+"""Runs tests with the gates in Python, and with those in C++ if they were built."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_a_fault_in_an_own_loop_drops_its_row_alone(
 def test_a_fault_while_an_importance_is_filled(
     place: Callable[[Case, Fault], list[Any]], error: type[BaseException]
 ) -> None:
-    """The importance keeps the scores that it had, the model is as it was, and both go on."""
+    """The importance keeps its scores, the model is unchanged, and both can continue."""
     case = models.residual_cnn()
     importance = JacobianImportance()
     importance.score(case.model, case.batches, case.loss)
@@ -224,7 +224,7 @@ def large_case() -> Case:
 
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 def test_memory_that_runs_out_anywhere(rows: str) -> None:
-    """With more and more address space a run ends further on, by torch's error or Python's, and leaves no trace.
+    """A run with more address space fails later, by torch's error or Python's, and leaves no trace.
 
     In a fresh process: the memory that earlier tests gave back would do for the whole run.
     """
@@ -277,7 +277,7 @@ def test_an_allocation_that_is_refused(direction: str, rows: str) -> None:
 
 
 def test_memory_that_runs_out_while_saving(tmp_path: Path) -> None:
-    """Either the file is whole, or what was there is; beside it lies nothing. In a fresh process, as above."""
+    """Either the new file is complete or the old one is; nothing else is left. Uses a fresh process, as above."""
     torch.multiprocessing.spawn(_run_out_of_memory_while_saving, (tmp_path / "scores.safetensors",))
 
 

@@ -152,7 +152,7 @@ def test_a_full_device(what: str) -> None:
 @pytest.mark.parametrize("what", SAVED)
 @pytest.mark.parametrize("room", [0, 1, 10_000])
 def test_a_full_disk(what: str, room: int, tmp_path: Path) -> None:
-    """The disk ends after ``room`` bytes: the file that was there is whole, and nothing lies beside it."""
+    """The disk is full after ``room`` bytes: the old file is intact, and nothing else is left."""
     path = tmp_path / "file"
     SAVED[what](5).save(path)
     before = path.read_bytes()
@@ -220,7 +220,7 @@ def entry(begin: int, end: int, shape: list[int], dtype: str = "F32") -> dict[st
 
 
 def score_file(tensors: dict[str, Any] | None = None, data: bytes = bytes(12), **metadata: Any) -> bytes:
-    """A score file of one module, but for what is passed; None leaves an entry of the metadata out."""
+    """A score file of one module with these changes; None omits an entry of the metadata."""
     known = {
         "format": "obc.Scores/1",
         "num_rows": "2",

@@ -78,7 +78,7 @@ def by_micro_batches(case: Case, rows: str) -> obc.Scores:
 
 
 def resumed(case: Case, rows: str) -> obc.Scores:
-    """A new scorer for every batch, which goes on from the state of the one before."""
+    """A new scorer for every batch, which resumes from the state of the one before."""
     if rows == "sample":
         return in_one_call(case, rows)
     state = None

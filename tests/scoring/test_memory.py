@@ -1,4 +1,4 @@
-"""What scoring takes of memory: the estimate beforehand, the report afterwards, and what is not kept twice."""
+"""The memory of scoring: the estimate beforehand, the report afterwards, and no double copies."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_the_logits_are_not_copied_after_the_checking_row() -> None:
 
 
 def test_the_checking_row_keeps_the_logits_once() -> None:
-    """While a backward runs, the copy that was handed on is gone: values and gradient remain."""
+    """The copy passed on is freed while a backward runs: values and gradient remain."""
     model, size = Head().eval(), 64 * 4096 * 4
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:

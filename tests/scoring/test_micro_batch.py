@@ -107,7 +107,7 @@ def test_batches_of_every_form_are_split(wrap: Any) -> None:
 def test_activation_checkpointing_composes(
     family: str, use_reentrant: bool, rows: str, micro_batch: int | None
 ) -> None:
-    """In eval mode, too, in which transformers does not checkpoint by itself, and without its dropout."""
+    """Checkpointing also works in eval mode, where transformers does not use it, and without dropout."""
     case = getattr(models, family)()
     for module in case.model.modules():
         if isinstance(module, nn.Dropout):

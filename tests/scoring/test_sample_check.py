@@ -1,4 +1,4 @@
-"""The check on one sample: it decides what a whole batch would, counts as no row, and gives way where it can't tell."""
+"""The check on one sample: it decides what a whole batch would, is not a row, and is skipped if it can't tell."""
 
 from __future__ import annotations
 

@@ -284,7 +284,7 @@ class LaterInPlace(nn.Module):
 
 
 def test_only_the_part_that_was_dropped_is_repeated() -> None:
-    """In-place changes begin in the second part of the first batch: its first part is no row twice."""
+    """In-place changes begin in the second part of the first batch: its first part is not counted twice."""
     model, data = seeded(LaterInPlace), numbers()
     data[0][0][2:] += 9
     assert_right(model, data, micro_batch=2, chains=False)

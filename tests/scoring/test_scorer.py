@@ -347,7 +347,7 @@ def test_zero_grad_between_rows_and_before_backward() -> None:
 
 
 def test_nothing_of_parameter_size_is_kept() -> None:
-    """After a row no tensor lives that is as large as a weight, and none that was not there before the row."""
+    """No tensor as large as a weight, and none that did not exist before, is alive after a row."""
     case = models.llama()
     smallest = min(p.numel() for p in case.model.parameters() if p.dim() > 1)
     vectors = sum(p.shape[0] + p.shape[-1] for p in case.model.parameters())  # the flat row and its scores

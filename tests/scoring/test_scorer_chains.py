@@ -1,4 +1,4 @@
-"""Chains: rows that follow from other rows are found, confirmed, watched, and given up where they no longer hold."""
+"""Chains: rows that follow from other rows are found, confirmed, watched, and given up if they no longer hold."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_another_way_in_a_later_row(later: str, caplog: pytest.LogCaptureFixture
 
 
 def test_changes_in_place_keep_their_gate() -> None:
-    """On a copy they leave one graph, in place another: a chain would break in the first later row."""
+    """In-place changes give another graph than changes of a copy: a chain would break in the first later row."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 4)).eval()
     generator = torch.Generator().manual_seed(2)

@@ -287,7 +287,7 @@ def test_rows_of_each_process_are_gathered_in_the_order_of_the_processes(folder:
 
 
 def refused() -> dict[str, str]:
-    """What is said of processes that would count rows twice, and of layers that only a part of the mesh shards."""
+    """Messages about processes that would count rows twice, and about layers sharded by only a part of the mesh."""
     mesh = two_meshes()
     blocks_alone, layers_alone = (split_columns_rows(net(), mesh["tensor"]) for _ in range(2))
     for block in blocks_alone.get_submodule("blocks").children():

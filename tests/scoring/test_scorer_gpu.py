@@ -48,7 +48,7 @@ def eager_scores(case: Case, batches: list[Any], rows: Any) -> obc.Scores:
 
 
 def assert_equal_scores(actual: obc.Scores, expected: obc.Scores) -> None:
-    """To 1e-5 of a layer's largest: the same kernels, but for what cuDNN and cuBLAS choose while capturing."""
+    """Equal to 1e-5 of a layer's largest: cuDNN and cuBLAS may choose other kernels while capturing."""
     assert actual.num_rows == expected.num_rows
     for name, channels in expected.items():
         for got, want in (

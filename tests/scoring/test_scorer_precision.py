@@ -56,7 +56,7 @@ def test_bf16_autocast(family: str, rows: str) -> None:
 
 
 def models_first_sample(batch: Any) -> Any:
-    """A batch of one sample, of which batch rows and sample rows are the same."""
+    """A batch of one sample, for which batch rows and sample rows are equal."""
     return tuple(part[:1] for part in batch) if isinstance(batch, tuple) else batch[:1]
 
 

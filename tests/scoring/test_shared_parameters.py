@@ -136,7 +136,7 @@ def test_scores_add_up_the_uses_of_each_weight(
 
 
 def test_a_gate_that_no_gradient_can_check_says_so() -> None:
-    """Of a bias that two layers share, the gradient does not tell whose use gave what."""
+    """The gradient of a bias that two layers share does not tell the contribution of each use."""
     scores = obc.score(Sharing(layer_biases), [torch.randn(3, WIDTH)], loss_of, progress=False)
     assert scores.coverage["head"].checked
     assert not scores.coverage["first"].checked

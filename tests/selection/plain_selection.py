@@ -19,7 +19,7 @@ Removed = dict[str, list[int]]
 
 @dataclass
 class Problem:
-    """What ``obc.select`` is called with. Rows and costs are small integers: exact, whatever the order of sums."""
+    """The arguments of ``obc.select``. Rows and costs are small integers: exact, whatever the order of sums."""
 
     rows: dict[str, np.ndarray]
     costs: Costs | dict[str, np.ndarray]
@@ -70,7 +70,7 @@ def group_value(value: Mapping[str, int] | int, name: str) -> int:
 
 
 def next_in_group(problem: Problem, removed: Removed, name: str) -> Removed | None:
-    """``removed`` with what group ``name`` would lose next; None where it may lose nothing."""
+    """``removed`` with the units that group ``name`` would lose next; None if it may lose nothing."""
     width, multiple = problem.size(name) - len(removed[name]), group_value(problem.round_to, name)
     count = width % multiple or multiple
     if width - count < group_value(problem.min_units, name):

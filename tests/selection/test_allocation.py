@@ -111,7 +111,7 @@ def test_two_classes_split_the_budget_by_gamma() -> None:
 
 
 def test_a_search_finds_the_widths_that_it_is_led_to() -> None:
-    """What the fitness says costs most is what equal shares take from the first layer."""
+    """The units that cost most by the fitness are those that equal shares take from the first layer."""
 
     def evaluate(removed: Mapping[str, Tensor]) -> float:
         return sum((10.0 if name.startswith("layers.0") else 1.0) * len(units) for name, units in removed.items())

@@ -21,7 +21,7 @@ if compiled._native is None:
 
 
 def both(rows: dict[str, Tensor], costs: object, share: float, **options: object) -> list[object]:
-    """What the compiled steps choose and what the tensor operations choose: units, or the most that can be freed."""
+    """The choices of the compiled steps and of the tensor operations: units, or the most that can be freed."""
     total = costs.total() if isinstance(costs, Costs) else sum(_total(costs[name], rows[name]) for name in rows)
     chosen: list[object] = []
     for made in (compiled.greedy, Greedy):

@@ -1,4 +1,4 @@
-"""obc.select: what it refuses, and what it says."""
+"""Refusals of obc.select, and their messages."""
 
 from __future__ import annotations
 

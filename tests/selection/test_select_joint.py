@@ -1,4 +1,4 @@
-"""What joint selection is for, the forms of its Gram matrix, and shrinkage."""
+"""The use of joint selection, the forms of its Gram matrix, and shrinkage."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def seen_inputs(model: nn.Module, case: Case) -> Iterator[tuple[str, list[Tensor
 
 
 def note_experts(seen: dict[str, list[Tensor]], name: str, experts: Any, hidden: Any, indices: Any, _: Any) -> None:
-    """What every expert's down projection reads, token by token, each a sample of its own."""
+    """The inputs of every expert's down projection, with each token as a sample."""
     rows: dict[int, list[Tensor]] = {}
     for token, chosen in enumerate(indices.tolist()):
         for expert in chosen:

@@ -172,7 +172,7 @@ def test_weights_that_are_missing_are_named_before_anything_runs(tmp_path: Path)
 
 
 class Shared(nn.Module):
-    """The second block adds what the first one made beside the hidden states, as T5's position bias."""
+    """The second block adds a further output of the first one, as with T5's position bias."""
 
     class Block(nn.Module):
         def __init__(self) -> None:

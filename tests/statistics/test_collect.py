@@ -159,7 +159,7 @@ def test_gram_weights_samples_and_tokens() -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_together_equals_each_alone(name: str) -> None:
-    """With rows and gradients beside them too, and in any order."""
+    """Also together with rows and gradients, and in any order."""
     case = CASES[name]()
     names = [*statistics_of(name), "gradient_moments", "rows"]
     together = collect(case.model, case.batches, case.loss, statistics=names)

@@ -157,7 +157,7 @@ def test_a_batch_that_is_not_finite_is_left_out_and_named() -> None:
 def test_a_device_that_is_not_waited_for_leaves_the_same_batches_out(
     backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: what is not finite becomes zero without being read, and is named at the end."""
+    """Non-finite values become zero without being read, as on a GPU, and are named at the end."""
     case = models.residual_cnn()
     bad = (case.batches[0][0].clone().index_fill(0, torch.tensor([1]), float("inf")), case.batches[0][1])
     batches = [case.batches[0], bad, case.batches[1]]

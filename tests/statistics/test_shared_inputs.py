@@ -1,4 +1,4 @@
-"""Gram matrices are packed triangles; layers that are given the same tensor share what is read of it, and only then."""
+"""Gram matrices are packed triangles; layers that read the same tensor share its sums, and only then."""
 
 from __future__ import annotations
 

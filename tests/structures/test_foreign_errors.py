@@ -1,4 +1,4 @@
-"""What other code raises while obc uses it comes out as one kind of error, which names the model, the layer and the
+"""Errors that other code raises while obc uses it become one kind of error, which names the model, the layer and the
 remedy; and outputs of any nesting are no error at all.
 """
 

@@ -16,7 +16,7 @@ from obc.structures.transformers import TransformersStructure
 
 
 def saved_bytes(model: nn.Module, itemsize: int | None = None) -> int:
-    """Of the state dict; tensors that share their memory count once."""
+    """Bytes of the state dict; tensors that share their memory count once."""
     tensors = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
     return sum(
         tensor.numel() * (itemsize if itemsize and tensor.is_floating_point() else tensor.element_size())
@@ -25,7 +25,7 @@ def saved_bytes(model: nn.Module, itemsize: int | None = None) -> int:
 
 
 def cache_bytes(model: Any, batch: int, length: int) -> int:
-    """Of the keys and values that the model keeps."""
+    """Bytes of the keys and values that the model keeps."""
     tokens = torch.randint(0, 20, (batch, length), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         cache = model(input_ids=tokens, use_cache=True).past_key_values

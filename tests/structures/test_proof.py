@@ -1,4 +1,4 @@
-"""The proof that removing equals masking: what it must see, what it must not mind, what it costs."""
+"""The proof that removing equals masking: faults that it must see, cases that it must accept, its cost."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ JOINED = {
 
 @pytest.mark.parametrize("name", [*RIGHT, *OTHER])
 def test_channels_in_any_order_are_pruned_exactly(name: str) -> None:
-    """Where tracing sees another order, the true one is found by running the model."""
+    """The true order is found by running the model if tracing sees another."""
     net = wired({**RIGHT, **OTHER}[name])
     for units in ([1], [0, 3], [1, 2, 5]):
         structure = TorchPruningStructure(copy.deepcopy(net), images())
@@ -97,7 +97,7 @@ def test_channels_in_any_order_are_pruned_exactly(name: str) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_an_order_of_fixed_places_is_left_out(seed: int) -> None:
-    """Nothing can go from what is read at places that are written down."""
+    """Channels that are read at hard-coded positions can't be removed."""
     order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
     structure = TorchPruningStructure(wired(lambda x: x[:, order]), images())
     assert [group.name for group in structure.groups] == ["layers.1"]
@@ -192,7 +192,7 @@ class ShuffleNet(nn.Module):
 
 @pytest.mark.parametrize(("channels", "groups", "units"), [(12, 3, 1), (27, 3, 3), (24, 2, 6), (20, 2, 5), (68, 4, 4)])
 def test_shuffles_between_grouped_convolutions_are_pruned_exactly(channels: int, groups: int, units: int) -> None:
-    """A unit has one channel of every group that goes to every group; what is left of uneven groups always stays."""
+    """A unit has one channel of every group that goes to every group; the rest of uneven groups always stays."""
     torch.manual_seed(0)
     net = ShuffleNet(channels, groups).double()
     structure = TorchPruningStructure(copy.deepcopy(net), x := torch.randn(2, 2 * groups, 5, 5).double())

@@ -1,4 +1,4 @@
-"""Groups of Torch-Pruning's graph: what is removed with a unit, what it costs, and what can't be pruned."""
+"""Groups of Torch-Pruning's graph: the slices and costs of a unit, and layers that can't be pruned."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random wirings between layers: what is pruned is pruned exactly, or it is left out; never wrong.
+"""Random wirings between layers are pruned exactly or left out, never wrongly.
 
 ``make wirings`` draws OBC_WIRINGS networks from the number OBC_WIRINGS_FIRST on; the closing lines count them.
 """

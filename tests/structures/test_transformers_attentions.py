@@ -75,7 +75,7 @@ class Case:
         return model
 
     def channels(self, size: int, units: Tensor) -> Tensor:
-        """Of the output projection's input, those of the units."""
+        """The channels of the units in the output projection's input."""
         all_channels = torch.arange(self.stretches * size * self.width).reshape(self.stretches, size, self.width)
         return all_channels[:, units].flatten()
 

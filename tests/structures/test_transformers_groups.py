@@ -1,4 +1,4 @@
-"""Groups of transformers models: what is found, what it scores, and what it costs."""
+"""Groups of transformers models: their slices, scores and costs."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_kinds_are_chosen() -> None:
 
 
 def test_bare_models_have_groups_too() -> None:
-    """Names of modules are relative to what is passed; nothing hangs on the head."""
+    """Names of modules are relative to the model passed, and don't depend on its head."""
     model = FAMILIES["llama"]().model
     bare = [group.name for group in obc.transformer_groups(model.model)]
     assert [f"model.{name}" for name in bare] == [group.name for group in obc.transformer_groups(model)]
@@ -169,7 +169,7 @@ def test_packed_weights_are_named() -> None:
 
 
 def expert_rows(case: Case) -> oracle.Rows:
-    """Of mixtures: rows of whole experts and of inner channels from the down projections, and those of routers."""
+    """Rows of mixtures: whole experts and inner channels from the down projections, and routers."""
     model = copy.deepcopy(case.model).double()
     found: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for batch in case.batches:
@@ -201,7 +201,7 @@ def part_rows(rows: oracle.Rows, group: ChannelGroup) -> dict[tuple[str, str], T
 
 
 def close(got: Tensor, expected: Tensor, scale: float) -> None:
-    """To four digits of the group's largest score: queries before a norm have none of their own but rounding."""
+    """Equal to four digits of the group's largest score: scores of queries before a norm are only rounding."""
     torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-4 * scale)
 
 

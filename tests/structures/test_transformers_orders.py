@@ -63,7 +63,7 @@ def deberta(**config: Any) -> nn.Module:
 
 @dataclass
 class Case:
-    """A model, what it takes, and where a unit of its groups of one kind is read: consumer and channels a unit."""
+    """A model, its inputs, and where units of one kind are read: the consumer and its channels per unit."""
 
     build: Callable[[], nn.Module]
     kind: str
@@ -110,7 +110,7 @@ CASES = {
 
 
 def columns(case: Case, size: int) -> list[int]:
-    """Of the reader: in CodeGen's blocks of several heads a unit is one head of each of four."""
+    """Channels of the reader: in CodeGen's blocks of several heads a unit is one head of each of four."""
     if case.kind == "heads" and size * case.width < 32 and case.size == 0:
         return [
             block * size * case.width + unit * case.width + i
@@ -164,7 +164,7 @@ def test_a_table_that_all_layers_share_keeps_their_heads() -> None:
 
 
 class LoRA(nn.Module):
-    """What adapters look like: the layer, and two small ones beside it."""
+    """A stand-in for adapters: the layer, and two small parallel ones."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

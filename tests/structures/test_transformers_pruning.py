@@ -193,7 +193,7 @@ def kin() -> dict[str, tuple[Any, Any, set[str]]]:
 
 @pytest.mark.parametrize("name", ["gemma2", "starcoder2", "glm", "gptj", "distilbert", "bart", "t5", "minicpm3"])
 def test_their_kin_are_sliced_alike(name: str) -> None:
-    """What is found in other models of the library is sliced exactly; what is not understood is left alone."""
+    """Blocks found in other models of the library are sliced exactly; those not understood are left alone."""
     model_class, config, kinds = kin()[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -214,7 +214,7 @@ def test_their_kin_are_sliced_alike(name: str) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "mamba", "mixtral", "phi3"])
 def test_steps_compose(family: str) -> None:
-    """What two steps keep, counted in the unpruned model, is what one step keeps that removes the same."""
+    """Two steps keep the same, in terms of the unpruned model, as one step that removes the same."""
     case = FAMILIES[family]()
     twice, once = double(case), double(case)
     original = copy.deepcopy(twice.state_dict())

@@ -28,7 +28,7 @@ def halved(model: nn.Module, *kinds: str) -> TransformersStructure:
 
 
 def uneven(model: nn.Module) -> TransformersStructure:
-    """Another width in every group, and other channels, where no kernel forbids it."""
+    """Different widths and channels in every group, unless a kernel forbids it."""
     structure = TransformersStructure(model)
     limits = structure.limits
     units = {}
@@ -115,7 +115,7 @@ def test_generation_with_a_cache_after_pruning_heads(family: str, save: str, tmp
 
 
 def test_heads_then_query_heads_and_feed_forward_round_trip(tmp_path: Path) -> None:
-    """Two structures one after the other: the second one's plan goes on from the first one's."""
+    """The plan of a second structure continues that of the first one."""
     case = FAMILIES["llama"]()
     original = FAMILIES["llama"]().model.state_dict()
     first = TransformersStructure(case.model, ("heads", "ffn"))

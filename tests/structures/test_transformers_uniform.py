@@ -145,7 +145,7 @@ def test_heads_stay_where_the_config_has_no_word_for_fewer(family: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*rows:UserWarning")
 def test_widths_far_apart_are_not_overshot_on_the_way() -> None:
-    """In one step or eight the same widths, and no fewer multiply-accumulates than were asked for."""
+    """One step or eight give the same widths, and no fewer multiply-accumulates than requested."""
     found = []
     for steps in (1, 8):
         family = MODELS["llama"]()

@@ -45,7 +45,7 @@ LARGEST = 20_000_000  # parameters of a configuration that is still called tiny
 
 @dataclass
 class Found:
-    """What was seen of one model type.
+    """The findings about one model type.
 
     Attributes:
         built: why it was not built or does not run; empty where it does.
@@ -92,7 +92,7 @@ def model_class(task: str, model_type: str) -> tuple[Any, Any]:
 
 
 class _Float64(TorchFunctionMode):
-    """What asks for float32 gets float64: models compute norms and rotary angles in float32, whatever they are."""
+    """Turns float32 requests into float64, because models compute norms and rotary angles in float32 in any dtype."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
