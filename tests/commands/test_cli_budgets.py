@@ -154,7 +154,7 @@ def test_what_a_criterion_needs_is_collected_by_its_name(
     [
         ("--latency 0.7", "--latency without --latency-table needs --data"),
         ("--measure", "--measure needs --data"),
-        ("--latency 0.7 --latency-table data.jsonl", "--latency-table: data.jsonl is no latency table"),
+        ("--latency 0.7 --latency-table data.jsonl", "--latency-table: data.jsonl is not a latency table"),
         ("--latency 0.7 --latency-table none.json", "--latency-table: "),
         ("--memory 0.5 --cache-batch 2", "--cache-batch needs --cache-length"),
         ("--memory 1e9", "more than the"),

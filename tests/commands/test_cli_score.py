@@ -223,7 +223,7 @@ def _written(path: Path, content: str) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (lambda save, ids, tmp: [tmp / "none", "--data", ids], "is no directory"),
+        (lambda save, ids, tmp: [tmp / "none", "--data", ids], "is not a directory"),
         (lambda save, ids, tmp: [tmp, "--data", ids], "has no config.json"),
         (lambda save, ids, tmp: [save("llama"), "--data", tmp / "none.txt"], "there is no such file"),
         (lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.csv", "")], "expected a .txt file"),
@@ -232,7 +232,7 @@ def _written(path: Path, content: str) -> Path:
         (lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.jsonl", '{"a": 1}')], "give each line a"),
         (
             lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.jsonl", '{"input_ids": [20]}')],
-            "is none of the model's 20",
+            "is not in the model's 20",
         ),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--seq-len", 13], "the model has room for 12 tokens"),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--batch-size", 99], "pass more text"),
@@ -281,7 +281,7 @@ def test_images_of_unknown_classes_are_refused(
 ) -> None:
     (images / "2").rename(images / "cats")
     assert run(save("vit"), "--data", images, "--out", tmp_path / "s", "--batch-size", 9) == 2
-    assert "'cats', which is none of the model's 3 classes" in capsys.readouterr().err
+    assert "'cats', which is not one of the model's 3 classes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "nonsense"])

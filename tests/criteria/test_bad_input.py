@@ -202,7 +202,7 @@ def test_scores_of_a_wrong_shape_or_not_finite() -> None:
             return self.value(group.size)
 
     for value, message in (
-        (lambda size: torch.zeros(size + 1), "it must give a tensor of one score a unit"),
+        (lambda size: torch.zeros(size + 1), "it must give a tensor with one score per unit"),
         (lambda size: [0.0] * size, "list; it must give a tensor"),
         (lambda size: torch.full((size,), float("nan")), "scores that are not finite"),
     ):

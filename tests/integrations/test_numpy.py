@@ -196,7 +196,7 @@ W = np.ones((4, 3), np.float32)
         (
             lambda: onp.end_row(np.ones(2), np.lib.stride_tricks.as_strided(np.ones(1), (2,), (0,))),
             ValueError,
-            "row is broadcast, so that its entries share memory; pass a copy",
+            "row is broadcast: its entries share memory; pass a copy",
         ),
         (
             lambda: onp.end_row(np.ones(2), np.ones(2), 1.0, np.zeros(2, np.int32)),

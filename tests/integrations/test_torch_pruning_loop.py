@@ -205,7 +205,7 @@ def test_scores_of_another_model_are_refused() -> None:
     *_, other = scored("grouped")
     importance = JacobianImportance()
     importance.scores = other.scores
-    with pytest.raises(ValueError, match="another model: they hold '0', '1', '3'"):
+    with pytest.raises(ValueError, match="another model: they contain '0', '1', '3'"):
         make_pruner(family, case, importance).step()
 
 

@@ -168,10 +168,10 @@ def test_save_and_load(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "no latency table"),
+        ("{", "not a latency table"),
         ('{"format": "other"}', "its format is not 'obc.LatencyTable/1'"),
         ('{"format": "obc.LatencyTable/1"}', "has no 'seconds'"),
-        ('{"format": "obc.LatencyTable/1", "seconds": {"a": {"wide": 1.0}}}', "no latency table"),
+        ('{"format": "obc.LatencyTable/1", "seconds": {"a": {"wide": 1.0}}}', "not a latency table"),
         ('{"format": "obc.LatencyTable/1", "seconds": {"a": {"4": -1.0}}}', "'a': the values of a curve"),
         ('{"format": "obc.LatencyTable/1", "seconds": {"a": {}}}', "'a': a curve needs at least one point"),
     ],

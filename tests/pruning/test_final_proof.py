@@ -211,7 +211,7 @@ def test_layers_that_share_a_weight_and_would_lose_different_channels_are_left_o
 def test_removing_one_of_two_layers_that_share_a_weight_raises() -> None:
     torch.manual_seed(0)
     structure = TorchPruningStructure(Tied(added=False).eval(), data()[0][0], check=False)
-    with pytest.raises(PlanError, match=r"b\.weight and c\.weight are one parameter"):
+    with pytest.raises(PlanError, match=r"b\.weight and c\.weight share one parameter"):
         structure.remove({"b": torch.tensor([3])})
 
 

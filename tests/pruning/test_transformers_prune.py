@@ -134,7 +134,7 @@ def test_without_example_inputs_the_models_own_blocks_are_pruned() -> None:
     case = FAMILIES["llama"]()
     result = obc.prune(case.model, None, case.batches, case.loss, macs=0.9, steps=1, ignored_layers=("lm_head",))
     assert set(result.report.widths) == {group.name for group in obc.transformer_groups(case.model)}
-    with pytest.raises(ValueError, match="num_heads is for models that are traced"):
+    with pytest.raises(ValueError, match="num_heads is for traced models"):
         obc.prune(case.model, None, case.batches, case.loss, num_heads={"model.layers.0.self_attn.q_proj": 4})
 
 

@@ -263,7 +263,7 @@ def test_a_checkpoint_whose_rows_are_gone(damage: str, tmp_path: Path) -> None:
         rows.unlink()
     else:
         os.truncate(rows, rows.stat().st_size - 1)
-    with pytest.raises(CheckpointError, match="gone" if damage == "gone" else "3 rows where 4"):
+    with pytest.raises(CheckpointError, match="missing" if damage == "gone" else "3 rows, but 4"):
         obc.score(case.model, case.batches * 3, case.loss, keep_rows=True, checkpoint=tmp_path / "checkpoint")
 
 

@@ -206,7 +206,7 @@ def test_rows_replayed_without_room_are_counted_and_refused() -> None:
         store.append(row)
     assert store.matrices()[0][:, 0].tolist() == [1.0, 2.0]
     store.append(rows[0])
-    with pytest.raises(ScoringError, match=r"3 rows were replayed where 2 have room.*reserve_rows\(3\)"):
+    with pytest.raises(ScoringError, match=r"3 rows were replayed, but 2 fit.*reserve_rows\(3\)"):
         store.matrices()
 
 
@@ -329,7 +329,7 @@ def test_bytes_behind_the_last_row_are_of_no_account(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "rows", "message"), [(4, 2, "of 4 channels"), (3, 9, "holds 4 rows where 9"), (3, 1, "gone")]
+    ("width", "rows", "message"), [(4, 2, "of 4 channels"), (3, 9, "holds 4 rows, but 9"), (3, 1, "missing")]
 )
 def test_a_file_of_other_rows(width: int, rows: int, message: str, tmp_path: Path) -> None:
     path = tmp_path / "rows"

@@ -162,7 +162,7 @@ def test_another_way_in_a_later_row(later: str, caplog: pytest.LogCaptureFixture
     scores = obc.score(Branching(*ways), vectors(4), loss)
     assert not chained(scores)
     assert scores.num_rows == 4
-    assert "another way than in the checking row" in caplog.text
+    assert "another path than in the checking row" in caplog.text
     expected = obc.score(Branching("relu", "relu", later, "relu"), vectors(4), loss, chains=False)
     assert_same(scores, expected)
 
@@ -232,7 +232,7 @@ def test_a_norm_in_train_mode_after_the_checking_row_breaks_the_chain() -> None:
         with scorer.row():
             loss(model, first).backward()
         model.train()
-        with pytest.raises(ChainError, match="another way"), scorer.row():
+        with pytest.raises(ChainError, match="another path"), scorer.row():
             loss(model, second).backward()
 
 

@@ -200,7 +200,7 @@ class Shared(nn.Module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: Shared(passes=True), "'blocks.1', run by itself, does not return what it returns inside the model"),
+        (lambda: Shared(passes=True), "'blocks.1', run alone, does not return what it returns inside the model"),
         (lambda: Shared(False, changes=True), "changes what 'blocks.0' returns before it reaches 'blocks.1'"),
         (lambda: Shared(False, twice=True), "'blocks.0' runs more than once"),
     ],

@@ -63,7 +63,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(KilledError):
         collect(case.model, stopped(), statistics="moments", checkpoint=path, every=1)
-    with pytest.raises(obc.scoring.CheckpointError, match="of another run"):
+    with pytest.raises(obc.scoring.CheckpointError, match="to another run"):
         collect(case.model, iter(case.batches), statistics=["gram"], checkpoint=path)
     other = models.seeded(lambda: copy.deepcopy(case.model), seed=5)
     with pytest.raises(obc.scoring.CheckpointError, match="other weights"):

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         "bench",
         help="time operators, scoring, folded fine-tuning, large models; draw the ratios",
         description="Run the benchmarks of a source checkout, each provider beside its baseline and the machine's own "
-        "limit; write JSON and PNG. Quiet machines give figures; --quick only shows that everything runs.",
+        "limit; write JSON and PNG. Figures need a quiet machine; --quick only shows that everything runs.",
     )
     bench.add_argument("what", nargs="*", metavar="|".join(BENCHMARKS), help="(default: ops)")
     bench.add_argument("--quick", action="store_true", help="three rounds a case")

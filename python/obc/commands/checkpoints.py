@@ -54,7 +54,7 @@ class Checkpoint:
 
 def config_of(path: Path) -> Any:
     if not path.is_dir():
-        raise UsageError(f"{path} is no directory; pass one written by save_pretrained")
+        raise UsageError(f"{path} is not a directory; pass one written by save_pretrained")
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} has no config.json; pass a directory written by save_pretrained")
     from transformers import AutoConfig

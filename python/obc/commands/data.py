@@ -124,7 +124,7 @@ def _sequences(data: Path, tokenizer: Any, vocabulary: int, length: int, most: i
     found: list[list[int]] = []
     for tokens in _documents(data, tokenizer):
         if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise UsageError(f"--data {data}: token {max(tokens)} or {min(tokens)} is none of the model's {vocabulary}")
+            raise UsageError(f"--data {data}: token {max(tokens)} or {min(tokens)} is not in the model's {vocabulary}")
         pending += [*tokens, *separator]
         while len(pending) >= length and len(found) < most:
             found.append(pending[:length])
@@ -150,7 +150,7 @@ def _documents(data: Path, tokenizer: Any) -> Iterator[list[int]]:
                     )
                 yield tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     except UnicodeDecodeError as error:
-        raise UsageError(f"--data {data} is no UTF-8 text: {error}") from error
+        raise UsageError(f"--data {data} is not UTF-8 text: {error}") from error
 
 
 def _paragraphs(file: Any) -> Iterator[str]:
@@ -230,7 +230,7 @@ def _labels(files: Sequence[Path], model: Any) -> list[int]:
         label = known.get(name, int(name) if name.isdecimal() else None)
         if label is None or label >= classes:
             raise UsageError(
-                f"--data: {path} lies in folder {name!r}, which is none of the model's {classes} classes; name the "
+                f"--data: {path} lies in folder {name!r}, which is not one of the model's {classes} classes; name the "
                 f"folders by label or number, or use --loss label-free"
             )
         labels.append(label)
@@ -254,7 +254,7 @@ def _preparation(model: Any, source: Path) -> Any:
         try:
             image = Image.open(path).convert("L" if channels == 1 else "RGB")
         except (UnidentifiedImageError, OSError) as error:
-            raise UsageError(f"--data: {path} is no image that Pillow can read: {error}") from error
+            raise UsageError(f"--data: {path} is not an image that Pillow can read: {error}") from error
         if processor is not None:
             return processor(image, return_tensors="pt")["pixel_values"][0]
         pixels = torch.frombuffer(bytearray(image.resize((width, height)).tobytes()), dtype=torch.uint8)

@@ -72,7 +72,7 @@ def add(commands: Any) -> None:
         help="so many blocks at the start and at the end lose nothing",
     )
     prune.add_argument(
-        "--compensate", choices=("mean", "correct", "ls", "seq"), help="let the rest take over what went"
+        "--compensate", choices=("mean", "correct", "ls", "seq"), help="compensate the rest for what was removed"
     )
     prune.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
     prune.add_argument(
@@ -180,5 +180,5 @@ def _structure_of(subject: entry_point.Subject, kinds: Sequence[str], ignored: S
 
     structure = TransformersStructure(subject.model, kinds, ignored_layers=ignored)
     if not structure.groups:
-        raise UsageError(f"--kinds {' '.join(kinds)}: none of them was found; they are of transformers models")
+        raise UsageError(f"--kinds {' '.join(kinds)}: none of them was found; transformers models have such kinds")
     return structure

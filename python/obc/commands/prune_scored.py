@@ -71,7 +71,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
         least = 1 - error.reachable / budget.counted(budget.costs(structure))
         option = f"--{budget.argument.replace('_', '-')} {budget.share:g}"
         raise UsageError(
-            f"{option} is out of reach: {least:.4f} remain where every group that can be pruned keeps its least"
+            f"{option} is out of reach: {least:.4f} remain if every prunable group keeps its least width"
         ) from error
     except (ValueError, obc.PruningError) as error:
         raise UsageError(str(error)) from error
@@ -83,7 +83,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     if parsed.compensate:
         say(_compensate(parsed, model, original, structure.plan, report))
         if set(model.state_dict()) != set(before):
-            structure.config_refused = "layers have biases now that no config can say"
+            structure.config_refused = "layers have biases now that no config can express"
     structure.compact()
     if speed is not None:
         speed.finish(model)

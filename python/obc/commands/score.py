@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
     score.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")
     score.add_argument("--out", type=Path, default=Path("scores.safetensors"), help="(default: %(default)s)")
     score.add_argument("--rows", choices=("batch", "sample"), default="batch", help="(default: %(default)s)")
-    score.add_argument("--batches", type=positive, default=50, help="fewer where the data ends (default: 50)")
+    score.add_argument("--batches", type=positive, default=50, help="fewer if the data ends before (default: 50)")
     score.add_argument("--batch-size", type=positive, default=4, help="samples of a batch (default: 4)")
     score.add_argument(
         "--seq-len", type=positive, help=f"tokens of a sequence (default: {data.SEQUENCE}, or the model's most)"
@@ -74,7 +74,7 @@ def add(commands: Any) -> None:
         "alone on the device; hidden states between blocks stay in the host's memory, or on disk beside --out",
     )
     score.add_argument("--keep-rows", action="store_true", help="keep every row, for joint selection in obc prune")
-    score.add_argument("--checkpoint", type=Path, help="file to go on from after a kill, with the same arguments")
+    score.add_argument("--checkpoint", type=Path, help="file to resume from after a kill, with the same arguments")
     score.add_argument("--every", type=positive, default=10, help="batches between checkpoints (default: 10)")
     score.add_argument("--seed", type=int, default=0, help="of masks and random projections (default: 0)")
     add_log(score)

@@ -75,7 +75,7 @@ class DepthRows:
             y = output[0] if isinstance(output, (tuple, list)) else output
             x = inputs.pop(group.name, None)
             if group.kind == "layers" and (x is None or x.shape != y.shape):
-                raise ValueError(f"{group.name!r} is no residual block: it changes the shape of what it is given")
+                raise ValueError(f"{group.name!r} is not a residual block: it changes the shape of its input")
             with torch.no_grad():
                 added = y.detach() if x is None else y.detach() - x
             gated = _Tap.apply(y, self._leaf, added, lambda dot: self._add(group.name, dot, part), self._per_sample)

@@ -104,6 +104,6 @@ def _check(criterion: Any, group: str, size: int, scores: Any) -> None:
     what = f"the criterion {name_of(criterion)!r} gave the group {group!r}"
     if not isinstance(scores, Tensor) or scores.shape != (size,):
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(f"{what} {shape}; it must give a tensor of one score a unit, ({size},)")
+        raise ValueError(f"{what} {shape}; it must give a tensor with one score per unit, ({size},)")
     if not bool(scores.isfinite().all()):
         raise ValueError(f"{what} scores that are not finite; check the batches and the loss")

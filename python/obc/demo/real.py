@@ -122,7 +122,7 @@ def compare(subject: Subject, say: Callable[[str], None]) -> Result:
 
     def keep(result: obc.PruningResult) -> None:
         share = shares[len(found)]
-        say(f"Compensating what is left after {share:.1%} of the prunable parameters went")
+        say(f"Compensating the model without {share:.1%} of its prunable parameters")
         model = copy.deepcopy(result.model)
         naive = subject.measure(model)
         obc.compensate(
@@ -311,7 +311,7 @@ def draw(result: Result, path: Path) -> None:
     ):
         axis.plot(shares, [result.unpruned, *values], style, label=label)
     axis.set_title(f"{result.title}, {result.parameters:,} parameters", loc="left", fontsize=11)
-    axis.set_xlabel("% of the prunable parameters that went")
+    axis.set_xlabel("% of the prunable parameters removed")
     axis.set_ylabel(result.what)
     axis.grid(alpha=0.3)
     axis.legend()

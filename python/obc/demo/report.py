@@ -27,9 +27,9 @@ def protocol() -> str:
     """The meaning of the figures, in words."""
     return textwrap.fill(
         f"Accuracy on {TEST_IMAGES} held-out digits after pruning, without fine-tuning. Torch-Pruning "
-        f"{version('torch-pruning')}, global ranking, 1/{STEPS} of the channels a step; Taylor and Jacobian are "
-        f"scored anew on the training digits, in {ROWS} batches, before every step. BN recalibrated: norm statistics "
-        f"estimated anew. Compensated: least squares, layer-wise (ls) or sequential (seq), and norms recalibrated. "
+        f"{version('torch-pruning')}, global ranking, 1/{STEPS} of the channels per step; Taylor and Jacobian are "
+        f"scored again on the training digits, in {ROWS} batches, before every step. BN recalibrated: norm statistics "
+        f"re-estimated. Compensated: least squares, layer-wise (ls) or sequential (seq), and norms recalibrated. "
         f"These see {CALIBRATION_IMAGES} training images and no labels. Time and peak memory are of scoring the "
         f"unpruned network once, on one thread: median of 3; most bytes that torch had allocated, above what it had "
         f"before.",

@@ -93,7 +93,7 @@ def _check_flat(op: str, name: str, array: NDArray[Any]) -> None:
     if not array.flags.writeable:
         raise ValueError(f"obc.{op}: {name} is read-only, and changed in place; pass a copy")
     if array.size > 1 and array.strides[0] == 0:
-        raise ValueError(f"obc.{op}: {name} is broadcast, so that its entries share memory; pass a copy")
+        raise ValueError(f"obc.{op}: {name} is broadcast: its entries share memory; pass a copy")
 
 
 # --- operators ------------------------------------------------------------------------------------------------

@@ -67,11 +67,11 @@ class Costs:
         self.inside = {name: tuple(names) for name, names in (inside or {}).items()}
         place = {name: index for index, name in enumerate(self.names)}
         if unknown := [one for name, names in self.inside.items() for one in (name, *names) if one not in place]:
-            raise ValueError(f"inside= names {unknown[0]!r}, which is no group of the costs")
+            raise ValueError(f"inside= names {unknown[0]!r}, but the costs have no such group")
         self._inside = {place[name]: [place[one] for one in names] for name, names in self.inside.items()}
         self.curves = dict(curves or {})
         if unknown := [name for name in self.curves if name not in place]:
-            raise ValueError(f"curves= names {unknown[0]!r}, which is no group of the costs")
+            raise ValueError(f"curves= names {unknown[0]!r}, but the costs have no such group")
         self._curves = {place[name]: curve for name, curve in self.curves.items()}
         for group, curve in self._curves.items():
             if curve.widest < self.widths[group]:

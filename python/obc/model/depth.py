@@ -163,7 +163,7 @@ class Depth:
             raise ValueError(f"its depth is damaged: {error!r}") from error
         for name, one in lists.items():
             if not all(0 <= place < one.size for place in one.removed):
-                raise ValueError(f"{name!r} has {one.size} blocks, of which {list(one.removed)} are gone")
+                raise ValueError(f"{name!r} has {one.size} blocks, of which {list(one.removed)} were removed")
         return cls(lists, stand_ins, config)
 
 
@@ -194,7 +194,7 @@ def is_compact(model: nn.Module, depth: Depth) -> bool:
         count = len(_list(model, name))
         if count not in (one.size, one.size - len(one.removed)):
             raise PruningError(
-                f"{name!r} has {count} blocks; of the unpruned model's {one.size}, {len(one.removed)} are gone"
+                f"{name!r} has {count} blocks; of the unpruned model's {one.size}, {len(one.removed)} were removed"
             )
         found.add(count != one.size)
     if len(found) > 1:

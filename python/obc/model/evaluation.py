@@ -45,7 +45,7 @@ def call_on_batch(model: nn.Module, batch: Any) -> Any:
     Raises:
         PruningError: the model fails on it.
     """
-    remedy = "pass forward_fn(model, batch), which calls it as it is to be called"
+    remedy = "pass forward_fn(model, batch) that calls it in the right way"
     with explained(model, f"calling it on a batch ({type(batch).__name__})", remedy):
         return _call_on_batch(model, batch)
 

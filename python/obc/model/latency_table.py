@@ -120,8 +120,8 @@ class LatencyTable:
                 )
             if width > self.curves[name].widest:
                 raise LatencyTableError(
-                    f"the latency table ends at {self.curves[name].widest} units of {name!r}, which has {width}; it is "
-                    "another model's, or one of this model after it was pruned"
+                    f"the latency table ends at {self.curves[name].widest} units of {name!r}, which has {width}; "
+                    "it is of another model, or of this model after pruning"
                 )
 
     def check_device(self, model: nn.Module) -> None:
@@ -202,7 +202,7 @@ class LatencyTable:
             raw = built(read_fields(path, _FORMAT), _Written)
             widths = {group: {int(width): value for width, value in one.items()} for group, one in raw.seconds.items()}
         except ValueError as error:
-            raise LatencyTableError(f"{os.fspath(path)} is no latency table: {error}") from error
+            raise LatencyTableError(f"{os.fspath(path)} is not a latency table: {error}") from error
         return cls(widths, raw.rest, raw.shared, raw.device, raw.dtype, raw.threads, raw.batch)
 
     def __str__(self) -> str:

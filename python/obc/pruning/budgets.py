@@ -62,12 +62,12 @@ class Meters:
         """
         if argument == "memory":
             if (memory := getattr(structure, "memory", None)) is None:
-                raise ValueError(f"a {type(structure).__name__} does not say its memory: it has no memory(use)")
+                raise ValueError(f"a {type(structure).__name__} does not know its memory: it has no memory(use)")
             found: Costs = memory(self.memory_use)
             return found
         if argument == "latency":
             if self.table is None:
-                raise ValueError("there is no latency table: pass latency_table=, or measure one, obc.measure_latency")
+                raise ValueError("there is no latency table: pass latency_table=, or one from obc.measure_latency")
             return self.table.costs(structure.groups, structure.costs("parameters").inside)
         if argument == "macs":
             return structure.costs("macs")

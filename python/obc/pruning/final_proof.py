@@ -83,7 +83,7 @@ def take_out_blocks(structure: Structure, run: Run) -> None:
     found = compare(before, after)
     if found.where is not None:
         raise ProofError(
-            f"with the blocks out of their lists the model computes something else: {found.where}; what a block does "
+            f"with its blocks deleted the model computes something else: {found.where}; what a block does "
             "depends on its place; prune by 'sublayers', or by other kinds"
         )
 

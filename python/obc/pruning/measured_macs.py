@@ -50,8 +50,7 @@ class MeasuredMacs:
         predicted = report.macs_after / report.macs_before if report.macs_before else 1.0
         if abs(report.macs_measured - predicted) > _DIFFERENT:
             self._warn(
-                f"{report.macs_measured:.3f} of the MACs that the first batch takes remain, where {predicted:.3f} were "
-                "predicted"
+                f"{report.macs_measured:.3f} of the MACs on the first batch remain, but {predicted:.3f} were predicted"
             )
 
     def _warn(self, warning: str) -> None:

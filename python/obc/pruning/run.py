@@ -262,7 +262,7 @@ def _loss(
     if not labels:
         return label_free_loss(_forward(loss_fn, forward_fn, labels), rows=rows, seed=seed)
     if loss_fn is None:
-        raise ValueError("loss_fn is needed where labels are used; labels=False scores by the model's outputs alone")
+        raise ValueError("loss_fn is needed if labels are used; labels=False scores by the model's outputs alone")
     return loss_fn
 
 
@@ -295,12 +295,12 @@ def _structure(
         from obc.structures.transformers import TransformersStructure
 
         if num_heads:
-            raise ValueError("num_heads is for models that are traced; without example_inputs the config says it")
+            raise ValueError("num_heads is for traced models; without example_inputs the config has it")
         found = TransformersStructure(model, ignored_layers=ignored_layers)
         if not found.groups:
             raise ValueError(
                 f"nothing in {type(model).__name__} can be pruned{_first_left_out(found.left_out)}; only transformers "
-                "models are pruned without being run: of another, pass example_inputs"
+                "models are pruned without being run: for another, pass example_inputs"
             )
         return found
     from obc.structures.traced import TorchPruningStructure

@@ -76,8 +76,8 @@ def warn_below(break_evens: Mapping[str, float], seen: Mapping[str, int]) -> Non
     ]
     if few:
         warnings.warn(
-            f"with fewer than T* positions a step, folding costs more than explicit 1x1 layers: {', '.join(few)}; "
-            f"take larger batches, share one fold between micro-batches (EquivalentPruning.accumulate), or use "
+            f"with fewer than T* positions per step, folding costs more than explicit 1x1 layers: {', '.join(few)}; "
+            f"use larger batches, share one fold between micro-batches (EquivalentPruning.accumulate), or use "
             f"factors='reduced'",
             stacklevel=3,
         )

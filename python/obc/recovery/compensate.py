@@ -204,7 +204,7 @@ def _warn_of_few_rows(report: CompensationReport, consumers: Mapping[str, Consum
         f"{name} ({rows[name]} positions for {kept[name]} channels)" for name in rows if rows[name] < kept[name]
     ]:
         warnings.warn(
-            f"fewer calibration positions than kept channels, so that the ridge decides: {', '.join(few)}; "
+            f"fewer calibration positions than kept channels, so the result depends on the ridge: {', '.join(few)}; "
             f"pass more batches",
             stacklevel=3,
         )

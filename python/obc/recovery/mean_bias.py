@@ -103,7 +103,7 @@ def _absorb_all(
     if report.created and hasattr(pruned_model, "save_pretrained"):
         named = ", ".join(report.created[:3]) + (" and more" if len(report.created) > 3 else "")
         report.warnings.append(
-            f"{named} have a bias now that no config can say: from_pretrained would drop it; "
+            f"{named} have a bias now that no config can express: from_pretrained would drop it; "
             "obc.structures.transformers.save_pruned and load_pruned keep it"
         )
     return report

@@ -253,7 +253,7 @@ def _finite(loss: Tensor, step: int) -> float:
     value = float(loss.detach())
     if not math.isfinite(value):
         raise ValueError(
-            f"the loss is {value} at step {step}; the model keeps the parameters of the step before: take a lower lr, "
+            f"the loss is {value} at step {step}; the model keeps the parameters of the step before: use a lower lr, "
             "or look for bad values in this step's batches"
         )
     return value

@@ -78,7 +78,7 @@ class Checkpoint:
                 state["kept_rows"] = self._load_rows(store, state["kept"])
             self.scorer.load_state_dict(state)
         except ValueError as error:
-            raise CheckpointError(f"the checkpoint {self.path} is of another run: {error}") from error
+            raise CheckpointError(f"the checkpoint {self.path} belongs to another run: {error}") from error
         except (AttributeError, KeyError, TypeError) as error:  # a value of the wrong type
             raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
         self._random = numbered(tensors, "random")
@@ -135,9 +135,9 @@ def read_checkpoint(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str,
     try:
         tensors, header = load_tensors(path)
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no checkpoint, or is damaged: {error}; delete it") from error
+        raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {error}; delete it") from error
     if (found := header.get("format")) != form:
-        raise CheckpointError(f"{path} is no checkpoint: format {found!r}, expected {form!r}; delete it")
+        raise CheckpointError(f"{path} is not a checkpoint: format {found!r}, expected {form!r}; delete it")
     return tensors, header
 
 
@@ -156,7 +156,7 @@ def refuse_other_run(path: Path, there: Mapping[str, Any], here: Mapping[str, An
         if there.get(name) != value:
             what = "weights" if name == "weights" else f"{name}={there.get(name)!r}, this run has {value!r}"
             raise CheckpointError(
-                f"the checkpoint {path} is of another run: other {what}; delete it, or pass another path"
+                f"the checkpoint {path} belongs to another run: other {what}; delete it, or pass another path"
             )
 
 

@@ -127,8 +127,8 @@ class _Run:
             places = gathered(self.done, group)
             if len(set(places)) > 1:
                 raise CheckpointError(
-                    f"the checkpoints of the processes are not of the same row, {places} batches are done: some were "
-                    "killed before they wrote theirs; delete them all to begin anew"
+                    f"the checkpoints of the processes are at different rows, {places} batches are done: some were "
+                    "killed before they wrote theirs; delete them all to start again"
                 )
 
     def over(self, batches: Iterable[Any], progress: bool | None) -> Scores:

@@ -281,7 +281,7 @@ class BlockRun:
             if not bool(norm.isfinite()) or bool(distance <= allowed * norm):
                 return
         raise StatisticsError(
-            f"{name!r}, run by itself, does not return what it returns inside the model: it needs something that "
+            f"{name!r}, run alone, does not return what it returns inside the model: it needs something that "
             "another block makes; name the blocks up to there, ByBlock(blocks=[...]), or collect without by_block"
         )
 

@@ -163,10 +163,10 @@ class _Reader(Reader):
             x = self._inputs.pop(first, None)
             y = first_tensor([*output] if isinstance(output, (tuple, list)) else [output], {})
             if x is None or y is None:
-                self.coverage[first] = Coverage.unread("its input or output is no floating tensor")
+                self.coverage[first] = Coverage.unread("its input or output is not a floating tensor")
             elif x.shape != y.shape:
                 shapes = f"{tuple(x.shape)} to {tuple(y.shape)}"
-                self.coverage[first] = Coverage.unread(f"it is no residual block, it changes the shape from {shapes}")
+                self.coverage[first] = Coverage.unread(f"it is not a residual block: its shape changes from {shapes}")
             else:
                 self.called.add(first)
                 with torch.no_grad():

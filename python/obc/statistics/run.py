@@ -123,7 +123,7 @@ def collect(
     for name, module in model.named_modules():
         if is_compiled(module):
             raise StatisticsError(
-                f"{name or 'the model'} is compiled, so that hooks are not seen; collect, then compile"
+                f"{name or 'the model'} is compiled, so its hooks are not seen; collect, then compile"
             )
     chosen, blockwise = chosen_statistics(statistics), options_of(by_block)
     if {"rows", "weight_gradients"} <= {one.name for one in chosen}:
@@ -204,7 +204,7 @@ class _Run:
         earlier = 0.0
         if self.saved is not None and (state := self.saved.resume()) is not None:
             self.done, earlier = state["batches"], state["seconds"]
-            logger.warning("going on from %s: %d batches are done", self.saved.path, self.done)
+            logger.warning("resuming from %s: %d batches are done", self.saved.path, self.done)
         left = batches_from(batches, self.done)
         if self.saved is not None:
             self.saved.restore_random()
@@ -232,7 +232,7 @@ class _Run:
         done, earlier = 0, 0.0
         if self.saved is not None and (state := self.saved.resume()) is not None:
             done, earlier = state["blocks"], state["seconds"]
-            logger.warning("going on from %s: %d blocks are done", self.saved.path, done)
+            logger.warning("resuming from %s: %d blocks are done", self.saved.path, done)
         parts = [self._parts(batch) for batch in batches]
         self.done = len(parts)
         if not parts:

@@ -98,7 +98,7 @@ def refuse_untied(model: nn.Module, shared: Sequence[Sequence[str]], step: Mappi
         left = [_left_of(model, name, step) for name in names]
         for name, other in zip(names[1:], left[1:], strict=True):
             if other.shape != left[0].shape or not torch.equal(other, left[0]):
-                raise PlanError(f"{names[0]} and {name} are one parameter, of which each would lose other channels")
+                raise PlanError(f"{names[0]} and {name} share one parameter, but would lose different channels of it")
 
 
 def _left_of(model: nn.Module, name: str, step: Mapping[str, Kept]) -> Tensor:

@@ -279,7 +279,7 @@ class _Lookup:
         self.unscored: dict[str, str] = {}
         if not set(scores) & set(self._names.values()):
             raise ValueError(
-                f"the scores are of another model: they hold {', '.join(map(repr, list(scores)[:3]))} ..., "
+                f"the scores belong to another model: they contain {', '.join(map(repr, list(scores)[:3]))} ..., "
                 f"none of which {type(model).__name__} has; score the model that is pruned"
             )
 

@@ -40,7 +40,7 @@ def removable_sides(pruner: Any, model: nn.Module) -> dict[str, set[Side]]:
                 sides.setdefault(names[id(module)], set()).update(read)
     if not sides:
         raise ValueError(
-            f"pruner: none of its groups has a module of this {type(model).__name__}; give the pruner of the model "
+            f"pruner: none of its groups has a module of this {type(model).__name__}; pass the pruner of the model "
             "that is scored"
         )
     return sides

@@ -211,7 +211,7 @@ class Chains:
         """
         for chain in self._seen_by.get(slot, ()):
             if not chain.link_holds(activation.grad_fn, self.outputs):
-                raise ChainError(f"the input of {slot.label!r} came another way than in the checking row")
+                raise ChainError(f"the input of {slot.label!r} took another path than in the checking row")
             self.held.add(chain.slot)
 
     def links(self, slot: Slot) -> tuple[Any, ...]:
@@ -233,7 +233,7 @@ class Chains:
         """
         for slot in self.outputs:
             if slot not in self.held:
-                raise ChainError(f"the output of {slot.label!r} went another way than in the checking row")
+                raise ChainError(f"the output of {slot.label!r} took another path than in the checking row")
 
     def give_up(self) -> None:
         """Remove all chains, so that every slot has a gate again."""

@@ -301,7 +301,7 @@ class Reader:
                 return False
             reading.samples, reading.begins, reading.counted_by = shape[0], False, self
         if shape[0] != reading.samples:
-            self._refuse(f"its activation has {shape[0]} entries along dim 0 where {reading.samples} are samples")
+            self._refuse(f"its activation has {shape[0]} entries along dim 0, but there are {reading.samples} samples")
             return False
         if slot.gate is None or slot.gate.shape[0] != reading.samples:
             if is_compiling():

@@ -110,7 +110,7 @@ def _check_fit(scores: Mapping[str, Sided], group: ChannelGroup) -> None:
         if values is not None and part.channels.numel() and int(part.channels.max()) >= len(values):
             raise ValueError(
                 f"group {group.name!r} has channel {int(part.channels.max())} of {part.module!r} ({part.side}), "
-                f"which has scores of {len(values)}; score the model that the groups are of, as it is now"
+                f"which has scores of {len(values)}; score the model of these groups in its present state"
             )
 
 

@@ -42,7 +42,7 @@ class RowFile:
             FileNotFoundError: the folder does not exist.
         """
         if not path.parent.is_dir():
-            raise FileNotFoundError(f"no file of rows can be made at {path}: there is no folder {path.parent}")
+            raise FileNotFoundError(f"no file of rows can be created at {path}: there is no folder {path.parent}")
         if not path.exists():
             return
         with path.open("rb") as file:
@@ -66,14 +66,14 @@ class RowFile:
             ValueError: the file is missing, has another width, or has fewer rows.
         """
         if not path.exists():
-            raise ValueError(f"the file of rows {path} is gone; delete the checkpoint to begin anew")
+            raise ValueError(f"the file of rows {path} is missing; delete the checkpoint to start again")
         with path.open("rb") as file:
             header = file.read(_HEADER_BYTES)
         if header != _header(width):
             raise ValueError(f"{path} is not a file of rows of {width} channels")
         there = (path.stat().st_size - _HEADER_BYTES) // (4 * width)
         if there < rows:
-            raise ValueError(f"{path} holds {there} rows where {rows} were written; it is damaged")
+            raise ValueError(f"{path} holds {there} rows, but {rows} were written; it is damaged")
         return cls(path, width, rows)
 
     def reserve(self, num_rows: int) -> None:

@@ -182,7 +182,7 @@ class RowStore:
         count = int(self._blocks[0].count)
         if count > self._capacity:
             raise ScoringError(
-                f"{count} rows were replayed where {self._capacity} have room; call scorer.reserve_rows({count}) "
+                f"{count} rows were replayed, but {self._capacity} fit; call scorer.reserve_rows({count}) "
                 "before capturing the CUDA graph"
             )
         return count

@@ -155,7 +155,7 @@ class Scores(Mapping[str, ChannelScores]):
         modules = dict(model.named_modules())
         for name, channels in self._channels.items():
             if name not in modules:
-                raise ScoresError(f"these scores are of another model: it has no module {name!r}; score this model")
+                raise ScoresError(f"these scores are of another model: this one has no module {name!r}; score it")
             rule = rule_for(modules[name])
             for side, values in (("out", channels.out_channels), ("in", channels.in_channels)):
                 expected: set[int] = set()

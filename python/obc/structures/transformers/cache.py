@@ -56,7 +56,7 @@ def cached_layers(model: Any, blocks: Sequence[Block]) -> list[CachedLayer]:
     remedy = "pass MemoryUse(length=0), which counts weights alone"
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise PruningError(
-            f"{type(model).__name__} has a cache for its encoder's outputs too, whose length a MemoryUse does not say; "
+            f"{type(model).__name__} also caches its encoder's outputs, whose length a MemoryUse does not give; "
             f"{remedy}"
         )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

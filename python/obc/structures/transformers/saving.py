@@ -55,7 +55,7 @@ def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLik
     if plan.depth:
         blocks_gone = any(one.removed for one in plan.depth.lists.values())
         if blocks_gone and not is_compact(model, plan.depth):
-            raise ValueError("blocks that are gone still have their places in the model: call structure.compact()")
+            raise ValueError("removed blocks still have stand-ins in the model: call structure.compact()")
         config = with_depth(config, plan.depth, compacted=False)
     content = config.to_dict() | {"architectures": [type(model).__name__]}
     with atomic_write(folder / "config.json") as file:
@@ -84,7 +84,7 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
 
     folder = Path(directory)
     if lacking := [name for name in ("config.json", PLAN_FILE, _WEIGHTS) if not (folder / name).is_file()]:
-        raise PlanError(f"{folder} has no {lacking[0]}; it is no folder that save_pruned wrote")
+        raise PlanError(f"{folder} has no {lacking[0]}; save_pruned did not write this folder")
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     named = (content.get("architectures") or [""])[0]
     chosen = model_class or getattr(transformers, named, None)

@@ -308,7 +308,7 @@ class TransformersStructure:
         """
         if self._depth and is_compact(self.model, self._depth):
             raise ValueError(
-                "compact() took blocks out of the model's lists, so that groups have other names; go on with "
+                "compact() deleted blocks from the model's lists, so groups have other names; continue with "
                 "TransformersStructure(model, plan=structure.plan)"
             )
         groups, least = {group.name: group for group in self.groups}, self.limits.min_units
