@@ -25,7 +25,9 @@ from tests.tolerances import allowed_error
 PLAIN_READS = "two plain reads"
 PLAIN_READ = "one plain read"
 # What the project promises of the reductions, and of weight_dot against torch.compile.
-READS_TARGET = Target("obc", PLAIN_READS, 1.3)
+WEIGHT_TARGET = Target("obc", PLAIN_READS, 1.2)
+CHANNEL_TARGET = Target("obc", PLAIN_READS, 1.1)
+MOMENTS_TARGET = Target("obc", PLAIN_READ, 1.2)
 COMPILED_TARGET = Target("obc", "torch.compile", 1 / 4)
 
 
@@ -77,7 +79,7 @@ def weight_dot(*shape: int) -> Case:
         bytes_moved=8 * size,
         check=_same(lambda f: reference.weight_dot(f(weight), f(grad)), size // min(shape[:2]), weight.dtype),
         unchecked=frozenset({PLAIN_READS}),
-        targets=[READS_TARGET, COMPILED_TARGET],
+        targets=[WEIGHT_TARGET, COMPILED_TARGET],
     )
 
 
@@ -108,7 +110,7 @@ def channel_moments(*shape: int, channel_dim: int = 1) -> Case:
         # A square has twice the relative error of its root; the sum of x is as inexact as that of |x|.
         check=_moments_check(x, channel_dim),
         unchecked=frozenset({PLAIN_READ}),
-        targets=[Target("obc", PLAIN_READ, 1.2)],
+        targets=[MOMENTS_TARGET],
     )
 
 
@@ -151,7 +153,7 @@ def channel_dot(*shape: int, channel_dim: int = 1, channels_last: bool = False, 
             lambda f: reference.channel_dot(f(activation), f(grad), channel_dim), size // channels, activation.dtype
         ),
         unchecked=frozenset({PLAIN_READS}),
-        targets=[READS_TARGET] if promised else [],
+        targets=[CHANNEL_TARGET] if promised else [],
     )
 
 
@@ -233,6 +235,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "channel_dot channels-last 64x512x4x4": lambda: channel_dot(64, 512, 4, 4, channels_last=True, promised=False),
     "channel_moments 64x64x32x32": lambda: channel_moments(64, 64, 32, 32),
     "channel_moments tokens 8x512x2048": lambda: channel_moments(8, 512, 2048, channel_dim=-1),
+    "channel_moments tokens 64x197x384": lambda: channel_moments(64, 197, 384, channel_dim=-1),
     "channel_moments rows 4096x4096": lambda: channel_moments(4096, 4096),
     "end_row 20000": lambda: end_row(20_000),
     "end_row 1000000 in 100000 groups": lambda: end_row(1_000_000, 100_000),

@@ -26,6 +26,8 @@ constexpr int64_t kFewRows = 4;
 constexpr int64_t kLongRow = 8192;
 // Columns that one task sums: their sums stay in the first-level cache.
 constexpr int64_t kTile = 4096;
+// The same where summed positions lie inside: such rows lie far apart, and four of both inputs share the cache.
+constexpr int64_t kInnerTile = 2048;
 
 // out[i] = sum over p of partial[p * size + i].
 template <class Acc>
@@ -60,7 +62,7 @@ class ChannelDot : public Plan {
  private:
   Acc* out_;
   int64_t partials_ = 1;
-  std::unique_ptr<Acc[]> partial_;
+  Scratch<Acc> partial_;
 };
 
 template <class Acc>
@@ -118,7 +120,7 @@ class ByColumns : public ChannelDot<Acc> {
       : ChannelDot<Acc>(pair, out_size, out), columns_(take_columns(dims)) {
     for (const Dim& dim : dims) (dim.role == kSummed ? rows_ : kept_rows_).push_back(dim);
     widen();
-    tile_ = std::max<int64_t>(1, kTile / inner_) * inner_;
+    tile_ = std::max<int64_t>(1, (inner_ > 1 ? kInnerTile : kTile) / inner_) * inner_;
     tiles_ = ceil_div(width(), tile_);
     const int64_t rows = count(rows_), others = count(kept_rows_) * tiles_;
     chunk_ = ceil_div(rows, row_chunks(rows, others));
@@ -133,7 +135,7 @@ class ByColumns : public ChannelDot<Acc> {
     const int64_t column = tile * tile_, length = std::min(tile_, width() - column);
     Offsets base;
     for_each_run(kept_rows_, sample, sample + 1, [&](const Offsets& at, int64_t) { base = at; });
-    Acc sums[kTile] = {};
+    alignas(kAlignment) Acc sums[kTile] = {};
     const Dim last = rows_.empty() ? Dim{1, 0, 0, kSummed} : rows_.back();
     const int64_t begin = chunk * chunk_, end = std::min(begin + chunk_, count(rows_));
     for_each_run(rows_, begin, end, [&](const Offsets& at, int64_t rows) {
@@ -188,7 +190,7 @@ class ByColumns : public ChannelDot<Acc> {
     const Offsets start = {base.first + at.first, base.second + at.second};
     const Matrix a = columns_.first(this->pair_, start, row.first, column);
     const Matrix g = columns_.second(this->pair_, start, row.second, column);
-    leaves<Acc>(this->pair_.dtype).column_sums(a, g, rows, length, sums);
+    leaves<Acc>(this->pair_.dtype).column_sums(a, g, rows, length, far_, sums);
   }
 
   // Adds up the columns of each kept channel and writes the channels from `channel` on.
@@ -207,6 +209,7 @@ class ByColumns : public ChannelDot<Acc> {
   }
 
   int64_t inner_ = 1, repeat_ = 1, rest_ = 0, kept_ = 1, kept_out_ = 0;
+  const bool far_ = is_far(this->pair_);
   Columns columns_;
   std::vector<Dim> rows_, outer_rows_, kept_rows_;
   int64_t tile_, tiles_, chunk_, chunks_;

@@ -61,10 +61,10 @@ class ChannelMoments : public Plan {
     const int64_t begin = part * part_, end = std::min(begin + part_, units_);
     Acc* sums[kMoments];
     for (int m = 0; m < kMoments; ++m) {
-      sums[m] = partial_.get() + ((range * parts_ + part) * kMoments + m) * channels_ + channel;
+      sums[m] = partial_.get() + ((range * parts_ + part) * kMoments + m) * stride_ + channel;
       std::memset(sums[m], 0, count * sizeof(Acc));
     }
-    Acc absolute[kTile] = {};
+    alignas(kAlignment) Acc absolute[kTile] = {};
     const int64_t last = std::min((range + 1) * range_, sample_count_);
     for (int64_t sample = range * range_; sample < last; ++sample) {
       Offsets base;
@@ -81,13 +81,13 @@ class ChannelMoments : public Plan {
     Acc* const absolute = absolute_ ? absolute_->data() : nullptr;  // where samples lie in several parts
     for (int64_t range = 0; range < ranges; ++range) {
       for (int64_t part = 0; part < parts_; ++part) {
-        const Acc* sums = partial_.get() + (range * parts_ + part) * kMoments * channels_;
+        const Acc* sums = partial_.get() + (range * parts_ + part) * kMoments * stride_;
         for (int64_t c = 0; c < channels_; ++c) results_[0][c] += sums[c];
-        for (int64_t c = 0; c < channels_; ++c) results_[1][c] += sums[channels_ + c];
+        for (int64_t c = 0; c < channels_; ++c) results_[1][c] += sums[stride_ + c];
         Acc* const total = parts_ > 1 ? absolute : results_[2];
-        for (int64_t c = 0; c < channels_; ++c) total[c] += sums[2 * channels_ + c];
+        for (int64_t c = 0; c < channels_; ++c) total[c] += sums[2 * stride_ + c];
         if (parts_ > 1) continue;
-        for (int64_t c = 0; c < channels_; ++c) results_[3][c] += sums[3 * channels_ + c];
+        for (int64_t c = 0; c < channels_; ++c) results_[3][c] += sums[3 * stride_ + c];
       }
       if (parts_ > 1) add_mean_squares(range, channels_, absolute, results_[2], results_[3]);
     }
@@ -116,7 +116,8 @@ class ChannelMoments : public Plan {
     const int64_t ranges =
         parts_ > 1 ? sample_count_ : std::min(sample_count_, ranges_of(sample_count_ * units_, tiles_));
     range_ = ceil_div(sample_count_, ranges);
-    partial_ = scratch<Acc>(ceil_div(sample_count_, range_) * parts_ * kMoments * channels_);
+    stride_ = aligned<Acc>(channels_);
+    partial_ = scratch<Acc>(ceil_div(sample_count_, range_) * parts_ * kMoments * stride_);
     if (parts_ > 1) absolute_ = std::make_unique<std::vector<Acc>>(channels_);
     tasks = ceil_div(sample_count_, range_) * parts_ * tiles_;
     task_size = range_ * ceil_div(position_count_, parts_) * tile_;
@@ -171,8 +172,8 @@ class ChannelMoments : public Plan {
 
   Acc* results_[kMoments];
   std::vector<int64_t> present_;  // positions of each sample that the mask keeps; empty: all
-  int64_t units_ = 1, tile_ = 1, tiles_ = 1, part_ = 1, parts_ = 1, range_ = 1;
-  std::unique_ptr<Acc[]> partial_;
+  int64_t units_ = 1, tile_ = 1, tiles_ = 1, part_ = 1, parts_ = 1, range_ = 1, stride_ = 1;
+  Scratch<Acc> partial_;
   std::unique_ptr<std::vector<Acc>> absolute_;
 };
 
@@ -182,7 +183,7 @@ class ByColumns : public ChannelMoments<Acc> {
  public:
   template <class... Arguments>
   explicit ByColumns(const Arguments&... arguments) : ChannelMoments<Acc>(arguments...), columns_({this->channel_[0]}) {
-    this->set_tasks(this->position_count_, kTile, 32);
+    this->set_tasks(this->position_count_, kTile, kGrain / std::min(kTile, this->channels_));
   }
 
  protected:

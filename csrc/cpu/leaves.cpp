@@ -16,6 +16,7 @@
 #define OBC_ISA baseline
 #define OBC_VECTOR_BYTES 16
 #define OBC_F16C 0
+#define OBC_FMA 0
 #define OBC_MASKS 0
 #define OBC_TARGET
 #include "leaves_isa.h"
@@ -25,6 +26,7 @@
 #define OBC_ISA v3
 #define OBC_VECTOR_BYTES 32
 #define OBC_F16C 1
+#define OBC_FMA 1
 #define OBC_MASKS 0
 #define OBC_TARGET __attribute__((target("arch=x86-64-v3")))
 #include "leaves_isa.h"
@@ -32,6 +34,7 @@
 #define OBC_ISA v4
 #define OBC_VECTOR_BYTES 64
 #define OBC_F16C 1
+#define OBC_FMA 1
 #define OBC_MASKS 1
 #define OBC_TARGET __attribute__((target("arch=x86-64-v4")))
 #include "leaves_isa.h"

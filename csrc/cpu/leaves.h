@@ -24,10 +24,11 @@ template <class Acc>
 struct Leaves {
   // sums[r * sums_stride] = sum_j a[r, j] * g[r, j]
   void (*row_dots)(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* sums, int64_t sums_stride);
-  // sums[j] += sum_r a[r, j] * g[r, j]
-  void (*column_sums)(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* sums);
+  // sums[j] += sum_r a[r, j] * g[r, j]. `far`: the matrices come from beyond the second-level cache, so that rows are
+  // worth fetching ahead; the sums are the same.
+  void (*column_sums)(Matrix a, Matrix g, int64_t rows, int64_t columns, bool far, Acc* sums);
   // Both in one pass: row_sums[r] += ..., column_sums[j] += ...
-  void (*row_column_sums)(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* row_sums, Acc* column_sums);
+  void (*row_column_sums)(Matrix a, Matrix g, int64_t rows, int64_t columns, bool far, Acc* row_sums, Acc* column_sums);
   // sums[m * sums_stride + r] = sum_j of wg, (wg)^2, |wg|, w^2, |w| for m = 0 ... 4
   void (*row_moments)(Matrix w, Matrix g, int64_t rows, int64_t columns, Acc* sums, int64_t sums_stride);
 

@@ -2,6 +2,7 @@
 //   OBC_ISA           the namespace,
 //   OBC_VECTOR_BYTES  the width of its registers,
 //   OBC_F16C          1 where it converts float16 by one instruction,
+//   OBC_FMA           1 where it has fused multiply-add,
 //   OBC_MASKS         1 where it reads and writes parts of a vector by AVX-512 masks,
 //   OBC_TARGET        the function attribute that switches it on.
 // No include guard, and every function carries the attribute: nothing here can leak into code for older machines.
@@ -193,73 +194,121 @@ OBC_TARGET void row_dots(
   }
 }
 
-// One row at a time: two streams through memory, which processors prefetch best, and column sums in the first cache.
-template <class Type, bool kOffsets, bool kRowSums>
+// Adds kRows rows that begin at row r, one after the other, to the column sums, which are read and written once for all
+// of them. The processor foresees no row that follows in memory after a gap: the next `kAhead` rows are fetched into
+// the second-level cache meanwhile.
+template <class Type, bool kOffsets, bool kRowSums, int kRows, int kAhead>
 OBC_INLINE void add_rows(
     const Matrix& a,
     const Matrix& g,
-    int64_t rows,
+    int64_t r,
     int64_t columns,
     typename Type::Acc* row_sums,
     typename Type::Acc* column_sums
 ) {
   using Acc = typename Type::Acc;
   using Vector = typename Type::Vector;
+  using Element = typename Type::Element;
   constexpr int kUnits = 128 / kVectorBytes;
   constexpr int64_t kLanes = Row<Type, kOffsets>::kLanes;
-  constexpr int64_t kStep = kUnits * kLanes;
-  for (int64_t r = 0; r < rows; ++r) {
-    const Row<Type, kOffsets> row_a(a, r), row_g(g, r);
-    Vector units[kUnits] = {};
-    int64_t j = 0;
-    for (; j + kStep <= columns; j += kStep) {
-      for (int u = 0; u < kUnits; ++u) {
-        Vector x, y, sum;
-        row_a.load(j + u * kLanes, x);
-        row_g.load(j + u * kLanes, y);
-        const Vector product = x * y;
-        if constexpr (kRowSums) units[u] += product;
-        __builtin_memcpy(&sum, column_sums + j + u * kLanes, sizeof(sum));
-        sum += product;
-        __builtin_memcpy(column_sums + j + u * kLanes, &sum, sizeof(sum));
+  constexpr int64_t kStep = kUnits * kLanes, kLine = 64 / sizeof(Element);
+  const Element* const first_a = static_cast<const Element*>(a.data) + r * a.row_stride;
+  const Element* const first_g = static_cast<const Element*>(g.data) + r * g.row_stride;
+  Vector units[kRows][kUnits] = {};
+  int64_t j = 0;
+  for (; j + kStep <= columns; j += kStep) {
+    if constexpr (!kOffsets) {
+      for (int row = kRows; row < kRows + kAhead; ++row) {
+        for (int64_t i = 0; i < kStep; i += kLine) {
+          __builtin_prefetch(first_a + row * a.row_stride + j + i, 0, 2);
+          __builtin_prefetch(first_g + row * g.row_stride + j + i, 0, 2);
+        }
       }
     }
-    for (int u = 0; u < kUnits; ++u, j += kLanes) {
-      if (j >= columns) break;
-      const int64_t count = columns - j;
-      Vector x, y, sum;
+    for (int u = 0; u < kUnits; ++u) {
+      Vector sum;
+      __builtin_memcpy(&sum, column_sums + j + u * kLanes, sizeof(sum));
+      for (int row = 0; row < kRows; ++row) {
+        Vector x, y;
+        Row<Type, kOffsets>({first_a, a.row_stride, a.offsets}, row).load(j + u * kLanes, x);
+        Row<Type, kOffsets>({first_g, g.row_stride, g.offsets}, row).load(j + u * kLanes, y);
+        const Vector product = x * y;
+        if constexpr (kRowSums) units[row][u] += product;
+        sum += product;
+      }
+      __builtin_memcpy(column_sums + j + u * kLanes, &sum, sizeof(sum));
+    }
+  }
+  for (int u = 0; u < kUnits; ++u, j += kLanes) {
+    if (j >= columns) break;
+    const int64_t count = columns - j;
+    Vector sum;
+    if (count >= kLanes) {
+      __builtin_memcpy(&sum, column_sums + j, sizeof(sum));
+    } else {
+      load_first(column_sums + j, count, sum);
+    }
+    for (int row = 0; row < kRows; ++row) {
+      const Row<Type, kOffsets> row_a({first_a, a.row_stride, a.offsets}, row);
+      const Row<Type, kOffsets> row_g({first_g, g.row_stride, g.offsets}, row);
+      Vector x, y;
       if (count >= kLanes) {
         row_a.load(j, x);
         row_g.load(j, y);
-        __builtin_memcpy(&sum, column_sums + j, sizeof(sum));
       } else {
         row_a.load_last(j, count, x);
         row_g.load_last(j, count, y);
-        load_first(column_sums + j, count, sum);
       }
       const Vector product = x * y;
-      if constexpr (kRowSums) units[u] += product;
+      if constexpr (kRowSums) units[row][u] += product;
       sum += product;
-      if (count >= kLanes) {
-        __builtin_memcpy(column_sums + j, &sum, sizeof(sum));
-      } else {
-        store_first(column_sums + j, count, sum);
-      }
     }
-    if constexpr (kRowSums) row_sums[r] += total<Acc>(units);
+    if (count >= kLanes) {
+      __builtin_memcpy(column_sums + j, &sum, sizeof(sum));
+    } else {
+      store_first(column_sums + j, count, sum);
+    }
+  }
+  if constexpr (kRowSums) {
+    for (int row = 0; row < kRows; ++row) row_sums[r + row] += total<Acc>(units[row]);
   }
 }
 
+template <class Type, bool kOffsets, bool kRowSums>
+OBC_INLINE void add_all_rows(
+    const Matrix& a,
+    const Matrix& g,
+    int64_t rows,
+    int64_t columns,
+    bool far,
+    typename Type::Acc* row_sums,
+    typename Type::Acc* column_sums
+) {
+  int64_t r = 0;
+  if (far) {
+    for (; r + 8 <= rows; r += 4) add_rows<Type, kOffsets, kRowSums, 4, 4>(a, g, r, columns, row_sums, column_sums);
+  }
+  for (; r + 4 <= rows; r += 4) add_rows<Type, kOffsets, kRowSums, 4, 0>(a, g, r, columns, row_sums, column_sums);
+  for (; r + 2 <= rows; r += 2) add_rows<Type, kOffsets, kRowSums, 2, 0>(a, g, r, columns, row_sums, column_sums);
+  if (r < rows) add_rows<Type, kOffsets, kRowSums, 1, 0>(a, g, r, columns, row_sums, column_sums);
+}
+
 template <class Type, bool kOffsets>
-OBC_TARGET void column_sums(Matrix a, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* sums) {
-  add_rows<Type, kOffsets, false>(a, g, rows, columns, nullptr, sums);
+OBC_TARGET void column_sums(Matrix a, Matrix g, int64_t rows, int64_t columns, bool far, typename Type::Acc* sums) {
+  add_all_rows<Type, kOffsets, false>(a, g, rows, columns, far, nullptr, sums);
 }
 
 template <class Type, bool kOffsets>
 OBC_TARGET void row_column_sums(
-    Matrix a, Matrix g, int64_t rows, int64_t columns, typename Type::Acc* row_sums, typename Type::Acc* column_sums
+    Matrix a,
+    Matrix g,
+    int64_t rows,
+    int64_t columns,
+    bool far,
+    typename Type::Acc* row_sums,
+    typename Type::Acc* column_sums
 ) {
-  add_rows<Type, kOffsets, true>(a, g, rows, columns, row_sums, column_sums);
+  add_all_rows<Type, kOffsets, true>(a, g, rows, columns, far, row_sums, column_sums);
 }
 
 template <class Type>
@@ -330,12 +379,12 @@ struct Table {
   static void dots(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* sums, int64_t stride) {
     (a.offsets ? row_dots<Type, true> : row_dots<Type, false>)(a, g, rows, columns, sums, stride);
   }
-  static void by_column(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* sums) {
-    (a.offsets ? column_sums<Type, true> : column_sums<Type, false>)(a, g, rows, columns, sums);
+  static void by_column(Matrix a, Matrix g, int64_t rows, int64_t columns, bool far, Acc* sums) {
+    (a.offsets ? column_sums<Type, true> : column_sums<Type, false>)(a, g, rows, columns, far, sums);
   }
-  static void by_both(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* row_sums, Acc* column_sums) {
+  static void by_both(Matrix a, Matrix g, int64_t rows, int64_t columns, bool far, Acc* row_sums, Acc* column_sums) {
     (a.offsets ? row_column_sums<Type, true>
-               : row_column_sums<Type, false>)(a, g, rows, columns, row_sums, column_sums);
+               : row_column_sums<Type, false>)(a, g, rows, columns, far, row_sums, column_sums);
   }
   static void moments(Matrix w, Matrix g, int64_t rows, int64_t columns, Acc* sums, int64_t stride) {
     (w.offsets ? row_moments<Type, true> : row_moments<Type, false>)(w, g, rows, columns, sums, stride);
@@ -377,5 +426,6 @@ inline const Leaves<double>& twofold() { return Table<Float64>::kLeaves; }
 #undef OBC_ISA
 #undef OBC_VECTOR_BYTES
 #undef OBC_F16C
+#undef OBC_FMA
 #undef OBC_MASKS
 #undef OBC_TARGET

@@ -60,7 +60,7 @@ class OnePass : public Plan {
       for (int64_t p = 0; p < positions; ++p) {
         const Matrix w = columns_.first(pair_, at, row_.first, column);
         const Matrix g = columns_.second(pair_, at, row_.second, column);
-        leaves<Acc>(pair_.dtype).row_column_sums(w, g, rows, length, row_sums, column_sums);
+        leaves<Acc>(pair_.dtype).row_column_sums(w, g, rows, length, far_, row_sums, column_sums);
         if (!outer_kernel_.empty()) at.add(outer_kernel_.back(), 1);
       }
     });
@@ -115,6 +115,7 @@ class OnePass : public Plan {
   }
 
   const Pair pair_;
+  const bool far_ = is_far(pair_);
   int64_t before_ = 1, kept_ = 1, after_ = 1;
   Columns columns_;
   Dim group_ = {1, 0, 0, kGroup};
@@ -123,7 +124,7 @@ class OnePass : public Plan {
   Acc* by_row_;
   Acc* by_column_;
   int64_t tile_, tiles_, chunk_, chunks_;
-  std::unique_ptr<Acc[]> row_sums_, column_sums_;
+  Scratch<Acc> row_sums_, column_sums_;
 };
 
 // Groups of one row or one column: channel_dot fills `fine` (one sum per weight row or column and group), and sums of
@@ -206,7 +207,7 @@ std::unique_ptr<Plan> plan_layer(const WeightDot& layer) {
 // out[o] += b[o] * gb[o], element by element: row dots of a matrix with one column.
 template <class Acc>
 void add_bias(const Pair& bias, void* out) {
-  const std::unique_ptr<Acc[]> products = scratch<Acc>(bias.sizes[0]);
+  const Scratch<Acc> products = scratch<Acc>(bias.sizes[0]);
   leaves<Acc>(bias.dtype)
       .row_dots(
           {bias.first, bias.first_strides[0], nullptr},

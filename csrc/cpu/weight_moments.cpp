@@ -58,7 +58,7 @@ class WeightMoments : public Plan {
   const Columns columns_;
   Acc* moments_[kMoments];
   int64_t tiles_, block_, blocks_;
-  std::unique_ptr<Acc[]> partial_;
+  Scratch<Acc> partial_;
 };
 
 }  // namespace
