@@ -23,6 +23,8 @@ from obc.recovery.processes import Processes
 # If Cholesky fails, the ridge is multiplied by the first number, at most as often as the second; the report names it.
 _RIDGE_STEP = 10.0
 _RIDGE_STEPS = 6
+# A variance this small beside the mean square is a rounding error.
+_ROUNDING = 1e-12
 
 
 class SingularError(ValueError):
@@ -127,13 +129,14 @@ class Moments:
         mean_x, mean_z = self.sum_x / count, self.sum_z / count
         energy = float(square.sum())
         before = self._naive_error(count)
+        uncentred = gram
         if intercept:
             cross = cross - mean_x[..., None] * mean_z[:, None]
             gram = gram - mean_z[..., None] * mean_z[:, None]
             square = square - mean_x.square()
         cross, square, start = self._taken(cross), self._taken(square), self._start
         target = cross if start is None else cross - start @ gram
-        change, used, damping = _regress(target, gram, ridge)
+        change, used, damping = _regress(target, gram, mean_diagonal(gram, uncentred), ridge)
         rows = change if start is None else start + change
         # E |x - D z|^2, in which D E[z zT] is cross - damping * change.
         after = float(square.sum() - (rows * cross).sum() - (damping * change * rows).sum())
@@ -209,12 +212,20 @@ def larger_ridges(ridge: float) -> list[float]:
     return [ridge * _RIDGE_STEP**step for step in range(_RIDGE_STEPS + 1)]
 
 
-def _regress(target: Tensor, gram: Tensor, ridge: float) -> tuple[Tensor, float, Tensor]:
+def mean_diagonal(gram: Tensor, uncentred: Tensor) -> Tensor:
+    """(blocks, 1): the mean diagonal of E[z zT], which ridges are relative to.
+
+    If all channels of a block are constant, centring leaves rounding errors: the mean is then that of the uncentred
+    matrix, so that the solution is zero, and 1 where that is zero too.
+    """
+    mean, raw = (each.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) for each in (gram, uncentred))
+    mean = torch.where(mean > _ROUNDING * raw, mean, raw)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+def _regress(target: Tensor, gram: Tensor, mean: Tensor, ridge: float) -> tuple[Tensor, float, Tensor]:
     """target (gram + lambda I)^-1, the relative ridge that made it solvable, and lambda, (blocks, 1, 1)."""
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    mean = diagonal.mean(-1)[:, None, None]
-    # A block whose kept channels are all constant has nothing to regress on: any positive number gives zero.
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    mean = mean[..., None]
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype)
     for used in larger_ridges(ridge):
         factor, failed = torch.linalg.cholesky_ex(gram + used * mean * identity)

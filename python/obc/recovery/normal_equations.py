@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obc.recovery.moments import mean_diagonal
 from obc.recovery.processes import Processes
 
 # Rows are converted to float64 in pieces of this many, so that no float64 copy of a whole batch is made.
@@ -90,12 +91,11 @@ class NormalEquations:
         count = self.total or 1.0
         gram, cross = self.gram / count, self.cross / count
         mean_z, mean_e = self.sum_z / count, self.sum_e / count
+        uncentred = gram
         if intercept:
             gram = gram - mean_z[..., None] * mean_z[:, None]
             cross = cross - mean_e[..., None] * mean_z[:, None]
-        diagonal = gram.diagonal(dim1=-2, dim2=-1)
-        mean = diagonal.mean(-1, keepdim=True)
-        mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # constant inputs: any positive number solves to zero
+        mean = mean_diagonal(gram, uncentred)
         found = []
         for ridge in ridges:
             damped = gram.clone()
