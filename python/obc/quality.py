@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,46 +111,49 @@ def accuracy(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = c
     Raises:
         ValueError: there are no batches.
     """
-    right = total = 0
-    with evaluating(model), torch.inference_mode():
-        for batch in batches:
-            labels = batch["labels"] if isinstance(batch, dict) else batch[1]
-            predicted = _tensor(forward_fn(model, batch)).argmax(-1)
-            right += int((predicted == labels.to(predicted.device)).sum())
-            total += labels.numel()
-    if total == 0:
-        raise ValueError("accuracy got no batches; pass an iterable that is not used up")
-    return right / total
+
+    def right(batch: Any) -> Tensor:
+        labels = batch["labels"] if isinstance(batch, dict) else batch[1]
+        predicted = _tensor(forward_fn(model, batch)).argmax(-1)
+        return predicted == labels.to(predicted.device)
+
+    return _mean("accuracy", (model,), batches, right)
 
 
 def agreement(
     model: nn.Module, reference: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = call_on_batch
 ) -> float:
     """The share of positions at which both models have the same largest logit."""
-    same = total = 0
-    with evaluating(model, reference), torch.inference_mode():
-        for batch in batches:
-            ours, theirs = (_tensor(forward_fn(network, batch)).argmax(-1) for network in (model, reference))
-            same += int((ours == theirs).sum())
-            total += ours.numel()
-    if total == 0:
-        raise ValueError("agreement got no batches; pass an iterable that is not used up")
-    return same / total
+
+    def same(batch: Any) -> Tensor:
+        ours, theirs = (_tensor(forward_fn(network, batch)).argmax(-1) for network in (model, reference))
+        return ours == theirs
+
+    return _mean("agreement", (model, reference), batches, same)
 
 
 def cosine(
     model: nn.Module, reference: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = call_on_batch
 ) -> float:
     """Mean cosine similarity of the two models' outputs along the last dimension."""
+
+    def similarity(batch: Any) -> Tensor:
+        ours, theirs = (_tensor(forward_fn(network, batch)).float() for network in (model, reference))
+        return F.cosine_similarity(ours, theirs, dim=-1)
+
+    return _mean("cosine", (model, reference), batches, similarity)
+
+
+def _mean(figure: str, models: Sequence[nn.Module], batches: Iterable[Any], values: Callable[[Any], Tensor]) -> float:
+    """The mean over all entries of ``values(batch)``, with the models in eval mode."""
     total, count = 0.0, 0
-    with evaluating(model, reference), torch.inference_mode():
+    with evaluating(*models), torch.inference_mode():
         for batch in batches:
-            ours, theirs = (_tensor(forward_fn(network, batch)).float() for network in (model, reference))
-            similarity = F.cosine_similarity(ours, theirs, dim=-1)
-            total += float(similarity.double().sum())
-            count += similarity.numel()
+            found = values(batch)
+            total += float(found.double().sum())
+            count += found.numel()
     if count == 0:
-        raise ValueError("cosine got no batches; pass an iterable that is not used up")
+        raise ValueError(f"{figure} got no batches; pass an iterable that is not used up")
     return total / count
 
 

@@ -109,14 +109,16 @@ def test_one_output_is_not_centred_away() -> None:
     assert float(projection(label_free_loss(), torch.zeros(6)).abs().min()) > 0
 
 
+@pytest.mark.parametrize("labelled", [False, True], ids=["inputs", "(inputs, labels)"])
 @pytest.mark.parametrize("kind", [dict, UserDict])
-def test_padding_does_not_count(kind: Any) -> None:
+def test_padding_does_not_count(kind: Any, labelled: bool) -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    batch = kind({"input_ids": torch.randn(2, 3, 4), "attention_mask": mask})
+    inputs = kind({"input_ids": torch.randn(2, 3, 4), "attention_mask": mask})
+    batch = (inputs, "labels") if labelled else inputs
     model = Outputs(lambda z: Record(last_hidden_state=z))
     loss = label_free_loss()
     before = loss(model, batch)
-    batch["input_ids"] = batch["input_ids"] + 9 * (1 - mask).unsqueeze(-1)
+    inputs["input_ids"] = inputs["input_ids"] + 9 * (1 - mask).unsqueeze(-1)
     loss.seek(0)
     assert torch.equal(loss(model, batch), before)
 

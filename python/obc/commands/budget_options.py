@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from obc.commands import checkpoints
-from obc.commands.common import UsageError
-from obc.commands.score import positive
+from obc.commands.common import UsageError, positive
 from obc.model.latency_table import LatencyTable, LatencyTableError
 from obc.pruning.budgets import NOUNS, Argument, Budget, Meters
 from obc.structures.memory import MemoryUse

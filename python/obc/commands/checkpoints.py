@@ -5,6 +5,7 @@ Nothing is downloaded, no code in the directory is run, and weights are read fro
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -120,6 +121,12 @@ def recompute_activations(model: Any) -> None:
         )
 
 
+def add_options(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """Add the options of how a directory's model is loaded."""
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="(default: the one the model was saved in)")
+    parser.add_argument("--device", help="cpu, cuda:0 ... (default: the first GPU, else the CPU)")
+
+
 def device_of(name: str | None) -> torch.device:
     """The device with this name; None means the first GPU, else the CPU."""
     if name is None:
@@ -146,9 +153,13 @@ def loss_of(kind: str, rows: Literal["batch", "sample"], seed: int) -> Losses:
     return sample_losses if rows == "sample" else lambda model, batch: sample_losses(model, batch).mean()
 
 
+def _called(model: nn.Module, batch: Batch) -> Any:
+    """The output without passing labels, from which the model would compute its own loss, a mean over the batch."""
+    return model(**{name: value for name, value in batch.items() if name != "labels"})
+
+
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits without passing labels, from which the model would compute its own loss, a mean over the batch."""
-    return model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    return _called(model, batch).logits
 
 
 def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -171,7 +182,7 @@ def _labelled(model: nn.Module, batch: Batch) -> Tensor:
 
 def outputs(model: nn.Module, batch: Batch) -> Tensor:
     """The logits on a batch, or the last hidden state if the model has no head; labels are not passed."""
-    found = model(**{name: value for name, value in batch.items() if name != "labels"})
+    found = _called(model, batch)
     output: Tensor = next(found[key] for key in ("logits", "last_hidden_state") if found.get(key) is not None)
     return output
 

@@ -1,10 +1,12 @@
-"""Shared parts of the commands: one-line errors, and checks of installed packages."""
+"""Shared parts of the commands: parsers, one-line errors, and checks of installed packages."""
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 # Exit codes; 0 is success, 1 an error that obc did not foresee.
 USAGE_ERROR = 2
@@ -16,6 +18,25 @@ REPORT_FILES = ("report.json", "obc_report.json")
 
 class UsageError(Exception):
     """The request can't be carried out; the message says why and what to do. The command line exits with 2."""
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str
+) -> argparse.ArgumentParser:
+    """Add a command to the subparsers: ``summary`` is its line in the list, ``description`` keeps its line breaks."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def require(packages: Mapping[str, str]) -> None:

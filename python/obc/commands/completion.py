@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from obc.commands.common import require
+from obc.commands.common import add_command, require
 from obc.distribution import install_command
 
 _DESCRIPTION = f"""\
@@ -19,14 +19,8 @@ The script does not start Python when it completes."""
 
 
 def add(commands: Any) -> None:
-    completion = commands.add_parser(
-        "completion",
-        help="print a completion script for a shell",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    completion = add_command(commands, "completion", run, "print a completion script for a shell", _DESCRIPTION)
     completion.add_argument("shell", choices=("bash", "zsh"))
-    completion.set_defaults(command=run)
 
 
 def run(parsed: argparse.Namespace) -> int:

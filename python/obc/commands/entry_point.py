@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from obc.commands.common import UsageError
+from obc.model.batches import inputs_of
 
 DESCRIPTION = """\
 module:function is called without arguments, with the current folder on the import path, and returns
@@ -94,7 +95,7 @@ def _function(name: str) -> Callable[[], Any]:
 
 def _first_sample(name: str, batch: Any) -> Any:
     """Example inputs for tracing: the first sample of a batch, or of its first entry."""
-    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    inputs = inputs_of(batch)
     if isinstance(inputs, Tensor) and inputs.dim() > 0:
         return inputs[:1]
     raise UsageError(f"{name}: no example_inputs can be taken from batches of {_kind(batch)}; return them as well")

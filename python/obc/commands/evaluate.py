@@ -12,9 +12,8 @@ import torch
 
 from obc import quality
 from obc.commands import checkpoints, data
-from obc.commands.common import UsageError, require
+from obc.commands.common import UsageError, add_command, positive, require
 from obc.commands.run_log import add_log, say
-from obc.commands.score import positive
 from obc.model.evaluation import evaluating
 
 _DESCRIPTION = """\
@@ -29,12 +28,7 @@ _ROUNDS = 7
 
 
 def add(commands: Any) -> None:
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="perplexity, accuracy, agreement, speed",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    evaluate = add_command(commands, "evaluate", run, "perplexity, accuracy, agreement, speed", _DESCRIPTION)
     evaluate.add_argument("model", type=Path, metavar="MODEL_DIR", help="a directory of a model, pruned or not")
     evaluate.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")
     evaluate.add_argument("--reference", type=Path, metavar="MODEL_DIR", help="the unpruned model's directory")
@@ -43,12 +37,8 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--batches", type=positive, default=50, help="at most so many are read (default: 50)")
     evaluate.add_argument("--batch-size", type=positive, default=4, help="samples of a batch (default: 4)")
     evaluate.add_argument("--measure", action="store_true", help="also time a forward pass, beside the reference's")
-    evaluate.add_argument(
-        "--dtype", choices=tuple(checkpoints.DTYPES), help="(default: the one the model was saved in)"
-    )
-    evaluate.add_argument("--device", help="cpu, cuda:0 ... (default: the first GPU, else the CPU)")
+    checkpoints.add_options(evaluate)
     add_log(evaluate)
-    evaluate.set_defaults(command=run)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -12,9 +12,8 @@ from safetensors.torch import save_model
 
 import obc
 from obc.commands import budget_options, checkpoints, entry_point, prune_scored
-from obc.commands.common import REPORT_FILES, UsageError, folder, require
+from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
 from obc.commands.run_log import add_log, say
-from obc.commands.score import positive
 from obc.pruning.budgets import Budget
 
 _DESCRIPTION = f"""\
@@ -49,11 +48,12 @@ _SCORED_ONLY = {
 
 def add(commands: Any) -> None:
     """Add ``obc prune`` to the subparsers: the options of both ways, each in its own group."""
-    prune = commands.add_parser(
+    prune = add_command(
+        commands,
         "prune",
-        help="prune a model of your own code, or a transformers directory by its scores",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        run,
+        "prune a model of your own code, or a transformers directory by its scores",
+        _DESCRIPTION,
     )
     prune.add_argument("target", metavar="module:function | MODEL_DIR")
     prune.add_argument("--out", type=Path, required=True, help="folder of what is written")
@@ -90,10 +90,8 @@ def add(commands: Any) -> None:
     scored.add_argument("--uniform", action="store_true", default=None, help="equal widths in all layers")
     scored.add_argument("--data", type=Path, help="for --compensate: as of obc score")
     scored.add_argument("--seq-len", type=positive, help="for --compensate: as of obc score")
-    scored.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), help="(default: the one it was saved in)")
-    scored.add_argument("--device", help="(default: the first GPU, else the CPU)")
+    checkpoints.add_options(scored)
     add_log(prune)
-    prune.set_defaults(command=run)
 
 
 def _caps(text: str) -> float | dict[str, float]:

@@ -8,9 +8,8 @@ from typing import Any
 
 import obc
 from obc.commands import checkpoints, data
-from obc.commands.common import REPORT_FILES, UsageError, folder, require
+from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
 from obc.commands.run_log import add_log, say
-from obc.commands.score import positive
 from obc.pruning.report import PruningReport
 from obc.structures.transformers.saving import PLAN_FILE, is_saved_pruned, save_pruned
 
@@ -22,12 +21,7 @@ plain model."""
 
 
 def add(commands: Any) -> None:
-    recover = commands.add_parser(
-        "recover",
-        help="distil the unpruned model into the pruned one",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    recover = add_command(commands, "recover", run, "distil the unpruned model into the pruned one", _DESCRIPTION)
     recover.add_argument("model", type=Path, metavar="PRUNED_DIR", help="what obc prune wrote")
     recover.add_argument("--teacher", type=Path, required=True, metavar="MODEL_DIR", help="the unpruned directory")
     recover.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")
@@ -43,10 +37,8 @@ def add(commands: Any) -> None:
     recover.add_argument("--seq-len", type=positive, help="tokens of a sequence (default: as in obc score)")
     recover.add_argument("--checkpoint", type=Path, help="file to resume from after a kill, with the same arguments")
     recover.add_argument("--every", type=positive, default=20, help="steps between checkpoints (default: 20)")
-    recover.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), help="(default: that of the files)")
-    recover.add_argument("--device", help="cpu, cuda:0 ... (default: the first GPU, else the CPU)")
+    checkpoints.add_options(recover)
     add_log(recover)
-    recover.set_defaults(command=run)
 
 
 def run(parsed: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from obc.commands.common import REPORT_FILES, UsageError, writable
+from obc.commands.common import REPORT_FILES, UsageError, add_command, writable
 from obc.files import atomic_write
 from obc.page.document import Section, document
 from obc.page.markup import facts
@@ -24,12 +24,7 @@ obc report scores.safetensors         a score file: every layer's scores, and ho
 
 
 def add(commands: Any) -> None:
-    report = commands.add_parser(
-        "report",
-        help="draw a pruning, or a score file, as one HTML page",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    report = add_command(commands, "report", run, "draw a pruning, or a score file, as one HTML page", _DESCRIPTION)
     report.add_argument(
         "source",
         type=Path,
@@ -38,7 +33,6 @@ def add(commands: Any) -> None:
     )
     report.add_argument("--scores", type=Path, help="the score file of the unpruned model, for the page of a pruning")
     report.add_argument("--out", type=Path, default=Path("report.html"), help="(default: %(default)s)")
-    report.set_defaults(command=run)
 
 
 def load(path: Path) -> Scores:

@@ -15,7 +15,7 @@ from torch import nn
 
 import obc
 from obc.commands import checkpoints, data
-from obc.commands.common import UsageError, require, writable
+from obc.commands.common import UsageError, add_command, positive, require, writable
 from obc.commands.run_log import add_log, say
 from obc.criteria import available, get
 from obc.criteria.scoring import needed
@@ -37,12 +37,7 @@ and no labels."""
 
 
 def add(commands: Any) -> None:
-    score = commands.add_parser(
-        "score",
-        help="score a local transformers directory",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    score = add_command(commands, "score", run, "score a local transformers directory", _DESCRIPTION)
     score.add_argument("model", type=Path, metavar="MODEL_DIR", help="a directory written by save_pretrained")
     score.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")
     score.add_argument("--out", type=Path, default=Path("scores.safetensors"), help="(default: %(default)s)")
@@ -53,8 +48,7 @@ def add(commands: Any) -> None:
         "--seq-len", type=positive, help=f"tokens of a sequence (default: {data.SEQUENCE}, or the model's most)"
     )
     score.add_argument("--loss", choices=checkpoints.LOSSES, default="auto", help="(default: by the model's head)")
-    score.add_argument("--dtype", choices=tuple(checkpoints.DTYPES), help="(default: the one the model was saved in)")
-    score.add_argument("--device", help="cpu, cuda:0 ... (default: the first GPU, else the CPU)")
+    checkpoints.add_options(score)
     score.add_argument("--micro-batch", type=positive, help="samples at once: less memory, the same rows")
     score.add_argument(
         "--checkpointing", action="store_true", help="compute activations again in backward: less memory, the same rows"
@@ -78,14 +72,6 @@ def add(commands: Any) -> None:
     score.add_argument("--every", type=positive, default=10, help="batches between checkpoints (default: 10)")
     score.add_argument("--seed", type=int, default=0, help="of masks and random projections (default: 0)")
     add_log(score)
-    score.set_defaults(command=run)
-
-
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 def run(parsed: argparse.Namespace) -> int:

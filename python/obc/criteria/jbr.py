@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from obc.criteria.masked import output_tensor
 from obc.criteria.protocol import About, MeasuredRows, Subject
 from obc.criteria.rows import read_rows
+from obc.model.batches import attention_mask
 from obc.model.evaluation import ForwardFn, evaluating
 from obc.model.usable_batches import UsableBatches
 
@@ -80,7 +81,7 @@ class PseudoLabelLoss:
         labels = self._labels[self._batches.current][self._sample : self._sample + len(logits)].to(logits.device)
         self._sample += len(logits)
         losses = F.cross_entropy(logits.movedim(class_dim(logits), 1), labels, reduction="none")
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        mask = attention_mask(batch)
         counted = torch.ones_like(losses)
         if mask is not None and mask.shape == losses.shape:
             counted = mask.to(losses)

@@ -1,13 +1,25 @@
-"""Cuts batches along their samples."""
+"""A batch: its inputs, its attention mask, and its parts along the samples."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+
+def inputs_of(batch: Any) -> Any:
+    """The first entry of a tuple or list, such as (inputs, labels); otherwise the batch itself."""
+    return batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+
+
+def attention_mask(batch: Any) -> Tensor | None:
+    """The mask of a mapping, or of the mapping in (mapping, labels); None where there is none."""
+    inputs = inputs_of(batch)
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    return mask if isinstance(mask, Tensor) else None
 
 
 def samples_in(batch: Any) -> int:

@@ -135,7 +135,7 @@ class FinalProof:
         try:
             masked = masked_copy(self._reference, self._groups, gone)
             expected = observe(masked, self._run, lost)
-            if not expected.finite:
+            if not expected.finite():
                 report.unproved[_MODEL] = "the masked model's outputs are not finite on the first batch"
                 return None, 0.0
             repeated = compare(expected, observe(masked, self._run, lost))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from obc.model.batches import attention_mask
 from obc.model.evaluation import ForwardFn, call_on_batch
 
 
@@ -135,7 +136,7 @@ class Distillation:
             teacher_outputs = self.forward_fn(teacher, batch) if compared else None
         with _Outputs(student, self.modules) as got:
             outputs = self.forward_fn(student, batch)
-        mask = _mask(batch)
+        mask = attention_mask(batch)
         terms = []
         if self.logits > 0:
             pair = (self._logits(outputs), self._logits(teacher_outputs))
@@ -197,11 +198,6 @@ class _Outputs:
             handle.remove()
         if error[0] is None and (unseen := [name for name in self._modules if name not in self.seen]):
             raise ValueError(f"the forward pass did not call {unseen[0]!r}; leave it out of Distillation(modules=...)")
-
-
-def _mask(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) else None
 
 
 def _fitting(mask: Tensor | None, values: Tensor) -> Tensor | None:

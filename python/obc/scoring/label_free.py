@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from obc.model.batches import attention_mask
 from obc.model.evaluation import call_on_batch, tensors_in
 from obc.scoring.scorer import Rows
 
@@ -67,7 +68,7 @@ class LabelFreeLoss:
         centre = not is_hidden if self.centre is None else self.centre
         if centre and z.dim() > 1 and z.shape[classes] > 1:
             v = v - v.mean(classes, keepdim=True)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        mask = attention_mask(batch)
         if mask is not None and z.dim() == 3 and mask.shape == z.shape[:2]:
             v = v * mask.unsqueeze(-1)
         losses = (v * z.to(v.dtype)).flatten(1).sum(1) if z.dim() > 1 else v * z

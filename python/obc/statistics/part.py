@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from obc.model.batches import attention_mask
 
 
 class Part:
@@ -28,9 +29,8 @@ class Part:
     def begin(self, batch: Any) -> None:
         """Record the part that the model is about to run on."""
         self.batch = batch
-        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch  # (inputs, labels)
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        self.valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        mask = attention_mask(batch)
+        self.valid = mask.bool() if mask is not None and mask.dim() == 2 else None
 
     def valid_positions(self, x: Tensor, channel_dim: int) -> Tensor | None:
         """(B, T) bool if the positions of ``x`` are those of the attention mask; None if all count.

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from os import PathLike
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from obc.files import parse_json
+from obc.model.by_name import ByName
 from obc.scoring.coverage import Coverage
 from obc.scoring.results.kept_rows import KeptRows
 from obc.scoring.results.report import Report
@@ -44,27 +45,16 @@ OPTIONAL = (("weight_gradients", "square"),)  # fields that a statistic may lack
 Value = TypeVar("Value")
 
 
-class ByModule(Mapping[str, Value], Generic[Value]):
+class ByModule(ByName[Value]):
     """One statistic's results by module name; looking up a module that was not read raises with the reason."""
 
     def __init__(self, name: str, values: Mapping[str, Value], coverage: Mapping[str, Coverage]) -> None:
-        self._name, self._values, self._coverage = name, dict(values), dict(coverage)
+        super().__init__(values)
+        self._name, self._coverage = name, dict(coverage)
 
-    def __getitem__(self, module: str) -> Value:
-        try:
-            return self._values[module]
-        except KeyError:
-            why = self._coverage.get(module, "it is not among the modules that were read; check groups=")
-            raise KeyError(f"no {self._name} of module {module!r}: {why}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, module: object) -> bool:
-        return module in self._values
+    def _why_missing(self, name: str) -> str:
+        why = self._coverage.get(name, "it is not among the modules that were read; check groups=")
+        return f"no {self._name} of module {name!r}: {why}"
 
 
 class Statistics:

@@ -78,7 +78,6 @@ class Observation:
         walk = self.rounding * math.sqrt(max(self.calls, 1))
         return min(_ROUNDINGS * walk, max(_FEW_ROUNDINGS * walk, _SMALL_SHARE), _LARGEST)
 
-    @property
     def finite(self) -> bool:
         return all(bool(torch.isfinite(leaf).all()) for leaf in self.outputs)
 

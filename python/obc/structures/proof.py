@@ -123,7 +123,7 @@ class _Prover:
             proof.unproved |= dict.fromkeys(names, f"a copy of the model does not run: {type(error).__name__}: {error}")
             return proof
         proof.unproved |= unmaskable(self.base, (self.groups[name] for name in names))
-        if not self.unmasked.finite:
+        if not self.unmasked.finite():
             proof.unproved |= dict.fromkeys(names, "the model's outputs are not finite on this batch")
         maskable = [name for name in names if name not in proof.unproved]
         others = [name for name in names if name in proof.unproved]
@@ -148,7 +148,7 @@ class _Prover:
         """Those for which removing equals masking; the others are left out."""
         passing: list[str] = []
         for half in depth:
-            if not self.unmasked.finite:
+            if not self.unmasked.finite():
                 self.proof.unproved |= dict.fromkeys(half, "the model's outputs are not finite on this batch")
                 continue
             self.removals.append({name: torch.zeros(1, dtype=torch.int64) for name in half})
@@ -159,7 +159,7 @@ class _Prover:
         """The model to slice and mask: with some values varied if it runs that way, otherwise unchanged."""
         varied = varied_copy(self.structure.model)
         self.unmasked = self._observe(varied)
-        if self.unmasked.finite:
+        if self.unmasked.finite():
             return varied
         plain = shared_copy(self.structure.model)
         self.unmasked = self._observe(plain)
@@ -278,7 +278,7 @@ class _Prover:
         except Exception as error:
             reason = f"the masked model does not run: {type(error).__name__}: {error}"
         else:
-            if found.finite:
+            if found.finite():
                 return found
             reason = "the masked model's outputs are not finite"
         if len(names) > 1:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from obc.model.by_name import ByName
 from obc.model.groups import ChannelGroup, Side, Sided, Slice, Slices, by_name
 from obc.scoring.coverage import Coverage
 
 Part = tuple[str, Side]
 
 
-class GroupScores(Mapping[str, Tensor]):
+class GroupScores(ByName[Tensor]):
     """Scores per unit of every group that has a scored part, by the group's name.
 
     Attributes:
@@ -31,26 +32,15 @@ class GroupScores(Mapping[str, Tensor]):
         unscored: Mapping[str, Mapping[Part, str]],
         exact: bool,
     ) -> None:
-        self._totals, self.exact = dict(totals), exact
+        super().__init__(totals)
+        self.exact = exact
         self.parts = {name: dict(values) for name, values in parts.items()}
         self.unscored = {name: dict(reasons) for name, reasons in unscored.items()}
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._totals:
-            why = "; ".join(
-                f"{module} ({side}): {reason}" for (module, side), reason in self.unscored.get(name, {}).items()
-            )
-            raise KeyError(f"no scores for group {name!r}: {why or 'no such group'}")
-        return self._totals[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._totals)
-
-    def __len__(self) -> int:
-        return len(self._totals)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._totals
+    def _why_missing(self, name: str) -> str:
+        unscored = self.unscored.get(name, {})
+        why = "; ".join(f"{module} ({side}): {reason}" for (module, side), reason in unscored.items())
+        return f"no scores for group {name!r}: {why or 'no such group'}"
 
     def __repr__(self) -> str:
         how = "kept rows" if self.exact else "scores per channel"

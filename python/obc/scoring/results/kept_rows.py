@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from obc.model.by_name import ByName
 
 # Location of one side's rows of a module: index of the matrix, first column, column after the last.
 Columns = tuple[int, int, int]
@@ -24,7 +26,7 @@ class ChannelRows:
     in_channels: Tensor | None = None
 
 
-class KeptRows(Mapping[str, ChannelRows]):
+class KeptRows(ByName[ChannelRows]):
     """Rows by module name: views of a few large matrices, in the order in which the rows were read.
 
     Args:
@@ -35,6 +37,12 @@ class KeptRows(Mapping[str, ChannelRows]):
     def __init__(self, matrices: Sequence[Tensor], columns: Mapping[str, Mapping[str, Columns]]) -> None:
         self.matrices = list(matrices)
         self.columns = {name: dict(sides) for name, sides in columns.items()}
+        super().__init__(
+            {
+                name: ChannelRows(self._view(sides.get("out_channels")), self._view(sides.get("in_channels")))
+                for name, sides in self.columns.items()
+            }
+        )
 
     @classmethod
     def from_tensors(
@@ -74,23 +82,9 @@ class KeptRows(Mapping[str, ChannelRows]):
         """The matrices under their names in files."""
         return {f"rows:{index}": matrix for index, matrix in enumerate(self.matrices)}
 
-    def __getitem__(self, name: str) -> ChannelRows:
-        if not self.matrices:
-            raise KeyError(f"no rows of module {name!r}: none were kept; score with keep_rows=True")
-        try:
-            sides = self.columns[name]
-        except KeyError:
-            raise KeyError(f"no rows of module {name!r}: it is not among the scored modules") from None
-        return ChannelRows(self._view(sides.get("out_channels")), self._view(sides.get("in_channels")))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.columns)
-
-    def __len__(self) -> int:
-        return len(self.columns)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.columns
+    def _why_missing(self, name: str) -> str:
+        why = "it is not among the scored modules" if self.matrices else "none were kept; score with keep_rows=True"
+        return f"no rows of module {name!r}: {why}"
 
     def __repr__(self) -> str:
         rows = len(self.matrices[0]) if self.matrices else 0

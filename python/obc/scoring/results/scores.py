@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from obc.distribution import install_command
 from obc.files import parse_json
+from obc.model.by_name import ByName
 from obc.model.groups import ChannelGroup, Slices
 from obc.page.document import fragment
 from obc.page.markup import element
@@ -47,7 +48,7 @@ class ChannelScores:
     in_channels: Tensor | None = None
 
 
-class Scores(Mapping[str, ChannelScores]):
+class Scores(ByName[ChannelScores]):
     """Scores of a model, keyed by module name.
 
     S[c] = sum over rows n of (w_c . dL_n/dw_c)^2 for the slice w_c of one channel in one module. The score of a group's
@@ -71,28 +72,16 @@ class Scores(Mapping[str, ChannelScores]):
         rows: KeptRows | None = None,
         report: Report | None = None,
     ) -> None:
-        self._channels = dict(channels)
+        super().__init__(channels)
         self.num_rows = num_rows
         self.coverage = {name: Coverage.parse(how) for name, how in coverage.items()}
         self.metadata = dict(metadata)
         self.rows = KeptRows([], {}) if rows is None else rows
         self.report = report
 
-    def __getitem__(self, name: str) -> ChannelScores:
-        try:
-            return self._channels[name]
-        except KeyError:
-            why = self.coverage.get(name, "no such module was there when the model was scored")
-            raise KeyError(f"no scores for module {name!r}: {why}") from None
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._channels)
-
-    def __len__(self) -> int:
-        return len(self._channels)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._channels
+    def _why_missing(self, name: str) -> str:
+        why = self.coverage.get(name, "no such module was there when the model was scored")
+        return f"no scores for module {name!r}: {why}"
 
     def __repr__(self) -> str:
         lines = self.table()
@@ -104,7 +93,7 @@ class Scores(Mapping[str, ChannelScores]):
         """A header, then one line per module: its channels, the range of its out-channel scores, how it was read."""
         lines: list[tuple[str, ...]] = [("module", "out", "in", "min", "median", "max", "read by")]
         for name, how in self.coverage.items():
-            scores = self._channels.get(name, ChannelScores(None))
+            scores = self._values.get(name, ChannelScores(None))
             values = scores.out_channels
             spread = ("", "", "")
             if values is not None and values.numel():
@@ -153,7 +142,7 @@ class Scores(Mapping[str, ChannelScores]):
         from obc.model.rules import Rule, channel_count, rule_for
 
         modules = dict(model.named_modules())
-        for name, channels in self._channels.items():
+        for name, channels in self._values.items():
             if name not in modules:
                 raise ScoresError(f"these scores are of another model: this one has no module {name!r}; score it")
             rule = rule_for(modules[name])
@@ -176,7 +165,7 @@ class Scores(Mapping[str, ChannelScores]):
             OSError: the file can't be written; an existing file is left unchanged.
         """
         tensors = {}
-        for name, channels in self._channels.items():
+        for name, channels in self._values.items():
             for side, values in (("out_channels", channels.out_channels), ("in_channels", channels.in_channels)):
                 if values is not None:
                     tensors[f"{name}:{side}"] = values.detach().cpu().contiguous()
@@ -186,7 +175,7 @@ class Scores(Mapping[str, ChannelScores]):
             "num_rows": str(self.num_rows),
             "coverage": json.dumps({name: how.fields() for name, how in self.coverage.items()}),
             "metadata": json.dumps(self.metadata),
-            "modules": json.dumps(list(self._channels)),
+            "modules": json.dumps(list(self._values)),
         }
         if self.report is not None:
             metadata["report"] = json.dumps(asdict(self.report))
@@ -252,7 +241,7 @@ class Scores(Mapping[str, ChannelScores]):
             from matplotlib.figure import Figure
         except ImportError as error:
             raise ImportError(f"Scores.plot needs matplotlib: {install_command('plot')}") from error
-        _draw(Figure, self._channels, self._headline(), path)
+        _draw(Figure, self._values, self._headline(), path)
 
 
 def _parsed_coverage(text: str) -> dict[str, Coverage]:
