@@ -14,10 +14,12 @@ MASK = torch.tensor([[1, 1, 0]])
 
 
 @pytest.mark.parametrize("kind", [dict, UserDict])
-@pytest.mark.parametrize("around", [lambda x: x, lambda x: (x, "labels"), lambda x: [x]], ids=["alone", "pair", "list"])
-def test_the_mask_is_found_wherever_the_model_gets_it(kind: Any, around: Any) -> None:
+@pytest.mark.parametrize(
+    "as_batch", [lambda x: x, lambda x: (x, "labels"), lambda x: [x]], ids=["alone", "pair", "list"]
+)
+def test_the_mask_is_found_wherever_the_model_gets_it(kind: Any, as_batch: Any) -> None:
     """As call_on_batch hands the first entry of (inputs, labels) to the model."""
-    assert attention_mask(around(kind({"attention_mask": MASK}))) is MASK
+    assert attention_mask(as_batch(kind({"attention_mask": MASK}))) is MASK
 
 
 @pytest.mark.parametrize("batch", [None, (), torch.ones(2), {"attention_mask": None}, ({"x": MASK}, MASK)], ids=repr)
