@@ -242,7 +242,7 @@ def test_a_checkpoint_of_another_seed(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").write_bytes(content)
     case = models.residual_cnn()
-    with pytest.raises(CheckpointError, match="no checkpoint, or is damaged"):
+    with pytest.raises(CheckpointError, match="not a checkpoint, or is damaged"):
         obc.score(case.model, case.batches, case.loss, checkpoint=tmp_path / "checkpoint")
 
 
@@ -273,7 +273,7 @@ def _go_on_together(rank: int, store: str, folder: str) -> None:
     case, path = models.residual_cnn(), Path(folder) / f"checkpoint{rank}"
     group = torch.distributed.group.WORLD
     broken_off(case, path, calls=5 if rank == 0 else 7)
-    with pytest.raises(CheckpointError, match=r"not of the same row, \[4, 6\] batches are done"):
+    with pytest.raises(CheckpointError, match=r"are at different rows, \[4, 6\] batches are done"):
         obc.score(case.model, case.batches * 3, case.loss, checkpoint=path, process_group=group)
     path.unlink()
     broken_off(case, path, calls=5, process_group=group)
