@@ -12,12 +12,12 @@ PAGE = Path(__file__).parent / "criteria.md"
 
 _HEAD = """# Criteria
 
-`obc.prune(criterion=NAME)`; options go to the object: `criterion=obc.criteria.SlimGPT(...)`. Written for unit u of a
-group: W is the weight of a consumer or producer, x the input of a consumer, g a gradient, r a row. The least important
-unit has the lowest score. This page is written by `python docs/criteria_table.py`.
+`obc.prune(criterion=NAME)`; options go to the object: `criterion=obc.criteria.SlimGPT(...)`. Notation for unit u of a
+group: W is the weight of a consumer or producer, x the input of a consumer, g a gradient, r a row. The least
+important unit has the lowest score. This page is written by `python docs/criteria_table.py`.
 
-"needs": *weights* alone; *forward* passes; *gradients* of any loss, also without labels; *labels*: published with a
-loss on labels, though any loss will do.
+"needs": *weights* only; *forward* passes; *gradients* of any loss, also without labels; *labels*: published with a
+loss on labels, but any loss works.
 """
 
 
@@ -71,13 +71,13 @@ def page() -> str:
         _HEAD,
         _table(["name", "system", "score of a unit", "needs", "units"], all_of_them),
         "## Where they come from\n\nThe allocation that a criterion was published with is used unless\n"
-        "`obc.prune(allocation=...)` says otherwise. The update is what to pass as `compensate=...`.\n",
+        "`obc.prune(allocation=...)` says otherwise. The update is the value for `compensate=...`.\n",
         _table(["name", "source", "statistics", "allocation", "update"], published),
         "## Where the published code differs, and what is not covered\n",
         _table(["name", "published code", "not covered"], differs),
         f"## Systems of the field\n\n{len(WITH_CRITERION)} have a criterion here, tested against their formula:\n",
         _table(["system", "works", "does not, and why"], _systems()),
-        "## Other systems\n\nWithout a criterion of their own here:\n",
+        "## Other systems\n\nThese have no criterion of their own here:\n",
         _table(["system", "what works", "what does not, and why"], [[name, *said] for name, said in ELSEWHERE.items()]),
     ]
     return "\n".join(part.rstrip("\n") + "\n" for part in parts)

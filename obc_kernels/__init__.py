@@ -16,7 +16,7 @@ _LAUNCHER = "_triton"
 
 
 def require() -> None:
-    """Raise ImportError with the reason where these kernels can't run: no Triton, or no GPU and no interpreter."""
+    """Raise ImportError with the reason if these kernels can't run: no Triton, or no GPU and no interpreter."""
     try:
         importlib.import_module("triton")
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not at hand and read what the compiler made: ``python -m obc_kernels.aot``.
+"""Compile every kernel for absent GPUs and inspect the machine code: ``python -m obc_kernels.aot``.
 
 The launchers run on tensors without memory (``meta``) while :mod:`obc_kernels.launch` records instead of launching, so
 what is compiled is what would be launched: the same specialisations, block sizes and options. One line per kernel,
@@ -57,7 +57,7 @@ SECOND_STAGES = (
 
 @dataclass(frozen=True)
 class Report:
-    """What the machine code of one kernel shows."""
+    """The properties of one kernel's machine code."""
 
     kernel: str
     case: str
@@ -92,7 +92,7 @@ HEADER = (
 
 
 def cases() -> list[Case]:
-    """Those of every operator's file, by the operators' names."""
+    """The cases in every operator's file, by operator."""
     modules = (importlib.import_module(f"obc_kernels.{found.name}") for found in pkgutil.iter_modules(FOLDER))
     return [case for module in modules for case in getattr(module, "CASES", ())]
 

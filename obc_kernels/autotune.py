@@ -1,11 +1,11 @@
-"""Launch parameters chosen by timing instead of by the heuristics: only where ``OBC_AUTOTUNE=1``.
+"""Launch parameters chosen by timing instead of by the heuristics, only with ``OBC_AUTOTUNE=1``.
 
 A family of kernels has a few variations of its heuristic's parameters. At the first call of a class of shapes (sizes up
 to the next power of two, layout, dtype, device) each is timed on that call's own inputs, which waits for the device;
 from then on the fastest is used for as long as the process lives. Within one choice results have the same bits every
 time; another choice may add in another order, so two processes that tune may differ in the last bits.
 
-``OBC_AUTOTUNE_FILE=choices.json`` keeps choices between processes: what stands there is not timed again. Choices that
+``OBC_AUTOTUNE_FILE=choices.json`` keeps choices between processes: what it contains is not timed again. Choices that
 can't be timed (a CUDA graph is being captured, or tensors have no memory) are the heuristic's, and are not kept.
 """
 
@@ -30,7 +30,7 @@ logger = logging.getLogger("obc")
 
 
 class LaunchParameters(Protocol):
-    """What a kernel's class of launch parameters offers; the arguments are its own."""
+    """The interface of a kernel's class of launch parameters; the arguments are its own."""
 
     @classmethod
     def from_heuristic(cls, *arguments: Any) -> Any: ...

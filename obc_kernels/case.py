@@ -1,4 +1,4 @@
-"""What is compiled ahead of time: a kernel's file lists, in ``CASES``, arguments that lead to kernels of their own."""
+"""Cases to compile ahead of time: a kernel's file lists, in ``CASES``, arguments that lead to different kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Case:
 
     Attributes:
         operator: the operator's name.
-        name: what is special.
+        name: the special feature.
         run: launches on tensors of a dtype, which :func:`empty` makes.
         aligned: its inputs are adjacent in memory, of sizes divisible by 16: some load must be of 16 bytes.
         dtypes: names among ``DTYPES``.

@@ -43,7 +43,7 @@ def _all_finite(squares):
 
 @triton.jit
 def _add_segments(sum_a, last_a, sum_b, last_b):
-    """Running sums that start anew with every group; ``last`` is the group of the right end."""
+    """Running sums that restart with every group; ``last`` is the group of the right end."""
     return tl.where(last_a == last_b, sum_a + sum_b, sum_b), last_b
 
 
@@ -116,9 +116,9 @@ def _end_row_kernel(
 
 @triton.jit
 def _earlier_shares(share_ptr, groups_ptr, tile, target, stride_g, ACC: tl.constexpr, BLOCK_C: tl.constexpr):
-    """What the tiles before this one hold of the group with which it begins, on that group's channels."""
+    """The earlier tiles' parts of the group with which this tile begins, on that group's channels."""
     group = tl.load(groups_ptr + tile * BLOCK_C * stride_g)
-    # The last tile before this one that ends with another group; those after it hold nothing but this group.
+    # The last earlier tile that ends with another group; the tiles after it contain only this group.
     earlier = tl.zeros((), dtype=ACC)
     first = tile
     more = tile > 0

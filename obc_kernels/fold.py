@@ -42,9 +42,9 @@ from obc_kernels.case import Case, empty
 from obc_kernels.launch import launch
 from obc_kernels.layout import ceil_div, power_of_two
 
-# A result row of 256 float32 is 64 registers a thread of 256: what a program can hold beside the operands.
+# A result row of 256 float32 takes 64 registers per thread of 256: as many as fit in addition to the operands.
 MOST_KEPT_IN = 256
-# The kernel is there to save launches of small products; larger ones go to the platform's library.
+# The kernel saves launches of small products; larger ones go to the platform's library.
 MOST_WEIGHTS = 2**20
 
 

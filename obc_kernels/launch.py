@@ -1,4 +1,4 @@
-"""The one door through which every kernel is launched, so that launches can be counted and compiled ahead of time."""
+"""Launches every kernel in one place, so that launches can be counted and compiled ahead of time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def launch(
 ) -> None:
     """Run ``programs`` programs of ``kernel`` on the current stream of the device of ``args[0]``.
 
-    ``num_stages`` is 1 but for matrix products: the streaming kernels keep enough 16-byte loads in flight without
+    ``num_stages`` is 1 except for matrix products: the streaming kernels keep enough 16-byte loads in flight without
     the software pipeline. ``max_registers`` tells NVIDIA's assembler that 128 registers a thread, four programs of
     four warps on a multiprocessor, are fine: left alone it spills to reach an occupancy that nothing here needs.
     """

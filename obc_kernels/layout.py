@@ -1,4 +1,4 @@
-"""How tensors of any strides are walked: axes that lie together in memory become one, the rest is decoded per tile."""
+"""Walks tensors of any strides: axes that are adjacent in memory are merged, the rest is decoded per tile."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Walk:
     """Equally shaped tensors as (rows, channels, outer positions, inner positions).
 
     Attributes:
-        rows: samples that stay apart; 1 where there are none.
+        rows: number of samples that are kept separate, or 1.
         channels: size of the channel dimension.
         outer: sizes of the three outer axes of positions.
         inner: size of the inner axis of positions.
@@ -87,7 +87,7 @@ class Walk:
         along = 1 if channels_inner else OUTER_AXES + 2
         align = 1
         if all(s[along] == 1 for s in strides):
-            # Triton by itself sees only whether an integer is divisible by 16; planes of 14 x 14 are not, and are by 4.
+            # Triton itself only detects divisibility by 16; planes of 14 x 14 are divisible by 4.
             others = [stride for row in strides for d, stride in enumerate(row) if d != along]
             align = math.gcd(VECTOR_BYTES // first.element_size(), channels if channels_inner else inner, *others)
         rows = first.shape[0] if per_sample else 1
@@ -100,7 +100,7 @@ class Walk:
 
     @property
     def size_class(self) -> tuple[int | bool, ...]:
-        """What launch parameters that were tuned depend on."""
+        """The key of tuned launch parameters."""
         sizes = autotune.size_class(self.rows, self.channels, self.outer_steps, self.inner)
         return (*sizes, self.channels_inner, self.align)
 
@@ -136,7 +136,7 @@ def accumulator(tensor: Tensor) -> torch.dtype:
 
 @triton.jit
 def aligned(value, ALIGN: tl.constexpr):
-    """``value``, which ALIGN divides, in a form that shows the compiler so."""
+    """``value``, a multiple of ALIGN, in a form that shows this to the compiler."""
     return value // ALIGN * ALIGN
 
 

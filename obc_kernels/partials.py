@@ -48,7 +48,7 @@ class PartialsConfig:
 
 
 def sum_partials(partial: Tensor) -> Tensor:
-    """Add the partial sums along dim 0; of a single one, hand it on as it is."""
+    """Add the partial sums along dim 0; a single one is returned unchanged."""
     splits = partial.shape[0]
     if splits == 1:
         return partial.squeeze(0)

@@ -228,7 +228,7 @@ class WeightWalk:
 
     @property
     def size_class(self) -> tuple[int | bool, ...]:
-        """What launch parameters that were tuned depend on."""
+        """The key of tuned launch parameters."""
         return (*autotune.size_class(self.groups, self.rows_per_group, self.columns), self.flat, self.align)
 
     @classmethod

@@ -7,7 +7,7 @@ of the first stage and one of the second per dtype, two for the usual model.
 Bytes: all inputs once, the partial sums as in weight_dot, and the worklist: 8 bytes a program and 168 a layer.
 
 The worklist is uploaded once and kept for as long as the same memory comes again (:data:`CACHED_WORKLISTS`).
-Nothing reads back or waits. Inside a CUDA graph capture it is built anew and its copy is part of the graph.
+Nothing reads back or waits. Inside a CUDA graph capture it is rebuilt, and its copy is part of the graph.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ class _Layer:
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """What the worklist depends on."""
+        """The key of a worklist."""
         bias = (
             None
             if self.bias is None or self.bias_grad is None
@@ -249,7 +249,7 @@ class _Table:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one layer's partial sums lie and how many of either kind there are."""
+    """The location and numbers of one layer's partial sums of both kinds."""
 
     row: int
     column: int

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 class SumRecord(NamedTuple):
-    """What the first stage reads of one layer: the arguments of :func:`obc_kernels.weight_dot.weight_dot_kernel`.
+    """The record of one layer for the first stage: the arguments of :func:`obc_kernels.weight_dot.weight_dot_kernel`.
 
     Attributes:
         weight, grad: addresses.
@@ -48,7 +48,7 @@ class SumRecord(NamedTuple):
 
 
 class FinishRecord(NamedTuple):
-    """What the second stage reads of the rows, or of the columns, of one layer.
+    """The record of the rows, or of the columns, of one layer for the second stage.
 
     Attributes:
         is_out: whether these are out channels.

@@ -95,7 +95,7 @@ class Minitron(Criterion):
         "arXiv 2407.14679, 2504.11409; code NVIDIA/Model-Optimizer",
         "norm over the unit's channels of sqrt(sum_b (mean_t |x_btc|)^2)",
         "forward",
-        differs="its code ranks the heads of each group by themselves, here a unit is the j-th head of every group; "
+        differs="its code ranks the heads of each group separately, here a unit is the j-th head of every group; "
         "for Mamba it reads x as in_proj returns it, here it is what out_proj is given",
         missing="hidden size by post-norm activations; channels of Mamba-2's heads; width search and distillation",
     )

@@ -36,7 +36,7 @@ class BeamSearch(MeasuredCriterion):
         "MSE(f, f with the set masked) when u joins the best set of a beam; plus that of the null prompt",
         "forward",
         kinds="channels, heads, blocks",
-        missing="re-use of a neighbouring block where the distance falls",
+        missing="re-use of a neighbouring block if the distance falls",
     )
     per_cost = False
 

@@ -40,19 +40,19 @@ WITH_CRITERION: dict[str, tuple[str, str]] = {
 # System without a criterion of its own -> (what works, what does not and why).
 ELSEWHERE: dict[str, tuple[str, str]] = {
     "OBS-Diff": (
-        "`obs` with `Gram(weight=...)`: a weight a step",
+        "`obs` with `Gram(weight=...)`: one weight per step",
         "fusing the ranks of two attention streams",
     ),
     "DarwinLM": ('`obs`, with `allocation="search"` for its evolution', "fine-tuning of every candidate"),
     "Týr-the-Pruner": ('`OBS(first_order=True)`, `allocation="search"`', "its weighted error accumulation"),
-    "HARP": ('`flap` with `compensate="mean"`', "attention layers replaced by scaled values: no unit says that"),
+    "HARP": ('`flap` with `compensate="mean"`', "attention layers replaced by scaled values: no unit for that"),
     "LOP": ("`minitron` or `cfsp` ranks as it does", "ratios by tree search and a predictor trained on them"),
     "SAAP": (
         "`llm_pruner_element` and `llm_pruner_vector`",
         "their fusion, whose variances are not published",
     ),
     "GETA, HESSO": ("rows give w · g per unit", "a saliency inside training, with shrinking and bit widths"),
-    "HAP": ("`fastoba` is its kin by Hessian products", "Hutchinson's trace, and implants for what goes"),
+    "HAP": ("`fastoba` is related by Hessian products", "Hutchinson's trace, and implants for removed units"),
     "Reassessing layer pruning": ('`block_influence`, `allocation="tail"`', "its perplexity without each layer"),
     "GPTailor": ("nothing", "merges layers of several fine-tuned variants"),
     "L³Prune": ("nothing", "reads a contrastive loss off every layer"),

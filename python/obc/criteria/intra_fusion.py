@@ -17,7 +17,7 @@ class IntraFusion(Magnitude):
         self.about = About(  # type: ignore[misc]
             "Intra-Fusion",
             "arXiv 2402.07839; code alexandertheus/Intra-Fusion",
-            "L1 magnitude; what goes is fused into what stays by optimal transport of weights",
+            "L1 magnitude; removed units are fused into kept ones by optimal transport of weights",
             "weights",
             differs="its code multiplies outputs by T itself, so that they grow with what they fuse: outputs='sum'",
             missing="merging of BatchNorms (its code merges them before; torch.nn.utils.fusion does), Gaussian "

@@ -39,7 +39,7 @@ class MaskedEvaluation(MeasuredCriterion):
     about = About(
         "oracle, MultiPruner and BlockPruner (greedy), HierarchicalPrune",
         "oracle: arXiv 1611.06440; MultiPruner: arXiv 2501.09949",
-        "loss, KL or MSE with u masked, minus that of the model as it is",
+        "loss, KL or MSE with u masked, minus that of the present model",
         "labels",
         missing="MultiPruner's order of kinds",
     )

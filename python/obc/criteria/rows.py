@@ -104,7 +104,7 @@ class Jacobian(Criterion):
         "sum over rows n of (sum over consumers of w . dL_n/dw)^2",
         "labels",
         kinds="all that have rows",
-        differs="slices='all' squares every slice by itself, as the paper does",
+        differs="slices='all' squares every slice separately, as the paper does",
     )
 
     def __init__(self, slices: Slices = "gate") -> None:
