@@ -250,9 +250,18 @@ def gradients(subject: Subject, functional: Callable[..., Tensor] = loss) -> lis
 Take = Callable[[Tensor, int], Tensor]
 
 
-def entries(subject: Subject, part: Slice) -> tuple[str, Take] | None:
-    """The weight that loses entries with one slice of a layer, and what takes a unit's out of a tensor like it."""
+def entries(subject: Subject, part: Slice, experts: bool = True) -> tuple[str, Take] | None:
+    """The weight that loses entries with one slice of a layer, and what takes a unit's out of a tensor like it.
+
+    Of experts a unit takes its rows of all gate and up projections, and its column of all down projections.
+    """
     layer: Any = dict(subject.model.named_modules()).get(part.module)
+    if experts and layer is None and part.module.endswith("experts.gate_up_proj"):
+        return part.module, lambda t, u: torch.cat([one[part.channels[u]].flatten() for one in t])
+    if experts and part.side == "in" and isinstance(getattr(layer, "down_proj", None), nn.Parameter):
+        return f"{part.module}.down_proj", lambda t, u: torch.cat(
+            [t[e][:, int(part.channels[u])] for e in range(len(t))]
+        )
     if not isinstance(layer, LAYERS):
         return None
     groups, transposed = getattr(layer, "groups", 1), isinstance(layer, nn.ConvTranspose2d)  # the latter in one group
@@ -281,16 +290,16 @@ def read_entries(subject: Subject, part: Slice) -> list[tuple[str, Take]]:
     if isinstance(getattr(layer, "down_proj", None), nn.Parameter):
         dims = (0,) if part.side == "out" else (2,)
         return [(f"{part.module}.down_proj", lambda t, u: t.index_select(dims[0], part.channels[u]).flatten())]
-    found = entries(subject, part)
+    found = entries(subject, part, experts=False)
     own = ["weight", "bias"] if found is None else ["bias"] if part.side == "out" else []
     parameters = dict(layer.named_parameters(recurse=False))
     plain = [(f"{part.module}.{key}", lambda t, u: t[part.channels[u]].flatten()) for key in own if key in parameters]
     return [*([] if found is None else [found]), *plain]
 
 
-def weighted(subject: Subject, group: ChannelGroup) -> list[tuple[Slice, str, Take]]:
+def weighted(subject: Subject, group: ChannelGroup, experts: bool = True) -> list[tuple[Slice, str, Take]]:
     """(slice, parameter, what takes a unit's entries) of the group's slices of layers with two sides."""
-    parts = [(part, entries(subject, part)) for part in group.slices]
+    parts = [(part, entries(subject, part, experts)) for part in group.slices]
     return [(part, *found) for part, found in parts if found is not None]
 
 

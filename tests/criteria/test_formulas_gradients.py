@@ -208,7 +208,7 @@ def test_gaprune_of_single_weights(name: str) -> None:
         importance[key] = 1 / (1 + (-(raw - raw.mean()) / deviation).exp())
     expected = {}
     for group in subject.groups:
-        taken = weighted(subject, group)
+        taken = weighted(subject, group, experts=False)
         if taken:
             units = [torch.cat([take(importance[key], u) for _, key, take in taken]) for u in range(group.size)]
             expected[group.name] = torch.stack([unit.mean() for unit in units])

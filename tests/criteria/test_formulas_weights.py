@@ -11,7 +11,10 @@ from formulas import check, make_subject, values_of, weighted
 from torch import Tensor, nn
 from transcribed import ALL, FOUR, transcribes
 
+import obc
+from obc import criteria
 from obc.criteria import Subject, group_scores
+from obc.model.groups import ChannelGroup, Slice
 
 Of = Callable[[list[Tensor], int], Tensor]
 
@@ -89,3 +92,28 @@ def test_random_scores_are_drawn_from_the_generator(name: str) -> None:
     check(got, expected)
     with pytest.raises(AssertionError):
         check(group_scores("random", subject), expected)
+
+
+class Experts(nn.Module):
+    """Two experts of three inner channels, stored as transformers stores them, or the other way round."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        tensors = [torch.randn(2, 6, 5, generator=generator), torch.randn(2, 5, 3, generator=generator)]
+        for name, tensor in zip(("gate_up_proj", "down_proj"), tensors, strict=True):
+            self.register_parameter(name, nn.Parameter(tensor.mT.contiguous() if transposed else tensor))
+
+
+@pytest.mark.parametrize("criterion", ["l1", "l2", "fpgm", "whc"])
+def test_experts_that_are_stored_the_other_way_round_score_the_same(criterion: str) -> None:
+    units = torch.arange(3)[:, None]
+    slices = (Slice("0.gate_up_proj", "out", torch.cat([units, units + 3], 1)), Slice("0", "in", units))
+    group = ChannelGroup("0", slices, "expert_ffn")
+    nothing = obc.Statistics({}, rows=None, num_batches=0, coverage={})
+    found = [
+        criteria.get(criterion).score(group, nothing, nn.Sequential(Experts(transposed)))
+        for transposed in (False, True)
+    ]
+    torch.testing.assert_close(found[1], found[0])
+    assert len(set(found[0].tolist())) == 3

@@ -15,7 +15,7 @@ import obc
 from obc import criteria
 from obc.criteria import registry
 from obc.recovery.mean_bias import absorb_means
-from obc.structures.transformers import load_pruned, save_pruned
+from obc.structures.transformers import TransformersStructure, load_pruned, save_pruned
 
 # What needs another model than a Llama, or data of a second domain.
 OF_OTHERS = {
@@ -50,6 +50,17 @@ def test_criteria_of_experts_prune_experts(name: str) -> None:
     report = obc.prune(case.model, batches=case.batches, loss_fn=case.loss, criterion=name, **options).report
     experts = {widths for name, widths in report.widths.items() if name.endswith("experts")}
     assert experts == {(4, 3)}
+
+
+@pytest.mark.parametrize("name", ["l1", "fpgm", "taylor", "fisher", "llm_pruner_vector", "nirvana", "tolerance"])
+def test_criteria_of_weights_and_their_gradients_prune_what_lies_inside_experts(name: str) -> None:
+    case = families.FAMILIES["mixtral"]()
+    structure = TransformersStructure(case.model, ["expert_ffn"])
+    options: dict[str, Any] = {"params": 0.8, "steps": 1, "progress": False, "structure": structure}
+    report = obc.prune(case.model, batches=case.batches, loss_fn=case.loss, criterion=name, **options).report
+    assert not report.left_out
+    assert all(1 <= after <= before == 48 for before, after in report.widths.values())
+    assert report.steps[-1].parameters <= 0.8
 
 
 @pytest.mark.parametrize("name", sorted(OF_OTHERS - {"gaprune"}))

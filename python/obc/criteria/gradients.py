@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from obc.criteria.protocol import About, Criterion
-from obc.criteria.units import by_unit, mean_over_slices, module_of, weight_of
+from obc.criteria.slices import slice_weight
+from obc.criteria.units import mean_over_slices
 from obc.model.groups import ChannelGroup, Slice
 from obc.selection.allocation import TwoClasses
 from obc.statistics.results import Statistics
@@ -30,7 +32,7 @@ class Taylor(Criterion):
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         def value(part: Slice) -> Tensor | None:
             found = products(part, statistics, model)
-            return None if found is None else found[0].abs().sum(1)
+            return None if found is None else found.first.abs().sum(1)
 
         return mean_over_slices(group, value)
 
@@ -43,7 +45,7 @@ class Fisher(Criterion):
     needs = (WeightGradients(square=True),)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        parts = [found[1].sum(1) for _, found in _of_slices(group, statistics, model)]
+        parts = [found.second.sum(1) for found in _of_slices(group, statistics, model)]
         return torch.stack(parts).sum(0) if parts else None
 
 
@@ -79,9 +81,8 @@ class LLMPruner(Criterion):
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         parts = []
-        for part, (first, second) in _of_slices(group, statistics, model):
-            count = statistics.weight_gradients[part.module].count
-            salience = first - 0.5 * second / count if self.second_order else first
+        for found in _of_slices(group, statistics, model):
+            salience = found.first - 0.5 * found.second / found.count if self.second_order else found.first
             parts.append(salience.abs().sum(1) if self.form == "element" else salience.sum(1).abs())
         return torch.stack(parts).sum(0) if parts else None
 
@@ -124,27 +125,39 @@ class Nirvana(Criterion):
         return logits.amax(1).mean() if self.over == "sequence" else logits.amax(-1).mean()
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        parts = [first.abs().sum(1) for _, (first, _) in _of_slices(group, statistics, model)]
+        parts = [found.first.abs().sum(1) for found in _of_slices(group, statistics, model)]
         return torch.stack(parts).sum(0) if parts else None
 
 
-def products(part: Slice, statistics: Statistics, model: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """(units, entries) w g and w^2 sum g_n^2 of one slice, float64 on the CPU; None for slices without a gradient."""
-    module = module_of(model, part)
-    weight = weight_of(module)
-    if module is None or weight is None or part.module not in statistics.weight_gradients:
+@dataclass(frozen=True, eq=False)
+class Products:
+    """Weight times gradient over one slice, (units, entries) float64 on the CPU.
+
+    Attributes:
+        first: w g.
+        second: w^2 sum g_n^2; zero if squares were not collected.
+        count: how many gradients were added up.
+    """
+
+    first: Tensor
+    second: Tensor
+    count: int
+
+
+def products(part: Slice, statistics: Statistics, model: nn.Module) -> Products | None:
+    """The products of one slice; None for slices without a gradient."""
+    found = slice_weight(part, model)
+    if found is None or found.name not in statistics.weight_gradients:
         return None
-    found = statistics.weight_gradients[part.module]
-    first = by_unit(module, weight * found.total, part).double().cpu()
-    if found.square is None:
-        return first, torch.zeros_like(first)
-    return first, by_unit(module, weight.square() * found.square, part).double().cpu()
+    sums, weight = statistics.weight_gradients[found.name], found.weight
+    first = found.by_unit(weight * sums.total).double().cpu()
+    if sums.square is None:
+        return Products(first, torch.zeros_like(first), sums.count)
+    return Products(first, found.by_unit(weight.square() * sums.square).double().cpu(), sums.count)
 
 
-def _of_slices(
-    group: ChannelGroup, statistics: Statistics, model: nn.Module
-) -> Iterator[tuple[Slice, tuple[Tensor, Tensor]]]:
+def _of_slices(group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Iterator[Products]:
     for part in group.slices:
         found = products(part, statistics, model)
         if found is not None:
-            yield part, found
+            yield found

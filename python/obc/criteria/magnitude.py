@@ -10,7 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc import ops
 from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion, Subject
-from obc.criteria.units import by_unit, mean_over_slices, module_of, relative, weight_of
+from obc.criteria.slices import slice_weight
+from obc.criteria.units import mean_over_slices, module_of, relative
 from obc.model.groups import ChannelGroup, Slice
 from obc.statistics.results import Statistics
 
@@ -104,10 +105,9 @@ def by_weights(
     """The mean of ``value``, a function of (units, entries), over the layers' slices, divided by the group's mean."""
 
     def part_values(part: Slice) -> Tensor | None:
-        module = module_of(model, part)
-        weight = weight_of(module)
-        if module is None or weight is None or (producers and part.side == "in"):
+        found = slice_weight(part, model)
+        if found is None or (producers and part.side == "in"):
             return None
-        return value(by_unit(module, weight, part).contiguous())
+        return value(found.by_unit(found.weight).contiguous())
 
     return relative(mean_over_slices(group, part_values))

@@ -12,7 +12,7 @@ from obc.criteria.magnitude import Magnitude
 from obc.criteria.masked import Evaluation, Masks
 from obc.criteria.protocol import About, CriterionError, GroupScores, LossFn, MeasuredCriterion, Subject
 from obc.criteria.scoring import group_scores
-from obc.criteria.units import by_unit, module_of, weight_of
+from obc.criteria.slices import slice_weight
 from obc.model.groups import ChannelGroup
 from obc.structures.masking import unmaskable
 
@@ -102,7 +102,7 @@ class Tolerance(MeasuredCriterion):
             return sorted(groups, key=lambda group: places.get(group.name, len(places)))
 
         def weights(group: ChannelGroup) -> int:
-            layers = [(module_of(subject.model, part), part) for part in group.slices]
-            return sum(by_unit(m, w, part).numel() for m, part in layers if m and (w := weight_of(m)) is not None)
+            found = [slice_weight(part, subject.model) for part in group.slices]
+            return sum(one.by_unit(one.weight).numel() for one in found if one is not None)
 
         return sorted(groups, key=weights, reverse=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from obc.model.experts import DOWN, GATE_UP, fused_experts
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.scoring.coverage import Coverage
@@ -19,7 +20,7 @@ from obc.statistics.sums import Sums
 
 @dataclass(frozen=True, eq=False)
 class WeightGradientSums:
-    """Sums over the rows n of one layer's weight gradient; tensors are shaped like the weight, float32.
+    """Sums over the rows n of a weight's gradient; tensors are shaped like the weight, float32.
 
     Attributes:
         count: number of rows, that is, batches.
@@ -35,6 +36,8 @@ class WeightGradientSums:
 @dataclass(frozen=True)
 class WeightGradients:
     """Sums of the weight gradients of every layer that the groups slice, one row per batch. Needs a loss.
+
+    Fused experts have one entry for each of their two tensors, under a name such as "mlp.experts.down_proj".
 
     Takes two float32 weights per layer (three with ``square``), in addition to the gradient. Unlike all other
     statistics it needs memory of the model's size, so its sums are not float64. It can't be collected together with
@@ -62,12 +65,9 @@ class _Reader(Reader):
     def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups, square: bool) -> None:
         super().__init__(sums, part)
         self._square = square
-        wanted = None if groups is None else {part.module for group in groups for part in group.slices}
-        self.weights = {
-            name: weight
-            for name, module in named_modules(model)
-            if (wanted is None or name in wanted) and (weight := floating_weight(module)) is not None
-        }
+        parts = [part for group in groups or () for part in group.slices]
+        wanted = {part.module for part in parts} | {f"{part.module}.{DOWN}" for part in parts if part.side == "in"}
+        self.weights = {name: weight for name, weight in _weights(model) if groups is None or name in wanted}
         self.coverage = dict.fromkeys(self.weights, Coverage("weight gradient"))
         self._of_batch: dict[str, Tensor] = {}
 
@@ -109,6 +109,18 @@ class _Reader(Reader):
     def bytes(self) -> int:
         copies = 4 * (3 + 2 * self._square)
         return sum(copies * weight.numel() for weight in self.weights.values())
+
+
+def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name of the layer, or of the tensor of all experts; weight) of all floating-point weights with two sides."""
+    for name, module in named_modules(model):
+        if (weight := floating_weight(module)) is not None:
+            yield name, weight
+        elif fused_experts(module) is not None:
+            for key in (GATE_UP, DOWN):
+                tensor = module._parameters[key]
+                if tensor is not None and tensor.is_floating_point():
+                    yield f"{name}.{key}", tensor
 
 
 class _Restoration:
