@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from obc.criteria.protocol import About, Criterion
-from obc.criteria.slices import slice_weight
+from obc.criteria.slices import Products, products
 from obc.criteria.units import mean_over_slices
 from obc.model.groups import ChannelGroup, Slice
 from obc.selection.allocation import TwoClasses
@@ -127,33 +126,6 @@ class Nirvana(Criterion):
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         parts = [found.first.abs().sum(1) for found in _of_slices(group, statistics, model)]
         return torch.stack(parts).sum(0) if parts else None
-
-
-@dataclass(frozen=True, eq=False)
-class Products:
-    """Weight times gradient over one slice, (units, entries) float64 on the CPU.
-
-    Attributes:
-        first: w g.
-        second: w^2 sum g_n^2; zero if squares were not collected.
-        count: how many gradients were added up.
-    """
-
-    first: Tensor
-    second: Tensor
-    count: int
-
-
-def products(part: Slice, statistics: Statistics, model: nn.Module) -> Products | None:
-    """The products of one slice; None for slices without a gradient."""
-    found = slice_weight(part, model)
-    if found is None or found.name not in statistics.weight_gradients:
-        return None
-    sums, weight = statistics.weight_gradients[found.name], found.weight
-    first = found.by_unit(weight * sums.total).double().cpu()
-    if sums.square is None:
-        return Products(first, torch.zeros_like(first), sums.count)
-    return Products(first, found.by_unit(weight.square() * sums.square).double().cpu(), sums.count)
 
 
 def _of_slices(group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Iterator[Products]:

@@ -1,14 +1,16 @@
-"""The weight that a slice of a group takes entries from: a layer's, or one tensor of all experts of a mixture."""
+"""The weight that a slice of a group takes entries from, a layer's or one of all experts, times its gradient."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from obc.criteria.units import by_unit, weight_of
 from obc.model.experts import DOWN, GATE_UP, fused_experts, is_transposed
 from obc.model.groups import Slice
+from obc.statistics.results import Statistics
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,3 +58,30 @@ def slice_weight(part: Slice, model: nn.Module) -> SliceWeight | None:
     gate_up, down = (weight.detach() for weight in experts)
     last = is_transposed(gate_up, down) == (key == GATE_UP)
     return SliceWeight(name, gate_up if key == GATE_UP else down, part, module, axis=2 if last else 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Products:
+    """Weight times gradient over one slice, (units, entries) float64 on the CPU.
+
+    Attributes:
+        first: w g.
+        second: w^2 sum g_n^2; zero if squares were not collected.
+        count: how many gradients were added up.
+    """
+
+    first: Tensor
+    second: Tensor
+    count: int
+
+
+def products(part: Slice, statistics: Statistics, model: nn.Module) -> Products | None:
+    """The products of one slice; None for slices without a gradient."""
+    found = slice_weight(part, model)
+    if found is None or found.name not in statistics.weight_gradients:
+        return None
+    sums, weight = statistics.weight_gradients[found.name], found.weight
+    first = found.by_unit(weight * sums.total).double().cpu()
+    if sums.square is None:
+        return Products(first, torch.zeros_like(first), sums.count)
+    return Products(first, found.by_unit(weight.square() * sums.square).double().cpu(), sums.count)
