@@ -1,7 +1,7 @@
-// end_row: scores[groups[c]] += (row[c] / loss_scale)^2, then row = 0; nothing is added where a square is not finite.
+// end_row: scores[groups[c]] += (row[c] / loss_scale)^2, then row = 0; nothing is added if a square is not finite.
 //
-// The squares replace the row while their finiteness is found out, so each division is done once; the second half
-// reads them from cache.
+// The squares replace the row while they are checked, so each division is done once; the second half reads them from
+// cache.
 
 #include <limits>
 
@@ -11,7 +11,7 @@ namespace obc::cpu {
 
 namespace {
 
-// The position of the first group that is out of [0, size) or less than the one before it; -1 where all are fine.
+// The position of the first group that is outside [0, size) or less than the one before it; -1 if all are valid.
 int64_t first_bad_group(const EndRow& arguments) {
   int64_t least = 0;
   for (int64_t c = 0; c < arguments.row_size; ++c) {

@@ -1,8 +1,7 @@
-// One step of the greedy choice of obc.select where units go one by one: python/obc/selection/greedy.py is its
-// definition.
+// One step of the greedy choice of obc.select for single units, defined by python/obc/selection/greedy.py.
 //
-// A step reads the units once in their groups, and each group's units up to its first candidate once more from the
-// first-level cache. It runs in one thread: steps depend on each other, and the widest take a fraction of a
+// A step reads the units once group by group, and each group's units up to its first candidate once more from the
+// first-level cache. It runs in one thread, because steps depend on each other and even the widest take a fraction of a
 // millisecond.
 
 #include "greedy.h"
@@ -17,7 +16,7 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int64_t kLanes = 8;
 
-// increment / cost, and increment * cost where that is negative.
+// increment / cost, or increment * cost for negative increments.
 inline double quotient(double increment, double cost) { return increment < 0 ? increment * cost : increment / cost; }
 
 }  // namespace

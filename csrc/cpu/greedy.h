@@ -1,4 +1,4 @@
-// The state of obc.select's greedy choice: arrays of the caller, changed in place.
+// The state of obc.select's greedy choice: the caller's arrays, changed in place.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ struct Greedy {
   double* removed_squares;
   double* freed;
 
-  // Adds the column of the unit that went last, if it is given, and removes the next: returns it, or -1 where none may
-  // go.
+  // Adds the column of the unit removed last, if given, and removes the next unit: returns it, or -1 if none may be
+  // removed.
   int64_t step(const double* column);
 
  private:
