@@ -135,7 +135,7 @@ def _bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _mm_into(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """target = left @ right, into a slice of a larger tensor; no copy where the dtypes allow it."""
+    """target = left @ right, into a slice of a larger tensor; no copy if the dtypes allow it."""
     if left.dtype != target.dtype or right.dtype != target.dtype:
         target.copy_(_mm(left, right))
     elif target.shape[0] == 1:

@@ -1,4 +1,4 @@
-"""What a criterion can't score, said in terms of the call that asked for it."""
+"""Refusals of what a criterion can't score, in terms of the caller's arguments."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def said_of(criterion: Any, groups: Sequence[ChannelGroup], needs: Sequence[str]
 
 
 def _fewer(criterion: Any, error: Exception) -> str:
-    """What a call of obc.prune can do where sums are too large."""
+    """The remedy in a call of obc.prune for sums that are too large."""
     if not isinstance(error, TooLargeError):
         return ""
     on_host = f", criterion=obc.criteria.{type(criterion).__name__}(to='host') holds them there"

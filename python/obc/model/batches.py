@@ -16,7 +16,7 @@ def inputs_of(batch: Any) -> Any:
 
 
 def attention_mask(batch: Any) -> Tensor | None:
-    """The mask of a mapping, or of the mapping in (mapping, labels); None where there is none."""
+    """The mask of a mapping, or of the mapping in (mapping, labels); None if there is none."""
     inputs = inputs_of(batch)
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return mask if isinstance(mask, Tensor) else None

@@ -22,7 +22,7 @@ def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
 
 
 def sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept | None, key: str) -> Tensor:
-    """The rest of ``original`` after pruning, where it is the tensor ``tensor_name`` of a layer like ``module``.
+    """The slice of ``original``, the tensor ``tensor_name`` of a layer like ``module``, that pruning keeps.
 
     Raises:
         PlanError: the indices don't fit, or the layer or its original is quantised.

@@ -42,7 +42,7 @@ def _check_factor(name: str, factor: Tensor, weight: Tensor, side: int, size: in
 def _folded_shape(
     weight: Tensor, compressor: Tensor | None, decompressor: Tensor | None, groups: int, in_repeat: int
 ) -> tuple[int, ...]:
-    """The shape of the folded weight; raises where the arguments do not fit."""
+    """The shape of the folded weight; raises if the arguments do not fit."""
     check_weight("fold", weight)
     require(
         ValueError,

@@ -431,7 +431,7 @@ class CorrectRun:
         )
 
     def _reconstruct(self, layer: _Layer, moments: Moments) -> None:
-        """Reconstruct the input of a layer whose outputs overlap, which is no matrix product of its input's rows."""
+        """Reconstruct the input of a layer whose outputs overlap, which is not a matrix product of its input's rows."""
         moments.gather(self.options.processes)
         solution = moments.solve(min(self.options.ridges), intercept=False)
         layer.consumer.apply(solution)

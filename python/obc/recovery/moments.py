@@ -152,7 +152,7 @@ class Moments:
         return Solution(factor, constant, fit)
 
     def relative_error(self, solution: Solution) -> float:
-        """sum |x - D z - intercept|^2 over these rows, relative to the naive sum |x - S z|^2; 1 where that is 0."""
+        """sum |x - D z - intercept|^2 over these rows, relative to the naive sum |x - S z|^2; 1 if that is 0."""
         decompressor = solution.decompressor.reshape(self.cross.shape)
         error = _error(self._taken(decompressor), self._taken(self.cross), self._gram, self._taken(self.square))
         if solution.intercept is not None:

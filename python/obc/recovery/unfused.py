@@ -1,7 +1,7 @@
-"""Fused experts as one linear layer an expert, while a model is compensated.
+"""Fused experts as one linear layer per expert, while a model is compensated.
 
-A mixture's experts are stored as one tensor, whose down projections are no layers. Inside :func:`unfused` each is one,
-a view of the tensor that compensation changes in place, and the module computes expert by expert.
+A mixture's experts are stored as one tensor, so their down projections are not layers. Inside :func:`unfused` each is
+a layer, a view of the tensor that compensation changes in place, and the module computes expert by expert.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def sliced_experts(pruned_model: nn.Module, original_model: nn.Module) -> list[s
 
 
 def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: ForwardFn) -> set[str]:
-    """The modules that return what the parts of their experts, computed one by one, make up."""
+    """The modules whose output equals that of their experts' parts, computed one by one."""
     found: set[str] = set()
 
     def hook(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Inputs of experts inside a module that holds all of them as three-dimensional parameters.
 
 Such a module is called with hidden states (T, d), expert indices (T, k) and weights (T, k). Expert e computes down_e h
-with h = act(gate_e x) * up_e x. The input h of its down projection is no module's input and is recomputed.
+with h = act(gate_e x) * up_e x. The input h of its down projection is not the input of any module and is recomputed.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def routed_inputs(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor)
 
 
 def routed_input(module: Any, expert: int, hidden: Tensor, indices: Tensor, weights: Tensor) -> RoutedInput:
-    """What the down projection of one expert reads; no rows where no token was routed to it."""
+    """The input of one expert's down projection; empty if no token was routed to it."""
     tokens, slots = torch.where(indices == expert)
     gate, up = F.linear(hidden[tokens], _weights(module)[0][expert]).chunk(2, -1)
     return RoutedInput(expert, module.act_fn(gate) * up, tokens, len(hidden), weights[tokens, slots])

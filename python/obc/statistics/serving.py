@@ -1,4 +1,4 @@
-"""Whether a statistic as it was collected serves what needs it: with the same options, or with more."""
+"""Whether a collected statistic has what its user needs: the same options, or more."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from obc.statistics.names import Chosen, chosen_statistics
 
-# Option -> its least value, which every other one serves as well: rows of all slices are those of the gate, too.
+# Option -> its least value, for which every other value is sufficient: rows of all slices include those of the gate.
 _LEAST: dict[str, Any] = {"slices": "gate", "square": False, "entropy_bins": 0}
-# What is read, and how it is weighed, is the choice of whoever collects.
+# The modules to read and the weights are the free choice of the caller that collects.
 _FREE = ("modules", "weight")
 
 
 def unlike(wanted: Chosen, collected: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Option -> (value that is needed, value it was collected with) of those that do not serve."""
+    """Option -> (value that is needed, value it was collected with) for insufficient options."""
     found = {}
     for option, value in wanted.identity().items():
         if option in _FREE or option not in collected or collected[option] == value:
@@ -25,6 +25,6 @@ def unlike(wanted: Chosen, collected: Mapping[str, Any]) -> dict[str, tuple[Any,
 
 
 def written(one: Chosen) -> str:
-    """How a caller names it: by its name, or where its options are not the default ones as an object."""
+    """The caller's way to write it: its name, or an object if its options are not the defaults."""
     (default,) = chosen_statistics(one.name)
     return repr(one.name) if one == default else f"obc.statistics.{one!r}"

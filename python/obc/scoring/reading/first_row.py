@@ -28,7 +28,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, to
 _TF32_TOLERANCE = 1e-2
 
 # If a layer's rows cancel (a convolution before a BatchNorm in train mode scores zero), both are rounding noise of the
-# sum of |w| |g|: a difference below this many ulps of that sum is no disagreement.
+# sum of |w| |g|: a difference below this many ulps of that sum is not a disagreement.
 _NOISE_ULPS = 16
 
 
