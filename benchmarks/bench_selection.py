@@ -1,11 +1,11 @@
-"""Which channels to remove: every criterion of obc.prune, jointly and one by one, on small networks of three kinds.
+"""The choice of channels: every criterion of obc.prune, jointly and one by one, on small networks of three kinds.
 
     python -m benchmarks.bench_selection --out results.jsonl [--stage prune tune] [--seeds 0 1 2] [--only digits/vgg]
     python -m benchmarks.bench_selection --out results.jsonl --report [--plot picture.png] [--json results.json]
 
 One case is a network (task, kind, seed; trained from scratch) and a method. Stage "prune": the network loses MACs in
-steps that are the same for every method, scored anew before each, and is evaluated where it passes 1.3x, 1.5x, 2x and
-3x fewer: as it is ("raw", in a run whose norms are never touched), with its BatchNorm statistics estimated anew on the
+steps that are the same for every method, scored again before each, and is evaluated when it passes 1.3x, 1.5x, 2x and
+3x fewer: as it is ("raw", in a run whose norms are never touched), with its BatchNorm statistics re-estimated on the
 training images before every re-scoring ("bn"), and that network compensated sequentially from CALIBRATION unlabelled
 training images ("seq"). Stage "tune": the "bn" network at 2x and 3x is fine-tuned for a short and a longer time, with
 the learning rate that was best on the validation split of seed 0 for that task, kind, method, ratio and budget.

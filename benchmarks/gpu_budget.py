@@ -43,7 +43,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_logfinish(nodeid: str) -> None:
-    """By now the test's report has been passed on."""
+    """Called after the test's report has been passed on."""
     global _failed
     if _failed and broken():
         if "PYTEST_XDIST_WORKER" in os.environ:

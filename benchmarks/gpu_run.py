@@ -146,7 +146,7 @@ def _benchmarks_command(folders: Folders, seconds: float) -> list[str]:
 
 
 def _profile_command(folders: Folders, seconds: float) -> list[str]:
-    # The clocks of a machine that is lent are left as they are.
+    # The clocks of a borrowed machine are not changed.
     options = ["--clock-control", "none", "--profile-from-start", "off", "--csv"]
     return [
         "ncu",

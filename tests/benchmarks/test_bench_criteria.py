@@ -12,7 +12,7 @@ from benchmarks.bench_scoring import Subject
 
 
 class ByData(nn.Module):
-    """What runs depends on values: autograd follows, vmap cannot."""
+    """The path taken depends on values: autograd follows, vmap cannot."""
 
     def __init__(self) -> None:
         super().__init__()

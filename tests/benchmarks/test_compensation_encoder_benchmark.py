@@ -19,7 +19,7 @@ WIDTH, LAYERS = 16, 2
 
 
 class WordsOfOneLetter:
-    """As much of a tokenizer as the benchmark calls: one token a word, its first letter."""
+    """The part of a tokenizer that the benchmark calls: one token per word, its first letter."""
 
     def __call__(self, texts: list[str], padding: bool = True, return_tensors: str = "pt") -> dict[str, Tensor]:
         words = [[ord(word[0]) for word in text.split()] for text in texts]

@@ -118,7 +118,7 @@ def test_the_run_itself_imports_neither_torch_nor_obc() -> None:
 
 @pytest.mark.parametrize("processes", [["-n", "1"], []], ids=["xdist", "alone"])
 def test_a_test_that_breaks_the_device_ends_its_process(processes: list[str], tmp_path: Path) -> None:
-    """With xdist the other tests run in another one, and the fault has the name of the test that made it."""
+    """The other tests run in another worker under xdist, and the fault names the test that caused it."""
     (tmp_path / "test_some.py").write_text(
         "from benchmarks import gpu_budget\n"
         "def test_first(): pass\n"

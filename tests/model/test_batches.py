@@ -1,4 +1,4 @@
-"""What is read from a batch beside its tensors."""
+"""Facts read from a batch besides its tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MASK = torch.tensor([[1, 1, 0]])
     "as_batch", [lambda x: x, lambda x: (x, "labels"), lambda x: [x]], ids=["alone", "pair", "list"]
 )
 def test_the_mask_is_found_wherever_the_model_gets_it(kind: Any, as_batch: Any) -> None:
-    """As call_on_batch hands the first entry of (inputs, labels) to the model."""
+    """The mask of (inputs, labels), whose first entry call_on_batch passes to the model."""
     assert attention_mask(as_batch(kind({"attention_mask": MASK}))) is MASK
 
 

@@ -34,7 +34,7 @@ def mixtral() -> Any:
 
 
 def qwen2_moe() -> Any:
-    """With a shared expert, whose down projection is an ordinary layer."""
+    """A mixture with a shared expert, whose down projection is an ordinary layer."""
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 2 * HALF}
     config = transformers.Qwen2MoeConfig(**SIZES, **experts, shared_expert_intermediate_size=8, intermediate_size=8)
     return transformers.Qwen2MoeForCausalLM(config)
@@ -54,7 +54,7 @@ FAMILIES = {"mixtral": mixtral, "qwen2-moe": qwen2_moe, "deepseek-v3": deepseek_
 
 
 def build(family: str, redundant: bool = False) -> Any:
-    """In float64. ``redundant``: the second half of every expert's inner channels is a multiple of the first."""
+    """A float64 model. ``redundant``: the second half of every expert's inner channels is a multiple of the first."""
     torch.manual_seed(0)
     model = FAMILIES[family]().double().eval()
     model.set_experts_implementation("eager")  # the only one that takes float64

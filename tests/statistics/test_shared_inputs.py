@@ -155,7 +155,7 @@ def test_a_copy_is_of_the_tensor_as_it_is() -> None:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_query_key_and_value_are_one_product(backward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the sums are those of each layer read alone, to the bit."""
+    """The sums are those of each layer read alone, bit for bit."""
     case = models.llama()
     add, products = Triangle.add_product, []
 

@@ -51,7 +51,7 @@ class Case:
         output: the end of the names of output projections.
         width: channels of the output projection's input that a unit has.
         kind: of the groups.
-        stretches: of the output projection's input, in each of which a unit has a part of ``width``.
+        stretches: number of parts of the output projection's input; a unit has ``width`` channels in each.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What only the Triton launchers have: tile shapes, splits, worklists, layouts that need a copy.
+"""Features that only the Triton launchers have: tile shapes, splits, worklists, layouts that need a copy.
 
 Run by ``tests/test_triton.py`` in a process of its own with TRITON_INTERPRET=1; the name keeps pytest from collecting
 it elsewhere. The operators' own tests run there too, on the backend ``triton``.
@@ -40,7 +40,7 @@ def test_channel_dot_in_tiles(dtype: torch.dtype, per_sample: bool, splits: int,
     activation, grad = (torch.randn(3, 21, 5, 7).to(dtype) for _ in range(2))
     if channels_last:
         activation, grad = (t.contiguous(memory_format=torch.channels_last) for t in (activation, grad))
-    # 21 channels are two blocks; 35 positions are three blocks in the last of which some lie beyond the end.
+    # 21 channels are two blocks; 35 positions are three blocks, the last of which extends beyond the end.
     config = ChannelDotConfig(block_c=16, block_p=16, splits=splits)
     actual = channel_dot_triton(activation, grad, 1, per_sample, config)
     assert_dot(actual, (activation, grad), lambda a, g: reference.channel_dot(a, g, 1, per_sample), terms=105)
