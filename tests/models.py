@@ -340,105 +340,84 @@ def text_losses(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(logits, batch[:, 0] % logits.shape[1], reduction="none")
 
 
-def llama() -> Case:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def from_config(
+    kind: str, head: str, batches: list[Any], losses: Callable[[nn.Module, Any], Tensor], **sizes: Any
+) -> Case:
+    """A model of the transformers library, of the classes ``<kind>Config`` and ``<kind><head>``."""
+    import transformers
 
-    config = LlamaConfig(
-        vocab_size=31,
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    model = getattr(transformers, kind + head)
+    return case(lambda: model(config), batches, losses)
+
+
+def language_model(kind: str, head: str = "ForCausalLM", **sizes: Any) -> Case:
+    sizes = {"vocab_size": 31, "use_cache": False, "initializer_range": 0.1} | sizes
+    return from_config(kind, head, tokens(31, 8), token_losses, **sizes)
+
+
+def llama() -> Case:
+    return language_model(
+        "Llama",
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=32,
-        use_cache=False,
-        initializer_range=0.1,
     )
-    return case(lambda: LlamaForCausalLM(config), tokens(31, 8), token_losses)
 
 
 def llama_tied() -> Case:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=31,
+    return language_model(
+        "Llama",
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=1,
         num_attention_heads=2,
-        use_cache=False,
         tie_word_embeddings=True,
-        initializer_range=0.1,
     )
-    return case(lambda: LlamaForCausalLM(config), tokens(31, 8), token_losses)
 
 
 def gemma() -> Case:
     """Norms that scale by 1 + weight, and an embedding that scales its own output."""
-    from transformers import GemmaConfig, GemmaForCausalLM
-
-    config = GemmaConfig(
-        vocab_size=31,
+    return language_model(
+        "Gemma",
         hidden_size=16,
         intermediate_size=24,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,
-        use_cache=False,
         tie_word_embeddings=False,
-        initializer_range=0.1,
     )
-    return case(lambda: GemmaForCausalLM(config), tokens(31, 8), token_losses)
 
 
 def gpt2() -> Case:
     """Linear layers that store their weight (in, out)."""
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    config = GPT2Config(
-        vocab_size=31,
-        n_positions=16,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        use_cache=False,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
+    return language_model(
+        "GPT2", "LMHeadModel", n_positions=16, n_embd=16, n_layer=2, n_head=2, tie_word_embeddings=False
     )
-    return case(lambda: GPT2LMHeadModel(config), tokens(31, 8), token_losses)
+
+
+_ENCODER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_labels": 5,
+    "initializer_range": 0.1,
+}
 
 
 def bert() -> Case:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    config = BertConfig(
-        vocab_size=31,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        num_labels=5,
-        initializer_range=0.1,
-    )
-    return case(lambda: BertForSequenceClassification(config), tokens(31, 8), text_losses)
+    sizes = {"vocab_size": 31, "max_position_embeddings": 32} | _ENCODER
+    return from_config("Bert", "ForSequenceClassification", tokens(31, 8), text_losses, **sizes)
 
 
 def vit() -> Case:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        image_size=16,
-        patch_size=4,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_labels=5,
-        initializer_range=0.1,
-    )
-    return case(lambda: ViTForImageClassification(config), labelled(3, 16, 16, classes=5), logit_losses)
+    images = labelled(3, 16, 16, classes=5)
+    return from_config("ViT", "ForImageClassification", images, logit_losses, image_size=16, patch_size=4, **_ENCODER)
 
 
 def calibrated(fresh: Case) -> Case:
@@ -450,35 +429,22 @@ def calibrated(fresh: Case) -> Case:
     return fresh
 
 
-def resnet() -> Case:
-    from transformers import ResNetConfig, ResNetForImageClassification
+def image_model(kind: str, **sizes: Any) -> Case:
+    images = labelled(3, 32, 32, classes=5)
+    return calibrated(from_config(kind, "ForImageClassification", images, logit_losses, num_labels=5, **sizes))
 
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[1, 2], layer_type="bottleneck", num_labels=5)
-    return calibrated(case(lambda: ResNetForImageClassification(config), labelled(3, 32, 32, classes=5), logit_losses))
+
+def resnet() -> Case:
+    return image_model("ResNet", embedding_size=8, hidden_sizes=[16, 24], depths=[1, 2], layer_type="bottleneck")
 
 
 def mobilenet() -> Case:
-    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
-
-    config = MobileNetV2Config(image_size=32, depth_multiplier=0.25, depth_divisible_by=4, min_depth=4, num_labels=5)
-    images = labelled(3, 32, 32, classes=5)
-    return calibrated(case(lambda: MobileNetV2ForImageClassification(config), images, logit_losses))
+    return image_model("MobileNetV2", image_size=32, depth_multiplier=0.25, depth_divisible_by=4, min_depth=4)
 
 
 def mamba() -> Case:
-    from transformers import MambaConfig, MambaForCausalLM
-
-    config = MambaConfig(
-        vocab_size=31,
-        hidden_size=24,
-        num_hidden_layers=2,
-        state_size=4,
-        expand=2,
-        use_cache=False,
-        use_mambapy=False,
-        tie_word_embeddings=False,
-    )
-    return case(lambda: MambaForCausalLM(config), tokens(31, 8), token_losses)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "state_size": 4, "expand": 2}
+    return language_model("Mamba", use_mambapy=False, tie_word_embeddings=False, **sizes)
 
 
 OWN: dict[str, Callable[[], Case]] = {

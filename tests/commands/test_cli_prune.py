@@ -15,6 +15,7 @@ pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip insta
 pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
 
 import transformers
+from directories import llama_directory
 from safetensors.torch import load_file
 
 import obc
@@ -203,22 +204,7 @@ def test_there_is_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-    )
-    path = tmp_path / "llama"
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    generator = torch.Generator().manual_seed(0)
-    lines = [json.dumps({"input_ids": torch.randint(20, (8,), generator=generator).tolist()}) for _ in range(200)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    return path
+    return llama_directory(tmp_path)
 
 
 @pytest.fixture(params=["rows", "scores"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from directories import llama_directory
 
 import obc
 from obc import cli, quality
@@ -20,22 +21,7 @@ from obc.structures.transformers.saving import is_saved_pruned
 
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=16,
-        initializer_range=0.3,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "llama")
-    generator = torch.Generator().manual_seed(0)
-    lines = [json.dumps({"input_ids": torch.randint(20, (8,), generator=generator).tolist()}) for _ in range(200)]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines))
-    return tmp_path / "llama"
+    return llama_directory(tmp_path, initializer_range=0.3)
 
 
 @pytest.fixture(params=["free", "uniform"])
