@@ -33,7 +33,7 @@ import obc
 from benchmarks.harness import RESULTS, provenance, write
 from benchmarks.real_table import tables
 from benchmarks.real_tasks import TASKS, Task
-from obc.criteria import Jacobian, Subject, get
+from obc.criteria import KFACOBS, Jacobian, Subject, get
 from obc.criteria.obs import OBS
 from obc.criteria.protocol import MeasuredCriterion
 from obc.criteria.rows import read_rows
@@ -56,14 +56,16 @@ class Selection:
     Attributes:
         criterion: a name or an object.
         options: of ``obc.prune``; what is a function is called with the number of blocks.
+        inner: layers that write a residual stream keep their outputs.
     """
 
     criterion: Any
     options: Mapping[str, Any]
+    inner: bool = False
 
     @classmethod
-    def of(cls, criterion: Any, **options: Any) -> Selection:
-        return cls(criterion, options)
+    def of(cls, criterion: Any, *, inner: bool = False, **options: Any) -> Selection:
+        return cls(criterion, options, inner)
 
 
 SELECTIONS: dict[str, Selection] = {
@@ -74,7 +76,10 @@ SELECTIONS: dict[str, Selection] = {
     "jacobian-single": Selection.of("jacobian", selection="independent"),
     "token-jacobian": Selection.of("token_jacobian"),
     "compensated": Selection.of("compensated_jacobian"),
+    "jacobian-inner": Selection.of("jacobian", inner=True),
     "kfac": Selection.of("kfac"),
+    # Centred: BatchNorms take the means of what goes.
+    "kfac-obs-inner": Selection.of(KFACOBS(centred=True), inner=True),
     "flap": Selection.of("flap"),
     "wanda-sp": Selection.of("wanda_sp"),
     # As its script runs it: an eighth of the blocks at the start and a sixteenth at the end whole (4 and 2 of Llama's
@@ -164,6 +169,7 @@ def prune(task: Task, selection: Selection, share: float, kinds: str = "all") ->
         task.loss,
         **{task.unit: 1 - share},
         labels=task.labels,
+        ignored_layers=task.streams if selection.inner else (),
         structure=structure,
         forward_fn=task.forward,
         **options | chosen,

@@ -2,7 +2,8 @@
 
 Calibration: photographic cut-outs of animals, plants, food and things (tuxpaint's stamps), each pasted on a crop of a
 photograph (scikit-learn's, scikit-image's and matplotlib's). There are hundreds of motifs: a handful of photographs
-would let pruning and regression fit those alone.
+would let pruning and regression fit those alone. Or half of them such images and half crops of 71 photographs: those
+backgrounds, tuxpaint's templates, and what GCompris shows in activities that test nothing here.
 
 Test: 230 photographs of animals, buildings, tools and household things from GCompris, an educational program, and the
 20 of ImageNet that foolbox carries. Each comes once before any comes again.
@@ -36,6 +37,9 @@ _RESOURCES = (
     "explore_monuments",
     "explore_world_animals",
 )
+# Likewise, to calibrate with.
+_CALIBRATION_RESOURCES = ("babyshapes", "clickgame", "explore_world_music", "louis-braille", "paintings")
+TEMPLATES = Path("/usr/share/tuxpaint/templates")
 _WEBP = re.compile(rb"RIFF....WEBP", re.DOTALL)
 _SMALLEST_PHOTOGRAPH = 200  # pixels of the shorter side; smaller ones are icons
 STAMPS = Path("/usr/share/tuxpaint/stamps")
@@ -50,12 +54,18 @@ _SMALLEST_BACKGROUND, _SMALLEST_TEST = 0.3, 0.6
 _STAMP_SIZES = (0.55, 1.05)
 
 
-def calibration_batches(batches: int, size: int, seed: int) -> list[Tensor]:
+def calibration_batches(batches: int, size: int, seed: int, crops: bool = False) -> list[Tensor]:
     """Batches of (size, 3, 224, 224) normalised images; a stamp comes again once all others had their turn.
+
+    Args:
+        batches: so many.
+        size: images in each.
+        seed: of what is drawn.
+        crops: every second image is a crop of a photograph instead.
 
     Raises:
         ImportError: a package is not installed; says how to get it.
-        FileNotFoundError: likewise tuxpaint's stamps.
+        FileNotFoundError: likewise tuxpaint's stamps and templates, and GCompris's data.
     """
     stamps = [path for path in sorted(STAMPS.rglob("*.png")) if not any(word in str(path) for word in _DRAWN)]
     if not stamps:
@@ -71,7 +81,21 @@ def calibration_batches(batches: int, size: int, seed: int) -> list[Tensor]:
         )
         for place in range(batches * size)
     ]
+    if crops:
+        photographs = [*backgrounds, *map(_opened, _calibration_sources())]
+        drawing.shuffle(photographs)
+        images[1::2] = [
+            _crop(photographs[place % len(photographs)], _SMALLEST_TEST, drawing) for place in range(len(images[1::2]))
+        ]
     return list(torch.stack(images).sub(MEAN).div(DEVIATION).split(size))
+
+
+def _calibration_sources() -> list[Path | bytes]:
+    """Photographs that serve no test."""
+    templates = sorted(TEMPLATES.glob("*.jpg"))
+    if not templates:
+        raise FileNotFoundError(f"{TEMPLATES} has no photographs; get them with: apt-get install tuxpaint-data")
+    return [*templates, *_embedded(_CALIBRATION_RESOURCES)]
 
 
 def test_batches(batches: int, size: int, seed: int) -> list[Tensor]:
@@ -83,18 +107,18 @@ def test_batches(batches: int, size: int, seed: int) -> list[Tensor]:
     """
     folder = package_folder("foolbox", IMAGENET) / "data"
     drawing = random.Random(seed)
-    sources: list[Path | bytes] = [*sorted(folder.glob("imagenet_*.jpg")), *_embedded()]
+    sources: list[Path | bytes] = [*sorted(folder.glob("imagenet_*.jpg")), *_embedded(_RESOURCES)]
     drawing.shuffle(sources)
     images = [_crop(_opened(sources[place % len(sources)]), _SMALLEST_TEST, drawing) for place in range(batches * size)]
     return list(torch.stack(images).sub(MEAN).div(DEVIATION).split(size))
 
 
-def _embedded() -> Iterator[bytes]:
+def _embedded(resources: Sequence[str]) -> Iterator[bytes]:
     """The photographs in GCompris's resource files: opaque images that are not icons."""
     package_folder("PIL", INSTALL)
     from PIL import Image
 
-    for name in _RESOURCES:
+    for name in resources:
         path = GCOMPRIS / f"{name}.rcc"
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing; get it with: apt-get install gcompris-qt-data")

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from formulas import (
+    LAYERS,
+    RIDGE,
     by_units,
     changed,
     check,
@@ -22,6 +24,7 @@ from formulas import (
     part_rows,
     products,
     readers,
+    removal_error,
     sample_losses,
     sums,
     unit_rows,
@@ -353,3 +356,105 @@ def test_kfac(name: str) -> None:
     expected = by_units(subject, value, experts=False)
     check(group_scores("kfac", subject), expected, 1e-5)
     check(group_scores(criteria.KFAC(to="host"), subject), expected, 1e-5)
+
+
+@transcribes(
+    "kfac_obs",
+    "kfac_obs(factors=False)",
+    "kfac_obs(centred=True)",
+    "kfac_obs(centred=False)",
+    models=("chain", "grouped", "vit", "llama", "mixtral"),
+)
+def test_kfac_obs_removes_what_costs_the_loss_least_after_least_squares(name: str) -> None:
+    """tr(F (W - V) G (W - V)^T) of the best V without the units: its next unit adds least to it.
+
+    Times the factor by which single units cost more if positions are added before the square.
+    """
+    subject = make_subject(name)
+    if name == "vit":
+        subject = changed(subject, rows="sample", loss_fn=sample_losses)
+    seen, metrics = inputs(subject), output_metrics(subject)
+    together = group_scores("compensated_jacobian", subject)
+    count = sum(len(batch[0]) for batch in subject.batches) if subject.rows == "sample" else len(subject.batches)
+    for centred in (None, True, False):
+        apart = group_scores(criteria.KFACOBS(RIDGE, centred, factors=False), subject)
+        got = group_scores(criteria.KFACOBS(RIDGE), subject) if centred is None else {}
+        for group in subject.groups:
+            if not (read := readers(subject, group, experts=False)):
+                assert group.name not in apart
+                continue
+            layers = []
+            for layer_name, layer, channels in read:
+                without_mean = layer.bias is not None if centred is None else centred
+                total = damped(gram(subject, layer_name, layer, seen, without_mean))
+                layers.append((total, in_metric(layer, metrics[layer_name]), channels))
+            gone: list[int] = []
+            highest, before = 0.0, 0.0
+            for _ in range(min(group.size, 4)):
+                errors = {
+                    u: float(sum(removal_error(g, w, c[[*gone, u]].flatten().tolist()) for g, w, c in layers))
+                    for u in range(group.size)
+                    if u not in gone
+                }
+                if not gone:
+                    factor = float(together[group.name].sum()) / count / sum(errors.values())
+                unit = min(errors, key=lambda u: (errors[u], u))
+                highest, before = max(highest, errors[unit] - before), errors[unit]
+                gone.append(unit)
+                assert float(apart[group.name][unit]) == pytest.approx(highest, rel=1e-4)
+                if got:
+                    assert float(got[group.name][unit]) == pytest.approx(factor * highest, rel=1e-4)
+
+
+def test_kfac_obs_takes_a_larger_ridge_where_there_are_few_positions() -> None:
+    subject = make_subject("chain")
+    seen, got = inputs(subject), group_scores("kfac_obs", subject)
+    for group in subject.groups:
+        ((name, _, _),) = readers(subject, group)
+        count = sum(x[..., 0].numel() for x in seen[name])
+        ridge = 0.01 + 10 * seen[name][0].shape[-1] / count
+        expected = group_scores(criteria.KFACOBS(ridge), changed(subject, groups=[group]))
+        torch.testing.assert_close(got[group.name], expected[group.name])
+
+
+def output_metrics(subject: Subject) -> dict[str, Tensor]:
+    """Layer -> the mean over rows of the sum over positions of g g^T, g = dL/dy, by hooks on whole backward passes."""
+    sums: dict[str, Tensor] = {}
+
+    def note(name: str, convolution: bool) -> Callable[..., Tensor]:
+        def read(grad: Tensor) -> None:
+            g = (grad.movedim(1, -1) if convolution else grad).flatten(0, -2)
+            sums[name] = sums.get(name, 0) + g.mT @ g
+
+        def hook(_: Any, __: Any, output: Tensor) -> Tensor:
+            output = output.clone()  # what follows may change it in place
+            output.register_hook(read)
+            return output
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(name, not isinstance(module, nn.Linear)))
+        for name, module in subject.model.named_modules()
+        if isinstance(module, LAYERS)
+    ]
+    for batch in subject.batches:
+        subject.loss_fn(subject.model, batch).sum().backward()
+    for handle in handles:
+        handle.remove()
+    subject.model.zero_grad()
+    count = sum(len(batch[0]) for batch in subject.batches) if subject.rows == "sample" else len(subject.batches)
+    return {name: total / count for name, total in sums.items()}
+
+
+def in_metric(layer: Any, metric: Tensor) -> Tensor:
+    """(in, anything) columns whose squared length is that of the weight's in F: by its Cholesky factor."""
+    weight, groups = layer.weight.detach(), getattr(layer, "groups", 1)
+    transposed, size, found = isinstance(layer, nn.ConvTranspose2d), len(metric) // groups, []
+    for group, part in enumerate(weight.chunk(groups)):
+        block = slice(group * size, (group + 1) * size)
+        own = metric[block, block]
+        factor = torch.linalg.cholesky(own + 1e-12 * own.diagonal().mean() * torch.eye(size, dtype=own.dtype))
+        by_input = part if transposed else part.transpose(0, 1)
+        found += [(factor.mT @ values.reshape(size, -1)).flatten() for values in by_input]
+    return torch.stack(found)

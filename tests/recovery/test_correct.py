@@ -23,11 +23,11 @@ from transformers import (
 import obc
 from obc.model.evaluation import without_cache
 from obc.model.layouts import layout_of
-from obc.recovery import Kept, PruningPlan, compensate, correct
+from obc.recovery import Kept, PruningPlan, compensate
 from obc.recovery.layer_rows import columns_of, input_rows, output_rows
-from obc.recovery.normal_equations import NormalEquations
+from obc.recovery.normal_equations import NormalEquations, smallest
 from obc.recovery.segments import find_chain, replays
-from obc.recovery.stream_points import observe
+from obc.recovery.stream_points import norms_behind, observe
 
 
 def prune_inputs(model: nn.Module, kept: dict[str, Tensor], producers: dict[str, str]) -> tuple[nn.Module, PruningPlan]:
@@ -278,6 +278,59 @@ def test_the_point_of_a_convolution_is_the_sum_behind_its_norm() -> None:
     assert_close(seen[0].scale, block.norm2.weight / (block.norm2.running_var + block.norm2.eps).sqrt())
 
 
+class Narrow(nn.Module):
+    """Two convolutions without biases; the second one's output goes into a norm, and perhaps past it too."""
+
+    def __init__(self, past: bool) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(3, 8, 1, bias=False), nn.BatchNorm2d(8)
+        self.second, self.norm2 = nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.past = past
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(F.relu(self.norm1(self.first(x))))
+        z = F.relu(self.norm2(y))
+        return z + y.sum((2, 3), keepdim=True) if self.past else z
+
+
+def constant_channel(past: bool) -> tuple[nn.Module, nn.Module, PruningPlan]:
+    """A model that lost a channel that is 2 everywhere: a mean is all that is missing; without padding that shows."""
+    torch.manual_seed(0)
+    model = Narrow(past).eval()
+    model.second = nn.Conv2d(8, 4, 3, bias=False)
+    model.first.weight.data[5] = 0.0
+    model.norm1.bias.data[5] = 2.0
+    kept = torch.tensor([0, 1, 2, 3, 4, 6, 7])
+    plan = PruningPlan({"first": Kept(kept), "norm1": Kept(kept), "second": Kept(None, kept)})
+    return model, plan.apply(copy.deepcopy(model)), plan
+
+
+def test_the_norm_behind_a_layer_without_a_bias_takes_its_intercept() -> None:
+    model, pruned, plan = constant_channel(past=False)
+    weight = pruned.second.weight.detach().clone()
+    batches = [torch.randn(4, 3, 6, 6) for _ in range(5)]
+    report = compensate(pruned, model, plan, batches, lambda m, x: m(x), mode="correct", ridge=1e-3)
+    assert_close(pruned.second.weight, weight, atol=1e-5, rtol=1e-4)
+    assert report.naive_error > 1e-3
+    assert report.final_error < 1e-8 * report.naive_error
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_a_norm_that_is_not_alone_takes_no_intercept(past: bool) -> None:
+    model = Narrow(past).eval()
+    seen = observe(lambda: model(torch.randn(2, 3, 5, 5)), {"second": model.second}, set(), whole=model)
+    norms = {"norm1": model.norm1, "norm2": model.norm2}
+    assert norms_behind(seen.calls, norms) == ({} if past else {"second": "norm2"})
+
+
+def test_norms_keep_their_means_where_they_are_not_to_be_recalibrated() -> None:
+    model, pruned, plan = constant_channel(past=False)
+    before = pruned.norm2.running_mean.clone()
+    batches = [torch.randn(4, 3, 6, 6) for _ in range(5)]
+    compensate(pruned, model, plan, batches, lambda m, x: m(x), mode="correct", recalibrate_norms=False)
+    assert_close(pruned.norm2.running_mean, before, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -354,11 +407,11 @@ def test_every_channel_counts_alike_in_the_choice_of_the_ridge() -> None:
     naive = torch.tensor([[1e6, 1.0, 1.0, 1.0]], dtype=torch.float64)
     large = naive * torch.tensor([0.9, 0.5, 0.5, 0.5])
     small = naive * torch.tensor([0.8, 0.7, 0.7, 0.7])
-    assert correct._best([naive, large, small]) == 1
-    assert correct._best([naive, small]) == 1
-    assert correct._best([naive, 1.1 * naive]) == 0
+    assert smallest([naive, large, small]) == 1
+    assert smallest([naive, small]) == 1
+    assert smallest([naive, 1.1 * naive]) == 0
     exact = torch.zeros(1, 4, dtype=torch.float64)
-    assert correct._best([exact, exact + 1e-9]) == 0  # nothing was wrong: nothing is changed
+    assert smallest([exact, exact + 1e-9]) == 0  # nothing was wrong: nothing is changed
 
 
 def test_padding_does_not_count() -> None:

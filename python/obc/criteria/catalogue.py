@@ -13,6 +13,7 @@ from obc.criteria.gradients import Fisher, LLMPruner, Nirvana, Taylor
 from obc.criteria.intra_fusion import IntraFusion
 from obc.criteria.jbr import JBR
 from obc.criteria.kfac import KFAC
+from obc.criteria.kfac_obs import KFACOBS
 from obc.criteria.magnitude import FPGM, WHC, BNScale, Magnitude, Random
 from obc.criteria.masked import MaskedEvaluation
 from obc.criteria.nvit import NViT
@@ -28,6 +29,7 @@ CRITERIA = (
     CompensatedJacobian(),
     TokenJacobian(),
     KFAC(),
+    KFACOBS(),
     JBR(),
     Random(),
     Magnitude(1),

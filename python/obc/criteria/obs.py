@@ -73,13 +73,15 @@ class OBS(Criterion):
             for consumer in consumers_of(group, model)
             if consumer.name in statistics.gram
         ]
-        if not states:
-            return None
+        return self.scores_from(states, group.size) if states else None
+
+    def scores_from(self, states: list[State], units: int) -> Tensor:
+        """(units,) scores of a group with these consumers, which removal changes."""
         if not self.greedy:
             return self._errors(states)
-        scores = torch.full((group.size,), float("inf"), dtype=torch.float64)
-        alive = torch.ones(group.size, dtype=torch.bool)
-        step, highest = -(-group.size // _GREEDY_STEPS), 0.0
+        scores = torch.full((units,), float("inf"), dtype=torch.float64)
+        alive = torch.ones(units, dtype=torch.bool)
+        step, highest = -(-units // _GREEDY_STEPS), 0.0
         while bool(alive.any()):
             errors = self._errors(states).masked_fill(~alive, float("inf"))
             gone = errors.argsort(stable=True)[: min(step, int(alive.sum()))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,29 @@ from torch import Tensor, nn
 from obc.criteria.protocol import CriterionError, Subject
 from obc.criteria.residuals import Cut, Residuals
 from obc.model.evaluation import evaluating
-from obc.model.usable_batches import UsableBatches
+from obc.model.usable_batches import UsableBatches, all_finite
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.part import Part
 from obc.statistics.reader import first_tensor
+
+
+class Also(Protocol):
+    """Reads something else of the same backward passes.
+
+    Attributes:
+        now: of the batch at hand.
+    """
+
+    now: dict[str, Tensor]
+
+    def attach(self) -> list[Any]:
+        """Hooks, to be removed at the end."""
+
+    def begin(self) -> None:
+        """A batch begins."""
+
+    def take(self, rows: int) -> None:
+        """The batch counts: so many rows."""
 
 
 class _Tap(torch.autograd.Function):
@@ -33,13 +52,16 @@ class _Tap(torch.autograd.Function):
         return grads[0], None, None
 
 
-def read_residuals(subject: Subject, taps: list[Residuals], tokens: int | None = None) -> dict[str, Tensor]:
+def read_residuals(
+    subject: Subject, taps: list[Residuals], tokens: int | None = None, also: Also | None = None
+) -> dict[str, Tensor]:
     """Forward and backward over the batches: the finite rows of every group.
 
     Args:
         subject: the model, its batches and loss.
         taps: what to read.
         tokens: tokens per row; None: rows are those of ``subject.rows``.
+        also: what else to read from the same backward passes.
 
     Raises:
         CriterionError: with ``tokens``: layers saw different numbers of positions, so their rows don't belong together.
@@ -62,20 +84,25 @@ def read_residuals(subject: Subject, taps: list[Residuals], tokens: int | None =
         return tuple(tapped if value is x else value for value in args), swapped
 
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in taps_of_module]
+    handles += [] if also is None else also.attach()
     loss, batches = WatchedLoss(subject.loss_fn, Part(), []), UsableBatches.of(subject.batches)
     try:
         with evaluating(subject.model), frozen(subject.model):
             for index, batch in enumerate(batches):
                 now.clear()
+                if also is not None:
+                    also.begin()
                 run_backward(subject.model, loss, index, batch, subject.rows, subject.micro_batch)
                 rows = {tap: _joined(parts, cut.several) for tap, parts in now.items()}
                 if tokens is not None:
                     _refuse_unlike(rows)
-                if not all(bool(values.isfinite().all()) for values in rows.values()):
+                if not all_finite((list(rows.values()), None if also is None else also.now)):
                     batches.leave_out("its rows are not finite")
                     continue
                 for tap, values in rows.items():
                     tap.rows.append(values)
+                if also is not None:
+                    also.take(max(map(len, rows.values()), default=0) if cut.several else 1)
     finally:
         for handle in handles:
             handle.remove()

@@ -70,9 +70,14 @@ class Residuals:
     rows: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float) -> Residuals:
-        """Residuals of a consumer whose Gram matrix was collected; ``ridge`` is relative to the mean diagonal."""
-        centred = has_bias(consumer)
+    def of(
+        cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float, centred: bool | None = None
+    ) -> Residuals:
+        """Residuals of a consumer whose Gram matrix was collected; ``ridge`` is relative to the mean diagonal.
+
+        ``centred``: x is taken without its mean; None: if the consumer has a bias.
+        """
+        centred = has_bias(consumer) if centred is None else centred
         inverted = inverse(second_moment(consumer, statistics, centred), ridge, consumer.name)
         channels = consumer.channels
         blocks = inverted[channels[:, :, None], channels[:, None, :]]

@@ -6,10 +6,11 @@ the sum in the unpruned model and S_pruned in the pruned one, compensated up to 
     W' = W + E[(S_full - S_pruned) zT] (E[z zT] + lambda I)^-1
 
 where z is the layer's input (:mod:`obc.recovery.normal_equations`): the regression of W x_full plus the error of the
-stream, minus what W already makes of z. Each layer thus repairs what all layers before it broke, as far as its input
-allows. The point of a layer that enters no sum is its own output. Layers that write to one sum in parallel are
-corrected one after another: each sees the error that the previous ones left. Layers that read the same tensor and have
-points of their own don't see each other's changes and are solved together.
+stream, minus what W already makes of z. The bias takes the mean of what is missing; for a layer without one, the
+running mean of the BatchNorm that alone reads its output does. Each layer thus repairs what all layers before it broke,
+as far as its input allows. The point of a layer that enters no sum is its own output. Layers that write to one sum in
+parallel are corrected one after another: each sees the error that the previous ones left. Layers that read the same
+tensor and have points of their own don't see each other's changes and are solved together.
 
 On a stream of tokens every position is weighted by one over the mean square of S_full there: norms that read the stream
 divide by its size, so the relative error counts. Otherwise a few special tokens, whose stream is many times larger,
@@ -40,7 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from obc.model.evaluation import ForwardFn
 from obc.model.plan import PruningPlan
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_from, streamed_error
+from obc.recovery.calibration import batch_norms, named_norms, norm_reference, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport, LayerCorrection
 from obc.recovery.consumers import Consumer
 from obc.recovery.layer_rows import (
@@ -55,14 +56,11 @@ from obc.recovery.layer_rows import (
 )
 from obc.recovery.moments import Moments, larger_ridges
 from obc.recovery.norm_reference import take_statistics
-from obc.recovery.normal_equations import Change, NormalEquations
+from obc.recovery.normal_equations import Change, NormalEquations, smallest
 from obc.recovery.padding import valid_rows
 from obc.recovery.processes import Processes
 from obc.recovery.segments import ChainBatch, capture, find_chain, replays, stream_of
-from obc.recovery.stream_points import Call, Seen, observe, of_same_tokens
-
-# A channel whose naive error is this much smaller than the average can't lose anything by a change.
-_SMALLEST_ERROR = 1e-6
+from obc.recovery.stream_points import Call, Seen, norms_behind, observe, of_same_tokens
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,7 @@ class _Layer:
     calls: int = 0
     scope: str = ""
     source: int = 0
+    norm: _BatchNorm | None = None  # takes the intercept if the layer has no bias
     order: int = 2**31  # last if the first batch does not reach it
 
 
@@ -213,6 +212,10 @@ class CorrectRun:
             layer.summed = all(call.summed for call in calls) and not layer.consumer.overlaps
             layer.calls, layer.order, layer.source = len(calls), order, calls[0].source
             layer.scope = calls[0].scope if layer.summed else name
+        for name, norm in norms_behind(seen.calls, named_norms(self.original)).items():
+            layer, found = by_name[name], self.pruned.get_submodule(norm)
+            if not (layer.consumer.has_bias or layer.consumer.overlaps):
+                layer.norm = next((own for own in self.norms if own is found), None)
         self.layers.sort(key=lambda layer: layer.order)
 
     def _chain(self) -> list[str]:
@@ -409,10 +412,10 @@ class CorrectRun:
         squares = torch.as_tensor(sums.factors, dtype=torch.float64, device=sums.check.energy.device).square()
         squares = squares if squares.dim() == 0 else squares.reshape(sums.check.energy.shape)
         errors = [sums.check.error(change) for change in candidates]
-        best = _best(errors)
+        best = smallest(errors)
         change = candidates[best]
         if change is not None:
-            apply_change(layer.consumer.module, layer.consumer.layout, change)
+            apply_change(layer.consumer.module, layer.consumer.layout, change, layer.norm)
         before, after = (float((error * squares).sum()) / (energy or 1.0) for error in (errors[0], errors[best]))
         self.report.layers[layer.name] = LayerCorrection(
             layer.summed, before, after, change is not None, sums.fit.rows, change.ridge if change else 0.0
@@ -423,7 +426,7 @@ class CorrectRun:
         largest = max(self.options.ridges)
         for larger in larger_ridges(largest):
             ridges = self.options.ridges if larger == largest else [larger]
-            if changes := fit.changes(ridges, layer.consumer.has_bias):
+            if changes := fit.changes(ridges, layer.consumer.has_bias or layer.norm is not None):
                 return changes
         raise ValueError(
             f"{layer.name}: its Gram matrix is singular with a ridge of up to {larger:g}; it saw {fit.rows} positions "
@@ -487,13 +490,3 @@ def _waves(layers: Sequence[_Layer], max_bytes: int) -> Iterator[list[_Layer]]:
         taken += needed
     if wave:
         yield wave
-
-
-def _best(errors: Sequence[Tensor]) -> int:
-    """The index of the smallest of several errors, (blocks, channels); the first is the naive one.
-
-    Every channel's error counts relative to its naive one; otherwise a few channels of a large stream would decide.
-    """
-    naive = errors[0]
-    floor = naive.clamp_min(max(_SMALLEST_ERROR * float(naive.mean()), torch.finfo(naive.dtype).tiny))
-    return min(range(len(errors)), key=lambda index: float((errors[index] / floor).mean()))

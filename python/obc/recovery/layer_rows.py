@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.rules import Rule
 from obc.recovery.normal_equations import Change
@@ -79,15 +80,16 @@ def _patches(module: Any, x: Tensor) -> Tensor:
     return x
 
 
-def apply_change(module: nn.Module, layout: Rule, change: Change) -> None:
-    """weight += change, in place; the same for the bias."""
+def apply_change(module: nn.Module, layout: Rule, change: Change, norm: _BatchNorm | None = None) -> None:
+    """weight += change, in place; the same for the bias, or for the mean that ``norm`` subtracts from the output."""
     weight: Any = module.weight
     flat = change.weight.flatten(0, 1)
     added = flat.mT if layout.transposed else flat.reshape(weight.shape)
     weight.copy_((weight.double() + added.to(weight.device)).to(weight.dtype))
     if change.bias is not None:
-        bias: Any = module.bias
-        bias.copy_((bias.double() + change.bias.flatten().to(bias.device)).to(bias.dtype))
+        constant: Any = module.bias if norm is None else norm.running_mean
+        added = change.bias.flatten().to(constant.device) * (1 if norm is None else -1)
+        constant.copy_((constant.double() + added).to(constant.dtype))
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:

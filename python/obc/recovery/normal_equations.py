@@ -21,6 +21,8 @@ from obc.recovery.processes import Processes
 
 # Rows are converted to float64 in pieces of this many, so that no float64 copy of a whole batch is made.
 _PIECE = 4096
+# A channel whose naive error is this much smaller than the average has nothing to lose by a change.
+_SMALLEST_ERROR = 1e-6
 
 
 @dataclass(frozen=True)
@@ -118,3 +120,13 @@ class NormalEquations:
             rest = self.sum_e - (weight @ self.sum_z[..., None])[..., 0]
             error = error - 2 * change.bias * rest + self.total * change.bias.square()
         return error.clamp_min(0.0)
+
+
+def smallest(errors: Sequence[Tensor]) -> int:
+    """Which of several errors, (blocks, channels), is the smallest; the first is the naive one.
+
+    Every channel's error counts relative to its naive one. Summed as they are, a few channels of a large stream decide.
+    """
+    naive = errors[0]
+    floor = naive.clamp_min(max(_SMALLEST_ERROR * float(naive.mean()), torch.finfo(naive.dtype).tiny))
+    return min(range(len(errors)), key=lambda index: float((errors[index] / floor).mean()))

@@ -1,0 +1,159 @@
+"""Optimal Brain Surgeon in the metric of the loss: what the loss changes when a unit goes and the others take over.
+
+With F = E over rows of the sum over positions of g g^T, g = dL/dy at a consumer's output y, G the second moment of its
+input and P = (G + lambda I)^-1, a change D of the weight changes the loss, to second order and with positions taken as
+independent, by tr(F D G D^T). Optimal Brain Surgeon of the weight F^(1/2) W is therefore that of the loss:
+
+    e_u = tr(W_u (P_uu)^-1 W_u^T F),        W' = W - W_u (P_uu)^-1 P_u:
+
+The update is the one of Optimal Brain Surgeon: F decides which units go, and makes the errors of different layers
+comparable. Positions are not independent: behind a global average pooling the same gradient comes back to all of them.
+So each group's scores are multiplied by the factor by which
+
+    sum over u of E (sum over positions of (P_uu)^-1 (P x)_u . dL/dx_u)^2   is larger than   sum over u of e_u,
+
+the Jacobian Criterion of what single units leave behind, whose positions add up before they are squared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from obc.criteria.obs import OBS
+from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.residual_rows import read_residuals
+from obc.criteria.residuals import Residuals, has_bias
+from obc.criteria.scoring import collected
+from obc.criteria.surgeon import State, second_moment
+from obc.criteria.units import TINY, Consumer, consumers_of
+from obc.model.layouts import layout_of
+from obc.statistics.gram import Gram, GramSum
+from obc.statistics.reader import flat_rows
+
+# Of a layer's positions, which lie next to each other, about so many tell as much as one that is drawn by itself.
+_POSITIONS_OF_ONE = 10
+_SMALLEST_RIDGE = 1e-2
+
+
+class KFACOBS(MeasuredCriterion):
+    """e_u = sum over consumers of tr(W_u (P_uu)^-1 W_u^T F), greedy: units go one by one, as in "obs".
+
+    Two runs: forward passes for G, then forward and backward for F and the factors. F takes 8 out^2 bytes a consumer.
+    Meant for compensation, and for units whose consumers write a residual stream: expansion channels, feed-forward
+    channels, heads.
+
+    Args:
+        ridge: lambda, relative to the mean diagonal of G. None: 0.01 + 10 in / n for n positions of so many channels:
+            with few samples a layer of few positions looks redundant where it is not, such as the last ones of a
+            convolutional network.
+        centred: G is the covariance: the mean of what goes costs nothing. None: where the consumer has a bias. True is
+            right too where a BatchNorm follows whose statistics are estimated anew.
+        factors: whether positions count together, by the factors above.
+    """
+
+    name = "kfac_obs"
+    about = About(
+        "Optimal Brain Surgeon in the metric of the loss",
+        "obc; Kronecker factors: arXiv 1503.05671; greedy removal: arXiv 2302.04089",
+        "tr(W_u (P_uu)^-1 W_u^T F), F = E sum over positions of g g^T, g = dL/dy; greedy with updates",
+        "labels",
+    )
+    update = "ls"
+
+    def __init__(self, ridge: float | None = None, centred: bool | None = None, factors: bool = True) -> None:
+        self.ridge, self.centred, self.factors = ridge, centred, factors
+
+    def measure(self, subject: Subject) -> GroupScores:
+        statistics = collected([Gram()], (), subject)
+        taps, grams, ridges = [], dict[str, Tensor](), dict[str, float]()
+        for group in subject.groups:
+            for consumer in consumers_of(group, subject.model):
+                if consumer.name in statistics.gram and not consumer.routed:
+                    centred = has_bias(consumer) if self.centred is None else self.centred
+                    ridges[consumer.name] = ridge = self._ridge(statistics.gram[consumer.name])
+                    taps.append(Residuals.of(group.name, consumer, statistics, ridge, centred))
+                    grams[consumer.name] = second_moment(consumer, statistics, centred)
+        metrics = OutputMetrics({tap.consumer.name: tap.consumer.module for tap in taps})
+        rows = read_residuals(subject, taps, also=metrics)
+        found = {}
+        for group in subject.groups:
+            states = [
+                State.of(in_metric(tap.consumer, metrics.mean(name)), grams[name], ridges[name])
+                for tap in taps
+                if tap.group == group.name and (name := tap.consumer.name) in metrics.sums
+            ]
+            if not states:
+                continue
+            factor = 1.0
+            if self.factors:
+                together = float(rows[group.name].double().square().mean(0).sum())
+                apart = float(torch.stack([state.errors() for state in states]).sum())
+                factor = together / max(apart, TINY)
+            found[group.name] = OBS().scores_from(states, group.size) * factor
+        return found
+
+    def _ridge(self, gram: GramSum) -> float:
+        return _SMALLEST_RIDGE + _POSITIONS_OF_ONE * len(gram.sum) / gram.count if self.ridge is None else self.ridge
+
+
+def in_metric(consumer: Consumer, metric: Tensor) -> Consumer:
+    """The consumer with the weight F^(1/2) W; of a grouped convolution each group with its own block of F."""
+    layout = layout_of(consumer.module)
+    groups = 1 if layout is None else layout.groups
+    size = len(metric) // groups
+    blocks = torch.stack([metric[start : start + size, start : start + size] for start in range(0, len(metric), size)])
+    values, vectors = torch.linalg.eigh(blocks)
+    roots = values.clamp_min(0).sqrt()[..., None] * vectors.mT
+    columns = consumer.columns.unflatten(0, (groups, -1)).unflatten(2, (size, -1))
+    return replace(consumer, columns=torch.einsum("goq,giqt->giot", roots, columns).flatten(0, 1).flatten(1))
+
+
+class OutputMetrics:
+    """Reads F at the outputs of layers, while the loss goes backward.
+
+    Attributes:
+        sums: layer -> (out, out) float64 on the CPU, over the rows so far; those that no gradient came back to have
+            none.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self._layers, self.sums, self._rows = layers, dict[str, Tensor](), 0
+        self.now: dict[str, Tensor] = {}
+
+    def attach(self) -> list[Any]:
+        return [module.register_forward_hook(self._hook(name, module)) for name, module in self._layers.items()]
+
+    def begin(self) -> None:
+        """A batch begins."""
+        self.now = {}
+
+    def take(self, rows: int) -> None:
+        """The batch counts: so many rows."""
+        self._rows += rows
+        for name, product in self.now.items():
+            self.sums[name] = self.sums[name] + product if name in self.sums else product
+
+    def mean(self, name: str) -> Tensor:
+        """(out, out) F."""
+        return self.sums[name] / self._rows
+
+    def _hook(self, name: str, module: nn.Module) -> Callable[..., None]:
+        layout = layout_of(module)
+
+        def read(grad: Tensor) -> None:
+            flat = flat_rows(grad.detach(), 1 if layout is not None and layout.convolution else grad.dim() - 1)
+            flat = flat if flat.dtype == torch.float64 else flat.float()
+            product = (flat.mT @ flat).double().cpu()
+            self.now[name] = self.now[name] + product if name in self.now else product
+
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                # A tensor's hook gets the gradient at the values of now, also if they are changed in place later.
+                output.register_hook(read)
+
+        return hook
