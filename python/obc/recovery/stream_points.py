@@ -294,9 +294,9 @@ def norms_behind(calls: Mapping[str, Sequence[Call]], norms: Mapping[str, _Batch
     """Layer -> the BatchNorm, of those named, that alone reads its output, and reads no other of these layers."""
     found = {
         layer: name
-        for layer, of_layer in calls.items()
+        for layer, own in calls.items()
         for name, norm in norms.items()
-        if norm.running_mean is not None and all(call.norm is norm.running_mean for call in of_layer)
+        if norm.running_mean is not None and all(call.norm is norm.running_mean for call in own)
     }
     fed = Counter(found.values())
     return {layer: name for layer, name in found.items() if fed[name] == 1}
