@@ -151,6 +151,12 @@ def test_units_that_it_can_not_score(name: str, criterion: str, why: str, scored
         pruned(subject, criterion=criterion, structure=TransformersStructure(subject.model, ["layers"]), macs=0.7)
 
 
+@pytest.mark.parametrize("criterion", ["l1", "jacobian", "compensated_jacobian"])
+def test_an_allocation_that_follows_what_the_model_has_not(criterion: str) -> None:
+    with pytest.raises(ValueError, match="the allocation BlockProfile follows the statistic 'blocks', but no residual"):
+        pruned(make_subject("chain"), criterion=criterion, allocation="profile")
+
+
 def test_rows_of_tokens_of_layers_with_unlike_positions() -> None:
     with pytest.raises(
         ValueError, match="the criterion 'token_jacobian': rows of tokens need layers that see the same"

@@ -256,9 +256,16 @@ def test_tyr_keeps_the_first_order_term(name: str) -> None:
 def test_reconstruction(name: str) -> None:
     """The sum over consumers of |W x_u|^2 / |y|^2: the layer itself, given the unit's channels alone, and no bias."""
     subject = make_subject(name)
+    seen = inputs(subject)
     expected: dict[str, Tensor] = {}
     for group in subject.groups:
-        for _, layer, channels in readers(subject, group, experts=False):
+        for layer_name, layer, channels in readers(subject, group):
+            if "[" in layer_name:  # an expert of those tokens that were routed to it
+                x = torch.cat([batch.flatten(0, 1) for batch in seen[layer_name]])
+                weight = layer.weight.detach()
+                lost = torch.stack([(x[:, unit] @ weight[:, unit].T).square().sum() for unit in channels])
+                expected[group.name] = expected.get(group.name, 0) + lost / (x @ weight.T).square().sum()
+                continue
             calls: list[tuple[Tensor, Tensor]] = []
             handle = layer.register_forward_hook(lambda m, args, y, calls=calls: calls.append((args[0], y.clone())))
             for batch in subject.batches:

@@ -52,7 +52,9 @@ def test_criteria_of_experts_prune_experts(name: str) -> None:
     assert experts == {(4, 3)}
 
 
-@pytest.mark.parametrize("name", ["l1", "fpgm", "taylor", "fisher", "llm_pruner_vector", "nirvana", "tolerance"])
+@pytest.mark.parametrize(
+    "name", ["l1", "fpgm", "taylor", "fisher", "llm_pruner_vector", "nirvana", "reconstruction", "tolerance"]
+)
 def test_criteria_of_weights_and_their_gradients_prune_what_lies_inside_experts(name: str) -> None:
     case = families.FAMILIES["mixtral"]()
     structure = TransformersStructure(case.model, ["expert_ffn"])

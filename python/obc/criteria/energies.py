@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.evaluation import evaluating
+from obc.model.experts import fused_experts
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
 from obc.model.usable_batches import UsableBatches, all_finite
+from obc.statistics.routed import expert_name, is_routed_call, routed_inputs, unreadable
+
+# (consumer, its output's energy, (group, energies of its units)) of one call.
+Energies = tuple[str, Tensor, list[tuple[str, Tensor]]]
 
 
 def relative_errors(
@@ -25,7 +31,9 @@ def relative_errors(
     """Per group (units,) float64: the sum over consumers m of E|W_m x_u|^2 / E|y_m|^2.
 
     x_u is the part of the consumer's input x that belongs to unit u, y_m its output, and E is the mean over all batches
-    and positions. Cost: about two forward passes of the consumers.
+    and positions. Every expert of a mixture is a consumer of the tokens routed to it.
+
+    Cost: about two forward passes of the consumers.
 
     Raises:
         ValueError: there are no batches.
@@ -34,14 +42,18 @@ def relative_errors(
     consumed: dict[str, list[tuple[str, Slice]]] = {}
     for group in groups:
         for part in group.consumers:
-            if part.module in modules and layout_of(modules[part.module]) is not None:
+            module = modules.get(part.module)
+            if module is not None and (layout_of(module) is not None or _reads_experts(module, part)):
                 consumed.setdefault(part.module, []).append((group.name, part))
     energies: dict[tuple[str, str], Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    energies_in_batch: list[tuple[str, Tensor, list[tuple[str, Tensor]]]] = []  # added only if all of it is finite
+    energies_in_batch: list[Energies] = []  # added only if all of it is finite
 
     def hook(name: str) -> Callable[..., None]:
         def collect(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
+            if fused_experts(module) is not None:
+                energies_in_batch.extend(_of_experts(name, module, [*args, *kwargs.values()], consumed[name]))
+                return
             x = args[0] if args else next(iter(kwargs.values()))
             parts = [(group_name, _energies(module, x, part)) for group_name, part in consumed[name]]
             energies_in_batch.append((name, output.double().square().sum(), parts))
@@ -75,20 +87,39 @@ def relative_errors(
     return found
 
 
+def _reads_experts(module: nn.Module, part: Slice) -> bool:
+    """Whether the slice is of the inner channels of fused experts, and these can be read."""
+    return part.side == "in" and fused_experts(module) is not None and unreadable(module) is None
+
+
+def _of_experts(name: str, module: nn.Module, inputs: list[Any], parts: Sequence[tuple[str, Slice]]) -> list[Energies]:
+    """The energies of one call of a mixture, expert by expert."""
+    experts = fused_experts(module)
+    if experts is None or not is_routed_call(inputs):
+        return []
+    found: list[Energies] = []
+    for routed in routed_inputs(module, *inputs[:3]):
+        weight, x = experts[1][routed.expert], routed.x
+        energies = [(group, _linear_energies(weight, x, part.channels.to(x.device))) for group, part in parts]
+        energy = F.linear(x, weight).double().square().sum()
+        found.append((expert_name(name, routed.expert), energy, energies))
+    return found
+
+
 def _energies(module: nn.Module, x: Tensor, part: Slice) -> Tensor:
     """(units,) float64: the sum of squares of a layer's outputs for each unit's channels alone, without its bias."""
     channels = part.channels.to(x.device)
     if not isinstance(module, _ConvNd):
-        return _linear_energies(module, x, channels)
+        layout, weight = layout_of(module), module.weight
+        assert layout is not None
+        assert isinstance(weight, Tensor)
+        return _linear_energies(weight.T if layout.transposed else weight, x, channels)
     return torch.stack([_alone(module, unit)(x[:, unit]).double().square().sum() for unit in channels])
 
 
-def _linear_energies(module: nn.Module, x: Tensor, channels: Tensor) -> Tensor:
+def _linear_energies(weight: Tensor, x: Tensor, channels: Tensor) -> Tensor:
     """Sum over positions p and outputs o of (sum_k W[o, u, k] x[p, u, k])^2, from the k x k moments of x and of W."""
-    layout, weight = layout_of(module), module.weight
-    assert layout is not None
-    assert isinstance(weight, Tensor)
-    columns = (weight.T if layout.transposed else weight).double()[:, channels]  # (out, units, k)
+    columns = weight.double()[:, channels]  # (out, units, k)
     inputs = x.reshape(-1, x.shape[-1]).double()[:, channels]  # (positions, units, k)
     weight_moments, input_moments = (torch.einsum("puk,pul->ukl", t, t) for t in (columns, inputs))
     return (weight_moments * input_moments).sum((1, 2))

@@ -35,6 +35,7 @@ from obc.selection.allocation import Task
 from obc.selection.checks import NARROW
 from obc.selection.choice import BudgetError
 from obc.selection.uniform import permitted_widths
+from obc.statistics.errors import NothingToReadError
 from obc.statistics.results import Statistics
 from obc.structures.protocol import Limits, Structure, Unit
 
@@ -170,6 +171,16 @@ class Job:
 
     def _rows(self, subject: Subject) -> dict[str, Tensor]:
         """Per group, (N, units) rows for joint selection or (units,) scores for independent selection."""
+        try:
+            return self._measured(subject)
+        except NothingToReadError as error:  # of a statistic that the criterion does not need
+            allocation = type(self.choice.allocation).__name__
+            raise ValueError(
+                f"the allocation {allocation} follows the statistic {error.statistic!r}, but {error.reason}; pass "
+                "another allocation="
+            ) from error
+
+    def _measured(self, subject: Subject) -> dict[str, Tensor]:
         criterion, also = self.choice.criterion, tuple(getattr(self.choice.allocation, "needs", ()))
         if isinstance(criterion, Jacobian):
             rows = self._jacobian(subject)
