@@ -29,82 +29,22 @@ unpruned model's at all.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from obc.model.evaluation import ForwardFn
-from obc.model.plan import PruningPlan
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import batch_norms, named_norms, norm_reference, recalibrate_from, streamed_error
-from obc.recovery.compensation_report import CompensationReport, LayerCorrection
+from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.consumers import Consumer
-from obc.recovery.layer_rows import (
-    apply_change,
-    columns_of,
-    difference,
-    drawn_rows,
-    input_rows,
-    inverse_scale,
-    output_rows,
-    stream_weights,
-)
-from obc.recovery.moments import Moments, larger_ridges
+from obc.recovery.layer_correction import Layer, LayerCorrections, Options, Sums, waves
 from obc.recovery.norm_reference import take_statistics
-from obc.recovery.normal_equations import Change, NormalEquations, smallest
-from obc.recovery.padding import valid_rows
-from obc.recovery.processes import Processes
 from obc.recovery.segments import ChainBatch, capture, find_chain, replays, stream_of
-from obc.recovery.stream_points import Call, Seen, norms_behind, observe, of_same_tokens
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of :func:`obc.compensate`."""
-
-    forward: ForwardFn
-    ridges: Sequence[float]
-    offload: bool
-    max_bytes: int
-    processes: Processes
-    plan: PruningPlan
-
-
-@dataclass
-class _Layer:
-    """A layer to correct, and what one run of the unpruned model showed about it."""
-
-    name: str
-    consumer: Consumer
-    out_channels: Tensor | None
-    summed: bool = False
-    calls: int = 0
-    scope: str = ""
-    source: int = 0
-    norm: _BatchNorm | None = None  # takes the intercept if the layer has no bias
-    order: int = 2**31  # last if the first batch does not reach it
-
-
-@dataclass
-class _Sums:
-    """Sums for one layer's regression over calibration and held-out batches, and the point's energy there."""
-
-    fit: NormalEquations
-    check: NormalEquations
-    factors: Tensor | float = 1.0
-    energy: float = 0.0
-    reached: bool = False
-    inputs: Moments | None = None  # used instead for a layer whose outputs overlap
-
-    @classmethod
-    def of(cls, consumer: Consumer) -> _Sums:
-        shape, device = columns_of(consumer.module, consumer.layout), next(consumer.module.parameters()).device
-        return cls(NormalEquations(*shape, device), NormalEquations(*shape, device))
+from obc.recovery.stream_points import Call, Seen, norms_behind, observe
 
 
 @dataclass
@@ -120,7 +60,7 @@ class _Place:
 
     full: Callable[[int], Any]
     pruned: Callable[[int], Any]
-    layers: list[_Layer]
+    layers: list[Layer]
     points: list[dict[str, list[Call]]] = field(default_factory=list)
 
 
@@ -143,10 +83,11 @@ class CorrectRun:
         numbered = [each.numbered() for each in batches]
         self.calibration = len(numbered[0])
         self.numbers, self.batches = zip(*numbered[0], *numbered[1], strict=True)
-        self.all_batches = int(options.processes.total(self.calibration)[0])
         self.report = CompensationReport(naive_error=self._error())
+        on_all = int(options.processes.total(self.calibration)[0])
+        self.corrections = LayerCorrections(options, consumers, self.report, self.batches, self.calibration, on_all)
         self.before = copy.deepcopy([module.state_dict() for module in self._changed()])
-        self.layers = [_Layer(name, consumer, out_channels[name]) for name, consumer in consumers.items()]
+        self.layers = [Layer(name, consumer, out_channels[name]) for name, consumer in consumers.items()]
 
     def _changed(self) -> list[nn.Module]:
         return [*(consumer.module for consumer in self.consumers.values()), *self.norms]
@@ -233,7 +174,7 @@ class CorrectRun:
 
     # --- the chain --------------------------------------------------------------------------------------------
 
-    def _run_chain(self, chain: list[str], layers: list[_Layer], bar: Any) -> None:
+    def _run_chain(self, chain: list[str], layers: list[Layer], bar: Any) -> None:
         full, pruned = (self._captured(model, chain) for model in (self.original, self.pruned))
         for place, name in enumerate(chain):
             module, kept = self.original.get_submodule(name), self.pruned.get_submodule(name)
@@ -276,7 +217,7 @@ class CorrectRun:
             after.append(self._stored(stream_of(seen.output)))
         return after
 
-    def _targets(self, layers: Sequence[_Layer], seen: Seen) -> dict[str, list[Call]]:
+    def _targets(self, layers: Sequence[Layer], seen: Seen) -> dict[str, list[Call]]:
         """The unpruned model's calls with their points alone; for a layer whose outputs overlap, with its inputs."""
         found = {}
         for layer in layers:
@@ -320,8 +261,8 @@ class CorrectRun:
     # --- layers -----------------------------------------------------------------------------------------------
 
     def _correct(self, here: _Place, bar: Any) -> None:
-        for wave in _waves(here.layers, self.options.max_bytes):
-            sums = {layer.name: _Sums.of(layer.consumer) for layer in wave}
+        for wave in waves(here.layers, self.options.max_bytes):
+            sums = {layer.name: Sums.of(layer.consumer) for layer in wave}
             for index in self._live():
                 self._accumulate(here, wave, sums, index)
             self.usable.refuse_many(self.options.processes.total)
@@ -329,10 +270,10 @@ class CorrectRun:
                 self.report.moment_bytes, sum(each.fit.bytes + each.check.bytes for each in sums.values())
             )
             for layer in wave:
-                self._solve(layer, sums[layer.name])
+                self.corrections.solve(layer, sums[layer.name])
                 bar.update()
 
-    def _accumulate(self, here: _Place, wave: list[_Layer], sums: dict[str, _Sums], index: int) -> None:
+    def _accumulate(self, here: _Place, wave: list[Layer], sums: dict[str, Sums], index: int) -> None:
         own = {layer.name for layer in wave if not layer.summed}
         stop = sum(layer.calls for layer in wave) or None
         modules = {layer.name: layer.consumer.module for layer in wave}
@@ -353,95 +294,7 @@ class CorrectRun:
             if len(targets) != len(calls):
                 continue
             for target, call in zip(targets, calls, strict=True):
-                self._add(layer, sums[layer.name], target, call, index)
-
-    def _add(self, layer: _Layer, sums: _Sums, full: Call, call: Call, index: int) -> None:
-        """Add one call of a layer to its sums; skipped if the models ran it on different positions."""
-        layout, module = layer.consumer.layout, layer.consumer.module
-        kept = full.point.to(call.point.device)
-        full, call = of_same_tokens(replace(full, x=kept, point=kept), call)
-        target = full.point
-        sums.reached = sums.reached or target.numel() > 0
-        if layer.consumer.overlaps:
-            if target.shape[0] == call.x.shape[0] and target.shape[2:] == call.x.shape[2:]:
-                moments = sums.inputs = sums.inputs or layer.consumer.moments(paired=True)
-                moments.add(layer.consumer.rows(target), layer.consumer.rows(call.x))
-            return
-        dim = 1 if layout.convolution else -1
-        if layer.out_channels is not None and target.shape[dim] != call.point.shape[dim]:
-            target = target.index_select(dim, layer.out_channels.to(target.device))
-        if target.shape != call.point.shape:
-            return
-        positions = call.point.numel() // call.point.shape[dim]
-        rows = drawn_rows(module, layout, positions, self.all_batches)
-        if not layout.convolution:
-            rows = valid_rows(self.batches[index], call.x, call.routing)
-        inverse, sums.factors = inverse_scale(call.scale, call.point, dim)
-        error = output_rows(layout, difference(target, call.point), rows)
-        if inverse is not None:
-            error = error * inverse.reshape(layout.groups, 1, -1)
-        held_out = index >= self.calibration
-        weighed = layer.summed and not layout.convolution
-        weights = stream_weights(output_rows(layout, target, rows)) if weighed else None
-        if call.routing is not None:  # the output enters the mixture's sum by its gate
-            weights = call.routing.gates[rows].double().square()
-        (sums.check if held_out else sums.fit).add(input_rows(module, layout, call.x, rows), error, weights)
-        if held_out:
-            squares = output_rows(layout, target, rows).double().square().sum((0, 2))
-            sums.energy += float((squares if weights is None else squares * weights).sum())
-
-    def _solve(self, layer: _Layer, sums: _Sums) -> None:
-        if not self.options.processes.total(sums.reached)[0]:
-            self.report.leave_unreached([*self.report.unreached, layer.name], self.consumers)
-            return
-        if sums.inputs is not None:
-            self._reconstruct(layer, sums.inputs)
-            return
-        for equations in (sums.fit, sums.check):
-            equations.gather(self.options.processes)
-        (energy,) = self.options.processes.total(sums.energy)
-        if sums.fit.rows == 0 or sums.check.rows == 0:
-            batches = "calibration" if sums.fit.rows == 0 else "held-out"
-            self.report.notes.append(
-                f"{layer.name} stays naive: on no {batches} batch did the two models run it on the same positions"
-            )
-            self.report.layers[layer.name] = LayerCorrection(layer.summed, 0.0, 0.0, False, 0, 0.0)
-            return
-        changes = self._changes(layer, sums.fit)
-        candidates: list[Change | None] = [None, *changes]
-        squares = torch.as_tensor(sums.factors, dtype=torch.float64, device=sums.check.energy.device).square()
-        squares = squares if squares.dim() == 0 else squares.reshape(sums.check.energy.shape)
-        errors = [sums.check.error(change) for change in candidates]
-        best = smallest(errors)
-        change = candidates[best]
-        if change is not None:
-            apply_change(layer.consumer.module, layer.consumer.layout, change, layer.norm)
-        before, after = (float((error * squares).sum()) / (energy or 1.0) for error in (errors[0], errors[best]))
-        self.report.layers[layer.name] = LayerCorrection(
-            layer.summed, before, after, change is not None, sums.fit.rows, change.ridge if change else 0.0
-        )
-
-    def _changes(self, layer: _Layer, fit: NormalEquations) -> list[Change]:
-        """The solutions for every sufficient ridge; if none is, for the first larger one that is."""
-        largest = max(self.options.ridges)
-        for larger in larger_ridges(largest):
-            ridges = self.options.ridges if larger == largest else [larger]
-            if changes := fit.changes(ridges, layer.consumer.has_bias or layer.norm is not None):
-                return changes
-        raise ValueError(
-            f"{layer.name}: its Gram matrix is singular with a ridge of up to {larger:g}; it saw {fit.rows} positions "
-            f"for {fit.gram.shape[-1]} columns: pass more batches or a larger ridge"
-        )
-
-    def _reconstruct(self, layer: _Layer, moments: Moments) -> None:
-        """Reconstruct the input of a layer whose outputs overlap, which is not a matrix product of its input's rows."""
-        moments.gather(self.options.processes)
-        solution = moments.solve(min(self.options.ridges), intercept=False)
-        layer.consumer.apply(solution)
-        fit = solution.fit
-        self.report.layers[layer.name] = LayerCorrection(
-            False, fit.error_before, fit.error_after, True, moments.samples, fit.ridge
-        )
+                self.corrections.add(layer, sums[layer.name], target, call, index)
 
     def _decide(self, chain: list[str]) -> None:
         report = self.report
@@ -470,23 +323,3 @@ def _call(streams: Sequence[ChainBatch], module: nn.Module, place: int, index: i
 
 def _inside(scope: str, module: str) -> bool:
     return scope == module or scope.startswith(f"{module}.")
-
-
-def _waves(layers: Sequence[_Layer], max_bytes: int) -> Iterator[list[_Layer]]:
-    """Groups of layers that are solved together: they read the same tensor, and each has its own point.
-
-    The sums of a group take at most ``max_bytes``, unless a single layer's take more.
-    """
-    wave: list[_Layer] = []
-    taken = 0
-    for layer in layers:
-        blocks, columns, outputs = columns_of(layer.consumer.module, layer.consumer.layout)
-        needed = 2 * 8 * blocks * columns * (columns + outputs)
-        together = wave and not (layer.summed or wave[-1].summed) and taken + needed <= max_bytes
-        if wave and not (together and layer.source == wave[-1].source and layer.calls == wave[-1].calls == 1):
-            yield wave
-            wave, taken = [], 0
-        wave.append(layer)
-        taken += needed
-    if wave:
-        yield wave
