@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from plain_selection import as_lists, chained_costs, correlated_rows
 
 import obc
-from obc.selection.interactions import BlockedGram, FullGram, RowsOnly, choose_form, products_within
+from obc.selection import Costs, interactions
+from obc.selection.interactions import BlockedGram, FullGram, RowsOnly, Standing, choose_form, products_within
 from obc.selection.shrinkage import estimated_shrinkage
 
 # Small cases have few rows and narrow groups; the warnings that say so have tests of their own.
@@ -54,7 +56,7 @@ def test_increments_survive_cancellation() -> None:
 def test_every_form_gives_the_columns_of_the_gram_matrix() -> None:
     units = torch.randn(300, 20, dtype=torch.float64)
     gram = units @ units.T
-    ranking = torch.rand(300, dtype=torch.float64)
+    standing = Standing(torch.rand(300, dtype=torch.float64), torch.ones(300, dtype=torch.float64), 2.0)
     forms = [
         FullGram(units),
         RowsOnly(units),
@@ -65,9 +67,9 @@ def test_every_form_gives_the_columns_of_the_gram_matrix() -> None:
     for picks in torch.randperm(300)[:240].split(3):
         valid = torch.tensor([True, False, True])
         expected = gram[:, picks[valid]].sum(1)
-        ranking[picks[valid]] = torch.inf
+        standing.increments[picks[valid]] = torch.inf
         for columns in forms:
-            torch.testing.assert_close(columns(picks, valid, lambda: ranking), expected)
+            torch.testing.assert_close(columns(picks, valid, lambda: standing), expected)
 
 
 @pytest.mark.parametrize("max_bytes", [0, 2**20], ids=["from rows", "from blocks"])
@@ -151,3 +153,40 @@ def test_full_shrinkage_is_independent_selection() -> None:
     costs = chained_costs(rows)
     joint = obc.select(rows, costs, 0.4 * costs.total(), shrinkage=1.0)
     assert as_lists(joint) == as_lists(obc.select(rows, costs, 0.4 * costs.total(), selection="independent"))
+
+
+@pytest.mark.parametrize("kind", ["random", "equal rows", "opposite rows", "whole numbers"])
+@pytest.mark.parametrize("front", [1, 16, 400], ids=lambda front: f"front of {front}")
+def test_foreseeing_columns_changes_no_choice(kind: str, front: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interactions, "FORESEEN_UNITS", 0)
+    monkeypatch.setattr(interactions, "FRONT_SHARE", 0.0)
+    monkeypatch.setattr(interactions, "LEAST_FRONT", front)
+    generator = torch.Generator().manual_seed(front)
+    rows = {f"group {place}": torch.randn(24, width, generator=generator) for place, width in enumerate((7, 93, 300))}
+    for name, values in rows.items():
+        if kind in ("equal rows", "opposite rows"):
+            parents = torch.randint(1 + values.shape[1] // 3, (values.shape[1],), generator=generator)
+            signs = torch.randint(0, 2, (values.shape[1],), generator=generator) * 2.0 - 1
+            rows[name] = values[:, parents] * (signs if kind == "opposite rows" else 1.0)
+        elif kind == "whole numbers":
+            rows[name] = values.round()
+    widths = [values.shape[1] for values in rows.values()]
+    quadratic = torch.diag(torch.full((2,), 9.0), 1)
+    costs = Costs(list(rows), widths, linear=torch.tensor([27.0, 0.0, 10.0]), quadratic=quadratic)
+    least = {"group 0": 1, "group 1": 60, "group 2": 20}
+    chosen = [
+        as_lists(obc.select(rows, costs, 0.7 * costs.total(), form=form, min_units=least))
+        for form in ("full", "blocked")
+    ]
+    assert chosen[0] == chosen[1]
+
+
+def test_foreseen_columns_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At costs that do not change, and a front of all units, a greedy choice is foreseen exactly."""
+    monkeypatch.setattr(interactions, "FORESEEN_UNITS", 0)
+    fills = []
+    fill = BlockedGram._fill
+    monkeypatch.setattr(BlockedGram, "_fill", lambda *arguments: fills.append(fill(*arguments)))
+    rows = {"a": torch.randn(40, 300), "b": torch.randn(40, 300)}
+    removed = obc.select(rows, {"a": 1.0, "b": 2.0}, 450.0, form="blocked")
+    assert len(fills) == math.ceil(sum(map(len, removed.values())) / interactions.BLOCK)

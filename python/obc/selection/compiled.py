@@ -60,7 +60,7 @@ class CompiledGreedy(Greedy):
             if freed[0] >= target:
                 break
             if self._interacting is not None:
-                column = self._interacting.columns.column(unit, self.ranking).numpy()
+                column = self._interacting.columns.column(unit, self.standing).numpy()
         return torch.tensor(order, dtype=torch.int64), float(freed[0])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from obc.selection.effective import EffectiveWidths
-from obc.selection.interactions import Columns
+from obc.selection.interactions import Columns, Standing
 
 # The host reads the freed amount once in this many steps; steps after the budget was reached are dropped.
 STEPS_PER_LOOK = 32
@@ -191,16 +191,17 @@ class Greedy:
             order = torch.cat(picks).flatten()
             return order[order >= 0], float(freed[last])
 
-    def ranking(self) -> Tensor:
-        """(C,) quotients of single units at present, infinite for units that may not be removed."""
+    def standing(self) -> Standing:
+        """What decides which single units go next; units that free nothing count as those that must stay."""
         freed = self._problem.costs.unit_costs
         if freed is None:
             effective = self._problem.costs.effective
             step = self._one_each if effective is None else effective.promised(self._widths, self._one_each)
-            freed = ((self._slope - self._own_curvature * step) * step).clamp_min(0).index_select(0, self._group_of)
-        stays = (self._widths <= self._lowest).index_select(0, self._group_of)
-        scores = quotient(self._increments, freed) if self._problem.per_cost else self._increments
-        return scores.masked_fill(stays, math.inf)
+            freed = ((self._slope - self._own_curvature * step) * step).index_select(0, self._group_of)
+        stays = (self._widths <= self._lowest).index_select(0, self._group_of) | (freed <= 0)
+        costs = freed.masked_fill(stays, 1.0) if self._problem.per_cost else torch.ones_like(self._increments)
+        strength = 0.0 if self._interacting is None else 2 * self._interacting.strength
+        return Standing(self._increments.masked_fill(stays, math.inf), costs, strength)
 
     def _step(self) -> tuple[Tensor, Tensor]:
         """The removed units, (places,) with -1 for none, and the total freed since the start, (1,)."""
@@ -269,7 +270,7 @@ class Greedy:
     def _remove(self, group: Tensor, count: Tensor, taken: Tensor, units: Tensor, valid: Tensor) -> None:
         """Remove the ``valid`` ``units`` (places,) of ``group`` (1,): ``count`` units, ``taken`` effective width."""
         if self._interacting is not None:
-            columns = self._interacting.columns(units, valid, self.ranking)
+            columns = self._interacting.columns(units, valid, self.standing)
             self._increments.add_(columns, alpha=2 * self._interacting.strength)
             self._removed_squares += (self._squares.index_select(0, units) * valid).sum()
         self._increments.index_add_(0, units, torch.where(valid, self._infinity, self._zero))
