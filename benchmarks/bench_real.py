@@ -78,6 +78,7 @@ SELECTIONS: dict[str, Selection] = {
     "compensated": Selection.of("compensated_jacobian"),
     "jacobian-inner": Selection.of("jacobian", inner=True),
     "kfac": Selection.of("kfac"),
+    "kfac-obs": Selection.of("kfac_obs"),
     # Centred: BatchNorms take the means of what goes.
     "kfac-obs-inner": Selection.of(KFACOBS(centred=True), inner=True),
     "flap": Selection.of("flap"),
@@ -100,6 +101,7 @@ OURS = (
     "token-jacobian+correct",
     "compensated+correct",
     "kfac+correct",
+    "kfac-obs+correct",
     "jacobian-uniform+correct",
     "jacobian-search+correct",
 )
