@@ -348,6 +348,14 @@ def test_a_config_that_would_give_blocks_other_constants_is_refused(tmp_path: Pa
     torch.testing.assert_close(loaded, _logits(model, _batch(model)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_the_first_block_of_every_list_stays_and_is_named(name: str) -> None:
+    structure = TransformersStructure(MODELS[name](), ["layers"])
+    named = [block for block, why in structure.left_out.items() if "the first block of a list stays" in why]
+    assert len(named) == (2 if name == "bart" else 1)
+    assert not {group.name for group in structure.groups} & set(named)
+
+
 def test_what_is_no_branch_is_named() -> None:
     model = _built("BloomConfig", "BloomForCausalLM", vocab_size=31, hidden_size=32, n_layer=2, n_head=4)
     left_out = TransformersStructure(model, ["sublayers"]).left_out

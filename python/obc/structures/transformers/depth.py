@@ -129,6 +129,10 @@ def find_depth(model: nn.Module, modules: Mapping[str, nn.Module], kinds: Collec
                 left_out[name] = f"{tied} shares a parameter with {shared[tied]}"
                 continue
             found = []
+            if "layers" in kinds and place == 0:
+                left_out[name] = (
+                    "the first block of a list stays, because caches, masks and tables of positions may depend on it"
+                )
             if "layers" in kinds and place > 0:
                 stand_in = StandIn("input", _outputs(blocks[place]))
                 found.append(DepthUnit(_group(name, "layers"), (list_name, place), {name: stand_in}))
