@@ -40,7 +40,6 @@ from obc.criteria.rows import read_rows
 from obc.criteria.scoring import group_scores
 from obc.integrations.transformers import TransformersStructure
 from obc.model.evaluation import evaluating
-from obc.recovery.calibration import inputs
 from obc.recovery.consumers import find_consumers
 from obc.recovery.mean_bias import absorb_means
 from obc.recovery.moments import Fit, Solution
@@ -216,6 +215,27 @@ def reconstruct(task: Task, model: nn.Module, plan: obc.PruningPlan, how: str) -
         ridge = _GRAIL_RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(gram.shape[2])
         mapped = torch.linalg.solve(gram + ridge, cross, left=False)
         consumer.apply(Solution(mapped[0] if len(mapped) == 1 else mapped, None, Fit(0.0, 0.0, _GRAIL_RIDGE)))
+
+
+def inputs(
+    model: nn.Module, names: Sequence[str], batch: Any, forward_fn: Callable[..., Any]
+) -> dict[str, list[Tensor]]:
+    """The inputs of the modules ``names`` in one forward pass, one per call; by name, in the order of first calls."""
+    seen: dict[str, list[Tensor]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.setdefault(name, []).append((args[0] if args else next(iter(kwargs.values()))).detach().clone())
+
+        return record
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
+    try:
+        forward_fn(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 # --- cases ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,25 +20,6 @@ from obc.recovery.processes import ALONE, Processes
 # Outputs are converted to float64 in pieces of this many numbers.
 _PIECE = 2**22
 _NOT_FINITE = "what it gives a BatchNorm is not finite"
-
-
-def inputs(model: nn.Module, names: Sequence[str], batch: Any, forward_fn: ForwardFn) -> dict[str, list[Tensor]]:
-    """The inputs of the modules ``names`` in one forward pass, one per call; by name, in the order of first calls."""
-    seen: dict[str, list[Tensor]] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.setdefault(name, []).append((args[0] if args else next(iter(kwargs.values()))).detach().clone())
-
-        return record
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
-    try:
-        forward_fn(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
 
 
 def channel_rows(x: Tensor, layout: Rule, repeat: int) -> Tensor:

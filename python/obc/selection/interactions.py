@@ -44,11 +44,11 @@ StandingNow = Callable[[], Standing]
 FLOAT64_BYTES = 8
 # This many rows of X times X^T run close to matrix-product speed; of a larger block more columns are foreseen wrongly.
 BLOCK = 64
-# The next units are foreseen among this share of all, those with the lowest scores, and no fewer than LEAST_FRONT. Of
-# 100,000 units x 512 rows, 58 units were removed for a block of 64 with this share, 25 for one of 32 with half of it.
+# The next units are foreseen among this share of all, those with the lowest scores, and no fewer than LEAST_FRONT. With
+# a smaller share fewer units of a block are removed before the next block is needed.
 FRONT_SHARE, LEAST_FRONT = 1 / 12, 1024
-# Foreseeing takes longer than it saves where columns of fewer units are computed: then those with the lowest scores
-# are taken (15,000 units x 512 rows: 2.9 s of CPU time by scores, 5.5 by foreseeing).
+# Foreseeing takes longer than it saves where columns of fewer units are computed: there those with the lowest scores
+# are taken.
 FORESEEN_UNITS = 1 << 15
 # A column in such a product takes about an eighth of the time of a single one (measured: 2.1 and 20 ms, 512 x 100,000):
 # a block pays off if at least this many of its columns are used.
