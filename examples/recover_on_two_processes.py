@@ -48,6 +48,8 @@ def main() -> None:
     everyone = accelerator.gather(torch.tensor([after]))
     accelerator.print(f"divergence {before:.3f} -> {after:.3f} on {accelerator.num_processes} processes")
     accelerator.print("the same on every process:", bool((everyone == everyone[0]).all()))
+    # The model in its wrapper goes before the process group: destroying both at once can wait for ever (torch 2.13).
+    model, optimizer, loader = accelerator.free_memory(model, optimizer, loader)
     accelerator.end_training()
 
 

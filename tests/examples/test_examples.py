@@ -34,6 +34,19 @@ def test_example_runs(name: str, tmp_path: Path) -> None:
     words = [str(tmp_path / word) if word == "OUT" else word for word in arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, *launcher, str(EXAMPLES / name), *words]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    assert expected in done.stdout, done.stdout[-2000:]
+    code, stdout, stderr = run_to_the_end(command, tmp_path, environment, seconds=300)
+    assert code == 0, stdout[-2000:] + stderr[-4000:]
+    assert expected in stdout, stdout[-2000:]
+
+
+def run_to_the_end(command: list[str], folder: Path, environment: dict[str, str], seconds: int) -> tuple[int, str, str]:
+    """Exit code and output. A late launcher is terminated, not killed: then it ends its processes too."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=folder, env=environment, **pipes) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            stdout, stderr = process.communicate()
+            stderr += f"\nterminated after {seconds} s"
+    return process.returncode, stdout, stderr

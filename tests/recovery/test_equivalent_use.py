@@ -116,6 +116,7 @@ def _train_in_two_processes(rank: int, port: int, results) -> None:
         loss_of(model, RECIPES["flatten"].inputs(seed=rank)).backward()
         optimizer.step()
     results[rank] = {name: tensor.detach().numpy() for name, tensor in equivalent.merge().state_dict().items()}
+    del model  # before its process group: destroying both at once can wait for ever (torch 2.13)
     torch.distributed.destroy_process_group()
 
 
