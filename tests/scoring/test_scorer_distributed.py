@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -243,6 +244,7 @@ def _process(rank: int, processes: int, folder: str) -> None:
         rows_of_each(net()).save(Path(folder) / f"kept rows {rank}")
         (Path(folder) / f"refused {rank}").write_text(json.dumps(refused()))
     finally:
+        gc.collect()  # wrapped models go before their group: destroying both at once can wait for ever (torch 2.13)
         dist.destroy_process_group()
 
 
