@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,9 @@ class FinalProof:
     """
 
     def __init__(self, structure: Structure, run: Run) -> None:
-        self._reference, self._groups, self._run = shared_copy(structure.model), tuple(structure.groups), run
+        self._reference, self._groups = shared_copy(structure.model), tuple(structure.groups)
+        more: Sequence[Run] = getattr(structure, "more_runs", ())
+        self._run = (lambda model: [run(model), *(one(model) for one in more)]) if more else run
         self._alive = {group.name: torch.arange(group.size) for group in self._groups}
 
     def note(self, removed: Mapping[str, Tensor]) -> None:

@@ -42,6 +42,7 @@ from obc.pruning.snapshot import Snapshot
 from obc.scoring.label_free import label_free_loss
 from obc.selection.caps import Caps
 from obc.structures.memory import MemoryUse
+from obc.structures.proof import Run
 from obc.structures.protocol import Structure
 
 
@@ -210,7 +211,8 @@ def prune(
     report = PruningReport(provenance=provenance(model, choices))
     with _restored_on_error(model, report, budget, len(schedule)) as unpruned:
         with timed(report, "structure"):
-            structure = structure or _structure(model, example_inputs, ignored_layers, num_heads)
+            others = (run_on(batch, loss_fn, forward_fn) for batch in usable)
+            structure = structure or _structure(model, example_inputs, ignored_layers, num_heads, others)
             run = run_on(first_finite(usable), loss_fn, forward_fn)
             prove_groups(structure, run, report)
             final_proof = FinalProof(structure, run) if verify else None
@@ -290,6 +292,7 @@ def _structure(
     example_inputs: Any,
     ignored_layers: Sequence[nn.Module | str],
     num_heads: Mapping[nn.Module | str, int] | None,
+    other_runs: Iterable[Run],
 ) -> Structure:
     if example_inputs is None:
         from obc.structures.transformers import TransformersStructure
@@ -305,7 +308,9 @@ def _structure(
         return found
     from obc.structures.traced import TorchPruningStructure
 
-    return TorchPruningStructure(model, example_inputs, ignored_layers=ignored_layers, num_heads=num_heads)
+    return TorchPruningStructure(
+        model, example_inputs, ignored_layers=ignored_layers, num_heads=num_heads, other_runs=other_runs
+    )
 
 
 def _first_left_out(left_out: Mapping[str, str]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +27,9 @@ from obc.structures.masking import lost_channels
 from obc.structures.measure import costs_of, measure, memory_of
 from obc.structures.memory import MemoryUse
 from obc.structures.probed_groups import recover
-from obc.structures.proof import Proof, prove, varied_inputs
+from obc.structures.proof import Proof, Run, prove, varied_inputs
 from obc.structures.protocol import Limits, Unit
+from obc.structures.reaching import runs_reaching, unchanged_buffers
 from obc.structures.removal import followed, refuse_untied, size_of, step_of
 from obc.structures.traced_bounds import bound_searches
 from obc.structures.traced_groups import GroupFinder, Settings
@@ -67,6 +69,8 @@ class TorchPruningStructure:
         out_channel_groups: the same for outputs.
         forward_fn: ``forward_fn(model, example_inputs)``, if calling the model is not enough; returns tensors in any
             nesting.
+        other_runs: ``run(model)`` -> outputs in any nesting, on other inputs. They are used if some layers do not run
+            on the example inputs, after a call in train mode, until every layer has run.
         unwrapped_parameters: parameter name -> dimension to prune, for parameters outside any layer; by default the
             last dimension with more than one entry.
         check: try every group on a copy and leave out those whose removal is wrong (:mod:`obc.structures.proof`).
@@ -74,6 +78,7 @@ class TorchPruningStructure:
     Attributes:
         left_out: group -> why it can't be pruned.
         proof: the result for every group; None without ``check``.
+        more_runs: runs that reach layers which the example inputs do not; traced and proved as well.
 
     Raises:
         PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`).
@@ -92,6 +97,7 @@ class TorchPruningStructure:
         in_channel_groups: Mapping[nn.Module | str, int] | None = None,
         out_channel_groups: Mapping[nn.Module | str, int] | None = None,
         forward_fn: ForwardFn | None = None,
+        other_runs: Iterable[Run] = (),
         unwrapped_parameters: Mapping[str, int] | None = None,
         check: bool = True,
     ) -> None:
@@ -110,6 +116,13 @@ class TorchPruningStructure:
         )
         with explained(model, "running it on example_inputs", _INPUTS):
             self._usage = measure(model, lambda: self._forward_fn(model, example_inputs))
+        self.more_runs = runs_reaching(
+            model, lambda one: self._forward_fn(one, example_inputs), self._usage, other_runs
+        )
+        if self.more_runs:
+            with unchanged_buffers(model):
+                whole = measure(model, lambda: self._run(model, example_inputs))
+            self._usage.order, self._usage.returned = whole.order, whole.returned
         self._shared = shared_parameters(model)
         self._finder = GroupFinder(model, self._trace(unwrapped_parameters or {}), self._usage, settings)
         self._kept: dict[str, Kept] = {}
@@ -125,7 +138,7 @@ class TorchPruningStructure:
             varied = varied_inputs(example_inputs)
 
             def run(copied: nn.Module) -> Any:
-                return self._forward_fn(copied, varied)
+                return self._run(copied, varied)
 
             self.proof = prove(self, run)
             wrong = [one for one in found if one.name in self.left_out]
@@ -212,6 +225,10 @@ class TorchPruningStructure:
         even = width % blocks == 0 and split_by_group(kept.out_channels, width, blocks) is not None
         return replace(kept, out_blocks=blocks if even else 1)
 
+    def _run(self, model: nn.Module, inputs: Any) -> Any:
+        outputs = self._forward_fn(model, inputs)
+        return [outputs, *(run(model) for run in self.more_runs)] if self.more_runs else outputs
+
     # --- finding groups ---------------------------------------------------------------------------------------
 
     def _layer(self, layer: nn.Module | str, argument: str) -> nn.Module:
@@ -229,11 +246,12 @@ class TorchPruningStructure:
             for parameter in floating:
                 parameter.requires_grad_(True)
             explaining = explained(self.model, "tracing it with Torch-Pruning", _UNTRACEABLE)
-            with explaining, evaluating(self.model), torch.enable_grad():
+            buffers = unchanged_buffers(self.model) if self.more_runs else contextlib.nullcontext()
+            with explaining, evaluating(self.model), torch.enable_grad(), buffers:
                 graph = tp.DependencyGraph().build_dependency(
                     self.model,
                     self._example_inputs,
-                    forward_fn=lambda model, inputs: differentiable(self._forward_fn(model, inputs)),
+                    forward_fn=lambda model, inputs: differentiable(self._run(model, inputs)),
                     unwrapped_parameters=[(named[name], dim) for name, dim in unwrapped.items()],
                     verbose=False,
                 )

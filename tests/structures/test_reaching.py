@@ -1,0 +1,202 @@
+"""Layers that the example inputs do not reach: heads of the train mode, branches on data, a layer of one rare batch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
+
+import obc
+from obc.structures.traced import TorchPruningStructure
+
+
+class Trunk(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 10, 3, padding=1)
+        self.head = nn.Linear(10, 5)
+
+    def top(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.b(x)).mean((2, 3)))
+
+
+class LinearHead(Trunk):
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.a(x))
+        return (self.top(x), self.auxiliary(x.mean((2, 3)))) if self.training else self.top(x)
+
+
+class ConvHead(Trunk):
+    """With everything that is random or keeps statistics in train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.auxiliary = nn.Conv2d(12, 6, 1), nn.BatchNorm2d(6), nn.Linear(6, 5)
+        self.drop = nn.Dropout(0.4)
+        self.register_buffer("calls", torch.zeros(()))
+        self.calls: Tensor
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.a(x))
+        if not self.training:
+            return self.top(x)
+        self.calls += 1
+        y = F.dropout(F.relu(self.norm(self.conv(F.dropout(x, 0.3, self.training)))), 0.5, self.training)
+        return {"main": self.top(x), "auxiliary": self.auxiliary(self.drop(y.mean((2, 3))))}
+
+
+class Shifted(Trunk):
+    """The head of the train mode reads the channels in another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.a(x))
+        return (self.top(x), self.auxiliary(x.flip(1).mean((2, 3)))) if self.training else self.top(x)
+
+
+class Branch(Trunk):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(12, 10, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        return self.top(y) if x.mean() > 0 else self.head(F.relu(self.other(y)).mean((2, 3)))
+
+
+class Rare(Trunk):
+    """One batch of all has a fourth layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = nn.Conv2d(10, 10, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.b(F.relu(self.a(x))))
+        if x[0, 0, 0, 0] > 5:
+            y = F.relu(self.extra(y))
+        return self.head(y.mean((2, 3)))
+
+
+class EarlyExit(Trunk):
+    def __init__(self) -> None:
+        super().__init__()
+        self.exit = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(x))
+        return self.exit(y.mean((2, 3))) if x.mean() < 0 else self.top(y)
+
+
+MODELS: list[type[Trunk]] = [LinearHead, ConvHead, Shifted, Branch, Rare, EarlyExit]
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(4, 3, 6, 6, generator=generator).double() for _ in range(16)]
+    images[0] = images[0].abs()  # the example: every branch has another batch
+    for image in images:
+        image[0, 0, 0, 0] = 0.0
+    images[11][0, 0, 0, 0] = 6.0
+    return [(image, torch.randint(0, 5, (4,), generator=generator)) for image in images]
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def without(model: nn.Module, plan: obc.PruningPlan) -> nn.Module:
+    """A copy of the unpruned model whose layers read zeros in place of the channels that the plan dropped."""
+    masked = copy.deepcopy(model)
+    modules = dict(masked.named_modules())
+    for name, kept in plan.items():
+        layer: Any = modules[name]
+        if kept.in_channels is None:
+            continue
+        size = layer.weight.shape[1]
+        shape = (-1, 1, 1) if isinstance(layer, nn.Conv2d) else (-1,)
+        mask = torch.zeros(size, dtype=torch.float64).index_fill(0, kept.in_channels, 1.0).view(shape)
+        layer.register_forward_pre_hook(lambda module, args, mask=mask: args[0] * mask)
+    return masked
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    found = model(x)
+    return list(found.values()) if isinstance(found, dict) else list(found) if isinstance(found, tuple) else [found]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("options", [{"steps": 1}, {"steps": 2, "compensate": None}], ids=["one step", "two steps"])
+def test_every_layer_fits_afterwards_in_train_mode_and_on_every_batch(kind: type[Trunk], options: Any) -> None:
+    torch.manual_seed(0)
+    model = kind().double().eval()
+    batches, pruned = data(), copy.deepcopy(model)
+    result = obc.prune(pruned, batches[0][0], batches, loss, macs=0.6, recalibrate=False, progress=False, **options)
+    assert result.report.widths["a"][1] < 12 or result.report.widths["b"][1] < 10
+    expected = without(model, result.plan)
+    for name, buffer in pruned.named_buffers():
+        assert torch.equal(buffer, dict(model.named_buffers())[name]), name
+    for training in (False, True):
+        for one in (pruned, expected):
+            one.train(training)
+            for layer in one.modules():
+                if isinstance(layer, (nn.Dropout, nn.BatchNorm2d)):
+                    layer.eval()
+        for image, _ in batches:
+            with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+                patch.setattr(F, "dropout", lambda x, *args: x)
+                for got, wanted in zip(outputs(pruned, image), outputs(expected, image), strict=True):
+                    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [LinearHead, ConvHead])
+def test_what_the_train_mode_adds_is_found_without_batches_and_leaves_no_trace(kind: type[Trunk]) -> None:
+    torch.manual_seed(0)
+    model = kind().double()
+    model.b.eval()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    flags, numbers = [module.training for module in model.modules()], torch.get_rng_state()
+    structure = TorchPruningStructure(model, data()[0][0])
+    assert torch.equal(numbers, torch.get_rng_state())
+    assert flags == [module.training for module in model.modules()]
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+    consumers = {part.module for group in structure.groups if group.name == "a" for part in group.consumers}
+    assert consumers == {"b", "auxiliary" if kind is LinearHead else "conv"}
+
+
+def test_other_runs_are_made_only_as_long_as_layers_are_missing() -> None:
+    torch.manual_seed(0)
+    made: list[int] = []
+
+    def run(number: int) -> Callable[[nn.Module], Any]:
+        def call(model: nn.Module) -> Any:
+            made.append(number)
+            return model(data()[number][0])
+
+        return call
+
+    every = TorchPruningStructure(Trunked().double(), data()[0][0], other_runs=map(run, range(16)))
+    assert not every.more_runs
+    assert not made
+    found = TorchPruningStructure(Branch().double(), data()[0][0], other_runs=map(run, range(16)), check=False)
+    assert len(found.more_runs) == 1
+    assert max(made) < 15
+
+
+class Trunked(Trunk):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(F.relu(self.a(x)))
