@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import SimpleNamespace
@@ -24,7 +25,13 @@ from obc.model.groups import ChannelGroup, Slice  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
 
 TRACED = {"chain": "chain", "flatten": "flatten", "grouped": "grouped", "resnet": "resnet", "traced-vit": "vit"}
-TRANSFORMERS = {"llama": "Llama", "mixtral": "Mixtral", "qwen2-moe": "Qwen2Moe"}
+TRANSFORMERS = {
+    "llama": "Llama",
+    "mixtral": "Mixtral",
+    "qwen2-moe": "Qwen2Moe",
+    "deepseek-v3": "DeepseekV3",
+    "gpt-oss": "GptOss",
+}
 SIZES = families._SIZES | {"hidden_size": 16, "intermediate_size": 12, "initializer_range": 0.2}
 EXPERTS = {
     "mixtral": {"num_local_experts": 4},
@@ -34,7 +41,23 @@ EXPERTS = {
         "num_experts": 4,
         "num_experts_per_tok": 2,
     },
+    "deepseek-v3": {
+        "moe_intermediate_size": 10,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 4,
+    },
+    "gpt-oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
 }
+MIXTURES = ("mixtral", "qwen2-moe", "deepseek-v3")
 RIDGE = 1e-2
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
@@ -71,7 +94,7 @@ def language_model(name: str) -> nn.Module:
     import transformers
 
     kind = TRANSFORMERS[name]
-    config = getattr(transformers, f"{kind}Config")(**SIZES, **EXPERTS.get(name, {}))
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | EXPERTS.get(name, {})))
     return getattr(transformers, f"{kind}ForCausalLM")(config)
 
 
@@ -112,7 +135,59 @@ def changed(subject: Subject, **fields: Any) -> Subject:
     return Subject(**{**vars(subject), **fields})
 
 
-def readers(subject: Subject, group: ChannelGroup, experts: bool = True) -> list[tuple[str, Any, Tensor]]:
+class SeparateExperts(nn.Module):
+    """The experts of a mixture as layers of their own, each of which computes every token; gates of zero drop most."""
+
+    def __init__(self, fused: Any, samples: int) -> None:
+        super().__init__()
+        self.samples, self.act_fn = samples, getattr(fused, "act_fn", None)
+        self.gate, self.up, self.down = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for e in range(len(fused.down_proj)):
+            gate_up, down = fused.gate_up_proj.detach()[e], fused.down_proj.detach()[e]
+            biases = [None, None, None]
+            if fused.is_transposed:  # gpt-oss interleaves gates and up projections
+                gate_up, down = gate_up.T, down.T
+                bias = fused.gate_up_proj_bias.detach()[e]
+                biases = [bias[::2], bias[1::2], fused.down_proj_bias.detach()[e]]
+                gate, up = gate_up[::2], gate_up[1::2]
+            else:
+                gate, up = gate_up.chunk(2)
+            for layers, weight, bias in zip((self.gate, self.up, self.down), (gate, up, down), biases, strict=True):
+                layer = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, dtype=weight.dtype)
+                layer.load_state_dict({"weight": weight} | ({} if bias is None else {"bias": bias}))
+                layers.append(layer)
+
+    def inner(self, e: int, x: Tensor) -> Tensor:
+        gate, up = self.gate[e](x), self.up[e](x)
+        if self.act_fn is not None:
+            return self.act_fn(gate) * up
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+    def forward(self, hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+        x, total = hidden.unflatten(0, (self.samples, -1)), torch.zeros_like(hidden)
+        for e, down in enumerate(self.down):
+            gates = (weights * (indices == e)).sum(1, keepdim=True)
+            total = total + gates * down(self.inner(e, x)).flatten(0, 1)
+        return total
+
+
+def separated(subject: Subject) -> Subject:
+    """The same on a copy of the model in which every expert is a module of its own."""
+    model = copy.deepcopy(subject.model)
+    for name, module in list(model.named_modules()):
+        if isinstance(getattr(module, "down_proj", None), nn.Parameter):
+            owner, _, key = name.rpartition(".")
+            setattr(model.get_submodule(owner), key, SeparateExperts(module, len(subject.batches[0][0])))
+    return changed(subject, model=model)
+
+
+def expert_name(name: str) -> str:
+    """A separate expert's layer, as the statistics of fused ones name it."""
+    return re.sub(r"\.down\.(\d+)$", r"[\1]", name)
+
+
+def readers(subject: Subject, group: ChannelGroup) -> list[tuple[str, Any, Tensor]]:
     """(name, layer, channels) of the consumers that are layers, and of every expert's down projection."""
     modules = dict(subject.model.named_modules())
     found: list[tuple[str, Any, Tensor]] = []
@@ -120,12 +195,9 @@ def readers(subject: Subject, group: ChannelGroup, experts: bool = True) -> list
         module: Any = modules.get(part.module)
         if part.side == "in" and hasattr(module, "weight"):
             found.append((part.module, module, part.channels))
-        elif (
-            experts
-            and part.side == "in"
-            and hasattr(module, "down_proj")
-            and isinstance(module.down_proj, nn.Parameter)
-        ):
+        elif part.side == "in" and isinstance(module, SeparateExperts):
+            found += [(f"{part.module}[{e}]", layer, part.channels) for e, layer in enumerate(module.down)]
+        elif part.side == "in" and isinstance(getattr(module, "down_proj", None), nn.Parameter):
             for expert, weight in enumerate(module.down_proj):
                 found.append((f"{part.module}[{expert}]", SimpleNamespace(weight=weight, bias=None), part.channels))
     return found
@@ -164,8 +236,8 @@ def inputs(subject: Subject) -> dict[str, list[Tensor]]:
             def note_experts(m: Any, args: Any, name: str = name) -> None:
                 hidden, indices, _ = args
                 for expert in range(len(m.down_proj)):
-                    gate, up = (hidden[(indices == expert).any(1)] @ m.gate_up_proj[expert].T).chunk(2, 1)
-                    seen.setdefault(f"{name}[{expert}]", []).append((m.act_fn(gate) * up).detach()[:, None])
+                    x = SeparateExperts(m, 1).inner(expert, hidden[(indices == expert).any(1)])
+                    seen.setdefault(f"{name}[{expert}]", []).append(x.detach()[:, None])
 
             handles.append(module.register_forward_pre_hook(note_experts))
     with torch.no_grad():
@@ -183,13 +255,11 @@ def check(got: Mapping[str, Tensor], expected: Mapping[str, Tensor], rtol: float
         torch.testing.assert_close(got[name].double(), values, rtol=rtol, atol=rtol * float(values.abs().max()))
 
 
-def by_units(
-    subject: Subject, value: Callable[[str, Any, list[int]], Tensor | float], experts: bool = True
-) -> dict[str, Tensor]:
+def by_units(subject: Subject, value: Callable[[str, Any, list[int]], Tensor | float]) -> dict[str, Tensor]:
     """The sum over consumers of value(name, layer, the unit's channels)."""
     found = {}
     for group in subject.groups:
-        layers = readers(subject, group, experts)
+        layers = readers(subject, group)
         if layers:
             units = [
                 sum(torch.as_tensor(value(name, layer, channels[u].tolist())) for name, layer, channels in layers)
@@ -199,13 +269,20 @@ def by_units(
     return found
 
 
-def gram(subject: Subject, layer_name: str, layer: Any, seen: dict[str, list[Tensor]], centred: bool = False) -> Tensor:
-    """The second moment; for an expert, times its share of the tokens routed in its mixture."""
+def gram(
+    subject: Subject,
+    layer_name: str,
+    layer: Any,
+    seen: dict[str, list[Tensor]],
+    centred: bool = False,
+    share: bool = True,
+) -> Tensor:
+    """The second moment; for an expert, with ``share``, times its share of the tokens routed in its mixture."""
     x = torch.cat([batch.flatten(0, 1) for batch in seen[layer_name]])
     x = x - x.mean(0) if centred else x
     mixture = layer_name.partition("[")[0]
     together = [batch for name, inputs in seen.items() if name.partition("[")[0] == mixture for batch in inputs]
-    total = x.mT @ x / sum(map(len, together) if "[" in layer_name else [len(x)])
+    total = x.mT @ x / sum(map(len, together) if share and "[" in layer_name else [len(x)])
     _, groups = matrix(layer)
     block = torch.block_diag(*[torch.ones(len(total) // groups, len(total) // groups)] * groups)
     return total * block

@@ -10,11 +10,13 @@ import pytest
 import torch
 from formulas import (
     LAYERS,
+    MIXTURES,
     RIDGE,
     by_units,
     changed,
     check,
     damped,
+    expert_name,
     gradients,
     gram,
     inputs,
@@ -26,6 +28,7 @@ from formulas import (
     readers,
     removal_error,
     sample_losses,
+    separated,
     sums,
     unit_rows,
     values_of,
@@ -188,7 +191,7 @@ def test_gaprune(name: str) -> None:
     check(group_scores(criteria.GAPrune(other.batches, beta=0.7), subject), expected, 1e-4)
 
 
-@transcribes("gaprune(code=True)", models=ALL)
+@transcribes("gaprune(code=True)", models=(*ALL, "qwen2-moe", "deepseek-v3", "gpt-oss"))
 def test_gaprune_of_single_weights(name: str) -> None:
     """softplus((F_dom - beta F_gen) |w| clip(1 + 0.2 a) + magnitude sqrt|w|), standardised, through a sigmoid."""
     subject = make_subject(name)
@@ -245,14 +248,16 @@ def test_fastoba_is_a_hessian_vector_product(name: str) -> None:
 
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @transcribes(
-    "compensated_jacobian", "compensated_jacobian(to='host')", models=("chain", "traced-vit", "vit", "llama", "mixtral")
+    "compensated_jacobian",
+    "compensated_jacobian(to='host')",
+    models=("chain", "traced-vit", "vit", "llama", *MIXTURES, "gpt-oss"),
 )
 def test_compensated_jacobian(name: str, rows: Any) -> None:
-    """e_u by regressing the unit's channels on all others, position by position; then e . dL/dx. Not of experts."""
+    """e_u by regressing the unit's channels on all others, position by position; then e . dL/dx."""
     subject = make_subject(name)
     if rows == "sample":
         subject = Subject(**{**vars(subject), "rows": "sample", "loss_fn": sample_losses})
-    seen = inputs(subject)
+    seen, separate = inputs(subject), separated(subject)
     taps: dict[str, Tensor] = {}
 
     def tap(layer: str) -> Callable[..., Any]:
@@ -264,17 +269,18 @@ def test_compensated_jacobian(name: str, rows: Any) -> None:
 
     expected: dict[str, Tensor] = {}
     for group in subject.groups:
-        for layer_name, layer, channels in readers(subject, group, experts=False):
+        for layer_name, layer, channels in readers(separate, group):
             centred = layer.bias is not None
             total = damped(gram(subject, layer_name, layer, seen, centred))
             mean = torch.cat([b.flatten(0, 1) for b in seen[layer_name]]).mean(0) if centred else 0.0
             handle = layer.register_forward_pre_hook(tap(layer_name))
             for index, batch in enumerate(subject.batches):
-                subject.loss_fn(subject.model, batch).sum().backward()
+                subject.loss_fn(separate.model, batch).sum().backward()
                 x, grad = taps[layer_name].detach(), taps[layer_name].grad
                 if isinstance(layer, nn.Conv2d):
                     x, grad = x.movedim(1, -1), grad.movedim(1, -1)
-                x, grad = x.reshape(len(x), -1, x.shape[-1]) - mean, grad.reshape(len(x), -1, x.shape[-1])
+                shape = (len(batch[0]), -1, x.shape[-1])
+                x, grad = x.reshape(shape) - mean, grad.reshape(shape)
                 for u, unit in enumerate(channels.tolist()):
                     rest = [j for j in range(x.shape[-1]) if j not in unit]
                     prediction = torch.linalg.solve(total[rest][:, rest], total[rest][:, unit])
@@ -283,7 +289,6 @@ def test_compensated_jacobian(name: str, rows: Any) -> None:
                     key = f"{group.name}/{index}"
                     expected.setdefault(key, torch.zeros(len(x), group.size, dtype=torch.float64))[:, u] += r
             handle.remove()
-    subject.model.zero_grad()
     totals: dict[str, Tensor] = {}
     for key, r in expected.items():
         squares = r.square().sum(0) if rows == "sample" else r.sum(0).square()
@@ -293,29 +298,30 @@ def test_compensated_jacobian(name: str, rows: Any) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 1000])
-@transcribes("token_jacobian", models=("traced-vit", "vit", "llama", "mixtral"))
+@transcribes("token_jacobian", models=("traced-vit", "vit", "llama", *MIXTURES, "gpt-oss"))
 def test_rows_of_tokens(name: str, tokens: int) -> None:
     """x . dL/dx position by position, added up by hand; all tokens of a sample make its row."""
     subject = make_subject(name)
+    separate = separated(subject)
     found = criteria.TokenJacobian(tokens).measure_rows(subject)
-    readable = [group for group in subject.groups if readers(subject, group, experts=False)]
+    readable = [group for group in subject.groups if readers(separate, group)]
     assert set(found) == {group.name for group in readable}
     for group in readable:
         expected: list[Tensor] = []
         for batch in subject.batches:
             total: Any = 0
-            for _, layer, channels in readers(subject, group, experts=False):
+            for _, layer, channels in readers(separate, group):
                 taps: list[Tensor] = []
                 handle = layer.register_forward_pre_hook(
                     lambda m, args, taps=taps: taps.append(args[0].detach().requires_grad_()) or (taps[-1],)
                 )
-                subject.loss_fn(subject.model, batch).backward()
+                subject.loss_fn(separate.model, batch).backward()
                 handle.remove()
-                product = (taps[0].detach() * taps[0].grad)[..., channels].sum(-1)  # (samples, tokens, units)
+                product = (taps[0].detach() * taps[0].grad)[..., channels].sum(-1)
+                product = product.reshape(len(batch[0]), -1, len(channels))  # (samples, tokens, units)
                 total = total + torch.stack([part.sum(0) for sample in product for part in sample.split(tokens)])
             expected.append(total)
         torch.testing.assert_close(found[group.name].double(), torch.cat(expected), rtol=1e-9, atol=1e-12)
-    subject.model.zero_grad()
     size = len(subject.batches[0][0])  # a batch is a mean; models of experts run sample by sample
     samples = changed(subject, rows="sample", loss_fn=lambda model, batch: sample_losses(model, batch) / size)
     whole = {name: v.double() for name, v in group_scores("jacobian", samples).items() if name in found}
@@ -329,31 +335,31 @@ def test_rows_of_tokens_need_the_same_positions() -> None:
         criteria.TokenJacobian(0)
 
 
-@transcribes("kfac", "kfac(to='host')", models=("chain", "traced-vit", "vit", "llama", "mixtral"))
+@transcribes("kfac", "kfac(to='host')", models=("chain", "traced-vit", "vit", "llama", *MIXTURES, "gpt-oss"))
 def test_kfac(name: str) -> None:
+    """The mean of g^2 is over a layer's positions, of an expert over the tokens that it gets."""
     subject = make_subject(name)
-    seen = inputs(subject)
+    seen, separate = inputs(subject), separated(subject)
     squares: dict[str, list[Tensor]] = {}
 
     def value(layer_name: str, layer: Any, unit: list[int]) -> Tensor:
         inverse = damped(gram(subject, layer_name, layer, seen, layer.bias is not None)).inverse()
         block = inverse[unit][:, unit].inverse()
-        g = torch.cat(squares[layer_name])
-        return sum(block[place, place] * g[:, j].pow(2).mean() for place, j in enumerate(unit))  # type: ignore
+        g, count = torch.cat(squares[layer_name]), sum(x[..., 0].numel() for x in seen[layer_name])
+        return sum(block[place, place] * g[:, j].pow(2).sum() / count for place, j in enumerate(unit))  # type: ignore
 
     for group in subject.groups:
-        for layer_name, layer, _ in readers(subject, group, experts=False):
+        for layer_name, layer, _ in readers(separate, group):
             taps: list[Tensor] = []
             handle = layer.register_forward_pre_hook(
                 lambda m, args, taps=taps: taps.append(args[0].detach().requires_grad_()) or (taps[-1],)
             )
             for batch in subject.batches:
-                loss(subject.model, batch).backward()
+                loss(separate.model, batch).backward()
             handle.remove()
             dim = 1 if isinstance(layer, nn.Conv2d) else -1
             squares[layer_name] = [t.grad.movedim(dim, -1).flatten(0, -2) for t in taps]
-    subject.model.zero_grad()
-    expected = by_units(subject, value, experts=False)
+    expected = by_units(separate, value)
     check(group_scores("kfac", subject), expected, 1e-5)
     check(group_scores(criteria.KFAC(to="host"), subject), expected, 1e-5)
 
@@ -363,7 +369,7 @@ def test_kfac(name: str) -> None:
     "kfac_obs(factors=False)",
     "kfac_obs(centred=True)",
     "kfac_obs(centred=False)",
-    models=("chain", "grouped", "vit", "llama", "mixtral"),
+    models=("chain", "grouped", "vit", "llama", *MIXTURES, "gpt-oss"),
 )
 def test_kfac_obs_removes_what_costs_the_loss_least_after_least_squares(name: str) -> None:
     """tr(F (W - V) G (W - V)^T) of the best V without the units: its next unit adds least to it.
@@ -373,20 +379,21 @@ def test_kfac_obs_removes_what_costs_the_loss_least_after_least_squares(name: st
     subject = make_subject(name)
     if name == "vit":
         subject = changed(subject, rows="sample", loss_fn=sample_losses)
-    seen, metrics = inputs(subject), output_metrics(subject)
+    separate = separated(subject)
+    seen, metrics = inputs(subject), output_metrics(separate)
     together = group_scores("compensated_jacobian", subject)
     count = sum(len(batch[0]) for batch in subject.batches) if subject.rows == "sample" else len(subject.batches)
     for centred in (None, True, False):
         apart = group_scores(criteria.KFACOBS(RIDGE, centred, factors=False), subject)
         got = group_scores(criteria.KFACOBS(RIDGE), subject) if centred is None else {}
         for group in subject.groups:
-            if not (read := readers(subject, group, experts=False)):
+            if not (read := readers(separate, group)):
                 assert group.name not in apart
                 continue
             layers = []
             for layer_name, layer, channels in read:
                 without_mean = layer.bias is not None if centred is None else centred
-                total = damped(gram(subject, layer_name, layer, seen, without_mean))
+                total = damped(gram(subject, layer_name, layer, seen, without_mean, share=False))
                 layers.append((total, in_metric(layer, metrics[layer_name]), channels))
             gone: list[int] = []
             highest, before = 0.0, 0.0
@@ -424,7 +431,8 @@ def output_metrics(subject: Subject) -> dict[str, Tensor]:
     def note(name: str, convolution: bool) -> Callable[..., Tensor]:
         def read(grad: Tensor) -> None:
             g = (grad.movedim(1, -1) if convolution else grad).flatten(0, -2)
-            sums[name] = sums.get(name, 0) + g.mT @ g
+            key = expert_name(name)
+            sums[key] = sums.get(key, 0) + g.mT @ g
 
         def hook(_: Any, __: Any, output: Tensor) -> Tensor:
             output = output.clone()  # what follows may change it in place

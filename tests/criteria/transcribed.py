@@ -27,6 +27,8 @@ KIND_OF = {
     "llama": "Llama",
     "mixtral": "mixture",
     "qwen2-moe": "mixture",
+    "deepseek-v3": "mixture",
+    "gpt-oss": "mixture",
 }
 KINDS = ("CNN", "ViT", "Llama", "mixture")
 FOUR = ("chain", "vit", "llama", "mixtral")

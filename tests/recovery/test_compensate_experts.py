@@ -26,6 +26,7 @@ SIZES = {
     "initializer_range": 0.2,
 }
 HALF = 8
+LIMIT = 20.0  # gpt-oss clamps gates and up projections here
 
 
 def mixtral() -> Any:
@@ -50,7 +51,13 @@ def deepseek_v3() -> Any:
     return transformers.DeepseekV3ForCausalLM(config)
 
 
-FAMILIES = {"mixtral": mixtral, "qwen2-moe": qwen2_moe, "deepseek-v3": deepseek_v3}
+def gpt_oss() -> Any:
+    """Experts stored the other way round, gates and up projections interleaved, with biases."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 2 * HALF}
+    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, **experts, head_dim=8, swiglu_limit=LIMIT))
+
+
+FAMILIES = {"mixtral": mixtral, "qwen2-moe": qwen2_moe, "deepseek-v3": deepseek_v3, "gpt-oss": gpt_oss}
 
 
 def build(family: str, redundant: bool = False) -> Any:
@@ -59,13 +66,28 @@ def build(family: str, redundant: bool = False) -> Any:
     model = FAMILIES[family]().double().eval()
     model.set_experts_implementation("eager")  # the only one that takes float64
     for module in fused(model).values():
-        width = module.down_proj.shape[2]
-        if redundant:
-            with torch.no_grad():
-                gate, up = module.gate_up_proj.chunk(2, 1)
-                gate[:, width // 2 :] = gate[:, : width // 2]
-                up[:, width // 2 :] = -1.5 * up[:, : width // 2]
+        with torch.no_grad():
+            for name, bias in module.named_parameters():
+                if name.endswith("_bias"):
+                    bias.normal_(0, 0.2)
+            if redundant:
+                make_redundant(module)
     return model
+
+
+def make_redundant(module: Any) -> None:
+    """The second half of h = act(gate) * up, or act(gate) * (up + 1), is -1.5 times the first."""
+    if not module.has_bias:
+        width = module.down_proj.shape[2]
+        gate, up = module.gate_up_proj.chunk(2, 1)
+        gate[:, width // 2 :] = gate[:, : width // 2]
+        up[:, width // 2 :] = -1.5 * up[:, : width // 2]
+        return
+    width = module.down_proj.shape[1]
+    for tensor, constant in ((module.gate_up_proj, 0.0), (module.gate_up_proj_bias, -2.5)):
+        gate, up = tensor[..., ::2], tensor[..., 1::2]
+        gate[..., width // 2 :] = gate[..., : width // 2]
+        up[..., width // 2 :] = -1.5 * up[..., : width // 2] + constant
 
 
 def fused(model: nn.Module) -> dict[str, Any]:
@@ -135,15 +157,31 @@ def test_one_expert_gets_the_regression_of_its_own_tokens(family: str) -> None:
     for hidden, indices, _ in calls:
         for token, chosen in enumerate(indices.tolist()):
             if expert in chosen:
-                gate, up = (module.gate_up_proj[expert] @ hidden[token]).chunk(2)
-                rows.append(module.act_fn(gate) * up)
+                rows.append(inner(module, expert, hidden[token]))
     x = torch.stack(rows).detach()
+    mean = x.mean(0) if module.has_bias else torch.zeros(2 * HALF, dtype=torch.float64)
+    x = x - mean
     z = x[:, :HALF]
     gram = z.T @ z
     damped = gram + ridge * gram.diagonal().mean() * torch.eye(HALF, dtype=torch.float64)
     select = torch.eye(2 * HALF, dtype=torch.float64)[:, :HALF]
     decompressor = select + torch.linalg.solve(damped, (x - z @ select.T).T @ z, left=False)
-    assert_close(fused(model)[name].down_proj[expert], module.down_proj[expert] @ decompressor, rtol=1e-8, atol=1e-10)
+    down, got = module.down_proj[expert], fused(model)[name].down_proj[expert]
+    if module.has_bias:
+        down, got = down.T, got.T
+        bias = module.down_proj_bias[expert] + down @ (mean - decompressor @ mean[:HALF])
+        assert_close(fused(model)[name].down_proj_bias[expert], bias, rtol=1e-8, atol=1e-10)
+    assert_close(got, down @ decompressor, rtol=1e-8, atol=1e-10)
+
+
+def inner(module: Any, expert: int, x: Tensor) -> Tensor:
+    """The input of an expert's down projection for one token, as the papers have it."""
+    if not module.has_bias:
+        gate, up = (module.gate_up_proj[expert] @ x).chunk(2)
+        return module.act_fn(gate) * up
+    both = x @ module.gate_up_proj[expert] + module.gate_up_proj_bias[expert]
+    gate, up = both[0::2].clamp(max=LIMIT), both[1::2].clamp(-LIMIT, LIMIT)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -221,8 +259,9 @@ def test_decompressors_are_those_of_layers_that_are_folded() -> None:
     assert all(name in plan for name in report.decompressors)
 
 
-def test_unfused_models_compute_the_same() -> None:
-    original = build("deepseek-v3")
+@pytest.mark.parametrize("family", ["deepseek-v3", "gpt-oss"])
+def test_unfused_models_compute_the_same(family: str) -> None:
+    original = build(family)
     model, plan = without_half(original)
     tokens = text(1)[0]
     with torch.no_grad():

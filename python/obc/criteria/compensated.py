@@ -51,6 +51,6 @@ class CompensatedJacobian(MeasuredRows):
             Residuals.of(group.name, consumer, statistics, self.ridge)
             for group in subject.groups
             for consumer in consumers_of(group, subject.model)
-            if consumer.name in statistics.gram and not consumer.routed
+            if consumer.name in statistics.gram
         ]
         return read_residuals(subject, taps, self.tokens)

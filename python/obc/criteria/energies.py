@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.evaluation import evaluating
-from obc.model.experts import fused_experts
+from obc.model.experts import DOWN, fused_experts, projection
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.statistics.routed import expert_name, is_routed_call, routed_inputs, unreadable
+from obc.statistics.routed import RoutedCalls, RoutedInput, expert_name
 
 # (consumer, its output's energy, (group, energies of its units)) of one call.
 Energies = tuple[str, Tensor, list[tuple[str, Tensor]]]
@@ -43,16 +43,21 @@ def relative_errors(
     for group in groups:
         for part in group.consumers:
             module = modules.get(part.module)
-            if module is not None and (layout_of(module) is not None or _reads_experts(module, part)):
+            if module is None or part.side != "in":  # whole experts have no consumer
+                continue
+            if layout_of(module) is not None or fused_experts(module) is not None:
                 consumed.setdefault(part.module, []).append((group.name, part))
     energies: dict[tuple[str, str], Tensor] = {}
     outputs: dict[str, Tensor] = {}
     energies_in_batch: list[Energies] = []  # added only if all of it is finite
+    calls = RoutedCalls()
 
     def hook(name: str) -> Callable[..., None]:
         def collect(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
             if fused_experts(module) is not None:
-                energies_in_batch.extend(_of_experts(name, module, [*args, *kwargs.values()], consumed[name]))
+                inputs = calls.inputs(module, [*args, *kwargs.values()], output)
+                if not isinstance(inputs, str):
+                    energies_in_batch.extend(_of_experts(name, module, inputs, consumed[name]))
                 return
             x = args[0] if args else next(iter(kwargs.values()))
             parts = [(group_name, _energies(module, x, part)) for group_name, part in consumed[name]]
@@ -87,22 +92,19 @@ def relative_errors(
     return found
 
 
-def _reads_experts(module: nn.Module, part: Slice) -> bool:
-    """Whether the slice is of the inner channels of fused experts, and these can be read."""
-    return part.side == "in" and fused_experts(module) is not None and unreadable(module) is None
-
-
-def _of_experts(name: str, module: nn.Module, inputs: list[Any], parts: Sequence[tuple[str, Slice]]) -> list[Energies]:
+def _of_experts(
+    name: str, module: nn.Module, inputs: Sequence[RoutedInput], parts: Sequence[tuple[str, Slice]]
+) -> list[Energies]:
     """The energies of one call of a mixture, expert by expert."""
-    experts = fused_experts(module)
-    if experts is None or not is_routed_call(inputs):
-        return []
     found: list[Energies] = []
-    for routed in routed_inputs(module, *inputs[:3]):
-        weight, x = experts[1][routed.expert], routed.x
-        energies = [(group, _linear_energies(weight, x, part.channels.to(x.device))) for group, part in parts]
-        energy = F.linear(x, weight).double().square().sum()
-        found.append((expert_name(name, routed.expert), energy, energies))
+    for routed in inputs:
+        if len(routed.tokens):
+            weight, bias = projection(module, DOWN, routed.expert)
+            energies = [
+                (group, _linear_energies(weight, routed.x, part.channels.to(weight.device))) for group, part in parts
+            ]
+            energy = F.linear(routed.x, weight, bias).double().square().sum()
+            found.append((expert_name(name, routed.expert), energy, energies))
     return found
 
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from obc.criteria.protocol import About, Criterion
-from obc.criteria.residuals import has_bias
 from obc.criteria.surgeon import inverse, second_moment
 from obc.criteria.units import consumers_of
 from obc.model.groups import ChannelGroup
@@ -42,7 +41,7 @@ class KFAC(Criterion):
         for consumer in consumers_of(group, model):
             if consumer.name not in statistics.gram or consumer.name not in statistics.gradient_moments:
                 continue
-            inverted = inverse(second_moment(consumer, statistics, has_bias(consumer)), self.ridge, consumer.name)
+            inverted = inverse(second_moment(consumer, statistics, consumer.has_bias), self.ridge, consumer.name)
             blocks = inverted[consumer.channels[:, :, None], consumer.channels[:, None, :]]
             residual = torch.linalg.inv(blocks).diagonal(dim1=1, dim2=2)
             gradients = statistics.gradient_moments[consumer.name]

@@ -2,7 +2,8 @@
 
 With F = E over rows of the sum over positions of g g^T, g = dL/dy at a consumer's output y, G the second moment of its
 input and P = (G + lambda I)^-1, a change D of the weight changes the loss, to second order and with positions taken as
-independent, by tr(F D G D^T). Optimal Brain Surgeon of the weight F^(1/2) W is therefore that of the loss:
+independent, by tr(F D G D^T). An expert's positions are the tokens routed to it, and y is its output before the gate,
+so that F has the gate's square. Optimal Brain Surgeon of the weight F^(1/2) W is therefore that of the loss:
 
     e_u = tr(W_u (P_uu)^-1 W_u^T F),        W' = W - W_u (P_uu)^-1 P_u:
 
@@ -24,7 +25,7 @@ from obc.criteria.obs import OBS
 from obc.criteria.output_metrics import OutputMetrics, in_metric
 from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
 from obc.criteria.residual_rows import read_residuals
-from obc.criteria.residuals import Residuals, has_bias
+from obc.criteria.residuals import Residuals
 from obc.criteria.scoring import collected
 from obc.criteria.surgeon import State, second_moment
 from obc.criteria.units import TINY, consumers_of
@@ -68,12 +69,12 @@ class KFACOBS(MeasuredCriterion):
         taps, grams, ridges = [], dict[str, Tensor](), dict[str, float]()
         for group in subject.groups:
             for consumer in consumers_of(group, subject.model):
-                if consumer.name in statistics.gram and not consumer.routed:
-                    centred = has_bias(consumer) if self.centred is None else self.centred
+                if consumer.name in statistics.gram:
+                    centred = consumer.has_bias if self.centred is None else self.centred
                     ridges[consumer.name] = ridge = self._ridge(statistics.gram[consumer.name])
                     taps.append(Residuals.of(group.name, consumer, statistics, ridge, centred))
-                    grams[consumer.name] = second_moment(consumer, statistics, centred)
-        metrics = OutputMetrics({tap.consumer.name: tap.consumer.module for tap in taps})
+                    grams[consumer.name] = second_moment(consumer, statistics, centred, share=False)
+        metrics = OutputMetrics([tap.consumer for tap in taps])
         rows = read_residuals(subject, taps, also=metrics)
         found = {}
         for group in subject.groups:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from obc.criteria.units import Consumer
 from obc.model.layouts import layout_of
 from obc.statistics.reader import flat_rows
+from obc.statistics.routed import RoutedCalls, tapped
 
 
 def in_metric(consumer: Consumer, metric: Tensor) -> Consumer:
@@ -27,19 +28,28 @@ def in_metric(consumer: Consumer, metric: Tensor) -> Consumer:
 
 
 class OutputMetrics:
-    """Reads F at the outputs of layers, while the loss goes backward.
+    """Reads F at the outputs of consumers, while the loss goes backward; of experts before the gates.
 
     Attributes:
         sums: layer -> (out, out) float64 on the CPU, over the rows so far; those that no gradient came back to have
             none.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
-        self._layers, self.sums, self._rows = layers, dict[str, Tensor](), 0
+    def __init__(self, consumers: Sequence[Consumer]) -> None:
+        self._layers = {one.name: one.module for one in consumers if not one.routed}
+        self._experts: dict[nn.Module, dict[int, str]] = {}
+        for one in consumers:
+            if one.expert is not None:
+                self._experts.setdefault(one.module, {})[one.expert] = one.name
+        self.sums, self._rows = dict[str, Tensor](), 0
         self.now: dict[str, Tensor] = {}
 
     def attach(self) -> list[Any]:
-        return [module.register_forward_hook(self._hook(name, module)) for name, module in self._layers.items()]
+        calls = RoutedCalls()
+        return [
+            *(module.register_forward_hook(self._hook(name, module)) for name, module in self._layers.items()),
+            *(module.register_forward_hook(self._of_experts(calls), with_kwargs=True) for module in self._experts),
+        ]
 
     def begin(self) -> None:
         """A batch begins."""
@@ -60,9 +70,7 @@ class OutputMetrics:
 
         def read(grad: Tensor) -> None:
             flat = flat_rows(grad.detach(), 1 if layout is not None and layout.convolution else grad.dim() - 1)
-            flat = flat if flat.dtype == torch.float64 else flat.float()
-            product = (flat.mT @ flat).double().cpu()
-            self.now[name] = self.now[name] + product if name in self.now else product
+            self._add(name, flat)
 
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             if isinstance(output, Tensor) and output.requires_grad:
@@ -70,3 +78,24 @@ class OutputMetrics:
                 output.register_hook(read)
 
         return hook
+
+    def _of_experts(self, calls: RoutedCalls) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            inputs = calls.inputs(module, [*args, *kwargs.values()], output) if torch.is_grad_enabled() else ""
+            if isinstance(inputs, str):
+                return None
+
+            def read(grad: Tensor) -> None:
+                for expert, name in self._experts[module].items():
+                    if len(inputs[expert].tokens):
+                        self._add(name, inputs[expert].at_output(grad))
+
+            return tapped(output, read)
+
+        return hook
+
+    def _add(self, name: str, grad: Tensor) -> None:
+        """Add the gradients (positions, out) of one call."""
+        grad = grad if grad.dtype == torch.float64 else grad.float()
+        product = (grad.mT @ grad).double().cpu()
+        self.now[name] = self.now[name] + product if name in self.now else product

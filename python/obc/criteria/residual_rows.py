@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from obc.criteria.protocol import CriterionError, Subject
 from obc.criteria.residuals import Cut, Residuals
+from obc.model.batches import samples_in
 from obc.model.evaluation import evaluating
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.part import Part
 from obc.statistics.reader import first_tensor
+from obc.statistics.routed import RoutedCalls, tapped
 
 
 class Also(Protocol):
@@ -57,6 +59,8 @@ def read_residuals(
 ) -> dict[str, Tensor]:
     """Forward and backward over the batches: the finite rows of every group.
 
+    Groups whose experts compute something other than a gated product and a down projection have no rows.
+
     Args:
         subject: the model, its batches and loss.
         taps: what to read.
@@ -65,27 +69,50 @@ def read_residuals(
 
     Raises:
         CriterionError: with ``tokens``: layers saw different numbers of positions, so their rows don't belong together.
+            With rows of tokens or samples: a layer's positions are no multiple of the batch's samples.
     """
     leaf, cut = torch.zeros((), requires_grad=True), Cut(subject.rows == "sample", tokens)
     taps_of_module: dict[nn.Module, list[Residuals]] = {}
     for tap in taps:
         taps_of_module.setdefault(tap.consumer.module, []).append(tap)
     now: dict[Residuals, list[Tensor]] = {}
+    part, calls = Part(), RoutedCalls()
+
+    def hook_of_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        inputs = calls.inputs(module, [*args, *kwargs.values()], output) if part.reading else ""
+        if isinstance(inputs, str):
+            return None
+        samples = _samples(part.batch, inputs[0].total) if cut.several else 1
+
+        def read(grad: Tensor) -> None:
+            for tap in taps_of_module[module]:
+                assert tap.consumer.expert is not None
+                now.setdefault(tap, []).append(tap.read_expert(inputs[tap.consumer.expert], grad, cut, samples))
+
+        return tapped(output, read)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_tensor(args, kwargs)
+        assert x is not None
+        # Blocks with experts flatten samples and tokens, also for the layers that every token passes.
+        samples = _samples(part.batch, len(x)) if cut.several and part.reading and x.dim() == 2 else len(x)
 
         def read(activation: Tensor, grad: Tensor) -> None:
             for tap in taps_of_module[module]:
-                now.setdefault(tap, []).append(tap.read(activation, grad, cut))
+                now.setdefault(tap, []).append(tap.read(activation, grad, cut, samples))
 
         tapped = _Tap.apply(x, leaf, read)
         swapped = {key: tapped if value is x else value for key, value in kwargs.items()}
         return tuple(tapped if value is x else value for value in args), swapped
 
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in taps_of_module]
+    handles = []
+    for module, own in taps_of_module.items():
+        if own[0].consumer.routed:
+            handles.append(module.register_forward_hook(hook_of_experts, with_kwargs=True))
+        else:
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     handles += [] if also is None else also.attach()
-    loss, batches = WatchedLoss(subject.loss_fn, Part(), []), UsableBatches.of(subject.batches)
+    loss, batches = WatchedLoss(subject.loss_fn, part, []), UsableBatches.of(subject.batches)
     try:
         with evaluating(subject.model), frozen(subject.model):
             for index, batch in enumerate(batches):
@@ -107,6 +134,17 @@ def read_residuals(
         for handle in handles:
             handle.remove()
     return _by_group(taps, cut.several)
+
+
+def _samples(batch: Any, positions: int) -> int:
+    """The batch's samples, of a layer that gets their positions one sample after another."""
+    samples = samples_in(batch)
+    if samples == 0 or positions % samples:
+        raise CriterionError(
+            f"a layer got {positions} positions of a batch of {samples} samples, so which one is whose is not known; "
+            "pass batches whose first tensor has a row for each sample, or rows='batch'"
+        )
+    return samples
 
 
 def _joined(parts: list[Tensor], several: bool) -> Tensor:

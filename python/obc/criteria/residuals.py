@@ -16,11 +16,7 @@ from obc.criteria.surgeon import inverse, second_moment
 from obc.criteria.units import Consumer
 from obc.statistics.reader import flat_rows, input_dim
 from obc.statistics.results import Statistics
-
-
-def has_bias(consumer: Consumer) -> bool:
-    """Whether a bias can absorb the mean of the removed channels."""
-    return isinstance(getattr(consumer.module, "bias", None), Tensor)
+from obc.statistics.routed import RoutedInput
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class Residuals:
 
         ``centred``: x is taken without its mean; None: if the consumer has a bias.
         """
-        centred = has_bias(consumer) if centred is None else centred
+        centred = consumer.has_bias if centred is None else centred
         inverted = inverse(second_moment(consumer, statistics, centred), ridge, consumer.name)
         channels = consumer.channels
         blocks = inverted[channels[:, :, None], channels[:, None, :]]
@@ -86,15 +82,29 @@ class Residuals:
         mean = found.sum.cpu() / found.count if centred else torch.zeros(len(inverted), dtype=torch.float64)
         return cls(group, consumer, matrix, mean)
 
-    def read(self, x: Tensor, grad: Tensor, cut: Cut) -> Tensor:
+    def read(self, x: Tensor, grad: Tensor, cut: Cut, samples: int) -> Tensor:
         """(units,), or (rows, units): the sum over positions and the unit's channels of e . dL/dx."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
         dim = input_dim(self.consumer.module, x)
-        rows, gradients = flat_rows(x, dim).to(dtype), flat_rows(grad, dim).to(dtype)
-        channels = self.consumer.channels.to(rows.device)
+        return cut.summed(self._products(flat_rows(x, dim), flat_rows(grad, dim)), samples)
+
+    def read_expert(self, routed: RoutedInput, grad: Tensor, cut: Cut, samples: int) -> Tensor:
+        """The same for an expert's down projection, from the gradient of the mixture's output, (all tokens, features).
+
+        Tokens that were not routed to the expert add nothing to their rows.
+        """
+        products = self._products(routed.x, routed.at_input(self.consumer.module, grad))
+        if cut.several:
+            everywhere = products.new_zeros(routed.total, products.shape[1])
+            products = everywhere.index_add_(0, routed.tokens, products)
+        return cut.summed(products, samples)
+
+    def _products(self, x: Tensor, grad: Tensor) -> Tensor:
+        """(positions, units) the sum over the unit's channels of e . dL/dx, of (positions, in) inputs and gradients."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x, grad = x.to(dtype), grad.to(dtype)
+        channels = self.consumer.channels.to(x.device)
         if self.matrix is None or self.mean is None:
-            residuals = rows[:, channels.flatten()]
+            residuals = x[:, channels.flatten()]
         else:
-            residuals = (rows - self.mean.to(rows)) @ self.matrix.to(rows).mT
-        product = cut.summed(residuals * gradients[:, channels.flatten()], len(x))
-        return product.unflatten(-1, tuple(channels.shape)).sum(-1)
+            residuals = (x - self.mean.to(x)) @ self.matrix.to(x).mT
+        return (residuals * grad[:, channels.flatten()]).unflatten(-1, tuple(channels.shape)).sum(-1)

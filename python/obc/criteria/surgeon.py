@@ -67,14 +67,14 @@ class State:
         self.inverse[gone, gone] = 1.0
 
 
-def second_moment(consumer: Consumer, statistics: Statistics, centred: bool = False) -> Tensor:
+def second_moment(consumer: Consumer, statistics: Statistics, centred: bool = False, share: bool = True) -> Tensor:
     """(in, in) E[x x^T] of a consumer's input, on the CPU; zero between channels of different conv groups.
 
-    For an expert, it is multiplied by the share of the mixture's tokens routed to it.
+    For an expert with ``share``, it is multiplied by the share of the mixture's tokens routed to it.
     """
     found = statistics.gram[consumer.name]
     count = found.count
-    if consumer.routed:
+    if consumer.routed and share:
         mixture = consumer.name.rpartition("[")[0]
         count = sum(other.count for name, other in statistics.gram.items() if name.rpartition("[")[0] == mixture)
     gram = (found.centred() if centred else found.total).cpu() / count

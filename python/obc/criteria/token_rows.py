@@ -47,7 +47,6 @@ class TokenJacobian(MeasuredRows):
             Residuals(group.name, consumer)
             for group in subject.groups
             for consumer in consumers_of(group, subject.model)
-            if not consumer.routed
         ]
         return read_residuals(subject, taps, self.tokens)
 

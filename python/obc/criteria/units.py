@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from obc.model.experts import fused_experts
+from obc.model.experts import DOWN, fused_experts, projection
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
 from obc.statistics.routed import expert_name
@@ -28,20 +28,32 @@ class Consumer:
         channels: (units, k) int64 on the CPU: its in channels that go with each unit.
         columns: (in, entries) float64 on the CPU: the weight's entries for each in channel. The entries of one column
             are outputs, for convolutions every output and tap.
-        routed: whether it is an expert, which has no statistics if no token reached it.
+        expert: number of an expert of a fused mixture, which has no statistics if no token reached it.
     """
 
     name: str
     module: nn.Module
     channels: Tensor
     columns: Tensor
-    routed: bool = False
+    expert: int | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether it is an expert: its positions are the tokens routed to it."""
+        return self.expert is not None
 
     @property
     def groups(self) -> int:
         """Number of conv groups: channels of different groups reach different outputs."""
         layout = layout_of(self.module)
         return 1 if layout is None else layout.groups
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether a bias can absorb the mean of the removed channels."""
+        if self.expert is not None:
+            return projection(self.module, DOWN, self.expert)[1] is not None
+        return isinstance(getattr(self.module, "bias", None), Tensor)
 
     @property
     def square(self) -> Tensor:
@@ -55,9 +67,9 @@ def consumers_of(group: ChannelGroup, model: nn.Module) -> Iterator[Consumer]:
     for part in group.consumers:
         module = modules.get(part.module)
         if part.side == "in" and module is not None and (experts := fused_experts(module)) is not None:
-            for expert, weight in enumerate(experts[1].detach()):
-                columns = weight.T.double().cpu()
-                yield Consumer(expert_name(part.module, expert), module, part.channels.cpu(), columns, routed=True)
+            for expert in range(len(experts[1])):
+                columns = projection(module, DOWN, expert)[0].detach().mT.double().cpu()
+                yield Consumer(expert_name(part.module, expert), module, part.channels.cpu(), columns, expert)
         elif part.side == "in" and module is not None and layout_of(module) is not None:
             weight = floating_weight(module)
             if weight is not None:

@@ -1,7 +1,8 @@
 """Fused experts as one linear layer per expert, while a model is compensated.
 
 A mixture's experts are stored as one tensor, so their down projections are not layers. Inside :func:`unfused` each is
-a layer, a view of the tensor that compensation changes in place, and the module computes expert by expert.
+a layer, a view of the tensor (and of that of the biases) that compensation changes in place, and the module computes
+expert by expert.
 """
 
 from __future__ import annotations
@@ -11,18 +12,16 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from obc.model.evaluation import ForwardFn
-from obc.model.experts import DOWN, fused_experts
+from obc.model.experts import DOWN, fused_experts, is_transposed, projection
 from obc.model.kept import Kept
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
 from obc.recovery.processes import Processes
 from obc.recovery.stream_points import Routing
-from obc.statistics.routed import expert_name, is_routed_call, make_up, routed_input, routed_inputs, unreadable
+from obc.statistics.routed import RoutedCalls, expert_name, mixed, routed_input
 
 
 class DownProjection(nn.Linear):
@@ -33,11 +32,11 @@ class DownProjection(nn.Linear):
         reads: the hidden states that all experts read in that call.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_parameter("bias", None)
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
         self.routing: Routing | None = None
         self.reads: Tensor | None = None
 
@@ -78,7 +77,8 @@ def unfused(
             changed += [module, whole]
             _unfuse(module, _numbers(module))
             _unfuse(whole, numbers)
-            layer = Kept(out_channels=indices.get(1), in_channels=indices.get(2))
+            features, inner = (2, 1) if is_transposed(*_experts(module)) else (1, 2)
+            layer = Kept(out_channels=indices.get(features), in_channels=indices.get(inner))
             entries |= {expert_name(f"{name}.{DOWN}", place): layer for place in range(len(numbers))}
         yield PruningPlan({**plan, **entries}, plan.depth), [name for name in sliced if name not in chosen]
     finally:
@@ -101,10 +101,11 @@ def sliced_experts(pruned_model: nn.Module, original_model: nn.Module) -> list[s
 def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: ForwardFn) -> set[str]:
     """The modules whose output equals that of their experts' parts, computed one by one."""
     found: set[str] = set()
+    calls = RoutedCalls()
 
     def hook(name: str) -> Any:
         def compare(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if is_routed_call(args) and make_up(module, list(routed_inputs(module, *args[:3])), output):
+            if not isinstance(calls.inputs(module, args, output), str):
                 found.add(name)
 
         return compare
@@ -112,7 +113,7 @@ def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: Fo
     handles = []
     for name in names:
         module = original.get_submodule(name)
-        if unreadable(module) is None and "forward" not in vars(module):  # another library's wrapper stays
+        if "forward" not in vars(module):  # another library's wrapper stays
             handles.append(module.register_forward_hook(hook(name)))
     try:
         forward(original, batch)
@@ -122,19 +123,22 @@ def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: Fo
     return found
 
 
-def _numbers(module: nn.Module) -> list[int]:
+def _experts(module: nn.Module) -> tuple[Tensor, Tensor]:
     experts = fused_experts(module)
     assert experts is not None
-    return list(range(len(experts[1])))
+    return experts
+
+
+def _numbers(module: nn.Module) -> list[int]:
+    return list(range(len(_experts(module)[1])))
 
 
 def _unfuse(module: nn.Module, numbers: Sequence[int]) -> None:
     """Give the module a layer for each of these experts, and a forward pass that calls them."""
-    experts = fused_experts(module)
-    assert experts is not None
     layers = {}
     for place, expert in enumerate(numbers):
-        layers[expert] = module._modules[expert_name(DOWN, place)] = DownProjection(experts[1].detach()[expert])
+        layer = DownProjection(*projection(module, DOWN, expert))
+        layers[expert] = module._modules[expert_name(DOWN, place)] = layer
     module.forward = partial(_forward, module, layers)
 
 
@@ -148,13 +152,8 @@ def _forward(
     module: Any, layers: dict[int, DownProjection], hidden: Tensor, indices: Tensor, weights: Tensor
 ) -> Tensor:
     """sum over experts e of g_e down_e h_e. Each layer is called once, without rows if no token was routed to it."""
-    output = torch.zeros_like(hidden)
-    for expert in _numbers(module):
-        routed = routed_input(module, expert, hidden, indices, weights)
-        if (layer := layers.get(expert)) is None:
-            outputs = F.linear(routed.x, getattr(module, DOWN)[expert])
-        else:
+    inputs = [routed_input(module, expert, hidden, indices, weights) for expert in _numbers(module)]
+    for routed in inputs:
+        if (layer := layers.get(routed.expert)) is not None:
             layer.routing, layer.reads = Routing(routed.tokens, routed.total, routed.gates), hidden
-            outputs = layer(routed.x)
-        output.index_add_(0, routed.tokens, (outputs * routed.gates[:, None]).to(output.dtype))
-    return output
+    return mixed(module, inputs, hidden, layers)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from obc import ops
 from obc.statistics.part import Part
 from obc.statistics.reader import Groups, Handle, InputReader, Reader, flat_rows, input_dim
+from obc.statistics.routed import tapped
 from obc.statistics.sums import Sums
 
 
@@ -19,7 +20,8 @@ from obc.statistics.sums import Sums
 class ChannelGradients:
     """Sums of g = dL/dx over the positions of one layer's input, through this layer alone; tensors are (C,) float64.
 
-    L is the loss of the batch, or with ``rows="sample"`` of the sample.
+    L is the loss of the batch, or with ``rows="sample"`` of the sample. The positions of a fused expert are the tokens
+    routed to it, and x is the input of its down projection.
 
     Attributes:
         count: positions that received a gradient.
@@ -65,13 +67,16 @@ class _Reader(InputReader):
     """If a part's backward runs more than once (to test whether samples are independent), the last one counts."""
 
     def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups) -> None:
-        super().__init__(sums, part, model, groups, experts=False)
+        super().__init__(sums, part, model, groups)
         self._of_part = Sums(sums.name)
         self._leaf = torch.zeros((), requires_grad=True)
 
     def attach(self) -> list[Handle]:
+        layers, mixtures = self.layers.items(), self.mixtures.items()
+        handles = [module.register_forward_pre_hook(self._tap(name), with_kwargs=True) for name, module in layers]
         return [
-            module.register_forward_pre_hook(self._tap(name), with_kwargs=True) for name, module in self.layers.items()
+            *handles,
+            *(module.register_forward_hook(self._tap_experts(name), with_kwargs=True) for name, module in mixtures),
         ]
 
     def begin(self) -> None:
@@ -110,5 +115,20 @@ class _Reader(InputReader):
             tapped = _Tap.apply(x, self._leaf, lambda grad: self.read_gradient(name, grad, dim, valid))
             swapped = {key: tapped if value is x else value for key, value in kwargs.items()}
             return tuple(tapped if value is x else value for value in args), swapped
+
+        return hook
+
+    def _tap_experts(self, name: str) -> Callable[..., Tensor | None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
+            if not self.part.reading:
+                return None
+            with torch.no_grad():
+                routed = self.routed(name, module, [*args, *kwargs.values()], output)
+
+            def read(grad: Tensor) -> None:
+                for one, inputs in routed:
+                    self.read_gradient(one, inputs.at_input(module, grad), 1, None)
+
+            return tapped(output, read) if routed else None
 
         return hook

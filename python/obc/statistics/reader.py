@@ -19,13 +19,11 @@ from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part, is_running_again
 from obc.statistics.routed import (
+    RoutedCalls,
     RoutedInput,
     expert_count,
     expert_name,
     inner_width,
-    is_routed_call,
-    make_up,
-    routed_inputs,
     unreadable,
 )
 from obc.statistics.sums import Sums
@@ -160,7 +158,6 @@ class InputReader(Reader):
         part: the part being run.
         model: the model.
         groups: the groups whose consumers' inputs are read; None: every layer.
-        experts: whether fused experts are read.
 
     Attributes:
         layers: name -> layer.
@@ -168,7 +165,7 @@ class InputReader(Reader):
         widths: name -> channels of its input; each expert has its own name, such as "mlp.experts[3]".
     """
 
-    def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups, experts: bool = True) -> None:
+    def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups) -> None:
         super().__init__(sums, part)
         found, unread = consumers(model, groups)
         self.layers = {name: module for name, module in found.items() if layout_of(module) is not None}
@@ -176,16 +173,15 @@ class InputReader(Reader):
         for name, module in found.items():
             if name in self.layers:
                 continue
-            reason = unreadable(module) if experts else "inside fused experts this statistic is not read"
-            if reason is None:
+            if (reason := unreadable(module)) is None:
                 self.mixtures[name] = module
-            elif experts or groups is not None:
+            else:
                 unread[name] = Coverage.unread(reason)
         self.widths = {name: input_width(module) for name, module in self.layers.items()}
         for name, module in self.mixtures.items():
             self.widths |= {expert_name(name, e): inner_width(module) for e in range(expert_count(module))}
         self.coverage = dict.fromkeys(self.widths, Coverage("input")) | unread
-        self._proved: set[str] = set()  # mixtures whose parts reproduce their output
+        self._calls = RoutedCalls()
         self._latest: _Reading | None = None
 
     def begin(self) -> None:
@@ -270,28 +266,29 @@ class InputReader(Reader):
         return hook
 
     def _read_experts(self, name: str, module: nn.Module, arguments: list[Any], output: Any) -> None:
+        for one, routed in self.routed(name, module, arguments, output):
+            for field, values in self.read(one, routed.x, 1, None, routed).items():
+                self.sums.add(one, field, values)
+
+    def routed(self, name: str, module: nn.Module, arguments: list[Any], output: Any) -> list[tuple[str, RoutedInput]]:
+        """(expert's name, its input without padding) of every expert that got tokens; notes why there are none."""
         names = [expert_name(name, expert) for expert in range(expert_count(module))]
         if not self.coverage[names[0]].scored:
-            return
-        if not is_routed_call(arguments):
-            why = "it is not called with states, expert indices and weights"
-            self.coverage |= dict.fromkeys(names, Coverage.unread(why))
-            return
-        inputs = list(routed_inputs(module, *arguments[:3]))
-        if name not in self._proved and not make_up(module, inputs, output):
-            why = "what its experts return is not down(act(gate(x)) * up(x)), weighted and added"
-            self.coverage |= dict.fromkeys(names, Coverage.unread(why))
-            return
-        self._proved.add(name)
+            return []
+        inputs = self._calls.inputs(module, arguments, output)
+        if isinstance(inputs, str):
+            self.coverage |= dict.fromkeys(names, Coverage.unread(inputs))
+            return []
         valid = self.part.valid_positions(arguments[0], 1)
-        for routed in inputs:
-            one = names[routed.expert]
-            self.called.add(one)
+        found = []
+        for one, routed in zip(names, inputs, strict=True):
+            if len(routed.tokens):
+                self.called.add(one)
             if valid is not None:
                 routed = routed.where(valid.reshape(-1)[routed.tokens])
             if len(routed.tokens):
-                for field, values in self.read(one, routed.x, 1, None, routed).items():
-                    self.sums.add(one, field, values)
+                found.append((one, routed))
+        return found
 
     def checked_input(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
         x = first_tensor(args, kwargs)

@@ -1,12 +1,16 @@
-"""Inputs of experts inside a module that holds all of them as three-dimensional parameters.
+"""Inputs of experts inside a module that holds all of them as three-dimensional parameters, and gradients there.
 
-Such a module is called with hidden states (T, d), expert indices (T, k) and weights (T, k). Expert e computes down_e h
-with h = act(gate_e x) * up_e x. The input h of its down projection is not the input of any module and is recomputed.
+Such a module is called with hidden states (T, d), expert indices (T, k) and weights (T, k). Expert e computes
+y = down_e h (+ b_e) with h = act(gate_e x) * up_e x, or another function of its gate and up projections that the module
+names ``_apply_gate``; the module returns the sum over a token's experts of g_e y_e. The input h of a down projection is
+not the input of any module and is recomputed. With G the gradient of the loss with respect to the module's output,
+
+    dL/dy_e = g_e G        and        dL/dh_e = down_e^T dL/dy_e        at the tokens routed to e.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obc.model.experts import DOWN, GATE_UP, fused_experts
+from obc.model.experts import DOWN, DOWN_BIAS, GATE_UP, GATE_UP_BIAS, fused_experts, is_transposed, projection
 
 # The experts' output may differ by rounding from the output of their parts.
 _AGREEMENT, _AGREEMENT_OF_HALF = 1e-3, 5e-2
@@ -42,6 +46,15 @@ class RoutedInput:
         """The same for the tokens where ``counted``, (n,) bool, is true."""
         return RoutedInput(self.expert, self.x[counted], self.tokens[counted], self.total, self.gates[counted])
 
+    def at_output(self, grad: Tensor) -> Tensor:
+        """(n, features) dL/dy of the expert's output, from the gradient of the module's output, (T, features)."""
+        return grad[self.tokens] * self.gates.unsqueeze(1)
+
+    def at_input(self, module: nn.Module, grad: Tensor) -> Tensor:
+        """(n, width) dL/dx, from the gradient of the module's output."""
+        at_output = self.at_output(grad)
+        return at_output @ projection(module, DOWN, self.expert)[0].detach().to(at_output.dtype)
+
 
 def expert_count(module: nn.Module) -> int:
     return len(_weights(module)[1])
@@ -60,17 +73,20 @@ def expert_name(module: str, expert: int) -> str:
 
 def inner_width(module: nn.Module) -> int:
     """The number of in channels of each down projection."""
-    return _weights(module)[1].shape[2]
+    up, down = _weights(module)
+    return down.shape[1 if is_transposed(up, down) else 2]
 
 
 def unreadable(module: nn.Module) -> str | None:
     """Why the inner channels of its experts can't be read, or None."""
     up, down = _weights(module)
-    if getattr(module, "is_transposed", False) or up.shape != (len(down), 2 * down.shape[2], down.shape[1]):
+    if not is_transposed(up, down) and up.shape != (len(down), 2 * down.shape[2], down.shape[1]):
         return f"experts stored as {tuple(up.shape)} and {tuple(down.shape)} are not understood"
     own = [name for name, tensor in module._parameters.items() if tensor is not None]
-    if others := sorted(set(own) - {GATE_UP, DOWN}):
+    if others := sorted(set(own) - {GATE_UP, DOWN, GATE_UP_BIAS, DOWN_BIAS}):
         return f"experts with {', '.join(others)} are not understood"
+    if not callable(getattr(module, "_apply_gate", None)) and not callable(getattr(module, "act_fn", None)):
+        return "experts without _apply_gate or act_fn are not understood"
     return None
 
 
@@ -83,30 +99,97 @@ def is_routed_call(inputs: Sequence[Any]) -> bool:
     return not indices.is_floating_point() and indices.shape == weights.shape and len(hidden) == len(indices)
 
 
-def routed_inputs(module: Any, hidden: Tensor, indices: Tensor, weights: Tensor) -> Iterator[RoutedInput]:
-    """The input of the down projection of every expert that got tokens."""
-    for expert in range(expert_count(module)):
-        routed = routed_input(module, expert, hidden, indices, weights)
-        if len(routed.tokens):
-            yield routed
-
-
 def routed_input(module: Any, expert: int, hidden: Tensor, indices: Tensor, weights: Tensor) -> RoutedInput:
     """The input of one expert's down projection; empty if no token was routed to it."""
     tokens, slots = torch.where(indices == expert)
-    gate, up = F.linear(hidden[tokens], _weights(module)[0][expert]).chunk(2, -1)
-    return RoutedInput(expert, module.act_fn(gate) * up, tokens, len(hidden), weights[tokens, slots])
+    gate_up = F.linear(hidden[tokens], *projection(module, GATE_UP, expert))
+    return RoutedInput(expert, _gated(module, gate_up), tokens, len(hidden), weights[tokens, slots])
 
 
-def make_up(module: nn.Module, inputs: Sequence[RoutedInput], output: Any) -> bool:
-    """Whether the experts' down projections of these inputs, weighted and added, equal the module's output."""
+def _gated(module: Any, gate_up: Tensor) -> Tensor:
+    if (apply := getattr(module, "_apply_gate", None)) is not None:
+        gated: Tensor = apply(gate_up)
+        return gated
+    gate, up = gate_up.chunk(2, -1)
+    activated: Tensor = module.act_fn(gate) * up
+    return activated
+
+
+def mixed(
+    module: nn.Module, inputs: Iterable[RoutedInput], like: Tensor, layers: Mapping[int, Callable[[Tensor], Tensor]]
+) -> Tensor:
+    """Sum over experts e of g_e y_e.
+
+    Args:
+        module: the module with the experts.
+        inputs: the inputs of the down projections.
+        like: a tensor of the result's shape, dtype and device.
+        layers: expert -> the layer that computes its output; the others' is computed from the module's tensors.
+    """
+    total = torch.zeros_like(like)
+    for routed in inputs:
+        layer = layers.get(routed.expert)
+        y = F.linear(routed.x, *projection(module, DOWN, routed.expert)) if layer is None else layer(routed.x)
+        total.index_add_(0, routed.tokens, (y * routed.gates.unsqueeze(1)).to(total.dtype))
+    return total
+
+
+class RoutedCalls:
+    """Reads calls of modules with fused experts whose output is proved, once, to be that of the experts' parts."""
+
+    def __init__(self) -> None:
+        self._proved: set[nn.Module] = set()
+
+    def inputs(self, module: nn.Module, arguments: Sequence[Any], output: Any) -> list[RoutedInput] | str:
+        """The input of every expert's down projection, empty for one that got no token; or why it can't be read."""
+        if (reason := unreadable(module)) is not None:
+            return reason
+        if not is_routed_call(arguments):
+            return "it is not called with states, expert indices and weights"
+        with torch.no_grad():
+            inputs = [routed_input(module, e, *arguments[:3]) for e in range(expert_count(module))]
+            if module not in self._proved:
+                agrees = _make_up(module, inputs, output)
+                if agrees is False:
+                    return "what its experts return is not down(act(gate(x)) * up(x)), weighted and added"
+                if agrees:
+                    self._proved.add(module)
+        return inputs
+
+
+def _make_up(module: nn.Module, inputs: Sequence[RoutedInput], output: Any) -> bool | None:
+    """Whether the experts' down projections of these inputs, weighted and added, equal the module's output.
+
+    None: the call can't tell, because something is not finite or no token was routed to an expert.
+    """
     if not isinstance(output, Tensor) or output.dim() != 2:
         return False
-    total = torch.zeros(output.shape, dtype=torch.promote_types(output.dtype, torch.float32), device=output.device)
-    down = _weights(module)[1]
-    for routed in inputs:
-        outputs = F.linear(routed.x, down[routed.expert]) * routed.gates.unsqueeze(1)
-        total.index_add_(0, routed.tokens, outputs.to(total.dtype))
+    if not any(len(routed.tokens) for routed in inputs):
+        return None
+    dtype = torch.promote_types(output.dtype, torch.float32)
+    total = mixed(module, inputs, torch.empty_like(output, dtype=dtype), {})
     allowed = _AGREEMENT_OF_HALF if output.element_size() < 4 else _AGREEMENT
     distance = (total - output).norm()
-    return not bool(distance.isfinite()) or bool(distance <= allowed * total.norm())
+    return bool(distance <= allowed * total.norm()) if bool(distance.isfinite()) else None
+
+
+class _Tap(torch.autograd.Function):
+    """Identity whose backward passes the gradient to ``read``. A leaf lets backward reach it despite frozen weights."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, leaf: Tensor, read: Callable[[Tensor], None]) -> Tensor:
+        ctx.read = read
+        return output.clone()  # later code may change it in place
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        with torch.no_grad():
+            ctx.read(grads[0])
+        return grads[0], None, None
+
+
+def tapped(output: Tensor, read: Callable[[Tensor], None]) -> Tensor:
+    """A module's output, whose gradient goes to ``read`` while the loss goes backward."""
+    leaf = torch.zeros((), requires_grad=True)
+    result: Tensor = _Tap.apply(output, leaf, read)
+    return result
