@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.criteria.units import Consumer
+from obc.model.autocast import without_autocast
 from obc.model.layouts import layout_of
 from obc.statistics.reader import flat_rows
 from obc.statistics.routed import RoutedCalls, tapped
@@ -97,5 +98,6 @@ class OutputMetrics:
     def _add(self, name: str, grad: Tensor) -> None:
         """Add the gradients (positions, out) of one call."""
         grad = grad if grad.dtype == torch.float64 else grad.float()
-        product = (grad.mT @ grad).double().cpu()
+        with without_autocast():
+            product = (grad.mT @ grad).double().cpu()
         self.now[name] = self.now[name] + product if name in self.now else product

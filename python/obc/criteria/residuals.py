@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from obc.criteria.surgeon import inverse, second_moment
 from obc.criteria.units import Consumer
+from obc.model.autocast import without_autocast
 from obc.statistics.reader import flat_rows, input_dim
 from obc.statistics.results import Statistics
 from obc.statistics.routed import RoutedInput
@@ -106,5 +107,6 @@ class Residuals:
         if self.matrix is None or self.mean is None:
             residuals = x[:, channels.flatten()]
         else:
-            residuals = (x - self.mean.to(x)) @ self.matrix.to(x).mT
+            with without_autocast():
+                residuals = (x - self.mean.to(x)) @ self.matrix.to(x).mT
         return (residuals * grad[:, channels.flatten()]).unflatten(-1, tuple(channels.shape)).sum(-1)

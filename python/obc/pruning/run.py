@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.criteria import Subject
 from obc.criteria.protocol import LossFn, name_of
+from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.errors import PruningError
 from obc.model.evaluation import ForwardFn, call_on_batch, with_outputs
 from obc.model.groups import Slices
@@ -192,6 +193,9 @@ def prune(
     compensate = chosen_compensation(compensate, compensate_every_step)
     usable = UsableBatches(repeatable(batches))
     _check_model(model, structure)
+    if loss_fn is None:
+        forward_fn = forward_fn or call_on_batch
+    loss_fn, forward_fn = in_present_autocast(loss_fn), in_present_autocast(forward_fn)
     forward, loss = _forward(loss_fn, forward_fn, labels), _loss(loss_fn, forward_fn, labels, rows, seed)
     generator = torch.Generator().manual_seed(seed)
     subject = Subject(model, (), usable, loss, forward, choice.slices, rows, generator, micro_batch)
@@ -209,7 +213,7 @@ def prune(
         "seed": seed,
     }
     report = PruningReport(provenance=provenance(model, choices))
-    with _restored_on_error(model, report, budget, len(schedule)) as unpruned:
+    with without_autocast(), _restored_on_error(model, report, budget, len(schedule)) as unpruned:
         with timed(report, "structure"):
             others = (run_on(batch, loss_fn, forward_fn) for batch in usable)
             structure = structure or _structure(model, example_inputs, ignored_layers, num_heads, others)

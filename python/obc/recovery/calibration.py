@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_in
 from obc.model.plan import PruningPlan
 from obc.model.rules import Rule
@@ -141,11 +142,12 @@ def recalibrate_norms(
         return
     processes = Processes(process_group, next(iter(norms[0].buffers())).device)
     usable = UsableBatches.of(batches if original_model is None else list(batches))
-    forward, targets = forward_fn or call_on_batch, {}
-    if original_model is not None:
-        reference = norm_reference(original_model, usable, forward)
-        targets = reference.targets(model, plan or PruningPlan(), processes=processes)
-    recalibrate_from(model, norms, usable, forward, processes, targets)
+    forward, targets = in_present_autocast(forward_fn or call_on_batch), {}
+    with without_autocast():
+        if original_model is not None:
+            reference = norm_reference(original_model, usable, forward)
+            targets = reference.targets(model, plan or PruningPlan(), processes=processes)
+        recalibrate_from(model, norms, usable, forward, processes, targets)
 
 
 def norm_reference(model: nn.Module, batches: UsableBatches, forward_fn: ForwardFn, place: str = "") -> NormReference:

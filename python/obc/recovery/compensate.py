@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
 from obc.model.layouts import is_compiled
@@ -124,9 +125,10 @@ def compensate(
     _check(pruned_model, original_model, mode, ridge, held_out, keep_decompressors)
     processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
     split = _split(UsableBatches.of(batches), held_out, processes)
-    forward = forward_fn or call_on_batch
+    forward = in_present_autocast(forward_fn or call_on_batch)
     disable = None if progress is None else not progress
     with (
+        without_autocast(),
         expanded(pruned_model, plan.depth),
         evaluating(pruned_model, original_model),
         without_cache(pruned_model, original_model),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from obc import ops
 from obc.criteria.units import TINY, by_unit, weight_of
+from obc.model.autocast import without_autocast
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
@@ -70,6 +71,18 @@ def fuse_units(
     """
     if outputs not in ("mean", "sum"):
         raise ValueError(f"outputs must be 'mean' or 'sum', got {outputs!r}")
+    with without_autocast():
+        return _fuse(pruned_model, original_model, plan, groups, outputs, p)
+
+
+def _fuse(
+    pruned_model: nn.Module,
+    original_model: nn.Module,
+    plan: PruningPlan,
+    groups: Sequence[ChannelGroup],
+    outputs: Outputs,
+    p: float,
+) -> FusionReport:
     report = FusionReport()
     originals, modules = dict(named_modules(original_model)), dict(named_modules(pruned_model))
     factors: dict[tuple[str, str], Tensor] = {}

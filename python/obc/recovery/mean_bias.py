@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
-from obc.model.evaluation import ForwardFn
+from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.kept import Kept
 from obc.model.layouts import expand, layout_of
@@ -60,8 +61,9 @@ def absorb_means(
         batches: calibration batches, used once, without gradients.
         forward_fn: as for :func:`obc.collect`.
     """
-    with expanded(pruned_model, plan.depth):
-        return _absorb_all(pruned_model, original_model, plan, batches, forward_fn)
+    forward = in_present_autocast(forward_fn or call_on_batch)
+    with without_autocast(), expanded(pruned_model, plan.depth):
+        return _absorb_all(pruned_model, original_model, plan, batches, forward)
 
 
 def _absorb_all(

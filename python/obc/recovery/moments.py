@@ -18,6 +18,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from obc.model.autocast import without_autocast
 from obc.recovery.processes import Processes
 
 # If Cholesky fails, the ridge is multiplied by the first number, at most as often as the second; the report names it.
@@ -102,9 +103,10 @@ class Moments:
         if weights is not None:
             factors = weights.to(x)[:, None]
             weighted_x, weighted_z = x * factors, z * factors
-        self.cross += (x.mT @ weighted_z).to(self.cross)
-        if self.gram is not None:
-            self.gram += (z.mT @ weighted_z).to(self.gram)
+        with without_autocast():
+            self.cross += (x.mT @ weighted_z).to(self.cross)
+            if self.gram is not None:
+                self.gram += (z.mT @ weighted_z).to(self.gram)
         self.sum_x += weighted_x.sum(1).to(self.sum_x)
         self.sum_z += weighted_z.sum(1).to(self.sum_z)
         self.square += (weighted_x * x).sum(1).to(self.square)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from obc.model.autocast import PresentAutocast
 from obc.recovery.stream_points import Reached
 
 
@@ -156,11 +157,12 @@ def _holds(module: str, scope: str) -> bool:
 
 @dataclass
 class Arguments:
-    """The arguments of a module in the chain, without the stream."""
+    """The arguments of a module in the chain, without the stream, and the autocast around it."""
 
     leaves: list[Any]
     spec: Any
     stream: int
+    autocast: PresentAutocast = field(default_factory=PresentAutocast, compare=False)
 
     @classmethod
     def of(cls, args: Any, kwargs: Any, stream: Tensor | None) -> Arguments:
@@ -173,10 +175,11 @@ class Arguments:
         return cls([None if i == place else leaf for i, leaf in enumerate(leaves)], spec, place)
 
     def call(self, module: nn.Module, stream: Tensor) -> Any:
-        """Call the module with these arguments and ``stream``."""
+        """Call the module with these arguments and ``stream``, under the autocast of the call that was seen."""
         leaves = [stream if i == self.stream else leaf for i, leaf in enumerate(self.leaves)]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
-        return module(*args, **kwargs)
+        with self.autocast():
+            return module(*args, **kwargs)
 
     def same_as(self, other: Arguments) -> bool:
         """Whether both hold the same objects in the same places."""

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from obc.model.autocast import without_autocast
 from obc.model.costs import Costs
 from obc.selection import checks
 from obc.selection.caps import Caps
@@ -121,23 +122,24 @@ def select(
     inside = inside_of(names, costs.inside) if isinstance(costs, Costs) else {}
     checks.warn_if_free(names, sizes, removal_costs, inside)
     interacting = None
-    if selection == "joint":
-        units = checks.stacked(rows)
-        checks.warn_if_all_equal(units, "rows")
-        increments, count = units.square().sum(1), units.shape[1]
-        if shrinkage is None:
-            checks.warn_if_few_rows(units)
-            shrinkage = estimated_shrinkage(units) if count < len(units) else 0.0
-        if shrinkage < 1:
-            interacting = _interacting(units, sizes, max(multiples), 1 - shrinkage, form, max_bytes)
-    else:
-        scores = [values.double() if values.dim() == 1 else values.double().square().sum(0) for values in rows]
-        increments, count = torch.cat(scores), max(values[..., 0].numel() for values in rows)
-        checks.warn_if_all_equal(increments, "scores")
-    problem = Problem(increments, sizes, lowest, multiples, removal_costs, per_cost, count, interacting, inside)
-    solver = BlockGreedy(problem, units if selection == "joint" else None) if inside else greedy(problem)
-    unit = costs.unit if isinstance(costs, Costs) else "of the given costs"
-    chosen = _within_budget(names, problem, solver, budget, unit)
+    with without_autocast():
+        if selection == "joint":
+            units = checks.stacked(rows)
+            checks.warn_if_all_equal(units, "rows")
+            increments, count = units.square().sum(1), units.shape[1]
+            if shrinkage is None:
+                checks.warn_if_few_rows(units)
+                shrinkage = estimated_shrinkage(units) if count < len(units) else 0.0
+            if shrinkage < 1:
+                interacting = _interacting(units, sizes, max(multiples), 1 - shrinkage, form, max_bytes)
+        else:
+            scores = [values.double() if values.dim() == 1 else values.double().square().sum(0) for values in rows]
+            increments, count = torch.cat(scores), max(values[..., 0].numel() for values in rows)
+            checks.warn_if_all_equal(increments, "scores")
+        problem = Problem(increments, sizes, lowest, multiples, removal_costs, per_cost, count, interacting, inside)
+        solver = BlockGreedy(problem, units if selection == "joint" else None) if inside else greedy(problem)
+        unit = costs.unit if isinstance(costs, Costs) else "of the given costs"
+        chosen = _within_budget(names, problem, solver, budget, unit)
     removed = dict(zip(names, _by_group(chosen, sizes), strict=True))
     channels = {name: units for place, (name, units) in enumerate(removed.items()) if place not in inside}
     checks.warn_if_narrow(channels, [size for place, size in enumerate(sizes) if place not in inside])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obc.model.autocast import without_autocast
+
 # Every block row is a separate product, so narrower blocks would make many small ones.
 _NARROWEST = 128
 # Further halving of blocks saves less than a thirtieth of the multiplications.
@@ -91,10 +93,11 @@ def computes_half(device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute float32 products in float32: TF32 keeps ten bits, too few for a matrix that is to be inverted."""
+    """Compute float32 products in float32: TF32 and autocast keep too few bits for a matrix that is to be inverted."""
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
-        yield
+        with without_autocast():
+            yield
     finally:
         torch.set_float32_matmul_precision(before)

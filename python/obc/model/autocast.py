@@ -1,0 +1,73 @@
+"""Autocast around obc: a model runs under the caller's autocast, obc's own arithmetic does not.
+
+Under autocast, products of float32 matrices are computed in half precision. Sums that are solved or subtracted from
+each other need all digits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import torch
+
+Function = TypeVar("Function", bound=Callable[..., Any] | None)
+
+
+def _enabled() -> list[tuple[str, torch.dtype]]:
+    """(device type, dtype) of every autocast that is on."""
+    accelerator = torch.accelerator.current_accelerator()
+    types = dict.fromkeys(["cpu", "cuda", *([] if accelerator is None else [accelerator.type])])
+    available = (name for name in types if torch.amp.is_autocast_available(name))
+    return [(name, torch.get_autocast_dtype(name)) for name in available if torch.is_autocast_enabled(name)]
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """No autocast inside the block, and none entered inside it keeps casts of weights.
+
+    Otherwise torch keeps them until the caller's outermost block ends, even of weights that obc changes meanwhile.
+    """
+    keeps_casts = torch.is_autocast_cache_enabled()
+    with contextlib.ExitStack() as stack:
+        for name, _ in _enabled():
+            stack.enter_context(torch.autocast(name, enabled=False))
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(keeps_casts)
+            torch.clear_autocast_cache()
+
+
+class PresentAutocast:
+    """The autocast at the time when the object is made, to be entered again later, any number of times.
+
+    It keeps no casts of weights, which may change from one time to the next.
+    """
+
+    def __init__(self) -> None:
+        self._found = _enabled()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, dtype in self._found:
+                stack.enter_context(torch.autocast(name, dtype=dtype, cache_enabled=False))
+            yield
+
+
+def in_present_autocast(function: Function) -> Function:
+    """``function`` under the present autocast, whatever is on when it is called; itself if there is none."""
+    if function is None or not _enabled():
+        return function
+    autocast = PresentAutocast()
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with autocast():
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]

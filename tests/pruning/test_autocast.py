@@ -1,0 +1,152 @@
+"""Autocast inside the loss, or around the call of obc: the model runs under it, obc's own arithmetic does not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
+
+import obc
+from obc.model.autocast import PresentAutocast, in_present_autocast, without_autocast
+from obc.recovery.moments import Moments
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(3, 12, 3), nn.BatchNorm2d(12), nn.Conv2d(12, 16, 3)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.relu(self.b(F.relu(self.norm(self.a(x))))).mean((2, 3)))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(1)
+    return Net().eval()
+
+
+def data() -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 5, (4,), generator=generator))
+        for _ in range(16)
+    ]
+
+
+def half() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def outputs(model: nn.Module, batch: Any) -> Tensor:
+    return model(batch[0])
+
+
+def loss(model: nn.Module, batch: Any) -> Tensor:
+    return F.cross_entropy(model(batch[0]).float(), batch[1])
+
+
+def pruned(inside: bool, **options: Any) -> obc.PruningResult:
+    """With autocast inside the functions, or around all of ``obc.prune``."""
+    call = outputs if options.get("labels") is False else loss
+
+    def function(model: nn.Module, batch: Any) -> Tensor:
+        if not inside:
+            return call(model, batch)
+        with half():
+            return call(model, batch)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        return obc.prune(net(), data()[0][0], data(), function, macs=0.5, steps=2, progress=False, **options)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"labels": False},
+    {"compensate": "ls"},
+    {"compensate": "seq"},
+    {"compensate": "correct"},
+    {"compensate": "correct", "compensate_every_step": True},
+    {"compensate": "mean"},
+    {"criterion": "compensated_jacobian"},
+    {"criterion": "kfac_obs"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_autocast_around_the_call_gives_the_same_as_autocast_inside_the_loss(options: dict[str, Any]) -> None:
+    inside, around = pruned(True, **options), pruned(False, **options)
+    assert not torch.is_autocast_enabled("cpu")
+    assert around.model.state_dict().keys() == inside.model.state_dict().keys()
+    for name, tensor in inside.model.state_dict().items():
+        assert torch.equal(around.model.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("mode", ["ls", "seq", "correct"])
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "around"])
+def test_the_reported_error_is_that_of_the_returned_weights(mode: Any, inside: bool) -> None:
+    """Autocast keeps casts of weights until its outermost block ends; errors of changed weights must not use them."""
+    bare = pruned(True)
+    model, original = copy.deepcopy(bare.model), net()
+    batches = [image for image, _ in data()]
+
+    def forward(one: nn.Module, batch: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=True) if inside else torch.autocast("cpu", enabled=False):
+            return one(batch)
+
+    def error(one: nn.Module) -> float:
+        total = torch.zeros(2, dtype=torch.float64)
+        for image in batches[4::5]:
+            with half(), torch.no_grad():
+                got, wanted = one.eval()(image).double(), original(image).double()
+            total += torch.stack([(got - wanted).square().sum(), wanted.square().sum()])
+        return float(total[0] / total[1])
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        report = obc.compensate(model, original, bare.plan, batches, forward if inside else None, mode=mode)
+    assert report.final_error < report.naive_error
+    assert error(bare.model) == pytest.approx(report.naive_error, rel=1e-6)
+    assert error(model) == pytest.approx(report.final_error, rel=1e-6)
+
+
+def test_sums_of_products_are_those_of_float32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, kept = torch.randn(64, 8, generator=generator), torch.arange(4)[None]
+    plain, cast = Moments(kept, 8, True), Moments(kept, 8, True)
+    plain.add(x, x[:, :4])
+    with half():
+        cast.add(x, x[:, :4])
+    assert plain.gram is not None
+    assert cast.gram is not None
+    assert torch.equal(plain.gram, cast.gram)
+    torch.testing.assert_close(cast.cross[0], x.double().T @ x[:, :4].double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("selection", ["joint", "independent"])
+def test_a_selection_does_not_depend_on_autocast(selection: Any) -> None:
+    rows = {"a": torch.randn(64, 24, generator=torch.Generator().manual_seed(0))}
+    costs = {"a": torch.ones(24)}
+    with half():
+        got = obc.select(rows, costs, 12, selection=selection)
+    assert torch.equal(got["a"], obc.select(rows, costs, 12, selection=selection)["a"])
+
+
+def test_a_function_keeps_the_autocast_in_which_it_was_given() -> None:
+    a, b = torch.randn(3, 3), torch.randn(3, 3)
+    assert in_present_autocast(outputs) is outputs
+    assert in_present_autocast(None) is None
+    with half():
+        product, present = in_present_autocast(torch.matmul), PresentAutocast()
+        with without_autocast():
+            assert product(a, b).dtype == torch.bfloat16
+            assert (a @ b).dtype == torch.float32
+        assert (a @ b).dtype == torch.bfloat16
+    with present():
+        assert (a @ b).dtype == torch.bfloat16
+    assert (a @ b).dtype == torch.float32
