@@ -52,17 +52,17 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(batch[0]).float(), batch[1])
 
 
-def pruned(inside: bool, **options: Any) -> obc.PruningResult:
+def pruned(within: bool, **options: Any) -> obc.PruningResult:
     """With autocast inside the functions, or around all of ``obc.prune``."""
     call = outputs if options.get("labels") is False else loss
 
     def function(model: nn.Module, batch: Any) -> Tensor:
-        if not inside:
+        if not within:
             return call(model, batch)
         with half():
             return call(model, batch)
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+    with torch.autocast("cpu", torch.bfloat16, enabled=not within):
         return obc.prune(net(), data()[0][0], data(), function, macs=0.5, steps=2, progress=False, **options)
 
 
@@ -81,23 +81,23 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_autocast_around_the_call_gives_the_same_as_autocast_inside_the_loss(options: dict[str, Any]) -> None:
-    inside, around = pruned(True, **options), pruned(False, **options)
+    inner, outer = pruned(True, **options), pruned(False, **options)
     assert not torch.is_autocast_enabled("cpu")
-    assert around.model.state_dict().keys() == inside.model.state_dict().keys()
-    for name, tensor in inside.model.state_dict().items():
-        assert torch.equal(around.model.state_dict()[name], tensor), name
+    assert outer.model.state_dict().keys() == inner.model.state_dict().keys()
+    for name, tensor in inner.model.state_dict().items():
+        assert torch.equal(outer.model.state_dict()[name], tensor), name
 
 
 @pytest.mark.parametrize("mode", ["ls", "seq", "correct"])
-@pytest.mark.parametrize("inside", [True, False], ids=["inside", "around"])
-def test_the_reported_error_is_that_of_the_returned_weights(mode: Any, inside: bool) -> None:
+@pytest.mark.parametrize("within", [True, False], ids=["inside", "around"])
+def test_the_reported_error_is_that_of_the_returned_weights(mode: Any, within: bool) -> None:
     """Autocast keeps casts of weights until its outermost block ends; errors of changed weights must not use them."""
     bare = pruned(True)
     model, original = copy.deepcopy(bare.model), net()
     batches = [image for image, _ in data()]
 
     def forward(one: nn.Module, batch: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=True) if inside else torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=True) if within else torch.autocast("cpu", enabled=False):
             return one(batch)
 
     def error(one: nn.Module) -> float:
@@ -108,8 +108,8 @@ def test_the_reported_error_is_that_of_the_returned_weights(mode: Any, inside: b
             total += torch.stack([(got - wanted).square().sum(), wanted.square().sum()])
         return float(total[0] / total[1])
 
-    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
-        report = obc.compensate(model, original, bare.plan, batches, forward if inside else None, mode=mode)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not within):
+        report = obc.compensate(model, original, bare.plan, batches, forward if within else None, mode=mode)
     assert report.final_error < report.naive_error
     assert error(bare.model) == pytest.approx(report.naive_error, rel=1e-6)
     assert error(model) == pytest.approx(report.final_error, rel=1e-6)

@@ -57,7 +57,8 @@ class CheckGate(torch.autograd.Function):
 
     An output's gate keeps the tensor that it received, which no other code sees. An input's gate keeps the clone,
     because other code may change the tensor that it received. Sets ``watch.output_changed`` if the returned tensor was
-    changed in place, ``watch.input_changed`` if the received one was, and ``watch.reached`` when a gradient arrives.
+    changed in place, ``watch.input_changed`` if the received one was, ``watch.reached`` when a gradient arrives, and
+    ``watch.differentiated`` if that gradient may be differentiated again (``create_graph=True``).
     The kept tensor is saved as any other, so activation checkpointing drops it, but without its version: changes are
     noted here instead of being refused by autograd.
     """
@@ -77,6 +78,7 @@ class CheckGate(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (kept,), (grad,) = ctx.saved_tensors, grads
         ctx.watch.reached = True
+        ctx.watch.differentiated |= torch.is_grad_enabled()
         ctx.watch.input_changed |= ctx.received._version != ctx.versions[0]
         ctx.watch.output_changed |= ctx.handed._version != ctx.versions[1]
         dot = _folded_dot(kept, grad, ctx.channel_dim, ctx.per_sample, ctx.fold)

@@ -61,7 +61,7 @@ class _Watch:
 
     def __init__(self, slot: Slot | None, keeps_received: bool) -> None:
         self.slot, self.keeps_received = slot, keeps_received
-        self.input_changed = self.output_changed = self.reached = False
+        self.input_changed = self.output_changed = self.reached = self.differentiated = False
 
 
 class Reader:
@@ -117,7 +117,7 @@ class Reader:
     def noted(self, noted: tuple[str | None, bool, bool, bool]) -> None:
         self.reason, self.called, self.copy_input, self.copy_output = noted
         for watch in (self._watch_in, self._watch_out):
-            watch.input_changed = watch.output_changed = watch.reached = False
+            watch.input_changed = watch.output_changed = watch.reached = watch.differentiated = False
 
     def attach(self, reading: Reading) -> None:
         """Put the gates on, in hooks next to the module's own forward, so that they see what it sees.
@@ -153,6 +153,8 @@ class Reader:
         self.copy_input |= self._watch_in.input_changed
         if self._watch_in.output_changed:
             self.reason = "it changes its input in place"
+        if self._watch_in.differentiated or self._watch_out.differentiated:
+            self.reason = "its gradient is differentiated again, so the loss depends on its weight in a backward too"
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._native_in is not None and self._reading.native is not None and not is_compiling():
@@ -204,7 +206,7 @@ class Reader:
         return gated.clone() if copy else gated
 
     def _reads(self) -> bool:
-        return self.how == "gate" and self.scored and torch.is_grad_enabled()
+        return self.how == "gate" and self.scored and torch.is_grad_enabled() and not _in_transform()
 
     def _gate(self, activation: Tensor, slot: Slot, channel_dim: int, copy: bool, watch: _Watch, fold: int) -> Tensor:
         reading = self._reading
@@ -334,3 +336,8 @@ class Reader:
         if reading.checking:
             reading.spread.append(self)
         return output.expand(samples, *output.shape[1:])
+
+
+def _in_transform() -> bool:
+    """Whether a transform of ``torch.func`` such as ``vmap`` is running, which gates can't pass."""
+    return not is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
