@@ -164,5 +164,5 @@ def _tensor(outputs: Any) -> Tensor:
             return found
     found = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
     if not isinstance(found, Tensor):
-        raise ValueError(f"no logits in an output of type {type(outputs).__name__}; pass forward_fn")
+        raise ValueError(f"can't find logits in an output of type {type(outputs).__name__}; pass forward_fn")
     return found

@@ -240,7 +240,7 @@ def _written(path: Path, content: str) -> Path:
         (lambda save, ids, tmp: [save("llama"), "--data", tmp], "reads no images"),
         (
             lambda save, ids, tmp: [save("albert"), "--data", ids, "--checkpointing"],
-            "--checkpointing: this transformers has no activation checkpointing of AlbertForMaskedLM",
+            "--checkpointing: this version of transformers can't checkpoint activations of AlbertForMaskedLM",
         ),
         (lambda save, ids, tmp: [save("bert"), "--data", ids, "--seq-len", 9], "no tokenizer with a mask token"),
         (lambda save, ids, tmp: [save("vit"), "--data", ids], "this model classifies images"),
@@ -348,4 +348,4 @@ def test_statistics_are_collected_block_by_block(
     assert cli.main([*arguments, "--statistics", "rows", "--by-block"]) == 2
     assert "collect it without by_block" in capsys.readouterr().err
     assert cli.main([*arguments, "--by-block"]) == 2
-    assert "name some by --statistics" in capsys.readouterr().err
+    assert "name some with --statistics" in capsys.readouterr().err

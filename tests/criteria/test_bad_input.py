@@ -132,8 +132,8 @@ def pruned(subject: Subject, **options: Any) -> obc.PruningResult:
         ("chain", "block_influence", " (no residual blocks were found in ConvChain)", "blocks", "channels"),
         ("chain", "entropy", " (no residual blocks were found in ConvChain)", "blocks", "channels"),
         ("llama", "angular_distance", "", "blocks", "ffn, heads"),
-        ("llama", "reap", " (there is nothing to read 'experts' of in this model)", "experts", "ffn, heads"),
-        ("vit", "expert_norm", " (there is nothing to read 'experts' of in this model)", "experts", "ffn, heads"),
+        ("llama", "reap", " (this model has nothing to read 'experts' from)", "experts", "ffn, heads"),
+        ("vit", "expert_norm", " (this model has nothing to read 'experts' from)", "experts", "ffn, heads"),
         ("mixtral", "bn_scale", "", "channels behind a BatchNorm", "expert_ffn, experts, heads"),
     ],
 )
@@ -169,8 +169,8 @@ def test_rows_of_tokens_of_layers_with_unlike_positions() -> None:
 def test_a_budget_that_the_groups_which_are_scored_do_not_reach(criterion: str, allocation: str) -> None:
     with pytest.raises(BudgetError, match=r"macs=0\.95 is out of reach with the allocation") as error:
         pruned(make_subject("mixtral"), criterion=criterion, allocation=allocation, macs=0.95)
-    assert f"6 groups, of which the criterion '{criterion}' scores 2: the others stay whole" in str(error.value)
-    assert str(error.value).endswith("Let more of it remain, or pass another allocation= or criterion=")
+    assert f"6 groups, of which the criterion '{criterion}' scores 2; the others keep all units" in str(error.value)
+    assert str(error.value).endswith("Let more remain, or pass another allocation= or criterion=")
 
 
 @pytest.mark.parametrize("criterion", ["flap", "l1", "jacobian"])

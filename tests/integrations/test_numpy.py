@@ -212,7 +212,7 @@ def test_refuses(call, error: type[Exception], message: str) -> None:
 
 def test_refuses_fields_of_structured_arrays() -> None:
     records = np.zeros((4, 3), dtype=[("flag", np.int8), ("value", np.float32)])["value"]
-    with pytest.raises(ValueError, match="not whole elements of 4 bytes"):
+    with pytest.raises(ValueError, match="not multiples of its 4-byte elements"):
         onp.channel_dot(records, records, 0)
 
 

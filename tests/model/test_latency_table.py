@@ -190,7 +190,7 @@ def test_a_table_of_another_model_is_refused() -> None:
         TABLE.costs([group("conv1", 9)])
     with pytest.raises(LatencyTableError, match="ends at 2 units of 'conv2', which has 3"):
         TABLE.at("conv2", 3)
-    with pytest.raises(LatencyTableError, match="what 'b' shares, but has no seconds for it"):
+    with pytest.raises(LatencyTableError, match="lists 'b' among shared layers, but has no seconds for it"):
         LatencyTable({"a": {1: 1.0}}, shared=[SharedSeconds(("a", "b"), 1.0)])
     with pytest.raises(LatencyTableError, match="not negative, got -1"):
         LatencyTable({"a": {1: 1.0}}, rest=-1.0)

@@ -148,7 +148,7 @@ def test_from_models_rejects_another_model() -> None:
     pruned = RECIPES["chain"].prune()
     with torch.no_grad():
         pruned.model.head.weight.add_(1)
-    with pytest.raises(PlanError, match=r"head\.weight: \(3, 6\) is no slice of the original's \(3, 12\)"):
+    with pytest.raises(PlanError, match=r"head\.weight: \(3, 6\) is not a slice of the original's \(3, 12\)"):
         PruningPlan.from_models(pruned.state_dict, pruned.model)
 
 

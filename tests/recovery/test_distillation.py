@@ -88,7 +88,7 @@ def test_outputs_without_logits_are_refused() -> None:
         def forward(self, x: Tensor) -> SimpleNamespace:
             return SimpleNamespace(values=x)
 
-    with pytest.raises(ValueError, match="no logits in an output of type SimpleNamespace"):
+    with pytest.raises(ValueError, match="can't find logits in an output of type SimpleNamespace"):
         Distillation().loss(Odd(), Odd(), torch.ones(2, 3))
 
 

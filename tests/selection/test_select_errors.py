@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* rows are fewer:UserWarning")
 @pytest.mark.parametrize("selection", ["joint", "independent"])
 def test_units_that_are_all_alike_are_said_so_once_and_go_in_order(value: float, selection: str) -> None:
     rows = {"a": torch.full((9, 3), value), "b": torch.full((9, 3), value)}
-    with pytest.warns(UserWarning, match=f"are {'equal' if value else 'zero'}: which units go is arbitrary") as warned:
+    with pytest.warns(UserWarning, match=f"are {'equal' if value else 'zero'}: the choice is arbitrary") as warned:
         removed = obc.select(rows, {"a": 1.0, "b": 1.0}, 3)
     assert len(warned) == 1
     assert warned[0].filename == __file__
@@ -27,7 +27,7 @@ def test_units_that_are_all_alike_are_said_so_once_and_go_in_order(value: float,
 
 def test_groups_that_become_narrow_are_named() -> None:
     rows = {"wide": torch.rand(1, 30), "narrow": torch.rand(1, 30)}
-    with pytest.warns(UserWarning, match=r"fewer than a tenth of the units stay of 'narrow' \(2 of 30\)") as warned:
+    with pytest.warns(UserWarning, match=r"fewer than a tenth of the units stay in 'narrow' \(2 of 30\)") as warned:
         obc.select(rows, {"wide": 0.0001, "narrow": 1.0}, 28, selection="independent")
     assert warned[0].filename == __file__
 
@@ -121,7 +121,7 @@ def test_select_rejects_a_polynomial_that_frees_less_than_nothing() -> None:
         ({"budget": -1}, "the budget, how much to free, must be finite and not negative, got -1"),
         ({"budget": float("nan")}, "must be finite and not negative, got nan"),
         ({"selection": "both"}, "selection must be 'joint' or 'independent', got 'both'"),
-        ({"shrinkage": 1.5}, r"shrinkage must lie in \[0, 1\], got 1.5"),
+        ({"shrinkage": 1.5}, r"shrinkage must be in \[0, 1\], got 1.5"),
         ({"form": "dense"}, "form must be one of 'full', 'blocked', 'rows', or None, got 'dense'"),
         ({"max_bytes": -1}, "max_bytes must not be negative, got -1"),
         ({"min_units": -1}, "min_units of 'a' must be an integer of at least 0, got -1"),

@@ -265,7 +265,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "gradients": ({"statistics": "gradient_moments"}, "'gradient_moments' needs gradients"),
     "no options": ({"by_block": "cuda"}, "by_block must be a bool or obc.statistics.ByBlock"),
     "unknown block": ({"by_block": ByBlock(blocks=["x"])}, "no module 'x'"),
-    "nested": ({"by_block": ByBlock(blocks=["model.layers.0", "model.layers.0.mlp"])}, "lies inside"),
+    "nested": ({"by_block": ByBlock(blocks=["model.layers.0", "model.layers.0.mlp"])}, "is inside"),
     "no folder": ({"by_block": ByBlock(states="/nowhere/at/all")}, "a folder that exists"),
     "no weights": ({"by_block": ByBlock(weights="/nowhere/at/all")}, "no file or folder"),
     "window": (

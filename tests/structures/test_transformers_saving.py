@@ -1,4 +1,4 @@
-"""Pruned transformers models through files: from_pretrained where a config can say the widths, load_pruned anywhere."""
+"""Pruned transformers models through files: from_pretrained where a config can express the widths, load_pruned anywhere."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_widths_that_no_config_can_say(family: str, tmp_path: Path) -> None:
     case = FAMILIES[family]()
     before = case.model.config.to_dict()
     structure = halved(case.model)
-    assert "can't say the widths" in str(structure.config_refused)
+    assert "can't express the widths" in str(structure.config_refused)
     assert case.model.config.to_dict() == before
     feed_forward = FAMILIES[family]()
     assert halved(feed_forward.model, "ffn").config_refused is None

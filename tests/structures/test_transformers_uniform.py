@@ -1,4 +1,4 @@
-"""Equal widths of transformers models: only such as the config can say, through obc.prune and from_pretrained."""
+"""Equal widths of transformers models: only such as the config can express, through obc.prune and from_pretrained."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_free_widths_warn_that_save_pretrained_does_not_serve(tmp_path: Path, ca
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "bert"])
 def test_the_config_is_never_that_of_an_earlier_step(name: str) -> None:
-    """Once it can't say the widths any more, it is the unpruned model's again, in every module."""
+    """Once it can't express the widths any more, it is the unpruned model's again, in every module."""
     family = FAMILIES[name]()
     before = copy.deepcopy(family.model.config.to_dict())
     structure = TransformersStructure(family.model)

@@ -44,7 +44,7 @@ def checkout() -> Path:
     for root in (Path.cwd(), Path(obc.__file__).parents[2]):
         if (root / "benchmarks" / "harness.py").is_file():
             return root
-    raise UsageError("the benchmarks lie in obc's source checkout; run obc bench there")
+    raise UsageError("the benchmarks are part of obc's source checkout; run obc bench there")
 
 
 def run(parsed: argparse.Namespace) -> int:

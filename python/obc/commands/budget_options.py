@@ -22,16 +22,29 @@ def add(prune: argparse.ArgumentParser) -> None:
     share.add_argument("--macs", type=_share, help="share of the MACs that remains (default: 0.5)")
     share.add_argument("--params", type=_share, help="instead: share of the parameters that remains")
     share.add_argument("--blocks", type=_share, help="instead: share that remains of the parameters that can be pruned")
-    share.add_argument("--active-params", type=_share, help="instead: of the parameters that one token meets")
-    share.add_argument("--memory", type=_amount, help="instead: of the bytes of weights and cache; above 1 bytes")
-    share.add_argument("--latency", type=_share, help="instead: of the seconds of a forward pass, by a latency table")
-    share.add_argument("--ratio", type=_share, help="share of the MACs that goes: --ratio 0.3 is --macs 0.7")
-    prune.add_argument(
-        "--latency-table", type=Path, metavar="FILE", help=f"(default: measured now, and written as {TABLE_FILE})"
+    share.add_argument(
+        "--active-params", type=_share, help="instead: share that remains of the parameters used by one token"
     )
-    prune.add_argument("--cache-length", type=positive, help="memory: tokens in the cache (default: weights alone)")
-    prune.add_argument("--cache-batch", type=positive, help="memory: sequences in the cache (default: 1)")
-    prune.add_argument("--memory-dtype", choices=tuple(checkpoints.DTYPES), help="memory: (default: the model's own)")
+    share.add_argument(
+        "--memory", type=_amount, help="instead: share of the bytes of weights and cache; above 1: a number of bytes"
+    )
+    share.add_argument(
+        "--latency", type=_share, help="instead: share of the seconds of a forward pass, from a latency table"
+    )
+    share.add_argument("--ratio", type=_share, help="share of the MACs to remove: --ratio 0.3 is --macs 0.7")
+    prune.add_argument(
+        "--latency-table",
+        type=Path,
+        metavar="FILE",
+        help=f"a saved table (default: measure one, and write it as {TABLE_FILE})",
+    )
+    prune.add_argument(
+        "--cache-length", type=positive, help="for --memory: tokens in the cache (default: count weights only)"
+    )
+    prune.add_argument("--cache-batch", type=positive, help="for --memory: sequences in the cache (default: 1)")
+    prune.add_argument(
+        "--memory-dtype", choices=tuple(checkpoints.DTYPES), help="for --memory: dtype (default: the model's)"
+    )
     prune.add_argument("--measure", action="store_true", help="time a forward pass before and after")
     prune.add_argument("--kinds", nargs="+", metavar="KIND", help="ffn, heads, layers ...: see obc.transformer_groups")
 
@@ -40,7 +53,7 @@ def budget_of(parsed: argparse.Namespace) -> Budget:
     """The budget that the options give."""
     dtype = None if parsed.memory_dtype is None else checkpoints.DTYPES[parsed.memory_dtype]
     if parsed.cache_batch is not None and parsed.cache_length is None:
-        raise UsageError("--cache-batch needs --cache-length: without it weights alone are counted")
+        raise UsageError("--cache-batch needs --cache-length: without it only weights are counted")
     use = MemoryUse(parsed.cache_length or 0, parsed.cache_batch or 1, dtype)
     try:
         table = None if parsed.latency_table is None else LatencyTable.load(parsed.latency_table)
@@ -62,7 +75,7 @@ def _share(text: str) -> float:
     """An argument strictly between 0 and 1."""
     value = float(text)
     if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {value:g}")
+        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {value:g}")
     return value
 
 

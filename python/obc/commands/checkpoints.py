@@ -116,8 +116,8 @@ def recompute_activations(model: Any) -> None:
         enable({"use_reentrant": False})
     if not any(checkpoints_activations(module) for module in model.modules()):
         raise UsageError(
-            f"--checkpointing: this transformers has no activation checkpointing of {type(model).__name__} outside "
-            "training; --micro-batch takes less memory, too"
+            f"--checkpointing: this version of transformers can't checkpoint activations of {type(model).__name__} "
+            "outside training; save memory with --micro-batch"
         )
 
 

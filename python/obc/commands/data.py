@@ -173,7 +173,7 @@ def _entry(data: Path, number: int, line: str) -> str | list[int]:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UsageError(f"--data {data}, line {number}: no JSON: {error}") from error
+        raise UsageError(f"--data {data}, line {number} is not JSON: {error}") from error
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         return entry["text"]
     ids = entry.get("input_ids") if isinstance(entry, dict) else None
@@ -230,7 +230,7 @@ def _labels(files: Sequence[Path], model: Any) -> list[int]:
         label = known.get(name, int(name) if name.isdecimal() else None)
         if label is None or label >= classes:
             raise UsageError(
-                f"--data: {path} lies in folder {name!r}, which is not one of the model's {classes} classes; name the "
+                f"--data: {path} is in folder {name!r}, which is not one of the model's {classes} classes; name the "
                 f"folders by label or number, or use --loss label-free"
             )
         labels.append(label)

@@ -56,40 +56,47 @@ def add(commands: Any) -> None:
         _DESCRIPTION,
     )
     prune.add_argument("target", metavar="module:function | MODEL_DIR")
-    prune.add_argument("--out", type=Path, required=True, help="folder of what is written")
+    prune.add_argument("--out", type=Path, required=True, help="folder to write to")
     budget_options.add(prune)
-    prune.add_argument("--round-to", type=positive, help="widths become multiples of it")
+    prune.add_argument("--round-to", type=positive, help="make widths multiples of this")
     prune.add_argument(
         "--max-pruning-ratio",
         type=_caps,
         metavar="SHARE | NAME=SHARE,...",
-        help="the largest share of its units that any group loses, or groups and blocks of these names",
+        help="the largest share of its units that any group may lose; or by name of a group or block",
     )
     prune.add_argument(
         "--protected-blocks",
         type=_ends,
         metavar="COUNT | FIRST,LAST",
-        help="so many blocks at the start and at the end lose nothing",
+        help="number of blocks at the start and at the end that lose nothing",
     )
     prune.add_argument(
-        "--compensate", choices=("mean", "correct", "ls", "seq"), help="compensate the rest for what was removed"
+        "--compensate",
+        choices=("mean", "correct", "ls", "seq"),
+        help="let what remains compensate for what was removed",
     )
-    prune.add_argument("--seed", type=int, default=0, help="of everything random (default: 0)")
+    prune.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     prune.add_argument(
-        "--criterion", help="(default: jacobian); obc criteria lists them; of a MODEL_DIR with its statistics"
+        "--criterion",
+        help="see obc criteria (default: jacobian); a MODEL_DIR needs the criterion's statistics in --scores",
     )
     prune.add_argument("--allocation", help="global, uniform, equal, profile, two_classes, search ...: see obc.prune")
     entry = prune.add_argument_group("module:function")
     entry.add_argument("--selection", choices=("joint", "independent"), help="(default: joint)")
     entry.add_argument("--slices", choices=("gate", "all"), help="(default: gate)")
-    entry.add_argument("--steps", type=positive, help="scorings and removals (default: 8)")
+    entry.add_argument("--steps", type=positive, help="how often to score and remove (default: 8)")
     entry.add_argument("--rows", choices=("batch", "sample"), help="(default: batch)")
-    entry.add_argument("--ignore", action="append", metavar="LAYER", help="keep this layer's width; may be repeated")
+    entry.add_argument(
+        "--ignore", action="append", metavar="LAYER", help="keep the width of this layer; may be repeated"
+    )
     scored = prune.add_argument_group("MODEL_DIR")
-    scored.add_argument("--scores", type=Path, help="the file that obc score wrote; with --criterion the statistics")
+    scored.add_argument(
+        "--scores", type=Path, help="the file that obc score wrote: scores, or statistics for --criterion"
+    )
     scored.add_argument("--uniform", action="store_true", default=None, help="equal widths in all layers")
-    scored.add_argument("--data", type=Path, help="for --compensate: as of obc score")
-    scored.add_argument("--seq-len", type=positive, help="for --compensate: as of obc score")
+    scored.add_argument("--data", type=Path, help="for --compensate: as in obc score")
+    scored.add_argument("--seq-len", type=positive, help="for --compensate: as in obc score")
     checkpoints.add_options(scored)
     add_log(prune)
 
@@ -120,7 +127,7 @@ def run(parsed: argparse.Namespace) -> int:
     if Path(parsed.target).is_dir():
         _refuse(parsed, _ENTRY_ONLY, "is for module:function")
         return prune_scored.run(parsed, budget, caps_of(parsed))
-    _refuse(parsed, _SCORED_ONLY, f"is for a model directory, and {parsed.target} is none")
+    _refuse(parsed, _SCORED_ONLY, f"is for a model directory, which {parsed.target} is not")
     return _entry(parsed, budget)
 
 
@@ -178,5 +185,7 @@ def _structure_of(subject: entry_point.Subject, kinds: Sequence[str], ignored: S
 
     structure = TransformersStructure(subject.model, kinds, ignored_layers=ignored)
     if not structure.groups:
-        raise UsageError(f"--kinds {' '.join(kinds)}: none of them was found; transformers models have such kinds")
+        raise UsageError(
+            f"--kinds {' '.join(kinds)}: the model has no such groups; only transformers models have kinds"
+        )
     return structure

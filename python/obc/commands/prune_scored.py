@@ -177,7 +177,7 @@ def _by_criterion(
     criterion: str = parsed.criterion
     found, costs = get(criterion), budget.costs(structure)
     if hasattr(found, "measure"):
-        raise UsageError(f"--criterion {criterion} runs the model itself: prune by a module:function")
+        raise UsageError(f"--criterion {criterion} runs the model itself; pass module:function instead of a directory")
     chosen = chosen_allocation(parsed.allocation, found)
     importance = getattr(chosen, "importance", None)
     try:
@@ -185,7 +185,7 @@ def _by_criterion(
     except StatisticsError as error:
         raise UsageError(f"{error}, or collect them by obc score MODEL_DIR --statistics {criterion}") from error
     if not scores:
-        raise UsageError(f"{scores_nothing(found, structure.groups)}; --kinds says which groups there are")
+        raise UsageError(f"{scores_nothing(found, structure.groups)}; choose other groups with --kinds")
     for name, units in scores.items():
         report.note_scores(name, units)
     task = Task(
@@ -222,11 +222,11 @@ def _chosen(structure: Any, limits: Limits, scores: Scores, budget: Budget, repo
     else:
         values = dict(scores.group(groups, slices="gate"))
     if not values:
-        raise UsageError("the scores have nothing of any group that can be pruned; score the model itself")
+        raise UsageError("none of the groups that can be pruned has scores; score this model")
     for name, units in values.items():
         report.note_scores(name, units.square().sum(0) if joint else units)
     report.left_out |= {
-        group.name: "the scores have nothing of it" for group in groups if group.is_depth and group.name not in values
+        group.name: "it has no scores" for group in groups if group.is_depth and group.name not in values
     }
     freed = _excess(budget, costs)
     selection = "joint" if joint else "independent"

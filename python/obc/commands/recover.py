@@ -25,7 +25,7 @@ def add(commands: Any) -> None:
     recover.add_argument("model", type=Path, metavar="PRUNED_DIR", help="what obc prune wrote")
     recover.add_argument("--teacher", type=Path, required=True, metavar="MODEL_DIR", help="the unpruned directory")
     recover.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")
-    recover.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the recovered model goes")
+    recover.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the recovered model")
     recover.add_argument("--steps", type=positive, default=100, help="optimizer steps (default: 100)")
     recover.add_argument("--lr", type=float, default=1e-4, help="the peak learning rate (default: 1e-4)")
     recover.add_argument("--train", choices=("naive", "folded", "lora"), default="naive", help="(default: naive)")

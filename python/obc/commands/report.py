@@ -15,7 +15,7 @@ from obc.pruning.report import PruningReport
 from obc.scoring import Scores
 
 _DESCRIPTION = """\
-Write one self-contained HTML page. It loads nothing from anywhere and runs no script.
+Write one self-contained HTML page. It loads no other file and runs no script.
 
 obc report PRUNED_DIR | report.json   a whole pruning: budgets before and after, widths, scores, what was left out and
                                       why, what was proved, what compensation did, provenance; with --scores also every

@@ -79,7 +79,9 @@ def run(parsed: argparse.Namespace) -> int:
     require(checkpoints.PACKAGES)
     out = writable(parsed.out)
     if parsed.by_block and not parsed.statistics:
-        raise UsageError("--by-block collects statistics; scores need a whole backward pass: name some by --statistics")
+        raise UsageError(
+            "--by-block collects statistics only: scores need a backward pass; name some with --statistics"
+        )
     device = checkpoints.device_of(parsed.device)
     resident = torch.device("cpu") if parsed.by_block else device
     checkpoint = checkpoints.load(parsed.model, parsed.dtype, resident, parsed.loss)

@@ -159,8 +159,8 @@ def _refuse_unlike(rows: dict[Residuals, Tensor]) -> None:
     if len(counts) > 1:
         said = " and ".join(f"{name} has {count}" for count, name in counts.items())
         raise CriterionError(
-            f"rows of tokens need layers that see the same positions: of one batch {said} rows; leave layers out with "
-            "ignored_layers=, or score whole samples, rows='sample' and criterion='jacobian'"
+            f"rows of tokens need layers that see the same positions, but for one batch {said} rows; leave layers out "
+            "with ignored_layers=, or score samples instead of tokens: rows='sample', criterion='jacobian'"
         )
 
 

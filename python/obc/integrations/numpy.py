@@ -47,8 +47,8 @@ def _check_array(op: str, name: str, array: Any) -> None:
 def _check_strides(op: str, name: str, array: NDArray[Any]) -> None:
     if any(stride % array.itemsize for stride in array.strides) or not array.flags.aligned:
         raise ValueError(
-            f"obc.{op}: {name} has strides {array.strides} that are not whole elements of {array.itemsize} bytes, "
-            "or is not aligned (a field of a structured array?); copy it first"
+            f"obc.{op}: {name} has strides {array.strides} that are not multiples of its {array.itemsize}-byte "
+            "elements, or is not aligned (a field of a structured array?); copy it first"
         )
 
 

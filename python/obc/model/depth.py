@@ -265,7 +265,7 @@ def expanded(model: nn.Module, depth: Depth) -> Iterator[None]:
 def _list(model: nn.Module, name: str) -> nn.ModuleList | nn.Sequential:
     found = model.get_submodule(name)
     if not isinstance(found, (nn.ModuleList, nn.Sequential)):
-        raise PruningError(f"{name!r} is a {type(found).__name__}, no list of blocks")
+        raise PruningError(f"{name!r} is a {type(found).__name__}, not a list of blocks")
     return found
 
 

@@ -83,7 +83,9 @@ class LatencyTable:
                 raise LatencyTableError(f"seconds must be finite and not negative, got {value!r}")
         for one in self.shared:
             if lost := [name for name in one.groups if name not in self.seconds]:
-                raise LatencyTableError(f"the latency table says what {lost[0]!r} shares, but has no seconds for it")
+                raise LatencyTableError(
+                    f"the latency table lists {lost[0]!r} among shared layers, but has no seconds for it"
+                )
 
     def _curve(self, name: str) -> Curve:
         try:
@@ -116,7 +118,7 @@ class LatencyTable:
                 known = ", ".join(map(repr, list(self.seconds)[:5])) or "none"
                 raise LatencyTableError(
                     f"the latency table has no group {name!r} (it has {known}{' ...' if len(self.seconds) > 5 else ''}"
-                    "); measure one of this model, obc.measure_latency, or leave the group's layers to ignored_layers"
+                    "); measure a table of this model with obc.measure_latency, or pass the layers in ignored_layers"
                 )
             if width > self.curves[name].widest:
                 raise LatencyTableError(

@@ -53,7 +53,9 @@ def _match_module(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tens
     if layout.transposed:
         original, pruned = original.transpose(0, 1), pruned.transpose(0, 1)
     if original.dim() != pruned.dim() or original.shape[2:] != pruned.shape[2:]:
-        raise PlanError(f"{name}.weight: {tuple(pruned.shape)} is no slice of the original's {tuple(original.shape)}")
+        raise PlanError(
+            f"{name}.weight: {tuple(pruned.shape)} is not a slice of the original's {tuple(original.shape)}"
+        )
     if layout.groups > 1:
         if layout.transposed:
             raise PlanError(f"{name}: a grouped transposed convolution can't be matched; record it with prune_step")
@@ -86,7 +88,7 @@ def _match_channels(name: str, module: nn.Module, tensors: Mapping[str, tuple[Te
     if rows is None:
         tensor_name, (original, pruned) = next(iter(tensors.items()))
         raise PlanError(
-            f"{name}.{tensor_name}: {tuple(pruned.shape)} is no slice of the original's {tuple(original.shape)}"
+            f"{name}.{tensor_name}: {tuple(pruned.shape)} is not a slice of the original's {tuple(original.shape)}"
         )
     depthwise = layout_of(module) is not None
     return Kept(rows, rows if depthwise else None)
@@ -123,7 +125,7 @@ def _match_matrix(
     name: str, original: Tensor, pruned: Tensor, ids: Tensor, pruned_ids: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Ascending rows and columns with ids[rows][:, columns] == pruned_ids."""
-    shapes = f"{tuple(pruned.shape)} is no slice of the original's {tuple(original.shape)}"
+    shapes = f"{tuple(pruned.shape)} is not a slice of the original's {tuple(original.shape)}"
     columns: Tensor | None
     if ids.shape[1] == pruned_ids.shape[1]:
         columns = torch.arange(ids.shape[1])

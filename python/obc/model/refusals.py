@@ -36,7 +36,7 @@ def refuse_unprunable(model: nn.Module) -> None:
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise PlanError(f"the model is wrapped in {name}; prune model.module, then wrap it again")
     if is_sharded(model):
-        raise PlanError("the model's parameters lie on several processes; prune it whole, then shard it")
+        raise PlanError("the model's parameters are split over several processes; prune the model first, then shard it")
     refuse_adapted(model)
     for layer, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -47,7 +47,7 @@ def refuse_unprunable(model: nn.Module) -> None:
         if any(isinstance(parameter, UninitializedParameter) for parameter in module._parameters.values()):
             raise PlanError(
                 f"{name}: {layer or 'the model'} is a {type(module).__name__} that has no weights yet; call the model "
-                "once on an input before"
+                "once on an input first"
             )
         if parametrize.is_parametrized(module):
             raise PlanError(

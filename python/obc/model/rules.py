@@ -179,7 +179,7 @@ def _is_linear(module: nn.Module) -> bool:
 def _lacking_weight(module: nn.Module) -> str | None:
     """Why a layer without parameters is not read; None if it has no channels of its own."""
     if _is_linear(module) and not list(module.children()):
-        return f"{type(module).__name__} is a linear layer whose weight is not a tensor of its own"
+        return f"{type(module).__name__} is a linear layer without a weight tensor"
     return None
 
 

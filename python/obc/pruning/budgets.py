@@ -62,12 +62,14 @@ class Meters:
         """
         if argument == "memory":
             if (memory := getattr(structure, "memory", None)) is None:
-                raise ValueError(f"a {type(structure).__name__} does not know its memory: it has no memory(use)")
+                raise ValueError(f"memory can't be counted: {type(structure).__name__} has no memory(use)")
             found: Costs = memory(self.memory_use)
             return found
         if argument == "latency":
             if self.table is None:
-                raise ValueError("there is no latency table: pass latency_table=, or one from obc.measure_latency")
+                raise ValueError(
+                    "a latency table is missing: pass latency_table=, for example from obc.measure_latency"
+                )
             return self.table.costs(structure.groups, structure.costs("parameters").inside)
         if argument == "macs":
             return structure.costs("macs")
@@ -83,8 +85,8 @@ class Meters:
             return self
         if not hasattr(structure, "twin"):
             raise ValueError(
-                f"latency can't be measured: a {type(structure).__name__} has no twin(model) to try narrower widths "
-                "on; pass latency_table="
+                f"latency can't be measured: {type(structure).__name__} has no twin(model) for trying narrower widths; "
+                "pass latency_table="
             )
         return replace(self, table=measure_latency(structure, run, round_to=round_to))
 

@@ -254,11 +254,13 @@ class Job:
     def _unreached(self, error: BudgetError, rows: Mapping[str, Tensor]) -> BudgetError:
         """The error in terms of what ``obc.prune`` was given."""
         scored, groups = len(rows), len(self.structure.groups)
-        whole = f", of which the criterion {name_of(self.choice.criterion)!r} scores {scored}: the others stay whole"
+        whole = (
+            f", of which the criterion {name_of(self.choice.criterion)!r} scores {scored}; the others keep all units"
+        )
         return BudgetError(
             f"{self.budget.argument}={self.budget.share:g} is out of reach with the allocation "
             f"{type(self.choice.allocation).__name__} over {groups} groups{whole if scored < groups else ''}: {error}. "
-            f"Let more of it remain, or pass another allocation= or criterion=",
+            f"Let more remain, or pass another allocation= or criterion=",
             error.reachable,
         )
 

@@ -115,8 +115,8 @@ def _scores(report: Report) -> Html:
         pictures.append(figure(picture, element("code", name), element("br"), f"{count}{bounds}"))
     said = (
         "Scores of every group's units before anything was removed, smallest first; logarithmic. The dashed line "
-        "stands at the share of units that was removed in all steps. Each step scores anew, and joint selection "
-        "chooses sets: what was removed is not always what lies left of the line."
+        "marks the share of units that all steps removed. Each step scores again, and joint selection chooses sets, so "
+        "the removed units are not always those left of the line."
     )
     return safe(element("p", said), element("div", *pictures, class_="layers"))
 

@@ -164,7 +164,7 @@ class Distillation:
             found = outputs[0] if isinstance(outputs, (tuple, list)) else outputs
         if not isinstance(found, Tensor):
             raise ValueError(
-                f"no logits in an output of type {type(outputs).__name__}; pass Distillation(logits_of=...)"
+                f"can't find logits in an output of type {type(outputs).__name__}; pass Distillation(logits_of=...)"
             )
         return found
 
@@ -175,9 +175,7 @@ class _Outputs:
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
         known = dict(model.named_modules())
         if missing := [name for name in names if name not in known]:
-            raise ValueError(
-                f"{type(model).__name__} has no module {missing[0]!r}; Distillation(modules=...) names some"
-            )
+            raise ValueError(f"{type(model).__name__} has no module {missing[0]!r}; change Distillation(modules=...)")
         self.seen: dict[str, Tensor] = {}
         self._modules = {name: known[name] for name in names}
         self._handles: list[Any] = []

@@ -102,8 +102,8 @@ def _refuse_order(order: str, model: nn.Module, plan: PruningPlan) -> None:
     pruned = (name for name, _ in named_modules(model) if plan.get(name, Kept()).out_channels is not None)
     first = next(pruned, "the plan's first layer")
     raise ValueError(
-        f"{first}: order {order!r} has a norm between the layer and its compressor; in training that norm depends on "
-        f"the batch, so the two are no one weight and can't be folded; use order='CB'"
+        f"{first}: order {order!r} has a norm between the layer and its compressor; in training the norm depends on "
+        f"the batch, so the layer and the compressor can't be folded into one weight; use order='CB'"
     )
 
 

@@ -285,7 +285,7 @@ def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> s
                 assert stream is not None
                 stream = stream_of(given.call(model.get_submodule(name), stream.clone()))
                 if stream is None or stream.shape != seen.shape or not _close(stream, seen):
-                    return f"{name}, run alone, does not return what it returns inside the model"
+                    return f"{name}, run alone, returns something else than inside the model"
     return None
 
 

@@ -93,7 +93,7 @@ def _floating_output(output: Any) -> tuple[Tensor, bool]:
     for tensor in tensors_in(output):
         if tensor.is_floating_point():
             return _with_samples(tensor), False
-    raise ValueError(f"forward_fn returned no floating tensor but {type(output).__name__}; pass one that does")
+    raise ValueError(f"forward_fn returned {type(output).__name__}, expected a floating tensor")
 
 
 def _with_samples(output: Tensor) -> Tensor:

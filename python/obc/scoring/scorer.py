@@ -102,7 +102,7 @@ class JacobianScorer:
         shared = SharedRows(model, process_group, combine == "row")
         per_sample, sharded = rows == "sample", is_sharded(model)
         if sharded and check:
-            logger.info("no row is checked against weight gradients: no process has whole ones")
+            logger.info("rows are not checked against weight gradients: each process has only parts of them")
             check = False
         plan = make_plan(model, modules, per_sample, fold_groups)
         reading = Reading(per_sample, check, plan.chains, sharded)

@@ -33,7 +33,7 @@ def scores_of(parts: Parts, rows: str, merged_over: Any) -> Scores:
     if facts.num_rows == 0:
         how = "; call backward inside `with scorer.row():`"
         why = f"; left out: {facts.left_out[0]}" if facts.left_out else how
-        raise ScoringError(f"there is no row to score{why}")
+        raise ScoringError(f"no row was read{why}")
     parts.refuse_unscored()
     slots = {name: parts.plan.sides(name) for name in parts.plan.readers if facts.coverage[name].scored}
     found = {

@@ -215,7 +215,7 @@ class BlockProfile(Profile):
         values = torch.tensor([found_for(name, task.importance, math.nan) for name in names], dtype=torch.float64)
         if bool(values.isnan().any()):
             lost = names[int(values.isnan().nonzero()[0])]
-            raise ValueError(f"{lost!r} lies in no block that was read ({', '.join(task.importance)})")
+            raise ValueError(f"{lost!r} is in none of the blocks that were read ({', '.join(task.importance)})")
         if self.shape == "linear":
             return dict(zip(names, (1.1 - values / values.amax()).tolist(), strict=True))
         deviation = values.std(correction=0).clamp_min(1e-12)

@@ -30,7 +30,7 @@ class Caps:
         named = ratio.items() if isinstance(ratio, Mapping) else [("", ratio)]
         for name, value in named:
             if not 0 <= value <= 1:
-                raise ValueError(f"max_pruning_ratio must lie in [0, 1], got {value}{f' for {name!r}' if name else ''}")
+                raise ValueError(f"max_pruning_ratio must be in [0, 1], got {value}{f' for {name!r}' if name else ''}")
         ends = (protected, protected) if isinstance(protected, int) else tuple(protected)
         if len(ends) != 2 or not all(isinstance(count, int) and count >= 0 for count in ends):
             raise ValueError(f"protected_blocks is a number of blocks, or (first, last), got {protected!r}")

@@ -25,7 +25,7 @@ def check_arguments(selection: str, shrinkage: float | None, form: str | None, m
     if selection not in ("joint", "independent"):
         raise ValueError(f"selection must be 'joint' or 'independent', got {selection!r}")
     if shrinkage is not None and not 0 <= shrinkage <= 1:
-        raise ValueError(f"shrinkage must lie in [0, 1], got {shrinkage!r}")
+        raise ValueError(f"shrinkage must be in [0, 1], got {shrinkage!r}")
     if form is not None and form not in FORMS:
         raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, or None, got {form!r}")
     if max_bytes < 0:
@@ -175,23 +175,22 @@ def warn_if_free(
             free[block] &= bool(free[list(inner)].all())
     if bool(free.any()):
         groups = named([name for name, is_free in zip(names, free.tolist(), strict=True) if is_free])
-        warnings.warn(f"removing units of {groups} frees nothing: all of them stay", stacklevel=_CALLER)
+        warnings.warn(f"removing units of {groups} frees nothing, so all of them stay", stacklevel=_CALLER)
 
 
 def warn_if_all_equal(values: Tensor, what: str) -> None:
     """Warn if all ``values``, scores (C,) or rows (C, N), are equal."""
     if len(values) > 1 and bool((values == values[0]).all()):
         zero = "zero" if not values.any() else "equal"
-        warnings.warn(f"all {what} are {zero}: which units go is arbitrary, the first ones do", stacklevel=_CALLER)
+        warnings.warn(f"all {what} are {zero}: the choice is arbitrary, and takes the first units", stacklevel=_CALLER)
 
 
 def warn_if_few_rows(units: Tensor) -> None:
     """Warn if ``units``, (C, N), have fewer rows than units."""
     if units.shape[1] < units.shape[0]:
         warnings.warn(
-            f"{units.shape[1]} rows are fewer than the units to choose from: they can't tell interactions from noise, "
-            "which are therefore shrunk; better are as many rows as units, from more or smaller batches, or an "
-            "explicit shrinkage",
+            f"{units.shape[1]} rows are fewer than the units to choose from, so they can't tell interactions from "
+            "noise, and interactions are shrunk; pass as many batches as units, smaller ones if need be, or set shrinkage=",
             stacklevel=_CALLER,
         )
 
@@ -202,8 +201,8 @@ def warn_if_narrow(removed: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
     narrow = [f"{name!r} ({left} of {size})" for name, (left, size) in kept.items() if left < NARROW * size]
     if narrow:
         warnings.warn(
-            f"fewer than a tenth of the units stay of {', '.join(narrow)}; min_units spares them, or a larger budget "
-            "left to other groups",
+            f"fewer than a tenth of the units stay in {', '.join(narrow)}; raise min_units, or let more of the model "
+            "remain",
             stacklevel=_CALLER,
         )
 

@@ -82,7 +82,7 @@ def _blocks(task: Task) -> list[ChannelGroup]:
         )
     if len({_place(group)[0] for group in blocks}) > 1:
         lists = sorted({_place(group)[0] for group in blocks})
-        raise ValueError(f"the blocks lie in several lists, {', '.join(lists)}; ignored_layers must hold all but one")
+        raise ValueError(f"the blocks are in several lists, {', '.join(lists)}; pass all but one in ignored_layers")
     return blocks
 
 

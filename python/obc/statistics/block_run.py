@@ -151,7 +151,7 @@ class BlockRun:
                     resident.pop_all().close()
                     stream = _stream(output)
                     if stream is None:
-                        raise _RefusedError(f"the block {name!r} returns no tensor, but {type(output).__name__}")
+                        raise _RefusedError(f"the block {name!r} returns {type(output).__name__} instead of a tensor")
                     last[:] = [stream]
                     self.seen.lengths[name] = len(output) if isinstance(output, (tuple, list)) else None
                     self.seen.outputs[name] = stream.detach().to("cpu", copy=True)

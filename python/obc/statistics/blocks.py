@@ -83,7 +83,7 @@ class Blocks:
             raise NothingToReadError(self.name, reason, "name them, Blocks(modules=[...])")
         if not 1 <= self.span <= len(names):
             raise StatisticsError(
-                f"Blocks(span=...) must lie in 1 to {len(names)}, the number of blocks, got {self.span}"
+                f"Blocks(span=...) must be between 1 and {len(names)}, the number of blocks, got {self.span}"
             )
         return _Reader(Sums(self.name), part, {name: known[name] for name in names}, self)
 

@@ -44,7 +44,7 @@ class ByBlock:
         """The blocks of this model.
 
         Raises:
-            StatisticsError: there are none, a name is unknown, or a block lies inside another.
+            StatisticsError: there are none, a name is unknown, or a block is inside another.
         """
         found = residual_blocks(model) if self.blocks is None else list(self.blocks)
         known = {name for name, _ in model.named_modules() if name}
@@ -57,7 +57,7 @@ class ByBlock:
             )
         for name in found:
             if inner := [other for other in found if other.startswith(f"{name}.")]:
-                raise StatisticsError(f"ByBlock(blocks=...): {inner[0]!r} lies inside {name!r}; name one of them")
+                raise StatisticsError(f"ByBlock(blocks=...): {inner[0]!r} is inside {name!r}; name one of them")
         return found
 
     def runs_on(self, model: nn.Module) -> torch.device:

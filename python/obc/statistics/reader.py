@@ -124,9 +124,7 @@ def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], d
                 found[part.module] = module
             elif part.side == "in" or part.module not in modules:
                 what = "a tensor" if module is None else type(module).__name__
-                unread[part.module] = Coverage.unread(
-                    f"{what} has no input of its own that holds the channels of its units"
-                )
+                unread[part.module] = Coverage.unread(f"{what} has no input whose channels are those of its units")
     return found, unread
 
 
@@ -296,8 +294,8 @@ class InputReader(Reader):
             raise StatisticsError(f"{name!r} was called without a tensor; leave it out with groups=")
         if is_dtensor(x):
             raise StatisticsError(
-                f"the input of {name!r} lies on several processes: statistics need whole inputs; collect before the "
-                "model is split by tensor parallelism"
+                f"the input of {name!r} is split over several processes, but statistics need all of it; collect before "
+                "the model is split by tensor parallelism"
             )
         width = input_width(module)
         if x.shape[input_dim(module, x)] != width:

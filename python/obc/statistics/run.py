@@ -179,9 +179,7 @@ class _Run:
         for name, reader in self.readers.items():
             if not any(how.scored for how in reader.coverage.values()):
                 why = "; ".join(f"{module}: {how}" for module, how in reader.coverage.items())
-                raise NothingToReadError(
-                    name, f"there is nothing to read {name!r} of in this model{why and f' ({why})'}"
-                )
+                raise NothingToReadError(name, f"this model has nothing to read {name!r} from{why and f' ({why})'}")
         if by_block is not None and by_block.runs_on(model).type != "cpu":
             for reader in self.readers.values():
                 reader.sums.to = torch.device("cpu")

@@ -174,7 +174,9 @@ class JacobianImportance(GroupMagnitudeImportance):
             RuntimeError: there is no row of ``model``.
         """
         if self._rows is None or not self._rows.is_of(model):
-            raise RuntimeError("accumulate_score: there is no row of this model; call accumulate_grad(model) first")
+            raise RuntimeError(
+                "accumulate_score: no row of this model was accumulated; call accumulate_grad(model) first"
+            )
         self._rows.commit()
         self.scores = self._rows.scores()
         self._parameter_scores = self._rows.parameter_scores()
@@ -230,7 +232,10 @@ class JacobianImportance(GroupMagnitudeImportance):
             raise ValueError(f"strict: layers to be pruned have no scores: {named}")
         self._named.update(new)
         if new:
-            warnings.warn(f"layers are pruned without a score of their own: {named}", stacklevel=3)
+            warnings.warn(
+                f"layers are pruned without being scored: {named}",
+                stacklevel=3,
+            )
 
     def _say_uncoupled(self, name: str) -> None:
         """Grouped queries: a key or value channel serves several roots, and Torch-Pruning does not say which."""
@@ -302,7 +307,7 @@ class _Lookup:
             return None  # an operation, an activation, a norm without parameters
         name = self.name_of(target)
         if not isinstance(rule, Rule):
-            self._note_unscored(name, rule or "it is pruned as a whole by a customised pruner")
+            self._note_unscored(name, rule or "a custom pruner prunes it, and obc does not know its channels")
             return None
         if isinstance(target, nn.PReLU) and target.num_parameters == 1:
             return None  # a single slope for all channels is not pruned

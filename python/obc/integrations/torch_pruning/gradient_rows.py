@@ -78,7 +78,7 @@ class GradientRows:
     def _plan_module(self, name: str, module: nn.Module, rule: Rule) -> None:
         weight = getattr(module, rule.weight)
         if not isinstance(weight, nn.Parameter):
-            self._unscored[name] = "its weight is computed by a parametrisation, so it has no gradient of its own"
+            self._unscored[name] = "a parametrisation computes its weight, so the weight has no gradient"
             return
         out_axis = weight.dim() - 1 if rule.elementwise else rule.out_axis
         out = self._slot(name, weight, out_axis, channel_count(module, rule, out_axis))

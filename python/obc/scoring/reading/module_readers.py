@@ -295,7 +295,7 @@ class Reader:
                 slot.bind()
             return True
         if channel_dim % len(shape) == 0:
-            self._refuse(f"its activation of shape {shape} has no dimension of samples")
+            self._refuse(f"its activation of shape {shape} has no sample dimension")
             return False
         if reading.samples is None or reading.begins:
             if self.shared:

@@ -307,7 +307,7 @@ def _plan_gradients(plan: Plan, per_sample: bool) -> None:
         elif leaf:
             by_weight.setdefault(id(weight), []).append(reader)
             if reader.rule.out_dim is None:
-                reader.reason = "no activation of its own parameters can be seen"
+                reader.reason = "no activation shows how its parameters are used"
         elif reader.rule.out_dim is None:
             reader.scored, reader.reason = False, "its weight is computed and no gate serves it"
     plan.norms = [part for entries in (weights, biases) for part in _by_kind(_once(entries))]

@@ -80,7 +80,7 @@ class Scores(ByName[ChannelScores]):
         self.report = report
 
     def _why_missing(self, name: str) -> str:
-        why = self.coverage.get(name, "no such module was there when the model was scored")
+        why = self.coverage.get(name, "the model had no such module when it was scored")
         return f"no scores for module {name!r}: {why}"
 
     def __repr__(self) -> str:

@@ -112,7 +112,7 @@ def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: 
         if widths[0] != inner * (2 if gated else 1) or widths[1] != widths[2]:
             raise NotPrunableError(f"queries, keys, values and output have {[*widths, inner]} channels")
     if rest or shared < 1 or inner % (shared * size):
-        raise NotPrunableError(f"its widths {[*widths, inner]} are no whole heads of {size} channels")
+        raise NotPrunableError(f"its widths {[*widths, inner]} are not multiples of the head size {size}")
     others = {found.name for found in per_head(layers, name, {"queries": inner // size, "keys": shared}, size)}
     refuse_other_parameters(layers, name, {*projections, output, *others}, size)
     return Heads(inner // size, shared, size, gated)

@@ -69,7 +69,7 @@ def with_widths(
         if built.get(name) != shape:
             more = f"{uneven}, and " if uneven else ""
             return None, (
-                f"{more}{type(config).__name__} can't say the widths: {name} is {shape}, a model built from it has "
+                f"{more}{type(config).__name__} can't express the widths: {name} is {shape}, a model built from it has "
                 f"{built.get(name, ())}"
             )
     reason = _more_than(model, skeleton, depth)
@@ -111,7 +111,7 @@ def _say_per_layer(
         for key, value in _values_of(block, sizes).items():
             if place is None:
                 if key in keys:
-                    return f"{block.group.name} lies in no layer"
+                    return f"{block.group.name} is in no layer"
                 continue
             overrides.get(place, {}).pop(key, None)
             if key in keys and said.setdefault((place, key), value) != value:
@@ -136,7 +136,7 @@ def _more_than(model: nn.Module, skeleton: nn.Module, depth: Depth | None) -> st
     """The modules that only a model built from the config has; if blocks were removed, also other differences."""
     state = model.state_dict()
     if lacking := next((name for name in skeleton.state_dict() if name not in state), None):
-        return f"no config can say that {lacking} is gone; a model built from it has it"
+        return f"no config can express that {lacking} is gone: a model built from it has it"
     if not depth:
         return None
     modules = dict(model.named_modules())
@@ -160,7 +160,7 @@ def refuse_save_pretrained(model: Any, reason: str | None) -> None:
         raise PlanError(
             f"from_pretrained would give this model fresh weights, or other constants, where modules were removed "
             f"({reason}); "
-            "obc.structures.transformers.save_pruned and load_pruned serve"
+            "use obc.structures.transformers.save_pruned and load_pruned"
         )
 
     vars(model)["save_pretrained"] = save_pretrained

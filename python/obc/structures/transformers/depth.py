@@ -218,7 +218,7 @@ def _branches(modules: Mapping[str, nn.Module], block: str, left_out: dict[str, 
                 continue
             for inner, inside in module.named_modules():
                 if adds := [key for key in inspect.signature(inside.forward).parameters if key in _ADDS_ITSELF]:
-                    raise NotPrunableError(f"{joined(name, inner)} is handed {adds[0]}, to add to it by itself")
+                    raise NotPrunableError(f"{joined(name, inner)} is handed {adds[0]}, and adds to it itself")
             yield _branch(modules, name, [])
         except NotPrunableError as reason:
             left_out[name] = str(reason)

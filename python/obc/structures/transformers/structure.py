@@ -251,7 +251,7 @@ class TransformersStructure:
         return [
             *told,
             "save_pretrained would write a folder that from_pretrained can't load, because the config is still the "
-            f"unpruned model's ({self.config_refused}); obc.structures.transformers.save_pruned and load_pruned serve",
+            f"unpruned model's ({self.config_refused}); use obc.structures.transformers.save_pruned and load_pruned",
         ]
 
     def costs(self, unit: Unit) -> Costs:

@@ -90,8 +90,8 @@ def expressible_widths(
         if not said:
             reason = next(filter(None, reasons.values()))
             refused[family[0]] = (
-                f"uniform=True keeps to widths that the config can say, so all {len(family)} such groups keep their "
-                f"{size} units; uniform=False and save_pruned prune them ({reason})"
+                f"uniform=True keeps to widths that the config can express, so all {len(family)} such groups keep "
+                f"their {size} units; to prune them, use uniform=False and save_pruned ({reason})"
             )
     return Expressible(widths, refused, multiples)
 

@@ -17,7 +17,7 @@ def _in_blocks(module: nn.Module, heads: Heads, kind: str) -> HeadChannels | Non
     if blocks == count:
         return HeadChannels([channels(count, 3 * size)], channels(count, size), ("mp_num",))
     if count % blocks:
-        raise NotPrunableError(f"its {count} heads lie in {blocks} blocks")
+        raise NotPrunableError(f"its {count} heads are stored in {blocks} blocks")
     inside = count // blocks
     return HeadChannels([channels(inside, size, 3 * blocks)], channels(inside, size, blocks))
 

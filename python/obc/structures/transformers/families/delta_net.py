@@ -87,7 +87,7 @@ def _forgetting(layers: Layers, name: str) -> Block:
     projected |= {f"forget_gate.{child}": wide for child in _FORGET if layers.has(gate, child)}
     shape = list(layers.modules[gate].A_log.shape)  # type: ignore[union-attr, arg-type]
     if shape.count(heads) != 1:
-        raise NotPrunableError(f"{gate}.A_log of shape {tuple(shape)} has no dimension of its own for {heads} heads")
+        raise NotPrunableError(f"{gate}.A_log of shape {tuple(shape)} has no dimension for its {heads} heads")
     return _block(
         layers,
         name,

@@ -28,7 +28,7 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     if not (isinstance(heads, int) and isinstance(keyed, int) and isinstance(valued, int)):
         raise NotPrunableError(f"{type(module).__name__} does not say its heads and their sizes")
     if keyed % heads or valued % heads or layers.size(joined(name, "out_proj"), "in") != valued:
-        raise NotPrunableError(f"{keyed} channels of keys and {valued} of values are no {heads} whole heads")
+        raise NotPrunableError(f"{keyed} key channels and {valued} value channels can't be divided into {heads} heads")
     projected = _projected(layers, name, channels(heads, keyed // heads), channels(heads, valued // heads))
     for child, found in projected.items():
         if layers.layer(name, child) is None or layers.size(joined(name, child), "out") != found.numel():
