@@ -1,4 +1,4 @@
-"""Pruned transformers models through files: from_pretrained where a config can express the widths, load_pruned anywhere."""
+"""Pruned transformers models through files: from_pretrained if a config can express the widths, otherwise load_pruned."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def warn_if_few_rows(units: Tensor) -> None:
     if units.shape[1] < units.shape[0]:
         warnings.warn(
             f"{units.shape[1]} rows are fewer than the units to choose from, so they can't tell interactions from "
-            "noise, and interactions are shrunk; pass as many batches as units, smaller ones if need be, or set shrinkage=",
+            "noise, and interactions are shrunk; pass as many batches as units, or set shrinkage=",
             stacklevel=_CALLER,
         )
 
