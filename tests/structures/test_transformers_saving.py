@@ -1,4 +1,4 @@
-"""Pruned transformers models through files: from_pretrained if a config can express the widths, otherwise load_pruned."""
+"""Pruned transformers models through files: from_pretrained if a config can express the widths, else load_pruned."""
 
 from __future__ import annotations
 

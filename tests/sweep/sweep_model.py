@@ -241,7 +241,8 @@ def _digest(structure: TransformersStructure) -> str:
     for name, block in structure.blocks.items():
         group = block.group
         slices = [
-            (part.module, part.side, part.channels.tolist(), structure.axes(block, part)) for part in group.slices
+            (part.module, part.side, part.channels.tolist(), structure.weights.axes(block, part))
+            for part in group.slices
         ]
         rest = (block.counters, dict(block.config), dict(block.config_fixed), block.reads_config, block.min_units)
         digest.update(repr((name, group.kind, slices, rest)).encode())

@@ -83,7 +83,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     if parsed.compensate:
         say(_compensate(parsed, model, original, structure.plan, report))
         if set(model.state_dict()) != set(before):
-            structure.config_refused = "layers have biases now that no config can express"
+            structure.config.refused = "layers have biases now that no config can express"
     structure.compact()
     if speed is not None:
         speed.finish(model)

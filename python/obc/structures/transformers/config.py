@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obc.model.depth import Depth, part_of, plain_attributes
+from obc.model.depth import Depth, matching_parts, part_of, plain_attributes
 from obc.model.kept import PlanError
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import says, value_of
@@ -185,6 +185,49 @@ def with_values(config: Any, blocks: Sequence[Block], values: Mapping[tuple[str,
         else:
             delattr(part_of(former, path), key)
     return former
+
+
+class ModelConfig:
+    """The config of a model that is being pruned.
+
+    Attributes:
+        refused: why the config could not be adapted to the widths, or None.
+    """
+
+    def __init__(self, config: Any, blocks: Sequence[Block]) -> None:
+        self.refused: str | None = None
+        self._unpruned = said_values(config, blocks)
+        self._adapted: Any = None
+
+    def of_copy(self) -> ModelConfig:
+        """The same for a copy of the model."""
+        copied = copy.copy(self)
+        copied._adapted = None
+        return copied
+
+    def adapt(self, model: Any, modules: Mapping[str, nn.Module], blocks: Sequence[Block], depth: Depth) -> None:
+        """Write the widths into the config if it can express them; every module gets the new config.
+
+        Otherwise the config gets the unpruned model's values back, not those of an earlier step; modules that read
+        their counts from it get a config of their own.
+        """
+        config = getattr(model, "config", None)
+        if config is None:
+            return
+        adapted, self.refused = with_widths(model, blocks, depth=depth)
+        new = config
+        if adapted is not None:
+            new = self._adapted = adapted
+        elif config is self._adapted:
+            new = with_values(config, blocks, self._unpruned)
+        parts = dict(matching_parts(config, new))
+        readers = {block.reads_config: block for block in blocks if block.reads_config is not None}
+        for name, module in modules.items():
+            if name in readers:
+                block = readers[name]
+                module.config = part_of(new, block.config_part) if adapted is not None else own_config(new, block)
+            elif id(vars(module).get("config")) in parts:
+                module.config = parts[id(module.config)]
 
 
 def own_config(config: Any, block: Block) -> Any:

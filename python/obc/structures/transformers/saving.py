@@ -152,13 +152,13 @@ def _units_kept(structure: TransformersStructure, block: Block, plan: Mapping[st
     """The number of units that the plan keeps; if query heads were removed from groups too, what its slices need."""
     needed = []
     for part in block.group.slices:
-        axis = structure.axes(block, part)[0]
+        axis = structure.weights.axes(block, part)[0]
         kept = plan.get(axis.key)
         channels = None if kept is None else kept.out_channels if axis.slot == "out" else kept.in_channels
         if channels is None:
             return None  # it lost no units; another kind of group narrowed what they share
         # Channels in no unit all stay: keys and values that all query heads share, in a fused projection.
-        others = structure.tensor(axis).shape[axis.dim] - part.channels.numel()
+        others = structure.weights.tensor(axis).shape[axis.dim] - part.channels.numel()
         needed.append(math.ceil((len(channels) - others) / part.channels.shape[1]))
     return max(needed)
 

@@ -11,43 +11,26 @@ from typing import Any
 from torch import Tensor, nn
 
 from obc.model.costs import Costs
-from obc.model.depth import (
-    BlockList,
-    Depth,
-    compact,
-    expand,
-    is_compact,
-    matching_parts,
-    original_names,
-    part_of,
-    put_stand_in,
-)
+from obc.model.depth import BlockList, Depth, compact, expand, is_compact, original_names
 from obc.model.evaluation import call
-from obc.model.groups import DEPTH_KINDS, ChannelGroup, Slice
-from obc.model.kept import Kept
+from obc.model.groups import DEPTH_KINDS, ChannelGroup
 from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
 from obc.structures.memory import MemoryUse
 from obc.structures.proof import Proof, prove, varied_inputs
 from obc.structures.protocol import Limits, Unit
-from obc.structures.transformers.axes import Axis, axis_key, layer_axes, narrow, sync_layer
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
 from obc.structures.transformers.cache import CachedLayer, cached_layers
 from obc.structures.transformers.calibration import Calibration, calibrate
-from obc.structures.transformers.config import (
-    own_config,
-    refuse_save_pretrained,
-    said_values,
-    with_values,
-    with_widths,
-)
+from obc.structures.transformers.config import ModelConfig, refuse_save_pretrained
 from obc.structures.transformers.costs import macs_for_one_token, transformer_costs, transformer_memory
-from obc.structures.transformers.depth import DepthUnit, FoundDepth, find_depth, merged, without_unit
+from obc.structures.transformers.depth import FoundDepth, find_depth, merged, without_unit
 from obc.structures.transformers.family import kinds as known_kinds
 from obc.structures.transformers.uncovered import uncovered
+from obc.structures.transformers.weights import BlockWeights, lies_in
 from obc.structures.transformers.widths import Expressible, equal_widths, expressible_widths
-from obc.structures.units import checked_units, layer_name, renumbered_group, without, without_units
+from obc.structures.units import checked_units, layer_name
 
 # torch's grouped products want rows that begin at multiples of this many bytes.
 _GROUPED_BYTES = 16
@@ -117,6 +100,16 @@ def _found(model: nn.Module, kinds: Sequence[str]) -> Finder:
     return Finder(model, kinds)
 
 
+def _names_inside(modules: Mapping[str, nn.Module], layers: Sequence[nn.Module | str]) -> set[str]:
+    """The names of these layers, of the modules inside them, and of their parameters."""
+    found: set[str] = set()
+    for name in (layer_name(modules, layer, "ignored_layers") for layer in layers):
+        inside = [inner for inner in modules if inner == name or inner.startswith(f"{name}.") or name == ""]
+        found |= set(inside)
+        found |= {f"{inner}.{key}" for inner in inside for key, _ in modules[inner].named_parameters()}
+    return found
+
+
 class TransformersStructure:
     """The prunable groups of a transformers model; see ``obc.pruning.Structure`` and :func:`transformer_groups`.
 
@@ -147,9 +140,9 @@ class TransformersStructure:
         left_out: module that looks like a block -> why it can't be pruned; with all default kinds, also unknown modules
             of repeated blocks; with ``uniform``, also the first group of those whose number of units the config has no
             key for.
-        config_refused: why the config could not be adapted to the widths, or None.
         uniform: the argument of that name.
-        blocks: the blocks behind the groups, by name.
+        weights: the blocks' weights, and the modules that hold them.
+        config: the model's config, rewritten after every removal.
         proof: the result for every group; None if none was tried.
 
     Raises:
@@ -178,33 +171,26 @@ class TransformersStructure:
         self.model, self.uniform, self._sequence_length = model, uniform, sequence_length
         self._round_to = round_to or 1
         finder = _found(model, [kind for kind in kinds if kind not in DEPTH_KINDS])
-        self._modules = finder.layers.modules
-        found = find_depth(model, self._modules, depth_kinds) if depth_kinds else FoundDepth()
+        modules = finder.layers.modules
+        found = find_depth(model, modules, depth_kinds) if depth_kinds else FoundDepth()
         every_kind = set(DEFAULT_KINDS) <= {*kinds}
         unknown = uncovered(finder.layers, finder.blocks, finder.left_out) if every_kind else {}
         self.left_out = finder.left_out | unknown | found.left_out
-        ignored = self._ignored(ignored_layers)
+        ignored = _names_inside(modules, ignored_layers)
         self._depth_units = {
             name: unit for name, unit in found.units.items() if not any(unit.holds(layer) for layer in ignored)
         }
         self._depth = found.depth if plan is None else merged(found.depth, plan.depth)
-        self.blocks = {
+        blocks = {
             name: block
             for name, block in finder.blocks.items()
             if not any(part.side == "out" and part.module in ignored for part in block.group.slices)
         }
-        self._reading: dict[tuple[str, int], list[str]] = {}  # axis -> the groups that lie there
-        for name, block in self.blocks.items():
-            for part in block.group.slices:
-                for axis in self.axes(block, part):
-                    self._reading.setdefault(axis_key(axis), []).append(name)
-        self._kept: dict[str, Kept] = dict(plan or {})
-        self.config_refused: str | None = None
-        self._adapted: Any = None
-        self._unpruned = said_values(getattr(model, "config", None), list(self.blocks.values()))
+        self.weights = BlockWeights(modules, blocks, plan or {})
+        self.config = ModelConfig(getattr(model, "config", None), list(blocks.values()))
         self._expressible = Expressible({}, {}, {})
         if uniform:
-            self._expressible = expressible_widths(model, self.blocks, self.axes, self._multiple)
+            self._expressible = expressible_widths(model, blocks, self.weights.axes, self._multiple)
             self.left_out = self.left_out | dict(self._expressible.refused)
         self._calibration: Calibration | None = None
         self._cached: list[CachedLayer] | None = None
@@ -214,9 +200,19 @@ class TransformersStructure:
             self.proof = prove(self, lambda copied: call(copied, varied))
 
     @property
+    def blocks(self) -> dict[str, Block]:
+        """The blocks behind the groups, by name."""
+        return self.weights.blocks
+
+    @property
+    def config_refused(self) -> str | None:
+        """Why the config could not be adapted to the widths, or None."""
+        return self.config.refused
+
+    @property
     def plan(self) -> PruningPlan:
         """The channels that every layer kept so far, in terms of the unpruned model."""
-        return PruningPlan(self._kept, self._depth)
+        return PruningPlan(self.weights.kept, self._depth)
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
@@ -244,7 +240,7 @@ class TransformersStructure:
     @property
     def warnings(self) -> list[str]:
         """Warnings about the present model: what it can't do any more."""
-        narrower = [block for block in self.blocks.values() if block.group.name in self._kept]
+        narrower = [block for block in self.blocks.values() if block.group.name in self.weights.kept]
         told = list(dict.fromkeys(block.warning for block in narrower if block.warning))
         if self.config_refused is None:
             return told
@@ -260,7 +256,7 @@ class TransformersStructure:
         See :mod:`obc.structures.transformers.costs`.
         """
         blocks, depth = list(self.blocks.values()), list(self._depth_units.values())
-        names, axes = original_names(self.model, self._depth), self._slices_by_axis()
+        names, axes = original_names(self.model, self._depth), self.weights.slices_by_axis()
         return transformer_costs(self.model, blocks, axes, unit, self._sequence_length, self._calibration, depth, names)
 
     def memory(self, use: MemoryUse) -> Costs:
@@ -272,20 +268,12 @@ class TransformersStructure:
             PruningError: the model does not run on one token, or returns no key/value cache.
         """
         blocks, depth = list(self.blocks.values()), list(self._depth_units.values())
-        names, axes = original_names(self.model, self._depth), self._slices_by_axis()
+        names, axes = original_names(self.model, self._depth), self.weights.slices_by_axis()
         if use.length and self._cached is None:
             found = cached_layers(self.model, blocks)
             self._cached = [replace(layer, module=names[layer.module]) for layer in found]
         cached = [layer for layer in self._cached or () if use.length and not self._depth.without(layer.module)]
         return transformer_memory(self.model, blocks, axes, use, cached, depth, names)
-
-    def _slices_by_axis(self) -> dict[tuple[str, int], list[tuple[int, Slice]]]:
-        axes: dict[tuple[str, int], list[tuple[int, Slice]]] = {}
-        for index, block in enumerate(self.blocks.values()):
-            for part in block.group.slices:
-                for axis in self.axes(block, part):
-                    axes.setdefault(axis_key(axis), []).append((index, part))
-        return axes
 
     def calibrate(self, counted: Mapping[str, float]) -> None:
         """Use the MACs that the model executes, if they differ from those for one token by more than a percent.
@@ -317,17 +305,18 @@ class TransformersStructure:
         if not chosen:
             return
         vanishing = [self._depth_units[name] for name in chosen if name in self._depth_units]
-        users: dict[int, list[dict[str, Any]]] = {}
-        for module in self._modules.values():
-            for parameter in module._parameters.values():
-                users.setdefault(id(parameter), []).append(module._parameters)
-        for name, indices in chosen.items():
-            parts = () if name in self._depth_units else self.blocks[name].group.slices
-            if parts and not any(all(unit.holds(part.module) for part in parts) for unit in vanishing):
-                self._remove(name, indices, users)
+        self.weights.remove(
+            {
+                name: indices
+                for name, indices in chosen.items()
+                if name in self.blocks and not lies_in(vanishing, self.blocks[name])
+            }
+        )
         for unit in sorted(vanishing, key=lambda one: one.group.kind != "layers"):
             if unit.group.name in self._depth_units:  # it may lie inside one removed just now
-                self._remove_module(unit)
+                self.weights.remove_module(self.model, unit)
+                self._depth_units = {name: one for name, one in self._depth_units.items() if not unit.holds(name)}
+                self._depth = without_unit(self._depth, unit)
         self._adapt_config()
 
     def compact(self) -> None:
@@ -344,48 +333,24 @@ class TransformersStructure:
         self._adapt_config()
         refuse_save_pretrained(self.model, self.config_refused)
 
-    def _remove_module(self, unit: DepthUnit) -> None:
-        """Replace a block or branch by stand-ins; everything inside it is removed too."""
-        for name, stand_in in unit.stand_ins.items():
-            put_stand_in(self.model, name, stand_in)
-        self._modules = {name: module for name, module in self._modules.items() if not unit.holds(name)}
-        self._modules |= {name: self.model.get_submodule(name) for name in unit.stand_ins}
-        self._kept = {name: kept for name, kept in self._kept.items() if not unit.holds(name)}
-        for name in [n for n, b in self.blocks.items() if all(unit.holds(part.module) for part in b.group.slices)]:
-            del self.blocks[name]
-        for name in [n for n in self._depth_units if unit.holds(n)]:
-            del self._depth_units[name]
-        self._reading = {key: [name for name in names if name in self.blocks] for key, names in self._reading.items()}
-        self._depth = without_unit(self._depth, unit)
-
-    # --- checks ----------------------------------------------------------------------------------------------------
-
-    def _ignored(self, layers: Sequence[nn.Module | str]) -> set[str]:
-        ignored: set[str] = set()
-        for name in (layer_name(self._modules, layer, "ignored_layers") for layer in layers):
-            inside = [inner for inner in self._modules if inner == name or inner.startswith(f"{name}.") or name == ""]
-            ignored |= set(inside)
-            ignored |= {f"{inner}.{key}" for inner in inside for key, _ in self._modules[inner].named_parameters()}
-        return ignored
+    def _adapt_config(self) -> None:
+        self.config.adapt(self.model, self.weights.modules, list(self.blocks.values()), self._depth)
 
     def _multiple(self, block: Block) -> int:
         if known_kinds()[block.group.kind].whole:
             return 1
         if block.group.kind == "expert_ffn":
-            weight = self.tensor(self.axes(block, block.group.slices[0])[0])
+            weight = self.weights.tensor(self.weights.axes(block, block.group.slices[0])[0])
             return math.lcm(self._round_to, max(1, _GROUPED_BYTES // weight.element_size()))
         return self._round_to
-
-    # --- on a copy -------------------------------------------------------------------------------------------------
 
     def twin(self, model: nn.Module) -> TransformersStructure:
         """The same groups on ``model``, a copy of this structure's present model."""
         twin = copy.copy(self)
         twin.model = model
-        twin._modules = {name: model.get_submodule(name) for name in self._modules}
-        twin.blocks, twin.left_out = dict(self.blocks), dict(self.left_out)
+        twin.weights, twin.config = self.weights.on(model), self.config.of_copy()
+        twin.left_out = dict(self.left_out)
         twin._depth_units = dict(self._depth_units)
-        twin._kept, twin._adapted = {}, None
         twin._depth = Depth({name: BlockList(one.size, ()) for name, one in self._depth.lists.items()})
         return twin
 
@@ -399,88 +364,3 @@ class TransformersStructure:
         for member in family:
             del self.blocks[member]
             self.left_out[member] = reason if member == name else f"it keeps the width of {name}, left out: {reason}"
-        for names in self._reading.values():
-            names[:] = [reader for reader in names if reader in self.blocks]
-
-    # --- removing --------------------------------------------------------------------------------------------------
-
-    def axes(self, block: Block, part: Slice) -> tuple[Axis, ...]:
-        """The location of a block's slice in the present model."""
-        found = block.axes.get((part.module, part.side))
-        return layer_axes(part.module, self._modules[part.module], part.side) if found is None else found
-
-    def _remove(self, name: str, chosen: Tensor, users: dict[int, list[dict[str, Any]]]) -> None:
-        block = self.blocks[name]
-        removals = [
-            (self.axes(block, part), part.channels[chosen].flatten().sort().values) for part in block.group.slices
-        ]
-        for axes, removed in removals:
-            for axis in {(axis.key, axis.slot): axis for axis in axes}.values():
-                self._kept[axis.key] = narrow(self._kept, axis, self.tensor(axis).shape[axis.dim], removed)
-        lost = {axis_key(axis): removed for axes, removed in removals for axis in axes}
-        touched = dict.fromkeys(axis.module for axes, _ in removals for axis in axes)
-        shortened: dict[tuple[int, int], Tensor] = {}  # keeps the tensors too, so that their ids stay unique
-        for axes, removed in removals:
-            for axis in axes:
-                self._shorten(axis, removed, shortened, users)
-        for layer in touched:
-            sync_layer(self._modules[layer])
-        for counter in block.counters:
-            module = self._modules[counter.module]
-            setattr(module, counter.attribute, getattr(module, counter.attribute) - counter.per_unit * len(chosen))
-        self.blocks[name] = replace(block, group=without_units(block.group, chosen))
-        for other in dict.fromkeys(other for key in lost for other in self._reading[key]):
-            coupled = self.blocks[other]
-            removed_from = [lost.get(axis_key(self.axes(coupled, part)[0])) for part in coupled.group.slices]
-            self.blocks[other] = replace(coupled, group=renumbered_group(coupled.group, removed_from))
-
-    def tensor(self, axis: Axis) -> Tensor:
-        tensor: Tensor = getattr(self._modules[axis.module], axis.tensor)
-        return tensor
-
-    def _shorten(
-        self,
-        axis: Axis,
-        removed: Tensor,
-        shortened: dict[tuple[int, int], Tensor],
-        users: dict[int, list[dict[str, Any]]],
-    ) -> None:
-        """Give the axis's module a shorter parameter; modules that share one get the same new one, shortened once."""
-        old = self.tensor(axis)
-        if (id(old), axis.dim) in shortened:
-            return
-        if not isinstance(old, nn.Parameter):  # running statistics, which no other module has
-            self._modules[axis.module]._buffers[axis.tensor] = without(old, removed, axis.dim)
-            return
-        new = nn.Parameter(without(old.detach(), removed, axis.dim), requires_grad=old.requires_grad)
-        shortened[id(new), axis.dim] = new
-        users[id(new)] = users.pop(id(old))
-        for parameters in users[id(new)]:
-            for key, parameter in parameters.items():
-                if parameter is old:
-                    parameters[key] = new
-
-    def _adapt_config(self) -> None:
-        """Write the widths into the config if it can express them; every module gets the new config.
-
-        Otherwise the config gets the unpruned model's values back, not those of an earlier step; modules that read
-        their counts from it get a config of their own.
-        """
-        config = getattr(self.model, "config", None)
-        if config is None:
-            return
-        blocks = list(self.blocks.values())
-        adapted, self.config_refused = with_widths(self.model, blocks, depth=self._depth)
-        new = config
-        if adapted is not None:
-            new = self._adapted = adapted
-        elif config is self._adapted:
-            new = with_values(config, blocks, self._unpruned)
-        parts = dict(matching_parts(config, new))
-        readers = {block.reads_config: block for block in blocks if block.reads_config is not None}
-        for name, module in self._modules.items():
-            if name in readers:
-                block = readers[name]
-                module.config = part_of(new, block.config_part) if adapted is not None else own_config(new, block)
-            elif id(vars(module).get("config")) in parts:
-                module.config = parts[id(module.config)]
