@@ -22,12 +22,12 @@ def scores_nothing(criterion: Any, groups: Sequence[ChannelGroup], why: str = ""
     Args:
         criterion: which.
         groups: of the model.
-        why: there is nothing, as far as that is known.
+        why: what is known of the reason, in brackets after a space.
     """
     about, kinds = getattr(criterion, "about", None), sorted({group.kind for group in groups})
     scored = "other units" if about is None else about.kinds
     return CriterionError(
-        f"the criterion {name_of(criterion)!r} scores no group of this model{f' ({why})' if why else ''}: it scores "
+        f"the criterion {name_of(criterion)!r} scores no group of this model{why}: it scores "
         f"{scored}, the groups are of {', '.join(kinds) or 'no kind'}; {_BLOCKS if 'blocks' in scored else ''}pass "
         "another criterion (`obc criteria` lists them with the units that they score)"
     )
@@ -48,7 +48,7 @@ def said_of(criterion: Any, groups: Sequence[ChannelGroup], needs: Sequence[str]
     except NothingToReadError as error:
         if error.statistic not in needs:
             raise
-        raise scores_nothing(criterion, groups, error.reason) from error
+        raise scores_nothing(criterion, groups, f" ({error.reason})") from error
     except (StatisticsError, CriterionError) as error:
         if repr(name) not in str(error):
             error.args = (f"the criterion {name!r}: {error}{_fewer(criterion, error)}", *error.args[1:])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from obc.criteria import Jacobian, get
@@ -12,6 +12,7 @@ from obc.model.groups import Slices
 from obc.selection.allocation import Allocation
 from obc.selection.allocations import allocation_of
 from obc.selection.caps import Caps
+from obc.structures.protocol import Limits, Structure
 
 
 def positive(name: str, value: int) -> int:
@@ -75,6 +76,23 @@ class Choice:
             positive("round_to", round_to)
         chosen = chosen_allocation(allocation, criterion)
         return cls(criterion, chosen, selection, slices, per_cost, shrinkage, min_units, round_to, caps)
+
+    def limits(self, structure: Structure, least: Mapping[str, int]) -> Limits:
+        """The structure's limits joined with ``min_units``, ``round_to`` and the caps.
+
+        Args:
+            structure: the structure in its present state.
+            least: group -> the number of its units that the caps keep.
+        """
+        own: Limits = getattr(structure, "limits", Limits())
+        kept, multiples = {}, {}
+        for group in structure.groups:
+            name, own_least = group.name, own.min_units.get(group.name, 1)
+            # If all units of a group may be removed, some of its channels always stay; they count as one unit.
+            asked = 0 if group.is_depth else self.min_units - (not own_least)
+            kept[name] = max(asked, own_least, least.get(name, 0))
+            multiples[name] = own.multiple(name, self.round_to)
+        return replace(own, min_units=kept, round_to=multiples)
 
 
 def _check_joint(criterion: Any, selection: Selection, slices: Slices) -> None:

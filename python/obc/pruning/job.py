@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from obc.criteria import Jacobian, Subject
@@ -19,12 +18,11 @@ from obc.criteria.protocol import name_of
 from obc.criteria.refusals import said_of, scores_nothing
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
-from obc.model.groups import ChannelGroup
 from obc.model.progress import ProgressLog
 from obc.pruning.arguments import Choice
 from obc.pruning.budgets import Budget
 from obc.pruning.compensator import Compensator
-from obc.pruning.final_proof import FinalProof
+from obc.pruning.final_proof import FinalProof, take_out_blocks
 from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
 from obc.pruning.search_fitness import fitness_of
 from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_from
@@ -37,7 +35,7 @@ from obc.selection.choice import BudgetError
 from obc.selection.uniform import permitted_widths
 from obc.statistics.errors import NothingToReadError
 from obc.statistics.results import Statistics
-from obc.structures.protocol import Limits, Structure, Unit
+from obc.structures.protocol import Structure, Unit
 
 logger = logging.getLogger("obc")
 
@@ -69,23 +67,19 @@ class Job:
         self._evaluation: Evaluation | None = None
         self._norm_reference: NormReference | None = None
         self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
-        costs = self._costs()
-        self.full = budget.counted(costs)
+        self.full = budget.counted(budget.costs(structure))
         subject.batches.on_left_out = self._warn
         report.left_out = dict(getattr(structure, "left_out", {}))
         report.budget = budget.unit
         report.note_known(budget.meters.known(structure), before=True)
         report.macs_before, report.parameters_before = (round(self.unpruned[unit]) for unit in _UNITS)
 
-    def _costs(self) -> Costs:
-        return self.budget.costs(self.structure)
-
     def run(
         self, schedule: Sequence[float], on_step: Callable[[PruningResult], None] | None, progress: bool | None
     ) -> None:
         """Reach every share of the schedule, and fill the report."""
         if not self.widths:
-            raise ValueError(f"no layer can be pruned{self._reasons()}")
+            raise ValueError(f"no layer can be pruned{self._left_out()}")
         self._check_reachable(schedule[-1])
         if self.recalibrate and batch_norms(self.subject.model):
             with timed(self.report, "recalibrate"):
@@ -99,7 +93,7 @@ class Job:
                 log.doing = f"step {number} of {len(schedule)}"
                 self._step(share, schedule[-1])
                 self._measure()
-                left = f"{self.budget.counted(self._costs()) / self.full:.3f} of the {self.budget.noun}"
+                left = f"{self.report.steps[-1].remaining:.3f} of the {self.budget.noun}"
                 logger.info("obc.prune: step %d of %d: %s remain", number, len(schedule), left)
                 if on_step is not None:
                     on_step(PruningResult(self.subject.model, self.structure.plan, self.report))
@@ -110,12 +104,16 @@ class Job:
             if 0 < after < NARROW * before:
                 self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
 
-    def note_known(self) -> None:
-        """Record what the final model costs in every known unit."""
-        self.report.note_known(self.budget.meters.known(self.structure), before=False)
+    def finish(self, run: Callable[[nn.Module], Any]) -> None:
+        """Compensate, take removed blocks out of their lists, and report the final model's costs and warnings.
 
-    def note_warnings(self) -> None:
-        """Record the structure's warnings about the present model."""
+        Args:
+            run: runs a model on the first batch, to check that it computes the same without the blocks.
+        """
+        if self.compensator is not None:
+            self.compensator.finish()
+        self.report.note_known(self.budget.meters.known(self.structure), before=False)
+        take_out_blocks(self.structure, run)
         for warning in getattr(self.structure, "warnings", ()):
             self._warn(warning)
 
@@ -130,7 +128,7 @@ class Job:
         report.widths = {name: (before, left.get(name, 0)) for name, before in self.widths.items()}
 
     def _step(self, share: float, last: float) -> None:
-        costs = self._costs()
+        costs = self.budget.costs(self.structure)
         counted = self.budget.counted(costs)
         excess = counted - share * self.full
         if excess <= _ROUNDING * self.full:  # the previous step went far enough
@@ -151,22 +149,20 @@ class Job:
         self._note_step(share, {name: len(units) for name, units in removed.items() if len(units)})
         if self.compensator is not None:
             self.compensator.undo()
-        if self.recalibrate:
+        if self._norm_reference is not None:
             with timed(self.report, "recalibrate"):
-                self._recalibrate(subject)
+                self._recalibrate(subject, self._norm_reference)
         if self.compensator is not None:
             self.compensator.step()
 
-    def _recalibrate(self, subject: Subject) -> None:
-        if self._norm_reference is not None:
-            left_out = subject.batches.left_out
-            targets = self._norm_reference.targets(subject.model, self.structure.plan, left_out=left_out)
-            norms, forward = batch_norms(subject.model), subject.forward_fn
-            recalibrate_from(subject.model, norms, subject.batches, forward, ALONE, targets)
+    def _recalibrate(self, subject: Subject, reference: NormReference) -> None:
+        model, batches = subject.model, subject.batches
+        targets = reference.targets(model, self.structure.plan, left_out=batches.left_out)
+        recalibrate_from(model, batch_norms(model), batches, subject.forward_fn, ALONE, targets)
 
     def _note_step(self, target: float, removed: Mapping[str, int]) -> None:
         macs, parameters = (self.structure.costs(unit).total() / self.unpruned[unit] for unit in _UNITS)
-        remaining = self.budget.counted(self._costs()) / self.full
+        remaining = self.budget.counted(self.budget.costs(self.structure)) / self.full
         self.report.steps.append(StepReport(target, macs, parameters, removed, remaining))
 
     def _rows(self, subject: Subject) -> dict[str, Tensor]:
@@ -222,7 +218,7 @@ class Job:
 
     def _select(self, rows: Mapping[str, Tensor], costs: Costs, excess: float, goal: float) -> dict[str, Tensor]:
         """The units that the allocation removes to free ``excess`` of all steps' ``goal``; warns only once."""
-        choice, limits = self.choice, self._limits()
+        choice, limits = self.choice, self.choice.limits(self.structure, self.least)
         task = Task(
             rows,
             self.structure.groups,
@@ -254,12 +250,13 @@ class Job:
     def _unreached(self, error: BudgetError, rows: Mapping[str, Tensor]) -> BudgetError:
         """The error in terms of what ``obc.prune`` was given."""
         scored, groups = len(rows), len(self.structure.groups)
-        whole = (
-            f", of which the criterion {name_of(self.choice.criterion)!r} scores {scored}; the others keep all units"
-        )
+        unscored = ""
+        if scored < groups:
+            name = name_of(self.choice.criterion)
+            unscored = f", of which the criterion {name!r} scores {scored}; the others keep all units"
         return BudgetError(
             f"{self.budget.argument}={self.budget.share:g} is out of reach with the allocation "
-            f"{type(self.choice.allocation).__name__} over {groups} groups{whole if scored < groups else ''}: {error}. "
+            f"{type(self.choice.allocation).__name__} over {groups} groups{unscored}: {error}. "
             f"Let more remain, or pass another allocation= or criterion=",
             error.reachable,
         )
@@ -275,40 +272,22 @@ class Job:
         return self._evaluation.of_removed(removed)
 
     def _check_reachable(self, share: float) -> None:
-        costs = self._costs()
-        smallest = torch.tensor([self._smallest(group) for group in self.structure.groups], dtype=torch.float64)
-        least = self.budget.counted(costs, smallest) / self.full
+        costs, limits = self.budget.costs(self.structure), self.choice.limits(self.structure, self.least)
+        sizes = {group.name: group.size for group in self.structure.groups}
+        smallest = [
+            permitted_widths(size, limits.min_units[name], limits.round_to[name], limits.widths.get(name))[0]
+            for name, size in sizes.items()
+        ]
+        least = self.budget.counted(costs, torch.tensor(smallest, dtype=torch.float64)) / self.full
         if least > share:
             raise ValueError(
                 f"{self.budget.argument}={share:g} is out of reach: {least:.4f} remain where each of the "
-                f"{len(smallest)} groups that can be pruned keeps its minimum{self._reasons()}"
+                f"{len(smallest)} groups that can be pruned keeps its minimum{self._left_out()}"
             )
-
-    def _limits(self) -> Limits:
-        own: Limits = getattr(self.structure, "limits", Limits())
-        names = [group.name for group in self.structure.groups]
-        whole_blocks = {group.name for group in self.structure.groups if group.is_depth}
-        asked_least = {name: self.choice.min_units for name in names if name not in whole_blocks}
-        # If all units of a group may be removed, some of its channels always stay; they count as one unit.
-        asked_least |= {name: units - 1 for name, units in asked_least.items() if not own.min_units.get(name, 1)}
-        least = {
-            name: max(asked_least.get(name, 0), own.min_units.get(name, 1), self.least.get(name, 0)) for name in names
-        }
-        asked = {name: 1 if name in own.whole else self.choice.round_to or 1 for name in names}
-        multiples = {name: math.lcm(asked[name], own.round_to.get(name, 1)) for name in names}
-        return replace(own, min_units=least, round_to=multiples)
-
-    def _smallest(self, group: ChannelGroup) -> int:
-        limits = self._limits()
-        least, multiple = limits.min_units[group.name], limits.round_to[group.name]
-        return permitted_widths(group.size, least, multiple, limits.widths.get(group.name))[0]
 
     def _left_out(self) -> str:
         reasons = "; ".join(f"{name}: {why}" for name, why in self.report.left_out.items())
-        return f"not pruned: {reasons}" if reasons else ""
-
-    def _reasons(self) -> str:
-        return f" ({self._left_out()})" if self.report.left_out else ""
+        return f" (not pruned: {reasons})" if reasons else ""
 
     def _warn(self, warning: str) -> None:
         if warning in self.report.warnings:

@@ -33,7 +33,7 @@ from obc.pruning.arguments import (
 )
 from obc.pruning.budgets import Argument, Budget, Meters
 from obc.pruning.compensator import Compensator
-from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on, take_out_blocks
+from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on
 from obc.pruning.job import Job
 from obc.pruning.measured_macs import MeasuredMacs
 from obc.pruning.measured_speed import MeasuredSpeed
@@ -237,11 +237,7 @@ def prune(
             if final_proof is not None:
                 final_proof.check(model, report)
         counted.finish(model)
-        if compensator is not None:
-            compensator.finish()
-        job.note_known()
-        take_out_blocks(structure, run)
-        job.note_warnings()
+        job.finish(run)
         if speed is not None:
             speed.finish(model)
     return PruningResult(model, structure.plan, report, budget.meters.table)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -119,9 +118,7 @@ class _Measurement:
         if group.is_depth:
             return [group.size]
         limits = getattr(self.structure, "limits", Limits())
-        multiple = limits.round_to.get(group.name, 1)
-        if self.round_to is not None and group.name not in limits.whole:
-            multiple = math.lcm(multiple, self.round_to)
+        multiple = limits.multiple(group.name, self.round_to)
         least = max(1, limits.min_units.get(group.name, 1))
         allowed = permitted_widths(group.size, least, multiple, limits.widths.get(group.name))
         wanted = [group.size * point / self.points for point in range(1, self.points + 1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -32,6 +33,11 @@ class Limits:
     whole: Collection[str] = ()
     families: Sequence[Sequence[str]] = ()
     widths: Mapping[str, Collection[int]] = field(default_factory=dict)
+
+    def multiple(self, group: str, round_to: int | None) -> int:
+        """The number of which a group's width must be a multiple, if the caller rounds widths to ``round_to``."""
+        asked = 1 if round_to is None or group in self.whole else round_to
+        return math.lcm(asked, self.round_to.get(group, 1))
 
 
 class Structure(Protocol):

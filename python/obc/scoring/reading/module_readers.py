@@ -55,6 +55,31 @@ class Reading:
         if self.pending is not None:
             self.pending.begin_row()
 
+    def native_serves(self, activation: Tensor) -> bool:
+        """Whether a gate in C++ serves this tensor: in batch rows after the checking row, if the library is built."""
+        return (
+            self.native is not None
+            and self.pending is None
+            and not (self.checking or self.per_sample or self.sharded or is_compiling())
+            and type(activation) is Tensor
+        )
+
+    def native_gate(self, slot: Slot, channel_dim: int, fold: int, *, links: bool, **copies: bool) -> Any:
+        """A gate in C++ for a module's input (``links=True``: it checks the chains seen there) or output."""
+        chains = self.chains
+        assert self.native is not None
+        return self.native.Gate(
+            slot=slot,
+            gate=None if slot in chains.slots else slot.gate,
+            channel_dim=channel_dim,
+            channels=slot.local_size * fold,
+            fold=fold,
+            outputs=chains.outputs,
+            held=chains.held,
+            links=chains.links(slot) if links else (),
+            **copies,
+        )
+
 
 class _Watch:
     """The tensor that a :class:`CheckGate` keeps, and the changes that it noticed; ``slot`` holds its row."""
@@ -240,44 +265,19 @@ class Reader:
             None if is_compiling() else reading.native, activation, gate, channel_dim, reading.per_sample, fold
         )
 
-    def _native_serves(self, activation: Tensor) -> bool:
-        """Whether a gate in C++ serves these tensors: in batch rows after the checking row, if the library is built."""
-        reading = self._reading
-        return (
-            reading.native is not None
-            and reading.pending is None
-            and not (reading.checking or reading.per_sample or reading.sharded or is_compiling())
-            and type(activation) is Tensor
-        )
-
     def _take_over_input(self, activation: Tensor) -> None:
-        if self.in_ is not None and self.in_.read and self._native_serves(activation):
+        if self.in_ is not None and self.in_.read and self._reading.native_serves(activation):
             assert self.rule.in_dim is not None
-            self._native_in = self._native_gate(self.in_, self.rule.in_dim, self.fold, copy_before=self.copy_input)
+            self._native_in = self._reading.native_gate(
+                self.in_, self.rule.in_dim, self.fold, links=True, copy_before=self.copy_input, copy_after=False
+            )
 
     def _take_over_output(self, output: Tensor) -> None:
-        if self.out.read and self._native_serves(output) and not self.rule.looks_up:
+        if self.out.read and self._reading.native_serves(output) and not self.rule.looks_up:
             assert self.rule.out_dim is not None
-            self._native_out = self._native_gate(self.out, self.rule.out_dim, 1, copy_after=self.copy_output)
-
-    def _native_gate(
-        self, slot: Slot, channel_dim: int, fold: int, copy_before: bool = False, copy_after: bool = False
-    ) -> Any:
-        reading = self._reading
-        chains = reading.chains
-        assert reading.native is not None
-        return reading.native.Gate(
-            slot=slot,
-            gate=None if slot in chains.slots else slot.gate,
-            channel_dim=channel_dim,
-            channels=slot.local_size * fold,
-            fold=fold,
-            copy_before=copy_before,
-            copy_after=copy_after,
-            outputs=chains.outputs,
-            held=chains.held,
-            links=chains.links(slot) if slot is self.in_ else (),
-        )
+            self._native_out = self._reading.native_gate(
+                self.out, self.rule.out_dim, 1, links=False, copy_before=False, copy_after=self.copy_output
+            )
 
     def _gate_tokens(self, output: Tensor, tokens: Tensor, slot: Slot) -> Tensor:
         if not self._bind(slot, output, -1, output.shape[-1]):

@@ -13,6 +13,7 @@ from obc.model.depth import Depth, matching_parts, part_of, plain_attributes
 from obc.model.kept import PlanError
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import says, value_of
+from obc.structures.transformers.weights import BlockWeights
 
 _SHOWN = 3  # number of widths of an uneven model shown in a message
 
@@ -205,7 +206,7 @@ class ModelConfig:
         copied._adapted = None
         return copied
 
-    def adapt(self, model: Any, modules: Mapping[str, nn.Module], blocks: Sequence[Block], depth: Depth) -> None:
+    def adapt(self, model: Any, weights: BlockWeights, depth: Depth) -> None:
         """Write the widths into the config if it can express them; every module gets the new config.
 
         Otherwise the config gets the unpruned model's values back, not those of an earlier step; modules that read
@@ -214,6 +215,7 @@ class ModelConfig:
         config = getattr(model, "config", None)
         if config is None:
             return
+        blocks = list(weights.blocks.values())
         adapted, self.refused = with_widths(model, blocks, depth=depth)
         new = config
         if adapted is not None:
@@ -222,7 +224,7 @@ class ModelConfig:
             new = with_values(config, blocks, self._unpruned)
         parts = dict(matching_parts(config, new))
         readers = {block.reads_config: block for block in blocks if block.reads_config is not None}
-        for name, module in modules.items():
+        for name, module in weights.modules.items():
             if name in readers:
                 block = readers[name]
                 module.config = part_of(new, block.config_part) if adapted is not None else own_config(new, block)

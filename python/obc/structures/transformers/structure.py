@@ -317,7 +317,7 @@ class TransformersStructure:
                 self.weights.remove_module(self.model, unit)
                 self._depth_units = {name: one for name, one in self._depth_units.items() if not unit.holds(name)}
                 self._depth = without_unit(self._depth, unit)
-        self._adapt_config()
+        self.config.adapt(self.model, self.weights, self._depth)
 
     def compact(self) -> None:
         """Delete the removed blocks from their lists, where stand-ins kept their places until now.
@@ -330,11 +330,8 @@ class TransformersStructure:
         if not self._depth:
             return
         compact(self.model, self._depth)
-        self._adapt_config()
+        self.config.adapt(self.model, self.weights, self._depth)
         refuse_save_pretrained(self.model, self.config_refused)
-
-    def _adapt_config(self) -> None:
-        self.config.adapt(self.model, self.weights.modules, list(self.blocks.values()), self._depth)
 
     def _multiple(self, block: Block) -> int:
         if known_kinds()[block.group.kind].whole:
@@ -349,8 +346,7 @@ class TransformersStructure:
         twin = copy.copy(self)
         twin.model = model
         twin.weights, twin.config = self.weights.on(model), self.config.of_copy()
-        twin.left_out = dict(self.left_out)
-        twin._depth_units = dict(self._depth_units)
+        twin.left_out, twin._depth_units = dict(self.left_out), dict(self._depth_units)
         twin._depth = Depth({name: BlockList(one.size, ()) for name, one in self._depth.lists.items()})
         return twin
 
