@@ -25,7 +25,7 @@ ENVIRONMENT = {
 
 def _build() -> dict[str, Any]:
     try:
-        from obc import _native
+        import obc._native as _native
     except ImportError as error:
         return {
             "available": False,

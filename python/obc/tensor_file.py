@@ -1,13 +1,14 @@
-"""Writes safetensors files tensor by tensor, so that large ones need no second copy in memory."""
+"""Writes safetensors files tensor by tensor, so that large ones need no second copy in memory; and reads them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from obc.files import atomic_write
@@ -48,3 +49,30 @@ def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str
     """
     with safe_open(str(path), framework="pt") as file:
         return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+
+
+def load_format(
+    path: str | PathLike[str], kind: str, formats: Sequence[str], error: type[Exception]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file whose metadata has one of these formats, and the metadata.
+
+    Args:
+        path: the file.
+        kind: what such a file is called in messages.
+        formats: permitted values of "format" in the metadata.
+        error: what to raise if the file is another or damaged.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no {kind} at {path}")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    except SafetensorError as fault:
+        raise error(f"{path} is not a {kind}, or is damaged: {fault}") from fault
+    if (found := header.get("format")) not in formats:
+        raise error(f"{path} is not a {kind}: format {found!r}, expected {' or '.join(map(repr, formats))}")
+    return tensors, header

@@ -33,9 +33,6 @@ FLOORS = (
 RE_EXPORTS = ("obc", "obc.equivalent", "obc.integrations.transformers")
 
 
-NATIVE = ("obc._native",)
-
-
 def _files() -> dict[str, Path]:
     """Every module of the package under its dotted name."""
     found = {}
@@ -57,7 +54,7 @@ def _imports(name: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
             # The folder's own file is imported for its names, and only then.
-            found |= {other if other in FILES or other in NATIVE else node.module for other in inner}
+            found |= {other if other in FILES else node.module for other in inner}
     return {other for other in found if other in FILES and other != name}
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from obc.backends.cpu import describe_bad_group
 
 try:
-    from obc import _native
+    import obc._native as _native
 except ImportError as error:
     raise ImportError(
         f"obc.integrations.numpy needs obc's native module, which was not built or can't be loaded here ({error}); "

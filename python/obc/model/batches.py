@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
@@ -51,6 +51,29 @@ def part_of(batch: Any, start: int, stop: int, samples: int) -> Any:
         return tensor[start:stop] if tensor.dim() > 0 and len(tensor) == samples else tensor
 
     return _map_tensors(batch, cut)
+
+
+def parts_of(
+    batch: Any, size: int | None, samples: int | None = None, begin: int = 0
+) -> Iterator[tuple[Any, int, float]]:
+    """The parts of a batch, each with the index of its first sample and its share of all samples.
+
+    Args:
+        batch: the batch.
+        size: the most samples of a part; None does not split.
+        samples: the number of samples; by default :func:`samples_in`.
+        begin: the first sample that is wanted.
+    """
+    if size is None:
+        yield batch, 0, 1.0
+        return
+    samples = samples_in(batch) if samples is None else samples
+    if size >= samples and begin == 0:
+        yield batch, 0, 1.0
+        return
+    for start in range(begin, samples, size):
+        stop = min(start + size, samples)
+        yield part_of(batch, start, stop, samples), start, (stop - start) / samples
 
 
 def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:

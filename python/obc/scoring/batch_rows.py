@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from obc.model.batches import part_of, samples_in
+from obc.model.batches import part_of, parts_of, samples_in
 from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.scorer import JacobianScorer
 
@@ -77,8 +77,8 @@ class BatchRows:
         devices = [device for device in self.scorer.devices if device.type == "cuda"]
         try:
             with torch.random.fork_rng(devices), self.scorer.check_on_a_sample():
-                loss = _checked_loss(index, self.loss_fn(self.scorer.model, part_of(batch, 0, 1, samples)))
-                (loss * self.loss_scale).backward()
+                loss = self.loss_fn(self.scorer.model, part_of(batch, 0, 1, samples))
+                (checked_loss(index, loss, "batch") * self.loss_scale).backward()
         except (MemoryError, torch.OutOfMemoryError):
             raise  # a whole batch takes even more memory
         except Exception as error:  # a loss may raise anything for one sample; the first batch will show what is wrong
@@ -88,14 +88,14 @@ class BatchRows:
         if self.scorer.rows == "batch":
             with self.scorer.row(self.loss_scale):
                 for part, share, _ in self._parts(index, batch):
-                    loss = _checked_loss(index, self.loss_fn(self.scorer.model, part))
+                    loss = checked_loss(index, self.loss_fn(self.scorer.model, part), "batch")
                     (loss * (share * self.loss_scale)).backward()
                     self.losses.append(loss.detach())
                     del loss  # frees the graph before the next part builds its own
             return
         for part, _, start in self._parts(index, batch):
             with self.scorer.row(self.loss_scale):
-                losses = _checked_losses(index, self.loss_fn(self.scorer.model, part))
+                losses = checked_loss(index, self.loss_fn(self.scorer.model, part), "sample")
                 self.scorer.check_samples(losses)
                 self._check_spread(losses, index, part, start)
                 (losses.sum() * self.loss_scale).backward()
@@ -117,14 +117,10 @@ class BatchRows:
         """The parts of a batch, each with its share of the samples and the index of its first sample."""
         self._seek(index, 0)
         size = 1 if self.one_at_a_time else self.micro_batch
-        samples = 0 if size is None else self._samples_in(batch)
-        if size is None or (size >= samples and not self._read):
-            yield batch, 1.0, 0
-            return
-        for start in range(self._read, samples, size):
-            stop = min(start + size, samples)
+        samples = None if size is None else self._samples_in(batch)
+        for part, start, share in parts_of(batch, size, samples, self._read):
             self._seek(index, start)
-            yield part_of(batch, start, stop, samples), (stop - start) / samples, start
+            yield part, share, start
 
     def _samples_in(self, batch: Any) -> int:
         if self.micro_batch is not None:
@@ -138,32 +134,20 @@ class BatchRows:
             seek(row, sample)
 
 
-def _checked_loss(index: int, loss: Any) -> Tensor:
-    loss = _checked_graph(index, loss)
-    if loss.numel() != 1:
-        raise ValueError(
-            f"batch {index}: loss_fn returned shape {tuple(loss.shape)}, but rows='batch' needs a scalar; "
-            "take its mean, or score with rows='sample'"
-        )
-    return loss
-
-
-def _checked_losses(index: int, losses: Any) -> Tensor:
-    losses = _checked_graph(index, losses)
-    if losses.dim() != 1:
-        raise ValueError(
-            f"batch {index}: loss_fn returned shape {tuple(losses.shape)}, but rows='sample' needs the vector (B,) of "
-            "per-sample losses; use reduction='none'"
-        )
-    return losses
-
-
-def _checked_graph(index: int, loss: Any) -> Tensor:
+def checked_loss(
+    index: int, loss: Any, rows: Literal["batch", "sample"], error: type[ValueError] = ValueError
+) -> Tensor:
+    """What ``loss_fn`` returned for a batch, checked: it has a graph, and the shape that the kind of rows needs."""
     if not isinstance(loss, Tensor):
-        raise ValueError(f"batch {index}: loss_fn must return a tensor, got {type(loss).__name__}")
+        raise error(f"batch {index}: loss_fn must return a tensor, got {type(loss).__name__}")
     if not loss.requires_grad:
-        raise ValueError(
+        raise error(
             f"batch {index}: the loss has no graph ({loss}); compute it from the model's output without "
             "no_grad, detach or .item()"
         )
+    returned = f"batch {index}: loss_fn returned shape {tuple(loss.shape)}, but rows={rows!r} needs"
+    if rows == "batch" and loss.numel() != 1:
+        raise error(f"{returned} a scalar; take its mean, or score with rows='sample'")
+    if rows == "sample" and loss.dim() != 1:
+        raise error(f"{returned} the vector (B,) of per-sample losses; use reduction='none'")
     return loss

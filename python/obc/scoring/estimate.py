@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from obc.model.batches import part_of, samples_in
+from obc.model.batches import parts_of
 from obc.model.evaluation import evaluating
 from obc.model.readable import readable
 from obc.scoring.batch_rows import BatchRows, LossFunction
@@ -74,9 +74,7 @@ def memory_estimate(
         keep_rows: the number of rows that will be kept in memory.
         **options: options of :class:`obc.JacobianScorer`.
     """
-    if micro_batch is not None:
-        samples = samples_in(batch)
-        batch = part_of(batch, 0, min(micro_batch, samples), samples)
+    batch, _, _ = next(parts_of(batch, micro_batch))
     weights = _storages(itertools.chain(model.parameters(), model.buffers()))
     tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     live = _LiveBytes(weights.keys() | _storages(tensors).keys())

@@ -11,7 +11,7 @@ from torch import Tensor
 from obc.selection.greedy import BUDGET_ROUNDING, Greedy, Problem
 
 try:
-    from obc import _native
+    import obc._native as _native
 except ImportError:  # obc was installed without a compiler: obc info says so
     _native = None  # type: ignore[assignment]
 

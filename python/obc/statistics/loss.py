@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from obc.model.batches import part_of, samples_in
+from obc.model.batches import parts_of
+from obc.scoring.batch_rows import checked_loss
 from obc.scoring.reading.single_samples import guard
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part
@@ -80,31 +81,10 @@ def run_backward(
     Raises:
         StatisticsError: the loss has no graph, or its shape does not fit ``rows``.
     """
-    for part, share in _parts(loss, index, batch, size):
-        losses = loss(model, part)
-        wanted = 0 if rows == "batch" else 1
-        if not isinstance(losses, Tensor) or (losses.numel() != 1 if wanted == 0 else losses.dim() != 1):
-            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
-            needs = "a scalar" if wanted == 0 else "the vector (B,) of per-sample losses"
-            raise StatisticsError(f"batch {index}: loss_fn returned {got}, but rows={rows!r} needs {needs}")
-        if not losses.requires_grad:
-            raise StatisticsError(
-                f"batch {index}: the loss has no graph; compute it from the model's output without no_grad or detach"
-            )
-        (losses.sum() * (share if rows == "batch" else 1.0)).backward()
-
-
-def _parts(loss: SeekableLoss, index: int, batch: Any, size: int | None) -> Iterator[tuple[Any, float]]:
-    """The parts that a batch is run in, each with its share of the samples."""
-    loss.seek(index, 0)
-    samples = 0 if size is None else samples_in(batch)
-    if size is None or size >= samples:
-        yield batch, 1.0
-        return
-    for start in range(0, samples, size):
-        stop = min(start + size, samples)
+    for part, start, share in parts_of(batch, size):
         loss.seek(index, start)
-        yield part_of(batch, start, stop, samples), (stop - start) / samples
+        losses = checked_loss(index, loss(model, part), rows, StatisticsError)
+        (losses.sum() * (share if rows == "batch" else 1.0)).backward()
 
 
 @contextlib.contextmanager

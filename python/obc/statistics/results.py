@@ -6,10 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from obc.files import parse_json
@@ -26,7 +24,7 @@ from obc.statistics.moments import ChannelMoments
 from obc.statistics.names import Chosen, chosen_statistics
 from obc.statistics.serving import unlike, written
 from obc.statistics.weight_gradients import WeightGradientSums
-from obc.tensor_file import save_tensors
+from obc.tensor_file import load_format, save_tensors
 
 _FORMAT = "obc.Statistics/1"
 
@@ -204,18 +202,7 @@ class Statistics:
             StatisticsError: the file is not one of statistics, or is damaged.
             FileNotFoundError: the file does not exist.
         """
-        if not Path(path).exists():
-            raise FileNotFoundError(f"no file of statistics at {path}")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise StatisticsError(f"{path} is not a file of statistics, or is damaged: {error}") from error
-        if header.get("format") != _FORMAT:
-            raise StatisticsError(
-                f"{path} is not a file of statistics: format {header.get('format')!r}, expected {_FORMAT!r}"
-            )
+        tensors, header = load_format(path, "file of statistics", [_FORMAT], StatisticsError)
         try:
             return cls._parsed(header, tensors)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

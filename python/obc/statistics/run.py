@@ -16,7 +16,7 @@ from torch import distributed as dist
 from tqdm.auto import tqdm
 
 from obc.distribution import obc_version
-from obc.model.batches import part_of, samples_in
+from obc.model.batches import parts_of
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
 from obc.model.groups import Side
 from obc.model.layouts import is_compiled
@@ -312,11 +312,7 @@ class _Run:
         self._commit()
 
     def _parts(self, batch: Any) -> list[Any]:
-        samples = 0 if self.micro_batch is None else samples_in(batch)
-        step = self.micro_batch or 1
-        if samples <= step:
-            return [batch]
-        return [part_of(batch, start, min(start + step, samples), samples) for start in range(0, samples, step)]
+        return [part for part, _, _ in parts_of(batch, self.micro_batch)]
 
     def _with_backward(self, read: Callable[[], None]) -> None:
         try:

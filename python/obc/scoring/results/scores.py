@@ -6,11 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from obc.distribution import install_command
@@ -24,7 +22,7 @@ from obc.scoring.coverage import Coverage
 from obc.scoring.results.group_scores import GroupScores, group_scores
 from obc.scoring.results.kept_rows import KeptRows
 from obc.scoring.results.report import Report
-from obc.tensor_file import save_tensors
+from obc.tensor_file import load_format, save_tensors
 
 _FORMAT = "obc.Scores/3"
 # Earlier formats: coverage is text alone, and the second also holds rows.
@@ -195,16 +193,7 @@ class Scores(ByName[ChannelScores]):
             ScoresError: the file is not a score file, is damaged, or belongs to another model.
             FileNotFoundError: the file does not exist.
         """
-        if not Path(path).exists():
-            raise FileNotFoundError(f"no score file at {path}")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise ScoresError(f"{path} is not a score file, or is damaged: {error}") from error
-        if (form := header.get("format")) not in _READABLE:
-            raise ScoresError(f"{path} is not a score file: format {form!r}, expected one of {', '.join(_READABLE)}")
+        tensors, header = load_format(path, "score file", _READABLE, ScoresError)
         try:
             modules = parse_json(header["modules"], list[str])
             coverage = _parsed_coverage(header["coverage"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,8 @@ def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLik
     with atomic_write(folder / "config.json") as file:
         file.write(json.dumps(content, indent=2, default=str).encode())
     plan.save(folder / PLAN_FILE)
-    _write(folder / _WEIGHTS, tensors, {"format": "pt", "obc_format": _FORMAT, "tied": json.dumps(tied)})
+    with atomic_write(folder / _WEIGHTS) as file:
+        save_file(tensors, file.name, {"format": "pt", "obc_format": _FORMAT, "tied": json.dumps(tied)})
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
@@ -184,16 +184,6 @@ def _distinct(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
             first[place] = name
             tensors[name] = tensor.detach().cpu().contiguous()
     return tensors, tied
-
-
-def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _read(path: Path) -> dict[str, Tensor]:
