@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no experts": ({"statistics": "experts"}, "nothing to read 'experts'"),
     "rows": ({"statistics": "gram", "rows": "token"}, "rows must be"),
     "every": ({"statistics": "gram", "every": 0}, "at least 1"),
-    "span": ({"statistics": [Blocks(span=3)]}, "1 to 2"),
+    "span": ({"statistics": [Blocks(span=3)]}, "between 1 and 2"),
     "block": ({"statistics": [Blocks(modules=["x"])]}, "no module 'x'"),
     "object": ({"statistics": [object()]}, "a statistic is a name"),
 }
@@ -288,5 +288,5 @@ def test_no_batches_and_what_was_not_collected() -> None:
         got.require(["gram"], "obs")
     with pytest.raises(StatisticsError, match="compiled"):
         collect(torch.compile(case.model), case.batches, statistics="moments")
-    with pytest.raises(StatisticsError, match=r"returned \(4,\)"):
+    with pytest.raises(StatisticsError, match=r"returned shape \(4,\)"):
         collect(case.model, case.batches, case.losses, statistics="gradient_moments")
