@@ -219,10 +219,11 @@ class GreedySteps {
     greedy_.freed = state_[4].mutable_data();
   }
 
-  int64_t step(const std::optional<py::array_t<double>>& column) {
+  int64_t step(const std::optional<py::array_t<double>>& column, std::optional<py::array_t<double>> reach) {
     const double* const values = column ? column->data() : nullptr;
+    double* const filled = reach ? reach->mutable_data() : nullptr;
     const py::gil_scoped_release unlocked;
-    return greedy_.step(values);
+    return greedy_.step(values, filled);
   }
 
  private:
@@ -232,6 +233,33 @@ class GreedySteps {
   std::vector<py::array_t<double>> state_;
   obc::cpu::Greedy greedy_;
 };
+
+// obc::cpu::find_rivals on arrays that Python owns: contiguous, checked in python/obc/selection/fronts.py.
+void find_rivals(
+    const py::array_t<int64_t>& groups,
+    const py::array_t<float>& products,
+    const py::array_t<double>& increments,
+    const py::array_t<double>& inverse,
+    const std::optional<py::array_t<double>>& unit_costs,
+    const py::array_t<double>& reach,
+    const py::array_t<double>& slack,
+    py::array_t<uint8_t> found
+) {
+  const obc::cpu::Bystanders bystanders = {
+      groups.size(),
+      slack.size(),
+      groups.data(),
+      products.data(),
+      increments.data(),
+      inverse.data(),
+      unit_costs ? unit_costs->data() : nullptr,
+      reach.data(),
+      slack.data(),
+  };
+  uint8_t* const result = found.mutable_data();
+  const py::gil_scoped_release unlocked;
+  obc::cpu::find_rivals(bystanders, result);
+}
 
 py::dict build_facts() {
   py::dict facts;
@@ -263,5 +291,6 @@ PYBIND11_MODULE(_native, module) {
               bool,
               double>()
       )
-      .def("step", &GreedySteps::step);
+      .def("step", &GreedySteps::step, py::arg("column"), py::arg("reach") = py::none());
+  module.def("find_rivals", find_rivals);
 }

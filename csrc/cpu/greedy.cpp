@@ -6,6 +6,7 @@
 
 #include "greedy.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -35,7 +36,7 @@ double Greedy::upper(int64_t unit) const {
 }
 
 // The first unit of [begin, end) that can't be told from the one with the lowest upper bound.
-int64_t Greedy::first_of(int64_t begin, int64_t end) const {
+int64_t Greedy::first_of(int64_t begin, int64_t end, double& lowest) const {
   double lanes[kLanes];
   for (double& lane : lanes) lane = kInfinity;
   int64_t unit = begin;
@@ -45,7 +46,7 @@ int64_t Greedy::first_of(int64_t begin, int64_t end) const {
       lanes[i] = bound < lanes[i] ? bound : lanes[i];
     }
   }
-  double lowest = kInfinity;
+  lowest = kInfinity;
   for (const double lane : lanes) lowest = lane < lowest ? lane : lowest;
   for (; unit < end; ++unit) {
     const double bound = upper(unit);
@@ -55,7 +56,29 @@ int64_t Greedy::first_of(int64_t begin, int64_t end) const {
   return unit;
 }
 
-int64_t Greedy::step(const double* column) {
+// Units elsewhere change nothing in a step if each one's score is above all of reach: the best upper bound, and the
+// lowest one of every group in which any unit can't be told from the best. Such a unit is then neither the lowest of
+// its group nor equal to it. `reach` holds this as an increment, of any unit of the group at the group's cost; with
+// costs of units, as the score itself.
+void Greedy::fill_reach(double best, double* reach) const {
+  double highest = best;
+  for (int64_t group = 0, begin = 0; group < groups; begin += sizes[group], ++group) {
+    const Proposal& proposal = proposals_[group];
+    if (!(proposal.score < kInfinity)) continue;
+    for (int64_t unit = begin; unit < begin + sizes[group]; ++unit) {
+      const double score_of_unit = per_cost && !unit_costs ? quotient(increments[unit], proposal.freed) : score(unit);
+      if (score_of_unit <= best) highest = std::max(highest, proposal.limit);
+    }
+  }
+  highest += 8 * std::numeric_limits<double>::epsilon() * std::abs(highest);  // quotients are rounded
+  for (int64_t group = 0; group < groups; ++group) {
+    const double cost = unit_costs || !per_cost ? 1 : slope[group] - curvature[group * groups + group];
+    const bool stays = widths[group] - 1 < lowest_widths[group] || cost <= 0;
+    reach[group] = stays ? -kInfinity : highest < 0 ? highest / cost : highest * cost;
+  }
+}
+
+int64_t Greedy::step(const double* column, double* reach) {
   if (column) {
     for (int64_t unit = 0; unit < units; ++unit) increments[unit] += column[unit] * column_factor;
   }
@@ -65,16 +88,19 @@ int64_t Greedy::step(const double* column) {
   for (int64_t group = 0, begin = 0; group < groups; begin += sizes[group], ++group) {
     Proposal& proposal = proposals_[group];
     proposal.score = kInfinity;
-    if (widths[group] - 1 < lowest_widths[group]) continue;
-    proposal.unit = first_of(begin, begin + sizes[group]);
+    if (widths[group] - 1 < lowest_widths[group] || sizes[group] == 0) continue;
+    double lowest;
+    proposal.unit = first_of(begin, begin + sizes[group], lowest);
     proposal.freed = unit_costs ? unit_costs[proposal.unit] : slope[group] - curvature[group * groups + group];
     if (proposal.freed <= 0) continue;
     const double increment = increments[proposal.unit], bound = increment + rounding(proposal.unit);
     proposal.score = per_cost ? quotient(increment, proposal.freed) : increment;
     const double limit = per_cost ? quotient(bound, proposal.freed) : bound;
+    proposal.limit = per_cost && !unit_costs ? quotient(lowest, proposal.freed) : lowest;
     best = limit < best ? limit : best;
   }
   if (!(best < kInfinity)) return -1;
+  if (reach) fill_reach(best, reach);
   int64_t group = 0;
   while (!(proposals_[group].score <= best)) ++group;
   const Proposal& chosen = proposals_[group];
@@ -84,6 +110,28 @@ int64_t Greedy::step(const double* column) {
   for (int64_t other = 0; other < groups; ++other) slope[other] -= 2 * curvature[group * groups + other];
   *freed += chosen.freed;
   return chosen.unit;
+}
+
+void find_rivals(const Bystanders& all, uint8_t* found) {
+  const int64_t moments = all.moments;
+  for (int64_t unit = 0; unit < all.units; ++unit) {
+    const float* const products = all.products + unit * moments;
+    const double* const reach = all.reach + all.groups[unit] * moments;
+    const double increment = all.increments[unit], inverse = all.inverse[unit];
+    int64_t beyond = 0;  // compared in a way that holds for no not-a-number
+    if (all.unit_costs) {
+      const double cost = all.unit_costs[unit];
+      for (int64_t m = 0; m < moments; ++m) {
+        const double least = reach[m] < 0 ? reach[m] / cost : reach[m] * cost;
+        beyond += products[m] > (least - increment) * inverse + all.slack[m];
+      }
+    } else {
+      for (int64_t m = 0; m < moments; ++m) {
+        beyond += products[m] > (reach[m] - increment) * inverse + all.slack[m];
+      }
+    }
+    found[unit] = beyond < moments;
+  }
 }
 
 }  // namespace obc::cpu

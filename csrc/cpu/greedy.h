@@ -27,23 +27,41 @@ struct Greedy {
   double* freed;
 
   // Adds the column of the unit removed last, if given, and removes the next unit: returns it, or -1 if none may be
-  // removed.
-  int64_t step(const double* column);
+  // removed. Where `reach` (groups,) is given and a unit is removed, fills it for find_rivals.
+  int64_t step(const double* column, double* reach);
 
  private:
   struct Proposal {
     int64_t unit;
     double freed;
     double score;
+    double limit;  // the lowest upper bound of the group's scores
   };
+
+  void fill_reach(double best, double* reach) const;
 
   double rounding(int64_t unit) const;
   double score(int64_t unit) const;
   double upper(int64_t unit) const;
-  int64_t first_of(int64_t begin, int64_t end) const;
+  int64_t first_of(int64_t begin, int64_t end, double& lowest) const;
 
   std::vector<Proposal> proposals_;
   double norm_ = 0;  // of the rows removed so far
 };
+
+// A range of units that took no part in `moments` steps, or in some of them, of other units.
+struct Bystanders {
+  int64_t units, moments;
+  const int64_t* groups;     // (units,)
+  const float* products;     // (units, moments) of each unit's row / its norm with sums of removed rows
+  const double* increments;  // (units,) before these steps
+  const double* inverse;     // (units,) products = inverse * changes of increments
+  const double* unit_costs;  // (units,), or null
+  const double* reach;       // (groups, moments), of Greedy::step, per unit cost
+  const double* slack;       // (moments,) by how much products may be too large
+};
+
+// Sets found[u] to 1 where at some moment a unit may have come within reach of being removed, else to 0.
+void find_rivals(const Bystanders& bystanders, uint8_t* found);
 
 }  // namespace obc::cpu

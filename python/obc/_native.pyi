@@ -17,7 +17,18 @@ class GreedySteps:
         per_cost: bool,
         column_factor: float,
     ) -> None: ...
-    def step(self, column: NDArray | None) -> int: ...
+    def step(self, column: NDArray | None, reach: NDArray | None = None) -> int: ...
+
+def find_rivals(
+    groups: NDArray,
+    products: NDArray,
+    increments: NDArray,
+    inverse: NDArray,
+    unit_costs: NDArray | None,
+    reach: NDArray,
+    slack: NDArray,
+    found: NDArray,
+) -> None: ...
 
 # The operators on NumPy arrays, declared in csrc/module.cpp.
 def __getattr__(name: str) -> Any: ...

@@ -6,13 +6,14 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import obc
-from obc.selection import Costs, choice, compiled
+from obc.selection import Costs, choice, compiled, fronts, interactions
 from obc.selection.choice import BudgetError
+from obc.selection.compiled import FrontGreedy
 from obc.selection.greedy import Greedy
 from obc.selection.interactions import FORMS
 
@@ -127,3 +128,95 @@ def test_units_one_by_one_on_the_cpu_are_chosen_by_compiled_steps(monkeypatch: p
     assert len(used) == 1
     obc.select(rows, {"a": 1.0}, 2.0, round_to=2)
     assert len(used) == 1
+
+
+ROUNDS = {
+    "one front": ((24, 4),),
+    "fronts of one": ((1, 3), (1, 1)),
+    "a front within a front": ((40, 16), (6, 2)),
+    "fronts that are too large": ((8192, 128), (1024, 16)),
+}
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds for problems of any size, with products of this dtype."""
+    monkeypatch.setattr(interactions, "FORESEEN_UNITS", 0)
+    monkeypatch.setattr(fronts, "fast_dtype", lambda: request.param)
+    monkeypatch.setattr(fronts, "FRONT_SHARE", 1.0)
+    monkeypatch.setattr(fronts, "LEAST_STEPS", 1)
+    monkeypatch.setattr(fronts, "PATIENCE", 3)
+    monkeypatch.setattr(fronts, "ROWS_AT_ONCE", 37)
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("rounds", ROUNDS.values(), ids=ROUNDS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    problem=problems(),
+    share=st.floats(0.05, 0.9),
+    scale=st.sampled_from([1.0, 1e-30, 1e30]),
+    per_cost=st.booleans(),
+    min_units=st.integers(1, 3),
+    shrinkage=st.sampled_from([None, 0.0, 0.3]),
+)
+def test_rounds_choose_the_same(
+    rounds: tuple[tuple[int, int], ...],
+    problem: tuple[dict[str, Tensor], object],
+    share: float,
+    scale: float,
+    per_cost: bool,
+    min_units: int,
+    shrinkage: float | None,
+) -> None:
+    rows = {name: values.double() * scale for name, values in problem[0].items()}
+    least = min(min_units, *(values.shape[1] for values in rows.values()))
+    options = {"form": "blocked", "per_cost": per_cost, "min_units": least, "shrinkage": shrinkage}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fronts, "ROUNDS", rounds)
+        first, second = both(rows, problem[1], share, **options)
+    assert first == second
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("dead", [0, 300], ids=["", "dead units"])
+@pytest.mark.parametrize("kind", ["random", "lengths", "equal", "opposite"])
+def test_rounds_choose_the_same_among_many(kind: str, dead: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More units than one product takes, of lengths that differ, or in families of equal or opposite units."""
+    monkeypatch.setattr(fronts, "ROUNDS", ((96, 24), (16, 8)))
+    torch.manual_seed(1)
+    rows = {f"group {place}": torch.randn(48, width) for place, width in enumerate((7, 393, 500))}
+    for name, values in rows.items():
+        if kind == "lengths":
+            rows[name] = values * torch.rand(values.shape[1]).mul(3).exp()
+        elif kind != "random":
+            parents = torch.randint(1 + values.shape[1] // 3, (values.shape[1],))
+            signs = torch.randint(0, 2, (values.shape[1],)) * 2.0 - 1
+            rows[name] = values[:, parents] * (signs if kind == "opposite" else 1.0)
+    rows["group 2"][:, :dead] = 0
+    made = []
+    monkeypatch.setattr(compiled, "FrontGreedy", lambda *given: made.append(FrontGreedy(*given)) or made[-1])
+    quadratic = torch.diag(torch.full((2,), 9.0), 1)
+    costs = Costs(list(rows), [7, 393, 500], linear=torch.tensor([27.0, 0.0, 10.0]), quadratic=quadratic)
+    least = {"group 0": 1, "group 1": 60, "group 2": 20}
+    first, second = both(rows, costs, 0.7, form="blocked", min_units=least, shrinkage=0.1)
+    assert first == second
+    assert len(made) == 1
+
+
+def test_large_problems_on_the_cpu_are_solved_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also that most steps of a round are kept, without which rounds cost more than they save."""
+    monkeypatch.setattr(interactions, "FORESEEN_UNITS", 2000)
+    monkeypatch.setattr(fronts, "ROUNDS", ((400, 32),))
+    kept: list[tuple[int, int]] = []
+    learn = fronts.Pace.learn
+    monkeypatch.setattr(fronts.Pace, "learn", lambda pace, *found: kept.append(found) or learn(pace, *found))
+    torch.manual_seed(0)
+    rows = {"a": torch.randn(40, 1000), "b": 3 * torch.randn(40, 1000)}
+    removed = obc.select(rows, {"a": 1.0, "b": 2.0}, 600.0, form="blocked", shrinkage=0.2)
+    tried, useful = (sum(values) for values in zip(*kept, strict=True))
+    assert useful == sum(map(len, removed.values()))
+    assert useful > tried / 2
+    kept.clear()
+    obc.select({"a": rows["a"]}, {"a": 1.0}, 100.0, form="blocked", shrinkage=0.2)
+    assert not kept, "so few units need no rounds"

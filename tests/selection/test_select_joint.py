@@ -10,7 +10,8 @@ import torch
 from plain_selection import as_lists, chained_costs, correlated_rows
 
 import obc
-from obc.selection import Costs, interactions
+from obc.selection import Costs, choice, interactions
+from obc.selection.greedy import Greedy
 from obc.selection.interactions import BlockedGram, FullGram, RowsOnly, Standing, choose_form, products_within
 from obc.selection.shrinkage import estimated_shrinkage
 
@@ -158,6 +159,7 @@ def test_full_shrinkage_is_independent_selection() -> None:
 @pytest.mark.parametrize("kind", ["random", "equal rows", "opposite rows", "whole numbers"])
 @pytest.mark.parametrize("front", [1, 16, 400], ids=lambda front: f"front of {front}")
 def test_foreseeing_columns_changes_no_choice(kind: str, front: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "greedy", Greedy)
     monkeypatch.setattr(interactions, "FORESEEN_UNITS", 0)
     monkeypatch.setattr(interactions, "FRONT_SHARE", 0.0)
     monkeypatch.setattr(interactions, "LEAST_FRONT", front)
@@ -183,6 +185,7 @@ def test_foreseeing_columns_changes_no_choice(kind: str, front: int, monkeypatch
 
 def test_foreseen_columns_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """At costs that do not change, and a front of all units, a greedy choice is foreseen exactly."""
+    monkeypatch.setattr(choice, "greedy", Greedy)
     monkeypatch.setattr(interactions, "FORESEEN_UNITS", 0)
     fills = []
     fill = BlockedGram._fill

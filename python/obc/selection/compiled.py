@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from obc.selection.greedy import BUDGET_ROUNDING, Greedy, Problem
+from obc.selection.interactions import BlockedGram
 
 try:
     import obc._native as _native
+    from obc.selection import fronts
 except ImportError:  # obc was installed without a compiler: obc info says so
     _native = None  # type: ignore[assignment]
 
@@ -19,9 +21,12 @@ except ImportError:  # obc was installed without a compiler: obc info says so
 def greedy(problem: Problem) -> Greedy:
     """The choice for this problem: compiled if available, on the CPU, for single units at linear costs."""
     on_cpu = problem.increments.device.type == "cpu"
-    if _native is not None and on_cpu and max(problem.multiples) == 1 and problem.costs.effective is None:
-        return CompiledGreedy(problem)
-    return Greedy(problem)
+    if _native is None or not on_cpu or max(problem.multiples) > 1 or problem.costs.effective is not None:
+        return Greedy(problem)
+    columns = None if problem.interacting is None else problem.interacting.columns
+    if isinstance(columns, BlockedGram) and columns.large:
+        return FrontGreedy(problem, columns.units)
+    return CompiledGreedy(problem)
 
 
 class CompiledGreedy(Greedy):
@@ -62,6 +67,33 @@ class CompiledGreedy(Greedy):
             if self._interacting is not None:
                 column = self._interacting.columns.column(unit, self.standing).numpy()
         return torch.tensor(order, dtype=torch.int64), float(freed[0])
+
+
+class FrontGreedy(Greedy):
+    """:class:`Greedy` by :mod:`obc.selection.fronts`: few columns of a large Gram matrix are computed whole."""
+
+    def __init__(self, problem: Problem, rows: Tensor) -> None:
+        super().__init__(problem)
+        assert problem.interacting is not None
+        norms = self._squares.sqrt().clamp_(min=fronts.LEAST)
+        state = fronts.State(self._widths, self._slope, self._removed_squares.reshape(1), self._freed)
+        units = fronts.Units(
+            rows,
+            (rows / norms[:, None]).to(fronts.fast_dtype()),
+            1 / (norms * (2 * problem.interacting.strength)),
+            self._group_of,
+            self._increments,
+            self._squares,
+            self._rounding,
+            self._rounding_by_norm,
+            problem.costs.unit_costs,
+        )
+        self._field = fronts.Field(problem, units, state, self._lowest, [fronts.Pace(*size) for size in fronts.ROUNDS])
+
+    @torch.inference_mode()
+    def until(self, budget: float) -> tuple[Tensor, float]:
+        removed = self._field.remove(len(self._increments), budget * (1 - BUDGET_ROUNDING))
+        return torch.tensor(removed.picks, dtype=torch.int64), float(self._freed)
 
 
 def _array(value: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:

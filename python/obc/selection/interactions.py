@@ -41,14 +41,14 @@ class Standing:
 
 StandingNow = Callable[[], Standing]
 
-FLOAT64_BYTES = 8
+FLOAT64_BYTES, FLOAT32_BYTES = 8, 4
 # This many rows of X times X^T run close to matrix-product speed; of a larger block more columns are foreseen wrongly.
 BLOCK = 64
 # The next units are foreseen among this share of all, those with the lowest scores, and no fewer than LEAST_FRONT. With
 # a smaller share fewer units of a block are removed before the next block is needed.
 FRONT_SHARE, LEAST_FRONT = 1 / 12, 1024
 # Foreseeing takes longer than it saves where columns of fewer units are computed: there those with the lowest scores
-# are taken.
+# are taken. The same holds for rounds among the units that go next.
 FORESEEN_UNITS = 1 << 15
 # A column in such a product takes about an eighth of the time of a single one (measured: 2.1 and 20 ms, 512 x 100,000):
 # a block pays off if at least this many of its columns are used.
@@ -132,7 +132,10 @@ class BlockedGram:
     """
 
     def __init__(self, units: Tensor, max_bytes: int) -> None:
-        self._units = units
+        self.units = units
+        # Whether the compiled choice computes no columns, but rounds among the units that go next. It takes a copy of
+        # the rows in single precision.
+        self.large = len(units) >= FORESEEN_UNITS and units.numel() * FLOAT32_BYTES <= max_bytes
         slots = max(1, min(max_bytes // (FLOAT64_BYTES * len(units)), len(units)))
         self._cache = torch.empty(slots, len(units), dtype=torch.float64, device=units.device)
         self._unit_in = torch.full((slots,), -1, device=units.device)
@@ -140,7 +143,7 @@ class BlockedGram:
         self._found, self._alone = WORTH, 0  # since the last block
 
     def __call__(self, picks: Tensor, valid: Tensor, standing: StandingNow) -> Tensor:
-        total = torch.zeros(len(self._units), dtype=torch.float64, device=self._units.device)
+        total = torch.zeros(len(self.units), dtype=torch.float64, device=self.units.device)
         for unit in picks[valid].tolist():
             total += self.column(unit, standing)
         return total
@@ -153,7 +156,7 @@ class BlockedGram:
             self._found = self._alone = 0
         else:
             self._alone += 1
-            return self._units @ self._units[unit]
+            return self.units @ self.units[unit]
         slot = self._slot_of.pop(unit)
         self._unit_in[slot] = -1
         return self._cache[slot]
@@ -170,7 +173,7 @@ class BlockedGram:
         next_ones = self._foreseen if len(scores) >= FORESEEN_UNITS else self._lowest
         units = torch.tensor([wanted, *next_ones(wanted, standing, scores, len(slots) - 1)])
         slots = slots[: len(units)]
-        self._cache[slots] = self._units[units] @ self._units.T
+        self._cache[slots] = self.units[units] @ self.units.T
         self._unit_in[slots] = units
         self._slot_of.update(zip(units.tolist(), slots.tolist(), strict=True))
 
@@ -186,9 +189,9 @@ class BlockedGram:
         width = min(max(LEAST_FRONT, int(FRONT_SHARE * len(scores))), len(scores))
         front = scores.topk(width, largest=False, sorted=False).indices
         front = front[scores[front] < torch.inf]
-        rows = self._units[front].float()  # precise enough to foresee by
+        rows = self.units[front].float()  # precise enough to foresee by
         increments, costs = standing.increments[front].float(), standing.costs[front].float().numpy()
-        increments.add_(rows @ self._units[removed].float(), alpha=standing.strength)
+        increments.add_(rows @ self.units[removed].float(), alpha=standing.strength)
         values, quotients = increments.numpy(), np.empty_like(costs)
         units: list[int] = front.tolist()
         found: list[int] = []
