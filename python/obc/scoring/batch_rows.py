@@ -125,8 +125,8 @@ class BatchRows:
     def _samples_in(self, batch: Any) -> int:
         if self.micro_batch is not None:
             return samples_in(batch)
-        with torch.no_grad():  # no gate is attached here: this pass belongs to no row
-            return self.loss_fn(self.scorer.model, batch).numel()
+        # This pass belongs to no row. It needs a graph if the loss differentiates the model's outputs itself.
+        return self.loss_fn(self.scorer.model, batch).numel()
 
     def _seek(self, row: int, sample: int) -> None:
         """Seek the loss's random numbers: the same ones however the batch is split, and in a repeated row."""
