@@ -75,7 +75,7 @@ inline at::ScalarType accumulation_dtype(const Tensor& tensor) {
   return tensor.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Whether the tensor involves only a device and autograd: no subclass, transform, lazy zero or negation.
+// Whether the tensor has only a device and autograd to dispatch on: no subclass, transform, lazy zero or negation.
 inline bool is_plain(const Tensor& tensor) {
   using c10::DispatchKey;
   constexpr c10::DispatchKeySet plain(
@@ -115,7 +115,7 @@ inline void run_kernel(const Tensor& activation, const Tensor& grad, const Dot& 
   obc::cpu::channel_dot(pair, dot.channel_dim, dot.per_sample, out, kParallel);
 }
 
-// As _folded_dot in gates.py.
+// The same as _folded_dot in gates.py.
 inline Tensor folded_dot(const Tensor& activation, const Tensor& grad, const Dot& dot) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("obc::channel_dot", "")
@@ -163,7 +163,8 @@ struct GateBackward : public Node {
   torch::autograd::SavedVariable activation_;
   Tensor gate_;
   Dot dot_;
-  // On the CPU. Elsewhere the gate has an edge, because the engine synchronises streams for accumulators only.
+  // Only on the CPU. On other devices the gate has an edge, because the engine synchronises streams only for
+  // accumulators.
   bool adds_itself_ = true;
 
   std::string name() const override { return "GateBackward"; }
@@ -206,8 +207,8 @@ struct GateBackward : public Node {
   }
 };
 
-// As activation.view_as(activation), without its graph: the stride of a dimension with one entry may change, and
-// torch's matmul chooses its algorithm by strides.
+// The same as activation.view_as(activation), but without its graph. The stride of a dimension with one entry may
+// change, and torch's matmul chooses its algorithm by strides.
 inline Tensor alias_of(const Tensor& activation) {
   c10::TensorImpl* impl = activation.unsafeGetTensorImpl();
   Tensor alias(impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/true));

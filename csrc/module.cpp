@@ -1,7 +1,7 @@
 // obc._native: how this build was made, and the CPU kernels on NumPy arrays for programs without torch.
 //
 // The arguments are checked in python/obc/integrations/numpy.py. The interpreter's lock is released while a kernel
-// runs; threads are started for each call that is large enough (OBC_NUM_THREADS, by default one per processor).
+// runs. A call that is large enough starts threads (OBC_NUM_THREADS, by default one per processor).
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -58,7 +58,7 @@ std::vector<int64_t> strides_of(const py::array& array) {
   return strides;
 }
 
-// A Pair and the memory that it points to.
+// A Pair, together with the memory that it points to.
 struct Arrays {
   Arrays(const py::array& first, const py::array& second)
       : sizes(first.shape(), first.shape() + first.ndim()),

@@ -1,8 +1,8 @@
 // Defines a library's operators with the schemas of the table in python/obc/backends/operators.py.
 //
 // OBC_DEFINE_CPU(channel_dot) defines obc_cpu::channel_dot, and OBC_IMPLEMENT(channel_dot) gives it the function of
-// that name. Without such a function, or where it takes another number of arguments than the schema, the library does
-// not compile: the stable ABI would find out at the first call.
+// that name. If there is no such function, or it takes another number of arguments than the schema, the library does
+// not compile. With the stable ABI alone the mismatch would show only at the first call.
 #pragma once
 
 #include <cstddef>

@@ -1,4 +1,5 @@
-// Shared by the registrations of both devices, on torch's stable ABI: tensors as kernels take them, new tensors.
+// Shared by the registrations of both devices, on torch's stable ABI: converts tensors for the kernels, and makes new
+// ones.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -41,8 +42,8 @@ inline cpu::Pair pair_of(const Tensor& first, const Tensor& second) {
   };
 }
 
-// A tensor and its mask, of the same sizes except along the channels, where the mask has stride 0; without a mask, the
-// tensor twice.
+// A tensor and its mask. They have the same sizes except along the channels, where the mask has stride 0. Without a
+// mask it is the tensor twice.
 struct MaskedPair {
   MaskedPair(const Tensor& x, int64_t channel_dim, const std::optional<Tensor>& mask) : pair(pair_of(x, x)) {
     if (!mask) return;

@@ -28,7 +28,7 @@
 #define OBC_CUDA_DISPATCH_KEY CUDA
 #endif
 
-// Number of counters cleared at a time ahead of captures; the tests use fewer, to run out of them.
+// How many counters are cleared at once before captures; the tests use fewer, so that they run out.
 #ifndef OBC_CUDA_RESERVE
 #define OBC_CUDA_RESERVE (1 << 18)
 #endif
@@ -52,8 +52,8 @@ cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-// The counters of a stream: zero between any two of its kernels, so that no call has to clear them. Outgrown smaller
-// ones are kept, because another thread may be about to launch a kernel that uses them.
+// The counters of a stream. They are zero between any two of its kernels, so no call has to clear them. When larger
+// ones are needed, the smaller ones are kept, because another thread may be about to launch a kernel that uses them.
 struct Counters {
   std::vector<Tensor> memory;
   int64_t count = 0;
@@ -72,7 +72,7 @@ struct Reserve {
 constexpr int64_t kReserve = OBC_CUDA_RESERVE;
 constexpr size_t kMostReserves = 16;
 
-// Never destroyed: tensors may not outlive torch's allocators at exit.
+// Never destroyed, because at exit torch's allocators may be gone before these tensors.
 std::mutex& state_mutex() {
   static auto& mutex = *new std::mutex;
   return mutex;
@@ -124,7 +124,7 @@ class Call : public obc::cuda::Context {
   void check(cudaError_t error) override { STD_CUDA_CHECK(error); }
 
  private:
-  // Counters that a graph keeps: it may be replayed on any stream, concurrently with this one.
+  // Counters that a graph keeps, because it may be replayed on any stream, concurrently with this one.
   uint32_t* of_graph(int64_t count) {
     Reserve& reserve = reserves()[on_.get_device_index()];
     if (reserve.left < count) return zeros(scratch(count * sizeof(uint32_t)), count);
@@ -140,7 +140,7 @@ class Call : public obc::cuda::Context {
     reserve.memory.push_back(empty({kReserve}, aoti_torch_dtype_int32(), on_));
     reserve.next = zeros(reserve.memory.back().mutable_data_ptr(), kReserve);
     reserve.left = kReserve;
-    // Of another thread's capture nothing is disturbed.
+    // This must not disturb another thread's capture.
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
     check(cudaThreadExchangeStreamCaptureMode(&mode));
     const cudaError_t waited = cudaStreamSynchronize(stream);
@@ -226,7 +226,7 @@ std::tuple<Tensor, Tensor> weight_dot(
 
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
-// Everything that a plan depends on: not the addresses of tensors, but their distance from a multiple of 16 bytes.
+// Everything that a plan depends on: of the tensors' addresses only the remainders modulo 16 bytes.
 std::vector<int64_t> key_of(const std::vector<WeightDot>& layers) {
   std::vector<int64_t> key;
   const auto add = [&](const Pair& pair) {

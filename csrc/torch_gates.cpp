@@ -1,5 +1,5 @@
-// Gates in C++ for Python: an autograd node (gate_node.h), and the work of a reader's hooks in every row after the
-// checking row. Other cases are left to python/obc/scoring/reading/gates.py and module_readers.py.
+// Gates in C++ for Python: an autograd node (gate_node.h), and what a reader's hooks do in every row after the checking
+// row. All other cases are handled by python/obc/scoring/reading/gates.py and module_readers.py.
 //
 // Nodes are not in LibTorch's stable ABI: this library works with the torch and Python that it was built for.
 
@@ -60,7 +60,7 @@ Object checked(PyObject* made) {
   return Object(made);
 }
 
-// One step back from a node. The name of a C++ class is compared once, afterwards its type.
+// One step back from a node. The name of a C++ class is compared only once; after that its type is compared.
 struct Step {
   std::string name;
   size_t input;
@@ -70,7 +70,7 @@ struct Step {
     const std::type_info& type = typeid(node);
     if (seen != nullptr && *seen == type) return true;
     if (node.name() != name) return false;
-    // Python's classes share one type, which is not exported, and differ in name.
+    // Python's classes share one type, which is not exported; only their names differ.
     if (std::string_view(type.name()).find("PyNode") == std::string_view::npos) seen = &type;
     return true;
   }
@@ -79,7 +79,7 @@ struct Step {
 // A chain that an input checks, as _Chain.link_holds in chains.py does.
 struct Link {
   Object slot;
-  bool ends_here;       // the slot is the input's own
+  bool ends_here;       // the slot belongs to this input
   Object norm, weight;  // null if there is no norm between
   std::vector<Step> steps;
 

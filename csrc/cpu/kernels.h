@@ -1,4 +1,5 @@
-// The CPU kernels of obc: raw pointers, sizes, strides and a parallel-for; nothing of torch or Python.
+// The CPU kernels of obc. They take raw pointers, sizes, strides and a parallel-for, and know nothing of torch or
+// Python.
 //
 // Strides count elements and may be zero or negative. Inputs are read in their own type and summed in float (double
 // for float64). Results depend on shapes, strides and values alone: not on the number of threads, nor on the
@@ -14,8 +15,8 @@ enum class Dtype { float32, float64, bfloat16, float16 };
 
 int64_t item_size(Dtype dtype);
 
-// Runs body(begin, end, context) over disjoint ranges that cover [0, tasks), each of at least `grain` tasks but
-// for the last one; a range may be the whole.
+// Runs body(begin, end, context) over disjoint ranges that cover [0, tasks). Every range but the last has at least
+// `grain` tasks; one range may cover everything.
 struct ParallelFor {
   using Body = void (*)(int64_t begin, int64_t end, const void* context);
   void (*run)(int64_t tasks, int64_t grain, Body body, const void* context);
@@ -33,7 +34,7 @@ struct ParallelFor {
   }
 };
 
-// Two arrays of one shape and type, each with strides of its own: a tensor and its gradient.
+// Two arrays of the same shape and type, such as a tensor and its gradient; each has its own strides.
 struct Pair {
   Dtype dtype;
   int64_t dims;
@@ -68,7 +69,7 @@ void weight_moments(const Pair& weight, void* const moments[5], const ParallelFo
 
 // Per channel, four contiguous vectors: sum x, sum x^2, sum |x|, and over the samples along dim 0 the sum of
 // (mean over the sample's positions of |x|)^2. `pair` is x and, where `masked`, a mask of bytes with stride 0 along the
-// channels: positions where it is 0 don't count. Without a mask the second array is x again.
+// channels: positions where it is 0 are skipped. Without a mask the second array is x again.
 void channel_moments(
     const Pair& pair, int64_t channel_dim, bool masked, void* const moments[4], const ParallelFor& parallel
 );
@@ -86,9 +87,9 @@ struct EndRow {
   double loss_scale;
 };
 
-// scores[groups[c]] += (row[c] / loss_scale)^2 where every square is finite, and row = 0 in any case; `finite` says
-// which. Returns -1, or the position of the first group that is out of range or less than its predecessor: then
-// nothing has been changed.
+// scores[groups[c]] += (row[c] / loss_scale)^2 if every square is finite (then `finite` is set), and row = 0 in any
+// case. Returns -1; or, having changed nothing, the position of the first group that is out of range or less than its
+// predecessor.
 int64_t end_row(const EndRow& arguments, bool* finite);
 
 // The instruction set that the kernels use here, chosen once: "x86-64-v4", "x86-64-v3" or "baseline". The

@@ -1,4 +1,4 @@
-// From a pair of strided arrays to the (rows, columns) views that the leaves read.
+// Turns a pair of strided arrays into the (rows, columns) views that the leaves read.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,8 @@ namespace obc::cpu {
 // A pass over fewer elements than this is not worth waking another thread for.
 constexpr int64_t kGrain = 32768;
 
-// Inputs of more bytes than this come from the third-level cache or from memory, and are fetched ahead; fetching what
-// lies nearer costs a fifth of the time that its reading takes.
+// Inputs of more bytes than this come from the third-level cache or from memory and are prefetched. Prefetching what is
+// in a nearer cache would add a fifth to the time of reading it.
 constexpr int64_t kNear = int64_t{1} << 22;
 
 // One dimension of the pair. `out` is its stride in an array of sums, filled in by the operator.
@@ -37,8 +37,8 @@ inline bool continues(const Dim& outer, const Dim& inner) {
   return outer.first == inner.size * inner.first && outer.second == inner.size * inner.second;
 }
 
-// Drops dimensions of size 1, orders the others as they lie in memory (outermost first) and joins neighbours of one
-// role that are one run. No sum depends on the order in which its dimensions were named.
+// Drops dimensions of size 1, sorts the others by their order in memory (outermost first), and joins neighbours that
+// have the same role and are contiguous. So no sum depends on the order in which the caller listed the dimensions.
 inline std::vector<Dim> canonical(std::vector<Dim> dims) {
   dims.erase(std::remove_if(dims.begin(), dims.end(), [](const Dim& dim) { return dim.size == 1; }), dims.end());
   const auto reach = [](const Dim& dim) { return std::abs(dim.first) + std::abs(dim.second); };
@@ -99,7 +99,7 @@ void for_each_run(const std::vector<Dim>& dims, int64_t begin, int64_t end, cons
   }
 }
 
-// The columns of a matrix: the innermost dimensions, contiguous, or by a table of offsets.
+// The columns of a matrix: the innermost dimensions, either contiguous or addressed by a table of offsets.
 class Columns {
  public:
   explicit Columns(const std::vector<Dim>& dims) : count_(cpu::count(dims)) {
@@ -146,17 +146,16 @@ class Columns {
   std::vector<int64_t> second_;
 };
 
-// How many chunks to cut `rows` into where `others` independent tasks stand beside them: about 64 tasks (enough for
-// any machine's threads, few enough that partial sums stay small), at least 32 rows a chunk (so that writing and
-// reading back its column sums costs under 1/16 of reading its rows), at most 512 (so that rounding stays that of
-// short sums).
+// The number of chunks to split `rows` into, given `others` independent tasks. The aim is about 64 tasks in all: enough
+// for any machine's threads, and few enough that partial sums stay small. A chunk has at least 32 rows, so that writing
+// and rereading its column sums costs under 1/16 of reading its rows, and at most 512, which bounds rounding errors.
 inline int64_t row_chunks(int64_t rows, int64_t others) {
   const int64_t wanted = std::min(ceil_div(64, std::max<int64_t>(others, 1)), ceil_div(rows, 32));
   return std::max({int64_t{1}, wanted, ceil_div(rows, 512)});
 }
 
-// Bytes of the widest vectors and of a line of cache. Sums that a leaf writes begin at a multiple of it: otherwise
-// every one of its stores touches two lines.
+// Bytes of the widest vectors and of a cache line. Sums that a leaf writes begin at a multiple of it; otherwise every
+// store would touch two lines.
 constexpr int64_t kAlignment = 64;
 
 struct FreeAligned {
@@ -171,7 +170,7 @@ Scratch<Acc> scratch(int64_t size) {
   return Scratch<Acc>(static_cast<Acc*>(::operator new(size * sizeof(Acc), std::align_val_t(kAlignment))));
 }
 
-// `size` sums and what is left of their last line: where the next ones begin.
+// `size` sums, rounded up to whole cache lines: where the next sums begin.
 template <class Acc>
 int64_t aligned(int64_t size) {
   constexpr int64_t kLine = kAlignment / sizeof(Acc);
@@ -183,8 +182,8 @@ inline void clear_sums(void* sums, int64_t count, Dtype dtype) {
   if (count > 0) std::memset(sums, 0, count * (dtype == Dtype::float64 ? sizeof(double) : sizeof(float)));
 }
 
-// A reduction prepared to run in parallel: independent tasks, each of about `task_size` elements, then what is left
-// to do in one thread.
+// A reduction that is ready to run: independent tasks of about `task_size` elements each, which may run in parallel,
+// and a last step in one thread.
 class Plan {
  public:
   virtual ~Plan() = default;

@@ -1,7 +1,7 @@
 // Compiles the leaf kernels once per instruction set and picks one when the library is first used.
 //
-// Written out instead of target_clones: the same bits, but registers of each set's own width, conversions by
-// intrinsics, a name to report, and a switch by which tests run every set that the machine has.
+// target_clones would give the same bits. This way each set uses registers of its full width and converts by
+// intrinsics, its name can be reported, and tests can run every set that the machine has.
 
 #include "leaves.h"
 

@@ -1,8 +1,8 @@
 // The leaf kernels: sums of products over a (rows, columns) matrix, compiled once per instruction set.
 //
-// Every operator is put together from these. A leaf runs in one thread, allocates nothing, and sums in an order
-// that is fixed by (rows, columns) alone: lanes are 128 bytes (row_dots) or 64 bytes wide whatever the registers,
-// contraction to fused multiply-add is off, and a rest shorter than the lanes is padded with zeros.
+// Every operator is built from these. A leaf runs in one thread, allocates nothing, and sums in an order that depends
+// on (rows, columns) only: lanes are 128 bytes (row_dots) or 64 bytes wide on any registers, the compiler must not
+// contract to fused multiply-add, and a remainder shorter than the lanes is padded with zeros.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@
 
 namespace obc::cpu {
 
-// A (rows, columns) view: element (r, j) lies at data[r * row_stride + j], or, where `offsets` is given, at
-// data[r * row_stride + offsets[j]]. In a pair either both have offsets or none.
+// A (rows, columns) view: element (r, j) is data[r * row_stride + j], or, if `offsets` is given,
+// data[r * row_stride + offsets[j]]. In a pair either both have offsets or neither.
 struct Matrix {
   const void* data;
   int64_t row_stride;
@@ -24,8 +24,8 @@ template <class Acc>
 struct Leaves {
   // sums[r * sums_stride] = sum_j a[r, j] * g[r, j]
   void (*row_dots)(Matrix a, Matrix g, int64_t rows, int64_t columns, Acc* sums, int64_t sums_stride);
-  // sums[j] += sum_r a[r, j] * g[r, j]. `far`: the matrices come from beyond the second-level cache, so that rows are
-  // worth fetching ahead; the sums are the same.
+  // sums[j] += sum_r a[r, j] * g[r, j]. `far`: the matrices are not in the second-level cache, so prefetching rows
+  // pays; the sums are the same.
   void (*column_sums)(Matrix a, Matrix g, int64_t rows, int64_t columns, bool far, Acc* sums);
   // Both in one pass: row_sums[r] += ..., column_sums[j] += ...
   void (*row_column_sums)(Matrix a, Matrix g, int64_t rows, int64_t columns, bool far, Acc* row_sums, Acc* column_sums);

@@ -5,7 +5,8 @@
 //   OBC_FMA           1 where it has fused multiply-add,
 //   OBC_MASKS         1 where it reads and writes parts of a vector by AVX-512 masks,
 //   OBC_TARGET        the function attribute that switches it on.
-// No include guard, and every function carries the attribute: nothing here can leak into code for older machines.
+// It has no include guard, and every function carries the attribute, so nothing here can leak into code for older
+// machines.
 
 namespace obc::cpu::OBC_ISA {
 
@@ -51,7 +52,7 @@ OBC_INLINE void store_first(Element* to, int64_t count, const Vector& from) {
 }
 #endif
 
-// Each dtype: the vector as it lies in memory, and how it becomes a vector of accumulators.
+// For each dtype: the vector in memory, and its conversion to a vector of accumulators.
 struct Float32 {
   using Element = float;
   using Acc = float;
@@ -92,7 +93,7 @@ struct Float16 : Float32 {
     const Words bits = __builtin_convertvector(stored, Words);
     const Words sign = (bits & 0x8000) << 16;
     const Words magnitude = bits & 0x7fff;
-    // Subnormals by way of integers, so that a processor that flushes float subnormals reads them right too.
+    // Subnormals are converted through integers, so that a processor that flushes float subnormals reads them right.
     const Floats subnormal = __builtin_convertvector((Integers)magnitude, Floats) * 0x1p-24F;
     const Words rebias = (Words)(magnitude >= 0x7c00) & ((255 - 31 - 112) << 23);
     const Words normal = (magnitude << 13) + (112 << 23) + rebias;
@@ -141,7 +142,7 @@ struct Row {
   }
 };
 
-// The sum of all lanes, halves onto halves.
+// The sum of all lanes: the upper half is added to the lower half, again and again.
 template <class Acc, int kUnits, class Vector>
 OBC_INLINE Acc total(const Vector (&units)[kUnits]) {
   typedef Acc Quarter __attribute__((vector_size(16)));
@@ -194,9 +195,9 @@ OBC_TARGET void row_dots(
   }
 }
 
-// Adds kRows rows that begin at row r, one after the other, to the column sums, which are read and written once for all
-// of them. The processor foresees no row that follows in memory after a gap: the next `kAhead` rows are fetched into
-// the second-level cache meanwhile.
+// Adds kRows rows from row r on, in order, to the column sums, which are read and written once for all of them. The
+// processor does not predict rows that follow after a gap in memory, so the next `kAhead` rows are prefetched into the
+// second-level cache.
 template <class Type, bool kOffsets, bool kRowSums, int kRows, int kAhead>
 OBC_INLINE void add_rows(
     const Matrix& a,
@@ -371,7 +372,7 @@ OBC_TARGET void row_moments(
 
 namespace obc::cpu::OBC_ISA {
 
-// A leaf looks once, not per element, at whether the columns are contiguous.
+// A leaf checks once, not per element, whether the columns are contiguous.
 template <class Type>
 struct Table {
   using Acc = typename Type::Acc;

@@ -8,7 +8,7 @@ OBC_INLINE void magnitude(const typename Type::Vector& value, typename Type::Vec
   to = (typename Type::Vector)((typename Type::Bits)value & Type::kMagnitude);
 }
 
-// Sets to zero what the mask leaves out, not-a-numbers too.
+// Sets to zero what the mask leaves out, NaN included.
 template <class Type, bool kMasked>
 OBC_INLINE void apply_mask(const void* mask, int64_t count, typename Type::Vector& value) {
   if constexpr (kMasked) {
@@ -18,7 +18,7 @@ OBC_INLINE void apply_mask(const void* mask, int64_t count, typename Type::Vecto
   }
 }
 
-// sum += value, rounded alike, in the units that multiply: value * 1 + sum.
+// sum += value with the same rounding, computed as value * 1 + sum in the units that multiply.
 OBC_INLINE void add_by_multiplying(const Floats& value, Floats& sum) {
 #if OBC_FMA && OBC_VECTOR_BYTES == 64
   sum = (Floats)_mm512_fmadd_ps((__m512)value, _mm512_set1_ps(1.0F), (__m512)sum);
@@ -38,8 +38,8 @@ OBC_INLINE void add_by_multiplying(const Doubles& value, Doubles& sum) {
 #endif
 }
 
-// Adds a vector, its squares and its magnitudes to three sums. Processors multiply and add in different units: with
-// the sum of x in those that multiply, each kind has two operations instead of one and three.
+// Adds a vector, its squares and its magnitudes to three sums. Processors multiply and add in different units. If the
+// sum of x runs in those that multiply, each kind of unit has two operations, instead of one and three.
 template <class Type>
 OBC_INLINE void add_powers(
     const typename Type::Vector& value,
@@ -98,9 +98,9 @@ OBC_TARGET void row_sums(
   }
 }
 
-// The sums of one or four rows, in registers, and then added to memory: a quarter of the additions there. More rows
-// that lie a power of two apart would drive each other out of the first-level cache. The processor foresees no row that
-// follows in memory after a gap: the next `kAhead` rows are fetched into the second-level cache meanwhile.
+// Sums one or four rows in registers, then adds the sums to memory: with four rows a quarter of the additions there.
+// More rows at distances of a power of two would evict each other from the first-level cache. The processor does not
+// predict rows that follow after a gap in memory, so the next `kAhead` rows are prefetched into the second-level cache.
 template <class Type, bool kOffsets, int kRows, int kAhead>
 OBC_INLINE void add_column_moments(
     const Matrix& x, const int64_t* starts, int64_t columns, typename Type::Acc* const (&sums)[3]

@@ -1,4 +1,4 @@
-// A parallel-for of threads started for each call, for programs without a pool of their own.
+// A parallel-for that starts threads for each call, for programs without a thread pool.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +11,8 @@
 
 namespace obc::cpu {
 
-// ParallelFor::run on at most `count` threads, this one included. Where the system refuses another thread, or
-// memory for it, the rest runs in this one: sums don't depend on who forms them.
+// ParallelFor::run on at most `count` threads, including this one. If the system refuses another thread, or memory for
+// it, the remaining tasks run in this one: sums do not depend on the thread that computes them.
 inline void run_in_threads(int64_t count, int64_t tasks, int64_t grain, ParallelFor::Body body, const void* context) {
   const int64_t ranges = std::max<int64_t>(1, std::min(count, (tasks + grain - 1) / grain));
   const int64_t length = (tasks + ranges - 1) / ranges;

@@ -1,4 +1,4 @@
-// weight_moments: per row of dim 0, the sums of wg, (wg)^2, |wg|, w^2 and |w| from one reading of both arrays.
+// weight_moments: per row of dim 0, the sums of wg, (wg)^2, |wg|, w^2 and |w|; both arrays are read once.
 //
 // Every other dimension is a column. A task takes a block of rows by a tile of columns; the tiles' partial sums are
 // then added in order.
