@@ -76,7 +76,7 @@ struct Step {
   }
 };
 
-// A chain that an input checks, as _Chain.link_holds in chains.py does.
+// A chain that an input checks, as Candidate.holds in chain_candidates.py does.
 struct Link {
   Object slot;
   bool ends_here;       // the slot belongs to this input

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,31 +21,33 @@ _ENTRY = "give each line a 'text', or 'input_ids' (a list of token numbers)"
 
 
 def batches(
-    data: Path,
+    parsed: argparse.Namespace,
     model: Any,
     source: Path,
     loss: str,
     *,
-    count: int,
-    size: int,
-    seq_len: int | None,
-    seed: int,
+    count: int | None = None,
+    size: int | None = None,
+    seed: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Up to ``count`` batches of ``size`` samples, on the model's device; fewer if the data ends before.
 
-    Text is cut into sequences of exactly ``seq_len`` tokens. Documents follow one another, separated by the tokenizer's
+    Text is cut into sequences of exactly ``--seq-len`` tokens. Documents follow one another, separated by the tokenizer's
     end token, so there is no padding.
 
     Args:
-        data: a .txt or .jsonl file, or a folder of images (with one folder per class if the loss needs labels).
+        parsed: ``--data``, a .txt or .jsonl file, or a folder of images (with one folder per class if the loss needs
+            labels), and ``--seq-len``; if it is not given, ``SEQUENCE``, or as many tokens as the model has positions
+            for.
         model: the model; its configuration and device are used.
         source: the model's directory, with the tokenizer or the image processor.
         loss: one of ``checkpoints.LOSSES`` except "auto".
-        count: number of batches.
-        size: samples per batch.
-        seq_len: tokens per sequence; None means ``SEQUENCE``, or as many as the model has positions for.
+        count: number of batches; by default ``--batches``.
+        size: samples per batch; by default ``--batch-size``.
         seed: seed of masks and of the order of images.
     """
+    data, seq_len = parsed.data, parsed.seq_len
+    count, size = count or parsed.batches, size or parsed.batch_size
     if not data.exists():
         raise UsageError(f"--data {data}: there is no such file or folder")
     if data.is_dir():

@@ -48,16 +48,8 @@ def run(parsed: argparse.Namespace) -> int:
     checkpoint = checkpoints.load(parsed.model, parsed.dtype, device)
     reference = None if parsed.reference is None else checkpoints.load(parsed.reference, parsed.dtype, device)
     source = parsed.model if data.tokenizer_of(parsed.model) or reference is None else parsed.reference
-    batches = data.batches(
-        parsed.data,
-        checkpoint.model,
-        source,
-        checkpoint.loss if checkpoint.loss != "masked-lm" else "label-free",
-        count=parsed.batches,
-        size=parsed.batch_size,
-        seq_len=parsed.seq_len,
-        seed=0,
-    )
+    loss = checkpoint.loss if checkpoint.loss != "masked-lm" else "label-free"
+    batches = data.batches(parsed, checkpoint.model, source, loss)
     models = {"": checkpoint.model} if reference is None else {"": checkpoint.model, "reference: ": reference.model}
     try:
         for name, model in models.items():

@@ -242,16 +242,7 @@ def _excess(budget: Budget, costs: Costs) -> float:
 
 
 def _batches(parsed: argparse.Namespace, original: nn.Module, source: Path, count: int) -> list[Any]:
-    return data.batches(
-        parsed.data,
-        original,
-        source,
-        "label-free",
-        count=count,
-        size=_CALIBRATION_BATCH,
-        seq_len=parsed.seq_len,
-        seed=parsed.seed,
-    )
+    return data.batches(parsed, original, source, "label-free", count=count, size=_CALIBRATION_BATCH, seed=parsed.seed)
 
 
 def _compensate(

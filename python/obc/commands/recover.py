@@ -50,16 +50,7 @@ def run(parsed: argparse.Namespace) -> int:
     device = checkpoints.device_of(parsed.device)
     pruned = checkpoints.load(parsed.model, parsed.dtype, device)
     teacher = checkpoints.load(parsed.teacher, parsed.dtype, device)
-    batches = data.batches(
-        parsed.data,
-        teacher.model,
-        parsed.teacher,
-        "label-free",
-        count=parsed.batches,
-        size=parsed.batch_size,
-        seq_len=parsed.seq_len,
-        seed=0,
-    )
+    batches = data.batches(parsed, teacher.model, parsed.teacher, "label-free")
     try:
         plan = _plan(parsed.model, pruned.model, teacher.model, needed=parsed.train == "folded")
         report = obc.recover(

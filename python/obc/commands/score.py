@@ -88,16 +88,7 @@ def run(parsed: argparse.Namespace) -> int:
     model = checkpoint.model
     if parsed.checkpointing:
         checkpoints.recompute_activations(model)
-    batches = data.batches(
-        parsed.data,
-        model,
-        parsed.model,
-        checkpoint.loss,
-        count=parsed.batches,
-        size=parsed.batch_size,
-        seq_len=parsed.seq_len,
-        seed=parsed.seed,
-    )
+    batches = data.batches(parsed, model, parsed.model, checkpoint.loss, seed=parsed.seed)
     if len(batches) < parsed.batches:
         say(f"{parsed.data} gives {len(batches)} batches of the {parsed.batches} asked for")
     loss = checkpoints.loss_of(checkpoint.loss, parsed.rows, parsed.seed)

@@ -17,141 +17,19 @@ same node; if not, the row is dropped and repeated without that chain.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from obc.scoring.errors import ChainError
+from obc.scoring.reading.chain_candidates import Candidate
 from obc.scoring.reading.flat_row import FlatRow, Slot
 from obc.scoring.reading.gradients import NormGradients
 
 # Largest accepted difference of the two sides, relative to the largest entry: only the order of their sums differs.
 _TOLERANCE = {torch.float32: 3e-5, torch.float64: 1e-9}
-
-# Graph nodes that are homogeneous of degree one in their first input, by how their names start.
-_HOMOGENEOUS = (
-    *("Relu", "LeakyRelu", "PreluKernel", "MaxPool", "AvgPool", "AdaptiveAvgPool", "AdaptiveMaxPool", "Mkldnn", "Mean"),
-    *("Upsample", "ConstantPad", "View", "UnsafeView", "ReshapeAlias", "Alias", "Squeeze", "Unsqueeze", "Transpose"),
-    *("Permute", "TBackward", "Expand", "Clone", "Div"),
-)
-# Nodes that are homogeneous in each input while the others are fixed.
-_MULTILINEAR = ("Mul", "Bmm")
-_ATTENTION, _VALUES = "ScaledDotProduct", 2  # and the index of its input that holds the values
-
-# Limit of the walk from an input back to the nearest gates; between two layers lie only a few nodes.
-_MOST_NODES = 64
-
-
-# From an input's graph node backwards: for each node its name and which of its inputs the path takes.
-Path = tuple[tuple[str, int], ...]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """The row of ``slot`` may follow from the row of ``source``, or from the gradients of ``norm`` after it.
-
-    Attributes:
-        slot: the slot that would need no gate.
-        seen_by: the input where the path begins.
-        path: the path to the output whose row is ``slot``, or to ``norm``.
-        source: another slot; None if ``norm``'s gradients are used.
-        norm: the BatchNorm where the path ends, or None if it ends at an output.
-    """
-
-    slot: Slot
-    seen_by: Slot
-    path: Path
-    source: Slot | None = None
-    norm: nn.Module | None = None
-
-
-class Candidates:
-    """Collects the chains that the graph of the checking row suggests.
-
-    Args:
-        norms: id of a norm's weight -> the norm and its slot.
-    """
-
-    def __init__(self, norms: dict[int, tuple[nn.Module, Slot]]) -> None:
-        self._norms = norms
-        self._found: dict[Candidate, int] = {}
-        self._walks: dict[Slot, int] = {}
-
-    def found(self) -> list[Candidate]:
-        """The candidates that every use of their input suggested."""
-        return [one for one, times in self._found.items() if times == self._walks[one.seen_by]]
-
-    def walk(self, activation: Tensor, slot: Slot) -> None:
-        """Follow the graph from ``activation``, an input whose row is in ``slot``, back to the nearest gates."""
-        self._walks[slot] = self._walks.get(slot, 0) + 1
-        pending: list[tuple[Any, Path, bool]] = [(activation.grad_fn, (), True)]
-        for _ in range(_MOST_NODES):
-            if not pending:
-                return
-            node, path, homogeneous = pending.pop()
-            name = "" if node is None else node.name()
-            if name == "CheckGateBackward":
-                if homogeneous and node.watch.keeps_received:
-                    self._add(Candidate(node.watch.slot, slot, path, source=slot))
-            elif "BatchNorm" in name:
-                self._norm(node, path, slot, homogeneous)
-            elif node is not None:
-                passed = _through(node, name) if homogeneous else ()
-                for index, (before, _) in enumerate(node.next_functions):
-                    pending.append((before, (*path, (name, index)), index in passed))
-
-    def _norm(self, node: Any, path: Path, slot: Slot, homogeneous: bool) -> None:
-        (before, _), (weight, _), *_ = node.next_functions
-        norm, own = self._norms.get(id(getattr(weight, "variable", None)), (None, None))
-        if norm is None or own is None or norm.training:
-            return
-        if homogeneous:
-            self._add(Candidate(slot, slot, path, source=own, norm=norm))
-        if before is not None and before.name() == "CheckGateBackward" and before.watch.keeps_received:
-            self._add(Candidate(before.watch.slot, slot, path, norm=norm))
-
-    def _add(self, candidate: Candidate) -> None:
-        self._found[candidate] = self._found.get(candidate, 0) + 1
-
-
-class Pending:
-    """Candidates found on one sample, waiting for a row of a whole batch, where every slot has its gate.
-
-    Args:
-        candidates: what the graph of the checking row suggested.
-    """
-
-    def __init__(self, candidates: Iterable[Candidate]) -> None:
-        self._by_input: dict[Slot, list[_Chain]] = {}
-        for one in candidates:
-            self._by_input.setdefault(one.seen_by, []).append(_Chain(one))
-        self._seen: dict[Candidate, list[bool]] = {}
-
-    def begin_row(self) -> None:
-        """Forget what a dropped or non-finite row showed."""
-        self._seen.clear()
-
-    def look(self, activation: Tensor, slot: Slot, outputs: Mapping[Slot, Any]) -> None:
-        """Note whether this row's graph suggests the same; ``outputs``: slot -> the node of its gate."""
-        for chain in self._by_input.get(slot, ()):
-            held = chain.link_holds(activation.grad_fn, outputs)
-            self._seen.setdefault(chain.link, []).append(held)
-
-    def found(self) -> list[Candidate]:
-        """The candidates that every use of their input suggested."""
-        return [candidate for candidate, held in self._seen.items() if all(held)]
-
-
-def _through(node: Any, name: str) -> Collection[int]:
-    """The inputs in which this node is homogeneous."""
-    if name.startswith(_HOMOGENEOUS):
-        return (0,)
-    if name.startswith(_ATTENTION):
-        return (_VALUES,)
-    return range(len(node.next_functions)) if name.startswith(_MULTILINEAR) else ()
 
 
 class Chains:
@@ -210,7 +88,7 @@ class Chains:
             ChainError: it does not.
         """
         for chain in self._seen_by.get(slot, ()):
-            if not chain.link_holds(activation.grad_fn, self.outputs):
+            if not chain.link.holds(activation.grad_fn, self.outputs):
                 raise ChainError(f"the input of {slot.label!r} took another path than in the checking row")
             self.held.add(chain.slot)
 
@@ -295,34 +173,11 @@ def _agree(one: Tensor, other: Tensor) -> bool:
     return bool(largest > 0) and bool((one - other).abs().amax() <= _TOLERANCE[one.dtype] * largest)
 
 
-class _Chain:
-    """The common part of both kinds of chains."""
-
-    def __init__(self, link: Candidate) -> None:
-        self.link, self.slot = link, link.slot
-
-    def link_holds(self, node: Any, outputs: Mapping[Slot, Any]) -> bool:
-        """Whether the path from the input's node ends at the same node as in the checking row."""
-        link = self.link
-        for name, index in link.path:
-            if node is None or node.name() != name:
-                return False
-            node = node.next_functions[index][0]
-        if link.norm is not None:
-            if node is None or link.norm.training or "BatchNorm" not in node.name():
-                return False
-            (before, _), (weight, _), *_ = node.next_functions
-            if getattr(weight, "variable", None) is not link.norm.weight:
-                return False
-            node = before
-        return link.slot is link.seen_by or (link.slot in outputs and outputs[link.slot] is node)
-
-
-class _Copy(_Chain):
+class _Copy:
     """The row of ``slot`` is ``source`` viewed as (blocks, repeats, width) and summed over the repeats."""
 
     def __init__(self, link: Candidate, source: Slot, repeats: int, width: int) -> None:
-        super().__init__(link)
+        self.link, self.slot = link, link.slot
         self.source, self.repeats, self.width = source, repeats, width
         self.follows_from = f"the row of {source.label}"
 
@@ -346,14 +201,17 @@ class _Copy(_Chain):
         return _agree(self.row(), self.slot.of(self.slot.flat.values))
 
 
-class _Before(_Chain):
-    """r = gamma * g_gamma + (gamma * mean / std) * g_beta."""
+class _Before:
+    """r = gamma * g_gamma + (gamma * mean / std) * g_beta.
+
+    ``terms``: (factor, gradient) of the norm's weight, then of its bias; empty if the gradients can't be used.
+    """
 
     follows_from = "the gradient of the norm behind it"
 
     def __init__(self, link: Candidate, views: Mapping[int, Tensor]) -> None:
-        super().__init__(link)
-        self._terms: list[tuple[Tensor, Tensor]] = []
+        self.link, self.slot = link, link.slot
+        self.terms: list[tuple[Tensor, Tensor]] = []
         self.bind(views)
 
     def bind(self, views: Mapping[int, Tensor]) -> None:
@@ -366,22 +224,15 @@ class _Before(_Chain):
             return
         weight = norm.weight.detach()
         factors = (weight.clone(), weight * norm.running_mean / (norm.running_var + norm.eps).sqrt())
-        self._terms = [(f, view) for f, view in zip(factors, gradients, strict=True) if view is not None]
-
-    @property
-    def terms(self) -> list[tuple[Tensor, Tensor]]:
-        """(factor, gradient) of the norm's weight, then of its bias."""
-        return self._terms
+        self.terms = [(f, view) for f, view in zip(factors, gradients, strict=True) if view is not None]
 
     def row(self) -> Tensor:
-        (weight, weight_gradient), (bias, bias_gradient) = self._terms
+        (weight, weight_gradient), (bias, bias_gradient) = self.terms
         return weight * weight_gradient + bias * bias_gradient
 
     def agrees(self) -> bool:
         return (
-            bool(self._terms)
-            and self.slot.flat.samples is None
-            and _agree(self.row(), self.slot.of(self.slot.flat.row))
+            bool(self.terms) and self.slot.flat.samples is None and _agree(self.row(), self.slot.of(self.slot.flat.row))
         )
 
 

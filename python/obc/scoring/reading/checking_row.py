@@ -10,7 +10,7 @@ from torch import Tensor
 from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.reading import first_row, refusals
 from obc.scoring.reading.attachment import Attachment
-from obc.scoring.reading.chains import Pending
+from obc.scoring.reading.chain_candidates import Pending
 from obc.scoring.reading.module_readers import Reader, Reading
 from obc.scoring.reading.reading_plan import Plan
 from obc.scoring.reading.row_counter import RowCounter

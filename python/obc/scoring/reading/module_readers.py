@@ -11,7 +11,8 @@ from torch.compiler import is_compiling
 from obc.model.rules import Rule
 from obc.model.sharding import is_dtensor
 from obc.scoring.reading import native_gates
-from obc.scoring.reading.chains import Candidates, Chains, Pending
+from obc.scoring.reading.chain_candidates import Candidates, Pending
+from obc.scoring.reading.chains import Chains
 from obc.scoring.reading.flat_row import Slot
 from obc.scoring.reading.gates import CheckGate, TokenGate, pass_gate
 from obc.scoring.sharding import LocalPart

@@ -14,7 +14,8 @@ from obc.model.groups import Side
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.model.sharding import is_sharded
 from obc.scoring.coverage import Coverage
-from obc.scoring.reading.chains import Candidates, Chains, Pending
+from obc.scoring.reading.chain_candidates import Candidates, Pending
+from obc.scoring.reading.chains import Chains
 from obc.scoring.reading.flat_row import FlatRow, Slot
 from obc.scoring.reading.gradients import NormGradients, WeightGradient
 from obc.scoring.reading.module_readers import Reader
