@@ -32,8 +32,8 @@ def batches(
 ) -> list[dict[str, Tensor]]:
     """Up to ``count`` batches of ``size`` samples, on the model's device; fewer if the data ends before.
 
-    Text is cut into sequences of exactly ``--seq-len`` tokens. Documents follow one another, separated by the tokenizer's
-    end token, so there is no padding.
+    Text is cut into sequences of exactly ``--seq-len`` tokens. Documents follow one another, separated by the
+    tokenizer's end token, so there is no padding.
 
     Args:
         parsed: ``--data``, a .txt or .jsonl file, or a folder of images (with one folder per class if the loss needs
