@@ -10,13 +10,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.commands.common import UsageError
+from obc.model.batches import RowKind
 from obc.model.evaluation import checkpoints_activations
 from obc.scoring.label_free import label_free_loss
 
@@ -139,7 +140,7 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def loss_of(kind: str, rows: Literal["batch", "sample"], seed: int) -> Losses:
+def loss_of(kind: str, rows: RowKind, seed: int) -> Losses:
     """The loss of a kind: the mean over the samples for batch rows, the vector (B,) for sample rows.
 
     causal-lm: mean cross-entropy of the next token.

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from obc.model.batches import RowKind
 from obc.model.evaluation import ForwardFn
 from obc.model.groups import ChannelGroup, Side, Slices
 from obc.model.usable_batches import UsableBatches
@@ -49,7 +50,7 @@ class Subject:
     loss_fn: LossFn
     forward_fn: ForwardFn
     slices: Slices = "gate"
-    rows: Literal["batch", "sample"] = "batch"
+    rows: RowKind = "batch"
     generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     micro_batch: int | None = None
     confirmed: dict[str, tuple[nn.Module, set[Side]]] = field(default_factory=dict)

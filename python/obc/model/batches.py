@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+RowKind = Literal["batch", "sample"]
+"""What one row of scores is the gradient of: the loss of a batch, or of a sample."""
 
 
 def inputs_of(batch: Any) -> Any:

@@ -12,6 +12,7 @@ from obc.model.groups import Slices
 from obc.selection.allocation import Allocation
 from obc.selection.allocations import allocation_of
 from obc.selection.caps import Caps
+from obc.selection.choice import Selection
 from obc.structures.protocol import Limits, Structure
 
 
@@ -21,8 +22,6 @@ def positive(name: str, value: int) -> int:
     return value
 
 
-Selection = Literal["joint", "independent"]
-RowKind = Literal["batch", "sample"]
 Compensation = Literal["mean", "fusion", "correct", "ls", "seq"]
 
 

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from obc.criteria import Subject
 from obc.criteria.protocol import LossFn, name_of
 from obc.model.autocast import in_present_autocast, without_autocast
+from obc.model.batches import RowKind
 from obc.model.errors import PruningError
 from obc.model.evaluation import ForwardFn, call_on_batch, with_outputs
 from obc.model.groups import Slices
@@ -25,8 +26,6 @@ from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import (
     Choice,
     Compensation,
-    RowKind,
-    Selection,
     chosen_compensation,
     one_of,
     repeatable,
@@ -42,6 +41,7 @@ from obc.pruning.report import PruningReport, PruningResult, timed
 from obc.pruning.snapshot import Snapshot
 from obc.scoring.label_free import label_free_loss
 from obc.selection.caps import Caps
+from obc.selection.choice import Selection
 from obc.structures.memory import MemoryUse
 from obc.structures.proof import Run
 from obc.structures.protocol import Structure

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from obc.model.batches import part_of, parts_of, samples_in
+from obc.model.batches import RowKind, part_of, parts_of, samples_in
 from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.scorer import JacobianScorer
 
@@ -134,9 +134,7 @@ class BatchRows:
             seek(row, sample)
 
 
-def checked_loss(
-    index: int, loss: Any, rows: Literal["batch", "sample"], error: type[ValueError] = ValueError
-) -> Tensor:
+def checked_loss(index: int, loss: Any, rows: RowKind, error: type[ValueError] = ValueError) -> Tensor:
     """What ``loss_fn`` returned for a batch, checked: it has a graph, and the shape that the kind of rows needs."""
     if not isinstance(loss, Tensor):
         raise error(f"batch {index}: loss_fn must return a tensor, got {type(loss).__name__}")

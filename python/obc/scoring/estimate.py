@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from obc.model.batches import parts_of
+from obc.model.batches import RowKind, parts_of
 from obc.model.evaluation import evaluating
 from obc.model.readable import readable
 from obc.scoring.batch_rows import BatchRows, LossFunction
 from obc.scoring.label_free import label_free_loss
-from obc.scoring.scorer import JacobianScorer, Rows
+from obc.scoring.scorer import JacobianScorer
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def memory_estimate(
     batch: Any,
     loss_fn: LossFunction | None = None,
     *,
-    rows: Rows = "batch",
+    rows: RowKind = "batch",
     micro_batch: int | None = None,
     keep_rows: int = 0,
     **options: Any,

@@ -9,15 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from obc.model.batches import attention_mask
+from obc.model.batches import RowKind, attention_mask
 from obc.model.evaluation import call_on_batch, tensors_in
-from obc.scoring.scorer import Rows
 
 
 def label_free_loss(
     forward_fn: Callable[[nn.Module, Any], Any] | None = None,
     *,
-    rows: Rows = "batch",
+    rows: RowKind = "batch",
     seed: int = 0,
     centre: bool | None = None,
 ) -> LabelFreeLoss:
@@ -47,7 +46,7 @@ class LabelFreeLoss:
     """
 
     def __init__(
-        self, forward_fn: Callable[[nn.Module, Any], Any] | None, rows: Rows, seed: int, centre: bool | None
+        self, forward_fn: Callable[[nn.Module, Any], Any] | None, rows: RowKind, seed: int, centre: bool | None
     ) -> None:
         if rows not in ("batch", "sample"):
             raise ValueError(f"rows must be 'batch' or 'sample', got {rows!r}")

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from obc.model.batches import RowKind
 from obc.model.evaluation import evaluating
 from obc.model.progress import ProgressLog
 from obc.model.usable_batches import UsableBatches, all_finite
@@ -21,7 +22,7 @@ from obc.scoring.label_free import label_free_loss
 from obc.scoring.results.merge import gathered
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.results.scores import Scores
-from obc.scoring.scorer import JacobianScorer, Rows
+from obc.scoring.scorer import JacobianScorer
 
 logger = logging.getLogger("obc")
 
@@ -34,7 +35,7 @@ def score(
     batches: Iterable[Any],
     loss_fn: LossFunction | None = None,
     *,
-    rows: Rows = "batch",
+    rows: RowKind = "batch",
     labels: bool = True,
     seed: int = 0,
     progress: bool | None = None,

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from obc.model.batches import RowKind
 from obc.model.sharding import is_sharded
 from obc.scoring.errors import RowError, ScoringError
 from obc.scoring.parts import Parts
@@ -27,7 +28,6 @@ from obc.scoring.summing_up import scores_of
 
 logger = logging.getLogger("obc")
 
-Rows = Literal["batch", "sample"]
 Fallback = Literal["weight_grad", "skip"]
 Combine = Literal["row", "scores"]
 
@@ -83,7 +83,7 @@ class JacobianScorer:
         self,
         model: nn.Module,
         *,
-        rows: Rows = "batch",
+        rows: RowKind = "batch",
         modules: ModuleFilter | None = None,
         check: bool = True,
         strict: bool = False,

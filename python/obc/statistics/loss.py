@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from obc.model.batches import parts_of
+from obc.model.batches import RowKind, parts_of
 from obc.scoring.batch_rows import checked_loss
 from obc.scoring.reading.single_samples import guard
 from obc.statistics.errors import StatisticsError
@@ -73,9 +73,7 @@ class WatchedLoss:
             reader.backward_begins()
 
 
-def run_backward(
-    model: nn.Module, loss: SeekableLoss, index: int, batch: Any, rows: Literal["batch", "sample"], size: int | None
-) -> None:
+def run_backward(model: nn.Module, loss: SeekableLoss, index: int, batch: Any, rows: RowKind, size: int | None) -> None:
     """Forward and backward of one batch, when no rows are read.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import distributed as dist
 from tqdm.auto import tqdm
 
 from obc.distribution import obc_version
-from obc.model.batches import parts_of
+from obc.model.batches import RowKind, parts_of
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
 from obc.model.groups import Side
 from obc.model.layouts import is_compiled
@@ -28,7 +28,6 @@ from obc.scoring.checkpoint import batches_from
 from obc.scoring.coverage import Coverage
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.scorer import JacobianScorer
-from obc.scoring.scorer import Rows as RowKind
 from obc.statistics.block_run import BlockRun
 from obc.statistics.by_block import ByBlock, options_of
 from obc.statistics.checkpoint import Checkpoint
