@@ -6,7 +6,6 @@ import pytest
 
 from obc import criteria
 from obc.cli import main
-from obc.criteria.elsewhere import ELSEWHERE, WITH_CRITERION
 from obc.criteria.table import PASSES, rows
 
 
@@ -28,9 +27,3 @@ def test_every_criterion_says_what_it_is(name: str, criterion: criteria.Criterio
     if not hasattr(criterion, "measure"):
         assert (about.passes in ("labels", "gradients")) == bool(needs & backward)
         assert (about.passes == "weights") == (not needs)
-
-
-def test_at_least_twenty_systems_of_the_field_have_a_criterion() -> None:
-    assert len(WITH_CRITERION) >= 20
-    assert {name for name, _ in WITH_CRITERION.values()} <= set(criteria.available())
-    assert not set(WITH_CRITERION) & set(ELSEWHERE)

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from obc import criteria
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -140,6 +142,14 @@ def test_the_pictures_are_those_that_the_script_draws() -> None:
 def test_the_table_of_criteria_is_what_they_say_about_themselves() -> None:
     written = (DOCS / "criteria.md").read_text(encoding="utf-8")
     assert written == _run("criteria_table.py")["page"](), "run python docs/criteria_table.py"
+
+
+def test_at_least_twenty_systems_of_the_field_have_a_criterion() -> None:
+    script = _run("criteria_table.py")
+    with_criterion = script["WITH_CRITERION"]
+    assert len(with_criterion) >= 20
+    assert {name for name, _ in with_criterion.values()} <= set(criteria.available())
+    assert not set(with_criterion) & set(script["ELSEWHERE"])
 
 
 def test_the_tables_of_operators_are_those_of_the_code() -> None:
