@@ -146,9 +146,9 @@ def _read_file() -> None:
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"OBC_AUTOTUNE_FILE={path} is no JSON ({error}); delete it, it is written anew") from error
+        raise ValueError(f"OBC_AUTOTUNE_FILE={path} is not JSON ({error}); delete it, it will be rewritten") from error
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found.values()):
-        raise ValueError(f"OBC_AUTOTUNE_FILE={path} holds no choices of launch parameters; name another file")
+        raise ValueError(f"OBC_AUTOTUNE_FILE={path} does not hold launch parameters; name another file")
     _choices.update({key: name for key, name in found.items() if key not in _choices})
 
 

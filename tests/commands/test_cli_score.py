@@ -228,7 +228,7 @@ def _written(path: Path, content: str) -> Path:
         (lambda save, ids, tmp: [save("llama"), "--data", tmp / "none.txt"], "there is no such file"),
         (lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.csv", "")], "expected a .txt file"),
         (lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.txt", "word")], "has no tokenizer"),
-        (lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.jsonl", "{")], "line 1: no JSON"),
+        (lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.jsonl", "{")], "line 1 is not JSON"),
         (lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.jsonl", '{"a": 1}')], "give each line a"),
         (
             lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.jsonl", '{"input_ids": [20]}')],

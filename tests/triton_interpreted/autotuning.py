@@ -174,7 +174,7 @@ def test_choices_are_kept_in_a_file(clock: Clock, tmp_path: Path, monkeypatch: p
     assert json.loads(done.stdout) == first.tolist()
 
 
-@pytest.mark.parametrize(("content", "message"), [("{", "is no JSON"), ("[1]", "holds no choices")])
+@pytest.mark.parametrize(("content", "message"), [("{", "is not JSON"), ("[1]", "does not hold launch parameters")])
 def test_a_file_of_something_else_is_refused(
     content: str, message: str, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
