@@ -374,10 +374,27 @@ def read_entries(subject: Subject, part: Slice) -> list[tuple[str, Take]]:
     return [*([] if found is None else [found]), *plain]
 
 
-def weighted(subject: Subject, group: ChannelGroup, experts: bool = True) -> list[tuple[Slice, str, Take]]:
+def weighted(subject: Subject, group: ChannelGroup) -> list[tuple[Slice, str, Take]]:
     """(slice, parameter, what takes a unit's entries) of the group's slices of layers with two sides."""
-    parts = [(part, entries(subject, part, experts)) for part in group.slices]
+    modules = dict(subject.model.named_modules())
+    for name in {part.module.removesuffix(".gate_up_proj") for part in group.slices}:
+        if isinstance(separate := modules.get(name), SeparateExperts):
+            return of_separate(name, separate, group)
+    if group.kind == "experts":  # test_whole_experts.py has them as layers of their own
+        router = [(part, f"{part.module}.weight") for part in group.slices[:-1] if part.module in modules]
+        tensors = [(group.slices[-1], f"{group.name}.{key}") for key in ("gate_up_proj", "down_proj")]
+        return [(part, key, lambda t, u: t[u].flatten()) for part, key in (*router, *tensors)]
+    parts = [(part, entries(subject, part)) for part in group.slices]
     return [(part, *found) for part, found in parts if found is not None]
+
+
+def of_separate(name: str, separate: SeparateExperts, group: ChannelGroup) -> list[tuple[Slice, str, Take]]:
+    """Inner channel u of every expert: a row of its gate and of its up projection, and a column of its down one."""
+    found: list[tuple[Slice, str, Take]] = []
+    for e in range(len(separate.down)):
+        found += [(group.slices[0], f"{name}.{key}.{e}.weight", lambda t, u: t[u]) for key in ("gate", "up")]
+        found.append((group.slices[-1], f"{name}.down.{e}.weight", lambda t, u: t[:, u]))
+    return found
 
 
 def values_of(subject: Subject) -> dict[str, Tensor]:

@@ -195,9 +195,9 @@ def test_gaprune(name: str) -> None:
 def test_gaprune_of_single_weights(name: str) -> None:
     """softplus((F_dom - beta F_gen) |w| clip(1 + 0.2 a) + magnitude sqrt|w|), standardised, through a sigmoid."""
     subject = make_subject(name)
-    general, epsilon = general_batches(subject), 1e-8
-    both, importance = [gradients(subject), gradients(changed(subject, batches=general))], {}
-    for key, w in values_of(subject).items():
+    separate, general, epsilon = separated(subject), general_batches(subject), 1e-8
+    both, importance = [gradients(separate), gradients(changed(separate, batches=general))], {}
+    for key, w in values_of(separate).items():
         fishers = [torch.stack([row[key] ** 2 for row in rows]).mean(0) + epsilon for rows in both]
         means = [torch.stack([row[key] for row in rows]).mean(0) for rows in both]
         product = torch.ones(()).double()
@@ -214,8 +214,8 @@ def test_gaprune_of_single_weights(name: str) -> None:
         importance[key] = 1 / (1 + (-(raw - raw.mean()) / deviation).exp())
     expected = {}
     for group in subject.groups:
-        taken = weighted(subject, group, experts=False)
-        if taken:
+        taken = weighted(separate, group)
+        if taken and group.kind != "experts":
             units = [torch.cat([take(importance[key], u) for _, key, take in taken]) for u in range(group.size)]
             expected[group.name] = torch.stack([unit.mean() for unit in units])
     criterion = criteria.GAPrune(general, beta=0.7, code=True, magnitude=0.3)

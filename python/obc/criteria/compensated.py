@@ -16,7 +16,7 @@ from obc.criteria.residual_rows import read_residuals
 from obc.criteria.residuals import Residuals
 from obc.criteria.scoring import collected
 from obc.criteria.token_rows import checked_tokens
-from obc.criteria.units import consumers_of
+from obc.criteria.units import consumers_of, have_consumers
 from obc.statistics.gram import Gram, Held
 
 
@@ -46,6 +46,8 @@ class CompensatedJacobian(MeasuredRows):
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
         """(N, units) rows of every group with a readable consumer."""
+        if not have_consumers(subject.groups, subject.model):
+            return {}
         statistics = collected([Gram(to=self.to)], (), subject)
         taps = [
             Residuals.of(group.name, consumer, statistics, self.ridge)

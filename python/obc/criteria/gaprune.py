@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from obc.criteria.protocol import About, CriterionError, GroupScores, LossFn, MeasuredCriterion, Subject
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected
-from obc.criteria.units import TINY, by_unit, module_of, standardised, weight_of
+from obc.criteria.slices import slice_weights
+from obc.criteria.units import TINY, standardised
 from obc.model.groups import ChannelGroup, Sided
 from obc.model.usable_batches import UsableBatches
-from obc.statistics.results import Statistics
-from obc.statistics.weight_gradients import WeightGradients
+from obc.statistics.weight_gradients import WeightGradients, WeightGradientSums
 
 _EPSILON = 1e-8  # as in the published code
 
@@ -34,7 +34,8 @@ class GAPrune(MeasuredCriterion):
         softplus((F_dom - beta F_gen) |w| clip(1 + 0.2 a, 0.8, 1.2) + magnitude sqrt|w|)
 
     standardised within the matrix, then through a sigmoid. With ``code=True`` a unit's score is the mean over its
-    weights in all slices; this needs weight gradients, and batches of one sample to get the code's F.
+    weights in all slices; this needs weight gradients, and batches of one sample to get the code's F. Each projection
+    of each expert is a matrix; whole experts are not scored, because scores are comparable within a matrix only.
 
     Args:
         general: batches of general data, used once per scoring; the domain's batches are those of ``obc.prune``.
@@ -51,7 +52,8 @@ class GAPrune(MeasuredCriterion):
         "(sum r_dom^2 - beta sum r_gen^2) clip(1 + 0.2 cos(mean r_dom, mean r_gen), 0.8, 1.2)",
         "labels",
         kinds="all that have rows",
-        differs="its code scores single weights, with softplus and a magnitude term: code=True takes a unit's mean",
+        differs="its code scores single weights, with softplus and a magnitude term: code=True takes a unit's mean, of "
+        "channels and heads",
     )
     per_cost = False
 
@@ -89,30 +91,34 @@ class GAPrune(MeasuredCriterion):
         both = [collected([WeightGradients(square=True)], (), one) for one in (subject, other)]
         found: GroupScores = {}
         for group in subject.groups:
+            if group.kind == "experts":  # standardised each by itself, all of their matrices score about the same
+                continue
             parts = []
-            for part in group.slices:
-                module = module_of(subject.model, part)
-                weight = weight_of(module)
-                if module is not None and weight is not None and all(part.module in s.weight_gradients for s in both):
-                    importance = self._importance(part.module, weight.double().cpu(), both)
-                    parts.append(by_unit(module, importance, part))
+            for one in slice_weights(group, subject.model):
+                sums = [s.weight_gradients[one.name] for s in both if one.name in s.weight_gradients]
+                if len(sums) == len(both):
+                    parts.append(one.of_matrices(self._importance, one.weight.double().cpu(), *_means(sums)))
             if parts:
                 found[group.name] = torch.cat(parts, 1).mean(1)
         return found
 
-    def _importance(self, name: str, weight: Tensor, both: Sequence[Statistics]) -> Tensor:
-        """The published code's importance of every weight of one layer, shaped like it."""
-        fishers, units = [], []
-        for statistics in both:
-            sums = statistics.weight_gradients[name]
-            assert sums.square is not None
-            mean = sums.total.double().cpu() / sums.count
-            fishers.append(sums.square.double().cpu() / sums.count + _EPSILON)
-            units.append((mean / (mean.norm() + _EPSILON)).flatten(1))
+    def _importance(self, weight: Tensor, *means: Tensor) -> Tensor:
+        """The published code's importance of every weight of one matrix, from :func:`_means`."""
+        units = [(mean / (mean.norm() + _EPSILON)).flatten(1) for mean in means[::2]]
+        domain, general = (fisher + _EPSILON for fisher in means[1::2])
         align = F.avg_pool2d((units[0] * units[1])[None], 3, stride=1, padding=1)[0].view_as(weight)
-        information = (fishers[0] - self.beta * fishers[1]) * weight.abs() * (1 + 0.2 * align).clamp(0.8, 1.2)
+        information = (domain - self.beta * general) * weight.abs() * (1 + 0.2 * align).clamp(0.8, 1.2)
         raw = F.softplus(information + self.magnitude * (weight.abs() + _EPSILON).sqrt())
         return standardised(raw.flatten(), correction=1).sigmoid().view_as(weight)
+
+
+def _means(both: Sequence[WeightGradientSums]) -> list[Tensor]:
+    """The mean gradient and the mean of its square of each domain, shaped like the weight."""
+    found = []
+    for sums in both:
+        assert sums.square is not None
+        found += [sums.total.double().cpu() / sums.count, sums.square.double().cpu() / sums.count]
+    return found
 
 
 def _mean_channels(group: ChannelGroup, rows: Mapping[str, Sided]) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from obc.criteria.products import products
 from obc.criteria.protocol import About, Criterion
-from obc.criteria.slices import Products, products
-from obc.criteria.units import mean_over_slices
-from obc.model.groups import ChannelGroup, Slice
+from obc.criteria.slices import KINDS
+from obc.criteria.units import mean_over
+from obc.model.groups import ChannelGroup
 from obc.selection.allocation import TwoClasses
 from obc.statistics.results import Statistics
 from obc.statistics.weight_gradients import WeightGradients
@@ -25,26 +25,24 @@ class Taylor(Criterion):
     """
 
     name = "taylor"
-    about = About("Taylor (first order)", "arXiv 1906.10771", "mean over slices of sum |w g|", "labels")
+    about = About("Taylor (first order)", "arXiv 1906.10771", "mean over slices of sum |w g|", "labels", KINDS)
     needs = ("weight_gradients",)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        def value(part: Slice) -> Tensor | None:
-            found = products(part, statistics, model)
-            return None if found is None else found.first.abs().sum(1)
-
-        return mean_over_slices(group, value)
+        return mean_over(found.first.abs().sum(1) for found in products(group, statistics, model))
 
 
 class Fisher(Criterion):
     """S_u = sum over slices m, batches n and w in W_m,u of (w dL_n/dw)^2: the empirical Fisher's diagonal."""
 
     name = "fisher"
-    about = About("Fisher (diagonal)", "arXiv 1801.05787", "sum over slices and rows n of sum (w g_n)^2", "labels")
+    about = About(
+        "Fisher (diagonal)", "arXiv 1801.05787", "sum over slices and rows n of sum (w g_n)^2", "labels", KINDS
+    )
     needs = (WeightGradients(square=True),)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        parts = [found.second.sum(1) for found in _of_slices(group, statistics, model)]
+        parts = [found.second.sum(1) for found in products(group, statistics, model)]
         return torch.stack(parts).sum(0) if parts else None
 
 
@@ -74,13 +72,14 @@ class LLMPruner(Criterion):
             "arXiv 2305.11627",
             f"sum over slices of {inner}; second_order: w g - w^2 F / 2",
             "labels",
+            KINDS,
             differs="published code averages F over samples; here over batches: pass batches of one sample",
             missing="LoRA after pruning: use any trainer",
         )
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         parts = []
-        for found in _of_slices(group, statistics, model):
+        for found in products(group, statistics, model):
             salience = found.first - 0.5 * found.second / found.count if self.second_order else found.first
             parts.append(salience.abs().sum(1) if self.form == "element" else salience.sum(1).abs())
         return torch.stack(parts).sum(0) if parts else None
@@ -104,7 +103,7 @@ class Nirvana(Criterion):
         "arXiv 2509.14230; code iDEA-iSAIL-Lab-UIUC/NIRVANA",
         "sum over slices of sum |w df/dw|, f without labels",
         "gradients",
-        kinds="heads, feed-forward channels",
+        kinds="heads, feed-forward channels, experts",
         differs="its f takes the maximum over the sequence, not the vocabulary: over='sequence' (default)",
         missing="the choice of calibration data by KL, which its released script replaces by fixed seeds",
     )
@@ -124,12 +123,5 @@ class Nirvana(Criterion):
         return logits.amax(1).mean() if self.over == "sequence" else logits.amax(-1).mean()
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        parts = [found.first.abs().sum(1) for found in _of_slices(group, statistics, model)]
+        parts = [found.first.abs().sum(1) for found in products(group, statistics, model)]
         return torch.stack(parts).sum(0) if parts else None
-
-
-def _of_slices(group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Iterator[Products]:
-    for part in group.slices:
-        found = products(part, statistics, model)
-        if found is not None:
-            yield found

@@ -28,7 +28,7 @@ from obc.criteria.residual_rows import read_residuals
 from obc.criteria.residuals import Residuals
 from obc.criteria.scoring import collected
 from obc.criteria.surgeon import State, second_moment
-from obc.criteria.units import TINY, consumers_of
+from obc.criteria.units import TINY, consumers_of, have_consumers
 from obc.statistics.gram import Gram, GramSum
 
 # Of a layer's positions, which lie next to each other, about so many tell as much as one that is drawn by itself.
@@ -65,6 +65,8 @@ class KFACOBS(MeasuredCriterion):
         self.ridge, self.centred, self.factors = ridge, centred, factors
 
     def measure(self, subject: Subject) -> GroupScores:
+        if not have_consumers(subject.groups, subject.model):
+            return {}
         statistics = collected([Gram()], (), subject)
         taps, grams, ridges = [], dict[str, Tensor](), dict[str, float]()
         for group in subject.groups:

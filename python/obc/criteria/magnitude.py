@@ -10,9 +10,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc import ops
 from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion, Subject
-from obc.criteria.slices import slice_weight
-from obc.criteria.units import mean_over_slices, module_of, relative
-from obc.model.groups import ChannelGroup, Slice
+from obc.criteria.slices import KINDS, slice_weights
+from obc.criteria.units import mean_over, module_of, relative
+from obc.model.groups import ChannelGroup
 from obc.statistics.results import Statistics
 
 
@@ -35,7 +35,7 @@ class Magnitude(Criterion):
     def __init__(self, power: int) -> None:
         self.name, self._moment = f"l{power}", {1: 4, 2: 3}[power]  # type: ignore[misc]
         formula = f"mean over slices of sum |w|^{power}, / group mean"
-        self.about = About(f"L{power} magnitude", "arXiv 1608.08710", formula, "weights")  # type: ignore[misc]
+        self.about = About(f"L{power} magnitude", "arXiv 1608.08710", formula, "weights", kinds=KINDS)  # type: ignore[misc]
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         return by_weights(group, model, lambda weights: ops.weight_moments(weights, weights)[self._moment])
@@ -58,13 +58,12 @@ class BNScale(Criterion):
     )
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        def norm_values(part: Slice) -> Tensor | None:
+        values = []
+        for part in group.slices:
             module = module_of(model, part)
-            if not isinstance(module, _BatchNorm) or not module.affine:
-                return None
-            return module.weight.detach()[part.channels.to(module.weight.device)].abs().mean(1)
-
-        return mean_over_slices(group, norm_values)
+            if isinstance(module, _BatchNorm) and module.affine:
+                values.append(module.weight.detach()[part.channels.to(module.weight.device)].abs().mean(1))
+        return mean_over(values)
 
 
 class FPGM(Criterion):
@@ -74,7 +73,9 @@ class FPGM(Criterion):
     """
 
     name = "fpgm"
-    about = About("FPGM", "arXiv 1811.00250", "mean over producers of sum_v |W_u - W_v|, / group mean", "weights")
+    about = About(
+        "FPGM", "arXiv 1811.00250", "mean over producers of sum_v |W_u - W_v|, / group mean", "weights", KINDS
+    )
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         return by_weights(group, model, lambda weights: torch.cdist(weights, weights).sum(1), producers=True)
@@ -88,7 +89,7 @@ class WHC(Criterion):
 
     name = "whc"
     formula = "mean over producers of |W_u| sum_v |W_v| (1 - |cos(W_u, W_v)|), / group mean"
-    about = About("WHC", "arXiv 2302.08185", formula, "weights")
+    about = About("WHC", "arXiv 2302.08185", formula, "weights", KINDS)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         def hybrid(weights: Tensor) -> Tensor:
@@ -104,10 +105,5 @@ def by_weights(
 ) -> Tensor | None:
     """The mean of ``value``, a function of (units, entries), over the layers' slices, divided by the group's mean."""
 
-    def part_values(part: Slice) -> Tensor | None:
-        found = slice_weight(part, model)
-        if found is None or (producers and part.side == "in"):
-            return None
-        return value(found.by_unit(found.weight).contiguous())
-
-    return relative(mean_over_slices(group, part_values))
+    found = [one for one in slice_weights(group, model) if not (producers and one.part.side == "in")]
+    return relative(mean_over(value(one.by_unit(one.weight).contiguous()) for one in found))

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from obc.criteria.protocol import CriterionError, Subject
+from obc.criteria.joined_rows import by_group, joined, refuse_unlike, samples_of
+from obc.criteria.protocol import Subject
 from obc.criteria.residuals import Cut, Residuals
-from obc.model.batches import samples_in
 from obc.model.evaluation import evaluating
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
@@ -71,6 +71,8 @@ def read_residuals(
         CriterionError: with ``tokens``: layers saw different numbers of positions, so their rows don't belong together.
             With rows of tokens or samples: a layer's positions are no multiple of the batch's samples.
     """
+    if not taps:
+        return {}
     leaf, cut = torch.zeros((), requires_grad=True), Cut(subject.rows == "sample", tokens)
     taps_of_module: dict[nn.Module, list[Residuals]] = {}
     for tap in taps:
@@ -82,7 +84,7 @@ def read_residuals(
         inputs = calls.inputs(module, [*args, *kwargs.values()], output) if part.reading else ""
         if isinstance(inputs, str):
             return None
-        samples = _samples(part.batch, inputs[0].total) if cut.several else 1
+        samples = samples_of(part.batch, inputs[0].total) if cut.several else 1
 
         def read(grad: Tensor) -> None:
             for tap in taps_of_module[module]:
@@ -95,7 +97,7 @@ def read_residuals(
         x = first_tensor(args, kwargs)
         assert x is not None
         # Blocks with experts flatten samples and tokens, also for the layers that every token passes.
-        samples = _samples(part.batch, len(x)) if cut.several and part.reading and x.dim() == 2 else len(x)
+        samples = samples_of(part.batch, len(x)) if cut.several and part.reading and x.dim() == 2 else len(x)
 
         def read(activation: Tensor, grad: Tensor) -> None:
             for tap in taps_of_module[module]:
@@ -120,9 +122,9 @@ def read_residuals(
                 if also is not None:
                     also.begin()
                 run_backward(subject.model, loss, index, batch, subject.rows, subject.micro_batch)
-                rows = {tap: _joined(parts, cut.several) for tap, parts in now.items()}
+                rows = {tap: joined(parts, cut.several) for tap, parts in now.items()}
                 if tokens is not None:
-                    _refuse_unlike(rows)
+                    refuse_unlike(rows)
                 if not all_finite((list(rows.values()), None if also is None else also.now)):
                     batches.leave_out("its rows are not finite")
                     continue
@@ -133,41 +135,4 @@ def read_residuals(
     finally:
         for handle in handles:
             handle.remove()
-    return _by_group(taps, cut.several)
-
-
-def _samples(batch: Any, positions: int) -> int:
-    """The batch's samples, of a layer that gets their positions one sample after another."""
-    samples = samples_in(batch)
-    if samples == 0 or positions % samples:
-        raise CriterionError(
-            f"a layer got {positions} positions of a batch of {samples} samples, so which one is whose is not known; "
-            "pass batches whose first tensor has a row for each sample, or rows='batch'"
-        )
-    return samples
-
-
-def _joined(parts: list[Tensor], several: bool) -> Tensor:
-    """One batch's row of one tap: parts of the batch are added, or concatenated if they are samples."""
-    return torch.cat(parts) if several else torch.stack(parts).sum(0)
-
-
-def _refuse_unlike(rows: dict[Residuals, Tensor]) -> None:
-    counts: dict[int, str] = {}
-    for tap, values in rows.items():
-        counts.setdefault(len(values), tap.consumer.name)
-    if len(counts) > 1:
-        said = " and ".join(f"{name} has {count}" for count, name in counts.items())
-        raise CriterionError(
-            f"rows of tokens need layers that see the same positions, but for one batch {said} rows; leave layers out "
-            "with ignored_layers=, or score samples instead of tokens: rows='sample', criterion='jacobian'"
-        )
-
-
-def _by_group(taps: list[Residuals], several: bool) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for tap in taps:
-        if tap.rows:
-            rows = torch.cat(tap.rows) if several else torch.stack(tap.rows)
-            found[tap.group] = found[tap.group] + rows if tap.group in found else rows
-    return found
+    return by_group(taps, cut.several)

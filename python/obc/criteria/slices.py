@@ -1,7 +1,12 @@
-"""The weight that a slice of a group takes entries from, a layer's or one of all experts, times its gradient."""
+"""The weights that the slices of a group take entries from, layers' or those of all experts.
+
+A whole expert's slices are its row of the router, its gate and up projections, and its down projection. Biases, norms
+and correction biases of routers are no part of a slice's weight.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +14,11 @@ from torch import Tensor, nn
 
 from obc.criteria.units import by_unit, weight_of
 from obc.model.experts import DOWN, GATE_UP, fused_experts, is_transposed
-from obc.model.groups import Slice
-from obc.statistics.results import Statistics
+from obc.model.groups import ChannelGroup, Slice
+from obc.model.rules import Rule, rule_for
+
+# What criteria of these weights score.
+KINDS = "channels, heads, experts"
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +30,8 @@ class SliceWeight:
         weight: the weight, without gradient.
         part: the slice.
         module: the layer, or the mixture.
-        axis: dimension of the slice's channels in a tensor of experts; None for a layer.
+        axis: dimension of the slice's channels in a tensor of experts or a router; None for a layer.
+        matrices: how many matrices of one expert the slice takes channels from: gate and up projections are two.
     """
 
     name: str
@@ -30,6 +39,7 @@ class SliceWeight:
     part: Slice
     module: nn.Module
     axis: int | None = None
+    matrices: int = 1
 
     def by_unit(self, tensor: Tensor) -> Tensor:
         """(units, entries) the part of ``tensor``, shaped like the weight, that goes with each unit."""
@@ -37,51 +47,79 @@ class SliceWeight:
             return by_unit(self.module, tensor, self.part)
         return tensor.movedim(self.axis, 0)[self.part.channels.to(tensor.device)].flatten(1)
 
+    def of_matrices(self, value: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """:meth:`by_unit` of ``value``, a function of matrices that returns one, applied to each matrix on its own.
 
-def slice_weight(part: Slice, model: nn.Module) -> SliceWeight | None:
-    """The slice's weight; None for slices of norms, routers, whole experts and other tensors."""
+        A layer's weight is one matrix. In a tensor of experts each gate, up and down projection is one, (units,
+        entries); a down projection is transposed.
+        """
+        if self.axis is None:
+            return self.by_unit(value(*tensors))
+        found = []
+        for places in self.part.channels.chunk(self.matrices, 1):
+            rows = [tensor.movedim(self.axis, 0)[places.flatten().to(tensor.device)] for tensor in tensors]
+            for expert in range(rows[0].shape[1]):
+                found.append(value(*(one[:, expert] for one in rows)).unflatten(0, tuple(places.shape)).flatten(1))
+        return torch.cat(found, 1)
+
+
+def slice_weights(group: ChannelGroup, model: nn.Module) -> list[SliceWeight]:
+    """The weights of the group's slices; none if a tensor of experts is among them that is not understood."""
     modules = dict(model.named_modules())
+    found: list[SliceWeight] = []
+    for part in group.slices:
+        own = _weights_of(part, modules, group.kind)
+        if own is None:
+            return []
+        found += own
+    return found
+
+
+def _weights_of(part: Slice, modules: dict[str, nn.Module], kind: str) -> list[SliceWeight] | None:
+    """The weights of one slice, empty for norms and other tensors; None for experts that are not understood."""
     module = modules.get(part.module)
+    owner, _, key = part.module.rpartition(".")
     if module is not None and (weight := weight_of(module)) is not None:
-        return SliceWeight(part.module, weight, part, module)
+        return [SliceWeight(part.module, weight, part, module)]
+    if module is None and owner in modules:
+        return _of_tensor(part, modules[owner], key, part.channels.shape[1] if kind == "expert_ffn" else 1)
     if module is None:
-        owner, _, key = part.module.rpartition(".")
-        module = modules.get(owner)
-        if key != GATE_UP or part.side != "out" or module is None:
-            return None
-        name = part.module
-    else:
-        key, name = DOWN, f"{part.module}.{DOWN}"
+        return []
+    if fused_experts(module) is not None:
+        keys = [DOWN] if part.side == "in" else [GATE_UP, DOWN]
+        return [_fused(f"{part.module}.{one}", part, module, one, whole=part.side == "out") for one in keys]
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return []
+    if _holds_experts(module):  # JetMoE: a whole expert's weights are in two modules, of which the slice names one
+        return [SliceWeight(part.module, weight.detach(), part, module, axis=2)] if part.side == "in" else None
+    if kind == "experts" and weight.dim() == 2:
+        return [SliceWeight(part.module, weight.detach(), part, module, axis=0)]
+    return []
+
+
+def _of_tensor(part: Slice, owner: nn.Module, key: str, matrices: int) -> list[SliceWeight]:
+    """The weight of a slice that names a tensor: gate and up projections, or JetMoE's first weight."""
+    tensor = owner._parameters.get(key)
+    if tensor is None or tensor.dim() != 3 or part.side != "out":
+        return []
+    if key == GATE_UP and fused_experts(owner) is not None:
+        return [_fused(part.module, part, owner, key, matrices=matrices)]
+    if key == "weight" and _holds_experts(owner):
+        name = part.module.rpartition(".")[0]
+        return [SliceWeight(name, tensor.detach(), part, owner, axis=1, matrices=matrices)]
+    return []
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether its own weight is (experts, outputs, inputs), as in JetMoE."""
+    rule = rule_for(module)
+    return isinstance(rule, Rule) and rule.kind == "weight" and getattr(module, rule.weight).dim() == 3
+
+
+def _fused(name: str, part: Slice, module: nn.Module, key: str, whole: bool = False, matrices: int = 1) -> SliceWeight:
     experts = fused_experts(module)
-    if experts is None or (key == DOWN and part.side != "in"):
-        return None
+    assert experts is not None
     gate_up, down = (weight.detach() for weight in experts)
-    last = is_transposed(gate_up, down) == (key == GATE_UP)
-    return SliceWeight(name, gate_up if key == GATE_UP else down, part, module, axis=2 if last else 1)
-
-
-@dataclass(frozen=True, eq=False)
-class Products:
-    """Weight times gradient over one slice, (units, entries) float64 on the CPU.
-
-    Attributes:
-        first: w g.
-        second: w^2 sum g_n^2; zero if squares were not collected.
-        count: how many gradients were added up.
-    """
-
-    first: Tensor
-    second: Tensor
-    count: int
-
-
-def products(part: Slice, statistics: Statistics, model: nn.Module) -> Products | None:
-    """The products of one slice; None for slices without a gradient."""
-    found = slice_weight(part, model)
-    if found is None or found.name not in statistics.weight_gradients:
-        return None
-    sums, weight = statistics.weight_gradients[found.name], found.weight
-    first = found.by_unit(weight * sums.total).double().cpu()
-    if sums.square is None:
-        return Products(first, torch.zeros_like(first), sums.count)
-    return Products(first, found.by_unit(weight.square() * sums.square).double().cpu(), sums.count)
+    inner = 2 if is_transposed(gate_up, down) == (key == GATE_UP) else 1
+    return SliceWeight(name, gate_up if key == GATE_UP else down, part, module, 0 if whole else inner, matrices)

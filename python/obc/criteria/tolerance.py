@@ -12,7 +12,7 @@ from obc.criteria.magnitude import Magnitude
 from obc.criteria.masked import Evaluation, Masks
 from obc.criteria.protocol import About, CriterionError, GroupScores, LossFn, MeasuredCriterion, Subject
 from obc.criteria.scoring import group_scores
-from obc.criteria.slices import slice_weight
+from obc.criteria.slices import slice_weights
 from obc.model.groups import ChannelGroup
 from obc.structures.masking import unmaskable
 
@@ -102,7 +102,6 @@ class Tolerance(MeasuredCriterion):
             return sorted(groups, key=lambda group: places.get(group.name, len(places)))
 
         def weights(group: ChannelGroup) -> int:
-            found = [slice_weight(part, subject.model) for part in group.slices]
-            return sum(one.by_unit(one.weight).numel() for one in found if one is not None)
+            return sum(one.by_unit(one.weight).numel() for one in slice_weights(group, subject.model))
 
         return sorted(groups, key=weights, reverse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,11 @@ def consumers_of(group: ChannelGroup, model: nn.Module) -> Iterator[Consumer]:
                 yield Consumer(part.module, module, part.channels.cpu(), columns)
 
 
+def have_consumers(groups: Sequence[ChannelGroup], model: nn.Module) -> bool:
+    """Whether any of the groups has a consumer, as whole experts and blocks have none."""
+    return any(True for group in groups for _ in consumers_of(group, model))
+
+
 def by_channel(module: nn.Module, tensor: Tensor, side: str) -> Tensor:
     """(channels, entries) of a tensor shaped like the layer's weight, by the channels of one side."""
     layout = layout_of(module)
@@ -91,9 +96,9 @@ def by_unit(module: nn.Module, tensor: Tensor, part: Slice) -> Tensor:
     return by_channel(module, tensor, part.side)[part.channels.to(tensor.device)].flatten(1)
 
 
-def mean_over_slices(group: ChannelGroup, value: Callable[[Slice], Tensor | None]) -> Tensor | None:
-    """The mean of the (units,) values of those slices of the group that have some."""
-    parts = [values.double().cpu() for part in group.slices if (values := value(part)) is not None]
+def mean_over(values: Iterable[Tensor]) -> Tensor | None:
+    """The mean of (units,) values; None if there are none."""
+    parts = [one.double().cpu() for one in values]
     return torch.stack(parts).mean(0) if parts else None
 
 

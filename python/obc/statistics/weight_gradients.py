@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.experts import DOWN, GATE_UP, fused_experts
+from obc.model.groups import Slice
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
+from obc.model.rules import Rule, rule_for
 from obc.scoring.coverage import Coverage
 from obc.statistics.part import Part
 from obc.statistics.reader import Groups, Handle, Reader
@@ -66,7 +68,7 @@ class _Reader(Reader):
         super().__init__(sums, part)
         self._square = square
         parts = [part for group in groups or () for part in group.slices]
-        wanted = {part.module for part in parts} | {f"{part.module}.{DOWN}" for part in parts if part.side == "in"}
+        wanted = {name for part in parts for name in _names(part)}
         self.weights = {name: weight for name, weight in _weights(model) if groups is None or name in wanted}
         self.coverage = dict.fromkeys(self.weights, Coverage("weight gradient"))
         self._of_batch: dict[str, Tensor] = {}
@@ -111,8 +113,15 @@ class _Reader(Reader):
         return sum(copies * weight.numel() for weight in self.weights.values())
 
 
+def _names(part: Slice) -> list[str]:
+    """The names under which a slice's weights may be read."""
+    owner, _, key = part.module.rpartition(".")
+    own = [part.module, f"{part.module}.{DOWN}", *([owner] if key == "weight" else [])]
+    return [*own, f"{part.module}.{GATE_UP}"] if part.side == "out" else own
+
+
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name of the layer, or of the tensor of all experts; weight) of all floating-point weights with two sides."""
+    """(name of the layer, router or tensor of all experts; weight) of all floating-point weights with two sides."""
     for name, module in named_modules(model):
         if (weight := floating_weight(module)) is not None:
             yield name, weight
@@ -121,6 +130,18 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                 tensor = module._parameters[key]
                 if tensor is not None and tensor.is_floating_point():
                     yield f"{name}.{key}", tensor
+        elif (weight := _own_matrix(module)) is not None:
+            yield name, weight
+
+
+def _own_matrix(module: nn.Module) -> nn.Parameter | None:
+    """The weight of a router that multiplies by a weight of its own, or of JetMoE's experts."""
+    weight = module._parameters.get("weight")
+    if weight is None or weight.dim() not in (2, 3) or not weight.is_floating_point():
+        return None
+    rule = rule_for(module)
+    elementwise = isinstance(rule, Rule) and rule.elementwise
+    return None if elementwise or isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else weight
 
 
 class _Restoration:
