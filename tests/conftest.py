@@ -11,7 +11,7 @@ from hypothesis import settings
 
 import obc
 
-# The same examples in every run: a red test is red for everyone. A loaded machine is no failure, so no deadline.
+# The same examples in every run, so that a failure is reproducible. No deadline, because a loaded machine is slow.
 settings.register_profile("obc", derandomize=True, deadline=None, max_examples=200, database=None)
 settings.load_profile("obc")
 

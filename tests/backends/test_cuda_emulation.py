@@ -167,7 +167,7 @@ def test_rows_that_begin_at_no_vector_are_read_in_vectors(
     if positions > 256:  # fewer are read by tiles
         count = loads(library, lambda: ops.channel_dot(activation, grad, 1, True))
         assert count >= 2 * shape[0] * shape[1] * (positions // items - 1)
-        # Summed over the samples too, each sample's map is a run of its own.
+        # If the sum is over samples too, each sample's map is a separate contiguous run.
         if positions >= 2 * items * items:
             count = loads(library, lambda: ops.channel_dot(activation, grad, 1))
             assert count >= 2 * shape[0] * shape[1] * (positions // items - 1)

@@ -164,7 +164,7 @@ def test_replays_from_a_graph(name: str) -> None:
         call.renew()
         graph.replay()
         assert_same(result, expected(call))
-    # What ran outside the graph meanwhile is not what the graph left behind.
+    # A call outside the graph must not be affected by what the replay left behind.
     assert_same(call(), expected(call))
 
 

@@ -16,7 +16,7 @@ from obc.commands.report import score_page
 
 PHONE, DESKTOP = (390, 844), (1280, 900)
 PAGES = {"pruning": lambda: report().html(), "scores": lambda: score_page(scores(), QUOTED)}
-# Debian's Chromium looks for updates and hosts of its own otherwise; root has no sandbox.
+# Without these Debian's Chromium connects to its update servers, and refuses to run as root.
 OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 

@@ -15,8 +15,8 @@ from obc import criteria
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
-# Model -> the kind that it is of. What is traced is what Torch-Pruning finds; of the small ViT that is one group, so
-# that it does not stand for its kind.
+# Model -> its kind. In traced models the groups are those that Torch-Pruning finds. It finds only one in the small ViT,
+# which therefore does not represent its kind.
 KIND_OF = {
     "chain": "CNN",
     "flatten": "CNN",

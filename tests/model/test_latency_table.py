@@ -140,7 +140,7 @@ def test_costs_after_a_step_go_on_from_there() -> None:
     whole, later = (TABLE.costs([group("conv1", size), group("conv2", 2)]) for size in (8, 5))
     assert later.total() == whole.total() - whole.freed({"conv1": 3})
     assert later.freed({"conv1": 1}) == pytest.approx(0.5)
-    # A group without units is no group any more: of the others, what they took by themselves.
+    # A group without units is gone, so the other one costs what it takes on its own.
     assert TABLE.costs([group("conv2", 2)]).total() == 3.5
 
 

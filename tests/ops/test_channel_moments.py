@@ -60,7 +60,7 @@ def check(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> None:
     actual = ops.channel_moments(x, channel_dim, mask)
     exact = truth_of(x), channel_dim, None if mask is None else mask.cpu()
     truths = reference.channel_moments(*exact)
-    # Rounding grows with the sum of |x|; a square has twice the relative error of what is squared.
+    # Rounding errors grow with the sum of |x|; squaring doubles the relative error.
     magnitudes = (truths[2], truths[1], truths[2], 2 * truths[3])
     for moment, truth, magnitude in zip(actual, truths, magnitudes, strict=True):
         assert_sum_close(moment, truth, magnitude, x.numel() // max(1, len(truth)), x.dtype)

@@ -19,7 +19,8 @@ import obc
 from obc.structures.transformers import TransformersStructure
 
 LAYERS = (16, 48)
-# Of three times as many layers; what is done once lowers it, a loop within a loop brings it towards 9.
+# The most that three times as many layers may multiply the calls by. Work that is done once lowers the factor, nested
+# loops over the layers raise it towards 9.
 MOST = 3.3
 
 
@@ -81,6 +82,6 @@ JOBS: dict[str, tuple[Callable[[int], nn.Module], Callable[[Any], object]]] = {
 def test_calls_grow_with_the_layers(name: str) -> None:
     build, job = JOBS[name]
     few, many = (build(layers) for layers in LAYERS)
-    calls(lambda: job(few))  # what is imported, or found once in a process
+    calls(lambda: job(few))  # imports, and what a process does only once
     fewer, more = calls(lambda: job(few)), calls(lambda: job(many))
     assert more <= MOST * fewer

@@ -126,7 +126,7 @@ def test_the_command_line_starts_without_heavy_packages() -> None:
 
 
 ROOT = Path(__file__).parents[2]
-# The package stands elsewhere when it is installed; the others stand in the repository alone.
+# The package may be installed elsewhere; the other sources exist only in the repository.
 SOURCES = [
     *FILES.values(),
     *(path for folder in ("obc_kernels", "benchmarks") for path in (ROOT / folder).rglob("*.py")),

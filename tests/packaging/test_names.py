@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = [PACKAGE, *(ROOT / name for name in ("obc_kernels", "benchmarks", "examples", "tests"))]
 FILES = sorted(path for folder in FOLDERS for path in folder.rglob("*.py"))
 
-# ``before``, ``after``, ``out`` and the like stand by themselves; these say nothing without the noun that follows them.
+# ``before``, ``after`` and ``out`` make sense alone; these need the noun that follows them.
 PREPOSITIONS = {"of", "at", "around", "behind", "beside", "through"}
 PUBLISHED = {"of_medians"}  # a field of the result files in benchmarks/results
 

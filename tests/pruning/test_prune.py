@@ -193,7 +193,7 @@ def by_torch_pruning(
     return plan, shares
 
 
-SIDE = 16  # of the full-sized networks' images, half of CIFAR's: their widths are what is compared
+SIDE = 16  # pixels of the full-sized networks' images, half of CIFAR's; only widths are compared
 
 
 @pytest.mark.parametrize(

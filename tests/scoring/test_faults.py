@@ -88,7 +88,9 @@ def test_a_fault_leaves_the_model_as_it_was_and_scorable(
 ) -> None:
     case = models.residual_cnn()
     expected = obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows)
-    fault = Fault(error, calls, lasting=True)  # what fails once, on one sample, is tried again on the whole first batch
+    fault = Fault(
+        error, calls, lasting=True
+    )  # a failure on one sample is followed by a second try on the whole first batch
     handles = place(case, fault)
     snapshot = Snapshot(unusual(case.model))
     with pytest.raises(error, match="injected"):
@@ -232,7 +234,7 @@ def test_memory_that_runs_out_anywhere(rows: str) -> None:
 
 
 def _run_out_of_memory(process: int, rows: str) -> None:
-    # Or malloc keeps as much of what is freed as makes the later runs succeed, on some days.
+    # Otherwise malloc sometimes keeps enough freed memory for the later runs to succeed.
     assert ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**20)
     case = large_case()
     expected = obc.score(case.model, case.batches, case.loss_fn(rows), rows=rows)

@@ -21,9 +21,9 @@ import obc
 from obc.demo.measure import peak_bytes
 from obc.scoring import MemoryEstimate, memory_estimate
 
-# How much more than the estimate a run may take by the allocator's own record. Matrix products allocate nothing that
-# the estimate does not see; oneDNN's convolutions reorder their operands in memory of their own, which it can't see: up
-# to a fifth of the small model's activations here.
+# By how much a run may exceed the estimate, according to the allocator. The estimate sees everything that matrix
+# products allocate, but not the buffers in which oneDNN's convolutions reorder their operands: up to a fifth of the
+# small model's activations here.
 UNSEEN = {"deep": 0.25, "llama": 0.01}
 
 

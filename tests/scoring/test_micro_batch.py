@@ -18,7 +18,7 @@ from obc.model.batches import part_of, samples_in
 
 pytestmark = pytest.mark.usefixtures("gates")
 
-# Parts and whole differ by the order of float32 sums alone.
+# Parts and the whole batch differ only by the order of float32 sums.
 TOLERANCE = 1e-5
 
 

@@ -78,7 +78,7 @@ def test_rows_of_single_samples_are_right(kind: str, rows: str) -> None:
         return model(batch).square().sum((1, 2))
 
     scores = obc.score(model, batches, loss_fn if rows == "batch" else losses, rows=rows)
-    # Before an InstanceNorm a convolution scores zero: what is left is rounding of the others' size.
+    # A convolution before an InstanceNorm scores zero, up to rounding relative to the other layers' scores.
     noise = 1e-6 * max(float(values.max()) for values in expected.values())
     for name, values in expected.items():
         torch.testing.assert_close(scores[name].out_channels.double(), values, rtol=1e-4, atol=noise)

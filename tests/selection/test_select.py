@@ -16,7 +16,7 @@ import obc
 from obc.selection import BudgetError, Costs
 from obc.selection.interactions import FORMS
 
-# Small cases have few rows and narrow groups; the warnings that say so have tests of their own.
+# Small cases have few rows and narrow groups; other tests check the warnings about this.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fewer than a tenth:UserWarning",
     "ignore:.* rows are fewer:UserWarning",

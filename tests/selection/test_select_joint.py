@@ -15,7 +15,7 @@ from obc.selection.greedy import Greedy
 from obc.selection.interactions import BlockedGram, FullGram, RowsOnly, Standing, choose_form, products_within
 from obc.selection.shrinkage import estimated_shrinkage
 
-# Small cases have few rows and narrow groups; the warnings that say so have tests of their own.
+# Small cases have few rows and narrow groups; other tests check the warnings about this.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fewer than a tenth:UserWarning",
     "ignore:.* rows are fewer:UserWarning",

@@ -56,7 +56,7 @@ def test_convolutions(build: Callable[[], nn.Module]) -> None:
     assert {name: max(widths) for name, widths in table.seconds.items()} == {
         group.name: group.size for group in structure.groups
     }
-    # A layer by itself has the microsecond of a call too, which the model as a whole has once.
+    # Every layer timed alone includes the overhead of a call, which the whole model has only once.
     overhead = 20 * A_CALL
     assert table.costs(structure.groups).total() == pytest.approx(counted_seconds(lambda: model(x), None), abs=overhead)
     structure.remove({group.name: torch.arange(group.size // 2) for group in structure.groups})

@@ -129,7 +129,7 @@ class Net:
     build: Callable[[], nn.Module]
     shape: tuple[int, ...]
     options: dict[str, Any] = field(default_factory=dict)
-    silencing: bool = True  # norms over the channels of a group see what is missing
+    silencing: bool = True  # False for norms over the channels of a group: masked channels change their statistics
 
     def model(self) -> nn.Module:
         torch.manual_seed(0)

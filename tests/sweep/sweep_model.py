@@ -190,7 +190,7 @@ def masked(model: Any, structure: Any, units: dict[str, Tensor]) -> list[str]:
     beyond = []
     for name, gone in units.items():
         consumers = [part for part in groups[name].slices if part.side == "in"]
-        # Experts that are fused into one parameter have no input of their own to hook; norms need other statistics.
+        # Experts that are fused into one parameter have no separate input to hook; norms need other statistics.
         layers = [layout_of(modules[part.module]) if part.module in modules else None for part in consumers]
         norms = [part for part in groups[name].slices if part.module in modules and not layout_of(modules[part.module])]
         if not consumers or None in layers or norms:

@@ -51,7 +51,7 @@ def test_a_model_type_is_pruned_exactly_and_as_the_table_says(task: str, model_t
     assert not found.built
     assert not found.wrong
     committed, _ = rows().get((task, model_type), (Counter(), ""))
-    assert not committed - Counter(found.kinds)  # no group of the table is missing; more are no fault
+    assert not committed - Counter(found.kinds)  # no group of the table is missing; additional groups are accepted
 
 
 def test_the_table_has_every_model_type_and_nothing_that_is_wrong() -> None:

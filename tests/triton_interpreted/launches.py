@@ -129,7 +129,7 @@ def test_weight_dot_list_reuses_its_worklist_for_the_same_memory(monkeypatch: py
 
 @pytest.mark.parametrize("channels", [64, 65, 200])
 def test_end_row_adds_groups_that_span_tiles(channels: int) -> None:
-    # A group of one, one that fills whole tiles of 64, one that ends within a tile, empty ones, one at the end.
+    # A group of one channel, one that fills tiles of 64, one that ends within a tile, empty groups, and one at the end.
     groups = torch.tensor([0] + [2] * (channels - 9) + [3] * 4 + [6] * 4)
     row = torch.randn(channels, dtype=torch.float64)
     scores = torch.rand(8, dtype=torch.float64)

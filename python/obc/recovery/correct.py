@@ -117,8 +117,7 @@ class CorrectRun:
             raise
 
     def _put_back(self) -> None:
-        for module, state in zip(self._changed(), self.before, strict=True):
-            module.load_state_dict(state)
+        _load(self._changed(), self.before)
 
     def _run(self, bar: Any) -> CompensationReport:
         bar.total = len(self.layers)
@@ -244,8 +243,7 @@ class CorrectRun:
         if self._distance(here, after) < before:
             self.report.norms_recalibrated = True
             return
-        for norm, state in zip(norms, states, strict=True):
-            norm.load_state_dict(state)
+        _load(norms, states)
 
     def _distance(self, here: _Place, after: list[Tensor]) -> float:
         total = 0.0
@@ -310,11 +308,15 @@ class CorrectRun:
             if (error := self._error()) < report.final_error:
                 report.final_error, report.norms_recalibrated = error, True
             else:
-                for norm, state in zip(outside, states, strict=True):
-                    norm.load_state_dict(state)
+                _load(outside, states)
         if not report.final_error < report.naive_error:
             self._put_back()
             report.leave_naive()
+
+
+def _load(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]]) -> None:
+    for module, state in zip(modules, states, strict=True):
+        module.load_state_dict(state)
 
 
 def _call(streams: Sequence[ChainBatch], module: nn.Module, place: int, index: int) -> Any:
