@@ -7,6 +7,9 @@ backgrounds, tuxpaint's templates, and what GCompris shows in activities that te
 
 Test: 230 photographs of animals, buildings, tools and household things from GCompris, an educational program, and the
 20 of ImageNet that foolbox carries. Each comes once before any comes again.
+
+Development, to choose among methods without the test photographs: every third cut-out and every third calibration
+photograph is kept apart; the others calibrate.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +46,8 @@ TEMPLATES = Path("/usr/share/tuxpaint/templates")
 _WEBP = re.compile(rb"RIFF....WEBP", re.DOTALL)
 _SMALLEST_PHOTOGRAPH = 200  # pixels of the shorter side; smaller ones are icons
 STAMPS = Path("/usr/share/tuxpaint/stamps")
+Part = Literal["all", "rest", "development"]
+_DEVELOPMENT = 3  # one cut-out and one photograph in so many is kept for development
 _BACKGROUNDS = ("sklearn/china.jpg", "sklearn/flower.jpg", "skimage/coffee.png", "skimage/astronaut.png")
 _BACKGROUNDS += ("skimage/motorcycle_left.png", "skimage/camera.png", "skimage/coins.png", "skimage/chelsea.png")
 _BACKGROUNDS += ("skimage/rocket.jpg", "matplotlib/grace_hopper.jpg", "skimage/clock_motion.png", "skimage/ihc.png")
@@ -52,9 +57,10 @@ _DRAWN = ("cartoon", "symbols", "flags", "roadsigns", "seasonal", "_mirror")
 # A crop's share of the shorter side, at least; a stamp's longer side in crops.
 _SMALLEST_BACKGROUND, _SMALLEST_TEST = 0.3, 0.6
 _STAMP_SIZES = (0.55, 1.05)
+_Source = TypeVar("_Source")
 
 
-def calibration_batches(batches: int, size: int, seed: int, crops: bool = False) -> list[Tensor]:
+def calibration_batches(batches: int, size: int, seed: int, crops: bool = False, part: Part = "all") -> list[Tensor]:
     """Batches of (size, 3, 224, 224) normalised images; a stamp comes again once all others had their turn.
 
     Args:
@@ -62,6 +68,7 @@ def calibration_batches(batches: int, size: int, seed: int, crops: bool = False)
         size: images in each.
         seed: of what is drawn.
         crops: every second image is a crop of a photograph instead.
+        part: which cut-outs and photographs: all, those kept for development, or the rest.
 
     Raises:
         ImportError: a package is not installed; says how to get it.
@@ -70,24 +77,40 @@ def calibration_batches(batches: int, size: int, seed: int, crops: bool = False)
     stamps = [path for path in sorted(STAMPS.rglob("*.png")) if not any(word in str(path) for word in _DRAWN)]
     if not stamps:
         raise FileNotFoundError(f"{STAMPS} has no stamps; get them with: apt-get install tuxpaint-stamps-default")
+    stamps = of_part(stamps, part)
     drawing = random.Random(seed)
     drawing.shuffle(stamps)
-    backgrounds = [_background(name) for name in _BACKGROUNDS]
+    backgrounds = [_background(name) for name in of_part(_BACKGROUNDS, part)]
     images = [
         _pasted(
             _crop(backgrounds[place % len(backgrounds)], _SMALLEST_BACKGROUND, drawing),
-            stamps[place % len(stamps)],
+            _in_turn(stamps, place),
             drawing,
         )
         for place in range(batches * size)
     ]
     if crops:
-        photographs = [*backgrounds, *map(_opened, _calibration_sources())]
+        photographs = [*backgrounds, *map(_opened, of_part(_calibration_sources(), part))]
         drawing.shuffle(photographs)
         images[1::2] = [
             _crop(photographs[place % len(photographs)], _SMALLEST_TEST, drawing) for place in range(len(images[1::2]))
         ]
     return list(torch.stack(images).sub(MEAN).div(DEVIATION).split(size))
+
+
+def _in_turn(sources: Sequence[_Source], place: int) -> _Source:
+    """The source whose turn it is; of an even number each lap begins one later, so that every second place has all."""
+    lap = 0 if len(sources) % 2 else place // len(sources)
+    return sources[(place + lap) % len(sources)]
+
+
+def of_part(sources: Sequence[_Source], part: Part) -> list[_Source]:
+    """Those of ``sources`` that belong to the part."""
+    return [
+        source
+        for place, source in enumerate(sources)
+        if part == "all" or (part == "development") == (place % _DEVELOPMENT == 0)
+    ]
 
 
 def _calibration_sources() -> list[Path | bytes]:

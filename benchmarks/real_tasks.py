@@ -158,10 +158,18 @@ def minilm(draw: int, calibration: int, test: int, length: int) -> Task:
 # --- the image classifier ------------------------------------------------------------------------------------------
 
 
-def efficientnet(draw: int, calibration: int, test: int, length: int, crops: bool = False) -> Task:
+def efficientnet(
+    draw: int, calibration: int, test: int, length: int, crops: bool = False, development: bool = False
+) -> Task:
     """Crops of photographs, zero where the class agrees with the unpruned model's; no length is used.
 
-    ``crops``: every second calibration image is a crop of a photograph too.
+    Args:
+        draw: seed of the images.
+        calibration: batches.
+        test: batches.
+        length: not used.
+        crops: every second calibration image is a crop of a photograph too.
+        development: the test images are made like the calibration images, of cut-outs and photographs kept apart.
     """
     from benchmarks import efficientnet_lite, photographs
 
@@ -170,8 +178,10 @@ def efficientnet(draw: int, calibration: int, test: int, length: int, crops: boo
     batches = [
         [batch.contiguous(memory_format=torch.channels_last) for batch in found]
         for found in (
-            photographs.calibration_batches(calibration, _CROPS, draw, crops),
-            photographs.test_batches(test, _CROPS, draw),
+            photographs.calibration_batches(calibration, _CROPS, draw, crops, "rest" if development else "all"),
+            photographs.calibration_batches(test, _CROPS, draw, crops, "development")
+            if development
+            else photographs.test_batches(test, _CROPS, draw),
         )
     ]
     with torch.no_grad():
@@ -207,5 +217,6 @@ TASKS: dict[str, Callable[[int, int, int, int], Task]] = {
     "minilm": minilm,
     "efficientnet": efficientnet,
     "efficientnet-crops": partial(efficientnet, crops=True),
+    "efficientnet-development": partial(efficientnet, crops=True, development=True),
     "tiny": tiny,
 }

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_real, bench_real_costs, real_sources, real_table, real_tasks
-from benchmarks.efficientnet_lite import EfficientNetLite0
+from benchmarks import bench_real, bench_real_costs, photographs, real_sources, real_table, real_tasks
+from benchmarks.efficientnet_lite import DEVIATION, MEAN, EfficientNetLite0
 
 SIZES = {"calibration": 6, "test": 3, "length": 12}
 ARGUMENTS = ["--model", "tiny", "--draws", "0", "--shares", "0.25", "--threads", "1"]
@@ -167,6 +167,33 @@ def test_efficientnet_lite0_has_the_published_size_and_pads_as_tensorflow_does()
     with torch.no_grad():
         padded = torch.nn.functional.conv2d(torch.nn.functional.pad(x, (0, 1, 0, 1)), conv.weight, stride=2)
         torch.testing.assert_close(conv(x), padded)
+
+
+def test_development_images_and_the_rest_share_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every source has a colour of its own, so that an image tells what it was made of."""
+    image = pytest.importorskip("PIL.Image")
+    stamps = [tmp_path / f"{place}.png" for place in range(7)]
+    for place, stamp in enumerate(stamps):
+        image.new("RGBA", (40, 40), (place, 100, 0, 255)).save(stamp)
+    colours = {name: torch.full((3, 300, 300), 20 + place) for place, name in enumerate(photographs._BACKGROUNDS)}
+    templates = [tmp_path / f"{place}.jpg" for place in range(5)]
+    monkeypatch.setattr(photographs, "STAMPS", tmp_path)
+    monkeypatch.setattr(photographs, "_background", colours.__getitem__)
+    monkeypatch.setattr(photographs, "_calibration_sources", lambda: templates)
+    monkeypatch.setattr(photographs, "_opened", lambda path: torch.full((3, 300, 300), 200 + int(path.stem)))
+
+    def seen(part: photographs.Part) -> tuple[set[int], set[int]]:
+        """The numbers of the cut-outs, and of the photographs that were cropped."""
+        images = torch.cat(photographs.calibration_batches(4, 12, seed=0, crops=True, part=part))
+        red = (images[:, 0] * DEVIATION + MEAN).round().int()
+        pasted = {int(value) for image in red[::2] for value in image.unique() if value < 7}
+        return pasted, {int(image[0, 0]) for image in red[1::2]}
+
+    cut_outs, cropped = zip(*map(seen, ("all", "rest", "development")), strict=True)
+    assert cut_outs == ({*range(7)}, {1, 2, 4, 5}, {0, 3, 6})
+    assert cropped[0] == {*range(20, 32), *range(200, 205)}
+    assert cropped[2] == {20, 23, 26, 29, 200, 203}
+    assert cropped[1] == cropped[0] - cropped[2]
 
 
 def test_costs_are_printed_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
