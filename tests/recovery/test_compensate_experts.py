@@ -57,6 +57,12 @@ def gpt_oss() -> Any:
     return transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, **experts, head_dim=8, swiglu_limit=LIMIT))
 
 
+def jetmoe() -> Any:
+    """Each projection of all experts is a module."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 2 * HALF}
+    return transformers.JetMoeForCausalLM(transformers.JetMoeConfig(**SIZES, **experts, kv_channels=8))
+
+
 FAMILIES = {"mixtral": mixtral, "qwen2-moe": qwen2_moe, "deepseek-v3": deepseek_v3, "gpt-oss": gpt_oss}
 
 
@@ -291,3 +297,13 @@ def test_experts_that_are_not_understood_stay_naive_and_are_named(mode: str, why
         report = compensate(model, original, plan, text(5), logits, mode=mode, progress=False)
     assert report.sliced_experts == ["model.layers.0.mlp.experts", "model.layers.1.mlp.experts"]
     assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_experts_in_modules_of_their_projections_stay_naive_and_are_named() -> None:
+    torch.manual_seed(0)
+    original = jetmoe().double().eval()
+    model, plan = without_half(original)
+    names = [f"model.layers.{layer}.mlp.output_linear" for layer in range(2)]
+    with pytest.warns(UserWarning, match=r"fused experts are not compensated: model\.layers\.0\.mlp\.output_linear"):
+        report = compensate(model, original, plan, text(5), logits, mode="ls", progress=False)
+    assert report.sliced_experts == names

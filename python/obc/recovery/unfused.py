@@ -19,6 +19,7 @@ from obc.model.experts import DOWN, fused_experts, is_transposed, projection
 from obc.model.kept import Kept
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
+from obc.model.rules import Rule, rule_for
 from obc.recovery.processes import Processes
 from obc.recovery.stream_points import Routing
 from obc.statistics.routed import RoutedCalls, expert_name, mixed, routed_input
@@ -87,15 +88,22 @@ def unfused(
 
 
 def sliced_experts(pruned_model: nn.Module, original_model: nn.Module) -> list[str]:
-    """Fused experts whose down projections lost inputs."""
+    """Modules that hold the down projections of all experts in one tensor, which lost inputs."""
     found = []
     for name, module in named_modules(pruned_model):
-        if (experts := fused_experts(module)) is None:
-            continue
-        whole = fused_experts(original_model.get_submodule(name))
-        if whole is not None and experts[1].shape[1:] != whole[1].shape[1:]:
+        width = _inner_width(module)
+        if width is not None and width != _inner_width(original_model.get_submodule(name)):
             found.append(name)
     return found
+
+
+def _inner_width(module: nn.Module) -> int | None:
+    """Inputs of the down projections of fused experts; of all experts' projections in JetMoE's modules."""
+    rule = rule_for(module)
+    if not isinstance(rule, Rule) or rule.kind != "weight" or rule.in_axis is None:
+        return None
+    weight: Tensor = getattr(module, rule.weight)
+    return weight.shape[rule.in_axis] if weight.dim() == 3 else None
 
 
 def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: ForwardFn) -> set[str]:
@@ -113,7 +121,7 @@ def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: Fo
     handles = []
     for name in names:
         module = original.get_submodule(name)
-        if "forward" not in vars(module):  # another library's wrapper stays
+        if fused_experts(module) is not None and "forward" not in vars(module):  # another library's wrapper stays
             handles.append(module.register_forward_hook(hook(name)))
     try:
         forward(original, batch)
