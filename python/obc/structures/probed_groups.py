@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import is_depthwise, layout_of
 from obc.structures.probing import NOTHING, SEVERAL, Probe, Run, probe
-from obc.structures.proof import Proof, prove, varied_copy
+from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Provable
 from obc.structures.traced_groups import Found, GroupFinder
 from obc.structures.traced_units import Members, Units
 from obc.structures.units import NotPrunableError
+from obc.structures.varied import varied_copy
 
 # Up to this many producers of one group are also probed one by one, which takes as many passes each as all together.
 _MOST_PRODUCERS = 16

@@ -27,13 +27,14 @@ from obc.structures.masking import lost_channels
 from obc.structures.measure import costs_of, measure, memory_of
 from obc.structures.memory import MemoryUse
 from obc.structures.probed_groups import recover
-from obc.structures.proof import Proof, Run, prove, varied_inputs
+from obc.structures.proof import Proof, Run, prove
 from obc.structures.protocol import Limits, Unit
 from obc.structures.reaching import runs_reaching, unchanged_buffers
 from obc.structures.removal import followed, refuse_untied, size_of, step_of
 from obc.structures.traced_bounds import bound_searches
 from obc.structures.traced_groups import GroupFinder, Settings
 from obc.structures.units import checked_units, layer_name, renumbered_group, without_units
+from obc.structures.varied import varied_inputs
 
 try:
     import torch_pruning as tp

@@ -17,7 +17,7 @@ from obc.model.groups import DEPTH_KINDS, ChannelGroup
 from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
 from obc.structures.memory import MemoryUse
-from obc.structures.proof import Proof, prove, varied_inputs
+from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Limits, Unit
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
@@ -31,6 +31,7 @@ from obc.structures.transformers.uncovered import uncovered
 from obc.structures.transformers.weights import BlockWeights, lies_in
 from obc.structures.transformers.widths import Expressible, equal_widths, expressible_widths
 from obc.structures.units import checked_units, layer_name
+from obc.structures.varied import varied_inputs
 
 # torch's grouped products want rows that begin at multiples of this many bytes.
 _GROUPED_BYTES = 16
