@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from formulas import MIXTURES, check, gradients, logits, loss, make_subject, separated, values_of
+from formulas import MIXTURES, SIZES, check, gradients, logits, loss, make_subject, separated, values_of
 from torch import Tensor, nn
 
 import obc
@@ -148,3 +148,27 @@ def test_criteria_of_consumers_refuse_whole_experts(criterion: Any) -> None:
             progress=False,
         )
     torch.testing.assert_close(subject.model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "criterion", ["obs", "kfac", "kfac_obs", "compensated_jacobian", "token_jacobian", "reconstruction"]
+)
+def test_experts_that_are_called_otherwise_are_refused_with_the_reason(criterion: str) -> None:
+    """Llama 4's experts get the tokens of every expert, multiplied by their gates."""
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = SIZES | {"num_local_experts": 4, "head_dim": 8, "intermediate_size_mlp": 12, "pad_token_id": 0}
+    model = transformers.Llama4ForCausalLM(transformers.Llama4TextConfig(**sizes)).eval()
+    subject = make_subject("mixtral")
+    with pytest.raises(ValueError, match=r"not called with states, expert indices and weights|scores no group"):
+        obc.prune(
+            model,
+            batches=subject.batches,
+            loss_fn=subject.loss_fn,
+            forward_fn=subject.forward_fn,
+            criterion=criterion,
+            structure=obc.structures.transformers.TransformersStructure(model, ["expert_ffn"]),
+            params=0.9,
+            progress=False,
+        )

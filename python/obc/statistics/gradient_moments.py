@@ -129,6 +129,6 @@ class _Reader(InputReader):
                 for one, inputs in routed:
                     self.read_gradient(one, inputs.at_input(module, grad), 1, None)
 
-            return tapped(output, read) if routed else None
+            return tapped(output, read) if isinstance(output, Tensor) else None
 
         return hook
