@@ -68,6 +68,11 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         sliding_window=4,
         layer_types=_LAYER_TYPES,
     ),
+    # Their blocks return tensors, though annotated as tuples.
+    "gemma3": lambda: _built(
+        "Gemma3TextConfig", "Gemma3ForCausalLM", **_TEXT, num_key_value_heads=2, head_dim=8, layer_types=_LAYER_TYPES
+    ),
+    "glm4": lambda: _built("Glm4Config", "Glm4ForCausalLM", **_TEXT, num_key_value_heads=2, head_dim=8, pad_token_id=0),
     "qwen2_moe": lambda: _built(
         "Qwen2MoeConfig",
         "Qwen2MoeForCausalLM",
@@ -83,7 +88,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         "MambaConfig", "MambaForCausalLM", vocab_size=31, hidden_size=32, num_hidden_layers=4, state_size=4
     ),
 }
-CAUSAL = ("llama", "gpt2", "opt", "gemma2", "qwen2_moe", "mamba")
+CAUSAL = ("llama", "gpt2", "opt", "gemma2", "gemma3", "glm4", "qwen2_moe", "mamba")
 
 
 def _batch(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:

@@ -255,10 +255,24 @@ def _outputs(module: nn.Module) -> int:
     sizes = {len(value.elts) for value in returned if isinstance(value, ast.Tuple)}
     if len(sizes) == 1 and all(isinstance(value, ast.Tuple) for value in returned):
         return sizes.pop()
+    if returned and all(isinstance(value, ast.Name) and _is_sum(tree, value.id) for value in returned):
+        return 0  # whatever the annotation says: some were copied from layers that returned tuples
     annotation = inspect.signature(forward).return_annotation
     if annotation is inspect.Signature.empty:
         return 0
     return _of_annotation(annotation if isinstance(annotation, str) else _spelled(annotation)) or 0
+
+
+def _is_sum(tree: ast.Module, name: str) -> bool:
+    """Whether the last value that a variable gets is a sum or product without tuples."""
+    values = [
+        (node.lineno, node.value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
+    ]
+    last = max(values, key=lambda entry: entry[0], default=(0, None))[1]
+    return isinstance(last, ast.BinOp) and not any(isinstance(node, ast.Tuple) for node in ast.walk(last))
 
 
 def _spelled(annotation: Any) -> str:
