@@ -332,7 +332,15 @@ def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
     """Returns the model's outputs while ``loss_fn`` runs."""
 
     def forward(model: nn.Module, batch: Any) -> list[Any]:
-        _, outputs = with_outputs(model, lambda: loss_fn(model, batch))
+        try:
+            _, outputs = with_outputs(model, lambda: loss_fn(model, batch))
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                raise
+            raise PruningError(
+                f"loss_fn needs gradients itself, but the outputs to preserve are computed without ({error}); pass "
+                "forward_fn(model, batch) as well, which returns the outputs alone"
+            ) from error
         if not outputs:
             raise ValueError("loss_fn does not call the model itself, but parts of it; pass forward_fn as well")
         return outputs
@@ -341,7 +349,20 @@ def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
 
 
 def _verify(plan: PruningPlan, original: Mapping[str, Tensor], model: nn.Module, recalibrated: bool) -> None:
-    """:meth:`PruningPlan.verify`, except for running statistics that were re-estimated."""
+    """:meth:`PruningPlan.verify`, except for running statistics that were re-estimated.
+
+    Whole buffers outside BatchNorm are the model's own business: counters, averages and caches change whenever it runs.
+    """
     for module_name, module, tensor_name, tensor in named_tensors(model):
-        if not (recalibrated and isinstance(module, _BatchNorm) and tensor_name.startswith("running_")):
+        if isinstance(module, _BatchNorm):
+            changed = recalibrated and tensor_name.startswith("running_")
+        else:
+            whole = _shape_of(original, module_name, tensor_name) == tensor.shape
+            changed = whole and tensor_name in module._buffers
+        if not changed:
             plan.verify_tensor(original, module_name, module, tensor_name, tensor)
+
+
+def _shape_of(original: Mapping[str, Tensor], module_name: str, tensor_name: str) -> torch.Size | None:
+    found = original.get(f"{module_name}.{tensor_name}" if module_name else tensor_name)
+    return None if found is None else found.shape

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sized
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -187,9 +188,19 @@ class _Run:
 
 
 def _refuse_zeros(scores: Scores) -> None:
-    values = (values for sided in scores.values() for values in (sided.out_channels, sided.in_channels))
-    if not any(bool(tensor.any()) for tensor in values if tensor is not None):
+    sided = (values for one in scores.values() for values in (one.out_channels, one.in_channels))
+    found = [values for values in sided if values is not None]
+    least = torch.finfo(torch.float32).tiny  # smaller squares lose digits, then all of them
+    if any(bool((values >= least).any()) for values in found):
+        return
+    if not any(bool(values.any()) for values in found):
         raise ValueError(
             "all rows are zero: no loss depends on what was scored; check loss_fn, and rows='sample' with losses "
-            "that couple samples (then rows='batch')"
+            "that couple samples (then rows='batch'); or the loss is so small, below about 1e-19, that the squares of "
+            "rows are zero in float32: multiply it by a constant"
         )
+    largest = max(float(values.max()) for values in found if values.numel())
+    raise ValueError(
+        f"the largest score is {largest:.1e}, too small for float32: the loss is so small that squares of rows lose "
+        "their digits; multiply it by a constant, which changes no ranking"
+    )
