@@ -15,7 +15,8 @@ PACKAGE = Path(obc.__file__).parent
 
 # A folder may import from the folders of lower floors and from its own.
 FLOORS = (
-    ("model", "reference", "distribution", "files", "page", "tensor_file"),
+    ("reference", "distribution", "files", "page"),
+    ("model", "tensor_file"),
     ("backends",),
     ("ops",),
     ("scoring", "selection"),
