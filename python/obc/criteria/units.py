@@ -79,7 +79,9 @@ def consumers_of(group: ChannelGroup, model: nn.Module) -> Iterator[Consumer]:
 
 def have_consumers(groups: Sequence[ChannelGroup], model: nn.Module) -> bool:
     """Whether any of the groups has a consumer, as whole experts and blocks have none."""
-    return any(True for group in groups for _ in consumers_of(group, model))
+    modules = dict(model.named_modules())
+    readers = [modules.get(part.module) for group in groups for part in group.consumers if part.side == "in"]
+    return any(one is not None and (fused_experts(one) or layout_of(one)) for one in readers)
 
 
 def by_channel(module: nn.Module, tensor: Tensor, side: str) -> Tensor:
