@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <utility>
 
 #if defined(OBC_X86_DISPATCH)
 #include <immintrin.h>

@@ -18,6 +18,7 @@ typedef double Doubles __attribute__((vector_size(kVectorBytes)));
 typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t LongWords __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+typedef int64_t LongIntegers __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
 
 // The first `count` elements of a vector, fewer than it has, from or to memory; the others are zero.
@@ -59,6 +60,7 @@ struct Float32 {
   using Stored = Floats;
   using Vector = Floats;
   using Bits = Words;
+  using Shuffle = Integers;
   static constexpr uint32_t kMagnitude = 0x7fffffff;
   static OBC_INLINE void widen(const Floats& stored, Floats& to) { to = stored; }
 };
@@ -69,6 +71,7 @@ struct Float64 {
   using Stored = Doubles;
   using Vector = Doubles;
   using Bits = LongWords;
+  using Shuffle = LongIntegers;
   static constexpr uint64_t kMagnitude = 0x7fffffffffffffff;
   static OBC_INLINE void widen(const Doubles& stored, Doubles& to) { to = stored; }
 };

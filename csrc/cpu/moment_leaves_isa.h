@@ -54,6 +54,77 @@ OBC_INLINE void add_powers(
   absolute += size;
 }
 
+// The sums of neighbouring lanes of two vectors, kHalf lanes onto the next kHalf: those of a, then those of b, and so
+// on.
+template <int kHalf, class Vector, class Integers, int... kLane>
+OBC_INLINE void fold_lanes(const Vector& a, const Vector& b, Vector& to, std::integer_sequence<int, kLane...>) {
+  constexpr int kLanes = sizeof...(kLane);
+  constexpr Integers kFirst = {(kLane / (2 * kHalf) * 2 * kHalf + kLane % kHalf + kLane / kHalf % 2 * kLanes)...};
+  to = __builtin_shuffle(a, b, kFirst) + __builtin_shuffle(a, b, kFirst + kHalf);
+}
+
+// Sums up as many vectors as they have lanes, all at once; lane i of the first one is then the sum of vector i. The
+// order of additions is that of total().
+template <class Type, int kHalf>
+OBC_INLINE void total_each(typename Type::Vector* vectors) {
+  constexpr int kLanes = kVectorBytes / sizeof(typename Type::Acc);
+  for (int i = 0; i < kHalf; ++i) {
+    fold_lanes<kHalf, typename Type::Vector, typename Type::Shuffle>(
+        vectors[i],
+        vectors[i + kHalf],
+        vectors[i],
+        std::make_integer_sequence<int, kLanes>()
+    );
+  }
+  if constexpr (kHalf > 1) total_each<Type, kHalf / 2>(vectors);
+}
+
+// The powers of one row, summed into one vector each.
+template <class Type, bool kOffsets, bool kMasked>
+OBC_INLINE void sum_row(
+    const Row<Type, kOffsets>& row,
+    const typename Leaves<typename Type::Acc>::Bits* mask,
+    int64_t columns,
+    typename Type::Vector& sum,
+    typename Type::Vector& square,
+    typename Type::Vector& absolute
+) {
+  using Vector = typename Type::Vector;
+  constexpr int kUnits = 128 / kVectorBytes;
+  constexpr int64_t kLanes = Row<Type, kOffsets>::kLanes;
+  constexpr int64_t kStep = kUnits * kLanes;
+  Vector units[3][kUnits] = {};
+  int64_t j = 0;
+  for (; j + kStep <= columns; j += kStep) {
+    for (int u = 0; u < kUnits; ++u) {
+      Vector value;
+      row.load(j + u * kLanes, value);
+      apply_mask<Type, kMasked>(mask + j + u * kLanes, kLanes, value);
+      add_powers<Type>(value, units[0][u], units[1][u], units[2][u]);
+    }
+  }
+  for (int u = 0; u < kUnits; ++u, j += kLanes) {
+    if (j >= columns) break;
+    const int64_t count = columns - j < kLanes ? columns - j : kLanes;
+    Vector value;
+    if (count == kLanes) {
+      row.load(j, value);
+    } else {
+      row.load_last(j, count, value);
+    }
+    apply_mask<Type, kMasked>(mask + j, count, value);
+    add_powers<Type>(value, units[0][u], units[1][u], units[2][u]);
+  }
+  for (int half = kUnits / 2; half > 0; half /= 2) {
+    for (int m = 0; m < 3; ++m) {
+      for (int u = 0; u < half; ++u) units[m][u] += units[m][u + half];
+    }
+  }
+  sum = units[0][0];
+  square = units[1][0];
+  absolute = units[2][0];
+}
+
 template <class Type, bool kOffsets, bool kMasked>
 OBC_TARGET void row_sums(
     Matrix x,
@@ -65,36 +136,35 @@ OBC_TARGET void row_sums(
     typename Type::Acc* absolute
 ) {
   using Vector = typename Type::Vector;
-  constexpr int kUnits = 128 / kVectorBytes;
   constexpr int64_t kLanes = Row<Type, kOffsets>::kLanes;
-  constexpr int64_t kStep = kUnits * kLanes;
-  for (int64_t r = 0; r < rows; ++r) {
-    const Row<Type, kOffsets> row(x, r);
-    Vector units[3][kUnits] = {};
-    int64_t j = 0;
-    for (; j + kStep <= columns; j += kStep) {
-      for (int u = 0; u < kUnits; ++u) {
-        Vector value;
-        row.load(j + u * kLanes, value);
-        apply_mask<Type, kMasked>(mask + j + u * kLanes, kLanes, value);
-        add_powers<Type>(value, units[0][u], units[1][u], units[2][u]);
-      }
+  typename Type::Acc* const sums[3] = {sum, square, absolute};
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const int64_t count = rows - r < kLanes ? rows - r : kLanes;
+    Vector moments[3][kLanes];
+    for (int64_t i = count; i < kLanes; ++i) moments[0][i] = moments[1][i] = moments[2][i] = Vector{};
+    for (int64_t i = 0; i < count; ++i) {
+      sum_row<Type, kOffsets, kMasked>(
+          Row<Type, kOffsets>(x, r + i),
+          mask,
+          columns,
+          moments[0][i],
+          moments[1][i],
+          moments[2][i]
+      );
     }
-    for (int u = 0; u < kUnits; ++u, j += kLanes) {
-      if (j >= columns) break;
-      const int64_t count = columns - j < kLanes ? columns - j : kLanes;
-      Vector value;
+    for (int m = 0; m < 3; ++m) {
+      total_each<Type, kLanes / 2>(moments[m]);
+      Vector before;
       if (count == kLanes) {
-        row.load(j, value);
+        __builtin_memcpy(&before, sums[m] + r, sizeof(before));
+        before += moments[m][0];
+        __builtin_memcpy(sums[m] + r, &before, sizeof(before));
       } else {
-        row.load_last(j, count, value);
+        load_first(sums[m] + r, count, before);
+        before += moments[m][0];
+        store_first(sums[m] + r, count, before);
       }
-      apply_mask<Type, kMasked>(mask + j, count, value);
-      add_powers<Type>(value, units[0][u], units[1][u], units[2][u]);
     }
-    sum[r] += total<typename Type::Acc>(units[0]);
-    square[r] += total<typename Type::Acc>(units[1]);
-    absolute[r] += total<typename Type::Acc>(units[2]);
   }
 }
 
