@@ -204,6 +204,34 @@ def test_rounds_choose_the_same_among_many(kind: str, dead: int, monkeypatch: py
     assert len(made) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("size", [1.0, 1e-20, 1e-38, 1e-44])
+def test_products_of_low_precision_stay_within_their_bound(dtype: torch.dtype, size: float) -> None:
+    """Where all roundings have the same sign, and where entries are too small for the dtype."""
+    torch.manual_seed(0)
+    counts = torch.arange(1, 600)
+    for count in counts.tolist():
+        direction = torch.full((1, count), count**-0.5, dtype=torch.float64)
+        sums = size * torch.cat([torch.tensor([0.50196, 0.99609, 1.0]), torch.rand(5)]).double().expand(count, 8)
+        found = (direction.to(dtype) @ sums.to(dtype)).double()
+        error = (found - direction @ sums).abs()[0]
+        assert (error <= fronts.product_slack(sums.norm(dim=0), count)).all(), count
+
+
+@pytest.mark.usefixtures("products")
+@pytest.mark.parametrize("exponent", [-320, -170, -160, -150, -100])
+def test_directions_have_at_most_length_one(exponent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of rows whose squares are zero in float64."""
+    made: list[FrontGreedy] = []
+    monkeypatch.setattr(compiled, "FrontGreedy", lambda *given: made.append(FrontGreedy(*given)) or made[-1])
+    torch.manual_seed(0)
+    rows = {"a": torch.randn(40, 60, dtype=torch.float64)}
+    rows["a"][:, 30:] *= 10.0**exponent
+    first, second = both(rows, {"a": 1.0}, 0.8, form="blocked", shrinkage=0.1)
+    assert first == second
+    assert made[0]._field._units.directions.double().norm(dim=1).max() < 1.01
+
+
 def test_large_problems_on_the_cpu_are_solved_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that most steps of a round are kept, without which rounds cost more than they save."""
     monkeypatch.setattr(interactions, "FORESEEN_UNITS", 2000)

@@ -40,10 +40,12 @@ FRONT_SHARE = 1 / 4
 PATIENCE = 256
 # Products of this many rows stay in the second-level cache.
 ROWS_AT_ONCE = 4096
-# Both factors and the product of bfloat16 are rounded by at most 2^-9, which makes (1 + 2^-9)^3 - 1 < 2^-7; and each
-# addition of float32 by 2^-24, on a scale that the sum may exceed by as much.
-FACTOR_ERROR, ADDITION_ERROR = 2.0**-7, 2.0**-23
-LEAST = 1e-300  # in place of a norm of zero
+# Both factors and the product of bfloat16, which has 8 significant bits, are rounded by at most 2^-8 of their value:
+# (1 + 2^-8)^3 - 1 < 3.1 * 2^-8. Each addition of float32 is rounded by 2^-24, on a scale that the sum may exceed by as
+# much. What is below 2^-126 may become zero: in each term, whose factors are at most 1, both factors and the product.
+FACTOR_ERROR, ADDITION_ERROR, UNDERFLOW = 3.1 * 2.0**-8, 2.0**-23, 2.0**-123
+# In place of smaller norms and scales: the square and the reciprocal of this are normal numbers.
+LEAST = 1e-140
 
 
 @dataclass
@@ -147,6 +149,16 @@ def fast_dtype() -> torch.dtype:
             trials.append(time.perf_counter() - start)
         seconds[dtype] = min(trials)
     return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def product_slack(norms: Tensor, rows: int) -> Tensor:
+    """The most by which a product of a direction and a sum in :func:`fast_dtype` differs from the exact one.
+
+    Args:
+        norms: (steps,) float64 of the sums, whose entries are at most 1.
+        rows: number of terms of a product.
+    """
+    return norms * (FACTOR_ERROR + ADDITION_ERROR * rows) + UNDERFLOW * rows
 
 
 class Field:
@@ -253,9 +265,9 @@ class Field:
         """The units outside the front that low precision can't tell from units within reach."""
         units = self._units
         scale = max(float(removed.abs().amax()), LEAST)
-        sums = (removed / scale).T.to(units.directions.dtype)
-        error = FACTOR_ERROR + ADDITION_ERROR * len(sums)
-        slack = (removed.norm(dim=1) * (error / scale)).numpy()
+        scaled = removed / scale
+        sums = scaled.T.to(units.directions.dtype)
+        slack = product_slack(scaled.norm(dim=1), len(sums)).numpy()
         inverse = (units.inverse / scale).numpy()
         groups, increments = units.group_of.numpy(), units.increments.numpy()
         costs = units.costs.numpy() if units.costs is not None and self._problem.per_cost else None
