@@ -59,8 +59,15 @@ OBC_INLINE void add_powers(
 template <int kHalf, class Vector, class Integers, int... kLane>
 OBC_INLINE void fold_lanes(const Vector& a, const Vector& b, Vector& to, std::integer_sequence<int, kLane...>) {
   constexpr int kLanes = sizeof...(kLane);
-  constexpr Integers kFirst = {(kLane / (2 * kHalf) * 2 * kHalf + kLane % kHalf + kLane / kHalf % 2 * kLanes)...};
+  constexpr auto first = [](int lane) {
+    return lane / (2 * kHalf) * 2 * kHalf + lane % kHalf + lane / kHalf % 2 * kLanes;
+  };
+#if defined(__clang__) || __GNUC__ >= 12
+  to = __builtin_shufflevector(a, b, first(kLane)...) + __builtin_shufflevector(a, b, (first(kLane) + kHalf)...);
+#else  // Clang has no __builtin_shuffle, older versions of GCC have no __builtin_shufflevector
+  constexpr Integers kFirst = {first(kLane)...};
   to = __builtin_shuffle(a, b, kFirst) + __builtin_shuffle(a, b, kFirst + kHalf);
+#endif
 }
 
 // Sums up as many vectors as they have lanes, all at once; lane i of the first one is then the sum of vector i. The
