@@ -11,6 +11,7 @@ from plain_selection import as_lists, chained_costs, correlated_rows
 
 import obc
 from obc.selection import Costs, choice, interactions
+from obc.selection.compiled import CompiledGreedy
 from obc.selection.greedy import Greedy
 from obc.selection.interactions import BlockedGram, FullGram, RowsOnly, Standing, choose_form, products_within
 from obc.selection.shrinkage import estimated_shrinkage
@@ -132,7 +133,7 @@ def test_fewer_rows_than_units_are_shrunk_as_estimated_and_said_so_once() -> Non
     budget = 0.4 * costs.total()
     estimate = estimated_shrinkage(torch.cat([values.T for values in rows.values()]).double())
     assert 0.05 < estimate < 0.95
-    with pytest.warns(UserWarning, match=r"25 rows are fewer than the units .* as many rows as units") as warned:
+    with pytest.warns(UserWarning, match=r"25 rows are fewer than the units .* as many batches as units") as warned:
         by_rule = obc.select(rows, costs, budget)
     assert len(warned) == 1
     assert warned[0].filename == __file__
@@ -185,7 +186,7 @@ def test_foreseeing_columns_changes_no_choice(kind: str, front: int, monkeypatch
 
 def test_foreseen_columns_are_those_that_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """At costs that do not change, and a front of all units, a greedy choice is foreseen exactly."""
-    monkeypatch.setattr(choice, "greedy", Greedy)
+    monkeypatch.setattr(choice, "greedy", CompiledGreedy)
     monkeypatch.setattr(interactions, "FORESEEN_UNITS", 0)
     fills = []
     fill = BlockedGram._fill
