@@ -14,6 +14,7 @@ from torch.nn import functional as F
 pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
 
 import obc
+from obc.structures.reaching import in_train_mode
 from obc.structures.traced import TorchPruningStructure
 
 
@@ -178,6 +179,118 @@ def test_what_the_train_mode_adds_is_found_without_batches_and_leaves_no_trace(k
     assert consumers == {"b", "auxiliary" if kind is LinearHead else "conv"}
 
 
+class NeedsTargets(Trunk):
+    """Its train mode can't be run on the inputs alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary, self.unrelated = nn.Linear(12, 5), nn.Linear(7, 5)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        y = F.relu(self.a(x))
+        assert self.auxiliary.weight.shape == (5, 12)  # reading a shape is not using the layer
+        if not self.training:
+            return self.top(y)
+        assert targets is not None
+        return F.cross_entropy(self.top(y), targets) + F.cross_entropy(self.auxiliary(y.mean((2, 3))), targets)
+
+
+class ByFunction(Trunk):
+    """A layer is never called, but its weight is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.Linear(10, 10)
+
+    def top(self, x: Tensor) -> Tensor:
+        y = F.relu(self.b(x)).mean((2, 3))
+        return self.head(F.linear(y, self.between.weight, self.between.bias))
+
+
+class Plain(Trunk):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.top(F.relu(self.a(x)))
+
+
+class FunctionPlain(ByFunction, Plain):
+    pass
+
+
+def test_layers_that_no_run_reaches_are_named_where_they_may_read_what_was_pruned() -> None:
+    torch.manual_seed(0)
+    batches = data()
+    model = NeedsTargets().double()
+    result = obc.prune(model, batches[0][0], batches, loss, macs=0.6, steps=1, progress=False)
+    warned = [warning for warning in result.report.warnings if "auxiliary" in warning]
+    assert len(warned) == 1
+    assert "unrelated" not in warned[0]
+    with pytest.raises(RuntimeError):
+        model.train()(*batches[0])
+    kept = NeedsTargets().double()
+    result = obc.prune(kept, batches[0][0], batches, loss, macs=0.8, steps=1, ignored_layers=["a"], progress=False)
+    assert not [warning for warning in result.report.warnings if "auxiliary" in warning]
+    kept.train()(*batches[0])
+
+
+def test_a_layer_whose_weight_is_used_by_a_function_is_not_looked_for() -> None:
+    torch.manual_seed(0)
+    made: list[nn.Module] = []
+    structure = TorchPruningStructure(
+        FunctionPlain().double(), data()[0][0], other_runs=[made.append, made.append], check=False
+    )
+    assert not structure.unreached
+    assert not structure.more_runs
+    assert not made
+
+
+class RandomAttention(Trunk):
+    """Attention of its own that drops in train mode, before a head of the train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.auxiliary = nn.Linear(12, 36), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Any:
+        y = F.relu(self.a(x))
+        q, k, v = self.qkv(y.flatten(2).mT).chunk(3, -1)
+        z = F.scaled_dot_product_attention(q, k, v, None, 0.5 if self.training else 0.0)
+        z = z + F.scaled_dot_product_attention(q, k, v, dropout_p=0.5 if self.training else 0.0)
+        return (self.top(y), self.auxiliary(z.mean(1))) if self.training else self.top(y)
+
+
+def test_attention_drops_nothing_in_train_mode() -> None:
+    torch.manual_seed(0)
+    model, x = RandomAttention().double(), data()[0][0]
+    run = in_train_mode(lambda one: one(x))
+    first, second = run(model), run(model)
+    assert torch.equal(first[1], second[1])
+    assert not torch.equal(model.train()(x)[1], first[1])
+
+
+class Measured(Rare):
+    """Notes how many samples it gets with a graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples: list[int] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            self.samples.append(len(x))
+        return super().forward(x)
+
+
+def test_other_batches_are_traced_in_parts_as_large_as_micro_batch() -> None:
+    torch.manual_seed(0)
+    model, batches = Measured().double(), data()
+    result = obc.prune(
+        model, batches[0][0][:1], batches, loss, macs=0.6, steps=1, micro_batch=2, recalibrate=False, progress=False
+    )
+    assert result.report.widths["b"][1] < 10
+    assert model.extra.weight.shape[1] == result.report.widths["b"][1]
+    assert set(model.samples) == {1, 2}
+
+
 def test_other_runs_are_made_only_as_long_as_layers_are_missing() -> None:
     torch.manual_seed(0)
     made: list[int] = []
@@ -189,14 +302,9 @@ def test_other_runs_are_made_only_as_long_as_layers_are_missing() -> None:
 
         return call
 
-    every = TorchPruningStructure(Trunked().double(), data()[0][0], other_runs=map(run, range(16)))
+    every = TorchPruningStructure(Plain().double(), data()[0][0], other_runs=map(run, range(16)))
     assert not every.more_runs
     assert not made
     found = TorchPruningStructure(Branch().double(), data()[0][0], other_runs=map(run, range(16)), check=False)
     assert len(found.more_runs) == 1
     assert max(made) < 15
-
-
-class Trunked(Trunk):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.top(F.relu(self.a(x)))

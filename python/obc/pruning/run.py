@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from obc.criteria import Subject
 from obc.criteria.protocol import LossFn, name_of
 from obc.model.autocast import in_present_autocast, without_autocast
-from obc.model.batches import RowKind
+from obc.model.batches import RowKind, parts_of
 from obc.model.errors import PruningError
 from obc.model.evaluation import ForwardFn, call_on_batch, with_outputs
 from obc.model.groups import Slices
@@ -215,7 +215,8 @@ def prune(
     report = PruningReport(provenance=provenance(model, choices))
     with without_autocast(), _restored_on_error(model, report, budget, len(schedule)) as unpruned:
         with timed(report, "structure"):
-            others = (run_on(batch, loss_fn, forward_fn) for batch in usable)
+            parts = (part for batch in usable for part, _, _ in parts_of(batch, micro_batch))
+            others = (run_on(part, loss_fn, forward_fn) for part in parts)
             structure = structure or _structure(model, example_inputs, ignored_layers, num_heads, others)
             run = run_on(first_finite(usable), loss_fn, forward_fn)
             prove_groups(structure, run, report)

@@ -171,10 +171,14 @@ def _read(x: Tensor, dim: int, lost: Tensor | None) -> Reading:
     return Reading((x * weights).sum(others).cpu(), torch.linalg.vector_norm(x, dim=others).cpu())
 
 
+def cuda_devices(model: nn.Module) -> list[int]:
+    """The numbers of the GPUs that hold parameters of ``model``."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+
+
 @contextlib.contextmanager
 def _same_random_numbers(model: nn.Module) -> Iterator[None]:
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=cuda_devices(model)):
         torch.manual_seed(_SEED)
         yield
 

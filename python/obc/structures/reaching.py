@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,38 +16,64 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from obc.model.evaluation import tensors_in
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
-from obc.model.shared_copy import shared_copy
-from obc.structures.comparison import observe
+from obc.model.shared_copy import parameter_uses, shared_copy
+from obc.structures.comparison import cuda_devices, run_alike
 from obc.structures.measure import Usage
 
 Run = Callable[[nn.Module], Any]
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+# Functions with dropout inside -> the position of their argument ``dropout_p``.
+_WITH_DROPOUT = {F.scaled_dot_product_attention: 4, F.multi_head_attention_forward: 10}
 
 
-def runs_reaching(model: nn.Module, run: Run, usage: Usage, others: Iterable[Run] = ()) -> list[Run]:
-    """Those of ``run`` in train mode and ``others`` that call layers which ``usage``, measured on ``run``, lacks.
+def runs_reaching(
+    model: nn.Module, run: Run, usage: Usage, others: Iterable[Run] = ()
+) -> tuple[list[Run], frozenset[str]]:
+    """Those of ``run`` in train mode and ``others`` that use layers which ``run`` does not, and the layers still left.
 
     ``others`` is read only as long as such layers are left. A run that fails, or whose outputs are not finite, is
-    skipped.
+    skipped. A layer is used if it is called, or if a function of torch gets a weight that only this layer has.
+
+    Args:
+        model: it is not changed.
+        run: the run on the example inputs.
+        usage: measured on ``run``.
+        others: further runs.
     """
     missing = {name for name, module in named_modules(model) if layout_of(module) is not None} - set(usage.positions)
     found: list[Run] = []
+    if missing:
+        missing -= _used(model, run, missing)
     candidates = itertools.chain([in_train_mode(run)], others)
     while missing:
         candidate = next(candidates, None)
         if candidate is None:
             break
-        try:
-            seen = observe(shared_copy(model), candidate)
-        except Exception:  # the model's own code: it may not run like this, for example without targets
-            continue
-        if missing & seen.called and seen.finite():
+        if used := _used(model, candidate, missing):
             found.append(candidate)
-            missing -= seen.called
-    return found
+            missing -= used
+    return found, frozenset(missing)
+
+
+def _used(model: nn.Module, run: Run, names: set[str]) -> set[str]:
+    """The layers of these names that a run on a copy uses; none if it fails, or returns something not finite."""
+    copied, used = shared_copy(model), set[str]()
+    layers = {name: module for name, module in named_modules(copied) if name in names}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda module, args, output, name=name: used.add(name))
+    uses = parameter_uses(copied)
+    own = {id(layer.weight): name for name, layer in layers.items() if len(uses.get(id(layer.weight), ())) == 1}
+    try:
+        with _Watching(own, used):
+            outputs = run_alike(copied, run)
+    except Exception:  # the model's own code: it may not run like this, for example without targets
+        return set()
+    finite = all(bool(torch.isfinite(leaf).all()) for leaf in outputs if leaf.is_floating_point())
+    return used if finite else set()
 
 
 def in_train_mode(run: Run) -> Run:
@@ -71,12 +97,34 @@ def in_train_mode(run: Run) -> Run:
 
 
 class _WithoutDropout(TorchFunctionMode):
-    """Dropout returns its input."""
+    """Dropout returns its input, and attention drops nothing."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
-        return func(*args, **(kwargs or {}))
+        if (place := _WITH_DROPOUT.get(func)) is not None:
+            if len(args) > place:
+                args = (*args[:place], 0.0, *args[place + 1 :])
+            else:
+                kwargs = kwargs | {"dropout_p": 0.0}
+        return func(*args, **kwargs)
+
+
+class _Watching(TorchFunctionMode):
+    """Adds to ``used`` the names of the weights (id -> name) that functions of torch compute something from."""
+
+    def __init__(self, weights: Mapping[int, str], used: set[str]) -> None:
+        super().__init__()
+        self._weights, self._used = weights, used
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if tensors_in(result):  # not a shape, a dtype or a device
+            given = (self._weights.get(id(tensor)) for tensor in tensors_in((args, kwargs)))
+            self._used.update(name for name in given if name is not None)
+        return result
 
 
 @contextlib.contextmanager
@@ -84,7 +132,7 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
     """Undo what runs in train mode write into the model's buffers, and the random numbers that they draw."""
     before = [(module, key, buffer) for module in model.modules() for key, buffer in module._buffers.items()]
     values = [None if buffer is None else buffer.clone() for _, _, buffer in before]
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=cuda_devices(model)):
         try:
             yield
         finally:

@@ -18,7 +18,7 @@ from obc.model.errors import explained
 from obc.model.evaluation import ForwardFn, call, differentiable, evaluating
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept
-from obc.model.layouts import split_by_group
+from obc.model.layouts import layout_of, split_by_group
 from obc.model.plan import PruningPlan
 from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
@@ -80,6 +80,7 @@ class TorchPruningStructure:
         left_out: group -> why it can't be pruned.
         proof: the result for every group; None without ``check``.
         more_runs: runs that reach layers which the example inputs do not; traced and proved as well.
+        unreached: layers that no run reaches; they keep their widths.
 
     Raises:
         PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`).
@@ -117,13 +118,14 @@ class TorchPruningStructure:
         )
         with explained(model, "running it on example_inputs", _INPUTS):
             self._usage = measure(model, lambda: self._forward_fn(model, example_inputs))
-        self.more_runs = runs_reaching(
+        self.more_runs, self.unreached = runs_reaching(
             model, lambda one: self._forward_fn(one, example_inputs), self._usage, other_runs
         )
         if self.more_runs:
             with unchanged_buffers(model):
                 whole = measure(model, lambda: self._run(model, example_inputs))
             self._usage.order, self._usage.returned = whole.order, whole.returned
+        self._sizes = {name: size_of(module, "out") for name, module in self._modules.items() if layout_of(module)}
         self._shared = shared_parameters(model)
         self._finder = GroupFinder(model, self._trace(unwrapped_parameters or {}), self._usage, settings)
         self._kept: dict[str, Kept] = {}
@@ -171,6 +173,23 @@ class TorchPruningStructure:
             if all((part.module, part.side) in rest for part in group.slices)
         }
         return Limits(spare, whole=heads)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warns of layers that nothing ran, and whose inputs may have come from a layer that was pruned."""
+        pruned = {
+            self._sizes[name]
+            for name, kept in self._kept.items()
+            if kept.out_channels is not None and name in self._sizes
+        }
+        names = sorted(name for name in self.unreached if any(not self._size(name, "in") % size for size in pruned))
+        if not names:
+            return []
+        return [
+            f"no run reached these layers (example inputs, train mode, other batches), so they keep their widths: "
+            f"{', '.join(names)}; if one of them reads a pruned layer, it no longer fits: name that pruned layer in "
+            "ignored_layers"
+        ]
 
     def costs(self, unit: Unit) -> Costs:
         """The cost as an exact polynomial in the groups' widths: see :func:`obc.structures.measure.costs_of`.
