@@ -150,3 +150,22 @@ def test_a_function_keeps_the_autocast_in_which_it_was_given() -> None:
     with present():
         assert (a @ b).dtype == torch.bfloat16
     assert (a @ b).dtype == torch.float32
+
+
+def test_a_model_that_runs_only_under_autocast_is_pruned_under_it() -> None:
+    model, steps = net(), list[bool]()
+    model.get_submodule("a").bfloat16()
+    model.get_submodule("b").bfloat16()
+
+    def on_step(result: obc.PruningResult) -> None:
+        steps.append(torch.is_autocast_enabled("cpu"))
+        assert result.model(data()[0][0]).shape == (4, 5)
+
+    with half():
+        result = obc.prune(
+            model, data()[0][0], data(), loss, macs=0.5, steps=2, recalibrate=False, on_step=on_step, progress=False
+        )
+        assert result.model(data()[0][0]).shape == (4, 5)
+    assert steps == [True, True]
+    assert not result.report.unproved
+    assert result.report.widths["a"][1] < 12

@@ -16,7 +16,7 @@ from obc.criteria.protocol import LossFn, name_of
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.batches import RowKind, parts_of
 from obc.model.errors import PruningError
-from obc.model.evaluation import ForwardFn, call_on_batch, with_outputs
+from obc.model.evaluation import ForwardFn, call, call_on_batch, with_outputs
 from obc.model.groups import Slices
 from obc.model.latency_table import LatencyTable
 from obc.model.names import named_tensors
@@ -196,6 +196,7 @@ def prune(
     if loss_fn is None:
         forward_fn = forward_fn or call_on_batch
     loss_fn, forward_fn = in_present_autocast(loss_fn), in_present_autocast(forward_fn)
+    call_example, on_step = in_present_autocast(call), in_present_autocast(on_step)
     forward, loss = _forward(loss_fn, forward_fn, labels), _loss(loss_fn, forward_fn, labels, rows, seed)
     generator = torch.Generator().manual_seed(seed)
     subject = Subject(model, (), usable, loss, forward, choice.slices, rows, generator, micro_batch)
@@ -217,7 +218,7 @@ def prune(
         with timed(report, "structure"):
             parts = (part for batch in usable for part, _, _ in parts_of(batch, micro_batch))
             others = (run_on(part, loss_fn, forward_fn) for part in parts)
-            structure = structure or _structure(model, example_inputs, ignored_layers, num_heads, others)
+            structure = structure or _structure(model, example_inputs, ignored_layers, num_heads, call_example, others)
             run = run_on(first_finite(usable), loss_fn, forward_fn)
             prove_groups(structure, run, report)
             final_proof = FinalProof(structure, run) if verify else None
@@ -293,6 +294,7 @@ def _structure(
     example_inputs: Any,
     ignored_layers: Sequence[nn.Module | str],
     num_heads: Mapping[nn.Module | str, int] | None,
+    call_example: ForwardFn,
     other_runs: Iterable[Run],
 ) -> Structure:
     if example_inputs is None:
@@ -310,7 +312,12 @@ def _structure(
     from obc.structures.traced import TorchPruningStructure
 
     return TorchPruningStructure(
-        model, example_inputs, ignored_layers=ignored_layers, num_heads=num_heads, other_runs=other_runs
+        model,
+        example_inputs,
+        ignored_layers=ignored_layers,
+        num_heads=num_heads,
+        forward_fn=call_example,
+        other_runs=other_runs,
     )
 
 
