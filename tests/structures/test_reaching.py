@@ -280,6 +280,46 @@ class Measured(Rare):
         return super().forward(x)
 
 
+class OwnNorm(nn.BatchNorm2d):
+    """In train mode, its statistics would change what a later run in eval mode returns."""
+
+
+class Averages(Trunk):
+    """Averages its outputs in train mode, with their graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.auxiliary = OwnNorm(12), nn.Linear(12, 5)
+        self.register_buffer("replaced", torch.zeros(5))
+        self.register_buffer("in_place", torch.zeros(5))
+        self.replaced: Tensor
+        self.in_place: Tensor
+
+    def forward(self, x: Tensor) -> Any:
+        y = F.relu(self.norm(self.a(x)))
+        if not self.training:
+            return self.top(y)
+        found = self.top(y), self.auxiliary(y.mean((2, 3)))
+        self.replaced = 0.9 * self.replaced + 0.1 * found[0].mean(0)
+        self.in_place.mul_(0.9).add_(0.1 * found[1].mean(0))
+        return found
+
+
+def test_buffers_that_the_train_mode_writes_with_a_graph_are_restored_without_one() -> None:
+    torch.manual_seed(0)
+    model = Averages().double().eval()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    structure = TorchPruningStructure(model, data()[0][0])
+    assert "auxiliary" in {part.module for group in structure.groups for part in group.consumers}
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+        assert not buffer.requires_grad, name
+    result = obc.prune(model, data()[0][0], data(), loss, macs=0.6, steps=1, progress=False)
+    assert result.report.widths["a"][1] < 12
+    assert not result.report.unproved
+    assert model.auxiliary.in_features == result.report.widths["a"][1]
+
+
 def test_other_batches_are_traced_in_parts_as_large_as_micro_batch() -> None:
     torch.manual_seed(0)
     model, batches = Measured().double(), data()

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from obc.model.evaluation import tensors_in
@@ -79,14 +81,16 @@ def _used(model: nn.Module, run: Run, names: set[str]) -> set[str]:
 def in_train_mode(run: Run) -> Run:
     """``run`` with the model's own modules in train mode, and torch's layers in eval mode without dropout.
 
-    So the train mode decides which layers run, and outputs still depend on each channel alone.
+    Norms and dropout that are derived from torch's count as torch's. So the train mode decides which layers run, and
+    outputs still depend on each channel alone.
     """
 
     def run_in_train_mode(model: nn.Module) -> Any:
         flags = {module: module.training for module in model.modules()}
         try:
             for module in flags:
-                module.training = not type(module).__module__.startswith("torch.nn.")
+                of_torch = type(module).__module__.startswith("torch.nn.")
+                module.training = not (of_torch or isinstance(module, (_NormBase, _DropoutNd)))
             with _WithoutDropout():
                 return run(model)
         finally:
@@ -139,4 +143,4 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
             for (module, key, buffer), value in zip(before, values, strict=True):
                 module._buffers[key] = buffer
                 if buffer is not None and value is not None:
-                    buffer.copy_(value)
+                    buffer.detach_().copy_(value)  # changed in place by outputs, it has their graph
