@@ -89,8 +89,8 @@ def in_train_mode(run: Run) -> Run:
         flags = {module: module.training for module in model.modules()}
         try:
             for module in flags:
-                of_torch = type(module).__module__.startswith("torch.nn.")
-                module.training = not (of_torch or isinstance(module, (_NormBase, _DropoutNd)))
+                torchs_own = type(module).__module__.startswith("torch.nn.")
+                module.training = not (torchs_own or isinstance(module, (_NormBase, _DropoutNd)))
             with _WithoutDropout():
                 return run(model)
         finally:
