@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from obc.model.groups import ChannelGroup, Slice
+from obc.model.names import joined
 from obc.structures.transformers import Family, TransformersStructure, families, register_family
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import FAMILIES
-from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
 
 

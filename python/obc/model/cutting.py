@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import is_depthwise, layout_of
-from obc.model.names import named_modules
+from obc.model.names import joined, named_modules
 from obc.model.slicing import sliced
 
 
@@ -32,7 +32,7 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
             tensor = module._parameters.get(name, module._buffers.get(name))
             if tensor is None:
                 continue
-            key = f"{module_name}.{name}" if module_name else name
+            key = joined(module_name, name)
             if id(tensor) not in made:
                 made[id(tensor)] = _cut_tensor(module, name, tensor, kept_of(plan, module_name, key), key)
             changes.append((module, name, made[id(tensor)]))

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.kept import Kept, PlanError, with_columns
 from obc.model.layouts import expand, is_depthwise, layout_of
-from obc.model.names import named_modules
+from obc.model.names import joined, named_modules
 from obc.model.slicing import original_tensor
 
 # Rows whose subsequences are intersected before the columns count as found; one row is ambiguous if values repeat.
@@ -28,7 +28,7 @@ def match(original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) ->
     for name, module in named_modules(pruned_model):
         tensors = {
             tensor_name: (
-                original_tensor(original_state_dict, f"{name}.{tensor_name}" if name else tensor_name),
+                original_tensor(original_state_dict, joined(name, tensor_name)),
                 tensor.detach(),
             )
             for tensor_name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 
+def joined(name: str, child: str) -> str:
+    """The full name of a child; the model itself has an empty name."""
+    return f"{name}.{child}" if name else child
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every module, under its first name: a module used twice has one entry in a plan."""
     return iter(model.named_modules(remove_duplicate=True))

@@ -18,7 +18,7 @@ from obc.model.cutting import cut
 from obc.model.depth import Depth, compact, original_names, put_stand_in
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.matching import match
-from obc.model.names import named_modules, named_tensors
+from obc.model.names import joined, named_modules, named_tensors
 from obc.model.slicing import original_tensor, sliced
 from obc.page.document import fragment
 from obc.page.markup import table
@@ -98,7 +98,7 @@ class PruningPlan(Mapping[str, Kept]):
 
         ``module_name`` is the module's name in the unpruned model.
         """
-        key = f"{module_name}.{tensor_name}" if module_name else tensor_name
+        key = joined(module_name, tensor_name)
         original = original_tensor(original_state_dict, key)
         expected = self._slice(original_state_dict, module_name, module, tensor_name)
         if expected.shape != pruned.shape:
@@ -132,7 +132,7 @@ class PruningPlan(Mapping[str, Kept]):
     def _slice(
         self, original_state_dict: Mapping[str, Tensor], module_name: str, module: nn.Module, tensor_name: str
     ) -> Tensor:
-        key = f"{module_name}.{tensor_name}" if module_name else tensor_name
+        key = joined(module_name, tensor_name)
         original = original_tensor(original_state_dict, key)
         return sliced(module, tensor_name, original, kept_of(self, module_name, key), key)
 

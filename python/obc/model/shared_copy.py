@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obc.model.names import named_modules
+from obc.model.names import joined, named_modules
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -60,5 +60,5 @@ def shared_parameters(model: nn.Module) -> list[list[str]]:
     for module_name, module in named_modules(model):
         for key, parameter in module._parameters.items():
             if parameter is not None:
-                names.setdefault(id(parameter), []).append(f"{module_name}.{key}" if module_name else key)
+                names.setdefault(id(parameter), []).append(joined(module_name, key))
     return [found for found in names.values() if len(found) > 1]

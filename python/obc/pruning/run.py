@@ -19,7 +19,7 @@ from obc.model.errors import PruningError
 from obc.model.evaluation import ForwardFn, call, call_on_batch, with_outputs
 from obc.model.groups import Slices
 from obc.model.latency_table import LatencyTable
-from obc.model.names import named_tensors
+from obc.model.names import joined, named_tensors
 from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
 from obc.model.usable_batches import UsableBatches
@@ -365,12 +365,8 @@ def _verify(plan: PruningPlan, original: Mapping[str, Tensor], model: nn.Module,
         if isinstance(module, _BatchNorm):
             changed = recalibrated and tensor_name.startswith("running_")
         else:
-            whole = _shape_of(original, module_name, tensor_name) == tensor.shape
+            unpruned = original.get(joined(module_name, tensor_name))
+            whole = unpruned is not None and unpruned.shape == tensor.shape
             changed = whole and tensor_name in module._buffers
         if not changed:
             plan.verify_tensor(original, module_name, module, tensor_name, tensor)
-
-
-def _shape_of(original: Mapping[str, Tensor], module_name: str, tensor_name: str) -> torch.Size | None:
-    found = original.get(f"{module_name}.{tensor_name}" if module_name else tensor_name)
-    return None if found is None else found.shape

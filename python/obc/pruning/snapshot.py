@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from obc.model.names import named_tensors
+from obc.model.names import joined, named_tensors
 
 
 class Snapshot:
@@ -18,8 +18,7 @@ class Snapshot:
     def __init__(self, model: nn.Module) -> None:
         self._modules = [(module, _state(module)) for module in model.modules()]
         self._tensors = {
-            f"{module_name}.{name}" if module_name else name: _remembered(tensor)
-            for module_name, _, name, tensor in named_tensors(model)
+            joined(module_name, name): _remembered(tensor) for module_name, _, name, tensor in named_tensors(model)
         }
         held = {id(tensor): tensor for _, state in self._modules for tensor in _own_tensors(state)}
         self._held = [(tensor, _remembered(tensor)) for tensor in held.values()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.depth import Skipped
-from obc.model.names import named_modules
+from obc.model.names import joined, named_modules
 from obc.scoring.coverage import Coverage
 from obc.statistics.errors import NothingToReadError, StatisticsError
 from obc.statistics.part import Part, is_running_again
@@ -108,7 +108,7 @@ def residual_blocks(model: nn.Module) -> list[str]:
         kinds = [type(child) for child in children.values()]
         inner = all(any(True for _ in child.children()) for child in children.values())
         if kinds and inner and kinds.count(kinds[0]) == len(kinds):
-            found += [f"{name}.{child}" if name else child for child in children]
+            found += [joined(name, child) for child in children]
     return found
 
 

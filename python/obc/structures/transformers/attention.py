@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import Tensor
 
 from obc.model.groups import ChannelGroup, Side, Slice
+from obc.model.names import joined
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import FAMILIES, HeadsOf, attributes, config_keys
 from obc.structures.transformers.heads import HeadChannels, Heads, head_channels
-from obc.structures.transformers.layers import Counter, Layers, joined
+from obc.structures.transformers.layers import Counter, Layers
 from obc.structures.transformers.per_head import per_head
 from obc.structures.units import NotPrunableError
 

@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.groups import Side
 from obc.model.kept import Kept, narrowed
 from obc.model.layouts import is_depthwise, layout_of
-from obc.structures.transformers.layers import joined
+from obc.model.names import joined
 
 
 @dataclass(frozen=True)

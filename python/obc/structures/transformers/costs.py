@@ -12,7 +12,7 @@ from obc.model.depth import Skipped
 from obc.model.experts import fused_experts, is_expert_weight
 from obc.model.groups import Slice
 from obc.model.layouts import layout_of
-from obc.model.names import named_modules
+from obc.model.names import joined, named_modules
 from obc.structures.memory import MemoryUse, saved_buffers
 from obc.structures.polynomial import Polynomial, check_unit
 from obc.structures.protocol import Unit
@@ -103,7 +103,7 @@ def transformer_memory(
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            full = f"{name}.{key}" if name else key
+            full = joined(name, key)
             sizes = (polynomial.size((full, dim), size) for dim, size in enumerate(tensor.shape))
             polynomial.add(use.bytes_each(tensor), *sizes, goes_with=container(name))
     per_unit = dict.fromkeys((block.group.name for block in blocks), 0.0)

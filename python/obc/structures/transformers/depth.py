@@ -33,7 +33,7 @@ from torch import nn
 from obc.model.depth import BlockList, Depth, Skipped, StandIn, config_parts
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
-from obc.structures.transformers.layers import joined
+from obc.model.names import joined
 from obc.structures.units import NotPrunableError
 
 # Config keys for the number of blocks.

@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from obc.model.groups import ChannelGroup, Side, Slice
+from obc.model.names import joined
 from obc.structures.transformers import attention
 from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import FAMILIES, attributes, config_keys
-from obc.structures.transformers.layers import Counter, Layers, channels, joined
+from obc.structures.transformers.layers import Counter, Layers, channels
 from obc.structures.units import NotPrunableError
 
 

@@ -10,9 +10,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
+from obc.model.names import joined
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import FAMILIES
-from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
 
 

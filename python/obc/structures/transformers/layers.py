@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from obc.model.depth import config_parts
 from obc.model.layouts import layout_of
-from obc.model.names import named_modules
+from obc.model.names import joined, named_modules
 from obc.model.quantized import is_quantised, why_not_sliced
 from obc.structures.units import NotPrunableError
 
@@ -121,11 +121,6 @@ def channels(units: int, width: int, copies: int = 1) -> Tensor:
     """(units, copies * width): the u-th of ``units`` blocks in each of ``copies`` stretches."""
     blocks = torch.arange(copies * units * width).reshape(copies, units, width)
     return blocks.transpose(0, 1).reshape(units, copies * width)
-
-
-def joined(name: str, child: str) -> str:
-    """The full name of a child; the model itself has an empty name."""
-    return f"{name}.{child}" if name else child
 
 
 def value_of(config: Any, key: str, default: Any = None) -> Any:

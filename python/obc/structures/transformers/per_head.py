@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from obc.model.groups import Slice
+from obc.model.names import joined
 from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.family import FAMILIES, HeadsOf
-from obc.structures.transformers.layers import Layers, joined
+from obc.structures.transformers.layers import Layers
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ Queries and values have biases of their own, and positions have projections.
 from collections.abc import Collection, Iterator
 
 from obc.model.groups import ChannelGroup, Slice
+from obc.model.names import joined
 from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, attributes, register
-from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
 
 _BIASES = ("q_bias", "v_bias")

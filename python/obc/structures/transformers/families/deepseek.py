@@ -8,10 +8,11 @@ the first projection, for all heads.
 from collections.abc import Collection, Iterator
 
 from obc.model.groups import ChannelGroup, Side, Slice
+from obc.model.names import joined
 from obc.structures.transformers.attention import output_of, refuse_other_parameters
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, attributes, config_keys, register
-from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.transformers.layers import Layers, channels
 from obc.structures.transformers.per_head import per_head
 from obc.structures.units import NotPrunableError
 

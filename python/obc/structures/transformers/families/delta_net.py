@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from obc.model.groups import ChannelGroup, Side, Slice
+from obc.model.names import joined
 from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, register
-from obc.structures.transformers.layers import Layers, channels, joined, says
+from obc.structures.transformers.layers import Layers, channels, says
 from obc.structures.units import NotPrunableError
 
 _SIZES = ("num_v_heads", "num_k_heads", "head_k_dim", "head_v_dim")

@@ -3,10 +3,11 @@
 from collections.abc import Collection, Iterator
 
 from obc.model.groups import ChannelGroup, Slice
+from obc.model.names import joined
 from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, register
-from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
 
 _GATES = ("input_gate_weight", "input_gate_bias", "recurrent_gate_weight", "recurrent_gate_bias")

@@ -3,10 +3,11 @@
 from collections.abc import Collection, Iterator
 
 from obc.model.groups import ChannelGroup, Slice
+from obc.model.names import joined
 from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, attributes, register
-from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
 
 _LAYERS = ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from obc.model.groups import ChannelGroup, Slice
+from obc.model.names import joined
 from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, register
-from obc.structures.transformers.layers import Counter, Layers, channels, joined, value_of
+from obc.structures.transformers.layers import Counter, Layers, channels, value_of
 from obc.structures.units import NotPrunableError
 
 _OF_HEADS = ("A_log", "D", "dt_bias")

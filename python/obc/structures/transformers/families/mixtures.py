@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from obc.model.experts import CORRECTION, DOWN, GATE_UP, fused_experts, is_transposed
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.layouts import layout_of
+from obc.model.names import joined
 from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, attributes, config_keys, register
-from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
 
 # Routers that first choose among groups of experts need groups of equal size.

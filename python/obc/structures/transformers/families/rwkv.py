@@ -7,10 +7,11 @@ token, and a column of the output.
 from collections.abc import Collection, Iterator
 
 from obc.model.groups import ChannelGroup, Slice
+from obc.model.names import joined
 from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, register
-from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
 
 _OF_CHANNELS = ("time_decay", "time_first")

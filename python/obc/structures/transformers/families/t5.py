@@ -10,11 +10,12 @@ from collections.abc import Collection, Iterator
 from torch import Tensor, nn
 
 from obc.model.groups import ChannelGroup, Side, Slice
+from obc.model.names import joined
 from obc.structures.transformers.attention import refuse_other_parameters
 from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, attributes, register
-from obc.structures.transformers.layers import Layers, channels, joined
+from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
 
 _NAMES = (("q", "k", "v", "o"), ("project_q", "project_k", "project_v", "attention_out"))

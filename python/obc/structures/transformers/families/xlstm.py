@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from obc.model.groups import ChannelGroup, Slice
+from obc.model.names import joined
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, register
-from obc.structures.transformers.layers import Layers, channels, joined, value_of
+from obc.structures.transformers.layers import Layers, channels, value_of
 from obc.structures.units import NotPrunableError
 
 _NORM = "multihead_norm"

@@ -6,10 +6,11 @@ in_proj returns, for one channel after another, its input and its gate.
 from collections.abc import Collection, Iterator
 
 from obc.model.groups import ChannelGroup, Slice
+from obc.model.names import joined
 from obc.structures.transformers.axes import parameter_axes
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import Family, register
-from obc.structures.transformers.layers import Layers, channels, joined, value_of
+from obc.structures.transformers.layers import Layers, channels, value_of
 from obc.structures.units import NotPrunableError
 
 _OF_HEADS = ("x_proj_weight", "dt_proj_weight", "dt_proj_bias", "A_log", "D")
