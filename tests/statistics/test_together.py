@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import obc
 from obc.statistics import Blocks, Experts, Gram, StatisticsError
+from obc.statistics.routed import RoutedCalls
 from obc.statistics.run import collect
 
 # With options, so that every field of every statistic is there.
@@ -152,6 +153,16 @@ def test_experts_that_compute_something_else_are_not_read() -> None:
     with pytest.warns(UserWarning, match="what its experts return is not down"):
         got = collect(Net(), [torch.randn(5, 4)], statistics="gram")
     assert list(got.gram) == ["inner"]
+
+
+@pytest.mark.parametrize("hidden", [torch.zeros(5, 4), torch.full((5, 4), torch.nan)], ids=["zeros", "not finite"])
+def test_a_call_that_can_not_tell_proves_nothing_about_later_calls(hidden: Tensor) -> None:
+    experts, calls = OwnExperts(), RoutedCalls()
+    routing = torch.zeros(5, 1, dtype=torch.int64), torch.ones(5, 1)
+    assert not isinstance(calls.inputs(experts, [hidden, *routing], experts(hidden, *routing)), str)
+    later = torch.randn(5, 4)
+    found = calls.inputs(experts, [later, *routing], experts(later, *routing))
+    assert found == "what its experts return is not down(act(gate(x)) * up(x)), weighted and added"
 
 
 def test_bad_input_of_models() -> None:

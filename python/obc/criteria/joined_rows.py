@@ -23,7 +23,7 @@ def samples_of(batch: Any, positions: int) -> int:
     return samples
 
 
-def joined(parts: list[Tensor], several: bool) -> Tensor:
+def row_of_parts(parts: list[Tensor], several: bool) -> Tensor:
     """One batch's row of one tap: parts of the batch are added, or concatenated if they are samples."""
     return torch.cat(parts) if several else torch.stack(parts).sum(0)
 

@@ -13,7 +13,8 @@ from obc.criteria.units import Consumer
 from obc.model.autocast import without_autocast
 from obc.model.layouts import layout_of
 from obc.statistics.reader import flat_rows
-from obc.statistics.routed import RoutedCalls, tapped
+from obc.statistics.routed import RoutedCalls
+from obc.statistics.taps import tapped
 
 
 def in_metric(consumer: Consumer, metric: Tensor) -> Consumer:
@@ -91,7 +92,7 @@ class OutputMetrics:
                     if len(inputs[expert].tokens):
                         self._add(name, inputs[expert].at_output(grad))
 
-            return tapped(output, read)
+            return tapped(output, read, copy=True)
 
         return hook
 

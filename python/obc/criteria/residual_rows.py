@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from obc.criteria.joined_rows import by_group, joined, refuse_unlike, samples_of
+from obc.criteria.joined_rows import by_group, refuse_unlike, row_of_parts, samples_of
 from obc.criteria.protocol import Subject
 from obc.criteria.residuals import Cut, Residuals
 from obc.model.evaluation import evaluating
@@ -16,7 +16,8 @@ from obc.model.usable_batches import UsableBatches, all_finite
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.part import Part
 from obc.statistics.reader import first_tensor
-from obc.statistics.routed import RoutedCalls, tapped
+from obc.statistics.routed import RoutedCalls
+from obc.statistics.taps import tapped
 
 
 class Also(Protocol):
@@ -83,7 +84,7 @@ def read_residuals(
     def hook_of_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         inputs = calls.inputs(module, [*args, *kwargs.values()], output) if part.reading else ""
         if isinstance(inputs, str):  # the loss needs a graph even if nothing is read
-            return tapped(output, lambda _: None) if isinstance(output, Tensor) else None
+            return tapped(output, lambda _: None, copy=True) if isinstance(output, Tensor) else None
         samples = samples_of(part.batch, inputs[0].total) if cut.several else 1
 
         def read(grad: Tensor) -> None:
@@ -91,7 +92,7 @@ def read_residuals(
                 assert tap.consumer.expert is not None
                 now.setdefault(tap, []).append(tap.read_expert(inputs[tap.consumer.expert], grad, cut, samples))
 
-        return tapped(output, read)
+        return tapped(output, read, copy=True)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         x = first_tensor(args, kwargs)
@@ -122,7 +123,7 @@ def read_residuals(
                 if also is not None:
                     also.begin()
                 run_backward(subject.model, loss, index, batch, subject.rows, subject.micro_batch)
-                rows = {tap: joined(parts, cut.several) for tap, parts in now.items()}
+                rows = {tap: row_of_parts(parts, cut.several) for tap, parts in now.items()}
                 if tokens is not None:
                     refuse_unlike(rows)
                 if not all_finite((list(rows.values()), None if also is None else also.now)):

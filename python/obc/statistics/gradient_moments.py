@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from obc import ops
 from obc.statistics.part import Part
 from obc.statistics.reader import Groups, Handle, InputReader, Reader, flat_rows, input_dim
-from obc.statistics.routed import tapped
 from obc.statistics.sums import Sums
+from obc.statistics.taps import tapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,28 +48,12 @@ class GradientMoments:
         return {}
 
 
-class _Tap(torch.autograd.Function):
-    """Identity whose backward passes the gradient to ``read``. A leaf lets backward reach it despite frozen weights."""
-
-    @staticmethod
-    def forward(ctx: Any, activation: Tensor, leaf: Tensor, read: Callable[[Tensor], None]) -> Tensor:
-        ctx.read = read
-        return activation.view_as(activation)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        with torch.no_grad():
-            ctx.read(grads[0])
-        return grads[0], None, None
-
-
 class _Reader(InputReader):
     """If a part's backward runs more than once (to test whether samples are independent), the last one counts."""
 
     def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups) -> None:
         super().__init__(sums, part, model, groups)
         self._of_part = Sums(sums.name)
-        self._leaf = torch.zeros((), requires_grad=True)
 
     def attach(self) -> list[Handle]:
         layers, mixtures = self.layers.items(), self.mixtures.items()
@@ -112,9 +96,9 @@ class _Reader(InputReader):
             dim = input_dim(module, x)
             valid = self.part.valid_positions(x, dim)
             self.note_call(name, x, dim)
-            tapped = _Tap.apply(x, self._leaf, lambda grad: self.read_gradient(name, grad, dim, valid))
-            swapped = {key: tapped if value is x else value for key, value in kwargs.items()}
-            return tuple(tapped if value is x else value for value in args), swapped
+            read = tapped(x, lambda grad: self.read_gradient(name, grad, dim, valid), copy=False)
+            swapped = {key: read if value is x else value for key, value in kwargs.items()}
+            return tuple(read if value is x else value for value in args), swapped
 
         return hook
 
@@ -129,6 +113,6 @@ class _Reader(InputReader):
                 for one, inputs in routed:
                     self.read_gradient(one, inputs.at_input(module, grad), 1, None)
 
-            return tapped(output, read) if isinstance(output, Tensor) else None
+            return tapped(output, read, copy=True) if isinstance(output, Tensor) else None
 
         return hook

@@ -160,7 +160,7 @@ class RoutedCalls:
 def _make_up(module: nn.Module, inputs: Sequence[RoutedInput], output: Any) -> bool | None:
     """Whether the experts' down projections of these inputs, weighted and added, equal the module's output.
 
-    None: the call can't tell, because something is not finite or no token was routed to an expert.
+    None: the call can't tell, because something is not finite, no token was routed, or all outputs are zero.
     """
     if not isinstance(output, Tensor) or output.dim() != 2:
         return False
@@ -170,26 +170,6 @@ def _make_up(module: nn.Module, inputs: Sequence[RoutedInput], output: Any) -> b
     total = mixed(module, inputs, torch.empty_like(output, dtype=dtype), {})
     allowed = _AGREEMENT_OF_HALF if output.element_size() < 4 else _AGREEMENT
     distance = (total - output).norm()
-    return bool(distance <= allowed * total.norm()) if bool(distance.isfinite()) else None
-
-
-class _Tap(torch.autograd.Function):
-    """Identity whose backward passes the gradient to ``read``. A leaf lets backward reach it despite frozen weights."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, leaf: Tensor, read: Callable[[Tensor], None]) -> Tensor:
-        ctx.read = read
-        return output.clone()  # later code may change it in place
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        with torch.no_grad():
-            ctx.read(grads[0])
-        return grads[0], None, None
-
-
-def tapped(output: Tensor, read: Callable[[Tensor], None]) -> Tensor:
-    """A module's output, whose gradient goes to ``read`` while the loss goes backward."""
-    leaf = torch.zeros((), requires_grad=True)
-    result: Tensor = _Tap.apply(output, leaf, read)
-    return result
+    if not bool(distance.isfinite()) or bool(total.norm() + distance == 0):
+        return None
+    return bool(distance <= allowed * total.norm())
