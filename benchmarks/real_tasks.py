@@ -125,7 +125,7 @@ def tiny(draw: int, calibration: int, test: int, length: int) -> Task:
 
 
 def minilm(draw: int, calibration: int, test: int, length: int) -> Task:
-    """Sentences, and one minus the cosine to the unpruned model's embedding; no length is used."""
+    """Sentences; the measure is one minus the cosine to the unpruned model's embedding. ``length`` is not used."""
     model, tokenizer = pretrained.encoder()
 
     def batches(text: str, count: int) -> list[Mapping[str, Tensor]]:
@@ -161,7 +161,7 @@ def minilm(draw: int, calibration: int, test: int, length: int) -> Task:
 def efficientnet(
     draw: int, calibration: int, test: int, length: int, crops: bool = False, development: bool = False
 ) -> Task:
-    """Crops of photographs, zero where the class agrees with the unpruned model's; no length is used.
+    """Crops of photographs; the measure is 0 if the class is the unpruned model's, otherwise 1.
 
     Args:
         draw: seed of the images.

@@ -33,10 +33,12 @@ class LaunchParameters(Protocol):
     """The interface of a kernel's class of launch parameters; the arguments are its own."""
 
     @classmethod
-    def from_heuristic(cls, *arguments: Any) -> Any: ...
+    def from_heuristic(cls, *arguments: Any) -> Any:
+        """The parameters that are used if nothing is tuned."""
 
     @classmethod
-    def variations(cls, *arguments: Any) -> Any: ...
+    def variations(cls, *arguments: Any) -> Any:
+        """Name -> the parameters that tuning tries, the heuristic ones among them."""
 
 
 Config = TypeVar("Config", bound=LaunchParameters)
@@ -51,6 +53,7 @@ _read: Path | None = None
 
 
 def enabled() -> bool:
+    """Whether ``OBC_AUTOTUNE=1`` asks for tuning."""
     return os.environ.get("OBC_AUTOTUNE") == "1"
 
 

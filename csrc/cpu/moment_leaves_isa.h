@@ -54,8 +54,8 @@ OBC_INLINE void add_powers(
   absolute += size;
 }
 
-// The sums of neighbouring lanes of two vectors, kHalf lanes onto the next kHalf: those of a, then those of b, and so
-// on.
+// Cuts each vector into blocks of 2 * kHalf lanes and adds the second half of a block to the first. The result takes
+// the sums of a block of a and of the same block of b in turn.
 template <int kHalf, class Vector, class Integers, int... kLane>
 OBC_INLINE void fold_lanes(const Vector& a, const Vector& b, Vector& to, std::integer_sequence<int, kLane...>) {
   constexpr int kLanes = sizeof...(kLane);

@@ -12,7 +12,7 @@ the first one at which another unit was within reach: in these, the choice among
 The product has half or single precision, and its rows have length 1. By the Cauchy-Schwarz inequality its error is at
 most a small constant times the length of D_t. Most units are much further from being removed.
 
-The steps among a large front are taken in rounds among a smaller one.
+A large front is treated in the same way: its steps are taken in rounds, each with a smaller front.
 """
 
 from __future__ import annotations
@@ -257,7 +257,8 @@ class Field:
         limits = limits[units.group_of[rivals].numpy()]
         if units.costs is not None and self._problem.per_cost:
             costs = units.costs[rivals].numpy()[:, None]
-            limits = np.where(limits < 0, limits / costs, limits * costs)
+            with np.errstate(all="ignore"):  # a cost may be zero
+                limits = np.where(limits < 0, limits / costs, limits * costs)
         reached = np.flatnonzero(~(increments.numpy() > limits).all(0))
         return int(reached[0]) if len(reached) else len(removed)
 
