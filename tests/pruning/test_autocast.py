@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import models
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
 
 import obc
-from obc.model.autocast import PresentAutocast, in_present_autocast, without_autocast
+from obc.model.autocast import PresentAutocast, callers_autocast, in_present_autocast, without_autocast
 from obc.recovery.moments import Moments
+from obc.structures.transformers import TransformersStructure
 
 
 class Net(nn.Module):
@@ -169,3 +171,55 @@ def test_a_model_that_runs_only_under_autocast_is_pruned_under_it() -> None:
     assert steps == [True, True]
     assert not result.report.unproved
     assert result.report.widths["a"][1] < 12
+
+
+def test_code_that_calls_the_model_itself_finds_the_callers_autocast() -> None:
+    a = torch.randn(3, 3)
+    with callers_autocast():
+        assert (a @ a).dtype == torch.float32
+    with half():
+        with without_autocast(), without_autocast(), callers_autocast():
+            assert (a @ a).dtype == torch.bfloat16
+            with without_autocast():
+                assert (a @ a).dtype == torch.float32
+        with callers_autocast():
+            assert (a @ a).dtype == torch.bfloat16
+    with without_autocast(), half(), callers_autocast():  # the caller had none
+        assert (a @ a).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": 0.9, "memory_use": obc.MemoryUse(length=512)},
+        {"macs": 0.8, "memory_use": obc.MemoryUse(length=512)},
+        {"macs": 0.8, "measure": True},
+        {"macs": 0.8, "compensate": "correct"},
+        {"macs": 0.8, "criterion": "masked"},
+        {"macs": 0.8, "allocation": "search"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_every_call_of_a_language_model_is_under_the_callers_autocast(options: dict[str, Any]) -> None:
+    case, seen = models.llama(), set[bool]()
+
+    def note(module: nn.Module, *_: Any) -> None:
+        seen.add(torch.is_autocast_enabled("cpu"))
+
+    def language_loss(model: Any, tokens: Tensor) -> Tensor:
+        return model(input_ids=tokens, labels=tokens).loss.float()
+
+    case.model.register_forward_pre_hook(note)
+    with half():
+        result = obc.prune(
+            case.model, batches=case.batches[:4], loss_fn=language_loss, steps=1, progress=False, **options
+        )
+    assert seen == {True}
+    if "memory_use" in options:
+        whole, model = models.llama().model, result.report.known["memory"].before
+        weights = TransformersStructure(whole).memory(obc.MemoryUse()).total()
+        with half(), torch.no_grad():
+            cache = whole(input_ids=case.batches[0][:1], use_cache=True).past_key_values
+        per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / cache.get_seq_length()
+        assert cache.layers[0].values.dtype == torch.bfloat16
+        assert model - weights == 512 * per_token

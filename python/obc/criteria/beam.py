@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from obc.criteria.masked import Evaluation, Masks, Metric, check_metric, with_unit
+from obc.criteria.masked_model import Evaluation, Masks, Metric, check_metric, with_unit
 from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
 from obc.model.usable_batches import UsableBatches
 from obc.structures.masking import unmaskable

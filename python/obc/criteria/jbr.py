@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obc.criteria.masked import output_tensor
+from obc.criteria.masked_model import output_tensor
 from obc.criteria.protocol import About, MeasuredRows, Subject
 from obc.criteria.rows import read_rows
 from obc.model.batches import attention_mask

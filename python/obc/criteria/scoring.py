@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obc.criteria.protocol import GroupScores, LossFn, Subject, name_of
+from obc.criteria.protocol import CriterionError, GroupScores, LossFn, Subject, name_of
 from obc.criteria.refusals import said_of
 from obc.criteria.registry import get
 from obc.model.evaluation import ForwardFn
@@ -76,6 +76,11 @@ def collected(
     chosen = [*needs, *(chosen_statistics(further) if further else [])]
     if not chosen:
         return Statistics({}, rows=None, num_batches=0, coverage={})
+    if functional is not None and subject.rows == "sample":
+        raise CriterionError(
+            "it reads one number per batch, its own functional of the outputs in place of loss_fn, which has no value "
+            "per sample; pass rows='batch'"
+        )
     loss = subject.loss_fn if functional is None else functional_loss(functional, subject.forward_fn)
     return collect(
         subject.model,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from obc.criteria.magnitude import Magnitude
-from obc.criteria.masked import Evaluation, Masks
+from obc.criteria.masked_model import Evaluation, Masks
 from obc.criteria.protocol import About, CriterionError, GroupScores, LossFn, MeasuredCriterion, Subject
 from obc.criteria.scoring import group_scores
 from obc.criteria.slices import slice_weights

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -22,24 +23,6 @@ def _enabled() -> list[tuple[str, torch.dtype]]:
     types = dict.fromkeys(["cpu", "cuda", *([] if accelerator is None else [accelerator.type])])
     available = (name for name in types if torch.amp.is_autocast_available(name))
     return [(name, torch.get_autocast_dtype(name)) for name in available if torch.is_autocast_enabled(name)]
-
-
-@contextlib.contextmanager
-def without_autocast() -> Iterator[None]:
-    """No autocast inside the block, and none entered inside it keeps casts of weights.
-
-    Otherwise torch keeps them until the caller's outermost block ends, even of weights that obc changes meanwhile.
-    """
-    keeps_casts = torch.is_autocast_cache_enabled()
-    with contextlib.ExitStack() as stack:
-        for name, _ in _enabled():
-            stack.enter_context(torch.autocast(name, enabled=False))
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(keeps_casts)
-            torch.clear_autocast_cache()
 
 
 class PresentAutocast:
@@ -57,6 +40,41 @@ class PresentAutocast:
             for name, dtype in self._found:
                 stack.enter_context(torch.autocast(name, dtype=dtype, cache_enabled=False))
             yield
+
+
+# What was on when the outermost ``without_autocast`` was entered; None outside of it.
+_CALLERS: ContextVar[PresentAutocast | None] = ContextVar("callers_autocast", default=None)
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """No autocast inside the block, and none entered inside it keeps casts of weights.
+
+    Otherwise torch keeps them until the caller's outermost block ends, even of weights that obc changes meanwhile.
+    """
+    keeps_casts = torch.is_autocast_cache_enabled()
+    with contextlib.ExitStack() as stack:
+        if _CALLERS.get() is None:
+            stack.callback(_CALLERS.reset, _CALLERS.set(PresentAutocast()))
+        for name, _ in _enabled():
+            stack.enter_context(torch.autocast(name, enabled=False))
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(keeps_casts)
+            torch.clear_autocast_cache()
+
+
+@contextlib.contextmanager
+def callers_autocast() -> Iterator[None]:
+    """The autocast around the outermost :func:`without_autocast`; outside of one, whatever is on.
+
+    For code that calls the user's model itself and not through a function of the user's.
+    """
+    callers = _CALLERS.get()
+    with contextlib.nullcontext() if callers is None else callers():
+        yield
 
 
 def in_present_autocast(function: Function) -> Function:

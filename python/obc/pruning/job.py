@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from obc.criteria import Jacobian, Subject
-from obc.criteria.masked import Evaluation
+from obc.criteria.masked_model import Evaluation
 from obc.criteria.protocol import name_of
 from obc.criteria.refusals import said_of, scores_nothing
 from obc.criteria.rows import read_rows
@@ -42,6 +42,7 @@ logger = logging.getLogger("obc")
 # Costs are sums of large products in float64: a target met up to this is met.
 _ROUNDING = 1e-9
 _UNITS: tuple[Unit, Unit] = ("macs", "parameters")
+_BLOCKS = " (residual blocks are the members, of one class, of an nn.ModuleList or nn.Sequential)"
 
 
 class Job:
@@ -172,8 +173,9 @@ class Job:
         except NothingToReadError as error:  # of a statistic that the criterion does not need
             allocation = type(self.choice.allocation).__name__
             raise ValueError(
-                f"the allocation {allocation} follows the statistic {error.statistic!r}, but {error.reason}; pass "
-                "another allocation="
+                f"the allocation {allocation} follows the statistic {error.statistic!r}, but {error.reason}{_BLOCKS}; "
+                "pass allocation='global' (all units compete), 'uniform' (equal shares), or a mapping of names of "
+                "groups to strengths"
             ) from error
 
     def _measured(self, subject: Subject) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.criteria.masked import Evaluation, Metric
+from obc.criteria.masked_model import Evaluation, Metric
 from obc.criteria.protocol import Subject
 from obc.criteria.scoring import collected
 from obc.model.kept import staying

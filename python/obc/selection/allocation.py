@@ -215,7 +215,11 @@ class BlockProfile(Profile):
         values = torch.tensor([found_for(name, task.importance, math.nan) for name in names], dtype=torch.float64)
         if bool(values.isnan().any()):
             lost = names[int(values.isnan().nonzero()[0])]
-            raise ValueError(f"{lost!r} is in none of the blocks that were read ({', '.join(task.importance)})")
+            raise ValueError(
+                f"{lost!r} is in none of the residual blocks that the allocation BlockProfile follows "
+                f"({', '.join(task.importance)}); leave it out with ignored_layers, or pass allocation='global', "
+                "'uniform' or a mapping of names to strengths"
+            )
         if self.shape == "linear":
             return dict(zip(names, (1.1 - values / values.amax()).tolist(), strict=True))
         deviation = values.std(correction=0).clamp_min(1e-12)

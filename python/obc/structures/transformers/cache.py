@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.autocast import callers_autocast
 from obc.model.errors import PruningError, explained
 from obc.model.evaluation import evaluating
 from obc.model.names import named_modules
@@ -25,7 +26,7 @@ class CachedLayer:
         group: group of the key/value heads; None if they can't be removed.
         per_unit: entries per token of one unit of the group, keys and values together; without a group, of all heads.
         most: the most tokens that are kept; None: all.
-        itemsize: bytes of an entry.
+        itemsize: bytes of an entry, the mean of keys and values.
         fixed: bytes per sequence that do not grow with its length.
     """
 
@@ -33,13 +34,13 @@ class CachedLayer:
     group: str | None
     per_unit: float
     most: int | None
-    itemsize: int
+    itemsize: float
     fixed: float = 0.0
 
     def bytes_of_unit(self, use: MemoryUse) -> float:
         """Bytes of one unit of the group; without a group, of the layer."""
         tokens = use.length if self.most is None else min(use.length, self.most)
-        itemsize = self.itemsize if use.dtype is None else use.dtype.itemsize
+        itemsize = self.itemsize if use.dtype is None else float(use.dtype.itemsize)
         return float(self.per_unit * tokens * use.batch * itemsize)
 
 
@@ -61,7 +62,8 @@ def cached_layers(model: Any, blocks: Sequence[Block]) -> list[CachedLayer]:
         )
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    with explained(model, "filling its cache with one token", remedy), evaluating(model), torch.no_grad():
+    filling = explained(model, "filling its cache with one token", remedy)
+    with filling, evaluating(model), torch.no_grad(), callers_autocast():
         outputs = model(input_ids=token, use_cache=True)
     cache = getattr(outputs, "cache", None)  # its name since transformers 5
     layers = getattr(getattr(outputs, "past_key_values", None) if cache is None else cache, "layers", None)
@@ -79,11 +81,12 @@ def _layer(model: nn.Module, blocks: Sequence[Block], place: int, layer: Any) ->
     if keys is None or values is None or not keys.numel():
         return CachedLayer(module, None, 0.0, None, 1, fixed)
     heads, entries = keys.shape[1], (keys.numel() + values.numel()) / keys.shape[-2]
+    itemsize = (keys.nbytes + values.nbytes) / (keys.numel() + values.numel())  # under autocast they may differ
     window = getattr(layer, "sliding_window", None)
     most = window - 1 if isinstance(window, int) else None
     for block in blocks:
         inside = any(block.group.slices[0].module.startswith(f"{name}.") for name in filling)
         if block.group.kind == "heads" and inside and heads % block.group.size == 0:
             unit = entries / block.group.size
-            return CachedLayer(module, block.group.name, unit, most, keys.element_size(), fixed)
-    return CachedLayer(module, None, entries, most, keys.element_size(), fixed)
+            return CachedLayer(module, block.group.name, unit, most, itemsize, fixed)
+    return CachedLayer(module, None, entries, most, itemsize, fixed)

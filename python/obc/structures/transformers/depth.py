@@ -255,7 +255,7 @@ def _outputs(module: nn.Module) -> int:
     sizes = {len(value.elts) for value in returned if isinstance(value, ast.Tuple)}
     if len(sizes) == 1 and all(isinstance(value, ast.Tuple) for value in returned):
         return sizes.pop()
-    if returned and all(isinstance(value, ast.Name) and _is_sum(tree, value.id) for value in returned):
+    if returned and all(_is_sum(tree, value) for value in returned):
         return 0  # whatever the annotation says: some were copied from layers that returned tuples
     annotation = inspect.signature(forward).return_annotation
     if annotation is inspect.Signature.empty:
@@ -263,16 +263,42 @@ def _outputs(module: nn.Module) -> int:
     return _of_annotation(annotation if isinstance(annotation, str) else _spelled(annotation)) or 0
 
 
-def _is_sum(tree: ast.Module, name: str) -> bool:
-    """Whether the last value that a variable gets is a sum or product without tuples."""
-    values = [
-        (node.lineno, node.value)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Assign)
-        and any(isinstance(target, ast.Name) and target.id == name for target in node.targets)
-    ]
-    last = max(values, key=lambda entry: entry[0], default=(0, None))[1]
-    return isinstance(last, ast.BinOp) and not any(isinstance(node, ast.Tuple) for node in ast.walk(last))
+def _is_sum(tree: ast.Module, value: ast.expr) -> bool:
+    """Whether an expression is a sum or product of tensors, or a variable whose last value is one.
+
+    It is not if a tuple occurs in it, or, for ``x += ...``, in any value of the variable.
+    """
+    if not isinstance(value, ast.Name):
+        return isinstance(value, ast.BinOp) and not _has_tuple(value)
+    values = sorted(_values_of(tree, value.id), key=lambda entry: entry[0])
+    if not values:
+        return False
+    _, last, augments = values[-1]
+    if augments:
+        return not any(_has_tuple(one) for _, one, _ in values)
+    return isinstance(last, ast.BinOp) and not _has_tuple(last)
+
+
+def _values_of(tree: ast.Module, name: str) -> Iterator[tuple[int, ast.expr, bool]]:
+    """(line, value, whether it is added to the one before) for everything assigned to a variable."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign):
+            targets: Sequence[ast.expr] = node.targets
+        elif isinstance(node, (ast.AnnAssign, ast.AugAssign, ast.NamedExpr)):
+            targets = [node.target]
+        else:
+            continue
+        if node.value is not None and any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            yield node.lineno, node.value, isinstance(node, ast.AugAssign)
+
+
+def _has_tuple(value: ast.expr) -> bool:
+    """Whether a tuple occurs in an expression, except as an index or an argument."""
+    if isinstance(value, ast.Tuple):
+        return True
+    if isinstance(value, (ast.BinOp, ast.IfExp)):
+        return any(_has_tuple(one) for one in ast.iter_child_nodes(value) if isinstance(one, ast.expr))
+    return False
 
 
 def _spelled(annotation: Any) -> str:
