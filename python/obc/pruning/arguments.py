@@ -76,6 +76,16 @@ class Choice:
         chosen = chosen_allocation(allocation, criterion)
         return cls(criterion, chosen, selection, slices, per_cost, shrinkage, min_units, round_to, caps)
 
+    def said(self, allocation: Any) -> dict[str, object]:
+        """What the report's provenance says of it; ``allocation`` is the argument of ``obc.prune``."""
+        return {
+            "criterion": name_of(self.criterion),
+            "allocation": allocation if isinstance(allocation, str) else type(self.allocation).__name__,
+            "selection": self.selection,
+            "slices": self.slices,
+            "per_macs": self.per_cost,
+        }
+
     def limits(self, structure: Structure, least: Mapping[str, int]) -> Limits:
         """The structure's limits joined with ``min_units``, ``round_to`` and the caps.
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from obc.model.evaluation import ForwardFn, call_on_batch, with_outputs
 from obc.model.kept import narrowed, staying
 from obc.model.names import named_modules
 from obc.model.shared_copy import shared_copy
@@ -33,24 +32,6 @@ def first_finite(batches: Iterable[Any]) -> Any:
         if all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
             return batch
     return first
-
-
-def run_on(batch: Any, loss_fn: Any, forward_fn: ForwardFn | None) -> Run:
-    """``run(model)``: what ``forward_fn`` returns on the batch, or what the model returns while ``loss_fn`` runs.
-
-    The loss itself is compared only if ``loss_fn`` calls parts of the model alone. It may also read weights (a penalty
-    on their norm), and these differ legitimately, because they still contain masked units.
-    """
-
-    def run(model: nn.Module) -> Any:
-        if forward_fn is not None:
-            return forward_fn(model, batch)
-        if loss_fn is None:
-            return call_on_batch(model, batch)
-        loss, outputs = with_outputs(model, lambda: loss_fn(model, batch))
-        return outputs or loss
-
-    return run
 
 
 def prove_groups(structure: Structure, run: Run, report: PruningReport) -> None:
@@ -94,7 +75,7 @@ class FinalProof:
 
     Args:
         structure: of the unpruned model.
-        run: see :func:`run_on`.
+        run: see :meth:`obc.pruning.functions.Functions.run_on`.
     """
 
     def __init__(self, structure: Structure, run: Run) -> None:

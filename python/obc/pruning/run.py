@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.criteria import Subject
-from obc.criteria.protocol import LossFn, name_of
+from obc.criteria.protocol import LossFn
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.batches import RowKind, parts_of
 from obc.model.errors import PruningError
-from obc.model.evaluation import ForwardFn, call, call_on_batch, with_outputs
+from obc.model.evaluation import ForwardFn
 from obc.model.groups import Slices
 from obc.model.latency_table import LatencyTable
 from obc.model.names import joined, named_tensors
@@ -27,19 +28,18 @@ from obc.pruning.arguments import (
     Choice,
     Compensation,
     chosen_compensation,
-    one_of,
     repeatable,
 )
 from obc.pruning.budgets import Argument, Budget, Meters
 from obc.pruning.compensator import Compensator
-from obc.pruning.final_proof import FinalProof, first_finite, prove_groups, run_on
+from obc.pruning.final_proof import FinalProof, first_finite, prove_groups
+from obc.pruning.functions import Functions
 from obc.pruning.job import Job
 from obc.pruning.measured_macs import MeasuredMacs
 from obc.pruning.measured_speed import MeasuredSpeed
 from obc.pruning.provenance import provenance
 from obc.pruning.report import PruningReport, PruningResult, timed
 from obc.pruning.snapshot import Snapshot
-from obc.scoring.label_free import label_free_loss
 from obc.selection.caps import Caps
 from obc.selection.choice import Selection
 from obc.structures.memory import MemoryUse
@@ -178,14 +178,8 @@ def prune(
         ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
             that differs.
     """
-    given: dict[Argument, float | None] = {
-        "macs": macs,
-        "params": params,
-        "blocks": blocks,
-        "active_params": active_params,
-        "memory": memory,
-        "latency": latency,
-    }
+    given: dict[Argument, float | None] = {"macs": macs, "params": params, "blocks": blocks}
+    given |= {"active_params": active_params, "memory": memory, "latency": latency}
     budget = Budget.of(given, Meters.of(memory_use, latency_table))
     schedule = budget.schedule(steps)
     caps = Caps.of(max_pruning_ratio, protected_blocks)
@@ -193,55 +187,82 @@ def prune(
     compensate = chosen_compensation(compensate, compensate_every_step)
     usable = UsableBatches(repeatable(batches))
     _check_model(model, structure)
-    if loss_fn is None:
-        forward_fn = forward_fn or call_on_batch
-    loss_fn, forward_fn = in_present_autocast(loss_fn), in_present_autocast(forward_fn)
-    call_example, on_step = in_present_autocast(call), in_present_autocast(on_step)
-    forward, loss = _forward(loss_fn, forward_fn, labels), _loss(loss_fn, forward_fn, labels, rows, seed)
-    generator = torch.Generator().manual_seed(seed)
+    functions, generator = Functions.of(loss_fn, forward_fn, labels, rows, seed), torch.Generator().manual_seed(seed)
+    loss, forward = functions.loss, functions.forward
     subject = Subject(model, (), usable, loss, forward, choice.slices, rows, generator, micro_batch)
-    choices = {
-        "budget": budget.said,
-        "criterion": name_of(choice.criterion),
-        "allocation": allocation if isinstance(allocation, str) else type(choice.allocation).__name__,
-        "selection": choice.selection,
-        "slices": choice.slices,
-        "steps": len(schedule),
-        "rows": rows,
-        "per_macs": choice.per_cost,
-        "compensate": f"{compensate} after every step" if compensate_every_step else compensate,
-        "labels": labels,
-        "seed": seed,
-    }
-    report = PruningReport(provenance=provenance(model, choices))
+    on_step = in_present_autocast(on_step)
+    options = _Options(steps, recalibrate, compensate, compensate_every_step, verify, measure, on_step, progress)
+    said = {"budget": budget.said, **choice.said(allocation), "steps": len(schedule), **options.said()}
+    said |= {"rows": rows, "labels": labels, "seed": seed}
+    report = PruningReport(provenance=provenance(model, said))
     with without_autocast(), _restored_on_error(model, report, budget, len(schedule)) as unpruned:
         with timed(report, "structure"):
-            parts = (part for batch in usable for part, _, _ in parts_of(batch, micro_batch))
-            others = (run_on(part, loss_fn, forward_fn) for part in parts)
-            structure = structure or _structure(model, example_inputs, ignored_layers, num_heads, call_example, others)
-            run = run_on(first_finite(usable), loss_fn, forward_fn)
+            if structure is None:
+                others = (functions.run_on(part) for batch in usable for part, _, _ in parts_of(batch, micro_batch))
+                structure = _structure(model, example_inputs, ignored_layers, num_heads, functions.example, others)
+            run = functions.run_on(first_finite(usable))
             prove_groups(structure, run, report)
-            final_proof = FinalProof(structure, run) if verify else None
-        with timed(report, "latency"):
-            budget = budget.ready(structure, run, round_to)
-            schedule = budget.schedule(steps)
-        counted = MeasuredMacs(structure, run, report)
-        speed = MeasuredSpeed(model, run, report) if measure else None
-        compensator = None
-        if compensate is not None:
-            compensator = Compensator(
-                structure, compensate, compensate_every_step, usable, forward, recalibrate, report, progress
-            )
-        job = Job(structure, subject, report, budget, choice, recalibrate, final_proof, compensator)
-        job.run(schedule, on_step, progress)
-        with timed(report, "verify"), contextlib.nullcontext() if compensator is None else compensator.undone():
-            _verify(structure.plan, unpruned.tensors(), model, recalibrate)
-            if final_proof is not None:
-                final_proof.check(model, report)
-        counted.finish(model)
-        job.finish(run)
-        if speed is not None:
-            speed.finish(model)
+        return _prune(structure, subject, run, report, budget, choice, options, unpruned)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of :func:`prune` for its run."""
+
+    steps: int | Sequence[float]
+    recalibrate: bool
+    compensate: Compensation | None
+    compensate_every_step: bool
+    verify: bool
+    measure: bool
+    on_step: Callable[[PruningResult], None] | None
+    progress: bool | None
+
+    def said(self) -> dict[str, object]:
+        """What the report's provenance says of them."""
+        every = " after every step" if self.compensate_every_step else ""
+        return {"compensate": self.compensate and f"{self.compensate}{every}"}
+
+
+def _prune(
+    structure: Structure,
+    subject: Subject,
+    run: Run,
+    report: PruningReport,
+    budget: Budget,
+    choice: Choice,
+    options: _Options,
+    unpruned: Snapshot,
+) -> PruningResult:
+    """Prune the structure's model in steps, prove the result on the first batch, compensate and measure it.
+
+    Args:
+        run: runs a model on the first batch.
+        unpruned: the unpruned model's tensors.
+    """
+    model, recalibrate = subject.model, options.recalibrate
+    with timed(report, "structure"):
+        final_proof = FinalProof(structure, run) if options.verify else None
+    with timed(report, "latency"):
+        budget = budget.ready(structure, run, choice.round_to)
+        schedule = budget.schedule(options.steps)
+    counted = MeasuredMacs(structure, run, report)
+    speed = MeasuredSpeed(model, run, report) if options.measure else None
+    compensator = None
+    if options.compensate is not None:
+        how, every_step, progress = options.compensate, options.compensate_every_step, options.progress
+        batches, forward = subject.batches, subject.forward_fn
+        compensator = Compensator(structure, how, every_step, batches, forward, recalibrate, report, progress)
+    job = Job(structure, subject, report, budget, choice, recalibrate, final_proof, compensator)
+    job.run(schedule, options.on_step, options.progress)
+    with timed(report, "verify"), contextlib.nullcontext() if compensator is None else compensator.undone():
+        _verify(structure.plan, unpruned.tensors(), model, recalibrate)
+        if final_proof is not None:
+            final_proof.check(model, report)
+    counted.finish(model)
+    job.finish(run)
+    if speed is not None:
+        speed.finish(model)
     return PruningResult(model, structure.plan, report, budget.meters.table)
 
 
@@ -256,18 +277,6 @@ def _check_model(model: nn.Module, structure: Structure | None) -> None:
             f"the structure was made for another model, a {type(structure.model).__name__}, than the "
             f"{type(model).__name__} to be pruned; make one for this model, or pass that one"
         )
-
-
-def _loss(
-    loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool, rows: RowKind, seed: int
-) -> LossFn:
-    """The loss that rows are read from."""
-    one_of("rows", rows, get_args(RowKind))
-    if not labels:
-        return label_free_loss(_forward(loss_fn, forward_fn, labels), rows=rows, seed=seed)
-    if loss_fn is None:
-        raise ValueError("loss_fn is needed if labels are used; labels=False scores by the model's outputs alone")
-    return loss_fn
 
 
 @contextlib.contextmanager
@@ -286,7 +295,7 @@ def _restored_on_error(model: nn.Module, report: PruningReport, budget: Budget, 
         raise
 
 
-# --- the structure, and the outputs --------------------------------------------------------------------------
+# --- the structure -------------------------------------------------------------------------------------------
 
 
 def _structure(
@@ -326,34 +335,6 @@ def _first_left_out(left_out: Mapping[str, str]) -> str:
         return ""
     name, reason = next(iter(left_out.items()))
     return f": {name}: {reason}" + (f" ({len(left_out) - 1} more are left out)" if len(left_out) > 1 else "")
-
-
-def _forward(loss_fn: LossFn | ForwardFn | None, forward_fn: ForwardFn | None, labels: bool) -> ForwardFn:
-    if forward_fn is not None:
-        return forward_fn
-    if loss_fn is None:
-        return call_on_batch
-    return _outputs_inside(loss_fn) if labels else loss_fn
-
-
-def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
-    """Returns the model's outputs while ``loss_fn`` runs."""
-
-    def forward(model: nn.Module, batch: Any) -> list[Any]:
-        try:
-            _, outputs = with_outputs(model, lambda: loss_fn(model, batch))
-        except RuntimeError as error:
-            if torch.is_grad_enabled() or "does not require grad" not in str(error):
-                raise
-            raise PruningError(
-                f"loss_fn needs gradients itself, but the outputs to preserve are computed without ({error}); pass "
-                "forward_fn(model, batch) as well, which returns the outputs alone"
-            ) from error
-        if not outputs:
-            raise ValueError("loss_fn does not call the model itself, but parts of it; pass forward_fn as well")
-        return outputs
-
-    return forward
 
 
 def _verify(plan: PruningPlan, original: Mapping[str, Tensor], model: nn.Module, recalibrated: bool) -> None:

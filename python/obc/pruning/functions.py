@@ -1,0 +1,110 @@
+"""The functions through which ``obc.prune`` runs the caller's model: its loss, its outputs, and an example call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from obc.criteria.protocol import LossFn
+from obc.model.autocast import in_present_autocast
+from obc.model.batches import RowKind
+from obc.model.errors import PruningError
+from obc.model.evaluation import ForwardFn, call, call_on_batch, with_outputs
+from obc.pruning.arguments import one_of
+from obc.scoring.label_free import label_free_loss
+from obc.structures.proof import Run
+
+
+@dataclass(frozen=True)
+class Functions:
+    """The caller's functions and what follows from them; each runs under the autocast of the call to ``obc.prune``.
+
+    Attributes:
+        loss_fn: the caller's ``loss_fn``, or None.
+        forward_fn: the caller's ``forward_fn``; without both functions, calls the model on the batch.
+        loss: ``loss(model, batch)`` is the loss whose rows are read.
+        forward: ``forward(model, batch)`` returns the outputs to preserve.
+        example: ``example(model, inputs)`` calls the model on its example inputs.
+    """
+
+    loss_fn: LossFn | ForwardFn | None
+    forward_fn: ForwardFn | None
+    loss: LossFn
+    forward: ForwardFn
+    example: ForwardFn
+
+    @classmethod
+    def of(
+        cls,
+        loss_fn: LossFn | ForwardFn | None,
+        forward_fn: ForwardFn | None,
+        labels: bool,
+        rows: RowKind,
+        seed: int,
+    ) -> Functions:
+        """Convert the arguments of ``obc.prune``.
+
+        Raises:
+            ValueError: ``rows`` is unknown, or labels are used without a ``loss_fn``.
+        """
+        if loss_fn is None:
+            forward_fn = forward_fn or call_on_batch
+        loss_fn, forward_fn = in_present_autocast(loss_fn), in_present_autocast(forward_fn)
+        forward = _forward(loss_fn, forward_fn, labels)
+        one_of("rows", rows, get_args(RowKind))
+        if not labels:
+            loss: LossFn = label_free_loss(forward, rows=rows, seed=seed)
+        elif loss_fn is None:
+            raise ValueError("loss_fn is needed if labels are used; labels=False scores by the model's outputs alone")
+        else:
+            loss = loss_fn
+        return cls(loss_fn, forward_fn, loss, forward, in_present_autocast(call))
+
+    def run_on(self, batch: Any) -> Run:
+        """``run(model)``: what ``forward_fn`` returns on the batch, or what the model returns while ``loss_fn`` runs.
+
+        The loss itself is compared only if ``loss_fn`` calls parts of the model alone. It may also read weights (a
+        penalty on their norm), and these differ legitimately, because they still contain masked units.
+        """
+
+        forward_fn, loss_fn = self.forward_fn, self.loss_fn
+
+        def run(model: nn.Module) -> Any:
+            if forward_fn is not None:
+                return forward_fn(model, batch)
+            assert loss_fn is not None
+            loss, outputs = with_outputs(model, lambda: loss_fn(model, batch))
+            return outputs or loss
+
+        return run
+
+
+def _forward(loss_fn: Callable[..., Any] | None, forward_fn: ForwardFn | None, labels: bool) -> ForwardFn:
+    if forward_fn is not None:
+        return forward_fn
+    assert loss_fn is not None
+    return _outputs_inside(loss_fn) if labels else loss_fn
+
+
+def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
+    """Returns the model's outputs while ``loss_fn`` runs."""
+
+    def forward(model: nn.Module, batch: Any) -> list[Any]:
+        try:
+            _, outputs = with_outputs(model, lambda: loss_fn(model, batch))
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                raise
+            raise PruningError(
+                f"loss_fn needs gradients itself, but the outputs to preserve are computed without ({error}); pass "
+                "forward_fn(model, batch) as well, which returns the outputs alone"
+            ) from error
+        if not outputs:
+            raise ValueError("loss_fn does not call the model itself, but parts of it; pass forward_fn as well")
+        return outputs
+
+    return forward
