@@ -55,6 +55,75 @@ class _Tap(torch.autograd.Function):
         return grads[0], None, None
 
 
+class _Rows:
+    """Hooks on the consumers, and the rows that they read of the batch at hand.
+
+    Attributes:
+        part: the part of the batch that runs.
+    """
+
+    def __init__(self, taps: list[Residuals], cut: Cut) -> None:
+        self.part = Part()
+        self._cut, self._calls, self._leaf = cut, RoutedCalls(), torch.zeros((), requires_grad=True)
+        self._read: dict[Residuals, list[Tensor]] = {}
+        self._taps: dict[nn.Module, list[Residuals]] = {}
+        for tap in taps:
+            self._taps.setdefault(tap.consumer.module, []).append(tap)
+
+    def attach(self) -> list[Any]:
+        """Hooks, to be removed at the end."""
+        return [
+            module.register_forward_hook(self._at_experts, with_kwargs=True)
+            if taps[0].consumer.routed
+            else module.register_forward_pre_hook(self._at_layer, with_kwargs=True)
+            for module, taps in self._taps.items()
+        ]
+
+    def begin(self) -> None:
+        """A batch begins."""
+        self._read.clear()
+
+    def of_batch(self) -> dict[Residuals, Tensor]:
+        """The batch's rows, (units,) or (rows, units) per tap.
+
+        Raises:
+            CriterionError: layers have different numbers of rows of tokens.
+        """
+        rows = {tap: row_of_parts(parts, self._cut.several) for tap, parts in self._read.items()}
+        if self._cut.tokens is not None:
+            refuse_unlike(rows)
+        return rows
+
+    def _at_experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        inputs = self._calls.inputs(module, [*args, *kwargs.values()], output) if self.part.reading else ""
+        if isinstance(inputs, str):  # the loss needs a graph even if nothing is read
+            return tapped(output, lambda _: None, copy=True) if isinstance(output, Tensor) else None
+        samples = samples_of(self.part.batch, inputs[0].total) if self._cut.several else 1
+
+        def read(grad: Tensor) -> None:
+            for tap in self._taps[module]:
+                assert tap.consumer.expert is not None
+                row = tap.read_expert(inputs[tap.consumer.expert], grad, self._cut, samples)
+                self._read.setdefault(tap, []).append(row)
+
+        return tapped(output, read, copy=True)
+
+    def _at_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        x = first_tensor(args, kwargs)
+        assert x is not None
+        # Blocks with experts flatten samples and tokens, also for the layers that every token passes.
+        flattened = self._cut.several and self.part.reading and x.dim() == 2
+        samples = samples_of(self.part.batch, len(x)) if flattened else len(x)
+
+        def read(activation: Tensor, grad: Tensor) -> None:
+            for tap in self._taps[module]:
+                self._read.setdefault(tap, []).append(tap.read(activation, grad, self._cut, samples))
+
+        output = _Tap.apply(x, self._leaf, read)
+        swapped = {key: output if value is x else value for key, value in kwargs.items()}
+        return tuple(output if value is x else value for value in args), swapped
+
+
 def read_residuals(
     subject: Subject, taps: list[Residuals], tokens: int | None = None, also: Also | None = None
 ) -> dict[str, Tensor]:
@@ -74,58 +143,18 @@ def read_residuals(
     """
     if not taps:
         return {}
-    leaf, cut = torch.zeros((), requires_grad=True), Cut(subject.rows == "sample", tokens)
-    taps_of_module: dict[nn.Module, list[Residuals]] = {}
-    for tap in taps:
-        taps_of_module.setdefault(tap.consumer.module, []).append(tap)
-    now: dict[Residuals, list[Tensor]] = {}
-    part, calls = Part(), RoutedCalls()
-
-    def hook_of_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        inputs = calls.inputs(module, [*args, *kwargs.values()], output) if part.reading else ""
-        if isinstance(inputs, str):  # the loss needs a graph even if nothing is read
-            return tapped(output, lambda _: None, copy=True) if isinstance(output, Tensor) else None
-        samples = samples_of(part.batch, inputs[0].total) if cut.several else 1
-
-        def read(grad: Tensor) -> None:
-            for tap in taps_of_module[module]:
-                assert tap.consumer.expert is not None
-                now.setdefault(tap, []).append(tap.read_expert(inputs[tap.consumer.expert], grad, cut, samples))
-
-        return tapped(output, read, copy=True)
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = first_tensor(args, kwargs)
-        assert x is not None
-        # Blocks with experts flatten samples and tokens, also for the layers that every token passes.
-        samples = samples_of(part.batch, len(x)) if cut.several and part.reading and x.dim() == 2 else len(x)
-
-        def read(activation: Tensor, grad: Tensor) -> None:
-            for tap in taps_of_module[module]:
-                now.setdefault(tap, []).append(tap.read(activation, grad, cut, samples))
-
-        tapped = _Tap.apply(x, leaf, read)
-        swapped = {key: tapped if value is x else value for key, value in kwargs.items()}
-        return tuple(tapped if value is x else value for value in args), swapped
-
-    handles = []
-    for module, own in taps_of_module.items():
-        if own[0].consumer.routed:
-            handles.append(module.register_forward_hook(hook_of_experts, with_kwargs=True))
-        else:
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    handles += [] if also is None else also.attach()
-    loss, batches = WatchedLoss(subject.loss_fn, part, []), UsableBatches.of(subject.batches)
+    cut = Cut(subject.rows == "sample", tokens)
+    reader = _Rows(taps, cut)
+    handles = [*reader.attach(), *([] if also is None else also.attach())]
+    loss, batches = WatchedLoss(subject.loss_fn, reader.part, []), UsableBatches.of(subject.batches)
     try:
         with evaluating(subject.model), frozen(subject.model):
             for index, batch in enumerate(batches):
-                now.clear()
+                reader.begin()
                 if also is not None:
                     also.begin()
                 run_backward(subject.model, loss, index, batch, subject.rows, subject.micro_batch)
-                rows = {tap: row_of_parts(parts, cut.several) for tap, parts in now.items()}
-                if tokens is not None:
-                    refuse_unlike(rows)
+                rows = reader.of_batch()
                 if not all_finite((list(rows.values()), None if also is None else also.now)):
                     batches.leave_out("its rows are not finite")
                     continue
