@@ -87,10 +87,6 @@ class Blocks:
             )
         return _Reader(Sums(self.name), part, {name: known[name] for name in names}, self)
 
-    def identity(self) -> dict[str, Any]:
-        modules = None if self.modules is None else list(self.modules)
-        return {"tokens": self.tokens, "span": self.span, "modules": modules, "entropy_bins": self.entropy_bins}
-
 
 def residual_blocks(model: nn.Module) -> list[str]:
     """Names of likely residual blocks: the members of lists and sequences that hold modules of one kind.

@@ -63,9 +63,6 @@ class Experts:
             raise StatisticsError(f"Experts(gates=...) must be 'routed' or 'softmax', got {self.gates!r}")
         return _Reader(Sums(self.name), part, model, groups, self.gates)
 
-    def identity(self) -> dict[str, Any]:
-        return {"gates": self.gates}
-
 
 class _Reader(Reader):
     def __init__(self, sums: Sums, part: Part, model: nn.Module, groups: Groups, gates: Gates) -> None:

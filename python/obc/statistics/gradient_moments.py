@@ -44,9 +44,6 @@ class GradientMoments:
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
         return _Reader(Sums(self.name), part, model, groups)
 
-    def identity(self) -> dict[str, Any]:
-        return {}
-
 
 class _Reader(InputReader):
     """If a part's backward runs more than once (to test whether samples are independent), the last one counts."""

@@ -73,9 +73,6 @@ class Gram:
         to = torch.device("cpu") if self.to == "host" else None
         return GramReader(to, part, model, groups, self.weight)
 
-    def identity(self) -> dict[str, Any]:
-        return {"weight": None if self.weight is None else getattr(self.weight, "__qualname__", "an object")}
-
 
 class GramReader(InputReader):
     """Reads Gram matrices, and knows their memory beforehand."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -59,9 +59,6 @@ class Moments:
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
         return _Reader(Sums(self.name), part, model, groups)
-
-    def identity(self) -> dict[str, Any]:
-        return {}
 
 
 class _Reader(InputReader):

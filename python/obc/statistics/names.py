@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
 
 from obc.statistics.blocks import Blocks
 from obc.statistics.errors import StatisticsError
@@ -41,3 +43,15 @@ def chosen_statistics(statistics: str | Chosen | Sequence[str | Chosen]) -> list
     if not found:
         raise StatisticsError(f"statistics is empty: name some of {', '.join(map(repr, STATISTICS))}")
     return list(found.values())
+
+
+def identity(statistic: Chosen) -> dict[str, Any]:
+    """The options as plain values; a resumed run must have the same. Where sums are kept (``to``) may change."""
+    options: Any = statistic
+    return {field.name: _plain(getattr(options, field.name)) for field in fields(options) if field.name != "to"}
+
+
+def _plain(option: Any) -> Any:
+    if callable(option):
+        return getattr(option, "__qualname__", "an object")
+    return option if option is None or isinstance(option, (str, int)) else list(option)

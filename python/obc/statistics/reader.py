@@ -46,9 +46,6 @@ class Statistic(Protocol):
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
         """The reader of this statistic for one model; it reads only what these groups need."""
 
-    def identity(self) -> dict[str, Any]:
-        """The options as plain values; a resumed run must have the same."""
-
 
 class Reader:
     """Reads one statistic while the model runs.

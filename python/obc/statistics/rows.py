@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
@@ -38,6 +38,3 @@ class Rows:
                 if part.module in names:
                     sides.setdefault(part.module, set()).add(part.side)
         return sides
-
-    def identity(self) -> dict[str, Any]:
-        return {"slices": self.slices}

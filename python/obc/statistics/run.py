@@ -34,7 +34,7 @@ from obc.statistics.checkpoint import Checkpoint
 from obc.statistics.errors import NothingToReadError, StatisticsError
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.memory import refuse_too_large, stated
-from obc.statistics.names import Chosen, chosen_statistics
+from obc.statistics.names import Chosen, chosen_statistics, identity
 from obc.statistics.part import Part
 from obc.statistics.reader import Groups, Reader
 from obc.statistics.results import Statistics
@@ -135,7 +135,7 @@ def collect(
     total = len(batches) if isinstance(batches, Sized) else None
     if checkpoint is not None:
         options: dict[str, Any] = {"batches": total, "rows": rows, "micro_batch": micro_batch}
-        options |= {f"statistic {one.name}": one.identity() for one in chosen}
+        options |= {f"statistic {one.name}": identity(one) for one in chosen}
         options |= {"groups": None if groups is None else [group.name for group in groups]}
         options |= getattr(loss_fn, "identity", {})
         options |= {} if blockwise is None else {"by_block": blockwise.identity()}
@@ -162,9 +162,9 @@ class _Run:
         by_block: ByBlock | None,
     ) -> None:
         self.by_block = by_block
-        self.options = {one.name: one.identity() for one in chosen}
+        self.options = {one.name: identity(one) for one in chosen}
         if groups is None and Rows.name in self.options:  # every layer is read on both sides
-            self.options[Rows.name] = Rows("all").identity()
+            self.options[Rows.name] = identity(Rows("all"))
         self.model, self.rows, self.micro_batch, self.process_group = model, rows, micro_batch, process_group
         self.part, self.done = Part(), 0
         self.backward = any(one.backward for one in chosen)

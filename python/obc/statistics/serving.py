@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from obc.statistics.names import Chosen, chosen_statistics
+from obc.statistics.names import Chosen, chosen_statistics, identity
 
 # Option -> its least value, for which every other value is sufficient: rows of all slices include those of the gate.
 _LEAST: dict[str, Any] = {"slices": "gate", "square": False, "entropy_bins": 0}
@@ -16,7 +16,7 @@ _FREE = ("modules", "weight")
 def unlike(wanted: Chosen, collected: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Option -> (value that is needed, value it was collected with) for insufficient options."""
     found = {}
-    for option, value in wanted.identity().items():
+    for option, value in identity(wanted).items():
         if option in _FREE or option not in collected or collected[option] == value:
             continue
         if option not in _LEAST or _LEAST[option] != value:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -56,9 +56,6 @@ class WeightGradients:
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
         return _Reader(Sums(self.name, dtype=torch.float32), part, model, groups, self.square)
-
-    def identity(self) -> dict[str, Any]:
-        return {"square": self.square}
 
 
 class _Reader(Reader):
