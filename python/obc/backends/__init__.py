@@ -57,6 +57,7 @@ class Backend:
         return None
 
     def serves(self, device_type: str) -> bool:
+        """Whether it takes tensors on devices of this type."""
         devices = self.devices()
         return devices is None or device_type in devices
 

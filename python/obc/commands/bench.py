@@ -41,6 +41,11 @@ def add(commands: Any) -> None:
 
 
 def checkout() -> Path:
+    """The source checkout that has the benchmarks.
+
+    Raises:
+        UsageError: there is none.
+    """
     for root in (Path.cwd(), Path(obc.__file__).parents[2]):
         if (root / "benchmarks" / "harness.py").is_file():
             return root

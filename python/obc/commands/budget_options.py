@@ -66,6 +66,7 @@ def budget_of(parsed: argparse.Namespace) -> Budget:
 
 
 def keywords(budget: Budget) -> dict[str, Any]:
+    """The budget as keyword arguments of ``obc.prune``."""
     value = budget.share if budget.amount is None else budget.amount
     meters = budget.meters
     return {budget.argument: value, "memory_use": meters.memory_use, "latency_table": meters.table}

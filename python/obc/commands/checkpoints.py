@@ -55,6 +55,11 @@ class Checkpoint:
 
 
 def config_of(path: Path) -> Any:
+    """The transformers config in a directory.
+
+    Raises:
+        UsageError: there is none, or transformers can't read it.
+    """
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory; pass one written by save_pretrained")
     if not (path / "config.json").is_file():

@@ -93,6 +93,7 @@ def _token_batches(
 
 
 def tokenizer_of(source: Path) -> Any:
+    """The tokenizer of a directory; None if it has none."""
     if not any((source / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     from transformers import AutoTokenizer

@@ -36,6 +36,11 @@ def add(commands: Any) -> None:
 
 
 def load(path: Path) -> Scores:
+    """The scores of a file.
+
+    Raises:
+        UsageError: it can't be read.
+    """
     try:
         return Scores.load(path)
     except (OSError, ValueError) as error:

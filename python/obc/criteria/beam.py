@@ -49,6 +49,7 @@ class BeamSearch(MeasuredCriterion):
         self.removals, self.width, self.metric, self.null = removals, width, metric, null
 
     def measure(self, subject: Subject) -> GroupScores:
+        """(units,) per group: the metric when a unit was removed, or if it were removed next."""
         evaluations = [Evaluation(subject, self.metric)]
         if self.null is not None:
             evaluations.append(Evaluation(replace(subject, batches=UsableBatches(list(self.null))), self.metric))

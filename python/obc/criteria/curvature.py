@@ -46,6 +46,7 @@ class FastOBA(MeasuredCriterion):
         self.epsilon, self.relative = epsilon, relative
 
     def measure(self, subject: Subject) -> GroupScores:
+        """(units,) per group, from three runs of rows: at the weights, and at (1 +- epsilon) times them."""
         subject = replace(subject, slices="all")
         rows_at = {0.0: _rows(subject)}
         for step in (self.epsilon, -self.epsilon):

@@ -25,6 +25,7 @@ class BlockCriterion(Criterion):
         self.needs = (Blocks(tokens, span),)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(1,) the score of the block that the group is; None for other groups."""
         if group.kind != "layers" or group.name not in statistics.blocks:
             return None
         return torch.tensor([self.of_blocks(statistics)[group.name]], dtype=torch.float64)
@@ -53,6 +54,7 @@ class BlockInfluence(BlockCriterion):
     )
 
     def of_block(self, sums: BlockSums) -> float:
+        """1 - E cos(x, y) over tokens."""
         return 1 - sums.cosine / sums.count
 
 
@@ -73,6 +75,7 @@ class AngularDistance(BlockCriterion):
         super().__init__(tokens, span)
 
     def of_block(self, sums: BlockSums) -> float:
+        """E arccos(cos(x, y)) / pi over windows."""
         return sums.angle / sums.count
 
 
@@ -105,9 +108,11 @@ class EntropyGain(BlockCriterion):
         self.spare = spare
 
     def of_block(self, sums: BlockSums) -> float:
+        """H(y) - H(x), the mean over calls."""
         return (sums.output_entropy - sums.input_entropy) / max(sums.calls, 1)
 
     def of_blocks(self, statistics: Statistics) -> dict[str, float]:
+        """The gain of every block; spared blocks score one above the highest."""
         gains = super().of_blocks(statistics)
         names, most = list(gains), max(gains.values(), default=0.0)
         spared = set(names[:2] + names[-1:]) if self.spare == "ends" else set()

@@ -28,6 +28,7 @@ class ExpertCriterion(Criterion):
         self.needs = (Experts(gates),)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(experts,) in the order of the group's units; None for groups of other kinds."""
         if group.kind != "experts":
             return None
         found = next((statistics.experts[s.module] for s in group.slices if s.module in statistics.experts), None)
@@ -42,6 +43,7 @@ class ExpertCriterion(Criterion):
         return self.of_experts(found)[order]
 
     def of_experts(self, sums: ExpertSums) -> Tensor:
+        """(experts,) scores from the sums over the tokens routed to each expert."""
         raise NotImplementedError
 
 
@@ -60,6 +62,7 @@ class REAP(ExpertCriterion):
     )
 
     def of_experts(self, sums: ExpertSums) -> Tensor:
+        """(experts,) the mean of g |f(x)|_2; 0 for an expert without tokens."""
         return sums.gate_norm / sums.count.clamp_min(1)
 
 
@@ -70,6 +73,7 @@ class ExpertFrequency(ExpertCriterion):
     about = About("expert frequency, Z-code", "code CerebrasResearch/reap", "tokens routed", "forward", kinds="experts")
 
     def of_experts(self, sums: ExpertSums) -> Tensor:
+        """(experts,) the number of tokens."""
         return sums.count
 
 
@@ -80,4 +84,5 @@ class ExpertNorm(ExpertCriterion):
     about = About("EAN", "code CerebrasResearch/reap", "sum over routed tokens of |f_e|_2", "forward", kinds="experts")
 
     def of_experts(self, sums: ExpertSums) -> Tensor:
+        """(experts,) the sum of |f(x)|_2."""
         return sums.norm

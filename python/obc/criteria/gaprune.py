@@ -69,6 +69,7 @@ class GAPrune(MeasuredCriterion):
         self.code, self.magnitude = code, magnitude
 
     def measure(self, subject: Subject) -> GroupScores:
+        """(units,) per group, from rows, or with ``code`` from weight gradients, of both sets of batches."""
         if self.general is None:
             raise CriterionError("it compares two domains: pass criterion=obc.criteria.GAPrune(general=batches)")
         loss = self.general_loss or subject.loss_fn

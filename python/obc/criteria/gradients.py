@@ -29,6 +29,7 @@ class Taylor(Criterion):
     needs = ("weight_gradients",)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the mean over the group's slices of the sum of |w g|."""
         return mean_over(found.first.abs().sum(1) for found in products(group, statistics, model))
 
 
@@ -42,6 +43,7 @@ class Fisher(Criterion):
     needs = (WeightGradients(square=True),)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the sum over the group's slices of the squares of w dL_n/dw."""
         parts = [found.second.sum(1) for found in products(group, statistics, model)]
         return torch.stack(parts).sum(0) if parts else None
 
@@ -78,6 +80,7 @@ class LLMPruner(Criterion):
         )
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the salience of each slice, by element or by vector, added over slices."""
         parts = []
         for found in products(group, statistics, model):
             salience = found.first - 0.5 * found.second / found.count if self.second_order else found.first
@@ -123,5 +126,6 @@ class Nirvana(Criterion):
         return logits.amax(1).mean() if self.over == "sequence" else logits.amax(-1).mean()
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the sum over the group's slices of |w df/dw|."""
         parts = [found.first.abs().sum(1) for found in products(group, statistics, model)]
         return torch.stack(parts).sum(0) if parts else None

@@ -40,6 +40,7 @@ class JBR(MeasuredRows):
         self._labels: WeakKeyDictionary[UsableBatches, dict[int, Tensor]] = WeakKeyDictionary()
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
+        """(N, units) per group: the gate's rows of the loss against the first model's predictions."""
         subject = replace(subject, batches=UsableBatches.of(subject.batches))
         if subject.batches not in self._labels:
             self._labels[subject.batches] = predictions(subject)

@@ -37,6 +37,7 @@ class KFAC(Criterion):
         self.needs = (Gram(to=to), "gradient_moments")
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the class's sum over consumers; None if no consumer was read."""
         parts = []
         for consumer in consumers_of(group, model):
             if consumer.name not in statistics.gram or consumer.name not in statistics.gradient_moments:

@@ -65,6 +65,7 @@ class KFACOBS(MeasuredCriterion):
         self.ridge, self.centred, self.factors = ridge, centred, factors
 
     def measure(self, subject: Subject) -> GroupScores:
+        """(units,) per group: the saliency of a unit when the greedy order removes it."""
         if not have_consumers(subject.groups, subject.model):
             return {}
         statistics = collected([Gram()], (), subject)

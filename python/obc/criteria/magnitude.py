@@ -23,6 +23,7 @@ class Random(MeasuredCriterion):
     about = About("random", "baseline", "uniform in [0, 1)", "weights", kinds="all")
 
     def measure(self, subject: Subject) -> GroupScores:
+        """(units,) per group, uniform in [0, 1)."""
         return {group.name: torch.rand(group.size, generator=subject.generator) for group in subject.groups}
 
 
@@ -38,6 +39,7 @@ class Magnitude(Criterion):
         self.about = About(f"L{power} magnitude", "arXiv 1608.08710", formula, "weights", kinds=KINDS)  # type: ignore[misc]
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the mean over the group's slices of their norms."""
         return by_weights(group, model, lambda weights: ops.weight_moments(weights, weights)[self._moment])
 
 
@@ -58,6 +60,7 @@ class BNScale(Criterion):
     )
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the mean over the group's BatchNorms of |gamma|; None without one."""
         values = []
         for part in group.slices:
             module = module_of(model, part)
@@ -78,6 +81,7 @@ class FPGM(Criterion):
     )
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the sum of distances to all other units, averaged over producers."""
         return by_weights(group, model, lambda weights: torch.cdist(weights, weights).sum(1), producers=True)
 
 
@@ -92,6 +96,8 @@ class WHC(Criterion):
     about = About("WHC", "arXiv 2302.08185", formula, "weights", KINDS)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) sum over v of |W_u| |W_v| - |<W_u, W_v>|, averaged over producers."""
+
         def hybrid(weights: Tensor) -> Tensor:
             norms = weights.norm(dim=1)
             products = norms[:, None] * norms - (weights @ weights.T).abs()

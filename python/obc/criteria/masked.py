@@ -46,6 +46,7 @@ class MaskedEvaluation(MeasuredCriterion):
         self.metric, self.rounds = metric, rounds
 
     def measure(self, subject: Subject) -> GroupScores:
+        """(units,) per group: the increase of the metric if the unit is masked; a pass per unit and round."""
         evaluation = Evaluation(subject, self.metric)
         refused = unmaskable(subject.model, subject.groups)
         groups = [group for group in subject.groups if group.name not in refused]

@@ -45,6 +45,7 @@ class NViT(Criterion):
         self.weights, self.latency, self.eta = dict(weights or {}), latency, eta
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the weighted mean of squared rows, less eta times the milliseconds that a unit takes."""
         parts = list(group.parts(statistics.rows).values())
         if not parts:
             return None

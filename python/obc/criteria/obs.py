@@ -68,6 +68,7 @@ class OBS(Criterion):
         self.needs = (Gram(to=to),)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the saliencies of the group, added over consumers; None if no consumer was read."""
         states = [
             State.of(consumer, second_moment(consumer, statistics), self.ridge)
             for consumer in consumers_of(group, model)

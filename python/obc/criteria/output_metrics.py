@@ -47,6 +47,7 @@ class OutputMetrics:
         self.now: dict[str, Tensor] = {}
 
     def attach(self) -> list[Any]:
+        """Hook into the consumers, and into mixtures for their experts."""
         calls = RoutedCalls()
         return [
             *(module.register_forward_hook(self._hook(name, module)) for name, module in self._layers.items()),

@@ -118,6 +118,7 @@ class MeasuredCriterion(Criterion):
         raise NotImplementedError
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """Raises TypeError: there is nothing to score from statistics alone."""
         raise TypeError(f"{self.name!r} runs the model itself: pass it to obc.prune, or call measure(subject)")
 
 
@@ -129,6 +130,7 @@ class MeasuredRows(MeasuredCriterion):
         raise NotImplementedError
 
     def measure(self, subject: Subject) -> GroupScores:
+        """(units,) per group: sum over n of r_u[n]^2."""
         return {name: rows.double().square().sum(0) for name, rows in self.measure_rows(subject).items()}
 
 
@@ -139,6 +141,7 @@ class FromFunction(Criterion):
         self.function, self.needs = function, tuple(getattr(function, "needs", ()))
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """What the function returns."""
         return self.function(group, statistics, model)
 
 

@@ -16,4 +16,5 @@ class Reconstruction(MeasuredCriterion):
     about = About("reconstruction error", "baseline", "sum over consumers of E|W x_u|^2 / E|y|^2", "forward")
 
     def measure(self, subject: Subject) -> GroupScores:
+        """(units,) per group: relative errors, from one pass over the batches."""
         return relative_errors(subject.model, subject.groups, subject.batches, subject.forward_fn)

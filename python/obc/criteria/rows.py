@@ -112,4 +112,5 @@ class Jacobian(Criterion):
         self.needs = (Rows(slices),)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) sum over n of squared rows, of every slice or of the gate."""
         return group.scores(statistics.rows, self.slices)

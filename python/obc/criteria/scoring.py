@@ -64,6 +64,7 @@ def scores_from(criterion: Any, groups: Any, statistics: Statistics, model: nn.M
 
 
 def needed(criterion: Any) -> list[Chosen]:
+    """The statistics that a criterion needs, as objects."""
     return chosen_statistics(list(criterion.needs)) if criterion.needs else []
 
 

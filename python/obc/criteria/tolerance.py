@@ -60,6 +60,7 @@ class Tolerance(MeasuredCriterion):
         self.within = Magnitude(2) if within is None else within
 
     def measure(self, subject: Subject) -> GroupScores:
+        """(units,) per group: lowest for the units that can go within every task's tolerance."""
         ranks = group_scores(self.within, subject)
         refused = unmaskable(subject.model, subject.groups)
         groups = [group for group in subject.groups if group.name in ranks and group.name not in refused]

@@ -38,6 +38,7 @@ class Criterion:
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Cross-entropy of a batch (images, labels)."""
     images, labels = batch
     return F.cross_entropy(model(images), labels)
 

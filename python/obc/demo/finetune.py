@@ -58,6 +58,7 @@ class FineTuned:
 
     @property
     def mean(self) -> float:
+        """Mean test accuracy over the seeds."""
         return statistics.fmean(self.accuracies)
 
 

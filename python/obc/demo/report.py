@@ -38,6 +38,7 @@ def protocol() -> str:
 
 
 def headline(result: ModelResult) -> str:
+    """One line on the unpruned model."""
     return (
         f"{result.model}: {100 * result.accuracy:.1f} % unpruned, {result.macs / 1e6:.2f} M MACs, "
         f"{result.parameters / 1e3:.0f} k parameters"

@@ -134,6 +134,7 @@ def seeded(seed: int) -> None:
 
 
 def example() -> torch.Tensor:
+    """A zero image, (1, 1, size, size)."""
     return torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE)
 
 
@@ -144,6 +145,7 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def make_pruner(model: Any, importance: Any) -> Any:
+    """The global pruner of Torch-Pruning that every criterion of the demo uses."""
     return tp.pruner.MagnitudePruner(
         model,
         example(),

@@ -53,6 +53,11 @@ class Skipped(nn.Module):
         self.train(replaced.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What stands in for the removed module's output: its input, or zeros.
+
+        Raises:
+            PruningError: there is no floating tensor among the arguments.
+        """
         x = first_floating((*args, *kwargs.values()))
         if x is None:
             raise PruningError("a removed module was called without a floating tensor: what it returned is not known")
@@ -85,6 +90,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def first_floating(values: Iterable[Any]) -> Tensor | None:
+    """The first floating tensor; None without one."""
     return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 

@@ -17,6 +17,7 @@ def require(error: type[Exception], condition: bool | torch.SymBool, message: Ca
 
 
 def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    """Raises TypeError unless the dtype is float32, float64, bfloat16 or float16."""
     require(
         TypeError,
         tensor.dtype in _FLOATING,
@@ -40,6 +41,7 @@ def check_alike(op: str, first_name: str, first: Tensor, name: str, tensor: Tens
 
 
 def check_same_kind(op: str, first_name: str, first: Tensor, name: str, tensor: Tensor) -> None:
+    """Raises TypeError or ValueError unless both tensors have one dtype and one device."""
     require(
         TypeError,
         first.dtype == tensor.dtype,
@@ -53,6 +55,7 @@ def check_same_kind(op: str, first_name: str, first: Tensor, name: str, tensor: 
 
 
 def check_weight(op: str, weight: Tensor) -> None:
+    """Raises TypeError or ValueError unless ``weight`` is floating and has at least two dimensions."""
     check_floating(op, "weight", weight)
     require(
         ValueError,

@@ -17,6 +17,11 @@ from obc.structures.protocol import Limits, Structure
 
 
 def positive(name: str, value: int) -> int:
+    """``value``.
+
+    Raises:
+        ValueError: it is no positive integer.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return value
@@ -154,6 +159,7 @@ def chosen_compensation(compensate: Compensation | bool | None, every_step: bool
 
 
 def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Raises ValueError if ``value`` is none of ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 

@@ -150,10 +150,12 @@ class Budget:
 
     @property
     def noun(self) -> str:
+        """What is counted, in messages."""
         return NOUNS[self.argument]
 
     @property
     def unit(self) -> Counted:
+        """What is counted, in reports."""
         units: dict[Argument, Counted] = {
             "macs": "macs",
             "active_params": "active_parameters",

@@ -65,6 +65,7 @@ class Compensator:
             self.structure.plan.put_slices(self._states, self.model)
 
     def step(self) -> None:
+        """Compensate, if every step is."""
         if self.every_step:
             self._run()
 
@@ -82,6 +83,7 @@ class Compensator:
                 tensor.copy_(value)
 
     def finish(self) -> None:
+        """Compensate, unless the last step did."""
         if not self.every_step:
             self._run()
 

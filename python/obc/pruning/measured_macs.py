@@ -42,6 +42,7 @@ class MeasuredMacs:
             calibrate(counted)
 
     def finish(self, model: nn.Module) -> None:
+        """Count the pruned model's MACs; warn if their share differs from the predicted one."""
         report = self._report
         if not self._before:
             return

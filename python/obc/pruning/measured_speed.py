@@ -32,6 +32,7 @@ class MeasuredSpeed:
             self._unpruned = shared_copy(model)
 
     def finish(self, pruned: nn.Module) -> None:
+        """Time both models, and report the medians."""
         first = next(pruned.parameters(), None)
         device = torch.device("cpu") if first is None else first.device
         models = (self._unpruned, pruned)

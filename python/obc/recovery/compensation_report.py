@@ -113,6 +113,7 @@ class CompensationReport:
         self.unreached = list(names)
 
     def leave_naive(self) -> None:
+        """Note that no layer's compensation was kept."""
         self.final_error, self.norms_recalibrated = self.naive_error, False
         self.layers = {name: replace(layer, applied=False) for name, layer in self.layers.items()}
 

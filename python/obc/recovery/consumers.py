@@ -42,6 +42,7 @@ class Consumer:
 
     @property
     def has_bias(self) -> bool:
+        """Whether the layer has a bias."""
         return self.module.bias is not None
 
     @property
@@ -54,6 +55,7 @@ class Consumer:
         return Moments.bytes_for(len(self.positions), self.size, self.positions.shape[1], paired)
 
     def moments(self, paired: bool) -> Moments:
+        """Empty moments of the layer's inputs; ``paired`` with the pruned model's own."""
         return Moments(self.positions, self.size, paired)
 
     def rows(self, x: Tensor) -> Tensor:

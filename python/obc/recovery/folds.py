@@ -37,6 +37,7 @@ class FoldedTensor(nn.Module):
         self.held: Tensor | None = None
 
     def forward(self, original: Tensor) -> Tensor:
+        """The folded tensor: the held one, or a new fold."""
         return self.fold(original) if self.held is None else self.held
 
     def fold(self, original: Tensor) -> Tensor:
@@ -68,6 +69,7 @@ class FoldedWeight(FoldedTensor):
 
     @property
     def groups(self) -> int:
+        """The number of groups of a convolution; 1 for other layers."""
         return self.layout.groups
 
     def factors(self) -> tuple[Tensor | None, Tensor | None]:
@@ -82,6 +84,7 @@ class FoldedWeight(FoldedTensor):
         return min(gemm.multiplications(original, *self.factors(), self.groups, self.in_repeat, self.reduced))
 
     def fold(self, original: Tensor) -> Tensor:
+        """(out kept, in kept, *kernel) C W D."""
         rows, columns = self.factors()
         if self.kept is not None and self._comparable(original):
             if self._unchanged():
@@ -143,6 +146,7 @@ class FoldedBias(FoldedTensor):
         self.compressor, self.reduced = compressor, reduced
 
     def fold(self, original: Tensor) -> Tensor:
+        """(out kept,) C b."""
         if self.reduced:
             return gemm.fold(original[:, None], self.compressor, reduced=True)[:, 0]
         return ops.fold(original[:, None], self.compressor)[:, 0]

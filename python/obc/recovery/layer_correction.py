@@ -74,6 +74,7 @@ class Sums:
 
     @classmethod
     def of(cls, consumer: Consumer) -> Sums:
+        """Empty sums for the layer."""
         shape, device = columns_of(consumer.module, consumer.layout), next(consumer.module.parameters()).device
         return cls(NormalEquations(*shape, device), NormalEquations(*shape, device))
 
@@ -134,6 +135,7 @@ class LayerCorrections:
             sums.energy += float((squares if weights is None else squares * weights).sum())
 
     def solve(self, layer: Layer, sums: Sums) -> None:
+        """Solve the layer's regression, choose by the held-out error, apply and report it."""
         if not self.options.processes.total(sums.reached)[0]:
             self.report.leave_unreached([*self.report.unreached, layer.name], self.consumers)
             return

@@ -49,11 +49,13 @@ class MomentSums:
         self._variance, self._calls = self._mean.clone(), 0
 
     def add(self, mean: Tensor, variance: Tensor) -> None:
+        """Add one call."""
         self._mean += mean
         self._variance += variance
         self._calls += 1
 
     def gather(self, processes: Processes) -> None:
+        """Add the sums of all processes."""
         calls = torch.tensor(self._calls)
         processes.add([self._mean, self._variance, calls])
         self._calls = int(calls)

@@ -61,6 +61,7 @@ class NormalEquations:
 
     @property
     def bytes(self) -> int:
+        """Bytes of the sums."""
         return sum(8 * sums.numel() for sums in self._sums())
 
     def _sums(self) -> tuple[Tensor, ...]:
@@ -84,6 +85,7 @@ class NormalEquations:
         self.total += z.shape[1] if weights is None else float(weights.double().sum())
 
     def gather(self, processes: Processes) -> None:
+        """Add the sums of all processes."""
         rows, total = torch.tensor(self.rows), torch.tensor(self.total, dtype=torch.float64)
         processes.add([*self._sums(), rows, total])
         self.rows, self.total = int(rows), float(total)

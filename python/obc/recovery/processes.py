@@ -25,6 +25,7 @@ class Processes:
         self._reduce(tensors, "SUM")
 
     def total(self, *numbers: float) -> list[float]:
+        """Each number's sum over all processes."""
         summed = torch.tensor(numbers, dtype=torch.float64)
         self.add([summed])
         return summed.tolist()

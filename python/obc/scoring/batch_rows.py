@@ -48,6 +48,7 @@ class BatchRows:
         self._read = 0  # samples of the current batch that are already rows: a repetition starts after them
 
     def batch(self, index: int, batch: Any) -> None:
+        """Read the rows of batch ``index``, again if its row had to be dropped."""
         if self.checks_on_a_sample and self.scorer.can_check_on_a_sample:
             self._check_on_a_sample(index, batch)
         self._read, self.losses = 0, []

@@ -43,6 +43,7 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """The sum of all parts, in bytes."""
         return self.weights + self.activations + self.rows + self.checking_row + self.kept_rows
 
     def __str__(self) -> str:

@@ -46,10 +46,12 @@ class Parts:
 
     @property
     def flats(self) -> list[FlatRow]:
+        """The flat rows, one per device and dtype."""
         return list(self.plan.flats.values())
 
     @property
     def devices(self) -> set[torch.device]:
+        """The devices of the flat rows."""
         return {flat.device for flat in self.flats}
 
     @property

@@ -93,6 +93,7 @@ class Global:
     """Units of all groups compete (:func:`obc.select`); if families keep equal widths, within each family."""
 
     def select(self, task: Task) -> dict[str, Tensor]:
+        """Units of every group by :func:`obc.select`, or by shares where families keep equal widths."""
         if task.families:
             return task.by_shares(task.families)
         return select(
@@ -111,6 +112,7 @@ class Uniform:
     """Every group keeps the same share of its units."""
 
     def select(self, task: Task) -> dict[str, Tensor]:
+        """The lowest units of every group, or family, the same share of each."""
         return task.by_shares(task.families or [[group.name] for group in task.scored()])
 
 
@@ -118,6 +120,7 @@ class Equal:
     """Groups of one kind and of equal width keep equal widths, and all kinds keep the same share."""
 
     def select(self, task: Task) -> dict[str, Tensor]:
+        """The lowest units of every group, equal widths within a kind."""
         if task.families:
             return task.by_shares(task.families)
         families: dict[tuple[str, int], list[str]] = {}
@@ -145,6 +148,7 @@ class Profile:
         return {group.name: found_for(group.name, self.strengths, 1.0) for group in task.scored()}
 
     def select(self, task: Task) -> dict[str, Tensor]:
+        """The lowest units of every group, up to its share; t is just large enough for the budget."""
         if task.families:
             raise ValueError("a profile gives groups different widths: it can't be had with equal ones (uniform=True)")
         strengths = self.of(task)
@@ -171,6 +175,7 @@ class LogProfile(Profile):
         self.first, self.last = first, last
 
     def of(self, task: Task) -> dict[str, float]:
+        """The strength of every group, from its block's place."""
         blocks = list(dict.fromkeys(block_of(group.name) for group in task.scored()))
         rise = {
             block: self.first + (self.last - self.first) * math.log1p(place) / (math.log(len(blocks)) or 1.0)
@@ -209,6 +214,11 @@ class BlockProfile(Profile):
         }
 
     def of(self, task: Task) -> dict[str, float]:
+        """The strength of every group, from its block's similarity.
+
+        Raises:
+            ValueError: the similarities are missing, for all blocks or for one.
+        """
         if not task.importance:
             raise ValueError("BlockProfile needs the similarity of the blocks: statistics=['blocks', ...]")
         names = [group.name for group in task.scored()]
@@ -240,6 +250,7 @@ class TwoClasses:
         self.gamma = gamma
 
     def select(self, task: Task) -> dict[str, Tensor]:
+        """The lowest units of attention and of the rest, each ranked among themselves."""
         attention = {group.name for group in task.scored() if group.kind in ("heads", "query_heads")}
         rest = {group.name for group in task.scored()} - attention
         if not attention or not rest:

@@ -26,6 +26,7 @@ class Tail:
         self.keep_last = keep_last
 
     def select(self, task: Task) -> dict[str, Tensor]:
+        """The last blocks that free the budget together."""
         blocks = _blocks(task)
         blocks = blocks[: len(blocks) - self.keep_last]
         for count in range(1, len(blocks) + 1):
@@ -51,6 +52,7 @@ class Window:
         self.score = score
 
     def select(self, task: Task) -> dict[str, Tensor]:
+        """The window of blocks with the lowest sum of scores."""
         blocks = _blocks(task)
         found = []
         for start in range(len(blocks)):

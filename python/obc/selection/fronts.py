@@ -63,13 +63,16 @@ class State:
     freed: Tensor
 
     def tensors(self) -> list[Tensor]:
+        """The tensors, in a fixed order."""
         return [self.widths, self.slope, self.removed_squares, self.freed]
 
     def set(self, values: Sequence[Tensor]) -> None:
+        """Set all tensors to ``values``, in the order of :meth:`tensors`."""
         for tensor, value in zip(self.tensors(), values, strict=True):
             tensor.copy_(value)
 
     def copies(self) -> list[Tensor]:
+        """Copies of all tensors, for :meth:`set`."""
         return [tensor.clone() for tensor in self.tensors()]
 
 
@@ -81,6 +84,7 @@ class Pace:
     steps: int
 
     def learn(self, tried: int, kept: int) -> None:
+        """Make the next round longer if all steps of this one were kept, shorter if under half of them were."""
         if kept == tried == self.steps:
             self.steps = min(self.steps * 3 // 2, MOST_STEPS)
         elif 2 * kept < tried:

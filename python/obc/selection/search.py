@@ -75,6 +75,7 @@ class Search:
         self.history: list[float] = []
 
     def select(self, task: Task) -> dict[str, Tensor]:
+        """The lowest units of each group, as many as the best widths found remove."""
         if task.evaluate is None:
             raise ValueError("allocation='search' measures the model: it is for obc.prune, not for scores of a file")
         if task.families:

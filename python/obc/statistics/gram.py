@@ -89,6 +89,7 @@ class GramReader(InputReader):
     def read(
         self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None
     ) -> dict[str, Tensor]:
+        """One batch's sums: omega x x^T packed, omega x, and omega."""
         x = x.to(ops.accumulation_dtype(x.dtype))
         if valid is None and self._weight is None:
             pieces = _pieces(x, channel_dim)
@@ -152,9 +153,11 @@ class GramReader(InputReader):
         return max(12 * self._triangles[name].numbers, 8 * self.widths[name] ** 2)
 
     def product_bytes(self, name: str) -> int:
+        """Bytes of one batch's packed product in float32."""
         return 4 * self._triangles[name].numbers
 
     def largest(self) -> str:
+        """The layer with the widest input."""
         return max(self.widths, key=self.widths.__getitem__)
 
     def bytes_by_device(self) -> dict[torch.device, int]:

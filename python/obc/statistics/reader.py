@@ -217,6 +217,7 @@ class InputReader(Reader):
         raise NotImplementedError
 
     def final_coverage(self) -> dict[str, Coverage]:
+        """The coverage, in which modules that were never called and experts without tokens are named."""
         found = super().final_coverage()
         for name, module in self.mixtures.items():
             for expert in range(expert_count(module)):
@@ -286,6 +287,11 @@ class InputReader(Reader):
         return found
 
     def checked_input(self, name: str, module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+        """The layer's input.
+
+        Raises:
+            StatisticsError: there is none, it is split over processes, or its width is not the layer's.
+        """
         x = first_tensor(args, kwargs)
         if x is None:
             raise StatisticsError(f"{name!r} was called without a tensor; leave it out with groups=")

@@ -93,36 +93,44 @@ class Statistics:
 
     @property
     def collected(self) -> tuple[str, ...]:
+        """The names of the statistics that were collected."""
         return (*(("rows",) if self._rows is not None else ()), *self._values)
 
     @property
     def rows(self) -> KeptRows:
+        """(N, C) rows by module and side. Raises StatisticsError if they were not collected, as all of these do."""
         if self._rows is None:
             raise self._missing("rows")
         return self._rows
 
     @property
     def moments(self) -> ByModule[ChannelMoments]:
+        """Input moments by module."""
         return self._of("moments")
 
     @property
     def gram(self) -> ByModule[GramSum]:
+        """Gram matrices by module."""
         return self._of("gram")
 
     @property
     def gradient_moments(self) -> ByModule[ChannelGradients]:
+        """Gradient moments by module."""
         return self._of("gradient_moments")
 
     @property
     def experts(self) -> ByModule[ExpertSums]:
+        """Use of experts by mixture."""
         return self._of("experts")
 
     @property
     def blocks(self) -> ByModule[BlockSums]:
+        """Similarities by residual block."""
         return self._of("blocks")
 
     @property
     def weight_gradients(self) -> ByModule[WeightGradientSums]:
+        """Sums of weight gradients by weight."""
         return self._of("weight_gradients")
 
     def require(self, needs: Sequence[str | Chosen], what: str) -> None:

@@ -57,6 +57,7 @@ class RoutedInput:
 
 
 def expert_count(module: nn.Module) -> int:
+    """The number of a mixture's experts."""
     return len(_weights(module)[1])
 
 

@@ -29,6 +29,7 @@ class Triangle:
 
     @property
     def block(self) -> int:
+        """Width of one block of columns."""
         return max(_NARROWEST, -(-self.width // _MOST_BLOCKS))
 
     @property
@@ -52,6 +53,7 @@ class Triangle:
             torch.addmm(stored, left[:, start : start + len(stored)].mT, right[:, start:], beta=beta, out=stored)
 
     def diagonal(self, packed: Tensor) -> Tensor:
+        """(width,) the diagonal of a packed matrix."""
         return torch.cat([stored.diagonal() for _, stored in self._blocks(packed)])
 
     def unpacked(self, packed: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class Observation:
         return min(_ROUNDINGS * walk, max(_FEW_ROUNDINGS * walk, _SMALL_SHARE), _LARGEST)
 
     def finite(self) -> bool:
+        """Whether all outputs are finite."""
         return all(bool(torch.isfinite(leaf).all()) for leaf in self.outputs)
 
 

@@ -58,6 +58,7 @@ class Suspect:
 
     @property
     def width(self) -> int:
+        """One more than the largest root channel, and at least the group's size."""
         return max(self.found.size, *(max(roots) + 1 for roots in self.producers.values()))
 
 

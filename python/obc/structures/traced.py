@@ -292,6 +292,7 @@ class TorchPruningStructure:
         return twin
 
     def offer(self, group: ChannelGroup) -> None:
+        """Take a group back that was left out."""
         self.left_out.pop(group.name, None)
         groups = [*self._groups.values(), group]
         self._groups = {one.name: one for one in sorted(groups, key=lambda one: self._finder.place(one.name))}

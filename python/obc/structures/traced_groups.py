@@ -95,6 +95,7 @@ class GroupFinder:
         return self._order.get(name, self._order.get(name.rpartition(".")[0], len(self._order)))
 
     def find(self) -> list[Found]:
+        """All groups, in the order of the model's modules."""
         found = []
         for raw in self._raw_groups():
             found.append(raw if isinstance(raw, Found) else self._found(raw))

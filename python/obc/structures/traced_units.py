@@ -20,10 +20,13 @@ class InnerMatterError(NotPrunableError):
 
 
 class Units:
+    """Disjoint sets of channels: a unit is what must be removed together (union-find)."""
+
     def __init__(self, size: int) -> None:
         self._parents = list(range(size))
 
     def find(self, channel: int) -> int:
+        """The representative of the channel's unit."""
         while self._parents[channel] != channel:
             self._parents[channel] = self._parents[self._parents[channel]]
             channel = self._parents[channel]

@@ -92,6 +92,7 @@ class Attachment:
         self.plan.chains.bind(self.norms)
 
     def undo(self) -> None:
+        """Remove the hooks and restore the flags."""
         _attached.difference_update(self.modules)
         for reader in self.plan.readers.values():
             reader.detach()

@@ -78,6 +78,7 @@ class Chains:
         self._fill = None
 
     def forget_row(self) -> None:
+        """Forget what was kept of the checking row."""
         self.outputs.clear()
         self.held.clear()
 

@@ -37,6 +37,7 @@ class Slot:
 
     @property
     def size(self) -> int:
+        """The number of channels."""
         return self.stop - self.start
 
     @property
@@ -73,9 +74,11 @@ class Slot:
         self.gate.grad = self.view
 
     def is_bound(self) -> bool:
+        """Whether autograd adds the gate's gradient into the flat row; True without a gate."""
         return self.gate is None or self.gate.grad is self.view
 
     def release(self) -> None:
+        """Drop the gate and the view."""
         self.gate = self.view = None
 
 
@@ -92,6 +95,7 @@ class FlatRow:
         self.samples: Tensor | None = None
 
     def add(self, label: str, size: int) -> Slot:
+        """A new slot of ``size`` channels at the end."""
         slot = Slot(label, self, self.size, self.size + size)
         self.slots.append(slot)
         self.size += size
@@ -109,6 +113,7 @@ class FlatRow:
         return self.samples
 
     def zero(self) -> None:
+        """Clear the row."""
         self.row.zero_()
         if self.samples is not None:
             self.samples.zero_()
@@ -135,6 +140,7 @@ class FlatRow:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors, gates included."""
         tensors = [self.row, self.reference, self.scores, self.samples, *(slot.gate for slot in self.slots)]
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 

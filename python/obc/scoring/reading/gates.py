@@ -41,12 +41,14 @@ class Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, gate: Tensor, channel_dim: int, per_sample: bool, fold: int) -> Tensor:
+        """Returns the activation itself."""
         ctx.save_for_backward(activation)
         ctx.channel_dim, ctx.per_sample, ctx.fold = channel_dim, per_sample, fold
         return activation.view_as(activation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        """The gradient unchanged, and the gate's: (C,), or (B, C) per sample."""
         (activation,), (grad,) = ctx.saved_tensors, grads
         dot = _folded_dot(activation, grad, ctx.channel_dim, ctx.per_sample, ctx.fold)
         return grad, dot, None, None, None
@@ -67,6 +69,7 @@ class CheckGate(torch.autograd.Function):
     def forward(
         ctx: Any, activation: Tensor, gate: Tensor, channel_dim: int, per_sample: bool, fold: int, watch: Any
     ) -> Tensor:
+        """Returns a clone of the activation."""
         handed = activation.clone()
         ctx.received, ctx.handed = _version_alone(activation), _version_alone(handed)
         ctx.versions = ctx.received._version, ctx.handed._version
@@ -76,6 +79,7 @@ class CheckGate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        """As :meth:`Gate.backward`; tells ``watch`` what was changed in place."""
         (kept,), (grad,) = ctx.saved_tensors, grads
         ctx.watch.reached = True
         ctx.watch.differentiated |= torch.is_grad_enabled()
@@ -100,12 +104,14 @@ class TokenGate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, activation: Tensor, gate: Tensor, tokens: Tensor, per_sample: bool) -> Tensor:
+        """Returns a clone of the embeddings."""
         ctx.save_for_backward(activation, tokens)
         ctx.shape, ctx.per_sample = gate.shape, per_sample
         return activation.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
+        """The gradient unchanged, and the gate's: one number per row of the table."""
         (activation, tokens), (grad,) = ctx.saved_tensors, grads
         dtype = ops.accumulation_dtype(activation.dtype)
         dots = (activation.to(dtype) * grad.to(dtype)).sum(-1)

@@ -43,6 +43,7 @@ class NormGradients:
         return next((parameter for parameter, view in pairs if parameter.grad is not view), None)
 
     def add_to_row(self, row: Tensor) -> None:
+        """Add gamma * dL/dgamma + beta * dL/dbeta to each norm's channels."""
         weights = torch.cat([parameter.detach() for parameter in self.parameters])
         # Each slot appears at most once, so no two entries add to one channel: exact on any device.
         row.index_add_(0, self.channels, weights.to(row.dtype) * self.gradient.to(row.dtype))

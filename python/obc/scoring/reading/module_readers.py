@@ -121,10 +121,12 @@ class Reader:
 
     @property
     def slots(self) -> list[Slot]:
+        """The slots that are read."""
         return [slot for slot in (self.out, self.in_, self.tokens) if slot is not None and slot.read]
 
     @property
     def weight(self) -> Tensor:
+        """The module's weight."""
         weight: Tensor = getattr(self.module, self.rule.weight)
         return weight
 
@@ -159,6 +161,7 @@ class Reader:
             self._handles.append(self.module.register_forward_hook(self._after, prepend=not last, with_kwargs=True))
 
     def detach(self) -> None:
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

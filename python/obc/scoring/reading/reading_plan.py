@@ -56,6 +56,7 @@ class Plan:
     chains: Chains = field(default_factory=Chains)
 
     def candidates(self) -> Candidates:
+        """Candidates for chains: norms whose rows come from their own gradients."""
         readers = [reader for reader in self.readers.values() if reader.how == "norm gradient"]
         return Candidates({id(reader.weight): (reader.module, reader.out) for reader in readers})
 
@@ -126,6 +127,7 @@ class Plan:
         return [(name, _size_of(reader.out), _size_of(reader.in_)) for name, reader in self.readers.items()]
 
     def state_dict(self) -> dict[str, Any]:
+        """Scores and everything learnt in the first row, to resume from."""
         return {
             "layout": self.layout(),
             "scores": [flat.scores.clone() for flat in self.flats.values()],

@@ -98,6 +98,7 @@ def refuse_samples(plan: Plan, reading: Reading, samples: int | None) -> None:
 
 
 def warn_train_mode(model: nn.Module, stacklevel: int) -> None:
+    """Warn about the first BatchNorm in train mode."""
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
             warnings.warn(

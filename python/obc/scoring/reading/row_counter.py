@@ -51,6 +51,7 @@ class RowCounter:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the counters on devices."""
         return sum(faulty.nbytes for faulty in self._faulty)
 
     def add(self, ended: EndedRow, dropped: bool = False) -> None:
@@ -114,5 +115,6 @@ class RowCounter:
         raise AssertionError("a row that is not finite has an entry that is not")
 
     def load(self, ended: int, read: int, left_out: Sequence[str]) -> None:
+        """Restore the counts of an earlier run."""
         self._counts.copy_(torch.tensor([ended, read, 0, 0, 0]))
         self._num_left_out, self.left_out = 0, list(left_out)

@@ -76,6 +76,7 @@ class RowStore:
             self._resize(self._bound + num_rows)
 
     def make_room(self, samples: int) -> None:
+        """Enlarge the store if ``samples`` more rows do not fit."""
         if self._bound + samples > self._capacity:
             self._enlarge(samples)
 

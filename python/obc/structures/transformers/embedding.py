@@ -51,6 +51,7 @@ def embedding(layers: Layers, inner: Mapping[str, Block], left_out: Mapping[str,
 
 
 def embedding_name(layers: Layers) -> str:
+    """The name of the model's first embedding."""
     return next((name for name, module in layers.modules.items() if isinstance(module, nn.Embedding)), "embedding")
 
 

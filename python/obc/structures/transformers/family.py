@@ -107,4 +107,5 @@ def config_keys(role: Role) -> tuple[str, ...]:
 
 
 def kinds() -> dict[str, Kind]:
+    """All kinds of groups that the families register, by name."""
     return {kind.name: kind for family in FAMILIES.values() for kind in family.kinds}

@@ -136,4 +136,5 @@ _NOTHING = object()
 
 
 def says(config: Any, key: str) -> bool:
+    """Whether the config has a value for ``key``."""
     return value_of(config, key, _NOTHING) is not _NOTHING
