@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from obc.model.depth import first_floating
 from obc.model.groups import ChannelGroup
+from obc.model.hooks import hooked
 from obc.scoring.results.kept_rows import ChannelRows
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -61,11 +62,8 @@ class DepthRows:
             if group.kind == "layers":
                 handles.append(module.register_forward_pre_hook(_keeps_input(inputs, group.name), with_kwargs=True))
             handles.append(module.register_forward_hook(self._gated(group, inputs, part)))
-        try:
+        with hooked(handles):
             loss = self._loss_fn(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         if isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(lambda grad: self._parts.__setitem__(part, {}))
         return loss

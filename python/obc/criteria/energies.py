@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.evaluation import evaluating
 from obc.model.experts import DOWN, fused_experts, projection
 from obc.model.groups import ChannelGroup, Slice
+from obc.model.hooks import hooked
 from obc.model.layouts import layout_of
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.statistics.routed import RoutedCalls, RoutedInput, expert_name
@@ -67,22 +68,18 @@ def relative_errors(
 
     handles = [modules[name].register_forward_hook(hook(name), with_kwargs=True) for name in consumed]
     count = 0
-    try:
-        with evaluating(model), torch.no_grad():
-            for count, batch in enumerate(batches, 1):  # noqa: B007 - how many there were
-                energies_in_batch.clear()
-                forward_fn(model, batch)
-                if not all_finite(energies_in_batch):
-                    batches.leave_out("what a layer makes of it is not finite")
-                    continue
-                for name, energy, parts in energies_in_batch:
-                    outputs[name] = outputs.get(name, torch.zeros_like(energy)) + energy
-                    for group_name, unit_energies in parts:
-                        key = group_name, name
-                        energies[key] = energies.get(key, torch.zeros_like(unit_energies)) + unit_energies
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model), torch.no_grad():
+        for count, batch in enumerate(batches, 1):  # noqa: B007 - how many there were
+            energies_in_batch.clear()
+            forward_fn(model, batch)
+            if not all_finite(energies_in_batch):
+                batches.leave_out("what a layer makes of it is not finite")
+                continue
+            for name, energy, parts in energies_in_batch:
+                outputs[name] = outputs.get(name, torch.zeros_like(energy)) + energy
+                for group_name, unit_energies in parts:
+                    key = group_name, name
+                    energies[key] = energies.get(key, torch.zeros_like(unit_energies)) + unit_energies
     if count == 0:
         raise ValueError("batches is empty: there is nothing to reconstruct; a generator can be read only once")
     found: dict[str, Tensor] = {}

@@ -12,6 +12,7 @@ from obc.criteria.joined_rows import by_group, refuse_unlike, row_of_parts, samp
 from obc.criteria.protocol import Subject
 from obc.criteria.residuals import Cut, Residuals
 from obc.model.evaluation import evaluating
+from obc.model.hooks import hooked
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.part import Part
@@ -147,22 +148,18 @@ def read_residuals(
     reader = _Rows(taps, cut)
     handles = [*reader.attach(), *([] if also is None else also.attach())]
     loss, batches = WatchedLoss(subject.loss_fn, reader.part, []), UsableBatches.of(subject.batches)
-    try:
-        with evaluating(subject.model), frozen(subject.model):
-            for index, batch in enumerate(batches):
-                reader.begin()
-                if also is not None:
-                    also.begin()
-                run_backward(subject.model, loss, index, batch, subject.rows, subject.micro_batch)
-                rows = reader.of_batch()
-                if not all_finite((list(rows.values()), None if also is None else also.now)):
-                    batches.leave_out("its rows are not finite")
-                    continue
-                for tap, values in rows.items():
-                    tap.rows.append(values)
-                if also is not None:
-                    also.take(max(map(len, rows.values()), default=0) if cut.several else 1)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(subject.model), frozen(subject.model):
+        for index, batch in enumerate(batches):
+            reader.begin()
+            if also is not None:
+                also.begin()
+            run_backward(subject.model, loss, index, batch, subject.rows, subject.micro_batch)
+            rows = reader.of_batch()
+            if not all_finite((list(rows.values()), None if also is None else also.now)):
+                batches.leave_out("its rows are not finite")
+                continue
+            for tap, values in rows.items():
+                tap.rows.append(values)
+            if also is not None:
+                also.take(max(map(len, rows.values()), default=0) if cut.several else 1)
     return by_group(taps, cut.several)

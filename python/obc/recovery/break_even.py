@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.evaluation import call, evaluating
+from obc.model.hooks import hooked
 from obc.model.layouts import layout_of
 from obc.recovery.folds import FoldedWeight
 
@@ -58,12 +59,8 @@ def positions(model: nn.Module, names: Sequence[str], example_inputs: Any) -> di
         return count
 
     handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
-    try:
-        with evaluating(model), torch.no_grad():
-            call(model, example_inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model), torch.no_grad():
+        call(model, example_inputs)
     return seen
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.depth import original_names
+from obc.model.hooks import hooked
 from obc.model.plan import PruningPlan
 from obc.recovery.processes import ALONE, Processes
 
@@ -205,11 +206,8 @@ def _before_each(norms: Mapping[Any, _BatchNorm], act: Callable[[Any, Tensor], N
         return lambda _, args: act(key, args[0].detach())
 
     handles = [norm.register_forward_pre_hook(hook(key)) for key, norm in norms.items()]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _statistics(norm: _BatchNorm) -> Moments:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from obc.model.autocast import PresentAutocast
+from obc.model.hooks import hooked
 from obc.recovery.stream_points import Reached
 
 
@@ -117,12 +118,8 @@ def find_chain(model: nn.Module, run: Callable[[], Any], scopes: Mapping[str, st
         layers: the layers to cover.
     """
     watcher = _Watcher(model)
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in watcher.handles:
-            handle.remove()
+    with hooked(watcher.handles), torch.no_grad():
+        run()
     events = [event for event in watcher.events.values() if event.name not in watcher.repeated and event.output != -1]
     best: dict[str, tuple[int, int, str | None]] = {}
     for event in sorted(events, key=lambda event: event.end):
@@ -243,12 +240,8 @@ def capture(
         module = model.get_submodule(name)
         handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(module.register_forward_hook(after, with_kwargs=True))
-    try:
-        with torch.no_grad(), contextlib.suppress(Reached):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad(), contextlib.suppress(Reached):
+        run()
     return streams[0], found * len(chain) if first_only else found
 
 
@@ -272,12 +265,8 @@ def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> s
 
     handles = [model.get_submodule(name).register_forward_hook(after, with_kwargs=True) for name in chain]
     handles.append(model.get_submodule(chain[0]).register_forward_pre_hook(before, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), torch.no_grad():
+        run()
     with torch.no_grad():
         for _ in range(2):  # twice, to notice a module that keeps something from one run to the next
             stream: Tensor | None = changed

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from obc.model.evaluation import ForwardFn
 from obc.model.experts import DOWN, fused_experts, is_transposed, projection
+from obc.model.hooks import hooked
 from obc.model.kept import Kept
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
@@ -123,11 +124,8 @@ def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: Fo
         module = original.get_submodule(name)
         if fused_experts(module) is not None and "forward" not in vars(module):  # another library's wrapper stays
             handles.append(module.register_forward_hook(hook(name)))
-    try:
+    with hooked(handles):
         forward(original, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

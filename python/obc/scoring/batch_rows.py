@@ -28,7 +28,6 @@ class BatchRows:
 
     Attributes:
         one_at_a_time: whether sample rows must come one sample at a time.
-        checks_on_a_sample: whether the checking row is tried on one sample of the first batch.
         losses: of the last batch, detached. A loss can be infinite or NaN although its row is finite.
     """
 
@@ -38,18 +37,17 @@ class BatchRows:
         loss_fn: LossFunction,
         micro_batch: int | None = None,
         loss_scale: float = 1.0,
-        checks_on_a_sample: bool = False,
     ) -> None:
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
         self.scorer, self.loss_fn, self.micro_batch, self.loss_scale = scorer, loss_fn, micro_batch, loss_scale
-        self.one_at_a_time, self.checks_on_a_sample = False, checks_on_a_sample
+        self.one_at_a_time, self._checks_on_a_sample = False, True
         self.losses: list[Tensor] = []
         self._read = 0  # samples of the current batch that are already rows: a repetition starts after them
 
     def batch(self, index: int, batch: Any) -> None:
         """Read the rows of batch ``index``, again if its row had to be dropped."""
-        if self.checks_on_a_sample and self.scorer.can_check_on_a_sample:
+        if self._checks_on_a_sample and self.scorer.can_check_on_a_sample:
             self._check_on_a_sample(index, batch)
         self._read, self.losses = 0, []
         for repeats_left in reversed(range(_REPEATS)):
@@ -67,7 +65,7 @@ class BatchRows:
 
     def _check_on_a_sample(self, index: int, batch: Any) -> None:
         """Try the check on one sample; if the batch can't be cut or the model fails on it, check the first row."""
-        self.checks_on_a_sample = False
+        self._checks_on_a_sample = False
         try:
             samples = samples_in(batch)
         except ValueError:

@@ -81,7 +81,7 @@ def memory_estimate(
     live = _LiveBytes(weights.keys() | _storages(tensors).keys())
     with live:
         scorer = JacobianScorer(model, rows=rows, **options)
-        reader = BatchRows(scorer, loss_fn or label_free_loss(rows=rows), checks_on_a_sample=True)
+        reader = BatchRows(scorer, loss_fn or label_free_loss(rows=rows))
         with evaluating(model), scorer:
             first, _ = live.peak_of(lambda: reader.batch(0, batch))
             later, row_bytes = live.peak_of(lambda: reader.batch(1, batch))

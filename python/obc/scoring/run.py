@@ -93,7 +93,7 @@ def score(
     elif loss_fn is None:
         raise ValueError("loss_fn is missing; pass one, or labels=False to score by the model's outputs alone")
     scorer = JacobianScorer(model, rows=rows, **options)
-    reader = BatchRows(scorer, loss_fn, micro_batch, loss_scale, checks_on_a_sample=True)
+    reader = BatchRows(scorer, loss_fn, micro_batch, loss_scale)
     total = len(batches) if isinstance(batches, Sized) else None
     if isinstance(batches, UsableBatches):
         total = batches.count

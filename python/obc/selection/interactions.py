@@ -7,6 +7,7 @@ it, so the result stays right after cancellation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -137,10 +138,14 @@ class BlockedGram:
         # the rows in single precision.
         self.large = len(units) >= FORESEEN_UNITS and units.numel() * FLOAT32_BYTES <= max_bytes
         slots = max(1, min(max_bytes // (FLOAT64_BYTES * len(units)), len(units)))
-        self._cache = torch.empty(slots, len(units), dtype=torch.float64, device=units.device)
         self._unit_in = torch.full((slots,), -1, device=units.device)
         self._slot_of: dict[int, int] = {}
         self._found, self._alone = WORTH, 0  # since the last block
+
+    @functools.cached_property
+    def _cache(self) -> Tensor:
+        """(slots, C) the columns that are held; no memory is taken before the first one is."""
+        return self.units.new_empty(len(self._unit_in), len(self.units))
 
     def __call__(self, picks: Tensor, valid: Tensor, standing: StandingNow) -> Tensor:
         total = torch.zeros(len(self.units), dtype=torch.float64, device=self.units.device)

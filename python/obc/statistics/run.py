@@ -292,7 +292,7 @@ class _Run:
                 )
                 return
             stack.enter_context(self.scorer)
-            rows = BatchRows(self.scorer, loss, self.micro_batch, checks_on_a_sample=True)
+            rows = BatchRows(self.scorer, loss, self.micro_batch)
             yield lambda batch: self._with_backward(lambda: rows.batch(self.done, batch))
 
     def _forward_only(self, call: Callable[..., Any], batch: Any) -> None:

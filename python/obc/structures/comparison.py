@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from obc.model.depth import Skipped
 from obc.model.evaluation import evaluating, tensors_in
+from obc.model.hooks import hooked
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.model.precision import tf32_is_allowed
@@ -110,11 +111,8 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], lost: Mapping[str
         if not isinstance(module, Skipped):
             seen.modules.add(name)
         handles.append(module.register_forward_hook(_recorder(seen, name, (lost or {}).get(name)), with_kwargs=True))
-    try:
+    with hooked(handles):
         returned = run_alike(model, run)
-    finally:
-        for handle in handles:
-            handle.remove()
     seen.outputs = [tensor.detach() for tensor in returned if tensor.is_floating_point()]
     return seen
 

@@ -12,6 +12,7 @@ from torch import nn
 from obc.model.depth import PLACE_ATTRIBUTES, plain_attributes
 from obc.model.evaluation import evaluating, tensors_in, without_cache
 from obc.model.groups import ChannelGroup, Side
+from obc.model.hooks import hooked
 from obc.model.latency_table import LatencyTable, SharedSeconds, device_name
 from obc.model.names import named_modules
 from obc.model.shared_copy import shared_copy
@@ -75,7 +76,7 @@ class _Measurement:
         first = next(structure.model.parameters(), None)
         self.device = torch.device("cpu") if first is None else first.device
         self.calls = self._calls(structure.model, None)
-        self.places = _places(structure.model, list(self.groups.values()), set(self.calls))
+        self.places = _places(list(self.groups.values()), set(self.calls))
         self._known: dict[Hashable, dict[int, list[float]]] = {}
 
     def table(self) -> LatencyTable:
@@ -151,12 +152,8 @@ class _Measurement:
                     calls.setdefault(name, []).append(_Call(args, kwargs))
 
                 handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
-        try:
-            with evaluating(model), without_cache(model), torch.no_grad():
-                self.run(model)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with hooked(handles), evaluating(model), without_cache(model), torch.no_grad():
+            self.run(model)
         return calls
 
 
@@ -183,7 +180,7 @@ def _described(module: nn.Module, calls: Sequence[_Call]) -> Hashable:
 # --- dividing the time by group -----------------------------------------------------------------------------------
 
 
-def _places(model: nn.Module, groups: Sequence[ChannelGroup], called: Collection[str]) -> dict[str, list[str]]:
+def _places(groups: Sequence[ChannelGroup], called: Collection[str]) -> dict[str, list[str]]:
     """Group -> names of the modules that are timed for it."""
     own = {part.module for group in groups if not group.is_depth for part in group.slices} & set(called)
     found: dict[str, list[str]] = {}
