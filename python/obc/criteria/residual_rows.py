@@ -22,10 +22,10 @@ from obc.statistics.taps import tapped
 
 
 class Also(Protocol):
-    """Reads something else of the same backward passes.
+    """Reads something else from the same backward passes.
 
     Attributes:
-        now: of the batch at hand.
+        now: what was read from the current batch.
     """
 
     now: dict[str, Tensor]
@@ -37,7 +37,7 @@ class Also(Protocol):
         """A batch begins."""
 
     def take(self, rows: int) -> None:
-        """The batch counts: so many rows."""
+        """Keep what was read from the batch, which has so many rows."""
 
 
 class _Tap(torch.autograd.Function):
@@ -57,7 +57,7 @@ class _Tap(torch.autograd.Function):
 
 
 class _Rows:
-    """Hooks on the consumers, and the rows that they read of the batch at hand.
+    """Hooks on the consumers, and the rows that they read from the current batch.
 
     Attributes:
         part: the part of the batch that runs.

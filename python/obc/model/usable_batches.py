@@ -15,7 +15,7 @@ _MOST_LEFT_OUT = 0.1
 
 
 class UsableBatches:
-    """Batches for repeated passes. A pass that finds one not finite names it, and later passes skip it.
+    """Batches for repeated passes. A pass that finds a non-finite batch names it, and later passes skip it.
 
     >>> for batch in usable:
     ...     if not all_finite(model(batch)):

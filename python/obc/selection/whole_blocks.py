@@ -1,4 +1,4 @@
-"""The greedy choice with groups that are whole blocks: a block takes the units of the groups inside it along."""
+"""The greedy choice with groups that are whole blocks: with a block go the units of the groups inside it."""
 
 from __future__ import annotations
 

@@ -8,11 +8,11 @@ class StatisticsError(ValueError):
 
 
 class NothingToReadError(StatisticsError):
-    """The model has nothing that a statistic is read of.
+    """The model has no part that a statistic reads, such as residual blocks.
 
     Attributes:
         statistic: its name.
-        reason: what there is none of; the message has also what to do about it where statistics are collected.
+        reason: which part is missing; the message may also say what to do.
     """
 
     def __init__(self, statistic: str, reason: str, remedy: str = "") -> None:

@@ -34,7 +34,7 @@ from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
 
 Lost = dict[tuple[str, Side], Tensor]
-# Statistics of these are of one channel alone, or there are none.
+# Each channel has statistics of its own, or there are none.
 _PER_CHANNEL = (_NormBase, nn.PReLU)
 
 
@@ -189,7 +189,9 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
         inner.normalized_shape = (len(stays),)
     elif isinstance(module, nn.GroupNorm):
         inner.num_channels = len(stays)
-    elif type(grouped := getattr(module, "group_size", None)) is int and grouped:  # as many in each group
+    elif (
+        type(grouped := getattr(module, "group_size", None)) is int and grouped
+    ):  # every group keeps equally many channels
         inner.group_size = grouped * len(stays) // size
 
     def narrowed(value: Any) -> Any:
@@ -200,7 +202,7 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
     def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kept = stays.to(x.device)
         axis = dim if x.shape[dim] == size else 1  # a norm whose own forward is told where its channels are
-        if x.shape[axis] != size:  # each head separately: its channels lie in two dimensions and none sees another
+        if x.shape[axis] != size:  # normalised per head, so removed heads do not matter
             unchanged: Tensor = forward(x, *args, **kwargs)
             return unchanged
         others = (narrowed(value) for value in args)
