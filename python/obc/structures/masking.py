@@ -189,9 +189,7 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
         inner.normalized_shape = (len(stays),)
     elif isinstance(module, nn.GroupNorm):
         inner.num_channels = len(stays)
-    elif (
-        type(grouped := getattr(module, "group_size", None)) is int and grouped
-    ):  # every group keeps equally many channels
+    elif type(grouped := getattr(module, "group_size", None)) is int and grouped:  # groups keep equal numbers
         inner.group_size = grouped * len(stays) // size
 
     def narrowed(value: Any) -> Any:
