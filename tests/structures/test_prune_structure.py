@@ -12,6 +12,7 @@ import torch
 from models import randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 tp = pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
 
@@ -176,8 +177,25 @@ def some_units(structure: TorchPruningStructure, seed: int) -> dict[str, Tensor]
     }
 
 
+class Products(TorchFunctionMode):
+    """Counts the multiplications of ``@`` and of fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.Tensor.__matmul__, torch.Tensor.matmul, torch.matmul):
+            self.total += result.numel() * args[0].shape[-1]
+        elif func is F.scaled_dot_product_attention:
+            query, key, value = args[:3]
+            self.total += query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        return result
+
+
 def counted_macs(model: nn.Module, x: Tensor) -> int:
-    """Multiplications of convolutions and linear layers in one forward, from what runs."""
+    """Multiplications of convolutions, linear layers and attention in one forward, from what runs."""
     total = 0
 
     def count(module: Any, args: tuple[Tensor, ...], output: Any) -> None:
@@ -185,6 +203,8 @@ def counted_macs(model: nn.Module, x: Tensor) -> int:
         if isinstance(module, nn.MultiheadAttention):
             tokens = args[0].numel() // module.embed_dim
             total += tokens * (module.in_proj_weight.numel() + module.out_proj.weight.numel())
+            length = args[0].shape[1 if module.batch_first else 0]
+            total += 2 * tokens * length * module.embed_dim  # queries with keys, weights with values
             return
         transposed = isinstance(module, nn.ConvTranspose2d)
         applied = (args[0] if transposed else output).numel()
@@ -192,10 +212,11 @@ def counted_macs(model: nn.Module, x: Tensor) -> int:
 
     counted = [m for m in model.modules() if layout_of(m) is not None or isinstance(m, nn.MultiheadAttention)]
     handles = [module.register_forward_hook(count) for module in counted]
-    model(x)
+    with Products() as products:
+        model(x)
     for handle in handles:
         handle.remove()
-    return total
+    return total + products.total
 
 
 @pytest.mark.parametrize("name", NETS)

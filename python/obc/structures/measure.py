@@ -17,6 +17,7 @@ from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import named_modules
 from obc.structures.memory import MemoryUse, saved_buffers
 from obc.structures.polynomial import Polynomial, check_unit
+from obc.structures.products import Products
 
 
 @dataclass
@@ -93,11 +94,12 @@ def costs_of(
     usage: Usage,
     unit: Literal["macs", "parameters"],
     parameter_dims: Mapping[str, int] | None = None,
+    products: Products | None = None,
 ) -> Costs:
     """MACs or parameters of ``model`` as a polynomial in the widths of ``groups``, exact.
 
-    MACs are multiply-accumulates of convolutions, linear layers and attention's projections, without biases, norms,
-    activations and the products between queries, keys and values. Tied parameters count once.
+    MACs are multiply-accumulates of convolutions and linear layers, and of ``products`` outside them such as those of
+    attention, without biases, norms and activations. Tied parameters count once.
 
     Args:
         model: the present model.
@@ -105,21 +107,37 @@ def costs_of(
         usage: usage measured on the unpruned model.
         unit: "macs" or "parameters".
         parameter_dims: for slices of parameters outside any layer, the pruned dimension.
+        products: products outside :func:`layers_run`, for MACs.
 
     Raises:
         ValueError: an unknown unit.
     """
     check_unit(unit)
     polynomial, seen = _polynomial(groups, unit), set[int]()
+    if unit == "macs":
+        for name, module in layers_run(model, usage).items():
+            _add_layer(polynomial, usage.positions[name], name, module, usage)
+        if products is not None:
+            products.add_to(polynomial, groups)
+        return polynomial.costs()
     for name, module in named_modules(model):
-        if unit == "macs":
-            _add_macs(polynomial, name, module, usage)
-            continue
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 _add_tensor(polynomial, 1.0, (name, key), module, parameter, usage, parameter_dims or {})
     return polynomial.costs()
+
+
+def layers_run(model: nn.Module, usage: Usage) -> dict[str, nn.Module]:
+    """The linear and convolutional layers that ran, by name; the projections of torch's attention are not layers."""
+    modules = dict(named_modules(model))
+    return {
+        name: module
+        for name, module in modules.items()
+        if name in usage.positions
+        and layout_of(module) is not None
+        and not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+    }
 
 
 def memory_of(
@@ -155,16 +173,6 @@ def _polynomial(groups: Sequence[ChannelGroup], unit: str) -> Polynomial:
         for part in group.slices:
             polynomial.place((part.module, part.side), index, part)
     return polynomial
-
-
-def _add_macs(polynomial: Polynomial, name: str, module: nn.Module, usage: Usage) -> None:
-    positions = usage.positions.get(name)
-    if positions is None:
-        return  # no layer with a weight, or one that never ran
-    if isinstance(module, nn.MultiheadAttention):
-        _add_weight(polynomial, positions, name, (3 * module.embed_dim, module.embed_dim), 1)
-        return
-    _add_layer(polynomial, positions, name, module, usage)
 
 
 def _add_layer(polynomial: Polynomial, factor: float, name: str, module: nn.Module, usage: Usage) -> None:

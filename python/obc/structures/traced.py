@@ -24,9 +24,10 @@ from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
 from obc.model.shared_copy import shared_parameters
 from obc.structures.masking import lost_channels
-from obc.structures.measure import costs_of, measure, memory_of
+from obc.structures.measure import costs_of, layers_run, measure, memory_of
 from obc.structures.memory import MemoryUse
 from obc.structures.probed_groups import recover
+from obc.structures.products import find_products
 from obc.structures.proof import Proof, Run, prove
 from obc.structures.protocol import Limits, Unit
 from obc.structures.reaching import runs_reaching, unchanged_buffers
@@ -146,6 +147,8 @@ class TorchPruningStructure:
             self.proof = prove(self, run)
             wrong = [one for one in found if one.name in self.left_out]
             recover(self, self._finder, wrong, run, self.proof)
+        layers = layers_run(model, self._usage)
+        self._products = find_products(self, lambda one: self._forward_fn(one, example_inputs), layers)
 
     @property
     def plan(self) -> PruningPlan:
@@ -176,19 +179,30 @@ class TorchPruningStructure:
 
     @property
     def warnings(self) -> list[str]:
-        """Warns of layers that nothing ran, and whose inputs may have come from a layer that was pruned."""
+        """Warns of layers that nothing ran, whose inputs may have come from a layer that was pruned; and of products
+        whose MACs can't be followed.
+        """
         pruned = {
             self._sizes[name]
             for name, kept in self._kept.items()
             if kept.out_channels is not None and name in self._sizes
         }
         names = sorted(name for name in self.unreached if any(not self._size(name, "in") % size for size in pruned))
+        found = []
+        if self._products.unfollowed:
+            unfollowed = self._products.unfollowed
+            name, reason = next(iter(unfollowed.items()))
+            found = [
+                f"how the MACs of products outside layers depend on {', '.join(unfollowed)} is not known ({name} "
+                f"without its last unit: {reason}); they are counted as if they did not depend on it"
+            ]
         if not names:
-            return []
+            return found
         return [
+            *found,
             f"no run reached these layers (example inputs, train mode, other batches), so they keep their widths: "
             f"{', '.join(names)}; if one of them reads a pruned layer, it no longer fits: name that pruned layer in "
-            "ignored_layers"
+            "ignored_layers",
         ]
 
     def costs(self, unit: Unit) -> Costs:
@@ -199,7 +213,7 @@ class TorchPruningStructure:
         """
         if unit == "active_parameters":
             raise ValueError("active_params counts the experts of transformers models; pass params, or macs")
-        return costs_of(self.model, self.groups, self._usage, unit, self._finder.dims)
+        return costs_of(self.model, self.groups, self._usage, unit, self._finder.dims, self._products)
 
     def memory(self, use: MemoryUse) -> Costs:
         """Bytes of weights and buffers: see :func:`obc.structures.measure.memory_of`."""
