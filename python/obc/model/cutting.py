@@ -86,7 +86,7 @@ def _sync(module: nn.Module, depthwise: bool) -> None:
             module.out_features, module.in_features = out_channels, in_channels
         else:
             module.out_channels, module.in_channels = out_channels, in_channels
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         module.embedding_dim = weight.shape[1]
     elif isinstance(module, nn.GroupNorm):
         module.num_channels = len(weight)

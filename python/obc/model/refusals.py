@@ -10,7 +10,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from obc.model.kept import PlanError
-from obc.model.layouts import is_compiled
+from obc.model.layouts import is_compiled, layout_of
 from obc.model.sharding import is_sharded
 
 # Classes of hooks that compute a weight before every forward -> what turns it into a parameter again.
@@ -25,8 +25,9 @@ def refuse_unprunable(model: nn.Module) -> None:
     """Raise if layers can't be given smaller weights; the message says what can be pruned instead.
 
     Raises:
-        PlanError: the model is compiled, scripted, wrapped for several processes or GPUs, or spread over processes; or
-            it has unmerged adapters, computed weights, or lazy layers without weights.
+        PlanError: the model, or a part of it, is compiled or scripted; it is wrapped for several processes or GPUs, or
+            spread over processes; or it has unmerged adapters, computed or complex weights, layers of torch's own
+            quantisation, or lazy layers without weights.
     """
     name = type(model).__name__
     if is_compiled(model):
@@ -39,6 +40,11 @@ def refuse_unprunable(model: nn.Module) -> None:
         raise PlanError("the model's parameters are split over several processes; prune the model first, then shard it")
     refuse_adapted(model)
     for layer, module in model.named_modules():
+        if is_compiled(module) or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable"):
+            raise PlanError(
+                f"{name}: {layer or 'its forward'} is compiled; prune the model with the module, or forward, that was "
+                "passed to torch.compile in its place, then compile again"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise PlanError(
                 f"{name}: {layer} is a ScriptModule, whose layers can't be changed; put the module that it was made of "
@@ -49,12 +55,35 @@ def refuse_unprunable(model: nn.Module) -> None:
                 f"{name}: {layer or 'the model'} is a {type(module).__name__} that has no weights yet; call the model "
                 "once on an input first"
             )
+        weight = module._parameters.get("weight")
+        if layout_of(module) is not None and weight is not None and weight.is_complex():
+            raise PlanError(
+                f"{name}: {layer or 'it'} is a {type(module).__name__} of {weight.dtype}, and obc prunes real weights "
+                "alone; keep the real and the imaginary part in layers of their own"
+            )
         if parametrize.is_parametrized(module):
             raise PlanError(
                 f"{layer or 'the model'} is parametrised and can't be sliced; merge it first: "
                 f"torch.nn.utils.parametrize.remove_parametrizations"
             )
         _refuse_computed(layer, module)
+        _refuse_torch_quantised(layer, module)
+
+
+def _refuse_torch_quantised(layer: str, module: nn.Module) -> None:
+    """Refuse layers of ``torch.ao.quantization``: their activations are quantised as well, so no plain layer fits."""
+    kind = type(module).__module__
+    layers = kind.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized"))
+    if layers and type(module).__name__ not in ("Quantize", "DeQuantize"):
+        raise PlanError(
+            f"{layer or 'the model'} is a quantised {type(module).__name__} of torch.ao; prune the model that was "
+            "quantised, then quantise the pruned one"
+        )
+    if kind.startswith(("torch.ao.nn.qat", "torch.ao.nn.intrinsic.qat")) or kind.endswith("quantization.fake_quantize"):
+        raise PlanError(
+            f"{layer or 'the model'} is a {type(module).__name__} of torch.ao, prepared for quantisation-aware "
+            "training with one scale per channel; prune the model first, then prepare it"
+        )
 
 
 def refuse_adapted(model: nn.Module) -> None:

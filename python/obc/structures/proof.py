@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.errors import layer_in
 from obc.model.groups import ChannelGroup
 from obc.model.kept import PlanError, staying
 from obc.model.layouts import is_depthwise
@@ -246,15 +247,17 @@ class _Prover:
         except _MaskedError as error:
             return str(error)
         self.proof.tries += 1
+        trial = self.structure.twin(shared_copy(self.base))
         try:
-            trial = self.structure.twin(shared_copy(self.base))
             for part in _parts(removed, min(number + 1, _TRIES)):
                 trial.remove(part)
             trial.plan.verify(self.base.state_dict(), trial.model)
             sliced = self._observe(trial.model)
         except Exception as fault:  # whatever a model's own code raises is the reported reason
+            layer = layer_in(fault, trial.model)
+            place = "" if layer is None else f" in {layer!r}"
             return self._said(
-                names, f"the model does not run without {self._shares(removed)}: {type(fault).__name__}: {fault}"
+                names, f"the model does not run without {self._shares(removed)}{place}: {type(fault).__name__}: {fault}"
             )
         if masked is None:
             return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,6 +228,7 @@ class GroupFinder:
         name = self._names[target]
         if isinstance(target, nn.RNNBase):
             raise InnerMatterError(f"a plan can't describe a pruned {type(target).__name__} ({name!r})")
+        _refuse_scaled_rows(name, target)
         if isinstance(target, nn.LayerNorm) and len(target.normalized_shape) > 1:
             raise InnerMatterError(f"a plan can't describe {name!r}, a LayerNorm over several dimensions")
         if isinstance(target, nn.MultiheadAttention):
@@ -246,6 +247,7 @@ class GroupFinder:
     def _parts_of_parameter(self, parameter: nn.Parameter, dim: int) -> list[tuple[str, Side, list[int]]]:
         name = self._graph._param_to_name[parameter]
         owner_name, _, attribute = name.rpartition(".")
+        _refuse_scaled_rows(owner_name, self._model.get_submodule(owner_name))
         rule = rule_for(self._model.get_submodule(owner_name))
         if isinstance(rule, Rule) and rule.elementwise and attribute in (rule.weight, rule.bias):
             return [(owner_name, "out", [0])]  # a norm that Torch-Pruning does not know
@@ -255,9 +257,19 @@ class GroupFinder:
     def _refuse_outer(self, members: Mapping[tuple[str, Side], Any], raw: Any) -> None:
         returned = [name for name, side in members if side == "out" and name in self._usage.returned]
         if returned or any(type(item[0].target.module).__name__ == "_OutputOp" for item in raw):
-            raise InnerMatterError("its width is that of the model's output")
+            raise InnerMatterError(self._why_returned(returned, members))
         if not any(side == "in" for _, side in members):
             raise InnerMatterError("no layer reads it")
+
+    def _why_returned(self, returned: Sequence[str], members: Mapping[tuple[str, Side], Any]) -> str:
+        """Why channels that reach the model's output can't be removed."""
+        widths = {len(roots) for (_, side), roots in members.items() if side == "out"}
+        if returned or any(widths & set(shape) for shape in self._usage.shapes):
+            return "its width is that of the model's output"
+        return (
+            f"Torch-Pruning follows it to the model's output, which has no dimension of {sorted(widths)}: between them "
+            "is a layer or a weight that it does not know"
+        )
 
     # --- units ------------------------------------------------------------------------------------------------
 
@@ -318,3 +330,12 @@ class GroupFinder:
 
 def _each(size: int) -> dict[int, int]:
     return {channel: channel for channel in range(size)}
+
+
+def _refuse_scaled_rows(name: str, module: nn.Module) -> None:
+    """Refuse embeddings that scale each row, when it is read, by the norm of all its channels."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        raise InnerMatterError(
+            f"{name!r} scales rows down to max_norm={module.max_norm} when it reads them, by the norm of all their "
+            "channels; scale them once (torch.renorm), then set max_norm to None"
+        )
