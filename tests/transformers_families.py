@@ -84,6 +84,29 @@ FAMILIES: dict[str, Callable[[], Case]] = {
     "deepseek-v3": lambda: deepseek_v3(dense=2),
 }
 
+# What is found in each layer: (kind, units), in the order of the modules.
+FOUND: dict[str, list[tuple[str, int]]] = {
+    "llama": [("heads", 2), ("ffn", 48)],
+    "llama-tied": [("heads", 2), ("ffn", 24)],
+    "qwen2": [("heads", 2), ("ffn", 48)],
+    "qwen3": [("heads", 2), ("ffn", 48)],
+    "mistral": [("heads", 2), ("ffn", 48)],
+    "phi3": [("heads", 2), ("ffn", 48)],
+    "gemma": [("query_heads", 2), ("ffn", 24)],
+    "opt": [("heads", 4), ("ffn", 48)],
+    "gpt2": [("heads", 2), ("ffn", 64)],
+    "bert": [("heads", 4), ("ffn", 48)],
+    "vit": [("heads", 4), ("ffn", 48)],
+    "mamba": [("mamba", 48)],
+    "mixtral": [("heads", 2), ("experts", 4), ("expert_ffn", 48)],
+    "qwen2-moe": [("heads", 2), ("experts", 4), ("expert_ffn", 24), ("ffn", 40)],
+    "deepseek-v2": [("heads", 4), ("expert_ffn", 16), ("experts", 4), ("ffn", 16)],
+    "deepseek-v3": [("heads", 4), ("ffn", 48)],
+}
+
+# Families whose configs have no key for a number of heads other than hidden_size over the size of a head.
+INEXPRESSIBLE_HEADS = {"opt", "gpt2", "bert"}
+
 
 def output(case: Case, model: nn.Module) -> Tensor:
     """The logits of the case's first batch."""

@@ -13,31 +13,11 @@ import torch
 from models import Case
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers_families import FAMILIES, double, every_other
+from transformers_families import FAMILIES, FOUND, double, every_other
 
 import obc
 from obc.integrations.transformers import TransformersStructure
 from obc.model.groups import ChannelGroup
-
-# Per layer: (kind, units), in the order of the modules.
-FOUND = {
-    "llama": [("heads", 2), ("ffn", 48)],
-    "llama-tied": [("heads", 2), ("ffn", 24)],
-    "qwen2": [("heads", 2), ("ffn", 48)],
-    "qwen3": [("heads", 2), ("ffn", 48)],
-    "mistral": [("heads", 2), ("ffn", 48)],
-    "phi3": [("heads", 2), ("ffn", 48)],
-    "gemma": [("query_heads", 2), ("ffn", 24)],
-    "opt": [("heads", 4), ("ffn", 48)],
-    "gpt2": [("heads", 2), ("ffn", 64)],
-    "bert": [("heads", 4), ("ffn", 48)],
-    "vit": [("heads", 4), ("ffn", 48)],
-    "mamba": [("mamba", 48)],
-    "mixtral": [("heads", 2), ("experts", 4), ("expert_ffn", 48)],
-    "qwen2-moe": [("heads", 2), ("experts", 4), ("expert_ffn", 24), ("ffn", 40)],
-    "deepseek-v2": [("heads", 4), ("expert_ffn", 16), ("experts", 4), ("ffn", 16)],
-    "deepseek-v3": [("heads", 4), ("ffn", 48)],
-}
 
 # How the families call what holds all experts of a layer.
 EXPERTS = "mlp.experts"

@@ -9,14 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers_families import FAMILIES, every_other, output
+from transformers_families import FAMILIES, INEXPRESSIBLE_HEADS, every_other, output
 
 import obc
 from obc import PlanError
 from obc.integrations.transformers import TransformersStructure, load_pruned, save_pruned
-
-# What their configs have no word for: a number of heads that is not hidden_size over the size of a head.
-INEXPRESSIBLE_HEADS = {"opt", "gpt2", "bert"}
 
 
 def halved(model: nn.Module, *kinds: str) -> TransformersStructure:
