@@ -57,6 +57,12 @@ def missing_places(operator: Operator) -> list[str]:
         f"benchmarks/bench_ops.py: def {SHARED_FILE.get(name, name)}": _says(
             "benchmarks/bench_ops.py", rf"^def {SHARED_FILE.get(name, name)}\("
         ),
+        f"benchmarks/gpu_smoke.py: its calls in operator_calls, '{name}'": _says(
+            "benchmarks/gpu_smoke.py", rf'^        "{name}": \['
+        ),
+        f"tests/packaging/wheel_smoke.py: '{name}' in ARGUMENTS, or a call of its own": _says(
+            "tests/packaging/wheel_smoke.py", rf'"{name}": \(|ops\.{name}\('
+        ),
         f"README.md: `{name}` in the table of operators, by python docs/operators_table.py": _says(
             "README.md", rf"^\|.*`{name}`"
         ),
@@ -81,7 +87,7 @@ def test_an_operator_stands_in_every_place(operator: Operator) -> None:
 
 def test_the_test_of_places_finds_what_is_missing() -> None:
     absent = Operator("no_such_operator", "(Tensor x) -> Tensor", "nothing")
-    assert len(missing_places(absent)) == 18
+    assert len(missing_places(absent)) == 20
 
 
 @pytest.mark.parametrize("operator", TABLE, ids=lambda operator: operator.name)
