@@ -134,6 +134,40 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "split_ngram_parts": 1, "hc_lowrank": 8,
     },
     "zaya": {"num_experts_per_tok": 1},
+    # Models whose first layers are dense by default, or whose layers are all dense: one dense layer, one mixture.
+    "beam": {"mlp_layer_types": ["dense", "sparse"]},
+    "flint": {"mlp_only_layers": [0], "shared_expert_intermediate_size": 40},
+    "gemma4_text": {
+        "enable_moe_block": True, "moe_intermediate_size": 24, "num_experts": 4, "top_k_experts": 2,
+    },
+    **{
+        name: {
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": part,
+                "mrope_section": [width - 2 * (width // 3), width // 3, width // 3],
+            },
+        }
+        for name, part, width in (
+            ("glm4v_text", 1.0, 4), ("glm_ocr_text", 1.0, 4), ("glm4v_moe_text", 0.5, 2),
+        )
+    },
+    "glm5_next_text": {
+        "qk_rope_head_dim": 0, "head_dim": 0, "index_kpool": 4, "indexer_types": ["full", "full"],
+        "mlp_layer_types": ["dense", "sparse"], "linear_num_heads": 4, "hc_mult": 2,
+    },
+    "step3p5": {
+        "mlp_layer_types": ["dense", "sparse"], "layer_types": ["full_attention", "sliding_attention"],
+        "sliding_window": 16, "num_sliding_attention_heads": 4, "share_expert_dim": 24, "query_pre_attn_scalar": 8,
+    },
+    "inkling2_vision": {"text_hidden_size": 32, "projection_hidden_dim": 48},
+    "inkling2_loop_vision": {"text_hidden_size": 32, "projection_hidden_dim": 48},
+    "muse_spark_text": {"layer_rope_theta": [10000.0, 0], "mlp_layer_types": ["dense", "sparse"], "moe_hidden_size": 32},
+    "muse_spark_audio": {
+        "patch_sizes": [16, 6], "hidden_sizes": [16, 32], "depths": [1, 1], "num_hidden_layers": 2,
+    },
+    "radio": {"video_temporal_patch_size": 2},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 63},
+    "nemotron3_diarization": {"head_config": {"audio_hidden_size": 32}},
     "bamba": {"attn_layer_indices": [1]},
     "recurrent_gemma": {"num_hidden_layers": 3},
     "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16},
