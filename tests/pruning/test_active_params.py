@@ -7,11 +7,14 @@ from typing import Any
 import pytest
 import torch
 from models import Case
+from sweep_configs import tiny_config
+from sweep_model import model_class
 from torch import nn
 from transformers_families import FAMILIES, qwen2_moe
 
 import obc
 from obc.structures.transformers import TransformersStructure
+from obc.structures.transformers.costs import macs_for_one_token
 
 
 def met_by_a_token(model: Any) -> int:
@@ -38,6 +41,40 @@ def test_costs_are_what_a_token_meets() -> None:
         if group.kind in ("heads", "ffn"):
             assert freed == marginal[group.name]
         assert structure.costs("active_parameters").total() == met_by_a_token(case.model)
+
+
+@pytest.mark.parametrize("name", ["jetmoe", "gemma4_text", "nemotron_h", "aria_text", "hunyuan_v1_moe", "zaya"])
+def test_how_many_experts_a_token_meets_is_found(name: str) -> None:
+    """The routers call it by several names, or leave it to the config; JetMoE's experts lie in two modules."""
+    config_class, chosen = model_class("causal", name)
+    model = chosen(tiny_config(config_class, "causal", name))
+    tokens = 2 if name != "zaya" else 1
+    held = {
+        key: parameter
+        for key, parameter in model.named_parameters()
+        if parameter.dim() == 3 and "conv" not in key and len(parameter) == 4
+    }
+    assert held
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    unused = sum(parameter.numel() * (4 - tokens) // 4 for parameter in held.values())
+    assert TransformersStructure(model).costs("active_parameters").total() == everything - unused
+    macs = macs_for_one_token(model)
+    for key, parameter in held.items():
+        module, expert = key.rpartition(".")[0], parameter[0].numel()
+        assert macs[module] == tokens * sum(one[0].numel() for k, one in held.items() if k.startswith(f"{module}."))
+        assert macs[module] >= tokens * expert
+
+
+def test_the_cost_of_a_mixture_whose_router_says_nothing_is_refused() -> None:
+    case = qwen2_moe()
+    structure = TransformersStructure(case.model, ["ffn"])
+    del case.model.get_submodule("model.layers.0.mlp.gate").top_k
+    for module in case.model.modules():
+        vars(module).pop("config", None)
+    with pytest.raises(
+        ValueError, match=r"how many experts of model\.layers\.0\.mlp\.experts a token is sent to is not"
+    ):
+        structure.costs("active_parameters")
 
 
 def test_the_budget_is_met() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from sweep_inputs import inputs_of
+from sweep_model import built, difference, in_float64, model_class, tensors
 
 from obc.structures.proof import prove
 from obc.structures.transformers import TransformersStructure, load_pruned, save_pruned
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "sweep"))
-
-from sweep_inputs import inputs_of
-from sweep_model import built, difference, in_float64, model_class, tensors
 
 MAMBA2 = ("mamba2", "bamba", "nemotron_h", "granitemoehybrid", "zamba2")
 DELTA = ("qwen3_next", "qwen3_5_text", "olmo_hybrid", "bailing_hybrid")

@@ -143,8 +143,10 @@ def test_experts_stay_where_their_router_has_more_than_rows_and_biases() -> None
     block: Any = case.model.get_submodule("model.layers.0.mlp")
     block.num_group = 2
     structure = TransformersStructure(case.model, kinds=("experts",))
-    why = "the router model.layers.0.mlp.gate has more than a weight (num_group)"
-    assert structure.left_out == {"model.layers.0.mlp.experts": why}
+    why = "the router model.layers.0.mlp.gate first chooses among 2 groups of experts (num_group), which must stay of "
+    assert structure.left_out == {
+        "model.layers.0.mlp.experts": f"{why}equal size; channels inside the experts can be removed"
+    }
 
 
 def test_routers_that_choose_among_groups_of_experts_keep_them_all() -> None:
@@ -152,8 +154,8 @@ def test_routers_that_choose_among_groups_of_experts_keep_them_all() -> None:
     structure = TransformersStructure(model, kinds=("experts",))
     assert structure.groups == ()
     assert structure.left_out == {
-        f"model.layers.{layer}.mlp.experts": f"the router model.layers.{layer}.mlp.gate has more than a weight "
-        "(num_group)"
+        f"model.layers.{layer}.mlp.experts": f"the router model.layers.{layer}.mlp.gate first chooses among 2 groups "
+        "of experts (num_group), which must stay of equal size; channels inside the experts can be removed"
         for layer in range(2)
     }
 

@@ -161,7 +161,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "inkling2_vision": {"text_hidden_size": 32, "projection_hidden_dim": 48},
     "inkling2_loop_vision": {"text_hidden_size": 32, "projection_hidden_dim": 48},
-    "muse_spark_text": {"layer_rope_theta": [10000.0, 0], "mlp_layer_types": ["dense", "sparse"], "moe_hidden_size": 32},
+    "muse_spark_text": {
+        "layer_rope_theta": [10000.0, 0], "mlp_layer_types": ["dense", "sparse"], "moe_hidden_size": 32,
+    },
     "muse_spark_audio": {
         "patch_sizes": [16, 6], "hidden_sizes": [16, 32], "depths": [1, 1], "num_hidden_layers": 2,
     },

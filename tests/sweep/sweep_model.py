@@ -309,7 +309,8 @@ def _scored(model: Any, batch: dict[str, Tensor]) -> float | None:
     chosen = layers[:: max(1, len(layers) // 4)][:4]
     weights = {name: model.get_submodule(name).weight for name in chosen}
     try:
-        grads = torch.autograd.grad(_loss(model, batch), [*weights.values(), *model.parameters()], allow_unused=True)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        grads = torch.autograd.grad(_loss(model, batch), [*weights.values(), *trained], allow_unused=True)
     except Exception:  # Reformer's reversible layers run backward in training mode only
         return None
     scores = obc.score(model, [batch], _loss, progress=False)

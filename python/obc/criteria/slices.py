@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.criteria.units import by_unit, weight_of
-from obc.model.experts import DOWN, GATE_UP, fused_experts, is_transposed
+from obc.model.experts import DOWN, expert_weights, fused_experts, is_transposed
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.rules import Rule, rule_for
 
@@ -85,8 +85,8 @@ def _weights_of(part: Slice, modules: dict[str, nn.Module], kind: str) -> list[S
         return _of_tensor(part, modules[owner], key, part.channels.shape[1] if kind == "expert_ffn" else 1)
     if module is None:
         return []
-    if fused_experts(module) is not None:
-        keys = [DOWN] if part.side == "in" else [GATE_UP, DOWN]
+    if both := expert_weights(module):
+        keys = [DOWN] if part.side == "in" else both
         return [_fused(f"{part.module}.{one}", part, module, one, whole=part.side == "out") for one in keys]
     weight = module._parameters.get("weight")
     if weight is None:
@@ -103,7 +103,7 @@ def _of_tensor(part: Slice, owner: nn.Module, key: str, matrices: int) -> list[S
     tensor = owner._parameters.get(key)
     if tensor is None or tensor.dim() != 3 or part.side != "out":
         return []
-    if key == GATE_UP and fused_experts(owner) is not None:
+    if key != DOWN and key in expert_weights(owner):
         return [_fused(part.module, part, owner, key, matrices=matrices)]
     if key == "weight" and _holds_experts(owner):
         name = part.module.rpartition(".")[0]
@@ -120,6 +120,6 @@ def _holds_experts(module: nn.Module) -> bool:
 def _fused(name: str, part: Slice, module: nn.Module, key: str, whole: bool = False, matrices: int = 1) -> SliceWeight:
     experts = fused_experts(module)
     assert experts is not None
-    gate_up, down = (weight.detach() for weight in experts)
-    inner = 2 if is_transposed(gate_up, down) == (key == GATE_UP) else 1
-    return SliceWeight(name, gate_up if key == GATE_UP else down, part, module, 0 if whole else inner, matrices)
+    up, down = (weight.detach() for weight in experts)
+    inner = 2 if is_transposed(up, down) == (key != DOWN) else 1
+    return SliceWeight(name, down if key == DOWN else up, part, module, 0 if whole else inner, matrices)

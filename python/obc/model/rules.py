@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from obc.model.experts import DOWN, GATE_UP, fused_experts, is_transposed
+from obc.model.experts import DOWN, GATE_UP, UP, fused_experts, is_parallel, is_transposed
 from obc.model.sharding import is_dtensor
 
 
@@ -118,7 +118,7 @@ def _mixture_rule(module: nn.Module) -> Rule | None:
     if down is not None and down.dim() == 3:
         transposed = is_transposed(*weights) if weights is not None else getattr(module, "is_transposed", False)
         return Rule("weight", weight=DOWN, out_axis=0, in_axis=1 if transposed else 2)
-    if set(own) == {"weight"} and own["weight"].dim() == 3 and getattr(module, "num_experts", 0) == len(own["weight"]):
+    if is_parallel(module):
         return Rule("weight", out_axis=0, in_axis=2)
     if set(own) == {"weight"} and own["weight"].dim() == 2 and isinstance(getattr(module, "top_k", None), int):
         return Rule("weight", in_axis=1)
@@ -164,7 +164,8 @@ def packed_weight(module: nn.Module) -> str | None:
     elif isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED, nn.Embedding)):
         names = ("weight",)
     else:
-        names = (GATE_UP, DOWN, *(f"{key}_{packed}" for key in (GATE_UP, DOWN) for packed in ("blocks", "packed")))
+        experts = (GATE_UP, UP, DOWN)
+        names = (*experts, *(f"{key}_{packed}" for key in experts for packed in ("blocks", "packed")))
     for name in names:
         tensor = module._parameters.get(name, module._buffers.get(name))
         if tensor is not None and is_packed(tensor):

@@ -2,8 +2,9 @@
 
 Such a module is called with hidden states (T, d), expert indices (T, k) and weights (T, k). Expert e computes
 y = down_e h (+ b_e) with h = act(gate_e x) * up_e x, or another function of its gate and up projections that the module
-names ``_apply_gate``; the module returns the sum over a token's experts of g_e y_e. The input h of a down projection is
-not the input of any module and is recomputed. With G the gradient of the loss with respect to the module's output,
+names ``_apply_gate``, or without gates h = act(up_e x). The module returns the sum over a token's experts of g_e y_e.
+The input h of a down projection is not the input of any module and is recomputed. With G the gradient of the loss with
+respect to the module's output,
 
     dL/dy_e = g_e G        and        dL/dh_e = down_e^T dL/dy_e        at the tokens routed to e.
 """
@@ -18,7 +19,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obc.model.experts import DOWN, DOWN_BIAS, GATE_UP, GATE_UP_BIAS, fused_experts, is_transposed, projection
+from obc.model.experts import (
+    DOWN,
+    DOWN_BIAS,
+    fused_experts,
+    is_gated,
+    is_transposed,
+    projection,
+    up_name,
+)
 
 # The experts' output may differ by rounding from the output of their parts.
 _AGREEMENT, _AGREEMENT_OF_HALF = 1e-3, 5e-2
@@ -67,6 +76,12 @@ def _weights(module: nn.Module) -> tuple[Tensor, Tensor]:
     return experts
 
 
+def _up(module: nn.Module) -> str:
+    name = up_name(module)
+    assert name is not None
+    return name
+
+
 def expert_name(module: str, expert: int) -> str:
     """The name of one expert's statistics."""
     return f"{module}[{expert}]"
@@ -81,10 +96,11 @@ def inner_width(module: nn.Module) -> int:
 def unreadable(module: nn.Module) -> str | None:
     """Why the inner channels of its experts can't be read, or None."""
     up, down = _weights(module)
-    if not is_transposed(up, down) and up.shape != (len(down), 2 * down.shape[2], down.shape[1]):
+    copies = 2 if is_gated(module) else 1
+    if not is_transposed(up, down) and up.shape != (len(down), copies * down.shape[2], down.shape[1]):
         return f"experts stored as {tuple(up.shape)} and {tuple(down.shape)} are not understood"
     own = [name for name, tensor in module._parameters.items() if tensor is not None]
-    if others := sorted(set(own) - {GATE_UP, DOWN, GATE_UP_BIAS, DOWN_BIAS}):
+    if others := sorted(set(own) - {_up(module), f"{_up(module)}_bias", DOWN, DOWN_BIAS}):
         return f"experts with {', '.join(others)} are not understood"
     if not callable(getattr(module, "_apply_gate", None)) and not callable(getattr(module, "act_fn", None)):
         return "experts without _apply_gate or act_fn are not understood"
@@ -103,17 +119,21 @@ def is_routed_call(inputs: Sequence[Any]) -> bool:
 def routed_input(module: Any, expert: int, hidden: Tensor, indices: Tensor, weights: Tensor) -> RoutedInput:
     """The input of one expert's down projection; empty if no token was routed to it."""
     tokens, slots = torch.where(indices == expert)
-    gate_up = F.linear(hidden[tokens], *projection(module, GATE_UP, expert))
-    return RoutedInput(expert, _gated(module, gate_up), tokens, len(hidden), weights[tokens, slots])
+    up = F.linear(hidden[tokens], *projection(module, _up(module), expert))
+    return RoutedInput(expert, _activated(module, up), tokens, len(hidden), weights[tokens, slots])
 
 
-def _gated(module: Any, gate_up: Tensor) -> Tensor:
+def _activated(module: Any, up: Tensor) -> Tensor:
+    """The inputs of a down projection, from the outputs of the gate and up projections, or of up projections alone."""
     if (apply := getattr(module, "_apply_gate", None)) is not None:
-        gated: Tensor = apply(gate_up)
+        gated: Tensor = apply(up)
         return gated
-    gate, up = gate_up.chunk(2, -1)
-    activated: Tensor = module.act_fn(gate) * up
-    return activated
+    if not is_gated(module):
+        activated: Tensor = module.act_fn(up)
+        return activated
+    gate, up = up.chunk(2, -1)
+    product: Tensor = module.act_fn(gate) * up
+    return product
 
 
 def mixed(
@@ -152,7 +172,8 @@ class RoutedCalls:
             if module not in self._proved:
                 agrees = _make_up(module, inputs, output)
                 if agrees is False:
-                    return "what its experts return is not down(act(gate(x)) * up(x)), weighted and added"
+                    formula = "act(gate(x)) * up(x)" if is_gated(module) else "act(up(x))"
+                    return f"what its experts return is not down({formula}), weighted and added"
                 if agrees:
                     self._proved.add(module)
         return inputs

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from obc.model.experts import DOWN, GATE_UP, fused_experts
+from obc.model.experts import DOWN, GATE_UP, UP, expert_weights
 from obc.model.groups import Slice
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
@@ -114,7 +114,7 @@ def _names(part: Slice) -> list[str]:
     """The names under which a slice's weights may be read."""
     owner, _, key = part.module.rpartition(".")
     own = [part.module, f"{part.module}.{DOWN}", *([owner] if key == "weight" else [])]
-    return [*own, f"{part.module}.{GATE_UP}"] if part.side == "out" else own
+    return [*own, f"{part.module}.{GATE_UP}", f"{part.module}.{UP}"] if part.side == "out" else own
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -122,8 +122,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, module in named_modules(model):
         if (weight := floating_weight(module)) is not None:
             yield name, weight
-        elif fused_experts(module) is not None:
-            for key in (GATE_UP, DOWN):
+        elif keys := expert_weights(module):
+            for key in keys:
                 tensor = module._parameters[key]
                 if tensor is not None and tensor.is_floating_point():
                     yield f"{name}.{key}", tensor

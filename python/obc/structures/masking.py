@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
 from obc.model.depth import first_floating
-from obc.model.experts import CORRECTION
+from obc.model.experts import is_correction
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import staying
 from obc.model.names import named_modules
@@ -111,11 +111,12 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
     for group in groups:
         if group.kind == "experts" and group.name in removed:
             for part in group.slices:
+                gone = part.channels[removed[group.name].cpu()].flatten()
                 if _is_router(module := modules.get(part.module), group):
                     assert module is not None
-                    gone = part.channels[removed[group.name].cpu()].flatten()
                     _route_elsewhere(module, gone)
-                    _never_preferred(uses, [module, modules[part.module.rpartition(".")[0]]], group.size, gone)
+                elif module is None:
+                    _never_preferred(uses, modules, part.module, gone)
     return masked
 
 
@@ -235,17 +236,17 @@ class _WithoutExperts(TorchFunctionMode):
         return result
 
 
-def _never_preferred(uses: Uses, holders: Sequence[nn.Module], rows: int, removed: Tensor) -> None:
-    """Set correction biases to minus infinity: they are added to scores, which a removed logit only sets to zero."""
-    for holder in dict.fromkeys(holders):
-        for key, tensor in [*holder.named_parameters(recurse=False), *holder.named_buffers(recurse=False)]:
-            if tensor.shape != (rows,) or CORRECTION not in key:
-                continue
-            lowest = tensor.detach().index_fill(0, removed.to(tensor.device), -math.inf)
-            if isinstance(tensor, nn.Parameter):
-                replace_parameter(uses, tensor, lowest)
-            else:
-                holder._buffers[key] = lowest
+def _never_preferred(uses: Uses, modules: Mapping[str, nn.Module], name: str, removed: Tensor) -> None:
+    """Set a correction bias to minus infinity: it is added to scores, which a removed logit only sets to zero."""
+    owner, _, key = name.rpartition(".")
+    tensor = getattr(modules.get(owner), key, None)
+    if not isinstance(tensor, Tensor) or not is_correction(key):
+        return
+    lowest = tensor.detach().index_fill(-1, removed.to(tensor.device), -math.inf)
+    if isinstance(tensor, nn.Parameter):
+        replace_parameter(uses, tensor, lowest)
+    else:
+        modules[owner]._buffers[key] = lowest
 
 
 def _route_elsewhere(router: nn.Module, removed: Tensor) -> None:

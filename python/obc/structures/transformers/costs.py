@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from obc.model.costs import Costs
 from obc.model.depth import Skipped
-from obc.model.experts import fused_experts, is_expert_weight
+from obc.model.experts import expert_weights, fused_experts, is_parallel
 from obc.model.groups import Slice
 from obc.model.layouts import layout_of
 from obc.model.names import joined, named_modules
@@ -20,6 +20,7 @@ from obc.structures.transformers.block import Block
 from obc.structures.transformers.cache import CachedLayer
 from obc.structures.transformers.calibration import Calibration
 from obc.structures.transformers.depth import DepthUnit, Holders
+from obc.structures.transformers.routing import experts_per_token
 
 
 def transformer_costs(
@@ -165,43 +166,54 @@ def macs_for_one_token(model: nn.Module) -> dict[str, float]:
 def _terms(model: nn.Module, unit: str) -> Iterator[tuple[str, str, Tensor, tuple[int, ...], float]]:
     """(module, parameter's name in it, parameter, dimensions that don't count, how often it counts)."""
     seen: set[int] = set()
-    for module_name, module in named_modules(model):
+    modules = dict(named_modules(model))
+    for module_name, module in modules.items():
         for key, parameter in module.named_parameters(recurse=False):
             if unit != "macs":
                 if id(parameter) not in seen:
                     seen.add(id(parameter))
-                    yield module_name, key, parameter, *_counted(model, module_name, unit)
+                    yield module_name, key, parameter, *_counted(modules, module_name, parameter, unit)
             elif layout_of(module) is not None and key == "weight":
                 yield module_name, key, parameter, (), 1.0
-            elif is_expert_weight(key, parameter):
-                yield module_name, key, parameter, (0,), float(_routed(model, module_name))
+            elif key in expert_weights(module) or is_parallel(module):
+                yield module_name, key, parameter, (0,), float(_routed(modules, module_name))
             elif _is_router(module, key, parameter):
                 yield module_name, key, parameter, (), 1.0
 
 
-def _counted(model: nn.Module, module_name: str, unit: str) -> tuple[tuple[int, ...], float]:
+def _counted(
+    modules: Mapping[str, nn.Module], module_name: str, parameter: Tensor, unit: str
+) -> tuple[tuple[int, ...], float]:
     """(dimensions that don't count, how often the rest counts) for a parameter, by its name.
 
     In active counts, experts' parameters count as often as a token is routed to one of them.
     """
     if unit == "parameters":
         return (), 1.0
-    if fused_experts(model.get_submodule(module_name)) is not None:
-        return (0,), float(_routed(model, module_name))
+    module = modules[module_name]
+    if (fused_experts(module) is not None and parameter.dim() > 1) or is_parallel(module):
+        return (0,), float(_routed(modules, module_name))
     before, found, _ = module_name.rpartition(".experts.")
-    if not found:
+    listed = modules[f"{before}.experts"] if found else None
+    if not isinstance(listed, (nn.ModuleList, nn.ModuleDict)):
         return (), 1.0
-    experts = f"{before}.experts"
-    return (), min(1.0, _routed(model, experts) / max(1, len(list(model.get_submodule(experts).children()))))
+    return (), min(1.0, _routed(modules, f"{before}.experts") / max(1, len(listed)))
 
 
 def _is_router(module: nn.Module, key: str, parameter: Tensor) -> bool:
     return key == "weight" and parameter.dim() == 2 and isinstance(getattr(module, "top_k", None), int)
 
 
-def _routed(model: nn.Module, experts: str) -> int:
-    parent = model.get_submodule(experts.rpartition(".")[0])
-    for module in (parent, *parent.children()):
-        if isinstance(top := getattr(module, "top_k", None), int):
-            return top
-    return int(getattr(getattr(model, "config", None), "num_experts_per_tok", 1))
+def _routed(modules: Mapping[str, nn.Module], experts: str) -> int:
+    """How many experts a token is sent to.
+
+    Raises:
+        ValueError: that is not known.
+    """
+    found = experts_per_token(modules, experts)
+    if found is None:
+        raise ValueError(
+            f"how many experts of {experts} a token is sent to is not known, so their cost is not: neither the router "
+            "beside them nor a config says top_k or num_experts_per_tok; set top_k on the module around them"
+        )
+    return found

@@ -1,7 +1,9 @@
-"""Mixtures whose experts are one tensor: Mixtral, Qwen-MoE, DeepSeek, OLMoE, gpt-oss, Llama 4.
+"""Mixtures whose experts are one tensor: Mixtral, Qwen-MoE, DeepSeek, OLMoE, gpt-oss, Llama 4, Nemotron-H, Gemma 4.
 
-The tensors may be transposed, have biases, and interleave gates and up projections (gpt-oss). Routers may have a bias,
-and a correction bias for choosing experts; a removed expert takes its entries along.
+The tensors may be transposed, have biases, have no gates (Nemotron-H), and interleave gates and up projections
+(gpt-oss). Routers multiply by a weight of their own or contain a linear layer with an output for each expert, and may
+have a bias, a correction bias for choosing experts, and a factor for each expert's weight (Gemma 4); a removed expert
+takes its entries along.
 """
 
 from collections.abc import Collection, Iterator
@@ -9,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from obc.model.experts import CORRECTION, DOWN, GATE_UP, fused_experts, is_transposed
+from obc.model.experts import DOWN, fused_experts, is_correction, is_gated, is_transposed, up_name
 from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.layouts import layout_of
 from obc.model.names import joined
@@ -17,10 +19,13 @@ from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, attributes, config_keys, register
 from obc.structures.transformers.layers import Layers, channels
+from obc.structures.transformers.routing import ROUTERS, experts_per_token
 from obc.structures.units import NotPrunableError
 
 # Routers that first choose among groups of experts need groups of equal size.
-_ROUTED_GROUPS = ("n_group", "num_group")
+_ROUTED_GROUPS = ("n_group", "num_group", "n_groups", "num_groups", "num_expert_group", "n_expert_groups")
+# Factors of the experts' weights.
+_FACTORS = ("per_expert_scale",)
 
 
 def _experts(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]:
@@ -43,30 +48,33 @@ class _Stored:
     """How a module's tensors store its experts.
 
     Attributes:
+        up_name: name of the tensor of the (gate and) up projections.
         count: number of experts.
         width: inner channels of each expert.
-        gate_up: (inner channels, 2) positions of the gate and up projection of each.
-        up_dim: dimension of these positions in the gate and up projections.
+        up: (inner channels, 1 or 2) positions of the up projection of each, or of its gate and up projection.
+        up_dim: dimension of these positions in the tensor.
         down_dim: dimension of the inner channels in the down projections.
         biases: names of the biases, (experts, outputs) each.
     """
 
+    up_name: str
     count: int
     width: int
-    gate_up: Tensor
+    up: Tensor
     up_dim: int
     down_dim: int
     biases: tuple[str, ...]
 
 
 def _stored(module: nn.Module, up: Tensor, down: Tensor) -> _Stored:
-    own = dict(module.named_parameters(recurse=False))
+    own, name, copies = dict(module.named_parameters(recurse=False)), up_name(module), 2 if is_gated(module) else 1
+    assert name is not None
     transposed = is_transposed(up, down)
     up_dim, down_dim = (2, 1) if transposed else (1, 2)
     count, width, features = len(down), down.shape[down_dim], down.shape[3 - down_dim]
-    expected = {GATE_UP: (count, 2 * width) if up_dim == 1 else (count, features), DOWN: tuple(down.shape)}
-    expected[GATE_UP] = (*expected[GATE_UP], features if up_dim == 1 else 2 * width)
-    with_biases = {f"{GATE_UP}_bias": (count, 2 * width), f"{DOWN}_bias": (count, features)}
+    expected = {name: (count, copies * width) if up_dim == 1 else (count, features), DOWN: tuple(down.shape)}
+    expected[name] = (*expected[name], features if up_dim == 1 else copies * width)
+    with_biases = {f"{name}_bias": (count, copies * width), f"{DOWN}_bias": (count, features)}
     biases = tuple(key for key in with_biases if key in own)
     expected |= {key: with_biases[key] for key in biases}
     if {key: tuple(value.shape) for key, value in own.items()} != expected:
@@ -74,15 +82,16 @@ def _stored(module: nn.Module, up: Tensor, down: Tensor) -> _Stored:
         raise NotPrunableError(f"experts stored as {shapes} are not understood")
     if getattr(module, "is_transposed", transposed) != transposed:
         raise NotPrunableError("the experts' shapes and is_transposed contradict each other")
-    up_channels = channels(width, 1, 2) if getattr(module, "is_concatenated", True) else channels(width, 2)
-    return _Stored(count, width, up_channels, up_dim, down_dim, biases)
+    concatenated = copies == 1 or getattr(module, "is_concatenated", True)
+    up_channels = channels(width, 1, copies) if concatenated else channels(width, copies)
+    return _Stored(name, count, width, up_channels, up_dim, down_dim, biases)
 
 
 def _inner_channels(layers: Layers, name: str, stored: _Stored) -> Block:
-    up, down = joined(name, GATE_UP), joined(name, DOWN)
-    slices = (Slice(up, "out", stored.gate_up), Slice(name, "in", channels(stored.width, 1)))
-    up_axes = [Axis(name, GATE_UP, stored.up_dim, up, "out")]
-    if (bias := f"{GATE_UP}_bias") in stored.biases:
+    up, down = joined(name, stored.up_name), joined(name, DOWN)
+    slices = (Slice(up, "out", stored.up), Slice(name, "in", channels(stored.width, 1)))
+    up_axes = [Axis(name, stored.up_name, stored.up_dim, up, "out")]
+    if (bias := f"{stored.up_name}_bias") in stored.biases:
         up_axes.append(Axis(name, bias, 1, joined(name, bias), "out"))
     return Block(
         ChannelGroup(up, slices, "expert_ffn"),
@@ -92,57 +101,103 @@ def _inner_channels(layers: Layers, name: str, stored: _Stored) -> Block:
     )
 
 
+@dataclass(frozen=True)
+class _Router:
+    """The router of a mixture.
+
+    Attributes:
+        name: name of the module beside the experts.
+        logits: name of the module with a weight that has a row for each expert: it, or a linear layer inside.
+        others: (module, tensor, dimension of the experts) with an entry for each expert.
+        corrected: whether a correction bias is among these.
+    """
+
+    name: str
+    logits: str
+    others: tuple[tuple[str, str, int], ...]
+    corrected: bool
+
+
 def _whole_experts(layers: Layers, name: str, stored: _Stored) -> Block:
     parent, count = name.rpartition(".")[0], stored.count
-    router, corrections = _router(layers, parent, count)
-    up, down = joined(name, GATE_UP), joined(name, DOWN)
+    router = _router(layers, parent, count)
+    routed = experts_per_token(layers.modules, name)
+    if routed is None:
+        raise NotPrunableError(
+            f"to how many experts {router.name} sends a token is not known, so neither is how many must stay"
+        )
+    up, down = joined(name, stored.up_name), joined(name, DOWN)
     biases = [Axis(name, key, 0, joined(name, key), "in") for key in stored.biases]
     axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
-        (name, "out"): (Axis(name, GATE_UP, 0, up, "in"), Axis(name, DOWN, 0, down, "out"), *biases)
+        (name, "out"): (Axis(name, stored.up_name, 0, up, "in"), Axis(name, DOWN, 0, down, "out"), *biases)
     }
-    module, one = layers.modules[router], channels(count, 1)
+    module, one = layers.modules[router.logits], channels(count, 1)
     if layout_of(module) is None:
         keys = [key for key in ("weight", "bias") if getattr(module, key, None) is not None]
-        axes[router, "out"] = tuple(Axis(router, key, 0, joined(router, key), "out") for key in keys)
-    slices = [Slice(router, "out", one)]
-    for owner, key in corrections:
+        axes[router.logits, "out"] = tuple(
+            Axis(router.logits, key, 0, joined(router.logits, key), "out") for key in keys
+        )
+    slices = [Slice(router.logits, "out", one)]
+    for owner, key, dim in router.others:
         full = joined(owner, key)
-        axes[full, "out"] = (Axis(owner, key, 0, full, "out"),)
+        axes[full, "out"] = (Axis(owner, key, dim, full, "out"),)
         slices.append(Slice(full, "out", one))
-    top = (getattr(layers.modules[holder], "top_k", None) for holder in (router, parent))
+    holders = dict.fromkeys((name, router.name, router.logits, parent))
+    # DeepSeek-V3's routers add the two best scores of each group of experts, even of a single group.
+    grouped = router.corrected and hasattr(layers.modules[router.name], "topk_group")
     return Block(
         ChannelGroup(name, (*slices, Slice(name, "out", one)), "experts"),
         axes=axes,
-        counters=layers.counters([name, router, parent], {attributes("experts"): (count, 1)}),
+        counters=layers.counters([*holders], {attributes("experts"): (count, 1)}),
         config=layers.config_key(config_keys("experts"), 1),
-        min_units=next((routed for routed in top if isinstance(routed, int)), 1),
+        min_units=max(routed, 2) if grouped else routed,
     )
 
 
-def _router(layers: Layers, parent: str, count: int) -> tuple[str, list[tuple[str, str]]]:
-    """The router next to the experts, and its correction biases: (module, tensor), in it or in the block around it.
+def _router(layers: Layers, parent: str, count: int) -> _Router:
+    """The router beside the experts.
 
-    Accepted only if both have nothing but a row per expert, a bias, and correction biases.
+    Accepted only if every tensor that it and the block around it have is known: the rows of the logits' weight, entries
+    for each expert, and floating tensors without a dimension of this size, which have no entry for an expert.
     """
-    router = next((joined(parent, child) for child in ("gate", "router") if layers.has(parent, child)), None)
-    weight = None if router is None else getattr(layers.modules[router], "weight", None)
-    if router is None or not isinstance(weight, Tensor) or weight.dim() != 2 or len(weight) != count:
+    router = next((joined(parent, child) for child in ROUTERS if layers.has(parent, child)), None)
+    logits = None if router is None else _logits(layers, router, count)
+    if router is None or logits is None:
         raise NotPrunableError(f"no router with {count} rows was found beside it")
-    corrections, others = [], []
+    own, others, refused = {f"{logits}.weight", f"{logits}.bias"}, [], []
     for holder in (router, parent):
         module = layers.modules[holder]
         inside = holder == router  # the block also contains the experts
         tensors = [*module.named_parameters(recurse=inside), *module.named_buffers(recurse=inside)]
         for key, tensor in tensors:
-            one_each = tuple(tensor.shape) == (count,)
-            if CORRECTION in key and one_each and "." not in key:
-                corrections.append((holder, key))
-            elif not (inside and (key == "weight" or (key == "bias" and one_each))):
-                others.append(key)
-        others += [key for key in _ROUTED_GROUPS if getattr(module, key, 1) not in (None, 1)]
-    if others:
-        raise NotPrunableError(f"the router {router} has more than a weight ({', '.join(dict.fromkeys(others))})")
-    return router, corrections
+            owner, _, last = joined(holder, key).rpartition(".")
+            if joined(owner, last) in own:
+                continue
+            one_each = tensor.shape in ((count,), (1, count))
+            if one_each and (is_correction(last) or last in _FACTORS):
+                others.append((owner, last, tensor.dim() - 1))
+            elif count in tensor.shape or not tensor.is_floating_point():
+                refused.append(key)
+    for holder in (router, parent):
+        for key in _ROUTED_GROUPS:
+            if (groups := getattr(layers.modules[holder], key, 1)) not in (None, 1):
+                raise NotPrunableError(
+                    f"the router {router} first chooses among {groups} groups of experts ({key}), which must stay of "
+                    "equal size; channels inside the experts can be removed"
+                )
+    if refused:
+        raise NotPrunableError(f"the router {router} has more than a weight ({', '.join(dict.fromkeys(refused))})")
+    return _Router(router, logits, tuple(others), any(is_correction(key) for _, key, _ in others))
+
+
+def _logits(layers: Layers, router: str, count: int) -> str | None:
+    """The router, or the only module inside it, whose weight has a row for each expert; None if there are several."""
+    found = []
+    for inner, module in layers.modules[router].named_modules():
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.dim() == 2 and len(weight) == count:
+            found.append(joined(router, inner) if inner else router)
+    return found[0] if len(found) == 1 else None
 
 
 register(Family("mixtures", blocks=_experts, kinds=(Kind("experts", whole=True), Kind("expert_ffn"))))

@@ -16,14 +16,14 @@ register(
             "key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
             "attention_width": ("all_head_size", "embed_dim"),
             "head_size": ("head_dim", "attention_head_size", "head_size"),
-            "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+            "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         },
         config_keys={
             "hidden_size": ("hidden_size",),
             "inner_width": ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff"),
             "expert_width": ("moe_intermediate_size",),
             "key_value_heads": ("num_key_value_heads",),
-            "experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+            "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         },
         kinds=(
             Kind("ffn"),
