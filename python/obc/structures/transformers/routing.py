@@ -41,9 +41,9 @@ def experts_per_token(modules: Mapping[str, nn.Module], experts: str) -> int | N
 
 def _holders(modules: Mapping[str, nn.Module], experts: str) -> Iterator[nn.Module]:
     parent = experts.rpartition(".")[0]
-    for around in (parent, experts):
+    for block in (parent, experts):
         for child in ROUTERS:
-            if (router := modules.get(joined(around, child))) is not None:
+            if (router := modules.get(joined(block, child))) is not None:
                 yield from router.modules()
     for name in (parent, experts):
         yield modules[name]
