@@ -348,3 +348,38 @@ def test_other_runs_are_made_only_as_long_as_layers_are_missing() -> None:
     found = TorchPruningStructure(Branch().double(), data()[0][0], other_runs=map(run, range(16)), check=False)
     assert len(found.more_runs) == 1
     assert max(made) < 15
+
+
+class Repeated(Trunk):
+    """Its forward differentiates something itself, if it is asked to."""
+
+    def __init__(self, differentiates: bool = False) -> None:
+        super().__init__()
+        self.auxiliary, self.differentiates = nn.Linear(12, 5), differentiates
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.a(x))
+        if self.differentiates and torch.is_grad_enabled():
+            y = x.detach().requires_grad_()
+            x = x + torch.autograd.grad((y**3).sum(), y)[0] / 100
+        elif self.differentiates:
+            x = x + 3 * x**2 / 100
+        return (self.top(x), self.auxiliary(x.mean((2, 3)))) if self.training else self.top(x)
+
+
+def saved(structure: TorchPruningStructure) -> list[Tensor]:
+    """The tensors that the graph's nodes keep for a backward pass."""
+    functions = [node.grad_fn for node in structure._finder._graph.module2node.values()]
+    keys = [(function, key) for function in functions for key in dir(function) if key.startswith("_saved_")]
+    return [value for function, key in keys if isinstance(value := getattr(function, key), Tensor)]
+
+
+@pytest.mark.parametrize("build", [Repeated, lambda: Repeated(True), ConvHead])
+def test_a_traced_structure_keeps_no_activations_of_any_run(build: Callable[[], Any]) -> None:
+    model = build().eval()
+    structure = TorchPruningStructure(model, torch.randn(2, 3, 8, 8))
+    assert len(structure.more_runs) == 1
+    assert "a" in {group.name for group in structure.groups}
+    kept = {tensor.device.type for tensor in saved(structure)}
+    # A model that differentiates something itself needs its graph.
+    assert kept == {"cpu"} if getattr(model, "differentiates", False) else kept == {"meta"}

@@ -279,21 +279,28 @@ class TorchPruningStructure:
         try:
             for parameter in floating:
                 parameter.requires_grad_(True)
-            explaining = explained(self.model, "tracing it with Torch-Pruning", _UNTRACEABLE)
-            buffers = unchanged_buffers(self.model) if self.more_runs else contextlib.nullcontext()
-            with explaining, evaluating(self.model), torch.enable_grad(), buffers:
-                graph = tp.DependencyGraph().build_dependency(
-                    self.model,
-                    self._example_inputs,
-                    forward_fn=lambda model, inputs: differentiable(self._run(model, inputs)),
-                    unwrapped_parameters=[(named[name], dim) for name, dim in unwrapped.items()],
-                    verbose=False,
-                )
+            with explained(self.model, "tracing it with Torch-Pruning", _UNTRACEABLE):
+                try:
+                    with _without_saved_tensors():
+                        graph = self._graph([(named[name], dim) for name, dim in unwrapped.items()])
+                except Exception:  # the model itself may differentiate something in its forward
+                    graph = self._graph([(named[name], dim) for name, dim in unwrapped.items()])
         finally:
             for parameter in floating:
                 parameter.requires_grad_(False)
         bound_searches(graph, self.model)
         return graph
+
+    def _graph(self, unwrapped: Sequence[tuple[nn.Parameter, int]]) -> Any:
+        buffers = unchanged_buffers(self.model) if self.more_runs else contextlib.nullcontext()
+        with evaluating(self.model), torch.enable_grad(), buffers:
+            return tp.DependencyGraph().build_dependency(
+                self.model,
+                self._example_inputs,
+                forward_fn=lambda model, inputs: differentiable(self._run(model, inputs)),
+                unwrapped_parameters=list(unwrapped),
+                verbose=False,
+            )
 
     # --- on a copy --------------------------------------------------------------------------------------------
 
@@ -315,6 +322,13 @@ class TorchPruningStructure:
         """Remove a group from ``groups``, and record the reason in ``left_out``."""
         self.left_out[name] = reason
         del self._groups[name]
+
+
+def _without_saved_tensors() -> contextlib.AbstractContextManager[None]:
+    """Autograd's graph without activations: it is followed, never run backward, and lives as long as the structure."""
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: torch.empty_like(tensor, device="meta"), lambda placeholder: placeholder
+    )
 
 
 def _refuse_untraceable(model: nn.Module) -> None:
