@@ -195,12 +195,39 @@ def channel_moments_triton(
         x,
         lambda config: channel_moments_triton(x, channel_dim, mask, config),
     )
+    partial = _launch_partials(walk, x, mask, config)
+    finish = FinishConfig.from_heuristic(walk.rows, channels)
+    launch(
+        _channel_moments_finish_kernel,
+        ceil_div(channels, finish.block_c),
+        first,
+        second,
+        third,
+        fourth,
+        partial,
+        walk.rows * channels,
+        walk.rows,
+        channels,
+        config.splits,
+        walk.outer_steps * walk.inner,
+        HAS_MASK=mask is not None,
+        ALONE=alone,
+        BLOCK_C=finish.block_c,
+        BLOCK_N=finish.block_n,
+        num_warps=finish.num_warps,
+    )
+    return first, second, third, fourth
+
+
+def _launch_partials(walk: Walk, x: Tensor, mask: Tensor | None, config: WeightMomentsConfig) -> Tensor:
+    """(splits, 3 sums, rows, C) partial sums; with a mask, also the numbers of positions as a fourth."""
+    channels = walk.channels
     blocks, inner_tiles = ceil_div(channels, config.block_o), ceil_div(walk.inner, config.block_p)
     tiles = walk.outer_steps * inner_tiles
     programs = blocks * walk.rows * config.splits
     check_steps("channel_moments", max(tiles, programs))
     partial = x.new_empty((config.splits, 3 if mask is None else 4, walk.rows, channels), dtype=accumulator(x))
-    strides = walk.strides[1] if spread else (0,) * len(walk.strides[0])
+    strides = (0,) * len(walk.strides[0]) if mask is None else walk.strides[1]
     launch(
         _channel_moments_kernel,
         programs,
@@ -228,27 +255,7 @@ def channel_moments_triton(
         ALIGN_P=1 if walk.channels_inner else walk.align,
         num_warps=config.num_warps,
     )
-    finish = FinishConfig.from_heuristic(walk.rows, channels)
-    launch(
-        _channel_moments_finish_kernel,
-        ceil_div(channels, finish.block_c),
-        first,
-        second,
-        third,
-        fourth,
-        partial,
-        walk.rows * channels,
-        walk.rows,
-        channels,
-        config.splits,
-        walk.outer_steps * walk.inner,
-        HAS_MASK=mask is not None,
-        ALONE=alone,
-        BLOCK_C=finish.block_c,
-        BLOCK_N=finish.block_n,
-        num_warps=finish.num_warps,
-    )
-    return first, second, third, fourth
+    return partial
 
 
 CASES = (

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from obc.model.errors import explained
 from obc.model.evaluation import evaluating
+from obc.model.hooks import hooked
 from obc.model.names import named_modules
 
 aten = torch.ops.aten
@@ -112,9 +113,8 @@ def _plain_recurrence(model: nn.Module) -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # entering it, torch warns of TF32 on devices that are not there
+            # Entering the block, torch warns of TF32 on devices that are not there.
+            warnings.simplefilter("ignore", UserWarning)
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         yield
@@ -141,7 +141,6 @@ def counted_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str,
     own: dict[str, float] = {}
     # For every running module: FLOPs counted when it began, and those of the modules inside it so far.
     running: list[list[float]] = []
-    counter: Any = None
 
     def begin(module: nn.Module, args: Any) -> None:
         running.append([counter.get_total_flops(), 0.0])
@@ -158,10 +157,6 @@ def counted_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str,
         handles += [module.register_forward_pre_hook(begin, prepend=True), module.register_forward_hook(end)]
     remedy = "pass a structure whose costs need no counting, or params= instead of macs="
     explaining = explained(model, "counting its MACs on the first batch", remedy)
-    try:
-        with explaining, evaluating(model), counting_products(model) as counter:
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), explaining, evaluating(model), counting_products(model) as counter:
+        run(model)
     return own

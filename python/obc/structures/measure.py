@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.costs import Costs
 from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
+from obc.model.hooks import hooked
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import named_modules
 from obc.structures.memory import MemoryUse, saved_buffers
@@ -61,12 +62,8 @@ def measure(model: nn.Module, forward: Callable[[], Any]) -> Usage:
         for name, module in named_modules(model)
         if module is not model
     ]
-    try:
-        with evaluating(model), torch.no_grad():
-            returned = tensors_in(forward())
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model), torch.no_grad():
+        returned = tensors_in(forward())
     usage.order = list(called)
     usage.shapes = [tuple(leaf.shape) for leaf in returned]
     usage.returned = frozenset(name for name, tensor in results if any(tensor is leaf for leaf in returned))
