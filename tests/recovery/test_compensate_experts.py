@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from obc.integrations.transformers import TransformersStructure
+from obc.model.processes import ALONE
 from obc.recovery import compensate
-from obc.recovery.processes import ALONE
 from obc.recovery.unfused import DownProjection, unfused
 
 MODES = ["ls", "seq", "correct"]

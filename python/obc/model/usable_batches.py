@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from obc.model.evaluation import tensors_in
+from obc.model.processes import notice
 
 # If more than this share of the batches is left out, the rest is no longer a fair sample.
 _MOST_LEFT_OUT = 0.1
@@ -64,6 +65,7 @@ class UsableBatches:
             if number in self.left_out:
                 continue
             self._current = number
+            notice()
             self.on_batch(number, self.count)
             yield batch
 

@@ -18,6 +18,7 @@ from obc.criteria.protocol import name_of
 from obc.criteria.refusals import said_of, scores_nothing
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
+from obc.model.processes import ALONE
 from obc.model.progress import ProgressLog
 from obc.pruning.arguments import Choice
 from obc.pruning.budgets import Budget
@@ -27,7 +28,6 @@ from obc.pruning.report import PruningReport, PruningResult, StepReport, timed
 from obc.pruning.search_fitness import fitness_of
 from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_from
 from obc.recovery.norm_reference import NormReference
-from obc.recovery.processes import ALONE
 from obc.selection import Costs
 from obc.selection.allocation import Task
 from obc.selection.checks import NARROW

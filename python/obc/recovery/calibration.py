@@ -12,11 +12,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_in
 from obc.model.plan import PruningPlan
+from obc.model.processes import ALONE, Processes, failing_together
 from obc.model.rules import Rule
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.norm_reference import MomentSums, NormReference, Target, matching
 from obc.recovery.padding import without_padding
-from obc.recovery.processes import ALONE, Processes
 
 # Outputs are converted to float64 in pieces of this many numbers.
 _PIECE = 2**22
@@ -138,16 +138,17 @@ def recalibrate_norms(
     Raises:
         ValueError: no process has batches, or more than a tenth of them can't be used.
     """
-    if not (norms := batch_norms(model)):
-        return
-    processes = Processes(process_group, next(iter(norms[0].buffers())).device)
-    usable = UsableBatches.of(batches if original_model is None else list(batches))
-    forward, targets = in_present_autocast(forward_fn or call_on_batch), {}
-    with without_autocast():
-        if original_model is not None:
-            reference = norm_reference(original_model, usable, forward)
-            targets = reference.targets(model, plan or PruningPlan(), processes=processes)
-        recalibrate_from(model, norms, usable, forward, processes, targets)
+    with failing_together(process_group, model):
+        if not (norms := batch_norms(model)):
+            return
+        processes = Processes(process_group, next(iter(norms[0].buffers())).device)
+        usable = UsableBatches.of(batches if original_model is None else list(batches))
+        forward, targets = in_present_autocast(forward_fn or call_on_batch), {}
+        with without_autocast():
+            if original_model is not None:
+                reference = norm_reference(original_model, usable, forward)
+                targets = reference.targets(model, plan or PruningPlan(), processes=processes)
+            recalibrate_from(model, norms, usable, forward, processes, targets)
 
 
 def norm_reference(model: nn.Module, batches: UsableBatches, forward_fn: ForwardFn, place: str = "") -> NormReference:

@@ -19,12 +19,12 @@ from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
 from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan
+from obc.model.processes import Processes, failing_together
 from obc.model.usable_batches import UsableBatches
 from obc.recovery import correct, least_squares
 from obc.recovery.calibration import batch_norms, norm_reference
 from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.consumers import Consumer, find_consumers
-from obc.recovery.processes import Processes
 from obc.recovery.unfused import unfused
 
 Mode = Literal["correct", "ls", "seq"]
@@ -119,49 +119,50 @@ def compensate(
             tenth of them not finite, no consumer reached by a batch, a Gram matrix that is singular despite the ridge,
             or a compiled or parametrised model.
     """
-    start = time.perf_counter()
-    if mode is None:
-        mode = "ls" if keep_decompressors else "correct"
-    _check(pruned_model, original_model, mode, ridge, held_out, keep_decompressors)
-    processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
-    split = _split(UsableBatches.of(batches), held_out, processes)
-    forward = in_present_autocast(forward_fn or call_on_batch)
-    disable = None if progress is None else not progress
-    with (
-        without_autocast(),
-        expanded(pruned_model, plan.depth),
-        evaluating(pruned_model, original_model),
-        without_cache(pruned_model, original_model),
-        torch.no_grad(),
-        unfused(pruned_model, original_model, plan, next(iter(split[0])), forward, processes) as (layers, fused),
-        tqdm(desc="compensate", unit="layer", disable=disable) as bar,
-    ):
-        consumers = find_consumers(pruned_model, original_model, layers)
-        norms = batch_norms(pruned_model) if recalibrate_norms else []
-        more = _LARGE_RIDGES if mode == "correct" else _MORE_RIDGES
-        ridges: Sequence[float] = [*more, *RIDGES] if ridge is None else [ridge]
-        if mode == "correct":
-            outputs = {name: layers[name].out_channels for name in consumers}
-            options = correct.Options(forward, ridges, offload, max_bytes, processes, layers)
-            run = correct.CorrectRun(pruned_model, original_model, consumers, outputs, split, norms, options)
-            report = run.run(bar)
-        else:
-            targets = {}
-            if norms:
-                reference = norm_reference(original_model, split[0], forward)
-                targets = reference.targets(pruned_model, layers, processes=processes)
-            settings = least_squares.Options(
-                forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, targets
-            )
-            solver = least_squares.LeastSquaresRun(pruned_model, original_model, consumers, split, norms, settings)
-            report = solver.run(bar)
-    report.sliced_experts = fused
-    # Equivalent Pruning leaves fused experts sliced.
-    report.decompressors = {name: found for name, found in report.decompressors.items() if name in plan}
-    _warn_of_unreached(report)
-    _warn_of_few_rows(report, consumers)
-    report.seconds = time.perf_counter() - start
-    return report
+    with failing_together(process_group, pruned_model, original_model):
+        start = time.perf_counter()
+        if mode is None:
+            mode = "ls" if keep_decompressors else "correct"
+        _check(pruned_model, original_model, mode, ridge, held_out, keep_decompressors)
+        processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
+        split = _split(UsableBatches.of(batches), held_out, processes)
+        forward = in_present_autocast(forward_fn or call_on_batch)
+        disable = None if progress is None else not progress
+        with (
+            without_autocast(),
+            expanded(pruned_model, plan.depth),
+            evaluating(pruned_model, original_model),
+            without_cache(pruned_model, original_model),
+            torch.no_grad(),
+            unfused(pruned_model, original_model, plan, next(iter(split[0])), forward, processes) as (layers, fused),
+            tqdm(desc="compensate", unit="layer", disable=disable) as bar,
+        ):
+            consumers = find_consumers(pruned_model, original_model, layers)
+            norms = batch_norms(pruned_model) if recalibrate_norms else []
+            more = _LARGE_RIDGES if mode == "correct" else _MORE_RIDGES
+            ridges: Sequence[float] = [*more, *RIDGES] if ridge is None else [ridge]
+            if mode == "correct":
+                outputs = {name: layers[name].out_channels for name in consumers}
+                options = correct.Options(forward, ridges, offload, max_bytes, processes, layers)
+                run = correct.CorrectRun(pruned_model, original_model, consumers, outputs, split, norms, options)
+                report = run.run(bar)
+            else:
+                targets = {}
+                if norms:
+                    reference = norm_reference(original_model, split[0], forward)
+                    targets = reference.targets(pruned_model, layers, processes=processes)
+                settings = least_squares.Options(
+                    forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, targets
+                )
+                solver = least_squares.LeastSquaresRun(pruned_model, original_model, consumers, split, norms, settings)
+                report = solver.run(bar)
+        report.sliced_experts = fused
+        # Equivalent Pruning leaves fused experts sliced.
+        report.decompressors = {name: found for name, found in report.decompressors.items() if name in plan}
+        _warn_of_unreached(report)
+        _warn_of_few_rows(report, consumers)
+        report.seconds = time.perf_counter() - start
+        return report
 
 
 def _check(

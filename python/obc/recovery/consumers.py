@@ -14,11 +14,11 @@ from obc.model.kept import Kept, PlanError
 from obc.model.layouts import layout_of, split_by_group
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
+from obc.model.processes import Processes
 from obc.model.rules import Rule
 from obc.model.slicing import original_tensor, sliced, was_depthwise
 from obc.recovery.calibration import channel_rows
 from obc.recovery.moments import Moments, Solution
-from obc.recovery.processes import Processes
 
 
 @dataclass

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import ForwardFn
 from obc.model.plan import PruningPlan
+from obc.model.processes import Processes
 from obc.recovery.compensation_report import CompensationReport, LayerCorrection
 from obc.recovery.consumers import Consumer
 from obc.recovery.layer_rows import (
@@ -30,7 +31,6 @@ from obc.recovery.layer_rows import (
 from obc.recovery.moments import Moments, larger_ridges
 from obc.recovery.normal_equations import Change, NormalEquations, smallest
 from obc.recovery.padding import valid_rows
-from obc.recovery.processes import Processes
 from obc.recovery.stream_points import Call, of_same_tokens
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import ForwardFn
+from obc.model.processes import Processes
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import output_error, outputs, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
@@ -26,7 +27,6 @@ from obc.recovery.layer_rows import output_rows, stream_weights
 from obc.recovery.moments import Fit, Moments, SingularError
 from obc.recovery.norm_reference import Target
 from obc.recovery.padding import valid_rows
-from obc.recovery.processes import Processes
 from obc.recovery.stream_points import Call, observe, of_same_tokens
 
 

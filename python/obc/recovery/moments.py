@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from obc.model.autocast import without_autocast
-from obc.recovery.processes import Processes
+from obc.model.processes import Processes
 
 # If Cholesky fails, the ridge is multiplied by the first number, at most as often as the second; the report names it.
 _RIDGE_STEP = 10.0

@@ -27,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from obc.model.depth import original_names
 from obc.model.hooks import hooked
 from obc.model.plan import PruningPlan
-from obc.recovery.processes import ALONE, Processes
+from obc.model.processes import ALONE, Processes
 
 # delta relative to a channel's var + eps.
 _DELTA = 1e-2

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obc.model.processes import Processes
 from obc.recovery.moments import mean_diagonal
-from obc.recovery.processes import Processes
 
 # Rows are converted to float64 in pieces of this many, so that no float64 copy of a whole batch is made.
 _PIECE = 4096

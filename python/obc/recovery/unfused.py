@@ -20,8 +20,8 @@ from obc.model.hooks import hooked
 from obc.model.kept import Kept
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
+from obc.model.processes import Processes
 from obc.model.rules import Rule, rule_for
-from obc.recovery.processes import Processes
 from obc.recovery.stream_points import Routing
 from obc.statistics.routed import RoutedCalls, expert_name, mixed, routed_input
 

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 
 from obc.model.batches import RowKind
 from obc.model.evaluation import evaluating
+from obc.model.processes import failing_together, gathered, notice
 from obc.model.progress import ProgressLog
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows, LossFunction
 from obc.scoring.checkpoint import Checkpoint, CheckpointError, batches_from
 from obc.scoring.label_free import label_free_loss
-from obc.scoring.results.merge import gathered
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.results.scores import Scores
 from obc.scoring.scorer import JacobianScorer
@@ -86,25 +86,26 @@ def score(
         ScoringError: no row was finite, or (``strict``) a module is unscored or a row is not finite.
         CheckpointError: the checkpoint is damaged, or belongs to another model, other weights or other arguments.
     """
-    if every < 1:
-        raise ValueError(f"every must be at least 1, got {every}")
-    if not labels:
-        loss_fn = label_free_loss(loss_fn, rows=rows, seed=seed)
-    elif loss_fn is None:
-        raise ValueError("loss_fn is missing; pass one, or labels=False to score by the model's outputs alone")
-    scorer = JacobianScorer(model, rows=rows, **options)
-    reader = BatchRows(scorer, loss_fn, micro_batch, loss_scale)
-    total = len(batches) if isinstance(batches, Sized) else None
-    if isinstance(batches, UsableBatches):
-        total = batches.count
-    saved = None
-    if checkpoint is not None:
-        all_options = inspect.signature(JacobianScorer).bind(model, rows=rows, **options)
-        all_options.apply_defaults()
-        same = {name: value for name, value in all_options.arguments.items() if name not in _MAY_DIFFER}
-        same |= {"batches": total, "micro_batch": micro_batch, "loss_scale": loss_scale}
-        saved = Checkpoint(checkpoint, scorer, same | getattr(loss_fn, "identity", {}))
-    return _Run(reader, total, saved, every).over(batches, progress)
+    with failing_together(options.get("process_group"), model):
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got {every}")
+        if not labels:
+            loss_fn = label_free_loss(loss_fn, rows=rows, seed=seed)
+        elif loss_fn is None:
+            raise ValueError("loss_fn is missing; pass one, or labels=False to score by the model's outputs alone")
+        scorer = JacobianScorer(model, rows=rows, **options)
+        reader = BatchRows(scorer, loss_fn, micro_batch, loss_scale)
+        total = len(batches) if isinstance(batches, Sized) else None
+        if isinstance(batches, UsableBatches):
+            total = batches.count
+        saved = None
+        if checkpoint is not None:
+            all_options = inspect.signature(JacobianScorer).bind(model, rows=rows, **options)
+            all_options.apply_defaults()
+            same = {name: value for name, value in all_options.arguments.items() if name not in _MAY_DIFFER}
+            same |= {"batches": total, "micro_batch": micro_batch, "loss_scale": loss_scale}
+            saved = Checkpoint(checkpoint, scorer, same | getattr(loss_fn, "identity", {}))
+        return _Run(reader, total, saved, every).over(batches, progress)
 
 
 class _Run:
@@ -152,6 +153,7 @@ class _Run:
             bar = tqdm(left, desc="score", unit="row", total=total, initial=self.done, disable=disable)
             log = ProgressLog("obc.score", progress)
             for batch in bar:
+                notice()
                 log.tick(self.done, total)
                 left_out = 0 if usable is None else scorer.count_left_out()
                 self.reader.batch(self.done, batch)

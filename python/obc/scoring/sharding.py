@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from obc.model.processes import gather_tensors, reduce_tensor
 from obc.model.sharding import is_dtensor, is_fully_sharded
 from obc.scoring.reading.flat_row import FlatRow, Slot
 
@@ -105,11 +106,10 @@ class RowParts:
         row = flat.values
         undecided = [slot for slot in flat.slots if slot not in self._shares]
         if undecided:
-            parts = [torch.empty_like(row) for _ in range(self.group.size())]
-            dist.all_gather(parts, row, group=self.group)
+            parts = gather_tensors(row, self.group)
             for slot in undecided:
                 self._decide(slot, torch.stack([slot.of(part) for part in parts]))
-        dist.all_reduce(row, group=self.group)
+        reduce_tensor(row, self.group)
         for slot in flat.slots:
             if (share := self._shares.get(slot, 1.0)) != 1.0:
                 slot.of(row).mul_(share)
@@ -151,7 +151,7 @@ class SharedRows:
             if self._parts is not None:
                 self._parts.add_up(flat)
             if self.in_step:
-                dist.all_reduce(flat.values, group=self.process_group)
+                reduce_tensor(flat.values, self.process_group)
 
 
 def tied(readers: Iterable[Any]) -> Iterator[Any]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributed as dist
 from tqdm.auto import tqdm
 
 from obc.distribution import obc_version
@@ -20,6 +19,7 @@ from obc.model.batches import RowKind, parts_of
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
 from obc.model.groups import Side
 from obc.model.layouts import is_compiled
+from obc.model.processes import failing_together, gathered, notice
 from obc.model.progress import ProgressLog
 from obc.model.readable import readable
 from obc.model.usable_batches import UsableBatches, all_finite
@@ -115,37 +115,40 @@ def collect(
             weights.
         CheckpointError: the checkpoint is damaged or belongs to another run.
     """
-    if every < 1 or (micro_batch is not None and micro_batch < 1):
-        raise StatisticsError(f"every and micro_batch must be at least 1, got {every} and {micro_batch}")
-    if rows not in ("batch", "sample"):
-        raise StatisticsError(f"rows must be 'batch' or 'sample', got {rows!r}")
-    for name, module in model.named_modules():
-        if is_compiled(module):
+    with failing_together(process_group, model):
+        if every < 1 or (micro_batch is not None and micro_batch < 1):
+            raise StatisticsError(f"every and micro_batch must be at least 1, got {every} and {micro_batch}")
+        if rows not in ("batch", "sample"):
+            raise StatisticsError(f"rows must be 'batch' or 'sample', got {rows!r}")
+        for name, module in model.named_modules():
+            if is_compiled(module):
+                raise StatisticsError(
+                    f"{name or 'the model'} is compiled, so its hooks are not seen; collect, then compile"
+                )
+        chosen, blockwise = chosen_statistics(statistics), options_of(by_block)
+        if {"rows", "weight_gradients"} <= {one.name for one in chosen}:
+            raise StatisticsError("rows freeze the weights: collect 'weight_gradients' in a run of its own")
+        if loss_fn is None and (needy := [one.name for one in chosen if one.backward]):
+            raise StatisticsError(f"{needy[0]!r} needs gradients: pass loss_fn, or obc.scoring.label_free_loss()")
+        if blockwise is not None and (needy := [one.name for one in chosen if one.backward]):
             raise StatisticsError(
-                f"{name or 'the model'} is compiled, so its hooks are not seen; collect, then compile"
+                f"{needy[0]!r} needs gradients, by_block runs forward only: collect it without by_block"
             )
-    chosen, blockwise = chosen_statistics(statistics), options_of(by_block)
-    if {"rows", "weight_gradients"} <= {one.name for one in chosen}:
-        raise StatisticsError("rows freeze the weights: collect 'weight_gradients' in a run of its own")
-    if loss_fn is None and (needy := [one.name for one in chosen if one.backward]):
-        raise StatisticsError(f"{needy[0]!r} needs gradients: pass loss_fn, or obc.scoring.label_free_loss()")
-    if blockwise is not None and (needy := [one.name for one in chosen if one.backward]):
-        raise StatisticsError(f"{needy[0]!r} needs gradients, by_block runs forward only: collect it without by_block")
-    run = _Run(model, chosen, groups, rows, micro_batch, process_group, blockwise)
-    total = len(batches) if isinstance(batches, Sized) else None
-    if checkpoint is not None:
-        options: dict[str, Any] = {"batches": total, "rows": rows, "micro_batch": micro_batch}
-        options |= {f"statistic {one.name}": identity(one) for one in chosen}
-        options |= {"groups": None if groups is None else [group.name for group in groups]}
-        options |= getattr(loss_fn, "identity", {})
-        options |= {} if blockwise is None else {"by_block": blockwise.identity()}
-        run.saved = Checkpoint(checkpoint, model, options, run.readers, run.scorer)
-    call = loss_fn or forward_fn or call_on_batch
-    if blockwise is None:
-        run.over(batches, call, total, every, progress)
-    else:
-        run.over_blocks(batches, call, progress)
-    return run.statistics()
+        run = _Run(model, chosen, groups, rows, micro_batch, process_group, blockwise)
+        total = len(batches) if isinstance(batches, Sized) else None
+        if checkpoint is not None:
+            options: dict[str, Any] = {"batches": total, "rows": rows, "micro_batch": micro_batch}
+            options |= {f"statistic {one.name}": identity(one) for one in chosen}
+            options |= {"groups": None if groups is None else [group.name for group in groups]}
+            options |= getattr(loss_fn, "identity", {})
+            options |= {} if blockwise is None else {"by_block": blockwise.identity()}
+            run.saved = Checkpoint(checkpoint, model, options, run.readers, run.scorer)
+        call = loss_fn or forward_fn or call_on_batch
+        if blockwise is None:
+            run.over(batches, call, total, every, progress)
+        else:
+            run.over_blocks(batches, call, progress)
+        return run.statistics()
 
 
 class _Run:
@@ -211,6 +214,7 @@ class _Run:
             disable = None if progress is None else not progress
             log = ProgressLog("obc.collect", progress)
             for batch in tqdm(left, desc="collect", unit="batch", total=total, initial=self.done, disable=disable):
+                notice()
                 log.tick(self.done, total)
                 read(batch)
                 self.done += 1
@@ -373,8 +377,7 @@ class _Run:
         }
         if self.process_group is None:
             return [facts]
-        everyone: list[dict[str, Any]] = [{}] * dist.get_world_size(self.process_group)
-        dist.all_gather_object(everyone, facts, group=self.process_group)
+        everyone: list[dict[str, Any]] = gathered(facts, self.process_group)
         for rank, one in enumerate(everyone):
             one["left_out"] = [f"process {rank}: {line}" for line in one["left_out"]]
         return everyone

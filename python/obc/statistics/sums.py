@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
+from obc.model.processes import gathered, reduce_tensor
 from obc.statistics.errors import StatisticsError
 
 Key = tuple[tuple[str, ...], str]  # the modules with this sum, which read the very same tensor; field
@@ -121,8 +121,7 @@ class Sums:
     def merge(self, group: object) -> None:
         """Add up the sums of all processes; a sum that a process lacks counts as zero."""
         mine = {key: tuple(total.shape) for key, total in self.totals.items()}
-        everyone: list[Mapping[Key, tuple[int, ...]]] = [{}] * dist.get_world_size(group)  # type: ignore[arg-type]
-        dist.all_gather_object(everyone, mine, group=group)  # type: ignore[arg-type]
+        everyone: list[Mapping[Key, tuple[int, ...]]] = gathered(mine, group)
         shapes: dict[Key, tuple[int, ...]] = {}
         for one in everyone:
             for key, shape in one.items():
@@ -134,7 +133,7 @@ class Sums:
         device = next((total.device for total in self.totals.values()), torch.device("cpu"))
         for key in sorted(shapes):
             total = self.totals.setdefault(key, torch.zeros(shapes[key], dtype=self.dtype, device=device))
-            dist.all_reduce(total, group=group)  # type: ignore[arg-type]
+            reduce_tensor(total, group)
 
     def _free(self, key: Key, values: Tensor) -> None:
         """Reuse or release ``values``, which has been added."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from obc.model.processes import gather_tensors, gathered, reduce_tensor
 from obc.scoring.coverage import Coverage
 
 
@@ -40,17 +41,10 @@ def all_facts(facts: Facts, group: Any) -> Facts:
     return Facts(sum(one.num_rows for one in everyone), coverage, left_out)
 
 
-def gathered(value: Any, group: Any) -> list[Any]:
-    """Every process's value, in the order of the processes."""
-    values: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(values, value, group=group)
-    return values
-
-
 def all_sums(sums: Tensor, group: Any) -> Tensor:
     """The sum of every process's sums of squares."""
     total = sums.clone()
-    dist.all_reduce(total, group=group)
+    reduce_tensor(total, group)
     return total
 
 
@@ -58,13 +52,12 @@ def all_rows(matrices: Sequence[Tensor], group: Any) -> list[Tensor]:
     """The rows of every process, one below another in the order of the processes: (rows, channels) each."""
     counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=matrices[0].device)
     counts[dist.get_rank(group)] = len(matrices[0])
-    dist.all_reduce(counts, group=group)
+    reduce_tensor(counts, group)
     return [_gathered(matrix, counts.tolist(), group) for matrix in matrices]
 
 
 def _gathered(matrix: Tensor, counts: list[int], group: Any) -> Tensor:
     padded = matrix.new_zeros(max(counts), matrix.shape[1])
     padded[: len(matrix)] = matrix
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded, group=group)
+    parts = gather_tensors(padded, group)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
