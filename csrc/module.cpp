@@ -188,6 +188,22 @@ std::pair<bool, int64_t> end_row(
   return {finite, bad_group};
 }
 
+obc::cpu::Rows rows_of(const py::array_t<double>& rows, const py::array_t<int64_t>& places) {
+  return {rows.data(), strides_of(rows)[0], rows.shape(1), places.data()};
+}
+
+void row_products(
+    const py::array_t<double>& rows,
+    const py::array_t<int64_t>& places,
+    const py::array_t<double>& vector,
+    py::array_t<double> products
+) {
+  const obc::cpu::Rows given = rows_of(rows, places);
+  double* const results = products.mutable_data();
+  const py::gil_scoped_release unlocked;
+  obc::cpu::row_products(given, places.size(), vector.data(), results);
+}
+
 // obc::cpu::Greedy on arrays that Python owns: contiguous float64, checked in python/obc/selection/compiled.py.
 class GreedySteps {
  public:
@@ -224,6 +240,23 @@ class GreedySteps {
     double* const filled = reach ? reach->mutable_data() : nullptr;
     const py::gil_scoped_release unlocked;
     return greedy_.step(values, filled);
+  }
+
+  int64_t run(
+      const py::array_t<double>& rows,
+      const py::array_t<int64_t>& places,
+      double target,
+      py::array_t<int64_t> removed,
+      py::array_t<double> reach,
+      py::array_t<double> states
+  ) {
+    const obc::cpu::Rows given = rows_of(rows, places);
+    int64_t* const removed_units = removed.mutable_data();
+    double* const filled = reach.mutable_data();
+    double* const states_after = states.mutable_data();
+    const int64_t count = removed.size();
+    const py::gil_scoped_release unlocked;
+    return greedy_.run(given, target, count, removed_units, filled, states_after);
   }
 
  private:
@@ -291,6 +324,8 @@ PYBIND11_MODULE(_native, module) {
               bool,
               double>()
       )
-      .def("step", &GreedySteps::step, py::arg("column"), py::arg("reach") = py::none());
+      .def("step", &GreedySteps::step, py::arg("column"), py::arg("reach") = py::none())
+      .def("run", &GreedySteps::run);
+  module.def("row_products", row_products);
   module.def("find_rivals", find_rivals);
 }

@@ -1,4 +1,4 @@
-// One step of the greedy choice of obc.select for single units, defined by python/obc/selection/greedy.py.
+// Steps of the greedy choice of obc.select for single units, defined by python/obc/selection/greedy.py.
 //
 // A step reads the units once group by group, and each group's units up to its first candidate once more from the
 // first-level cache. It runs in one thread, because steps depend on each other and even the widest take a fraction of a
@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+
+#include "leaves.h"
 
 namespace obc::cpu {
 
@@ -110,6 +112,31 @@ int64_t Greedy::step(const double* column, double* reach) {
   for (int64_t other = 0; other < groups; ++other) slope[other] -= 2 * curvature[group * groups + other];
   *freed += chosen.freed;
   return chosen.unit;
+}
+
+int64_t Greedy::run(const Rows& rows, double target, int64_t count, int64_t* removed, double* reach, double* states) {
+  std::vector<double> products(units);
+  int64_t done = 0;
+  for (; done < count && *freed < target; ++done) {
+    const int64_t unit = step(nullptr, reach + done * groups);
+    if (unit < 0) break;
+    removed[done] = unit;
+    states = std::copy_n(widths, groups, states);
+    states = std::copy_n(slope, groups, states);
+    *states++ = *removed_squares;
+    *states++ = *freed;
+    if (!interacting || squares[unit] == 0) continue;
+    row_products(rows, units, rows.at(unit), products.data());
+    for (int64_t other = 0; other < units; ++other) increments[other] += column_factor * products[other];
+  }
+  return done;
+}
+
+void row_products(const Rows& rows, int64_t units, const double* vector, double* products) {
+  const Leaves<double>& kernels = leaves<double>(Dtype::float64);
+  for (int64_t unit = 0; unit < units; ++unit) {
+    kernels.row_dots({rows.at(unit), 0, nullptr}, {vector, 0, nullptr}, 1, rows.columns, products + unit, 1);
+  }
 }
 
 void find_rivals(const Bystanders& all, uint8_t* found) {

@@ -6,6 +6,18 @@
 
 namespace obc::cpu {
 
+// The rows of units among those of more units: that of unit u begins at data + places[u] * stride.
+struct Rows {
+  const double* data;
+  int64_t stride, columns;
+  const int64_t* places;
+
+  const double* at(int64_t unit) const { return data + places[unit] * stride; }
+};
+
+// products[u] = the product of the row of unit u with `vector` (columns,), in one thread.
+void row_products(const Rows& rows, int64_t units, const double* vector, double* products);
+
 // `units` units in `groups` groups side by side. Names are those of python/obc/selection/greedy.py.
 struct Greedy {
   int64_t units, groups;
@@ -29,6 +41,10 @@ struct Greedy {
   // Adds the column of the unit removed last, if given, and removes the next unit: returns it, or -1 if none may be
   // removed. Where `reach` (groups,) is given and a unit is removed, fills it for find_rivals.
   int64_t step(const double* column, double* reach);
+
+  // Up to `count` steps, until `target` is freed, and the number of those in which a unit was removed. Fills for each
+  // the removed unit, reach (groups,), and the state after it: widths, slope, removed_squares and freed side by side.
+  int64_t run(const Rows& rows, double target, int64_t count, int64_t* removed, double* reach, double* states);
 
  private:
   struct Proposal {

@@ -76,9 +76,10 @@ class FrontGreedy(Greedy):
         super().__init__(problem)
         assert problem.interacting is not None
         norms = self._squares.sqrt().clamp_(min=fronts.LEAST)
-        state = fronts.State(self._widths, self._slope, self._removed_squares.reshape(1), self._freed)
+        self._state = fronts.State(self._widths, self._slope, self._removed_squares, self._freed)
         units = fronts.Units(
-            rows,
+            rows.contiguous(),
+            None,
             (rows / norms[:, None]).to(fronts.fast_dtype()),
             1 / (norms * (2 * problem.interacting.strength)),
             self._group_of,
@@ -88,12 +89,13 @@ class FrontGreedy(Greedy):
             self._rounding_by_norm,
             problem.costs.unit_costs,
         )
-        self._field = fronts.Field(problem, units, state, self._lowest, [fronts.Pace(*size) for size in fronts.ROUNDS])
+        rounds = [fronts.Pace(*size) for size in fronts.ROUNDS]
+        self._field = fronts.Field(problem, units, self._state, self._lowest, rounds)
 
     @torch.inference_mode()
     def until(self, budget: float) -> tuple[Tensor, float]:
         removed = self._field.remove(len(self._increments), budget * (1 - BUDGET_ROUNDING))
-        return torch.tensor(removed.picks, dtype=torch.int64), float(self._freed)
+        return torch.tensor(removed.picks, dtype=torch.int64), float(self._state.freed)
 
 
 def _array(value: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:

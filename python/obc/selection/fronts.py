@@ -12,7 +12,13 @@ the first one at which another unit was within reach: in these, the choice among
 The product has half or single precision, and its rows have length 1. By the Cauchy-Schwarz inequality its error is at
 most a small constant times the length of D_t. Most units are much further from being removed.
 
-A large front is treated in the same way: its steps are taken in rounds, each with a smaller front.
+Increments of all units are not computed again after every round. The product says roughly how they have changed, which
+suffices to choose the next front; for units of a front and those that may have been within reach, the change is
+computed in float64. D_t therefore goes on growing from round to round, and with it the error of the product. Once it
+can't tell many units from those within reach, the increments of all are computed again and D_t begins at zero.
+
+A large front is treated in the same way: its steps are taken in rounds, each with a smaller front. Steps among the
+smallest front are compiled.
 """
 
 from __future__ import annotations
@@ -36,6 +42,8 @@ ROUNDS = ((8192, 96), (1024, 16))
 LEAST_STEPS, MOST_STEPS = 12, 256
 # A front of a larger share of the units would not save enough.
 FRONT_SHARE = 1 / 4
+# Increments of all units are computed again if low precision can't tell more than this share of them from rivals.
+UNCLEAR_SHARE = 1 / 256
 # After a round of which no step was kept, this many steps are taken among all units.
 PATIENCE = 256
 # Products of this many rows stay in the second-level cache.
@@ -48,32 +56,22 @@ FACTOR_ERROR, ADDITION_ERROR, UNDERFLOW = 3.1 * 2.0**-8, 2.0**-23, 2.0**-123
 LEAST = 1e-140
 
 
-@dataclass
 class State:
     """What a removal changes, but for increments.
 
     Attributes:
-        widths, slope: (G,) float64 of the groups.
-        removed_squares, freed: (1,) float64.
+        values: (2 G + 2,) float64; the others are views of it.
+        widths, slope: (G,) of the groups.
+        removed_squares, freed: (1,).
     """
 
-    widths: Tensor
-    slope: Tensor
-    removed_squares: Tensor
-    freed: Tensor
+    def __init__(self, widths: Tensor, slope: Tensor, removed_squares: Tensor, freed: Tensor) -> None:
+        parts = [widths, slope, removed_squares.reshape(1), freed.reshape(1)]
+        self.values = torch.cat(parts)
+        self.widths, self.slope, self.removed_squares, self.freed = self.values.split([len(part) for part in parts])
 
-    def tensors(self) -> list[Tensor]:
-        """The tensors, in a fixed order."""
-        return [self.widths, self.slope, self.removed_squares, self.freed]
-
-    def set(self, values: Sequence[Tensor]) -> None:
-        """Set all tensors to ``values``, in the order of :meth:`tensors`."""
-        for tensor, value in zip(self.tensors(), values, strict=True):
-            tensor.copy_(value)
-
-    def copies(self) -> list[Tensor]:
-        """Copies of all tensors, for :meth:`set`."""
-        return [tensor.clone() for tensor in self.tensors()]
+    def arrays(self) -> list[NDArray[np.float64]]:
+        return [part.numpy() for part in (self.widths, self.slope, self.removed_squares, self.freed)]
 
 
 @dataclass
@@ -84,7 +82,6 @@ class Pace:
     steps: int
 
     def learn(self, tried: int, kept: int) -> None:
-        """Make the next round longer if all steps of this one were kept, shorter if under half of them were."""
         if kept == tried == self.steps:
             self.steps = min(self.steps * 3 // 2, MOST_STEPS)
         elif 2 * kept < tried:
@@ -98,12 +95,12 @@ class Trace:
     Attributes:
         picks: the removed units.
         reach: by step, (G,) as ``csrc/cpu/greedy.h`` defines it.
-        states: the state after each step.
+        states: the values of the state after each step.
     """
 
     picks: list[int] = field(default_factory=list)
     reach: list[NDArray[np.float64]] = field(default_factory=list)
-    states: list[list[Tensor]] = field(default_factory=list)
+    states: list[Tensor] = field(default_factory=list)
 
     def extend(self, picks: Sequence[int], other: Trace, count: int) -> None:
         """Append the first ``count`` steps of another trace, in which the units have other numbers."""
@@ -117,7 +114,10 @@ class Units:
     """What is known of each of n units in G groups; units of a group are adjacent.
 
     Attributes:
-        rows: (n, N) float64; directions: the same divided by their norms, in the dtype of products.
+        rows: float64, of N columns; row ``places[u]`` is that of unit u, row u where there are no places.
+        places: (n,) int64.
+        directions: (n, N) the units' rows divided by their norms, in the dtype of products; none if there are no rounds
+            among these units.
         inverse: (n,) 1 / (strength * norm).
         group_of: (n,) int64.
         increments, squares, rounding, rounding_by_norm: (n,) of :class:`obc.selection.greedy.Greedy`.
@@ -125,7 +125,8 @@ class Units:
     """
 
     rows: Tensor
-    directions: Tensor
+    places: Tensor | None
+    directions: Tensor | None
     inverse: Tensor
     group_of: Tensor
     increments: Tensor
@@ -134,10 +135,56 @@ class Units:
     rounding_by_norm: Tensor
     costs: Tensor | None
 
-    def at(self, places: Tensor) -> Units:
-        """Copies of some of the units."""
-        parts = (None if value is None else value.index_select(0, places) for value in vars(self).values())
-        return Units(*parts)  # type: ignore[arg-type]
+    def __len__(self) -> int:
+        return len(self.increments)
+
+    def at(self, units: Tensor, directions: bool) -> Units:
+        """Some of the units, with copies of all but their rows."""
+        return Units(
+            self.rows,
+            units if self.places is None else self.places[units],
+            self.directions.index_select(0, units) if directions and self.directions is not None else None,
+            self.inverse[units],
+            self.group_of[units],
+            self.increments[units],
+            self.squares[units],
+            self.rounding[units],
+            self.rounding_by_norm[units],
+            None if self.costs is None else self.costs[units],
+        )
+
+    def rows_at(self, units: Tensor | list[int]) -> Tensor:
+        return self.rows[units if self.places is None else self.places[units]]
+
+    def products(self, vector: Tensor) -> Tensor:
+        """(n,) of each row with ``vector`` (N,)."""
+        if self.places is None:
+            return self.rows @ vector
+        products = np.empty(len(self))
+        _native.row_products(self.rows.numpy(), self.places.numpy(), vector.numpy(), products)
+        return torch.from_numpy(products)
+
+
+@dataclass
+class Comparison:
+    """All units compared with those of a round in low precision.
+
+    Attributes:
+        near: the units outside the front that can't be told from units within reach.
+        limits: (G, steps) reach.
+        products: of parts of the units, (units, steps + 1), each with the sums of rows that were removed before each
+            step and after the last.
+        scale: of the sums in ``products``.
+    """
+
+    near: Tensor
+    limits: NDArray[np.float64]
+    products: list[Tensor]
+    scale: float
+
+    def changes(self, step: int, inverse: Tensor) -> Tensor:
+        """(n,) roughly, by how much increments change until ``step``."""
+        return torch.cat([part[:, step] for part in self.products]).double().mul_(self.scale).div_(inverse)
 
 
 @lru_cache(maxsize=1)
@@ -165,14 +212,21 @@ def product_slack(norms: Tensor, rows: int) -> Tensor:
     return norms * (FACTOR_ERROR + ADDITION_ERROR * rows) + UNDERFLOW * rows
 
 
+def fitting(rounds: Sequence[Pace], units: int) -> list[Pace]:
+    """Rounds among so many units: without those whose front is too large a share of them."""
+    return [pace for pace in rounds if pace.front <= FRONT_SHARE * units]
+
+
 class Field:
     """Removal among a set of units, in rounds; shares the state with the sets that it is a part of."""
 
     def __init__(self, problem: Problem, units: Units, state: State, lowest: Tensor, rounds: Sequence[Pace]) -> None:
         self._problem, self._units, self._state, self._lowest = problem, units, state, lowest
-        self._rounds = [pace for pace in rounds if pace.front <= FRONT_SHARE * len(units.rows)]
+        self._rounds = fitting(rounds, len(units))
         assert problem.interacting is not None
         self._strength = 2 * problem.interacting.strength
+        self._since: Tensor | None = None  # the sum of rows removed since increments were computed
+        self._changes: Tensor | None = None  # roughly, what these removals have changed
         self._alone = 0  # steps to take among all units before the next round
         sizes = torch.bincount(units.group_of, minlength=len(problem.sizes))
         constants = [lowest, problem.costs.curvature, units.squares, units.rounding, units.rounding_by_norm]
@@ -180,13 +234,15 @@ class Field:
             sizes.numpy(),
             [value.contiguous().numpy() for value in constants],
             None if units.costs is None else units.costs.numpy(),
-            [units.increments.numpy(), *(tensor.numpy() for tensor in state.tensors())],
+            [units.increments.numpy(), *state.arrays()],
             problem.per_cost,
             self._strength,
         )
 
     def remove(self, count: int, target: float) -> Trace:
         """Up to ``count`` removals, until ``target`` is freed or nothing may go."""
+        if not self._rounds and self._units.places is not None:
+            return self._compiled_steps(count, target)
         trace = Trace()
         while len(trace.picks) < count and float(self._state.freed) < target:
             before = len(trace.picks)
@@ -196,42 +252,78 @@ class Field:
                 break
         return trace
 
+    def _compiled_steps(self, count: int, target: float) -> Trace:
+        """:meth:`remove` without rounds."""
+        assert self._units.places is not None
+        picks = np.empty(count, dtype=np.int64)
+        reach, states = np.empty((count, len(self._problem.sizes))), np.empty((count, len(self._state.values)))
+        rows, places = self._units.rows.numpy(), self._units.places.numpy()
+        taken = self._steps.run(rows, places, target, picks, reach, states)
+        return Trace(picks[:taken].tolist(), list(reach[:taken]), list(torch.from_numpy(states)[:taken]))
+
     def _step(self, trace: Trace) -> bool:
         """One removal among all units; whether there was any."""
+        self._update()
         reach = np.empty(len(self._problem.sizes))
         unit = self._steps.step(None, reach)
         if unit < 0:
             return False
         self._alone = max(self._alone - 1, 0)
         if self._units.squares[unit] > 0:
-            self._units.increments.add_(self._units.rows @ self._units.rows[unit], alpha=self._strength)
-        trace.extend([unit], Trace([unit], [reach], [self._state.copies()]), 1)
+            row = self._units.rows_at([unit])[0]
+            self._units.increments.add_(self._units.products(row), alpha=self._strength)
+        trace.extend([unit], Trace([unit], [reach], [self._state.values.clone()]), 1)
         return True
+
+    def _update(self) -> None:
+        """Compute the increments of all units."""
+        if self._since is not None:
+            self._units.increments.add_(self._units.products(self._since), alpha=self._strength)
+            self._since = self._changes = None
 
     def _round(self, trace: Trace, count: int, target: float) -> None:
         """Removals among a front, as far as they are those among all units."""
-        pace = self._rounds[0]
-        scores = self._scores()
-        front = scores.topk(pace.front, largest=False, sorted=False).indices
-        front = front[scores[front] < torch.inf].sort().values
-        start = self._state.copies()
-        part = Field(self._problem, self._units.at(front), self._state, self._lowest, self._rounds[1:])
-        found = part.remove(min(pace.steps, count), target)
+        pace, units = self._rounds[0], self._units
+        front = self._front(pace.front)
+        start = self._state.values.clone()
+        found = self._among(front).remove(min(pace.steps, count), target)
         picks: list[int] = front[found.picks].tolist()
-        removed = torch.zeros(len(picks) + 1, self._units.rows.shape[1], dtype=torch.float64)
-        torch.cumsum(self._units.rows[picks], 0, out=removed[1:])
-        kept = self._before_rivals(front, removed[:-1], found.reach) if picks else 0
+        kept = 0
+        if picks:
+            removed = torch.zeros(len(picks) + 1, units.rows.shape[1], dtype=torch.float64)
+            if self._since is not None:
+                removed[0] = self._since
+            removed[1:] = units.rows_at(picks)
+            removed = removed.cumsum(0)
+            compared = self._compare(front, removed, found.reach)
+            kept = self._before_rivals(compared, removed[:-1])
         pace.learn(len(picks), kept)
-        self._state.set([start, *found.states][kept])
+        self._state.values.copy_([start, *found.states][kept])
         if kept == 0:
             self._alone = PATIENCE
             return
-        self._units.increments.add_(self._units.rows @ removed[kept], alpha=self._strength)
-        self._units.increments[picks[:kept]] = torch.inf
+        units.increments[picks[:kept]] = torch.inf
+        self._since, self._changes = removed[kept], compared.changes(kept, units.inverse)
+        if len(compared.near) > UNCLEAR_SHARE * len(units):
+            self._update()
         trace.extend(picks, found, kept)
 
+    def _front(self, size: int) -> Tensor:
+        """The units with the lowest scores."""
+        scores = self._scores()
+        front = scores.topk(size, largest=False, sorted=False).indices
+        return front[scores[front] < torch.inf].sort().values
+
+    def _among(self, front: Tensor) -> Field:
+        """Removal among the units of a front."""
+        rounds = self._rounds[1:]
+        units = self._units.at(front, directions=bool(fitting(rounds, len(front))))
+        if self._since is not None:
+            units.increments.add_(units.products(self._since), alpha=self._strength)
+        return Field(self._problem, units, self._state, self._lowest, rounds)
+
     def _scores(self) -> Tensor:
-        """(n,) the unit with the smallest goes next; infinite for those that stay."""
+        """(n,) roughly, the unit with the smallest goes next; infinite for those that stay."""
         state, units = self._state, self._units
         stays = state.widths <= self._lowest
         if units.costs is not None:
@@ -240,25 +332,24 @@ class Field:
             freed = state.slope - self._problem.costs.curvature.diagonal()
             stays = stays | (freed <= 0)
             costs = freed.masked_fill(stays, 1.0)[units.group_of]
-        scores = units.increments.masked_fill(stays[units.group_of], torch.inf)
+        increments = units.increments if self._changes is None else units.increments + self._changes
+        scores = increments.masked_fill(stays[units.group_of], torch.inf)
         if not self._problem.per_cost:
             return scores
         return torch.where(scores < 0, scores * costs, scores / costs)
 
-    def _before_rivals(self, front: Tensor, removed: Tensor, reach: Sequence[NDArray[np.float64]]) -> int:
+    def _before_rivals(self, compared: Comparison, removed: Tensor) -> int:
         """The number of first steps in which no unit outside the front could have been removed.
 
         Args:
             removed: (steps, N) sums of the rows removed before each step.
-            reach: by step, (G,).
         """
-        units = self._units
-        limits = np.ascontiguousarray(np.stack(reach, 1))
-        rivals = self._near(front, removed, limits)
+        units, rivals = self._units, compared.near
         if not len(rivals):
             return len(removed)
-        increments = torch.addmm(units.increments[rivals, None], units.rows[rivals], removed.T, alpha=self._strength)
-        limits = limits[units.group_of[rivals].numpy()]
+        rows = units.rows_at(rivals)
+        increments = torch.addmm(units.increments[rivals, None], rows, removed.T, alpha=self._strength)
+        limits = compared.limits[units.group_of[rivals].numpy()]
         if units.costs is not None and self._problem.per_cost:
             costs = units.costs[rivals].numpy()[:, None]
             with np.errstate(all="ignore"):  # a cost may be zero
@@ -266,9 +357,17 @@ class Field:
         reached = np.flatnonzero(~(increments.numpy() > limits).all(0))
         return int(reached[0]) if len(reached) else len(removed)
 
-    def _near(self, front: Tensor, removed: Tensor, limits: NDArray[np.float64]) -> Tensor:
-        """The units outside the front that low precision can't tell from units within reach."""
+    def _compare(self, front: Tensor, removed: Tensor, reach: Sequence[NDArray[np.float64]]) -> Comparison:
+        """
+        Args:
+            removed: (steps + 1, N) sums of the rows removed before each step, and after the last.
+            reach: by step, (G,).
+        """
         units = self._units
+        assert units.directions is not None
+        limits = np.ascontiguousarray(np.stack(reach, 1))
+        # After the last step nothing is within reach.
+        compared = np.concatenate([limits, np.full((len(limits), 1), -np.inf)], 1)
         scale = max(float(removed.abs().amax()), LEAST)
         scaled = removed / scale
         sums = scaled.T.to(units.directions.dtype)
@@ -276,13 +375,15 @@ class Field:
         inverse = (units.inverse / scale).numpy()
         groups, increments = units.group_of.numpy(), units.increments.numpy()
         costs = units.costs.numpy() if units.costs is not None and self._problem.per_cost else None
-        near = np.empty(len(inverse), dtype=np.uint8)
+        near = np.empty(len(units), dtype=np.uint8)
+        parts: list[Tensor] = []
         for first in range(0, len(near), ROWS_AT_ONCE):
             part = slice(first, first + ROWS_AT_ONCE)
-            products = (units.directions[part] @ sums).float().numpy()
+            parts.append(units.directions[part] @ sums)
+            products = parts[-1].float().numpy()
             part_costs = None if costs is None else costs[part]
             _native.find_rivals(
-                groups[part], products, increments[part], inverse[part], part_costs, limits, slack, near[part]
+                groups[part], products, increments[part], inverse[part], part_costs, compared, slack, near[part]
             )
         near[front.numpy()] = 0
-        return torch.from_numpy(near).nonzero()[:, 0]
+        return Comparison(torch.from_numpy(near).nonzero()[:, 0], limits, parts, scale)
