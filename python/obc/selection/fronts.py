@@ -39,7 +39,9 @@ from obc.selection.greedy import Problem
 # (units of its front, steps) of a round, and of a round within it, to begin with.
 ROUNDS = ((8192, 96), (1024, 16))
 # The fewest and most steps of a later round.
-LEAST_STEPS, MOST_STEPS = 12, 256
+LEAST_STEPS, MOST_STEPS = 4, 256
+# What a round takes besides its steps, in steps, and the weight of what is known from rounds before the last.
+ROUND_COST, FORGETTING = 12, 0.9
 # A front of a larger share of the units would not save enough.
 FRONT_SHARE = 1 / 4
 # Increments of all units are computed again if low precision can't tell more than this share of them from rivals.
@@ -76,16 +78,22 @@ class State:
 
 @dataclass
 class Pace:
-    """The size of rounds, which depends on how many steps of earlier ones were kept."""
+    """The size of rounds, which depends on how many steps of earlier ones were kept.
+
+    Let a round take as long as R steps besides its steps, and let K steps be kept on average until a rival appears.
+    Rounds of sqrt(2 R K) steps then cost least per step that is kept. Both kinds of round begin with R = ROUND_COST.
+    """
 
     front: int
     steps: int
+    _kept: float = 0.0
+    _rivals: float = 0.0
 
     def learn(self, tried: int, kept: int) -> None:
-        if kept == tried == self.steps:
-            self.steps = min(self.steps * 3 // 2, MOST_STEPS)
-        elif 2 * kept < tried:
-            self.steps = max(self.steps // 2, LEAST_STEPS)
+        self._kept = FORGETTING * self._kept + kept
+        self._rivals = FORGETTING * self._rivals + (kept < tried)
+        between = self._kept / max(self._rivals, 1 / MOST_STEPS)
+        self.steps = min(max(int((2 * ROUND_COST * between) ** 0.5), LEAST_STEPS), MOST_STEPS)
 
 
 @dataclass
