@@ -139,6 +139,9 @@ void row_products(const Rows& rows, int64_t units, const double* vector, double*
   }
 }
 
+#if defined(OBC_X86_DISPATCH)
+__attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#endif
 void find_rivals(const Bystanders& all, uint8_t* found) {
   const int64_t moments = all.moments;
   for (int64_t unit = 0; unit < all.units; ++unit) {
