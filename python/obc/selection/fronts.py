@@ -73,6 +73,7 @@ class State:
         self.widths, self.slope, self.removed_squares, self.freed = self.values.split([len(part) for part in parts])
 
     def arrays(self) -> list[NDArray[np.float64]]:
+        """The views, for compiled steps to change."""
         return [part.numpy() for part in (self.widths, self.slope, self.removed_squares, self.freed)]
 
 
@@ -90,6 +91,7 @@ class Pace:
     _rivals: float = 0.0
 
     def learn(self, tried: int, kept: int) -> None:
+        """Choose the next round's steps after ``kept`` of ``tried`` steps were kept in this one."""
         self._kept = FORGETTING * self._kept + kept
         self._rivals = FORGETTING * self._rivals + (kept < tried)
         between = self._kept / max(self._rivals, 1 / MOST_STEPS)
@@ -162,6 +164,7 @@ class Units:
         )
 
     def rows_at(self, units: Tensor | list[int]) -> Tensor:
+        """(k, N) the rows of some units."""
         return self.rows[units if self.places is None else self.places[units]]
 
     def products(self, vector: Tensor) -> Tensor:
