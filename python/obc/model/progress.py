@@ -1,15 +1,24 @@
-"""Logs progress when no progress bar is shown because the output is not a terminal."""
+"""Progress of long work: a bar in a terminal, lines of the log elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm.auto import tqdm
 
 logger = logging.getLogger("obc.progress")
 
 # Seconds between two lines.
 _EVERY = 30.0
+
+
+def progress_bar(progress: bool | None, work: Iterable[Any] | None = None, **options: Any) -> tqdm[Any]:
+    """tqdm's bar over ``work``, or one to update by hand; None shows it in a terminal only."""
+    return tqdm(work, disable=None if progress is None else not progress, **options)
 
 
 class ProgressLog:

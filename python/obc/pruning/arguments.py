@@ -8,24 +8,13 @@ from typing import Any, Literal, get_args
 
 from obc.criteria import Jacobian, get
 from obc.criteria.protocol import name_of
+from obc.model.arguments import one_of, positive
 from obc.model.groups import Slices
 from obc.selection.allocation import Allocation
 from obc.selection.allocations import allocation_of
 from obc.selection.caps import Caps
 from obc.selection.choice import Selection
 from obc.structures.protocol import Limits, Structure
-
-
-def positive(name: str, value: int) -> int:
-    """``value``.
-
-    Raises:
-        ValueError: it is no positive integer.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return value
-
 
 Compensation = Literal["mean", "fusion", "correct", "ls", "seq"]
 
@@ -156,12 +145,6 @@ def chosen_compensation(compensate: Compensation | bool | None, every_step: bool
             f"compensate_every_step=True is for compensate='correct', 'ls' and 'seq', got compensate={compensate!r}"
         )
     return compensate
-
-
-def one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    """Raises ValueError if ``value`` is none of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def repeatable(batches: Iterable[Any] | None) -> Sequence[Any]:

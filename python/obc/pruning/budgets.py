@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from obc.model.arguments import positive
 from obc.model.costs import Costs
 from obc.model.latency_table import LatencyTable
 from obc.pruning.report import Counted
@@ -213,8 +214,7 @@ class Budget:
             ValueError: the number of steps is below 1, or the shares do not descend to the budget's.
         """
         if isinstance(steps, int):
-            if isinstance(steps, bool) or steps < 1:
-                raise ValueError(f"steps must be a positive integer, got {steps!r}")
+            positive("steps", steps)
             share = _DEFAULT_SHARE if self.share is None else self.share
             return [share ** (step / steps) for step in range(1, steps + 1)]
         shares = [float(share) for share in steps]

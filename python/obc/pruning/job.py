@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from obc.criteria import Jacobian, Subject
 from obc.criteria.masked_model import Evaluation
@@ -19,7 +18,7 @@ from obc.criteria.refusals import said_of, scores_nothing
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
 from obc.model.processes import ALONE
-from obc.model.progress import ProgressLog
+from obc.model.progress import ProgressLog, progress_bar
 from obc.pruning.arguments import Choice
 from obc.pruning.budgets import Budget
 from obc.pruning.compensator import Compensator
@@ -86,10 +85,9 @@ class Job:
             with timed(self.report, "recalibrate"):
                 model, batches, forward = self.subject.model, self.subject.batches, self.subject.forward_fn
                 self._norm_reference = norm_reference(model, batches, forward)
-        disable = None if progress is None else not progress
         log = ProgressLog("obc.prune", progress)
         self.subject.batches.on_batch = log.tick
-        with tqdm(total=len(schedule), desc="prune", unit="step", disable=disable) as bar:
+        with progress_bar(progress, total=len(schedule), desc="prune", unit="step") as bar:
             for number, share in enumerate(schedule, 1):
                 log.doing = f"step {number} of {len(schedule)}"
                 self._step(share, schedule[-1])

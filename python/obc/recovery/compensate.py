@@ -12,14 +12,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
+from obc.model.arguments import one_of
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
 from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan
 from obc.model.processes import Processes, failing_together
+from obc.model.progress import progress_bar
 from obc.model.usable_batches import UsableBatches
 from obc.recovery import correct, least_squares
 from obc.recovery.calibration import batch_norms, norm_reference
@@ -127,7 +128,6 @@ def compensate(
         processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
         split = _split(UsableBatches.of(batches), held_out, processes)
         forward = in_present_autocast(forward_fn or call_on_batch)
-        disable = None if progress is None else not progress
         with (
             without_autocast(),
             expanded(pruned_model, plan.depth),
@@ -135,7 +135,7 @@ def compensate(
             without_cache(pruned_model, original_model),
             torch.no_grad(),
             unfused(pruned_model, original_model, plan, next(iter(split[0])), forward, processes) as (layers, fused),
-            tqdm(desc="compensate", unit="layer", disable=disable) as bar,
+            progress_bar(progress, desc="compensate", unit="layer") as bar,
         ):
             consumers = find_consumers(pruned_model, original_model, layers)
             norms = batch_norms(pruned_model) if recalibrate_norms else []
@@ -173,8 +173,7 @@ def _check(
     held_out: float,
     keep_decompressors: bool,
 ) -> None:
-    if mode not in get_args(Mode):
-        raise ValueError(f"mode must be one of {', '.join(map(repr, get_args(Mode)))}, got {mode!r}")
+    one_of("mode", mode, get_args(Mode))
     if ridge is not None and ridge < 0:
         raise ValueError(f"ridge must not be negative, got {ridge}")
     if not 0 < held_out <= 0.5:

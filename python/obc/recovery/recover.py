@@ -13,9 +13,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from obc.model.arguments import positive
 from obc.model.plan import PruningPlan
+from obc.model.progress import progress_bar
 from obc.recovery.distillation import Distillation
 from obc.recovery.trained import Trained, prepared
 from obc.recovery.training_state import load_training, save_training
@@ -118,9 +119,7 @@ def recover(
             report.resumed_at = load_training(checkpoint, trained.model, job.optimizer, report)
         teacher.eval()
         source = _endless(batches, skip=report.resumed_at * accumulate)
-        bar = tqdm(
-            range(report.resumed_at, steps), desc="obc.recover", disable=None if progress is None else not progress
-        )
+        bar = progress_bar(progress, range(report.resumed_at, steps), desc="obc.recover")
         for step in bar:
             if step == 0:
                 job.evaluate(0, evaluate)
@@ -195,8 +194,7 @@ class _Training:
 
 def _check(steps: int, lr: float, accumulate: int, warmup: float, every: int | None) -> None:
     for name, value in (("steps", steps), ("accumulate", accumulate), ("every", 1 if every is None else every)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        positive(name, value)
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}")
     if not 0 <= warmup < 1:

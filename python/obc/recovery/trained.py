@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from obc.model.arguments import one_of
 from obc.model.kept import PlanError
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
@@ -47,8 +48,7 @@ def prepared(model: nn.Module, teacher: nn.Module, train: str, plan: PruningPlan
         "folded": lambda: _folded(model, teacher, plan),
         "lora": lambda: _lora(model, rank),
     }
-    if train not in ways:
-        raise ValueError(f"train must be one of {', '.join(map(repr, ways))}, got {train!r}")
+    one_of("train", train, ways)
     trained = ways[train]()
     if not trained.parameters:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient; unfreeze some")

@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from obc.model.batches import RowKind
 from obc.model.evaluation import evaluating
 from obc.model.processes import failing_together, gathered, notice
-from obc.model.progress import ProgressLog
+from obc.model.progress import ProgressLog, progress_bar
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows, LossFunction
 from obc.scoring.checkpoint import Checkpoint, CheckpointError, batches_from
@@ -149,8 +148,7 @@ class _Run:
             self.saved.restore_random()
         memory, started = PeakMemory(scorer.devices), time.perf_counter()
         with evaluating(scorer.model), scorer:
-            disable = None if progress is None else not progress
-            bar = tqdm(left, desc="score", unit="row", total=total, initial=self.done, disable=disable)
+            bar = progress_bar(progress, left, desc="score", unit="row", total=total, initial=self.done)
             log = ProgressLog("obc.score", progress)
             for batch in bar:
                 notice()

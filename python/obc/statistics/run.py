@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from obc.distribution import obc_version
 from obc.model.batches import RowKind, parts_of
@@ -20,7 +19,7 @@ from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_c
 from obc.model.groups import Side
 from obc.model.layouts import is_compiled
 from obc.model.processes import failing_together, gathered, notice
-from obc.model.progress import ProgressLog
+from obc.model.progress import ProgressLog, progress_bar
 from obc.model.readable import readable
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
@@ -211,9 +210,8 @@ class _Run:
         devices = {parameter.device for parameter in self.model.parameters()}
         memory, started = PeakMemory(devices), time.perf_counter()
         with self._attached(call) as read:
-            disable = None if progress is None else not progress
             log = ProgressLog("obc.collect", progress)
-            for batch in tqdm(left, desc="collect", unit="batch", total=total, initial=self.done, disable=disable):
+            for batch in progress_bar(progress, left, desc="collect", unit="batch", total=total, initial=self.done):
                 notice()
                 log.tick(self.done, total)
                 read(batch)
@@ -240,9 +238,8 @@ class _Run:
             return
         run = BlockRun(self.model, self.by_block, self.readers, self.part, call)
         memory, started = PeakMemory([run.device]), time.perf_counter()
-        disable = None if progress is None else not progress
         log = ProgressLog("obc.collect", progress)
-        with self._hooked(), without_cache(self.model), tqdm(desc="collect", unit="block", disable=disable) as bar:
+        with self._hooked(), without_cache(self.model), progress_bar(progress, desc="collect", unit="block") as bar:
 
             def after(blocks: int, total: int) -> None:
                 log.tick(blocks, total, "block")
