@@ -93,11 +93,15 @@ SELECTIONS: dict[str, Selection] = {
     "minitron": Selection.of("minitron"),
     "magnitude": Selection.of("l2"),
 }
-COMPENSATION = ("none", "mean", "grail", "obs", "ls", "correct")
+COMPENSATION = ("none", "mean", "grail", "obs", "ls", "correct", "steps")
+# "steps": scored, pruned and compensated again in every step.
+_STEPS: Mapping[str, Any] = {"steps": 4, "compensate": "correct", "compensate_every_step": True}
 OURS = (
     "jacobian+correct",
     "jacobian+none",
     "token-jacobian+correct",
+    "jacobian+steps",
+    "token-jacobian+steps",
     "compensated+correct",
     "kfac+correct",
     "kfac-obs+correct",
@@ -178,14 +182,14 @@ def prune(task: Task, selection: Selection, share: float, kinds: str = "all") ->
 
 
 def compensated(task: Task, pruned: nn.Module, plan: obc.PruningPlan, how: str) -> tuple[nn.Module, dict[str, Any]]:
-    """A compensated copy, and what its report says."""
+    """A compensated copy, and what its report says; with "steps" ``pruned`` is compensated already."""
     model, start = copy.deepcopy(pruned), time.perf_counter()
     facts: dict[str, Any] = {}
     if how == "mean":
         absorb_means(model, task.model, plan, task.calibration, task.forward)
     elif how in ("grail", "obs"):
         reconstruct(task, model, plan, how)
-    elif how != "none":
+    elif how not in ("none", "steps"):
         report = obc.compensate(model, task.model, plan, task.calibration, task.forward, mode=how, progress=False)
         facts = {"held_out_naive": report.naive_error, "held_out_final": report.final_error}
         facts |= {"stream_bytes": report.stream_bytes, "moment_bytes": report.moment_bytes}
@@ -249,20 +253,27 @@ def key_of(case: Mapping[str, Any]) -> Key:
 
 
 def run(arguments: argparse.Namespace, done: set[Key]) -> Iterator[dict[str, Any]]:
-    """The cases that are not done: by draw, selection and share, so that each is scored and pruned once."""
+    """The cases that are not done: by draw, selection and share, so that each is scored and pruned once.
+
+    Apart from "steps": there the criterion scores anew in every step.
+    """
     sizes = {"calibration": arguments.calibration, "test": arguments.test, "length": arguments.length}
-    selections: dict[str, list[str]] = {}
+    selections: dict[tuple[str, bool], list[str]] = {}
     for method in arguments.methods:
-        selections.setdefault(method.partition("+")[0], []).append(method.partition("+")[2])
+        name, _, how = method.partition("+")
+        selections.setdefault((name, how == "steps"), []).append(how)
     for draw in arguments.draws:
         make = _once(lambda draw=draw: TASKS[arguments.model](draw, *sizes.values()))
         facts = {"model": arguments.model, "kinds": arguments.kinds, "draw": draw, **sizes}
         unpruned = facts | {"selection": "none", "share": 0.0, "compensation": "none"}
         if key_of(unpruned) not in done:
             yield _measured(make(), make().model, unpruned)
-        for name, ways in selections.items():
+        for (name, in_steps), ways in selections.items():
             chosen = SELECTIONS[name]
-            chosen = replace(chosen, criterion=Once(chosen.criterion))
+            if in_steps:
+                chosen = replace(chosen, options={**chosen.options, **_STEPS})
+            else:
+                chosen = replace(chosen, criterion=Once(chosen.criterion))
             for share in arguments.shares:
                 cases = [facts | {"selection": name, "share": share, "compensation": how} for how in ways]
                 cases = [case for case in cases if key_of(case) not in done]

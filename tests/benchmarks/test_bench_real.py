@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import statistics
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import obc
 from benchmarks import bench_real, bench_real_costs, photographs, real_sources, real_table, real_tasks
 from benchmarks.efficientnet_lite import DEVIATION, MEAN, EfficientNetLite0
+from obc.integrations.transformers import TransformersStructure
 
 SIZES = {"calibration": 6, "test": 3, "length": 12}
 ARGUMENTS = ["--model", "tiny", "--draws", "0", "--shares", "0.25", "--threads", "1"]
@@ -61,6 +64,32 @@ def test_a_criterion_that_scored_once_chooses_as_one_that_scores_anew(selection:
                 strict=True,
             ):
                 assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_in_steps_a_compensated_model_is_scored_and_pruned_again(tmp_path: Path) -> None:
+    out = tmp_path / "real.json"
+    bench_real.main([*ARGUMENTS, "--out", str(out), "--methods", "jacobian+none", "jacobian+steps"])
+    losses = {case["compensation"]: case["losses"] for case in json.loads(out.read_text())["cases"] if case["share"]}
+    task, steps = tiny(), []
+    model = copy.deepcopy(task.model)
+    obc.prune(
+        model,
+        batches=task.calibration,
+        loss_fn=task.loss,
+        blocks=0.75,
+        criterion="jacobian",
+        steps=4,
+        compensate="correct",
+        compensate_every_step=True,
+        structure=TransformersStructure(model),
+        forward_fn=task.forward,
+        on_step=lambda result: steps.append(result.plan),
+    )
+    assert len(steps) == 4
+    with torch.no_grad():
+        expected = [float(model(input_ids=batch, labels=batch).loss) for batch in task.test]
+    assert losses["steps"] == pytest.approx(expected, abs=1e-5)
+    assert losses["steps"] != losses["none"]
 
 
 def test_the_share_is_that_of_the_prunable_parameters() -> None:
