@@ -99,6 +99,20 @@ def outputs_inside(loss: Any) -> Any:
     return forward
 
 
+@pytest.mark.parametrize(
+    ("how", "by_default"), [("correct", True), (True, True), ("ls", False), ("seq", False), ("mean", False)]
+)
+def test_by_default_errors_are_corrected_after_every_step(how: Any, by_default: bool) -> None:
+    found = {}
+    for every in (None, by_default):
+        model, example, batches, loss = cnn()
+        options = {"compensate": how, "compensate_every_step": every, "progress": False}
+        result = obc.prune(model, example, batches, loss, macs=0.5, steps=3, **options)
+        found[every] = weights(model)
+        assert result.report.provenance["compensate"].endswith(" after every step") == by_default
+    assert same(found[None], found[by_default])
+
+
 def test_one_step_is_compensation_at_the_end() -> None:
     results = []
     for every in (False, True):

@@ -131,8 +131,10 @@ def chosen_allocation(allocation: Any, criterion: Any) -> Allocation:
     return allocation_of(allocation)
 
 
-def chosen_compensation(compensate: Compensation | bool | None, every_step: bool) -> Compensation | None:
-    """``compensate``, with True replaced by "correct".
+def chosen_compensation(
+    compensate: Compensation | bool | None, every_step: bool | None
+) -> tuple[Compensation | None, bool]:
+    """``compensate``, with True replaced by "correct", and whether it is repeated after every step.
 
     Raises:
         ValueError: it is unknown, or can't be repeated after every step.
@@ -144,7 +146,7 @@ def chosen_compensation(compensate: Compensation | bool | None, every_step: bool
         raise ValueError(
             f"compensate_every_step=True is for compensate='correct', 'ls' and 'seq', got compensate={compensate!r}"
         )
-    return compensate
+    return compensate, compensate == "correct" if every_step is None else every_step
 
 
 def repeatable(batches: Iterable[Any] | None) -> Sequence[Any]:

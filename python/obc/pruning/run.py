@@ -70,7 +70,7 @@ def prune(
     recalibrate: bool = True,
     labels: bool = True,
     compensate: Compensation | bool | None = None,
-    compensate_every_step: bool = False,
+    compensate_every_step: bool | None = None,
     rows: RowKind = "batch",
     micro_batch: int | None = None,
     ignored_layers: Sequence[nn.Module | str] = (),
@@ -142,13 +142,14 @@ def prune(
         recalibrate: after every step give BatchNorms the statistics with which they return the same means and variances
             as in the unpruned model, on the same batches (:func:`obc.recalibrate_norms`).
         labels: False scores without labels: rows are gradients of random projections of the model's outputs.
-        compensate: at the end, consumers take over by least squares what the dropped channels carried
-            (:func:`obc.compensate`): "correct" or True, which also repairs the errors of layers before them; "ls";
-            "seq". "mean": biases take over the average of the dropped channels
-            (:func:`obc.recovery.mean_bias.absorb_means`). "fusion": removed units are fused into remaining ones without
-            data (:func:`obc.recovery.fusion.fuse_units`; needs scipy). Needs a copy of the unpruned model meanwhile.
+        compensate: consumers take over by least squares what the dropped channels carried (:func:`obc.compensate`):
+            "correct" or True, which also repairs the errors of layers before them; "ls"; "seq". "mean": biases take
+            over the average of the dropped channels (:func:`obc.recovery.mean_bias.absorb_means`). "fusion": removed
+            units are fused into remaining ones without data (:func:`obc.recovery.fusion.fuse_units`; needs scipy).
+            Needs a copy of the unpruned model meanwhile.
         compensate_every_step: with "correct", "ls" or "seq", compensate after every step: the next step scores the
             compensated model, ``on_step`` gets it, and each compensation restarts from the unpruned model's weights.
+            Chooses better units, and takes ``steps`` times as long. False: once at the end. None: yes for "correct".
         rows: "batch" or "sample": what one row is.
         micro_batch: the Jacobian Criterion runs batches in parts of at most this many samples (:func:`obc.score`).
         ignored_layers: layers, or names of layers, whose outputs keep their widths.
@@ -184,7 +185,7 @@ def prune(
     schedule = budget.schedule(steps)
     caps = Caps.of(max_pruning_ratio, protected_blocks)
     choice = Choice.of(criterion, allocation, selection, slices, per_macs, shrinkage, min_units, round_to, caps)
-    compensate = chosen_compensation(compensate, compensate_every_step)
+    compensate, compensate_every_step = chosen_compensation(compensate, compensate_every_step)
     usable = UsableBatches(repeatable(batches))
     _check_model(model, structure)
     functions, generator = Functions.of(loss_fn, forward_fn, labels, rows, seed), torch.Generator().manual_seed(seed)
