@@ -100,6 +100,13 @@ def _arguments(model: nn.Module) -> list[inspect.Parameter]:
     return list(inspect.signature(model.forward).parameters.values())
 
 
+def stream_of(output: Any) -> Tensor | None:
+    """The hidden states that a module passes on: its output, or the first entry of a tuple; None for anything else."""
+    if isinstance(output, (tuple, list)) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
 def tensors_in(value: Any) -> list[Tensor]:
     """The tensors in a model's inputs or outputs, nested in sequences, mappings and dataclasses."""
     if isinstance(value, Tensor):

@@ -37,13 +37,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from obc.model.evaluation import stream_of
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import batch_norms, named_norms, norm_reference, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.consumers import Consumer
 from obc.recovery.layer_correction import Layer, LayerCorrections, Options, Sums, waves
 from obc.recovery.norm_reference import take_statistics
-from obc.recovery.segments import ChainBatch, capture, find_chain, replays, stream_of
+from obc.recovery.segments import ChainBatch, capture, find_chain, replays
 from obc.recovery.stream_points import Call, Seen, norms_behind, observe
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from obc.model.autocast import PresentAutocast
+from obc.model.evaluation import stream_of
 from obc.model.hooks import hooked
 from obc.recovery.stream_points import Reached
 
@@ -99,13 +100,6 @@ class _Watcher:
             and not source.name.startswith(f"{other.name}.")
             for other in self.events.values()
         )
-
-
-def stream_of(output: Any) -> Tensor | None:
-    """The tensor that a module passes on: its output, or the first entry of a tuple."""
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
 
 
 def find_chain(model: nn.Module, run: Callable[[], Any], scopes: Mapping[str, str], layers: Sequence[str]) -> list[str]:

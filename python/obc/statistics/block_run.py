@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.evaluation import stream_of
 from obc.statistics.block_weights import BlockWeights
 from obc.statistics.by_block import ByBlock
 from obc.statistics.errors import StatisticsError
@@ -149,7 +150,7 @@ class BlockRun:
             def after(name: str) -> Callable[..., None]:
                 def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                     resident.pop_all().close()
-                    stream = _stream(output)
+                    stream = stream_of(output)
                     if stream is None:
                         raise _RefusedError(f"the block {name!r} returns {type(output).__name__} instead of a tensor")
                     last[:] = [stream]
@@ -202,7 +203,7 @@ class BlockRun:
             args = tuple(stream if value is arrived else value for value in args)
             kwargs = {key: stream if value is arrived else value for key, value in kwargs.items()}
             with self._reading(part, reading):
-                output = _stream(self.model.get_submodule(name)(*args, **kwargs))
+                output = stream_of(self.model.get_submodule(name)(*args, **kwargs))
             assert output is not None
             if batch == index == 0:
                 self._compare(name, output)
@@ -306,13 +307,6 @@ class BlockRun:
         for reader in self.readers.values():
             reader.batch_ends()
             reader.sums.commit(batch)
-
-
-def _stream(output: Any) -> Tensor | None:
-    """The hidden states that a block returns: its output, or the first entry of a tuple."""
-    if isinstance(output, (tuple, list)) and output:
-        output = output[0]
-    return output if isinstance(output, Tensor) else None
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

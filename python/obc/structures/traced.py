@@ -179,31 +179,14 @@ class TorchPruningStructure:
 
     @property
     def warnings(self) -> list[str]:
-        """Warns of layers that nothing ran, whose inputs may have come from a layer that was pruned; and of products
-        whose MACs can't be followed.
-        """
+        """Warns of products whose MACs can't be followed, and of layers that nothing ran but may read pruned ones."""
         pruned = {
             self._sizes[name]
             for name, kept in self._kept.items()
             if kept.out_channels is not None and name in self._sizes
         }
         names = sorted(name for name in self.unreached if any(not self._size(name, "in") % size for size in pruned))
-        found = []
-        if self._products.unfollowed:
-            unfollowed = self._products.unfollowed
-            name, reason = next(iter(unfollowed.items()))
-            found = [
-                f"how the MACs of products outside layers depend on {', '.join(unfollowed)} is not known ({name} "
-                f"without its last unit: {reason}); they are counted as if they did not depend on it"
-            ]
-        if not names:
-            return found
-        return [
-            *found,
-            f"no run reached these layers (example inputs, train mode, other batches), so they keep their widths: "
-            f"{', '.join(names)}; if one of them reads a pruned layer, it no longer fits: name that pruned layer in "
-            "ignored_layers",
-        ]
+        return [*_unfollowed_products(self._products.unfollowed), *_unreached_layers(names)]
 
     def costs(self, unit: Unit) -> Costs:
         """The cost as an exact polynomial in the groups' widths: see :func:`obc.structures.measure.costs_of`.
@@ -322,6 +305,26 @@ class TorchPruningStructure:
         """Remove a group from ``groups``, and record the reason in ``left_out``."""
         self.left_out[name] = reason
         del self._groups[name]
+
+
+def _unfollowed_products(unfollowed: Mapping[str, str]) -> list[str]:
+    if not unfollowed:
+        return []
+    name, reason = next(iter(unfollowed.items()))
+    return [
+        f"how the MACs of products outside layers depend on {', '.join(unfollowed)} is not known ({name} "
+        f"without its last unit: {reason}); they are counted as if they did not depend on it"
+    ]
+
+
+def _unreached_layers(names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    return [
+        f"no run reached these layers (example inputs, train mode, other batches), so they keep their widths: "
+        f"{', '.join(names)}; if one of them reads a pruned layer, it no longer fits: name that pruned layer in "
+        "ignored_layers"
+    ]
 
 
 def _without_saved_tensors() -> contextlib.AbstractContextManager[None]:
