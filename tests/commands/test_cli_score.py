@@ -236,6 +236,7 @@ def _written(path: Path, content: str) -> Path:
         ),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--seq-len", 13], "the model has room for 12 tokens"),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--batch-size", 99], "pass more text"),
+        (lambda save, ids, tmp: [save("llama"), "--data", ids, "--seq-len", 1], "no next token to predict"),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--loss", "masked-lm"], "needs another head"),
         (lambda save, ids, tmp: [save("llama"), "--data", tmp], "reads no images"),
         (

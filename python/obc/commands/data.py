@@ -74,6 +74,8 @@ def _token_batches(
     tokenizer = tokenizer_of(source)
     length = _sequence_length(model, tokenizer, seq_len)
     start, end = ([], []) if loss != "masked-lm" else (_token(tokenizer, "cls"), _token(tokenizer, "sep"))
+    if loss == "causal-lm" and length < 2:
+        raise UsageError(f"--seq-len {length}: one token has no next token to predict; pass at least 2")
     inner = length - len(start) - len(end)
     sequences = [
         [*start, *sequence, *end]

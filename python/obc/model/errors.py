@@ -40,6 +40,22 @@ def explained(model: nn.Module, doing: str, remedy: str) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def on_batch(model: nn.Module, index: int) -> Iterator[None]:
+    """Add a note to errors of the caller's loss inside the block, with the batch and the layer. Their type stays."""
+    try:
+        yield
+    except Exception as error:
+        layer = layer_in(error, model)
+        add_note(error, f"loss_fn(model, batch) failed on batch {index}" + (f" in layer {layer!r}" if layer else ""))
+        raise
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """``error.add_note(note)``, which Python 3.10 lacks."""
+    vars(error).setdefault("__notes__", []).append(note)
+
+
 def layer_in(error: BaseException, model: nn.Module) -> str | None:
     """The innermost layer of ``model`` that was active when ``error`` was raised.
 

@@ -20,6 +20,7 @@ from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.matching import match
 from obc.model.names import joined, named_modules, named_tensors
 from obc.model.slicing import original_tensor, sliced
+from obc.model.usable import refuse_without_values
 from obc.page.document import fragment
 from obc.page.markup import table
 
@@ -206,6 +207,7 @@ class PruningPlan(Mapping[str, Kept]):
         Raises:
             PlanError: a tensor of the pruned model is not a slice of the original, or several slices explain it.
         """
+        refuse_without_values(pruned_model, "the pruned model")
         plan = cls(match(original_state_dict, pruned_model))
         plan.verify(original_state_dict, pruned_model)
         return plan

@@ -16,13 +16,14 @@ from obc.criteria import Subject
 from obc.criteria.protocol import LossFn
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.batches import RowKind, parts_of
-from obc.model.errors import PruningError
+from obc.model.errors import PruningError, add_note
 from obc.model.evaluation import ForwardFn
 from obc.model.groups import Slices
 from obc.model.latency_table import LatencyTable
 from obc.model.names import joined, named_tensors
 from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
+from obc.model.usable import refuse_unusable
 from obc.model.usable_batches import UsableBatches
 from obc.pruning.arguments import (
     Choice,
@@ -271,6 +272,7 @@ def _prune(
 
 
 def _check_model(model: nn.Module, structure: Structure | None) -> None:
+    refuse_unusable(model)
     if structure is None:
         refuse_unprunable(model)
     elif structure.model is not model:
@@ -291,8 +293,7 @@ def _restored_on_error(model: nn.Module, report: PruningReport, budget: Budget, 
         if report.steps:
             share = report.steps[-1].remaining
             note = f"obc.prune had done {len(report.steps)} of {steps} steps, {share:.3f} of the {budget.noun}"
-            # The equivalent of BaseException.add_note, which Python 3.10 lacks.
-            vars(error).setdefault("__notes__", []).append(f"{note}; the model was restored to what it was")
+            add_note(error, f"{note}; the model was restored to what it was")
         raise
 
 

@@ -14,6 +14,7 @@ from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_i
 from obc.model.plan import PruningPlan
 from obc.model.processes import ALONE, Processes, failing_together
 from obc.model.rules import Rule
+from obc.model.usable import refuse_non_modules
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.norm_reference import MomentSums, NormReference, Target, matching
 from obc.recovery.padding import without_padding
@@ -139,6 +140,7 @@ def recalibrate_norms(
         ValueError: no process has batches, or more than a tenth of them can't be used.
     """
     with failing_together(process_group, model):
+        refuse_non_modules(model)
         if not (norms := batch_norms(model)):
             return
         processes = Processes(process_group, next(iter(norms[0].buffers())).device)

@@ -21,6 +21,7 @@ from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan
 from obc.model.processes import Processes, failing_together
 from obc.model.progress import progress_bar
+from obc.model.usable import refuse_unusable
 from obc.model.usable_batches import UsableBatches
 from obc.recovery import correct, least_squares
 from obc.recovery.calibration import batch_norms, norm_reference
@@ -181,6 +182,7 @@ def _check(
     if keep_decompressors and mode == "correct":
         raise ValueError("mode='correct' has no decompressors: it changes weights directly; pass mode='ls' or 'seq'")
     for role, model in (("pruned", pruned_model), ("original", original_model)):
+        refuse_unusable(model, f"the {role} model")
         if is_compiled(model):
             raise ValueError(f"the {role} model is compiled; pass the model itself and compile after compensation")
 

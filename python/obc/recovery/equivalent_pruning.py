@@ -25,6 +25,7 @@ from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
 from obc.model.rules import Rule
 from obc.model.slicing import original_tensor, sliced_weight, was_depthwise
+from obc.model.usable import refuse_unusable
 from obc.recovery.break_even import break_even, positions, warn_below
 from obc.recovery.folds import FoldedBias, FoldedTensor, FoldedWeight
 
@@ -74,6 +75,7 @@ def equivalent_pruning(
     """
     if factors not in ("full", "reduced"):
         raise ValueError(f"factors must be 'full' or 'reduced', got {factors!r}")
+    refuse_unusable(pruned_model, "the pruned model")
     _refuse_order(order, pruned_model, plan)
     if is_compiled(pruned_model):
         raise ValueError("the model is compiled; fold the model that was passed to torch.compile, then compile it")

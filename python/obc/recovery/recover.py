@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from obc.model.arguments import positive
 from obc.model.plan import PruningPlan
 from obc.model.progress import progress_bar
+from obc.model.usable import refuse_non_modules, refuse_unusable
 from obc.recovery.distillation import Distillation
 from obc.recovery.trained import Trained, prepared
 from obc.recovery.training_state import load_training, save_training
@@ -106,6 +107,8 @@ def recover(
         PlanError: the plan does not describe how ``model`` came from ``teacher`` (``train="folded"``).
         ImportError: peft is missing (``train="lora"``).
     """
+    refuse_unusable(model)
+    refuse_non_modules(teacher, "the teacher")
     _check(steps, lr, accumulate, warmup, every)
     started = time.perf_counter()
     distillation = distillation or Distillation()

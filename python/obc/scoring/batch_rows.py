@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.batches import RowKind, part_of, parts_of, samples_in
+from obc.model.errors import on_batch
 from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.scorer import JacobianScorer
 
@@ -87,20 +88,26 @@ class BatchRows:
         if self.scorer.rows == "batch":
             with self.scorer.row(self.loss_scale):
                 for part, share, _ in self._parts(index, batch):
-                    loss = checked_loss(index, self.loss_fn(self.scorer.model, part), "batch")
+                    loss = checked_loss(index, self._loss(index, part), "batch")
                     (loss * (share * self.loss_scale)).backward()
                     self.losses.append(loss.detach())
                     del loss  # frees the graph before the next part builds its own
             return
         for part, _, start in self._parts(index, batch):
             with self.scorer.row(self.loss_scale):
-                losses = checked_loss(index, self.loss_fn(self.scorer.model, part), "sample")
+                losses = checked_loss(index, self._loss(index, part), "sample")
+                if losses.numel() == 0:
+                    raise ValueError(f"batch {index} has no samples; leave empty batches out")
                 self.scorer.check_samples(losses)
                 self._check_spread(losses, index, part, start)
                 (losses.sum() * self.loss_scale).backward()
                 self.losses.append(losses.detach())
                 del losses
             self._read = start + self.losses[-1].numel()
+
+    def _loss(self, index: int, part: Any) -> Any:
+        with on_batch(self.scorer.model, index):
+            return self.loss_fn(self.scorer.model, part)
 
     def _check_spread(self, losses: Tensor, index: int, part: Any, start: int) -> None:
         """Raise if spreading look-ups over the samples changed the losses."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from obc.model.batches import RowKind
 from obc.model.sharding import is_sharded
+from obc.model.usable import refuse_unusable
 from obc.scoring.errors import RowError, ScoringError
 from obc.scoring.parts import Parts
 from obc.scoring.reading import refusals
@@ -96,6 +97,7 @@ class JacobianScorer:
         chains: bool = True,
     ) -> None:
         _check_arguments(rows, fallback, combine, process_group)
+        refuse_unusable(model)
         refusals.refuse_unreadable(model)
         self.model, self.rows, self.strict = model, rows, strict
         self.process_group, self.combine = process_group, combine

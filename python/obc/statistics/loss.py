@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.batches import RowKind, parts_of
+from obc.model.errors import on_batch
 from obc.scoring.batch_rows import checked_loss
 from obc.scoring.reading.single_samples import guard
 from obc.statistics.errors import StatisticsError
@@ -81,7 +82,9 @@ def run_backward(model: nn.Module, loss: SeekableLoss, index: int, batch: Any, r
     """
     for part, start, share in parts_of(batch, size):
         loss.seek(index, start)
-        losses = checked_loss(index, loss(model, part), rows, StatisticsError)
+        with on_batch(model, index):
+            losses = loss(model, part)
+        losses = checked_loss(index, losses, rows, StatisticsError)
         (losses.sum() * (share if rows == "batch" else 1.0)).backward()
 
 

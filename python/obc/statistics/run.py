@@ -21,6 +21,7 @@ from obc.model.layouts import is_compiled
 from obc.model.processes import failing_together, gathered, notice
 from obc.model.progress import ProgressLog, progress_bar
 from obc.model.readable import readable
+from obc.model.usable import refuse_non_modules, refuse_unusable
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
 from obc.scoring.checkpoint import batches_from
@@ -119,6 +120,7 @@ def collect(
             raise StatisticsError(f"every and micro_batch must be at least 1, got {every} and {micro_batch}")
         if rows not in ("batch", "sample"):
             raise StatisticsError(f"rows must be 'batch' or 'sample', got {rows!r}")
+        refuse_non_modules(model)
         for name, module in model.named_modules():
             if is_compiled(module):
                 raise StatisticsError(
@@ -127,6 +129,8 @@ def collect(
         chosen, blockwise = chosen_statistics(statistics), options_of(by_block)
         if {"rows", "weight_gradients"} <= {one.name for one in chosen}:
             raise StatisticsError("rows freeze the weights: collect 'weight_gradients' in a run of its own")
+        if any(one.backward for one in chosen):
+            refuse_unusable(model)
         if loss_fn is None and (needy := [one.name for one in chosen if one.backward]):
             raise StatisticsError(f"{needy[0]!r} needs gradients: pass loss_fn, or obc.scoring.label_free_loss()")
         if blockwise is not None and (needy := [one.name for one in chosen if one.backward]):

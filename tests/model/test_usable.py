@@ -1,0 +1,108 @@
+"""What no call can work on is refused by name, with the remedy, before anything runs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import obc
+
+PLAN = obc.PruningPlan({"0": obc.Kept(out_channels=torch.arange(4)), "2": obc.Kept(in_channels=torch.arange(4))})
+
+
+def _model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5))
+
+
+def _data() -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randn(4, 3), torch.arange(4)) for _ in range(4)]
+
+
+def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+CALLS: dict[str, Callable[[Any], Any]] = {
+    "score": lambda model: obc.score(model, _data(), _loss),
+    "collect": lambda model: obc.collect(model, _data(), _loss, statistics="gradient_moments"),
+    "prune": lambda model: obc.prune(model, _data()[0][0], _data(), _loss, macs=0.8, steps=1),
+    "compensate": lambda model: obc.compensate(model, _model(), PLAN, _data()),
+    "equivalent_pruning": lambda model: obc.equivalent_pruning(model, _model().state_dict(), PLAN),
+    "recover": lambda model: obc.recover(model, _model(), _data(), steps=1, lr=0.1),
+}
+
+
+def _made_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return _model().requires_grad_(False)
+
+
+def _offloaded() -> nn.Module:
+    model = _model()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    return model
+
+
+MODELS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "a state dict": (lambda: _model().state_dict(), TypeError, "got OrderedDict; a state dict must be loaded"),
+    "a function": (lambda: F.relu, TypeError, "must be a torch.nn.Module, got function"),
+    "on meta": (lambda: _model().to("meta"), ValueError, "0.weight is on the meta device, so it has no values"),
+    "offloaded": (_offloaded, ValueError, "0.weight is on the meta device, because hooks of accelerate"),
+    "from inference mode": (_made_in_inference_mode, ValueError, "0.weight was made inside torch.inference_mode"),
+}
+
+
+@pytest.mark.parametrize("state", MODELS)
+@pytest.mark.parametrize("call", CALLS)
+def test_models_that_no_call_can_work_on(call: str, state: str) -> None:
+    make, error, message = MODELS[state]
+    with pytest.raises(error, match=message):
+        CALLS[call](make())
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_calls_inside_inference_mode(call: str) -> None:
+    model = _model()
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"this is inside torch\.inference_mode\(\).*outside"):
+        CALLS[call](model)
+
+
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+def test_errors_of_the_loss_name_batch_and_layer(rows: Any) -> None:
+    data = _data()
+    data[2] = (torch.randn(4, 3).double(), torch.arange(4))
+    loss = _loss if rows == "batch" else _losses
+    calls = (
+        lambda: obc.score(_model(), data, loss, rows=rows),
+        lambda: obc.collect(_model(), data, loss, rows=rows, statistics="rows"),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match="mat1 and mat2") as raised:
+            call()
+        assert raised.value.__notes__ == ["loss_fn(model, batch) failed on batch 2 in layer '0'"]
+
+
+def test_a_batch_without_samples_is_named() -> None:
+    data = _data()
+    data.insert(1, (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)))
+    with pytest.raises(ValueError, match="batch 1 has no samples; leave empty batches out"):
+        obc.score(_model(), data, _losses, rows="sample")
+
+
+def test_plans_of_models_without_values_are_refused() -> None:
+    pruned = PLAN.apply(copy.deepcopy(_model()))
+    with pytest.raises(ValueError, match=r"the pruned model: 0\.weight is on the meta device"):
+        obc.PruningPlan.from_models(_model().state_dict(), pruned.to("meta"))
