@@ -162,3 +162,23 @@ def test_rows_scaled_down_by_the_norm_of_all_channels_keep_all_channels(kind: An
     structure.remove(gone)
     torch.testing.assert_close(model(unseen), expected)
     assert model.words.embedding_dim == model.words.weight.shape[1] == 6
+
+
+class Gated(nn.Module):
+    """Attention over positions, from the mean and the maximum over all channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.gate = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(2, 1, 3, padding=1)
+        self.b, self.head = nn.Conv2d(8, 10, 3), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).relu()
+        y = y * self.gate(torch.cat([y.mean(1, keepdim=True), y.amax(1, keepdim=True)], 1)).sigmoid()
+        return self.head(self.b(y).relu().mean((2, 3)))
+
+
+def test_a_group_that_can_only_go_as_a_whole_is_left_out_with_the_reason() -> None:
+    structure = TorchPruningStructure(Gated().eval(), X)
+    assert {group.name for group in structure.groups} == {"b"}
+    assert "one unit among its 8 channels" in structure.left_out["a"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from obc.model.errors import layer_in
 from obc.model.kept import narrowed, staying
 from obc.model.names import named_modules
 from obc.model.shared_copy import shared_copy
 from obc.pruning.report import PruningReport
-from obc.structures.comparison import Difference, compare, observe
+from obc.structures.comparison import Difference, compare, observe, run_alike
 from obc.structures.masking import Lost, lost_channels, masked_copy, unmaskable
 from obc.structures.proof import ProofError, Run, lost_inputs, prove
 from obc.structures.protocol import Structure
+from obc.structures.reaching import in_train_mode
+
+logger = logging.getLogger("obc")
 
 _MODEL = "the whole model"
 
@@ -111,6 +116,29 @@ class FinalProof:
                 "ignored_layers. verify=False skips this check"
             )
         report.error, report.tolerance = difference.error, tolerance
+
+    def check_train_mode(self, model: nn.Module, report: PruningReport) -> None:
+        """Warn if ``model`` fails in train mode on the first batch, where the unpruned one does not.
+
+        Evaluation does not see what only runs in train mode, such as a running mean of channels in a buffer.
+        """
+        run = in_train_mode(self._run)
+        try:
+            run_alike(shared_copy(self._reference), run)
+        except Exception:  # the model's own code: it may not run like this, for example without targets
+            return
+        pruned = shared_copy(model)
+        try:
+            run_alike(pruned, run)
+        except Exception as error:  # the model's own code
+            layer = layer_in(error, pruned)
+            warning = (
+                f"in train mode the pruned model fails{'' if layer is None else f' in {layer!r}'}: "
+                f"{type(error).__name__}: {error}; before it can be trained, give what keeps the unpruned width there "
+                "the new one, or name the layer before it in ignored_layers"
+            )
+            report.warnings.append(warning)
+            logger.warning("obc.prune: %s", warning)
 
     def _difference(
         self, model: nn.Module, gone: Mapping[str, Tensor], report: PruningReport

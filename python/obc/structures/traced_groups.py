@@ -157,7 +157,13 @@ class GroupFinder:
         self._join_heads(units, heads, found.size)
         self._join_self_coupled(units, raw[0][0].target.module, raw[0][0].handler, found.size)
         kind = "heads" if heads else "channels"
-        found.group = self.assemble(found.name, found.members, units.table(), found.size, kind=kind)
+        group = self.assemble(found.name, found.members, units.table(), found.size, kind=kind)
+        width = size_of(self._modules[found.name], "out")
+        if group.size == 1 and width > 1:
+            raise NotPrunableError(
+                f"Torch-Pruning finds one unit among its {width} channels, and a group keeps at least one unit"
+            )
+        found.group = group
         self._note_blocks(heads)
 
     def assemble(
