@@ -23,8 +23,8 @@ constexpr int kMoments = 4;
 constexpr int64_t kTile = 1024;
 // Positions that one reading of a row of positions sums.
 constexpr int64_t kLongRow = 8192;
-// Rows that are read in one go by columns.
-constexpr int64_t kRowsAtOnce = 128;
+// Rows that are read in one go by columns: at the end of them none are prefetched.
+constexpr int64_t kRowsAtOnce = 512;
 // Tasks that are enough for any machine's threads, and additions in a row that keep rounding that of short sums.
 constexpr int64_t kTasks = 64;
 constexpr int64_t kAdditions = 512;
