@@ -125,12 +125,12 @@ def routed_input(module: Any, expert: int, hidden: Tensor, indices: Tensor, weig
 
 def _activated(module: Any, up: Tensor) -> Tensor:
     """The inputs of a down projection, from the outputs of the gate and up projections, or of up projections alone."""
+    if not is_gated(module):  # transformers gives these an _apply_gate too, and does not call it
+        activated: Tensor = module.act_fn(up)
+        return activated
     if (apply := getattr(module, "_apply_gate", None)) is not None:
         gated: Tensor = apply(up)
         return gated
-    if not is_gated(module):
-        activated: Tensor = module.act_fn(up)
-        return activated
     gate, up = up.chunk(2, -1)
     product: Tensor = module.act_fn(gate) * up
     return product
