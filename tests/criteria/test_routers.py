@@ -117,11 +117,11 @@ def test_scores_and_statistics_are_those_of_separate_experts(model: Any) -> None
         for field, value in zip((uses.count, uses.gate, uses.norm, uses.gate_norm), expected, strict=True):
             torch.testing.assert_close(float(field[expert]), float(value), rtol=1e-6, atol=1e-6)
         if count:
-            at = f"{name}[{expert}]"
+            read = f"{name}[{expert}]"
             for got, value in (
-                (found.moments[at].square, h.square().sum(0)),
-                (found.gradient_moments[at].square, g.square().sum(0)),
-                (found.gradient_moments[at].absolute, g.abs().sum(0)),
+                (found.moments[read].square, h.square().sum(0)),
+                (found.gradient_moments[read].square, g.square().sum(0)),
+                (found.gradient_moments[read].absolute, g.abs().sum(0)),
             ):
                 torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=1e-6 * float(value.max()))
     subject = Subject(model, [inner, whole], batches, _loss, lambda m, b: m(**b), "gate", "batch", torch.Generator())  # type: ignore[arg-type]
