@@ -1,0 +1,97 @@
+"""``obc prune --criterion`` with every criterion, on a model of every kind: it prunes, or says in a line why not."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
+pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
+
+from obc import cli, criteria
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+ENTRY = """
+import torch
+import transformers_families as families
+from torch import nn
+from torch.nn import functional as F
+
+
+def cnn():
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    net = nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+    batches = [(torch.randn(4, 3, 8, 8), torch.randint(3, (4,))) for _ in range(4)]
+    return net, batches, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1])
+
+
+def _of(name):
+    case = families.FAMILIES[name]()
+    return case.model, case.batches, case.loss
+
+
+def mixture():
+    return _of("mixtral")
+
+
+def llama():
+    return _of("llama")
+
+
+def vit():
+    return _of("vit")
+"""
+KINDS = {
+    "cnn": [],
+    "mixture": ["--kinds", "expert_ffn", "experts", "heads"],
+    "llama": ["--kinds", "ffn", "heads"],
+    "vit": ["--kinds", "ffn", "heads"],
+}
+EXPERTS = ("reap", "expert_frequency", "expert_norm")
+# Criterion -> the kinds of models that it does not serve, and what is said of it.
+REFUSED = {
+    **dict.fromkeys(EXPERTS, (("cnn", "llama", "vit"), "this model has nothing to read 'experts' from")),
+    **dict.fromkeys(("block_influence", "angular_distance", "entropy"), (tuple(KINDS), "it scores blocks")),
+    "gaprune": (tuple(KINDS), "it compares two domains: pass criterion=obc.criteria.GAPrune(general=batches)"),
+    "bn_scale": (("mixture", "llama", "vit"), "it scores channels behind a BatchNorm"),
+    "cfsp": (("cnn",), "no residual blocks were found"),
+    "token_jacobian": (("cnn",), "rows of tokens need layers that see the same positions"),
+}
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "vit")]
+
+
+@pytest.fixture(autouse=True)
+def _entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    Path("every_kind.py").write_text(ENTRY)
+    yield
+    sys.modules.pop("every_kind", None)
+
+
+def prune(kind: str, *options: str) -> int:
+    arguments = [f"every_kind:{kind}", "--params", "0.85", "--steps", "1", "--out", "out", *options, *KINDS[kind]]
+    return cli.main(["prune", *arguments])
+
+
+@pytest.mark.parametrize("kind", ["cnn", "mixture", *SLOW])
+def test_every_criterion_prunes_or_says_why_not(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in criteria.available():
+        kinds, why = REFUSED.get(name, ((), ""))
+        code = prune(kind, "--criterion", name)
+        said = capsys.readouterr().err
+        assert code == (2 if kind in kinds else 0), (name, said)
+        if code:
+            assert f"obc prune: the criterion '{name}'" in said
+            assert why in said
+
+
+@pytest.mark.parametrize("allocation", ["global", "uniform", "equal", "two_classes"])
+@pytest.mark.parametrize("kind", ["cnn", "mixture"])
+def test_every_allocation_serves(kind: str, allocation: str) -> None:
+    assert prune(kind, "--criterion", "flap" if kind == "cnn" else "l1", "--allocation", allocation) == 0
