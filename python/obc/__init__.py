@@ -1,6 +1,6 @@
 """obc: structural pruning by Optimal Brain Connection (arXiv 2508.05521)."""
 
-from obc import backends, ops, quality, reference
+from obc import backends, equivalent, ops, quality, reference
 from obc.backends import use_backend
 from obc.info import info
 from obc.model.errors import PruningError
@@ -47,6 +47,7 @@ __all__ = [
     "collect",
     "compensate",
     "dequantize",
+    "equivalent",
     "equivalent_pruning",
     "info",
     "measure_latency",

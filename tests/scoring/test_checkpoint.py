@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 import obc
 from obc.scoring import CheckpointError, label_free_loss
+from obc.scoring.checkpoint import read_checkpoint
+from obc.tensor_file import save_tensors
 
 HERE = Path(__file__).parents[1]
 VARIANTS = [("batch", "device", "dropped"), ("sample", "file", "dropped"), ("batch", "host", "label-free")]
@@ -292,3 +294,9 @@ def test_processes_that_read_rows_together_go_on_together(tmp_path: Path) -> Non
 def test_checkpoints_every_so_many_batches(every: int, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"every must be at least 1, got {every}"):
         obc.score(nn.Linear(3, 2), [], lambda model, batch: batch, checkpoint=tmp_path / "checkpoint", every=every)
+
+
+def test_a_checkpoint_of_another_version(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "checkpoint", {}, {"format": "obc.checkpoint/99"})
+    with pytest.raises(CheckpointError, match=r"of another version of obc: format 'obc\.checkpoint/99'"):
+        read_checkpoint(tmp_path / "checkpoint", "obc.checkpoint/1")

@@ -104,6 +104,11 @@ def test_outputs_that_cannot_be_projected(output: Any) -> None:
         label_free_loss(lambda model, batch: output)(nn.Linear(3, 2), None)
 
 
+def test_a_loss_in_place_of_outputs_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match="return the model's outputs, not a loss"):
+        obc.score(nn.Linear(3, 2), [torch.randn(4, 3)], lambda model, x: model(x).mean(), labels=False)
+
+
 def test_one_output_is_not_centred_away() -> None:
     assert float(projection(label_free_loss(), torch.zeros(6, 1)).abs().min()) > 0
     assert float(projection(label_free_loss(), torch.zeros(6)).abs().min()) > 0

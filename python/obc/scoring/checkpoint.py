@@ -136,7 +136,13 @@ def read_checkpoint(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str,
         tensors, header = load_tensors(path)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {error}; delete it") from error
-    if (found := header.get("format")) != form:
+    found = header.get("format")
+    if found is not None and found.rpartition("/")[0] == form.rpartition("/")[0] and found != form:
+        raise CheckpointError(
+            f"{path} is a checkpoint of another version of obc: format {found!r}, expected {form!r}; resume with that "
+            "version, or delete it"
+        )
+    if found != form:
         raise CheckpointError(f"{path} is not a checkpoint: format {found!r}, expected {form!r}; delete it")
     return tensors, header
 

@@ -98,7 +98,7 @@ def _floating_output(output: Any) -> tuple[Tensor, bool]:
 def _with_samples(output: Tensor) -> Tensor:
     if output.dim() == 0 or len(output) == 0:
         raise ValueError(
-            f"label-free rows need an output with samples along dim 0, got shape {tuple(output.shape)}; pass a "
-            "forward_fn that returns one"
+            f"label-free rows need an output with samples along dim 0, got shape {tuple(output.shape)}; with "
+            "labels=False return the model's outputs, not a loss"
         )
     return output
