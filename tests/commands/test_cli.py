@@ -95,3 +95,9 @@ def test_help_of_the_module_loads_no_demo() -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.splitlines()[-1] == "[]"
     assert "--seed" in ran.stdout
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    ran = subprocess.run([sys.executable, "-m", "obc", "criteria", "nothing"], capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("usage: obc")

@@ -1,0 +1,8 @@
+"""``python -m obc``: the same as the command ``obc``."""
+
+import sys
+
+from obc.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
