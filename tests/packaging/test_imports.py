@@ -29,6 +29,7 @@ FLOORS = (
     ("demo", "info"),
     ("commands",),
     ("cli",),
+    ("__main__",),
 )
 # Names that older code imports, and nothing else: they may name anything.
 RE_EXPORTS = ("obc", "obc.equivalent", "obc.integrations.transformers")
