@@ -28,7 +28,7 @@ TOPICS = (
 
 
 # Public names that are modules, whose members have pages.
-_MODULES = ("backends", "criteria", "ops", "quality", "reference", "statistics")
+_MODULES = ("backends", "criteria", "equivalent", "ops", "quality", "reference", "statistics")
 
 
 def test_the_site_builds_without_a_warning_or_the_network_and_lists_every_public_name(tmp_path: Path) -> None:

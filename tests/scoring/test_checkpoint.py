@@ -297,6 +297,6 @@ def test_checkpoints_every_so_many_batches(every: int, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_version(tmp_path: Path) -> None:
-    save_tensors(tmp_path / "checkpoint", {}, {"format": "obc.checkpoint/99"})
+    save_tensors(tmp_path / "checkpoint", {}, {"format": f"obc.checkpoint/{99}"})
     with pytest.raises(CheckpointError, match=r"of another version of obc: format 'obc\.checkpoint/99'"):
         read_checkpoint(tmp_path / "checkpoint", "obc.checkpoint/1")

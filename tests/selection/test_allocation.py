@@ -174,7 +174,7 @@ def test_what_cannot_be_is_refused() -> None:
         Profile({"layers.0": -1.0})
     with pytest.raises(ValueError, match="similarity of the blocks"):
         BlockProfile().select(make_task())
-    with pytest.raises(ValueError, match="is in none of the blocks"):
+    with pytest.raises(ValueError, match="is in none of the residual blocks that the allocation BlockProfile follows"):
         BlockProfile().select(make_task(importance={"layers.0": 1.0}))
     with pytest.raises(ValueError, match="measures the model"):
         Search().select(make_task())

@@ -40,8 +40,6 @@ class FLAP(Criterion):
         self.standardise, self.code = standardise, code
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        """(units,) the mean over a unit's channels of Var(x_j) |W_:,j|_2^2, summed over consumers."""
-
         def value(consumer: Consumer) -> Tensor:
             fluctuation = statistics.moments[consumer.name].variance.cpu() * consumer.square
             if self.code and group.kind in ("heads", "query_heads"):
@@ -74,8 +72,6 @@ class WandaSP(Criterion):
     allocation = "uniform"
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        """(units,) the class's sum over a unit's channels, added over consumers."""
-
         def value(consumer: Consumer) -> Tensor:
             """(units,) the sum over the channels of sqrt(E x_j^2) sum_i |W_ij|."""
             moments = statistics.moments[consumer.name]
@@ -107,8 +103,6 @@ class Minitron(Criterion):
     allocation = "equal"
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        """(units,) the norm over a unit's channels, added over consumers."""
-
         def value(consumer: Consumer) -> Tensor:
             squares = statistics.moments[consumer.name].mean_absolute_square.cpu()
             return squares[consumer.channels].sum(1).sqrt()
@@ -144,8 +138,6 @@ class CFSP(Criterion):
         self.allocation = BlockProfile("angle", "sigmoid")
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        """(units,) the sum over a unit's channels of |x_j|_2^power, added over consumers."""
-
         def value(consumer: Consumer) -> Tensor:
             """(units,) the sum over the channels of |x_j|_2^power, weighted if requested."""
             norms = statistics.moments[consumer.name].square.cpu().sqrt().pow(self.power)

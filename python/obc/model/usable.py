@@ -22,6 +22,12 @@ def refuse_unusable(model: Any, role: str = "the model") -> None:
         ValueError: the call is inside ``torch.inference_mode()``, or a weight was made there or is on the meta device.
     """
     refuse_without_values(model, role)
+    refuse_inference(model, role)
+
+
+def refuse_inference(model: Any, role: str = "the model") -> None:
+    """Raise if ``model`` is no module, or a ValueError if a weight or the call is inside inference mode."""
+    refuse_non_modules(model, role)
     if torch.is_inference_mode_enabled():
         raise ValueError(
             "this is inside torch.inference_mode(), where no gradient can be taken and no weight that can be trained "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from obc.model.batches import RowKind
 from obc.model.sharding import is_sharded
-from obc.model.usable import refuse_unusable
+from obc.model.usable import refuse_inference, refuse_without_values
 from obc.scoring.errors import RowError, ScoringError
 from obc.scoring.parts import Parts
 from obc.scoring.reading import refusals
@@ -97,7 +97,9 @@ class JacobianScorer:
         chains: bool = True,
     ) -> None:
         _check_arguments(rows, fallback, combine, process_group)
-        refuse_unusable(model)
+        refuse_inference(model)
+        if check:
+            refuse_without_values(model)
         refusals.refuse_unreadable(model)
         self.model, self.rows, self.strict = model, rows, strict
         self.process_group, self.combine = process_group, combine

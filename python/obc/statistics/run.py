@@ -129,8 +129,6 @@ def collect(
         chosen, blockwise = chosen_statistics(statistics), options_of(by_block)
         if {"rows", "weight_gradients"} <= {one.name for one in chosen}:
             raise StatisticsError("rows freeze the weights: collect 'weight_gradients' in a run of its own")
-        if any(one.backward for one in chosen):
-            refuse_unusable(model)
         if loss_fn is None and (needy := [one.name for one in chosen if one.backward]):
             raise StatisticsError(f"{needy[0]!r} needs gradients: pass loss_fn, or obc.scoring.label_free_loss()")
         if blockwise is not None and (needy := [one.name for one in chosen if one.backward]):
@@ -138,6 +136,8 @@ def collect(
                 f"{needy[0]!r} needs gradients, by_block runs forward only: collect it without by_block"
             )
         run = _Run(model, chosen, groups, rows, micro_batch, process_group, blockwise)
+        if any(one.backward for one in chosen):
+            refuse_unusable(model)
         total = len(batches) if isinstance(batches, Sized) else None
         if checkpoint is not None:
             options: dict[str, Any] = {"batches": total, "rows": rows, "micro_batch": micro_batch}
