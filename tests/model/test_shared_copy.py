@@ -64,7 +64,37 @@ def method(model: Any) -> None:
     model.forward = types.MethodType(Net.forward, model)
 
 
-KINDS = [closure, closure_over_layer, closure_of_closure, default_argument, keyword_default, partial, method]
+def closure_over_lists(model: Any) -> None:
+    layers, last = [model.a, model.b], {"head": (model.head,)}
+
+    def forward(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = layer(x).relu()
+        return last["head"][0](x)
+
+    model.forward = forward
+
+
+def recursive(model: Any) -> None:
+    layers = (model.a, model.b)
+
+    def forward(x: Tensor, depth: int = 0) -> Tensor:
+        return model.head(x) if depth == len(layers) else forward(layers[depth](x).relu(), depth + 1)
+
+    model.forward = forward
+
+
+KINDS = [
+    closure,
+    closure_over_lists,
+    recursive,
+    closure_over_layer,
+    closure_of_closure,
+    default_argument,
+    keyword_default,
+    partial,
+    method,
+]
 
 
 @pytest.mark.parametrize("replace", KINDS)

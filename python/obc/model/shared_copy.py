@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,10 +34,14 @@ def shared_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _rebound(value: Any, memo: Mapping[int, Any]) -> Any:
-    """A function or method with the copies of the modules that it holds, which ``deepcopy`` leaves in functions."""
-    if isinstance(value, nn.Module):
-        return memo.get(id(value), value)
+def _rebound(value: Any, memo: dict[int, Any]) -> Any:
+    """A function or method with the copies of the modules that it holds, which ``deepcopy`` leaves in functions.
+
+    It may also hold them in lists, tuples and dicts. Its copy goes into ``memo`` before what it holds is copied: a
+    function may hold itself.
+    """
+    if isinstance(value, (nn.Module, types.FunctionType)) and id(value) in memo:
+        return memo[id(value)]
     if isinstance(value, types.MethodType):
         owner = _rebound(value.__self__, memo)
         return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
@@ -46,24 +49,32 @@ def _rebound(value: Any, memo: Mapping[int, Any]) -> Any:
         inner = _rebound(value.func, memo)
         args = [_rebound(arg, memo) for arg in value.args]
         return functools.partial(inner, *args, **{key: _rebound(arg, memo) for key, arg in value.keywords.items()})
+    if _holds(value) and type(value) in (list, tuple):
+        return type(value)(_rebound(one, memo) for one in value)
+    if _holds(value) and type(value) is dict:
+        return {key: _rebound(one, memo) for key, one in value.items()}
     if not isinstance(value, types.FunctionType):
         return value
     held = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
     given = [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()]
     if not any(_holds(one) for one in (*held, *given)):
         return value
-    cells = (
-        types.CellType(_rebound(cell.cell_contents, memo)) if _is_filled(cell) else cell
-        for cell in value.__closure__ or ()
-    )
-    defaults = None if value.__defaults__ is None else tuple(_rebound(one, memo) for one in value.__defaults__)
-    new = types.FunctionType(value.__code__, value.__globals__, value.__name__, defaults, tuple(cells) or None)
+    cells = tuple(types.CellType() if _is_filled(cell) else cell for cell in value.__closure__ or ())
+    new = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, cells or None)
+    memo[id(value)] = new
+    for cell, old in zip(cells, value.__closure__ or (), strict=True):
+        if cell is not old:
+            cell.cell_contents = _rebound(old.cell_contents, memo)
+    if value.__defaults__ is not None:
+        new.__defaults__ = tuple(_rebound(one, memo) for one in value.__defaults__)
     if value.__kwdefaults__ is not None:
         new.__kwdefaults__ = {key: _rebound(one, memo) for key, one in value.__kwdefaults__.items()}
     return functools.update_wrapper(new, value)
 
 
 def _holds(value: Any) -> bool:
+    if type(value) in (list, tuple, dict):
+        return any(_holds(one) for one in (value.values() if type(value) is dict else value))
     return isinstance(value, (nn.Module, types.MethodType, types.FunctionType, functools.partial))
 
 
