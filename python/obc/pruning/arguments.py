@@ -146,7 +146,9 @@ def chosen_compensation(
         raise ValueError(
             f"compensate_every_step=True is for compensate='correct', 'ls' and 'seq', got compensate={compensate!r}"
         )
-    return compensate, compensate == "correct" if every_step is None else every_step
+    if every_step is None:
+        every_step = compensate == "correct"
+    return compensate, every_step
 
 
 def repeatable(batches: Iterable[Any] | None) -> Sequence[Any]:

@@ -70,7 +70,6 @@ class Functions:
         The loss itself is compared only if ``loss_fn`` calls parts of the model alone. It may also read weights (a
         penalty on their norm), and these differ legitimately, because they still contain masked units.
         """
-
         forward_fn, loss_fn = self.forward_fn, self.loss_fn
 
         def run(model: nn.Module) -> Any:

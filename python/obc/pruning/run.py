@@ -150,7 +150,7 @@ def prune(
             Needs a copy of the unpruned model meanwhile.
         compensate_every_step: with "correct", "ls" or "seq", compensate after every step: the next step scores the
             compensated model, ``on_step`` gets it, and each compensation restarts from the unpruned model's weights.
-            Chooses better units, and takes ``steps`` times as long. False: once at the end. None: yes for "correct".
+            This costs a compensation per step. False: one, after the last step. None: every step for "correct".
         rows: "batch" or "sample": what one row is.
         micro_batch: the Jacobian Criterion runs batches in parts of at most this many samples (:func:`obc.score`).
         ignored_layers: layers, or names of layers, whose outputs keep their widths.

@@ -369,8 +369,10 @@ class Field:
         return int(reached[0]) if len(reached) else len(removed)
 
     def _compare(self, front: Tensor, removed: Tensor, reach: Sequence[NDArray[np.float64]]) -> Comparison:
-        """
+        """Compare all units in low precision with what was within reach at each step.
+
         Args:
+            front: the round's units, which are no rivals.
             removed: (steps + 1, N) sums of the rows removed before each step, and after the last.
             reach: by step, (G,).
         """

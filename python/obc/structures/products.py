@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from obc.model.groups import ChannelGroup
+from obc.model.hooks import hooked
 from obc.model.names import named_modules
 from obc.model.shared_copy import shared_copy
 from obc.structures.comparison import run_alike
@@ -150,10 +151,6 @@ def products_in(model: nn.Module, run: Run, layers: Collection[str]) -> list[Siz
     for name, module in named_modules(model):
         if name in layers:
             handles += [module.register_forward_pre_hook(begin, prepend=True), module.register_forward_hook(end)]
-    try:
-        with counting_products(model, note):
-            run_alike(model, run)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), counting_products(model, note):
+        run_alike(model, run)
     return found
