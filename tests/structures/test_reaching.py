@@ -369,7 +369,7 @@ class Repeated(Trunk):
 
 def saved(structure: TorchPruningStructure) -> list[Tensor]:
     """The tensors that the graph's nodes keep for a backward pass."""
-    functions = [node.grad_fn for node in structure._finder._graph.module2node.values()]
+    functions = [node.grad_fn for node in structure._graph._graph.module2node.values()]
     keys = [(function, key) for function in functions for key in dir(function) if key.startswith("_saved_")]
     return [value for function, key in keys if isinstance(value := getattr(function, key), Tensor)]
 

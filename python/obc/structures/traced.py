@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from obc.model.costs import Costs
 from obc.model.cutting import cut
 from obc.model.errors import explained
-from obc.model.evaluation import ForwardFn, call, differentiable, evaluating
+from obc.model.evaluation import ForwardFn, call
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept
 from obc.model.layouts import layout_of, split_by_group
@@ -32,22 +30,13 @@ from obc.structures.proof import Proof, Run, prove
 from obc.structures.protocol import Limits, Unit
 from obc.structures.reaching import runs_reaching, unchanged_buffers
 from obc.structures.removal import followed, refuse_untied, size_of, step_of
-from obc.structures.traced_bounds import bound_searches
+from obc.structures.traced_graph import TracedGraph, trace
 from obc.structures.traced_groups import GroupFinder, Settings
 from obc.structures.units import checked_units, layer_name, renumbered_group, without_units
 from obc.structures.varied import varied_inputs
 
-try:
-    import torch_pruning as tp
-except ImportError as error:
-    raise ImportError("obc.prune finds groups by Torch-Pruning: pip install torch-pruning") from error
-
 Layers = Sequence[nn.Module | str]
 _INPUTS = "pass what its forward takes: a tensor, a tuple of arguments, or a dict of keywords"
-_UNTRACEABLE = (
-    "write this operation another way, or pass structure=: one of your own, or for models that are built like those of "
-    "the transformers library obc.structures.transformers.TransformersStructure(model)"
-)
 
 
 class TorchPruningStructure:
@@ -128,7 +117,8 @@ class TorchPruningStructure:
             self._usage.order, self._usage.returned = whole.order, whole.returned
         self._sizes = {name: size_of(module, "out") for name, module in self._modules.items() if layout_of(module)}
         self._shared = shared_parameters(model)
-        self._finder = GroupFinder(model, self._trace(unwrapped_parameters or {}), self._usage, settings)
+        self._graph = TracedGraph(model, trace(model, self._run, example_inputs, unwrapped_parameters or {}))
+        self._finder = GroupFinder(self._graph, self._usage, settings)
         self._kept: dict[str, Kept] = {}
         self.left_out: dict[str, str] = {}
         self._groups: dict[str, ChannelGroup] = {}
@@ -196,11 +186,11 @@ class TorchPruningStructure:
         """
         if unit == "active_parameters":
             raise ValueError("active_params counts the experts of transformers models; pass params, or macs")
-        return costs_of(self.model, self.groups, self._usage, unit, self._finder.dims, self._products)
+        return costs_of(self.model, self.groups, self._usage, unit, self._graph.dims, self._products)
 
     def memory(self, use: MemoryUse) -> Costs:
         """Bytes of weights and buffers: see :func:`obc.structures.measure.memory_of`."""
-        return memory_of(self.model, self.groups, self._usage, use, self._finder.dims)
+        return memory_of(self.model, self.groups, self._usage, use, self._graph.dims)
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
         """Remove these units of each named group and record it in the plan; if this raises, nothing is removed.
@@ -219,7 +209,7 @@ class TorchPruningStructure:
         if not chosen:
             return
         lost = lost_channels(self.groups, chosen)
-        step = step_of(self._modules, lost, self._finder.dims)
+        step = step_of(self._modules, lost, self._graph.dims)
         refuse_untied(self.model, self._shared, step)
         cut(self.model, step)
         for name, kept in step.items():
@@ -246,44 +236,8 @@ class TorchPruningStructure:
         outputs = self._forward_fn(model, inputs)
         return [outputs, *(run(model) for run in self.more_runs)] if self.more_runs else outputs
 
-    # --- finding groups ---------------------------------------------------------------------------------------
-
     def _layer(self, layer: nn.Module | str, argument: str) -> nn.Module:
         return self._modules[layer_name(self._modules, layer, argument)]
-
-    def _trace(self, unwrapped: Mapping[str, int]) -> Any:
-        """Torch-Pruning's graph. It follows gradients, so parameters are unfrozen meanwhile."""
-        named = dict(self.model.named_parameters())
-        for name in unwrapped:
-            if name not in named:
-                raise ValueError(f"unwrapped_parameters: the model has no parameter {name!r}")
-        frozen = [parameter for parameter in named.values() if not parameter.requires_grad]
-        floating = [parameter for parameter in frozen if parameter.is_floating_point()]
-        try:
-            for parameter in floating:
-                parameter.requires_grad_(True)
-            with explained(self.model, "tracing it with Torch-Pruning", _UNTRACEABLE):
-                try:
-                    with _without_saved_tensors():
-                        graph = self._graph([(named[name], dim) for name, dim in unwrapped.items()])
-                except Exception:  # the model itself may differentiate something in its forward
-                    graph = self._graph([(named[name], dim) for name, dim in unwrapped.items()])
-        finally:
-            for parameter in floating:
-                parameter.requires_grad_(False)
-        bound_searches(graph, self.model)
-        return graph
-
-    def _graph(self, unwrapped: Sequence[tuple[nn.Parameter, int]]) -> Any:
-        buffers = unchanged_buffers(self.model) if self.more_runs else contextlib.nullcontext()
-        with evaluating(self.model), torch.enable_grad(), buffers:
-            return tp.DependencyGraph().build_dependency(
-                self.model,
-                self._example_inputs,
-                forward_fn=lambda model, inputs: differentiable(self._run(model, inputs)),
-                unwrapped_parameters=list(unwrapped),
-                verbose=False,
-            )
 
     # --- on a copy --------------------------------------------------------------------------------------------
 
@@ -325,13 +279,6 @@ def _unreached_layers(names: Sequence[str]) -> list[str]:
         f"{', '.join(names)}; if one of them reads a pruned layer, it no longer fits: name that pruned layer in "
         "ignored_layers"
     ]
-
-
-def _without_saved_tensors() -> contextlib.AbstractContextManager[None]:
-    """Autograd's graph without activations: it is followed, never run backward, and lives as long as the structure."""
-    return torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: torch.empty_like(tensor, device="meta"), lambda placeholder: placeholder
-    )
 
 
 def _refuse_untraceable(model: nn.Module) -> None:

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import ChannelGroup, Side
-from obc.model.layouts import layout_of
-from obc.model.rules import Rule, rule_for
 from obc.structures.measure import Usage
 from obc.structures.removal import size_of
-from obc.structures.traced_plan import holds_channels, repeat_of
+from obc.structures.traced_graph import INSIDE_TORCH_PRUNING, TracedGraph, unfollowed
+from obc.structures.traced_plan import repeat_of
 from obc.structures.traced_units import InnerMatterError, Members, Units, divided, parts_of, slice_of
 from obc.structures.units import NotPrunableError
-
-try:
-    import torch_pruning as tp
-except ImportError as error:
-    raise ImportError("obc.prune finds groups by Torch-Pruning: pip install torch-pruning") from error
-
-_ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
-# What Torch-Pruning raises when its own arithmetic on channels fails.
-_INSIDE = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
-_UNFOLLOWED = "Torch-Pruning can't follow its channels"
 
 
 @dataclass(eq=False)
@@ -70,23 +58,19 @@ class GroupFinder:
     """Finds the groups of a model in Torch-Pruning's graph.
 
     Args:
-        model: the traced model.
-        graph: Torch-Pruning's graph.
+        graph: the graph of the traced model.
         usage: usage measured on the model.
         settings: the caller's settings.
 
     Attributes:
-        dims: parameter outside any layer -> the pruned dimension.
         repeats: (group, linear layer) -> number of consecutive columns per channel.
         blocks: projection -> (number of blocks that heads or their thirds form in its outputs, number of outputs).
     """
 
-    def __init__(self, model: nn.Module, graph: Any, usage: Usage, settings: Settings) -> None:
-        self._model, self._graph, self._usage, self._settings = model, graph, usage, settings
-        self._modules = dict(model.named_modules(remove_duplicate=True))
-        self._names = {module: name for name, module in self._modules.items()}
+    def __init__(self, graph: TracedGraph, usage: Usage, settings: Settings) -> None:
+        self._graph, self._usage, self._settings = graph, usage, settings
+        self._modules, self._names = graph.modules, graph.names
         self._order = {name: place for place, name in enumerate(usage.order)}
-        self.dims: dict[str, int] = {}
         self.repeats: dict[tuple[str, str], int] = {}
         self.blocks: dict[str, tuple[int, int]] = {}
 
@@ -97,65 +81,39 @@ class GroupFinder:
     def find(self) -> list[Found]:
         """All groups, in the order of the model's modules."""
         found = []
-        for raw in self._raw_groups():
-            found.append(raw if isinstance(raw, Found) else self._found(raw))
+        for module, width, raw in self._graph.raw_groups(self._settings.ignored):
+            if isinstance(raw, str):
+                name = self._names[module]
+                found.append(Found(name, {(name, "out"): _each(width)}, width, reason=raw))
+            else:
+                found.append(self._found(raw))
         return sorted(found, key=lambda one: self.place(one.name))
 
     def _found(self, raw: Any) -> Found:
-        name = min(self._producers(raw), key=self.place)
+        name = min(self._graph.producers(raw), key=self.place)
         found = Found(name, {}, len(raw[0][1]))
         try:
             self._fill(found, raw)
         except NotPrunableError as reason:
             found.reason, found.inner = str(reason), not isinstance(reason, InnerMatterError)
-        except _INSIDE as error:
-            found.reason = f"{_UNFOLLOWED}: {type(error).__name__}: {error}"
+        except INSIDE_TORCH_PRUNING as error:
+            found.reason = unfollowed(error)
         if not found.members:
             found.members = {(name, "out"): _each(size_of(self._modules[name], "out"))}
             found.size = len(found.members[name, "out"])
         return found
 
-    def _raw_groups(self) -> Iterator[Any]:
-        """Torch-Pruning's groups, each from its first layer; where it fails, the reason instead of a group."""
-        graph, ignored = self._graph, self._settings.ignored
-        seen = set(graph.IGNORED_LAYERS_IN_TRACING) | ignored
-        for module in list(graph.module2node):
-            if not isinstance(module, _ROOTS) or module in seen:
-                continue
-            pruner = graph.get_pruner_of_module(module)
-            if pruner is None or (width := pruner.get_out_channels(module)) is None:
-                continue
-            try:
-                raw = graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
-            except _INSIDE as error:
-                reason = f"{_UNFOLLOWED}: {type(error).__name__}: {error}"
-                name = self._names[module]
-                yield Found(name, {(name, "out"): _each(width)}, width, None, reason)
-                continue
-            pruned = {item[0].target.module for item in raw if graph.is_out_channel_pruning_fn(item[0].handler)}
-            seen |= pruned
-            if not pruned & ignored:
-                yield raw
-
-    def _producers(self, raw: Any) -> list[str]:
-        return [
-            self._names[item[0].target.module]
-            for item in raw
-            if self._graph.is_out_channel_pruning_fn(item[0].handler) and layout_of(item[0].target.module) is not None
-        ]
-
     def _fill(self, found: Found, raw: Any) -> None:
-        pruned_out = {item[0].target.module for item in raw if self._graph.is_out_channel_pruning_fn(item[0].handler)}
-        heads = pruned_out & set(self._settings.heads)
+        heads = set(self._graph.pruned_outputs(raw)) & set(self._settings.heads)
         if heads:
             found.inner = False  # queries and keys of one head meet in products
-            raw = self._rerooted(raw)
+            raw = self._graph.rerooted(raw)
         found.size = len(raw[0][1])
-        found.members = self._members(raw)
+        found.members = self._graph.members(raw)
         self._refuse_outer(found.members, raw)
         units = Units(found.size)
         self._join_heads(units, heads, found.size)
-        self._join_self_coupled(units, raw[0][0].target.module, raw[0][0].handler, found.size)
+        self._join_self_coupled(units, raw, found.size)
         kind = "heads" if heads else "channels"
         group = self.assemble(found.name, found.members, units.table(), found.size, kind=kind)
         width = size_of(self._modules[found.name], "out")
@@ -198,71 +156,9 @@ class GroupFinder:
                 self.repeats[name, module] = repeat
         return ChannelGroup(name, tuple(sorted(slices, key=lambda part: self.place(part.module))), kind)
 
-    def _rerooted(self, raw: Any) -> Any:
-        """The group of an attention from the inputs of its output projection, which are in the order of the heads."""
-        for item in raw:
-            dep = item[0]
-            layer = dep.target.module
-            if layout_of(layer) is not None and self._graph.is_in_channel_pruning_fn(dep.handler):
-                size = self._graph.get_in_channels(layer)
-                return self._graph.get_pruning_group(layer, dep.handler, list(range(size)))
-        raise InnerMatterError("no layer reads the attention's output")
-
-    def _members(self, raw: Any) -> Members:
-        """(module, side) -> channel -> root channel, for everything with parameters that the group prunes."""
-        members: Members = {}
-        for item in raw:
-            dep, channels, roots = item[0], list(item[1]), getattr(item, "root_idxs", None)
-            target = dep.target.module
-            parts = self._parts(target, dep)
-            if not parts or not channels:
-                continue
-            if roots is None or any(root is None for root in roots):
-                raise NotPrunableError("Torch-Pruning does not say which channels go together (grouped queries)")
-            for name, side, copies in parts:
-                members_of_part = members.setdefault((name, side), {})
-                for offset in copies:
-                    members_of_part.update({c + offset: r for c, r in zip(channels, roots, strict=True)})
-        return members
-
-    def _parts(self, target: Any, dep: Any) -> list[tuple[str, Side, list[int]]]:
-        """(name, side, offsets of the copies of its channels) for what one item of a group prunes."""
-        if isinstance(target, nn.Parameter):
-            return self._parts_of_parameter(target, dep.target.pruning_dim % target.dim())
-        if target not in self._names or not (holds_channels(target) or isinstance(target, _NormBase)):
-            return []  # an operation, an activation
-        name = self._names[target]
-        if isinstance(target, nn.RNNBase):
-            raise InnerMatterError(f"a plan can't describe a pruned {type(target).__name__} ({name!r})")
-        _refuse_scaled_rows(name, target)
-        if isinstance(target, nn.LayerNorm) and len(target.normalized_shape) > 1:
-            raise InnerMatterError(f"a plan can't describe {name!r}, a LayerNorm over several dimensions")
-        if isinstance(target, nn.MultiheadAttention):
-            thirds = [part * target.embed_dim for part in range(3)]
-            projection = f"{name}.out_proj" if name else "out_proj"
-            return [
-                (name, "out", thirds),
-                (name, "in", [0]),
-                (projection, "out", [0]),
-                (projection, "in", [0]),
-            ]
-        if layout_of(target) is None or self._graph.is_out_channel_pruning_fn(dep.handler):
-            return [(name, "out", [0])]
-        return [(name, "in", [0])]
-
-    def _parts_of_parameter(self, parameter: nn.Parameter, dim: int) -> list[tuple[str, Side, list[int]]]:
-        name = self._graph._param_to_name[parameter]
-        owner_name, _, attribute = name.rpartition(".")
-        _refuse_scaled_rows(owner_name, self._model.get_submodule(owner_name))
-        rule = rule_for(self._model.get_submodule(owner_name))
-        if isinstance(rule, Rule) and rule.elementwise and attribute in (rule.weight, rule.bias):
-            return [(owner_name, "out", [0])]  # a norm that Torch-Pruning does not know
-        self.dims[name] = dim
-        return [(name, "out", [0])]
-
     def _refuse_outer(self, members: Mapping[tuple[str, Side], Any], raw: Any) -> None:
         returned = [name for name, side in members if side == "out" and name in self._usage.returned]
-        if returned or any(type(item[0].target.module).__name__ == "_OutputOp" for item in raw):
+        if returned or self._graph.reaches_output(raw):
             raise InnerMatterError(self._why_returned(returned, members))
         if not any(side == "in" for _, side in members):
             raise InnerMatterError("no layer reads it")
@@ -318,30 +214,17 @@ class GroupFinder:
             own = module.num_heads * (3 if side == "out" else 1)
         return math.lcm(own, self._settings.divisions.get(side, {}).get(module, 1))
 
-    def _join_self_coupled(self, units: Units, root: nn.Module, handler: Any, size: int) -> None:
+    def _join_self_coupled(self, units: Units, raw: Any, size: int) -> None:
         """Join channels of the root that must go together, such as the two halves before a gated unit.
 
         A group of all channels does not show this, but a group of a single channel does; three are examined first.
         """
-
-        def coupled(channel: int) -> list[int]:
-            return list(self._graph.get_pruning_group(root, handler, [channel])[0][1])
-
-        if all(coupled(channel) == [channel] for channel in {0, size // 2, size - 1}):
+        if all(self._graph.coupled(raw, channel) == [channel] for channel in {0, size // 2, size - 1}):
             return
         for channel in range(size):
-            for other in coupled(channel):
+            for other in self._graph.coupled(raw, channel):
                 units.join(channel, other)
 
 
 def _each(size: int) -> dict[int, int]:
     return {channel: channel for channel in range(size)}
-
-
-def _refuse_scaled_rows(name: str, module: nn.Module) -> None:
-    """Refuse embeddings that scale each row, when it is read, by the norm of all its channels."""
-    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-        raise InnerMatterError(
-            f"{name!r} scales rows down to max_norm={module.max_norm} when it reads them, by the norm of all their "
-            "channels; scale them once (torch.renorm), then set max_norm to None"
-        )

@@ -1,0 +1,221 @@
+"""Torch-Pruning's dependency graph of a model, and what it says of coupled channels."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from obc.model.errors import explained
+from obc.model.evaluation import differentiable, evaluating
+from obc.model.groups import Side
+from obc.model.layouts import layout_of
+from obc.model.rules import Rule, rule_for
+from obc.structures.reaching import unchanged_buffers
+from obc.structures.traced_bounds import bound_searches
+from obc.structures.traced_plan import holds_channels
+from obc.structures.traced_units import InnerMatterError, Members
+from obc.structures.units import NotPrunableError
+
+try:
+    import torch_pruning as tp
+except ImportError as error:
+    raise ImportError("obc.prune finds groups by Torch-Pruning: pip install torch-pruning") from error
+
+_ROOTS = (tp.ops.TORCH_CONV, tp.ops.TORCH_LINEAR)
+# What Torch-Pruning raises when its own arithmetic on channels fails.
+INSIDE_TORCH_PRUNING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
+_UNTRACEABLE = (
+    "write this operation another way, or pass structure=: one of your own, or for models that are built like those of "
+    "the transformers library obc.structures.transformers.TransformersStructure(model)"
+)
+
+
+def unfollowed(error: Exception) -> str:
+    """The reason why a group in which Torch-Pruning failed can't be pruned."""
+    return f"Torch-Pruning can't follow its channels: {type(error).__name__}: {error}"
+
+
+def trace(
+    model: nn.Module, run: Callable[[nn.Module, Any], Any], example_inputs: Any, unwrapped: Mapping[str, int]
+) -> Any:
+    """Torch-Pruning's graph. It follows gradients, so parameters are unfrozen meanwhile.
+
+    Args:
+        model: the model; its buffers and training flags are kept.
+        run: ``run(model, example_inputs)`` returns outputs in any nesting.
+        example_inputs: the inputs.
+        unwrapped: parameter outside any layer -> its dimension to prune.
+
+    Raises:
+        PruningError: Torch-Pruning can't trace the model.
+        ValueError: no parameter has a given name.
+    """
+    named = dict(model.named_parameters())
+    for name in unwrapped:
+        if name not in named:
+            raise ValueError(f"unwrapped_parameters: the model has no parameter {name!r}")
+
+    def graph() -> Any:
+        with evaluating(model), torch.enable_grad(), unchanged_buffers(model):
+            return tp.DependencyGraph().build_dependency(
+                model,
+                example_inputs,
+                forward_fn=lambda model, inputs: differentiable(run(model, inputs)),
+                unwrapped_parameters=[(named[name], dim) for name, dim in unwrapped.items()],
+                verbose=False,
+            )
+
+    frozen = [one for one in named.values() if not one.requires_grad and one.is_floating_point()]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with explained(model, "tracing it with Torch-Pruning", _UNTRACEABLE):
+            try:
+                with _without_saved_tensors():
+                    found = graph()
+            except Exception:  # the model itself may differentiate something in its forward
+                found = graph()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+    bound_searches(found, model)
+    return found
+
+
+def _without_saved_tensors() -> contextlib.AbstractContextManager[None]:
+    """Autograd's graph without activations: it is followed, never run backward, and lives as long as the structure."""
+    return torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: torch.empty_like(tensor, device="meta"), lambda placeholder: placeholder
+    )
+
+
+class TracedGraph:
+    """The groups of Torch-Pruning's graph, in terms of module names, sides and channels.
+
+    A raw group is Torch-Pruning's own: items of a dependency and the channels that it prunes.
+
+    Args:
+        model: the traced model.
+        graph: from :func:`trace`.
+
+    Attributes:
+        modules: the model's modules by name.
+        names: module -> name.
+        dims: parameter outside any layer -> the pruned dimension; filled by :meth:`members`.
+    """
+
+    def __init__(self, model: nn.Module, graph: Any) -> None:
+        self._model, self._graph = model, graph
+        self.modules = dict(model.named_modules(remove_duplicate=True))
+        self.names = {module: name for name, module in self.modules.items()}
+        self.dims: dict[str, int] = {}
+
+    def raw_groups(self, ignored: Collection[nn.Module]) -> Iterator[tuple[nn.Module, int, Any]]:
+        """(first layer, its out channels, raw group), or the reason in place of a group in which Torch-Pruning fails.
+
+        Groups that contain outputs of ``ignored`` layers are left out.
+        """
+        seen = {*self._graph.IGNORED_LAYERS_IN_TRACING, *ignored}
+        for module in list(self._graph.module2node):
+            if not isinstance(module, _ROOTS) or module in seen:
+                continue
+            pruner = self._graph.get_pruner_of_module(module)
+            if pruner is None or (width := pruner.get_out_channels(module)) is None:
+                continue
+            try:
+                raw = self._graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
+            except INSIDE_TORCH_PRUNING as error:
+                yield module, width, unfollowed(error)
+                continue
+            pruned = self.pruned_outputs(raw)
+            seen.update(pruned)
+            if not any(one in ignored for one in pruned):
+                yield module, width, raw
+
+    def pruned_outputs(self, raw: Any) -> list[Any]:
+        """The modules and parameters that lose out channels with a raw group, in its order."""
+        return [item[0].target.module for item in raw if self._graph.is_out_channel_pruning_fn(item[0].handler)]
+
+    def producers(self, raw: Any) -> list[str]:
+        """The layers that lose out channels with a raw group."""
+        return [self.names[module] for module in self.pruned_outputs(raw) if layout_of(module) is not None]
+
+    def rerooted(self, raw: Any) -> Any:
+        """The group of an attention from the inputs of its output projection, which are in the order of the heads."""
+        for item in raw:
+            dep = item[0]
+            layer = dep.target.module
+            if layout_of(layer) is not None and self._graph.is_in_channel_pruning_fn(dep.handler):
+                size = self._graph.get_in_channels(layer)
+                return self._graph.get_pruning_group(layer, dep.handler, list(range(size)))
+        raise InnerMatterError("no layer reads the attention's output")
+
+    def coupled(self, raw: Any, channel: int) -> list[int]:
+        """The channels of a raw group's root that must go with one of them."""
+        root = raw[0][0]
+        return list(self._graph.get_pruning_group(root.target.module, root.handler, [channel])[0][1])
+
+    def reaches_output(self, raw: Any) -> bool:
+        """Whether Torch-Pruning follows a raw group's channels to the model's output."""
+        return any(type(item[0].target.module).__name__ == "_OutputOp" for item in raw)
+
+    def members(self, raw: Any) -> Members:
+        """(module, side) -> channel -> root channel, for everything with parameters that the group prunes."""
+        members: Members = {}
+        for item in raw:
+            dep, channels, roots = item[0], list(item[1]), getattr(item, "root_idxs", None)
+            parts = self._parts(dep.target.module, dep)
+            if not parts or not channels:
+                continue
+            if roots is None or any(root is None for root in roots):
+                raise NotPrunableError("Torch-Pruning does not say which channels go together (grouped queries)")
+            for name, side, copies in parts:
+                members_of_part = members.setdefault((name, side), {})
+                for offset in copies:
+                    members_of_part.update({c + offset: r for c, r in zip(channels, roots, strict=True)})
+        return members
+
+    def _parts(self, target: Any, dep: Any) -> list[tuple[str, Side, list[int]]]:
+        """(name, side, offsets of the copies of its channels) for what one item of a group prunes."""
+        if isinstance(target, nn.Parameter):
+            return self._parts_of_parameter(target, dep.target.pruning_dim % target.dim())
+        if target not in self.names or not (holds_channels(target) or isinstance(target, _NormBase)):
+            return []  # an operation, an activation
+        name = self.names[target]
+        if isinstance(target, nn.RNNBase):
+            raise InnerMatterError(f"a plan can't describe a pruned {type(target).__name__} ({name!r})")
+        _refuse_scaled_rows(name, target)
+        if isinstance(target, nn.LayerNorm) and len(target.normalized_shape) > 1:
+            raise InnerMatterError(f"a plan can't describe {name!r}, a LayerNorm over several dimensions")
+        if isinstance(target, nn.MultiheadAttention):
+            thirds = [part * target.embed_dim for part in range(3)]
+            projection = f"{name}.out_proj" if name else "out_proj"
+            return [(name, "out", thirds), (name, "in", [0]), (projection, "out", [0]), (projection, "in", [0])]
+        if layout_of(target) is None or self._graph.is_out_channel_pruning_fn(dep.handler):
+            return [(name, "out", [0])]
+        return [(name, "in", [0])]
+
+    def _parts_of_parameter(self, parameter: nn.Parameter, dim: int) -> list[tuple[str, Side, list[int]]]:
+        name = self._graph._param_to_name[parameter]
+        owner_name, _, attribute = name.rpartition(".")
+        owner = self._model.get_submodule(owner_name)
+        _refuse_scaled_rows(owner_name, owner)
+        rule = rule_for(owner)
+        if isinstance(rule, Rule) and rule.elementwise and attribute in (rule.weight, rule.bias):
+            return [(owner_name, "out", [0])]  # a norm that Torch-Pruning does not know
+        self.dims[name] = dim
+        return [(name, "out", [0])]
+
+
+def _refuse_scaled_rows(name: str, module: nn.Module) -> None:
+    """Refuse embeddings that scale each row, when it is read, by the norm of all its channels."""
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        raise InnerMatterError(
+            f"{name!r} scales rows down to max_norm={module.max_norm} when it reads them, by the norm of all their "
+            "channels; scale them once (torch.renorm), then set max_norm to None"
+        )
