@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from obc.commands.report import load as load_scores
 from obc.commands.run_log import say
 from obc.criteria import get, scores_from
 from obc.criteria.refusals import scores_nothing
+from obc.model.evaluation import Run
 from obc.model.plan import PruningPlan
 from obc.pruning.arguments import chosen_allocation
 from obc.pruning.budgets import Budget
@@ -135,7 +136,7 @@ def _report(parsed: argparse.Namespace, structure: Any, budget: Budget) -> Pruni
     return report
 
 
-def _on_first_batch(parsed: argparse.Namespace, model: nn.Module, source: Path) -> Callable[[nn.Module], Any]:
+def _on_first_batch(parsed: argparse.Namespace, model: nn.Module, source: Path) -> Run:
     """A function that runs a model on the first batch of ``--data``, for measuring latency and speed."""
     measured = parsed.latency is not None and parsed.latency_table is None
     if (measured or parsed.measure) and parsed.data is None:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.model.depth import first_floating
+from obc.model.evaluation import LossFn, first_floating
 from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
 from obc.scoring.results.kept_rows import ChannelRows
+from obc.statistics.taps import tapped
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 # (row, first sample): identifies one forward and backward pass.
 _Part = tuple[int, int]
 
@@ -39,7 +39,6 @@ class DepthRows:
         self._model, self._groups, self._loss_fn, self._per_sample = model, list(groups), loss_fn, per_sample
         self._parts: dict[_Part, dict[str, Tensor]] = {}
         self._part: _Part = (0, 0)
-        self._leaf = torch.zeros((), requires_grad=True)
         if hasattr(loss_fn, "identity"):
             self.identity = loss_fn.identity
 
@@ -76,7 +75,11 @@ class DepthRows:
                 raise ValueError(f"{group.name!r} is not a residual block: it changes the shape of its input")
             with torch.no_grad():
                 added = y.detach() if x is None else y.detach() - x
-            gated = _Tap.apply(y, self._leaf, added, lambda dot: self._add(group.name, dot, part), self._per_sample)
+
+            def read(added: Tensor, grad: Tensor) -> None:
+                self._add(group.name, _dot(added, grad, self._per_sample), part)
+
+            gated = tapped(y, read, copy=False, saved=[added])
             return (gated, *output[1:]) if isinstance(output, (tuple, list)) else gated
 
         return hook
@@ -109,28 +112,15 @@ class DepthRows:
 
 def _keeps_input(inputs: dict[str, Tensor], name: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        x = first_floating((*args, *kwargs.values()))
+        x = first_floating(args, kwargs)
         if x is not None:
             inputs[name] = x.detach().clone()  # the residual may be added in place
 
     return hook
 
 
-class _Tap(torch.autograd.Function):
-    """Identity whose backward passes ``added . gradient`` to ``take``. A leaf lets backward pass frozen weights."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, leaf: Tensor, added: Tensor, take: Callable[[Tensor], None], per_sample: bool
-    ) -> Tensor:
-        ctx.save_for_backward(added)
-        ctx.take, ctx.per_sample = take, per_sample
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (added,), (grad,) = ctx.saved_tensors, grads
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        products = (added.to(dtype) * grad.to(dtype)).flatten(1)
-        ctx.take(products.sum(1) if ctx.per_sample else products.sum().reshape(1))
-        return grad, None, None, None, None
+def _dot(added: Tensor, grad: Tensor, per_sample: bool) -> Tensor:
+    """added . gradient of every sample, or (1,) of all."""
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    products = (added.to(dtype) * grad.to(dtype)).flatten(1)
+    return products.sum(1) if per_sample else products.sum().reshape(1)

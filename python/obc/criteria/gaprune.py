@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from obc.criteria.protocol import About, CriterionError, GroupScores, LossFn, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, CriterionError, GroupScores, MeasuredCriterion, Subject
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected
 from obc.criteria.slices import slice_weights
 from obc.criteria.units import TINY, standardised
+from obc.model.evaluation import LossFn
 from obc.model.groups import ChannelGroup, Sided
 from obc.model.usable_batches import UsableBatches
 from obc.statistics.weight_gradients import WeightGradients, WeightGradientSums

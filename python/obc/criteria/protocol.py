@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.batches import RowKind
-from obc.model.evaluation import ForwardFn
+from obc.model.evaluation import ForwardFn, LossFn
 from obc.model.groups import ChannelGroup, Side, Slices
 from obc.model.usable_batches import UsableBatches
 from obc.statistics.names import Chosen
 from obc.statistics.results import Statistics
 
-LossFn = Callable[[nn.Module, Any], Tensor]
 GroupScores = dict[str, Tensor]
 Needs = tuple["str | Chosen", ...]
 ScoreFunction = Callable[[ChannelGroup, Statistics, nn.Module], "Tensor | None"]

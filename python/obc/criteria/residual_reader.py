@@ -2,34 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from obc.criteria.joined_rows import refuse_unlike, row_of_parts, samples_of
 from obc.criteria.residuals import Cut, Residuals
+from obc.model.evaluation import first_floating
 from obc.statistics.part import Part
-from obc.statistics.reader import first_tensor
 from obc.statistics.routed import RoutedCalls
 from obc.statistics.taps import tapped
-
-
-class _Tap(torch.autograd.Function):
-    """Identity whose backward reads the residuals' row. A leaf lets backward reach it despite frozen weights."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, leaf: Tensor, read: Callable[[Tensor, Tensor], None]) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.read = read
-        return x.clone()  # later code may change it in place
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        with torch.no_grad():
-            ctx.read(ctx.saved_tensors[0], grads[0])
-        return grads[0], None, None
 
 
 class ResidualReader:
@@ -41,7 +23,7 @@ class ResidualReader:
 
     def __init__(self, taps: list[Residuals], cut: Cut) -> None:
         self.part = Part()
-        self._cut, self._calls, self._leaf = cut, RoutedCalls(), torch.zeros((), requires_grad=True)
+        self._cut, self._calls = cut, RoutedCalls()
         self._read: dict[Residuals, list[Tensor]] = {}
         self._taps: dict[nn.Module, list[Residuals]] = {}
         for tap in taps:
@@ -86,7 +68,7 @@ class ResidualReader:
         return tapped(output, read, copy=True)
 
     def _at_layer(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = first_tensor(args, kwargs)
+        x = first_floating(args, kwargs)
         assert x is not None
         # Blocks with experts flatten samples and tokens, also for the layers that every token passes.
         flattened = self._cut.several and self.part.reading and x.dim() == 2
@@ -96,6 +78,6 @@ class ResidualReader:
             for tap in self._taps[module]:
                 self._read.setdefault(tap, []).append(tap.read(activation, grad, self._cut, samples))
 
-        output = _Tap.apply(x, self._leaf, read)
+        output = tapped(x, read, copy=True, saved=[x])
         swapped = {key: output if value is x else value for key, value in kwargs.items()}
         return tuple(output if value is x else value for value in args), swapped

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obc.criteria.protocol import CriterionError, GroupScores, LossFn, Subject, name_of
+from obc.criteria.protocol import CriterionError, GroupScores, Subject, name_of
 from obc.criteria.refusals import said_of
 from obc.criteria.registry import get
-from obc.model.evaluation import ForwardFn
+from obc.model.evaluation import ForwardFn, LossFn
 from obc.statistics.names import Chosen, chosen_statistics
 from obc.statistics.results import Statistics
 from obc.statistics.run import collect

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import obc
 from obc.demo import pretrained
+from obc.model.evaluation import LossFn
 
 # Chosen so that two CPU cores need about two minutes. More calibration data would compensate better.
 _CALIBRATION, _TEST, _LENGTH = 8, 6, 128  # for the language model: sequences, and tokens per sequence
@@ -52,7 +53,7 @@ class Subject:
     title: str
     model: nn.Module
     calibration: Sequence[Any]
-    loss: Callable[[nn.Module, Any], Tensor]
+    loss: LossFn
     forward: Callable[[nn.Module, Any], Any]
     measure: Callable[[nn.Module], float]
     what: str

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import is_depthwise, layout_of
-from obc.model.names import joined, named_modules
+from obc.model.names import joined, named_modules, saved_buffers
 from obc.model.slicing import sliced
 
 
@@ -27,11 +27,7 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     for module_name, module in named_modules(model):
         if is_depthwise(module):
             depthwise.add(module)
-        persistent = [name for name in module._buffers if name not in module._non_persistent_buffers_set]
-        for name in (*module._parameters, *persistent):
-            tensor = module._parameters.get(name, module._buffers.get(name))
-            if tensor is None:
-                continue
+        for name, tensor in (*module.named_parameters(recurse=False), *saved_buffers(module)):
             key = joined(module_name, name)
             if id(tensor) not in made:
                 made[id(tensor)] = _cut_tensor(module, name, tensor, kept_of(plan, module_name, key), key)

@@ -17,6 +17,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from obc.model.errors import PruningError
+from obc.model.evaluation import first_floating
+from obc.model.names import is_within, joined
 
 # Attributes in which modules keep their position among the blocks.
 PLACE_ATTRIBUTES = ("layer_idx", "layer_index", "layer_id", "layer_number", "block_idx")
@@ -58,7 +60,7 @@ class Skipped(nn.Module):
         Raises:
             PruningError: there is no floating tensor among the arguments.
         """
-        x = first_floating((*args, *kwargs.values()))
+        x = first_floating(args, kwargs)
         if x is None:
             raise PruningError("a removed module was called without a floating tensor: what it returned is not known")
         if self.stand_in.counts_positions:
@@ -87,11 +89,6 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
         for key, value in vars(module).items()
         if type(value) in _PLAIN and key != "training" and not key.startswith("_")
     }
-
-
-def first_floating(values: Iterable[Any]) -> Tensor | None:
-    """The first floating tensor; None without one."""
-    return next((value for value in values if isinstance(value, Tensor) and value.is_floating_point()), None)
 
 
 @dataclass(frozen=True)
@@ -141,7 +138,7 @@ class Depth:
 
     def without(self, name: str) -> bool:
         """Whether the module with this name in the unpruned model was removed, alone or with what contains it."""
-        return any(name == gone or name.startswith(f"{gone}.") for gone in self.removed)
+        return any(is_within(name, gone) for gone in self.removed)
 
     def plain(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -365,4 +362,4 @@ def config_parts(config: Any, path: str = "") -> Iterable[tuple[str, Any]]:
     yield path, config
     for key, value in vars(config).items():
         if hasattr(value, "to_dict"):
-            yield from config_parts(value, f"{path}.{key}" if path else key)
+            yield from config_parts(value, joined(path, key))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from obc.model.errors import explained
 
 ForwardFn = Callable[[nn.Module, Any], Any]
+LossFn = Callable[[nn.Module, Any], Tensor]
+# Runs a model on inputs that are always the same.
+Run = Callable[[nn.Module], Any]
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:
@@ -120,6 +123,14 @@ def tensors_in(value: Any) -> list[Tensor]:
     else:
         return []
     return [tensor for item in inner for tensor in tensors_in(item)]
+
+
+def first_floating(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first floating tensor among a call's arguments; None without one."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            return value
+    return None
 
 
 def differentiable(output: Any) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.kept import Kept, PlanError, with_columns
 from obc.model.layouts import expand, is_depthwise, layout_of
-from obc.model.names import joined, named_modules
+from obc.model.names import joined, named_modules, saved_buffers
 from obc.model.slicing import original_tensor
 
 # Rows whose subsequences are intersected before the columns count as found; one row is ambiguous if values repeat.
@@ -31,8 +31,7 @@ def match(original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) ->
                 original_tensor(original_state_dict, joined(name, tensor_name)),
                 tensor.detach(),
             )
-            for tensor_name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-            if tensor_name not in module._non_persistent_buffers_set
+            for tensor_name, tensor in (*module.named_parameters(recurse=False), *saved_buffers(module))
         }
         if all(original.shape == pruned.shape for original, pruned in tensors.values()):
             continue

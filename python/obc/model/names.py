@@ -12,6 +12,11 @@ def joined(name: str, child: str) -> str:
     return f"{name}.{child}" if name else child
 
 
+def is_within(name: str, outer: str) -> bool:
+    """Whether a module or tensor is ``outer`` or lies in it; everything lies in the model itself."""
+    return not outer or name == outer or name.startswith(f"{outer}.")
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """(name, module) of every module, under its first name: a module used twice has one entry in a plan."""
     return iter(model.named_modules(remove_duplicate=True))
@@ -21,9 +26,11 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tenso
     """(module name, module, tensor name, tensor) of everything in a state dict, once per module."""
     for module_name, module in named_modules(model):
         yield from ((module_name, module, name, p.detach()) for name, p in module.named_parameters(recurse=False))
-        persistent = (
-            (name, buffer)
-            for name, buffer in module.named_buffers(recurse=False)
-            if name not in module._non_persistent_buffers_set
-        )
-        yield from ((module_name, module, name, buffer) for name, buffer in persistent)
+        yield from ((module_name, module, name, buffer) for name, buffer in saved_buffers(module))
+
+
+def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The module's own buffers that are in its state dict."""
+    for name, buffer in module._buffers.items():
+        if buffer is not None and name not in module._non_persistent_buffers_set:
+            yield name, buffer

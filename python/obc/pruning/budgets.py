@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from obc.model.arguments import positive
 from obc.model.costs import Costs
+from obc.model.evaluation import Run
 from obc.model.latency_table import LatencyTable
 from obc.pruning.report import Counted
 from obc.structures.latency import measure_latency
@@ -76,7 +77,7 @@ class Meters:
             return structure.costs("macs")
         return structure.costs("active_parameters" if argument == "active_params" else "parameters")
 
-    def measured(self, structure: Any, run: Callable[[nn.Module], Any], round_to: int | None) -> Meters:
+    def measured(self, structure: Any, run: Run, round_to: int | None) -> Meters:
         """The same with a latency table, measured now if there is none.
 
         Raises:
@@ -178,7 +179,7 @@ class Budget:
         """The part of the costs that the share refers to, at ``widths`` or at present."""
         return costs.total(widths) - (costs.constant if self.argument == "blocks" else 0.0)
 
-    def ready(self, structure: Structure, run: Callable[[nn.Module], Any], round_to: int | None) -> Budget:
+    def ready(self, structure: Structure, run: Run, round_to: int | None) -> Budget:
         """The same, with latency measured if needed and not given, and an amount converted to a share.
 
         Raises:

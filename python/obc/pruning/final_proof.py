@@ -13,13 +13,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from obc.model.errors import layer_in
+from obc.model.evaluation import Run
 from obc.model.kept import narrowed, staying
 from obc.model.names import named_modules
 from obc.model.shared_copy import shared_copy
 from obc.pruning.report import PruningReport
 from obc.structures.comparison import Difference, compare, observe, run_alike
 from obc.structures.masking import Lost, lost_channels, masked_copy, unmaskable
-from obc.structures.proof import ProofError, Run, lost_inputs, prove
+from obc.structures.proof import ProofError, lost_inputs, prove
 from obc.structures.protocol import Structure
 from obc.structures.reaching import in_train_mode
 

@@ -9,14 +9,12 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from obc.criteria.protocol import LossFn
 from obc.model.arguments import one_of
 from obc.model.autocast import in_present_autocast
 from obc.model.batches import RowKind
 from obc.model.errors import PruningError
-from obc.model.evaluation import ForwardFn, call, call_on_batch, with_outputs
+from obc.model.evaluation import ForwardFn, LossFn, Run, call, call_on_batch, with_outputs
 from obc.scoring.label_free import label_free_loss
-from obc.structures.proof import Run
 
 
 @dataclass(frozen=True)

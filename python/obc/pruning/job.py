@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from obc.criteria import Jacobian, Subject
 from obc.criteria.masked_model import Evaluation
@@ -17,6 +17,7 @@ from obc.criteria.protocol import name_of
 from obc.criteria.refusals import said_of, scores_nothing
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
+from obc.model.evaluation import Run
 from obc.model.processes import ALONE
 from obc.model.progress import ProgressLog, progress_bar
 from obc.pruning.arguments import Choice
@@ -103,7 +104,7 @@ class Job:
             if 0 < after < NARROW * before:
                 self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
 
-    def finish(self, run: Callable[[nn.Module], Any]) -> None:
+    def finish(self, run: Run) -> None:
         """Compensate, take removed blocks out of their lists, and report the final model's costs and warnings.
 
         Args:

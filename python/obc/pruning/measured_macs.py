@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any
 
 from torch import nn
 
 from obc.model.errors import PruningError
+from obc.model.evaluation import Run
 from obc.pruning.report import PruningReport, timed
 from obc.structures.counted_macs import counted_macs
 from obc.structures.protocol import Structure
@@ -28,7 +27,7 @@ class MeasuredMacs:
         report: receives ``macs_measured``, and a warning if nothing can be counted.
     """
 
-    def __init__(self, structure: Structure, run: Callable[[nn.Module], Any], report: PruningReport) -> None:
+    def __init__(self, structure: Structure, run: Run, report: PruningReport) -> None:
         self._run, self._report = run, report
         self._before = 0.0
         try:

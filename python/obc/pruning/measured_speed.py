@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 
 from obc.model.errors import explained
-from obc.model.evaluation import evaluating
+from obc.model.evaluation import Run, evaluating
 from obc.model.latency_table import device_name
 from obc.model.shared_copy import shared_copy
 from obc.model.timing import REPEATS, median_seconds
@@ -26,7 +24,7 @@ class MeasuredSpeed:
         report: receives ``speed``.
     """
 
-    def __init__(self, model: nn.Module, run: Callable[[nn.Module], Any], report: PruningReport) -> None:
+    def __init__(self, model: nn.Module, run: Run, report: PruningReport) -> None:
         self._run, self._report = run, report
         with explained(model, "copying it (copy.deepcopy)", "prune with measure=False, and time the models yourself"):
             self._unpruned = shared_copy(model)

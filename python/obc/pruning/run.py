@@ -13,11 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.criteria import Subject
-from obc.criteria.protocol import LossFn
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.batches import RowKind, parts_of
 from obc.model.errors import PruningError, add_note
-from obc.model.evaluation import ForwardFn
+from obc.model.evaluation import ForwardFn, LossFn, Run
 from obc.model.groups import Slices
 from obc.model.latency_table import LatencyTable
 from obc.model.names import joined, named_tensors
@@ -44,7 +43,6 @@ from obc.pruning.snapshot import Snapshot
 from obc.selection.caps import Caps
 from obc.selection.choice import Selection
 from obc.structures.memory import MemoryUse
-from obc.structures.proof import Run
 from obc.structures.protocol import Structure
 
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import stream_of
+from obc.model.names import is_within
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import batch_norms, named_norms, norm_reference, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport
@@ -128,7 +129,7 @@ class CorrectRun:
             take_statistics(self.pruned, self.original, self.options.plan)
         self._look()
         chain = self._chain()
-        inside = {layer.name for layer in self.layers if any(_inside(layer.scope, name) for name in chain)}
+        inside = {layer.name for layer in self.layers if any(is_within(layer.scope, name) for name in chain)}
         first = min((layer.order for layer in self.layers if layer.name in inside), default=0)
         others = [layer for layer in self.layers if layer.name not in inside]
         whole = _Place(self._whole(self.original), self._whole(self.pruned), [])
@@ -181,7 +182,7 @@ class CorrectRun:
             here = _Place(
                 partial(_call, full, module, place),
                 partial(_call, pruned, kept, place),
-                [layer for layer in layers if _inside(layer.scope, name)],
+                [layer for layer in layers if is_within(layer.scope, name)],
             )
             after = self._run_full(here)
             self._correct(here, bar)
@@ -322,7 +323,3 @@ def _load(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]]) -> 
 
 def _call(streams: Sequence[ChainBatch], module: nn.Module, place: int, index: int) -> Any:
     return streams[index].call(module, place)
-
-
-def _inside(scope: str, module: str) -> bool:
-    return scope == module or scope.startswith(f"{module}.")

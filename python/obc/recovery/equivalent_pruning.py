@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import is_compiled, layout_of, split_by_group
-from obc.model.names import named_modules
+from obc.model.names import joined, named_modules
 from obc.model.plan import PruningPlan
 from obc.model.rules import Rule
 from obc.model.slicing import original_tensor, sliced_weight, was_depthwise
@@ -236,7 +236,7 @@ def _prepare(
     tensors = {}
     for tensor_name, pruned in module.named_parameters(recurse=False):
         plan.verify_tensor(original_state_dict, name, module, tensor_name, pruned.detach())
-        tensors[tensor_name] = original_tensor(original_state_dict, f"{name}.{tensor_name}" if name else tensor_name)
+        tensors[tensor_name] = original_tensor(original_state_dict, joined(name, tensor_name))
     if was_depthwise(module, tensors["weight"], kept):
         return None
     return _Layer(name, module, layout, tensors["weight"], tensors.get("bias"), kept)

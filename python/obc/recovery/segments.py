@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from obc.model.autocast import PresentAutocast
 from obc.model.evaluation import stream_of
 from obc.model.hooks import hooked
+from obc.model.names import is_within
 from obc.recovery.stream_points import Reached
 
 
@@ -117,7 +118,7 @@ def find_chain(model: nn.Module, run: Callable[[], Any], scopes: Mapping[str, st
     events = [event for event in watcher.events.values() if event.name not in watcher.repeated and event.output != -1]
     best: dict[str, tuple[int, int, str | None]] = {}
     for event in sorted(events, key=lambda event: event.end):
-        covered = sum(_holds(event.name, scopes[layer]) for layer in layers)
+        covered = sum(is_within(scopes[layer], event.name) for layer in layers)
         sources = [name for name in watcher.sources(event) if name in best]
         candidates = [
             (best[name][0], best[name][1], name)
@@ -140,10 +141,6 @@ def _path(best: Mapping[str, tuple[int, int, str | None]], last: str | None) -> 
         path.append(last)
         last = best[last][2]
     return path[::-1]
-
-
-def _holds(module: str, scope: str) -> bool:
-    return scope == module or scope.startswith(f"{module}.")
 
 
 @dataclass

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from obc.model.batches import RowKind, part_of, parts_of, samples_in
 from obc.model.errors import on_batch
+from obc.model.evaluation import LossFn
 from obc.scoring.errors import RowError, SampleRowsError
 from obc.scoring.scorer import JacobianScorer
 
@@ -20,8 +21,6 @@ logger = logging.getLogger("obc")
 _REPEATS = 7
 # In half precision another order of operations changes the same losses by up to a percent.
 _SAME_LOSS = 1e-2
-
-LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class BatchRows:
@@ -35,7 +34,7 @@ class BatchRows:
     def __init__(
         self,
         scorer: JacobianScorer,
-        loss_fn: LossFunction,
+        loss_fn: LossFn,
         micro_batch: int | None = None,
         loss_scale: float = 1.0,
     ) -> None:

@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from obc.model.batches import RowKind, parts_of
-from obc.model.evaluation import evaluating
+from obc.model.evaluation import LossFn, evaluating
 from obc.model.readable import readable
-from obc.scoring.batch_rows import BatchRows, LossFunction
+from obc.scoring.batch_rows import BatchRows
 from obc.scoring.label_free import label_free_loss
 from obc.scoring.scorer import JacobianScorer
 
@@ -54,7 +54,7 @@ class MemoryEstimate:
 def memory_estimate(
     model: nn.Module,
     batch: Any,
-    loss_fn: LossFunction | None = None,
+    loss_fn: LossFn | None = None,
     *,
     rows: RowKind = "batch",
     micro_batch: int | None = None,

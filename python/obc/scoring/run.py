@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from obc.model.batches import RowKind
-from obc.model.evaluation import evaluating
+from obc.model.evaluation import LossFn, evaluating
 from obc.model.processes import failing_together, gathered, notice
 from obc.model.progress import ProgressLog, progress_bar
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.scoring.batch_rows import BatchRows, LossFunction
+from obc.scoring.batch_rows import BatchRows
 from obc.scoring.checkpoint import Checkpoint, CheckpointError, batches_from
 from obc.scoring.label_free import label_free_loss
 from obc.scoring.results.report import PeakMemory, Report
@@ -33,7 +33,7 @@ _MAY_DIFFER = ("model", "modules", "process_group", "rows_to")
 def score(
     model: nn.Module,
     batches: Iterable[Any],
-    loss_fn: LossFunction | None = None,
+    loss_fn: LossFn | None = None,
     *,
     rows: RowKind = "batch",
     labels: bool = True,

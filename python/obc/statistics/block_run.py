@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.model.evaluation import stream_of
+from obc.model.evaluation import first_floating, stream_of
 from obc.statistics.block_weights import BlockWeights
 from obc.statistics.by_block import ByBlock
 from obc.statistics.errors import StatisticsError
 from obc.statistics.hidden_states import HiddenStates
 from obc.statistics.part import Part
-from obc.statistics.reader import Reader, first_tensor
+from obc.statistics.reader import Reader
 
 # A block run alone may differ by rounding from what it returned inside the model.
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -136,7 +136,7 @@ class BlockRun:
                 def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
                     if name in self.seen.chain:
                         raise _RefusedError(f"{name!r} runs more than once: leave it out of ByBlock(blocks=...)")
-                    stream = first_tensor(args, kwargs)
+                    stream = first_floating(args, kwargs)
                     if last and (stream is None or not _equal(stream, last[0])):
                         raise _RefusedError(
                             f"the model changes what {self.seen.chain[-1]!r} returns before it reaches {name!r}: name "
@@ -194,7 +194,7 @@ class BlockRun:
         self._begin()
         for index, part in enumerate(parts):
             args, kwargs = self._arrival(place, part)
-            arrived = first_tensor(args, kwargs)
+            arrived = first_floating(args, kwargs)
             assert arrived is not None
             stream = arrived if place == 0 else states.get((place - 1, batch, index), self.device)
             if place == 0 and self.span > 1:
@@ -246,7 +246,7 @@ class BlockRun:
                 def answer(
                     args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int = place, length: int | None = length
                 ) -> Any:
-                    stream = first_tensor(args, kwargs)
+                    stream = first_floating(args, kwargs)
                     stream = result(stream) if place == last else stream
                     return stream if length is None else (stream, *[None] * (length - 1))
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.depth import Skipped
-from obc.model.names import joined, named_modules
+from obc.model.evaluation import first_floating
+from obc.model.names import is_within, joined, named_modules
 from obc.scoring.coverage import Coverage
 from obc.statistics.errors import NothingToReadError, StatisticsError
 from obc.statistics.part import Part, is_running_again
-from obc.statistics.reader import Groups, Handle, Reader, first_tensor
+from obc.statistics.reader import Groups, Handle, Reader
 from obc.statistics.sums import Sums
 
 Tokens = Literal["all", "last"]
@@ -96,7 +97,7 @@ def residual_blocks(model: nn.Module) -> list[str]:
     """
     found: list[str] = []
     for name, module in named_modules(model):
-        if any(name.startswith(f"{block}.") or name == block for block in found):
+        if any(is_within(name, block) for block in found):
             continue
         if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) < 2:
             continue
@@ -144,7 +145,7 @@ class _Reader(Reader):
     def _before(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.part.reading and not is_running_again():
-                x = first_tensor(args, kwargs)
+                x = first_floating(args, kwargs)
                 if x is not None:
                     self._inputs[name] = x.detach().clone()  # the residual may be added in place
 
@@ -157,7 +158,7 @@ class _Reader(Reader):
             if first is None or not self.part.reading or is_running_again():
                 return
             x = self._inputs.pop(first, None)
-            y = first_tensor([*output] if isinstance(output, (tuple, list)) else [output], {})
+            y = first_floating([*output] if isinstance(output, (tuple, list)) else [output], {})
             if x is None or y is None:
                 self.coverage[first] = Coverage.unread("its input or output is not a floating tensor")
             elif x.shape != y.shape:

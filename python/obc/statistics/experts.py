@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.model.experts import fused_experts
-from obc.model.names import named_modules
+from obc.model.names import joined, named_modules
 from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part, is_running_again
@@ -83,7 +83,7 @@ class _Reader(Reader):
             return None
         parent, count = name.rpartition(".")[0], expert_count(modules[name])
         for child in _ROUTERS:
-            router = modules.get(f"{parent}.{child}" if parent else child)
+            router = modules.get(joined(parent, child))
             weight = getattr(router, "weight", None)
             if isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == count:
                 return router

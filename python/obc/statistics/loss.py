@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from obc.model.batches import RowKind, parts_of
 from obc.model.errors import on_batch
+from obc.model.evaluation import LossFn
 from obc.scoring.batch_rows import checked_loss
 from obc.scoring.reading.single_samples import guard
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part
 from obc.statistics.reader import Reader
-
-LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class SeekableLoss(Protocol):

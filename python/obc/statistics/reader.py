@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from obc.model.evaluation import first_floating
 from obc.model.experts import fused_experts
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import layout_of
@@ -292,7 +293,7 @@ class InputReader(Reader):
         Raises:
             StatisticsError: there is none, it is split over processes, or its width is not the layer's.
         """
-        x = first_tensor(args, kwargs)
+        x = first_floating(args, kwargs)
         if x is None:
             raise StatisticsError(f"{name!r} was called without a tensor; leave it out with groups=")
         if is_dtensor(x):
@@ -342,14 +343,6 @@ class _Reading:
         if self._values is None:
             return x._version == self._version
         return torch.equal(x, self._values)
-
-
-def first_tensor(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The first floating tensor among a call's arguments."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    return None
 
 
 def flat_rows(x: Tensor, channel_dim: int) -> Tensor:

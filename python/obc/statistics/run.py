@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from obc.distribution import obc_version
 from obc.model.batches import RowKind, parts_of
-from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
+from obc.model.evaluation import ForwardFn, LossFn, call_on_batch, evaluating, without_cache
 from obc.model.groups import Side
 from obc.model.layouts import is_compiled
 from obc.model.processes import failing_together, gathered, notice
@@ -41,8 +41,6 @@ from obc.statistics.results import Statistics
 from obc.statistics.rows import Rows
 
 logger = logging.getLogger("obc")
-
-LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 def collect(

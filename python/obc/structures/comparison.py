@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.depth import Skipped
-from obc.model.evaluation import evaluating, tensors_in
+from obc.model.evaluation import Run, evaluating, first_floating, tensors_in
 from obc.model.hooks import hooked
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
@@ -97,7 +97,7 @@ class Difference:
     where: str | None
 
 
-def observe(model: nn.Module, run: Callable[[nn.Module], Any], lost: Mapping[str, Tensor] | None = None) -> Observation:
+def observe(model: nn.Module, run: Run, lost: Mapping[str, Tensor] | None = None) -> Observation:
     """Run ``model`` once in eval mode, without gradients and with the same random numbers every time.
 
     Args:
@@ -117,7 +117,7 @@ def observe(model: nn.Module, run: Callable[[nn.Module], Any], lost: Mapping[str
     return seen
 
 
-def run_alike(model: nn.Module, run: Callable[[nn.Module], Any]) -> list[Tensor]:
+def run_alike(model: nn.Module, run: Run) -> list[Tensor]:
     """The tensors that ``run(model)`` returns, in eval mode, without gradients, with the same random numbers."""
     with evaluating(model), torch.no_grad(), _same_random_numbers(model):
         return tensors_in(run(model))
@@ -131,8 +131,8 @@ def _recorder(seen: Observation, name: str, lost: Tensor | None) -> Callable[...
         if layout_of(module) is None:
             return
         rule = rule_for(module)
-        x = first_argument(args, kwargs)
-        if not isinstance(rule, Rule) or rule.in_dim is None or not isinstance(x, Tensor) or not x.is_floating_point():
+        x = first_floating(args, kwargs)
+        if not isinstance(rule, Rule) or rule.in_dim is None or x is None:
             return
         seen.calls += 1
         for tensor in (x, output):
@@ -141,11 +141,6 @@ def _recorder(seen: Observation, name: str, lost: Tensor | None) -> Callable[...
         seen.readings.setdefault(name, []).append(_read(x.detach(), rule.in_dim, lost))
 
     return record
-
-
-def first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """A layer's input: the first argument of its call, positional or by name; None if there is none."""
-    return args[0] if args else next(iter(kwargs.values()), None)
 
 
 def _rounding(tensor: Tensor) -> float:

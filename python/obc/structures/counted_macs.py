@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from obc.model.errors import explained
-from obc.model.evaluation import evaluating
+from obc.model.evaluation import Run, evaluating
 from obc.model.hooks import hooked
 from obc.model.names import named_modules
 
@@ -123,7 +123,7 @@ def _plain_recurrence(model: nn.Module) -> Iterator[None]:
 # --- module by module -------------------------------------------------------------------------------------------
 
 
-def counted_macs(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, float]:
+def counted_macs(model: nn.Module, run: Run) -> dict[str, float]:
     """MACs of the operations in each module's own forward, without those in modules inside it.
 
     Matrix products and convolutions count, including those of attention and of recurrent layers, by torch's own counter

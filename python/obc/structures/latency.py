@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from obc.model.depth import PLACE_ATTRIBUTES, plain_attributes
-from obc.model.evaluation import evaluating, tensors_in, without_cache
+from obc.model.evaluation import Run, evaluating, tensors_in, without_cache
 from obc.model.groups import ChannelGroup, Side
 from obc.model.hooks import hooked
 from obc.model.latency_table import LatencyTable, SharedSeconds, device_name
-from obc.model.names import named_modules
+from obc.model.names import is_within, named_modules
 from obc.model.shared_copy import shared_copy
 from obc.model.timing import median_seconds
 from obc.selection.uniform import permitted_widths
@@ -22,7 +22,6 @@ from obc.structures.protocol import Limits, Provable
 
 # Seconds of a call; the second argument is the device that does the work.
 Timer = Callable[[Callable[[], Any], torch.device], float]
-Run = Callable[[nn.Module], Any]
 POINTS = 8
 
 
@@ -188,14 +187,16 @@ def _places(groups: Sequence[ChannelGroup], called: Collection[str]) -> dict[str
         layers = dict.fromkeys(_running(part.module, called) for part in group.slices)
         # A module with a bare parameter is timed for it, unless it contains layers that are timed separately.
         found[group.name] = [
-            one for one in layers if one and (one in own or group.is_depth or not any(_inside(two, one) for two in own))
+            one
+            for one in layers
+            if one and (one in own or group.is_depth or not any(is_within(two, one) for two in own))
         ]
     channels = [group.name for group in groups if not group.is_depth]
     layers_of = {name: found[name] for name in channels}
     for name in channels:
         outer = _running(_common(layers_of[name]), called)
         others = [one for other in channels if other != name for one in layers_of[other]]
-        if outer and not any(one == outer or _inside(one, outer) or _inside(outer, one) for one in others):
+        if outer and not any(is_within(one, outer) or is_within(outer, one) for one in others):
             found[name] = [outer]
     return found
 
@@ -205,10 +206,6 @@ def _running(name: str, called: Collection[str]) -> str:
     while name and name not in called:
         name = name.rpartition(".")[0]
     return name
-
-
-def _inside(name: str, other: str) -> bool:
-    return name.startswith(f"{other}.")
 
 
 def _common(names: Sequence[str]) -> str:
@@ -236,7 +233,7 @@ class _Shares:
             for place in places[name] if not group.is_depth else ():
                 sides = self._of_place.setdefault(place, {"out": {}, "in": {}})
                 for part in group.slices:
-                    if part.module == place or _inside(part.module, place):
+                    if is_within(part.module, place):
                         sides[part.side][name] = sides[part.side].get(name, 0.0) + part.channels.numel()
         for sides in self._of_place.values():
             for by_group in sides.values():

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.overrides import TorchFunctionMode
 
-from obc.model.depth import first_floating
+from obc.model.evaluation import first_floating
 from obc.model.experts import is_correction
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import staying
@@ -125,7 +125,7 @@ def _without_addition(module: nn.Module, whole_block: bool) -> None:
     forward = module.forward
 
     def without_addition(*args: Any, **kwargs: Any) -> Any:
-        x = first_floating((*args, *kwargs.values()))
+        x = first_floating(args, kwargs)
         given = None if x is None else x.clone()  # blocks may add to it in place
         output = forward(*args, **kwargs)
         y = output[0] if isinstance(output, (tuple, list)) else output

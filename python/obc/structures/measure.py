@@ -15,8 +15,8 @@ from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
 from obc.model.layouts import is_depthwise, layout_of
-from obc.model.names import named_modules
-from obc.structures.memory import MemoryUse, saved_buffers
+from obc.model.names import joined, named_modules, saved_buffers
+from obc.structures.memory import MemoryUse
 from obc.structures.polynomial import Polynomial, check_unit
 from obc.structures.products import Products
 
@@ -201,7 +201,7 @@ def _add_tensor(
 ) -> None:
     """``factor`` times the entries of a parameter or buffer."""
     name, key = names
-    full_name = f"{name}.{key}" if name else key
+    full_name = joined(name, key)
     if full_name in dims:
         size = tensor.shape[dims[full_name]]
         polynomial.add(factor * tensor.numel() / size, polynomial.size((full_name, "out"), size))

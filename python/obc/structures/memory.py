@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,3 @@ class MemoryUse:
         if self.length == 0:
             return f"weights{dtype}"
         return f"weights and a cache of {self.batch} x {self.length} tokens{dtype}"
-
-
-def saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The module's own buffers that are in its state dict."""
-    for key, buffer in module._buffers.items():
-        if buffer is not None and key not in module._non_persistent_buffers_set:
-            yield key, buffer

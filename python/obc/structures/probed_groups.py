@@ -16,9 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import is_depthwise, layout_of
-from obc.structures.probing import NOTHING, SEVERAL, Probe, Run, probe
+from obc.structures.probing import NOTHING, SEVERAL, Probe, probe
 from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Provable
 from obc.structures.traced_groups import Found, GroupFinder

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from obc.model.evaluation import Run, first_floating
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import named_modules
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import shared_copy
-from obc.structures.comparison import first_argument, run_alike
+from obc.structures.comparison import run_alike
 
-Run = Callable[[nn.Module], Any]
 # Instead of a channel's code, an input may depend on no coded channel, or on several.
 NOTHING, SEVERAL = -1, -2
 # Size and sign of the numbers: positive ones pass a ReLU, so no product with them is zero; None uses both signs.
@@ -148,8 +148,8 @@ class _Prober:
         dim, size = found
 
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = first_argument(args, kwargs)
-            if isinstance(x, Tensor) and x.is_floating_point():
+            x = first_floating(args, kwargs)
+            if x is not None:
                 elsewhere = size is not None and x.shape[dim] != size  # a norm with its channels in dimension 1
                 self._readings.setdefault(name, []).append(_sums(x.detach(), 1 if elsewhere else dim))
 
@@ -204,8 +204,10 @@ def _pattern(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return pattern
 
 
-def _let_through(*args: Any, **kwargs: Any) -> Any:
-    return first_argument(args, kwargs).clone()
+def _let_through(*args: Any, **kwargs: Any) -> Tensor:
+    x = first_floating(args, kwargs)
+    assert x is not None
+    return x.clone()
 
 
 def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:

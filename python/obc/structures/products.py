@@ -11,13 +11,14 @@ This takes one forward pass, and one more for each group if there are any such p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
 from obc.model.names import named_modules
@@ -27,7 +28,6 @@ from obc.structures.counted_macs import counting_products
 from obc.structures.polynomial import Polynomial, Size
 from obc.structures.protocol import Provable
 
-Run = Callable[[nn.Module], Any]
 Sizes = tuple[int, ...]
 # More sizes of one product can't vary in a polynomial of degree two.
 _DEGREE = 2

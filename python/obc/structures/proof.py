@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from obc.model.errors import layer_in
+from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup
 from obc.model.kept import PlanError, staying
 from obc.model.layouts import is_depthwise
@@ -31,7 +31,6 @@ from obc.structures.masking import lost_channels, masked_copy, unmaskable
 from obc.structures.protocol import Limits, Provable
 from obc.structures.varied import varied_copy
 
-Run = Callable[[nn.Module], Any]
 _TRIES = 2
 # Consumers must distinguish at least this share of the units: half of them are silent behind a ReLU, and half are
 # removed in each try.

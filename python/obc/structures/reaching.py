@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,14 +18,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from obc.model.evaluation import tensors_in
+from obc.model.evaluation import Run, tensors_in
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.model.shared_copy import parameter_uses, shared_copy
 from obc.structures.comparison import cuda_devices, run_alike
 from obc.structures.measure import Usage
-
-Run = Callable[[nn.Module], Any]
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 # Functions with dropout inside -> the position of their argument ``dropout_p``.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from obc.model.costs import Costs
 from obc.model.cutting import cut
 from obc.model.errors import explained
-from obc.model.evaluation import ForwardFn, call
+from obc.model.evaluation import ForwardFn, Run, call
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept
 from obc.model.layouts import layout_of, split_by_group
@@ -26,7 +26,7 @@ from obc.structures.measure import costs_of, layers_run, measure, memory_of
 from obc.structures.memory import MemoryUse
 from obc.structures.probed_groups import recover
 from obc.structures.products import find_products
-from obc.structures.proof import Proof, Run, prove
+from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Limits, Unit
 from obc.structures.reaching import runs_reaching, unchanged_buffers
 from obc.structures.removal import followed, refuse_untied, size_of, step_of

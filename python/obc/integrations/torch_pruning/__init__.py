@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from obc.integrations.torch_pruning.criterion_importance import CriterionImportance
 from obc.integrations.torch_pruning.gradient_rows import GradientRows
 from obc.integrations.torch_pruning.removable import removable_sides
+from obc.model.evaluation import LossFn
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.scoring.results.scores import ChannelScores, Scores
 from obc.scoring.run import score
@@ -101,7 +102,7 @@ class JacobianImportance(GroupMagnitudeImportance):
         self,
         model: nn.Module,
         batches: Iterable[Any],
-        loss_fn: Callable[[nn.Module, Any], Tensor],
+        loss_fn: LossFn,
         *,
         pruner: Any = None,
         **options: Any,

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from obc.criteria import Subject, get
 from obc.criteria.protocol import name_of
 from obc.criteria.scoring import functional_loss, needed, scores_from
-from obc.model.evaluation import ForwardFn, call_on_batch
+from obc.model.evaluation import ForwardFn, LossFn, call_on_batch
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.usable_batches import UsableBatches
 from obc.statistics.results import Statistics
@@ -51,7 +51,7 @@ class CriterionImportance(Importance):
         self,
         model: nn.Module,
         batches: Iterable[Any] = (),
-        loss_fn: Callable[[nn.Module, Any], Tensor] | None = None,
+        loss_fn: LossFn | None = None,
         *,
         forward_fn: ForwardFn | None = None,
         micro_batch: int | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import Tensor
 
 from obc.model.groups import ChannelGroup, Side, Slice
-from obc.model.names import joined
+from obc.model.names import is_within, joined
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import FAMILIES, HeadsOf, attributes, config_keys
 from obc.structures.transformers.heads import HeadChannels, Heads, head_channels
@@ -74,7 +74,7 @@ def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], s
         owner = full.rpartition(".")[0]
         if {owner, full} & {*known} or (owner != name and parameter.shape == (size,)):
             continue
-        if not any(full == one or full.startswith(f"{one}.") for one in headless):
+        if not any(is_within(full, one) for one in headless):
             raise NotPrunableError(f"{full} of shape {tuple(parameter.shape)} is not understood")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from obc.model.names import is_within
 from obc.structures.transformers.block import Block
 
 # If all modules' MACs are the same multiple of those for one token up to this share, calibrating changes nothing.
@@ -94,4 +95,4 @@ def _place(block: Block) -> str:
 
 
 def _lies_in(module: str, place: str) -> bool:
-    return bool(place) and (module == place or module.startswith(f"{place}."))
+    return bool(place) and is_within(module, place)

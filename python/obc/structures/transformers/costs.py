@@ -12,8 +12,8 @@ from obc.model.depth import Skipped
 from obc.model.experts import expert_weights, fused_experts, is_parallel
 from obc.model.groups import Slice
 from obc.model.layouts import layout_of
-from obc.model.names import joined, named_modules
-from obc.structures.memory import MemoryUse, saved_buffers
+from obc.model.names import joined, named_modules, saved_buffers
+from obc.structures.memory import MemoryUse
 from obc.structures.polynomial import Polynomial, check_unit
 from obc.structures.protocol import Unit
 from obc.structures.transformers.block import Block
@@ -59,7 +59,7 @@ def transformer_costs(
 
     for own, key, tensor, skipped, factor in _terms(model, unit):
         module = (names_of or {}).get(own, own)
-        name = f"{module}.{key}" if module else key
+        name = joined(module, key)
         if unit == "macs" and calibration is not None:
             factor *= calibration.factors.get(module, 0.0)
         counted = [dim for dim in range(tensor.dim()) if dim not in skipped]

@@ -33,7 +33,7 @@ from torch import nn
 from obc.model.depth import BlockList, Depth, Skipped, StandIn, config_parts
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
-from obc.model.names import joined
+from obc.model.names import is_within, joined
 from obc.structures.units import NotPrunableError
 
 # Config keys for the number of blocks.
@@ -63,7 +63,7 @@ class DepthUnit:
 
     def holds(self, name: str) -> bool:
         """Whether the module or tensor with this name is removed with the unit."""
-        return any(name == own or name.startswith(f"{own}.") for own in self.stand_ins)
+        return any(is_within(name, own) for own in self.stand_ins)
 
 
 class Holders:

@@ -10,7 +10,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
-from obc.model.names import joined
+from obc.model.names import is_within, joined
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import FAMILIES
 from obc.structures.transformers.layers import Layers, channels
@@ -43,7 +43,7 @@ def _convolutions(layers: Layers, name: str) -> list[str]:
 
 
 def _inside(layers: Layers, name: str) -> list[str]:
-    return [inner for inner in layers.modules if inner == name or inner.startswith(f"{name}.")]
+    return [inner for inner in layers.modules if is_within(inner, name)]
 
 
 def _block(layers: Layers, parts: Sequence[str], kind: str) -> Block:

@@ -14,6 +14,7 @@ from obc.model.costs import Costs
 from obc.model.depth import BlockList, Depth, compact, expand, is_compact, original_names
 from obc.model.evaluation import call
 from obc.model.groups import DEPTH_KINDS, ChannelGroup
+from obc.model.names import is_within
 from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
 from obc.structures.memory import MemoryUse
@@ -105,7 +106,7 @@ def _names_inside(modules: Mapping[str, nn.Module], layers: Sequence[nn.Module |
     """The names of these layers, of the modules inside them, and of their parameters."""
     found: set[str] = set()
     for name in (layer_name(modules, layer, "ignored_layers") for layer in layers):
-        inside = [inner for inner in modules if inner == name or inner.startswith(f"{name}.") or name == ""]
+        inside = [inner for inner in modules if is_within(inner, name)]
         found |= set(inside)
         found |= {f"{inner}.{key}" for inner in inside for key, _ in modules[inner].named_parameters()}
     return found
