@@ -41,14 +41,15 @@ def save_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor], metad
             file.write(tensor.detach().cpu().contiguous().numpy().data)
 
 
-def load_tensors(path: str | PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Copies of the tensors of a safetensors file, and its metadata.
+def load_tensors(path: str | PathLike[str], copy: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and its metadata; as copies, where the file is about to be replaced.
 
     Raises:
         SafetensorError: the file is not a safetensors file, or is damaged.
     """
     with safe_open(str(path), framework="pt") as file:
-        return {key: file.get_tensor(key).clone() for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        return {key: one.clone() if copy else one for key, one in tensors.items()}, file.metadata() or {}
 
 
 def load_format(
@@ -68,9 +69,7 @@ def load_format(
     if not Path(path).exists():
         raise FileNotFoundError(f"no {kind} at {path}")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        tensors, header = load_tensors(path)
     except SafetensorError as fault:
         raise error(f"{path} is not a {kind}, or is damaged: {fault}") from fault
     if (found := header.get("format")) not in formats:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from obc.files import atomic_write
+from obc.tensor_file import load_format
 
 _FORMAT = "obc.training/1"
 
@@ -48,16 +48,7 @@ def load_training(path: str | PathLike[str], model: nn.Module, optimizer: torch.
     """
     if not Path(path).exists():
         return 0
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a training checkpoint, or is damaged: {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} is not a training checkpoint: format {metadata.get('format')!r}, expected {_FORMAT!r}"
-        )
+    tensors, metadata = load_format(path, "training checkpoint", [_FORMAT], ValueError)
     own = _own_tensors(model)
     for name, tensor in own.items():
         saved = tensors.get(f"model.{name}")

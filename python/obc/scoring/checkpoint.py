@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from obc.files import parse_json, remove_left_over
 from obc.model.fingerprint import fingerprint, random_state, set_random_state
@@ -31,70 +31,53 @@ class CheckpointError(ScoringError):
     """A checkpoint is damaged, or belongs to another run."""
 
 
-class Checkpoint:
-    """The state of a scoring run in a safetensors file, with the kept rows in a file beside it.
-
-    A checkpoint replaces the previous one only when it is completely on disk. Kept rows are appended to their file,
-    so each row is written once; the checkpoint says how many of them count.
+class SavedRun:
+    """The state of a run in a safetensors file, replaced only when a new one is completely on disk.
 
     Args:
-        path: the file. Kept rows go to ``path`` + ".rows", unless the scorer already keeps them in a file.
-        scorer: the scorer to save.
-        options: name -> value of every other option that must match when a run resumes.
+        path: the file.
+        form: the format of the file.
+        model: the model, whose weights must match when the run resumes.
+        options: name -> plain value of every option that must match.
     """
 
-    def __init__(self, path: str | PathLike[str], scorer: JacobianScorer, options: Mapping[str, Any]) -> None:
-        self.path, self.scorer = Path(path), scorer
-        self.identity = {
-            "model": type(scorer.model).__name__,
-            **{name: json.loads(json.dumps(value)) for name, value in options.items()},
-            "keep_rows": scorer.row_store is not None,
-            "weights": fingerprint(scorer.model),
-        }
-        self._rows_path = self.path.with_name(self.path.name + ".rows")
-        self._rows: RowFile | None = None
+    def __init__(self, path: str | PathLike[str], form: str, model: nn.Module, options: Mapping[str, Any]) -> None:
+        self.path, self._form = Path(path), form
+        self.identity = json.loads(json.dumps({"model": type(model).__name__, **options}))
+        self.identity["weights"] = fingerprint(model)
         self._random: list[Tensor] = []
 
     def resume(self) -> dict[str, Any] | None:
-        """Load the checkpoint into the scorer; returns what :meth:`save` was given, or None without a checkpoint.
+        """Load the checkpoint; returns what :meth:`save` was given, or None without a checkpoint.
 
         Raises:
             CheckpointError: it is damaged, or belongs to another model, other weights or other options.
         """
-        for path in (self.path, self._rows_path):
-            remove_left_over(path)
+        remove_left_over(self.path)
         if not self.path.exists():
-            self._rows_path.unlink(missing_ok=True)
             return None
-        tensors, header = read_checkpoint(self.path, _FORMAT)
+        tensors, header = read_checkpoint(self.path, self._form)
+        damaged = f"the checkpoint {self.path} is damaged"
         try:
             there, state, progress = (parse_json(header[key], dict[str, Any]) for key in _PARTS)
         except (KeyError, ValueError) as error:
-            raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
+            raise CheckpointError(f"{damaged}: {error!r}; delete it") from error
         refuse_other_run(self.path, there, self.identity)
-        state["scores"] = numbered(tensors, "scores")
         try:
-            if (store := self.scorer.row_store) is not None:
-                state["kept_rows"] = self._load_rows(store, state["kept"])
-            self.scorer.load_state_dict(state)
+            self._load(tensors, state)
         except ValueError as error:
             raise CheckpointError(f"the checkpoint {self.path} belongs to another run: {error}") from error
         except (AttributeError, KeyError, TypeError) as error:  # a value of the wrong type
-            raise CheckpointError(f"the checkpoint {self.path} is damaged: {error!r}; delete it") from error
+            raise CheckpointError(f"{damaged}: {error!r}; delete it") from error
         self._random = numbered(tensors, "random")
         return progress
 
     def save(self, progress: Mapping[str, Any]) -> None:
         """Write the state, and ``progress`` for :meth:`resume` to return."""
-        state = self.scorer.state_dict(kept_rows=False)
-        scores = state.pop("scores")
-        state["kept"] = self._save_rows()
-        tensors = {f"scores:{index}": flat for index, flat in enumerate(scores)}
+        tensors, state = self._state()
         tensors |= {f"random:{index}": generator for index, generator in enumerate(random_state())}
-        header = dict(zip(_PARTS, (self.identity, state, dict(progress)), strict=True))
-        save_tensors(
-            self.path, tensors, {"format": _FORMAT} | {key: json.dumps(value) for key, value in header.items()}
-        )
+        texts = {key: json.dumps(part) for key, part in zip(_PARTS, (self.identity, state, progress), strict=True)}
+        save_tensors(self.path, tensors, {"format": self._form, **texts})
 
     def restore_random(self) -> None:
         """Restore torch's random generators; call it after the finished batches have been skipped."""
@@ -103,7 +86,56 @@ class Checkpoint:
     def remove(self) -> None:
         """Delete the checkpoint at the end of a run, so that a later run with other batches does not resume from it."""
         self.path.unlink(missing_ok=True)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors by name, and everything else as plain values."""
+        raise NotImplementedError
+
+    def _load(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        """Load what :meth:`_state` returned; any error means that the checkpoint does not fit."""
+        raise NotImplementedError
+
+
+class Checkpoint(SavedRun):
+    """The state of a scoring run, with the kept rows in a file beside it.
+
+    Kept rows are appended to their file, so each row is written once; the checkpoint says how many of them count.
+
+    Args:
+        path: the file. Kept rows go to ``path`` + ".rows", unless the scorer already keeps them in a file.
+        scorer: the scorer to save.
+        options: name -> value of every other option that must match when a run resumes.
+    """
+
+    def __init__(self, path: str | PathLike[str], scorer: JacobianScorer, options: Mapping[str, Any]) -> None:
+        super().__init__(path, _FORMAT, scorer.model, {**options, "keep_rows": scorer.row_store is not None})
+        self.scorer = scorer
+        self._rows_path = self.path.with_name(self.path.name + ".rows")
+        self._rows: RowFile | None = None
+
+    def resume(self) -> dict[str, Any] | None:
+        """:meth:`SavedRun.resume`; without a checkpoint its file of rows is deleted."""
+        remove_left_over(self._rows_path)
+        if not self.path.exists():
+            self._rows_path.unlink(missing_ok=True)
+        return super().resume()
+
+    def remove(self) -> None:
+        """Delete the checkpoint and its file of rows."""
+        super().remove()
         self._rows_path.unlink(missing_ok=True)
+
+    def _state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        state = self.scorer.state_dict(kept_rows=False)
+        tensors = {f"scores:{index}": flat for index, flat in enumerate(state.pop("scores"))}
+        state["kept"] = self._save_rows()
+        return tensors, state
+
+    def _load(self, tensors: Mapping[str, Tensor], state: dict[str, Any]) -> None:
+        state["scores"] = numbered(tensors, "scores")
+        if (store := self.scorer.row_store) is not None:
+            state["kept_rows"] = self._load_rows(store, state["kept"])
+        self.scorer.load_state_dict(state)
 
     def _save_rows(self) -> int:
         """Write every kept row to disk; returns their number."""
@@ -133,7 +165,7 @@ def read_checkpoint(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str,
         CheckpointError: the file is damaged or its format is not ``form``.
     """
     try:
-        tensors, header = load_tensors(path)
+        tensors, header = load_tensors(path, copy=True)
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {error}; delete it") from error
     found = header.get("format")

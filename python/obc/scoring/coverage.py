@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _UNSCORED, _UNREAD = "unscored", "unread"
@@ -96,3 +96,13 @@ class Coverage(str):
 
     def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, Any]]:
         return (), self.fields()
+
+
+def merged(coverages: Sequence[Mapping[str, Coverage]]) -> dict[str, Coverage]:
+    """The coverage over several processes: a module counts as read if any process read it."""
+    found: dict[str, Coverage] = {}
+    for coverage in coverages:
+        for name, how in coverage.items():
+            if name not in found or not found[name].scored:
+                found[name] = how
+    return found

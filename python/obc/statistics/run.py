@@ -25,7 +25,7 @@ from obc.model.usable import refuse_non_modules, refuse_unusable
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
 from obc.scoring.checkpoint import batches_from
-from obc.scoring.coverage import Coverage
+from obc.scoring.coverage import Coverage, merged
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.scorer import JacobianScorer
 from obc.statistics.block_run import BlockRun
@@ -339,7 +339,7 @@ class _Run:
         count = sum(facts["batches"] for facts in everyone)
         if count == 0:
             raise StatisticsError("batches is empty: there is nothing to collect; a generator can be read only once")
-        coverage = _merged([facts["coverage"] for facts in everyone])
+        coverage = {name: merged([facts["coverage"][name] for facts in everyone]) for name in self.readers}
         left_out = [line for facts in everyone for line in facts["left_out"]]
         values: dict[str, dict[str, Any]] = {}
         for name, reader in self.readers.items():
@@ -390,15 +390,3 @@ class _Run:
                 lines.append(f"no {name} of {', '.join(unread[:3])}{more}")
         for line in lines:
             warnings.warn(f"obc.collect: {line}", stacklevel=4)
-
-
-def _merged(coverages: Sequence[Mapping[str, Mapping[str, Coverage]]]) -> dict[str, dict[str, Coverage]]:
-    """Merge coverages: a module counts as read if any process read it."""
-    merged: dict[str, dict[str, Coverage]] = {}
-    for coverage in coverages:
-        for name, modules in coverage.items():
-            mine = merged.setdefault(name, {})
-            for module, how in modules.items():
-                if module not in mine or not mine[module].scored:
-                    mine[module] = how
-    return merged

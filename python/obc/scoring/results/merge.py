@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from obc.model.processes import gather_tensors, gathered, reduce_tensor
-from obc.scoring.coverage import Coverage
+from obc.scoring.coverage import Coverage, merged
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,7 @@ class Facts:
 def all_facts(facts: Facts, group: Any) -> Facts:
     """The facts of all processes, merged. A module counts as scored if any process scored it."""
     everyone = gathered(facts, group)
-    coverage = dict(everyone[0].coverage)
-    for other in everyone[1:]:
-        for name, how in other.coverage.items():
-            if not coverage[name].scored:
-                coverage[name] = how
+    coverage = merged([one.coverage for one in everyone])
     left_out = [f"process {rank}: {what}" for rank, one in enumerate(everyone) for what in one.left_out]
     return Facts(sum(one.num_rows for one in everyone), coverage, left_out)
 
