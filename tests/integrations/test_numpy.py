@@ -140,7 +140,9 @@ def test_fold_agrees_with_reference(dtype: type, groups: int, blocks: int) -> No
     tensors = [torch.from_numpy(array) for array in (weight, compressor, decompressor)]
     truth = reference.fold(*(tensor.double() for tensor in tensors), groups)
     magnitude = reference.fold(*(tensor.double().abs() for tensor in tensors), groups)
-    actual = torch.from_numpy(onp.fold(weight, compressor, decompressor, groups))
+    folded = onp.fold(weight, compressor, decompressor, groups)
+    _bits(folded, obc.ops.fold(*tensors, groups))
+    actual = torch.from_numpy(folded)
     assert_sum_close(actual, truth, magnitude, 12 * 6, tensors[0].dtype, tensors[0].dtype)
 
 
@@ -172,8 +174,12 @@ W = np.ones((4, 3), np.float32)
     [
         (lambda: onp.channel_dot([1.0], W, 0), TypeError, "activation must be a NumPy array, got list"),
         (lambda: onp.channel_dot(W, W[:3], 0), ValueError, r"grad has shape \(3, 3\), activation has \(4, 3\)"),
-        (lambda: onp.channel_dot(W, W.astype(np.float64), 0), TypeError, "grad is float64, activation is float32"),
-        (lambda: onp.channel_dot(W.astype(int), W.astype(int), 0), TypeError, "got int64; convert it first"),
+        (
+            lambda: onp.channel_dot(W, W.astype(np.float64), 0),
+            TypeError,
+            "grad is torch.float64, activation is torch.float32",
+        ),
+        (lambda: onp.channel_dot(W.astype(int), W.astype(int), 0), TypeError, "got torch.int64; convert it first"),
         (lambda: onp.channel_dot(W.astype(">f4"), W.astype(">f4"), 0), TypeError, "native byte order, got >f4"),
         (lambda: onp.channel_dot(W, W, 2), IndexError, "channel_dim 2 is outside an activation of 2 dimensions"),
         (lambda: onp.channel_dot(W, W, 0, True), ValueError, "per_sample needs samples along dim 0"),
@@ -187,8 +193,8 @@ W = np.ones((4, 3), np.float32)
             ValueError,
             "compressor of shape .* does not fit 4 channels",
         ),
-        (lambda: onp.end_row(W, W), ValueError, r"scores must be a flat vector, got shape \(4, 3\)"),
-        (lambda: onp.end_row(np.ones(2, np.float16), np.ones(2, np.float16)), TypeError, "got float16"),
+        (lambda: onp.end_row(W, W), ValueError, r"scores and row are flat vectors, got shapes \(4, 3\)"),
+        (lambda: onp.end_row(np.ones(2, np.float16), np.ones(2, np.float16)), TypeError, "got torch.float16"),
         (lambda: onp.end_row(np.ones(2), np.ones(3)), ValueError, "scores has 2 entries, row 3"),
         (lambda: onp.end_row(np.ones(2), np.ones(2), 0.0), ValueError, "loss_scale must not be 0"),
         (lambda: onp.end_row(W[0], W[0, ::-1]), ValueError, "scores and row share memory.*pass a copy of one of them"),
@@ -201,7 +207,7 @@ W = np.ones((4, 3), np.float32)
         (
             lambda: onp.end_row(np.ones(2), np.ones(2), 1.0, np.zeros(2, np.int32)),
             TypeError,
-            "must be int64, got int32",
+            "must be int64, got torch.int32",
         ),
     ],
 )
