@@ -23,6 +23,7 @@ BENCHMARKS = {
 
 
 def add(commands: Any) -> None:
+    """Add ``obc bench`` to the subparsers."""
     bench = commands.add_parser(
         "bench",
         help="time operators, scoring, folded fine-tuning, large models; draw the ratios",

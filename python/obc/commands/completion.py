@@ -19,6 +19,7 @@ The script does not start Python when it completes."""
 
 
 def add(commands: Any) -> None:
+    """Add ``obc completion`` to the subparsers."""
     completion = add_command(commands, "completion", run, "print a completion script for a shell", _DESCRIPTION)
     completion.add_argument("shell", choices=("bash", "zsh"))
 

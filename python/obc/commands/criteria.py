@@ -9,6 +9,7 @@ from obc.criteria.table import as_text
 
 
 def add(commands: Any) -> None:
+    """Add ``obc criteria`` to the subparsers."""
     criteria = commands.add_parser(
         "criteria",
         help="list the criteria: name, what each needs, its units, its source",
@@ -18,5 +19,6 @@ def add(commands: Any) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Print the table."""
     print(as_text())
     return 0

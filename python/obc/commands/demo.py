@@ -17,6 +17,7 @@ PACKAGES = {"sklearn": "scikit-learn", "torch_pruning": "torch-pruning", "matplo
 
 
 def add(commands: Any) -> None:
+    """Add ``obc demo`` to the subparsers."""
     demo = commands.add_parser(
         "demo",
         help="train small networks on digits, prune them by four criteria, print what each kept",

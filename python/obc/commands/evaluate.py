@@ -28,6 +28,7 @@ _ROUNDS = 7
 
 
 def add(commands: Any) -> None:
+    """Add ``obc evaluate`` to the subparsers."""
     evaluate = add_command(commands, "evaluate", run, "perplexity, accuracy, agreement, speed", _DESCRIPTION)
     evaluate.add_argument("model", type=Path, metavar="MODEL_DIR", help="a directory of a model, pruned or not")
     evaluate.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")

@@ -10,11 +10,13 @@ import obc
 
 
 def add(commands: Any) -> None:
+    """Add ``obc info`` to the subparsers."""
     info = commands.add_parser("info", help="print what is installed, what is missing, and how to get it")
     info.set_defaults(command=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
+    """Print :func:`obc.info`, a line per fact."""
     print("\n".join(lines(obc.info())))
     return 0
 

@@ -21,6 +21,7 @@ plain model."""
 
 
 def add(commands: Any) -> None:
+    """Add ``obc recover`` to the subparsers."""
     recover = add_command(commands, "recover", run, "distil the unpruned model into the pruned one", _DESCRIPTION)
     recover.add_argument("model", type=Path, metavar="PRUNED_DIR", help="what obc prune wrote")
     recover.add_argument("--teacher", type=Path, required=True, metavar="MODEL_DIR", help="the unpruned directory")

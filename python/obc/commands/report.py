@@ -24,6 +24,7 @@ obc report scores.safetensors         a score file: every layer's scores, and ho
 
 
 def add(commands: Any) -> None:
+    """Add ``obc report`` to the subparsers."""
     report = add_command(commands, "report", run, "draw a pruning, or a score file, as one HTML page", _DESCRIPTION)
     report.add_argument(
         "source",

@@ -37,6 +37,7 @@ and no labels."""
 
 
 def add(commands: Any) -> None:
+    """Add ``obc score`` to the subparsers."""
     score = add_command(commands, "score", run, "score a local transformers directory", _DESCRIPTION)
     score.add_argument("model", type=Path, metavar="MODEL_DIR", help="a directory written by save_pretrained")
     score.add_argument("--data", type=Path, required=True, help="a .txt or .jsonl file, or a folder of images")

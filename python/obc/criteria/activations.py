@@ -5,14 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from obc.criteria.protocol import About, Criterion
+from obc.criteria.protocol import About, Criterion, Needs
 from obc.criteria.units import TINY, Consumer, standardised, sum_over_consumers
 from obc.model.groups import ChannelGroup
 from obc.selection.allocation import BlockProfile
+from obc.statistics.moments import ChannelMoments
 from obc.statistics.results import Statistics
 
 
-class FLAP(Criterion):
+class MomentCriterion(Criterion):
+    """A criterion of the moments of consumers' inputs."""
+
+    needs: Needs = ("moments",)
+
+    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
+        """(units,) the sum over the group's consumers of :meth:`value`."""
+        moments = statistics.moments
+        return sum_over_consumers(group, model, lambda one: self.value(group, one, moments[one.name]), moments)
+
+    def value(self, group: ChannelGroup, consumer: Consumer, moments: ChannelMoments) -> Tensor:
+        """(units,) what one consumer adds."""
+        raise NotImplementedError
+
+
+class FLAP(MomentCriterion):
     """S_j = Var(x_j) |W_:j|^2 of every in channel, standardised within the consumer; a unit scores its channels' mean.
 
     FLAP (An et al., arXiv 2312.11983, "WIFV"): one threshold for all groups; the consumer's bias absorbs the mean of
@@ -32,29 +48,26 @@ class FLAP(Criterion):
         differs="its code squares S of heads (code=True), and its running variance leaves out the first sample; copies "
         "in HARP and CFSP prune feed-forward channels only",
     )
-    needs = ("moments",)
     update = "mean"
     per_cost = False
 
     def __init__(self, standardise: bool = True, code: bool = False) -> None:
         self.standardise, self.code = standardise, code
 
-    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        def value(consumer: Consumer) -> Tensor:
-            fluctuation = statistics.moments[consumer.name].variance.cpu() * consumer.square
-            if self.code and group.kind in ("heads", "query_heads"):
-                fluctuation = fluctuation.square()
-            if not self.standardise:
-                return fluctuation[consumer.channels].mean(1)
-            scores = torch.zeros_like(fluctuation)
-            used = consumer.channels.flatten()
-            scores[used] = standardised(fluctuation[used], correction=int(self.code))
-            return scores[consumer.channels].mean(1)
-
-        return sum_over_consumers(group, model, value, statistics.moments)
+    def value(self, group: ChannelGroup, consumer: Consumer, moments: ChannelMoments) -> Tensor:
+        """(units,) the mean over the channels of S_j, standardised if requested."""
+        fluctuation = moments.variance.cpu() * consumer.square
+        if self.code and group.kind in ("heads", "query_heads"):
+            fluctuation = fluctuation.square()
+        if not self.standardise:
+            return fluctuation[consumer.channels].mean(1)
+        scores = torch.zeros_like(fluctuation)
+        used = consumer.channels.flatten()
+        scores[used] = standardised(fluctuation[used], correction=int(self.code))
+        return scores[consumer.channels].mean(1)
 
 
-class WandaSP(Criterion):
+class WandaSP(MomentCriterion):
     """S_j = sqrt(E x_j^2) sum_i |W_ij| of every in channel, summed over a unit's channels.
 
     Wanda (Sun et al., arXiv 2306.11695) by columns, the baseline of FLAP's code; equal shares in every group.
@@ -68,20 +81,15 @@ class WandaSP(Criterion):
         "forward",
         differs="the code takes |x_j|_2 over all tokens, a common factor",
     )
-    needs = ("moments",)
     allocation = "uniform"
 
-    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        def value(consumer: Consumer) -> Tensor:
-            """(units,) the sum over the channels of sqrt(E x_j^2) sum_i |W_ij|."""
-            moments = statistics.moments[consumer.name]
-            rms = (moments.square.cpu() / moments.count).sqrt()
-            return (rms * consumer.columns.abs().sum(1))[consumer.channels].sum(1)
-
-        return sum_over_consumers(group, model, value, statistics.moments)
+    def value(self, group: ChannelGroup, consumer: Consumer, moments: ChannelMoments) -> Tensor:
+        """(units,) the sum over the channels of sqrt(E x_j^2) sum_i |W_ij|."""
+        rms = (moments.square.cpu() / moments.count).sqrt()
+        return (rms * consumer.columns.abs().sum(1))[consumer.channels].sum(1)
 
 
-class Minitron(Criterion):
+class Minitron(MomentCriterion):
     """s_u = |s_c over the unit's channels c|_2, s_c = sqrt(sum over samples of (mean over tokens of |x_c|)^2).
 
     Minitron (Muralidharan et al., arXiv 2407.14679) and Minitron-SSM (arXiv 2504.11409), as in Model-Optimizer: at the
@@ -99,18 +107,14 @@ class Minitron(Criterion):
         "for Mamba it reads x as in_proj returns it, here it is what out_proj is given",
         missing="hidden size by post-norm activations; channels of Mamba-2's heads; width search and distillation",
     )
-    needs = ("moments",)
     allocation = "equal"
 
-    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        def value(consumer: Consumer) -> Tensor:
-            squares = statistics.moments[consumer.name].mean_absolute_square.cpu()
-            return squares[consumer.channels].sum(1).sqrt()
-
-        return sum_over_consumers(group, model, value, statistics.moments)
+    def value(self, group: ChannelGroup, consumer: Consumer, moments: ChannelMoments) -> Tensor:
+        """(units,) s_u."""
+        return moments.mean_absolute_square.cpu()[consumer.channels].sum(1).sqrt()
 
 
-class CFSP(Criterion):
+class CFSP(MomentCriterion):
     """Fine score of CFSP (code wyxscir/CFSP): |x_j|_2^power; coarse shares by the angle between a block's ends.
 
     Args:
@@ -137,13 +141,10 @@ class CFSP(Criterion):
         self.weights, self.power = weights, power
         self.allocation = BlockProfile("angle", "sigmoid")
 
-    def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        def value(consumer: Consumer) -> Tensor:
-            """(units,) the sum over the channels of |x_j|_2^power, weighted if requested."""
-            norms = statistics.moments[consumer.name].square.cpu().sqrt().pow(self.power)
-            if self.weights:
-                absolute = consumer.columns.abs()
-                norms = norms * (absolute / absolute.sum(0).clamp_min(TINY)).mean(1)
-            return norms[consumer.channels].sum(1)
-
-        return sum_over_consumers(group, model, value, statistics.moments)
+    def value(self, group: ChannelGroup, consumer: Consumer, moments: ChannelMoments) -> Tensor:
+        """(units,) the sum over the channels of |x_j|_2^power, weighted if requested."""
+        norms = moments.square.cpu().sqrt().pow(self.power)
+        if self.weights:
+            absolute = consumer.columns.abs()
+            norms = norms * (absolute / absolute.sum(0).clamp_min(TINY)).mean(1)
+        return norms[consumer.channels].sum(1)

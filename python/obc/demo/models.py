@@ -31,6 +31,7 @@ class ResidualBlock(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in, H, W) to (N, out, H / stride, W / stride)."""
         out = F.relu(self.norm1(self.conv1(x)))
         out = self.norm2(self.conv2(out))
         return F.relu(out + self.shortcut(x))
@@ -58,6 +59,7 @@ class ResidualCNN(nn.Module):
         return [self.head]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
@@ -87,6 +89,7 @@ class VGG(nn.Module):
         return [self.classifier[-1]]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
         return self.classifier(self.features(x).flatten(1))
 
 
@@ -102,6 +105,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, tokens, width) to the same shape."""
         query, key, value = (
             projection(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
@@ -125,6 +129,7 @@ class EncoderLayer(nn.Module):
         return [self.attention, self.mlp[-1]]
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, tokens, width) to the same shape."""
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -154,6 +159,7 @@ class Transformer(nn.Module):
         return kept
 
     def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
         patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
         tokens = self.layers(self.embed(patches) + self.position(self.positions))
         return self.head(self.norm(tokens).mean(1))

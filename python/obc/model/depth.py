@@ -79,6 +79,7 @@ class Skipped(nn.Module):
             cache.update(nothing, nothing, place)
 
     def extra_repr(self) -> str:
+        """What the stand-in returns."""
         return f"returns={self.stand_in.returns!r}"
 
 

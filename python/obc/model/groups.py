@@ -23,10 +23,12 @@ class Sided(Protocol):
     """Values per channel of one module: scores (C,) or rows (N, C)."""
 
     @property
-    def out_channels(self) -> Tensor | None: ...
+    def out_channels(self) -> Tensor | None:
+        """Values of the out channels; None if they were not read."""
 
     @property
-    def in_channels(self) -> Tensor | None: ...
+    def in_channels(self) -> Tensor | None:
+        """Values of the in channels; None if there are none, or they were not read."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,10 +20,12 @@ class Sided(Protocol):
     """Scores of one module: (C,) per channel."""
 
     @property
-    def out_channels(self) -> Tensor | None: ...
+    def out_channels(self) -> Tensor | None:
+        """Scores of the out channels; None if there are none."""
 
     @property
-    def in_channels(self) -> Tensor | None: ...
+    def in_channels(self) -> Tensor | None:
+        """Scores of the in channels; None if there are none."""
 
 
 def score_sections(

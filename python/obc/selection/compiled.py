@@ -53,6 +53,7 @@ class CompiledGreedy(Greedy):
 
     @torch.inference_mode()
     def until(self, budget: float) -> tuple[Tensor, float]:
+        """As :meth:`Greedy.until`, in compiled steps."""
         target = budget * (1 - BUDGET_ROUNDING)
         freed = self._freed.numpy()
         order: list[int] = []
@@ -94,6 +95,7 @@ class FrontGreedy(Greedy):
 
     @torch.inference_mode()
     def until(self, budget: float) -> tuple[Tensor, float]:
+        """As :meth:`Greedy.until`, in rounds among the units that go next."""
         removed = self._field.remove(len(self._increments), budget * (1 - BUDGET_ROUNDING))
         return torch.tensor(removed.picks, dtype=torch.int64), float(self._state.freed)
 

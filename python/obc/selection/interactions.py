@@ -107,6 +107,7 @@ class FullGram:
         return rows[0] if len(picks) == 1 else valid.double() @ rows
 
     def column(self, unit: int, standing: StandingNow) -> Tensor:
+        """(C,) a column of the matrix that is held."""
         return self._gram[unit]
 
 
@@ -120,6 +121,7 @@ class RowsOnly:
         return self._units @ (valid.double() @ self._units.index_select(0, picks))
 
     def column(self, unit: int, standing: StandingNow) -> Tensor:
+        """(C,) one column, computed now."""
         return self._units @ self._units[unit]
 
 
@@ -154,6 +156,7 @@ class BlockedGram:
         return total
 
     def column(self, unit: int, standing: StandingNow) -> Tensor:
+        """(C,) one column: held, computed with a block of those that go next, or computed alone."""
         if unit in self._slot_of:
             self._found += 1
         elif self._found >= WORTH or self._alone >= PATIENCE:

@@ -71,6 +71,7 @@ class Blocks:
     backward: ClassVar[bool] = False
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        """The reader of the blocks of this model."""
         if self.tokens not in ("all", "last"):
             raise StatisticsError(f"Blocks(tokens=...) must be 'all' or 'last', got {self.tokens!r}")
         if self.entropy_bins == 1 or self.entropy_bins < 0:

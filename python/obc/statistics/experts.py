@@ -59,6 +59,7 @@ class Experts:
     backward: ClassVar[bool] = False
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        """The reader of the mixtures of this model."""
         if self.gates not in ("routed", "softmax"):
             raise StatisticsError(f"Experts(gates=...) must be 'routed' or 'softmax', got {self.gates!r}")
         return _Reader(Sums(self.name), part, model, groups, self.gates)

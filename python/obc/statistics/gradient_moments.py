@@ -42,6 +42,7 @@ class GradientMoments:
     backward: ClassVar[bool] = True
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        """The reader of gradients at the inputs of the groups' consumers."""
         return _Reader(Sums(self.name), part, model, groups)
 
 

@@ -68,6 +68,7 @@ class Gram:
     backward: ClassVar[bool] = False
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        """The reader of Gram matrices of the inputs of the groups' consumers."""
         if self.to not in ("device", "host"):
             raise StatisticsError(f"Gram(to=...) must be 'device' or 'host', got {self.to!r}")
         to = torch.device("cpu") if self.to == "host" else None
@@ -143,9 +144,11 @@ class GramReader(InputReader):
         return omega if routed is None else omega[routed.tokens]
 
     def result(self, fields: Mapping[str, Tensor]) -> GramSum:
+        """The matrix, the sum and the count of one layer."""
         return GramSum(float(fields["count"]), fields[_TOTAL], fields["sum"])
 
     def bytes(self) -> int:
+        """Bytes of all layers: :meth:`bytes_of`."""
         return sum(self.bytes_of(name) for name in self.widths)
 
     def bytes_of(self, name: str) -> int:

@@ -58,6 +58,7 @@ class Moments:
     backward: ClassVar[bool] = False
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        """The reader of moments of the inputs of the groups' consumers."""
         return _Reader(Sums(self.name), part, model, groups)
 
 

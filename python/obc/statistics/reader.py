@@ -181,14 +181,17 @@ class InputReader(Reader):
         self._latest: _Reading | None = None
 
     def begin(self) -> None:
+        """A batch begins: forget what was read last."""
         super().begin()
         self._latest = None
 
     def part_ends(self) -> None:
+        """Add what was read last: the next part reads other tensors."""
         with torch.inference_mode():  # tensors of forward passes may be changed in place only here
             self._end_reading()
 
     def attach(self) -> list[Handle]:
+        """Hook before every layer, and after every mixture of experts."""
         handles: list[Handle] = []
         for name, module in self.layers.items():
             handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))

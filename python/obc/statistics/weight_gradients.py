@@ -55,6 +55,7 @@ class WeightGradients:
     backward: ClassVar[bool] = True
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
+        """The reader of the gradients of the weights that the groups slice."""
         return _Reader(Sums(self.name, dtype=torch.float32), part, model, groups, self.square)
 
 

@@ -48,17 +48,17 @@ class Structure(Protocol):
 
     Attributes:
         model: the model, pruned in place.
-        plan: everything removed so far, in terms of the unpruned model.
-        groups: the present model's groups; names stay the same from step to step.
     """
 
     model: nn.Module
 
     @property
-    def plan(self) -> PruningPlan: ...
+    def plan(self) -> PruningPlan:
+        """Everything removed so far, in terms of the unpruned model."""
 
     @property
-    def groups(self) -> Sequence[ChannelGroup]: ...
+    def groups(self) -> Sequence[ChannelGroup]:
+        """The present model's groups; names stay the same from step to step."""
 
     def costs(self, unit: Unit) -> Costs:
         """Costs of the present model, as a function of its groups."""
