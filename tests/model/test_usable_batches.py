@@ -226,3 +226,6 @@ def test_all_finite() -> None:
     assert all_finite([])
     assert not all_finite([fine, torch.tensor([1.0, math.nan])])
     assert not all_finite([fine, torch.tensor(-math.inf)])
+    assert not all_finite(torch.tensor([math.inf, -math.inf]))
+    assert all_finite(torch.full((4,), torch.finfo(torch.float32).max)), "the sum of finite numbers may overflow"
+    assert not all_finite([torch.full((4,), torch.finfo(torch.float32).max), torch.tensor(math.nan)])

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import obc
 from obc.recovery.calibration import batch_norms
+from obc.recovery.norm_reference import moments_of
 
 NETWORKS = sorted(WITH_NORMS)
 # delta in the formula, of var + eps.
@@ -178,3 +179,15 @@ def test_a_batch_that_is_not_finite_is_left_out() -> None:
     with pytest.warns(UserWarning, match="batch 5 is left out"):
         obc.recalibrate_norms(other, [*data[:5], bad, *data[5:]], original_model=found.original, plan=found.plan)
     assert_close(other.state_dict(), found.model.state_dict())
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 2, 9), (7, 4, 50, 51), (2, 3, 3, 4, 5), (1, 2, 70, 70)])
+@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
+def test_moments_of_channels_are_those_of_float64(shape: tuple[int, ...], last: bool) -> None:
+    """Of an input whose mean is thirty deviations; added in float32 as it is, its variance would be off by more."""
+    x = 3 + 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1) if last else x
+    variance, mean = torch.var_mean(x.double(), [dim for dim in range(x.dim()) if dim != 1], correction=0)
+    found = moments_of(x)
+    assert_close(found[0], mean, rtol=1e-6, atol=0)
+    assert_close(found[1], variance, rtol=2e-5, atol=0)

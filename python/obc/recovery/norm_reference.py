@@ -31,6 +31,8 @@ from obc.model.processes import ALONE, Processes
 
 # delta relative to a channel's var + eps.
 _DELTA = 1e-2
+# Positions whose moments are added in the input's type, unless a sample has more.
+_POSITIONS = 4096
 
 
 # Result of one run: a norm's key, the mean and the variance of its input, for each call.
@@ -69,8 +71,17 @@ class MomentSums:
 def moments_of(x: Tensor) -> Moments:
     """(C,) float64 mean and variance of every channel of a norm's input, (N, C, ...)."""
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    variance, mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)
-    return mean.double(), variance.double()
+    if x.device.type != "cpu" or x.numel() == 0:
+        variance, mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)
+        return mean.double(), variance.double()
+    # On CPUs torch.var_mean over all dimensions but one takes several times as long as what BatchNorms use in training.
+    # That adds in the input's type if channels come last, so it gets a few positions at a time.
+    parts = x.split(max(1, _POSITIONS * x.shape[1] * x.shape[0] // x.numel()))
+    found = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]
+    shares = torch.tensor([len(part) / len(x) for part in parts], dtype=torch.float64)[:, None]
+    means, variances = (torch.stack(values).double() for values in zip(*found, strict=True))
+    mean = (shares * means).sum(0)
+    return mean, (shares * (variances + (means - mean).square())).sum(0)
 
 
 @dataclass(frozen=True)
@@ -203,7 +214,12 @@ def _before_each(norms: Mapping[Any, _BatchNorm], act: Callable[[Any, Tensor], N
     """Call ``act`` with the key and the input before every call of one of the norms."""
 
     def hook(key: Any) -> Callable[..., None]:
-        return lambda _, args: act(key, args[0].detach())
+        def read(norm: nn.Module, args: tuple[Any, ...]) -> None:
+            # Whoever follows tensors through the run, as obc.recovery.stream_points does, must not see this.
+            with torch._C.DisableTorchFunction():
+                act(key, args[0].detach())
+
+        return read
 
     handles = [norm.register_forward_pre_hook(hook(key)) for key, norm in norms.items()]
     with hooked(handles):
