@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from obc.model.evaluation import tensors_in
 from obc.model.processes import notice
