@@ -18,8 +18,8 @@ would determine the regression of a transformer.
 
 The unpruned and the pruned model run side by side through a chain of modules (:mod:`obc.recovery.segments`): the
 unpruned one runs every module once, the pruned one up to each layer and once more, and only the tensors between modules
-are kept. If a module has BatchNorms, both run again for their statistics. Layers outside the chain are reached by
-running the models from their start.
+are kept. If the module has BatchNorms, the pruned one runs once more for their statistics. Layers behind the chain run
+from its end on (:mod:`obc.recovery.after_chain`), others outside it from the models' start.
 
 Held-out batches run along. For every layer they choose the ridge, or to leave the layer unchanged, by the mean over
 channels of the remaining share of each channel's error; at the end they decide whether the output came closer to the
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -37,16 +38,21 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from obc.model.evaluation import stream_of
+from obc.model.evaluation import ForwardFn, stream_of
 from obc.model.names import is_within
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.recovery.calibration import batch_norms, named_norms, norm_reference, recalibrate_from, streamed_error
+from obc.recovery.after_chain import called_after, from_end
+from obc.recovery.calibration import named_norms, norm_reference, recalibrate_from, streamed_error
 from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.consumers import Consumer
 from obc.recovery.layer_correction import Layer, LayerCorrections, Options, Sums, waves
+from obc.recovery.module_norms import ModuleNorms, reads_the_same
 from obc.recovery.norm_reference import take_statistics
 from obc.recovery.segments import ChainBatch, capture, find_chain, replays
 from obc.recovery.stream_points import Call, Seen, norms_behind, observe
+
+# Of the unpruned and the pruned model.
+Runs = tuple[Callable[[int], Any], Callable[[int], Any]]
 
 
 @dataclass
@@ -80,12 +86,13 @@ class CorrectRun:
         options: Options,
     ) -> None:
         self.pruned, self.original, self.options = pruned, original, options
+        self._models = (original, pruned)
         self.consumers, self.norms = consumers, norms
         self.usable, self.held_out = batches
         numbered = [each.numbered() for each in batches]
         self.calibration = len(numbered[0])
         self.numbers, self.batches = zip(*numbered[0], *numbered[1], strict=True)
-        self.report = CompensationReport(naive_error=self._error())
+        self.report = CompensationReport(naive_error=self._error(options.forward))
         on_all = int(options.processes.total(self.calibration)[0])
         self.corrections = LayerCorrections(options, consumers, self.report, self.batches, self.calibration, on_all)
         self.before = copy.deepcopy([module.state_dict() for module in self._changed()])
@@ -94,8 +101,8 @@ class CorrectRun:
     def _changed(self) -> list[nn.Module]:
         return [*(consumer.module for consumer in self.consumers.values()), *self.norms]
 
-    def _error(self) -> float:
-        forward, processes = self.options.forward, self.options.processes
+    def _error(self, forward: ForwardFn) -> float:
+        processes = self.options.processes
         error = streamed_error(self.pruned, self.original, self.held_out, forward, processes)
         self.held_out.refuse_many(processes.total)
         return error
@@ -132,14 +139,23 @@ class CorrectRun:
         inside = {layer.name for layer in self.layers if any(is_within(layer.scope, name) for name in chain)}
         first = min((layer.order for layer in self.layers if layer.name in inside), default=0)
         others = [layer for layer in self.layers if layer.name not in inside]
-        whole = _Place(self._whole(self.original), self._whole(self.pruned), [])
-        whole.layers = [layer for layer in others if layer.order < first]
-        self._correct(whole, bar)
+        whole: Runs = self._whole(self.original), self._whole(self.pruned)
+        before = [layer for layer in others if layer.order < first]
+        self._correct(_Place(*whole, before), bar)
+        ends, after = whole, set[str]()
         if chain:
-            self._run_chain(chain, [layer for layer in self.layers if layer.name in inside], bar)
-        whole.layers = [layer for layer in others if layer.order >= first]
-        self._correct(whole, bar)
-        self._decide(chain)
+            ends = self._run_chain(chain, [layer for layer in self.layers if layer.name in inside], bar)
+            after = self._called_after(chain)
+        between = [layer for layer in others if layer.order >= first and layer.name not in after]
+        self._correct(_Place(*whole, between), bar)
+        self._correct(_Place(*ends, [layer for layer in others if layer.name in after]), bar)
+        names = named_norms(self.pruned)
+        outside = [name for name in names if not any(is_within(name, module) for module in chain)]
+        early = [name for name in outside if name not in after]
+        if after and not (before or between) and self._unchanged(early, chain):
+            self._decide([names[name] for name in outside if name in after], *ends)
+        else:
+            self._decide([names[name] for name in outside], *whole)
         self.options.processes.share(tensor for module in self._changed() for tensor in module.state_dict().values())
         return self.report
 
@@ -170,13 +186,27 @@ class CorrectRun:
         (agreed,) = self.options.processes.least([len(chain)])
         return chain if agreed == len(chain) else []
 
+    def _called_after(self, chain: list[str]) -> set[str]:
+        """The modules called only after the chain, if the models can be run from its end."""
+        names = [name for name, _ in self.original.named_modules()]
+        found = called_after(self.original, chain, partial(self._whole(self.original), 0))
+        agreed = self.options.processes.least([name in found for name in names])
+        return {name for name, everywhere in zip(names, agreed, strict=True) if everywhere}
+
+    def _unchanged(self, norms: Sequence[str], chain: list[str]) -> bool:
+        """Whether these norms before the chain read the same in both models, so that they need no new statistics."""
+        first, second = (partial(capture, model, chain, partial(self._whole(model), 0), True) for model in self._models)
+        same = not norms or reads_the_same(norms, self._models, (first, second), self.options.plan)
+        return bool(self.options.processes.least([same])[0])
+
     def _whole(self, model: nn.Module) -> Callable[[int], Any]:
         return lambda index: self.options.forward(model, self.batches[index])
 
     # --- the chain --------------------------------------------------------------------------------------------
 
-    def _run_chain(self, chain: list[str], layers: list[Layer], bar: Any) -> None:
-        full, pruned = (self._captured(model, chain) for model in (self.original, self.pruned))
+    def _run_chain(self, chain: list[str], layers: list[Layer], bar: Any) -> Runs:
+        """Correct the chain's layers; returns runs of both models from its end on."""
+        full, pruned = self._captured(self.original, chain), self._captured(self.pruned, chain)
         for place, name in enumerate(chain):
             module, kept = self.original.get_submodule(name), self.pruned.get_submodule(name)
             here = _Place(
@@ -184,12 +214,22 @@ class CorrectRun:
                 partial(_call, pruned, kept, place),
                 [layer for layer in layers if is_within(layer.scope, name)],
             )
-            after = self._run_full(here)
+            norms = ModuleNorms(name, module, kept, self.norms)
+            after = self._run_full(here, norms)
             self._correct(here, bar)
-            self._renew_norms(here, name, after)
+            done: dict[int, Tensor] = {}
+            if norms.norms:
+                live = self._live()
+                fit = [index for index in live if index < self.calibration]
+                wanted = {index: after[index] for index in live if index >= self.calibration}
+                changed, done = norms.renew(here.pruned, fit, wanted, self.options.plan, self.options.processes)
+                self.report.norms_recalibrated = self.report.norms_recalibrated or changed
             for index, stream in enumerate(after):
                 full[index].stream = stream
-                pruned[index].stream = self._stored(stream_of(here.pruned(index)))
+                pruned[index].stream = self._stored(done[index] if index in done else stream_of(here.pruned(index)))
+        ends = zip(self._models, (full, pruned), strict=True)
+        first, second = (from_end(model, chain, batches, self._whole(model)) for model, batches in ends)
+        return first, second
 
     def _captured(self, model: nn.Module, chain: list[str]) -> list[ChainBatch]:
         run = self._whole(model)
@@ -207,56 +247,17 @@ class CorrectRun:
         self.report.stream_bytes = max(self.report.stream_bytes, 2 * len(self.batches) * stored.nbytes)
         return stored
 
-    def _run_full(self, here: _Place) -> list[Tensor]:
+    def _run_full(self, here: _Place, norms: ModuleNorms) -> list[Tensor]:
         """Run the unpruned module on every batch; keep its layers' points and return its outputs."""
         after = []
         modules = {layer.name: self.original.get_submodule(layer.name) for layer in here.layers}
         own = {layer.name for layer in here.layers if not layer.summed}
         for index in range(len(self.batches)):
-            seen = observe(partial(here.full, index), modules, own)
-            here.points.append(self._targets(here.layers, seen))
+            with norms.reading(index) if index < self.calibration else nullcontext():
+                seen = observe(partial(here.full, index), modules, own)
+            here.points.append(_targets(here.layers, seen, self.options.offload))
             after.append(self._stored(stream_of(seen.output)))
         return after
-
-    def _targets(self, layers: Sequence[Layer], seen: Seen) -> dict[str, list[Call]]:
-        """The unpruned model's calls with their points alone; for a layer whose outputs overlap, with its inputs."""
-        found = {}
-        for layer in layers:
-            calls = seen.calls.get(layer.name, [])
-            tensors = [call.x if layer.consumer.overlaps else call.point for call in calls]
-            tensors = [tensor.cpu() for tensor in tensors] if self.options.offload else tensors
-            found[layer.name] = [replace(call, x=kept, point=kept) for call, kept in zip(calls, tensors, strict=True)]
-        return found
-
-    def _renew_norms(self, here: _Place, name: str, after: list[Tensor]) -> None:
-        """Give the module's BatchNorms new statistics if that brings its output closer to the unpruned one's."""
-        module = self.pruned.get_submodule(name)
-        norms = [norm for norm in batch_norms(module) if any(norm is other for other in self.norms)]
-        if not norms:
-            return
-        before, states = self._distance(here, after), copy.deepcopy([norm.state_dict() for norm in norms])
-        processes = self.options.processes
-        # By numbers that stay the same when a batch is left out.
-        indices = UsableBatches(()).part([(index, index) for index in self._live() if index < self.calibration])
-        unpruned = self.original.get_submodule(name)
-        reference = norm_reference(unpruned, indices, lambda _, index: here.full(index), name)
-        targets = reference.targets(module, self.options.plan, name, processes=processes)
-        recalibrate_from(module, norms, indices, lambda _, index: here.pruned(index), processes, targets)
-        if self._distance(here, after) < before:
-            self.report.norms_recalibrated = True
-            return
-        _load(norms, states)
-
-    def _distance(self, here: _Place, after: list[Tensor]) -> float:
-        total = 0.0
-        for index in self._live():
-            if index < self.calibration:
-                continue
-            got = stream_of(here.pruned(index))
-            if got is None or got.shape != after[index].shape:
-                return 0.0  # the stream itself lost channels, so nothing can be compared and the norms stay
-            total += float((got.double() - after[index].to(got.device).double()).square().sum())
-        return self.options.processes.total(total)[0]
 
     # --- layers -----------------------------------------------------------------------------------------------
 
@@ -282,7 +283,7 @@ class CorrectRun:
         else:
             originals = {name: self.original.get_submodule(name) for name in modules}
             seen = observe(partial(here.full, index), originals, own, stop)
-            points = self._targets(wave, seen)
+            points = _targets(wave, seen, self.options.offload)
         arrived = observe(partial(here.pruned, index), modules, own, stop).calls
         if not all_finite(
             [[(call.x, call.point) for call in calls] for calls in (*points.values(), *arrived.values())]
@@ -296,24 +297,40 @@ class CorrectRun:
             for target, call in zip(targets, calls, strict=True):
                 self.corrections.add(layer, sums[layer.name], target, call, index)
 
-    def _decide(self, chain: list[str]) -> None:
-        report = self.report
-        report.compensated_error = report.final_error = self._error()
-        inside = [norm for name in chain for norm in batch_norms(self.pruned.get_submodule(name))]
-        outside = [norm for norm in self.norms if not any(norm is other for other in inside)]
-        if outside:
-            states = copy.deepcopy([norm.state_dict() for norm in outside])
-            forward, processes = self.options.forward, self.options.processes
-            reference = norm_reference(self.original, self.usable, forward)
-            targets = reference.targets(self.pruned, self.options.plan, processes=processes)
-            recalibrate_from(self.pruned, outside, self.usable, forward, processes, targets)
-            if (error := self._error()) < report.final_error:
+    def _decide(self, norms: list[_BatchNorm], *runs: Callable[[int], Any]) -> None:
+        """Whether these norms get new statistics, and whether the result is better than naive."""
+        report, options = self.report, self.options
+        run_of = dict(zip(self._models, runs, strict=True))
+        places = {number: index for index, number in enumerate(self.numbers)}
+
+        def on(batches: UsableBatches) -> ForwardFn:
+            return lambda model, batch: run_of[model](places[batches.current])
+
+        report.compensated_error = report.final_error = self._error(on(self.held_out))
+        norms = [norm for norm in norms if any(norm is other for other in self.norms)]
+        if norms:
+            states = copy.deepcopy([norm.state_dict() for norm in norms])
+            reference = norm_reference(self.original, self.usable, on(self.usable))
+            targets = reference.targets(self.pruned, options.plan, processes=options.processes)
+            recalibrate_from(self.pruned, norms, self.usable, on(self.usable), options.processes, targets)
+            if (error := self._error(on(self.held_out))) < report.final_error:
                 report.final_error, report.norms_recalibrated = error, True
             else:
-                _load(outside, states)
+                _load(norms, states)
         if not report.final_error < report.naive_error:
             self._put_back()
             report.leave_naive()
+
+
+def _targets(layers: Sequence[Layer], seen: Seen, offload: bool) -> dict[str, list[Call]]:
+    """The unpruned model's calls with their points alone; for a layer whose outputs overlap, with its inputs."""
+    found = {}
+    for layer in layers:
+        calls = seen.calls.get(layer.name, [])
+        tensors = [call.x if layer.consumer.overlaps else call.point for call in calls]
+        tensors = [tensor.cpu() for tensor in tensors] if offload else tensors
+        found[layer.name] = [replace(call, x=kept, point=kept) for call, kept in zip(calls, tensors, strict=True)]
+    return found
 
 
 def _load(modules: Sequence[nn.Module], states: Sequence[Mapping[str, Any]]) -> None:

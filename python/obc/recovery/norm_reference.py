@@ -138,6 +138,10 @@ class NormReference:
         for name, mean, variance in calls:
             self._by_batch[name].setdefault(number, []).append((mean, variance))
 
+    def numbers(self) -> set[int]:
+        """The numbers of the batches added so far."""
+        return {number for by_batch in self._by_batch.values() for number in by_batch}
+
     def targets(
         self,
         pruned: nn.Module,

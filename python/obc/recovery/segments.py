@@ -191,11 +191,13 @@ class ChainBatch:
     arguments: list[Arguments]
     device: torch.device
 
+    def on_device(self) -> Tensor:
+        """A copy of the stream, because a module may change its input in place."""
+        return self.stream.to(self.device) if self.stream.device != self.device else self.stream.clone()
+
     def call(self, module: nn.Module, place: int) -> Any:
         """Run the chain's module at ``place`` on it."""
-        # A copy: a module may change its input in place.
-        stream = self.stream.to(self.device) if self.stream.device != self.device else self.stream.clone()
-        return self.arguments[place].call(module, stream)
+        return self.arguments[place].call(module, self.on_device())
 
 
 def capture(
@@ -264,11 +266,11 @@ def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> s
             for name, given, seen in zip(chain, arguments, shown, strict=True):
                 assert stream is not None
                 stream = stream_of(given.call(model.get_submodule(name), stream.clone()))
-                if stream is None or stream.shape != seen.shape or not _close(stream, seen):
+                if stream is None or stream.shape != seen.shape or not close(stream, seen):
                     return f"{name}, run alone, returns something else than inside the model"
     return None
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
+def close(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal up to rounding, which may differ with batch size or kernel."""
     return bool((a.double() - b.double()).norm() <= 1e-3 * b.double().norm())
