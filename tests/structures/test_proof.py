@@ -212,6 +212,46 @@ def test_shuffles_between_grouped_convolutions_are_pruned_exactly(channels: int,
 # --- what must not hide a fault -----------------------------------------------------------------------------------
 
 
+# Operations over channels that change the example's activations less than rounding does.
+FAINT: dict[str, Callable[[Tensor], Tensor]] = {
+    "local response norm": nn.LocalResponseNorm(5, alpha=1e-6),
+    "the older one": nn.CrossMapLRN2d(5, alpha=1e-6),
+    "clipped by norm": lambda x: x * (500 / torch.linalg.vector_norm(x, dim=1, keepdim=True).clamp(min=500)),
+    "divided by 1e6 plus norm": lambda x: x / (1e6 + x.norm(dim=1, keepdim=True)),
+    "scaled by the variance": lambda x: x * torch.rsqrt(1 + 1e-7 * x.var(1, keepdim=True)),
+    "gated by the mean square": lambda x: x * torch.sigmoid(20 - 1e-6 * x.square().mean((1, 2, 3), keepdim=True)),
+    "only if none is large": lambda x: x * (x.abs().amax() < 500),
+    "a branch on the norm": lambda x: x if x.norm() < 1e3 else 2 * x,
+    "softmax behind a threshold": lambda x: x + F.threshold(x, 100, 0).softmax(1) - 1 / x.shape[1],
+}
+ALONE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu6": F.relu6,
+    "exp": torch.exp,
+    "exp of squares": lambda x: torch.exp(x.square()),
+    "never clipped": lambda x: torch.minimum(x, 1 + x.amax(1, keepdim=True)),
+    "max pool": lambda x: F.max_pool2d(x, 3, 1, 1),
+}
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "no norm": nn.Identity,
+    "batch norm": lambda: nn.BatchNorm2d(12),
+    "instance norm": lambda: nn.InstanceNorm2d(12),
+    "group norm": lambda: nn.GroupNorm(3, 12),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", [*FAINT, *ALONE])
+def test_operations_over_channels_show_on_large_ones(name: str, norm: str) -> None:
+    """Faint as they are here, larger activations would make them wrong; what treats each channel alone is accepted."""
+    torch.manual_seed(0)
+    net = wired({**FAINT, **ALONE}[name], between=NORMS[norm]()).float()
+    structure = TorchPruningStructure(net, images(4).float())
+    assert "layers.1" in {group.name for group in structure.groups}
+    assert ("layers.0" in {group.name for group in structure.groups}) == (name in ALONE)
+    assert structure.proof is not None
+    assert not structure.proof.unproved
+
+
 class Branch(nn.Module):
     """A residual branch whose wiring is wrong, behind something that hides it in the output."""
 

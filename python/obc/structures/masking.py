@@ -106,8 +106,8 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
             _mask_attention(uses, module, channels)
         elif side == "in":
             _zero_columns(uses, module, channels)
-        elif (normalised := _normalised(module)) is not None:
-            _normalise_kept(module, *normalised, channels)
+        elif (over := channels_normalised(module)) is not None:
+            _normalise_kept(module, *over, channels)
     for group in groups:
         if group.kind == "experts" and group.name in removed:
             for part in group.slices:
@@ -165,7 +165,7 @@ def _mask_attention(uses: Uses, module: nn.MultiheadAttention, channels: Tensor)
             replace_parameter(uses, old, new)
 
 
-def _normalised(module: nn.Module) -> tuple[int, int] | None:
+def channels_normalised(module: nn.Module) -> tuple[int, int] | None:
     """(channels, their dimension) of a norm over channels; None for other modules."""
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         return module.normalized_shape[-1], -1

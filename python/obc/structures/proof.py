@@ -3,9 +3,10 @@
 About half of every group's units, chosen at random, are removed on copies of the model that share its weights: one is
 sliced by the structure, one masked (:mod:`obc.structures.masking`), and both run on the same inputs
 (:mod:`obc.structures.comparison`). All groups are tried at once; on failure halves of them are tried, down to single
-groups. A second try removes other units, so that a misplaced unit shows in one of the two. Parameters with a single
-value (freshly initialised norms, layers that start at zero) get random values in both copies, because they could hide
-what comes before them.
+groups. A second try removes other units, so that a misplaced unit shows in one of the two; there the masked channels
+are large, so that operations over channels show that barely act on small ones (:mod:`obc.structures.amplified`).
+Parameters with a single value (freshly initialised norms, layers that start at zero) get random values in both copies,
+because they could hide what comes before them.
 
 A try costs two forward passes.
 """
@@ -26,6 +27,7 @@ from obc.model.groups import ChannelGroup
 from obc.model.kept import PlanError, staying
 from obc.model.layouts import is_depthwise
 from obc.model.shared_copy import shared_copy, shared_parameters
+from obc.structures.amplified import SIZES, amplify
 from obc.structures.comparison import Observation, compare, observe
 from obc.structures.masking import lost_channels, masked_copy, unmaskable
 from obc.structures.protocol import Limits, Provable
@@ -242,7 +244,7 @@ class _Prover:
         """The fault in removing units of these groups, or None."""
         removed = {name: self.removals[number][name] for name in names}
         try:
-            masked = self._masked(names, removed)
+            masked = self._masked(names, removed, number)
         except _MaskedError as error:
             return str(error)
         self.proof.tries += 1
@@ -268,21 +270,30 @@ class _Prover:
             return None
         if "output changes" in found.where:
             return self._said(names, f"the model returns something else without {self._shares(removed)}: {found.where}")
+        if number % 2:  # the first try, of small channels, did not show it
+            return self._said(names, f"its removed channels, made large, change what others do: {found.where}")
         return self._said(names, f"its consumers do not see its channels in this order: {found.where}")
 
-    def _masked(self, names: Sequence[str], removed: Mapping[str, Tensor]) -> Observation | None:
-        """The unpruned model with these units masked; None if that is impossible for a group."""
+    def _masked(self, names: Sequence[str], removed: Mapping[str, Tensor], number: int) -> Observation | None:
+        """The unpruned model with these units masked, and large in every second try; None if that is impossible."""
         if any(name in self.proof.unproved for name in names):
             return None
         groups = [self.groups[name] for name in names]
-        try:
-            found = self._observe(masked_copy(self.base, groups, removed), lost_inputs(self.base, groups, removed))
-        except Exception as error:
-            reason = f"the masked model does not run: {type(error).__name__}: {error}"
-        else:
-            if found.finite():
-                return found
-            reason = "the masked model's outputs are not finite"
+        lost = lost_inputs(self.base, groups, removed)
+        sizes = SIZES if number % 2 and not any(group.is_depth for group in groups) else ()
+        reason = ""
+        for size in (*sizes, None):
+            try:
+                masked = masked_copy(self.base, groups, removed)
+                if size is not None:
+                    amplify(masked, groups, removed, size)
+                found = self._observe(masked, lost)
+            except Exception as error:
+                reason = f"the masked model does not run: {type(error).__name__}: {error}"
+            else:
+                if found.finite():
+                    return found
+                reason = "the masked model's outputs are not finite"
         if len(names) > 1:
             raise _MaskedError(reason)
         self.proof.unproved[names[0]] = reason
@@ -292,7 +303,7 @@ class _Prover:
         """Whether the masked model returns the same twice."""
         removed = {name: self.removals[number][name] for name in names}
         try:
-            one, other = (self._masked(names, removed) for _ in range(2))
+            one, other = (self._masked(names, removed, number) for _ in range(2))
         except _MaskedError:
             return True
         return one is None or other is None or compare(one, other).where is None

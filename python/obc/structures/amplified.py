@@ -1,0 +1,81 @@
+"""Makes the channels of removed units large in a masked model, where they must not matter.
+
+Without its removed units a model computes what it computes with them masked only if nothing but their consumers reads
+them. An operation over channels that barely acts at the size of the example inputs (LocalResponseNorm, clipping by a
+norm, a threshold on the largest channel) changes the other channels less than rounding does. If the removed channels
+are made large, it shows; where each channel is treated alone, nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from obc.model.groups import ChannelGroup
+from obc.model.names import named_modules
+from obc.model.rules import Rule, rule_for
+from obc.structures.masking import channels_normalised, lost_channels
+
+# Sizes of the removed channels in units of the others, or of 1 if those are smaller. The first changes even a
+# LocalResponseNorm of torch's default alpha, 1e-4; if it overflows behind an exponential, or in float16, the second.
+SIZES = (1e4, 30.0)
+
+
+def amplify(masked: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor], size: float) -> None:
+    """Let the layers and norms of ``masked`` return large numbers of both signs in these units' channels.
+
+    Layers whose weights are used without calling them return what they did. So do routers, whose removed experts have a
+    logit of minus infinity already.
+
+    Args:
+        masked: from :func:`obc.structures.masking.masked_copy`; it is changed.
+        groups: the model's groups.
+        removed: group name -> int64 indices of units.
+        size: of the large numbers; see :data:`SIZES`.
+    """
+    widening = [group for group in groups if not group.is_depth and group.kind != "experts"]
+    modules = dict(named_modules(masked))
+    for (name, side), channels in lost_channels(widening, removed).items():
+        module = modules.get(name)
+        if side == "out" and module is not None and (written := _written(module)) is not None:
+            module.register_forward_hook(_enlarge(channels, *written, size))
+
+
+def _written(module: nn.Module) -> tuple[int, int] | None:
+    """(channels, their dimension) of a module's output; None where it is not known."""
+    if isinstance(module, _NormBase):
+        return module.num_features, 1
+    if (over_channels := channels_normalised(module)) is not None:
+        return over_channels
+    rule = rule_for(module)
+    if not isinstance(rule, Rule) or rule.out_dim is None or rule.packed:
+        return None
+    weight = getattr(module, rule.weight)
+    return weight.shape[rule.out_axis] * (rule.groups if rule.transposed else 1), rule.out_dim
+
+
+def _enlarge(channels: Tensor, width: int, dim: int, size: float) -> Callable[..., Any]:
+    """A forward hook that puts large numbers into ``channels`` of an output of this width."""
+
+    def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return output
+        axis = next(
+            (one for one in (dim, 1) if -output.dim() <= one < output.dim() and output.shape[one] == width), None
+        )
+        if axis is None:
+            return output
+        axis %= output.dim()
+        lost = channels.to(output.device)
+        signs = 1 - 2 * (torch.arange(len(lost), device=lost.device) % 2)
+        unit = output.float().square().mean().sqrt().clamp(min=1.0)
+        # They differ between positions, as activations do.
+        spread = 1.5 + 0.5 * output.index_select(axis, lost).tanh()
+        large = spread * (signs * size * unit).view([-1 if one == axis else 1 for one in range(output.dim())])
+        return output.index_copy(axis, lost, large.to(output.dtype))
+
+    return enlarge
