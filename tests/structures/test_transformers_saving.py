@@ -48,6 +48,17 @@ def test_uneven_widths_round_trip(family: str, tmp_path: Path) -> None:
     assert list(loaded.state_dict()) == list(case.model.state_dict())
 
 
+@pytest.mark.parametrize("kinds", [(), ("query_heads", "ffn"), ("embedding",)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_applied_plan_also_sets_counts(family: str, kinds: tuple[str, ...]) -> None:
+    """Numbers of heads and experts that modules keep as attributes, or read from the config, become the pruned model's."""
+    case, plain = FAMILIES[family](), FAMILIES[family]()
+    structure = halved(case.model, *kinds) if kinds else uneven(case.model)
+    assert structure.plan.apply(plain.model) is plain.model
+    assert torch.equal(output(case, plain.model), output(case, case.model))
+    assert plain.model.config.to_dict() == case.model.config.to_dict()
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - INEXPRESSIBLE_HEADS))
 def test_equal_widths_round_trip_through_from_pretrained(family: str, tmp_path: Path) -> None:
     case = FAMILIES[family]()

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ _FORMAT = {"format": "obc.PruningPlan", "version": 1}
 
 # Channels, columns and blocks must lie below this; a damaged file may say otherwise.
 _LARGEST = 2**31
+# What else than tensors and torch's own layers a plan changes: (module, attribute, new value), for an unpruned model.
+_COUNTS: list[Callable[[nn.Module, "PruningPlan"], list[tuple[Any, str, Any]]]] = []
 # Fields that may be 0 or missing.
 _DIMENSIONS = ("dim", "in_dim")
 
@@ -143,9 +145,8 @@ class PruningPlan(Mapping[str, Kept]):
         >>> model = build()  # the unpruned model's class and arguments
         >>> obc.PruningPlan.load("plan.json").apply(model).load_state_dict(pruned_state_dict)
 
-        Sizes of torch's own layers are updated. Counts in your own modules, such as a number of heads, are not: set
-        them yourself if whole heads were removed. For models of the transformers library use
-        :func:`obc.structures.transformers.load_pruned`.
+        Sizes of torch's own layers are updated, and the counts of heads and experts in models of the transformers
+        library. Counts in your own modules are not: set them yourself if whole heads were removed.
 
         Returns:
             The model.
@@ -153,7 +154,10 @@ class PruningPlan(Mapping[str, Kept]):
         Raises:
             PlanError: the plan names a module that the model lacks, or does not fit a tensor; the model is unchanged.
         """
+        counts = [count for find in _COUNTS for count in find(model, self)]
         cut(model, self)
+        for owner, attribute, value in counts:
+            setattr(owner, attribute, value)
         for name, stand_in in self.depth.stand_ins.items():
             put_stand_in(model, name, stand_in)
         compact(model, self.depth)
@@ -211,6 +215,12 @@ class PruningPlan(Mapping[str, Kept]):
         plan = cls(match(original_state_dict, pruned_model))
         plan.verify(original_state_dict, pruned_model)
         return plan
+
+
+def register_counts(find: Callable[[nn.Module, PruningPlan], list[tuple[Any, str, Any]]]) -> None:
+    """Let :meth:`PruningPlan.apply` set what ``find(unpruned model, plan)`` returns: (owner, attribute, new value)."""
+    if find not in _COUNTS:
+        _COUNTS.append(find)
 
 
 def _kept_count(channels: Tensor | None) -> str:

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 
 from obc.files import atomic_write
 from obc.model.depth import compact, is_compact, put_stand_in, with_depth
-from obc.model.kept import Kept, PlanError
+from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import layout_of
-from obc.model.plan import PruningPlan
+from obc.model.names import joined, named_tensors
+from obc.model.plan import PruningPlan, register_counts
+from obc.model.shared_copy import shared_copy
+from obc.model.slicing import sliced
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS
 from obc.structures.transformers.config import refuse_save_pretrained, with_widths
@@ -146,6 +149,52 @@ def cut_to(model: nn.Module, plan: PruningPlan) -> None:
             if kept is not None and kept < block.group.size:
                 surplus[name] = torch.arange(kept, block.group.size)
         structure.remove(surplus)
+
+
+def counts_after(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, Any]]:
+    """(module or config, attribute, value) of what changes besides tensors if an unpruned model is cut to ``plan``.
+
+    It is tried on a copy that shares the weights. Empty if the model is none of the transformers library, or if the
+    plan was not made by a :class:`TransformersStructure`, so that its removals give other shapes.
+    """
+    if not len(plan) or not hasattr(getattr(model, "config", None), "to_dict"):
+        return []
+    narrow, modules = shared_copy(model), dict(model.named_modules())
+    try:
+        cut_to(narrow, plan)
+        for module_name, module, tensor_name, tensor in named_tensors(narrow):
+            original, key = getattr(modules[module_name], tensor_name).detach(), joined(module_name, tensor_name)
+            if sliced(module, tensor_name, original, kept_of(plan, module_name, key), key).shape != tensor.shape:
+                return []
+    except (ValueError, IndexError):  # a plan for other layers; cutting names what does not fit
+        return []
+    found: list[tuple[Any, str, Any]] = []
+    configs: dict[int, Any] = {}  # id of a config -> its copy
+    for name, one in narrow.named_modules():
+        found += _differences(modules[name], one)
+        if not hasattr(config := getattr(one, "config", None), "to_dict"):
+            continue
+        before = modules[name].config
+        if configs.setdefault(id(before), config) is not config:
+            found.append((modules[name], "config", config))  # the layer got a config of its own
+        else:
+            found += _differences(before, config)
+    return found
+
+
+def _differences(owner: Any, changed: Any) -> list[tuple[Any, str, Any]]:
+    """The plain attributes in which a pruned module or config differs from the unpruned one."""
+    before, missing = vars(owner), object()
+    return [
+        (owner, key, value)
+        for key, value in vars(changed).items()
+        if isinstance(value, (int, float, tuple, list, dict))
+        and not (isinstance(owner, nn.Module) and key.startswith("_"))
+        and before.get(key, missing) != value
+    ]
+
+
+register_counts(counts_after)
 
 
 def _units_kept(structure: TransformersStructure, block: Block, plan: Mapping[str, Kept]) -> int | None:
