@@ -51,7 +51,7 @@ def test_uneven_widths_round_trip(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kinds", [(), ("query_heads", "ffn"), ("embedding",)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_applied_plan_also_sets_counts(family: str, kinds: tuple[str, ...]) -> None:
-    """Numbers of heads and experts that modules keep as attributes, or read from the config, become the pruned model's."""
+    """Numbers of heads and experts, in attributes or read from the config, become those of the pruned model."""
     case, plain = FAMILIES[family](), FAMILIES[family]()
     structure = halved(case.model, *kinds) if kinds else uneven(case.model)
     assert structure.plan.apply(plain.model) is plain.model

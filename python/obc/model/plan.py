@@ -29,7 +29,7 @@ _FORMAT = {"format": "obc.PruningPlan", "version": 1}
 # Channels, columns and blocks must lie below this; a damaged file may say otherwise.
 _LARGEST = 2**31
 # What else than tensors and torch's own layers a plan changes: (module, attribute, new value), for an unpruned model.
-_COUNTS: list[Callable[[nn.Module, "PruningPlan"], list[tuple[Any, str, Any]]]] = []
+_COUNTS: list[Callable[[nn.Module, PruningPlan], list[tuple[Any, str, Any]]]] = []
 # Fields that may be 0 or missing.
 _DIMENSIONS = ("dim", "in_dim")
 
