@@ -56,13 +56,13 @@ _LATENT = _SIZES | {
 
 
 def deepseek_v2(**routing: Any) -> Case:
-    return language_model("DeepseekV2", **_LATENT, q_lora_rank=None, routed_scaling_factor=1.5, **routing)
+    return language_model("DeepseekV2", **_LATENT | routing, q_lora_rank=None, routed_scaling_factor=1.5)
 
 
-def deepseek_v3(dense: int, n_shared_experts: int = 1) -> Case:
+def deepseek_v3(dense: int, **routing: Any) -> Case:
     """``dense``: how many layers come before those with experts."""
-    routing = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": dense, "n_shared_experts": n_shared_experts}
-    return language_model("DeepseekV3", **_LATENT | routing, q_lora_rank=10)
+    ungrouped = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": dense}
+    return language_model("DeepseekV3", **_LATENT | ungrouped | routing, q_lora_rank=10)
 
 
 FAMILIES: dict[str, Callable[[], Case]] = {

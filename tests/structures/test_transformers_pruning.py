@@ -138,26 +138,69 @@ def test_whole_experts_go_with_their_biases(made: Callable[[], Case], tmp_path: 
     torch.testing.assert_close(output(case, loaded), output(case, model), rtol=0, atol=1e-5)
 
 
-def test_experts_stay_where_their_router_has_more_than_rows_and_biases() -> None:
-    case = minimax_m2()
-    block: Any = case.model.get_submodule("model.layers.0.mlp")
-    block.num_group = 2
-    structure = TransformersStructure(case.model, kinds=("experts",))
-    why = "the router model.layers.0.mlp.gate first chooses among 2 groups of experts (num_group), which must stay of "
-    assert structure.left_out == {
-        "model.layers.0.mlp.experts": f"{why}equal size; channels inside the experts can be removed"
-    }
+def test_experts_stay_where_it_is_not_known_how_their_router_chooses() -> None:
+    for groups, chosen, why in ((2, None, "how many of them, it does not say"), (3, 1, "don't divide 4 experts")):
+        case = minimax_m2()
+        block: Any = case.model.get_submodule("model.layers.0.mlp")
+        block.num_group, block.topk_group = groups, chosen
+        structure = TransformersStructure(case.model, kinds=("experts",))
+        (reason,) = structure.left_out.values()
+        assert reason.startswith(
+            f"the router model.layers.0.mlp.gate first chooses among {groups} groups of experts (num_group), "
+        )
+        assert why in reason
 
 
-def test_routers_that_choose_among_groups_of_experts_keep_them_all() -> None:
-    model = deepseek_v2(n_group=2, topk_group=1, topk_method="group_limited_greedy").model
-    structure = TransformersStructure(model, kinds=("experts",))
-    assert structure.groups == ()
-    assert structure.left_out == {
-        f"model.layers.{layer}.mlp.experts": f"the router model.layers.{layer}.mlp.gate first chooses among 2 groups "
-        "of experts (num_group), which must stay of equal size; channels inside the experts can be removed"
-        for layer in range(2)
-    }
+_GROUPED = {"n_routed_experts": 12, "num_experts_per_tok": 3, "n_group": 3, "topk_group": 2}
+
+
+def grouped(version: int, **routing: Any) -> Case:
+    """DeepSeek with 3 groups of 4 experts, of which a token is sent to 3 in 2 groups."""
+    given = _GROUPED | routing
+    if version == 2:
+        return deepseek_v2(**given, topk_method="group_limited_greedy")
+    return deepseek_v3(dense=1, **given)
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_routers_that_choose_among_groups_lose_experts_of_every_group(version: int, tmp_path: Path) -> None:
+    """A unit is the k-th expert of every group; the masked model never chooses those removed."""
+    case = grouped(version)
+    model: Any = double(case)
+    model.set_experts_implementation("eager")
+    with torch.no_grad():
+        for name, tensor in model.named_buffers():
+            if "correction_bias" in name:
+                tensor.copy_(torch.randn_like(tensor))
+    structure = TransformersStructure(model, ["experts"])
+    assert [group.size for group in structure.groups] == [4] * len(structure.groups)
+    gone = {group.name: torch.tensor([1, 2]) for group in structure.groups}
+    channels = structure.groups[-1].slices[-1].channels
+    assert channels.tolist() == [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]]
+    routers = [module for module in model.modules() if hasattr(module, "topk_group") and hasattr(module, "weight")]
+    rows = [router.weight.detach().clone() for router in routers]
+    masked = masked_copy(model, structure.groups, gone)
+    structure.remove(gone)
+    for router, before in zip(routers, rows, strict=True):
+        assert torch.equal(router.weight, before[[0, 3, 4, 7, 8, 11]])
+    assert (model.config.n_group, model.config.topk_group, model.config.num_experts_per_tok) == (3, 2, 3)
+    assert model.config.n_routed_experts == 6
+    torch.testing.assert_close(output(case, model), output(case, masked), rtol=0, atol=1e-5)
+    save_pruned(model, structure.plan, tmp_path)
+    loaded: Any = load_pruned(tmp_path).double()
+    loaded.set_experts_implementation("eager")
+    torch.testing.assert_close(output(case, loaded), output(case, model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("version", "routing", "least"),
+    [(2, {}, 2), (3, {}, 2), (2, {"num_experts_per_tok": 2}, 1), (3, {"topk_group": 1}, 3), (3, {"n_group": 1}, 3)],
+)
+def test_as_many_experts_stay_in_every_group_as_the_router_needs(
+    version: int, routing: dict[str, Any], least: int
+) -> None:
+    structure = TransformersStructure(grouped(version, **routing).model, ["experts"])
+    assert set(structure.limits.min_units.values()) == {least}
 
 
 def kin() -> dict[str, tuple[Any, Any, set[str]]]:

@@ -1,4 +1,7 @@
-"""Criteria of whole experts: REAP, frequency, activation norms. They need forward passes only."""
+"""Criteria of whole experts: REAP, frequency, activation norms. They need forward passes only.
+
+A unit of several experts, one of every group that a router first chooses among, scores the sum over them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ class ExpertCriterion(Criterion):
         self.needs = (Experts(gates),)
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        """(experts,) in the order of the group's units; None for groups of other kinds."""
+        """(units,) the sum over each unit's experts; None for groups of other kinds."""
         if group.kind != "experts":
             return None
         found = next((statistics.experts[s.module] for s in group.slices if s.module in statistics.experts), None)
@@ -39,8 +42,8 @@ class ExpertCriterion(Criterion):
             logger.warning(
                 "%s: no token reached experts %s, which score 0; pass more batches", group.name, str(unreached)[1:-1]
             )
-        order = group.slices[-1].channels[:, 0].to(found.count.device)
-        return self.of_experts(found)[order]
+        experts = group.slices[-1].channels.to(found.count.device)
+        return self.of_experts(found)[experts].sum(1)
 
     def of_experts(self, sums: ExpertSums) -> Tensor:
         """(experts,) scores from the sums over the tokens routed to each expert."""

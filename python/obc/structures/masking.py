@@ -216,8 +216,8 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
 
 
 def _is_router(module: nn.Module | None, group: ChannelGroup) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == group.size
+    weight, experts = getattr(module, "weight", None), group.slices[0].channels.numel()
+    return isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == experts
 
 
 class _WithoutExperts(TorchFunctionMode):

@@ -3,7 +3,8 @@
 The tensors may be transposed, have biases, have no gates (Nemotron-H), and interleave gates and up projections
 (gpt-oss). Routers multiply by a weight of their own or contain a linear layer with an output for each expert, and may
 have a bias, a correction bias for choosing experts, and a factor for each expert's weight (Gemma 4); a removed expert
-takes its entries along.
+takes its entries along. Of routers that first choose among groups of experts, a unit is the k-th expert of every group,
+so that the groups stay of equal size.
 """
 
 from collections.abc import Collection, Iterator
@@ -22,7 +23,7 @@ from obc.structures.transformers.layers import Layers, channels
 from obc.structures.transformers.routing import ROUTERS, experts_per_token
 from obc.structures.units import NotPrunableError
 
-# Routers that first choose among groups of experts need groups of equal size.
+# How many groups of consecutive experts, of equal size, a router first chooses among.
 _ROUTED_GROUPS = ("n_group", "num_group", "n_groups", "num_groups", "num_expert_group", "n_expert_groups")
 # Factors of the experts' weights.
 _FACTORS = ("per_expert_scale",)
@@ -109,13 +110,17 @@ class _Router:
         name: name of the module beside the experts.
         logits: name of the module with a weight that has a row for each expert: it, or a linear layer inside.
         others: (module, tensor, dimension of the experts) with an entry for each expert.
-        corrected: whether a correction bias is among these.
+        groups: number of groups of consecutive experts that it first chooses among.
+        chosen_groups: how many of these it chooses for a token.
+        least: the number of experts that each group needs, so that its scores can be computed.
     """
 
     name: str
     logits: str
     others: tuple[tuple[str, str, int], ...]
-    corrected: bool
+    groups: int
+    chosen_groups: int
+    least: int
 
 
 def _whole_experts(layers: Layers, name: str, stored: _Stored) -> Block:
@@ -131,7 +136,7 @@ def _whole_experts(layers: Layers, name: str, stored: _Stored) -> Block:
     axes: dict[tuple[str, Side], tuple[Axis, ...]] = {
         (name, "out"): (Axis(name, stored.up_name, 0, up, "in"), Axis(name, DOWN, 0, down, "out"), *biases)
     }
-    module, one = layers.modules[router.logits], channels(count, 1)
+    module, one = layers.modules[router.logits], channels(count // router.groups, 1, router.groups)
     if layout_of(module) is None:
         keys = [key for key in ("weight", "bias") if getattr(module, key, None) is not None]
         axes[router.logits, "out"] = tuple(
@@ -143,14 +148,12 @@ def _whole_experts(layers: Layers, name: str, stored: _Stored) -> Block:
         axes[full, "out"] = (Axis(owner, key, dim, full, "out"),)
         slices.append(Slice(full, "out", one))
     holders = dict.fromkeys((name, router.name, router.logits, parent))
-    # DeepSeek-V3's routers add the two best scores of each group of experts, even of a single group.
-    grouped = router.corrected and hasattr(layers.modules[router.name], "topk_group")
     return Block(
         ChannelGroup(name, (*slices, Slice(name, "out", one)), "experts"),
         axes=axes,
-        counters=layers.counters([*holders], {attributes("experts"): (count, 1)}),
-        config=layers.config_key(config_keys("experts"), 1),
-        min_units=max(routed, 2) if grouped else routed,
+        counters=layers.counters([*holders], {attributes("experts"): (count, router.groups)}),
+        config=layers.config_key(config_keys("experts"), router.groups),
+        min_units=max(-(-routed // router.chosen_groups), router.least),
     )
 
 
@@ -178,16 +181,28 @@ def _router(layers: Layers, parent: str, count: int) -> _Router:
                 others.append((owner, last, tensor.dim() - 1))
             elif count in tensor.shape or not tensor.is_floating_point():
                 refused.append(key)
-    for holder in (router, parent):
-        for key in _ROUTED_GROUPS:
-            if (groups := getattr(layers.modules[holder], key, 1)) not in (None, 1):
-                raise NotPrunableError(
-                    f"the router {router} first chooses among {groups} groups of experts ({key}), which must stay of "
-                    "equal size; channels inside the experts can be removed"
-                )
     if refused:
         raise NotPrunableError(f"the router {router} has more than a weight ({', '.join(dict.fromkeys(refused))})")
-    return _Router(router, logits, tuple(others), any(is_correction(key) for _, key, _ in others))
+    return _Router(router, logits, tuple(others), *_routed_groups(layers, router, parent, count))
+
+
+def _routed_groups(layers: Layers, router: str, parent: str, count: int) -> tuple[int, int, int]:
+    """The number of groups of experts, how many of them a token is sent to, and how many experts each needs."""
+    holders = [vars(layers.modules[name]) for name in (router, parent)]
+    said = {key: holder[key] for holder in holders for key in _ROUTED_GROUPS if type(holder.get(key)) is int}
+    groups = max(said.values(), default=1)
+    chosen = next((holder["topk_group"] for holder in holders if holder.get("topk_group") is not None), None)
+    # DeepSeek-V3's routers add the two best scores of each group, even of a single one; DeepSeek-V2's take the best.
+    least = 1 if chosen is None or "topk_method" in holders[0] else 2
+    if groups == 1:
+        return 1, 1, least
+    if count % groups or chosen is None:
+        key, value = next((key, value) for key, value in said.items() if value == groups)
+        raise NotPrunableError(
+            f"the router {router} first chooses among {value} groups of experts ({key}), "
+            + (f"which don't divide {count} experts" if chosen is not None else "how many of them, it does not say")
+        )
+    return groups, chosen, least
 
 
 def _logits(layers: Layers, router: str, count: int) -> str | None:
