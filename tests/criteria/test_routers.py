@@ -26,7 +26,7 @@ ROUTERS = {
     "mixtral": "softmax over all, then normalised",
     "qwen3_moe": "softmax over all",
     "deepseek_v2": "softmax times a factor, and shared experts",
-    "deepseek_v3": "sigmoids with a correction bias, normalised, times a factor, and shared experts",
+    "deepseek_v3": "groups of experts, sigmoids with a correction bias, normalised, a factor, and shared experts",
     "afmoe": "a linear layer inside, sigmoids, a correction bias in the block around it",
     "beam": "a factor after the experts",
     "ernie4_5_moe": "a correction bias in a module of its own, normalised from a least sum on",
@@ -94,6 +94,7 @@ def test_scores_and_statistics_are_those_of_separate_experts(model: Any) -> None
     whole = next(group for group in structure.groups if group.kind == "experts")
     name = whole.name
     inner = next(group for group in structure.groups if group.kind == "expert_ffn" and group.name.startswith(name))
+    units = whole.slices[-1].channels  # (units, experts of each)
     explicit = [_unfused(model, name, batch) for batch in batches]
     model.zero_grad()
     statistics = ["moments", "gradient_moments", "experts"]
@@ -101,8 +102,9 @@ def test_scores_and_statistics_are_those_of_separate_experts(model: Any) -> None
     rows_inner, rows_whole = [], []
     for one in explicit:
         rows_inner.append(sum((h * h.grad).sum(0) for h in one.inner))
-        rows_whole.append(torch.stack([(y * y.grad).sum() for y in one.outputs]))
-    for expert in range(whole.size):
+        rows_of_experts = torch.stack([(y * y.grad).sum() for y in one.outputs])
+        rows_whole.append(rows_of_experts[units].sum(1))
+    for expert in range(len(explicit[0].outputs)):
         routed = [(one.indices == expert).any(1) for one in explicit]
         count = sum(int(here.sum()) for here in routed)
         h = torch.cat([one.inner[expert].detach()[here] for one, here in zip(explicit, routed, strict=True)])
@@ -143,13 +145,14 @@ def test_as_many_experts_stay_as_a_token_is_sent_to(model: Any) -> None:
     batch = inputs_of("causal", model)
     group = _mixture(model)
     structure = TransformersStructure(model, ["experts"])
-    least = structure.limits.min_units[group.name]
+    least, size = structure.limits.min_units[group.name], group.size
     assert least == 2
     with pytest.raises(
-        ValueError, match=f"3 of the 4 units of '{group.name}' were to be removed; at least 2 must stay"
+        ValueError,
+        match=f"{size - 1} of the {size} units of '{group.name}' were to be removed; at least 2 must stay",
     ):
-        structure.remove({group.name: torch.arange(3)})
-    structure.remove({group.name: torch.tensor([0, 2]) for group in structure.groups})
+        structure.remove({group.name: torch.arange(size - 1)})
+    structure.remove({group.name: torch.arange(0, 2 * (size - 2), 2) for group in structure.groups})
     with torch.no_grad():
         assert all(output.isfinite().all() for output in tensors(model(**batch)))
     assert structure.config_refused is None
@@ -176,18 +179,16 @@ def test_a_router_that_adds_the_two_best_of_a_group_keeps_two_experts() -> None:
 
 
 @pytest.mark.parametrize("model", ["deepseek_v3", "glm4_moe", "dots1"], indirect=True)
-def test_groups_of_experts_keep_their_config_and_lose_channels_inside(model: Any) -> None:
+def test_groups_of_experts_stay_of_equal_size(model: Any) -> None:
     batch = inputs_of("causal", model)
-    for module in model.modules():
-        if hasattr(module, "num_group"):
-            module.num_group = module.topk_group = 2
     structure = TransformersStructure(model, ["experts", "expert_ffn"])
-    assert {group.kind for group in structure.groups} == {"expert_ffn"}
-    (reason,) = [why for name, why in structure.left_out.items() if name.endswith("experts")]
-    assert "first chooses among 2 groups of experts (num_group), which must stay of equal size" in reason
+    assert {(group.kind, group.size) for group in structure.groups} == {("experts", 3), ("expert_ffn", 24)}
     before = (model.config.n_group, model.config.topk_group, model.config.num_experts_per_tok)
     structure.remove({group.name: torch.arange(group.size // 2) for group in structure.groups})
+    assert before == (2, 1, 2)
     assert (model.config.n_group, model.config.topk_group, model.config.num_experts_per_tok) == before
+    routers = [module for module in model.modules() if hasattr(module, "num_group") and hasattr(module, "weight")]
+    assert [(module.num_experts, len(module.weight)) for module in routers] == [(4, 4)] * len(routers)
     with torch.no_grad():
         assert all(output.isfinite().all() for output in tensors(model(**batch)))
 

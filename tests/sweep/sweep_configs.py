@@ -9,6 +9,7 @@ VOCABULARY = 64
 POSITIONS = 64
 IMAGE = 32
 
+_EXPERTS = r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts"
 # Name of a size -> its tiny value. The first rule that matches the whole name counts.
 RULES: tuple[tuple[str, Any], ...] = (
     (r"(.*_)?vocab_size|vocab_size_.*|entity_vocab_size", VOCABULARY),
@@ -39,10 +40,10 @@ RULES: tuple[tuple[str, Any], ...] = (
     (r"qk_rope_head_dim|rotary_dim|rope_head_dim|index_head_dim", 4),
     (r"index_n_heads", 2),
     (r"kv_lora_rank|q_lora_rank|o_lora_rank", 12),
-    (r"num_(local_|routed_)?experts|n_routed_experts|moe_num_experts|num_local_experts", 4),
+    (_EXPERTS, 4),
     (r"num_experts_per_(tok|token)|moe_top_?k|top_k|moe_topk|moe_k|num_selected_experts|num_experts_per_token", 2),
     (r"n_shared_experts|num_shared_experts", 1),
-    (r"n_group|topk_group|num_expert_group|num_limited_groups", 1),
+    (r"n_group|topk_group|num_expert_group|num_limited_groups", 1),  # but see _sizes
     (r"first_k_dense_replace|num_dense_layers|moe_layer_start_index", 1),
     (r"sliding_window(_size)?|attention_window|local_attention|attention_chunk_size|index_topk", 16),
     (r"(mamba_|ssm_)?d_state|state_size|ssm_state_size|mamba_ssm_state_size", 8),
@@ -238,6 +239,9 @@ def _sizes(default: Any, overrides: dict[str, Any]) -> dict[str, Any]:
             values[name] = tiny
     if "kv_lora_rank" in values:  # latent attention expands keys for every head
         values["num_key_value_heads"] = values["num_attention_heads"]
+    if "n_group" in values:  # a token is sent to one of two groups of three experts
+        experts = {name: 6 for name in values if re.fullmatch(_EXPERTS, name)}
+        values |= {"n_group": 2, "topk_group": 1} | experts
     if "qk_rope_head_dim" in values and "head_dim" in values:
         rotary = default.head_dim in (default.qk_rope_head_dim, None)
         values["head_dim"] = values["qk_rope_head_dim"] + (0 if rotary else values.get("qk_nope_head_dim", 4))
