@@ -39,17 +39,18 @@ def said_of(criterion: Any, groups: Sequence[ChannelGroup], needs: Sequence[str]
 
     Args:
         criterion: for which statistics are collected, or which runs the model.
-        groups: of the model.
+        groups: of the model; none if they are not known yet.
         needs: names of its statistics; others are collected for an allocation.
     """
     name = name_of(criterion)
     try:
         yield
-    except NothingToReadError as error:
-        if error.statistic not in needs:
-            raise
-        raise scores_nothing(criterion, groups, f" ({error.reason})") from error
     except (StatisticsError, CriterionError) as error:
+        if isinstance(error, NothingToReadError):
+            if error.statistic not in needs:
+                raise
+            if groups:
+                raise scores_nothing(criterion, groups, f" ({error.reason})") from error
         if repr(name) not in str(error):
             error.args = (f"the criterion {name!r}: {error}{_fewer(criterion, error)}", *error.args[1:])
         raise

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from obc.criteria import Subject, get
-from obc.criteria.protocol import name_of
+from obc.criteria.protocol import CriterionError, name_of
+from obc.criteria.refusals import said_of
 from obc.criteria.scoring import functional_loss, needed, scores_from
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch
 from obc.model.groups import ChannelGroup, Slice
@@ -29,23 +31,32 @@ try:
 except ImportError as error:
     raise ImportError("obc.integrations.torch_pruning needs Torch-Pruning: pip install torch-pruning") from error
 
+logger = logging.getLogger("obc")
+
 
 class CriterionImportance(Importance):
     """Importance of a group's root channels by a criterion of :mod:`obc.criteria`, with one unit per root channel.
 
     Scores are valid for the scored channels only. Score again after ``pruner.step()``; otherwise the next step raises.
+    Each group is scored alone: criteria that search for sets of units search within a group. Groups that the criterion
+    does not score keep their width; a warning names each of them once.
 
     Args:
         criterion: a name of ``obc.criteria.available()``, an object, or a function (group, statistics, model).
         seed: seed of the criterion "random".
+
+    Raises:
+        CriterionError: the criterion scores whole experts or blocks, which Torch-Pruning does not remove.
     """
 
     def __init__(self, criterion: str | Any, seed: int = 0) -> None:
         self.criterion = get(criterion)
+        _refuse_other_units(self.criterion)
         self._generator = torch.Generator().manual_seed(seed)
         self._statistics: Statistics | None = None
         self._subject: Subject | None = None
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._unscored: set[str] = set()
 
     def score(
         self,
@@ -76,14 +87,15 @@ class CriterionImportance(Importance):
         self._subject = Subject(model, (), kept, loss, forward, "gate", "batch", self._generator, micro_batch)
         self._statistics = Statistics({}, rows=None, num_batches=0, coverage={})
         if not measures and (chosen := needed(self.criterion)):
-            self._statistics = collect(
-                model,
-                batches,
-                loss_fn if any(one.backward for one in chosen) else None,
-                statistics=chosen,
-                micro_batch=micro_batch,
-                forward_fn=forward_fn,
-            )
+            with said_of(self.criterion, (), [one.name for one in chosen]):
+                self._statistics = collect(
+                    model,
+                    batches,
+                    loss_fn if any(one.backward for one in chosen) else None,
+                    statistics=chosen,
+                    micro_batch=micro_batch,
+                    forward_fn=forward_fn,
+                )
         self._shapes = _shapes(model)
         return self._statistics
 
@@ -110,12 +122,25 @@ class CriterionImportance(Importance):
                     f"{part.module!r} was scored with a weight of shape {self._shapes.get(part.module)} and has "
                     f"{now.get(part.module)} now: it was pruned since; score again before the next step"
                 )
-        if hasattr(self.criterion, "measure"):
-            with torch.enable_grad():
-                scores = self.criterion.measure(replace(self._subject, model=model, groups=(found,)))
-        else:
-            scores = scores_from(self.criterion, [found], self._statistics, model)
+        with said_of(self.criterion, (found,)):
+            if hasattr(self.criterion, "measure"):
+                with torch.enable_grad():
+                    scores = self.criterion.measure(replace(self._subject, model=model, groups=(found,)))
+            else:
+                scores = scores_from(self.criterion, [found], self._statistics, model)
+        if found.name not in scores and found.name not in self._unscored:
+            self._unscored.add(found.name)
+            logger.warning("%s: the criterion %r does not score it, so it stays", found.name, name_of(self.criterion))
         return scores.get(found.name)
+
+
+def _refuse_other_units(criterion: Any) -> None:
+    about = getattr(criterion, "about", None)
+    if about is not None and "channels" not in about.kinds and not about.kinds.startswith("all"):
+        raise CriterionError(
+            f"the criterion {name_of(criterion)!r} scores {about.kinds}, and Torch-Pruning removes channels; pass "
+            f"another criterion, or use obc.prune, which removes {about.kinds} of transformers models"
+        )
 
 
 def channel_group(group: Any, model: nn.Module) -> ChannelGroup | None:
