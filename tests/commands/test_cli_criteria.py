@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,7 +92,61 @@ def test_every_criterion_prunes_or_says_why_not(kind: str, capsys: pytest.Captur
             assert why in said
 
 
-@pytest.mark.parametrize("allocation", ["global", "uniform", "equal", "two_classes"])
+ALLOCATIONS = [
+    "global",
+    "uniform",
+    "equal",
+    "two_classes",
+    "two_classes:gamma=1",
+    "log_profile:first=0.1,last=0.3",
+    "search:generations=1,offspring=2,starts=uniform,metric=mse",
+]
+
+
+@pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("kind", ["cnn", "mixture"])
 def test_every_allocation_serves(kind: str, allocation: str) -> None:
     assert prune(kind, "--criterion", "flap" if kind == "cnn" else "l1", "--allocation", allocation) == 0
+
+
+@pytest.mark.parametrize("allocation", ["profile", "profile:by=cosine,shape=linear", "model.layers.0=0"])
+def test_profiles_of_blocks_serve(allocation: str) -> None:
+    assert prune("mixture", "--criterion", "flap", "--allocation", allocation) == 0
+    widths = json.loads(Path("out/report.json").read_text())["widths"]
+    losses = {name: before - now for name, (before, now) in widths.items()}
+    assert any(losses.values())
+    if "=0" in allocation:
+        assert not any(loss for name, loss in losses.items() if name.startswith("model.layers.0."))
+
+
+@pytest.mark.parametrize(
+    ("allocation", "why"),
+    [
+        ("greedy", "allocation must be one of 'global', 'uniform', 'equal', 'profile'"),
+        ("greedy:steps=1", "'greedy' is none of global, uniform, equal, profile"),
+        ("search:depth=3", "search has no option 'depth=3'; it has generations=10, offspring=8"),
+        ("search:generations", "search has no option 'generations'"),
+        ("uniform:share=1", "uniform has no option 'share=1'; it has none"),
+        ("search:generations=two", "search:generations must be a whole number, got 'two'"),
+        ("search:generations=0", "search: generations must be at least 1, got 0"),
+        ("search:compensated=1", "search:compensated must be one such as false, got '1'"),
+        ("search:starts=best", "search: starts takes one or both of 'uniform' and 'global', got ('best',)"),
+        ("two_classes:gamma=-1", "two_classes: gamma must be positive, got -1.0"),
+        ("profile:by=norm", "profile: BlockProfile takes 'angle' or 'cosine'"),
+        ("0=x", "0=x: a strength must be a number, got 'x'"),
+        ("encoder=0.5", "allocation: no group is named 'encoder'; there are 0, 3"),
+        ("0=-1", "a profile's strengths must be finite and not negative, got -1.0 for '0'"),
+        ("profile", "no residual blocks were found"),
+    ],
+)
+def test_allocations_that_cannot_be_say_why(allocation: str, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert prune("cnn", "--criterion", "l1", "--allocation", allocation) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("obc prune: ")
+    assert why in said
+
+
+def test_a_search_whose_budget_is_out_of_reach_says_what_remains(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--criterion", "l1", "--allocation", "search:generations=1", "--params", "0.001"]
+    assert prune("cnn", *options) == 2
+    assert "out of reach" in capsys.readouterr().err

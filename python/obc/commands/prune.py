@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_model
 
 import obc
-from obc.commands import budget_options, checkpoints, entry_point, prune_scored
+from obc.commands import allocation_option, budget_options, checkpoints, entry_point, prune_scored
 from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
 from obc.commands.run_log import add_log, say
 from obc.pruning.budgets import Budget
@@ -81,7 +81,7 @@ def add(commands: Any) -> None:
         "--criterion",
         help="see obc criteria (default: jacobian); a MODEL_DIR needs the criterion's statistics in --scores",
     )
-    prune.add_argument("--allocation", help="global, uniform, equal, profile, two_classes, search ...: see obc.prune")
+    prune.add_argument("--allocation", metavar=allocation_option.METAVAR, help=allocation_option.HELP)
     entry = prune.add_argument_group("module:function")
     entry.add_argument("--selection", choices=("joint", "independent"), help="(default: joint)")
     entry.add_argument("--slices", choices=("gate", "all"), help="(default: gate)")
@@ -148,6 +148,8 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
     options = (
         {name: value for name, value in given.items() if value is not None} | caps_of(parsed) | dict(subject.further)
     )
+    if parsed.allocation is not None:
+        options["allocation"] = allocation_option.allocation_of_text(parsed.allocation)
     if parsed.ignore:
         options["ignored_layers"] = [*options.get("ignored_layers", ()), *parsed.ignore]
     torch.manual_seed(parsed.seed)

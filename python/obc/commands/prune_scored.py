@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import obc
 from obc.commands import budget_options, checkpoints, data
+from obc.commands.allocation_option import allocation_of_text
 from obc.commands.common import REPORT_FILES, UsageError, folder, require
 from obc.commands.report import load as load_scores
 from obc.commands.run_log import say
@@ -29,7 +30,7 @@ from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
 from obc.selection import Costs, select
 from obc.selection.allocation import Task
-from obc.selection.caps import Caps
+from obc.selection.caps import Caps, refuse_unknown
 from obc.selection.choice import BudgetError
 from obc.selection.uniform import select_uniform
 from obc.statistics import StatisticsError
@@ -179,7 +180,9 @@ def _by_criterion(
     found, costs = get(criterion), budget.costs(structure)
     if hasattr(found, "measure"):
         raise UsageError(f"--criterion {criterion} runs the model itself; pass module:function instead of a directory")
-    chosen = chosen_allocation(parsed.allocation, found)
+    given = None if parsed.allocation is None else allocation_of_text(parsed.allocation)
+    chosen = chosen_allocation(given, found)
+    refuse_unknown("allocation", getattr(chosen, "strengths", ()), [group.name for group in structure.groups])
     importance = getattr(chosen, "importance", None)
     try:
         scores = scores_from(found, structure.groups, statistics, structure.model)

@@ -30,6 +30,7 @@ from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_fr
 from obc.recovery.norm_reference import NormReference
 from obc.selection import Costs
 from obc.selection.allocation import Task
+from obc.selection.caps import refuse_unknown
 from obc.selection.checks import NARROW
 from obc.selection.choice import BudgetError
 from obc.selection.uniform import permitted_widths
@@ -64,6 +65,7 @@ class Job:
         self.budget, self.choice, self.recalibrate = budget, choice, recalibrate
         self.widths = {group.name: group.size for group in structure.groups}
         self.least = choice.caps.least(self.widths)
+        refuse_unknown("allocation", getattr(choice.allocation, "strengths", ()), self.widths)
         self._importance: Mapping[str, float] = {}
         self._evaluation: Evaluation | None = None
         self._norm_reference: NormReference | None = None

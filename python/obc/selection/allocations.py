@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from obc.selection.allocation import Allocation, BlockProfile, Equal, Global, Profile, TwoClasses, Uniform
+from obc.selection.allocation import Allocation, BlockProfile, Equal, Global, LogProfile, Profile, TwoClasses, Uniform
 from obc.selection.depth_allocations import Tail, Window
 from obc.selection.search import Search
 
@@ -13,6 +13,7 @@ ALLOCATIONS: dict[str, Callable[[], Allocation]] = {
     "uniform": Uniform,
     "equal": Equal,
     "profile": BlockProfile,
+    "log_profile": LogProfile,
     "two_classes": TwoClasses,
     "search": Search,
     "window": Window,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -43,9 +43,7 @@ class Caps:
             ValueError: no group has one of the names.
         """
         ratios = self.ratio if isinstance(self.ratio, Mapping) else {}
-        for name in ratios:
-            if not any(group == name or group.startswith(f"{name}.") for group in widths):
-                raise ValueError(f"max_pruning_ratio: no group is named {name!r}; there are {', '.join(widths)}")
+        refuse_unknown("max_pruning_ratio", ratios, widths)
         every = 1.0 if isinstance(self.ratio, Mapping) else self.ratio
         blocks = list(dict.fromkeys(block_of(name) for name in widths))
         spared = {*blocks[: self.protected[0]], *blocks[max(0, len(blocks) - self.protected[1]) :]}
@@ -53,6 +51,14 @@ class Caps:
             name: width - (0 if block_of(name) in spared else math.floor(width * found_for(name, ratios, every) + 1e-9))
             for name, width in widths.items()
         }
+
+
+def refuse_unknown(argument: str, names: Iterable[str], groups: Iterable[str]) -> None:
+    """Raise ValueError if one of the argument's names is neither a group's nor that of a block with groups."""
+    known = list(groups)
+    for name in names:
+        if not any(group == name or group.startswith(f"{name}.") for group in known):
+            raise ValueError(f"{argument}: no group is named {name!r}; there are {', '.join(known)}")
 
 
 def found_for(name: str, values: Mapping[str, float], default: float) -> float:
