@@ -20,8 +20,3 @@ def obc_version() -> str | None:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def install_command(extra: str) -> str:
-    """The shell command that installs obc with one of its extras."""
-    return f"pip install '{DISTRIBUTION}[{extra}]'"

@@ -18,6 +18,7 @@ ENVIRONMENT = {
     "OBC_CPU_ISA": "the highest instruction set the CPU kernels may use: x86-64-v4, x86-64-v3 or baseline",
     "OBC_NUM_THREADS": "threads of the NumPy entry points (torch's operators use torch's own number)",
     "OBC_AUTOTUNE": "1 lets Triton search its launch configurations instead of using the fixed ones",
+    "OBC_AUTOTUNE_FILE": "a JSON file that keeps these choices between processes",
     "TRITON_INTERPRET": "1 runs the Triton kernels on CPU tensors, for tests",
 }
 """Environment variables that change what obc does while it runs. Those for building are in setup.py."""

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu_models import llama_8b_layer, resnet50_weights
 
-pytest.importorskip("triton", reason="triton is not installed (pip install 'optimal-brain-connection[triton]')")
+pytest.importorskip("triton", reason="triton is not installed (pip install triton)")
 
 ROOT = Path(__file__).resolve().parents[2]
 

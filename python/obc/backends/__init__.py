@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from obc.backends.fastest import PREFERENCE, order, size_class
-from obc.distribution import install_command
 
 logger = logging.getLogger("obc")
 
@@ -101,7 +100,7 @@ BACKENDS = {
         Backend(
             "cuda", lambda: frozenset({"cuda"}), _load_cuda, "install obc on a machine with nvcc and a torch with CUDA"
         ),
-        Backend("triton", _triton_devices, _load_triton, f"{install_command('triton')} on a machine with a GPU"),
+        Backend("triton", _triton_devices, _load_triton, "pip install triton on a machine with a GPU"),
         Backend("cpu", lambda: frozenset({"cpu"}), _load_cpu, "install a C++17 compiler and reinstall obc"),
         Backend("reference", lambda: None, _load_reference, "it is part of obc"),
     )

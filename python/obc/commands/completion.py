@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from obc.commands.common import add_command, require
-from obc.distribution import install_command
 
-_DESCRIPTION = f"""\
-Print a completion script; needs shtab: {install_command("completion")}.
+_DESCRIPTION = """\
+Print a completion script; needs shtab: pip install shtab.
 
   bash   obc completion bash > ~/.local/share/bash-completion/completions/obc
   zsh    obc completion zsh > ~/.zfunc/_obc      with fpath+=~/.zfunc before compinit in ~/.zshrc

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.distribution import install_command
 from obc.files import parse_json
 from obc.model.by_name import ByName
 from obc.model.groups import ChannelGroup, Slices
@@ -229,7 +228,7 @@ class Scores(ByName[ChannelScores]):
         try:
             from matplotlib.figure import Figure
         except ImportError as error:
-            raise ImportError(f"Scores.plot needs matplotlib: {install_command('plot')}") from error
+            raise ImportError("Scores.plot needs matplotlib: pip install matplotlib") from error
         _draw(Figure, self._values, self._headline(), path)
 
 
