@@ -8,10 +8,11 @@ from typing import Any
 import models
 import pytest
 import torch
+import transformers_families as families
 from torch import Tensor, nn
 
 from obc.model.groups import ChannelGroup, Slice
-from obc.statistics import Gram, triangle
+from obc.statistics import Gram, routed, triangle
 from obc.statistics.part import Part
 from obc.statistics.run import collect
 from obc.statistics.triangle import Triangle
@@ -174,3 +175,28 @@ def test_query_key_and_value_are_one_product(backward: bool, monkeypatch: pytest
         group = ChannelGroup(name, (Slice(layer, "in", torch.arange(case.model.config.hidden_size).unsqueeze(1)),))
         alone = collect(case.model, case.batches, loss, statistics="gram", groups=[group])
         assert torch.equal(alone.gram[layer].total, got.gram[layer].total)
+
+
+@pytest.mark.parametrize("statistics", [["moments"], ["moments", "gram"], ["gradient_moments", "gram", "moments"]])
+def test_inputs_of_experts_are_computed_once_for_all_readers(
+    statistics: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = families.FAMILIES["mixtral"]()
+    case.model.set_experts_implementation("eager")
+    alone = {one: getattr(collect(case.model, case.batches, case.loss, statistics=one), one) for one in statistics}
+    computed: list[int] = []
+    original = routed.routed_input
+
+    def counted(module: Any, expert: int, *arguments: Any) -> Any:
+        computed.append(expert)
+        return original(module, expert, *arguments)
+
+    monkeypatch.setattr(routed, "routed_input", counted)
+    together = collect(case.model, case.batches, case.loss, statistics=statistics)
+    mixtures = [module for module in case.model.modules() if routed.fused_experts(module) is not None]
+    experts = sum(routed.expert_count(module) for module in mixtures)
+    assert len(computed) == experts * len(case.batches)
+    for one, found in alone.items():
+        for name, value in found.items():
+            for field, got in vars(getattr(together, one)[name]).items():
+                assert torch.equal(torch.as_tensor(got), torch.as_tensor(getattr(value, field))), (one, name, field)

@@ -56,10 +56,9 @@ class _Reader(InputReader):
     def attach(self) -> list[Handle]:
         layers, mixtures = self.layers.items(), self.mixtures.items()
         handles = [module.register_forward_pre_hook(self._tap(name), with_kwargs=True) for name, module in layers]
-        return [
-            *handles,
-            *(module.register_forward_hook(self._tap_experts(name), with_kwargs=True) for name, module in mixtures),
-        ]
+        for name, module in mixtures:
+            handles += [self._begins(module), module.register_forward_hook(self._tap_experts(name), with_kwargs=True)]
+        return handles
 
     def begin(self) -> None:
         super().begin()

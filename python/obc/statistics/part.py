@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from obc.model.batches import attention_mask
+from obc.statistics.routed import RoutedCalls
 
 
 class Part:
@@ -18,17 +19,20 @@ class Part:
         batch: the part of the batch.
         valid: (B, T) bool, from the batch's ``attention_mask``; None: every position counts.
         reading: False while the model runs for another purpose.
+        calls: reads the inputs of fused experts, once for all readers.
     """
 
     def __init__(self) -> None:
         self.batch: Any = None
         self.valid: Tensor | None = None
         self.reading = False
+        self.calls = RoutedCalls()
         self._copied: tuple[weakref.ref[Tensor], weakref.ref[Tensor]] | None = None  # a tensor and its copy
 
     def begin(self, batch: Any) -> None:
         """Record the part that the model is about to run on."""
         self.batch = batch
+        self.calls.begin()
         mask = attention_mask(batch)
         self.valid = mask.bool() if mask is not None and mask.dim() == 2 else None
 

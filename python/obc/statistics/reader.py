@@ -20,7 +20,6 @@ from obc.scoring.coverage import Coverage
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part, is_running_again
 from obc.statistics.routed import (
-    RoutedCalls,
     RoutedInput,
     expert_count,
     expert_name,
@@ -177,7 +176,7 @@ class InputReader(Reader):
         for name, module in self.mixtures.items():
             self.widths |= {expert_name(name, e): inner_width(module) for e in range(expert_count(module))}
         self.coverage = dict.fromkeys(self.widths, Coverage("input")) | unread
-        self._calls = RoutedCalls()
+        part.calls.readers += bool(self.mixtures)
         self._latest: _Reading | None = None
 
     def begin(self) -> None:
@@ -196,7 +195,7 @@ class InputReader(Reader):
         for name, module in self.layers.items():
             handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
         for name, module in self.mixtures.items():
-            handles.append(module.register_forward_hook(self._mixture_hook(name), with_kwargs=True))
+            handles += [self._begins(module), module.register_forward_hook(self._mixture_hook(name), with_kwargs=True)]
         return handles
 
     def device_of(self, name: str) -> torch.device:
@@ -257,6 +256,10 @@ class InputReader(Reader):
                 self.sums.add(tuple(self._latest.modules), field, values)
             self._latest = None
 
+    def _begins(self, mixture: nn.Module) -> Handle:
+        """Tell the readers of routed inputs when a mixture is called."""
+        return mixture.register_forward_pre_hook(lambda module, args: self.part.calls.begin())
+
     def _mixture_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
             if self.part.reading and not is_running_again():
@@ -275,7 +278,7 @@ class InputReader(Reader):
         names = [expert_name(name, expert) for expert in range(expert_count(module))]
         if not self.coverage[names[0]].scored:
             return []
-        inputs = self._calls.inputs(module, arguments, output)
+        inputs = self.part.calls.inputs(module, arguments, output)
         if isinstance(inputs, str):
             self.coverage |= dict.fromkeys(names, Coverage.unread(inputs))
             return []

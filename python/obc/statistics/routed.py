@@ -156,13 +156,32 @@ def mixed(
 
 
 class RoutedCalls:
-    """Reads calls of modules with fused experts whose output is proved, once, to be that of the experts' parts."""
+    """Reads calls of modules with fused experts whose output is proved, once, to be that of the experts' parts.
+
+    Attributes:
+        readers: how many readers ask for the inputs of each call; several get the same, computed once. They must say by
+            :meth:`begin` when a call begins.
+    """
 
     def __init__(self) -> None:
+        self.readers = 0
         self._proved: set[nn.Module] = set()
+        self._latest: tuple[nn.Module, list[RoutedInput] | str] | None = None
+
+    def begin(self) -> None:
+        """A module with fused experts is called: forget the inputs of the call before."""
+        self._latest = None
 
     def inputs(self, module: nn.Module, arguments: Sequence[Any], output: Any) -> list[RoutedInput] | str:
         """The input of every expert's down projection, empty for one that got no token; or why it can't be read."""
+        if self._latest is not None and self._latest[0] is module:
+            return self._latest[1]
+        found = self._computed(module, arguments, output)
+        if self.readers > 1:
+            self._latest = module, found
+        return found
+
+    def _computed(self, module: nn.Module, arguments: Sequence[Any], output: Any) -> list[RoutedInput] | str:
         if (reason := unreadable(module)) is not None:
             return reason
         if not is_routed_call(arguments):
