@@ -39,53 +39,58 @@ def relative_errors(
     Raises:
         ValueError: there are no batches.
     """
-    modules = dict(model.named_modules())
-    consumed: dict[str, list[tuple[str, Slice]]] = {}
-    for group in groups:
-        for part in group.consumers:
-            module = modules.get(part.module)
-            if module is None or part.side != "in":  # whole experts have no consumer
-                continue
-            if layout_of(module) is not None or fused_experts(module) is not None:
-                consumed.setdefault(part.module, []).append((group.name, part))
+    consumed, calls = _consumed(model, groups), RoutedCalls()
     energies: dict[tuple[str, str], Tensor] = {}
     outputs: dict[str, Tensor] = {}
-    energies_in_batch: list[Energies] = []  # added only if all of it is finite
-    calls = RoutedCalls()
+    in_batch: list[Energies] = []  # added only if all of it is finite
 
     def hook(name: str) -> Callable[..., None]:
         def collect(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor) -> None:
             if fused_experts(module) is not None:
                 inputs = calls.inputs(module, [*args, *kwargs.values()], output)
                 if not isinstance(inputs, str):
-                    energies_in_batch.extend(_of_experts(name, module, inputs, consumed[name]))
+                    in_batch.extend(_of_experts(name, module, inputs, consumed[name]))
                 return
             x = args[0] if args else next(iter(kwargs.values()))
             parts = [(group_name, _energies(module, x, part)) for group_name, part in consumed[name]]
-            energies_in_batch.append((name, output.double().square().sum(), parts))
+            in_batch.append((name, output.double().square().sum(), parts))
 
         return collect
 
-    handles = [modules[name].register_forward_hook(hook(name), with_kwargs=True) for name in consumed]
+    handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in consumed]
     count = 0
     with hooked(handles), evaluating(model), torch.no_grad():
         for count, batch in enumerate(batches, 1):  # noqa: B007 - how many there were
-            energies_in_batch.clear()
+            in_batch.clear()
             forward_fn(model, batch)
-            if not all_finite(energies_in_batch):
+            if not all_finite(in_batch):
                 batches.leave_out("what a layer makes of it is not finite")
                 continue
-            for name, energy, parts in energies_in_batch:
-                outputs[name] = outputs.get(name, torch.zeros_like(energy)) + energy
+            for name, energy, parts in in_batch:
+                outputs[name] = outputs[name] + energy if name in outputs else energy
                 for group_name, unit_energies in parts:
                     key = group_name, name
-                    energies[key] = energies.get(key, torch.zeros_like(unit_energies)) + unit_energies
+                    energies[key] = energies[key] + unit_energies if key in energies else unit_energies
     if count == 0:
         raise ValueError("batches is empty: there is nothing to reconstruct; a generator can be read only once")
     found: dict[str, Tensor] = {}
     for (group_name, name), energy in energies.items():
         relative = energy / outputs[name].clamp_min(torch.finfo(torch.float64).tiny)
-        found[group_name] = relative if group_name not in found else found[group_name] + relative
+        found[group_name] = found[group_name] + relative if group_name in found else relative
+    return found
+
+
+def _consumed(model: nn.Module, groups: Sequence[ChannelGroup]) -> dict[str, list[tuple[str, Slice]]]:
+    """Consumer -> (group, what it reads of it); whole experts have none."""
+    modules = dict(model.named_modules())
+    found: dict[str, list[tuple[str, Slice]]] = {}
+    for group in groups:
+        for part in group.consumers:
+            module = modules.get(part.module)
+            if module is None or part.side != "in":
+                continue
+            if layout_of(module) is not None or fused_experts(module) is not None:
+                found.setdefault(part.module, []).append((group.name, part))
     return found
 
 
