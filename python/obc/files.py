@@ -59,7 +59,7 @@ def remove_left_over(path: str | os.PathLike[str]) -> None:
 
 
 def parse_json(text: str | bytes, kind: Any) -> Any:
-    """Parse JSON as a value of the given kind: str, int, float, None, or a list, dict or union of kinds.
+    """Parse JSON as an object of the given kind (:func:`built`).
 
     >>> parse_json('{"conv1": [0, 2]}', dict[str, list[int] | None])
 
@@ -70,9 +70,10 @@ def parse_json(text: str | bytes, kind: Any) -> Any:
         value = json.loads(text)
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
-    if not _is(value, kind):
-        raise ValueError(f"expected {kind} in its JSON, got {reprlib.repr(value)}")
-    return value
+    try:
+        return built(value, kind)
+    except ValueError:
+        raise ValueError(f"expected {kind} in its JSON, got {reprlib.repr(value)}") from None
 
 
 def read_fields(path: str | os.PathLike[str], format_name: str) -> dict[str, Any]:
@@ -89,22 +90,9 @@ def read_fields(path: str | os.PathLike[str], format_name: str) -> dict[str, Any
     return fields
 
 
-def _is(value: Any, kind: Any) -> bool:
-    origin, parts = get_origin(kind), get_args(kind)
-    if origin is list:
-        return type(value) is list and all(_is(item, parts[0]) for item in value)
-    if origin is dict:
-        return type(value) is dict and all(_is(item, parts[1]) for item in value.values())
-    if origin in (Union, types.UnionType):
-        return any(_is(value, part) for part in parts)
-    if kind is float:
-        return type(value) in (float, int)
-    return kind is Any or type(value) is kind  # a bool is not an int
-
-
 def built(value: Any, kind: Any) -> Any:
-    """Convert ``value``, as JSON gives it, to an object of ``kind``: anything that :func:`parse_json` knows, tuples,
-    literals and dataclasses, nested in any way.
+    """Convert ``value``, as JSON gives it, to an object of ``kind``: str, int, float, None, lists, dicts, unions,
+    tuples, literals and dataclasses, nested in any way.
 
     Fields with a default may be missing.
 
@@ -124,7 +112,12 @@ def built(value: Any, kind: Any) -> Any:
         return {name: built(item, parts[1]) for name, item in value.items()}
     if origin is tuple and type(value) is list and len(value) == len(parts):
         return tuple(built(item, part) for item, part in zip(value, parts, strict=True))
-    known = value in parts and isinstance(value, str) if origin is Literal else origin is None and _is(value, kind)
+    if origin is Literal:
+        known = isinstance(value, str) and value in parts
+    elif kind is float:
+        known = type(value) in (float, int)
+    else:
+        known = kind is Any or (origin is None and type(value) is kind)  # a bool is not an int
     if not known:
         raise ValueError(f"expected {kind}, got {reprlib.repr(value)}")
     return value

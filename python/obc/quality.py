@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obc.model.evaluation import ForwardFn, call_on_batch, evaluating
+from obc.model.evaluation import ForwardFn, call_on_batch, device_of, evaluating
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def perplexity(
         raise ValueError(f"length must be at least 2 and stride in [1, length], got length={length}, stride={stride}")
     if tokens.dim() != 1 or len(tokens) < 2:
         raise ValueError(f"tokens must be one row of at least 2 token ids, got shape {tuple(tokens.shape)}")
-    device = next(model.parameters()).device
+    device = device_of(model)
     losses, counts = [], []
     with evaluating(model), torch.inference_mode():
         for group in _window_batches(len(tokens), length, stride, batch_size):

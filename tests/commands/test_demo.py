@@ -88,14 +88,6 @@ def test_peak_bytes_counts_what_is_alive_at_once() -> None:
     assert measure.peak_bytes(call) == 2 * 1000 * 250 * 4
 
 
-def test_seconds_is_the_median_after_a_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([0.0, 5.0, 10.0, 11.0, 20.0, 23.0])
-    calls = []
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(times))
-    assert measure.seconds(lambda: calls.append(None)) == 3.0
-    assert len(calls) == 4
-
-
 def without_seconds(results: list[run.ModelResult]) -> list[run.ModelResult]:
     return [replace(r, criteria=tuple(replace(c, seconds=0.0) for c in r.criteria)) for r in results]
 

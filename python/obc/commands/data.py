@@ -13,6 +13,7 @@ from torch import Tensor
 
 from obc.commands.checkpoints import IGNORED
 from obc.commands.common import UsageError, require
+from obc.model.evaluation import device_of
 
 SEQUENCE = 2048  # tokens per sequence, if the model allows as many
 MASKED_SHARE = 0.15  # share of the tokens, as in BERT's training
@@ -56,7 +57,7 @@ def batches(
         made = _token_batches(data, model, source, loss, count, size, seq_len, seed)
     else:
         raise UsageError(f"--data {data}: expected a .txt file, a .jsonl file or a folder of images")
-    device = next(model.parameters()).device
+    device = device_of(model)
     return [{name: value.to(device) for name, value in batch.items()} for batch in made]
 
 

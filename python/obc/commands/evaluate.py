@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from obc import quality
 from obc.commands import checkpoints, data
 from obc.commands.common import UsageError, add_command, positive, require
 from obc.commands.run_log import add_log, say
-from obc.model.evaluation import evaluating
+from obc.model.evaluation import device_of, evaluating
+from obc.model.timing import median_seconds
 
 _DESCRIPTION = """\
 Say how good the model of a directory is: perplexity of a causal language model, accuracy of an image classifier.
@@ -81,16 +81,10 @@ def _figures(model: Any, loss: str, batches: list[Any], stride: int | None) -> l
 
 def _speed(models: dict[str, Any], batch: Any) -> list[str]:
     """Median seconds of a forward pass; the models take turns, so that a drift of the machine affects both alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+    calls = [functools.partial(checkpoints.outputs, model, batch) for model in models.values()]
     with evaluating(*models.values()), torch.inference_mode():
-        for _ in range(_ROUNDS + 1):
-            for name, model in models.items():
-                started = time.perf_counter()
-                checkpoints.outputs(model, batch)
-                if next(model.parameters()).is_cuda:
-                    torch.cuda.synchronize()
-                seconds[name].append(time.perf_counter() - started)
-    medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}  # the first round is a warm-up
+        seconds = median_seconds(calls, device_of(models[""]), repeats=_ROUNDS, warm_ups=1)
+    medians = dict(zip(models, seconds, strict=True))
     lines = [f"{name}seconds of a forward pass: {value:.4f}" for name, value in medians.items()]
     if len(medians) == 2:
         ours, theirs = medians.values()

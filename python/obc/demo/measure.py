@@ -1,25 +1,12 @@
-"""The cost of scoring: time, and peak of allocated memory."""
+"""The peak of allocated memory."""
 
 from __future__ import annotations
 
 import gc
 import os
-import statistics
-import time
 from collections.abc import Callable
 
 from torch.profiler import ProfilerActivity, profile
-
-
-def seconds(call: Callable[[], object], repeats: int = 3) -> float:
-    """The median time of ``repeats`` calls, after a warm-up."""
-    call()
-    taken = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

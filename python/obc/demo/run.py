@@ -24,6 +24,7 @@ from obc.demo.data import Digits, digits
 from obc.demo.models import IMAGE_SIZE, residual_cnn, transformer
 from obc.demo.recover import recovered
 from obc.demo.train import accuracy, train
+from obc.model.timing import median_seconds
 from obc.recovery import PruningPlan
 from obc.structures.traced_plan import prune_step
 
@@ -208,4 +209,4 @@ def cost(model: nn.Module, criterion: Criterion, data: Digits) -> tuple[float, i
         model.zero_grad()
 
     peak = measure.peak_bytes(score)  # first, so that nothing left by an earlier call is released while it counts
-    return measure.seconds(score), peak
+    return median_seconds([score], torch.device("cpu"), repeats=3, warm_ups=1)[0], peak

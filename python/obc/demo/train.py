@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from obc import quality
 from obc.demo.data import Split
 
 
@@ -43,12 +44,6 @@ def train(
     return model.eval()
 
 
-@torch.no_grad()
 def accuracy(model: nn.Module, split: Split) -> float:
     """The share of ``split`` that ``model``, in eval mode, classifies correctly. The training flags are kept."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    correct = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in split.batches(256))
-    for module, training in modes.items():
-        module.training = training
-    return correct / len(split)
+    return quality.accuracy(model, split.batches(256))

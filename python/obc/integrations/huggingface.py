@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from obc.model.evaluation import device_of
 from obc.recovery.distillation import Distillation
 
 
@@ -38,7 +39,7 @@ class DistillationMixin:
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The distillation loss; with ``return_outputs`` also the model's outputs, which evaluation needs."""
-        self.teacher.to(next(model.parameters()).device)
+        self.teacher.to(device_of(model))
         loss = self.distillation.loss(model, self.teacher, inputs)
         if not return_outputs:
             return loss

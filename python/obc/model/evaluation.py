@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from obc.model.errors import explained
@@ -16,6 +18,12 @@ ForwardFn = Callable[[nn.Module, Any], Any]
 LossFn = Callable[[nn.Module, Any], Tensor]
 # Runs a model on inputs that are always the same.
 Run = Callable[[nn.Module], Any]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first parameter, or else buffer; the CPU if it has none."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 def call(model: nn.Module, example_inputs: Any) -> Any:

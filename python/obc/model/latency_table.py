@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -16,6 +15,7 @@ from torch import nn
 from obc.files import atomic_write, built, read_fields
 from obc.model.costs import Costs
 from obc.model.curves import Curve
+from obc.model.evaluation import device_of
 from obc.model.groups import ChannelGroup
 
 _FORMAT = "obc.LatencyTable/1"
@@ -229,7 +229,5 @@ class _Written:
 
 def device_name(model: nn.Module) -> str:
     """The name of the GPU that a model's first tensor is on; otherwise the device type, such as "cpu"."""
-    tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
-    if tensor is None:
-        return "cpu"
-    return torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else tensor.device.type
+    device = device_of(model)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from obc.model.evaluation import device_of
 from obc.model.kept import PlanError
 from obc.model.names import named_modules
 from obc.model.refusals import refuse_adapted
@@ -196,7 +197,7 @@ def _with_weight(name: str, module: nn.Module, weight: Tensor, kind: QuantisedKi
 def _by_unit_vectors(name: str, module: nn.Module, dtype: torch.dtype) -> Tensor:
     """Read a linear layer's weight from its outputs: column i is y(e_i) - y(0)."""
     found: Any = module
-    features, device = getattr(found, "in_features", None), _device_of(module)
+    features, device = getattr(found, "in_features", None), device_of(module)
     if type(features) is not int:
         raise PlanError(
             f"{name} is a {type(module).__name__} that stores its weights packed, and not of a kind that obc can read "
@@ -247,11 +248,6 @@ def _compare(name: str, module: nn.Module, plain: nn.Module, known: bool) -> Non
             f"{name}: a plain layer with the weight that was read from this {type(module).__name__} differs from it by "
             f"{worst:.2g} of the largest output (at most {_TOLERANCE:g}); {remedy}"
         )
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    tensors = (*module.parameters(), *module.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 def _forget_quantisation(model: Any) -> None:

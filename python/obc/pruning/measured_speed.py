@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from obc.model.errors import explained
-from obc.model.evaluation import Run, evaluating
+from obc.model.evaluation import Run, device_of, evaluating
 from obc.model.latency_table import device_name
 from obc.model.shared_copy import shared_copy
 from obc.model.timing import REPEATS, median_seconds
@@ -31,9 +31,7 @@ class MeasuredSpeed:
 
     def finish(self, pruned: nn.Module) -> None:
         """Time both models, and report the medians."""
-        first = next(pruned.parameters(), None)
-        device = torch.device("cpu") if first is None else first.device
-        models = (self._unpruned, pruned)
+        device, models = device_of(pruned), (self._unpruned, pruned)
         with timed(self._report, "measure"), evaluating(*models), torch.no_grad():
             before, after = median_seconds([functools.partial(self._run, one) for one in models], device)
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""

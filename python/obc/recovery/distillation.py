@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 
 from obc.model.batches import attention_mask
 from obc.model.evaluation import ForwardFn, call_on_batch
+from obc.model.hooks import hooked
 
 
 def logit_distillation(
@@ -131,10 +133,10 @@ class Distillation:
         Raises:
             ValueError: a module is missing, or two outputs can't be compared.
         """
-        with torch.no_grad(), _Outputs(teacher, self.modules) as wanted:
+        with torch.no_grad(), _outputs(teacher, self.modules) as wanted:
             compared = self.logits + self.hidden + self.outputs > 0
             teacher_outputs = self.forward_fn(teacher, batch) if compared else None
-        with _Outputs(student, self.modules) as got:
+        with _outputs(student, self.modules) as got:
             outputs = self.forward_fn(student, batch)
         mask = attention_mask(batch)
         terms = []
@@ -145,10 +147,7 @@ class Distillation:
             pair = (self._logits(outputs), self._logits(teacher_outputs))
             terms.append(self.outputs * hidden_distillation(*pair, _fitting(mask, pair[0])))
         if self.hidden > 0:
-            errors = [
-                hidden_distillation(got.seen[name], wanted.seen[name], _fitting(mask, got.seen[name]))
-                for name in self.modules
-            ]
+            errors = [hidden_distillation(got[name], wanted[name], _fitting(mask, got[name])) for name in self.modules]
             terms.append(self.hidden * torch.stack(errors).mean())
         if self.label_loss is not None:
             terms.append(self.labels * self.label_loss(outputs, batch))
@@ -169,33 +168,24 @@ class Distillation:
         return found
 
 
-class _Outputs:
-    """Records the outputs of modules while a model runs."""
+@contextlib.contextmanager
+def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The outputs of modules by name, filled while the model runs inside the block."""
+    known = dict(model.named_modules())
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"{type(model).__name__} has no module {missing[0]!r}; change Distillation(modules=...)")
+    seen: dict[str, Tensor] = {}
 
-    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
-        known = dict(model.named_modules())
-        if missing := [name for name in names if name not in known]:
-            raise ValueError(f"{type(model).__name__} has no module {missing[0]!r}; change Distillation(modules=...)")
-        self.seen: dict[str, Tensor] = {}
-        self._modules = {name: known[name] for name in names}
-        self._handles: list[Any] = []
-
-    def __enter__(self) -> _Outputs:
-        for name, module in self._modules.items():
-            self._handles.append(module.register_forward_hook(self._recorder(name)))
-        return self
-
-    def _recorder(self, name: str) -> Callable[..., None]:
+    def recorder(name: str) -> Callable[..., None]:
         def record(module: nn.Module, args: Any, output: Any) -> None:
-            self.seen[name] = output[0] if isinstance(output, (tuple, list)) else output
+            seen[name] = output[0] if isinstance(output, (tuple, list)) else output
 
         return record
 
-    def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        if error[0] is None and (unseen := [name for name in self._modules if name not in self.seen]):
-            raise ValueError(f"the forward pass did not call {unseen[0]!r}; leave it out of Distillation(modules=...)")
+    with hooked([known[name].register_forward_hook(recorder(name)) for name in names]):
+        yield seen
+    if unseen := [name for name in names if name not in seen]:
+        raise ValueError(f"the forward pass did not call {unseen[0]!r}; leave it out of Distillation(modules=...)")
 
 
 def _fitting(mask: Tensor | None, values: Tensor) -> Tensor | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from obc.model.evaluation import first_floating
+from obc.model.evaluation import device_of, first_floating
 from obc.model.experts import fused_experts
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import layout_of
@@ -201,8 +200,7 @@ class InputReader(Reader):
     def device_of(self, name: str) -> torch.device:
         """The device of the weight that is read under this name."""
         module = self.layers.get(name) or self.mixtures[name.rpartition("[")[0]]
-        tensors = itertools.chain(module.parameters(), module.buffers())
-        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+        return device_of(module)
 
     def read(
         self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None

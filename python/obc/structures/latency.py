@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from obc.model.depth import PLACE_ATTRIBUTES, plain_attributes
-from obc.model.evaluation import Run, evaluating, tensors_in, without_cache
+from obc.model.evaluation import Run, device_of, evaluating, tensors_in, without_cache
 from obc.model.groups import ChannelGroup, Side
 from obc.model.hooks import hooked
 from obc.model.latency_table import LatencyTable, SharedSeconds, device_name
@@ -72,8 +72,7 @@ class _Measurement:
         self.structure, self.run, self.timer = structure, run, timer
         self.points, self.round_to = points, round_to
         self.groups = {group.name: group for group in structure.groups}
-        first = next(structure.model.parameters(), None)
-        self.device = torch.device("cpu") if first is None else first.device
+        self.device = device_of(structure.model)
         self.calls = self._calls(structure.model, None)
         self.places = _places(list(self.groups.values()), set(self.calls))
         self._known: dict[Hashable, dict[int, list[float]]] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from obc.model.autocast import callers_autocast
 from obc.model.errors import PruningError, explained
-from obc.model.evaluation import evaluating
+from obc.model.evaluation import device_of, evaluating
 from obc.model.names import named_modules
 from obc.structures.memory import MemoryUse
 from obc.structures.transformers.block import Block
@@ -60,8 +60,7 @@ def cached_layers(model: Any, blocks: Sequence[Block]) -> list[CachedLayer]:
             f"{type(model).__name__} also caches its encoder's outputs, whose length a MemoryUse does not give; "
             f"{remedy}"
         )
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=device_of(model))
     filling = explained(model, "filling its cache with one token", remedy)
     with filling, evaluating(model), torch.no_grad(), callers_autocast():
         outputs = model(input_ids=token, use_cache=True)
