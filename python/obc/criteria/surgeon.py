@@ -59,9 +59,9 @@ class State:
         solved = torch.linalg.solve(self.inverse[gone[:, None], gone], self.inverse[gone])  # (P_dd)^-1 P_d:
         if self.product is not None:
             self.product -= (self.gram @ solved.mT) @ self.columns[gone]
-        self.columns -= solved.mT @ self.columns[gone]
+        self.columns.addmm_(solved.mT, self.columns[gone], alpha=-1)
         self.columns[gone] = 0.0
-        self.inverse -= self.inverse[:, gone] @ solved
+        self.inverse.addmm_(self.inverse[:, gone], solved, alpha=-1)
         self.inverse[gone] = 0.0
         self.inverse[:, gone] = 0.0
         self.inverse[gone, gone] = 1.0
