@@ -13,7 +13,7 @@ from obc.model.batches import samples_in
 
 
 def samples_of(batch: Any, positions: int) -> int:
-    """The batch's samples, of a layer that gets their positions one sample after another."""
+    """The number of samples in a batch, for a layer that gets all positions in one dimension, sample after sample."""
     samples = samples_in(batch)
     if samples == 0 or positions % samples:
         raise CriterionError(
@@ -29,7 +29,7 @@ def row_of_parts(parts: list[Tensor], several: bool) -> Tensor:
 
 
 def refuse_unlike(rows: dict[Residuals, Tensor]) -> None:
-    """Refuse rows of tokens of layers that saw different numbers of positions."""
+    """Refuse rows of tokens if layers saw different numbers of positions."""
     counts: dict[int, str] = {}
     for tap, values in rows.items():
         counts.setdefault(len(values), tap.consumer.name)

@@ -118,7 +118,8 @@ def all_finite(value: Any) -> bool:
     tensors = [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
     if not tensors:
         return True
-    # A finite sum has finite summands, and takes a fraction of the time. That of finite ones may overflow.
+    # If the sum is finite, every entry is, and a sum takes a fraction of the time. Finite entries may have an infinite
+    # sum, so then each is looked at.
     return _all(tensor.sum().isfinite() for tensor in tensors) or _all(tensor.isfinite().all() for tensor in tensors)
 
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
-# They return the same numbers. (Dropout does in eval mode, the only one that is observed.)
+# Functions that return the numbers they are given. (Dropout does so in eval mode, the only mode observed.)
 _IDENTITIES = {
     "dropout",
     "dropout1d",
@@ -48,7 +48,7 @@ class Routing:
     Attributes:
         tokens: (n,) int64, ascending: which of the call's tokens.
         total: how many tokens the call had.
-        gates: (n,) by what the expert's outputs are multiplied.
+        gates: (n,) the factors of the expert's outputs.
     """
 
     tokens: Tensor
@@ -56,7 +56,7 @@ class Routing:
     gates: Tensor
 
     def where(self, counted: Tensor) -> Routing:
-        """Of the tokens for which ``counted``, (n,) bool, is true."""
+        """The same for the tokens where ``counted``, (n,) bool, is true."""
         return Routing(self.tokens[counted], self.total, self.gates[counted])
 
     def among(self, other: Routing) -> Tensor:
@@ -76,7 +76,7 @@ class Call:
         stack: the modules, outermost first, that are running at both the call and the sum; known only if ``observe``
             got the whole model.
         source: the id of the tensor that the layer reads; of experts, of the one that they all read.
-        routing: of an expert's layer (:mod:`obc.recovery.unfused`), whose rows are the tokens routed to it.
+        routing: for an expert's layer (:mod:`obc.recovery.unfused`), the tokens that its rows stand for.
         norm: the running mean of the BatchNorm that alone reads the output; known only if ``observe`` got the whole
             model.
     """
@@ -102,7 +102,7 @@ class Call:
 
 
 def of_same_tokens(full: Call, pruned: Call) -> tuple[Call, Call]:
-    """Two calls of one layer, of an expert reduced to the tokens that both got."""
+    """Two calls of one layer; for an expert, reduced to the tokens that both calls got."""
     if full.routing is None or pruned.routing is None:
         return full, pruned
     return full.where(full.routing.among(pruned.routing)), pruned.where(pruned.routing.among(full.routing))

@@ -67,7 +67,7 @@ class DepthUnit:
 
 
 class Holders:
-    """Looks up by name which of these units take a module or tensor along."""
+    """Looks up by name with which of these units a module or tensor is removed."""
 
     def __init__(self, units: Sequence[DepthUnit]) -> None:
         self.units = units
@@ -77,13 +77,13 @@ class Holders:
                 self._places.setdefault(name, []).append(place)
 
     def of(self, name: str) -> set[int]:
-        """The indices of the units that take it along (:meth:`DepthUnit.holds`)."""
+        """The indices of the units that it is removed with (:meth:`DepthUnit.holds`)."""
         parts = name.split(".")
         enclosing = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
         return {place for one in enclosing for place in self._places.get(one, ())}
 
     def innermost(self, name: str) -> int | None:
-        """The branch, or else the whole block, that takes it along; None if there is none."""
+        """The branch, or else the whole block, that it is removed with; None if there is none."""
         found = self.of(name)
         return min(found, key=lambda place: (self.units[place].group.kind == "layers", place), default=None)
 
@@ -245,7 +245,7 @@ def _counts(name: str, module: nn.Module) -> bool:
 
 
 def _outputs(module: nn.Module) -> int:
-    """The length of the tuple that ``forward`` returns; 0 for a tensor; by its code, else its annotation."""
+    """The length of the tuple that ``forward`` returns; 0 for a tensor. By its source, else by its annotation."""
     forward = inspect.unwrap(type(module).forward)
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))

@@ -34,7 +34,7 @@ def inverted_residuals(layers: Layers, name: str, kinds: Collection[str]) -> Ite
 
 
 def _wraps_convolutions(layers: Layers, name: str) -> bool:
-    """Whether a module contains convolutions; a bare one may have norms beside it that no known name leads to."""
+    """Whether a module contains convolutions. A bare one is not accepted: its norm would be a sibling, not a part."""
     return not isinstance(layers.modules[name], _ConvNd) and bool(_convolutions(layers, name))
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from obc.model.names import joined
 from obc.structures.transformers.layers import value_of
 
-# Attributes and config keys; routers with a fixed number don't say it.
+# Attributes and config keys that hold it; a router that always chooses the same number has none.
 _NAMES = ("top_k", "moe_topk", "moe_top_k", "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
 _FIXED = {"SwitchTransformersTop1Router": 1, "NllbMoeTop2Router": 2}
 ROUTERS = ("gate", "router")
@@ -19,8 +19,8 @@ ROUTERS = ("gate", "router")
 def experts_per_token(modules: Mapping[str, nn.Module], experts: str) -> int | None:
     """How many experts each token is sent to; None if neither modules nor configs say it.
 
-    Asked are the router beside the experts, what it contains, the module around them, and the configs of these and of
-    the modules around, innermost first.
+    Looks at the router beside the experts and the modules in it, at the module that contains both, then at their configs
+    and those of the modules around, innermost first.
 
     Args:
         modules: the model's modules by name.
