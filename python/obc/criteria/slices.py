@@ -64,7 +64,7 @@ class SliceWeight:
 
 
 def slice_weights(group: ChannelGroup, model: nn.Module) -> list[SliceWeight]:
-    """The weights of the group's slices; none if a tensor of experts is among them that is not understood."""
+    """The weights of the group's slices; none if one is in a tensor of experts whose layout is not understood."""
     modules = dict(model.named_modules())
     found: list[SliceWeight] = []
     for part in group.slices:

@@ -19,8 +19,8 @@ ROUTERS = ("gate", "router")
 def experts_per_token(modules: Mapping[str, nn.Module], experts: str) -> int | None:
     """How many experts each token is sent to; None if neither modules nor configs say it.
 
-    Looks at the router beside the experts and the modules in it, at the module that contains both, then at their configs
-    and those of the modules around, innermost first.
+    Looks at the router beside the experts and the modules in it, at the module that contains both, then at their
+    configs and those of the modules around, innermost first.
 
     Args:
         modules: the model's modules by name.
