@@ -327,6 +327,53 @@ def test_statistics_are_collected_and_a_directory_is_pruned_by_them(
     assert "--statistics masked: this criterion needs no statistics" in capsys.readouterr().err
 
 
+def test_statistics_of_other_groups_are_refused(
+    save: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from obc.structures.transformers import TransformersStructure
+
+    model, out = save("llama"), tmp_path / "statistics"
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model)
+    groups = TransformersStructure(loaded, ["ffn"]).groups
+    batches = [{"input_ids": torch.arange(8)[None]}]
+    obc.collect(loaded, batches, statistics=["moments"], groups=groups, progress=False).save(out)
+    prune = ["prune", str(model), "--scores", str(out), "--ratio", "0.1", "--out", str(tmp_path / "pruned")]
+    for criterion in ("flap", "wanda_sp", "minitron"):
+        assert cli.main([*prune, "--criterion", criterion]) == 2
+        said = capsys.readouterr().err
+        assert f"the criterion '{criterion}' can't score the group 'model.layers.0.self_attn.q_proj': " in said
+        assert f"collect them by obc score MODEL_DIR --statistics {criterion}" in said
+    assert cli.main([*prune, "--criterion", "flap", "--kinds", "ffn"]) == 0
+
+
+def test_groups_without_scores_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """REAP scores experts, and heads keep all units."""
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=20, max_position_embeddings=12, num_local_experts=4, num_key_value_heads=2, **SMALL
+    )
+    model, out = transformers.MixtralForCausalLM(config), tmp_path / "statistics"
+    model.save_pretrained(tmp_path / "mixtral")
+    obc.collect(model, [{"input_ids": torch.arange(16)[None]}], statistics=["experts"], progress=False).save(out)
+    prune = [
+        "prune",
+        str(tmp_path / "mixtral"),
+        "--scores",
+        str(out),
+        "--criterion",
+        "reap",
+        "--kinds",
+        "heads",
+        "experts",
+    ]
+    prune += ["--out", str(tmp_path / "pruned")]
+    assert cli.main([*prune, "--params", "0.9"]) == 0
+    heads, why = "model.layers.0.self_attn.q_proj", f"the criterion 'reap' scores nothing in it from {out}"
+    assert f"{heads}: not pruned: {why}" in capsys.readouterr().out
+    assert cli.main([*prune, "--params", "0.01"]) == 2
+    assert f"and all units of {heads}, which have no scores" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", [[], ["host"], ["disk"]])
 def test_statistics_are_collected_block_by_block(
     where: list[str], ids: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -72,8 +72,10 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     except BudgetError as error:
         least = 1 - error.reachable / budget.counted(budget.costs(structure))
         option = f"--{budget.argument.replace('_', '-')} {budget.share:g}"
+        unscored = [name for name in report.left_out if name in kinds]
         raise UsageError(
             f"{option} is out of reach: {least:.4f} remain if every prunable group keeps its least width"
+            + (f", and all units of {', '.join(unscored)}, which have no scores" if unscored else "")
         ) from error
     except (ValueError, obc.PruningError) as error:
         raise UsageError(str(error)) from error
@@ -190,8 +192,11 @@ def _by_criterion(
         raise UsageError(f"{error}, or collect them by obc score MODEL_DIR --statistics {criterion}") from error
     if not scores:
         raise UsageError(f"{scores_nothing(found, structure.groups)}; choose other groups with --kinds")
-    for name, units in scores.items():
-        report.note_scores(name, units)
+    for group in structure.groups:
+        if group.name in scores:
+            report.note_scores(group.name, scores[group.name])
+        else:
+            report.left_out[group.name] = f"the criterion {criterion!r} scores nothing in it from {parsed.scores}"
     task = Task(
         scores,
         structure.groups,

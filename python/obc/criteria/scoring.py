@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from obc.criteria.protocol import CriterionError, GroupScores, Subject, name_of
 from obc.criteria.refusals import said_of
 from obc.criteria.registry import get
+from obc.model.by_name import MissingNameError
 from obc.model.evaluation import ForwardFn, LossFn
+from obc.statistics.errors import StatisticsError
 from obc.statistics.names import Chosen, chosen_statistics
 from obc.statistics.results import Statistics
 from obc.statistics.run import collect
@@ -50,13 +52,18 @@ def scores_from(criterion: Any, groups: Any, statistics: Statistics, model: nn.M
     """The scores from statistics collected before, for example in one run for several criteria.
 
     Raises:
-        StatisticsError: a needed statistic was not collected.
+        StatisticsError: a needed statistic was not collected, or not of a group's modules.
     """
     criterion = get(criterion)
     statistics.require(needed(criterion), f"the criterion {name_of(criterion)!r}")
     found = {}
     for group in groups:
-        scores = criterion.score(group, statistics, model)
+        try:
+            scores = criterion.score(group, statistics, model)
+        except MissingNameError as error:
+            raise StatisticsError(
+                f"the criterion {name_of(criterion)!r} can't score the group {group.name!r}: {error.args[0]}"
+            ) from error
         if scores is not None:
             found[group.name] = scores
     finish = getattr(criterion, "finish", None)

@@ -9,8 +9,12 @@ from typing import Generic, TypeVar
 Value = TypeVar("Value")
 
 
+class MissingNameError(KeyError):
+    """There is no result of this name; the message says why."""
+
+
 class ByName(Mapping[str, Value], Generic[Value]):
-    """A read-only mapping; looking up a missing name raises a KeyError with the reason."""
+    """A read-only mapping; looking up a missing name raises a :class:`MissingNameError` with the reason."""
 
     def __init__(self, values: Mapping[str, Value]) -> None:
         self._values = dict(values)
@@ -23,7 +27,7 @@ class ByName(Mapping[str, Value], Generic[Value]):
         try:
             return self._values[name]
         except KeyError:
-            raise KeyError(self._why_missing(name)) from None
+            raise MissingNameError(self._why_missing(name)) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

@@ -165,8 +165,13 @@ def _router(layers: Layers, parent: str, count: int) -> _Router:
     """
     router = next((joined(parent, child) for child in ROUTERS if layers.has(parent, child)), None)
     logits = None if router is None else _logits(layers, router, count)
-    if router is None or logits is None:
-        raise NotPrunableError(f"no router with {count} rows was found beside it")
+    if router is None:
+        raise NotPrunableError(f"no router was found beside it, by the names {' or '.join(ROUTERS)}")
+    if logits is None:
+        shapes = {key: tuple(one.shape) for key, one in layers.modules[router].named_parameters() if one.dim() == 2}
+        raise NotPrunableError(
+            f"of the router {router} no single weight has {count} rows, one for each expert; it has {shapes}"
+        )
     own, others, refused = {f"{logits}.weight", f"{logits}.bias"}, [], []
     for holder in (router, parent):
         module = layers.modules[holder]
