@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from obc.criteria.protocol import Criterion, FromFunction
+from obc.model.arguments import one_of
 
 _REGISTERED: dict[str, Any] = {}
 
@@ -39,8 +40,7 @@ def get(criterion: str | Any) -> Any:
         TypeError: it is not a criterion.
     """
     if isinstance(criterion, str):
-        if criterion not in _REGISTERED:
-            raise ValueError(f"criterion must be one of {', '.join(map(repr, _REGISTERED))}, got {criterion!r}")
+        one_of("criterion", criterion, _REGISTERED)
         criterion = _REGISTERED[criterion]
     return as_criterion(criterion)
 

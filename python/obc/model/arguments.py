@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import difflib
+import numbers
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
     """Raises ValueError if the argument's value is none of ``allowed``."""
     if value not in (known := tuple(allowed)):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}{meant(value, known)}")
+
+
+def meant(value: object, known: Iterable[object]) -> str:
+    """The end of a message about an unknown name: which known ones are spelled alike; empty if none is."""
+    if not isinstance(value, str):
+        return ""
+    close = difflib.get_close_matches(value, [name for name in known if isinstance(name, str)])
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def positive(name: str, value: object) -> None:
     """Raises ValueError if the argument's value is no positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def number(name: str, value: object) -> None:
+    """Raises ValueError if the argument's value is no real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def iterable_batches(batches: Any) -> None:
+    """Raises ValueError if ``batches`` can't be iterated over, or is a single batch: a mapping gives its keys."""
+    if isinstance(batches, (Mapping, str)) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+        raise ValueError(
+            f"batches must be a list or another iterable of batches, got {type(batches).__name__}; of a single batch, "
+            "pass [batch]"
+        )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obc.model.arguments import iterable_batches
 from obc.model.evaluation import tensors_in
 from obc.model.processes import notice
 
@@ -30,6 +31,7 @@ class UsableBatches:
     """
 
     def __init__(self, batches: Iterable[Any]) -> None:
+        iterable_batches(batches)
         self._batches, self._numbers, self._whole = batches, None, self
         self._seen, self._current = 0, -1
         self.left_out = {}

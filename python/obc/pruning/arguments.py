@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from obc.criteria import Jacobian, get
 from obc.criteria.protocol import name_of
-from obc.model.arguments import one_of, positive
+from obc.model.arguments import iterable_batches, one_of, positive
 from obc.model.groups import Slices
 from obc.selection.allocation import Allocation
 from obc.selection.allocations import allocation_of
@@ -162,11 +162,12 @@ def repeatable(batches: Iterable[Any] | None) -> Sequence[Any]:
     """
     if batches is None:
         raise ValueError("batches is missing: pass obc.prune(model, example_inputs, batches, loss_fn), or by keyword")
-    if not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
+    if callable(batches) and not hasattr(batches, "__iter__"):
         raise ValueError(
             f"batches must be an iterable, got {type(batches).__name__}; without example_inputs pass the rest by "
             "keyword: obc.prune(model, batches=..., loss_fn=...)"
         )
+    iterable_batches(batches)
     found = batches if isinstance(batches, (list, tuple)) else list(batches)
     if len(found) == 0:
         raise ValueError("batches is empty: there is nothing to score")

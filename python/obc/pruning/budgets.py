@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from obc.model.arguments import positive
+from obc.model.arguments import number, positive
 from obc.model.costs import Costs
 from obc.model.evaluation import Run
 from obc.model.latency_table import LatencyTable
@@ -138,10 +138,11 @@ class Budget:
         """
         shares = {name: share for name, share in given.items() if share is not None}
         if len(shares) > 1:
-            said = " and ".join(f"{name}={share:g}" for name, share in shares.items())
+            said = " and ".join(f"{name}={share}" for name, share in shares.items())
             count = {2: "two", 3: "three", 4: "four", 5: "five", 6: "six"}[len(shares)]
             raise ValueError(f"{said} are {count} budgets; pass the one that is to be met")
         name, value = next(iter(shares.items()), ("macs", _DEFAULT_SHARE))
+        number(name, value)
         meters = meters or Meters()
         if name == "memory" and value > 1 and math.isfinite(value):
             return cls(name, None, value, meters)
@@ -214,7 +215,7 @@ class Budget:
         Raises:
             ValueError: the number of steps is below 1, or the shares do not descend to the budget's.
         """
-        if isinstance(steps, int):
+        if isinstance(steps, (int, float, str)):
             positive("steps", steps)
             share = _DEFAULT_SHARE if self.share is None else self.share
             return [share ** (step / steps) for step in range(1, steps + 1)]

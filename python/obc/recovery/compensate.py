@@ -181,6 +181,8 @@ def _check(
         raise ValueError(f"held_out is the share of the batches that decides, in (0, 0.5], got {held_out}")
     if keep_decompressors and mode == "correct":
         raise ValueError("mode='correct' has no decompressors: it changes weights directly; pass mode='ls' or 'seq'")
+    if pruned_model is original_model:
+        raise ValueError("the pruned and the original model are one object; prune a copy of the original")
     for role, model in (("pruned", pruned_model), ("original", original_model)):
         refuse_unusable(model, f"the {role} model")
         if is_compiled(model):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from obc.model.arguments import iterable_batches
 from obc.model.batches import RowKind
 from obc.model.evaluation import LossFn, evaluating
 from obc.model.processes import failing_together, gathered, notice
@@ -92,6 +93,7 @@ def score(
             loss_fn = label_free_loss(loss_fn, rows=rows, seed=seed)
         elif loss_fn is None:
             raise ValueError("loss_fn is missing; pass one, or labels=False to score by the model's outputs alone")
+        iterable_batches(batches)
         scorer = JacobianScorer(model, rows=rows, **options)
         reader = BatchRows(scorer, loss_fn, micro_batch, loss_scale)
         total = len(batches) if isinstance(batches, Sized) else None

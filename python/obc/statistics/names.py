@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
+from obc.model.arguments import meant
 from obc.statistics.blocks import Blocks
 from obc.statistics.errors import StatisticsError
 from obc.statistics.experts import Experts
@@ -33,7 +34,9 @@ def chosen_statistics(statistics: str | Chosen | Sequence[str | Chosen]) -> list
     found: dict[str, Chosen] = {}
     for one in listed:
         if isinstance(one, str) and one not in STATISTICS:
-            raise StatisticsError(f"statistics are {', '.join(map(repr, STATISTICS))}, got {one!r}")
+            raise StatisticsError(
+                f"statistics are {', '.join(map(repr, STATISTICS))}, got {one!r}{meant(one, STATISTICS)}"
+            )
         chosen: Chosen = STATISTICS[one]() if isinstance(one, str) else one  # type: ignore[assignment]
         if not hasattr(chosen, "name") or chosen.name not in STATISTICS:
             raise StatisticsError(f"a statistic is a name or an object of obc.statistics, got {one!r}")

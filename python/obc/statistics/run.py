@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.distribution import obc_version
+from obc.model.arguments import iterable_batches
 from obc.model.batches import RowKind, parts_of
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch, evaluating, without_cache
 from obc.model.groups import Side
@@ -133,6 +134,7 @@ def collect(
             raise StatisticsError(
                 f"{needy[0]!r} needs gradients, by_block runs forward only: collect it without by_block"
             )
+        iterable_batches(batches)
         run = _Run(model, chosen, groups, rows, micro_batch, process_group, blockwise)
         if any(one.backward for one in chosen):
             refuse_unusable(model)

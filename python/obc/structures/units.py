@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from obc.model.arguments import meant
 from obc.model.groups import ChannelGroup
 from obc.model.kept import staying
 
@@ -58,6 +59,7 @@ def layer_name(modules: Mapping[str, nn.Module], layer: nn.Module | str, argumen
             names = [name for name in modules if name.rpartition(".")[2] == last] or list(modules)[1:]
             raise ValueError(
                 f"{argument}: no layer is named {layer!r}; there are {', '.join(map(repr, names[:3]))} ..."
+                f"{meant(layer, modules)}"
             )
         return layer
     found = next((name for name, module in modules.items() if module is layer), None)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obc import ops
+from obc.model.arguments import meant
 from obc.model.groups import Side
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.model.sharding import is_sharded
@@ -201,8 +202,12 @@ def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn
         for name, wanted_sides in sides.items():
             if not wanted_sides or wanted_sides - _SIDES:
                 raise ValueError(f"modules: {name!r} must have 'in', 'out' or both, got {sorted(wanted_sides)}")
-    if unknown := sorted(sides.keys() - {name for name, _ in model.named_modules()}):
-        raise ValueError(f"modules: the model has no module {unknown[0]!r}; names are those of model.named_modules()")
+    known = [name for name, _ in model.named_modules()]
+    if unknown := sorted(sides.keys() - set(known)):
+        raise ValueError(
+            f"modules: the model has no module {unknown[0]!r}; names are those of model.named_modules()"
+            f"{meant(unknown[0], known)}"
+        )
     return lambda name, module: sides.get(name, frozenset())
 
 
