@@ -15,7 +15,7 @@ import argparse
 import copy
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from obc.demo.data import Digits, digits
 from obc.demo.models import vgg
 from obc.demo.run import RECIPES, Recipe, count, seeded, steps
 from obc.demo.train import accuracy, train
+from obc.model.timing import median_seconds
 from obc.recovery import PruningPlan, compensate, recalibrate_norms
 from obc.recovery.calibration import batch_norms
 
@@ -92,6 +93,10 @@ def accuracies(network: Pruned) -> dict[str, float | None]:
     return found
 
 
+def _seconds(call: Callable[[], object], repeats: int) -> float:
+    return median_seconds([call], torch.device("cpu"), repeats=repeats, warm_ups=1)[0]
+
+
 def costs(network: Pruned) -> dict[str, Any]:
     """Seconds and bytes of compensation and of one epoch of forward passes."""
 
@@ -100,7 +105,7 @@ def costs(network: Pruned) -> dict[str, Any]:
             for batch in network.data.train.images.split(BATCH):
                 network.original(batch)
 
-    found: dict[str, Any] = {"epoch_seconds": measure.seconds(epoch), "epoch_peak_bytes": measure.peak_bytes(epoch)}
+    found: dict[str, Any] = {"epoch_seconds": _seconds(epoch, 3), "epoch_peak_bytes": measure.peak_bytes(epoch)}
     for samples in SAMPLES:
         for mode in MODES:
 
@@ -108,7 +113,7 @@ def costs(network: Pruned) -> dict[str, Any]:
                 return network.compensated(mode, samples)[1]
 
             name = f"{mode}_{samples}"
-            found[f"{name}_seconds"] = measure.seconds(call, repeats=1)
+            found[f"{name}_seconds"] = _seconds(call, 1)
             found[f"{name}_peak_bytes"] = measure.peak_bytes(call)
             found[f"{name}_moment_bytes"] = call().moment_bytes
     return found

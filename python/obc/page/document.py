@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from obc.page.markup import Html, element, joined, safe
+from obc.page.markup import Html, element, safe
 
 # Whatever a name or file contains, the browser must neither run nor fetch anything.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -103,14 +103,12 @@ def document(title: str, sections: Sequence[Section], head: Html | None = None) 
         )
         for part in sections
     ]
-    top = joined(
-        [
-            element("meta", charset="utf-8"),
-            element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-            element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-            element("title", title),
-            element("style", Html(_STYLE)),
-        ]
+    top = safe(
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("title", title),
+        element("style", Html(_STYLE)),
     )
     body = element(
         "body",

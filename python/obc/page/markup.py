@@ -45,11 +45,6 @@ def element(tag: str, *content: object, **attributes: object) -> Html:
     return Html(f"<{tag}{written}>{safe(*content)}</{tag}>")
 
 
-def joined(parts: Iterable[object]) -> Html:
-    """The parts one after the other."""
-    return safe(*parts)
-
-
 def facts(values: Mapping[str, object]) -> Html:
     """A list of names with their values."""
     return element("dl", *(safe(element("dt", name), element("dd", value)) for name, value in values.items()))
