@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import obc
-from obc.criteria import Subject, group_scores
+from obc.criteria import Subject, group_scores, scores_from
 from obc.structures.transformers import TransformersStructure
 
 # Model type -> what is special in its router.
@@ -99,7 +99,7 @@ def test_scores_and_statistics_are_those_of_separate_experts(model: Any) -> None
     model.zero_grad()
     statistics = ["moments", "gradient_moments", "experts"]
     found = obc.collect(model, batches, _loss, statistics=statistics, groups=[inner, whole], progress=False)
-    rows_inner, rows_whole = [], []
+    rows_inner, rows_whole, reap, tokens = [], [], [], []
     for one in explicit:
         rows_inner.append(sum((h * h.grad).sum(0) for h in one.inner))
         rows_of_experts = torch.stack([(y * y.grad).sum() for y in one.outputs])
@@ -114,6 +114,8 @@ def test_scores_and_statistics_are_those_of_separate_experts(model: Any) -> None
             (one.gates * (one.indices == expert)).sum(1)[here] for one, here in zip(explicit, routed, strict=True)
         ]
         gates, norms = torch.cat(weights), y.norm(dim=-1)
+        reap.append((gates * norms).sum() / max(count, 1))
+        tokens.append(torch.tensor(float(count)))
         uses = found.experts[name]
         expected = (count, gates.sum(), norms.sum(), (gates * norms).sum())
         for field, value in zip((uses.count, uses.gate, uses.norm, uses.gate_norm), expected, strict=True):
@@ -127,6 +129,9 @@ def test_scores_and_statistics_are_those_of_separate_experts(model: Any) -> None
             ):
                 torch.testing.assert_close(got.double(), value, rtol=1e-5, atol=1e-6 * float(value.max()))
     subject = Subject(model, [inner, whole], batches, _loss, lambda m, b: m(**b), "gate", "batch", torch.Generator())  # type: ignore[arg-type]
+    for criterion, by_expert in (("reap", reap), ("expert_frequency", tokens)):
+        by_unit = torch.stack(by_expert).double()[units].sum(1)
+        torch.testing.assert_close(scores_from(criterion, [whole], found, model)[name].double(), by_unit)
     scores = group_scores("jacobian", subject)
     for group, rows in ((inner, rows_inner), (whole, rows_whole)):
         expected_scores = torch.stack(rows).square().sum(0).detach()
