@@ -165,7 +165,12 @@ def compiled(pruned, data, options) -> None:
     pruned.model = torch.compile(pruned.model)
 
 
+def itself(pruned, data, options) -> None:
+    pruned.original = pruned.model
+
+
 BAD = {
+    "itself": (itself, ValueError, "are one object; prune a copy of the original"),
     "trained": (trained, PlanError, r"hidden\.weight: .* other values"),
     "unreached": (unreached, ValueError, "no calibration batch reached conv2; pass batches"),
     "one-batch": (lambda pruned, data, options: data[:1], ValueError, "got 1 batches; pass at least two"),
