@@ -73,6 +73,50 @@ def test_models_that_no_call_can_work_on(call: str, state: str) -> None:
         CALLS[call](make())
 
 
+def _data_from_inference_mode() -> list[tuple[Tensor, Tensor]]:
+    with torch.inference_mode():
+        return _data()
+
+
+def _weights_after(model: nn.Module, call: Callable[[nn.Module], Any]) -> list[Tensor]:
+    found = call(model)
+    scored = [one.out_channels for one in found.values()] if isinstance(found, obc.Scores) else []
+    return [*scored, *model.state_dict().values()]
+
+
+ON_BATCHES: dict[str, Callable[[nn.Module, list[tuple[Tensor, Tensor]]], Any]] = {
+    "score": lambda model, data: obc.score(model, data, _loss),
+    "score samples": lambda model, data: obc.score(model, iter(data), _losses, rows="sample", micro_batch=2),
+    "collect": lambda model, data: obc.collect(model, data, _loss, statistics="gradient_moments"),
+    "prune": lambda model, data: obc.prune(model, data[0][0], data, _loss, macs=0.7, steps=1, compensate=True),
+    "compensate": lambda model, data: obc.compensate(PLAN.apply(model), _model(), PLAN, data),
+    "recover": lambda model, data: obc.recover(PLAN.apply(model), _model(), data, steps=2, lr=0.1),
+    "memory_estimate": lambda model, data: obc.memory_estimate(model, data[0], _loss),
+}
+
+
+@pytest.mark.parametrize("call", ON_BATCHES)
+def test_batches_from_inference_mode_count_like_others(call: str) -> None:
+    plain, other = (
+        _weights_after(_model(), lambda model, data=data: ON_BATCHES[call](model, data))
+        for data in (_data(), _data_from_inference_mode())
+    )
+    assert [tensor.shape for tensor in plain] == [tensor.shape for tensor in other]
+    assert all(torch.equal(one, two) for one, two in zip(plain, other, strict=True))
+
+
+def test_norms_from_inference_mode_are_named() -> None:
+    with torch.inference_mode():
+        norm = nn.Sequential(nn.BatchNorm1d(3, affine=False))
+    with pytest.raises(ValueError, match=r"0\.running_mean was made inside torch\.inference_mode.*nothing written"):
+        obc.recalibrate_norms(norm, _data())
+
+
+def test_no_batch_is_named() -> None:
+    with pytest.raises(TypeError, match="batch must be one batch, like those to score with, got None"):
+        obc.memory_estimate(_model(), None)
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_calls_inside_inference_mode(call: str) -> None:
     model = _model()

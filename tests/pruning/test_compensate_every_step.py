@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -144,3 +145,40 @@ def test_slices_are_put_back(name: str) -> None:
         plan.verify(original, model)
     plan.put_slices(original, model)
     plan.verify(original, model)
+
+
+class Biased(nn.Module):
+    """Residual blocks whose last biases are compensated before the stream that they write to is cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 3)
+        self.first = nn.ModuleList(nn.Conv2d(12, 12, 3, padding=1) for _ in range(2))
+        self.last = nn.ModuleList(nn.Conv2d(12, 12, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for first, last in zip(self.first, self.last, strict=True):
+            x = x + last(F.relu(first(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def test_biases_that_compensation_changes_and_a_later_step_cuts() -> None:
+    torch.manual_seed(0)
+    model, batches = Biased().eval(), [(torch.randn(4, 3, 8, 8), torch.randint(5, (4,))) for _ in range(12)]
+    widths: list[tuple[int, int]] = []
+    with torch.no_grad():  # its units count least
+        model.first[0].weight.mul_(0.3)
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(network(batch[0]), batch[1])
+
+    def note(result: obc.PruningResult) -> None:
+        widths.append((result.report.widths["stem"][1], result.report.widths["first.0"][1]))
+
+    arguments: Any = {"macs": 0.75, "steps": 12, "compensate": "correct", "on_step": note, "progress": False}
+    result = obc.prune(model, batches[0][0], batches, loss, min_units=10, **arguments)  # then the stream has to go
+    assert any(after[0] < before[0] and before[1] < 12 for before, after in itertools.pairwise(widths))
+    assert result.report.error is not None
+    assert result.report.error < result.report.tolerance

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from obc.model.evaluation import tensors_in
+
 RowKind = Literal["batch", "sample"]
 """What one row of scores is the gradient of: the loss of a batch, or of a sample."""
 
@@ -23,6 +25,13 @@ def attention_mask(batch: Any) -> Tensor | None:
     inputs = inputs_of(batch)
     mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
     return mask if isinstance(mask, Tensor) else None
+
+
+def usable_in_autograd(batch: Any) -> Any:
+    """The batch, with clones of tensors made inside ``torch.inference_mode()``, which autograd does not save."""
+    if not any(tensor.is_inference() for tensor in tensors_in(batch)):
+        return batch
+    return _map_tensors(batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
 
 def samples_in(batch: Any) -> int:

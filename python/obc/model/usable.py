@@ -33,12 +33,17 @@ def refuse_inference(model: Any, role: str = "the model") -> None:
             "this is inside torch.inference_mode(), where no gradient can be taken and no weight that can be trained "
             "is made; call it outside"
         )
+    refuse_inference_tensors(model, role)
+
+
+def refuse_inference_tensors(model: nn.Module, role: str = "the model") -> None:
+    """Raise a ValueError if a parameter or buffer was made inside inference mode."""
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         # Lazy layers are refused where it is known what they are needed for.
         if not isinstance(tensor, (UninitializedBuffer, UninitializedParameter)) and tensor.is_inference():
             raise ValueError(
-                f"{role}: {name} was made inside torch.inference_mode(), so no gradient can be taken; make the model "
-                "outside, or replace its weights by clones made outside"
+                f"{role}: {name} was made inside torch.inference_mode(), so no gradient can be taken and nothing "
+                "written outside; make the model outside, or replace its weights by clones made outside"
             )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from obc.model.arguments import iterable_batches
+from obc.model.batches import usable_in_autograd
 from obc.model.evaluation import tensors_in
 from obc.model.processes import notice
 
@@ -70,7 +71,7 @@ class UsableBatches:
             self._current = number
             notice()
             self.on_batch(number, self.count)
-            yield batch
+            yield usable_in_autograd(batch)
 
     def __iter__(self) -> Iterator[Any]:
         return self.over(self._batches)

@@ -77,7 +77,7 @@ def take_out_blocks(structure: Structure, run: Run) -> None:
 
 
 class FinalProof:
-    """Remembers the unpruned model and what is removed; needs no memory beyond what undoing the pruning needs.
+    """Remembers the unpruned model and what is removed; beyond what undoing the pruning needs, it copies vectors.
 
     Args:
         structure: of the unpruned model.
@@ -86,6 +86,9 @@ class FinalProof:
 
     def __init__(self, structure: Structure, run: Run) -> None:
         self._reference, self._groups = shared_copy(structure.model), tuple(structure.groups)
+        for parameter in self._reference.parameters():
+            if parameter.dim() <= 1:  # compensation writes into biases that a later step cuts
+                parameter.data = parameter.detach().clone()
         more: Sequence[Run] = getattr(structure, "more_runs", ())
         self._run = (lambda model: [run(model), *(one(model) for one in more)]) if more else run
         self._alive = {group.name: torch.arange(group.size) for group in self._groups}

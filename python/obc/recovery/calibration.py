@@ -14,7 +14,7 @@ from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_i
 from obc.model.plan import PruningPlan
 from obc.model.processes import ALONE, Processes, failing_together
 from obc.model.rules import Rule
-from obc.model.usable import refuse_non_modules
+from obc.model.usable import refuse_inference_tensors, refuse_non_modules
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.norm_reference import MomentSums, NormReference, Target, matching
 from obc.recovery.padding import without_padding
@@ -143,6 +143,7 @@ def recalibrate_norms(
         refuse_non_modules(model)
         if not (norms := batch_norms(model)):
             return
+        refuse_inference_tensors(model)
         processes = Processes(process_group, next(iter(norms[0].buffers())).device)
         usable = UsableBatches.of(batches if original_model is None else list(batches))
         forward, targets = in_present_autocast(forward_fn or call_on_batch), {}

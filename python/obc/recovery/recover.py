@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.arguments import positive
+from obc.model.batches import usable_in_autograd
 from obc.model.plan import PruningPlan
 from obc.model.progress import progress_bar
 from obc.model.usable import refuse_non_modules, refuse_unusable
@@ -244,7 +245,7 @@ def _endless(batches: Iterable[Any], skip: int) -> Iterator[Any]:
         before = count
         for batch in batches:
             if count >= skip:
-                yield batch
+                yield usable_in_autograd(batch)
             count += 1
         if count == before:
             raise ValueError("batches is empty: there is nothing to train on")

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from obc.files import parse_json, remove_left_over
+from obc.model.batches import usable_in_autograd
 from obc.model.fingerprint import fingerprint, random_state, set_random_state
 from obc.scoring.errors import ScoringError
 from obc.scoring.results.row_file import RowFile
@@ -205,12 +206,12 @@ def batches_from(batches: Iterable[Any], done: int) -> Iterator[Any]:
         CheckpointError: there are fewer than ``done`` batches.
     """
     if done and isinstance(batches, Sized) and hasattr(batches, "__getitem__") and not isinstance(batches, Mapping):
-        return (batches[index] for index in range(done, len(batches)))
+        return (usable_in_autograd(batches[index]) for index in range(done, len(batches)))
     left = iter(batches)
     passed = sum(1 for _ in itertools.islice(left, done))
     if passed < done:
         raise CheckpointError(f"the checkpoint says that {done} batches are done, but there are only {passed}")
-    return left
+    return map(usable_in_autograd, left)
 
 
 def numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from obc.model.batches import RowKind, parts_of
+from obc.model.batches import RowKind, parts_of, usable_in_autograd
 from obc.model.evaluation import LossFn, evaluating
 from obc.model.readable import readable
 from obc.scoring.batch_rows import BatchRows
@@ -74,8 +74,13 @@ def memory_estimate(
         micro_batch: as for :func:`obc.score`.
         keep_rows: the number of rows that will be kept in memory.
         **options: options of :class:`obc.JacobianScorer`.
+
+    Raises:
+        TypeError: ``batch`` is None.
     """
-    batch, _, _ = next(parts_of(batch, micro_batch))
+    if batch is None:
+        raise TypeError("batch must be one batch, like those to score with, got None")
+    batch, _, _ = next(parts_of(usable_in_autograd(batch), micro_batch))
     weights = _storages(itertools.chain(model.parameters(), model.buffers()))
     tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]
     live = _LiveBytes(weights.keys() | _storages(tensors).keys())

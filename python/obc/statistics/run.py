@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from obc.distribution import obc_version
 from obc.model.arguments import iterable_batches
-from obc.model.batches import RowKind, parts_of
+from obc.model.batches import RowKind, parts_of, usable_in_autograd
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch, evaluating, without_cache
 from obc.model.groups import Side
 from obc.model.layouts import is_compiled
@@ -236,7 +236,7 @@ class _Run:
         if self.saved is not None and (state := self.saved.resume()) is not None:
             done, earlier = state["blocks"], state["seconds"]
             logger.warning("resuming from %s: %d blocks are done", self.saved.path, done)
-        parts = [self._parts(batch) for batch in batches]
+        parts = [self._parts(usable_in_autograd(batch)) for batch in batches]
         self.done = len(parts)
         if not parts:
             return

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from obc.model.batches import usable_in_autograd
 from obc.model.costs import Costs
 from obc.model.cutting import cut
 from obc.model.errors import explained
@@ -96,6 +97,7 @@ class TorchPruningStructure:
         refuse_unprunable(model)
         refuse_quantised(model)
         _refuse_untraceable(model)
+        example_inputs = usable_in_autograd(example_inputs)
         self.model, self._example_inputs, self._forward_fn = model, example_inputs, forward_fn or call
         self._modules = dict(model.named_modules(remove_duplicate=True))
         settings = Settings(
