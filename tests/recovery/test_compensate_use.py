@@ -169,6 +169,10 @@ def itself(pruned, data, options) -> None:
     pruned.original = pruned.model
 
 
+def compiled_layer(pruned, data, options) -> None:
+    pruned.original.hidden.compile(backend="eager")
+
+
 BAD = {
     "itself": (itself, ValueError, "are one object; prune a copy of the original"),
     "trained": (trained, PlanError, r"hidden\.weight: .* other values"),
@@ -185,6 +189,7 @@ BAD = {
         "ridge must not be negative, got -1",
     ),
     "parametrised": (parametrised, ValueError, "hidden is parametrised"),
+    "compiled-layer": (compiled_layer, ValueError, "the original model: hidden is compiled"),
     "compiled": (compiled, ValueError, "the pruned model is compiled"),
 }
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers_families import FAMILIES
 
 pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
@@ -392,6 +393,23 @@ def test_the_model_is_left_as_it_was() -> None:
     assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["layers.0.weight"]
     assert not any(module._forward_hooks for module in net.modules())
     assert net.head.weight.grad is not None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_parts_are_traced(reentrant: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(6, 12), nn.Linear(12, 3)
+            self.block = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 12))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(x + checkpoint(self.block, x, use_reentrant=reentrant))
+
+    structure = TorchPruningStructure(Checkpointed(), torch.randn(4, 6))
+    assert [group.name for group in structure.groups] == ["stem", "block.0"]
+    assert [part.module for part in structure.groups[0].slices] == ["stem", "block.0", "block.2", "head"]
 
 
 def test_two_tries_tell_all_units_of_small_groups_apart() -> None:

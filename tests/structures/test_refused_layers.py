@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn import functional as F
 
 pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
@@ -29,6 +30,10 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.f(self.b(self.a(x).relu()).relu().mean((2, 3))).relu())
+
+
+def checkpointed(model: Any) -> None:
+    model.b = checkpoint_wrapper(model.b)
 
 
 def compiled_part(model: Any) -> None:
@@ -79,6 +84,7 @@ def training_aware(model: Any) -> Any:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (checkpointed, r"Net: b is a CheckpointWrapper, which renames.*with the module that it wraps.*wrap it again"),
         (compiled_part, r"Net: b is compiled; prune the model with the module.*compile again"),
         (compiled_in_place, r"Net: b is compiled"),
         (compiled_forward, r"Net: its forward is compiled"),

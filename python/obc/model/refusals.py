@@ -45,6 +45,11 @@ def refuse_unprunable(model: nn.Module) -> None:
                 f"{name}: {layer or 'its forward'} is compiled; prune the model with the module, or forward, that was "
                 "passed to torch.compile in its place, then compile again"
             )
+        if "_checkpoint_wrapped_module" in module._modules:
+            raise PlanError(
+                f"{name}: {layer or 'it'} is a {type(module).__name__}, which renames the parameters inside; prune the "
+                "model with the module that it wraps in its place, then wrap it again"
+            )
         if isinstance(module, torch.jit.ScriptModule):
             raise PlanError(
                 f"{name}: {layer} is a ScriptModule, whose layers can't be changed; put the module that it was made of "

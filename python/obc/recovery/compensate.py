@@ -21,6 +21,7 @@ from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan
 from obc.model.processes import Processes, failing_together
 from obc.model.progress import progress_bar
+from obc.model.sharding import is_sharded
 from obc.model.usable import refuse_unusable
 from obc.model.usable_batches import UsableBatches
 from obc.recovery import correct, least_squares
@@ -187,6 +188,15 @@ def _check(
         refuse_unusable(model, f"the {role} model")
         if is_compiled(model):
             raise ValueError(f"the {role} model is compiled; pass the model itself and compile after compensation")
+        if compiled := next((name for name, module in model.named_modules() if is_compiled(module)), None):
+            raise ValueError(
+                f"the {role} model: {compiled} is compiled; pass the model with the module itself in its place, and "
+                "compile after compensation"
+            )
+        if is_sharded(model):
+            raise ValueError(
+                f"the {role} model's parameters are split over several processes; compensate first, then shard it"
+            )
 
 
 def _warn_of_unreached(report: CompensationReport) -> None:

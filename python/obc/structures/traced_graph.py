@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import checkpoint as checkpoints
 
 from obc.model.errors import explained
 from obc.model.evaluation import differentiable, evaluating
@@ -33,6 +34,25 @@ _UNTRACEABLE = (
     "write this operation another way, or pass structure=: one of your own, or for models that are built like those of "
     "the transformers library obc.structures.transformers.TransformersStructure(model)"
 )
+
+
+class _Called:
+    """In place of torch's ``CheckpointFunction``: calls the function, so that its graph shows."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+@contextlib.contextmanager
+def _without_checkpoints() -> Iterator[None]:
+    """Inside the block, activation checkpoints with ``use_reentrant=True`` do not hide what they run."""
+    found = checkpoints.CheckpointFunction
+    checkpoints.CheckpointFunction = _Called  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        checkpoints.CheckpointFunction = found  # type: ignore[misc]
 
 
 def unfollowed(error: Exception) -> str:
@@ -76,10 +96,11 @@ def trace(
             parameter.requires_grad_(True)
         with explained(model, "tracing it with Torch-Pruning", _UNTRACEABLE):
             try:
-                with _without_saved_tensors():
+                with _without_saved_tensors(), _without_checkpoints():
                     found = graph()
             except Exception:  # the model itself may differentiate something in its forward
-                found = graph()
+                with _without_checkpoints():
+                    found = graph()
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
