@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import types
 from collections.abc import Callable
@@ -129,3 +130,30 @@ def test_such_a_model_is_proved_and_pruned_like_any_other(replace: Callable[[Any
             one, other = getattr(kept, side), getattr(found[1][0][name], side)
             assert (one is None and other is None) or torch.equal(one, other)
     assert torch.equal(found[0][1], found[1][1])
+
+
+def added(adapter: nn.Module, module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+    return output + adapter(args[0])
+
+
+HOOKS: list[Callable[[Any], object]] = [
+    lambda model: model.a.register_forward_hook(lambda layer, args, output: output + model.adapter(args[0])),
+    lambda model: model.a.register_forward_hook(functools.partial(added, model.adapter)),
+    lambda model: model.register_forward_pre_hook(lambda net, args: (args[0] + model.shift(args[0]),)),
+]
+
+
+@pytest.mark.parametrize("add", HOOKS, ids=["hook", "partial", "pre-hook"])
+def test_hooks_of_a_copy_call_its_own_layers(add: Callable[[Any], object]) -> None:
+    plain, x = Net().eval(), torch.randn(4, 5)
+    model: Any = copy.deepcopy(plain)
+    width = model.a.out_features
+    model.adapter, model.shift = nn.Linear(5, width), nn.Linear(5, 5)
+    add(model)
+    before, copied = model(x), shared_copy(model)
+    assert torch.equal(copied(x), before)
+    for layer in (copied.adapter, copied.shift):
+        layer.weight = nn.Parameter(torch.zeros_like(layer.weight))
+        layer.bias = nn.Parameter(torch.zeros_like(layer.bias))
+    assert torch.equal(copied(x), plain(x))
+    assert torch.equal(model(x), before)

@@ -16,8 +16,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
     """Copy all modules of ``model``; parameters share the memory of the original, buffers are copied.
 
     The parameters are new objects without gradients. Replacing or shortening them in the copy, or changing flags,
-    leaves ``model`` as it is; writing into their values would change it. A function that replaces a method, such as
-    ``model.forward = lambda x: old(x)``, calls the copy's modules.
+    leaves ``model`` as it is; writing into their values would change it. Hooks, and functions that replace a method
+    such as ``model.forward = lambda x: old(x)``, call the copy's modules.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -31,6 +31,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
         for key, value in vars(module).items():
             if isinstance(value, types.FunctionType):
                 vars(module)[key] = _rebound(value, memo)
+            elif key.endswith("_hooks") and isinstance(value, dict):
+                value.update({handle: _rebound(hook, memo) for handle, hook in value.items()})
     return copied
 
 

@@ -18,6 +18,7 @@ from obc.model.kept import narrowed, staying
 from obc.model.names import named_modules
 from obc.model.shared_copy import shared_copy
 from obc.pruning.report import PruningReport
+from obc.pruning.unread_buffers import unread_buffers
 from obc.structures.comparison import Difference, compare, observe, run_alike
 from obc.structures.masking import Lost, lost_channels, masked_copy, unmaskable
 from obc.structures.proof import ProofError, lost_inputs, prove
@@ -140,6 +141,18 @@ class FinalProof:
                 f"in train mode the pruned model fails{'' if layer is None else f' in {layer!r}'}: "
                 f"{type(error).__name__}: {error}; before it can be trained, give what keeps the unpruned width there "
                 "the new one, or name the layer before it in ignored_layers"
+            )
+            report.warnings.append(warning)
+            logger.warning("obc.prune: %s", warning)
+
+    def check_buffers(self, model: nn.Module, original: Mapping[str, Tensor], report: PruningReport) -> None:
+        """Warn of buffers that no run reads and that keep the shape of an unpruned tensor."""
+        if names := unread_buffers(model, original, self._run):
+            shown = ", ".join(f"{name} {tuple(model.get_buffer(name).shape)}" for name in names[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            warning = (
+                f"buffers that the model does not read in eval mode keep their unpruned shape: {shown}{more}; before "
+                "they are used, slice them by what result.plan says of the layer that they belong to, or make them anew"
             )
             report.warnings.append(warning)
             logger.warning("obc.prune: %s", warning)

@@ -260,6 +260,7 @@ def _prune(
         if final_proof is not None:
             final_proof.check(model, report)
             final_proof.check_train_mode(model, report)
+            final_proof.check_buffers(model, unpruned.tensors(), report)
     counted.finish(model)
     job.finish(run)
     if speed is not None:
