@@ -65,9 +65,12 @@ def load_format(
 
     Raises:
         FileNotFoundError: the file does not exist.
+        IsADirectoryError: it is a folder.
     """
     if not Path(path).exists():
         raise FileNotFoundError(f"no {kind} at {path}")
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{path} is a folder; pass the path of a {kind} in it")
     try:
         tensors, header = load_tensors(path)
     except SafetensorError as fault:

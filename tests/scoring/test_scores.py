@@ -232,6 +232,11 @@ def test_no_file(tmp_path: Path) -> None:
         obc.Scores.load(tmp_path / "absent.safetensors")
 
 
+def test_a_folder_is_no_score_file(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="is a folder; pass the path of a score file in it"):
+        obc.Scores.load(tmp_path)
+
+
 @pytest.mark.parametrize("kept", [0, 7, 0.5, 0.99])
 def test_a_truncated_file(kept: float, file: Path) -> None:
     whole = file.read_bytes()
