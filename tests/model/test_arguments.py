@@ -56,6 +56,7 @@ def test_known_names_that_are_spelled_alike_are_named() -> None:
     with pytest.raises(ValueError, match="one of 'gram', 'moments', 3, got 'grm'; did you mean 'gram'\\?"):
         one_of("statistics", "grm", ["gram", "moments", 3])
     assert meant("layer2", ["layers.2", "layer.2"]) == "; did you mean 'layer.2' or 'layers.2'?"
+    assert meant("SEQ", ["ls", "seq"]) == "; did you mean 'seq'?"
     assert meant("zebra", ["gram"]) == meant(7, ["gram"]) == ""
 
 
@@ -75,3 +76,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
     positive("steps", np.int64(3))
     number("macs", np.float32(0.5))
     number("macs", 1)
+
+
+@pytest.mark.parametrize(("option", "close"), [("row", "rows"), ("keep_row", "keep_rows"), ("device", None)])
+def test_unknown_options_of_score_are_named_as_its_own(option: str, close: str | None) -> None:
+    meant_one = f"; did you mean .*'{close}'" if close else ""
+    with pytest.raises(TypeError, match=f"obc.score got an unexpected keyword argument '{option}'{meant_one}"):
+        obc.score(network(), [X], loss, **{option: "batch"})

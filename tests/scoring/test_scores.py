@@ -350,5 +350,5 @@ def test_plot_leaves_matplotlib_alone(tmp_path: Path) -> None:
 
 def test_plot_without_matplotlib_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"matplotlib.*pip install.*optimal-brain-connection\[plot\]"):
+    with pytest.raises(ImportError, match=r"Scores\.plot needs matplotlib: pip install matplotlib"):
         cnn_scores().plot(tmp_path / "scores.png")

@@ -18,7 +18,8 @@ def meant(value: object, known: Iterable[object]) -> str:
     """The end of a message about an unknown name: which known ones are spelled alike; empty if none is."""
     if not isinstance(value, str):
         return ""
-    close = difflib.get_close_matches(value, [name for name in known if isinstance(name, str)])
+    names = {name.lower(): name for name in known if isinstance(name, str)}
+    close = [names[name] for name in difflib.get_close_matches(value.lower(), names)]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obc.model.arguments import iterable_batches
+from obc.model.arguments import iterable_batches, meant
 from obc.model.batches import RowKind
 from obc.model.evaluation import LossFn, evaluating
 from obc.model.processes import failing_together, gathered, notice
@@ -87,6 +87,8 @@ def score(
         CheckpointError: the checkpoint is damaged, or belongs to another model, other weights or other arguments.
     """
     with failing_together(options.get("process_group"), model):
+        if unknown := sorted(options.keys() - (known := inspect.signature(JacobianScorer).parameters.keys())):
+            raise TypeError(f"obc.score got an unexpected keyword argument {unknown[0]!r}{meant(unknown[0], known)}")
         if every < 1:
             raise ValueError(f"every must be at least 1, got {every}")
         if not labels:

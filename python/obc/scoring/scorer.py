@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from obc.model.arguments import meant
 from obc.model.batches import RowKind
 from obc.model.sharding import is_sharded
 from obc.model.usable import refuse_inference, refuse_without_values
@@ -274,6 +275,6 @@ def _check_arguments(rows: str, fallback: str, combine: str, process_group: Any)
         ("combine", combine, ("row", "scores")),
     ):
         if value not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}")
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}{meant(value, known)}")
     if combine == "scores" and process_group is None:
         raise ValueError("combine='scores' needs the processes: pass process_group, torch.distributed.group.WORLD")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from obc.model.arguments import one_of
 from obc.selection.allocation import Allocation, BlockProfile, Equal, Global, LogProfile, Profile, TwoClasses, Uniform
 from obc.selection.depth_allocations import Tail, Window
 from obc.selection.search import Search
@@ -29,8 +30,7 @@ def allocation_of(allocation: str | Allocation) -> Allocation:
         TypeError: the argument is none of these.
     """
     if isinstance(allocation, str):
-        if allocation not in ALLOCATIONS:
-            raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
+        one_of("allocation", allocation, ALLOCATIONS)
         return ALLOCATIONS[allocation]()
     if isinstance(allocation, Mapping):
         return Profile(allocation)
