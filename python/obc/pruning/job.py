@@ -82,7 +82,7 @@ class Job:
     ) -> None:
         """Reach every share of the schedule, and fill the report."""
         if not self.widths:
-            raise ValueError(f"no layer can be pruned{self._left_out()}")
+            raise ValueError(f"no layer can be pruned{_not_pruned(self.report.left_out)}")
         self._check_reachable(schedule[-1])
         if self.recalibrate and batch_norms(self.subject.model):
             with timed(self.report, "recalibrate"):
@@ -193,7 +193,7 @@ class Job:
         if also:
             self._note_importance(collected([], also, subject))
         if not rows:
-            raise scores_nothing(criterion, subject.groups, self._left_out())
+            raise scores_nothing(criterion, subject.groups, _not_pruned(self.report.left_out))
         for name in {group.name for group in subject.groups} - set(rows):
             self.report.left_out[name] = f"the criterion {name_of(criterion)!r} has nothing to score in it"
         return rows
@@ -285,15 +285,16 @@ class Job:
         if least > share:
             raise ValueError(
                 f"{self.budget.argument}={share:g} is out of reach: {least:.4f} remain where each of the "
-                f"{len(smallest)} groups that can be pruned keeps its minimum{self._left_out()}"
+                f"{len(smallest)} groups that can be pruned keeps its minimum{_not_pruned(self.report.left_out)}"
             )
-
-    def _left_out(self) -> str:
-        reasons = "; ".join(f"{name}: {why}" for name, why in self.report.left_out.items())
-        return f" (not pruned: {reasons})" if reasons else ""
 
     def _warn(self, warning: str) -> None:
         if warning in self.report.warnings:
             return
         self.report.warnings.append(warning)
         logger.warning("obc.prune: %s", warning)
+
+
+def _not_pruned(left_out: Mapping[str, str]) -> str:
+    reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+    return f" (not pruned: {reasons})" if reasons else ""

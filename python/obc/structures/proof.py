@@ -114,7 +114,7 @@ class _Prover:
             }
             for number in range(self.tries)
         ]
-        depth = self._depth_removals()
+        depth = _depth_removals(self.groups)
         names = [name for name in self.groups if name in self.removals[0]]
         if not names and not depth:
             return proof
@@ -137,14 +137,6 @@ class _Prover:
         proof.unproved = {name: why for name, why in proof.unproved.items() if name not in proof.left_out}
         proof.proved = [name for name in [*maskable, *proved_depth] if name not in proof.unproved]
         return proof
-
-    def _depth_removals(self) -> list[list[str]]:
-        """Names of whole blocks, or branches, that are tried together: every second one, then the others."""
-        kinds: dict[str, list[str]] = {}
-        for name, group in self.groups.items():
-            if group.is_depth:
-                kinds.setdefault(group.kind, []).append(name)
-        return [half for names in kinds.values() for half in (names[::2], names[1::2]) if half]
 
     def _prove_depth(self, depth: Sequence[Sequence[str]]) -> list[str]:
         """Those for which removing equals masking; the others are left out."""
@@ -354,6 +346,15 @@ class _Prover:
 
 class _MaskedError(Exception):
     """The masked model does not run."""
+
+
+def _depth_removals(groups: Mapping[str, ChannelGroup]) -> list[list[str]]:
+    """Names of whole blocks, or branches, that are tried together: every second one, then the others."""
+    kinds: dict[str, list[str]] = {}
+    for name, group in groups.items():
+        if group.is_depth:
+            kinds.setdefault(group.kind, []).append(name)
+    return [half for names in kinds.values() for half in (names[::2], names[1::2]) if half]
 
 
 def lost_inputs(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[str, Tensor]) -> dict[str, Tensor]:
