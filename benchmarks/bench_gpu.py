@@ -284,7 +284,7 @@ def facts() -> dict[str, Any]:
         "triton": version("triton"),
         "python": platform.python_version(),
         "commit": output("git", "-C", root, "rev-parse", "HEAD"),
-        "uncommitted_changes": output("git", "-C", root, "status", "--porcelain", "--untracked-files=no") != "",
+        "uncommitted_changes": output("git", "-C", root, "status", "--porcelain", "--untracked-files=no") or "none",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "backends": obc.backends.describe(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -158,8 +159,13 @@ def test_every_part_leaves_the_others_the_least_that_they_need() -> None:
         "benchmarks",
     ]
     assert all(part.least <= part.most for part in gpu_run.PARTS)
-    listed = set(gpu_run.TEST_FILES)
-    assert listed <= {str(path.relative_to(ROOT / "tests")) for path in (ROOT / "tests").glob("*/test_*.py")}
+
+
+def test_every_file_with_tests_for_a_gpu_is_run() -> None:
+    files = {str(path.relative_to(ROOT / "tests")): path.read_text() for path in (ROOT / "tests").glob("*/test_*.py")}
+    # A test of its own, or one over all backends and devices.
+    for_a_gpu = {name for name, text in files.items() if re.search(r"pytest\.mark\.gpu\b|\bTARGETS\b", text)}
+    assert set(gpu_run.TEST_FILES) == for_a_gpu - {f"benchmarks/{Path(__file__).name}"}
 
 
 def test_report_of_tests_counts_what_the_time_did_not_reach(tmp_path: Path) -> None:
