@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +77,12 @@ def shown(row: Mapping[str, Any]) -> str:
     )
 
 
+def other_rows(path: Path, model: str) -> list[dict[str, Any]]:
+    """The rows of other models that the file has: they are kept."""
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in rows if row["model"] != model]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench_real_costs")
     parser.add_argument("--model", choices=TASKS, default="smollm2")
@@ -84,16 +91,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=256, help="tokens a sequence (%(default)s)")
     parser.add_argument("--repeats", type=int, default=1, help="the median of so many (%(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: %(default)s")
-    parser.add_argument("--out", nargs="?", type=Path, const=RESULTS / "bench_real_costs.json", help="write JSON")
+    parser.add_argument(
+        "--out",
+        nargs="?",
+        type=Path,
+        const=RESULTS / "bench_real_costs.json",
+        help="write JSON; rows of other models are kept",
+    )
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     task = TASKS[arguments.model](0, arguments.calibration, 1, arguments.length)
     facts = provenance(arguments.repeats, arguments.threads)
     weights = sum(parameter.nbytes for parameter in task.model.parameters()) / 2**20
     print(f"{arguments.model}, {arguments.calibration} x {arguments.length}, {weights:.0f} MiB of unpruned weights")
-    rows = []
+    rows = [] if arguments.out is None else other_rows(arguments.out, arguments.model)
     for mode in arguments.modes:
-        found = {"model": arguments.model, "calibration": arguments.calibration, "length": arguments.length}
+        found = {
+            "commit": facts["commit"][:12],
+            "model": arguments.model,
+            "calibration": arguments.calibration,
+            "length": arguments.length,
+        }
         rows.append(found | row(task, mode, arguments.repeats))
         print(shown(rows[-1]), flush=True)
         if arguments.out is not None:

@@ -60,6 +60,11 @@ def read_as_a_constant(model: Network) -> list[str]:
     return []
 
 
+def one_read_one_not(model: Network) -> list[str]:
+    read_as_a_constant(model)
+    return average_of_a_weight(model)
+
+
 def of_no_weight_s_shape(model: Network) -> list[str]:
     model.register_buffer("table", torch.zeros(7))
     model.register_buffer("classes", torch.zeros(5))
@@ -73,6 +78,7 @@ CASES: list[Callable[[Network], list[str]]] = [
     mean_of_channels,
     seen_only_in_train_mode,
     read_as_a_constant,
+    one_read_one_not,
     of_no_weight_s_shape,
 ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +37,22 @@ def unread_buffers(model: nn.Module, original: Mapping[str, Tensor], run: Run) -
         return []
     copied = shared_copy(model)
     seen = run_alike(copied, run)
-    return [joined(owner, key) for owner, key in found if not _reads(copied, owner, key, run, seen)]
+    if not _reads(copied, found, run, seen):  # the usual case takes one run, of however many buffers
+        return [joined(owner, key) for owner, key in found]
+    return [joined(owner, key) for owner, key in found if not _reads(copied, [(owner, key)], run, seen)]
 
 
-def _reads(copied: nn.Module, owner: str, key: str, run: Run, seen: list[Tensor]) -> bool:
-    buffers = copied.get_submodule(owner)._buffers
-    kept = buffers[key]
-    assert kept is not None
-    buffers[key] = torch.full_like(kept, torch.nan)
+def _reads(copied: nn.Module, places: Sequence[tuple[str, str]], run: Run, seen: list[Tensor]) -> bool:
+    """Whether the outputs ``seen`` change with NaN in these buffers, each given by its module and name."""
+    modules = [(copied.get_submodule(owner), key) for owner, key in places]
+    kept = [module._buffers[key] for module, key in modules]
     try:
+        for (module, key), buffer in zip(modules, kept, strict=True):
+            module._buffers[key] = None if buffer is None else torch.full_like(buffer, torch.nan)
         outputs = run_alike(copied, run)
     except Exception:  # the model's own code, which does not accept NaN
         return True
     finally:
-        buffers[key] = kept
+        for (module, key), buffer in zip(modules, kept, strict=True):
+            module._buffers[key] = buffer
     return len(outputs) != len(seen) or not all(map(torch.equal, outputs, seen))
