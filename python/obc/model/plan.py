@@ -75,19 +75,24 @@ class PruningPlan(Mapping[str, Kept]):
         Raises:
             PlanError: a tensor differs; the message names the first one and both shapes.
         """
+        self.refuse_unknown(pruned_model, "the pruned model")
+        names = original_names(pruned_model, self.depth)
+        for module_name, module, tensor_name, pruned in named_tensors(pruned_model):
+            self.verify_tensor(original_state_dict, names[module_name], module, tensor_name, pruned)
+
+    def refuse_unknown(self, pruned_model: nn.Module, role: str) -> None:
+        """Raise a PlanError if an entry names nothing in the model; ``role`` says in the message which one it is."""
         names = original_names(pruned_model, self.depth)
         known = set(names.values()) | {
-            f"{names[name]}.{key}" if name else key
+            joined(names[name], key)
             for name, module in named_modules(pruned_model)
             for key in (*module._parameters, *module._buffers)
         }
-        for name in self:
-            if name not in known:
-                raise PlanError(
-                    f"the plan has an entry for {name!r}, which the pruned model lacks; pass the plan made for it"
-                )
-        for module_name, module, tensor_name, pruned in named_tensors(pruned_model):
-            self.verify_tensor(original_state_dict, names[module_name], module, tensor_name, pruned)
+        if unknown := next((name for name in self if name not in known), None):
+            parts = (name.removesuffix(f".{unknown}") for name in known if name.endswith(f".{unknown}"))
+            part = next((part for part in parts if all(joined(part, name) in known for name in self)), None)
+            remedy = "pass the plan made for it" if part is None else f"pass its part {part!r}, which has all of them"
+            raise PlanError(f"the plan has an entry for {unknown!r}, which {role} lacks; {remedy}")
 
     def verify_tensor(
         self,

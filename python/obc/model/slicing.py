@@ -17,7 +17,10 @@ from obc.model.rules import Rule, is_packed
 def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
     """``state_dict[key]``, detached; raises PlanError if it is missing."""
     if key not in state_dict:
-        raise PlanError(f"the original state dict lacks {key!r} of the pruned model; pass the unpruned model's")
+        longer = next((full for full in state_dict if full.endswith(f".{key}")), None)
+        wrapped = "" if longer is None else f"; it has {longer!r}: of a wrapped model, pass that of the model inside"
+        remedy = f"pass the unpruned model's{wrapped}"
+        raise PlanError(f"the original state dict lacks {key!r} of the pruned model; {remedy}")
     return state_dict[key].detach()
 
 

@@ -144,6 +144,8 @@ def recalibrate_norms(
         if not (norms := batch_norms(model)):
             return
         refuse_inference_tensors(model)
+        if plan is not None:
+            plan.refuse_unknown(model, "the model")
         processes = Processes(process_group, next(iter(norms[0].buffers())).device)
         usable = UsableBatches.of(batches if original_model is None else list(batches))
         forward, targets = in_present_autocast(forward_fn or call_on_batch), {}

@@ -127,6 +127,7 @@ def compensate(
         if mode is None:
             mode = "ls" if keep_decompressors else "correct"
         _check(pruned_model, original_model, mode, ridge, held_out, keep_decompressors)
+        plan.refuse_unknown(pruned_model, "the pruned model")
         processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
         split = _split(UsableBatches.of(batches), held_out, processes)
         forward = in_present_autocast(forward_fn or call_on_batch)

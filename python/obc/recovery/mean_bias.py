@@ -62,6 +62,7 @@ def absorb_means(
         forward_fn: as for :func:`obc.collect`.
     """
     forward = in_present_autocast(forward_fn or call_on_batch)
+    plan.refuse_unknown(pruned_model, "the pruned model")
     with without_autocast(), expanded(pruned_model, plan.depth):
         return _absorb_all(pruned_model, original_model, plan, batches, forward)
 
