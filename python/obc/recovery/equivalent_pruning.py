@@ -76,10 +76,10 @@ def equivalent_pruning(
     if factors not in ("full", "reduced"):
         raise ValueError(f"factors must be 'full' or 'reduced', got {factors!r}")
     refuse_unusable(pruned_model, "the pruned model")
-    plan.refuse_unknown(pruned_model, "the pruned model")
-    _refuse_order(order, pruned_model, plan)
     if is_compiled(pruned_model):
         raise ValueError("the model is compiled; fold the model that was passed to torch.compile, then compile it")
+    plan.refuse_unknown(pruned_model, "the pruned model")
+    _refuse_order(order, pruned_model, plan)
     layers = [
         prepared
         for name, module in named_modules(pruned_model)
