@@ -121,8 +121,8 @@ def all_finite(value: Any) -> bool:
     tensors = [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
     if not tensors:
         return True
-    # If the sum is finite, every entry is, and a sum takes a fraction of the time. Finite entries may have an infinite
-    # sum, so then each is looked at.
+    # If the sum is finite, every entry is, and a sum makes no mask of the tensor's size. Finite entries may have an
+    # infinite sum, so then each is looked at.
     return _all(tensor.sum().isfinite() for tensor in tensors) or _all(tensor.isfinite().all() for tensor in tensors)
 
 

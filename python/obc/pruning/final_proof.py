@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -24,8 +23,6 @@ from obc.structures.masking import Lost, lost_channels, masked_copy, unmaskable
 from obc.structures.proof import ProofError, lost_inputs, prove
 from obc.structures.protocol import Structure
 from obc.structures.reaching import in_train_mode
-
-logger = logging.getLogger("obc")
 
 _MODEL = "the whole model"
 
@@ -142,8 +139,7 @@ class FinalProof:
                 f"{type(error).__name__}: {error}; before it can be trained, give what keeps the unpruned width there "
                 "the new one, or name the layer before it in ignored_layers"
             )
-            report.warnings.append(warning)
-            logger.warning("obc.prune: %s", warning)
+            report.warn(warning)
 
     def check_buffers(self, model: nn.Module, original: Mapping[str, Tensor], report: PruningReport) -> None:
         """Warn of buffers that no run reads and that keep the shape of an unpruned tensor."""
@@ -154,8 +150,7 @@ class FinalProof:
                 f"buffers that the model does not read in eval mode keep their unpruned shape: {shown}{more}; before "
                 "they are used, slice them by what result.plan says of the layer that they belong to, or make them anew"
             )
-            report.warnings.append(warning)
-            logger.warning("obc.prune: %s", warning)
+            report.warn(warning)
 
     def _difference(
         self, model: nn.Module, gone: Mapping[str, Tensor], report: PruningReport

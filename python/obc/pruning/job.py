@@ -71,7 +71,7 @@ class Job:
         self._norm_reference: NormReference | None = None
         self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
         self.full = budget.counted(budget.costs(structure))
-        subject.batches.on_left_out = self._warn
+        subject.batches.on_left_out = report.warn
         report.left_out = dict(getattr(structure, "left_out", {}))
         report.budget = budget.unit
         report.note_known(budget.meters.known(structure), before=True)
@@ -104,7 +104,7 @@ class Job:
         log.doing = "after the last step"
         for name, (before, after) in self.report.widths.items():
             if 0 < after < NARROW * before:
-                self._warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
+                self.report.warn(f"{name!r} keeps {after} of {before} units; ignored_layers or min_units spare it")
 
     def finish(self, run: Run) -> None:
         """Compensate, take removed blocks out of their lists, and report the final model's costs and warnings.
@@ -117,14 +117,14 @@ class Job:
         self.report.note_known(self.budget.meters.known(self.structure), before=False)
         take_out_blocks(self.structure, run)
         for warning in getattr(self.structure, "warnings", ()):
-            self._warn(warning)
+            self.report.warn(warning)
 
     def _measure(self) -> None:
         report = self.report
         report.macs_after, report.parameters_after = (round(self.structure.costs(unit).total()) for unit in _UNITS)
         counted = sum(parameter.numel() for parameter in self.subject.model.parameters())
         if report.parameters_after != counted:
-            self._warn(f"the structure counts {report.parameters_after} parameters, the model has {counted}")
+            self.report.warn(f"the structure counts {report.parameters_after} parameters, the model has {counted}")
             report.parameters_after = counted
         left = {group.name: group.size for group in self.structure.groups}
         report.widths = {name: (before, left.get(name, 0)) for name, before in self.widths.items()}
@@ -247,7 +247,7 @@ class Job:
                 raise self._unreached(error, rows) from error
         self._evaluation = None  # it belongs to this step's model
         for warning in caught:
-            self._warn(str(warning.message))
+            self.report.warn(str(warning.message))
         return removed
 
     def _unreached(self, error: BudgetError, rows: Mapping[str, Tensor]) -> BudgetError:
@@ -287,12 +287,6 @@ class Job:
                 f"{self.budget.argument}={share:g} is out of reach: {least:.4f} remain where each of the "
                 f"{len(smallest)} groups that can be pruned keeps its minimum{_not_pruned(self.report.left_out)}"
             )
-
-    def _warn(self, warning: str) -> None:
-        if warning in self.report.warnings:
-            return
-        self.report.warnings.append(warning)
-        logger.warning("obc.prune: %s", warning)
 
 
 def _not_pruned(left_out: Mapping[str, str]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from torch import nn
 
 from obc.model.errors import PruningError
@@ -11,8 +9,6 @@ from obc.model.evaluation import Run
 from obc.pruning.report import PruningReport, timed
 from obc.structures.counted_macs import counted_macs
 from obc.structures.protocol import Structure
-
-logger = logging.getLogger("obc")
 
 # Larger differences between the predicted and the measured share cause a warning.
 _DIFFERENT = 0.01
@@ -34,7 +30,7 @@ class MeasuredMacs:
             with timed(report, "count"):
                 counted = counted_macs(structure.model, run)
         except PruningError as error:
-            self._warn(f"MACs could not be counted, and are those that the structure predicts: {error}")
+            report.warn(f"MACs could not be counted, and are those that the structure predicts: {error}")
             return
         self._before = sum(counted.values())
         if (calibrate := getattr(structure, "calibrate", None)) is not None:
@@ -49,10 +45,6 @@ class MeasuredMacs:
             report.macs_measured = sum(counted_macs(model, self._run).values()) / self._before
         predicted = report.macs_after / report.macs_before if report.macs_before else 1.0
         if abs(report.macs_measured - predicted) > _DIFFERENT:
-            self._warn(
+            report.warn(
                 f"{report.macs_measured:.3f} of the MACs on the first batch remain, but {predicted:.3f} were predicted"
             )
-
-    def _warn(self, warning: str) -> None:
-        self._report.warnings.append(warning)
-        logger.warning("obc.prune: %s", warning)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.fusion import FusionReport
 from obc.recovery.mean_bias import MeansReport
 from obc.structures.proof import Proof
+
+logger = logging.getLogger("obc")
 
 _FORMAT = "obc.PruningReport/1"
 # The units that budgets count.
@@ -139,6 +142,12 @@ class PruningReport:
                 self.known[name] = Change(value, value, counted)
             elif name in self.known:
                 self.known[name].after = value
+
+    def warn(self, warning: str) -> None:
+        """Note a warning, once, and log it."""
+        if warning not in self.warnings:
+            self.warnings.append(warning)
+            logger.warning("obc.prune: %s", warning)
 
     def note_scores(self, name: str, scores: Tensor) -> None:
         """Record a group's (units,) scores, unless an earlier step did."""
