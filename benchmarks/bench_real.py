@@ -43,6 +43,7 @@ from obc.model.evaluation import evaluating
 from obc.recovery.consumers import find_consumers
 from obc.recovery.mean_bias import absorb_means
 from obc.recovery.moments import Fit, Solution
+from obc.scoring.label_free import Metric, label_free_loss
 from obc.selection.search import Search
 
 SHARES = (0.125, 0.25, 0.375, 0.5)
@@ -56,15 +57,18 @@ class Selection:
         criterion: a name or an object.
         options: of ``obc.prune``; what is a function is called with the number of blocks.
         inner: layers that write a residual stream keep their outputs.
+        metric: rows are of random projections of the outputs in this metric (``obc.scoring.label_free_loss``), in
+            place of the task's loss.
     """
 
     criterion: Any
     options: Mapping[str, Any]
     inner: bool = False
+    metric: Metric | None = None
 
     @classmethod
-    def of(cls, criterion: Any, *, inner: bool = False, **options: Any) -> Selection:
-        return cls(criterion, options, inner)
+    def of(cls, criterion: Any, *, inner: bool = False, metric: Metric | None = None, **options: Any) -> Selection:
+        return cls(criterion, options, inner, metric)
 
 
 SELECTIONS: dict[str, Selection] = {
@@ -74,6 +78,10 @@ SELECTIONS: dict[str, Selection] = {
     "jacobian-search": Selection.of("jacobian", allocation=Search(generations=8, offspring=6, batches=4)),
     "jacobian-single": Selection.of("jacobian", selection="independent"),
     "token-jacobian": Selection.of("token_jacobian"),
+    "output-jacobian": Selection.of("jacobian", metric="euclidean"),
+    "output-token-jacobian": Selection.of("token_jacobian", metric="euclidean"),
+    "kl-jacobian": Selection.of("jacobian", metric="kl"),
+    "kl-token-jacobian": Selection.of("token_jacobian", metric="kl"),
     "compensated": Selection.of("compensated_jacobian"),
     "jacobian-inner": Selection.of("jacobian", inner=True),
     "kfac": Selection.of("kfac"),
@@ -85,6 +93,11 @@ SELECTIONS: dict[str, Selection] = {
     # As its script runs it: an eighth of the blocks at the start and a sixteenth at the end whole (4 and 2 of Llama's
     # 32), equal shares of the others.
     "llm-pruner": Selection.of("llm_pruner_element", protected_blocks=lambda depth: (round(depth / 8), depth // 16)),
+    "output-llm-pruner": Selection.of(
+        "llm_pruner_element",
+        metric="euclidean",
+        protected_blocks=lambda depth: (round(depth / 8), depth // 16),
+    ),
     "slimgpt": Selection.of("slimgpt"),
     # Local scores of Tyr; widths by evolution, of fewer generations than published.
     "tyr": Selection.of(
@@ -102,6 +115,10 @@ OURS = (
     "token-jacobian+correct",
     "jacobian+steps",
     "token-jacobian+steps",
+    "output-jacobian+correct",
+    "output-jacobian+steps",
+    "kl-token-jacobian+correct",
+    "kl-token-jacobian+steps",
     "compensated+correct",
     "kfac+correct",
     "kfac-obs+correct",
@@ -119,7 +136,14 @@ PEERS = (
     "magnitude+grail",
     "wanda-sp+grail",
 )
-MIXED = ("flap+correct", "slimgpt+correct", "wanda-sp+correct", "llm-pruner+correct")
+MIXED = (
+    "output-llm-pruner+none",
+    "tyr+correct",
+    "flap+correct",
+    "slimgpt+correct",
+    "wanda-sp+correct",
+    "llm-pruner+correct",
+)
 METHODS = (*OURS, *PEERS, *MIXED)
 # Relative to the mean diagonal of the Gram matrix: GRAIL's, and that of the published codes of SlimGPT and its kin.
 _GRAIL_RIDGE = 1e-3
@@ -167,11 +191,14 @@ def prune(task: Task, selection: Selection, share: float, kinds: str = "all") ->
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
     chosen = {name: value(depth) if callable(value) else value for name, value in selection.options.items()}
     options = {"criterion": selection.criterion, "steps": 1, "progress": False, "verify": False, **task.options}
+    loss = task.loss
+    if selection.metric is not None:
+        loss = label_free_loss(task.forward, metric=selection.metric)
     return obc.prune(
         model,
         task.example_inputs,
         task.calibration,
-        task.loss,
+        loss,
         **{task.unit: 1 - share},
         labels=task.labels,
         ignored_layers=task.streams if selection.inner else (),

@@ -14,6 +14,7 @@ from test_kept_rows import assert_rows_equal
 from torch import Tensor, nn
 
 import obc
+from obc.model.autocast import in_present_autocast
 from obc.scoring import InplaceError, label_free_loss
 
 
@@ -39,7 +40,7 @@ def projection(loss: Any, output: Tensor, wrap: Callable[[Tensor], Any] = lambda
     """v, read from the gradient of the loss by the output."""
     z = output.clone().requires_grad_()
     (v,) = torch.autograd.grad(
-        loss.__class__(lambda m, b: wrap(z), "sample", loss.seed, loss.centre)(None, batch).sum(), z
+        loss.__class__(lambda m, b: wrap(z), "sample", loss.seed, loss.centre, loss.metric)(None, batch).sum(), z
     )
     return v
 
@@ -60,6 +61,69 @@ def test_v_is_centred_over_the_classes(shape: tuple[int, ...], classes: int) -> 
     raw = projection(label_free_loss(centre=False), torch.zeros(shape))
     assert torch.allclose(v.mean(classes), torch.zeros(()), atol=1e-6)
     assert torch.equal(v, raw - raw.mean(classes, keepdim=True))
+
+
+@pytest.mark.parametrize(("shape", "classes"), [((6, 7), 1), ((6, 3, 7), 2), ((6, 7, 4, 4), 1)], ids=str)
+def test_v_of_the_kl_metric_has_the_covariance_of_the_scores(shape: tuple[int, ...], classes: int) -> None:
+    """E[v v^T] = E_y[s s^T] with s = d log p(y)/dz, exact for the map from raw draws to v."""
+    z = 2 * torch.randn(shape, dtype=torch.float64)
+    raw = projection(label_free_loss(centre=False), z)
+    v = projection(label_free_loss(metric="kl"), z)
+    place = (0, *(0 for _ in shape[2:])) if classes == 1 else (0, 0)
+    last = lambda tensor: tensor.movedim(classes, -1)[place]  # noqa: E731
+
+    def log_probabilities(logits: Tensor) -> Tensor:
+        return logits - logits.exp().sum().log()
+
+    scores = torch.autograd.functional.jacobian(log_probabilities, last(z))  # (y, class)
+    probabilities = log_probabilities(last(z)).exp()
+    root = probabilities.sqrt()[:, None] * scores  # the sum over y of its rows' outer products is the covariance
+    assert torch.allclose(last(v), root.T @ last(raw), atol=1e-12)
+    assert torch.allclose(root.T @ root, torch.diag(probabilities) - probabilities.outer(probabilities), atol=1e-12)
+
+
+def test_rows_of_the_kl_metric_are_twice_the_divergence_of_what_a_channel_does() -> None:
+    """The mean of r^2 over projections is 2 KL / h^2, when a channel's weights shrink by the small share h."""
+    torch.manual_seed(0)
+    model, x, share, projections = nn.Linear(4, 5).double(), torch.randn(1, 4).double(), 1e-4, 4000
+    rows = obc.score(model, [x] * projections, label_free_loss(metric="kl"), keep_rows=True).rows[""].in_channels
+    squares = rows.double().square()
+    before = model(x).detach().log_softmax(-1)
+    for channel in range(4):
+        with torch.no_grad():
+            weight = model.weight.clone()
+            weight[:, channel] *= 1 - share
+            after = torch.nn.functional.linear(x, weight, model.bias).log_softmax(-1)
+        wanted = 2 * float((before.exp() * (before - after)).sum()) / share**2
+        error = float(squares[:, channel].std()) / projections**0.5
+        # h shifts KL / h^2 by about h, far less than the standard error.
+        assert abs(float(squares[:, channel].mean()) - wanted) < 4 * error < 0.2 * wanted
+
+
+@pytest.mark.parametrize("output", [torch.zeros(6, 1), torch.zeros(6), {"last_hidden_state": torch.zeros(6, 5)}])
+def test_the_kl_metric_needs_classes(output: Any) -> None:
+    with pytest.raises(ValueError, match="metric='kl' needs logits of two classes or more, got .* of shape"):
+        label_free_loss(lambda model, batch: output, metric="kl")(nn.Linear(3, 2), None)
+
+
+def test_metrics_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="metric must be one of 'euclidean', 'kl', got 'KL'; did you mean 'kl'"):
+        label_free_loss(metric="KL")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="leave out centre"):
+        label_free_loss(metric="kl", centre=False)
+
+
+def test_autocast_around_a_run_keeps_each_rows_projections() -> None:
+    model, batch, loss = nn.Linear(4, 5), torch.randn(6, 4), label_free_loss()
+    with torch.autocast("cpu", torch.bfloat16):
+        wrapped = in_present_autocast(loss)
+        assert wrapped is not loss
+        found = []
+        for function in (loss, wrapped):
+            function.seek(3, 1)
+            found.append(function(model, batch))
+    assert torch.equal(*found)
+    assert wrapped.identity == loss.identity  # type: ignore[attr-defined]
 
 
 def test_a_shift_of_all_logits_does_not_count() -> None:
@@ -219,7 +283,7 @@ def test_half_precision_outputs_are_projected_in_float32() -> None:
 
 
 def test_rows_of_another_kind() -> None:
-    with pytest.raises(ValueError, match="rows must be 'batch' or 'sample', got 'batches'"):
+    with pytest.raises(ValueError, match="rows must be one of 'batch', 'sample', got 'batches'"):
         label_free_loss(rows="batches")  # type: ignore[arg-type]
     case = models.residual_cnn()
     with pytest.raises(ValueError, match=r"needs the vector \(B,\)"):

@@ -88,4 +88,8 @@ def in_present_autocast(function: Function) -> Function:
         with autocast():
             return function(*args, **kwargs)
 
+    # Losses with a state, such as label-free ones, are told by these names which row comes, and name themselves.
+    for name in ("seek", "identity"):
+        if hasattr(function, name):
+            setattr(call, name, getattr(function, name))
     return call  # type: ignore[return-value]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from obc.model.arguments import one_of
 from obc.model.batches import RowKind, attention_mask
 from obc.model.evaluation import call_on_batch, tensors_in
+
+Metric = Literal["euclidean", "kl"]
 
 
 def label_free_loss(
@@ -19,11 +22,13 @@ def label_free_loss(
     rows: RowKind = "batch",
     seed: int = 0,
     centre: bool | None = None,
+    metric: Metric = "euclidean",
 ) -> LabelFreeLoss:
-    """The loss v . z of each sample for :func:`obc.score` without labels; z is the model's output, v ~ N(0, I).
+    """The loss v . z of each sample for :func:`obc.score` without labels; z is the model's output, v ~ N(0, M).
 
-    r[n, c] = w_c . d(v . z)/dw_c. The mean of r^2 over v is |J_c w_c|^2: how far the output moves, to first order,
-    when channel c is removed.
+    r[n, c] = w_c . d(v . z)/dw_c. The mean of r^2 over v is (J_c w_c)^T M (J_c w_c): how far the output moves, to first
+    order, when channel c is removed. Rows of ``metric="kl"`` see only what changes the probabilities, and suit language
+    models and classifiers; for embeddings and regression "euclidean" is right.
 
     Args:
         forward_fn: ``forward_fn(model, batch)`` returns the outputs; by default
@@ -33,8 +38,14 @@ def label_free_loss(
         centre: subtract v's mean over the classes, so that a shift of all logits, which a softmax ignores, does not
             count. Classes lie along dim 1 of images (B, C, H, W), otherwise along the last dim. None centres unless the
             output is hidden states.
+        metric: "euclidean": M = I. "kl": z are logits, p = softmax(z) over the classes, and M = diag(p) - p p^T, the
+            Fisher information, so that r^2 / 2 is on average the KL divergence of the pruned model's probabilities.
+
+    Raises:
+        ValueError: ``rows`` or ``metric`` is unknown, or ``centre`` is False with "kl"; when called, the output has no
+            samples, or with "kl" no classes.
     """
-    return LabelFreeLoss(forward_fn, rows, seed, centre)
+    return LabelFreeLoss(forward_fn, rows, seed, centre, metric)
 
 
 class LabelFreeLoss:
@@ -46,13 +57,21 @@ class LabelFreeLoss:
     """
 
     def __init__(
-        self, forward_fn: Callable[[nn.Module, Any], Any] | None, rows: RowKind, seed: int, centre: bool | None
+        self,
+        forward_fn: Callable[[nn.Module, Any], Any] | None,
+        rows: RowKind,
+        seed: int,
+        centre: bool | None,
+        metric: Metric = "euclidean",
     ) -> None:
-        if rows not in ("batch", "sample"):
-            raise ValueError(f"rows must be 'batch' or 'sample', got {rows!r}")
+        one_of("rows", rows, get_args(RowKind))
+        one_of("metric", metric, get_args(Metric))
+        if metric == "kl" and centre is False:
+            raise ValueError("metric='kl' is centred: a shift of all logits changes no probability; leave out centre")
         self.forward_fn, self.rows, self.seed, self.centre = forward_fn or call_on_batch, rows, seed, centre
+        self.metric = metric
         # What must match when a run resumes from a checkpoint.
-        self.identity = {"label_free_seed": seed, "label_free_centre": centre}
+        self.identity = {"label_free_seed": seed, "label_free_centre": centre, "label_free_metric": metric}
         self._row = self._sample = 0
 
     def seek(self, row: int, sample: int = 0) -> None:
@@ -65,7 +84,9 @@ class LabelFreeLoss:
         self._sample += len(z)
         classes = 1 if z.dim() >= 4 else -1
         centre = not is_hidden if self.centre is None else self.centre
-        if centre and z.dim() > 1 and z.shape[classes] > 1:
+        if self.metric == "kl":
+            v = _of_fisher_information(v, z, classes, is_hidden)
+        elif centre and z.dim() > 1 and z.shape[classes] > 1:
             v = v - v.mean(classes, keepdim=True)
         mask = attention_mask(batch)
         if mask is not None and z.dim() == 3 and mask.shape == z.shape[:2]:
@@ -79,6 +100,19 @@ class LabelFreeLoss:
         generator = torch.Generator(like.device).manual_seed(int(state[0]) >> 1)
         dtype = torch.promote_types(like.dtype, torch.float32)
         return torch.randn(like.shape, generator=generator, dtype=dtype, device=like.device)
+
+
+def _of_fisher_information(v: Tensor, z: Tensor, classes: int, is_hidden: bool) -> Tensor:
+    """N(0, diag(p) - p p^T) from v ~ N(0, I), p = softmax(z) along the dimension ``classes``."""
+    if is_hidden or z.dim() < 2 or z.shape[classes] < 2:
+        what = "hidden states" if is_hidden else "an output"
+        raise ValueError(
+            f"metric='kl' needs logits of two classes or more, got {what} of shape {tuple(z.shape)}; use "
+            "metric='euclidean'"
+        )
+    p = z.detach().to(v.dtype).softmax(classes)
+    scaled = p.sqrt() * v
+    return scaled - p * scaled.sum(classes, keepdim=True)
 
 
 def _floating_output(output: Any) -> tuple[Tensor, bool]:
