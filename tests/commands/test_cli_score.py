@@ -131,11 +131,12 @@ def test_scores_of_token_numbers_are_those_of_the_library(
     [
         ("llama", [], "causal-lm", 5),
         ("llama", ["--rows", "sample", "--loss", "label-free"], "label-free", 10),
+        ("llama", ["--loss", "kl"], "kl", 5),
         ("llama", ["--dtype", "bf16"], "causal-lm", 5),
         ("bert", [], "masked-lm", 5),
         ("encoder", [], "label-free", 5),
     ],
-    ids=["causal", "sample", "bf16", "masked", "no-head"],
+    ids=["causal", "sample", "kl", "bf16", "masked", "no-head"],
 )
 def test_text_is_scored_by_the_loss_of_the_head(
     kind: str, options: list[str], loss: str, rows: int, save: Callable[..., Path], text: Path, tmp_path: Path
@@ -238,6 +239,7 @@ def _written(path: Path, content: str) -> Path:
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--batch-size", 99], "pass more text"),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--seq-len", 1], "no next token to predict"),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--loss", "masked-lm"], "needs another head"),
+        (lambda save, ids, tmp: [save("encoder"), "--data", ids, "--loss", "kl"], "use --loss label-free"),
         (lambda save, ids, tmp: [save("llama"), "--data", tmp], "reads no images"),
         (
             lambda save, ids, tmp: [save("albert"), "--data", ids, "--checkpointing"],

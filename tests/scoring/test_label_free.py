@@ -102,7 +102,7 @@ def test_rows_of_the_kl_metric_are_twice_the_divergence_of_what_a_channel_does()
 
 @pytest.mark.parametrize("output", [torch.zeros(6, 1), torch.zeros(6), {"last_hidden_state": torch.zeros(6, 5)}])
 def test_the_kl_metric_needs_classes(output: Any) -> None:
-    with pytest.raises(ValueError, match="metric='kl' needs logits of two classes or more, got .* of shape"):
+    with pytest.raises(ValueError, match=r"metric='kl' needs logits of two classes or more, got .* of shape"):
         label_free_loss(lambda model, batch: output, metric="kl")(nn.Linear(3, 2), None)
 
 

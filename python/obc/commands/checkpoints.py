@@ -19,11 +19,12 @@ from torch.nn import functional as F
 from obc.commands.common import UsageError
 from obc.model.batches import RowKind
 from obc.model.evaluation import checkpoints_activations
-from obc.scoring.label_free import label_free_loss
+from obc.scoring.label_free import Metric, label_free_loss
 
 PACKAGES = {"transformers": "transformers"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LOSSES = ("auto", "causal-lm", "masked-lm", "label", "label-free")
+LABEL_FREE: dict[str, Metric] = {"label-free": "euclidean", "kl": "kl"}
+LOSSES = ("auto", "causal-lm", "masked-lm", "label", *LABEL_FREE)
 
 Batch = Mapping[str, Any]
 Losses = Callable[[nn.Module, Batch], Tensor]
@@ -88,10 +89,11 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
     config = config_of(path)
     architecture = (config.architectures or [""])[0]
     _, loader, own = next(entry for entry in _ARCHITECTURES if architecture.endswith(entry[0]))
-    if loss != "auto" and loss != own and loss != "label-free":
+    possible = list(dict.fromkeys((own, *(LABEL_FREE if own != "label-free" else ()))))
+    if loss != "auto" and loss not in possible:
         raise UsageError(
-            f"--loss {loss} needs another head than {architecture or 'this model'} has; "
-            f"use --loss {own if own == 'label-free' else own + ' or label-free'}"
+            f"--loss {loss} needs another head than {architecture or 'this model'} has; use --loss "
+            + " or ".join(possible)
         )
     wanted = DTYPES[dtype] if dtype else "auto"
     if not sys.stderr.isatty():
@@ -151,10 +153,11 @@ def loss_of(kind: str, rows: RowKind, seed: int) -> Losses:
     causal-lm: mean cross-entropy of the next token.
     masked-lm: mean cross-entropy of the masked tokens.
     label: cross-entropy of the batch's labels.
-    label-free: random projections of the outputs (:func:`obc.scoring.label_free.label_free_loss`).
+    label-free, kl: random projections of the outputs, in the metric of the Kullback-Leibler divergence with "kl"
+    (:func:`obc.scoring.label_free.label_free_loss`).
     """
-    if kind == "label-free":
-        return label_free_loss(rows=rows, seed=seed)
+    if kind in LABEL_FREE:
+        return label_free_loss(rows=rows, seed=seed, metric=LABEL_FREE[kind])
     sample_losses = {"causal-lm": _next_token, "masked-lm": _masked, "label": _labelled}[kind]
     return sample_losses if rows == "sample" else lambda model, batch: sample_losses(model, batch).mean()
 

@@ -33,7 +33,7 @@ no tokenizer) or a folder of images. Text is cut into sequences of --seq-len tok
 
 The loss follows the model's head: next token (causal LM), masked tokens (masked LM), the class that an image's folder
 is named by (image classification); label-free for anything else: random projections of the outputs, which need no head
-and no labels."""
+and no labels. kl needs a head and no labels: projections that see how the probabilities change."""
 
 
 def add(commands: Any) -> None:
