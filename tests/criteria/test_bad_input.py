@@ -221,22 +221,50 @@ def test_scores_of_a_wrong_shape_or_not_finite() -> None:
 @pytest.mark.parametrize("criterion", ["obs", "slimgpt", "kfac", "compensated_jacobian"])
 def test_a_gram_matrix_that_is_too_large(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bytes, the largest layer, and what can be done: sums on the host are no less where the layers are there."""
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 100)
     subject = make_subject("llama")
-    sizes = r"take 9\.4 KiB on {}, where 100 B are free \(the largest, of '.*o_proj' with 16 channels: 3\.0 KiB\)"
-    with pytest.raises(StatisticsError, match=f"the criterion '{criterion}': .*{sizes.format('cpu')}") as error:
-        pruned(subject, criterion=criterion)
-    assert str(error.value).endswith(
-        "pass groups= for fewer layers at a time. In obc.prune ignored_layers= leaves layers out"
-    )
+    sizes = r"take 9\.4 KiB on {}, where {} are free \(the largest, of '.*o_proj' with 16 channels: 3\.0 KiB\); {}"
+    for free, said, remedy in ((4096, "4.0 KiB", "pass groups= for fewer layers"), (100, "100 B", "leave the widest")):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        found = sizes.format("cpu", said, remedy)
+        with pytest.raises(StatisticsError, match=f"the criterion '{criterion}': .*{found}") as error:
+            pruned(subject, criterion=criterion)
+        assert "In obc.prune ignored_layers= leaves layers out" in str(error.value)
     elsewhere = changed(subject, model=subject.model.to("meta"))
-    with pytest.raises(StatisticsError, match=sizes.format("meta")) as error:
+    with pytest.raises(StatisticsError, match=sizes.format("meta", "100 B", "leave the widest")) as error:
         group_scores(criterion, elsewhere)
     for remedy in ("groups=", "Gram(to='host')", "by_block=True", "ignored_layers="):
         assert remedy in str(error.value)
     kind = type(criteria.get(criterion))
     assert f"criterion=obc.criteria.{kind.__name__}(to='host')" in str(error.value)
     assert kind(to="host").to == "host"
+
+
+@pytest.mark.parametrize("criterion", ["obs", "slimgpt", "kfac"])
+def test_the_remedies_for_gram_matrices_that_are_too_large(criterion: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of the groups give the scores of all of them at once, and obc.prune takes these."""
+    subject = make_subject("llama")
+    whole, expected = group_scores(criterion, subject), pruned(make_subject("llama"), criterion=criterion)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 4096)
+    with pytest.raises(StatisticsError, match="pass groups= for fewer layers at a time: .*scores_from .* same scores"):
+        group_scores(criterion, subject)
+    scores = {}
+    for group in subject.groups:
+        there = obc.collect(
+            subject.model,
+            subject.batches,
+            subject.loss_fn,
+            statistics=criteria.get(criterion).needs,
+            groups=[group],
+            forward_fn=subject.forward_fn,
+        )
+        scores |= scores_from(criterion, [group], there, subject.model)
+    torch.testing.assert_close(scores, whole, rtol=0, atol=0)
+
+    kept = criteria.get(criterion)
+    given: Any = lambda group, statistics, model: scores[group.name]  # noqa: E731
+    got = pruned(subject, criterion=given, allocation=kept.allocation, per_macs=kept.per_cost)
+    for name, tensor in expected.model.state_dict().items():
+        assert torch.equal(tensor, got.model.state_dict()[name])
 
 
 @pytest.mark.parametrize("kind", [criteria.OBS, criteria.KFAC, criteria.CompensatedJacobian])

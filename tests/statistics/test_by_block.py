@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import obc
-from obc.statistics import Blocks, ByBlock, Gram, StatisticsError, memory_estimate, residual_blocks
+from obc.statistics import Blocks, ByBlock, Gram, StatisticsError, memory, memory_estimate, residual_blocks
 from obc.statistics.checkpoint import Checkpoint
 from obc.statistics.run import collect
 from obc.statistics.sums import Sums
@@ -110,6 +110,29 @@ class Present:
     def _note(self, module: nn.Module, args: Any) -> None:
         present = {p.data_ptr(): p.nbytes for p in self.model.parameters() if not p.is_meta}
         self.most = max(self.most, sum(present.values()))
+
+
+def test_gram_matrices_get_the_memory_of_weights_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where the sums are next to the weights: what the refusal offers is enough, and the sums are the same."""
+    model = models.seeded(_deep_llama)
+    batches = [torch.randint(31, (4, 8)) for _ in range(3)]
+    whole = collect(model, batches, statistics="gram")
+    sums = memory_estimate(model, "gram")["gram"]
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    held: list[nn.Module] = [model]
+
+    def free(device: torch.device) -> int:
+        return weights + sums * 3 // 5 - sum(p.nbytes for p in held[0].parameters() if p.device == device)
+
+    monkeypatch.setattr(memory, "free_bytes", free)
+    offered = r"put the model on the meta device and pass by_block=ByBlock\(weights=\.\.\., states=\.\.\.\)"
+    for by_block in (False, True):
+        with pytest.raises(StatisticsError, match=offered):
+            collect(model, batches, statistics="gram", by_block=by_block)
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    held[0] = meta = copy.deepcopy(model).to("meta")
+    options = ByBlock(device="cpu", weights=tmp_path, states=tmp_path)
+    assert_same(collect(meta, batches, statistics="gram", by_block=options), whole)
 
 
 def test_weights_from_files_are_present_one_block_at_a_time(tmp_path: Path) -> None:

@@ -62,4 +62,5 @@ def _fewer(criterion: Any, error: Exception) -> str:
         return ""
     on_host = f", criterion=obc.criteria.{type(criterion).__name__}(to='host') holds them there"
     hosted = on_host if hasattr(criterion, "to") and "to='host'" in str(error) else ""
-    return f". In obc.prune ignored_layers= leaves layers out{hosted}"
+    parts = "criterion=lambda group, statistics, model: scores[group.name], with steps=1, takes scores made in parts"
+    return f". In obc.prune ignored_layers= leaves layers out, {parts}{hosted}"

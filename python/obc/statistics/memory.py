@@ -10,6 +10,7 @@ from torch import nn
 
 from obc.model.readable import readable
 from obc.statistics.block_weights import BlockWeights
+from obc.statistics.blocks import residual_blocks
 from obc.statistics.by_block import ByBlock, options_of
 from obc.statistics.errors import TooLargeError
 from obc.statistics.gram import GramReader
@@ -67,13 +68,29 @@ def refuse_too_large(readers: Iterable[Reader], by_block: ByBlock | None, model:
         for device, needed in needs.items():
             free = free_bytes(device)
             if free is not None and needed > free:
-                largest, fewer = reader.largest(), "pass groups= for fewer layers at a time"
-                elsewhere = ", Gram(to='host') or by_block=True, which hold the sums in the host's memory"
+                largest = reader.largest()
                 raise TooLargeError(
                     f"the Gram matrices of {len(reader.widths)} layers take {readable(needed)} on {device}, where "
                     f"{readable(free)} are free (the largest, of {largest!r} with {reader.widths[largest]} channels: "
-                    f"{readable(reader.bytes_of(largest))}); {fewer}{'' if device.type == 'cpu' else elsewhere}"
+                    f"{readable(reader.bytes_of(largest))}); {', or '.join(_remedies(reader, device, free, model))}"
                 )
+
+
+def _remedies(reader: GramReader, device: torch.device, free: int, model: nn.Module) -> list[str]:
+    """What makes room for Gram matrices that a device can't hold; only what is enough where that is known."""
+    fewer = "pass groups= for fewer layers at a time: obc.criteria.scores_from gives each part the same scores"
+    found = [fewer if reader.bytes_of(reader.largest()) <= free else "leave the widest layers out with groups="]
+    if device.type != "cpu":
+        return [*found, "Gram(to='host') or by_block=True, which hold the sums in the host's memory"]
+    blocks = [model.get_submodule(name) for name in residual_blocks(model)]
+    held = [sum(one.nbytes for one in block.parameters() if one.device == device) for block in blocks]
+    freed = sum(held) - max(held, default=0)
+    if blocks and _by_block(reader, ByBlock(device), model)[device] <= free + freed:
+        found.append(
+            "put the model on the meta device and pass by_block=ByBlock(weights=..., states=...): one block's weights "
+            f"at a time are read from files, and the sums get the memory of the others, {readable(freed)}"
+        )
+    return found
 
 
 def _by_block(reader: GramReader, options: ByBlock, model: nn.Module) -> dict[torch.device, int]:
