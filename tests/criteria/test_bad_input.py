@@ -245,7 +245,7 @@ def test_the_remedies_for_gram_matrices_that_are_too_large(criterion: str, monke
     subject = make_subject("llama")
     whole, expected = group_scores(criterion, subject), pruned(make_subject("llama"), criterion=criterion)
     monkeypatch.setattr(memory, "free_bytes", lambda device: 4096)
-    with pytest.raises(StatisticsError, match="pass groups= for fewer layers at a time: .*scores_from .* same scores"):
+    with pytest.raises(StatisticsError, match=r"pass groups= for fewer layers at a time: .*scores_from .* same scores"):
         group_scores(criterion, subject)
     scores = {}
     for group in subject.groups:

@@ -113,7 +113,7 @@ class Present:
 
 
 def test_gram_matrices_get_the_memory_of_weights_in_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, where the sums are next to the weights: what the refusal offers is enough, and the sums are the same."""
+    """On a CPU, where sums are next to weights: what the refusal offers is enough, and the sums are the same."""
     model = models.seeded(_deep_llama)
     batches = [torch.randint(31, (4, 8)) for _ in range(3)]
     whole = collect(model, batches, statistics="gram")
@@ -129,7 +129,8 @@ def test_gram_matrices_get_the_memory_of_weights_in_files(tmp_path: Path, monkey
     for by_block in (False, True):
         with pytest.raises(StatisticsError, match=offered):
             collect(model, batches, statistics="gram", by_block=by_block)
-    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "weights.safetensors")
+    tensors = {name: tensor.clone() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    save_file(tensors, tmp_path / "weights.safetensors")
     held[0] = meta = copy.deepcopy(model).to("meta")
     options = ByBlock(device="cpu", weights=tmp_path, states=tmp_path)
     assert_same(collect(meta, batches, statistics="gram", by_block=options), whole)
