@@ -56,7 +56,7 @@ KINDS = {
 EXPERTS = ("reap", "expert_frequency", "expert_norm")
 # Criterion -> the kinds of models that it does not serve, and what is said of it.
 REFUSED = {
-    **dict.fromkeys(EXPERTS, (("cnn", "llama", "vit"), "this model has nothing to read 'experts' from")),
+    **dict.fromkeys(EXPERTS, (("cnn", "llama", "vit"), "these groups have nothing to read 'experts' from")),
     **dict.fromkeys(("block_influence", "angular_distance", "entropy"), (tuple(KINDS), "it scores blocks")),
     "gaprune": (tuple(KINDS), "it compares two domains: pass criterion=obc.criteria.GAPrune(general=batches)"),
     "bn_scale": (("mixture", "llama", "vit"), "it scores channels behind a BatchNorm"),

@@ -50,7 +50,7 @@ def test_a_criterion_that_needs_what_was_not_collected(name: str) -> None:
 def test_a_statistic_that_was_collected_with_other_options(
     criterion: Any, plain: str, needed: str, tmp_path: Path
 ) -> None:
-    subject = make_subject("mixtral")
+    subject = make_subject("mixtral", ["layers"] if plain == "blocks" else None)
 
     def found(statistics: Any) -> obc.Statistics:
         return obc.collect(
@@ -132,8 +132,8 @@ def pruned(subject: Subject, **options: Any) -> obc.PruningResult:
         ("chain", "block_influence", " (no residual blocks were found in ConvChain)", "blocks", "channels"),
         ("chain", "entropy", " (no residual blocks were found in ConvChain)", "blocks", "channels"),
         ("llama", "angular_distance", "", "blocks", "ffn, heads"),
-        ("llama", "reap", " (this model has nothing to read 'experts' from)", "experts", "ffn, heads"),
-        ("vit", "expert_norm", " (this model has nothing to read 'experts' from)", "experts", "ffn, heads"),
+        ("llama", "reap", " (these groups have nothing to read 'experts' from)", "experts", "ffn, heads"),
+        ("vit", "expert_norm", " (these groups have nothing to read 'experts' from)", "experts", "ffn, heads"),
         ("mixtral", "bn_scale", "", "channels behind a BatchNorm", "expert_ffn, experts, heads"),
     ],
 )

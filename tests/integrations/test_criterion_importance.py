@@ -19,6 +19,7 @@ from transformers_families import language_model  # noqa: E402
 from obc import criteria  # noqa: E402
 from obc.criteria import Subject, group_scores  # noqa: E402
 from obc.criteria.protocol import CriterionError  # noqa: E402
+from obc.criteria.scoring import scored  # noqa: E402
 from obc.integrations.torch_pruning import CriterionImportance  # noqa: E402
 from obc.model.groups import ChannelGroup, Slice  # noqa: E402
 from obc.model.usable_batches import UsableBatches  # noqa: E402
@@ -161,7 +162,7 @@ def test_transformers_are_scored_as_by_obc(kind: str) -> None:
             group = ChannelGroup(outputs[0], tuple(slices))
             subject = Subject(model, [group], UsableBatches(batches), one.loss, outputs_of)
             theirs = scored_by_importance(criterion, one, batches, graph, (outputs, consumers))
-            expected = group_scores(criterion, subject).get(group.name)
+            expected = scored(criterion, subject)[0].get(group.name)
             if criterion == "bn_scale":  # there is no BatchNorm
                 assert theirs is None
                 assert expected is None

@@ -18,7 +18,7 @@ from obc.commands.common import REPORT_FILES, UsageError, folder, require
 from obc.commands.report import load as load_scores
 from obc.commands.run_log import say
 from obc.criteria import get, scores_from
-from obc.criteria.refusals import scores_nothing
+from obc.criteria.protocol import CriterionError
 from obc.model.evaluation import Run
 from obc.model.plan import PruningPlan
 from obc.pruning.arguments import chosen_allocation
@@ -190,8 +190,8 @@ def _by_criterion(
         scores = scores_from(found, structure.groups, statistics, structure.model)
     except StatisticsError as error:
         raise UsageError(f"{error}, or collect them by obc score MODEL_DIR --statistics {criterion}") from error
-    if not scores:
-        raise UsageError(f"{scores_nothing(found, structure.groups)}; choose other groups with --kinds")
+    except CriterionError as error:
+        raise UsageError(f"{error}; choose other groups with --kinds") from error
     for group in structure.groups:
         if group.name in scores:
             report.note_scores(group.name, scores[group.name])

@@ -6,9 +6,15 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import nn
+
 from obc.criteria.protocol import CriterionError, name_of
 from obc.model.groups import ChannelGroup
 from obc.statistics.errors import NothingToReadError, StatisticsError, TooLargeError
+from obc.statistics.names import Chosen
+from obc.statistics.part import Part
+from obc.statistics.results import Statistics
+from obc.statistics.rows import Rows
 
 _BLOCKS = (
     "for a transformers model pass structure=obc.structures.transformers.TransformersStructure(model, ['layers']), "
@@ -31,6 +37,51 @@ def scores_nothing(criterion: Any, groups: Sequence[ChannelGroup], why: str = ""
         f"{scored}, the groups are of {', '.join(kinds) or 'no kind'}; {_BLOCKS if 'blocks' in scored else ''}pass "
         "another criterion (`obc criteria` lists them with the units that they score)"
     )
+
+
+def refuse_unread(
+    criterion: Any, needs: Sequence[Chosen], groups: Sequence[ChannelGroup], statistics: Statistics, model: nn.Module
+) -> None:
+    """Raise StatisticsError if a needed statistic was not collected, or not of all that it reads for these groups."""
+    statistics.require(needs, f"the criterion {name_of(criterion)!r}")
+    for statistic in needs:
+        there = _read_in(statistics, statistic)
+        missing = _read_for(groups, statistic, model) - there
+        if missing:
+            lacking = [group.name for group in groups if _read_for([group], statistic, model) - there]
+            raise StatisticsError(
+                f"the criterion {name_of(criterion)!r} needs the statistic {statistic.name!r} of "
+                f"{_some(sorted(missing))}, for the groups {_some(lacking)}; it was collected of "
+                f"{_some(sorted(there))}. Pass these groups, or groups=None for every layer, to obc.collect"
+            )
+
+
+def _read_for(groups: Sequence[ChannelGroup], statistic: Chosen, model: nn.Module) -> set[str]:
+    """What ``obc.collect`` would read for these groups."""
+    if isinstance(statistic, Rows):
+        wanted = statistic.wanted(model, groups) or {}
+        return {f"{side} channels of {module}" for module, sides in wanted.items() for side in sides}
+    return set(statistic.reader(model, groups, Part()).coverage)
+
+
+def _read_in(statistics: Statistics, statistic: Chosen) -> set[str]:
+    """What was read, or could not be, by the names of :func:`_read_for`."""
+    coverage = statistics.coverage.get(statistic.name, {})
+    if not isinstance(statistic, Rows):
+        return set(coverage)
+    unread = {module for module, how in coverage.items() if not how.scored}
+    return {
+        f"{side} channels of {module}"
+        for module in coverage
+        for side in ("in", "out")
+        if module in unread or getattr(statistics.rows[module], f"{side}_channels") is not None
+    }
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(map(repr, names[:3])) or "nothing"
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager

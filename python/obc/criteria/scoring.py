@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from obc.criteria.protocol import CriterionError, GroupScores, Subject, name_of
-from obc.criteria.refusals import said_of
+from obc.criteria.refusals import refuse_unread, said_of, scores_nothing
 from obc.criteria.registry import get
 from obc.model.by_name import MissingNameError
 from obc.model.evaluation import ForwardFn, LossFn
+from obc.model.groups import ChannelGroup
 from obc.statistics.errors import StatisticsError
 from obc.statistics.names import Chosen, chosen_statistics
 from obc.statistics.results import Statistics
@@ -27,8 +28,12 @@ def group_scores(criterion: Any, subject: Subject) -> GroupScores:
 
     Raises:
         ValueError: scores have another shape than (units,), or are not finite; the message names the group.
+        CriterionError: the criterion can score none of the groups.
     """
-    return scored(criterion, subject)[0]
+    found = scored(criterion, subject)[0]
+    if subject.groups and not found:
+        raise scores_nothing(get(criterion), subject.groups)
+    return found
 
 
 def scored(criterion: Any, subject: Subject, also: Sequence[str] = ()) -> tuple[GroupScores, Statistics]:
@@ -41,7 +46,7 @@ def scored(criterion: Any, subject: Subject, also: Sequence[str] = ()) -> tuple[
         if measure is not None:
             found = measure(subject)
         else:
-            found = scores_from(criterion, subject.groups, statistics, subject.model)
+            found = scores_of_read(criterion, subject.groups, statistics, subject.model)
     for group in subject.groups:
         if group.name in found:
             _check(criterion, group.name, group.size, found[group.name])
@@ -52,10 +57,21 @@ def scores_from(criterion: Any, groups: Any, statistics: Statistics, model: nn.M
     """The scores from statistics collected before, for example in one run for several criteria.
 
     Raises:
-        StatisticsError: a needed statistic was not collected, or not of a group's modules.
+        StatisticsError: a needed statistic was not collected, or not of all that it reads for a group.
+        CriterionError: the criterion can score none of the groups.
     """
-    criterion = get(criterion)
-    statistics.require(needed(criterion), f"the criterion {name_of(criterion)!r}")
+    criterion, groups = get(criterion), list(groups)
+    refuse_unread(criterion, needed(criterion), groups, statistics, model)
+    found = scores_of_read(criterion, groups, statistics, model)
+    if groups and not found:
+        raise scores_nothing(criterion, groups)
+    return found
+
+
+def scores_of_read(
+    criterion: Any, groups: Sequence[ChannelGroup], statistics: Statistics, model: nn.Module
+) -> GroupScores:
+    """:func:`scores_from` for groups whose statistics are known to be there; empty if it can score none of them."""
     found = {}
     for group in groups:
         try:

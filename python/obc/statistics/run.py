@@ -178,13 +178,17 @@ class _Run:
         self.scorer: JacobianScorer | None = None
         for one in chosen:
             if isinstance(one, Rows):
-                self.scorer = self._scorer(one.wanted(model, groups))
+                wanted = one.wanted(model, groups)
+                if wanted is not None and not wanted:
+                    raise NothingToReadError(one.name, f"these groups have nothing to read {one.name!r} from")
+                self.scorer = self._scorer(wanted)
             else:
                 self.readers[one.name] = one.reader(model, groups, self.part)
         for name, reader in self.readers.items():
             if not any(how.scored for how in reader.coverage.values()):
                 why = "; ".join(f"{module}: {how}" for module, how in reader.coverage.items())
-                raise NothingToReadError(name, f"this model has nothing to read {name!r} from{why and f' ({why})'}")
+                what = "this model has" if groups is None else "these groups have"
+                raise NothingToReadError(name, f"{what} nothing to read {name!r} from{why and f' ({why})'}")
         if by_block is not None and by_block.runs_on(model).type != "cpu":
             for reader in self.readers.values():
                 reader.sums.to = torch.device("cpu")

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from obc.criteria import Subject, get
 from obc.criteria.protocol import CriterionError, name_of
-from obc.criteria.refusals import said_of
-from obc.criteria.scoring import functional_loss, needed, scores_from
+from obc.criteria.refusals import refuse_unread, said_of
+from obc.criteria.scoring import functional_loss, needed, scores_of_read
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.usable_batches import UsableBatches
@@ -127,7 +127,8 @@ class CriterionImportance(Importance):
                 with torch.enable_grad():
                     scores = self.criterion.measure(replace(self._subject, model=model, groups=(found,)))
             else:
-                scores = scores_from(self.criterion, [found], self._statistics, model)
+                refuse_unread(self.criterion, needed(self.criterion), [found], self._statistics, model)
+                scores = scores_of_read(self.criterion, [found], self._statistics, model)
         if found.name not in scores and found.name not in self._unscored:
             self._unscored.add(found.name)
             logger.warning("%s: the criterion %r does not score it, so it stays", found.name, name_of(self.criterion))
