@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import obc
+from obc.model.depth import BlockList, Depth
 from obc.recovery.mean_bias import absorb_means
 
 BATCHES = [torch.randn(32, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(20)]
@@ -68,6 +69,37 @@ def test_a_wrapped_pruned_model_is_refused_by_the_name_of_what_is_inside(
         CALLS[call](wrap(copied), original, plan)
     for mine, other in zip(copied.state_dict().values(), pruned.state_dict().values(), strict=True):
         assert torch.equal(mine, other)
+
+
+# Compiled models are refused elsewhere by what they are, but a plan is applied without running the model.
+APPLIED = WRAPPERS | {"compiled": (torch.compile, "_orig_mod")}
+
+
+@pytest.mark.parametrize("wrapper", APPLIED)
+def test_a_plan_is_not_applied_to_a_wrapped_model(
+    case: tuple[nn.Module, nn.Module, obc.PruningPlan], wrapper: str
+) -> None:
+    original, pruned, plan = case
+    wrap, part = APPLIED[wrapper]
+    wrapped = wrap(copy.deepcopy(original))
+    with pytest.raises(obc.PlanError, match=f"which the model lacks; pass its part '{part}', which has all of them"):
+        plan.apply(wrapped)
+    inner = wrapped.get_submodule(part)
+    for name, tensor in inner.state_dict().items():
+        assert torch.equal(tensor, original.state_dict()[name])
+    plan.apply(inner).load_state_dict(pruned.state_dict())
+    assert torch.equal(inner(BATCHES[0]), pruned(BATCHES[0]))
+
+
+@pytest.mark.parametrize("wrapper", APPLIED)
+def test_a_plan_of_removed_blocks_is_not_applied_to_a_wrapped_model(wrapper: str) -> None:
+    wrap, part = APPLIED[wrapper]
+    plan = obc.PruningPlan(depth=Depth(lists={"blocks": BlockList(3, (1,))}))
+    wrapped = wrap(nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(size, 3) for size in (3, 4, 5))}))
+    with pytest.raises(obc.PlanError, match=f"entry for 'blocks', which the model lacks; pass its part '{part}'"):
+        plan.apply(wrapped)
+    blocks = plan.apply(wrapped.get_submodule(part)).get_submodule("blocks")
+    assert [block.in_features for block in blocks] == [3, 5]
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

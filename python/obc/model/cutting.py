@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from obc.model.kept import Kept, PlanError, kept_of
+from obc.model.kept import Kept, kept_of
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.model.slicing import sliced
@@ -18,9 +18,8 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     """Cut ``model`` in place; shared parameters stay shared.
 
     Raises:
-        PlanError: the plan names a module that the model lacks, or does not fit a tensor; nothing was changed.
+        PlanError: the plan does not fit a tensor; nothing was changed.
     """
-    _refuse_unknown(model, plan)
     made: dict[int, Tensor] = {}
     changes: list[tuple[nn.Module, str, Tensor]] = []
     depthwise: set[nn.Module] = set()
@@ -43,14 +42,6 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     for module_name, module in named_modules(model):
         if module_name in plan and module not in whole:
             _resize(module, plan[module_name])
-
-
-def _refuse_unknown(model: nn.Module, plan: Mapping[str, Kept]) -> None:
-    known = {name for name, _ in named_modules(model)}
-    known |= {name for tensors in (model.named_parameters(), model.named_buffers()) for name, _ in tensors}
-    for name in plan:
-        if name not in known:
-            raise PlanError(f"the plan has an entry for {name!r}, which {type(model).__name__} lacks")
 
 
 def _cut_tensor(module: nn.Module, name: str, tensor: Tensor, kept: Kept | None, key: str) -> Tensor:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -80,17 +80,24 @@ class PruningPlan(Mapping[str, Kept]):
         for module_name, module, tensor_name, pruned in named_tensors(pruned_model):
             self.verify_tensor(original_state_dict, names[module_name], module, tensor_name, pruned)
 
-    def refuse_unknown(self, pruned_model: nn.Module, role: str) -> None:
+    def refuse_unknown(self, model: nn.Module, role: str) -> None:
         """Raise a PlanError if an entry names nothing in the model; ``role`` says in the message which one it is."""
-        names = original_names(pruned_model, self.depth)
+        modules = {name for name, _ in model.named_modules()}
+        self._refuse_unknown(self.depth.lists, modules, role)
+        names = original_names(model, self.depth)
         known = set(names.values()) | {
             joined(names[name], key)
-            for name, module in named_modules(pruned_model)
-            for key in (*module._parameters, *module._buffers)
+            for name, module in named_modules(model)
+            for key, tensor in (*module._parameters.items(), *module._buffers.items())
+            if tensor is not None
         }
-        if unknown := next((name for name in self if name not in known), None):
+        self._refuse_unknown(self, known, role)
+
+    @staticmethod
+    def _refuse_unknown(names: Iterable[str], known: Set[str], role: str) -> None:
+        if unknown := next((name for name in names if name not in known), None):
             parts = (name.removesuffix(f".{unknown}") for name in known if name.endswith(f".{unknown}"))
-            part = next((part for part in parts if all(joined(part, name) in known for name in self)), None)
+            part = next((part for part in parts if all(joined(part, name) in known for name in names)), None)
             remedy = "pass the plan made for it" if part is None else f"pass its part {part!r}, which has all of them"
             raise PlanError(f"the plan has an entry for {unknown!r}, which {role} lacks; {remedy}")
 
@@ -159,6 +166,7 @@ class PruningPlan(Mapping[str, Kept]):
         Raises:
             PlanError: the plan names a module that the model lacks, or does not fit a tensor; the model is unchanged.
         """
+        self.refuse_unknown(model, "the model")
         counts = [count for find in _COUNTS for count in find(model, self)]
         cut(model, self)
         for owner, attribute, value in counts:
