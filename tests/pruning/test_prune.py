@@ -322,6 +322,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "share in words": ({"macs": "half"}, "macs must be a number, got 'half'"),
     "ignored, misspelled": ({"ignored_layers": ["blocs"]}, "no layer is named 'blocs'.*did you mean 'blocks'"),
     "steps": ({"steps": 0}, "steps must be a positive integer, got 0"),
+    "more steps than units": ({"steps": 10**9}, "1000000000 steps were asked for, but there are [0-9]+ units"),
+    "more shares than units": ({"steps": [1 - step / 2000 for step in range(1, 1001)]}, "1000 steps were asked for"),
     "half a step": ({"steps": 1.5}, "steps must be a positive integer, got 1.5"),
     "steps in words": ({"steps": "8"}, "steps must be a positive integer, got '8'"),
     "ascending steps": ({"steps": [0.4, 0.6]}, "descend to macs=0.5"),
@@ -338,6 +340,23 @@ def test_bad_arguments_are_named_and_nothing_changes(case: str) -> None:
     with pytest.raises(ValueError, match=message):
         obc.prune(model, EXAMPLE, batches(), loss, progress=False, **options)
     before.assert_restored()
+
+
+def test_there_may_be_as_many_steps_as_units_or_as_by_default() -> None:
+    model = nn.Sequential(nn.Linear(4, 12), nn.ReLU(), nn.Linear(12, 2))
+    data = [torch.randn(6, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+    def prune(steps: int) -> obc.PruningResult:
+        copied = copy.deepcopy(model)
+        return obc.prune(
+            copied, data[0], data, lambda m, x: m(x).square().mean(), params=0.5, steps=steps, progress=False
+        )
+
+    assert len(prune(12).report.steps) == 12
+    with pytest.raises(
+        ValueError, match=r"13 steps were asked for, but there are 12 units .*pass steps=8, or up to 12"
+    ):
+        prune(13)
 
 
 def test_nothing_to_score_on_or_by() -> None:

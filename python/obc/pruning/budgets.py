@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from obc.structures.memory import MemoryUse
 from obc.structures.protocol import Structure
 
 _DEFAULT_SHARE = 0.5
+DEFAULT_STEPS = 8
 
 Argument = Literal["macs", "params", "blocks", "active_params", "memory", "latency"]
 # Names in messages of what is counted, and its unit in costs.
@@ -209,19 +211,39 @@ class Budget:
             )
         return replace(self, share=self.amount / full)
 
-    def schedule(self, steps: int | Sequence[float]) -> list[float]:
-        """The share that remains after every step; if it is not known yet, only checks the steps.
+    def count_steps(self, steps: int | Sequence[float]) -> int:
+        """The number of steps.
 
         Raises:
             ValueError: the number of steps is below 1, or the shares do not descend to the budget's.
         """
-        if isinstance(steps, (int, float, str)):
+        if isinstance(steps, (numbers.Number, str)):
             positive("steps", steps)
-            share = _DEFAULT_SHARE if self.share is None else self.share
-            return [share ** (step / steps) for step in range(1, steps + 1)]
+            return int(steps)  # type: ignore[arg-type]
         shares = [float(share) for share in steps]
         if self.share is None:
             raise ValueError(f"with {self.said} bytes, steps is a number of steps, got {shares}")
         if not shares or shares[-1] != self.share or shares != sorted(set(shares), reverse=True) or shares[0] > 1:
             raise ValueError(f"steps must be shares of {self.noun} that descend to {self.said}, got {shares}")
-        return shares
+        return len(shares)
+
+    def schedule(self, steps: int | Sequence[float], units: int) -> list[float]:
+        """The share that remains after every step; the budget is ready.
+
+        Args:
+            steps: their number, or the shares.
+            units: how many units there are; a step that chooses removes at least one.
+
+        Raises:
+            ValueError: there are more steps than units, and than by default; or as in :meth:`count_steps`.
+        """
+        count = self.count_steps(steps)
+        if count > max(units, DEFAULT_STEPS):
+            raise ValueError(
+                f"{count} steps were asked for, but there are {units} units to remove, and a step removes at least "
+                f"one; pass steps={min(units, DEFAULT_STEPS)}, or up to {units}"
+            )
+        if isinstance(steps, Sequence):
+            return [float(share) for share in steps]
+        assert self.share is not None
+        return [self.share ** (step / count) for step in range(1, count + 1)]

@@ -78,11 +78,12 @@ class Job:
         report.macs_before, report.parameters_before = (round(self.unpruned[unit]) for unit in _UNITS)
 
     def run(
-        self, schedule: Sequence[float], on_step: Callable[[PruningResult], None] | None, progress: bool | None
+        self, steps: int | Sequence[float], on_step: Callable[[PruningResult], None] | None, progress: bool | None
     ) -> None:
-        """Reach every share of the schedule, and fill the report."""
+        """Reach the share of every step, and fill the report."""
         if not self.widths:
             raise ValueError(f"no layer can be pruned{_not_pruned(self.report.left_out)}")
+        schedule = self.budget.schedule(steps, sum(self.widths.values()))
         self._check_reachable(schedule[-1])
         if self.recalibrate and batch_norms(self.subject.model):
             with timed(self.report, "recalibrate"):

@@ -30,7 +30,7 @@ from obc.pruning.arguments import (
     chosen_compensation,
     repeatable,
 )
-from obc.pruning.budgets import Argument, Budget, Meters
+from obc.pruning.budgets import DEFAULT_STEPS, Argument, Budget, Meters
 from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof, first_finite, prove_groups
 from obc.pruning.functions import Functions
@@ -63,7 +63,7 @@ def prune(
     criterion: str | Any = "jacobian",
     allocation: str | Any | None = None,
     selection: Selection | None = None,
-    steps: int | Sequence[float] = 8,
+    steps: int | Sequence[float] = DEFAULT_STEPS,
     slices: Slices = "gate",
     per_macs: bool | None = None,
     recalibrate: bool = True,
@@ -133,7 +133,7 @@ def prune(
             otherwise "global".
         selection: "joint" chooses sets of units by their rows, which only "jacobian" has; "independent" ranks single
             units by their scores. None: joint if the criterion has rows and ``slices`` is "gate".
-        steps: how often to score and remove; or the shares to reach, descending to the budget's.
+        steps: how often to score and remove, at most once a unit; or the shares to reach, descending to the budget's.
         slices: "gate": one row per unit, for all its consumers together. "all": every slice is squared separately, as
             in the paper; for independent selection.
         per_macs: divide what a unit costs the loss by what its removal frees of the budgeted quantity. None: yes,
@@ -181,7 +181,7 @@ def prune(
     given: dict[Argument, float | None] = {"macs": macs, "params": params, "blocks": blocks}
     given |= {"active_params": active_params, "memory": memory, "latency": latency}
     budget = Budget.of(given, Meters.of(memory_use, latency_table))
-    schedule = budget.schedule(steps)
+    count = budget.count_steps(steps)
     caps = Caps.of(max_pruning_ratio, protected_blocks)
     choice = Choice.of(criterion, allocation, selection, slices, per_macs, shrinkage, min_units, round_to, caps)
     compensate, compensate_every_step = chosen_compensation(compensate, compensate_every_step)
@@ -192,10 +192,10 @@ def prune(
     subject = Subject(model, (), usable, loss, forward, choice.slices, rows, generator, micro_batch)
     on_step = in_present_autocast(on_step)
     options = _Options(steps, recalibrate, compensate, compensate_every_step, verify, measure, on_step, progress)
-    said = {"budget": budget.said, **choice.said(allocation), "steps": len(schedule), **options.said()}
+    said = {"budget": budget.said, **choice.said(allocation), "steps": count, **options.said()}
     said |= {"rows": rows, "labels": labels, "seed": seed}
     report = PruningReport(provenance=provenance(model, said))
-    with without_autocast(), _restored_on_error(model, report, budget, len(schedule)) as unpruned:
+    with without_autocast(), _restored_on_error(model, report, budget, count) as unpruned:
         with timed(report, "structure"):
             if structure is None:
                 others = (functions.run_on(part) for batch in usable for part, _, _ in parts_of(batch, micro_batch))
@@ -245,7 +245,6 @@ def _prune(
         final_proof = FinalProof(structure, run) if options.verify else None
     with timed(report, "latency"):
         budget = budget.ready(structure, run, choice.round_to)
-        schedule = budget.schedule(options.steps)
     counted = MeasuredMacs(structure, run, report)
     speed = MeasuredSpeed(model, run, report) if options.measure else None
     compensator = None
@@ -254,7 +253,7 @@ def _prune(
         batches, forward = subject.batches, subject.forward_fn
         compensator = Compensator(structure, how, every_step, batches, forward, recalibrate, report, progress)
     job = Job(structure, subject, report, budget, choice, recalibrate, final_proof, compensator)
-    job.run(schedule, options.on_step, options.progress)
+    job.run(options.steps, options.on_step, options.progress)
     with timed(report, "verify"), contextlib.nullcontext() if compensator is None else compensator.undone():
         _verify(structure.plan, unpruned.tensors(), model, recalibrate)
         if final_proof is not None:
