@@ -157,6 +157,42 @@ def test_parameters_that_are_not_initialised_yet() -> None:
 # --- the scorer's use ----------------------------------------------------------------------------------------------
 
 
+def made_in_inference_mode(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        copied = tokens.clone()
+    return model(copied).sum()
+
+
+def run_in(mode: Callable[[], Any]) -> Callable[[nn.Module, Tensor], Tensor]:
+    def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        with mode():
+            return model(tokens).sum()
+
+    return loss
+
+
+FOREIGN: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
+    "a batch of inference mode": (made_in_inference_mode, "tensor.clone()"),
+    "no gradients": (run_in(torch.no_grad), "outside torch.no_grad()"),
+    "inference mode": (run_in(torch.inference_mode), "outside torch.no_grad() and torch.inference_mode()"),
+    "detached": (lambda model, tokens: model(tokens).detach().sum(), "detach nothing"),
+}
+
+
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+@pytest.mark.parametrize("fault", FOREIGN)
+def test_errors_of_torch_in_a_loop_of_the_caller_carry_the_remedy(fault: str, rows: Any) -> None:
+    loss, remedy = FOREIGN[fault]
+    model, tokens = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 3)), torch.tensor([[1, 2], [3, 4]])
+    snapshot = Snapshot(model)
+    with pytest.raises(RuntimeError) as raised, obc.JacobianScorer(model, rows=rows) as scorer, scorer.row():
+        loss(model, tokens).backward()
+    (note,) = vars(raised.value)["__notes__"]
+    assert note.startswith("obc.JacobianScorer: ")
+    assert remedy in note
+    snapshot.assert_restored()
+
+
 def one_row(scorer: obc.JacobianScorer, case: models.Case) -> None:
     with scorer.row():
         case.loss(case.model, case.batches[0]).backward()

@@ -14,7 +14,7 @@ from obc.model.arguments import meant
 from obc.model.batches import RowKind
 from obc.model.sharding import is_sharded
 from obc.model.usable import refuse_inference, refuse_without_values
-from obc.scoring.errors import RowError, ScoringError
+from obc.scoring.errors import RowError, ScoringError, note_remedy
 from obc.scoring.parts import Parts
 from obc.scoring.reading import refusals
 from obc.scoring.reading.attachment import Attachment
@@ -134,8 +134,10 @@ class JacobianScorer:
         attachment, self._parts.attachment = self._parts.attachment, None
         assert attachment is not None
         attachment.undo()
-        if kind is None:
+        if error is None:
             self._parts.counter.name_faults()
+        else:
+            note_remedy(error)
 
     # --- rows -------------------------------------------------------------------------------------------------
 
