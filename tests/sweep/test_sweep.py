@@ -19,8 +19,9 @@ from sweep_table import TITLES, counts, table  # noqa: E402
 PAGE = Path(__file__).parents[2] / "docs" / "transformers_models.md"
 CHOSEN = {
     "causal": (
-        "afmoe bamba bloom cpmant ctrl deepseek_v3 falcon falcon_mamba gemma4_text gpt2 gpt_oss jetmoe llama mamba "
-        "mixtral modernbert-decoder olmo2 opt phi3 qwen3_next recurrent_gemma rwkv xlstm zamba"
+        "afmoe bamba bloom cpmant ctrl deepseek_v3 falcon falcon_mamba gemma4_text gpt2 gpt_oss inkling_text jetmoe "
+        "llama longcat_flash mamba mixtral modernbert-decoder olmo2 opt phi3 qwen3_next recurrent_gemma rwkv xlstm "
+        "zamba zaya"
     ),
     "masked": "albert bert deberta funnel luke nystromformer",
     "seq2seq": "bart bigbird_pegasus switch_transformers t5",

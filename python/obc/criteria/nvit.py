@@ -34,7 +34,7 @@ class NViT(Criterion):
         "labels",
         kinds="all that have rows",
         differs="its code divides r by 6 for heads and by 12 for the embedding: weights=NViT.CODE_WEIGHTS",
-        missing="momentum over steps",
+        missing="momentum over steps; gate and up projections of experts that are one tensor have no rows",
     )
     needs = (Rows("all"),)
     CODE_WEIGHTS: Mapping[str, float] = {"heads": 1 / 6, "query_heads": 1 / 6, "embedding": 1 / 12}

@@ -11,7 +11,7 @@ GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
 DOWN_BIAS = f"{DOWN}_bias"
 
 # Biases that routers add to scores only to choose experts, such as e_score_correction_bias: a part of their names.
-CORRECTIONS = ("correction_bias", "expert_bias")
+CORRECTIONS = ("correction_bias", "expert_bias", "balancing_bias")
 
 _SEPARATE_GATES = "gate_proj"
 

@@ -113,7 +113,8 @@ class _Reader(Reader):
         hidden, indices, weights = inputs[:3]
         experts = expert_count(module)
         valid = self.part.valid_positions(hidden, hidden.dim() - 1)
-        counted = indices < experts  # parallel processes mark experts elsewhere by an index beyond the last
+        # Experts of other processes and none at all have an index beyond the last, or a weight of zero.
+        counted = (indices < experts) & (weights != 0)
         if valid is not None:
             counted = counted & valid.reshape(-1, 1)
         router = self._routers[name]

@@ -118,7 +118,7 @@ def is_routed_call(inputs: Sequence[Any]) -> bool:
 
 def routed_input(module: Any, expert: int, hidden: Tensor, indices: Tensor, weights: Tensor) -> RoutedInput:
     """The input of one expert's down projection; empty if no token was routed to it."""
-    tokens, slots = torch.where(indices == expert)
+    tokens, slots = torch.where((indices == expert) & (weights != 0))
     up = F.linear(hidden[tokens], *projection(module, _up(module), expert))
     return RoutedInput(expert, _activated(module, up), tokens, len(hidden), weights[tokens, slots])
 

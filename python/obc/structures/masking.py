@@ -114,7 +114,10 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
                 gone = part.channels[removed[group.name].cpu()].flatten()
                 if _is_router(module := modules.get(part.module), group):
                     assert module is not None
-                    _route_elsewhere(module, gone)
+                    rows, parent = len(module.weight), part.module.rpartition(".")[0]  # type: ignore[arg-type]
+                    _route_elsewhere(module, rows, gone)
+                    if parent != group.name.rpartition(".")[0]:  # a router may multiply by its layer's weight itself
+                        _route_elsewhere(modules[parent], rows, gone)
                 elif module is None:
                     _never_preferred(uses, modules, part.module, gone)
     return masked
@@ -217,7 +220,7 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
 
 def _is_router(module: nn.Module | None, group: ChannelGroup) -> bool:
     weight, experts = getattr(module, "weight", None), group.slices[0].channels.numel()
-    return isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) == experts
+    return isinstance(weight, Tensor) and weight.dim() == 2 and len(weight) >= experts  # rows behind them stay
 
 
 class _WithoutExperts(TorchFunctionMode):
@@ -249,8 +252,8 @@ def _never_preferred(uses: Uses, modules: Mapping[str, nn.Module], name: str, re
         modules[owner]._buffers[key] = lowest
 
 
-def _route_elsewhere(router: nn.Module, removed: Tensor) -> None:
-    forward, rows = router.forward, len(router.weight)  # type: ignore[arg-type]
+def _route_elsewhere(router: nn.Module, rows: int, removed: Tensor) -> None:
+    forward = router.forward
 
     def without_experts(*args: Any, **kwargs: Any) -> Any:
         with _WithoutExperts(rows, removed):

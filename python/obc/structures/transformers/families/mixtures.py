@@ -3,8 +3,8 @@
 The tensors may be transposed, have biases, have no gates (Nemotron-H), and interleave gates and up projections
 (gpt-oss). Routers multiply by a weight of their own or contain a linear layer with an output for each expert, and may
 have a bias, a correction bias for choosing experts, and a factor for each expert's weight (Gemma 4); a removed expert
-takes its entries along. Of routers that first choose among groups of experts, a unit is the k-th expert of every group,
-so that the groups stay of equal size.
+takes its entries along, and rows behind the experts' stay. Of routers that first choose among groups of experts, a unit
+is the k-th expert of every group, so that the groups stay of equal size.
 """
 
 from collections.abc import Collection, Iterator
@@ -25,6 +25,9 @@ from obc.structures.units import NotPrunableError
 
 # How many groups of consecutive experts, of equal size, a router first chooses among.
 _ROUTED_GROUPS = ("n_group", "num_group", "n_groups", "num_groups", "num_expert_group", "n_expert_groups")
+# How many rows a router has if those behind the experts' are for tokens that skip all (LongCat, Zaya), or for shared
+# experts (Inkling).
+_ROWS = ("num_router_classes", "n_total_experts", "n_routed_experts", "total_experts")
 # Factors of the experts' weights.
 _FACTORS = ("per_expert_scale",)
 
@@ -73,7 +76,8 @@ def _stored(module: nn.Module, up: Tensor, down: Tensor) -> _Stored:
     transposed = is_transposed(up, down)
     up_dim, down_dim = (2, 1) if transposed else (1, 2)
     count, width, features = len(down), down.shape[down_dim], down.shape[3 - down_dim]
-    expected = {name: (count, copies * width) if up_dim == 1 else (count, features), DOWN: tuple(down.shape)}
+    ups = len(up) if len(up) == vars(module).get("total_experts") else count
+    expected = {name: (ups, copies * width) if up_dim == 1 else (ups, features), DOWN: tuple(down.shape)}
     expected[name] = (*expected[name], features if up_dim == 1 else copies * width)
     with_biases = {f"{name}_bias": (count, copies * width), f"{DOWN}_bias": (count, features)}
     biases = tuple(key for key in with_biases if key in own)
@@ -110,6 +114,7 @@ class _Router:
         name: name of the module beside the experts.
         logits: name of the module with a weight that has a row for each expert: it, or a linear layer inside.
         others: (module, tensor, dimension of the experts) with an entry for each expert.
+        rows: of that weight; those behind the experts' stay.
         groups: number of groups of consecutive experts that it first chooses among.
         chosen_groups: how many of these it chooses for a token.
         least: the number of experts that each group needs, so that its scores can be computed.
@@ -118,6 +123,7 @@ class _Router:
     name: str
     logits: str
     others: tuple[tuple[str, str, int], ...]
+    rows: int
     groups: int
     chosen_groups: int
     least: int
@@ -148,10 +154,13 @@ def _whole_experts(layers: Layers, name: str, stored: _Stored) -> Block:
         axes[full, "out"] = (Axis(owner, key, dim, full, "out"),)
         slices.append(Slice(full, "out", one))
     holders = dict.fromkeys((name, router.name, router.logits, parent))
+    counted = {attributes("experts"): (count, router.groups)}
+    if router.rows > count:
+        counted[_ROWS] = router.rows, router.groups
     return Block(
         ChannelGroup(name, (*slices, Slice(name, "out", one)), "experts"),
         axes=axes,
-        counters=layers.counters([*holders], {attributes("experts"): (count, router.groups)}),
+        counters=layers.counters([*holders], counted),
         config=layers.config_key(config_keys("experts"), router.groups),
         min_units=max(-(-routed // router.chosen_groups), router.least),
     )
@@ -172,6 +181,7 @@ def _router(layers: Layers, parent: str, count: int) -> _Router:
         raise NotPrunableError(
             f"of the router {router} no single weight has {count} rows, one for each expert; it has {shapes}"
         )
+    rows = len(layers.modules[logits].weight)  # type: ignore[arg-type]
     own, others, refused = {f"{logits}.weight", f"{logits}.bias"}, [], []
     for holder in (router, parent):
         module = layers.modules[holder]
@@ -181,14 +191,14 @@ def _router(layers: Layers, parent: str, count: int) -> _Router:
             owner, _, last = joined(holder, key).rpartition(".")
             if joined(owner, last) in own:
                 continue
-            one_each = tensor.shape in ((count,), (1, count))
+            one_each = tensor.shape in ((count,), (1, count), (rows,), (1, rows))
             if one_each and (is_correction(last) or last in _FACTORS):
                 others.append((owner, last, tensor.dim() - 1))
-            elif count in tensor.shape or not tensor.is_floating_point():
+            elif {count, rows} & set(tensor.shape) or not tensor.is_floating_point():
                 refused.append(key)
     if refused:
         raise NotPrunableError(f"the router {router} has more than a weight ({', '.join(dict.fromkeys(refused))})")
-    return _Router(router, logits, tuple(others), *_routed_groups(layers, router, parent, count))
+    return _Router(router, logits, tuple(others), rows, *_routed_groups(layers, router, parent, count))
 
 
 def _routed_groups(layers: Layers, router: str, parent: str, count: int) -> tuple[int, int, int]:
@@ -212,12 +222,17 @@ def _routed_groups(layers: Layers, router: str, parent: str, count: int) -> tupl
 
 def _logits(layers: Layers, router: str, count: int) -> str | None:
     """The router, or the only module inside it, whose weight has a row for each expert; None if there are several."""
-    found = []
-    for inner, module in layers.modules[router].named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.dim() == 2 and len(weight) == count:
-            found.append(joined(router, inner) if inner else router)
-    return found[0] if len(found) == 1 else None
+    said = vars(layers.modules[router])
+    totals = {said[key] for key in _ROWS if type(said.get(key)) is int and said[key] > count}
+    for counts in ({count}, totals):
+        found = []
+        for inner, module in layers.modules[router].named_modules():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.dim() == 2 and len(weight) in counts:
+                found.append(joined(router, inner) if inner else router)
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 register(Family("mixtures", blocks=_experts, kinds=(Kind("experts", whole=True), Kind("expert_ffn"))))

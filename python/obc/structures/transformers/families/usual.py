@@ -16,7 +16,13 @@ register(
             "key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
             "attention_width": ("all_head_size", "embed_dim"),
             "head_size": ("head_dim", "attention_head_size", "head_size"),
-            "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+            "experts": (
+                "num_experts",
+                "num_local_experts",
+                "n_routed_experts",
+                "moe_num_experts",
+                "num_routed_experts",
+            ),
         },
         config_keys={
             "hidden_size": ("hidden_size",),
