@@ -29,7 +29,9 @@ def missing_tool() -> str | None:
     compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
     if not any(shutil.which(compiler) for compiler in compilers):
         return f"C++ compiler ({' or '.join(compilers)})"
-    return next((tool for tool in ("cmake", "ninja") if not shutil.which(tool)), None)
+    if not shutil.which("cmake"):
+        return "cmake"
+    return None if any(map(shutil.which, ("ninja", "make"))) else "ninja or make"
 
 
 class CMakeBuild(build_ext):
@@ -44,7 +46,7 @@ class CMakeBuild(build_ext):
             self.warn(f"obc: no {tool} found: installing without the native kernels (see `obc info`)")
             return
         build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
-        # An isolated build's paths are gone by the next one.
+        # An isolated build's paths are gone by the next one, and so may be its generator.
         (build_dir / "CMakeCache.txt").unlink(missing_ok=True)
         configure = {
             "BUILD_TESTING": "OFF",
@@ -54,10 +56,10 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
         }
         definitions = [f"-D{name}={value}" for name, value in configure.items()]
-        configure_command = ["cmake", "-S", ROOT, "-B", build_dir, "-G", "Ninja", *definitions]
+        generator = "Ninja" if shutil.which("ninja") else "Unix Makefiles"
+        configure_command = ["cmake", "-S", ROOT, "-B", build_dir, "-G", generator, *definitions]
         subprocess.run(configure_command, check=True)
-        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        build = ["cmake", "--build", build_dir, *jobs]
+        build = ["cmake", "--build", build_dir, "-j", os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)]
         if subprocess.run(build).returncode != 0:
             # They need another C++ standard and torch's own headers; gates in Python can replace them.
             self.warn("obc: building again without the gates in C++: scoring small networks will be slower")

@@ -12,6 +12,9 @@ DISTRIBUTION = "optimal-brain-connection"
 # Rebuilds the native libraries of a source tree.
 REBUILD = "pip install --no-build-isolation -e . in obc's source tree, or reinstall obc"
 
+# Where the native module is missing: it alone, and gates in C++, include Python's headers.
+NATIVE_REMEDY = "install a C++17 compiler and Python's headers (python3-dev), and reinstall obc"
+
 
 @functools.cache
 def obc_version() -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from obc import backends
-from obc.distribution import DISTRIBUTION, obc_version
+from obc.distribution import DISTRIBUTION, NATIVE_REMEDY, obc_version
 from obc.scoring.reading import native_gates
 
 ENVIRONMENT = {
@@ -31,14 +31,16 @@ def _build() -> dict[str, Any]:
         return {
             "available": False,
             "reason": f"the native module was not built, or can't be loaded here: {error}",
-            "remedy": backends.BACKENDS["cpu"].remedy,
+            "remedy": NATIVE_REMEDY,
         }
     return {"available": True, **_native.build_facts(), "instruction_set": _native.instruction_set()}
 
 
 def _gates() -> dict[str, Any]:
     if reason := native_gates.why_unavailable():
-        remedy = "install obc again, with this torch and a C++20 compiler; until then gates run in Python"
+        remedy = (
+            "install obc again, with this torch, a C++20 compiler and Python's headers; until then gates run in Python"
+        )
         return {"available": False, "reason": reason, "remedy": remedy}
     return {"available": True}
 

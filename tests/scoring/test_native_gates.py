@@ -235,7 +235,7 @@ def test_without_a_library_for_this_torch_gates_are_pythons(
     monkeypatch.setattr(native_gates, "path", lambda: missing)
     assert native_gates.library() is None
     assert native_gates.why_unavailable() == (
-        "gates-torch0.0.so was not built: install obc again with this torch, and a C++20 compiler"
+        "gates-torch0.0.so was not built: install obc again with this torch, a C++20 compiler and Python's headers"
     )
     monkeypatch.setattr("obc.scoring.reading.module_readers.pass_gate", _only_python)
     assert torch.equal(read(linear, lambda output: output.sum().backward()), expected)

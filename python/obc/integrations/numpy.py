@@ -19,13 +19,14 @@ from torch import Tensor
 
 from obc import ops
 from obc.backends.cpu import describe_bad_group
+from obc.distribution import NATIVE_REMEDY
 
 try:
     import obc._native as _native
 except ImportError as error:
     raise ImportError(
         f"obc.integrations.numpy needs obc's native module, which was not built or can't be loaded here ({error}); "
-        "install a C++17 compiler and reinstall obc"
+        f"{NATIVE_REMEDY}"
     ) from error
 
 Array: TypeAlias = NDArray[np.floating[Any]]

@@ -38,7 +38,9 @@ def path() -> Path:
 def _load() -> Any:
     """Load the library; raises ImportError with the reason if it can't be used."""
     if not path().exists():
-        raise ImportError(f"{path().name} was not built: install obc again with this torch, and a C++20 compiler")
+        raise ImportError(
+            f"{path().name} was not built: install obc again with this torch, a C++20 compiler and Python's headers"
+        )
     backends.BACKENDS["cpu"].load()  # for the cases that the gates' own kernel does not serve
     spec = importlib.util.spec_from_file_location("obc_gates", path())
     assert spec is not None
