@@ -2,6 +2,9 @@
 
     scores[groups[c]] += (row[c] / loss_scale)^2 for all c, if every square is finite; row = 0; returns that finiteness
 
+Groups that descend or leave the range of scores can't be reported without a host read; they make the row count as not
+finite, so nothing is added, and nothing is written outside of scores.
+
 Shapes: row (C,), groups (C,) ascending, or absent: groups[c] = c; scores (G,). Any strides.
 Bytes: row read twice (the second time from cache), written once; scores of the groups that occur read and written
 once; groups once.
@@ -42,6 +45,14 @@ def _all_finite(squares):
 
 
 @triton.jit
+def _all_fit(groups_ptr, group, c, channels, stride, scores_size):
+    """Whether the groups of the channels ``c`` are below ``scores_size`` and none is below the one before it, or 0."""
+    before = tl.load(groups_ptr + (c - 1) * stride, mask=(c > 0) & (c < channels), other=0)
+    fits = ((group >= before) & (group < scores_size)) | (c >= channels)
+    return tl.min(fits.to(tl.int32), axis=0)
+
+
+@triton.jit
 def _add_segments(sum_a, last_a, sum_b, last_b):
     """Running sums that restart with every group; ``last`` is the group of the right end."""
     return tl.where(last_a == last_b, sum_a + sum_b, sum_b), last_b
@@ -54,6 +65,7 @@ def _end_row_shares_kernel(
     row_ptr,
     groups_ptr,
     channels,
+    scores_size,
     stride_r,
     stride_g,
     loss_scale: tl.float64,
@@ -62,11 +74,13 @@ def _end_row_shares_kernel(
     tile = tl.program_id(0).to(tl.int64)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     squares = _squares(row_ptr, c, channels, stride_r, loss_scale)
-    tl.store(finite_ptr + tile, _all_finite(squares))
+    finite = _all_finite(squares)
     if groups_ptr is not None:
         last = tl.load(groups_ptr + (tl.minimum((tile + 1) * BLOCK_C, channels) - 1) * stride_g)
         group = tl.load(groups_ptr + c * stride_g, mask=c < channels, other=0)
+        finite = tl.minimum(finite, _all_fit(groups_ptr, group, c, channels, stride_g, scores_size))
         tl.store(share_ptr + tile, tl.sum(tl.where((group == last) & (c < channels), squares, 0.0), axis=0))
+    tl.store(finite_ptr + tile, finite)
 
 
 @triton.jit
@@ -78,6 +92,7 @@ def _end_row_kernel(
     finite_ptr,
     share_ptr,
     channels,
+    scores_size,
     tiles,
     stride_s,
     stride_r,
@@ -89,8 +104,13 @@ def _end_row_kernel(
     tile = tl.program_id(0).to(tl.int64)
     c = tile * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     squares = _squares(row_ptr, c, channels, stride_r, loss_scale)
+    target = c
+    if groups_ptr is not None:
+        target = tl.load(groups_ptr + c * stride_g, mask=c < channels, other=0)
     if finite_ptr is None:
         finite = _all_finite(squares)
+        if groups_ptr is not None:
+            finite = tl.minimum(finite, _all_fit(groups_ptr, target, c, channels, stride_g, scores_size))
     else:
         flags = tl.full((BLOCK_T,), 1, dtype=tl.int32)
         for first in range(0, tiles, BLOCK_T):
@@ -100,10 +120,8 @@ def _end_row_kernel(
     if tile == 0:
         tl.store(flag_ptr, finite.to(tl.int8))
 
-    target = c
     ends = c < tl.where(finite != 0, channels, 0)  # nothing is added where the row is not finite
     if groups_ptr is not None:
-        target = tl.load(groups_ptr + c * stride_g, mask=c < channels, other=0)
         following = tl.load(groups_ptr + (c + 1) * stride_g, mask=c + 1 < channels, other=-1)
         ends &= (target != following) | (c + 1 == channels)
         squares, _ = tl.associative_scan((squares, target), 0, _add_segments)
@@ -190,6 +208,7 @@ def end_row_triton(
             row,
             groups,
             channels,
+            scores.shape[0],
             *strides,
             float(loss_scale),
             BLOCK_C=config.block_c,
@@ -205,6 +224,7 @@ def end_row_triton(
         finite,
         shares,
         channels,
+        scores.shape[0],
         tiles,
         scores.stride(0),
         *strides,

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tolerances import assert_sum_close
 from torch import Tensor
 
+import obc
 from obc import ops, reference
 
 DTYPES = [pytest.param(torch.float32, id="f32"), pytest.param(torch.float64, id="f64")]
@@ -92,6 +93,25 @@ def test_end_row_leaves_out_a_row_that_is_not_finite(
         assert ops.end_row(scores, row, 1.0, groups).item() is False
         assert torch.equal(scores, before)
         assert not row.any()
+
+
+@pytest.mark.parametrize("device", KERNEL_TARGETS, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [6, 5000])
+def test_end_row_leaves_out_a_row_whose_groups_do_not_fit(device: str, dtype: torch.dtype, channels: int) -> None:
+    """Negative, descending and beyond the scores: no kernel writes outside of them, or adds a part of the row."""
+    for place, group in ((0, -1), (channels // 2, 0), (channels - 1, channels)):
+        groups = torch.arange(channels, device=device)
+        groups[place] = group
+        scores, row = torch.randn(2, channels, dtype=dtype, device=device)
+        before = scores.clone()
+        if obc.backends.requested() == "cpu":
+            with pytest.raises(ValueError, match=rf"groups\[{place}\] is {group}, expected ascending"):
+                ops.end_row(scores, row, 1.0, groups)
+        else:
+            assert ops.end_row(scores, row, 1.0, groups).item() is False
+            assert not row.any()
+        assert torch.equal(scores, before)
 
 
 @pytest.mark.parametrize("device", TARGETS, indirect=True)

@@ -108,7 +108,9 @@ def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor
         scores: flat float32 or float64 vector, one entry per group, or per channel without ``groups``.
         row: flat vector of the same dtype and device, one entry per channel; shares no entry with ``scores``.
         loss_scale: the factor that the loss was multiplied by (a gradient scaler's scale).
-        groups: int64 vector, the group of each channel, ascending.
+        groups: int64 vector, the group of each channel: ascending, from 0 and below the length of ``scores``. Others
+            are a ValueError on a CPU. A GPU can't be asked without waiting for it: there its kernels add nothing and
+            return False, as for a square that is not finite.
 
     Returns:
         A 0-d bool tensor on the device: whether every square was finite. Not differentiable.
