@@ -236,13 +236,16 @@ def reconstruct(task: Task, model: nn.Module, plan: obc.PruningPlan, how: str) -
         for batch in task.calibration:
             for name, calls in inputs(task.model, list(consumers), batch, task.forward).items():
                 for x in calls:
-                    moments[name].add(consumers[name].rows(x))
+                    moments[name].add_inputs(consumers[name].rows(x))
     for name, consumer in consumers.items():
         if how == "obs":
             consumer.apply(moments[name].solve(_OBS_RIDGE, intercept=False))
             continue
-        cross = moments[name].cross / moments[name].samples
-        gram = cross.gather(1, consumer.positions[..., None].expand(-1, -1, cross.shape[2]))
+        sums = moments[name]
+        gram = sums.gram / sums.rows
+        cross = torch.zeros(len(gram), sums.size, gram.shape[2], dtype=gram.dtype)
+        cross.scatter_(1, sums.kept[..., None].expand_as(gram), gram)
+        cross.scatter_(1, sums.regressed[..., None].expand_as(sums.cross), sums.cross / sums.rows)
         ridge = _GRAIL_RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] * torch.eye(gram.shape[2])
         mapped = torch.linalg.solve(gram + ridge, cross, left=False)
         consumer.apply(Solution(mapped[0] if len(mapped) == 1 else mapped, None, Fit(0.0, 0.0, _GRAIL_RIDGE)))

@@ -47,7 +47,7 @@ def test_moments_solve_the_least_squares_problem() -> None:
         regressor = z if paired else x[:, kept]
         moments = Moments(kept[None], 6, paired)
         for rows, other in zip(x.split(64), regressor.split(64), strict=True):
-            moments.add(rows, other if paired else None)
+            moments.add_inputs(rows, other if paired else None)
         solution = moments.solve(0.0, centred)
         design = torch.cat([regressor, torch.ones(200, 1, dtype=torch.float64)], 1) if centred else regressor
         expected = torch.linalg.lstsq(design, x).solution.T
@@ -66,7 +66,7 @@ def test_kept_channels_stay_the_identity_and_a_large_ridge_stays_naive() -> None
     torch.manual_seed(0)
     kept = torch.tensor([[0, 3]])
     moments = Moments(kept, 5, paired=False)
-    moments.add(torch.randn(100, 5) @ torch.randn(5, 5))
+    moments.add_inputs(torch.randn(100, 5) @ torch.randn(5, 5))
     for ridge in (1e-4, 1e-1, 1e8):
         decompressor = moments.solve(ridge, False).decompressor
         assert (decompressor[kept[0]] - torch.eye(2)).abs().max() < 1e-6
@@ -82,8 +82,8 @@ def test_weighed_rows_count_as_often_as_their_weight_says(paired: bool) -> None:
     weights = torch.randint(1, 4, (60,))
     arriving = z if paired else None
     weighed, repeated = (Moments(kept, 5, paired) for _ in range(2))
-    weighed.add(x, arriving, weights)
-    repeated.add(x.repeat_interleave(weights, 0), z.repeat_interleave(weights, 0) if paired else None)
+    weighed.add_inputs(x, arriving, weights)
+    repeated.add_inputs(x.repeat_interleave(weights, 0), z.repeat_interleave(weights, 0) if paired else None)
     solutions = [moments.solve(1e-2, True) for moments in (weighed, repeated)]
     assert_close(solutions[0].decompressor, solutions[1].decompressor)
     assert_close(solutions[0].intercept, solutions[1].intercept)
@@ -131,7 +131,7 @@ def test_a_few_tokens_of_a_large_stream_do_not_decide() -> None:
 def test_a_singular_gram_matrix_takes_a_larger_ridge_and_reports_it() -> None:
     moments = Moments(torch.tensor([[0, 1]]), 3, paired=False)
     rows = torch.randn(50, 1, dtype=torch.float64)
-    moments.add(rows * torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))
+    moments.add_inputs(rows * torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))
     solution = moments.solve(1e-17, False)
     assert solution.fit.ridge > 1e-17
     assert solution.fit.error_after < 1e-6
@@ -139,7 +139,7 @@ def test_a_singular_gram_matrix_takes_a_larger_ridge_and_reports_it() -> None:
 
 def test_constant_channels_stay_naive() -> None:
     moments = Moments(torch.tensor([[0, 1]]), 3, paired=False)
-    moments.add(torch.zeros(10, 3))
+    moments.add_inputs(torch.zeros(10, 3))
     solution = moments.solve(1e-4, True)
     assert torch.equal(solution.decompressor, torch.eye(3, 2, dtype=torch.float64))
 

@@ -89,9 +89,9 @@ def compensate(
     unchanged, and at the end whether the result is better than naive. In modes "ls" and "seq" they decide by the
     model's output: one ridge for all layers, or for each layer the ridge (or no compensation) that reconstructs its
     input best, or naive. This takes a pass over the held-out batches for every ridge; with BatchNorms, a pass over all
-    batches. The running sums take 16 (in * kept + 2 in + kept) bytes per layer ("seq": + 16 kept^2, one layer at a
-    time), plus a copy of the consumers for every ridge and the unpruned model's outputs on the held-out batches, which
-    are recomputed each time if they exceed ``max_bytes``.
+    batches. The running sums take 16 in (kept + 2) bytes per layer ("seq": + 16 kept^2, one layer at a time), plus a
+    copy of the consumers for every ridge and the unpruned model's outputs on the held-out batches, which are recomputed
+    each time if they exceed ``max_bytes``.
 
     Args:
         pruned_model: the model as pruning left it; device and dtype are those of ``original_model``.

@@ -52,7 +52,8 @@ class Consumer:
 
     def bytes(self, paired: bool) -> int:
         """The bytes that :meth:`moments` take."""
-        return Moments.bytes_for(len(self.positions), self.size, self.positions.shape[1], paired)
+        blocks, kept = self.positions.shape
+        return Moments.bytes_for(blocks, kept, self.size if paired else self.size - kept)
 
     def moments(self, paired: bool) -> Moments:
         """Empty moments of the layer's inputs; ``paired`` with the pruned model's own."""

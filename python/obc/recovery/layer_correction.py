@@ -28,8 +28,8 @@ from obc.recovery.layer_rows import (
     output_rows,
     stream_weights,
 )
-from obc.recovery.moments import Moments, larger_ridges
-from obc.recovery.normal_equations import Change, NormalEquations, smallest
+from obc.recovery.moments import Moments
+from obc.recovery.normal_equations import Change, NormalEquations, SingularError, smallest
 from obc.recovery.padding import valid_rows
 from obc.recovery.stream_points import Call, of_same_tokens
 
@@ -109,7 +109,7 @@ class LayerCorrections:
         if layer.consumer.overlaps:
             if target.shape[0] == call.x.shape[0] and target.shape[2:] == call.x.shape[2:]:
                 moments = sums.inputs = sums.inputs or layer.consumer.moments(paired=True)
-                moments.add(layer.consumer.rows(target), layer.consumer.rows(call.x))
+                moments.add_inputs(layer.consumer.rows(target), layer.consumer.rows(call.x))
             return
         dim = 1 if layout.convolution else -1
         if layer.out_channels is not None and target.shape[dim] != call.point.shape[dim]:
@@ -152,7 +152,10 @@ class LayerCorrections:
             )
             self.report.layers[layer.name] = LayerCorrection(layer.summed, 0.0, 0.0, False, 0, 0.0)
             return
-        changes = self._changes(layer, sums.fit)
+        try:
+            changes = sums.fit.solved(self.options.ridges, layer.consumer.has_bias or layer.norm is not None)
+        except SingularError as error:
+            raise ValueError(f"{layer.name}: {error}") from error
         candidates: list[Change | None] = [None, *changes]
         squares = torch.as_tensor(sums.factors, dtype=torch.float64, device=sums.check.energy.device).square()
         squares = squares if squares.dim() == 0 else squares.reshape(sums.check.energy.shape)
@@ -166,18 +169,6 @@ class LayerCorrections:
             layer.summed, before, after, change is not None, sums.fit.rows, change.ridge if change else 0.0
         )
 
-    def _changes(self, layer: Layer, fit: NormalEquations) -> list[Change]:
-        """The solutions for every sufficient ridge; if none is, for the first larger one that is."""
-        largest = max(self.options.ridges)
-        for larger in larger_ridges(largest):
-            ridges = self.options.ridges if larger == largest else [larger]
-            if changes := fit.changes(ridges, layer.consumer.has_bias or layer.norm is not None):
-                return changes
-        raise ValueError(
-            f"{layer.name}: its Gram matrix is singular with a ridge of up to {larger:g}; it saw {fit.rows} positions "
-            f"for {fit.gram.shape[-1]} columns: pass more batches or a larger ridge"
-        )
-
     def _reconstruct(self, layer: Layer, moments: Moments) -> None:
         """Reconstruct the input of a layer whose outputs overlap, which is not a matrix product of its input's rows."""
         moments.gather(self.options.processes)
@@ -185,7 +176,7 @@ class LayerCorrections:
         layer.consumer.apply(solution)
         fit = solution.fit
         self.report.layers[layer.name] = LayerCorrection(
-            False, fit.error_before, fit.error_after, True, moments.samples, fit.ridge
+            False, fit.error_before, fit.error_after, True, moments.rows, fit.ridge
         )
 
 
@@ -197,8 +188,7 @@ def waves(layers: Sequence[Layer], max_bytes: int) -> Iterator[list[Layer]]:
     wave: list[Layer] = []
     taken = 0
     for layer in layers:
-        blocks, columns, outputs = columns_of(layer.consumer.module, layer.consumer.layout)
-        needed = 2 * 8 * blocks * columns * (columns + outputs)
+        needed = 2 * NormalEquations.bytes_for(*columns_of(layer.consumer.module, layer.consumer.layout))
         together = wave and not (layer.summed or wave[-1].summed) and taken + needed <= max_bytes
         if wave and not (together and layer.source == wave[-1].source and layer.calls == wave[-1].calls == 1):
             yield wave

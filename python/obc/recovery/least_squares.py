@@ -24,8 +24,9 @@ from obc.recovery.calibration import output_error, outputs, recalibrate_from, st
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
 from obc.recovery.consumers import Consumer, in_execution_order
 from obc.recovery.layer_rows import output_rows, stream_weights
-from obc.recovery.moments import Fit, Moments, SingularError
+from obc.recovery.moments import Fit, Moments
 from obc.recovery.norm_reference import Target
+from obc.recovery.normal_equations import SingularError
 from obc.recovery.padding import valid_rows
 from obc.recovery.stream_points import Call, observe, of_same_tokens
 
@@ -157,9 +158,9 @@ class LeastSquaresRun:
         unreached: list[str] = []
         for names in _chunks(self.consumers, self.options.max_bytes):
             fit, check = self._moments(names, paired=False)
-            unreached += [name for name in names if fit[name].samples == 0]
+            unreached += [name for name in names if fit[name].rows == 0]
             for name in names:
-                for ridge, layers in found.items() if fit[name].samples else ():
+                for ridge, layers in found.items() if fit[name].rows else ():
                     layers[name] = self._solve(name, fit[name], check[name], ridge)
                 bar.update()
         self.report.leave_unreached(unreached, self.consumers)
@@ -227,7 +228,7 @@ class LeastSquaresRun:
                     x, z = x[rows], None if z is None else z[rows]
                     if name not in self.off_stream:
                         weights = stream_weights(output_rows(consumer.layout, call.point, rows))
-                moments[name].add(x, z, weights)
+                moments[name].add_inputs(x, z, weights)
 
     def _look(self, consumers: Mapping[str, Consumer]) -> tuple[dict[str, Consumer], set[str]]:
         """The consumers in order of execution; and those whose outputs enter no sum: no stream weights tokens."""
@@ -246,15 +247,12 @@ class LeastSquaresRun:
         try:
             solution = moments.solve(ridge, consumer.intercept)
         except SingularError as error:
-            raise ValueError(
-                f"{name}: {error}; it saw {moments.samples} positions for {consumer.positions.shape[1]} kept channels: "
-                f"pass more batches or a larger ridge"
-            ) from error
+            raise ValueError(f"{name}: {error}") from error
         self._put(name, self.naive[name])
         consumer.apply(solution)
         decompressor = solution.decompressor.to(consumer.weight) if self.options.keep_decompressors else None
         held_out = check.relative_error(solution)
-        return _Compensated(_copies(consumer.parameters()), solution.fit, moments.samples, held_out, decompressor)
+        return _Compensated(_copies(consumer.parameters()), solution.fit, moments.rows, held_out, decompressor)
 
     def share(self) -> None:
         """Give all processes the first one's result: the last bits of a solution may differ between machines."""

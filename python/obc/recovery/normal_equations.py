@@ -16,13 +16,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obc.model.autocast import without_autocast
 from obc.model.processes import Processes
-from obc.recovery.moments import mean_diagonal
 
+# If Cholesky fails, the ridge is multiplied by the first number, at most as often as the second; the report names it.
+RIDGE_STEP, RIDGE_STEPS = 10.0, 6
+# A variance this small beside the mean square is a rounding error.
+_ROUNDING = 1e-12
 # Rows are converted to float64 in pieces of this many, so that no float64 copy of a whole batch is made.
 _PIECE = 4096
 # A channel whose naive error is this much smaller than the average has nothing to lose by a change.
 _SMALLEST_ERROR = 1e-6
+
+
+class SingularError(ValueError):
+    """A Gram matrix is singular even under the largest ridge."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,16 @@ class NormalEquations:
         self.rows = 0
         self.total = 0.0  # sum of the weights
 
+    @staticmethod
+    def bytes_for(blocks: int, columns: int, outputs: int) -> int:
+        """Bytes of the sums of one object."""
+        return 8 * blocks * ((columns + outputs) * columns + columns + 2 * outputs)
+
     @property
     def bytes(self) -> int:
         """Bytes of the sums."""
-        return sum(8 * sums.numel() for sums in self._sums())
+        blocks, outputs, columns = self.cross.shape
+        return self.bytes_for(blocks, columns, outputs)
 
     def _sums(self) -> tuple[Tensor, ...]:
         return self.gram, self.cross, self.sum_z, self.sum_e, self.energy
@@ -71,16 +85,17 @@ class NormalEquations:
         """Add rows: z (blocks, rows, columns), error (blocks, rows, outputs), weights (rows,), by default 1."""
         for start in range(0, z.shape[1], _PIECE):
             piece = slice(start, start + _PIECE)
-            rows, errors = z[:, piece].to(self.gram), error[:, piece].to(self.gram)
+            rows, errors = z[:, piece].double(), error[:, piece].double()
             weighted, weighted_errors = rows, errors
             if weights is not None:
-                factor = weights[piece].to(self.gram)[:, None]
+                factor = weights[piece].to(rows)[:, None]
                 weighted, weighted_errors = rows * factor, errors * factor
-            self.gram += weighted.mT @ rows
-            self.cross += weighted_errors.mT @ rows
-            self.sum_z += weighted.sum(1)
-            self.sum_e += weighted_errors.sum(1)
-            self.energy += (weighted_errors * errors).sum(1)
+            with without_autocast():
+                self.gram += (weighted.mT @ rows).to(self.gram)
+                self.cross += (weighted_errors.mT @ rows).to(self.gram)
+            self.sum_z += weighted.sum(1).to(self.gram)
+            self.sum_e += weighted_errors.sum(1).to(self.gram)
+            self.energy += (weighted_errors * errors).sum(1).to(self.gram)
         self.rows += z.shape[1]
         self.total += z.shape[1] if weights is None else float(weights.double().sum())
 
@@ -89,6 +104,22 @@ class NormalEquations:
         rows, total = torch.tensor(self.rows), torch.tensor(self.total, dtype=torch.float64)
         processes.add([*self._sums(), rows, total])
         self.rows, self.total = int(rows), float(total)
+
+    def solved(self, ridges: Sequence[float], intercept: bool) -> list[Change]:
+        """The solutions for every sufficient ridge; if none is, for the first larger one that is.
+
+        Raises:
+            SingularError: the largest ridge tried is not sufficient.
+        """
+        largest = max(ridges)
+        for step in range(RIDGE_STEPS + 1):
+            larger = largest * RIDGE_STEP**step
+            if changes := self.changes(ridges if step == 0 else [larger], intercept):
+                return changes
+        raise SingularError(
+            f"its Gram matrix is singular with a ridge of up to {larger:g}; it saw {self.rows} positions for "
+            f"{self.gram.shape[-1]} columns: pass more batches or a larger ridge"
+        )
 
     def changes(self, ridges: Sequence[float], intercept: bool) -> list[Change]:
         """The solution for every ridge with which the Gram matrix can be factorised."""
@@ -99,7 +130,7 @@ class NormalEquations:
         if intercept:
             gram = gram - mean_z[..., None] * mean_z[:, None]
             cross = cross - mean_e[..., None] * mean_z[:, None]
-        mean = mean_diagonal(gram, uncentred)
+        mean = _mean_diagonal(gram, uncentred)
         found = []
         for ridge in ridges:
             damped = gram.clone()
@@ -132,3 +163,14 @@ def smallest(errors: Sequence[Tensor]) -> int:
     naive = errors[0]
     floor = naive.clamp_min(max(_SMALLEST_ERROR * float(naive.mean()), torch.finfo(naive.dtype).tiny))
     return min(range(len(errors)), key=lambda index: float((errors[index] / floor).mean()))
+
+
+def _mean_diagonal(gram: Tensor, uncentred: Tensor) -> Tensor:
+    """(blocks, 1): the mean diagonal of E[z zT], which ridges are relative to.
+
+    If all channels of a block are constant, centring leaves rounding errors: the mean is then that of the uncentred
+    matrix, so that the solution is zero, and 1 where that is zero too.
+    """
+    mean, raw = (each.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) for each in (gram, uncentred))
+    mean = torch.where(mean > _ROUNDING * raw, mean, raw)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
