@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,14 +60,14 @@ def called_after(model: nn.Module, chain: Sequence[str], run: Callable[[], Any])
     after: set[str] = set()
     ends: list[Tensor | None] = []
 
-    def called(name: str) -> Callable[..., None]:
-        return lambda module, args: (after if ends else before).add(name)
+    def called(name: str, module: nn.Module, args: Any) -> None:
+        (after if ends else before).add(name)
 
     def copied(output: Any) -> Tensor | None:
         return output.clone() if isinstance(output, Tensor) else None
 
     last = model.get_submodule(chain[-1])
-    handles = [module.register_forward_pre_hook(called(name)) for name, module in model.named_modules()]
+    handles = [module.register_forward_pre_hook(partial(called, name)) for name, module in model.named_modules()]
     # A copy, because what follows may change it in place.
     handles.append(last.register_forward_hook(lambda module, args, output: ends.append(copied(output))))
     with torch.no_grad():

@@ -10,7 +10,8 @@ where F is the fold's own number, for any batch. The backward needs twice as man
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,17 +49,14 @@ def positions(model: nn.Module, names: Sequence[str], example_inputs: Any) -> di
     """
     seen: dict[str, int] = {}
 
-    def hook(name: str) -> Callable[..., None]:
-        def count(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            layout, weight = layout_of(module), module.weight
-            assert layout is not None
-            assert isinstance(weight, Tensor)
-            activation = args[0] if layout.transposed else output  # rows of a weight stored (in, out) are its inputs
-            seen[name] = seen.get(name, 0) + activation.numel() // max(1, weight.shape[0])
+    def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        layout, weight = layout_of(module), module.weight
+        assert layout is not None
+        assert isinstance(weight, Tensor)
+        activation = args[0] if layout.transposed else output  # rows of a weight stored (in, out) are its inputs
+        seen[name] = seen.get(name, 0) + activation.numel() // max(1, weight.shape[0])
 
-        return count
-
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(partial(count, name)) for name in names]
     with hooked(handles), evaluating(model), torch.no_grad():
         call(model, example_inputs)
     return seen

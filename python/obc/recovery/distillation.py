@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -176,13 +177,10 @@ def _outputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
         raise ValueError(f"{type(model).__name__} has no module {missing[0]!r}; change Distillation(modules=...)")
     seen: dict[str, Tensor] = {}
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, (tuple, list)) else output
+    def record(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        seen[name] = output[0] if isinstance(output, (tuple, list)) else output
 
-        return record
-
-    with hooked([known[name].register_forward_hook(recorder(name)) for name in names]):
+    with hooked([known[name].register_forward_hook(partial(record, name)) for name in names]):
         yield seen
     if unseen := [name for name in names if name not in seen]:
         raise ValueError(f"the forward pass did not call {unseen[0]!r}; leave it out of Distillation(modules=...)")

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -217,16 +218,12 @@ def matching(targets: Mapping[_BatchNorm, Target], number: int) -> Iterator[Call
 def _before_each(norms: Mapping[Any, _BatchNorm], act: Callable[[Any, Tensor], None]) -> Iterator[None]:
     """Call ``act`` with the key and the input before every call of one of the norms."""
 
-    def hook(key: Any) -> Callable[..., None]:
-        def read(norm: nn.Module, args: tuple[Any, ...]) -> None:
-            # Whoever follows tensors through the run, as obc.recovery.stream_points does, must not see this.
-            with torch._C.DisableTorchFunction():
-                act(key, args[0].detach())
+    def read(key: Any, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        # Whoever follows tensors through the run, as obc.recovery.stream_points does, must not see this.
+        with torch._C.DisableTorchFunction():
+            act(key, args[0].detach())
 
-        return read
-
-    handles = [norm.register_forward_pre_hook(hook(key)) for key, norm in norms.items()]
-    with hooked(handles):
+    with hooked([norm.register_forward_pre_hook(partial(read, key)) for key, norm in norms.items()]):
         yield
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,35 +47,27 @@ class _Watcher:
         self.handles: list[Any] = []
         for name, module in model.named_modules():
             if name:
-                self.handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-                self.handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
+                self.handles.append(module.register_forward_pre_hook(partial(self._begin, name), with_kwargs=True))
+                self.handles.append(module.register_forward_hook(partial(self._end, name)))
 
-    def _before(self, name: str) -> Callable[..., None]:
-        """A hook that begins the event of the module ``name``; a second call is recorded as a repetition."""
+    def _begin(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Begin the event of the module ``name``; a second call is recorded as a repetition."""
+        if name in self.events:
+            self.repeated.add(name)
+            return
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.alive += tensors
+        self.events[name] = _Event(name, self.clock, [id(tensor) for tensor in tensors])
+        self.clock += 1
 
-        def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if name in self.events:
-                self.repeated.add(name)
-                return
-            tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-            self.alive += tensors
-            event = _Event(name, self.clock, [id(tensor) for tensor in tensors])
-            self.events[name] = event
-            self.clock += 1
-
-        return record
-
-    def _after(self, name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            event = self.events[name]
-            tensor = stream_of(output)
-            event.end, self.clock = self.clock, self.clock + 1
-            if tensor is None or name in self.repeated:
-                return
-            self.alive.append(tensor)
-            event.output = id(tensor)
-
-        return record
+    def _end(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        event = self.events[name]
+        tensor = stream_of(output)
+        event.end, self.clock = self.clock, self.clock + 1
+        if tensor is None or name in self.repeated:
+            return
+        self.alive.append(tensor)
+        event.output = id(tensor)
 
     def sources(self, event: _Event) -> list[str]:
         """The modules, inner and outer, that returned one of the event's inputs as it was when the event began."""

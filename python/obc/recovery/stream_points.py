@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -149,7 +150,7 @@ class _Observer(TorchFunctionMode):
             if name:
                 self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)))
         for name, module in self.modules.items():
-            self.handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+            self.handles.append(module.register_forward_hook(partial(self._record, name), with_kwargs=True))
         for name, module in self.whole.named_modules() if self.whole is not None else ():
             if name:
                 self.handles.append(module.register_forward_hook(lambda *_: self.stack.pop() and None))
@@ -165,25 +166,21 @@ class _Observer(TorchFunctionMode):
         for trace in list(self.traces.values()):
             self._close(trace)
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        """A hook that records a call of the layer ``name`` and begins to follow its output."""
-
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            routing, source = getattr(module, "routing", None), getattr(module, "reads", x)
-            call = Call(x.detach(), output.detach(), stack=list(self.stack), source=id(source), routing=routing)
-            if self.whole is not None:
-                self.alive.append(source)
-            self.seen.calls.setdefault(name, []).append(call)
-            if name in self.own:
-                call.x, call.point = x.clone(), output.detach().clone()  # either may be changed in place later
-                self._stop_when_done()
-            else:
-                call.x = x.clone()
-                self.traces[id(output)] = _Trace(output, [(call, 1.0)])
-                self.waiting += 1
-
-        return record
+    def _record(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Record a call of the layer ``name`` and begin to follow its output."""
+        x = args[0] if args else next(iter(kwargs.values()))
+        routing, source = getattr(module, "routing", None), getattr(module, "reads", x)
+        call = Call(x.detach(), output.detach(), stack=list(self.stack), source=id(source), routing=routing)
+        if self.whole is not None:
+            self.alive.append(source)
+        self.seen.calls.setdefault(name, []).append(call)
+        if name in self.own:
+            call.x, call.point = x.clone(), output.detach().clone()  # either may be changed in place later
+            self._stop_when_done()
+        else:
+            call.x = x.clone()
+            self.traces[id(output)] = _Trace(output, [(call, 1.0)])
+            self.waiting += 1
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -112,18 +112,15 @@ def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: Fo
     found: set[str] = set()
     calls = RoutedCalls()
 
-    def hook(name: str) -> Any:
-        def compare(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if not isinstance(calls.inputs(module, args, output), str):
-                found.add(name)
-
-        return compare
+    def compare(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not isinstance(calls.inputs(module, args, output), str):
+            found.add(name)
 
     handles = []
     for name in names:
         module = original.get_submodule(name)
         if fused_experts(module) is not None and "forward" not in vars(module):  # another library's wrapper stays
-            handles.append(module.register_forward_hook(hook(name)))
+            handles.append(module.register_forward_hook(partial(compare, name)))
     with hooked(handles):
         forward(original, batch)
     return found

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from obc.model.evaluation import first_floating, stream_of
+from obc.model.hooks import hooked
 from obc.statistics.block_weights import BlockWeights
 from obc.statistics.by_block import ByBlock
 from obc.statistics.errors import StatisticsError
@@ -130,39 +132,34 @@ class BlockRun:
     def _watch(self, part: Any) -> None:
         """Run the model on one part, with one block's weights on the device at a time, and record what blocks do."""
         last: list[Tensor] = []
-        with contextlib.ExitStack() as stack, contextlib.ExitStack() as resident:
+        resident = contextlib.ExitStack()
 
-            def before(name: str) -> Callable[..., None]:
-                def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-                    if name in self.seen.chain:
-                        raise _RefusedError(f"{name!r} runs more than once: leave it out of ByBlock(blocks=...)")
-                    stream = first_floating(args, kwargs)
-                    if last and (stream is None or not _equal(stream, last[0])):
-                        raise _RefusedError(
-                            f"the model changes what {self.seen.chain[-1]!r} returns before it reaches {name!r}: name "
-                            "blocks that follow each other, ByBlock(blocks=[...]), or collect without by_block"
-                        )
-                    self.seen.chain.append(name)
-                    resident.enter_context(self.weights.on_device(name))
+        def before(name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+            if name in self.seen.chain:
+                raise _RefusedError(f"{name!r} runs more than once: leave it out of ByBlock(blocks=...)")
+            stream = first_floating(args, kwargs)
+            if last and (stream is None or not _equal(stream, last[0])):
+                raise _RefusedError(
+                    f"the model changes what {self.seen.chain[-1]!r} returns before it reaches {name!r}: name "
+                    "blocks that follow each other, ByBlock(blocks=[...]), or collect without by_block"
+                )
+            self.seen.chain.append(name)
+            resident.enter_context(self.weights.on_device(name))
 
-                return hook
+        def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            resident.pop_all().close()
+            stream = stream_of(output)
+            if stream is None:
+                raise _RefusedError(f"the block {name!r} returns {type(output).__name__} instead of a tensor")
+            last[:] = [stream]
+            self.seen.lengths[name] = len(output) if isinstance(output, (tuple, list)) else None
+            self.seen.outputs[name] = stream.detach().to("cpu", copy=True)
 
-            def after(name: str) -> Callable[..., None]:
-                def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                    resident.pop_all().close()
-                    stream = stream_of(output)
-                    if stream is None:
-                        raise _RefusedError(f"the block {name!r} returns {type(output).__name__} instead of a tensor")
-                    last[:] = [stream]
-                    self.seen.lengths[name] = len(output) if isinstance(output, (tuple, list)) else None
-                    self.seen.outputs[name] = stream.detach().to("cpu", copy=True)
-
-                return hook
-
-            for name in self.blocks:
-                block = self.model.get_submodule(name)
-                stack.callback(block.register_forward_pre_hook(before(name), with_kwargs=True).remove)
-                stack.callback(block.register_forward_hook(after(name)).remove)
+        handles: list[Any] = []
+        for name, block in ((name, self.model.get_submodule(name)) for name in self.blocks):
+            handles.append(block.register_forward_pre_hook(partial(before, name), with_kwargs=True))
+            handles.append(block.register_forward_hook(partial(after, name)))
+        with hooked(handles), resident:
             try:
                 self.call(self.model, part)
             except _RefusedError as refused:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -123,8 +124,9 @@ class _Reader(Reader):
         handles: list[Handle] = []
         for name, block in self.blocks.items():
             if name in self.coverage:
-                handles.append(block.register_forward_pre_hook(self._before(name), with_kwargs=True))
-            handles.append(block.register_forward_hook(self._after(name)))
+                handles.append(block.register_forward_pre_hook(partial(self._before, name), with_kwargs=True))
+            if (first := self.window(name)) is not None:
+                handles.append(block.register_forward_hook(partial(self._after, first)))
         return handles
 
     def begin(self) -> None:
@@ -143,34 +145,27 @@ class _Reader(Reader):
     def take_window(self, block: str, x: Tensor) -> None:
         self._inputs[block] = x
 
-    def _before(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self.part.reading and not is_running_again():
-                x = first_floating(args, kwargs)
-                if x is not None:
-                    self._inputs[name] = x.detach().clone()  # the residual may be added in place
+    def _before(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if self.part.reading and not is_running_again():
+            x = first_floating(args, kwargs)
+            if x is not None:
+                self._inputs[name] = x.detach().clone()  # the residual may be added in place
 
-        return hook
-
-    def _after(self, name: str) -> Callable[..., None]:
-        first = self.window(name)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if first is None or not self.part.reading or is_running_again():
-                return
-            x = self._inputs.pop(first, None)
-            y = first_floating([*output] if isinstance(output, (tuple, list)) else [output], {})
-            if x is None or y is None:
-                self.coverage[first] = Coverage.unread("its input or output is not a floating tensor")
-            elif x.shape != y.shape:
-                shapes = f"{tuple(x.shape)} to {tuple(y.shape)}"
-                self.coverage[first] = Coverage.unread(f"it is not a residual block: its shape changes from {shapes}")
-            else:
-                self.called.add(first)
-                with torch.no_grad():
-                    self._read(first, x, y.detach().to(x.device))
-
-        return hook
+    def _after(self, first: str, module: nn.Module, args: Any, output: Any) -> None:
+        """Read the window that begins with the block ``first`` and ends with the one that was called."""
+        if not self.part.reading or is_running_again():
+            return
+        x = self._inputs.pop(first, None)
+        y = first_floating([*output] if isinstance(output, (tuple, list)) else [output], {})
+        if x is None or y is None:
+            self.coverage[first] = Coverage.unread("its input or output is not a floating tensor")
+        elif x.shape != y.shape:
+            shapes = f"{tuple(x.shape)} to {tuple(y.shape)}"
+            self.coverage[first] = Coverage.unread(f"it is not a residual block: its shape changes from {shapes}")
+        else:
+            self.called.add(first)
+            with torch.no_grad():
+                self._read(first, x, y.detach().to(x.device))
 
     def _read(self, name: str, x: Tensor, y: Tensor) -> None:
         dim = channel_dim(self.blocks[name], x)

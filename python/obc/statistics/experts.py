@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -92,17 +93,14 @@ class _Reader(Reader):
 
     def attach(self) -> list[Handle]:
         return [
-            module.register_forward_pre_hook(self._hook(name), with_kwargs=True)
+            module.register_forward_pre_hook(partial(self._call, name), with_kwargs=True)
             for name, module in self.mixtures.items()
         ]
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self.part.reading and not self._again and not is_running_again():
-                with torch.no_grad():
-                    self._read(name, module, [*args, *kwargs.values()])
-
-        return hook
+    def _call(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self.part.reading and not self._again and not is_running_again():
+            with torch.no_grad():
+                self._read(name, module, [*args, *kwargs.values()])
 
     def _read(self, name: str, module: nn.Module, inputs: list[Any]) -> None:
         if not is_routed_call(inputs):

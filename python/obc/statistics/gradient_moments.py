@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -54,10 +55,12 @@ class _Reader(InputReader):
         self._of_part = Sums(sums.name)
 
     def attach(self) -> list[Handle]:
-        layers, mixtures = self.layers.items(), self.mixtures.items()
-        handles = [module.register_forward_pre_hook(self._tap(name), with_kwargs=True) for name, module in layers]
-        for name, module in mixtures:
-            handles += [self._begins(module), module.register_forward_hook(self._tap_experts(name), with_kwargs=True)]
+        handles: list[Handle] = []
+        for name, module in self.layers.items():
+            handles.append(module.register_forward_pre_hook(partial(self._tap, name), with_kwargs=True))
+        for name, module in self.mixtures.items():
+            tap = partial(self._tap_experts, name)
+            handles += [self._begins(module), module.register_forward_hook(tap, with_kwargs=True)]
         return handles
 
     def begin(self) -> None:
@@ -85,31 +88,25 @@ class _Reader(InputReader):
     def bytes(self) -> int:
         return sum(2 * (8 + 2 * 4) * width for width in self.widths.values())
 
-    def _tap(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            if not self.part.reading:
-                return None
-            x = self.checked_input(name, module, args, kwargs)
-            dim = input_dim(module, x)
-            valid = self.part.valid_positions(x, dim)
-            self.note_call(name, x, dim)
-            read = tapped(x, lambda grad: self.read_gradient(name, grad, dim, valid), copy=False)
-            swapped = {key: read if value is x else value for key, value in kwargs.items()}
-            return tuple(read if value is x else value for value in args), swapped
+    def _tap(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not self.part.reading:
+            return None
+        x = self.checked_input(name, module, args, kwargs)
+        dim = input_dim(module, x)
+        valid = self.part.valid_positions(x, dim)
+        self.note_call(name, x, dim)
+        read = tapped(x, lambda grad: self.read_gradient(name, grad, dim, valid), copy=False)
+        swapped = {key: read if value is x else value for key, value in kwargs.items()}
+        return tuple(read if value is x else value for value in args), swapped
 
-        return hook
+    def _tap_experts(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+        if not self.part.reading:
+            return None
+        with torch.no_grad():
+            routed = self.routed(name, module, [*args, *kwargs.values()], output)
 
-    def _tap_experts(self, name: str) -> Callable[..., Tensor | None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor | None:
-            if not self.part.reading:
-                return None
-            with torch.no_grad():
-                routed = self.routed(name, module, [*args, *kwargs.values()], output)
+        def read(grad: Tensor) -> None:
+            for one, inputs in routed:
+                self.read_gradient(one, inputs.at_input(module, grad), 1, None)
 
-            def read(grad: Tensor) -> None:
-                for one, inputs in routed:
-                    self.read_gradient(one, inputs.at_input(module, grad), 1, None)
-
-            return tapped(output, read, copy=True) if isinstance(output, Tensor) else None
-
-        return hook
+        return tapped(output, read, copy=True) if isinstance(output, Tensor) else None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -192,9 +193,10 @@ class InputReader(Reader):
         """Hook before every layer, and after every mixture of experts."""
         handles: list[Handle] = []
         for name, module in self.layers.items():
-            handles.append(module.register_forward_pre_hook(self._hook(name), with_kwargs=True))
+            handles.append(module.register_forward_pre_hook(partial(self._read_input, name), with_kwargs=True))
         for name, module in self.mixtures.items():
-            handles += [self._begins(module), module.register_forward_hook(self._mixture_hook(name), with_kwargs=True)]
+            read = partial(self._read_mixture, name)
+            handles += [self._begins(module), module.register_forward_hook(read, with_kwargs=True)]
         return handles
 
     def device_of(self, name: str) -> torch.device:
@@ -227,25 +229,22 @@ class InputReader(Reader):
                     found[one] = Coverage.unread("no token was routed to it, pass more batches")
         return found
 
-    def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if not self.part.reading or is_running_again():
-                return
-            with torch.no_grad():
-                given = self.checked_input(name, module, args, kwargs)
-                x, channel_dim = given.detach(), input_dim(module, given)
-                if channel_dim == 0:  # it has no dimension of samples
-                    x, channel_dim = x.unsqueeze(0), 1
-                self.note_call(name, x, channel_dim)
-                if self._latest is not None and self._latest.is_of(given, channel_dim, name):
-                    self._latest.modules.append(name)
-                    return
-                self._end_reading()
-                if x.numel():
-                    fields = self.read(name, x, channel_dim, self.part.valid_positions(x, channel_dim), None)
-                    self._latest = _Reading(given, channel_dim, name, fields, self.part)
-
-        return hook
+    @torch.no_grad()
+    def _read_input(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if not self.part.reading or is_running_again():
+            return
+        given = self.checked_input(name, module, args, kwargs)
+        x, channel_dim = given.detach(), input_dim(module, given)
+        if channel_dim == 0:  # it has no dimension of samples
+            x, channel_dim = x.unsqueeze(0), 1
+        self.note_call(name, x, channel_dim)
+        if self._latest is not None and self._latest.is_of(given, channel_dim, name):
+            self._latest.modules.append(name)
+            return
+        self._end_reading()
+        if x.numel():
+            fields = self.read(name, x, channel_dim, self.part.valid_positions(x, channel_dim), None)
+            self._latest = _Reading(given, channel_dim, name, fields, self.part)
 
     def _end_reading(self) -> None:
         """Add what was read last: no more modules share it."""
@@ -258,16 +257,11 @@ class InputReader(Reader):
         """Tell the readers of routed inputs when a mixture is called."""
         return mixture.register_forward_pre_hook(lambda module, args: self.part.calls.begin())
 
-    def _mixture_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
-            if self.part.reading and not is_running_again():
-                with torch.no_grad():
-                    self._read_experts(name, module, [*args, *kwargs.values()], output)
-
-        return hook
-
-    def _read_experts(self, name: str, module: nn.Module, arguments: list[Any], output: Any) -> None:
-        for one, routed in self.routed(name, module, arguments, output):
+    @torch.no_grad()
+    def _read_mixture(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        if not self.part.reading or is_running_again():
+            return
+        for one, routed in self.routed(name, module, [*args, *kwargs.values()], output):
             for field, values in self.read(one, routed.x, 1, None, routed).items():
                 self.sums.add(one, field, values)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -75,7 +76,7 @@ class _Reader(Reader):
         handles: list[Handle] = [_Restoration(weight) for weight in self.weights.values()]
         for name, weight in self.weights.items():
             weight.requires_grad_(True)
-            handles.append(weight.register_post_accumulate_grad_hook(self._hook(name)))
+            handles.append(weight.register_post_accumulate_grad_hook(partial(self._take, name)))
         return handles
 
     def begin(self) -> None:
@@ -90,18 +91,15 @@ class _Reader(Reader):
             self.sums.add(name, "count", torch.ones((), device=gradient.device))
         self._of_batch.clear()
 
-    def _hook(self, name: str) -> Callable[[Tensor], None]:
-        def hook(weight: Tensor) -> None:
-            gradient, weight.grad = weight.grad, None
-            if gradient is None or not self.part.reading:
-                return
-            self.called.add(name)
-            with torch.no_grad():
-                gradient = gradient.to_dense().float() if gradient.is_sparse else gradient.float()
-                before = self._of_batch.get(name)
-                self._of_batch[name] = gradient if before is None else before.add_(gradient)
-
-        return hook
+    @torch.no_grad()
+    def _take(self, name: str, weight: Tensor) -> None:
+        gradient, weight.grad = weight.grad, None
+        if gradient is None or not self.part.reading:
+            return
+        self.called.add(name)
+        gradient = gradient.to_dense().float() if gradient.is_sparse else gradient.float()
+        before = self._of_batch.get(name)
+        self._of_batch[name] = gradient if before is None else before.add_(gradient)
 
     def result(self, fields: Mapping[str, Tensor]) -> WeightGradientSums:
         return WeightGradientSums(int(fields["count"]), fields["total"], fields.get("square"))

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ def observe(model: nn.Module, run: Run, lost: Mapping[str, Tensor] | None = None
     for name, module in named_modules(model):
         if not isinstance(module, Skipped):
             seen.modules.add(name)
-        handles.append(module.register_forward_hook(_recorder(seen, name, (lost or {}).get(name)), with_kwargs=True))
+        record = partial(_record, seen, name, (lost or {}).get(name))
+        handles.append(module.register_forward_hook(record, with_kwargs=True))
     with hooked(handles):
         returned = run_alike(model, run)
     seen.outputs = [tensor.detach() for tensor in returned if tensor.is_floating_point()]
@@ -123,24 +125,22 @@ def run_alike(model: nn.Module, run: Run) -> list[Tensor]:
         return tensors_in(run(model))
 
 
-def _recorder(seen: Observation, name: str, lost: Tensor | None) -> Callable[..., None]:
-    """A forward hook that records what one call of the layer ``name`` reads, without the channels ``lost``."""
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        seen.called.add(name)
-        if layout_of(module) is None:
-            return
-        rule = rule_for(module)
-        x = first_floating(args, kwargs)
-        if not isinstance(rule, Rule) or rule.in_dim is None or x is None:
-            return
-        seen.calls += 1
-        for tensor in (x, output):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                seen.rounding = max(seen.rounding, _rounding(tensor))
-        seen.readings.setdefault(name, []).append(_read(x.detach(), rule.in_dim, lost))
-
-    return record
+def _record(
+    seen: Observation, name: str, lost: Tensor | None, module: nn.Module, args: Any, kwargs: Any, output: Any
+) -> None:
+    """Record what one call of the layer ``name`` reads, without the channels ``lost``."""
+    seen.called.add(name)
+    if layout_of(module) is None:
+        return
+    rule = rule_for(module)
+    x = first_floating(args, kwargs)
+    if not isinstance(rule, Rule) or rule.in_dim is None or x is None:
+        return
+    seen.calls += 1
+    for tensor in (x, output):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            seen.rounding = max(seen.rounding, _rounding(tensor))
+    seen.readings.setdefault(name, []).append(_read(x.detach(), rule.in_dim, lost))
 
 
 def _rounding(tensor: Tensor) -> float:

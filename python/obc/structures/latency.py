@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -142,14 +143,15 @@ class _Measurement:
 
     def _calls(self, model: nn.Module, places: Collection[str] | None) -> dict[str, list[_Call]]:
         calls: dict[str, list[_Call]] = {}
-        handles = []
-        for name, module in named_modules(model):
-            if places is None or name in places:
 
-                def record(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
-                    calls.setdefault(name, []).append(_Call(args, kwargs))
+        def record(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.setdefault(name, []).append(_Call(args, kwargs))
 
-                handles.append(module.register_forward_pre_hook(record, with_kwargs=True))
+        handles = [
+            module.register_forward_pre_hook(partial(record, name), with_kwargs=True)
+            for name, module in named_modules(model)
+            if places is None or name in places
+        ]
         with hooked(handles), evaluating(model), without_cache(model), torch.no_grad():
             self.run(model)
         return calls

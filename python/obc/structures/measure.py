@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -47,18 +48,14 @@ def measure(model: nn.Module, forward: Callable[[], Any]) -> Usage:
     called: dict[str, None] = {}
     results: list[tuple[str, Tensor]] = []
 
-    def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            called[name] = None
-            results.extend((name, tensor) for tensor in tensors_in(output))
-            tensors = tensors_in((args, kwargs))
-            for layer, positions in _positions(name, module, tensors, output):
-                usage.positions[layer] = usage.positions.get(layer, 0) + positions
-
-        return record
+    def record(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        called[name] = None
+        results.extend((name, tensor) for tensor in tensors_in(output))
+        for layer, positions in _positions(name, module, tensors_in((args, kwargs)), output):
+            usage.positions[layer] = usage.positions.get(layer, 0) + positions
 
     handles = [
-        module.register_forward_hook(hook(name), with_kwargs=True)
+        module.register_forward_hook(partial(record, name), with_kwargs=True)
         for name, module in named_modules(model)
         if module is not model
     ]

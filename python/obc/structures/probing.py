@@ -17,8 +17,9 @@ three times as many passes.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,7 +123,7 @@ class _Prober:
             self._listen(name, module)
         # Depthwise convolutions don't move channels, so they run.
         layers = [(name, m) for name, m in modules if layout_of(m) is not None and not is_depthwise(m)]
-        handles = [layer.register_forward_hook(self._remember(name)) for name, layer in layers]
+        handles = [layer.register_forward_hook(partial(self._remember, name)) for name, layer in layers]
         self._observe()
         for handle, (name, layer) in zip(handles, layers, strict=True):
             handle.remove()
@@ -157,12 +158,9 @@ class _Prober:
         if layout_of(module) is None and not isinstance(module, (_NormBase, nn.PReLU)):
             module.forward = _let_through
 
-    def _remember(self, name: str) -> Callable[..., None]:
-        def remember(module: nn.Module, args: Any, output: Any) -> None:
-            self._outputs.setdefault(name, []).append(output.to("meta"))
-            self._devices[name] = output.device
-
-        return remember
+    def _remember(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._outputs.setdefault(name, []).append(output.to("meta"))
+        self._devices[name] = output.device
 
     # --- outputs ----------------------------------------------------------------------------------------------
 
