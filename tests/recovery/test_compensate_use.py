@@ -205,7 +205,7 @@ def test_too_few_samples_without_a_ridge_are_an_error() -> None:
     pruned = RECIPES["vit"].prune()
     data = [RECIPES["vit"].inputs(1, seed=seed)[:, :1].repeat(1, 5, 1) for seed in range(2)]
     with pytest.raises(
-        ValueError, match=r"attention\.out: its Gram matrix is singular .* it saw 5 positions for 4 kept"
+        ValueError, match=r"attention\.out: its Gram matrix is singular .* it saw 5 positions for 4 columns"
     ):
         compensate(pruned.model, pruned.original, pruned.plan, data, mode="ls", ridge=0.0)
 

@@ -22,10 +22,7 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     """
     made: dict[int, Tensor] = {}
     changes: list[tuple[nn.Module, str, Tensor]] = []
-    depthwise: set[nn.Module] = set()
     for module_name, module in named_modules(model):
-        if is_depthwise(module):
-            depthwise.add(module)
         for name, tensor in (*module.named_parameters(recurse=False), *saved_buffers(module)):
             key = joined(module_name, name)
             if id(tensor) not in made:
@@ -37,7 +34,7 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
         else:
             module._buffers[name] = tensor
     for module in dict.fromkeys(module for module, _, _ in changes):
-        _sync(module, module in depthwise)
+        sync_sizes(module)
     whole = {module for module, _, _ in changes}
     for module_name, module in named_modules(model):
         if module_name in plan and module not in whole:
@@ -51,8 +48,8 @@ def _cut_tensor(module: nn.Module, name: str, tensor: Tensor, kept: Kept | None,
     return nn.Parameter(taken, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else taken
 
 
-def _sync(module: nn.Module, depthwise: bool) -> None:
-    """Set the sizes that a layer keeps as attributes to those of its tensors."""
+def sync_sizes(module: nn.Module) -> None:
+    """Set the sizes that a layer keeps as attributes to those of its tensors; before that they are the former ones."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.MultiheadAttention):
         module.embed_dim = module.kdim = module.vdim = module.out_proj.out_features = module.out_proj.weight.shape[0]
@@ -63,7 +60,7 @@ def _sync(module: nn.Module, depthwise: bool) -> None:
             module.num_features = len(own)
     elif weight is None:
         return
-    elif isinstance(module, _ConvNd) and depthwise:
+    elif isinstance(module, _ConvNd) and is_depthwise(module):
         module.groups = module.in_channels = module.out_channels = len(weight)
     elif isinstance(module, (_ConvNd, nn.Linear)):
         layout = layout_of(module)

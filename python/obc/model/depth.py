@@ -267,9 +267,9 @@ def expanded(model: nn.Module, depth: Depth) -> Iterator[None]:
 
 
 def _list(model: nn.Module, name: str) -> nn.ModuleList | nn.Sequential:
-    found = model.get_submodule(name)
+    found = dict(model.named_modules()).get(name)
     if not isinstance(found, (nn.ModuleList, nn.Sequential)):
-        raise PruningError(f"{name!r} is a {type(found).__name__}, not a list of blocks")
+        raise PruningError(f"{type(model).__name__} has no list of blocks {name!r}; pass the model of these blocks")
     return found
 
 

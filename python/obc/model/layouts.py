@@ -25,6 +25,13 @@ def is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, _ConvNd) and module.groups == module.in_channels == module.out_channels > 1
 
 
+def pads_with_zeros(module: nn.Module) -> bool:
+    """Whether a convolution reads zeros beyond its input, so that a constant input is not constant at the border."""
+    if not isinstance(module, _ConvNd) or module.padding_mode != "zeros" or module.padding == "valid":
+        return False
+    return isinstance(module.padding, str) or any(module.padding)
+
+
 def expand(channels: Tensor, repeat: int) -> Tensor:
     """The columns of ``channels`` if each has ``repeat`` consecutive ones."""
     if repeat == 1:

@@ -22,6 +22,7 @@ from obc.criteria.masked_model import Evaluation, Metric
 from obc.criteria.protocol import Subject
 from obc.criteria.scoring import collected
 from obc.model.kept import staying
+from obc.model.layouts import pads_with_zeros
 from obc.model.rules import Rule, rule_for
 from obc.statistics.names import chosen_statistics
 from obc.statistics.results import Statistics
@@ -85,7 +86,7 @@ class CompensatedEvaluation(Evaluation):
         sums, weight = self._gram.gram[name], getattr(module, rule.weight).detach()
         assert rule.in_axis is not None
         stays = staying(len(sums.sum), gone)
-        centred = module.bias is not None and not _pads_with_zeros(module)
+        centred = module.bias is not None and not pads_with_zeros(module)
         gram = (sums.centred() if centred else sums.total) / sums.count
         kept = gram[stays][:, stays]
         kept.diagonal().add_(_RIDGE * float(kept.diagonal().mean()) or 1.0)
@@ -116,10 +117,3 @@ def fitness_of(subject: Subject, metric: Metric, batches: int | None, compensate
 
 def _size(solution: Solution) -> int:
     return sum(tensor.nbytes for tensor in solution if tensor is not None)
-
-
-def _pads_with_zeros(module: Any) -> bool:
-    padding: Any = getattr(module, "padding", 0)
-    if getattr(module, "padding_mode", "zeros") != "zeros" or padding == "valid":
-        return False
-    return isinstance(padding, str) or (any(padding) if isinstance(padding, tuple) else bool(padding))

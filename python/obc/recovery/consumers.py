@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from obc import ops
 from obc.model.kept import Kept, PlanError
-from obc.model.layouts import layout_of, split_by_group
+from obc.model.layouts import layout_of, pads_with_zeros, split_by_group
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
 from obc.model.processes import Processes
@@ -35,10 +35,7 @@ class Consumer:
     @property
     def intercept(self) -> bool:
         """Whether a constant input adds the same to every output position, so that the bias can absorb it."""
-        module: Any = self.module
-        padded = self.layout.convolution and module.padding_mode == "zeros" and module.padding not in ("valid", 0)
-        padded = padded and (isinstance(module.padding, str) or any(module.padding))
-        return module.bias is not None and not padded and not (self.layout.convolution and self.layout.transposed)
+        return self.has_bias and not pads_with_zeros(self.module) and not self.overlaps
 
     @property
     def has_bias(self) -> bool:
@@ -78,21 +75,21 @@ class Consumer:
         module: Any = self.module
         module.weight.copy_(folded)
         if solution.intercept is not None:
-            module.bias += self._through(solution.intercept)
+            module.bias += self.through(solution.intercept.repeat_interleave(self.repeat))
 
-    def _through(self, constant: Tensor) -> Tensor:
-        """The layer's output for an input that is ``constant`` (in,) at every position."""
+    def through(self, constant: Tensor) -> Tensor:
+        """The layer's output, apart from its bias, for an input that is ``constant`` (columns,) at every position."""
         weight = (self.weight.transpose(0, 1) if self.layout.transposed else self.weight).double()
-        per_channel = (
-            weight.flatten(2).sum(2) if self.layout.convolution else weight.unflatten(1, (-1, self.repeat)).sum(2)
-        )
-        blocks = per_channel.unflatten(0, (self.layout.groups, -1))
+        blocks = weight.flatten(2).sum(2) if self.layout.convolution else weight
+        blocks = blocks.unflatten(0, (self.layout.groups, -1))
         outputs = blocks @ constant.to(blocks).reshape(self.layout.groups, -1, 1)
         return outputs.flatten().to(self.weight.dtype)
 
 
-def find_consumers(pruned_model: nn.Module, original_model: nn.Module, plan: PruningPlan) -> dict[str, Consumer]:
-    """The layers whose inputs were pruned, checked against the plan."""
+def find_consumers(
+    pruned_model: nn.Module, original_model: nn.Module, plan: PruningPlan, *, verify: bool = True
+) -> dict[str, Consumer]:
+    """The layers whose inputs were pruned; ``verify`` checks their weights against the plan."""
     state_dict = original_model.state_dict()
     found = {}
     for name, module in named_modules(pruned_model):
@@ -104,7 +101,8 @@ def find_consumers(pruned_model: nn.Module, original_model: nn.Module, plan: Pru
         weight = original_tensor(state_dict, f"{name}.weight")
         if was_depthwise(module, weight, kept):
             continue
-        plan.verify_tensor(state_dict, name, module, "weight", module.weight.detach())  # type: ignore[union-attr, operator]
+        if verify:
+            plan.verify_tensor(state_dict, name, module, "weight", module.weight.detach())  # type: ignore[union-attr, operator]
         in_channels = layout.sizes(weight)[1] // kept.in_repeat
         positions = split_by_group(kept.in_channels, in_channels, layout.groups)
         if positions is None:

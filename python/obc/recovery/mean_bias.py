@@ -13,11 +13,9 @@ from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import ChannelGroup, Slice
-from obc.model.kept import Kept
-from obc.model.layouts import expand, layout_of
-from obc.model.names import named_modules
+from obc.model.layouts import pads_with_zeros
 from obc.model.plan import PruningPlan
-from obc.model.slicing import original_tensor, sliced, was_depthwise
+from obc.recovery.consumers import Consumer, find_consumers
 from obc.statistics.run import collect
 
 
@@ -75,18 +73,12 @@ def _absorb_all(
     forward_fn: ForwardFn | None,
 ) -> MeansReport:
     report = MeansReport()
-    state = original_model.state_dict()
-    consumers: dict[str, Kept] = {}
-    for name, module in named_modules(pruned_model):
-        kept = plan.get(name)
-        if kept is None or kept.in_channels is None or layout_of(module) is None:
-            continue
-        if was_depthwise(module, original_tensor(state, f"{name}.weight"), kept):
-            continue
-        if _pads_with_zeros(module):
+    consumers: dict[str, Consumer] = {}
+    for name, consumer in find_consumers(pruned_model, original_model, plan, verify=False).items():
+        if consumer.overlaps or pads_with_zeros(consumer.module):  # transposed ones have fewer taps at their borders
             report.left[name] = "it pads with zeros, where dropped channels had another mean"
         else:
-            consumers[name] = kept
+            consumers[name] = consumer
     if not consumers:
         return report
     slices = tuple(Slice(name, "in", torch.zeros(1, 1, dtype=torch.int64)) for name in consumers)
@@ -94,15 +86,21 @@ def _absorb_all(
     moments = collect(
         original_model, batches, statistics="moments", groups=groups, forward_fn=forward_fn, progress=False
     ).moments
-    modules = dict(named_modules(pruned_model))
     with torch.no_grad():
-        for name, kept in consumers.items():
+        for name, consumer in consumers.items():
             if name not in moments:
                 report.left[name] = "no batch reached it"
                 continue
-            original = original_tensor(state, f"{name}.weight")
-            weight = sliced(modules[name], "weight", original, Kept(kept.out_channels), name)
-            _absorb(name, modules[name], weight, kept, moments[name].mean, report)
+            dropped = moments[name].mean.clone()
+            dropped[plan[name].in_columns] = 0.0
+            shift, module = consumer.through(dropped), consumer.module
+            if consumer.has_bias:
+                assert isinstance(module.bias, Tensor)
+                module.bias += shift
+            else:
+                module.bias = nn.Parameter(shift)
+                report.created.append(name)
+            report.absorbed.append(name)
     if report.created and hasattr(pruned_model, "save_pretrained"):
         named = ", ".join(report.created[:3]) + (" and more" if len(report.created) > 3 else "")
         report.warnings.append(
@@ -110,35 +108,3 @@ def _absorb_all(
             "obc.structures.transformers.save_pruned and load_pruned keep it"
         )
     return report
-
-
-def _absorb(name: str, module: nn.Module, weight: Tensor, kept: Kept, mean: Tensor, report: MeansReport) -> None:
-    """Add the dropped channels' contribution at their means; ``weight`` has the kept outputs and all inputs."""
-    assert kept.in_channels is not None
-    dropped = torch.ones(len(mean), dtype=torch.bool)
-    dropped[expand(kept.in_channels.cpu(), kept.in_repeat)] = False
-    constant = mean.cpu() * dropped
-    layout = layout_of(module)
-    assert layout is not None
-    matrix = (weight.transpose(0, 1) if layout.transposed else weight).double().cpu()
-    if layout.convolution:  # every tap reads the same mean
-        matrix = matrix.flatten(2).sum(2)
-    outputs = matrix.unflatten(0, (layout.groups, -1)) @ constant.reshape(layout.groups, -1, 1)
-    shift = outputs.flatten().to(weight)
-    if module.bias is None:
-        module.bias = nn.Parameter(shift.clone())
-        report.created.append(name)
-    else:
-        assert isinstance(module.bias, Tensor)
-        module.bias += shift
-    report.absorbed.append(name)
-
-
-def _pads_with_zeros(module: nn.Module) -> bool:
-    padding: Any = getattr(module, "padding", 0)
-    if layout_of(module) is None or getattr(module, "padding_mode", "") != "zeros" or padding == "valid":
-        return False
-    layout = layout_of(module)
-    if layout is not None and layout.convolution and layout.transposed:
-        return True  # fewer taps reach its borders, with any padding
-    return isinstance(padding, str) or any(padding)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import Side
 from obc.model.kept import Kept, narrowed
@@ -72,27 +71,3 @@ def narrow(kept: Mapping[str, Kept], axis: Axis, size: int, removed: Tensor) -> 
 def axis_key(axis: Axis) -> tuple[str, int]:
     """(parameter name, dimension), equal for axes that lie in the same dimension."""
     return f"{axis.module}.{axis.tensor}" if axis.module else axis.tensor, axis.dim
-
-
-def sync_layer(module: nn.Module) -> None:
-    """Set the sizes that a layer keeps as attributes to those of its weight."""
-    if isinstance(module, _NormBase):
-        tensor = module.weight if module.weight is not None else module.running_mean
-        module.num_features = len(tensor) if tensor is not None else module.num_features
-        return
-    weight = module._parameters.get("weight")
-    if weight is None:
-        return
-    if isinstance(module, nn.Linear):
-        module.out_features, module.in_features = weight.shape
-    elif isinstance(module, _ConvNd):
-        if module.groups > 1:
-            module.groups = module.in_channels = module.out_channels = weight.shape[0]
-        else:
-            module.out_channels, module.in_channels = weight.shape[:2]
-    elif isinstance(module, nn.Embedding):
-        module.embedding_dim = weight.shape[1]
-    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
-        module.normalized_shape = tuple(weight.shape)
-    elif layout_of(module) is not None:  # GPT-2's linear layer
-        module.nx, module.nf = weight.shape  # type: ignore[assignment]

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from obc.model.cutting import sync_sizes
 from obc.model.depth import put_stand_in
 from obc.model.groups import Slice
 from obc.model.kept import Kept
-from obc.structures.transformers.axes import Axis, axis_key, layer_axes, narrow, sync_layer
+from obc.structures.transformers.axes import Axis, axis_key, layer_axes, narrow
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.depth import DepthUnit
 from obc.structures.units import renumbered_group, without, without_units
@@ -84,7 +85,7 @@ class BlockWeights:
             for axis in axes:
                 self._shorten(axis, removed, shortened, users)
         for layer in dict.fromkeys(axis.module for axes, _ in removals for axis in axes):
-            sync_layer(self.modules[layer])
+            sync_sizes(self.modules[layer])
         for counter in block.counters:
             module = self.modules[counter.module]
             setattr(module, counter.attribute, getattr(module, counter.attribute) - counter.per_unit * len(units))
