@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
-def one_of(name: str, value: object, allowed: Iterable[object]) -> None:
-    """Raises ValueError if the argument's value is none of ``allowed``."""
+def one_of(name: str, value: object, allowed: Iterable[object], error: type[ValueError] = ValueError) -> None:
+    """Raises ``error`` if the argument's value is none of ``allowed``."""
     if value not in (known := tuple(allowed)):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}, got {value!r}{meant(value, known)}")
+        named = " or ".join(map(repr, known)) if len(known) == 2 else f"one of {', '.join(map(repr, known))}"
+        raise error(f"{name} must be {named}, got {value!r}{meant(value, known)}")
 
 
 def meant(value: object, known: Iterable[object]) -> str:
@@ -21,6 +22,12 @@ def meant(value: object, known: Iterable[object]) -> str:
     names = {name.lower(): name for name in known if isinstance(name, str)}
     close = [names[name] for name in difflib.get_close_matches(value.lower(), names)]
     return f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def listed(words: Sequence[object], most: int = 3) -> str:
+    """The first words, and how many more there are."""
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(map(str, words[:most])) + more
 
 
 def positive(name: str, value: object) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import Tensor, nn
 
@@ -15,6 +15,16 @@ def joined(name: str, child: str) -> str:
 def is_within(name: str, outer: str) -> bool:
     """Whether a module or tensor is ``outer`` or lies in it; everything lies in the model itself."""
     return not outer or name == outer or name.startswith(f"{outer}.")
+
+
+def common(names: Iterable[str]) -> str:
+    """The longest name that contains all names."""
+    shared = []
+    for words in zip(*(name.split(".") for name in names), strict=False):
+        if len(set(words)) > 1:
+            break
+        shared.append(words[0])
+    return ".".join(shared)
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
+from obc.model.arguments import listed
 from obc.model.errors import layer_in
 from obc.model.evaluation import Run
 from obc.model.kept import narrowed, staying
 from obc.model.names import named_modules
 from obc.model.shared_copy import shared_copy
+from obc.model.usable_batches import all_finite
 from obc.pruning.report import PruningReport
 from obc.pruning.unread_buffers import unread_buffers
 from obc.structures.comparison import Difference, compare, observe, run_alike
@@ -32,8 +33,7 @@ def first_finite(batches: Iterable[Any]) -> Any:
     first = None
     for number, batch in enumerate(batches):
         first = batch if number == 0 else first
-        leaves = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        if all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+        if all_finite(batch):
             return batch
     return first
 
@@ -144,10 +144,9 @@ class FinalProof:
     def check_buffers(self, model: nn.Module, original: Mapping[str, Tensor], report: PruningReport) -> None:
         """Warn of buffers that no run reads and that keep the shape of an unpruned tensor."""
         if names := unread_buffers(model, original, self._run):
-            shown = ", ".join(f"{name} {tuple(model.get_buffer(name).shape)}" for name in names[:3])
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            shown = listed([f"{name} {tuple(model.get_buffer(name).shape)}" for name in names])
             warning = (
-                f"buffers that the model does not read in eval mode keep their unpruned shape: {shown}{more}; before "
+                f"buffers that the model does not read in eval mode keep their unpruned shape: {shown}; before "
                 "they are used, slice them by what result.plan says of the layer that they belong to, or make them anew"
             )
             report.warn(warning)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from obc.model.arguments import one_of
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import is_compiled, layout_of, split_by_group
 from obc.model.names import joined, named_modules
@@ -73,8 +74,7 @@ def equivalent_pruning(
         ValueError: the model is compiled, a layer is already parametrised, a decompressor does not fit, or ``factors``
             or ``order`` has another value.
     """
-    if factors not in ("full", "reduced"):
-        raise ValueError(f"factors must be 'full' or 'reduced', got {factors!r}")
+    one_of("factors", factors, ("full", "reduced"))
     refuse_unusable(pruned_model, "the pruned model")
     if is_compiled(pruned_model):
         raise ValueError("the model is compiled; fold the model that was passed to torch.compile, then compile it")

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from obc import ops
 from obc.criteria.units import TINY, by_unit, weight_of
+from obc.model.arguments import one_of
 from obc.model.autocast import without_autocast
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import layout_of
@@ -69,8 +70,7 @@ def fuse_units(
         ValueError: unknown ``outputs``.
         ImportError: scipy is missing.
     """
-    if outputs not in ("mean", "sum"):
-        raise ValueError(f"outputs must be 'mean' or 'sum', got {outputs!r}")
+    one_of("outputs", outputs, get_args(Outputs))
     with without_autocast():
         return _fuse(pruned_model, original_model, plan, groups, outputs, p)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.arguments import listed
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch
@@ -102,9 +103,8 @@ def _absorb_all(
                 report.created.append(name)
             report.absorbed.append(name)
     if report.created and hasattr(pruned_model, "save_pretrained"):
-        named = ", ".join(report.created[:3]) + (" and more" if len(report.created) > 3 else "")
         report.warnings.append(
-            f"{named} have a bias now that no config can express: from_pretrained would drop it; "
+            f"{listed(report.created)} have a bias now that no config can express: from_pretrained would drop it; "
             "obc.structures.transformers.save_pruned and load_pruned keep it"
         )
     return report

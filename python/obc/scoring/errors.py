@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from obc.model.arguments import listed
 from obc.model.errors import add_note
 
 
@@ -27,7 +28,7 @@ class SampleRowsError(ScoringError):
     @classmethod
     def of(cls, names: list[str]) -> SampleRowsError:
         """The error for these modules."""
-        shown = ", ".join(repr(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        shown = listed([repr(name) for name in names])
         return cls(
             f"no gate can read {shown} per sample; pass one sample a row, or leave them out with fallback='skip'"
         )

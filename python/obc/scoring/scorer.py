@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from obc.model.arguments import meant
+from obc.model.arguments import one_of
 from obc.model.batches import RowKind
 from obc.model.sharding import is_sharded
 from obc.model.usable import refuse_inference, refuse_without_values
@@ -271,12 +271,8 @@ class JacobianScorer:
 
 
 def _check_arguments(rows: str, fallback: str, combine: str, process_group: Any) -> None:
-    for name, value, known in (
-        ("rows", rows, ("batch", "sample")),
-        ("fallback", fallback, ("weight_grad", "skip")),
-        ("combine", combine, ("row", "scores")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}{meant(value, known)}")
+    one_of("rows", rows, get_args(RowKind))
+    one_of("fallback", fallback, ("weight_grad", "skip"))
+    one_of("combine", combine, ("row", "scores"))
     if combine == "scores" and process_group is None:
         raise ValueError("combine='scores' needs the processes: pass process_group, torch.distributed.group.WORLD")

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from obc.model.arguments import listed, one_of
 from obc.model.costs import Costs
 from obc.selection.effective import EffectiveWidths
 from obc.selection.greedy import RemovalCosts
@@ -22,8 +23,7 @@ _CALLER = 3
 
 def check_arguments(selection: str, shrinkage: float | None, form: str | None, max_bytes: int, budget: float) -> None:
     """Raise if an argument is out of range."""
-    if selection not in ("joint", "independent"):
-        raise ValueError(f"selection must be 'joint' or 'independent', got {selection!r}")
+    one_of("selection", selection, ("joint", "independent"))
     if shrinkage is not None and not 0 <= shrinkage <= 1:
         raise ValueError(f"shrinkage must be in [0, 1], got {shrinkage!r}")
     if form is not None and form not in FORMS:
@@ -207,12 +207,6 @@ def warn_if_narrow(removed: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
         )
 
 
-def listed(words: Sequence[str]) -> str:
-    """The first five words, and how many more there are."""
-    shown = ", ".join(words[:5])
-    return shown if len(words) <= 5 else f"{shown} and {len(words) - 5} more"
-
-
 def named(names: Sequence[str]) -> str:
-    """:func:`listed`, in quotes."""
-    return listed([repr(name) for name in names])
+    """The first five names in quotes, and how many more there are."""
+    return listed([repr(name) for name in names], 5)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from obc.model.arguments import listed
 from obc.model.autocast import without_autocast
 from obc.model.costs import Costs
 from obc.selection import checks
@@ -174,7 +175,7 @@ def _within_budget(names: Sequence[str], problem: Problem, solver: Greedy, budge
             return chosen
         reachable = freed
     widths = zip(names, problem.lowest, problem.sizes, strict=True)
-    least = checks.listed([f"{name!r}: {lowest} of {size} units" for name, lowest, size in widths])
+    least = listed([f"{name!r}: {lowest} of {size} units" for name, lowest, size in widths], 5)
     raise BudgetError(
         f"a budget of {budget:g} {unit} can't be met: at most {reachable:g} can be freed, where all groups keep their "
         f"least ({least}); lower the budget, min_units or round_to, raise caps, or give rows of more groups",

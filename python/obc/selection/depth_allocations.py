@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from obc.model.arguments import one_of
 from obc.model.groups import ChannelGroup
 from obc.selection.allocation import Task
 from obc.selection.choice import BudgetError
@@ -47,8 +48,7 @@ class Window:
     """
 
     def __init__(self, score: Literal["sum", "first"] = "sum") -> None:
-        if score not in ("sum", "first"):
-            raise ValueError(f"score must be 'sum' or 'first', got {score!r}")
+        one_of("score", score, ("sum", "first"))
         self.score = score
 
     def select(self, task: Task) -> dict[str, Tensor]:

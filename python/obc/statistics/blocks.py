@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from obc.model.arguments import one_of
 from obc.model.depth import Skipped
 from obc.model.evaluation import first_floating
 from obc.model.names import is_within, joined, named_modules
@@ -73,8 +74,7 @@ class Blocks:
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
         """The reader of the blocks of this model."""
-        if self.tokens not in ("all", "last"):
-            raise StatisticsError(f"Blocks(tokens=...) must be 'all' or 'last', got {self.tokens!r}")
+        one_of("Blocks(tokens=...)", self.tokens, get_args(Tokens), StatisticsError)
         if self.entropy_bins == 1 or self.entropy_bins < 0:
             raise StatisticsError(f"Blocks(entropy_bins=...) must be 0 or at least 2, got {self.entropy_bins}")
         known = dict(named_modules(model))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from obc.model.arguments import one_of
 from obc.model.experts import fused_experts
 from obc.model.names import joined, named_modules
 from obc.scoring.coverage import Coverage
@@ -61,8 +62,7 @@ class Experts:
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
         """The reader of the mixtures of this model."""
-        if self.gates not in ("routed", "softmax"):
-            raise StatisticsError(f"Experts(gates=...) must be 'routed' or 'softmax', got {self.gates!r}")
+        one_of("Experts(gates=...)", self.gates, get_args(Gates), StatisticsError)
         return _Reader(Sums(self.name), part, model, groups, self.gates)
 
 

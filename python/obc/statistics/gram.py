@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from obc import ops
+from obc.model.arguments import one_of
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part
 from obc.statistics.reader import Groups, InputReader, Reader, flat_rows
@@ -69,8 +70,7 @@ class Gram:
 
     def reader(self, model: nn.Module, groups: Groups, part: Part) -> Reader:
         """The reader of Gram matrices of the inputs of the groups' consumers."""
-        if self.to not in ("device", "host"):
-            raise StatisticsError(f"Gram(to=...) must be 'device' or 'host', got {self.to!r}")
+        one_of("Gram(to=...)", self.to, get_args(Held), StatisticsError)
         to = torch.device("cpu") if self.to == "host" else None
         return GramReader(to, part, model, groups, self.weight)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from torch import nn
 
+from obc.model.arguments import one_of
 from obc.model.groups import Side, Slices
 from obc.statistics.errors import StatisticsError
 from obc.statistics.reader import Groups
@@ -27,8 +28,7 @@ class Rows:
 
     def wanted(self, model: nn.Module, groups: Groups) -> dict[str, set[Side]] | None:
         """The modules to read, with their sides; None reads both sides of all."""
-        if self.slices not in ("gate", "all"):
-            raise StatisticsError(f"Rows(slices=...) must be 'gate' or 'all', got {self.slices!r}")
+        one_of("Rows(slices=...)", self.slices, get_args(Slices), StatisticsError)
         if groups is None:
             return None
         names = {name for name, _ in model.named_modules()}

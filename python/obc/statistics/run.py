@@ -8,13 +8,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from obc.distribution import obc_version
-from obc.model.arguments import iterable_batches
+from obc.model.arguments import iterable_batches, listed, one_of
 from obc.model.batches import RowKind, parts_of, usable_in_autograd
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch, evaluating, without_cache
 from obc.model.groups import Side
@@ -117,8 +117,7 @@ def collect(
     with failing_together(process_group, model):
         if every < 1 or (micro_batch is not None and micro_batch < 1):
             raise StatisticsError(f"every and micro_batch must be at least 1, got {every} and {micro_batch}")
-        if rows not in ("batch", "sample"):
-            raise StatisticsError(f"rows must be 'batch' or 'sample', got {rows!r}")
+        one_of("rows", rows, get_args(RowKind), StatisticsError)
         refuse_non_modules(model)
         for name, module in model.named_modules():
             if is_compiled(module):
@@ -391,8 +390,6 @@ class _Run:
         lines = list(left_out[:3]) + ([f"and {len(left_out) - 3} more"] if len(left_out) > 3 else [])
         for name in self.readers:
             unread = [f"{module!r} ({how.reason})" for module, how in coverage[name].items() if not how.scored]
-            if unread:
-                more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-                lines.append(f"no {name} of {', '.join(unread[:3])}{more}")
+            lines += [f"no {name} of {listed(unread)}"] if unread else []
         for line in lines:
             warnings.warn(f"obc.collect: {line}", stacklevel=4)

@@ -25,6 +25,7 @@ from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.model.precision import tf32_is_allowed
 from obc.model.rules import Rule, rule_for
+from obc.model.usable_batches import all_finite
 from obc.structures.units import without
 
 # Roundings per layer that may accumulate like a random walk over the layers, in float32 and float64.
@@ -82,7 +83,7 @@ class Observation:
 
     def finite(self) -> bool:
         """Whether all outputs are finite."""
-        return all(bool(torch.isfinite(leaf).all()) for leaf in self.outputs)
+        return all_finite(self.outputs)
 
 
 @dataclass(frozen=True)

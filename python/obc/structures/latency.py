@@ -15,7 +15,7 @@ from obc.model.evaluation import Run, device_of, evaluating, tensors_in, without
 from obc.model.groups import ChannelGroup, Side
 from obc.model.hooks import hooked
 from obc.model.latency_table import LatencyTable, SharedSeconds, device_name
-from obc.model.names import is_within, named_modules
+from obc.model.names import common, is_within, named_modules
 from obc.model.shared_copy import shared_copy
 from obc.model.timing import median_seconds
 from obc.selection.uniform import permitted_widths
@@ -195,7 +195,7 @@ def _places(groups: Sequence[ChannelGroup], called: Collection[str]) -> dict[str
     channels = [group.name for group in groups if not group.is_depth]
     layers_of = {name: found[name] for name in channels}
     for name in channels:
-        outer = _running(_common(layers_of[name]), called)
+        outer = _running(common(layers_of[name]), called)
         others = [one for other in channels if other != name for one in layers_of[other]]
         if outer and not any(is_within(one, outer) or is_within(outer, one) for one in others):
             found[name] = [outer]
@@ -207,17 +207,6 @@ def _running(name: str, called: Collection[str]) -> str:
     while name and name not in called:
         name = name.rpartition(".")[0]
     return name
-
-
-def _common(names: Sequence[str]) -> str:
-    """The longest name that contains all names."""
-    parts = [name.split(".") for name in names]
-    shared = []
-    for words in zip(*parts, strict=False):
-        if len(set(words)) > 1:
-            break
-        shared.append(words[0])
-    return ".".join(shared)
 
 
 class _Shares:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from obc.model.arguments import one_of
 from obc.model.costs import Costs
 from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
@@ -18,7 +19,7 @@ from obc.model.hooks import hooked
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.structures.memory import MemoryUse
-from obc.structures.polynomial import Polynomial, check_unit
+from obc.structures.polynomial import Polynomial
 from obc.structures.products import Products
 
 
@@ -106,7 +107,7 @@ def costs_of(
     Raises:
         ValueError: an unknown unit.
     """
-    check_unit(unit)
+    one_of("unit", unit, ("macs", "parameters"))
     polynomial, seen = _polynomial(groups, unit), set[int]()
     if unit == "macs":
         for name, module in layers_run(model, usage).items():

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from obc.model.costs import Costs
 from obc.model.groups import ChannelGroup, Slice
-from obc.structures.protocol import Unit
 
 
 class Size(NamedTuple):
@@ -24,16 +23,6 @@ class Size(NamedTuple):
 
     fixed: float
     per_unit: Tensor | None = None
-
-
-def check_unit(unit: str) -> None:
-    """Refuse units of cost that structures don't know.
-
-    Raises:
-        ValueError: an unknown unit.
-    """
-    if unit not in get_args(Unit):
-        raise ValueError(f"unit must be 'macs', 'parameters' or 'active_parameters', got {unit!r}")
 
 
 class Polynomial:

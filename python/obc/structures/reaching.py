@@ -22,6 +22,7 @@ from obc.model.evaluation import Run, tensors_in
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
 from obc.model.shared_copy import parameter_uses, shared_copy
+from obc.model.usable_batches import all_finite
 from obc.structures.comparison import cuda_devices, run_alike
 from obc.structures.measure import Usage
 
@@ -72,8 +73,7 @@ def _used(model: nn.Module, run: Run, names: set[str]) -> set[str]:
             outputs = run_alike(copied, run)
     except Exception:  # the model's own code: it may not run like this, for example without targets
         return set()
-    finite = all(bool(torch.isfinite(leaf).all()) for leaf in outputs if leaf.is_floating_point())
-    return used if finite else set()
+    return used if all_finite(outputs) else set()
 
 
 def in_train_mode(run: Run) -> Run:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from obc.model.arguments import one_of
 from obc.model.by_name import ByName
 from obc.model.groups import ChannelGroup, Side, Sided, Slice, Slices, by_name
 from obc.scoring.coverage import Coverage
@@ -62,8 +64,7 @@ def group_scores(
     slices: Slices,
 ) -> GroupScores:
     """:meth:`obc.Scores.group`."""
-    if slices not in ("all", "gate"):
-        raise ValueError(f"slices must be 'all' or 'gate', got {slices!r}")
+    one_of("slices", slices, get_args(Slices))
     exact = len(rows) > 0
     totals: dict[str, Tensor] = {}
     parts: dict[str, dict[Part, Tensor]] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from obc.model.names import is_within
+from obc.model.names import common, is_within
 from obc.structures.transformers.block import Block
 
 # If all modules' MACs are the same multiple of those for one token up to this share, calibrating changes nothing.
@@ -83,15 +83,10 @@ def _agrees(counted: Mapping[str, float], predicted: Mapping[str, float], outsid
 
 def _place(block: Block) -> str:
     """The innermost module that contains all of a block's slices."""
-    paths = [part.module.split(".") for part in block.group.slices]
-    common = []
-    for names in zip(*paths, strict=False):
-        if len(set(names)) > 1:
-            break
-        common.append(names[0])
-    whole = ".".join(common)
+    names = [part.module for part in block.group.slices]
+    whole = common(names)
     # The slices of a single layer lie in that layer; the block is the module that calls it.
-    return whole if any(path != common for path in paths) else whole.rpartition(".")[0]
+    return whole if any(name != whole for name in names) else whole.rpartition(".")[0]
 
 
 def _lies_in(module: str, place: str) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import get_args
 
 from torch import Tensor, nn
 
+from obc.model.arguments import one_of
 from obc.model.costs import Costs
 from obc.model.depth import Skipped
 from obc.model.experts import expert_weights, fused_experts, is_parallel
@@ -14,7 +16,7 @@ from obc.model.groups import Slice
 from obc.model.layouts import layout_of
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.structures.memory import MemoryUse
-from obc.structures.polynomial import Polynomial, check_unit
+from obc.structures.polynomial import Polynomial
 from obc.structures.protocol import Unit
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.cache import CachedLayer
@@ -54,7 +56,7 @@ def transformer_costs(
     Raises:
         ValueError: an unknown unit.
     """
-    check_unit(unit)
+    one_of("unit", unit, get_args(Unit))
     polynomial, container = _polynomial(blocks, axes, unit, depth), _around(blocks, depth)
 
     for own, key, tensor, skipped, factor in _terms(model, unit):

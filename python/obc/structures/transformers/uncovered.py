@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
+from obc.model.arguments import listed
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import Layers
 
@@ -55,7 +56,4 @@ def _with_those_around(names: Iterable[str]) -> set[str]:
 
 
 def _reason(module: nn.Module, names: list[str]) -> str:
-    more = "" if len(names) <= _SHOWN else f" and {len(names) - _SHOWN} more"
-    return (
-        f"{type(module).__name__} has no units of a kind that is known (its weights: {', '.join(names[:_SHOWN])}{more})"
-    )
+    return f"{type(module).__name__} has no units of a kind that is known (its weights: {listed(names, _SHOWN)})"
