@@ -94,7 +94,7 @@ def built(value: Any, kind: Any) -> Any:
     """Convert ``value``, as JSON gives it, to an object of ``kind``: str, int, float, None, lists, dicts, unions,
     tuples, literals and dataclasses, nested in any way.
 
-    Fields with a default may be missing.
+    Fields with a default may be missing. Keys of dicts are strings, or numbers written as such.
 
     >>> built({"target": 0.5, "removed": {"conv1": 3}}, Step)
 
@@ -109,7 +109,7 @@ def built(value: Any, kind: Any) -> Any:
     if origin in (list, Sequence) and type(value) is list:
         return [built(item, parts[0]) for item in value]
     if origin in (dict, Mapping) and type(value) is dict:
-        return {name: built(item, parts[1]) for name, item in value.items()}
+        return {int(name) if parts[0] is int else name: built(item, parts[1]) for name, item in value.items()}
     if origin is tuple and type(value) is list and len(value) == len(parts):
         return tuple(built(item, part) for item, part in zip(value, parts, strict=True))
     if origin is Literal:

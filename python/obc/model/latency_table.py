@@ -201,30 +201,16 @@ class LatencyTable:
             OSError: the file can't be read.
         """
         try:
-            raw = built(read_fields(path, _FORMAT), _Written)
-            widths = {group: {int(width): value for width, value in one.items()} for group, one in raw.seconds.items()}
+            table: LatencyTable = built(read_fields(path, _FORMAT), cls)
         except ValueError as error:
             raise LatencyTableError(f"{os.fspath(path)} is not a latency table: {error}") from error
-        return cls(widths, raw.rest, raw.shared, raw.device, raw.dtype, raw.threads, raw.batch)
+        return table
 
     def __str__(self) -> str:
         where = [self.device or "any device", *([self.dtype] if self.dtype else [])]
         where += [f"{self.threads} threads"] if self.threads else []
         where += ["inputs " + ", ".join("x".join(map(str, shape)) for shape in self.batch)] if self.batch else []
         return f"latency table of {len(self.seconds)} groups ({', '.join(where)})"
-
-
-@dataclass(frozen=True)
-class _Written:
-    """The JSON form of a table, whose widths are strings."""
-
-    seconds: dict[str, dict[str, float]]
-    rest: float = 0.0
-    shared: list[SharedSeconds] = field(default_factory=list)
-    device: str | None = None
-    dtype: str | None = None
-    threads: int | None = None
-    batch: list[list[int]] = field(default_factory=list)
 
 
 def device_name(model: nn.Module) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -97,23 +98,24 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
 Uses = dict[int, list[tuple[dict[str, Any], str]]]
 
 
-def parameter_uses(model: nn.Module) -> Uses:
+def parameter_uses(modules: Iterable[nn.Module]) -> Uses:
     """id of a parameter -> (the module's dict that holds it, its name there); several entries if it is shared."""
     uses: Uses = {}
-    for module in model.modules():
+    for module in modules:
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 uses.setdefault(id(parameter), []).append((module._parameters, key))
     return uses
 
 
-def replace_parameter(uses: Uses, old: nn.Parameter, new: Tensor) -> None:
-    """Give every module that holds ``old`` one new parameter with the values of ``new``."""
+def replace_parameter(uses: Uses, old: nn.Parameter, new: Tensor) -> nn.Parameter:
+    """Give every module that holds ``old`` one new parameter with the values of ``new``, and return it."""
     parameter = nn.Parameter(new, requires_grad=old.requires_grad)
     holders = uses.pop(id(old))
     uses[id(parameter)] = holders
     for parameters, key in holders:
         parameters[key] = parameter
+    return parameter
 
 
 def shared_parameters(model: nn.Module) -> list[list[str]]:

@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -161,17 +161,10 @@ class PruningReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain Python values for JSON, except the matrices of compensation."""
-        fields = dict(vars(self))
-        fields["steps"] = [asdict(step) for step in self.steps]
-        fields["known"] = {name: asdict(change) for name, change in self.known.items()}
-        fields["speed"] = None if self.speed is None else asdict(self.speed)
-        fields["proof"] = None if self.proof is None else asdict(self.proof)
-        fields["means"] = None if self.means is None else asdict(self.means)
-        fields["fusion"] = None if self.fusion is None else asdict(self.fusion)
-        if self.compensation is not None:
-            kept = {name: value for name, value in vars(self.compensation).items() if name != "decompressors"}
-            kept["layers"] = {name: asdict(layer) for name, layer in self.compensation.layers.items()}
-            fields["compensation"] = kept
+        compensation = self.compensation and replace(self.compensation, decompressors={})
+        fields = asdict(replace(self, compensation=compensation))
+        if compensation is not None:
+            del fields["compensation"]["decompressors"]
         return fields
 
     def save(self, path: str | os.PathLike[str]) -> None:

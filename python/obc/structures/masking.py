@@ -92,7 +92,7 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
         UnmaskableError: the units of a group can't be masked.
     """
     masked = shared_copy(model)
-    modules, uses = dict(named_modules(masked)), parameter_uses(masked)
+    modules, uses = dict(named_modules(masked)), parameter_uses(masked.modules())
     if refused := unmaskable(masked, (g for g in groups if g.name in removed and len(removed[g.name]))):
         raise UnmaskableError("; ".join(f"{name}: {reason}" for name, reason in refused.items()))
     depth = [group for group in groups if group.is_depth and len(removed.get(group.name, ()))]

@@ -66,7 +66,7 @@ def _used(model: nn.Module, run: Run, names: set[str]) -> set[str]:
     layers = {name: module for name, module in named_modules(copied) if name in names}
     for name, layer in layers.items():
         layer.register_forward_hook(lambda module, args, output, name=name: used.add(name))
-    uses = parameter_uses(copied)
+    uses = parameter_uses(copied.modules())
     own = {id(layer.weight): name for name, layer in layers.items() if len(uses.get(id(layer.weight), ())) == 1}
     try:
         with _Watching(own, used):

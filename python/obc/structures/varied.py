@@ -14,7 +14,7 @@ from obc.model.shared_copy import parameter_uses, replace_parameter, shared_copy
 def varied_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose single-valued parameters are random around their value, so that none hides a fault."""
     varied = shared_copy(model)
-    uses = parameter_uses(varied)
+    uses = parameter_uses(varied.modules())
     generator = torch.Generator().manual_seed(0)
     for parameter in list({id(p): p for p in varied.parameters()}.values()):
         if parameter.is_floating_point() and parameter.numel() > 1 and _is_constant(parameter.detach()):

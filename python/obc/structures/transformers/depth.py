@@ -34,6 +34,7 @@ from obc.model.depth import BlockList, Depth, Skipped, StandIn, config_parts
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
 from obc.model.names import is_within, joined
+from obc.model.shared_copy import shared_parameters
 from obc.structures.units import NotPrunableError
 
 # Config keys for the number of blocks.
@@ -115,7 +116,7 @@ def find_depth(model: nn.Module, modules: Mapping[str, nn.Module], kinds: Collec
     left_out: dict[str, str] = {}
     lists: dict[str, BlockList] = {}
     config: dict[str, tuple[str, Any]] = {}
-    shared = _shared_owners(modules)
+    shared = _shared_owners(model)
     for list_name in block_lists(modules):
         blocks: Any = modules[list_name]
         outputs = next(_outputs(block) for block in blocks if not isinstance(block, Skipped))
@@ -164,15 +165,12 @@ def block_lists(modules: Mapping[str, nn.Module]) -> list[str]:
     return found
 
 
-def _shared_owners(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    first: dict[int, str] = {}
+def _shared_owners(model: nn.Module) -> dict[str, str]:
+    """Module with a parameter that another holds too -> the other."""
     shared: dict[str, str] = {}
-    for name, module in modules.items():
-        for parameter in module._parameters.values():
-            if parameter is None:
-                continue
-            if (other := first.setdefault(id(parameter), name)) != name:
-                shared[name], shared[other] = other, name
+    for names in shared_parameters(model):
+        owners = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+        shared |= dict(zip(owners, [*owners[1:], owners[0]], strict=True)) if len(owners) > 1 else {}
     return shared
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +11,7 @@ from obc.model.cutting import sync_sizes
 from obc.model.depth import put_stand_in
 from obc.model.groups import Slice
 from obc.model.kept import Kept
+from obc.model.shared_copy import Uses, parameter_uses, replace_parameter
 from obc.structures.transformers.axes import Axis, axis_key, layer_axes, narrow
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.depth import DepthUnit
@@ -58,21 +58,16 @@ class BlockWeights:
         """Remove these units of each named group, and renumber the channels of groups that share its dimensions."""
         names = list(self.blocks)
         sharing = {key: [names[index] for index, _ in found] for key, found in self.slices_by_axis().items()}
-        users: dict[int, list[dict[str, Any]]] = {}
-        for module in self.modules.values():
-            for parameter in module._parameters.values():
-                users.setdefault(id(parameter), []).append(module._parameters)
+        uses = parameter_uses(self.modules.values())
         for name, units in chosen.items():
-            lost = self._cut(self.blocks[name], units, users)
+            lost = self._cut(self.blocks[name], units, uses)
             self.blocks[name] = replace(self.blocks[name], group=without_units(self.blocks[name].group, units))
             for other in dict.fromkeys(other for key in lost for other in sharing[key]):
                 coupled = self.blocks[other]
                 removed_from = [lost.get(axis_key(self.axes(coupled, part)[0])) for part in coupled.group.slices]
                 self.blocks[other] = replace(coupled, group=renumbered_group(coupled.group, removed_from))
 
-    def _cut(
-        self, block: Block, units: Tensor, users: dict[int, list[dict[str, Any]]]
-    ) -> dict[tuple[str, int], Tensor]:
+    def _cut(self, block: Block, units: Tensor, uses: Uses) -> dict[tuple[str, int], Tensor]:
         """Shorten all tensors that lose channels with these units; returns axis -> the positions that it lost."""
         removals = [
             (self.axes(block, part), part.channels[units].flatten().sort().values) for part in block.group.slices
@@ -83,7 +78,7 @@ class BlockWeights:
         shortened: dict[tuple[int, int], Tensor] = {}  # keeps the tensors too, so that their ids stay unique
         for axes, removed in removals:
             for axis in axes:
-                self._shorten(axis, removed, shortened, users)
+                self._shorten(axis, removed, shortened, uses)
         for layer in dict.fromkeys(axis.module for axes, _ in removals for axis in axes):
             sync_sizes(self.modules[layer])
         for counter in block.counters:
@@ -91,13 +86,7 @@ class BlockWeights:
             setattr(module, counter.attribute, getattr(module, counter.attribute) - counter.per_unit * len(units))
         return {axis_key(axis): removed for axes, removed in removals for axis in axes}
 
-    def _shorten(
-        self,
-        axis: Axis,
-        removed: Tensor,
-        shortened: dict[tuple[int, int], Tensor],
-        users: dict[int, list[dict[str, Any]]],
-    ) -> None:
+    def _shorten(self, axis: Axis, removed: Tensor, shortened: dict[tuple[int, int], Tensor], uses: Uses) -> None:
         """Give the axis's module a shorter parameter; modules that share one get the same new one, shortened once."""
         old = self.tensor(axis)
         if (id(old), axis.dim) in shortened:
@@ -105,13 +94,8 @@ class BlockWeights:
         if not isinstance(old, nn.Parameter):  # running statistics, which no other module has
             self.modules[axis.module]._buffers[axis.tensor] = without(old, removed, axis.dim)
             return
-        new = nn.Parameter(without(old.detach(), removed, axis.dim), requires_grad=old.requires_grad)
+        new = replace_parameter(uses, old, without(old.detach(), removed, axis.dim))
         shortened[id(new), axis.dim] = new
-        users[id(new)] = users.pop(id(old))
-        for parameters in users[id(new)]:
-            for key, parameter in parameters.items():
-                if parameter is old:
-                    parameters[key] = new
 
     def remove_module(self, model: nn.Module, unit: DepthUnit) -> None:
         """Replace a whole block or branch by stand-ins; the groups inside it go too."""
