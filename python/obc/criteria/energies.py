@@ -15,7 +15,7 @@ from obc.model.evaluation import evaluating
 from obc.model.experts import DOWN, fused_experts, projection
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.hooks import hooked
-from obc.model.layouts import layout_of
+from obc.model.layouts import layer_of, layout_of
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.statistics.routed import RoutedCalls, RoutedInput, expert_name
 
@@ -114,9 +114,7 @@ def _energies(module: nn.Module, x: Tensor, part: Slice) -> Tensor:
     """(units,) float64: the sum of squares of a layer's outputs for each unit's channels alone, without its bias."""
     channels = part.channels.to(x.device)
     if not isinstance(module, _ConvNd):
-        layout, weight = layout_of(module), module.weight
-        assert layout is not None
-        assert isinstance(weight, Tensor)
+        layout, weight = layer_of(module)
         return _linear_energies(weight.T if layout.transposed else weight, x, channels)
     return torch.stack([_alone(module, unit)(x[:, unit]).double().square().sum() for unit in channels])
 

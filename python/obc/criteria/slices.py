@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.criteria.units import by_unit, weight_of
-from obc.model.experts import DOWN, expert_weights, fused_experts, is_transposed
+from obc.model.experts import DOWN, expert_weights, experts_of, is_transposed
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.rules import Rule, rule_for
 
@@ -118,8 +118,6 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def _fused(name: str, part: Slice, module: nn.Module, key: str, whole: bool = False, matrices: int = 1) -> SliceWeight:
-    experts = fused_experts(module)
-    assert experts is not None
-    up, down = (weight.detach() for weight in experts)
+    up, down = (weight.detach() for weight in experts_of(module))
     inner = 2 if is_transposed(up, down) == (key != DOWN) else 1
     return SliceWeight(name, down if key == DOWN else up, part, module, 0 if whole else inner, matrices)

@@ -38,6 +38,18 @@ def fused_experts(module: nn.Module) -> tuple[Tensor, Tensor] | None:
     return up, down
 
 
+def experts_of(module: nn.Module) -> tuple[Tensor, Tensor]:
+    """The same of a module known to hold experts.
+
+    Raises:
+        TypeError: it holds none.
+    """
+    experts = fused_experts(module)
+    if experts is None:
+        raise TypeError(f"holds no experts: {type(module).__name__}")
+    return experts
+
+
 def is_parallel(module: nn.Module) -> bool:
     """Whether its only parameter is a weight of every expert, (experts, outputs, inputs), as in JetMoE."""
     own = dict(module.named_parameters(recurse=False))
@@ -57,8 +69,7 @@ def is_transposed(up: Tensor, down: Tensor) -> bool:
 
 def projection(module: nn.Module, key: str, expert: int) -> tuple[Tensor, Tensor | None]:
     """(weight (outputs, inputs), bias (outputs,) or None) of one expert: views of the module's tensors ``key``."""
-    experts = fused_experts(module)
-    assert experts is not None
+    experts = experts_of(module)
     weight = experts[1 if key == DOWN else 0][expert]
     bias = module._parameters.get(f"{key}_bias")
     return weight.mT if is_transposed(*experts) else weight, None if bias is None else bias[expert]

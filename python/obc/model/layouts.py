@@ -17,6 +17,18 @@ def layout_of(module: nn.Module) -> Rule | None:
     return rule if isinstance(rule, Rule) else None
 
 
+def layer_of(module: nn.Module) -> tuple[Rule, Tensor]:
+    """The rule and the weight of a module known to be a linear or convolutional layer.
+
+    Raises:
+        TypeError: it is another module, or its weight is not a tensor.
+    """
+    rule, weight = layout_of(module), getattr(module, "weight", None)
+    if rule is None or not isinstance(weight, Tensor):
+        raise TypeError(f"not a linear or convolutional layer with a weight: {type(module).__name__}")
+    return rule, weight
+
+
 def is_depthwise(module: nn.Module) -> bool:
     """Whether an unpruned convolution has one filter per channel, so that pruning slices filters and groups together.
 

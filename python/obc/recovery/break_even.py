@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from obc.model.evaluation import call, evaluating
 from obc.model.hooks import hooked
-from obc.model.layouts import layout_of
+from obc.model.layouts import layer_of
 from obc.recovery.folds import FoldedWeight
 
 
@@ -50,9 +50,7 @@ def positions(model: nn.Module, names: Sequence[str], example_inputs: Any) -> di
     seen: dict[str, int] = {}
 
     def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        layout, weight = layout_of(module), module.weight
-        assert layout is not None
-        assert isinstance(weight, Tensor)
+        layout, weight = layer_of(module)
         activation = args[0] if layout.transposed else output  # rows of a weight stored (in, out) are its inputs
         seen[name] = seen.get(name, 0) + activation.numel() // max(1, weight.shape[0])
 

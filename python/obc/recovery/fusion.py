@@ -25,7 +25,7 @@ from obc.criteria.units import TINY, by_unit, weight_of
 from obc.model.arguments import one_of
 from obc.model.autocast import without_autocast
 from obc.model.groups import ChannelGroup
-from obc.model.layouts import layout_of
+from obc.model.layouts import layer_of, layout_of
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan
 
@@ -175,9 +175,7 @@ def _filled(
     name, side = key
     entry, module = plan[name], modules[name]
     stays = entry.out_channels if side == "out" else entry.in_columns
-    layout, weight = layout_of(module), weight_of(module)
-    assert layout is not None
-    assert weight is not None
+    layout, weight = layer_of(module)
     size = layout.sizes(weight)[side == "in"]
     stays = torch.arange(size) if stays is None else stays.cpu()
     if factor is None:
@@ -193,9 +191,7 @@ def _fold(
     pruned: nn.Module, original: nn.Module, plan: PruningPlan, name: str, rows: Tensor | None, columns: Tensor | None
 ) -> None:
     """weight = C W D, bias = C b, with the plan's selection on a side where nothing is fused."""
-    layout, weight = layout_of(original), weight_of(original)
-    assert layout is not None
-    assert weight is not None
+    layout, weight = layer_of(original)
     out_size, in_size = layout.sizes(weight)
     selections = []
     for factor, stays, size in ((rows, plan[name].out_channels, out_size), (columns, plan[name].in_columns, in_size)):

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from obc.model.evaluation import ForwardFn
-from obc.model.experts import DOWN, fused_experts, is_transposed, projection
+from obc.model.experts import DOWN, experts_of, fused_experts, is_transposed, projection
 from obc.model.hooks import hooked
 from obc.model.kept import Kept
 from obc.model.names import named_modules
@@ -79,7 +79,7 @@ def unfused(
             changed += [module, whole]
             _unfuse(module, _numbers(module))
             _unfuse(whole, numbers)
-            features, inner = (2, 1) if is_transposed(*_experts(module)) else (1, 2)
+            features, inner = (2, 1) if is_transposed(*experts_of(module)) else (1, 2)
             layer = Kept(out_channels=indices.get(features), in_channels=indices.get(inner))
             entries |= {expert_name(f"{name}.{DOWN}", place): layer for place in range(len(numbers))}
         yield PruningPlan({**plan, **entries}, plan.depth), [name for name in sliced if name not in chosen]
@@ -126,14 +126,8 @@ def _readable(original: nn.Module, names: Sequence[str], batch: Any, forward: Fo
     return found
 
 
-def _experts(module: nn.Module) -> tuple[Tensor, Tensor]:
-    experts = fused_experts(module)
-    assert experts is not None
-    return experts
-
-
 def _numbers(module: nn.Module) -> list[int]:
-    return list(range(len(_experts(module)[1])))
+    return list(range(len(experts_of(module)[1])))
 
 
 def _unfuse(module: nn.Module, numbers: Sequence[int]) -> None:

@@ -19,15 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obc.model.experts import (
-    DOWN,
-    DOWN_BIAS,
-    fused_experts,
-    is_gated,
-    is_transposed,
-    projection,
-    up_name,
-)
+from obc.model.experts import DOWN, DOWN_BIAS, experts_of, is_gated, is_transposed, projection, up_name
 
 # The experts' output may differ by rounding from the output of their parts.
 _AGREEMENT, _AGREEMENT_OF_HALF = 1e-3, 5e-2
@@ -67,13 +59,7 @@ class RoutedInput:
 
 def expert_count(module: nn.Module) -> int:
     """The number of a mixture's experts."""
-    return len(_weights(module)[1])
-
-
-def _weights(module: nn.Module) -> tuple[Tensor, Tensor]:
-    experts = fused_experts(module)
-    assert experts is not None
-    return experts
+    return len(experts_of(module)[1])
 
 
 def _up(module: nn.Module) -> str:
@@ -89,13 +75,13 @@ def expert_name(module: str, expert: int) -> str:
 
 def inner_width(module: nn.Module) -> int:
     """The number of in channels of each down projection."""
-    up, down = _weights(module)
+    up, down = experts_of(module)
     return down.shape[1 if is_transposed(up, down) else 2]
 
 
 def unreadable(module: nn.Module) -> str | None:
     """Why the inner channels of its experts can't be read, or None."""
-    up, down = _weights(module)
+    up, down = experts_of(module)
     copies = 2 if is_gated(module) else 1
     if not is_transposed(up, down) and up.shape != (len(down), copies * down.shape[2], down.shape[1]):
         return f"experts stored as {tuple(up.shape)} and {tuple(down.shape)} are not understood"

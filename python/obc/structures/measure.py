@@ -16,7 +16,7 @@ from obc.model.costs import Costs
 from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
-from obc.model.layouts import is_depthwise, layout_of
+from obc.model.layouts import is_depthwise, layer_of, layout_of
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.structures.memory import MemoryUse
 from obc.structures.polynomial import Polynomial
@@ -172,9 +172,7 @@ def _polynomial(groups: Sequence[ChannelGroup], unit: str) -> Polynomial:
 
 def _add_layer(polynomial: Polynomial, factor: float, name: str, module: nn.Module, usage: Usage) -> None:
     """``factor`` times the entries of a linear or convolutional layer's weight."""
-    layout, weight = layout_of(module), module.weight
-    assert layout is not None
-    assert isinstance(weight, Tensor)
+    layout, weight = layer_of(module)
     area = weight[0, 0].numel()
     out_size, in_size = layout.sizes(weight)
     if name in usage.depthwise:

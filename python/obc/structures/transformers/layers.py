@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.model.depth import config_parts
-from obc.model.layouts import layout_of
+from obc.model.layouts import layer_of, layout_of
 from obc.model.names import joined, named_modules
 from obc.model.quantized import is_quantised, why_not_sliced
 from obc.structures.units import NotPrunableError
@@ -76,9 +76,7 @@ class Layers:
         """
         module = self.modules[name]
         self.refuse_quantised(name)
-        layout, weight = layout_of(module), module.weight
-        assert layout is not None
-        assert isinstance(weight, Tensor)
+        layout, weight = layer_of(module)
         return layout.sizes(weight)[0 if side == "out" else 1]
 
     def size_or_none(self, name: str, side: str) -> int | None:
