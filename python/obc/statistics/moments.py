@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
-from obc.statistics.channel_moments import moments_of
+from obc import ops
 from obc.statistics.part import Part
 from obc.statistics.reader import Groups, InputReader, Reader
 from obc.statistics.routed import RoutedInput
@@ -66,7 +67,7 @@ class _Reader(InputReader):
     def read(
         self, name: str, x: Tensor, channel_dim: int, valid: Tensor | None, routed: RoutedInput | None
     ) -> dict[str, Tensor]:
-        counts, sums = moments_of(x, channel_dim, valid)
+        counts, sums = _moments(x, channel_dim, valid)
         return {"counts": counts, "sums": sums}
 
     def result(self, fields: Mapping[str, Tensor]) -> ChannelMoments:
@@ -76,3 +77,17 @@ class _Reader(InputReader):
     def bytes(self) -> int:
         total_bytes, batch_bytes = 8, 4
         return sum(4 * (total_bytes + batch_bytes) * width for width in self.widths.values())
+
+
+def _moments(x: Tensor, channel_dim: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(2,) float64: positions and samples that count; (4, C): the sums of :class:`ChannelMoments` over them.
+
+    ``valid``, (B, T) bool, marks the positions that count of x (B, T, C) or (B * T, C); None counts all.
+    """
+    if valid is None:
+        counts = torch.tensor([x.numel() // x.shape[channel_dim], x.shape[0]], dtype=torch.float64, device=x.device)
+        return counts, torch.stack(ops.channel_moments(x, channel_dim))
+    x = x.reshape(*valid.shape, x.shape[-1])
+    positions = valid.sum(1)
+    counts = torch.stack([positions.sum(), (positions > 0).sum()]).double()
+    return counts, torch.stack(ops.channel_moments(x, -1, valid))

@@ -1,8 +1,8 @@
-"""The statistics by name."""
+"""The statistics by name, their options, and whether a collected one has what its user needs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -22,6 +22,11 @@ Chosen = Statistic | Rows
 STATISTICS: dict[str, type[Rows | Moments | Gram | GradientMoments | Experts | Blocks | WeightGradients]] = {
     kind.name: kind for kind in (Rows, Moments, Gram, GradientMoments, Experts, Blocks, WeightGradients)
 }
+
+# Option -> its least value, for which every other value is sufficient: rows of all slices include those of the gate.
+_LEAST: dict[str, Any] = {"slices": "gate", "square": False, "entropy_bins": 0}
+# The modules to read and the weights are the free choice of the caller that collects.
+_FREE = ("modules", "weight")
 
 
 def chosen_statistics(statistics: str | Chosen | Sequence[str | Chosen]) -> list[Chosen]:
@@ -58,3 +63,20 @@ def _plain(option: Any) -> Any:
     if callable(option):
         return getattr(option, "__qualname__", "an object")
     return option if option is None or isinstance(option, (str, int)) else list(option)
+
+
+def unlike(wanted: Chosen, collected: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Option -> (value that is needed, value it was collected with) for insufficient options."""
+    found = {}
+    for option, value in identity(wanted).items():
+        if option in _FREE or option not in collected or collected[option] == value:
+            continue
+        if option not in _LEAST or _LEAST[option] != value:
+            found[option] = (value, collected[option])
+    return found
+
+
+def written(one: Chosen) -> str:
+    """The caller's way to write it: its name, or an object if its options are not the defaults."""
+    (default,) = chosen_statistics(one.name)
+    return repr(one.name) if one == default else f"obc.statistics.{one!r}"

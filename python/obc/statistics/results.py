@@ -21,8 +21,7 @@ from obc.statistics.experts import ExpertSums
 from obc.statistics.gradient_moments import ChannelGradients
 from obc.statistics.gram import GramSum
 from obc.statistics.moments import ChannelMoments
-from obc.statistics.names import Chosen, chosen_statistics
-from obc.statistics.serving import unlike, written
+from obc.statistics.names import Chosen, chosen_statistics, unlike, written
 from obc.statistics.weight_gradients import WeightGradientSums
 from obc.tensor_file import load_format, save_tensors
 
