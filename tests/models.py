@@ -58,6 +58,11 @@ def class_losses(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(model(x.to(dtype_of(model))), labels, reduction="none")
 
 
+def class_loss(model: nn.Module, batch: Any) -> Tensor:
+    """The mean cross-entropy of a batch (x, labels)."""
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
 def token_losses(model: nn.Module, batch: Any) -> Tensor:
     """Mean next-token loss of each sequence of a language model that returns logits (B, T, V)."""
     tokens = batch
@@ -79,6 +84,18 @@ def floats(*shape: int, seed: int = 0, batches: int = BATCHES, batch: int = BATC
 def labelled(*shape: int, classes: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [(x, torch.randint(0, classes, (BATCH,), generator=generator)) for x, _ in floats(*shape, seed=seed)]
+
+
+def labelled_images(size: int, count: int, dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
+    """Batches of ``BATCH`` images (3, size, size) and labels of five classes."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(BATCH, 3, size, size, generator=generator).to(dtype),
+            torch.randint(5, (BATCH,), generator=generator),
+        )
+        for _ in range(count)
+    ]
 
 
 def tokens(vocabulary: int, length: int, seed: int = 0) -> list[Tensor]:

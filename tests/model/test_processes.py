@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from models import class_loss
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.nn import functional as F
 
 import obc
 from obc.model import processes
@@ -35,10 +35,6 @@ def _data() -> list[Batch]:
     return list(zip(images, labels, strict=True))
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
 def _compensated(batches: Iterable[Batch], group: Any, folder: Path) -> Tensor:
     original = _model()
     plan = obc.PruningPlan({"3": obc.Kept(in_channels=torch.arange(4)), "0": obc.Kept(out_channels=torch.arange(4))})
@@ -56,13 +52,13 @@ def _recalibrated(batches: Iterable[Batch], group: Any, folder: Path) -> Tensor:
 
 def _scored(batches: Iterable[Batch], group: Any, folder: Path) -> Tensor:
     options = {} if group is None else {"process_group": group, "combine": "scores"}
-    scores = obc.score(_model(), batches, _loss, checkpoint=folder / "scores", every=1, progress=False, **options)
+    scores = obc.score(_model(), batches, class_loss, checkpoint=folder / "scores", every=1, progress=False, **options)
     return scores["3"].out_channels
 
 
 def _scored_in_step(batches: Iterable[Batch], group: Any, folder: Path) -> Tensor:
     """Each row is the sum over the processes, so one process alone gives another result."""
-    scores = obc.score(_model(), batches, _loss, process_group=group, progress=False)
+    scores = obc.score(_model(), batches, class_loss, process_group=group, progress=False)
     return torch.zeros_like(scores["3"].out_channels)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from models import class_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,18 +28,14 @@ def _data() -> list[tuple[Tensor, Tensor]]:
     return [(torch.randn(4, 3), torch.arange(4)) for _ in range(4)]
 
 
-def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
 def _losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
 CALLS: dict[str, Callable[[Any], Any]] = {
-    "score": lambda model: obc.score(model, _data(), _loss),
-    "collect": lambda model: obc.collect(model, _data(), _loss, statistics="gradient_moments"),
-    "prune": lambda model: obc.prune(model, _data()[0][0], _data(), _loss, macs=0.8, steps=1),
+    "score": lambda model: obc.score(model, _data(), class_loss),
+    "collect": lambda model: obc.collect(model, _data(), class_loss, statistics="gradient_moments"),
+    "prune": lambda model: obc.prune(model, _data()[0][0], _data(), class_loss, macs=0.8, steps=1),
     "compensate": lambda model: obc.compensate(model, _model(), PLAN, _data()),
     "equivalent_pruning": lambda model: obc.equivalent_pruning(model, _model().state_dict(), PLAN),
     "recover": lambda model: obc.recover(model, _model(), _data(), steps=1, lr=0.1),
@@ -85,13 +82,13 @@ def _weights_after(model: nn.Module, call: Callable[[nn.Module], Any]) -> list[T
 
 
 ON_BATCHES: dict[str, Callable[[nn.Module, list[tuple[Tensor, Tensor]]], Any]] = {
-    "score": lambda model, data: obc.score(model, data, _loss),
+    "score": lambda model, data: obc.score(model, data, class_loss),
     "score samples": lambda model, data: obc.score(model, iter(data), _losses, rows="sample", micro_batch=2),
-    "collect": lambda model, data: obc.collect(model, data, _loss, statistics="gradient_moments"),
-    "prune": lambda model, data: obc.prune(model, data[0][0], data, _loss, macs=0.7, steps=1, compensate=True),
+    "collect": lambda model, data: obc.collect(model, data, class_loss, statistics="gradient_moments"),
+    "prune": lambda model, data: obc.prune(model, data[0][0], data, class_loss, macs=0.7, steps=1, compensate=True),
     "compensate": lambda model, data: obc.compensate(PLAN.apply(model), _model(), PLAN, data),
     "recover": lambda model, data: obc.recover(PLAN.apply(model), _model(), data, steps=2, lr=0.1),
-    "memory_estimate": lambda model, data: obc.memory_estimate(model, data[0], _loss),
+    "memory_estimate": lambda model, data: obc.memory_estimate(model, data[0], class_loss),
 }
 
 
@@ -128,7 +125,7 @@ def test_calls_inside_inference_mode(call: str) -> None:
 def test_errors_of_the_loss_name_batch_and_layer(rows: Any) -> None:
     data = _data()
     data[2] = (torch.randn(4, 3).double(), torch.arange(4))
-    loss = _loss if rows == "batch" else _losses
+    loss = class_loss if rows == "batch" else _losses
     calls = (
         lambda: obc.score(_model(), data, loss, rows=rows),
         lambda: obc.collect(_model(), data, loss, rows=rows, statistics="rows"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import class_loss as loss
 from models import randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -41,10 +42,6 @@ def batches(bad: Callable[[Batch], Batch] | None = None, places: tuple[int, ...]
 
 def good() -> list[Batch]:
     return [batch for index, batch in enumerate(batches()) if index != BAD]
-
-
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from models import labelled_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,11 +36,7 @@ def net() -> nn.Module:
 
 
 def data() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(0, 5, (4,), generator=generator))
-        for _ in range(16)
-    ]
+    return labelled_images(8, 16)
 
 
 def half() -> Any:

@@ -7,17 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from models import class_loss as loss
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers_families import FAMILIES
 
 import obc
 from obc import cli
 from obc.model import progress
-
-
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def batches() -> list[tuple[Tensor, Tensor]]:

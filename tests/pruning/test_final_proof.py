@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import randomise
+from models import class_loss as loss
+from models import labelled_images, randomise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -41,16 +42,8 @@ def net(flips: bool = False) -> Net:
     return found
 
 
-def data(count: int = 12) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(4, 3, 6, 6, generator=generator), torch.randint(0, 5, (4,), generator=generator))
-        for _ in range(count)
-    ]
-
-
-def loss(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
+def data() -> list[tuple[Tensor, Tensor]]:
+    return labelled_images(6, 12)
 
 
 class Unproved:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import class_loss as loss
 from models import randomise
 from snapshot import Snapshot
 from torch import Tensor, nn
@@ -36,11 +37,6 @@ def batches(count: int = 6, size: int = 8, shape: tuple[int, ...] = (1, 8, 8)) -
         (torch.randn(size, *shape, generator=generator), torch.randint(10, (size,), generator=generator))
         for _ in range(count)
     ]
-
-
-def loss(model: nn.Module, batch: Batch) -> Tensor:
-    images, labels = batch
-    return F.cross_entropy(model(images), labels)
 
 
 def losses(model: nn.Module, batch: Batch) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from models import class_loss as loss
+from models import labelled_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,15 +75,7 @@ class Logs(Net):
 
 
 def data() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(4, 3, 6, 6, generator=generator).double(), torch.randint(0, 5, (4,), generator=generator))
-        for _ in range(16)
-    ]
-
-
-def loss(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
+    return labelled_images(6, 16, torch.float64)
 
 
 def penalised(model: nn.Module, batch: Any) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import labelled_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -61,11 +62,7 @@ def penalised(strength: float) -> Callable[[nn.Module, Any], Tensor]:
 
 
 def data() -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(4, 3, 6, 6, generator=generator).double(), torch.randint(0, 5, (4,), generator=generator))
-        for _ in range(3)
-    ]
+    return labelled_images(6, 3, torch.float64)
 
 
 def expected(model: nn.Module, losses: Callable[[nn.Module, Any], Tensor], rows: str) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import labelled_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
@@ -44,12 +45,8 @@ class Base(nn.Module):
         return logits
 
 
-def data(count: int = 12) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        (torch.randn(4, 3, 8, 8, generator=generator), torch.randint(5, (4,), generator=generator))
-        for _ in range(count)
-    ]
+def data() -> list[tuple[Tensor, Tensor]]:
+    return labelled_images(8, 12)
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import class_loss as loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -114,10 +115,6 @@ def data() -> list[tuple[Tensor, Tensor]]:
         image[0, 0, 0, 0] = 0.0
     images[11][0, 0, 0, 0] = 6.0
     return [(image, torch.randint(0, 5, (4,), generator=generator)) for image in images]
-
-
-def loss(model: nn.Module, batch: Any) -> Tensor:
-    return F.cross_entropy(model(batch[0]), batch[1])
 
 
 def without(model: nn.Module, plan: obc.PruningPlan) -> nn.Module:
