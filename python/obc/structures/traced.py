@@ -32,7 +32,7 @@ from obc.structures.protocol import Limits, Unit
 from obc.structures.reaching import runs_reaching, unchanged_buffers
 from obc.structures.removal import followed, refuse_untied, size_of, step_of
 from obc.structures.traced_graph import TracedGraph, trace
-from obc.structures.traced_groups import GroupFinder, Settings
+from obc.structures.traced_groups import Found, GroupFinder, Settings
 from obc.structures.units import checked_units, layer_name, renumbered_group, without_units
 from obc.structures.varied import varied_inputs
 
@@ -129,18 +129,20 @@ class TorchPruningStructure:
             if one.group is not None:
                 self._groups[one.name] = one.group
         self.left_out |= {one.name: one.reason for one in found if one.group is None and one.name not in self._groups}
-        self.proof: Proof | None = None
-        if check:
-            varied = varied_inputs(example_inputs)
-
-            def run(copied: nn.Module) -> Any:
-                return self._run(copied, varied)
-
-            self.proof = prove(self, run)
-            wrong = [one for one in found if one.name in self.left_out]
-            recover(self, self._finder, wrong, run, self.proof)
+        self.proof = self._proved(found) if check else None
         layers = layers_run(model, self._usage)
         self._products = find_products(self, lambda one: self._forward_fn(one, example_inputs), layers)
+
+    def _proved(self, found: Sequence[Found]) -> Proof:
+        """Prove the groups, and find the true order of channels of those that fail."""
+        varied = varied_inputs(self._example_inputs)
+
+        def run(copied: nn.Module) -> Any:
+            return self._run(copied, varied)
+
+        proof = prove(self, run)
+        recover(self, self._finder, [one for one in found if one.name in self.left_out], run, proof)
+        return proof
 
     @property
     def plan(self) -> PruningPlan:
