@@ -36,17 +36,18 @@ from torch import Tensor
 import obc._native as _native
 from obc.selection.greedy import Problem
 
-# (units of its front, steps) of a round, and of a round within it, to begin with.
+# (units in the front, steps) of the first round, and of the first round inside it.
 ROUNDS = ((8192, 96), (1024, 16))
 # The fewest and most steps of a later round.
 LEAST_STEPS, MOST_STEPS = 4, 256
-# What a round takes besides its steps, in steps, and the weight of what is known from rounds before the last.
+# What a round costs besides its steps, counted in steps; and how much an older round weighs beside the next one.
 ROUND_COST, FORGETTING = 12, 0.9
-# A front of a larger share of the units would not save enough.
+# A front with a larger share of the units would not save enough.
 FRONT_SHARE = 1 / 4
-# Increments of all units are computed again if low precision can't tell more than this share of them from rivals.
+# If low precision leaves open for more than this share of the units whether they are rivals, all increments are
+# computed again.
 UNCLEAR_SHARE = 1 / 256
-# After a round of which no step was kept, this many steps are taken among all units.
+# After a round that kept no step, this many steps are taken among all units.
 PATIENCE = 256
 # Products of this many rows stay in the second-level cache.
 ROWS_AT_ONCE = 4096
@@ -54,12 +55,12 @@ ROWS_AT_ONCE = 4096
 # (1 + 2^-8)^3 - 1 < 3.1 * 2^-8. Each addition of float32 is rounded by 2^-24, on a scale that the sum may exceed by as
 # much. What is below 2^-126 may become zero: in each term, whose factors are at most 1, both factors and the product.
 FACTOR_ERROR, ADDITION_ERROR, UNDERFLOW = 3.1 * 2.0**-8, 2.0**-23, 2.0**-123
-# In place of smaller norms and scales: the square and the reciprocal of this are normal numbers.
+# Replaces smaller norms and scales: its square and its reciprocal are still normal numbers.
 LEAST = 1e-140
 
 
 class State:
-    """What a removal changes, but for increments.
+    """What a removal changes besides the increments.
 
     Attributes:
         values: (2 G + 2,) float64; the others are views of it.
@@ -73,7 +74,7 @@ class State:
         self.widths, self.slope, self.removed_squares, self.freed = self.values.split([len(part) for part in parts])
 
     def arrays(self) -> list[NDArray[np.float64]]:
-        """The views, for compiled steps to change."""
+        """The views as arrays that compiled steps change in place."""
         return [part.numpy() for part in (self.widths, self.slope, self.removed_squares, self.freed)]
 
 
@@ -81,8 +82,8 @@ class State:
 class Pace:
     """The size of rounds, which depends on how many steps of earlier ones were kept.
 
-    Let a round take as long as R steps besides its steps, and let K steps be kept on average until a rival appears.
-    Rounds of sqrt(2 R K) steps then cost least per step that is kept. Both kinds of round begin with R = ROUND_COST.
+    Besides its steps a round costs as much as R = ROUND_COST steps. If K steps are kept on average until a rival
+    appears, rounds of sqrt(2 R K) steps cost least per kept step.
     """
 
     front: int
@@ -91,7 +92,7 @@ class Pace:
     _rivals: float = 0.0
 
     def learn(self, tried: int, kept: int) -> None:
-        """Choose the next round's steps after ``kept`` of ``tried`` steps were kept in this one."""
+        """Choose the number of steps of the next round: this one kept ``kept`` of ``tried`` steps."""
         self._kept = FORGETTING * self._kept + kept
         self._rivals = FORGETTING * self._rivals + (kept < tried)
         between = self._kept / max(self._rivals, 1 / MOST_STEPS)
@@ -113,7 +114,7 @@ class Trace:
     states: list[Tensor] = field(default_factory=list)
 
     def extend(self, picks: Sequence[int], other: Trace, count: int) -> None:
-        """Append the first ``count`` steps of another trace, in which the units have other numbers."""
+        """Append the first ``count`` steps of another trace; ``picks`` are its units, as numbered here."""
         self.picks += picks[:count]
         self.reach += other.reach[:count]
         self.states += other.states[:count]
@@ -121,13 +122,13 @@ class Trace:
 
 @dataclass
 class Units:
-    """What is known of each of n units in G groups; units of a group are adjacent.
+    """The data of n units in G groups; units of a group are adjacent.
 
     Attributes:
-        rows: float64, of N columns; row ``places[u]`` is that of unit u, row u where there are no places.
+        rows: (any number, N) float64; unit u has row ``places[u]``, or row u without ``places``.
         places: (n,) int64.
-        directions: (n, N) the units' rows divided by their norms, in the dtype of products; none if there are no rounds
-            among these units.
+        directions: (n, N) the units' rows divided by their norms, in the dtype of products; None if no rounds run among
+            these units.
         inverse: (n,) 1 / (strength * norm).
         group_of: (n,) int64.
         increments, squares, rounding, rounding_by_norm: (n,) of :class:`obc.selection.greedy.Greedy`.
@@ -149,7 +150,7 @@ class Units:
         return len(self.increments)
 
     def at(self, units: Tensor, directions: bool) -> Units:
-        """Some of the units, with copies of all but their rows."""
+        """Some of the units, with copies of their data; the rows stay shared."""
         return Units(
             self.rows,
             units if self.places is None else self.places[units],
@@ -168,7 +169,7 @@ class Units:
         return self.rows[units if self.places is None else self.places[units]]
 
     def products(self, vector: Tensor) -> Tensor:
-        """(n,) of each row with ``vector`` (N,)."""
+        """(n,) the product of each unit's row with ``vector`` (N,)."""
         if self.places is None:
             return self.rows @ vector
         products = np.empty(len(self))
@@ -181,11 +182,11 @@ class Comparison:
     """All units compared with those of a round in low precision.
 
     Attributes:
-        near: the units outside the front that can't be told from units within reach.
+        near: the units outside the front that may be within reach.
         limits: (G, steps) reach.
-        products: of parts of the units, (units, steps + 1), each with the sums of rows that were removed before each
-            step and after the last.
-        scale: of the sums in ``products``.
+        products: for each part of the units, (units, steps + 1): the products of their directions with the sum of the
+            rows removed before each step, and after the last.
+        scale: what those sums were divided by.
     """
 
     near: Tensor
@@ -194,13 +195,13 @@ class Comparison:
     scale: float
 
     def changes(self, step: int, inverse: Tensor) -> Tensor:
-        """(n,) roughly, by how much increments change until ``step``."""
+        """(n,) by how much the increments change until ``step``, roughly."""
         return torch.cat([part[:, step] for part in self.products]).double().mul_(self.scale).div_(inverse)
 
 
 @lru_cache(maxsize=1)
 def fast_dtype() -> torch.dtype:
-    """The dtype of the faster product on this processor, by trial; no choice depends on it."""
+    """The dtype whose products are faster on this processor, by trial. The units removed do not depend on it."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.ones(2048, 512, dtype=dtype), torch.ones(512, 64, dtype=dtype)
@@ -217,19 +218,19 @@ def product_slack(norms: Tensor, rows: int) -> Tensor:
     """The most by which a product of a direction and a sum in :func:`fast_dtype` differs from the exact one.
 
     Args:
-        norms: (steps,) float64 of the sums, whose entries are at most 1.
+        norms: (steps,) float64 norms of the sums, whose entries are at most 1.
         rows: number of terms of a product.
     """
     return norms * (FACTOR_ERROR + ADDITION_ERROR * rows) + UNDERFLOW * rows
 
 
 def fitting(rounds: Sequence[Pace], units: int) -> list[Pace]:
-    """Rounds among so many units: without those whose front is too large a share of them."""
+    """The rounds that are worthwhile among so many units: those whose front is a small share of them."""
     return [pace for pace in rounds if pace.front <= FRONT_SHARE * units]
 
 
 class Field:
-    """Removal among a set of units, in rounds; shares the state with the sets that it is a part of."""
+    """Removes units of one set, in rounds. A front is such a set too, and shares the state of the set around it."""
 
     def __init__(self, problem: Problem, units: Units, state: State, lowest: Tensor, rounds: Sequence[Pace]) -> None:
         self._problem, self._units, self._state, self._lowest = problem, units, state, lowest
@@ -237,7 +238,7 @@ class Field:
         assert problem.interacting is not None
         self._strength = 2 * problem.interacting.strength
         self._since: Tensor | None = None  # the sum of rows removed since increments were computed
-        self._changes: Tensor | None = None  # roughly, what these removals have changed
+        self._changes: Tensor | None = None  # of increments by these removals, roughly
         self._alone = 0  # steps to take among all units before the next round
         sizes = torch.bincount(units.group_of, minlength=len(problem.sizes))
         constants = [lowest, problem.costs.curvature, units.squares, units.rounding, units.rounding_by_norm]
@@ -251,7 +252,7 @@ class Field:
         )
 
     def remove(self, count: int, target: float) -> Trace:
-        """Up to ``count`` removals, until ``target`` is freed or nothing may go."""
+        """Remove up to ``count`` units, until ``target`` is freed or none may go."""
         if not self._rounds and self._units.places is not None:
             return self._compiled_steps(count, target)
         trace = Trace()
@@ -273,7 +274,7 @@ class Field:
         return Trace(picks[:taken].tolist(), list(reach[:taken]), list(torch.from_numpy(states)[:taken]))
 
     def _step(self, trace: Trace) -> bool:
-        """One removal among all units; whether there was any."""
+        """Remove the best of all units; False if none may go."""
         self._update()
         reach = np.empty(len(self._problem.sizes))
         unit = self._steps.step(None, reach)
@@ -287,13 +288,13 @@ class Field:
         return True
 
     def _update(self) -> None:
-        """Compute the increments of all units."""
+        """Compute the increments of all units in float64."""
         if self._since is not None:
             self._units.increments.add_(self._units.products(self._since), alpha=self._strength)
             self._since = self._changes = None
 
     def _round(self, trace: Trace, count: int, target: float) -> None:
-        """Removals among a front, as far as they are those among all units."""
+        """Remove units of a front, and keep the steps that would be the same among all units."""
         pace, units = self._rounds[0], self._units
         front = self._front(pace.front)
         start = self._state.values.clone()
@@ -326,7 +327,7 @@ class Field:
         return front[scores[front] < torch.inf].sort().values
 
     def _among(self, front: Tensor) -> Field:
-        """Removal among the units of a front."""
+        """The units of a front as a set of their own."""
         rounds = self._rounds[1:]
         units = self._units.at(front, directions=bool(fitting(rounds, len(front))))
         if self._since is not None:
@@ -334,7 +335,7 @@ class Field:
         return Field(self._problem, units, self._state, self._lowest, rounds)
 
     def _scores(self) -> Tensor:
-        """(n,) roughly, the unit with the smallest goes next; infinite for those that stay."""
+        """(n,) the unit with the smallest one goes next, roughly; infinite for units that stay."""
         state, units = self._state, self._units
         stays = state.widths <= self._lowest
         if units.costs is not None:
@@ -350,7 +351,7 @@ class Field:
         return torch.where(scores < 0, scores * costs, scores / costs)
 
     def _before_rivals(self, compared: Comparison, removed: Tensor) -> int:
-        """The number of first steps in which no unit outside the front could have been removed.
+        """The number of steps before the first one at which a unit outside the front could have been removed.
 
         Args:
             removed: (steps, N) sums of the rows removed before each step.
@@ -369,7 +370,7 @@ class Field:
         return int(reached[0]) if len(reached) else len(removed)
 
     def _compare(self, front: Tensor, removed: Tensor, reach: Sequence[NDArray[np.float64]]) -> Comparison:
-        """Compare all units in low precision with what was within reach at each step.
+        """Compare all units in low precision with the reach of each step.
 
         Args:
             front: the round's units, which are no rivals.
