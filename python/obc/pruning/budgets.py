@@ -217,7 +217,7 @@ class Budget:
         Raises:
             ValueError: the number of steps is below 1, or the shares do not descend to the budget's.
         """
-        if isinstance(steps, (numbers.Number, str)):
+        if isinstance(steps, (int, numbers.Number, str)):
             positive("steps", steps)
             return int(steps)  # type: ignore[arg-type]
         shares = [float(share) for share in steps]
