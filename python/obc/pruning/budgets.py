@@ -243,7 +243,7 @@ class Budget:
                 f"{count} steps were asked for, but there are {units} units to remove, and a step removes at least "
                 f"one; pass steps={min(units, DEFAULT_STEPS)}, or up to {units}"
             )
-        if isinstance(steps, Sequence):
+        if not isinstance(steps, (int, numbers.Integral)):
             return [float(share) for share in steps]
         assert self.share is not None
         return [self.share ** (step / count) for step in range(1, count + 1)]
