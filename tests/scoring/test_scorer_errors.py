@@ -193,6 +193,34 @@ def test_errors_of_torch_in_a_loop_of_the_caller_carry_the_remedy(fault: str, ro
     snapshot.assert_restored()
 
 
+def test_a_scorer_of_the_model_inside_distributed_data_parallel_carries_the_remedy() -> None:
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        # Norms are read by the gradients of their weights, so the reduction begins, and frozen weights never end it.
+        inside = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU(), nn.Linear(3, 2)).eval()
+        x = torch.randn(2, 4)
+
+        def rows(scorer: obc.JacobianScorer, model: nn.Module) -> obc.Scores:
+            with scorer:
+                for _ in range(4):
+                    with scorer.row():
+                        model(x).sum().backward()
+            return scorer.scores()
+
+        expected = rows(obc.JacobianScorer(inside), inside)
+        model = nn.parallel.DistributedDataParallel(inside)
+        found = rows(obc.JacobianScorer(model), model)
+        for name, scores in expected.items():
+            torch.testing.assert_close(found[f"module.{name}"].out_channels, scores.out_channels)
+        model = nn.parallel.DistributedDataParallel(inside)
+        with pytest.raises(RuntimeError, match="reduction in the prior iteration") as raised:
+            rows(obc.JacobianScorer(inside), model)
+        assert "of the DistributedDataParallel model itself" in vars(raised.value)["__notes__"][0]
+    finally:
+        dist.destroy_process_group()
+
+
 def one_row(scorer: obc.JacobianScorer, case: models.Case) -> None:
     with scorer.row():
         case.loss(case.model, case.batches[0]).backward()

@@ -40,6 +40,8 @@ _REMEDIES = {
     "inside torch.inference_mode(), tensor.clone(), to the model and to the loss",
     "does not require grad and does not have a grad_fn": "the loss does not depend on the gates: run the model inside "
     "the scorer's `with` block, outside torch.no_grad() and torch.inference_mode(), and detach nothing on the way",
+    "Expected to have finished reduction in the prior iteration": "DistributedDataParallel waits for gradients of the "
+    "frozen weights; make the scorer of the DistributedDataParallel model itself, not of the model inside it",
 }
 
 
