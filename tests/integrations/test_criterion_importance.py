@@ -172,8 +172,29 @@ def test_transformers_are_scored_as_by_obc(kind: str) -> None:
             torch.testing.assert_close(theirs.double(), expected.double(), rtol=1e-5, atol=1e-8, msg=criterion)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("code", [False, True])
+def test_two_domains_under_torch_pruning(kind: str, code: bool) -> None:
+    """GAPrune's own domain is what is passed to ``score``, the general one is the criterion's."""
+    build, layers = KINDS[kind]
+    one = build()
+    model = one.model.double().eval()
+    domain, *general = [as_float64(batch) for batch in one.batches][:2]
+    graph = tp.DependencyGraph().build_dependency(model, inputs_of(domain))
+    criterion = criteria.GAPrune(general=general, code=code)
+    for outputs, consumers in layers:
+        units = torch.arange(model.get_submodule(outputs[0]).weight.shape[0])[:, None]  # type: ignore[arg-type]
+        slices = [*(Slice(name, "out", units) for name in outputs), *(Slice(name, "in", units) for name in consumers)]
+        group = ChannelGroup(outputs[0], tuple(slices))
+        expected = group_scores(criterion, Subject(model, [group], UsableBatches([domain]), one.loss, outputs_of))
+        theirs = scored_by_importance(criterion, one, [domain], graph, (outputs, consumers))
+        assert theirs is not None
+        assert theirs.unique().numel() > 1
+        torch.testing.assert_close(theirs.double(), expected[group.name].double(), rtol=1e-5, atol=1e-8)
+
+
 def scored_by_importance(
-    criterion: str, one: Case, batches: list[Any], graph: Any, layers: tuple[list[str], list[str]]
+    criterion: Any, one: Case, batches: list[Any], graph: Any, layers: tuple[list[str], list[str]]
 ) -> Tensor | None:
     importance = CriterionImportance(criterion)
     importance.score(one.model, batches, one.loss, forward_fn=outputs_of)
