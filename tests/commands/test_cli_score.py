@@ -343,7 +343,8 @@ def test_statistics_of_other_groups_are_refused(
     for criterion in ("flap", "wanda_sp", "minitron"):
         assert cli.main([*prune, "--criterion", criterion]) == 2
         said = capsys.readouterr().err
-        assert f"the criterion '{criterion}' can't score the group 'model.layers.0.self_attn.q_proj': " in said
+        assert f"the criterion '{criterion}' needs the statistic 'moments' of 'model.layers.0.self_attn.o_proj'" in said
+        assert "for the groups 'model.layers.0.self_attn.q_proj'" in said
         assert f"collect them by obc score MODEL_DIR --statistics {criterion}" in said
     assert cli.main([*prune, "--criterion", "flap", "--kinds", "ffn"]) == 0
 
