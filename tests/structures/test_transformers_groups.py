@@ -271,7 +271,7 @@ def test_groups_of_another_width_are_refused() -> None:
     pruned = obc.score(case.model, case.batches, case.loss)
     with pytest.raises(ValueError, match=r"has channel 31 of .*q_proj.* scores of 16"):
         pruned.group(groups)
-    with pytest.raises(ValueError, match="slices must be 'all' or 'gate', got 'some'"):
+    with pytest.raises(ValueError, match="slices must be 'gate' or 'all', got 'some'"):
         scores.group(groups, slices="some")
     with pytest.raises(ValueError, match="two groups are named"):
         scores.group([groups[0], groups[0]])
