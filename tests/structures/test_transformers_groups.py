@@ -293,7 +293,7 @@ def test_costs_are_exact_before_and_after(family: str) -> None:
     assert after.total() == sum(parameter.numel() for parameter in model.parameters())
     assert parameters.total(after.widths) == after.total()
     assert macs.total(after.widths) == structure.costs("macs").total() < macs.total()
-    with pytest.raises(ValueError, match="unit must be 'macs', 'parameters' or 'active_parameters', got 'flops'"):
+    with pytest.raises(ValueError, match="unit must be one of 'macs', 'parameters', 'active_parameters', got 'flops'"):
         structure.costs("flops")
 
 
