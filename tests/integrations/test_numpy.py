@@ -209,11 +209,22 @@ W = np.ones((4, 3), np.float32)
             TypeError,
             "must be int64, got torch.int32",
         ),
+        (lambda: onp.channel_dot(W, None, 0), TypeError, "grad must be a NumPy array, got NoneType"),
+        (lambda: onp.channel_dot(W, W, "0"), TypeError, "'str' object cannot be interpreted as an integer"),
+        (lambda: onp.weight_dot(W, W, groups=2.0), TypeError, "'float' object cannot be interpreted as an integer"),
     ],
 )
 def test_refuses(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_takes_numbers_of_numpy() -> None:
+    dots = onp.channel_dot(W, W, np.int64(-1))
+    assert dots.tobytes() == onp.channel_dot(W, W, 1).tobytes()
+    for actual, expected in zip(onp.weight_dot(W, W, groups=np.int32(2)), onp.weight_dot(W, W, groups=2), strict=True):
+        assert actual.tobytes() == expected.tobytes()
+    assert onp.end_row(np.ones(2), np.ones(2), np.float32(2))
 
 
 def test_refuses_fields_of_structured_arrays() -> None:

@@ -9,7 +9,9 @@ products of :func:`fold` are torch's.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from operator import index
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor
 from obc import ops
 from obc.backends.cpu import describe_bad_group
 from obc.distribution import NATIVE_REMEDY
+from obc.ops.registration import check_arguments
 
 try:
     import obc._native as _native
@@ -34,14 +37,40 @@ Array: TypeAlias = NDArray[np.floating[Any]]
 _FLOATING = (np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16))
 
 
-# --- checks: what only NumPy allows here; shapes and dtypes by the operators' own, on tensors without values ------
+_OPTIONAL = ("bias", "bias_grad", "mask", "groups", "compressor", "decompressor")
+
+
+# --- checks: what only NumPy allows here; shapes and dtypes by the operators' own ---------------------------------
+
+
+class _Like:
+    """What the operators' checks ask of a tensor, answered for an array: a tensor would take microseconds to make."""
+
+    __slots__ = ("dtype", "shape")
+    device = torch.device("cpu")
+    requires_grad = False
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self.shape = array.shape
+        self.dtype = _torch_dtype(array.dtype)
+
+    def dim(self) -> int:
+        return len(self.shape)
+
+    def stride(self, dim: int) -> int:
+        return 1  # _check_writable looks at the strides
+
+
+@functools.cache
+def _torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 def _like(op: str, **arrays: Any) -> list[Any]:
-    """For every array a tensor without values, of its shape and dtype; None stays None."""
+    """For every array what the operators' checks take in its place; None stays None where the operator allows it."""
     found: list[Any] = []
     for name, array in arrays.items():
-        if array is None:
+        if array is None and name in _OPTIONAL:
             found.append(None)
             continue
         if not isinstance(array, np.ndarray):
@@ -56,7 +85,7 @@ def _like(op: str, **arrays: Any) -> list[Any]:
                 f"obc::{op}: {name} has strides {array.strides} that are not multiples of its {array.itemsize}-byte "
                 "elements, or is not aligned (a field of a structured array?); copy it first"
             )
-        found.append(torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, device="meta"))
+        found.append(_Like(array))
     return found
 
 
@@ -83,8 +112,8 @@ def channel_dot(activation: Array, grad: Array, channel_dim: int, per_sample: bo
         ValueError, TypeError, IndexError: shapes or dtypes differ, or ``channel_dim`` is out of range.
     """
     like, like_grad = _like("channel_dot", activation=activation, grad=grad)
-    ops.channel_dot(like, like_grad, channel_dim, per_sample)
-    return _native.channel_dot(activation, grad, channel_dim % activation.ndim, per_sample)
+    _, _, channel_dim, _ = check_arguments("channel_dot", like, like_grad, index(channel_dim), per_sample)
+    return _native.channel_dot(activation, grad, channel_dim, per_sample)
 
 
 def channel_moments(
@@ -96,8 +125,8 @@ def channel_moments(
         ValueError, TypeError, IndexError: ``channel_dim`` is 0 or out of range, or the mask does not fit.
     """
     like_x, like_mask = _like("channel_moments", x=x, mask=mask)
-    ops.channel_moments(like_x, channel_dim, like_mask)
-    first, second, third, fourth = _native.channel_moments(x, channel_dim % x.ndim, mask)
+    _, channel_dim, _ = check_arguments("channel_moments", like_x, index(channel_dim), like_mask)
+    first, second, third, fourth = _native.channel_moments(x, channel_dim, mask)
     return first, second, third, fourth
 
 
@@ -115,7 +144,7 @@ def weight_dot(
         ValueError, TypeError: shapes or dtypes don't fit.
     """
     like, like_grad, b, b_grad = _like("weight_dot", weight=weight, grad=grad, bias=bias, bias_grad=bias_grad)
-    ops.weight_dot(like, like_grad, b, b_grad, groups, transposed)
+    check_arguments("weight_dot", like, like_grad, b, b_grad, index(groups), transposed)
     out_dots, in_dots = _native.weight_dot_list([weight], [grad], [bias], [bias_grad], [groups], [transposed])
     return out_dots[0], in_dots[0]
 
@@ -136,13 +165,13 @@ def weight_dot_list(
     count = len(weights)
     biases = [None] * count if biases is None else biases
     bias_grads = [None] * count if bias_grads is None else bias_grads
-    groups = [1] * count if groups is None else groups
+    groups = [1] * count if groups is None else [index(number) for number in groups]
     transposed = [False] * count if transposed is None else transposed
     columns = {"weight": weights, "grad": grads, "bias": biases, "bias_grad": bias_grads}
     like_weights, like_grads, like_biases, like_bias_grads = (
         [_like("weight_dot_list", **{name: array})[0] for array in column] for name, column in columns.items()
     )
-    ops.weight_dot_list(like_weights, like_grads, like_biases, like_bias_grads, groups, transposed)
+    check_arguments("weight_dot_list", like_weights, like_grads, like_biases, like_bias_grads, groups, transposed)
     return _native.weight_dot_list(weights, grads, biases, bias_grads, groups, transposed)
 
 
@@ -152,7 +181,7 @@ def weight_moments(weight: Array, grad: Array) -> tuple[Array, Array, Array, Arr
     Raises:
         ValueError, TypeError: shapes or dtypes don't fit.
     """
-    ops.weight_moments(*_like("weight_moments", weight=weight, grad=grad))
+    check_arguments("weight_moments", *_like("weight_moments", weight=weight, grad=grad))
     first, second, third, fourth, fifth = _native.weight_moments(weight, grad)
     return first, second, third, fourth, fifth
 
@@ -168,7 +197,7 @@ def end_row(scores: Array, row: Array, loss_scale: float = 1.0, groups: NDArray[
             groups are not ascending or out of range.
     """
     like_scores, like_row, like_groups = _like("end_row", scores=scores, row=row, groups=groups)
-    ops.end_row(like_scores, like_row, loss_scale, like_groups)
+    check_arguments("end_row", like_scores, like_row, float(loss_scale), like_groups)
     _check_writable("scores", scores)
     _check_writable("row", row)
     if np.shares_memory(scores, row):

@@ -12,8 +12,14 @@ from obc import backends
 from obc.backends.operators import TABLE
 
 _LIBRARY = torch.library.Library("obc", "DEF")
+_CHECKS: dict[str, Callable[..., tuple[Any, ...]]] = {}
 for _operator in TABLE:
     _LIBRARY.define(_operator.name + _operator.schema)
+
+
+def check_arguments(op: str, *arguments: Any) -> tuple[Any, ...]:
+    """The operator's own check, for a caller without tensors: it takes whatever has the attributes that it reads."""
+    return _CHECKS[op](*arguments)
 
 
 def run(op: str, like: Tensor, *arguments: Any) -> Any:
@@ -40,6 +46,8 @@ def register(
         implementation: takes unchecked arguments. By default they are checked and passed to the backend that the first
             one chooses.
     """
+
+    _CHECKS[op] = check
 
     def checked(*arguments: Any) -> Any:
         arguments = check(*arguments)
