@@ -29,22 +29,19 @@ constexpr int64_t kTile = 4096;
 // The same where summed positions lie inside: such rows lie far apart, and four of both inputs share the cache.
 constexpr int64_t kInnerTile = 2048;
 
-// out[i] = sum over p of partial[p * size + i].
-template <class Acc>
-void add_partials(const Acc* partial, int64_t partials, int64_t size, Acc* out) {
-  std::memcpy(out, partial, size * sizeof(Acc));
-  for (int64_t p = 1; p < partials; ++p) {
-    for (int64_t i = 0; i < size; ++i) out[i] += partial[p * size + i];
-  }
-}
-
 template <class Acc>
 class ChannelDot : public Plan {
  public:
   ChannelDot(const Pair& pair, int64_t out_size, Acc* out) : pair_(pair), out_size_(out_size), out_(out) {}
 
-  void finish() const override {
-    if (partial_) add_partials(partial_.get(), partials_, out_size_, out_);
+  // out[i] = sum over p of partial[p, i].
+  void finish(int64_t begin, int64_t end) const override {
+    if (!partial_) return;
+    std::memcpy(out_ + begin, partial_.get() + begin, (end - begin) * sizeof(Acc));
+    for (int64_t p = 1; p < partials_; ++p) {
+      const Acc* sums = partial_.get() + p * out_size_;
+      for (int64_t i = begin; i < end; ++i) out_[i] += sums[i];
+    }
   }
 
  protected:
@@ -52,8 +49,11 @@ class ChannelDot : public Plan {
   Acc* target(int64_t p) const { return partial_ ? partial_.get() + p * out_size_ : out_; }
 
   void set_partials(int64_t partials) {
+    if (partials == 1) return;
     partials_ = partials;
-    if (partials > 1) partial_ = scratch<Acc>(partials * out_size_);
+    partial_ = scratch<Acc>(partials * out_size_);
+    this->results = out_size_;
+    this->result_size = partials;
   }
 
   const Pair pair_;
@@ -219,7 +219,7 @@ class ByColumns : public ChannelDot<Acc> {
 class Zeros : public Plan {
  public:
   void run(int64_t) const override {}
-  void finish() const override {}
+  void finish(int64_t, int64_t) const override {}
 };
 
 bool by_columns(const std::vector<Dim>& dims) {

@@ -19,8 +19,8 @@ namespace {
 enum Role { kPosition, kSample, kChannel };
 
 constexpr int kMoments = 4;
-// Channels of one task: its three vectors of sums stay in the first-level cache beside the rows.
-constexpr int64_t kTile = 1024;
+// Channels of one task: its three vectors of sums stay in the first-level cache beside twelve rows.
+constexpr int64_t kTile = 256;
 // Positions that one reading of a row of positions sums.
 constexpr int64_t kLongRow = 8192;
 // Rows that are read in one go by columns: at the end of them none are prefetched.
@@ -75,23 +75,28 @@ class ChannelMoments : public Plan {
     }
   }
 
-  void finish() const override {
-    for (int m = 0; m < kMoments; ++m) std::memset(results_[m], 0, channels_ * sizeof(Acc));
-    const int64_t ranges = ceil_div(sample_count_, range_);
-    Acc* const absolute = absolute_ ? absolute_->data() : nullptr;  // where samples lie in several parts
+  void finish(int64_t begin, int64_t end) const override {
+    const int64_t count = end - begin, ranges = ceil_div(sample_count_, range_);
+    Acc* out[kMoments];
+    for (int m = 0; m < kMoments; ++m) {
+      out[m] = results_[m] + begin;
+      std::memset(out[m], 0, count * sizeof(Acc));
+    }
+    Acc* const absolute = parts_ > 1 ? absolute_.get() + begin : nullptr;  // of one sample
+    if (parts_ > 1) std::memset(absolute, 0, count * sizeof(Acc));
     for (int64_t range = 0; range < ranges; ++range) {
       for (int64_t part = 0; part < parts_; ++part) {
-        const Acc* sums = partial_.get() + (range * parts_ + part) * kMoments * stride_;
-        for (int64_t c = 0; c < channels_; ++c) results_[0][c] += sums[c];
-        for (int64_t c = 0; c < channels_; ++c) results_[1][c] += sums[stride_ + c];
-        Acc* const total = parts_ > 1 ? absolute : results_[2];
-        for (int64_t c = 0; c < channels_; ++c) total[c] += sums[2 * stride_ + c];
+        const Acc* sums = partial_.get() + (range * parts_ + part) * kMoments * stride_ + begin;
+        for (int64_t c = 0; c < count; ++c) out[0][c] += sums[c];
+        for (int64_t c = 0; c < count; ++c) out[1][c] += sums[stride_ + c];
+        Acc* const total = parts_ > 1 ? absolute : out[2];
+        for (int64_t c = 0; c < count; ++c) total[c] += sums[2 * stride_ + c];
         if (parts_ > 1) continue;
-        for (int64_t c = 0; c < channels_; ++c) results_[3][c] += sums[3 * stride_ + c];
+        for (int64_t c = 0; c < count; ++c) out[3][c] += sums[3 * stride_ + c];
       }
-      if (parts_ > 1) add_mean_squares(range, channels_, absolute, results_[2], results_[3]);
+      if (parts_ > 1) add_mean_squares(range, count, absolute, out[2], out[3]);
     }
-    if (alone_) std::memcpy(results_[3], results_[1], channels_ * sizeof(Acc));
+    if (alone_) std::memcpy(out[3], out[1], count * sizeof(Acc));
   }
 
  protected:
@@ -118,9 +123,11 @@ class ChannelMoments : public Plan {
     range_ = ceil_div(sample_count_, ranges);
     stride_ = aligned<Acc>(channels_);
     partial_ = scratch<Acc>(ceil_div(sample_count_, range_) * parts_ * kMoments * stride_);
-    if (parts_ > 1) absolute_ = std::make_unique<std::vector<Acc>>(channels_);
+    if (parts_ > 1) absolute_ = scratch<Acc>(channels_);
     tasks = ceil_div(sample_count_, range_) * parts_ * tiles_;
     task_size = range_ * ceil_div(position_count_, parts_) * tile_;
+    results = channels_;
+    result_size = ceil_div(sample_count_, range_) * parts_ * kMoments;
   }
 
   bool counts(const Offsets& at) const { return !mask_ || mask_[at.second]; }
@@ -173,8 +180,7 @@ class ChannelMoments : public Plan {
   Acc* results_[kMoments];
   std::vector<int64_t> present_;  // positions of each sample that the mask keeps; empty: all
   int64_t units_ = 1, tile_ = 1, tiles_ = 1, part_ = 1, parts_ = 1, range_ = 1, stride_ = 1;
-  Scratch<Acc> partial_;
-  std::unique_ptr<std::vector<Acc>> absolute_;
+  Scratch<Acc> partial_, absolute_;
 };
 
 // A unit is a position.

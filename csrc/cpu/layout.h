@@ -32,6 +32,9 @@ struct Dim {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How many tasks of `size` elements a thread should have at least.
+inline int64_t grain_of(int64_t size) { return ceil_div(kGrain, std::max<int64_t>(size, 1)); }
+
 // Whether `inner` continues `outer` in memory, in both arrays.
 inline bool continues(const Dim& outer, const Dim& inner) {
   return outer.first == inner.size * inner.first && outer.second == inner.size * inner.second;
@@ -182,22 +185,23 @@ inline void clear_sums(void* sums, int64_t count, Dtype dtype) {
   if (count > 0) std::memset(sums, 0, count * (dtype == Dtype::float64 ? sizeof(double) : sizeof(float)));
 }
 
-// A reduction that is ready to run: independent tasks of about `task_size` elements each, which may run in parallel,
-// and a last step in one thread.
+// A reduction that is ready to run: independent tasks of about `task_size` elements each, then the last step for
+// `results` sums, which reads about `result_size` partial sums for each. Both may run in parallel.
 class Plan {
  public:
   virtual ~Plan() = default;
   virtual void run(int64_t task) const = 0;
-  virtual void finish() const = 0;
+  // For the results [begin, end).
+  virtual void finish(int64_t begin, int64_t end) const = 0;
 
-  int64_t tasks = 0;
-  int64_t task_size = 1;
+  int64_t tasks = 0, task_size = 1;
+  int64_t results = 0, result_size = 1;
 
   void run_all(const ParallelFor& parallel) const {
-    parallel(tasks, ceil_div(kGrain, std::max<int64_t>(task_size, 1)), [this](int64_t begin, int64_t end) {
+    parallel(tasks, grain_of(task_size), [this](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) run(task);
     });
-    finish();
+    parallel(results, grain_of(result_size), [this](int64_t begin, int64_t end) { finish(begin, end); });
   }
 };
 

@@ -175,9 +175,9 @@ OBC_TARGET void row_sums(
   }
 }
 
-// Sums one, four or eight rows in registers, then adds the sums to memory: with eight rows an eighth of the additions
-// there. The processor does not predict rows that follow after a gap in memory, so the next `kAhead` rows are
-// prefetched into the second-level cache; the next four alone would arrive too late.
+// Sums kRows rows in registers, then adds the sums to memory: with four rows a quarter of the additions there. The
+// processor does not predict rows that follow after a gap in memory, so the next `kAhead` rows are prefetched into the
+// first-level cache, which holds them where the tile is narrow; from the second level they come a quarter slower.
 template <class Type, bool kOffsets, int kRows, int kAhead>
 OBC_INLINE void add_column_moments(
     const Matrix& x, const int64_t* starts, int64_t columns, typename Type::Acc* const (&sums)[3]
@@ -193,7 +193,7 @@ OBC_INLINE void add_column_moments(
     const int64_t count = columns - j;
     Vector moments[3];
     if constexpr (!kOffsets) {
-      for (int r = 0; r < kAhead; ++r) __builtin_prefetch(ahead[r] + j, 0, 2);
+      for (int r = 0; r < kAhead; ++r) __builtin_prefetch(ahead[r] + j, 0, 3);
     }
     for (int r = 0; r < kRows; ++r) {
       const Row<Type, kOffsets> row({data[r], 0, x.offsets}, 0);
@@ -238,8 +238,7 @@ OBC_TARGET void column_moments(
 ) {
   typename Type::Acc* const sums[3] = {sum, square, absolute};
   int64_t r = 0;
-  for (; r + 16 <= rows; r += 8) add_column_moments<Type, kOffsets, 8, 8>(x, starts + r, columns, sums);
-  for (; r + 8 <= rows; r += 8) add_column_moments<Type, kOffsets, 8, 0>(x, starts + r, columns, sums);
+  for (; r + 12 <= rows; r += 4) add_column_moments<Type, kOffsets, 4, 8>(x, starts + r, columns, sums);
   for (; r + 4 <= rows; r += 4) add_column_moments<Type, kOffsets, 4, 0>(x, starts + r, columns, sums);
   for (; r < rows; ++r) add_column_moments<Type, kOffsets, 1, 0>(x, starts + r, columns, sums);
 }

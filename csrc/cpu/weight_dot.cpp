@@ -44,6 +44,8 @@ class OnePass : public Plan {
     column_sums_ = scratch<Acc>(group_.size * chunks_ * columns_.count());
     tasks = group_.size * chunks_ * tiles_;
     task_size = chunk_ * std::min(tile_, columns_.count()) * cpu::count(outer_kernel_);
+    results = group_.size * kept_;
+    result_size = chunks_ * before_ * after_;
   }
 
   void run(int64_t task) const override {
@@ -66,18 +68,18 @@ class OnePass : public Plan {
     });
   }
 
-  void finish() const override {
-    const int64_t rows = group_.size * row_.size, columns = columns_.count();
-    std::memcpy(by_row_, row_sums_.get(), rows * sizeof(Acc));
+  // Of the sums by column; those by row are shared out in proportion.
+  void finish(int64_t begin, int64_t end) const override {
+    const int64_t rows = group_.size * row_.size;
+    const int64_t row = rows * begin / results, last_row = rows * end / results;
+    std::memcpy(by_row_ + row, row_sums_.get() + row, (last_row - row) * sizeof(Acc));
     for (int64_t tile = 1; tile < tiles_; ++tile) {
-      for (int64_t r = 0; r < rows; ++r) by_row_[r] += row_sums_[tile * rows + r];
+      for (int64_t r = row; r < last_row; ++r) by_row_[r] += row_sums_[tile * rows + r];
     }
-    for (int64_t group = 0; group < group_.size; ++group) {
-      Acc* sums = column_sums_.get() + group * chunks_ * columns;
-      for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
-        for (int64_t j = 0; j < columns; ++j) sums[j] += sums[chunk * columns + j];
-      }
-      add_kernel(sums, by_column_ + group * kept_);
+    while (begin < end) {
+      const int64_t group = begin / kept_, first = begin % kept_, last = std::min(kept_, first + end - begin);
+      finish_columns(column_sums_.get() + group * chunks_ * columns_.count(), first, last, by_column_ + group * kept_);
+      begin += last - first;
     }
   }
 
@@ -101,11 +103,16 @@ class OnePass : public Plan {
     return columns;
   }
 
-  // out[k] = sum over b, a of sums[b, k, a].
-  void add_kernel(const Acc* sums, Acc* out) const {
-    std::memset(out, 0, kept_ * sizeof(Acc));
+  // out[k] = sum over b, a of (sum over the chunks of sums[chunk, b, k, a]), for k in [first, last).
+  void finish_columns(Acc* sums, int64_t first, int64_t last, Acc* out) const {
+    std::memset(out + first, 0, (last - first) * sizeof(Acc));
     for (int64_t b = 0; b < before_; ++b) {
-      for (int64_t k = 0; k < kept_; ++k) {
+      const int64_t begin = (b * kept_ + first) * after_, end = (b * kept_ + last) * after_;
+      for (int64_t chunk = 1; chunk < chunks_; ++chunk) {
+        const Acc* more = sums + chunk * columns_.count();
+        for (int64_t j = begin; j < end; ++j) sums[j] += more[j];
+      }
+      for (int64_t k = first; k < last; ++k) {
         const Acc* positions = sums + (b * kept_ + k) * after_;
         Acc sum = positions[0];
         for (int64_t a = 1; a < after_; ++a) sum += positions[a];
@@ -140,13 +147,15 @@ class OneSided : public Plan {
         per_group_(per_group) {
     tasks = dots_->tasks;
     task_size = dots_->task_size;
+    results = groups_;
+    result_size = (1 + dots_->result_size) * per_group_;
   }
 
   void run(int64_t task) const override { dots_->run(task); }
 
-  void finish() const override {
-    dots_->finish();
-    for (int64_t group = 0; group < groups_; ++group) {
+  void finish(int64_t begin, int64_t end) const override {
+    dots_->finish(begin * per_group_, end * per_group_);
+    for (int64_t group = begin; group < end; ++group) {
       Acc sum = 0;
       for (int64_t i = 0; i < per_group_; ++i) sum += fine_[group * per_group_ + i];
       coarse_[group] = sum;
@@ -220,34 +229,50 @@ void add_bias(const Pair& bias, void* out) {
   for (int64_t o = 0; o < bias.sizes[0]; ++o) static_cast<Acc*>(out)[o] += products[o];
 }
 
+// Numbers the tasks of all layers, or their results, one after another.
+class Shared {
+ public:
+  void add(int64_t count, int64_t size) {
+    begins_.push_back(begins_.back() + count);
+    elements_ += count * size;
+  }
+
+  // Calls f(layer, begin, end) for each layer's part of every range.
+  template <class F>
+  void run(const ParallelFor& parallel, const F& f) const {
+    const int64_t total = begins_.back();
+    parallel(total, grain_of(elements_ / std::max<int64_t>(total, 1)), [&](int64_t begin, int64_t end) {
+      if (begin == end) return;
+      size_t layer = std::upper_bound(begins_.begin(), begins_.end(), begin) - begins_.begin() - 1;
+      for (; begin < end; ++layer) {
+        const int64_t last = std::min(end, begins_[layer + 1]);
+        f(layer, begin - begins_[layer], last - begins_[layer]);
+        begin = last;
+      }
+    });
+  }
+
+ private:
+  std::vector<int64_t> begins_ = {0};
+  int64_t elements_ = 0;
+};
+
 }  // namespace
 
 void weight_dot(const std::vector<WeightDot>& layers, const ParallelFor& parallel) {
   std::vector<std::unique_ptr<Plan>> plans;
-  std::vector<int64_t> begins = {0};
-  int64_t elements = 0;
+  Shared tasks, results;
   for (const WeightDot& layer : layers) {
     std::unique_ptr<Plan> plan = plan_layer(layer);
     if (!plan) continue;
-    begins.push_back(begins.back() + plan->tasks);
-    elements += plan->tasks * plan->task_size;
+    tasks.add(plan->tasks, plan->task_size);
+    results.add(plan->results, plan->result_size);
     plans.push_back(std::move(plan));
   }
-  const int64_t tasks = begins.back(), finishes = plans.size();
-  const auto grain = [&](int64_t parts) {
-    return ceil_div(kGrain, std::max<int64_t>(elements / std::max<int64_t>(parts, 1), 1));
-  };
-  parallel(tasks, grain(tasks), [&](int64_t begin, int64_t end) {
-    if (begin == end) return;
-    size_t layer = std::upper_bound(begins.begin(), begins.end(), begin) - begins.begin() - 1;
-    for (int64_t task = begin; task < end; ++task) {
-      while (task >= begins[layer + 1]) ++layer;
-      plans[layer]->run(task - begins[layer]);
-    }
+  tasks.run(parallel, [&](size_t layer, int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) plans[layer]->run(task);
   });
-  parallel(finishes, grain(finishes), [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) plans[p]->finish();
-  });
+  results.run(parallel, [&](size_t layer, int64_t begin, int64_t end) { plans[layer]->finish(begin, end); });
   for (const WeightDot& layer : layers) {
     if (!layer.bias || layer.bias->sizes[0] == 0) continue;
     void* out = layer.transposed ? layer.column_dot : layer.row_dot;

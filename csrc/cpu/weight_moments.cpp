@@ -29,6 +29,8 @@ class WeightMoments : public Plan {
     partial_ = scratch<Acc>(tiles_ * kMoments * row_.size);
     tasks = tiles_ * blocks_;
     task_size = std::min(block_, row_.size) * length;
+    results = row_.size;
+    result_size = tiles_ * kMoments;
   }
 
   void run(int64_t task) const override {
@@ -42,12 +44,12 @@ class WeightMoments : public Plan {
     leaves<Acc>(pair_.dtype).row_moments(w, g, std::min(block_, row_.size - row), length, sums, row_.size);
   }
 
-  void finish() const override {
+  void finish(int64_t begin, int64_t end) const override {
     for (int m = 0; m < kMoments; ++m) {
-      std::memcpy(moments_[m], partial_.get() + m * row_.size, row_.size * sizeof(Acc));
+      std::memcpy(moments_[m] + begin, partial_.get() + m * row_.size + begin, (end - begin) * sizeof(Acc));
       for (int64_t tile = 1; tile < tiles_; ++tile) {
         const Acc* sums = partial_.get() + (tile * kMoments + m) * row_.size;
-        for (int64_t r = 0; r < row_.size; ++r) moments_[m][r] += sums[r];
+        for (int64_t r = begin; r < end; ++r) moments_[m][r] += sums[r];
       }
     }
   }
