@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -60,6 +62,30 @@ def split_by_group(channels: Tensor, size: int, groups: int) -> Tensor | None:
     local = local - starts
     inside = (local >= 0) & (local < size // groups)
     return local if bool(inside.all()) else None
+
+
+def own_channels(layout: Rule, weight: Tensor, tensor: Tensor) -> dict[Literal["out", "in"], int] | None:
+    """The sides of a layer along which a tensor of its own beside weight and bias has channels -> the dimension there.
+
+    Such tensors of subclasses are masks and scales: with one dimension of as many entries as the layer has out
+    channels, or with several dimensions that broadcast to the weight's shape, or without channels. None for any other
+    shape: one value per in channel is no longer told apart once pruning makes both sides equally wide.
+
+    Args:
+        layout: the layer's rule.
+        weight: its weight, before or after pruning like ``tensor``.
+        tensor: the tensor.
+    """
+    wide = [dim for dim, size in enumerate(tensor.shape) if size > 1]
+    aligned = tensor.dim() == weight.dim()
+    if len(wide) == 1 and not (aligned and wide[0] > 1):
+        return {"out": wide[0]} if tensor.shape[wide[0]] == layout.sizes(weight)[0] else None
+    fits = aligned and all(size in (1, whole) for size, whole in zip(tensor.shape, weight.shape, strict=True))
+    if not fits and wide:
+        return None
+    axes = (layout.out_axis, layout.in_axis)
+    sides: tuple[Literal["out", "in"], ...] = ("out", "in")
+    return {side: axis for side, axis in zip(sides, axes, strict=True) if axis in wide}
 
 
 def is_compiled(model: nn.Module) -> bool:

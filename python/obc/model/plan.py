@@ -149,7 +149,8 @@ class PruningPlan(Mapping[str, Kept]):
     ) -> Tensor:
         key = joined(module_name, tensor_name)
         original = original_tensor(original_state_dict, key)
-        return sliced(module, tensor_name, original, kept_of(self, module_name, key), key)
+        weight = original_state_dict.get(joined(module_name, "weight"))
+        return sliced(module, tensor_name, original, kept_of(self, module_name, key), key, weight)
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Cut an unpruned model to what this plan kept, in place, so that a pruned state dict can be loaded.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.kept import Kept, PlanError
-from obc.model.layouts import layout_of, split_by_group
+from obc.model.layouts import layout_of, own_channels, split_by_group
 from obc.model.quantized import is_quantised, why_not_sliced
 from obc.model.rules import Rule, is_packed
 
@@ -24,11 +24,16 @@ def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
     return state_dict[key].detach()
 
 
-def sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept | None, key: str) -> Tensor:
+def sliced(
+    module: nn.Module, tensor_name: str, original: Tensor, kept: Kept | None, key: str, weight: Tensor | None = None
+) -> Tensor:
     """The slice of ``original``, the tensor ``tensor_name`` of a layer like ``module``, that pruning keeps.
 
+    ``weight`` is the layer's weight before pruning; it tells which channels other tensors of a subclass have.
+
     Raises:
-        PlanError: the indices don't fit, or the layer or its original is quantised.
+        PlanError: the indices don't fit, the layer or its original is quantised, or how such a tensor belongs to the
+            channels is not known.
     """
     if kept is None:
         return original
@@ -40,14 +45,14 @@ def sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept | N
             f"{original.dtype}, so that no channel can be taken out of it; make that model plain with obc.dequantize"
         )
     try:
-        return _sliced(module, tensor_name, original, kept)
+        return _sliced(module, tensor_name, original, kept, weight)
     except (IndexError, ValueError) as error:
         raise PlanError(
             f"{key}: the plan does not fit the original's shape {tuple(original.shape)}: {error}"
         ) from error
 
 
-def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept) -> Tensor:
+def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept, weight: Tensor | None) -> Tensor:
     if kept.dim is not None or kept.in_dim is not None:
         taken = original if kept.dim is None else _take(original, kept.dim, kept.out_channels)
         return taken if kept.in_dim is None else _take(taken, kept.in_dim, kept.in_channels)
@@ -56,12 +61,29 @@ def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept) -
     if isinstance(module, nn.Embedding):
         return _take(original, 1, kept.out_channels)
     layout = layout_of(module)
-    if layout is None or tensor_name != "weight":
+    if layout is not None and tensor_name not in ("weight", "bias") and weight is not None:
+        if original.shape != weight.shape:
+            return _sliced_own(module, layout, weight, original, kept)
+    elif layout is None or tensor_name != "weight":
         # Norms, PReLU, biases: one entry per channel; counters and single slopes have none.
         return original if original.numel() == 1 and original.dim() == 0 else _take(original, -1, kept.out_channels)
     if was_depthwise(module, original, kept):
         return _take(original, 0, kept.out_channels)
     return sliced_weight(original, layout, kept)
+
+
+def _sliced_own(module: nn.Module, layout: Rule, weight: Tensor, original: Tensor, kept: Kept) -> Tensor:
+    """A tensor of a subclass that is not shaped like the weight."""
+    sides = own_channels(layout, weight, original)
+    if sides is None or (layout.groups > 1 and "in" in sides):
+        out_size, in_size = layout.sizes(weight)
+        raise ValueError(
+            f"of this {type(module).__name__} with {in_size} in and {out_size} out channels only tensors that have the "
+            "weight's shape, or one value per out channel, can be cut; keep any other in a module of its own"
+        )
+    for side, dim in sides.items():
+        original = _take(original, dim, kept.out_channels if side == "out" else kept.in_columns)
+    return original
 
 
 def was_depthwise(module: nn.Module, original: Tensor, kept: Kept) -> bool:

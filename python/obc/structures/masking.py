@@ -29,7 +29,7 @@ from obc.model.evaluation import first_floating
 from obc.model.experts import is_correction
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import staying
-from obc.model.names import named_modules
+from obc.model.names import named_modules, saved_buffers
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
 
@@ -146,13 +146,22 @@ def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:
     assert isinstance(rule, Rule)
     assert rule.in_axis is not None
     old = getattr(module, rule.weight)
-    weight, channels = old.detach().clone(), channels.to(old.device)
+    beside = [key for key, buffer in saved_buffers(module) if buffer.shape == old.shape]  # masks of the weight
+    for parameter in [one for one in module.parameters(recurse=False) if one.shape == old.shape]:
+        replace_parameter(uses, parameter, _without_columns(rule, parameter.detach(), channels))
+    for key in beside:
+        module._buffers[key] = _without_columns(rule, getattr(module, key), channels)
+
+
+def _without_columns(rule: Rule, tensor: Tensor, channels: Tensor) -> Tensor:
+    assert rule.in_axis is not None
+    weight, channels = tensor.clone(), channels.to(tensor.device)
     if rule.groups > 1 and rule.in_axis == 1:
         width = weight.shape[1]  # channels of one conv group
         weight.unflatten(0, (rule.groups, -1))[channels // width, :, channels % width] = 0
     else:
         weight.index_fill_(rule.in_axis, channels, 0)
-    replace_parameter(uses, old, weight)
+    return weight
 
 
 def _mask_attention(uses: Uses, module: nn.MultiheadAttention, channels: Tensor) -> None:

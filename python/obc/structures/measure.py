@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +17,7 @@ from obc.model.costs import Costs
 from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
-from obc.model.layouts import is_depthwise, layer_of, layout_of
+from obc.model.layouts import is_depthwise, layer_of, layout_of, own_channels
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.structures.memory import MemoryUse
 from obc.structures.polynomial import Polynomial
@@ -201,8 +202,15 @@ def _add_tensor(
     if full_name in dims:
         size = tensor.shape[dims[full_name]]
         polynomial.add(factor * tensor.numel() / size, polynomial.size((full_name, "out"), size))
-    elif layout_of(module) is not None and key == "weight":
-        _add_layer(polynomial, factor, name, module, usage)
+    elif (layout := layout_of(module)) is not None and key != "bias":
+        weight = module.get_parameter("weight")
+        if tensor.shape == weight.shape:
+            _add_layer(polynomial, factor, name, module, usage)
+        else:
+            sides = own_channels(layout, weight, tensor) or {}
+            each = tensor.numel() / math.prod(tensor.shape[dim] for dim in sides.values())
+            sizes = (polynomial.size((name, side), tensor.shape[dim]) for side, dim in sides.items())
+            polynomial.add(factor * each, *sizes)
     elif isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
         _add_weight(polynomial, factor, name, (3 * module.embed_dim, module.embed_dim), 1)
     elif tensor.numel() == 1:

@@ -264,7 +264,11 @@ class _Prover:
             return self._said(names, f"the model returns something else without {self._shares(removed)}: {found.where}")
         if number % 2:  # the first try, of small channels, did not show it
             return self._said(names, f"its removed channels, made large, change what others do: {found.where}")
-        return self._said(names, f"its consumers do not see its channels in this order: {found.where}")
+        return self._said(
+            names,
+            "its consumers do not see its channels in this order, or what they see or compute of the others depends "
+            f"on those removed: {found.where}",
+        )
 
     def _masked(self, names: Sequence[str], removed: Mapping[str, Tensor], number: int) -> Observation | None:
         """The unpruned model with these units masked, and large in every second try; None if that is impossible."""

@@ -104,4 +104,5 @@ def refuse_untied(model: nn.Module, shared: Sequence[Sequence[str]], step: Mappi
 def _left_of(model: nn.Module, name: str, step: Mapping[str, Kept]) -> Tensor:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    return sliced(module, attribute, getattr(module, attribute).detach(), kept_of(step, owner, name), name)
+    tensor, weight = getattr(module, attribute).detach(), module._parameters.get("weight")
+    return sliced(module, attribute, tensor, kept_of(step, owner, name), name, weight)
