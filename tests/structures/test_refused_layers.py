@@ -188,3 +188,33 @@ def test_a_group_that_can_only_go_as_a_whole_is_left_out_with_the_reason() -> No
     structure = TorchPruningStructure(Gated().eval(), X)
     assert {group.name for group in structure.groups} == {"b"}
     assert "one unit among its 8 channels" in structure.left_out["a"]
+
+
+class Lost(nn.Module):
+    """A linear layer, an operation in which Torch-Pruning loses track of its 12 channels, and what reads the result."""
+
+    def __init__(self, operation: Callable[[Lost, Tensor], Tensor], outputs: int) -> None:
+        super().__init__()
+        self.first, self.norm, self.table = nn.Linear(6, 12), nn.RMSNorm(4), nn.Parameter(torch.randn(7, 3))
+        self.raw, self.qk = nn.Parameter(torch.randn(8, 12)), nn.Linear(12, 16)
+        self.operation, self.reader, self.head = operation, nn.Linear(outputs, 10), nn.Linear(10, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.reader(self.operation(self, F.gelu(self.first(x))))))
+
+
+@pytest.mark.parametrize(
+    ("operation", "outputs", "beyond"),
+    [
+        (lambda net, x: F.linear(x, net.raw), 8, r"number 11 of '(raw|reader)', which has 8( in channels)?,"),
+        (lambda net, x: x @ net.raw.t(), 8, r"number 11 of '(raw|reader)', which has 8( in channels)?,"),
+        (lambda net, x: F.linear(x, net.qk.weight[:8]), 8, r"number 11 of 'reader', which has 8 in channels,"),
+        (lambda net, x: net.norm(x.unflatten(-1, (3, 4))).flatten(-2), 12, r"number 11 of 'norm', which has 4,"),
+    ],
+)
+def test_layers_whose_channels_tracing_loses_are_left_out_with_the_place(
+    operation: Callable[[Lost, Tensor], Tensor], outputs: int, beyond: str
+) -> None:
+    structure = TorchPruningStructure(Lost(operation, outputs), torch.randn(2, 7, 6))
+    assert [group.name for group in structure.groups] == ["reader"]
+    assert re.search(f"{beyond} past an operation that it does not know", structure.left_out["first"])

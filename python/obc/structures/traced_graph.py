@@ -201,6 +201,10 @@ class TracedGraph:
                     members_of_part.update({c + offset: r for c, r in zip(channels, roots, strict=True)})
         return members
 
+    def dim_size(self, name: str) -> int:
+        """The length of the pruned dimension of a parameter outside any layer."""
+        return self._model.get_parameter(name).shape[self.dims[name]]
+
     def _parts(self, target: Any, dep: Any) -> list[tuple[str, Side, list[int]]]:
         """(name, side, offsets of the copies of its channels) for what one item of a group prunes."""
         if isinstance(target, nn.Parameter):

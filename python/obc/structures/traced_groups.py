@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import ChannelGroup, Side
+from obc.model.layouts import layout_of
 from obc.structures.measure import Usage
 from obc.structures.removal import size_of
 from obc.structures.traced_graph import INSIDE_TORCH_PRUNING, TracedGraph, unfollowed
@@ -111,6 +112,7 @@ class GroupFinder:
         found.size = len(raw[0][1])
         found.members = self._graph.members(raw)
         self._refuse_outer(found.members, raw)
+        self._refuse_beyond(found.members)
         units = Units(found.size)
         self._join_heads(units, heads, found.size)
         self._join_self_coupled(units, raw, found.size)
@@ -162,6 +164,21 @@ class GroupFinder:
             raise InnerMatterError(self._why_returned(returned, members))
         if not any(side == "in" for _, side in members):
             raise InnerMatterError("no layer reads it")
+
+    def _refuse_beyond(self, members: Members) -> None:
+        """Refuse groups with channels that a layer lacks: Torch-Pruning lost track of them."""
+        for (name, side), roots in members.items():
+            owner = self._modules.get(name.rpartition(".")[0])
+            if any(isinstance(module, nn.MultiheadAttention) for module in (self._modules.get(name), owner)):
+                continue
+            size = size_of(self._modules[name], side) if name in self._modules else self._graph.dim_size(name)
+            if max(roots) >= size:
+                sides = {"in": " in channels", "out": " out channels"}
+                kind = sides[side] if layout_of(self._modules.get(name, nn.Identity())) is not None else ""
+                raise NotPrunableError(
+                    f"Torch-Pruning follows its channels to number {max(roots)} of {name!r}, which has {size}{kind}, "
+                    "past an operation that it does not know, or a weight that no linear layer or convolution holds"
+                )
 
     def _why_returned(self, returned: Sequence[str], members: Mapping[tuple[str, Side], Any]) -> str:
         """Why channels that reach the model's output can't be removed."""
