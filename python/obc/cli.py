@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -14,6 +15,9 @@ from obc.commands import bench, completion, criteria, demo, evaluate, info, prun
 from obc.commands.common import BROKEN_PIPE, INTERRUPTED, USAGE_ERROR, UsageError
 from obc.commands.run_log import run_log
 from obc.distribution import DISTRIBUTION, obc_version
+
+# What the operating system says if a disk is full, a quota is used up, a file too large or a disk read-only.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 COMMANDS = (demo, score, prune, criteria, recover, evaluate, report, bench, info, completion)
 
@@ -34,12 +38,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"obc {parsed.name}: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except KeyboardInterrupt:
-        print(f"obc {parsed.name}: interrupted", file=sys.stderr)
-        return INTERRUPTED
     except BrokenPipeError:  # the reader has closed the pipe: obc info | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        print(f"obc {parsed.name}: {error}; make room, or choose another place to write to", file=sys.stderr)
+        return USAGE_ERROR
+    except KeyboardInterrupt:
+        print(f"obc {parsed.name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 @contextlib.contextmanager

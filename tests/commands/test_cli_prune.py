@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -116,6 +117,25 @@ def test_an_entry_point_is_pruned_and_written(
     pruned.load_state_dict(state)
     plan.verify(original.state_dict(), pruned)
     assert "written: " in capsys.readouterr().out
+
+
+def test_a_full_disk_is_said_in_one_line_and_the_earlier_output_stays(
+    entry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert prune(f"{entry}:good", "--macs", 0.6, "--steps", 2, "--out", out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
+    try:
+        assert prune(f"{entry}:good", "--macs", 0.5, "--steps", 2, "--out", out) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("obc prune: [Errno 27] File too large: ")
+    assert said.endswith("model.safetensors'; make room, or choose another place to write to")
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_the_budget_may_be_of_parameters(entry: str, tmp_path: Path) -> None:

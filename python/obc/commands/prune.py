@@ -15,6 +15,7 @@ from obc.commands import allocation_option, budget_options, checkpoints, entry_p
 from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
 from obc.commands.run_log import add_log, say
 from obc.pruning.budgets import Budget
+from obc.tensor_file import written_by_safetensors
 
 _DESCRIPTION = f"""\
 Prune a model until a share of its multiply-accumulates remains, or of its parameters, memory or latency.
@@ -170,7 +171,8 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
         )
     except (ValueError, obc.PlanError, obc.PruningError) as error:
         raise UsageError(str(error)) from error
-    save_model(result.model, str(out / "model.safetensors"), force_contiguous=True)
+    with written_by_safetensors(out / "model.safetensors") as name:
+        save_model(result.model, name, force_contiguous=True)
     result.plan.save(out / "plan.json")
     result.report.save(out / REPORT_FILES[0])
     if result.latency_table is not None:

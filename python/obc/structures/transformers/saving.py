@@ -26,6 +26,7 @@ from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS
 from obc.structures.transformers.config import refuse_save_pretrained, with_widths
 from obc.structures.transformers.structure import TransformersStructure
+from obc.tensor_file import written_by_safetensors
 
 PLAN_FILE, _WEIGHTS = "obc_plan.json", "model.safetensors"
 _FORMAT = "obc.pruned_model/1"
@@ -63,8 +64,8 @@ def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLik
     with atomic_write(folder / "config.json") as file:
         file.write(json.dumps(content, indent=2, default=str).encode())
     plan.save(folder / PLAN_FILE)
-    with atomic_write(folder / _WEIGHTS) as file:
-        save_file(tensors, file.name, {"format": "pt", "obc_format": _FORMAT, "tied": json.dumps(tied)})
+    with written_by_safetensors(folder / _WEIGHTS) as name:
+        save_file(tensors, name, {"format": "pt", "obc_format": _FORMAT, "tied": json.dumps(tied)})
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.save_pretrained(folder)
