@@ -146,10 +146,10 @@ def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:
     assert isinstance(rule, Rule)
     assert rule.in_axis is not None
     old = getattr(module, rule.weight)
-    beside = [key for key, buffer in saved_buffers(module) if buffer.shape == old.shape]  # masks of the weight
+    buffers = [key for key, buffer in saved_buffers(module) if buffer.shape == old.shape]  # masks of the weight
     for parameter in [one for one in module.parameters(recurse=False) if one.shape == old.shape]:
         replace_parameter(uses, parameter, _without_columns(rule, parameter.detach(), channels))
-    for key in beside:
+    for key in buffers:
         module._buffers[key] = _without_columns(rule, getattr(module, key), channels)
 
 
