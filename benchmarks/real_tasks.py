@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks import real_sources
 from obc.demo import pretrained
-from obc.demo.real import contrastive_loss, embed
+from obc.demo.real import embed
 
 _SENTENCES = 16  # of the encoder that stand for one sequence of a language model: as many tokens, about
 _CROPS = 32  # images, likewise
@@ -153,6 +153,14 @@ def minilm(draw: int, calibration: int, test: int, length: int) -> Task:
         lambda mean: 1 - mean,
         "cosine to the unpruned model's embedding",
     )
+
+
+def contrastive_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The two halves of every sentence should find each other among the batch's: no labels are needed."""
+    mask = batch["attention_mask"]
+    place, half = torch.arange(mask.shape[1]).expand_as(mask), mask.sum(1, keepdim=True) // 2
+    first, second = (embed(model, {**batch, "attention_mask": mask * side}) for side in (place < half, place >= half))
+    return F.cross_entropy(first @ second.T / 0.05, torch.arange(len(first)))
 
 
 # --- the image classifier ------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import obc
 from obc.demo import pretrained
 from obc.model.evaluation import LossFn
+from obc.scoring.label_free import label_free_loss
 
 # Chosen so that two CPU cores need about two minutes. More calibration data would compensate better.
 _CALIBRATION, _TEST, _LENGTH = 8, 6, 128  # for the language model: sequences, and tokens per sequence
@@ -139,6 +140,7 @@ def compare(subject: Subject, say: Callable[[str], None]) -> Result:
         None,
         subject.calibration,
         subject.loss,
+        criterion="token_jacobian",
         blocks=kept[-1],
         steps=kept,
         forward_fn=subject.forward,
@@ -174,13 +176,15 @@ def language_model(model: Any, tokenizer: Any, seed: int, title: str) -> Subject
         for text, number in zip(documents(seed), (_CALIBRATION, _TEST), strict=True)
     )
 
-    def loss(network: Any, tokens: Tensor) -> Tensor:
-        logits = network(input_ids=tokens, use_cache=False).logits[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+    def forward(network: Any, tokens: Tensor) -> Tensor:
+        return network(input_ids=tokens, use_cache=False).logits
+
+    def loss(network: Any, tokens: Tensor) -> float:
+        return float(F.cross_entropy(forward(network, tokens)[0, :-1].float(), tokens[0, 1:]))
 
     @torch.no_grad()
     def measure(network: Any) -> float:
-        return math.exp(sum(float(loss(network, tokens)) for tokens in test) / len(test))
+        return math.exp(sum(loss(network, tokens) for tokens in test) / len(test))
 
     @torch.no_grad()
     def texts(network: Any) -> list[tuple[str, str]]:
@@ -198,8 +202,8 @@ def language_model(model: Any, tokenizer: Any, seed: int, title: str) -> Subject
         title,
         model.eval(),
         calibration,
-        loss,
-        lambda network, tokens: network(input_ids=tokens, use_cache=False).logits,
+        label_free_loss(forward, metric="kl"),
+        forward,
         measure,
         "perplexity",
         texts,
@@ -249,7 +253,7 @@ def sentence_encoder(model: Any, tokenizer: Any, seed: int, title: str) -> Subje
         title,
         model,
         batches(found[0]),
-        contrastive_loss,
+        label_free_loss(embed),
         embed,
         measure,
         "cosine to the unpruned embeddings",
@@ -263,14 +267,6 @@ def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """(B, features) unit vectors: the mean over a sentence's tokens."""
     states, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
     return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
-
-
-def contrastive_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The two halves of every sentence should find each other among the batch's: no labels are needed."""
-    mask = batch["attention_mask"]
-    place, half = torch.arange(mask.shape[1]).expand_as(mask), mask.sum(1, keepdim=True) // 2
-    first, second = (embed(model, {**batch, "attention_mask": mask * side}) for side in (place < half, place >= half))
-    return F.cross_entropy(first @ second.T / 0.05, torch.arange(len(first)))
 
 
 SUBJECTS: dict[str, Callable[[int], Subject]] = {
