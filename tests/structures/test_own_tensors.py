@@ -85,6 +85,23 @@ def test_tensors_of_subclasses_are_cut_with_the_channels(
     torch.testing.assert_close(applied(x), pruned(x), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(8,), (1, 8)])
+def test_tensors_of_in_channels_where_both_sides_are_equally_wide_keep_the_layer(shape: tuple[int, ...]) -> None:
+    class Scaled(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.own = nn.Parameter(torch.rand(shape) + 0.5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x * self.own, self.weight, self.bias)
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), Scaled(), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    structure = TorchPruningStructure(net, torch.randn(4, 3))
+    assert [group.name for group in structure.groups] == ["4"]
+    assert structure.left_out.keys() >= {"0", "2"}
+
+
 def test_other_tensors_of_subclasses_keep_the_layer_and_are_named() -> None:
     def scaled(inputs: int, outputs: int) -> nn.Module:
         layer = nn.Linear(inputs, outputs)

@@ -64,6 +64,13 @@ def split_by_group(channels: Tensor, size: int, groups: int) -> Tensor | None:
     return local if bool(inside.all()) else None
 
 
+def has_own_tensors(module: nn.Module) -> bool:
+    """Whether a linear or convolutional layer has tensors beside weight and bias that are not shaped like the weight."""
+    weight, tensors = getattr(module, "weight", None), {**module._parameters, **module._buffers}
+    own = [tensor for key, tensor in tensors.items() if tensor is not None and key not in ("weight", "bias")]
+    return layout_of(module) is not None and any(tensor.shape != getattr(weight, "shape", None) for tensor in own)
+
+
 def own_channels(layout: Rule, weight: Tensor, tensor: Tensor) -> dict[Literal["out", "in"], int] | None:
     """The sides of a layer along which a tensor of its own beside weight and bias has channels -> the dimension there.
 

@@ -25,7 +25,8 @@ from obc.model.errors import layer_in
 from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup
 from obc.model.kept import PlanError, staying
-from obc.model.layouts import is_depthwise
+from obc.model.layouts import has_own_tensors, is_depthwise
+from obc.model.names import named_modules
 from obc.model.shared_copy import shared_copy, shared_parameters
 from obc.structures.amplified import SIZES, amplify
 from obc.structures.comparison import Observation, compare, observe
@@ -192,11 +193,15 @@ class _Prover:
         passing = self._halved(alike, number)
         if len(passing) > 1 and self._fault(passing, number) is not None:
             passing = self._one_by_one(passing, number)
-        return [name for name in names if name in passing]
+        return self._untied([name for name in names if name in passing], number)
 
     def _untied(self, names: Sequence[str], number: int) -> list[str]:
-        """Among groups that pass together, perhaps by chance: those that share no parameter, or also pass alone."""
+        """Among groups that pass together, perhaps by chance: those that share no tensor, or also pass alone.
+
+        A tensor of a subclass counts as shared by the layer's two sides: which one it belongs to is only inferred.
+        """
         shared = {name.rpartition(".")[0] for tied in shared_parameters(self.base) for name in tied}
+        shared |= {name for name, module in named_modules(self.base) if has_own_tensors(module)}
         passing = []
         for name in names:
             tied = len(names) > 1 and any(part.module in shared for part in self.groups[name].slices)
