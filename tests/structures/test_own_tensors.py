@@ -102,6 +102,18 @@ def test_tensors_of_in_channels_where_both_sides_are_equally_wide_keep_the_layer
     assert structure.left_out.keys() >= {"0", "2"}
 
 
+def test_masks_beside_a_frozen_weight_are_cut_and_counted() -> None:
+    net = _net(lambda o, i: (o, 1, 1, 1), "parameter times")
+    for layer in (net.first, net.second):
+        weight = layer.weight.detach()
+        del layer.weight
+        layer.register_buffer("weight", weight)
+    structure = TorchPruningStructure(net, torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    assert structure.costs("parameters").total(torch.tensor([6, 6])) == sum(p.numel() for p in net.parameters())
+    structure.remove({"first": torch.tensor([1, 4])})
+    assert net.first.own.shape == (4, 1, 1, 1)
+
+
 def test_other_tensors_of_subclasses_keep_the_layer_and_are_named() -> None:
     def scaled(inputs: int, outputs: int) -> nn.Module:
         layer = nn.Linear(inputs, outputs)

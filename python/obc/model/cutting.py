@@ -42,7 +42,7 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
 
 
 def _cut_tensor(module: nn.Module, name: str, tensor: Tensor, kept: Kept | None, key: str) -> Tensor:
-    taken = sliced(module, name, tensor.detach(), kept, key, module._parameters.get("weight"))
+    taken = sliced(module, name, tensor.detach(), kept, key, getattr(module, "weight", None))
     if taken.shape == tensor.shape:
         return tensor
     return nn.Parameter(taken, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else taken

@@ -203,7 +203,7 @@ def _add_tensor(
         size = tensor.shape[dims[full_name]]
         polynomial.add(factor * tensor.numel() / size, polynomial.size((full_name, "out"), size))
     elif (layout := layout_of(module)) is not None and key != "bias":
-        weight = module.get_parameter("weight")
+        _, weight = layer_of(module)
         if tensor.shape == weight.shape:
             _add_layer(polynomial, factor, name, module, usage)
         else:

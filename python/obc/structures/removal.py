@@ -104,5 +104,5 @@ def refuse_untied(model: nn.Module, shared: Sequence[Sequence[str]], step: Mappi
 def _left_of(model: nn.Module, name: str, step: Mapping[str, Kept]) -> Tensor:
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
-    tensor, weight = getattr(module, attribute).detach(), module._parameters.get("weight")
+    tensor, weight = getattr(module, attribute).detach(), getattr(module, "weight", None)
     return sliced(module, attribute, tensor, kept_of(step, owner, name), name, weight)

@@ -165,7 +165,7 @@ def counts_after(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, An
         cut_to(narrow, plan)
         for module_name, module, tensor_name, tensor in named_tensors(narrow):
             original, key = getattr(modules[module_name], tensor_name).detach(), joined(module_name, tensor_name)
-            weight = modules[module_name]._parameters.get("weight")
+            weight = getattr(modules[module_name], "weight", None)
             kept = kept_of(plan, module_name, key)
             if sliced(module, tensor_name, original, kept, key, weight).shape != tensor.shape:
                 return []
