@@ -65,7 +65,7 @@ def split_by_group(channels: Tensor, size: int, groups: int) -> Tensor | None:
 
 
 def has_own_tensors(module: nn.Module) -> bool:
-    """Whether a linear or convolutional layer has tensors beside weight and bias that are not shaped like the weight."""
+    """Whether a linear or convolutional layer has tensors, beside weight and bias, of another shape than the weight."""
     weight, tensors = getattr(module, "weight", None), {**module._parameters, **module._buffers}
     own = [tensor for key, tensor in tensors.items() if tensor is not None and key not in ("weight", "bias")]
     return layout_of(module) is not None and any(tensor.shape != getattr(weight, "shape", None) for tensor in own)
