@@ -11,6 +11,7 @@ import torch
 import transformers_families as families
 from torch import Tensor, nn
 
+from obc.model.experts import fused_experts
 from obc.model.groups import ChannelGroup, Slice
 from obc.statistics import Gram, routed, triangle
 from obc.statistics.part import Part
@@ -193,7 +194,7 @@ def test_inputs_of_experts_are_computed_once_for_all_readers(
 
     monkeypatch.setattr(routed, "routed_input", counted)
     together = collect(case.model, case.batches, case.loss, statistics=statistics)
-    mixtures = [module for module in case.model.modules() if routed.fused_experts(module) is not None]
+    mixtures = [module for module in case.model.modules() if fused_experts(module) is not None]
     experts = sum(routed.expert_count(module) for module in mixtures)
     assert len(computed) == experts * len(case.batches)
     for one, found in alone.items():

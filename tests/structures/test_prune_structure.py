@@ -438,5 +438,5 @@ def test_bad_removals_are_refused() -> None:
         structure.remove({"features.0": torch.tensor([16])})
     with pytest.raises(ValueError, match="at least 1 must stay"):
         structure.remove({"features.0": torch.arange(16)})
-    with pytest.raises(ValueError, match="'macs', 'parameters' or 'active_parameters', got 'bytes'"):
+    with pytest.raises(ValueError, match="unit must be 'macs' or 'parameters', got 'bytes'"):
         structure.costs("bytes")  # type: ignore[arg-type]
