@@ -101,7 +101,7 @@ def test_whole_blocks_go_by_entropy_and_beam(criterion: str) -> None:
         )  # fmt: skip
 
     if criterion == "tolerance":
-        with pytest.raises(ValueError, match="the criterion 'tolerance': .* the groups are of layers"):
+        with pytest.raises(ValueError, match=r"the criterion 'tolerance': .* the groups are of layers"):
             prune()
         return
     prune()
