@@ -39,7 +39,8 @@ def label_free_loss(
             count. Classes lie along dim 1 of images (B, C, H, W), otherwise along the last dim. None centres unless the
             output is hidden states.
         metric: "euclidean": M = I. "kl": z are logits, p = softmax(z) over the classes, and M = diag(p) - p p^T, the
-            Fisher information, so that r^2 / 2 is on average the KL divergence of the pruned model's probabilities.
+            Fisher information, so that r^2 / 2 of a sample is on average the KL divergence between its probabilities
+            and those without the channel, to second order.
 
     Raises:
         ValueError: ``rows`` or ``metric`` is unknown, or ``centre`` is False with "kl"; when called, the output has no
