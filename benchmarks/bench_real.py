@@ -59,16 +59,26 @@ class Selection:
         inner: layers that write a residual stream keep their outputs.
         metric: rows are of random projections of the outputs in this metric (``obc.scoring.label_free_loss``), in
             place of the task's loss.
+        uniform: blocks of a transformers model keep equal widths.
     """
 
     criterion: Any
     options: Mapping[str, Any]
     inner: bool = False
     metric: Metric | None = None
+    uniform: bool = False
 
     @classmethod
-    def of(cls, criterion: Any, *, inner: bool = False, metric: Metric | None = None, **options: Any) -> Selection:
-        return cls(criterion, options, inner, metric)
+    def of(
+        cls,
+        criterion: Any,
+        *,
+        inner: bool = False,
+        metric: Metric | None = None,
+        uniform: bool = False,
+        **options: Any,
+    ) -> Selection:
+        return cls(criterion, options, inner, metric, uniform)
 
 
 SELECTIONS: dict[str, Selection] = {
@@ -82,6 +92,8 @@ SELECTIONS: dict[str, Selection] = {
     "output-token-jacobian": Selection.of("token_jacobian", metric="euclidean"),
     "kl-jacobian": Selection.of("jacobian", metric="kl"),
     "kl-token-jacobian": Selection.of("token_jacobian", metric="kl"),
+    # What from_pretrained loads: one feed-forward width and one number of heads for all blocks.
+    "kl-token-jacobian-equal": Selection.of("token_jacobian", metric="kl", uniform=True),
     "compensated": Selection.of("compensated_jacobian"),
     "jacobian-inner": Selection.of("jacobian", inner=True),
     "kfac": Selection.of("kfac"),
@@ -119,6 +131,7 @@ OURS = (
     "output-jacobian+steps",
     "kl-token-jacobian+correct",
     "kl-token-jacobian+steps",
+    "kl-token-jacobian-equal+steps",
     "compensated+correct",
     "kfac+correct",
     "kfac-obs+correct",
@@ -187,7 +200,8 @@ def prune(task: Task, selection: Selection, share: float, kinds: str = "all") ->
     model = copy.deepcopy(task.model)
     structure = None
     if task.example_inputs is None:
-        structure = TransformersStructure(model, **({} if kinds == "all" else {"kinds": (kinds,)}))
+        which = {} if kinds == "all" else {"kinds": (kinds,)}
+        structure = TransformersStructure(model, uniform=selection.uniform, **which)
     depth = getattr(getattr(model, "config", None), "num_hidden_layers", 0)
     chosen = {name: value(depth) if callable(value) else value for name, value in selection.options.items()}
     options = {"criterion": selection.criterion, "steps": 1, "progress": False, "verify": False, **task.options}
