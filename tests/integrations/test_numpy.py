@@ -210,8 +210,26 @@ W = np.ones((4, 3), np.float32)
             "must be int64, got torch.int32",
         ),
         (lambda: onp.channel_dot(W, None, 0), TypeError, "grad must be a NumPy array, got NoneType"),
-        (lambda: onp.channel_dot(W, W, "0"), TypeError, "'str' object cannot be interpreted as an integer"),
-        (lambda: onp.weight_dot(W, W, groups=2.0), TypeError, "'float' object cannot be interpreted as an integer"),
+        (
+            lambda: onp.channel_dot(W, W, "0"),
+            TypeError,
+            "channel_dot: channel_dim must be a whole number, got '0'",
+        ),
+        (lambda: onp.channel_moments(W, 1.0), TypeError, "obc::channel_moments: channel_dim must be .* got 1.0"),
+        (
+            lambda: onp.weight_dot(W, W, groups=2.0),
+            TypeError,
+            "weight_dot: groups must be a whole number, got 2.0",
+        ),
+        (
+            lambda: onp.weight_dot_list([W], [W], groups=[None]),
+            TypeError,
+            "weight_dot_list: groups must .* got None",
+        ),
+        (lambda: onp.weight_dot_list([W], [W], groups=1), TypeError, "obc::weight_dot_list: groups must be a list"),
+        (lambda: onp.weight_dot_list(W[0, 0], [W]), TypeError, "obc::weight_dot_list: weights must be a list"),
+        (lambda: onp.fold(W, in_repeat=1.5), TypeError, "obc::fold: in_repeat must be a whole number, got 1.5"),
+        (lambda: onp.end_row(W[0].copy(), W[0].copy(), "x"), TypeError, "obc::end_row: loss_scale must be a number"),
     ],
 )
 def test_refuses(call, error: type[Exception], message: str) -> None:

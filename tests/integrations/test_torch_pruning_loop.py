@@ -254,8 +254,13 @@ def test_a_parameter_of_no_layer_is_scored_from_gradients_and_named_otherwise() 
 )
 def test_unknown_options_are_refused(options: dict[str, str]) -> None:
     (name, value), *_ = options.items()
-    with pytest.raises(ValueError, match=f"{name} must be .*'{value}'"):
+    with pytest.raises(ValueError, match=f"{name}.* must be .*'{value}'"):
         JacobianImportance(**options)
+
+
+def test_scores_as_the_first_argument_are_refused_with_how_to_pass_them() -> None:
+    with pytest.raises(ValueError, match=r"group_reduction, the first argument, .* got a dict; .*scores = scores"):
+        JacobianImportance({"conv": torch.ones(3)})  # type: ignore[arg-type]
 
 
 def test_a_loop_that_fails_leaves_the_scores_alone() -> None:

@@ -350,7 +350,7 @@ def test_there_may_be_as_many_steps_as_units_or_as_by_default() -> None:
 
     assert len(prune(12).report.steps) == 12
     with pytest.raises(
-        ValueError, match=r"13 steps were asked for, but there are 12 units .*pass steps=8, or up to 12"
+        ValueError, match=r"13 steps were asked for, but there are 12 units .*pass steps=8, or at most 12"
     ):
         prune(13)
 

@@ -10,9 +10,9 @@ products of :func:`fold` are torch's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import index
-from typing import Any, TypeAlias
+from typing import Any, SupportsFloat, TypeAlias
 
 import numpy as np
 import torch
@@ -89,6 +89,13 @@ def _like(op: str, **arrays: Any) -> list[Any]:
     return found
 
 
+def _whole(op: str, name: str, value: Any) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        raise TypeError(f"obc::{op}: {name} must be a whole number, got {value!r}") from None
+
+
 def _check_writable(name: str, array: Array) -> None:
     if not array.flags.writeable:
         raise ValueError(f"obc::end_row: {name} is read-only, and changed in place; pass a copy")
@@ -112,7 +119,9 @@ def channel_dot(activation: Array, grad: Array, channel_dim: int, per_sample: bo
         ValueError, TypeError, IndexError: shapes or dtypes differ, or ``channel_dim`` is out of range.
     """
     like, like_grad = _like("channel_dot", activation=activation, grad=grad)
-    _, _, channel_dim, _ = check_arguments("channel_dot", like, like_grad, index(channel_dim), per_sample)
+    _, _, channel_dim, _ = check_arguments(
+        "channel_dot", like, like_grad, _whole("channel_dot", "channel_dim", channel_dim), per_sample
+    )
     return _native.channel_dot(activation, grad, channel_dim, per_sample)
 
 
@@ -125,7 +134,8 @@ def channel_moments(
         ValueError, TypeError, IndexError: ``channel_dim`` is 0 or out of range, or the mask does not fit.
     """
     like_x, like_mask = _like("channel_moments", x=x, mask=mask)
-    _, channel_dim, _ = check_arguments("channel_moments", like_x, index(channel_dim), like_mask)
+    channel_dim = _whole("channel_moments", "channel_dim", channel_dim)
+    _, channel_dim, _ = check_arguments("channel_moments", like_x, channel_dim, like_mask)
     first, second, third, fourth = _native.channel_moments(x, channel_dim, mask)
     return first, second, third, fourth
 
@@ -144,7 +154,7 @@ def weight_dot(
         ValueError, TypeError: shapes or dtypes don't fit.
     """
     like, like_grad, b, b_grad = _like("weight_dot", weight=weight, grad=grad, bias=bias, bias_grad=bias_grad)
-    check_arguments("weight_dot", like, like_grad, b, b_grad, index(groups), transposed)
+    check_arguments("weight_dot", like, like_grad, b, b_grad, _whole("weight_dot", "groups", groups), transposed)
     out_dots, in_dots = _native.weight_dot_list([weight], [grad], [bias], [bias_grad], [groups], [transposed])
     return out_dots[0], in_dots[0]
 
@@ -162,10 +172,14 @@ def weight_dot_list(
     Raises:
         ValueError, TypeError: the lists differ in length, or a layer's arrays don't fit.
     """
+    given = {"weights": weights, "grads": grads, "biases": biases, "bias_grads": bias_grads}
+    for name, values in (given | {"groups": groups, "transposed": transposed}).items():
+        if not isinstance(values, Collection) and not (values is None and name not in ("weights", "grads")):
+            raise TypeError(f"obc::weight_dot_list: {name} must be a list with one entry per layer, got {values!r}")
     count = len(weights)
     biases = [None] * count if biases is None else biases
     bias_grads = [None] * count if bias_grads is None else bias_grads
-    groups = [1] * count if groups is None else [index(number) for number in groups]
+    groups = [1] * count if groups is None else [_whole("weight_dot_list", "groups", number) for number in groups]
     transposed = [False] * count if transposed is None else transposed
     columns = {"weight": weights, "grad": grads, "bias": biases, "bias_grad": bias_grads}
     like_weights, like_grads, like_biases, like_bias_grads = (
@@ -197,6 +211,8 @@ def end_row(scores: Array, row: Array, loss_scale: float = 1.0, groups: NDArray[
             groups are not ascending or out of range.
     """
     like_scores, like_row, like_groups = _like("end_row", scores=scores, row=row, groups=groups)
+    if isinstance(loss_scale, str) or not isinstance(loss_scale, SupportsFloat):
+        raise TypeError(f"obc::end_row: loss_scale must be a number, got {loss_scale!r}")
     check_arguments("end_row", like_scores, like_row, float(loss_scale), like_groups)
     _check_writable("scores", scores)
     _check_writable("row", row)
@@ -223,4 +239,5 @@ def fold(
     """
     _like("fold", weight=weight, compressor=compressor, decompressor=decompressor)
     c, d = (None if factor is None else _tensor(factor) for factor in (compressor, decompressor))
+    groups, in_repeat = _whole("fold", "groups", groups), _whole("fold", "in_repeat", in_repeat)
     return ops.fold(_tensor(weight), c, d, groups, in_repeat).numpy()

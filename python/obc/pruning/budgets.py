@@ -241,7 +241,7 @@ class Budget:
         if count > max(units, DEFAULT_STEPS):
             raise ValueError(
                 f"{count} steps were asked for, but there are {units} units to remove, and a step removes at least "
-                f"one; pass steps={min(units, DEFAULT_STEPS)}, or up to {units}"
+                f"one; pass steps={min(units, DEFAULT_STEPS)}, or at most {max(units, DEFAULT_STEPS)}"
             )
         if not isinstance(steps, (int, numbers.Integral)):
             return [float(share) for share in steps]

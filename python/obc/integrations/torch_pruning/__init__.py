@@ -73,7 +73,11 @@ class JacobianImportance(GroupMagnitudeImportance):
         strict: bool = False,
     ) -> None:
         if group_reduction not in _REDUCTIONS:
-            raise ValueError(f"group_reduction must be one of {_REDUCTIONS}, got {group_reduction!r}")
+            got = repr(group_reduction) if isinstance(group_reduction, str) else f"a {type(group_reduction).__name__}"
+            raise ValueError(
+                f"group_reduction, the first argument, must be one of {_REDUCTIONS}, got {got}; scores are "
+                "assigned later: importance.scores = scores, or importance.score(model, batches, loss_fn)"
+            )
         if isinstance(normalizer, str) and normalizer not in _NORMALIZERS and not normalizer.startswith("sentinel_"):
             raise ValueError(
                 f"normalizer must be None, a callable, 'sentinel_<quantile>' or one of {_NORMALIZERS}, "
