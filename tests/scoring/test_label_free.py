@@ -100,6 +100,30 @@ def test_rows_of_the_kl_metric_are_twice_the_divergence_of_what_a_channel_does()
         assert abs(float(squares[:, channel].mean()) - wanted) < 4 * error < 0.2 * wanted
 
 
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+def test_rows_of_the_kl_metric_do_not_count_classes_whose_logit_is_minus_infinity(
+    rows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are those of a model that lacks these classes, for the same draws."""
+    torch.manual_seed(0)
+    x, draws, kept = torch.randn(3, 4).double(), torch.randn(3, 7).double(), [0, 2, 3, 5, 6]
+    whole, fewer = nn.Linear(4, 7).double(), nn.Linear(4, 5).double()
+    fewer.load_state_dict({key: tensor[kept] for key, tensor in whole.state_dict().items()})
+    lacking = torch.tensor([1, 4])
+    masked = label_free_loss(lambda model, x: model(x).index_fill(1, lacking, -torch.inf), metric="kl", rows=rows)
+    monkeypatch.setattr(masked, "_draw", lambda like, sample: draws[sample])
+    without = label_free_loss(metric="kl", rows=rows)
+    monkeypatch.setattr(without, "_draw", lambda like, sample: draws[sample, kept])
+    got, wanted = (
+        obc.score(model, [x], loss, keep_rows=True, rows=rows).rows[""]
+        for model, loss in ((whole, masked), (fewer, without))
+    )
+    torch.testing.assert_close(got.in_channels, wanted.in_channels)
+    torch.testing.assert_close(got.out_channels[:, kept], wanted.out_channels)
+    assert not got.out_channels[:, lacking].any()
+    assert bool((wanted.in_channels != 0).all())
+
+
 @pytest.mark.parametrize("output", [torch.zeros(6, 1), torch.zeros(6), {"last_hidden_state": torch.zeros(6, 5)}])
 def test_the_kl_metric_needs_classes(output: Any) -> None:
     with pytest.raises(ValueError, match=r"metric='kl' needs logits of two classes or more, got .* of shape"):

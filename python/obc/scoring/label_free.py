@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -40,7 +41,7 @@ def label_free_loss(
             output is hidden states.
         metric: "euclidean": M = I. "kl": z are logits, p = softmax(z) over the classes, and M = diag(p) - p p^T, the
             Fisher information, so that r^2 / 2 of a sample is on average the KL divergence between its probabilities
-            and those without the channel, to second order.
+            and those without the channel, to second order. Classes whose logit is minus infinity don't count.
 
     Raises:
         ValueError: ``rows`` or ``metric`` is unknown, or ``centre`` is False with "kl"; when called, the output has no
@@ -87,6 +88,8 @@ class LabelFreeLoss:
         centre = not is_hidden if self.centre is None else self.centre
         if self.metric == "kl":
             v = _of_fisher_information(v, z, classes, is_hidden)
+            # p log p is zero for a masked class: as z of minus infinity it has p = 0 and v = 0, whose product is NaN.
+            z = z.masked_fill(z == -math.inf, 0)
         elif centre and z.dim() > 1 and z.shape[classes] > 1:
             v = v - v.mean(classes, keepdim=True)
         mask = attention_mask(batch)
