@@ -183,6 +183,15 @@ def test_the_innermost_layer_is_named() -> None:
     assert layer_in(caught.value, model) == "1.1"
     assert layer_in(ValueError("never raised"), model) is None
 
+    def fail_after_a_loop() -> None:
+        for module in model.modules():
+            layer = module
+        raise ValueError(str(layer))
+
+    with pytest.raises(ValueError, match="Linear") as raised:
+        fail_after_a_loop()
+    assert layer_in(raised.value, model) is None
+
 
 # --- refused beforehand -----------------------------------------------------------------------------------------
 

@@ -59,13 +59,15 @@ def add_note(error: BaseException, note: str) -> None:
 def layer_in(error: BaseException, model: nn.Module) -> str | None:
     """The innermost layer of ``model`` that was active when ``error`` was raised.
 
-    Found if a method of the layer was running, or if a local variable held it or a Torch-Pruning node that follows it.
+    Found if a method of the layer was running, or if a local variable of Torch-Pruning held it or a node that follows
+    it. Local variables of other functions don't count: a loop over all layers leaves the last in one.
     """
     names = {module: name for name, module in model.named_modules() if name}
     found, traceback = None, error.__traceback__
     while traceback is not None:
+        inside = traceback.tb_frame.f_globals.get("__name__", "").startswith("torch_pruning.")
         for key, value in traceback.tb_frame.f_locals.items():
-            if key in ("self", "module", "layer") or key.endswith("node"):
+            if key == "self" or (inside and (key in ("module", "layer") or key.endswith("node"))):
                 found = _named(value, names) or found
         traceback = traceback.tb_next
     return found
