@@ -51,6 +51,25 @@ def test_nasty_modules_compiled_after_attaching(family: str, fresh_dynamo: None)
     assert_parity(score_compiled(case, "aot_eager"), expected_scores(case))
 
 
+def seen(module: nn.Module, args: Any, output: Tensor) -> None:
+    """A user's hook that is a function, where the gates' are methods."""
+
+
+@pytest.mark.parametrize(("rows", "prepend"), [("batch", False), ("sample", True)])
+def test_compiled_beside_hooks_of_the_user(rows: str, prepend: bool, fresh_dynamo: None) -> None:
+    """torch 2.11 compiles hooks in the order of an OrderedDict and guards them in that of the dictionary beneath."""
+    case = models.residual_cnn()
+    for module in case.model.modules():
+        module.register_forward_hook(seen, prepend=prepend)
+    scorer = obc.JacobianScorer(case.model, rows=rows)
+    with scorer:
+        hooks = [module._forward_hooks for module in case.model.modules()]
+        assert max(map(len, hooks)) > 1 + (rows == "sample")
+        assert all(list(each) == list(dict.keys(each)) for each in hooks)
+    assert all(list(module._forward_hooks.values()) == [seen] for module in case.model.modules())
+    assert_parity(score_compiled(case, "aot_eager", rows), expected_scores(case, rows))
+
+
 @pytest.mark.filterwarnings("ignore:Error detected in:UserWarning")
 def test_an_input_changed_in_place_in_a_compiled_model_is_refused(fresh_dynamo: None) -> None:
     """No such model can be trained; uncompiled it is scored all the same."""

@@ -1,10 +1,13 @@
-"""Hooks that stay for a block of code."""
+"""Hooks that stay for a block of code, and hooks that come first."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 @contextlib.contextmanager
@@ -15,3 +18,18 @@ def hooked(handles: Iterable[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hook_before_others(module: nn.Module, hook: Callable[..., Any], with_kwargs: bool = False) -> RemovableHandle:
+    """Register a forward hook that runs before the module's other ones, so that ``torch.compile`` sees that order.
+
+    ``prepend=True`` moves an entry of an ``OrderedDict``, but not in the plain dictionary beneath it, which keeps the
+    order of insertion. torch 2.11's compiler follows the first order and checks its guards in the second: of a
+    function beside a method it raises ``AttributeError: 'function' object has no attribute '__func__'``. So the entries
+    are inserted again, which makes both orders one.
+    """
+    handle = module.register_forward_hook(hook, prepend=True, with_kwargs=with_kwargs)
+    in_order = list(module._forward_hooks.items())
+    module._forward_hooks.clear()
+    module._forward_hooks.update(in_order)
+    return handle

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from obc.model.hooks import hook_before_others
 from obc.model.rules import Rule
 from obc.model.sharding import is_dtensor
 from obc.scoring.reading import native_gates
@@ -158,7 +160,8 @@ class Reader:
         # A look-up in a table split over processes is only a part of the output until a hook adds the parts up.
         last = self.rule.looks_up and is_dtensor(self.weight)
         if self.out.read or self.tokens is not None:
-            self._handles.append(self.module.register_forward_hook(self._after, prepend=not last, with_kwargs=True))
+            register = self.module.register_forward_hook if last else partial(hook_before_others, self.module)
+            self._handles.append(register(self._after, with_kwargs=True))
 
     def detach(self) -> None:
         """Remove the hooks."""

@@ -15,13 +15,15 @@ from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.hooks import RemovableHandle
 
+from obc.model.hooks import hook_before_others
+
 
 def guard(module: nn.Module) -> RemovableHandle | None:
     """Protect the norm's backward from such gradients until the handle is removed; None if the module needs none."""
     if not isinstance(module, _NormBase):
         return None
-    # Prepended, so that it is the last hook to see the gradient, as the norm would get it.
-    return module.register_forward_hook(_guard_output, prepend=True)
+    # First, so that it is the last hook to see the gradient, as the norm would get it.
+    return hook_before_others(module, _guard_output)
 
 
 def _guard_output(module: nn.Module, args: Any, output: Any) -> None:
