@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,9 @@ def test_biases_take_what_dropped_channels_carried_on_average(tmp_path: Path) ->
     assert any("from_pretrained would drop it" in warning for warning in result.report.warnings)
     save_pruned(result.model, result.plan, tmp_path / "saved")
     loaded = load_pruned(tmp_path / "saved")
+    for model in (result.model, copy.deepcopy(result.model), pickle.loads(pickle.dumps(result.model)), loaded):
+        with pytest.raises(obc.PlanError, match="from_pretrained would drop it"):
+            model.save_pretrained(tmp_path / "dropped")
     with torch.no_grad():
         assert torch.equal(loaded(case.batches[0]).logits, result.model.eval()(case.batches[0]).logits)
     assert result.report.as_dict()["means"]["created"]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.model.arguments import listed
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import pads_with_zeros
 from obc.model.plan import PruningPlan
+from obc.model.unsavable import refuse_dropped_biases
 from obc.recovery.consumers import Consumer, find_consumers
 from obc.statistics.run import collect
 
@@ -50,8 +50,7 @@ def absorb_means(
     left unchanged, because at the border the dropped channels had another mean.
 
     A created bias is an ordinary parameter, which ``torch.save`` and ``obc.structures.transformers.save_pruned`` keep.
-    ``save_pretrained`` writes it, but ``from_pretrained`` drops it, because no config can express it; the report warns
-    of that.
+    No config can express it, so ``from_pretrained`` would drop it: ``save_pretrained`` raises, and the report says so.
 
     Args:
         pruned_model: the model to change in place.
@@ -103,8 +102,5 @@ def _absorb_all(
                 report.created.append(name)
             report.absorbed.append(name)
     if report.created and hasattr(pruned_model, "save_pretrained"):
-        report.warnings.append(
-            f"{listed(report.created)} have a bias now that no config can express: from_pretrained would drop it; "
-            "obc.structures.transformers.save_pruned and load_pruned keep it"
-        )
+        report.warnings.append(refuse_dropped_biases(pruned_model, report.created))
     return report

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from obc.model.depth import Depth, matching_parts, part_of, plain_attributes
-from obc.model.kept import PlanError
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import says, value_of
 from obc.structures.transformers.weights import BlockWeights
@@ -149,22 +148,6 @@ def _more_than(model: nn.Module, skeleton: nn.Module, depth: Depth | None) -> st
             if vars(own).get(key) != value:
                 return f"in a model built from the config {name}.{key} is {value}, here it is {vars(own).get(key)}"
     return None
-
-
-def refuse_save_pretrained(model: Any, reason: str | None) -> None:
-    """Make ``model.save_pretrained`` raise if its folder would load with fresh weights; None undoes this."""
-    vars(model).pop("save_pretrained", None)
-    if reason is None:
-        return
-
-    def save_pretrained(*args: Any, **kwargs: Any) -> None:
-        raise PlanError(
-            f"from_pretrained would give this model fresh weights, or other constants, where modules were removed "
-            f"({reason}); "
-            "use obc.structures.transformers.save_pruned and load_pruned"
-        )
-
-    vars(model)["save_pretrained"] = save_pretrained
 
 
 def said_values(config: Any, blocks: Sequence[Block]) -> dict[tuple[str, str], Any]:

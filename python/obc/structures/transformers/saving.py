@@ -22,9 +22,10 @@ from obc.model.names import joined, named_tensors
 from obc.model.plan import PruningPlan, register_counts
 from obc.model.shared_copy import shared_copy
 from obc.model.slicing import sliced
+from obc.model.unsavable import refuse_dropped_biases, refuse_fresh_weights
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS
-from obc.structures.transformers.config import refuse_save_pretrained, with_widths
+from obc.structures.transformers.config import with_widths
 from obc.structures.transformers.structure import TransformersStructure
 from obc.tensor_file import written_by_safetensors
 
@@ -102,9 +103,11 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
     for name, stand_in in plan.depth.stand_ins.items():
         put_stand_in(model, name, stand_in)
     compact(model, plan.depth)
-    if plan.depth:
-        refuse_save_pretrained(model, with_widths(model, [], depth=plan.depth)[1])
-    _create_biases(model, state)
+    refused = with_widths(model, [], depth=plan.depth)[1] if plan.depth else None
+    if refused is not None:
+        refuse_fresh_weights(model, refused)
+    if created := _create_biases(model, state):
+        refuse_dropped_biases(model, created)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name, tensor in state.items():
         if shapes.get(name) != tuple(tensor.shape):
@@ -129,13 +132,15 @@ def is_saved_pruned(directory: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _create_biases(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Create the biases that layers got after pruning, which no config mentions."""
-    modules = dict(model.named_modules())
+def _create_biases(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Create the biases that layers got after pruning, which no config mentions; returns the layers' names."""
+    modules, created = dict(model.named_modules()), []
     for name, tensor in state.items():
         module = modules.get(name.removesuffix(".bias"))
         if name.endswith(".bias") and module is not None and layout_of(module) is not None and module.bias is None:
             module.bias = nn.Parameter(torch.empty_like(tensor))
+            created.append(name.removesuffix(".bias"))
+    return created
 
 
 def cut_to(model: nn.Module, plan: PruningPlan) -> None:

@@ -17,6 +17,7 @@ from obc.model.groups import DEPTH_KINDS, ChannelGroup
 from obc.model.names import is_within
 from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
+from obc.model.unsavable import refuse_fresh_weights
 from obc.structures.memory import MemoryUse
 from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Limits, Unit
@@ -24,7 +25,7 @@ from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
 from obc.structures.transformers.cache import CachedLayer, cached_layers
 from obc.structures.transformers.calibration import Calibration, calibrate
-from obc.structures.transformers.config import ModelConfig, refuse_save_pretrained
+from obc.structures.transformers.config import ModelConfig
 from obc.structures.transformers.costs import macs_for_one_token, transformer_costs, transformer_memory
 from obc.structures.transformers.depth import FoundDepth, find_depth, merged, without_unit
 from obc.structures.transformers.family import kinds as known_kinds
@@ -333,7 +334,8 @@ class TransformersStructure:
             return
         compact(self.model, self._depth)
         self.config.adapt(self.model, self.weights, self._depth)
-        refuse_save_pretrained(self.model, self.config_refused)
+        if self.config_refused is not None:
+            refuse_fresh_weights(self.model, self.config_refused)
 
     def _multiple(self, block: Block) -> int:
         if known_kinds()[block.group.kind].whole:
