@@ -351,10 +351,10 @@ def _other(llama: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (lambda llama, scores, tmp: [llama], "--scores is missing"),
+        (lambda llama, scores, tmp: [llama], "--data is missing"),
         (lambda llama, scores, tmp: [llama, "--scores", tmp / "none"], "no score file"),
         (lambda llama, scores, tmp: [_other(llama, tmp), "--scores", scores], "scores are of another model"),
-        (lambda llama, scores, tmp: [llama, "--scores", scores, "--steps", 3], "--steps is for module:function"),
+        (lambda llama, scores, tmp: [llama, "--scores", scores, "--steps", 3], "--steps is not for --scores"),
         (lambda llama, scores, tmp: [llama, "--scores", scores, "--compensate", "ls"], "--compensate needs --data"),
         (lambda llama, scores, tmp: [llama, "--scores", scores, "--ratio", 0.999], "remain if every prunable group"),
         (lambda llama, scores, tmp: [llama, "--scores", scores, "--out", llama], "the model's own directory"),

@@ -78,6 +78,8 @@ class _Network(nn.Module):
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block, given the model and the batches that they speak of."""
     transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
+    from obc.integrations.transformers import load_pruned
+
     monkeypatch.chdir(tmp_path)
     prune, score, formula, language_model = (
         compile(code, "README.md", "exec") for _, code in blocks(ROOT / "README.md")
@@ -98,10 +100,11 @@ def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     )
     given["model"] = transformers.LlamaForCausalLM(config).eval()
     given["batches"] = [{"input_ids": torch.randint(0, 64, (2, 12))} for _ in range(8)]
-    given["loss_fn"] = lambda model, batch: model(**batch, labels=batch["input_ids"]).loss
+    before = given["model"].num_parameters()
     exec(language_model, given)
-    again = transformers.LlamaForCausalLM.from_pretrained("pruned")
-    assert again.config.intermediate_size < 64
+    again = load_pruned("pruned")
+    assert again.num_parameters() < before
+    assert torch.equal(again(**given["batches"][0]).logits, given["model"](**given["batches"][0]).logits)
 
 
 def test_the_page_on_budgets_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

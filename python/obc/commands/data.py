@@ -29,6 +29,7 @@ def batches(
     *,
     count: int | None = None,
     size: int | None = None,
+    length: int = SEQUENCE,
     seed: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Up to ``count`` batches of ``size`` samples, on the model's device; fewer if the data ends before.
@@ -38,34 +39,39 @@ def batches(
 
     Args:
         parsed: ``--data``, a .txt or .jsonl file, or a folder of images (with one folder per class if the loss needs
-            labels), and ``--seq-len``; if it is not given, ``SEQUENCE``, or as many tokens as the model has positions
-            for.
+            labels), and ``--seq-len``.
         model: the model; its configuration and device are used.
         source: the model's directory, with the tokenizer or the image processor.
         loss: one of ``checkpoints.LOSSES`` except "auto".
         count: number of batches; by default ``--batches``.
         size: samples per batch; by default ``--batch-size``.
+        length: tokens per sequence without ``--seq-len``; fewer if the model has positions for fewer.
         seed: seed of masks and of the order of images.
     """
-    data, seq_len = parsed.data, parsed.seq_len
+    data = parsed.data
     count, size = count or parsed.batches, size or parsed.batch_size
     if not data.exists():
         raise UsageError(f"--data {data}: there is no such file or folder")
     if data.is_dir():
         made = _image_batches(data, model, source, loss, count, size, seed)
     elif data.suffix in (".txt", ".jsonl"):
-        made = _token_batches(data, model, source, loss, count, size, seq_len, seed)
+        made = _token_batches(data, model, source, loss, count, size, (parsed.seq_len, length), seed)
     else:
         raise UsageError(f"--data {data}: expected a .txt file, a .jsonl file or a folder of images")
     device = device_of(model)
     return [{name: value.to(device) for name, value in batch.items()} for batch in made]
 
 
+def shape_of(batch: dict[str, Tensor]) -> str:
+    """Samples by tokens, or by channels, height and width."""
+    return " x ".join(map(str, batch.get("input_ids", batch.get("pixel_values")).shape))  # type: ignore[union-attr]
+
+
 # --- text ----------------------------------------------------------------------------------------------------------
 
 
 def _token_batches(
-    data: Path, model: Any, source: Path, loss: str, count: int, size: int, seq_len: int | None, seed: int
+    data: Path, model: Any, source: Path, loss: str, count: int, size: int, lengths: tuple[int | None, int], seed: int
 ) -> Iterator[dict[str, Tensor]]:
     """Whole batches of whole sequences, masked if the loss needs it."""
     if loss == "label":
@@ -73,7 +79,7 @@ def _token_batches(
     if getattr(model.config, "vocab_size", None) is None:
         raise UsageError(f"--data {data}: this model reads no tokens; pass a folder of images")
     tokenizer = tokenizer_of(source)
-    length = _sequence_length(model, tokenizer, seq_len)
+    length = _sequence_length(model, tokenizer, *lengths)
     start, end = ([], []) if loss != "masked-lm" else (_token(tokenizer, "cls"), _token(tokenizer, "sep"))
     if loss == "causal-lm" and length < 2:
         raise UsageError(f"--seq-len {length}: one token has no next token to predict; pass at least 2")
@@ -107,13 +113,13 @@ def tokenizer_of(source: Path) -> Any:
         raise UsageError(f"can't load the tokenizer of {source}: {str(error).splitlines()[0]}") from error
 
 
-def _sequence_length(model: Any, tokenizer: Any, asked: int | None) -> int:
-    """The requested number of tokens, else ``SEQUENCE``, within what model and tokenizer allow."""
+def _sequence_length(model: Any, tokenizer: Any, asked: int | None, usual: int) -> int:
+    """The requested number of tokens, else the usual one, within what model and tokenizer allow."""
     most = [getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
-    room = min((value for value in most if value), default=SEQUENCE)
+    room = min((value for value in most if value), default=asked or usual)
     if asked is not None and asked > room:
         raise UsageError(f"--seq-len {asked}: the model has room for {room} tokens")
-    return asked or min(SEQUENCE, room)
+    return asked or min(usual, room)
 
 
 def _token(tokenizer: Any, kind: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""``obc prune``: prunes the model of a Python entry point, or a local transformers directory by its scores."""
+"""``obc prune``: prunes the model of a Python entry point, or a local transformers directory."""
 
 from __future__ import annotations
 
@@ -11,33 +11,39 @@ import torch
 from safetensors.torch import save_model
 
 import obc
-from obc.commands import allocation_option, budget_options, checkpoints, entry_point, prune_scored
+from obc.commands import allocation_option, budget_options, checkpoints, entry_point, prune_directory, prune_scored
 from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
 from obc.commands.run_log import add_log, say
 from obc.pruning.budgets import Budget
 from obc.tensor_file import written_by_safetensors
 
+_STEPS = prune_directory.STEPS
+_CALIBRATION = f"{prune_directory.BATCHES} sequences of {prune_directory.SEQUENCE} tokens"
 _DESCRIPTION = f"""\
 Prune a model until a share of its multiply-accumulates remains, or of its parameters, memory or latency.
 
+obc prune MODEL_DIR --data F     prune a transformers directory: score on the data, remove, compensate, in {_STEPS}
+                                 steps. Writes a directory that from_pretrained loads, or, where no config can
+                                 say the widths, one for obc.structures.transformers.load_pruned; --uniform keeps
+                                 to widths that the config can say. The data: {_CALIBRATION},
+                                 or as many batches of images.
+obc prune MODEL_DIR --scores F   the same by what `obc score` wrote, in one step without a forward pass, so that
+                                 another --ratio costs seconds; scores of the unpruned model know less.
 obc prune module:function        score, select, remove, step by step (obc.prune); writes model.safetensors (the pruned
                                  state dict), plan.json (what every layer kept) and report.json.
-obc prune MODEL_DIR --scores F   prune a transformers directory by the scores that `obc score` wrote: no forward pass,
-                                 so that another --ratio costs seconds. Writes a directory that from_pretrained loads,
-                                 or, where no config can say the widths, one for
-                                 obc.structures.transformers.load_pruned.
 
 {entry_point.DESCRIPTION}"""
 
-# Options that only one of the two ways has: attribute -> spelling.
-_ENTRY_ONLY = {
+# Options that not every way has: attribute -> spelling.
+_MEASURED = {
     "selection": "--selection",
     "slices": "--slices",
     "steps": "--steps",
     "rows": "--rows",
     "ignore": "--ignore",
 }
-_SCORED_ONLY = {
+_SAMPLED = {"loss": "--loss", "batches": "--batches", "batch_size": "--batch-size"}
+_DIRECTORY = _SAMPLED | {
     "scores": "--scores",
     "uniform": "--uniform",
     "data": "--data",
@@ -53,7 +59,7 @@ def add(commands: Any) -> None:
         commands,
         "prune",
         run,
-        "prune a model of your own code, or a transformers directory by its scores",
+        "prune a model of your own code, or a transformers directory",
         _DESCRIPTION,
     )
     prune.add_argument("target", metavar="module:function | MODEL_DIR")
@@ -74,31 +80,41 @@ def add(commands: Any) -> None:
     )
     prune.add_argument(
         "--compensate",
-        choices=("mean", "correct", "ls", "seq"),
-        help="let what remains compensate for what was removed",
+        choices=("mean", "correct", "ls", "seq", "none"),
+        help="let what remains compensate for what was removed (default: correct for MODEL_DIR --data, else none)",
     )
     prune.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     prune.add_argument(
         "--criterion",
-        help="see obc criteria (default: jacobian); a MODEL_DIR needs the criterion's statistics in --scores",
+        help="see obc criteria (default: token_jacobian for text, else jacobian); --scores must have its statistics",
     )
     prune.add_argument("--allocation", metavar=allocation_option.METAVAR, help=allocation_option.HELP)
-    entry = prune.add_argument_group("module:function")
-    entry.add_argument("--selection", choices=("joint", "independent"), help="(default: joint)")
-    entry.add_argument("--slices", choices=("gate", "all"), help="(default: gate)")
-    entry.add_argument("--steps", type=positive, help="how often to score and remove (default: 8)")
-    entry.add_argument("--rows", choices=("batch", "sample"), help="(default: batch)")
-    entry.add_argument(
+    measured = prune.add_argument_group("module:function, MODEL_DIR --data")
+    measured.add_argument("--selection", choices=("joint", "independent"), help="(default: joint)")
+    measured.add_argument("--slices", choices=("gate", "all"), help="(default: gate)")
+    measured.add_argument(
+        "--steps", type=positive, help=f"how often to score and remove (default: 8; MODEL_DIR: {_STEPS})"
+    )
+    measured.add_argument("--rows", choices=("batch", "sample"), help="(default: batch; of images sample)")
+    measured.add_argument(
         "--ignore", action="append", metavar="LAYER", help="keep the width of this layer; may be repeated"
     )
-    scored = prune.add_argument_group("MODEL_DIR")
-    scored.add_argument(
+    directory = prune.add_argument_group("MODEL_DIR")
+    directory.add_argument("--data", type=Path, help="calibration data, as in obc score")
+    directory.add_argument(
+        "--seq-len", type=positive, help=f"tokens of a sequence (default: {prune_directory.SEQUENCE})"
+    )
+    directory.add_argument("--uniform", action="store_true", default=None, help="equal widths in all layers")
+    directory.add_argument(
         "--scores", type=Path, help="the file that obc score wrote: scores, or statistics for --criterion"
     )
-    scored.add_argument("--uniform", action="store_true", default=None, help="equal widths in all layers")
-    scored.add_argument("--data", type=Path, help="for --compensate: as in obc score")
-    scored.add_argument("--seq-len", type=positive, help="for --compensate: as in obc score")
-    checkpoints.add_options(scored)
+    checkpoints.add_options(directory)
+    sampled = prune.add_argument_group("MODEL_DIR --data")
+    sampled.add_argument(
+        "--loss", choices=checkpoints.LOSSES, help="(default: kl, or label-free without a head; neither needs labels)"
+    )
+    sampled.add_argument("--batches", type=positive, help=f"(default: {prune_directory.BATCHES})")
+    sampled.add_argument("--batch-size", type=positive, help="sequences or images of a batch (default: 1 or 8)")
     add_log(prune)
 
 
@@ -123,13 +139,22 @@ def caps_of(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Prune a directory by its scores, or an entry point by obc.prune; options of the other way are refused."""
+    """Prune a directory or an entry point; options of the other ways are refused."""
     budget = budget_options.budget_of(parsed)
-    if Path(parsed.target).is_dir():
-        _refuse(parsed, _ENTRY_ONLY, "is for module:function")
+    if not (source := Path(parsed.target)).is_dir():
+        _refuse(parsed, _DIRECTORY, f"is for a model directory, which {parsed.target} is not")
+        return _entry(parsed, budget)
+    if parsed.out.resolve() == source.resolve():
+        raise UsageError(f"--out {parsed.out} is the model's own directory; choose another")
+    if parsed.scores is not None:
+        _refuse(parsed, _MEASURED | _SAMPLED, "is not for --scores: it says how to score the model")
         return prune_scored.run(parsed, budget, caps_of(parsed))
-    _refuse(parsed, _SCORED_ONLY, f"is for a model directory, which {parsed.target} is not")
-    return _entry(parsed, budget)
+    if parsed.data is None:
+        raise UsageError(
+            "--data is missing: a .txt or .jsonl file, or a folder of images, on which the model is scored; or pass "
+            f"--scores, a file that obc score {source} wrote"
+        )
+    return prune_directory.run(parsed, budget, caps_of(parsed))
 
 
 def _refuse(parsed: argparse.Namespace, options: dict[str, str], why: str) -> None:
@@ -162,7 +187,7 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
             None if parsed.kinds else subject.example_inputs,
             subject.batches,
             subject.loss_fn,
-            compensate=parsed.compensate,
+            compensate=None if parsed.compensate == "none" else parsed.compensate,
             round_to=parsed.round_to,
             seed=parsed.seed,
             measure=parsed.measure,

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import obc
-from obc.commands import budget_options, checkpoints, data
+from obc.commands import checkpoints, data, pruned_directory
 from obc.commands.allocation_option import allocation_of_text
-from obc.commands.common import REPORT_FILES, UsageError, folder, require
+from obc.commands.common import UsageError, require
 from obc.commands.report import load as load_scores
 from obc.commands.run_log import say
 from obc.criteria import get, scores_from
@@ -35,7 +35,6 @@ from obc.selection.choice import BudgetError
 from obc.selection.uniform import select_uniform
 from obc.statistics import StatisticsError
 from obc.structures.protocol import Limits
-from obc.structures.transformers.saving import PLAN_FILE
 
 _CALIBRATION_BATCHES = 32
 _CALIBRATION_BATCH = 4
@@ -44,8 +43,10 @@ _CALIBRATION_BATCH = 4
 def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> int:
     """Prune ``parsed.target`` to the budget and write it to ``parsed.out``."""
     require(checkpoints.PACKAGES)
-    source, out = Path(parsed.target), parsed.out
-    _check(parsed, source)
+    if parsed.compensate == "none":
+        parsed.compensate = None
+    source = Path(parsed.target)
+    _check(parsed)
     scores = load_scores(parsed.scores) if parsed.criterion is None else _statistics(parsed.scores)
     checkpoint = checkpoints.load(source, parsed.dtype, checkpoints.device_of(parsed.device))
     model = checkpoint.model
@@ -86,29 +87,19 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     say(*(f"  {name}: not pruned: {why}" for name, why in report.left_out.items()))
     if parsed.compensate:
         say(_compensate(parsed, model, original, structure.plan, report))
-        if set(model.state_dict()) != set(before):
-            structure.config.refused = "layers have biases now that no config can express"
     structure.compact()
     if speed is not None:
         speed.finish(model)
     say(*(f"{name}: {one.before:g} -> {one.after:g} {one.counted}" for name, one in report.known.items()))
     if report.speed is not None:
         say(report.speed_said())
-    _save(model, structure, source, folder(out))
-    if budget.meters.table is not None:
-        budget.meters.table.save(out / budget_options.TABLE_FILE)
-    report.save(out / REPORT_FILES[1])
-    say(f"as a page: obc report {out}")
+    pruned_directory.write(structure, report, budget.meters.table, source, parsed.out)
     return 0
 
 
-def _check(parsed: argparse.Namespace, source: Path) -> None:
-    if parsed.scores is None:
-        raise UsageError(f"--scores is missing: score the directory first, obc score {source} --data FILE")
+def _check(parsed: argparse.Namespace) -> None:
     if parsed.compensate and parsed.data is None:
         raise UsageError("--compensate needs --data: a .txt or .jsonl file, or a folder of images")
-    if parsed.out.resolve() == source.resolve():
-        raise UsageError(f"--out {parsed.out} is the model's own directory; choose another")
     if parsed.criterion is None and parsed.allocation is not None:
         raise UsageError("--allocation of a model directory needs --criterion, and the statistics in --scores")
 
@@ -274,19 +265,3 @@ def _compensate(
         f"compensated ({parsed.compensate}): held-out output error {found.naive_error:.4f} -> "
         f"{found.final_error:.4f}, {found.seconds:.1f} s"
     )
-
-
-def _save(model: Any, structure: Any, source: Path, out: Path) -> None:
-    """Write the model for ``from_pretrained``, or else for ``load_pruned``, with the tokenizer."""
-    from obc.structures.transformers import save_pruned
-
-    if structure.config_refused is None:
-        model.save_pretrained(out)
-        structure.plan.save(out / PLAN_FILE)
-        say(f"written: {out}; from_pretrained loads it")
-    else:
-        save_pruned(model, structure.plan, out)
-        say(f"written: {out}; obc.structures.transformers.load_pruned loads it: {structure.config_refused}")
-    tokenizer = data.tokenizer_of(source)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)

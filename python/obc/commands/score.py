@@ -117,7 +117,7 @@ def run(parsed: argparse.Namespace) -> int:
     peak = scores.report.peak_bytes
     memory = "" if peak is None else f", peak memory {peak / 2**20:.0f} MiB"
     took = f"{scores.report.seconds:.1f} s{memory}"
-    say(f"{len(batches)} batches of {_shape(batches[0])}, loss {checkpoint.loss}, {took}; written: {out}")
+    say(f"{len(batches)} batches of {data.shape_of(batches[0])}, loss {checkpoint.loss}, {took}; written: {out}")
     return 0
 
 
@@ -190,10 +190,3 @@ def summary(scores: Scores) -> str:
 def _way(how: Coverage) -> Coverage:
     """How a module was read, without the names of the modules that it shares rows with."""
     return Coverage(how.how, how.reason, copied=how.copied, checked=how.checked)
-
-
-def _shape(batch: dict[str, Any]) -> str:
-    """Samples by tokens, or by channels, height and width."""
-    values = batch.get("input_ids", batch.get("pixel_values"))
-    assert values is not None
-    return " x ".join(map(str, values.shape))

@@ -1,0 +1,77 @@
+"""Prunes a local transformers directory in steps: scored on local data, pruned, compensated."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import obc
+from obc.commands import allocation_option, budget_options, checkpoints, data, pruned_directory
+from obc.commands.common import UsageError, require
+from obc.commands.run_log import say
+from obc.pruning.budgets import Budget
+
+STEPS, BATCHES, SEQUENCE = 4, 32, 512
+# By what a batch has: the criterion, what a row is, and samples per batch. Rows of tokens need few sequences.
+_OF_TOKENS = {"criterion": "token_jacobian", "rows": "batch", "batch_size": 1}
+_OF_IMAGES = {"criterion": "jacobian", "rows": "sample", "batch_size": 8}
+
+
+def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> int:
+    """Prune ``parsed.target`` to the budget on ``parsed.data``, and write it to ``parsed.out``.
+
+    What is not chosen is what kept the most of a real language model (docs/measured.md): four steps, each compensated;
+    rows of tokens; a loss without labels, in the metric of the Kullback-Leibler divergence if the model has a head.
+    """
+    require(checkpoints.PACKAGES)
+    from obc.structures.transformers import TransformersStructure
+
+    source = Path(parsed.target)
+    checkpoint = checkpoints.load(source, parsed.dtype, checkpoints.device_of(parsed.device), parsed.loss or "auto")
+    model, loss = checkpoint.model, checkpoint.loss
+    if parsed.loss is None and loss != "label-free":
+        loss = "kl"
+    usual = _OF_IMAGES if parsed.data.is_dir() else _OF_TOKENS
+    given: dict[str, Any] = {name: getattr(parsed, name) or value for name, value in usual.items()}
+    size, rows = given.pop("batch_size"), given["rows"]
+    batches = data.batches(
+        parsed, model, source, loss, count=parsed.batches or BATCHES, size=size, length=SEQUENCE, seed=parsed.seed
+    )
+    given |= {name: getattr(parsed, name) for name in ("selection", "slices") if getattr(parsed, name) is not None}
+    if parsed.allocation is not None:
+        given["allocation"] = allocation_option.allocation_of_text(parsed.allocation)
+    compensate: Any = parsed.compensate or "correct"
+    kinds = {} if parsed.kinds is None else {"kinds": parsed.kinds}
+    torch.manual_seed(parsed.seed)
+    try:
+        structure = TransformersStructure(
+            model,
+            uniform=bool(parsed.uniform),
+            round_to=parsed.round_to,
+            ignored_layers=parsed.ignore or (),
+            **kinds,
+        )
+        result = obc.prune(
+            model,
+            batches=batches,
+            loss_fn=checkpoints.loss_of(loss, rows, parsed.seed),
+            forward_fn=checkpoints.outputs,
+            structure=structure,
+            steps=parsed.steps or STEPS,
+            compensate=None if compensate == "none" else compensate,
+            round_to=parsed.round_to,
+            seed=parsed.seed,
+            measure=parsed.measure,
+            **budget_options.keywords(budget) | given | dict(caps),
+        )
+    except (ValueError, obc.PlanError, obc.PruningError) as error:
+        raise UsageError(str(error)) from error
+    calibration = f"{len(batches)} batches of {data.shape_of(batches[0])}"
+    result.report.provenance |= {"directory": str(source), "data": f"{parsed.data}, {calibration}", "loss": loss}
+    say(f"{calibration}, loss {loss}", result.report)
+    pruned_directory.write(structure, result.report, result.latency_table, source, parsed.out)
+    return 0

@@ -1,0 +1,43 @@
+"""Writes a pruned transformers directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from obc.commands import budget_options, data
+from obc.commands.common import REPORT_FILES, folder
+from obc.commands.run_log import say
+from obc.model.latency_table import LatencyTable
+from obc.pruning.report import PruningReport
+from obc.structures.transformers.saving import PLAN_FILE, save_pruned
+
+
+def write(structure: Any, report: PruningReport, table: LatencyTable | None, source: Path, out: Path) -> None:
+    """Write the structure's model for ``from_pretrained``, or else for ``load_pruned``, with the tokenizer and report.
+
+    Args:
+        structure: of the pruned model.
+        report: how it was pruned.
+        table: latencies, if some were measured.
+        source: the unpruned model's directory.
+        out: the folder to write to.
+    """
+    out, model = folder(out), structure.model
+    refused = structure.config_refused
+    if report.means is not None and report.means.created:
+        refused = "layers have biases now that no config can express"
+    if refused is None:
+        model.save_pretrained(out)
+        structure.plan.save(out / PLAN_FILE)
+        say(f"written: {out}; from_pretrained loads it")
+    else:
+        save_pruned(model, structure.plan, out)
+        say(f"written: {out}; obc.structures.transformers.load_pruned loads it: {refused}")
+    tokenizer = data.tokenizer_of(source)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(out)
+    if table is not None:
+        table.save(out / budget_options.TABLE_FILE)
+    report.save(out / REPORT_FILES[1])
+    say(f"as a page: obc report {out}")

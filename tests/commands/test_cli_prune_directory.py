@@ -1,0 +1,117 @@
+"""obc prune MODEL_DIR --data: scored on the data, pruned and compensated in steps, and written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from directories import llama_directory
+from PIL import Image
+from torch import Tensor
+
+import obc
+from obc import cli
+from obc.scoring import label_free_loss
+from obc.structures.transformers import TransformersStructure, load_pruned
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*rows are fewer:UserWarning", "ignore:fewer calibration:UserWarning")
+
+
+def prune(*arguments: Any) -> int:
+    return cli.main(["prune", *map(str, arguments), "--device", "cpu"])
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return llama_directory(tmp_path)
+
+
+def sequences(folder: Path, length: int) -> list[Tensor]:
+    """What the command reads from data.jsonl, without a tokenizer: all tokens in a row, cut."""
+    tokens = [
+        token for line in (folder / "data.jsonl").read_text().splitlines() for token in json.loads(line)["input_ids"]
+    ]
+    return list(torch.tensor(tokens)[: len(tokens) // length * length].view(-1, 1, length))
+
+
+@pytest.mark.parametrize("uniform", [False, True], ids=["free", "uniform"])
+def test_it_writes_what_obc_prune_makes(uniform: bool, llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = ["--uniform"] if uniform else []
+    data = ["--data", tmp_path / "data.jsonl", "--seq-len", 16, "--batches", 24]
+    assert prune(llama, *data, "--params", 0.8, *options, "--out", out) == 0
+    model = transformers.LlamaForCausalLM.from_pretrained(llama).eval()
+    structure = TransformersStructure(model, uniform=uniform)
+    torch.manual_seed(0)
+    obc.prune(
+        model,
+        batches=[{"input_ids": ids} for ids in sequences(tmp_path, 16)[:24]],
+        loss_fn=label_free_loss(metric="kl"),
+        structure=structure,
+        criterion="token_jacobian",
+        params=0.8,
+        steps=4,
+        compensate="correct",
+        progress=False,
+    )
+    load = transformers.LlamaForCausalLM.from_pretrained if uniform else load_pruned
+    pruned = load(out).eval()
+    tokens = torch.arange(16)[None]
+    assert torch.equal(pruned(tokens).logits, model(tokens).logits)
+    assert pruned.num_parameters() <= 0.8 * transformers.LlamaForCausalLM.from_pretrained(llama).num_parameters()
+    assert json.loads((out / "obc_report.json").read_text())["compensation"]
+
+
+def test_options_of_scoring_and_compensation(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another criterion with another loss, in steps of its own; one layer is spared; biases take over means."""
+    out = tmp_path / "out"
+    data = ["--data", tmp_path / "data.jsonl", "--seq-len", 8, "--batches", 4, "--batch-size", 2]
+    chosen = ["--criterion", "taylor", "--loss", "causal-lm", "--steps", 2, "--ignore", "model.layers.0.mlp.gate_proj"]
+    assert prune(llama, *data, *chosen, "--params", 0.8, "--compensate", "mean", "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "4 batches of 2 x 8, loss causal-lm" in said
+    assert "layers have biases now that no config can express" in said
+    report = json.loads((out / "obc_report.json").read_text())
+    assert (len(report["steps"]), report["provenance"]["criterion"], report["provenance"]["loss"]) == (
+        2,
+        "taylor",
+        "causal-lm",
+    )
+    pruned: Any = load_pruned(out)
+    assert pruned.model.layers[0].mlp.gate_proj.out_features == 32
+    assert pruned.model.layers[1].mlp.down_proj.bias is not None
+
+
+def test_nothing_is_compensated_with_none(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    data = ["--data", tmp_path / "data.jsonl", "--seq-len", 8]
+    assert prune(llama, *data, "--params", 0.8, "--compensate", "none", "--out", out) == 0
+    original = transformers.LlamaForCausalLM.from_pretrained(llama)
+    obc.PruningPlan.load(out / "obc_plan.json").verify(original.state_dict(), load_pruned(out))  # values are slices
+
+
+def test_images_without_labels(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=5, **sizes)
+    transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    (tmp_path / "images").mkdir()
+    for index in range(16):
+        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{index}.png")
+    out = tmp_path / "out"
+    assert prune(tmp_path / "vit", "--data", tmp_path / "images", "--params", 0.8, "--uniform", "--out", out) == 0
+    pruned = transformers.ViTForImageClassification.from_pretrained(out)
+    assert pruned.num_parameters() <= 0.8 * transformers.ViTForImageClassification(config).num_parameters()
+
+
+def test_a_model_without_a_head_is_scored_by_its_hidden_states(tmp_path: Path, capsys: Any) -> None:
+    llama = llama_directory(tmp_path)
+    transformers.LlamaModel.from_pretrained(llama).save_pretrained(tmp_path / "headless")
+    data = ["--data", tmp_path / "data.jsonl", "--seq-len", 8, "--batches", 4]
+    assert prune(tmp_path / "headless", *data, "--params", 0.9, "--out", tmp_path / "out") == 0
+    assert "loss label-free" in capsys.readouterr().out
