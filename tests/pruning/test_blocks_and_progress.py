@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -107,7 +108,40 @@ def said(lines: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.filterwarnings("ignore")
 def test_a_line_every_30_seconds(lines: pytest.LogCaptureFixture) -> None:
     obc.score(Embedded(), batches(), loss)
-    assert said(lines) == ["obc.score: batch 2 of 8, 30 s", "obc.score: batch 5 of 8, 60 s"]
+    assert said(lines) == [
+        "obc.score: batch 2 of 8, 30 s, about 60 s until batch 8",
+        "obc.score: batch 5 of 8, 60 s, about 30 s until batch 8",
+    ]
+
+
+def test_a_new_pass_is_estimated_by_itself(lines: pytest.LogCaptureFixture) -> None:
+    log = progress.ProgressLog("obc.prune", None)
+    for done in (0, 1, 2, 3, 0, 1, 2, 3):
+        log.tick(done, 4)
+    assert said(lines) == [
+        "obc.prune: batch 2 of 4, 30 s, about 20 s until batch 4",
+        "obc.prune: batch 1 of 4, 60 s, about 30 s until batch 4",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mode", ["correct", "seq"])
+def test_compensation_says_its_part_and_layer(lines: pytest.LogCaptureFixture, mode: str) -> None:
+    obc.prune(
+        Embedded(),
+        torch.zeros(1, 6),
+        batches(),
+        loss,
+        blocks=0.7,
+        steps=1,
+        ignored_layers=["embedding"],
+        compensate=mode,
+    )
+    found = [line for line in said(lines) if line.startswith("obc.compensate: ")]
+    parts = {"correct": "correcting", "seq": "layer by layer"}
+    assert any(line.startswith(f"obc.compensate: {parts[mode]}, batch ") for line in found)
+    places = [tuple(map(int, re.findall(r"batch (\d+) of (\d+)", line)[0])) for line in found if "batch" in line]
+    assert all(done < total for done, total in places), found
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from prunable import Pruned
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from obc.recovery import Kept, PruningPlan, compensate, equivalent_pruning
+from obc.recovery import Kept, PruningPlan, chain_parts, compensate, equivalent_pruning
 
 HEADS, KV_HEADS, HEAD_WIDTH, LAYERS = 4, 2, 8, 2
 KEPT_WIDTH = 20  # of 48
@@ -112,6 +113,36 @@ def test_compensation_reaches_feed_forward_and_attention_outputs(which: str, mod
     assert report.final_error < report.naive_error
     assert error(pruned.model, pruned.original, fresh) < 0.95 * before
     assert list(pruned.model.state_dict()) == names
+
+
+def test_seq_runs_each_module_alone_and_gives_what_whole_runs_give(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "LAYERS", 6)
+    data, calls, found = [tokens(seed, 3) for seed in range(6)], [], {}
+    for way in ("by module", "from the start"):
+        pruned, calls[:] = sliced("kv-heads"), []
+        handles = [
+            layer.register_forward_hook(lambda *_: calls.append(1))
+            for model in (pruned.model, pruned.original)
+            for layer in model.model.layers
+        ]
+        if way == "from the start":
+            monkeypatch.setattr(chain_parts, "agreed_chain", lambda *_: ([], "a test says so"))
+        report = compensate(pruned.model, pruned.original, pruned.plan, data, logits, mode="seq")
+        for handle in handles:
+            handle.remove()
+        found[way] = report.tried["layer by layer"], pruned.model.state_dict(), len(calls)
+    (alone, alone_state, few), (whole, whole_state, many) = found.values()
+    assert alone == pytest.approx(whole, rel=1e-9)
+    for name, tensor in alone_state.items():
+        torch.testing.assert_close(tensor, whole_state[name], rtol=1e-8, atol=1e-10)
+    # Of each of two models, a layer runs on a batch for its two consumers and once to go on; from the start, for every
+    # consumer of the model. Finding the chain takes the fewer runs more.
+    by_module, from_start = (2 * len(data) * LAYERS * runs for runs in (2 + 1, 2 * LAYERS))
+    assert 0.8 * (from_start - by_module) < many - few < from_start - by_module
+    assert "mode 'seq' takes about 24 forward passes over the calibration data" in caplog.text
+    assert "a test says so" in caplog.text
 
 
 @pytest.mark.parametrize("factors", ["full", "reduced"])

@@ -27,7 +27,7 @@ class UsableBatches:
 
     Attributes:
         left_out: number of a batch, counted from 0 over all batches -> why it is left out.
-        on_batch: called before each batch with its number and the total (None if unknown).
+        on_batch: called before each batch with its place among these batches and their total (None if unknown).
         on_left_out: called with the message when a batch is left out; the default warns.
     """
 
@@ -70,7 +70,7 @@ class UsableBatches:
                 continue
             self._current = number
             notice()
-            self.on_batch(number, self.count)
+            self.on_batch(index, self.count)
             yield usable_in_autograd(batch)
 
     def __iter__(self) -> Iterator[Any]:

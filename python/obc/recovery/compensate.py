@@ -20,7 +20,7 @@ from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_c
 from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan
 from obc.model.processes import Processes, failing_together
-from obc.model.progress import progress_bar
+from obc.model.progress import LayerProgress
 from obc.model.sharding import is_sharded
 from obc.model.usable import refuse_unusable
 from obc.model.usable_batches import UsableBatches
@@ -76,8 +76,10 @@ def compensate(
     one over the mean square of the stream there. A convolution that pads with zeros is regressed through zero, because
     its padding does not have the mean.
 
-    mode="seq" does the same layer by layer, where z is what the pruned model, compensated so far, produces: two passes
-    per layer, with the ridge that was best in "ls". The result of "ls" is kept if it is better on the held-out batches.
+    mode="seq" does the same layer by layer, where z is what the pruned model, compensated so far, produces, with the
+    ridge that was best in "ls". If the modules form a chain and there are no BatchNorms, a module runs once in both
+    models for each of its layers, and once more; otherwise the models run from their start for every layer, which a
+    warning says before it begins. The result of "ls" is kept if it is better on the held-out batches.
 
     The down projections of fused experts, whose weights are one tensor, are layers too, each regressed on the tokens
     routed to it (:mod:`obc.recovery.unfused`). Layers that no batch reached, such as an expert without tokens, stay
@@ -114,7 +116,7 @@ def compensate(
         keep_decompressors: keep every D, in * kept numbers per layer, in the report; not for mode "correct".
         process_group: every process in this group has the same models and its own batches, possibly of different
             number. Sums, errors and BatchNorm statistics combine all of them, and all get the same model.
-        progress: show a progress bar; None shows it in a terminal only.
+        progress: show a progress bar; None shows it in a terminal only, and logs lines elsewhere.
 
     Raises:
         PlanError: the plan doesn't describe the consumers' weights.
@@ -138,8 +140,10 @@ def compensate(
             without_cache(pruned_model, original_model),
             torch.no_grad(),
             unfused(pruned_model, original_model, plan, next(iter(split[0])), forward, processes) as (layers, fused),
-            progress_bar(progress, desc="compensate", unit="layer") as bar,
+            LayerProgress("obc.compensate", progress) as bar,
         ):
+            for part in split:
+                part.on_batch = bar.on_batch
             consumers = find_consumers(pruned_model, original_model, layers)
             norms = batch_norms(pruned_model) if recalibrate_norms else []
             more = _LARGE_RIDGES if mode == "correct" else _MORE_RIDGES
@@ -157,8 +161,10 @@ def compensate(
                 settings = least_squares.Options(
                     forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, targets
                 )
-                solver = least_squares.LeastSquaresRun(pruned_model, original_model, consumers, split, norms, settings)
-                report = solver.run(bar)
+                solver = least_squares.LeastSquaresRun(
+                    pruned_model, original_model, consumers, split, norms, settings, bar
+                )
+                report = solver.run()
         report.sliced_experts = fused
         # Equivalent Pruning leaves fused experts sliced.
         report.decompressors = {name: found for name, found in report.decompressors.items() if name in plan}

@@ -40,15 +40,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import ForwardFn, stream_of
 from obc.model.names import is_within
+from obc.model.progress import LayerProgress
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.after_chain import called_after, from_end
 from obc.recovery.calibration import named_norms, norm_reference, recalibrate_from, streamed_error
+from obc.recovery.chain_parts import agreed_chain, say_many_passes
 from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.consumers import Consumer
 from obc.recovery.layer_correction import Layer, LayerCorrections, Options, Sums, waves
 from obc.recovery.module_norms import ModuleNorms, reads_the_same
 from obc.recovery.norm_reference import take_statistics
-from obc.recovery.segments import ChainBatch, capture, find_chain, replays
+from obc.recovery.segments import ChainBatch, capture
 from obc.recovery.stream_points import Call, Seen, norms_behind, observe
 
 # Of the unpruned and the pruned model.
@@ -117,7 +119,7 @@ class CorrectRun:
 
     # --- the order of work ------------------------------------------------------------------------------------
 
-    def run(self, bar: Any) -> CompensationReport:
+    def run(self, bar: LayerProgress) -> CompensationReport:
         """Correct every layer, and keep the result if the held-out output error falls; on an error keep nothing."""
         try:
             return self._run(bar)
@@ -128,8 +130,8 @@ class CorrectRun:
     def _put_back(self) -> None:
         _load(self._changed(), self.before)
 
-    def _run(self, bar: Any) -> CompensationReport:
-        bar.total = len(self.layers)
+    def _run(self, bar: LayerProgress) -> CompensationReport:
+        bar.begin("correcting", len(self.layers))
         if self.norms:
             # The regressions absorb what new statistics would repair, and start from those that the weights were made
             # for.
@@ -177,14 +179,12 @@ class CorrectRun:
         self.layers.sort(key=lambda layer: layer.order)
 
     def _chain(self) -> list[str]:
-        run = partial(self._whole(self.original), 0)
-        names = [layer.name for layer in self.layers if layer.calls]
-        chain = find_chain(self.original, run, {layer.name: layer.scope for layer in self.layers}, names)
-        if chain and (why := replays(self.original, chain, run)) is not None:
+        scopes = {layer.name: layer.scope for layer in self.layers if layer.calls}
+        chain, why = agreed_chain(self.original, partial(self._whole(self.original), 0), scopes, self.options.processes)
+        if not chain and scopes:
             self.report.notes.append(f"every layer was reached from the model's start: {why}")
-            chain = []
-        (agreed,) = self.options.processes.least([len(chain)])
-        return chain if agreed == len(chain) else []
+            say_many_passes("correct", 2 * len(scopes), why)
+        return chain
 
     def _called_after(self, chain: list[str]) -> set[str]:
         """The modules called only after the chain, if the models can be run from its end."""
@@ -204,7 +204,7 @@ class CorrectRun:
 
     # --- the chain --------------------------------------------------------------------------------------------
 
-    def _run_chain(self, chain: list[str], layers: list[Layer], bar: Any) -> Runs:
+    def _run_chain(self, chain: list[str], layers: list[Layer], bar: LayerProgress) -> Runs:
         """Correct the chain's layers; returns runs of both models from its end on."""
         full, pruned = self._captured(self.original, chain), self._captured(self.pruned, chain)
         for place, name in enumerate(chain):
@@ -261,10 +261,11 @@ class CorrectRun:
 
     # --- layers -----------------------------------------------------------------------------------------------
 
-    def _correct(self, here: _Place, bar: Any) -> None:
+    def _correct(self, here: _Place, bar: LayerProgress) -> None:
         for wave in waves(here.layers, self.options.max_bytes):
             sums = {layer.name: Sums.of(layer.consumer) for layer in wave}
             for index in self._live():
+                bar.on_batch(index, len(self.batches))
                 self._accumulate(here, wave, sums, index)
             self.usable.refuse_many(self.options.processes.total)
             self.report.moment_bytes = max(

@@ -19,8 +19,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import ForwardFn
 from obc.model.processes import Processes
+from obc.model.progress import LayerProgress
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import output_error, outputs, recalibrate_from, streamed_error
+from obc.recovery.chain_parts import Part, parts
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
 from obc.recovery.consumers import Consumer, in_execution_order
 from obc.recovery.layer_rows import output_rows, stream_weights
@@ -84,10 +86,13 @@ class LeastSquaresRun:
         batches: tuple[UsableBatches, UsableBatches],
         norms: Sequence[_BatchNorm],
         options: Options,
+        bar: LayerProgress,
     ) -> None:
-        self.pruned, self.original, self.options = pruned, original, options
+        self.pruned, self.original, self.options, self.bar = pruned, original, options, bar
+        self.whole = Part.whole((original, pruned), options.forward)
         self.calibration, self.held_out = batches
         self.norms = norms
+        self.scopes: dict[str, str] = {}
         self.consumers, self.off_stream = self._look(consumers)
         self.norm_states = [copy.deepcopy(norm.state_dict()) for norm in norms]
         self.expected = self._expected()
@@ -95,10 +100,10 @@ class LeastSquaresRun:
         self.naive = {name: _copies(consumer.parameters()) for name, consumer in self.consumers.items()}
         self.report = CompensationReport(naive_error=self._error())
 
-    def run(self, bar: Any) -> CompensationReport:
+    def run(self) -> CompensationReport:
         """Compensate, decide, and give all processes the same result; after an error the model is naive again."""
         try:
-            return self._run(bar)
+            return self._run()
         except BaseException:
             self._put_all(_Candidate("naive"))
             self._put_norms_back()
@@ -108,15 +113,15 @@ class LeastSquaresRun:
         for norm, state in zip(self.norms, self.norm_states, strict=True):
             norm.load_state_dict(state)
 
-    def _run(self, bar: Any) -> CompensationReport:
-        bar.total = len(self.consumers) * (1 + self.options.sequential)
-        at_once = self._at_once(bar)
+    def _run(self) -> CompensationReport:
+        self.bar.begin("regressing all layers at once", len(self.consumers))
+        at_once = self._at_once()
         errors = self._try(at_once)
         best = min(at_once, key=lambda candidate: errors[candidate.name])
         if self.options.sequential:
             ridge = min((one for one in at_once if one.ridge is not None), key=lambda one: errors[one.name]).ridge
             assert ridge is not None
-            sequential = self._sequential(ridge, bar)
+            sequential = self._sequential(ridge)
             errors |= self._try([sequential])
             best = min(best, sequential, key=lambda candidate: errors[candidate.name])
         self.report.tried = errors
@@ -127,6 +132,7 @@ class LeastSquaresRun:
     def _try(self, candidates: Iterable[_Candidate]) -> dict[str, float]:
         """The held-out output error with each candidate."""
         found = {}
+        self.bar.begin("comparing outputs")
         for candidate in candidates:
             self._put_all(candidate)
             found[candidate.name] = self._error_recalibrated()
@@ -152,17 +158,17 @@ class LeastSquaresRun:
             if applied is not None and applied.decompressor is not None:
                 report.decompressors[name] = applied.decompressor
 
-    def _at_once(self, bar: Any) -> list[_Candidate]:
+    def _at_once(self) -> list[_Candidate]:
         """Candidates from the unpruned inputs of all consumers, collected together: one per ridge, and mixed."""
         found: dict[float, dict[str, _Compensated]] = {ridge: {} for ridge in self.options.ridges}
         unreached: list[str] = []
         for names in _chunks(self.consumers, self.options.max_bytes):
-            fit, check = self._moments(names, paired=False)
+            fit, check = self._moments(names, self.whole, paired=False)
             unreached += [name for name in names if fit[name].rows == 0]
             for name in names:
                 for ridge, layers in found.items() if fit[name].rows else ():
                     layers[name] = self._solve(name, fit[name], check[name], ridge)
-                bar.update()
+                self.bar.update()
         self.report.leave_unreached(unreached, self.consumers)
         candidates = [_Candidate(f"ridge {ridge:g}", layers, ridge) for ridge, layers in found.items()]
         own = {
@@ -175,44 +181,54 @@ class LeastSquaresRun:
             return candidates
         return [*candidates, _Candidate("own ridges", helping)]
 
-    def _sequential(self, ridge: float, bar: Any) -> _Candidate:
+    def _sequential(self, ridge: float) -> _Candidate:
         """Mode "seq": regress each consumer on the output of the compensated ones before it."""
         found = {}
         self._put_all(_Candidate("naive"))
-        for name in self.consumers:
-            if name in self.report.unreached:
-                continue
-            self._recalibrate()
-            fit, check = self._moments([name], paired=True)
-            layer = self._solve(name, fit[name], check[name], ridge)
-            if layer.held_out < 1.0:
-                found[name] = layer
-            else:
-                self._put(name, self.naive[name])
-            bar.update()
+        for part in self._parts():
+            for name in part.layers:
+                self._recalibrate()
+                fit, check = self._moments([name], part, paired=True)
+                layer = self._solve(name, fit[name], check[name], ridge)
+                if layer.held_out < 1.0:
+                    found[name] = layer
+                else:
+                    self._put(name, self.naive[name])
+                self.bar.update()
         return _Candidate("layer by layer", found, ridge)
 
-    def _moments(self, names: Sequence[str], paired: bool) -> tuple[dict[str, Moments], dict[str, Moments]]:
+    def _parts(self) -> Iterator[Part]:
+        """The reached consumers, in parts of the models."""
+        scopes = {name: scope for name, scope in self.scopes.items() if name not in self.report.unreached}
+        self.bar.begin("layer by layer", len(scopes))
+        options, batches = self.options, (self.calibration, self.held_out)
+        return parts(
+            (self.original, self.pruned), scopes, batches, options.forward, options.processes, bool(self.norms)
+        )
+
+    def _moments(self, names: Sequence[str], part: Part, paired: bool) -> tuple[dict[str, Moments], dict[str, Moments]]:
         taken = 2 * sum(self.consumers[name].bytes(paired) for name in names)
         self.report.moment_bytes = max(self.report.moment_bytes, taken)
         found = []
         for batches in (self.calibration, self.held_out):
             moments = {name: self.consumers[name].moments(paired) for name in names}
             for batch in batches:
-                self._accumulate(moments, batches, batch, paired)
+                self._accumulate(moments, batches, batch, part, paired)
             batches.refuse_many(self.options.processes.total)
             for sums in moments.values():
                 sums.gather(self.options.processes)
             found.append(moments)
         return found[0], found[1]
 
-    def _accumulate(self, moments: Mapping[str, Moments], batches: UsableBatches, batch: Any, paired: bool) -> None:
+    def _accumulate(
+        self, moments: Mapping[str, Moments], batches: UsableBatches, batch: Any, part: Part, paired: bool
+    ) -> None:
         modules = {name: self.original.get_submodule(name) for name in moments}
-        full = observe(partial(self.options.forward, self.original, batch), modules, self.off_stream).calls
+        full = observe(partial(part.full, batch, batches.current), modules, self.off_stream).calls
         pruned: Mapping[str, list[Call]] = {}
         if paired:
             modules = {name: self.consumers[name].module for name in moments}
-            pruned = observe(partial(self.options.forward, self.pruned, batch), modules, set(modules)).calls
+            pruned = observe(partial(part.pruned, batch, batches.current), modules, set(modules)).calls
         if not all_finite([[call.x for call in calls] for calls in (*full.values(), *pruned.values())]):
             batches.leave_out("a layer's input on it is not finite")
             return
@@ -235,11 +251,13 @@ class LeastSquaresRun:
         processes = self.options.processes
         modules = {name: self.original.get_submodule(name) for name in consumers}
         batch = next(iter(self.calibration))
-        calls = observe(partial(self.options.forward, self.original, batch), modules, set()).calls
+        calls = observe(partial(self.options.forward, self.original, batch), modules, set(), whole=self.original).calls
         summed = [bool(calls.get(name)) and all(call.summed for call in calls[name]) for name in consumers]
         agreed = processes.least([int(found) for found in summed])
         off_stream = {name for name, on_stream in zip(consumers, agreed, strict=True) if not on_stream}
-        return in_execution_order(consumers, list(calls), processes), off_stream
+        ordered = in_execution_order(consumers, list(calls), processes)
+        self.scopes = {name: name if name in off_stream else calls[name][0].scope for name in ordered}
+        return ordered, off_stream
 
     def _solve(self, name: str, moments: Moments, check: Moments, ridge: float) -> _Compensated:
         """Solve and apply the consumer's least squares."""
