@@ -1,13 +1,11 @@
-"""The known families, one per file. Each file registers its own family, and nothing else mentions it.
-
-The file of the usual names comes first, so that its names take precedence.
+"""The known families: in :mod:`~obc.structures.transformers.families.names` those that are described by names alone,
+in every other file one that needs code. Each file registers its own, and nothing else mentions it.
 """
 
 import importlib
 import pkgutil
 
-_USUAL = "usual"
-for _name in sorted(
-    (module.name for module in pkgutil.iter_modules(__path__)), key=lambda name: (name != _USUAL, name)
-):
-    importlib.import_module(f"{__name__}.{_name}")
+from obc.structures.transformers.families import names  # noqa: F401  (first: its names take precedence)
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
