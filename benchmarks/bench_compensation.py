@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import RESULTS, provenance, write
-from obc.demo import measure
 from obc.demo.criteria import CRITERIA
 from obc.demo.data import Digits, digits
 from obc.demo.models import vgg
-from obc.demo.run import RECIPES, Recipe, count, seeded, steps
+from obc.demo.run import RECIPES, Recipe, count, peak_bytes, seeded, steps
 from obc.demo.train import accuracy, train
 from obc.model.timing import median_seconds
 from obc.recovery import PruningPlan, compensate, recalibrate_norms
@@ -105,7 +104,7 @@ def costs(network: Pruned) -> dict[str, Any]:
             for batch in network.data.train.images.split(BATCH):
                 network.original(batch)
 
-    found: dict[str, Any] = {"epoch_seconds": _seconds(epoch, 3), "epoch_peak_bytes": measure.peak_bytes(epoch)}
+    found: dict[str, Any] = {"epoch_seconds": _seconds(epoch, 3), "epoch_peak_bytes": peak_bytes(epoch)}
     for samples in SAMPLES:
         for mode in MODES:
 
@@ -114,7 +113,7 @@ def costs(network: Pruned) -> dict[str, Any]:
 
             name = f"{mode}_{samples}"
             found[f"{name}_seconds"] = _seconds(call, 1)
-            found[f"{name}_peak_bytes"] = measure.peak_bytes(call)
+            found[f"{name}_peak_bytes"] = peak_bytes(call)
             found[f"{name}_moment_bytes"] = call().moment_bytes
     return found
 

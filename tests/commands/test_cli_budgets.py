@@ -49,7 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr("obc.structures.latency._median", counted_seconds)
     monkeypatch.setattr(
-        "obc.pruning.measured_speed.median_seconds",
+        "obc.pruning.measured.median_seconds",
         lambda calls, device: [counted_seconds(call, device) for call in calls],
     )
     Path("recipes_of_mine.py").write_text(ENTRY)

@@ -15,7 +15,7 @@ pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip insta
 pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
 
 from obc import cli
-from obc.demo import criteria, finetune, measure, models, recover, report, run
+from obc.demo import criteria, finetune, models, recover, report, run
 from obc.demo.criteria import CRITERIA, ROWS, batch_size
 from obc.demo.data import TEST_IMAGES, VALIDATION_IMAGES, digits
 from obc.demo.train import accuracy, train
@@ -85,7 +85,7 @@ def test_peak_bytes_counts_what_is_alive_at_once() -> None:
             torch.ones(1000, 250)  # released at once
         kept.extend(torch.ones(1000, 250) for _ in range(2))
 
-    assert measure.peak_bytes(call) == 2 * 1000 * 250 * 4
+    assert run.peak_bytes(call) == 2 * 1000 * 250 * 4
 
 
 def without_seconds(results: list[run.ModelResult]) -> list[run.ModelResult]:

@@ -203,7 +203,7 @@ def test_the_report_has_all_budgets_and_the_speed_that_was_measured(
 ) -> None:
     torch.manual_seed(0)
     monkeypatch.setattr(
-        "obc.pruning.measured_speed.median_seconds",
+        "obc.pruning.measured.median_seconds",
         lambda calls, device: [counted_seconds(call, device) for call in calls],
     )
     case = qwen2_moe()

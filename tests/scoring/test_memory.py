@@ -18,7 +18,7 @@ from snapshot import Snapshot
 from torch import Tensor, nn
 
 import obc
-from obc.demo.measure import peak_bytes
+from obc.demo.run import peak_bytes
 from obc.scoring import MemoryEstimate, memory_estimate
 
 # By how much a run may exceed the estimate, according to the allocator. The estimate sees everything that matrix

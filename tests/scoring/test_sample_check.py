@@ -13,7 +13,7 @@ from parity import assert_parity, errors, expected_scores
 from torch import Tensor, nn
 
 import obc
-from obc.scoring.reading import first_row
+from obc.scoring.reading import checking_row
 
 # Of the first row, which one run reads from clones and weight gradients: float32 sums in another order.
 AGREEMENT = 1e-4
@@ -103,8 +103,8 @@ def test_a_loss_that_needs_more_than_one_sample_is_checked_on_the_batch(what: st
 @pytest.mark.parametrize("allowed", [True, False])
 def test_tf32_on_a_gpu_is_no_disagreement(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounded to eleven bits, gates and weight gradients differ by more than in float32; elsewhere nothing changes."""
-    monkeypatch.setattr(first_row, "tf32_is_allowed", lambda: allowed)
-    tolerance = first_row._tolerance
+    monkeypatch.setattr(checking_row, "tf32_is_allowed", lambda: allowed)
+    tolerance = checking_row._tolerance
     assert tolerance(torch.float32, torch.device("cuda")) == (1e-2 if allowed else 1e-3)
     assert tolerance(torch.float32, torch.device("cpu")) == 1e-3
     assert tolerance(torch.float64, torch.device("cuda")) == 1e-3

@@ -23,9 +23,8 @@ from obc.model.evaluation import Run
 from obc.model.plan import PruningPlan
 from obc.pruning.arguments import chosen_allocation
 from obc.pruning.budgets import Budget
-from obc.pruning.measured_speed import MeasuredSpeed
-from obc.pruning.provenance import provenance
-from obc.pruning.report import PruningReport
+from obc.pruning.measured import MeasuredSpeed
+from obc.pruning.report import PruningReport, provenance
 from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
 from obc.selection import Costs, select

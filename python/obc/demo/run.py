@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +19,8 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from obc.demo import measure
 from obc.demo.criteria import CRITERIA, Criterion
 from obc.demo.data import Digits, digits
 from obc.demo.models import IMAGE_SIZE, residual_cnn, transformer
@@ -208,5 +210,27 @@ def cost(model: nn.Module, criterion: Criterion, data: Digits) -> tuple[float, i
             importance(group)
         model.zero_grad()
 
-    peak = measure.peak_bytes(score)  # first, so that nothing left by an earlier call is released while it counts
+    peak = peak_bytes(score)  # first, so that nothing left by an earlier call is released while it counts
     return median_seconds([score], torch.device("cpu"), repeats=3, warm_ups=1)[0], peak
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """The most bytes that torch's CPU allocator had handed out during ``call``, above the amount at its start.
+
+    Counted from every allocation and release in torch's profiler, so it does not depend on the machine. Memory that
+    kernels allocate elsewhere is not included.
+    """
+    # Kineto reads this when it first runs; otherwise it would print its start and stop on stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    gc.collect()  # otherwise reference cycles of earlier calls would count as released during this one
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    recorded = profiler.profiler
+    assert recorded is not None
+    assert recorded.kineto_results is not None
+    changes = [(e.start_ns(), e.nbytes()) for e in recorded.kineto_results.events() if e.name() == "[memory]"]
+    allocated = peak = 0
+    for _, change in sorted(changes, key=lambda entry: entry[0]):
+        allocated += change
+        peak = max(peak, allocated)
+    return peak

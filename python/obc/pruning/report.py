@@ -6,14 +6,17 @@ import contextlib
 import json
 import logging
 import os
+import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from obc.distribution import obc_version
 from obc.files import atomic_write, built, read_fields
 from obc.model.latency_table import LatencyTable
 from obc.model.plan import PruningPlan
@@ -279,3 +282,19 @@ def timed(report: PruningReport, part: str) -> Iterator[None]:
         yield
     finally:
         report.seconds[part] = report.seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def provenance(model: nn.Module, choices: Mapping[str, object]) -> dict[str, str]:
+    """The model's class, device and dtype, the choices that are not None, versions, and the time in UTC."""
+    first = next(model.parameters(), None)
+    found: dict[str, object] = {"model": type(model).__name__}
+    found |= {name: value for name, value in choices.items() if value is not None}
+    if first is not None:
+        found |= {"device": str(first.device), "dtype": str(first.dtype).removeprefix("torch.")}
+    found |= {
+        "obc": obc_version() or "source tree",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    return {name: str(value) for name, value in found.items()}

@@ -35,10 +35,8 @@ from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof, first_finite, prove_groups
 from obc.pruning.functions import Functions
 from obc.pruning.job import Job
-from obc.pruning.measured_macs import MeasuredMacs
-from obc.pruning.measured_speed import MeasuredSpeed
-from obc.pruning.provenance import provenance
-from obc.pruning.report import PruningReport, PruningResult, timed
+from obc.pruning.measured import MeasuredMacs, MeasuredSpeed
+from obc.pruning.report import PruningReport, PruningResult, provenance, timed
 from obc.pruning.snapshot import Snapshot
 from obc.selection.caps import Caps
 from obc.selection.choice import Selection

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from obc.files import parse_json, remove_left_over
 from obc.model.batches import usable_in_autograd
-from obc.model.fingerprint import fingerprint, random_state, set_random_state
 from obc.scoring.errors import ScoringError
 from obc.scoring.results.row_file import RowFile
 from obc.scoring.results.row_store import RowStore
@@ -218,3 +219,34 @@ def numbered(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
     """The tensors "name:0", "name:1" and so on."""
     keys = itertools.takewhile(lambda key: key in tensors, (f"{name}:{index}" for index in itertools.count()))
     return [tensors[key] for key in keys]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A hash of names, shapes and bit sums of all parameters and buffers; integer sums, so exact everywhere.
+
+    Tensors on the meta device have no bits.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        tensor = tensor.detach()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.is_meta:
+            continue
+        integers = torch.int16 if tensor.element_size() % 2 == 0 else torch.uint8
+        bits = torch.atleast_1d(tensor).contiguous().view(integers)
+        digest.update(bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def random_state() -> list[Tensor]:
+    """The states of torch's generators: the CPU's, and CUDA's if it is in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *cuda]
+
+
+def set_random_state(states: Sequence[Tensor]) -> None:
+    """Restore what :func:`random_state` returned; an empty list changes nothing."""
+    if states:
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state_all(list(states[1:]))

@@ -15,7 +15,7 @@ from obc.model.batches import RowKind
 from obc.model.sharding import is_sharded
 from obc.model.usable import refuse_inference, refuse_without_values
 from obc.scoring.errors import RowError, ScoringError, note_remedy
-from obc.scoring.parts import Parts
+from obc.scoring.parts import Parts, load_state, state_of
 from obc.scoring.reading import refusals
 from obc.scoring.reading.attachment import Attachment
 from obc.scoring.reading.module_readers import Reading
@@ -24,7 +24,6 @@ from obc.scoring.reading.row_counter import RowCounter
 from obc.scoring.results.row_store import RowsTo, RowStore
 from obc.scoring.results.scores import Scores
 from obc.scoring.row_lifecycle import RowLifecycle
-from obc.scoring.saved_state import load_state, state_of
 from obc.scoring.sharding import SharedRows
 from obc.scoring.summing_up import scores_of
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
 from obc.distribution import obc_version
+from obc.model.processes import gather_tensors, gathered, reduce_tensor
+from obc.scoring.coverage import Coverage, merged
 from obc.scoring.errors import ScoringError
 from obc.scoring.parts import Parts
 from obc.scoring.reading.flat_row import Slot
-from obc.scoring.results import merge
 from obc.scoring.results.kept_rows import KeptRows
 from obc.scoring.results.scores import ChannelScores, Scores
 
@@ -25,11 +31,11 @@ def scores_of(parts: Parts, rows: str, merged_over: Any) -> Scores:
     Raises:
         ScoringError: no finite row has ended.
     """
-    facts = merge.Facts(parts.counter.count(), parts.coverage(), parts.counter.left_out)
+    facts = Facts(parts.counter.count(), parts.coverage(), parts.counter.left_out)
     sums = {flat: flat.scores for flat in parts.flats}
     if merged_over is not None:
-        facts = merge.all_facts(facts, merged_over)
-        sums = {flat: merge.all_sums(scores, merged_over) for flat, scores in sums.items()}
+        facts = all_facts(facts, merged_over)
+        sums = {flat: all_sums(scores, merged_over) for flat, scores in sums.items()}
     if facts.num_rows == 0:
         how = "; call backward inside `with scorer.row():`"
         why = f"; left out: {facts.left_out[0]}" if facts.left_out else how
@@ -57,5 +63,50 @@ def _kept_rows(parts: Parts, slots: Mapping[str, Mapping[str, Slot]], merged_ove
         return None
     rows = parts.store.kept(slots)
     if merged_over is not None:
-        rows = KeptRows(merge.all_rows(rows.matrices, merged_over), rows.columns)
+        rows = KeptRows(all_rows(rows.matrices, merged_over), rows.columns)
     return rows
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The results of one process, or of all of them together.
+
+    Attributes:
+        num_rows: number of rows added.
+        coverage: module name -> how it is read.
+        left_out: the rows left out, each with its reason.
+    """
+
+    num_rows: int
+    coverage: dict[str, Coverage]
+    left_out: list[str]
+
+
+def all_facts(facts: Facts, group: Any) -> Facts:
+    """The facts of all processes, merged. A module counts as scored if any process scored it."""
+    everyone = gathered(facts, group)
+    coverage = merged([one.coverage for one in everyone])
+    left_out = [f"process {rank}: {what}" for rank, one in enumerate(everyone) for what in one.left_out]
+    return Facts(sum(one.num_rows for one in everyone), coverage, left_out)
+
+
+def all_sums(sums: Tensor, group: Any) -> Tensor:
+    """The sum of every process's sums of squares."""
+    total = sums.clone()
+    reduce_tensor(total, group)
+    return total
+
+
+def all_rows(matrices: Sequence[Tensor], group: Any) -> list[Tensor]:
+    """The rows of every process, one below another in the order of the processes: (rows, channels) each."""
+    counts = torch.zeros(dist.get_world_size(group), dtype=torch.int64, device=matrices[0].device)
+    counts[dist.get_rank(group)] = len(matrices[0])
+    reduce_tensor(counts, group)
+    return [_gathered(matrix, counts.tolist(), group) for matrix in matrices]
+
+
+def _gathered(matrix: Tensor, counts: list[int], group: Any) -> Tensor:
+    padded = matrix.new_zeros(max(counts), matrix.shape[1])
+    padded[: len(matrix)] = matrix
+    parts = gather_tensors(padded, group)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -1,19 +1,42 @@
-"""The first row, which is also the check, and the decisions at its end."""
+"""The checking first row reads gates and weight gradients side by side, so that nothing is guessed.
+
+Every weight stays trainable for one row and its gradient is contracted into a reference row. If a module's gates
+disagree with it (its forward was bypassed, its weight is also used elsewhere, its output is scaled …), the module is
+read from its weight's gradient from then on.
+"""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from obc.model.precision import tf32_is_allowed
 from obc.scoring.errors import RowError, SampleRowsError
-from obc.scoring.reading import first_row, refusals
+from obc.scoring.reading import refusals
 from obc.scoring.reading.attachment import Attachment
 from obc.scoring.reading.chain_candidates import Pending
+from obc.scoring.reading.flat_row import Slot
+from obc.scoring.reading.gradients import WeightGradient
 from obc.scoring.reading.module_readers import Reader, Reading
-from obc.scoring.reading.reading_plan import Plan
+from obc.scoring.reading.reading_plan import Plan, Source
 from obc.scoring.reading.row_counter import RowCounter
+
+logger = logging.getLogger("obc")
+
+# Largest accepted difference between a gate and the weight gradient, relative to the layer's largest entry. Correct
+# float32 gates differed by at most 3.2e-6; half precision rounds activations and gradients separately.
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
+
+# GPUs may multiply float32 with eleven bits (TF32, cuDNN's default for convolutions): activations and weight
+# gradients are then rounded separately, by 5e-4 of each product.
+_TF32_TOLERANCE = 1e-2
+
+# If a layer's rows cancel (a convolution before a BatchNorm in train mode scores zero), both are rounding noise of the
+# sum of |w| |g|: a difference below this many ulps of that sum is not a disagreement.
+_NOISE_ULPS = 16
 
 
 class CheckingRow:
@@ -32,7 +55,7 @@ class CheckingRow:
         self._before: dict[Reader, tuple[Any, ...]] = {}
         self._fired: list[bool] = []
         if not reading.checking:
-            first_row.settle_unchecked(plan, fall_back)
+            settle_unchecked(plan, fall_back)
 
     def begin(self) -> None:
         """Save the state, to be restored if the row is repeated."""
@@ -60,7 +83,7 @@ class CheckingRow:
             return
         for sample in (0, samples - 1):
             losses[sample].backward(retain_graph=True)
-            for reader in first_row.mixed_samples(list(self._plan.readers.values()), sample):
+            for reader in mixed_samples(list(self._plan.readers.values()), sample):
                 reader.reason = "its activations along dim 0 are not one sample each"
             for flat in self._plan.flats.values():
                 flat.zero()
@@ -97,7 +120,7 @@ class CheckingRow:
         reading, plan = self._reading, self._plan
         if not all(bool(flat.values.isfinite().all()) for flat in plan.flats.values()):
             return False
-        fallen = first_row.settle(plan, self._fall_back)
+        fallen = settle(plan, self._fall_back)
         if reading.per_sample and (reading.samples or 1) > 1 and fallen:
             raise SampleRowsError.of(fallen)
         if reading.candidates is not None:
@@ -111,7 +134,7 @@ class CheckingRow:
         Returns:
             False if it does not, so that a whole batch must be checked.
         """
-        if not first_row.holds_on_a_sample(self._plan):
+        if not holds_on_a_sample(self._plan):
             return False
         if self._reading.candidates is not None:
             self._reading.pending = Pending(self._reading.candidates.found())
@@ -130,3 +153,135 @@ class CheckingRow:
         if all(bool(flat.values.isfinite().all()) for flat in self._plan.flats.values()):
             self._plan.confirm_chains(self._reading.pending, attachment.norms)
             self._reading.pending = None
+
+
+def settle(plan: Plan, fall_back: bool) -> list[str]:
+    """Decide how every module is read from now on, and put the right values in the current row.
+
+    Args:
+        plan: its readers' ``how``, ``reason`` and ``scored`` are set.
+        fall_back: read modules that gates can't serve from their weight's gradient, instead of leaving them unscored.
+
+    Returns:
+        The modules that are read from their weight's gradient.
+    """
+    fallen = []
+    for source in plan.sources:
+        reason = _compare(source.readers, source.gradient)
+        if reason is not None:
+            _take_reference(source.readers)
+            _fall_back(source, fall_back, reason)
+            fallen += [reader.name for reader in source.readers if source.gradient.fired and reader.scored]
+    for reader in plan.without_source():
+        _look_at(reader)
+    return fallen
+
+
+def holds_on_a_sample(plan: Plan) -> bool:
+    """Whether a checking row of one sample showed for every module that its gates read it correctly.
+
+    If not, if a module was not reached, or if its row is zero, a whole batch must be checked.
+    """
+    for source in plan.sources:
+        if _compare(source.readers, source.gradient) is not None:
+            return False
+        if not all(bool(slot.of(slot.flat.reference).any()) for slot in _slots_of(source.readers)):
+            return False
+    for reader in plan.without_source():
+        reader.notice_changes()
+        if reader.reason is not None or not (reader.called and reader.reached):
+            return False
+    return all(bool(flat.row.isfinite().all()) for flat in plan.flats.values())
+
+
+def settle_unchecked(plan: Plan, fall_back: bool) -> None:
+    """Settle without a checking row: only modules known to be read wrongly by gates are changed."""
+    for source in plan.sources:
+        if any(reader.reason is not None for reader in source.readers):
+            _fall_back(source, fall_back)
+
+
+def _fall_back(source: Source, scored: bool, reason: str | None = None) -> None:
+    for reader in source.readers:
+        reader.how, reader.scored = "weight gradient", scored
+        reader.reason = reader.reason or reason
+        logger.info("module %r is not read by gates: %s", reader.name, reader.reason)
+
+
+def _disagreement(slot: Slot, source: WeightGradient, half: torch.dtype | None) -> str | None:
+    """Why the slot's gates can't be trusted, or None if they agree with the weight's gradient."""
+    flat = slot.flat
+    gates = slot.of(flat.row) if flat.samples is None else slot.of(flat.samples).sum(1)
+    reference = slot.of(flat.reference)
+    largest = float(reference.abs().max()) if slot.size else 0.0
+    difference = float((gates - reference).abs().max()) if slot.size else 0.0
+    noise = _NOISE_ULPS * torch.finfo(flat.dtype).eps * source.magnitude
+    if difference <= _tolerance(half or flat.dtype, flat.device) * largest + noise:
+        return None
+    return f"gate and weight gradient differ by {difference / max(largest, 1e-38):.1e} of the layer's largest entry"
+
+
+def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """The largest accepted difference between a gate and the weight gradient, for the precision of the products."""
+    if dtype == torch.float32 and device.type == "cuda" and tf32_is_allowed():
+        return _TF32_TOLERANCE
+    return _TOLERANCE[dtype]
+
+
+def _compare(readers: list[Reader], source: WeightGradient) -> str | None:
+    """Why the readers of one weight must be read from its gradient, or None if their gates agree with it."""
+    for reader in readers:
+        reader.used = source.fired
+        reader.notice_changes()
+        if reader.reason is not None:
+            return reader.reason
+    if not source.fired:
+        return "no gradient reached it in the checking row"
+    if not any(reader.called for reader in readers):
+        return "its parameters are used without calling its forward"
+    half = _half_precision(readers)
+    for slot in _slots_of(readers):
+        if (reason := _disagreement(slot, source, half)) is not None:
+            return reason
+    return None
+
+
+def _look_at(reader: Reader) -> None:
+    """Check a reader whose weight has no gradient to compare with; it is unscored if its gates fail."""
+    reader.notice_changes()
+    if reader.reason is None and reader.called and not reader.reached:
+        reader.reason = "no gradient came through it in the checking row"
+    if reader.reason is not None:
+        reader.scored = False
+
+
+def _take_reference(readers: list[Reader]) -> None:
+    """Replace the gates' row by the reference row in the slots of these readers."""
+    for slot in _slots_of(readers):
+        flat = slot.flat
+        if flat.samples is not None:
+            slot.of(flat.samples).zero_()
+        slot.of(flat.row).copy_(slot.of(flat.reference))
+
+
+def mixed_samples(readers: list[Reader], sample: int) -> list[Reader]:
+    """The readers whose rows mix samples: the backward of one sample's loss leaves non-zero rows for other samples."""
+    return [reader for reader in readers if any(_others_are_not_zero(slot, sample) for slot in reader.slots)]
+
+
+def _others_are_not_zero(slot: Slot, sample: int) -> bool:
+    samples = slot.flat.samples
+    if samples is None:
+        return False
+    others = torch.arange(samples.shape[1], device=samples.device) != sample
+    return bool(slot.of(samples)[:, others].any())
+
+
+def _slots_of(readers: list[Reader]) -> list[Slot]:
+    return list(dict.fromkeys(slot for reader in readers for slot in reader.slots))
+
+
+def _half_precision(readers: list[Reader]) -> torch.dtype | None:
+    """The half precision of these readers' activations, by their own dtype or by autocast; or None."""
+    dtypes = {dtype for reader in readers for dtype in reader.activation_dtypes}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)

@@ -1,12 +1,18 @@
-"""The MACs that the model executes on the first batch, before and after, to compare with the predicted ones."""
+"""What a forward pass on the first batch takes before and after pruning: MACs, and on request the time."""
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import nn
 
-from obc.model.errors import PruningError
-from obc.model.evaluation import Run
-from obc.pruning.report import PruningReport, timed
+from obc.model.errors import PruningError, explained
+from obc.model.evaluation import Run, device_of, evaluating
+from obc.model.latency_table import device_name
+from obc.model.shared_copy import shared_copy
+from obc.model.timing import REPEATS, median_seconds
+from obc.pruning.report import Change, PruningReport, timed
 from obc.structures.counted_macs import counted_macs
 from obc.structures.protocol import Structure
 
@@ -48,3 +54,27 @@ class MeasuredMacs:
             report.warn(
                 f"{report.macs_measured:.3f} of the MACs on the first batch remain, but {predicted:.3f} were predicted"
             )
+
+
+class MeasuredSpeed:
+    """Keeps a copy of the unpruned model that shares its weights, and times both models in turns at the end.
+
+    Args:
+        model: the unpruned model.
+        run: ``run(model)`` runs it on the first batch.
+        report: receives ``speed``.
+    """
+
+    def __init__(self, model: nn.Module, run: Run, report: PruningReport) -> None:
+        self._run, self._report = run, report
+        with explained(model, "copying it (copy.deepcopy)", "prune with measure=False, and time the models yourself"):
+            self._unpruned = shared_copy(model)
+
+    def finish(self, pruned: nn.Module) -> None:
+        """Time both models, and report the medians."""
+        device, models = device_of(pruned), (self._unpruned, pruned)
+        with timed(self._report, "measure"), evaluating(*models), torch.no_grad():
+            before, after = median_seconds([functools.partial(self._run, one) for one in models], device)
+        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        counted = f"seconds of a forward pass on the first batch, {device_name(pruned)}{threads}, medians of {REPEATS}"
+        self._report.speed = Change(before, after, counted)
