@@ -6,7 +6,7 @@ import pytest
 
 from obc import criteria
 from obc.cli import main
-from obc.criteria.table import PASSES, rows
+from obc.commands.criteria import PASSES, rows
 
 
 def test_the_command_lists_every_criterion(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,8 @@ PACKAGE = Path(obc.__file__).parent
 
 # A folder may import from the folders of lower floors and from its own.
 FLOORS = (
-    ("reference", "distribution", "files", "page"),
-    ("model", "tensor_file"),
+    ("reference", "distribution", "files"),
+    ("model", "tensor_file", "page"),
     ("backends",),
     ("ops",),
     ("scoring", "selection"),

@@ -1,24 +1,41 @@
-"""``obc criteria``: the table of criteria."""
+"""``obc criteria``: the table of criteria; ``docs/criteria.md`` has more about each."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from obc.criteria.table import as_text
+from obc.commands.common import add_command
+from obc.criteria import About, available, get
+
+PASSES = {
+    "weights": "weights alone",
+    "forward": "forward passes",
+    "gradients": "gradients, no labels",
+    "labels": "gradients of a loss",
+}
+_SUMMARY = "list the criteria: name, what each needs, its units, its source"
+_DESCRIPTION = "List the criteria of obc prune --criterion: name, what each needs, its units, its source."
 
 
 def add(commands: Any) -> None:
     """Add ``obc criteria`` to the subparsers."""
-    criteria = commands.add_parser(
-        "criteria",
-        help="list the criteria: name, what each needs, its units, its source",
-        description="List the criteria of obc prune --criterion: name, what each needs, its units, its source.",
-    )
-    criteria.set_defaults(command=run)
+    add_command(commands, "criteria", run, _SUMMARY, _DESCRIPTION)
+
+
+def rows() -> list[tuple[str, Any, About | None]]:
+    """(name, criterion, about) of every registered criterion."""
+    found = [(name, get(name)) for name in available()]
+    return [(name, criterion, getattr(criterion, "about", None)) for name, criterion in found]
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Print the table."""
-    print(as_text())
+    """Print one line per criterion: name, what it needs, units, system, source."""
+    lines = [("name", "needs", "units", "system", "source")]
+    for name, _, about in rows():
+        known = () if about is None else (PASSES[about.passes], about.kinds, about.system, about.source)
+        lines.append((name, *(known or [""] * 4)))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return 0

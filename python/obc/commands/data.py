@@ -113,6 +113,12 @@ def tokenizer_of(source: Path) -> Any:
         raise UsageError(f"can't load the tokenizer of {source}: {str(error).splitlines()[0]}") from error
 
 
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Write the tokenizer of a directory, if it has one, to another."""
+    if (tokenizer := tokenizer_of(source)) is not None:
+        tokenizer.save_pretrained(out)
+
+
 def _sequence_length(model: Any, tokenizer: Any, asked: int | None, usual: int) -> int:
     """The requested number of tokens, else the usual one, within what model and tokenizer allow."""
     most = [getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]

@@ -34,23 +34,10 @@ obc prune module:function        score, select, remove, step by step (obc.prune)
 
 {entry_point.DESCRIPTION}"""
 
-# Options that not every way has: attribute -> spelling.
-_MEASURED = {
-    "selection": "--selection",
-    "slices": "--slices",
-    "steps": "--steps",
-    "rows": "--rows",
-    "ignore": "--ignore",
-}
-_SAMPLED = {"loss": "--loss", "batches": "--batches", "batch_size": "--batch-size"}
-_DIRECTORY = _SAMPLED | {
-    "scores": "--scores",
-    "uniform": "--uniform",
-    "data": "--data",
-    "seq_len": "--seq-len",
-    "dtype": "--dtype",
-    "device": "--device",
-}
+# Options that not every way has.
+_MEASURED = ("selection", "slices", "steps", "rows", "ignore")
+_SAMPLED = ("loss", "batches", "batch_size")
+_DIRECTORY = (*_SAMPLED, "scores", "uniform", "data", "seq_len", "dtype", "device")
 
 
 def add(commands: Any) -> None:
@@ -147,7 +134,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.out.resolve() == source.resolve():
         raise UsageError(f"--out {parsed.out} is the model's own directory; choose another")
     if parsed.scores is not None:
-        _refuse(parsed, _MEASURED | _SAMPLED, "is not for --scores: it says how to score the model")
+        _refuse(parsed, _MEASURED + _SAMPLED, "is not for --scores: it says how to score the model")
         return prune_scored.run(parsed, budget, caps_of(parsed))
     if parsed.data is None:
         raise UsageError(
@@ -157,10 +144,10 @@ def run(parsed: argparse.Namespace) -> int:
     return prune_directory.run(parsed, budget, caps_of(parsed))
 
 
-def _refuse(parsed: argparse.Namespace, options: dict[str, str], why: str) -> None:
-    for attribute, written in options.items():
-        if getattr(parsed, attribute) is not None:
-            raise UsageError(f"{written} {why}")
+def _refuse(parsed: argparse.Namespace, options: Sequence[str], why: str) -> None:
+    for option in options:
+        if getattr(parsed, option) is not None:
+            raise UsageError(f"--{option.replace('_', '-')} {why}")
 
 
 def _entry(parsed: argparse.Namespace, budget: Budget) -> int:

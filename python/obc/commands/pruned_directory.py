@@ -34,9 +34,7 @@ def write(structure: Any, report: PruningReport, table: LatencyTable | None, sou
     else:
         save_pruned(model, structure.plan, out)
         say(f"written: {out}; obc.structures.transformers.load_pruned loads it: {refused}")
-    tokenizer = data.tokenizer_of(source)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
+    data.copy_tokenizer(source, out)
     if table is not None:
         table.save(out / budget_options.TABLE_FILE)
     report.save(out / REPORT_FILES[1])

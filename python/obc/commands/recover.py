@@ -108,6 +108,4 @@ def _save(model: Any, plan: obc.PruningPlan | None, source: Path, out: Path) -> 
         model.save_pretrained(out)
         if plan is not None:
             plan.save(out / PLAN_FILE)
-    tokenizer = data.tokenizer_of(source)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(out)
+    data.copy_tokenizer(source, out)

@@ -6,7 +6,6 @@ dL_n/dW_m,u its row, and x the input of a consumer. ``docs/criteria.md`` has the
 
 from obc.criteria.activations import CFSP, FLAP, Minitron, WandaSP
 from obc.criteria.beam import BeamSearch
-from obc.criteria.catalogue import CRITERIA
 from obc.criteria.compensated import CompensatedJacobian
 from obc.criteria.curvature import FastOBA
 from obc.criteria.depth import AngularDistance, BlockInfluence, EntropyGain
@@ -77,3 +76,47 @@ __all__ = [
     "register",
     "scores_from",
 ]
+
+# The criteria that come with obc.
+CRITERIA = (
+    Jacobian(),
+    CompensatedJacobian(),
+    TokenJacobian(),
+    KFAC(),
+    KFACOBS(),
+    JBR(),
+    Random(),
+    Magnitude(1),
+    Magnitude(2),
+    BNScale(),
+    FPGM(),
+    WHC(),
+    IntraFusion(),
+    Taylor(),
+    Fisher(),
+    Reconstruction(),
+    OBS(),
+    SlimGPT(),
+    FLAP(),
+    WandaSP(),
+    Minitron(),
+    CFSP(),
+    REAP(),
+    ExpertFrequency(),
+    ExpertNorm(),
+    LLMPruner("element"),
+    LLMPruner("vector"),
+    Nirvana(),
+    NViT(),
+    GAPrune(),
+    FastOBA(),
+    MaskedEvaluation(),
+    BeamSearch(),
+    Tolerance(),
+    BlockInfluence(),
+    AngularDistance(),
+    EntropyGain(),
+)
+
+for _criterion in CRITERIA:
+    register(_criterion.name, _criterion)

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from obc.model.groups import Sided
 from obc.page.charts import curves, exponents, figure, height
 from obc.page.document import Section
 from obc.page.markup import Html, element, safe, table
 
 _POINTS = 120  # points per curve; wider layers are drawn as this many quantiles
 _STRIP_WIDTH, _STRIP_HEIGHT = 1000, 220
-
-
-class Sided(Protocol):
-    """Scores of one module: (C,) per channel."""
-
-    @property
-    def out_channels(self) -> Tensor | None:
-        """Scores of the out channels; None if there are none."""
-
-    @property
-    def in_channels(self) -> Tensor | None:
-        """Scores of the in channels; None if there are none."""
 
 
 def score_sections(

@@ -45,6 +45,7 @@ class FusionReport:
     left: dict[str, str] = field(default_factory=dict)
 
 
+@without_autocast()
 def fuse_units(
     pruned_model: nn.Module,
     original_model: nn.Module,
@@ -71,18 +72,6 @@ def fuse_units(
         ImportError: scipy is missing.
     """
     one_of("outputs", outputs, get_args(Outputs))
-    with without_autocast():
-        return _fuse(pruned_model, original_model, plan, groups, outputs, p)
-
-
-def _fuse(
-    pruned_model: nn.Module,
-    original_model: nn.Module,
-    plan: PruningPlan,
-    groups: Sequence[ChannelGroup],
-    outputs: Outputs,
-    p: float,
-) -> FusionReport:
     report = FusionReport()
     originals, modules = dict(named_modules(original_model)), dict(named_modules(pruned_model))
     factors: dict[tuple[str, str], Tensor] = {}
