@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.harness import RESULTS, provenance, write
+from benchmarks.small_vgg import VGG
 from obc.demo.criteria import CRITERIA
 from obc.demo.data import Digits, digits
-from obc.demo.models import vgg
 from obc.demo.run import RECIPES, Recipe, count, peak_bytes, seeded, steps
 from obc.demo.train import accuracy, train
 from obc.model.timing import median_seconds
@@ -38,7 +38,7 @@ SAMPLES = (100, 1000)
 BATCH = 20
 Mode = Literal["correct", "ls", "seq"]
 MODES: tuple[Mode, ...] = ("ls", "seq", "correct")
-NETWORKS = (*RECIPES, Recipe("VGG", vgg, epochs=10))
+NETWORKS = (*RECIPES, Recipe("VGG", VGG, epochs=10))
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from torch.nn import functional as F
 import obc
 from benchmarks.harness import provenance
 from benchmarks.selection_tasks import SIZE, TASKS, Task
+from benchmarks.small_vgg import VGG
 from obc.demo import models
 from obc.demo.data import Digits, Split
 from obc.demo.train import accuracy, train
@@ -72,9 +73,9 @@ class Kind:
 
 
 KINDS = (
-    Kind("resnet", models.residual_cnn, {"digits": 10, "textures": 8}, "head"),
-    Kind("vgg", models.vgg, {"digits": 10, "textures": 8}, "classifier.2"),
-    Kind("vit", models.transformer, {"digits": 30, "textures": 30}, "head"),
+    Kind("resnet", models.ResidualCNN, {"digits": 10, "textures": 8}, "head"),
+    Kind("vgg", VGG, {"digits": 10, "textures": 8}, "classifier.2"),
+    Kind("vit", models.Transformer, {"digits": 30, "textures": 30}, "head"),
 )
 
 PAPER: dict[str, Any] = {"selection": "independent", "slices": "all", "per_macs": False}

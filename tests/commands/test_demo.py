@@ -14,6 +14,7 @@ pytest.importorskip("sklearn", reason="scikit-learn is missing: pip install scik
 pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
 pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
 
+from benchmarks.small_vgg import VGG
 from obc import cli
 from obc.demo import criteria, finetune, models, recover, report, run
 from obc.demo.criteria import CRITERIA, ROWS, batch_size
@@ -21,8 +22,8 @@ from obc.demo.data import TEST_IMAGES, VALIDATION_IMAGES, digits
 from obc.demo.train import accuracy, train
 
 SMALL = (
-    run.Recipe("small CNN", lambda: models.residual_cnn((8, 12), 1), epochs=2),
-    run.Recipe("small transformer", lambda: models.transformer(16, 2, 64, 2), epochs=2),
+    run.Recipe("small CNN", lambda: models.ResidualCNN((8, 12), 1), epochs=2),
+    run.Recipe("small transformer", lambda: models.Transformer(16, 2, 64, 2), epochs=2),
 )
 
 
@@ -51,7 +52,7 @@ def test_batches_hold_every_image_once() -> None:
     assert len(list(digits(0).train.batches(batch_size(digits(0).train)))) == ROWS
 
 
-@pytest.mark.parametrize("build", [models.residual_cnn, models.vgg, models.transformer])
+@pytest.mark.parametrize("build", [models.ResidualCNN, VGG, models.Transformer])
 def test_networks_classify_and_name_layers_of_their_own(build: type[nn.Module]) -> None:
     model = build()
     assert model(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
@@ -61,14 +62,14 @@ def test_networks_classify_and_name_layers_of_their_own(build: type[nn.Module]) 
 
 def test_transformer_refuses_sizes_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match="width 30 must be divisible by heads 4"):
-        models.transformer(width=30)
+        models.Transformer(width=30)
 
 
 def test_training_learns_repeats_and_ends_in_eval_mode() -> None:
     data, accuracies = digits(0), []
     for _ in range(2):
         torch.manual_seed(0)
-        model = train(models.vgg((8, 12), 1, 24), data.train, epochs=3)
+        model = train(VGG((8, 12), 1, 24), data.train, epochs=3)
         assert not any(module.training for module in model.modules())
         accuracies.append(accuracy(model, data.validation))
     assert accuracies[0] == accuracies[1] > 0.8
@@ -124,7 +125,7 @@ def test_a_target_out_of_reach_is_said() -> None:
 def test_recovery_measures_copies_and_leaves_the_pruned_network_alone() -> None:
     data = digits(0)
     torch.manual_seed(0)
-    original = train(models.residual_cnn((8, 12), 1), data.train, epochs=2)
+    original = train(models.ResidualCNN((8, 12), 1), data.train, epochs=2)
     model = copy.deepcopy(original)
     ((_, plan),) = run.steps(model, CRITERIA[1], data, [1.3])
     before = copy.deepcopy(model.state_dict())
@@ -170,7 +171,7 @@ def test_fine_tuning_reads_the_test_split_for_the_chosen_network_only(monkeypatc
 
     monkeypatch.setattr(finetune, "accuracy", watched)
     way = finetune.Way("untrained", lambda pruned, data, rate, seed: pruned.model)
-    model = models.transformer(16, 2, 64, 1)
+    model = models.Transformer(16, 2, 64, 1)
     finetune._best(way, finetune.Pruned(model, model, run.PruningPlan()), data, seed=0)
     assert read == ["validation"] * len(finetune.LEARNING_RATES) + ["test"]
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 tp = pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
 
+from benchmarks.small_vgg import VGG  # noqa: E402
 from obc.demo import models as demo_models  # noqa: E402
 from obc.integrations.torch_pruning import JacobianImportance  # noqa: E402
 
@@ -290,15 +291,15 @@ def llama_options(model: Any) -> dict[str, Any]:
 
 
 FAMILIES = {
-    "residual": Family(digits_case(lambda: demo_models.residual_cnn((6, 8), 1)), {"Conv2d", "BatchNorm2d", "Linear"}),
-    "flatten": Family(digits_case(lambda: demo_models.vgg((6, 8), 1, 10)), {"Conv2d", "BatchNorm2d", "Linear"}),
+    "residual": Family(digits_case(lambda: demo_models.ResidualCNN((6, 8), 1)), {"Conv2d", "BatchNorm2d", "Linear"}),
+    "flatten": Family(digits_case(lambda: VGG((6, 8), 1, 10)), {"Conv2d", "BatchNorm2d", "Linear"}),
     "grouped": Family(images_case(grouped), {"Conv2d", "BatchNorm2d", "Linear"}),
     "depthwise": Family(images_case(depthwise), {"Conv2d", "BatchNorm2d", "Linear"}),
     "norms": Family(
         images_case(normed), {"Conv2d", "ConvTranspose2d", "GroupNorm", "InstanceNorm2d", "PReLU", "Linear"}
     ),
     "concatenated": Family(images_case(Concatenated), {"Conv2d", "BatchNorm2d", "Linear"}),
-    "transformer": Family(digits_case(lambda: demo_models.transformer(16, 4, 12, 2)), {"Linear"}, transformer_options),
+    "transformer": Family(digits_case(lambda: demo_models.Transformer(16, 4, 12, 2)), {"Linear"}, transformer_options),
     "attention": Family(
         lambda: models.case(Attending, labelled(7, 3, classes=5), class_losses), {"MultiheadAttention", "Linear"}
     ),

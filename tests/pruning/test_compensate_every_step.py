@@ -21,7 +21,7 @@ SHARES = [0.85, 0.7]
 
 def cnn() -> tuple[nn.Module, Any, list[Any], Any]:
     torch.manual_seed(0)
-    model = randomise(demo_models.residual_cnn()).eval()
+    model = randomise(demo_models.ResidualCNN()).eval()
     batches = [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,))) for _ in range(6)]
 
     def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

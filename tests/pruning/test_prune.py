@@ -23,6 +23,7 @@ tp = pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip 
 
 import obc  # noqa: E402
 from benchmarks.bench_equivalent import resnet56, vgg19  # noqa: E402
+from benchmarks.small_vgg import VGG  # noqa: E402
 from obc.demo import models as demo_models  # noqa: E402
 from obc.integrations.torch_pruning import JacobianImportance, prune_step  # noqa: E402
 from obc.structures.traced import TorchPruningStructure  # noqa: E402
@@ -44,7 +45,7 @@ def losses(model: nn.Module, batch: Batch) -> Tensor:
     return F.cross_entropy(model(images), labels, reduction="none")
 
 
-def network(build: Callable[[], nn.Module] = demo_models.residual_cnn) -> nn.Module:
+def network(build: Callable[[], nn.Module] = demo_models.ResidualCNN) -> nn.Module:
     torch.manual_seed(0)
     return randomise(build()).eval()
 
@@ -98,7 +99,7 @@ def test_prune_meets_the_target_and_its_plan_verifies(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["joint", "independent", "not per MACs", "minimum"])
-@pytest.mark.parametrize("build", [demo_models.residual_cnn, demo_models.transformer])
+@pytest.mark.parametrize("build", [demo_models.ResidualCNN, demo_models.Transformer])
 def test_the_budget_may_be_of_parameters(build: Callable[[], nn.Module], way: str) -> None:
     model = network(build)
     original = copy.deepcopy(model)
@@ -195,8 +196,8 @@ SIDE = 16  # pixels of the full-sized networks' images, half of CIFAR's; only wi
 @pytest.mark.parametrize(
     ("build", "shape", "rows"),
     [
-        (demo_models.residual_cnn, (1, 8, 8), 12),
-        (demo_models.vgg, (1, 8, 8), 12),
+        (demo_models.ResidualCNN, (1, 8, 8), 12),
+        (VGG, (1, 8, 8), 12),
         (resnet56, (3, SIDE, SIDE), 4),
         (vgg19, (3, 32, 32), 3),
     ],
@@ -268,7 +269,7 @@ def test_on_step_sees_every_step() -> None:
 
 
 def test_heads_are_removed_as_wholes_and_not_rounded() -> None:
-    model = network(demo_models.transformer)
+    model = network(demo_models.Transformer)
     heads = {f"layers.{i}.attention.{p}": 4 for i in range(3) for p in ("query", "key", "value")}
     result = obc.prune(
         model, EXAMPLE, batches(), loss, macs=0.4, num_heads=heads, ignored_layers=["embed"], round_to=3, steps=2
@@ -379,7 +380,7 @@ def test_nothing_to_score_on_or_by() -> None:
 
 
 def test_groups_without_scores_are_left_out() -> None:
-    model = network(demo_models.vgg)
+    model = network(VGG)
     result = obc.prune(
         model, EXAMPLE, batches(), loss, macs=0.8, criterion="bn_scale", selection="independent", steps=1
     )

@@ -18,6 +18,7 @@ tp = pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip 
 
 from prunable import RECIPES  # noqa: E402
 
+from benchmarks.small_vgg import VGG  # noqa: E402
 from obc.demo import models as demo_models  # noqa: E402
 from obc.model.layouts import layout_of  # noqa: E402
 from obc.recovery import PlanError  # noqa: E402
@@ -141,10 +142,10 @@ class Net:
 
 
 NETS = {
-    "residual": Net(demo_models.residual_cnn, (1, 8, 8)),
-    "vgg": Net(demo_models.vgg, (1, 8, 8)),
+    "residual": Net(demo_models.ResidualCNN, (1, 8, 8)),
+    "vgg": Net(VGG, (1, 8, 8)),
     "transformer": Net(
-        demo_models.transformer,
+        demo_models.Transformer,
         (1, 8, 8),
         {"num_heads": {f"layers.{i}.attention.{p}": 4 for i in range(3) for p in ("query", "key", "value")}},
         silencing=False,
@@ -387,7 +388,7 @@ def test_what_tracing_misses_is_found_by_running() -> None:
 
 
 def test_attention_without_num_heads_is_left_out() -> None:
-    model = demo_models.transformer()
+    model = demo_models.Transformer()
     structure = TorchPruningStructure(model, torch.zeros(1, 1, 8, 8))
     assert all(f"layers.{index}.attention.query" in structure.left_out for index in range(3))
 

@@ -27,11 +27,9 @@ from obc.pruning.measured import MeasuredSpeed
 from obc.pruning.report import PruningReport, provenance
 from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
-from obc.selection import Costs, select
-from obc.selection.allocation import Task
+from obc.selection.allocation import Global, Task
 from obc.selection.caps import Caps, refuse_unknown
 from obc.selection.choice import BudgetError
-from obc.selection.uniform import select_uniform
 from obc.statistics import StatisticsError
 from obc.structures.protocol import Limits
 
@@ -169,7 +167,7 @@ def _by_criterion(
 ) -> dict[str, Tensor]:
     """The units to remove according to a criterion from statistics."""
     criterion: str = parsed.criterion
-    found, costs = get(criterion), budget.costs(structure)
+    found = get(criterion)
     if hasattr(found, "measure"):
         raise UsageError(f"--criterion {criterion} runs the model itself; pass module:function instead of a directory")
     given = None if parsed.allocation is None else allocation_of_text(parsed.allocation)
@@ -187,19 +185,9 @@ def _by_criterion(
             report.note_scores(group.name, scores[group.name])
         else:
             report.left_out[group.name] = f"the criterion {criterion!r} scores nothing in it from {parsed.scores}"
-    task = Task(
-        scores,
-        structure.groups,
-        costs,
-        _excess(budget, costs),
-        per_cost=getattr(found, "per_cost", True),
-        min_units=limits.min_units,
-        round_to=limits.round_to,
-        families=limits.families,
-        widths=limits.widths,
-        importance={} if importance is None else importance(statistics),
-    )
-    return chosen.select(task)
+    task = _task(structure, limits, scores, budget)
+    per_cost, measured = getattr(found, "per_cost", True), {} if importance is None else importance(statistics)
+    return chosen.select(replace(task, per_cost=per_cost, importance=measured))
 
 
 def _limits(structure: Any, caps: Mapping[str, Any]) -> Limits:
@@ -212,7 +200,7 @@ def _limits(structure: Any, caps: Mapping[str, Any]) -> Limits:
 
 def _chosen(structure: Any, limits: Limits, scores: Scores, budget: Budget, report: PruningReport) -> dict[str, Tensor]:
     """The units to remove: sets of them if the file has rows, else one by one."""
-    groups, costs = structure.groups, budget.costs(structure)
+    groups = structure.groups
     joint = bool(scores.rows)
     values: dict[str, Tensor]
     if joint:
@@ -227,17 +215,24 @@ def _chosen(structure: Any, limits: Limits, scores: Scores, budget: Budget, repo
     report.left_out |= {
         group.name: "it has no scores" for group in groups if group.is_depth and group.name not in values
     }
-    freed = _excess(budget, costs)
-    selection = "joint" if joint else "independent"
-    options: dict[str, Any] = {"selection": selection, "min_units": limits.min_units, "round_to": limits.round_to}
-    if limits.families:
-        return select_uniform(values, costs, freed, limits.families, widths=limits.widths, **options)
-    return select(values, costs, freed, **options)
+    task = _task(structure, limits, values, budget)
+    return Global().select(replace(task, selection="joint" if joint else "independent"))
 
 
-def _excess(budget: Budget, costs: Costs) -> float:
+def _task(structure: Any, limits: Limits, scores: Mapping[str, Tensor], budget: Budget) -> Task:
+    """What an allocation has to solve, so that the budget is met."""
     assert budget.share is not None
-    return (1 - budget.share) * budget.counted(costs)
+    costs = budget.costs(structure)
+    return Task(
+        scores,
+        structure.groups,
+        costs,
+        (1 - budget.share) * budget.counted(costs),
+        min_units=limits.min_units,
+        round_to=limits.round_to,
+        families=limits.families,
+        widths=limits.widths,
+    )
 
 
 def _batches(parsed: argparse.Namespace, original: nn.Module, source: Path, count: int) -> list[Any]:

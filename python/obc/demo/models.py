@@ -1,4 +1,4 @@
-"""The demo's networks: small, of three usual kinds, and wider than handwritten digits need.
+"""The demo's networks: a small ResNet and a small vision transformer, wider than handwritten digits need.
 
 All take (N, 1, 8, 8) images and return (N, classes) logits.
 """
@@ -38,9 +38,12 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualCNN(nn.Module):
-    """A ResNet for 8x8 images: a stem and stages of residual blocks, each stage after the first at half the size."""
+    """A ResNet for 8x8 images: a stem, and for each of ``widths`` a stage of residual blocks.
 
-    def __init__(self, widths: Sequence[int], blocks: int) -> None:
+    Each stage after the first has half the image size of the one before.
+    """
+
+    def __init__(self, widths: Sequence[int] = (16, 32, 64), blocks: int = 2) -> None:
         super().__init__()
         self.stem = nn.Sequential(
             nn.Conv2d(1, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
@@ -61,36 +64,6 @@ class ResidualCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of images."""
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
-
-
-class VGG(nn.Module):
-    """Plain stages of conv - norm - ReLU with max-pooling between them; a flatten before two linear layers."""
-
-    def __init__(self, widths: Sequence[int], convs: int, hidden: int) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = 1
-        for stage, width in enumerate(widths):
-            if stage > 0:
-                layers.append(nn.MaxPool2d(2))
-            for _ in range(convs):
-                layers += [
-                    nn.Conv2d(channels, width, 3, padding=1, bias=False),
-                    nn.BatchNorm2d(width),
-                    nn.ReLU(),
-                ]
-                channels = width
-        self.features = nn.Sequential(*layers)
-        side = IMAGE_SIZE // 2 ** (len(widths) - 1)
-        self.classifier = nn.Sequential(nn.Linear(channels * side**2, hidden), nn.ReLU(), nn.Linear(hidden, CLASSES))
-
-    def unpruned_layers(self) -> list[nn.Module]:
-        """The layers whose outputs keep their width when the network is pruned."""
-        return [self.classifier[-1]]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of images."""
-        return self.classifier(self.features(x).flatten(1))
 
 
 class SelfAttention(nn.Module):
@@ -139,7 +112,9 @@ class Transformer(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, width: int, heads: int, hidden: int, layers: int, patch: int) -> None:
+    def __init__(self, width: int = 32, heads: int = 4, hidden: int = 128, layers: int = 3, patch: int = 2) -> None:
+        if width % heads or IMAGE_SIZE % patch:
+            raise ValueError(f"width {width} must be divisible by heads {heads}, and {IMAGE_SIZE} by patch {patch}")
         super().__init__()
         self.patch = patch
         patches = (IMAGE_SIZE // patch) ** 2
@@ -163,22 +138,3 @@ class Transformer(nn.Module):
         patches = F.unfold(x, self.patch, stride=self.patch).transpose(1, 2)
         tokens = self.layers(self.embed(patches) + self.position(self.positions))
         return self.head(self.norm(tokens).mean(1))
-
-
-def residual_cnn(widths: Sequence[int] = (16, 32, 64), blocks: int = 2) -> ResidualCNN:
-    """A small ResNet: ``blocks`` residual blocks in a stage of each of ``widths``."""
-    return ResidualCNN(widths, blocks)
-
-
-def vgg(widths: Sequence[int] = (16, 32, 64), convs: int = 2, hidden: int = 64) -> VGG:
-    """A small VGG: ``convs`` convolutions in a stage of each of ``widths``, then flatten and two linear layers."""
-    return VGG(widths, convs, hidden)
-
-
-def transformer(width: int = 32, heads: int = 4, hidden: int = 128, layers: int = 3, patch: int = 2) -> Transformer:
-    """A small vision transformer with ``hidden`` units in each feed-forward network."""
-    if width % heads or IMAGE_SIZE % patch:
-        raise ValueError(
-            f"transformer: width {width} must be divisible by heads {heads}, and {IMAGE_SIZE} by patch {patch}"
-        )
-    return Transformer(width, heads, hidden, layers, patch)

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from obc.demo.criteria import CRITERIA, Criterion
 from obc.demo.data import Digits, digits
-from obc.demo.models import IMAGE_SIZE, residual_cnn, transformer
+from obc.demo.models import IMAGE_SIZE, ResidualCNN, Transformer
 from obc.demo.recover import recovered
 from obc.demo.train import accuracy, train
 from obc.model.timing import median_seconds
@@ -77,8 +77,8 @@ class ModelResult:
 
 
 RECIPES = (
-    Recipe("residual CNN", residual_cnn, epochs=10),
-    Recipe("transformer", transformer, epochs=30),
+    Recipe("residual CNN", ResidualCNN, epochs=10),
+    Recipe("transformer", Transformer, epochs=30),
 )
 
 
