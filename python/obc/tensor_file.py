@@ -72,7 +72,12 @@ def load_tensors(path: str | PathLike[str], copy: bool = False) -> tuple[dict[st
 
 
 def load_format(
-    path: str | PathLike[str], kind: str, formats: Sequence[str], error: type[Exception]
+    path: str | PathLike[str],
+    kind: str,
+    formats: Sequence[str],
+    error: type[Exception],
+    remedy: str = "",
+    copy: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a safetensors file whose metadata has one of these formats, and the metadata.
 
@@ -81,6 +86,8 @@ def load_format(
         kind: what such a file is called in messages.
         formats: permitted values of "format" in the metadata.
         error: what to raise if the file is another or damaged.
+        remedy: the end of its message.
+        copy: as for :func:`load_tensors`.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -91,9 +98,11 @@ def load_format(
     if Path(path).is_dir():
         raise IsADirectoryError(f"{path} is a folder; pass the path of a {kind} in it")
     try:
-        tensors, header = load_tensors(path)
+        tensors, header = load_tensors(path, copy)
     except SafetensorError as fault:
-        raise error(f"{path} is not a {kind}, or is damaged: {fault}") from fault
+        raise error(f"{path} is not a {kind}, or is damaged: {fault}{remedy}") from fault
     if (found := header.get("format")) not in formats:
-        raise error(f"{path} is not a {kind}: format {found!r}, expected {' or '.join(map(repr, formats))}")
+        same = found is not None and any(one.rpartition("/")[0] == found.rpartition("/")[0] for one in formats)
+        what = f"is a {kind} of another version of obc" if same else f"is not a {kind}"
+        raise error(f"{path} {what}: format {found!r}, expected {' or '.join(map(repr, formats))}{remedy}")
     return tensors, header

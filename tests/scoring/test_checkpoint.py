@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 
 import obc
 from obc.scoring import CheckpointError, label_free_loss
-from obc.scoring.checkpoint import read_checkpoint
 from obc.tensor_file import save_tensors
 
 HERE = Path(__file__).parents[1]
@@ -296,7 +296,23 @@ def test_checkpoints_every_so_many_batches(every: int, tmp_path: Path) -> None:
         obc.score(nn.Linear(3, 2), [], lambda model, batch: batch, checkpoint=tmp_path / "checkpoint", every=every)
 
 
-def test_a_checkpoint_of_another_version(tmp_path: Path) -> None:
-    save_tensors(tmp_path / "checkpoint", {}, {"format": f"obc.checkpoint/{99}"})
-    with pytest.raises(CheckpointError, match=r"of another version of obc: format 'obc\.checkpoint/99'"):
-        read_checkpoint(tmp_path / "checkpoint", "obc.checkpoint/1")
+def _resumed(path: Path) -> None:
+    obc.score(nn.Linear(3, 2), [torch.zeros(2, 3)], lambda model, batch: model(batch).sum(), checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("form", "read", "message"),
+    [
+        ("obc.checkpoint/99", _resumed, "expected 'obc.checkpoint/1'; delete it"),
+        ("obc.Scores/99", obc.Scores.load, "expected 'obc.Scores/1' or"),
+        ("obc.Statistics/99", obc.Statistics.load, "expected 'obc.Statistics/1'"),
+    ],
+)
+def test_files_of_another_version_say_so(
+    form: str, read: Callable[[Path], object], message: str, tmp_path: Path
+) -> None:
+    save_tensors(tmp_path / "file", {}, {"format": form})
+    match = re.escape(f"of another version of obc: format {form!r}")
+    with pytest.raises((ValueError, CheckpointError), match=match) as caught:
+        read(tmp_path / "file")
+    assert message in str(caught.value)

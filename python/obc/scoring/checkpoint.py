@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from obc.files import parse_json, remove_left_over
@@ -21,7 +20,7 @@ from obc.scoring.errors import ScoringError
 from obc.scoring.results.row_file import RowFile
 from obc.scoring.results.row_store import RowStore
 from obc.scoring.scorer import JacobianScorer
-from obc.tensor_file import load_tensors, save_tensors
+from obc.tensor_file import load_format, save_tensors
 
 logger = logging.getLogger("obc")
 
@@ -58,7 +57,7 @@ class SavedRun:
         remove_left_over(self.path)
         if not self.path.exists():
             return None
-        tensors, header = read_checkpoint(self.path, self._form)
+        tensors, header = load_format(self.path, "checkpoint", [self._form], CheckpointError, "; delete it", copy=True)
         damaged = f"the checkpoint {self.path} is damaged"
         try:
             there, state, progress = (parse_json(header[key], dict[str, Any]) for key in _PARTS)
@@ -158,27 +157,6 @@ class Checkpoint(SavedRun):
             return RowFile.open(store.file_path, store.width, kept)
         self._rows = RowFile.open(self._rows_path, store.width, kept)
         return list(self._rows.matrix().split([flat.size for flat in store.flats], dim=1))
-
-
-def read_checkpoint(path: Path, form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and metadata of a checkpoint.
-
-    Raises:
-        CheckpointError: the file is damaged or its format is not ``form``.
-    """
-    try:
-        tensors, header = load_tensors(path, copy=True)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a checkpoint, or is damaged: {error}; delete it") from error
-    found = header.get("format")
-    if found is not None and found.rpartition("/")[0] == form.rpartition("/")[0] and found != form:
-        raise CheckpointError(
-            f"{path} is a checkpoint of another version of obc: format {found!r}, expected {form!r}; resume with that "
-            "version, or delete it"
-        )
-    if found != form:
-        raise CheckpointError(f"{path} is not a checkpoint: format {found!r}, expected {form!r}; delete it")
-    return tensors, header
 
 
 def refuse_other_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
