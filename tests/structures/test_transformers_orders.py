@@ -55,10 +55,20 @@ def beit(**config: Any) -> nn.Module:
     return initialised(transformers.BeitForImageClassification(transformers.BeitConfig(**VISION, **config)))
 
 
-def deberta(**config: Any) -> nn.Module:
+def masked(name: str, **config: Any) -> nn.Module:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"vocab_size": 37, "max_position_embeddings": 32, "relative_attention": True}
-    return initialised(transformers.DebertaV2ForMaskedLM(transformers.DebertaV2Config(**sizes, **config)))
+    sizes |= {"vocab_size": 37, "max_position_embeddings": 32}
+    made = getattr(transformers, f"{name}Config")(**sizes | config)
+    return initialised(transformers.AutoModelForMaskedLM.from_config(made))
+
+
+def funnel() -> nn.Module:
+    sizes = {"vocab_size": 37, "d_model": 32, "n_head": 4, "d_head": 8, "d_inner": 48}
+    return initialised(transformers.FunnelForMaskedLM(transformers.FunnelConfig(block_sizes=[1, 1], **sizes)))
+
+
+def deberta(**config: Any) -> nn.Module:
+    return masked("DebertaV2", relative_attention=True, **config)
 
 
 @dataclass
@@ -105,6 +115,16 @@ CASES = {
     "deberta, one projection": Case(
         lambda: deberta(pos_att_type=["p2c", "c2p"], share_att_key=True), "heads", "attention.output.dense", 8, (1,), 0
     ),
+    "deberta, first version": Case(
+        lambda: masked("Deberta", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        "heads",
+        "attention.output.dense",
+        8,
+        (0, 2),
+        0,
+    ),
+    "albert": Case(lambda: masked("Albert", embedding_size=8), "heads", "attention.dense", 8, (0, 2), 0),
+    "funnel": Case(funnel, "heads", "attention.post_proj", 8, (0, 2), 0),
     "beit, no table": Case(beit, "heads", "attention.o_proj", 4, (0,)),
 }
 
