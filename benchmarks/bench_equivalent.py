@@ -5,9 +5,9 @@ Side by side, each a step of SGD with momentum on the same batch: the unpruned m
 ("folded") and with factors of the dropped channels only ("reduced"). Before anything is timed, the first losses of all
 pruned ones are compared: they are one function at the start.
 
-The limit is a naive step followed by the fold's own multiplications, forward and backward, as plain ``torch.mm`` of the
-same shapes: what no fold of whole factors can beat. The line before each table says how many there are, and how fast
-``torch.mm`` is at them when it has the processor to itself for a moment.
+The limit is a naive step followed by the fold's own multiplications, forward and backward, as plain products of the
+same shapes by the faster library: what no fold of whole factors can beat. The line before each table says how many there
+are, and how fast they are when they have the processor to themselves for a moment.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from benchmarks.harness import Case, Provider, Target, main
+from obc.backends.products import mm
 from obc.recovery import PruningPlan, equivalent_pruning
 from obc.structures.traced_plan import prune_step
 
@@ -186,20 +187,21 @@ def product_shapes(folded: nn.Module) -> list[tuple[int, int, int]]:
 
 
 def products(shapes: Sequence[tuple[int, int, int]]) -> Callable[[], None]:
-    """Each product and the two of its backward, as plain torch.mm."""
-    operands = [(torch.randn(a, b), torch.randn(b, c), torch.randn(a, c)) for a, b, c in shapes]
+    """Each product and the two of its backward."""
+    operands = [(torch.randn(1, a, b), torch.randn(1, b, c), torch.randn(1, a, c)) for a, b, c in shapes]
 
+    @torch.no_grad()
     def run() -> None:
         for left, right, grad in operands:
-            left @ right
-            grad @ right.T
-            left.T @ grad
+            mm(left, right)
+            mm(grad, right.mT)
+            mm(left.mT, grad)
 
     return run
 
 
 def bound(name: str, shapes: Sequence[tuple[int, int, int]]) -> str:
-    """The FLOPs of a step's folds, and the time and rate of torch.mm at them."""
+    """The FLOPs of a step's folds, and the time and rate of their products."""
     flops = 6 * sum(a * b * c for a, b, c in shapes)
     run, seconds = products(shapes), math.inf
     for _ in range(3):
@@ -248,7 +250,7 @@ def case(build: Callable[[], nn.Module], kept: float, batch_size: int, targets: 
         assert abs(loss.item() - expected) < 1e-3 * abs(expected), f"first loss {loss.item()}, expected {expected}"
 
     naive_step, fold_products = step(copy.deepcopy(naive), batch, labels), products(product_shapes(folded))
-    print("products of torch.mm: " + "; ".join(bound(name, product_shapes(models[name])) for name in OURS))
+    print("products alone: " + "; ".join(bound(name, product_shapes(models[name])) for name in OURS))
     return Case(
         providers=[Provider(name, step(model, batch, labels)) for name, model in models.items()],
         baseline="naive",

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obc.backends.products import mm, mm_added, mm_into
 from obc.reference import _blocks, accumulation_dtype
 
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -103,61 +104,14 @@ def _form(weight: Tensor, decompressor: Tensor | None, groups: int, in_repeat: i
     return _Form(weight.shape[2:], groups, in_repeat, reduced, in_place)
 
 
-# --- products -------------------------------------------------------------------------------------------------
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    dtype = accumulation_dtype(tensor.dtype)
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
-
-
-def _mm(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of (blocks, rows, columns), accumulated and returned in at least float32."""
-    if left.is_cuda and torch.bfloat16 in (left.dtype, right.dtype):
-        return _bfloat16_product(left, right)
-    if left.is_cuda and left.dtype == right.dtype == torch.float16:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    left, right = _wide(left), _wide(right)
-    return torch.mm(left[0], right[0])[None] if left.shape[0] == 1 else torch.bmm(left, right)
-
-
-def _bfloat16_product(left: Tensor, right: Tensor) -> Tensor:
-    """A product with a bfloat16 operand in the tensor cores; a float32 one is the sum of three bfloat16 parts."""
-    if left.dtype == right.dtype:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    wide, product = (left, lambda part: torch.bmm(part, right, out_dtype=torch.float32))
-    if right.dtype == torch.float32:
-        wide, product = (right, lambda part: torch.bmm(left, part, out_dtype=torch.float32))
-    high = wide.bfloat16()
-    rest = wide - high
-    middle = rest.bfloat16()
-    return product((rest - middle).bfloat16()) + product(middle) + product(high)
-
-
-def _mm_into(target: Tensor, left: Tensor, right: Tensor) -> None:
-    """target = left @ right, into a slice of a larger tensor; no copy if the dtypes allow it."""
-    if left.dtype != target.dtype or right.dtype != target.dtype:
-        target.copy_(_mm(left, right))
-    elif target.shape[0] == 1:
-        target[0].addmm_(left[0], right[0], beta=0)
-    else:
-        target.baddbmm_(left, right, beta=0)
-
-
-def _mm_added(summand: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """summand + left @ right, accumulated and returned in at least float32."""
-    if not summand.dtype == left.dtype == right.dtype == accumulation_dtype(left.dtype):
-        return _mm(left, right).add_(summand)
-    if left.shape[0] == 1:
-        return torch.addmm(summand[0], left[0], right[0])[None]
-    return torch.baddbmm(summand, left, right)
+# --- products of one factor -----------------------------------------------------------------------------------
 
 
 def _compress(x: Tensor, c: Tensor, form: _Form) -> Tensor:
     """(o, s, i) to (k, s, i)."""
     blocks, kept, _ = c.shape
     rows = form.rows(x, blocks)
-    mixed = _mm_added(rows[:, :kept], c, rows[:, kept:]) if form.reduced else _mm(c, rows)
+    mixed = mm_added(rows[:, :kept], c, rows[:, kept:]) if form.reduced else mm(c, rows)
     return mixed.reshape(blocks * kept, *x.shape[1:])
 
 
@@ -165,7 +119,7 @@ def _decompress(x: Tensor, d: Tensor, form: _Form) -> Tensor:
     """(o, s, i) to (o, s, j)."""
     blocks, _, kept = d.shape
     columns = form.columns(x, blocks)
-    mixed = _mm_added(columns[..., :kept], columns[..., kept:], d) if form.reduced else _mm(columns, d)
+    mixed = mm_added(columns[..., :kept], columns[..., kept:], d) if form.reduced else mm(columns, d)
     return form.uncolumns(mixed, x.shape[0])
 
 
@@ -284,7 +238,7 @@ class _Backward:
         dc = None
         if self.needs[1]:
             assert x is not None
-            dc = _mm(g, self.form.rows(x, blocks)[:, skip:].mT)
+            dc = mm(g, self.form.rows(x, blocks)[:, skip:].mT)
         if not inner:
             return None, dc
         dx = into
@@ -292,7 +246,7 @@ class _Backward:
             rows = blocks * (skip + summed)
             dx = grad.new_empty(rows, *grad.shape[1:], dtype=accumulation_dtype(grad.dtype))
             self.form.rows(dx, blocks)[:, :skip] = g[:, :skip]
-        _mm_into(self.form.rows(dx, blocks)[:, skip:], self.c.mT, g)
+        mm_into(self.form.rows(dx, blocks)[:, skip:], self.c.mT, g)
         return dx, dc
 
     def through_decompressor(
@@ -306,7 +260,7 @@ class _Backward:
         dd = None
         if self.needs[2]:
             assert x is not None
-            dd = _mm(self.form.columns(x, blocks)[..., skip:].mT, g)
+            dd = mm(self.form.columns(x, blocks)[..., skip:].mT, g)
         if not inner:
             return None, dd
         dx = into
@@ -314,7 +268,7 @@ class _Backward:
             dx = grad.new_empty(*grad.shape[:2], self.x.shape[2], dtype=accumulation_dtype(grad.dtype))
         columns = self.form.columns(dx, blocks)
         columns[..., :skip] = g[..., :skip]
-        _mm_into(columns[..., skip:], g, self.d.mT)
+        mm_into(columns[..., skip:], g, self.d.mT)
         return dx, dd
 
 
