@@ -6,8 +6,8 @@ Side by side, each a step of SGD with momentum on the same batch: the unpruned m
 pruned ones are compared: they are one function at the start.
 
 The limit is a naive step followed by the fold's own multiplications, forward and backward, as plain products of the
-same shapes by the faster library: what no fold of whole factors can beat. The line before each table says how many there
-are, and how fast they are when they have the processor to themselves for a moment.
+same shapes by the faster library: what no fold of whole factors can beat. The line before each table says how many
+there are, and how fast they are when they have the processor to themselves for a moment.
 """
 
 from __future__ import annotations

@@ -21,19 +21,26 @@ from obc.reference import accumulation_dtype
 LEAST_MULTIPLICATIONS = 2**20
 # The same of matrices with a short side, for which oneDNN would copy one operand into its own order for few uses.
 LEAST_SIDE = 16
-# oneDNN splits longer sums among the threads, so that their bits depend on how many there are (from 2^14 terms on).
+# oneDNN splits longer sums among the threads, so that their bits depend on how many there are: those of 2^14 terms not
+# yet. That of torch before 2.13 does so from some hundred terms on.
 MOST_TERMS = 2**13
+FIRST_TORCH = (2, 13)
 
 
 @lru_cache(maxsize=1)
 def _onednn() -> Any:
     """oneDNN's x @ w.T where it beats torch.mm, on AMD processors with AVX-512; else None."""
-    if not sys.platform.startswith("linux") or torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if not splits_alike() or not sys.platform.startswith("linux") or not torch.backends.mkldnn.is_available():
         return None
-    if "AuthenticAMD" not in Path("/proc/cpuinfo").read_text() or not torch.backends.mkldnn.is_available():
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or "AuthenticAMD" not in Path("/proc/cpuinfo").read_text():
         return None
-    packet = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-    return None if packet is None else packet.default
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
+def splits_alike() -> bool:
+    """Whether oneDNN's sums of up to MOST_TERMS terms have the same bits on any number of threads."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= FIRST_TORCH
 
 
 def _by_onednn(left: Tensor, right: Tensor) -> bool:
