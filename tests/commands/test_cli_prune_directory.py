@@ -94,17 +94,24 @@ def test_nothing_is_compensated_with_none(llama: Path, tmp_path: Path) -> None:
     obc.PruningPlan.load(out / "obc_plan.json").verify(original.state_dict(), load_pruned(out))  # values are slices
 
 
+def some_images(folder: Path) -> Path:
+    folder.mkdir()
+    for index in range(8):
+        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / f"{index}.png")
+    return folder
+
+
 def test_images_without_labels(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.ViTConfig(image_size=16, patch_size=8, num_labels=5, **sizes)
     transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    (tmp_path / "images").mkdir()
-    for index in range(16):
-        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{index}.png")
     out = tmp_path / "out"
-    assert prune(tmp_path / "vit", "--data", tmp_path / "images", "--params", 0.8, "--uniform", "--out", out) == 0
+    assert (
+        prune(tmp_path / "vit", "--data", some_images(tmp_path / "images"), "--params", 0.8, "--uniform", "--out", out)
+        == 0
+    )
     pruned = transformers.ViTForImageClassification.from_pretrained(out)
     assert pruned.num_parameters() <= 0.8 * transformers.ViTForImageClassification(config).num_parameters()
 
@@ -115,3 +122,75 @@ def test_a_model_without_a_head_is_scored_by_its_hidden_states(tmp_path: Path, c
     data = ["--data", tmp_path / "data.jsonl", "--seq-len", 8, "--batches", 4]
     assert prune(tmp_path / "headless", *data, "--params", 0.9, "--out", tmp_path / "out") == 0
     assert "loss label-free" in capsys.readouterr().out
+
+
+def test_images_that_the_model_cuts_into_windows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2}
+    config = transformers.SwinConfig(image_size=16, patch_size=2, num_labels=5, **sizes)
+    transformers.SwinForImageClassification(config).save_pretrained(tmp_path / "swin")
+    out = tmp_path / "out"
+    assert prune(tmp_path / "swin", "--data", some_images(tmp_path / "images"), "--params", 0.9, "--out", out) == 0
+    assert load_pruned(out)(torch.rand(1, 3, 16, 16)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("head", "labels", "loss"),
+    [
+        ("ForSequenceClassification", 3, "kl"),
+        ("ForTokenClassification", 3, "kl"),
+        ("ForSequenceClassification", 1, "label-free"),
+        ("ForMaskedLM", 2, "kl"),
+    ],
+)
+def test_the_head_is_kept(head: str, labels: int, loss: str, tmp_path: Path, capsys: Any) -> None:
+    torch.manual_seed(0)
+    llama_directory(tmp_path)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = getattr(transformers, f"Bert{head}")(transformers.BertConfig(vocab_size=20, num_labels=labels, **sizes))
+    model.save_pretrained(tmp_path / "bert")
+    data = ["--data", tmp_path / "data.jsonl", "--seq-len", 8, "--batches", 4, "--compensate", "none"]
+    assert prune(tmp_path / "bert", *data, "--params", 0.9, "--out", tmp_path / "out") == 0
+    assert f"loss {loss}\n" in capsys.readouterr().out
+    pruned: Any = load_pruned(tmp_path / "out")
+    assert type(pruned) is type(model)
+    head_of = {"ForMaskedLM": "cls.predictions.decoder"}.get(head, "classifier")
+    assert torch.equal(pruned.get_submodule(head_of).weight, model.get_submodule(head_of).weight)
+
+
+def encoder_decoder(folder: Path) -> str:
+    sizes = {"d_model": 16, "d_ff": 32, "d_kv": 4, "num_layers": 1, "num_heads": 4}
+    transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=20, **sizes)).save_pretrained(folder)
+    return "reads a source and a target"
+
+
+def without_head(folder: Path) -> str:
+    """Says that it is a language model, and holds the weights of one without its head."""
+    model = transformers.LlamaForCausalLM.from_pretrained(folder.parent / "llama")
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("lm_head")}
+    model.save_pretrained(folder, state_dict=state)
+    return "lacks 1 weights of LlamaForCausalLM, which would be random: lm_head.weight"
+
+
+def unknown(folder: Path) -> str:
+    transformers.LlamaForCausalLM.from_pretrained(folder.parent / "llama").save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForEverything"]}))
+    return "LlamaForEverything, which this transformers does not have"
+
+
+def two_inputs(folder: Path) -> str:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text, vision = {"vocab_size": 20, **sizes}, {"image_size": 16, "patch_size": 8, **sizes}
+    transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+    return "CLIPModel: calling it on a batch"
+
+
+@pytest.mark.parametrize("make", [encoder_decoder, without_head, unknown, two_inputs])
+def test_models_that_the_data_do_not_fit(make: Any, tmp_path: Path, capsys: Any) -> None:
+    llama_directory(tmp_path)
+    said = make(tmp_path / "model")
+    data = ["--data", tmp_path / "data.jsonl", "--seq-len", 8, "--batches", 4]
+    assert prune(tmp_path / "model", *data, "--params", 0.9, "--out", tmp_path / "out") == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.commands.common import UsageError
+from obc.model.arguments import listed
 from obc.model.batches import RowKind
 from obc.model.evaluation import checkpoints_activations
 from obc.scoring.label_free import Metric, label_free_loss
@@ -30,14 +31,17 @@ Batch = Mapping[str, Any]
 Losses = Callable[[nn.Module, Batch], Tensor]
 IGNORED = -100  # the label of a token that does not count
 
-# The end of an architecture's name in config.json -> the class that loads it, and its loss.
-_ARCHITECTURES = (
-    ("ForCausalLM", "AutoModelForCausalLM", "causal-lm"),
-    ("LMHeadModel", "AutoModelForCausalLM", "causal-lm"),
-    ("ForMaskedLM", "AutoModelForMaskedLM", "masked-lm"),
-    ("ForImageClassification", "AutoModelForImageClassification", "label"),
-    ("", "AutoModel", "label-free"),
-)
+# The end of an architecture's name in config.json -> the loss of its head. What is not here has no logits, or unknown
+# ones, and is scored by its outputs as they are.
+_LOSSES = {
+    "ForCausalLM": "causal-lm",
+    "LMHeadModel": "causal-lm",
+    "ForConditionalGeneration": "causal-lm",
+    "ForMaskedLM": "masked-lm",
+    "ForImageClassification": "label",
+    "ForSequenceClassification": "kl",
+    "ForTokenClassification": "kl",
+}
 
 
 @dataclass(frozen=True)
@@ -87,14 +91,14 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
     from obc.structures.transformers.saving import is_saved_pruned, load_pruned
 
     config = config_of(path)
-    architecture = (config.architectures or [""])[0]
-    _, loader, own = next(entry for entry in _ARCHITECTURES if architecture.endswith(entry[0]))
+    named = (config.architectures or ["AutoModel"])[0]
+    model_class = getattr(transformers, named, None)
+    if model_class is None:
+        raise UsageError(f"{path}/config.json names the architecture {named}, which this transformers does not have")
+    own = _loss_of_head(named, config)
     possible = list(dict.fromkeys((own, *(LABEL_FREE if own != "label-free" else ()))))
     if loss != "auto" and loss not in possible:
-        raise UsageError(
-            f"--loss {loss} needs another head than {architecture or 'this model'} has; use --loss "
-            + " or ".join(possible)
-        )
+        raise UsageError(f"--loss {loss} needs another head than {named} has; use --loss " + " or ".join(possible))
     wanted = DTYPES[dtype] if dtype else "auto"
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -103,17 +107,33 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
             model = load_pruned(path)
             model = model if wanted == "auto" else model.to(wanted)
         else:
-            model = getattr(transformers, loader).from_pretrained(
-                path, dtype=wanted, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            model, found = model_class.from_pretrained(
+                path,
+                dtype=wanted,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
             )
+            if missing := sorted(found["missing_keys"]):
+                raise UsageError(
+                    f"{path} lacks {len(missing)} weights of {named}, which would be random: {listed(missing)}; save "
+                    "the whole model there"
+                )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(
-            f"can't load {architecture or 'the model'} from {path}: {_line(error)}; the directory must hold "
-            f"safetensors weights of an architecture that this transformers knows"
+            f"can't load {named} from {path}: {_line(error)}; the directory must hold safetensors weights of an "
+            "architecture that this transformers knows"
         ) from error
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # it holds keys and values for later tokens, which scoring does not need
     return Checkpoint(model.to(device).eval(), own if loss == "auto" else loss, path)
+
+
+def _loss_of_head(architecture: str, config: Any) -> str:
+    """The loss of an architecture's head; "label-free" if it has none, or one whose outputs are no logits."""
+    own = next((loss for ending, loss in _LOSSES.items() if architecture.endswith(ending)), "label-free")
+    return "label-free" if own in ("label", "kl") and config.num_labels < 2 else own
 
 
 def recompute_activations(model: Any) -> None:
@@ -192,8 +212,14 @@ def _labelled(model: nn.Module, batch: Batch) -> Tensor:
 def outputs(model: nn.Module, batch: Batch) -> Tensor:
     """The logits on a batch, or the last hidden state if the model has no head; labels are not passed."""
     found = _called(model, batch)
-    output: Tensor = next(found[key] for key in ("logits", "last_hidden_state") if found.get(key) is not None)
-    return output
+    for key in ("logits", "last_hidden_state"):
+        output = found.get(key)
+        if isinstance(output, Tensor):
+            return output
+    raise UsageError(
+        f"{type(model).__name__} returns {', '.join(found)}, neither logits nor a last hidden state; pass it as "
+        "module:function to obc prune, or use obc in Python"
+    )
 
 
 def _line(error: BaseException) -> str:

@@ -52,6 +52,11 @@ def batches(
     count, size = count or parsed.batches, size or parsed.batch_size
     if not data.exists():
         raise UsageError(f"--data {data}: there is no such file or folder")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UsageError(
+            f"{type(model).__name__} reads a source and a target, and --data holds one kind of input; pass it as "
+            "module:function to obc prune, or use obc in Python"
+        )
     if data.is_dir():
         made = _image_batches(data, model, source, loss, count, size, seed)
     elif data.suffix in (".txt", ".jsonl"):
@@ -76,7 +81,8 @@ def _token_batches(
     """Whole batches of whole sequences, masked if the loss needs it."""
     if loss == "label":
         raise UsageError(f"--data {data}: this model classifies images; pass a folder of images")
-    if getattr(model.config, "vocab_size", None) is None:
+    vocabulary = getattr(model.config.get_text_config(), "vocab_size", None)
+    if vocabulary is None:
         raise UsageError(f"--data {data}: this model reads no tokens; pass a folder of images")
     tokenizer = tokenizer_of(source)
     length = _sequence_length(model, tokenizer, *lengths)
@@ -84,10 +90,7 @@ def _token_batches(
     if loss == "causal-lm" and length < 2:
         raise UsageError(f"--seq-len {length}: one token has no next token to predict; pass at least 2")
     inner = length - len(start) - len(end)
-    sequences = [
-        [*start, *sequence, *end]
-        for sequence in _sequences(data, tokenizer, model.config.vocab_size, inner, count * size)
-    ]
+    sequences = [[*start, *sequence, *end] for sequence in _sequences(data, tokenizer, vocabulary, inner, count * size)]
     if len(sequences) < size:
         raise UsageError(
             f"--data {data} has {len(sequences)} sequences of {length} tokens, a batch takes {size}; "
@@ -121,7 +124,10 @@ def copy_tokenizer(source: Path, out: Path) -> None:
 
 def _sequence_length(model: Any, tokenizer: Any, asked: int | None, usual: int) -> int:
     """The requested number of tokens, else the usual one, within what model and tokenizer allow."""
-    most = [getattr(model.config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    most = [
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        getattr(tokenizer, "model_max_length", None),
+    ]
     room = min((value for value in most if value), default=asked or usual)
     if asked is not None and asked > room:
         raise UsageError(f"--seq-len {asked}: the model has room for {room} tokens")
@@ -219,7 +225,10 @@ def _image_batches(
 ) -> Iterator[dict[str, Tensor]]:
     """Whole batches of images in random order, with labels if the loss needs them."""
     if getattr(model.config, "image_size", None) is None:
-        raise UsageError(f"--data {data}: this model reads no images; pass a .txt or .jsonl file")
+        raise UsageError(
+            f"--data {data}: this model reads no images, or its config does not say their size (image_size); pass a "
+            ".txt or .jsonl file, or the model as module:function to obc prune"
+        )
     if loss in ("causal-lm", "masked-lm"):
         raise UsageError(f"--data {data}: --loss {loss} needs text; pass a .txt or .jsonl file")
     require({"PIL": "pillow"})

@@ -15,10 +15,11 @@ from obc.commands import allocation_option, budget_options, checkpoints, entry_p
 from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
 from obc.commands.run_log import add_log, say
 from obc.pruning.budgets import Budget
+from obc.scoring.errors import ScoringError
 from obc.tensor_file import written_by_safetensors
 
 _STEPS = prune_directory.STEPS
-_CALIBRATION = f"{prune_directory.BATCHES} sequences of {prune_directory.SEQUENCE} tokens"
+_CALIBRATION = f"{prune_directory.SEQUENCES} sequences of {prune_directory.SEQUENCE} tokens"
 _DESCRIPTION = f"""\
 Prune a model until a share of its multiply-accumulates remains, or of its parameters, memory or latency.
 
@@ -26,7 +27,7 @@ obc prune MODEL_DIR --data F     prune a transformers directory: score on the da
                                  steps. Writes a directory that from_pretrained loads, or, where no config can
                                  say the widths, one for obc.structures.transformers.load_pruned; --uniform keeps
                                  to widths that the config can say. The data: {_CALIBRATION},
-                                 or as many batches of images.
+                                 or {prune_directory.IMAGES} images.
 obc prune MODEL_DIR --scores F   the same by what `obc score` wrote, in one step without a forward pass, so that
                                  another --ratio costs seconds; scores of the unpruned model know less.
 obc prune module:function        score, select, remove, step by step (obc.prune); writes model.safetensors (the pruned
@@ -82,7 +83,7 @@ def add(commands: Any) -> None:
     measured.add_argument(
         "--steps", type=positive, help=f"how often to score and remove (default: 8; MODEL_DIR: {_STEPS})"
     )
-    measured.add_argument("--rows", choices=("batch", "sample"), help="(default: batch; of images sample)")
+    measured.add_argument("--rows", choices=("batch", "sample"), help="(default: batch)")
     measured.add_argument(
         "--ignore", action="append", metavar="LAYER", help="keep the width of this layer; may be repeated"
     )
@@ -100,8 +101,10 @@ def add(commands: Any) -> None:
     sampled.add_argument(
         "--loss", choices=checkpoints.LOSSES, help="(default: kl, or label-free without a head; neither needs labels)"
     )
-    sampled.add_argument("--batches", type=positive, help=f"(default: {prune_directory.BATCHES})")
-    sampled.add_argument("--batch-size", type=positive, help="sequences or images of a batch (default: 1 or 8)")
+    sampled.add_argument(
+        "--batches", type=positive, help=f"(default: {prune_directory.SEQUENCES}, of images {prune_directory.IMAGES})"
+    )
+    sampled.add_argument("--batch-size", type=positive, help="sequences or images of a batch (default: 1)")
     add_log(prune)
 
 
@@ -181,7 +184,7 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
             **budget_options.keywords(budget),
             **options,
         )
-    except (ValueError, obc.PlanError, obc.PruningError) as error:
+    except (ValueError, ScoringError) as error:
         raise UsageError(str(error)) from error
     with written_by_safetensors(out / "model.safetensors") as name:
         save_model(result.model, name, force_contiguous=True)

@@ -13,12 +13,12 @@ import obc
 from obc.commands import allocation_option, budget_options, checkpoints, data, pruned_directory
 from obc.commands.common import UsageError, require
 from obc.commands.run_log import say
+from obc.model.batches import RowKind
 from obc.pruning.budgets import Budget
+from obc.scoring.errors import ScoringError
 
-STEPS, BATCHES, SEQUENCE = 4, 32, 512
-# By what a batch has: the criterion, what a row is, and samples per batch. Rows of tokens need few sequences.
-_OF_TOKENS = {"criterion": "token_jacobian", "rows": "batch", "batch_size": 1}
-_OF_IMAGES = {"criterion": "jacobian", "rows": "sample", "batch_size": 8}
+STEPS, SEQUENCES, SEQUENCE = 4, 32, 512
+IMAGES = 256  # one a batch and a row: models that cut images into windows have no sample rows
 
 
 def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> int:
@@ -35,13 +35,20 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     model, loss = checkpoint.model, checkpoint.loss
     if parsed.loss is None and loss != "label-free":
         loss = "kl"
-    usual = _OF_IMAGES if parsed.data.is_dir() else _OF_TOKENS
-    given: dict[str, Any] = {name: getattr(parsed, name) or value for name, value in usual.items()}
-    size, rows = given.pop("batch_size"), given["rows"]
+    criterion, count = ("jacobian", IMAGES) if parsed.data.is_dir() else ("token_jacobian", SEQUENCES)
+    rows: RowKind = parsed.rows or "batch"
     batches = data.batches(
-        parsed, model, source, loss, count=parsed.batches or BATCHES, size=size, length=SEQUENCE, seed=parsed.seed
+        parsed,
+        model,
+        source,
+        loss,
+        count=parsed.batches or count,
+        size=parsed.batch_size or 1,
+        length=SEQUENCE,
+        seed=parsed.seed,
     )
-    given |= {name: getattr(parsed, name) for name in ("selection", "slices") if getattr(parsed, name) is not None}
+    options = ("selection", "slices")
+    given: dict[str, Any] = {name: getattr(parsed, name) for name in options if getattr(parsed, name) is not None}
     if parsed.allocation is not None:
         given["allocation"] = allocation_option.allocation_of_text(parsed.allocation)
     compensate: Any = parsed.compensate or "correct"
@@ -61,6 +68,8 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
             loss_fn=checkpoints.loss_of(loss, rows, parsed.seed),
             forward_fn=checkpoints.outputs,
             structure=structure,
+            criterion=parsed.criterion or criterion,
+            rows=rows,
             steps=parsed.steps or STEPS,
             compensate=None if compensate == "none" else compensate,
             round_to=parsed.round_to,
@@ -68,7 +77,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
             measure=parsed.measure,
             **budget_options.keywords(budget) | given | dict(caps),
         )
-    except (ValueError, obc.PlanError, obc.PruningError) as error:
+    except (ValueError, ScoringError) as error:
         raise UsageError(str(error)) from error
     calibration = f"{len(batches)} batches of {data.shape_of(batches[0])}"
     result.report.provenance |= {"directory": str(source), "data": f"{parsed.data}, {calibration}", "loss": loss}
