@@ -301,16 +301,17 @@ def _resumed(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "read", "message"),
+    ("kind", "read", "message"),
     [
-        ("obc.checkpoint/99", _resumed, "expected 'obc.checkpoint/1'; delete it"),
-        ("obc.Scores/99", obc.Scores.load, "expected 'obc.Scores/1' or"),
-        ("obc.Statistics/99", obc.Statistics.load, "expected 'obc.Statistics/1'"),
+        ("checkpoint", _resumed, "expected 'obc.checkpoint/1'; delete it"),
+        ("Scores", obc.Scores.load, "expected 'obc.Scores/1' or"),
+        ("Statistics", obc.Statistics.load, "expected 'obc.Statistics/1'"),
     ],
 )
 def test_files_of_another_version_say_so(
-    form: str, read: Callable[[Path], object], message: str, tmp_path: Path
+    kind: str, read: Callable[[Path], object], message: str, tmp_path: Path
 ) -> None:
+    form = f"obc.{kind}/{99}"
     save_tensors(tmp_path / "file", {}, {"format": form})
     match = re.escape(f"of another version of obc: format {form!r}")
     with pytest.raises((ValueError, CheckpointError), match=match) as caught:
