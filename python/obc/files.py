@@ -1,4 +1,4 @@
-"""Writes files completely or not at all, and reads JSON that may be damaged."""
+"""Writes files and folders completely or not at all, and reads JSON that may be damaged."""
 
 from __future__ import annotations
 
@@ -7,12 +7,85 @@ import dataclasses
 import glob
 import json
 import os
+import re
 import reprlib
 import secrets
+import shutil
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
+
+# Inside a folder while files of two runs may be in it. It holds those of the new run that are not in place yet.
+UNFINISHED = ".obc_unfinished"
+_STAGE = ".obc_writing."
+# What readers open first. They are absent while other files are put in place, so that nobody loads a mixture.
+_LAST = ("plan.json", "obc_plan.json", "config.json")
+
+
+@contextlib.contextmanager
+def _os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the operating system that a library, such as safetensors, raises as its own become OSErrors again."""
+    try:
+        yield
+    except Exception as error:
+        found = None if isinstance(error, OSError) else re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(number := int(found[1]), os.strerror(number), os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary folder whose files are all moved into ``path`` when the block ends, and only then.
+
+    After an exception in the block, a full disk or the end of the process, the files in ``path`` are unchanged. If the
+    process ends while they are moved, ``path`` has no config.json or plan.json, and :func:`refuse_unfinished` names it.
+    Files of other names stay, except for weights (model*.safetensors) of an earlier run. Modes follow the umask, or the
+    file replaced.
+
+    Raises:
+        OSError: a file can't be written; no temporary folder is left.
+    """
+    target = Path(path)
+    target.mkdir(parents=True, exist_ok=True)
+    for left in target.glob(f"{_STAGE}{'[0-9a-f]' * 16}"):  # of processes that were killed
+        shutil.rmtree(left, ignore_errors=True)
+    stage = target / f"{_STAGE}{secrets.token_hex(8)}"
+    try:
+        stage.mkdir()
+        usual_mode = stage.stat().st_mode & 0o666
+        with _os_errors(target):
+            yield stage
+        files = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
+        for name in files:
+            with open(stage / name, "rb+") as file:  # before the mode is changed: it may become read-only
+                replaced = target / name
+                mode = replaced.stat().st_mode & 0o777 if replaced.exists() else usual_mode
+                os.fchmod(file.fileno(), mode)
+                os.fsync(file.fileno())
+        if (target / UNFINISHED).exists():
+            (target / UNFINISHED).rename(stage / "of an earlier run")
+        stage.rename(target / UNFINISHED)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+    stale = [left for left in target.glob("model*.safetensors*") if left.relative_to(target) not in files]
+    for old in (*(target / name for name in reversed(_LAST)), *stale):
+        old.unlink(missing_ok=True)
+    for name in sorted(files, key=lambda name: _LAST.index(name.name) if name.name in _LAST else -1):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(target / UNFINISHED / name, target / name)
+    shutil.rmtree(target / UNFINISHED)
+
+
+def refuse_unfinished(path: str | os.PathLike[str], error: type[Exception] = ValueError) -> None:
+    """Raises ``error`` if a process ended while :func:`whole_folder` moved files into the folder."""
+    if (Path(path) / UNFINISHED).exists():
+        raise error(
+            f"{os.fspath(path)} holds files of two runs, because the process that wrote it was killed; write it again, "
+            f"or move the files of {Path(path) / UNFINISHED} into it and remove that folder"
+        )
 
 
 @contextlib.contextmanager

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -17,22 +14,6 @@ from torch import Tensor
 from obc.files import atomic_write
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
-
-
-@contextlib.contextmanager
-def written_by_safetensors(path: str | PathLike[str]) -> Iterator[str]:
-    """The name of a file that safetensors writes inside the block; it replaces ``path`` when the block ends.
-
-    Raises:
-        OSError: the file can't be written; an existing file is left unchanged.
-    """
-    with atomic_write(path) as file:
-        try:
-            yield file.name
-        except SafetensorError as error:  # the operating system's errors too, with their number in the text
-            if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
-                raise
-            raise OSError(number := int(found[1]), os.strerror(number), os.fspath(path)) from error
 
 
 def save_tensors(path: str | PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

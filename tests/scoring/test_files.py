@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import obc
-from obc.files import atomic_write, parse_json, remove_left_over
+from obc.files import atomic_write, parse_json, remove_left_over, whole_folder
 from obc.recovery import Kept, PlanError, PruningPlan
 from obc.scoring import ScoresError
 from obc.scoring.results.scores import ChannelScores
@@ -119,6 +120,108 @@ def test_a_killed_process_leaves_what_was_there(tmp_path: Path) -> None:
     assert len(os.listdir(tmp_path)) == 3
     remove_left_over(path)
     assert sorted(os.listdir(tmp_path)) == [".file1.0123456789abcdef.tmp", "file[1]"]
+
+
+KILLED_AT_EVERY_CALL = """
+    import json, os, shutil, signal, sys
+    from pathlib import Path
+    from obc.files import refuse_unfinished, whole_folder
+
+    def write(folder, run, *names):
+        with whole_folder(folder) as stage:
+            for name in names:
+                (stage / name).write_text(run)
+
+    def state(folder):
+        found = {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.is_file()}
+        try:
+            refuse_unfinished(folder)
+        except ValueError:
+            return "unfinished", found
+        return "finished", found
+
+    NEW = ["config.json", "model.safetensors", "plan.json", "report.json"]
+    states = []
+    for before in json.loads(sys.argv[2]):
+        for last in range(1000):
+            folder = Path(sys.argv[1]) / f"{len(before)}-{last}"
+            if before:
+                write(folder, "old", *before)
+                (folder / "notes.txt").write_text("mine")
+            child = os.fork()
+            if child == 0:
+                calls = []
+                def count(event, arguments):
+                    if event.startswith(("os.", "open", "shutil.")) and event not in ("os.scandir", "os.kill"):
+                        if len(calls) == last:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        calls.append(event)
+                sys.addaudithook(count)
+                write(folder, "new", *NEW)
+                os._exit(0)
+            ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            found = state(folder) if folder.exists() else ("finished", {})
+            write(folder, "again", *NEW)
+            states.append([before, ended, *found, state(folder), sorted(map(str, folder.rglob("*")))])
+            if ended == 0:
+                break
+    print(json.dumps(states))
+"""
+NEW_FILES = ["config.json", "model.safetensors", "plan.json", "report.json"]
+
+
+def test_a_folder_is_the_old_one_the_new_one_or_says_that_it_is_unfinished(tmp_path: Path) -> None:
+    """Killed at each call of the operating system: over a sharded model, and over nothing."""
+    old = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "plan.json",
+        "report.json",
+    ]
+    script = textwrap.dedent(KILLED_AT_EVERY_CALL)
+    arguments = [sys.executable, "-c", script, tmp_path, json.dumps([old, []])]
+    states = json.loads(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout)
+    assert [ended for _, ended, *_ in states].count(0) == 2
+    seen = set()
+    for before, ended, said, found, again, everything in states:
+        kept = {"notes.txt": "mine"} if before else {}
+        was, becomes = dict.fromkeys(before, "old") | kept, dict.fromkeys(NEW_FILES, "new") | kept
+        kind = "old" if found == was else "new" if found == becomes else "mixed"
+        seen.add((kind, said))
+        assert ended == 0 or ended == -9
+        assert kind != "mixed" or (said == "unfinished" and "config.json" not in found)
+        assert ended or (kind, said) == ("new", "finished")
+        assert again == ["finished", dict.fromkeys(NEW_FILES, "again") | kept]
+        assert len(everything) == len(again[1]), everything
+    assert {("old", "finished"), ("mixed", "unfinished"), ("new", "finished")} <= seen
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_of_a_folder_follow_the_umask_and_replaced_ones_keep_their_mode(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            with whole_folder(tmp_path) as stage:
+                save_file({"x": torch.ones(2)}, stage / "model.safetensors")
+                (stage / "report.json").touch()
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+            (tmp_path / "report.json").chmod(0o640)
+    finally:
+        os.umask(before)
+    assert modes == {"model.safetensors": 0o666 & ~umask, "report.json": 0o640}
+
+
+def test_a_failure_inside_a_folder_leaves_it_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("before")
+    with (
+        limited(resource.RLIMIT_FSIZE, 100),
+        pytest.raises(OSError, match="File too large"),
+        whole_folder(tmp_path) as stage,
+    ):
+        save_file({"x": torch.ones(1000)}, stage / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_text() == "before"
 
 
 def test_a_file_has_the_usual_mode_and_a_replaced_one_keeps_its_own(tmp_path: Path) -> None:

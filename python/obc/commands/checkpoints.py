@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.commands.common import UsageError
+from obc.files import refuse_unfinished
 from obc.model.arguments import listed
 from obc.model.batches import RowKind
 from obc.model.evaluation import checkpoints_activations
@@ -67,6 +68,7 @@ def config_of(path: Path) -> Any:
     """
     if not path.is_dir():
         raise UsageError(f"{path} is not a directory; pass one written by save_pretrained")
+    refuse_unfinished(path, UsageError)
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} has no config.json; pass a directory written by save_pretrained")
     from transformers import AutoConfig

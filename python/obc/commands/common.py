@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def folder(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"can't make the folder {path}: {error}; choose another --out") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UsageError(f"can't write into the folder {path}: it is read-only; choose another --out")
     return path
 
 

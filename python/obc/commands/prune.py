@@ -14,9 +14,9 @@ import obc
 from obc.commands import allocation_option, budget_options, checkpoints, entry_point, prune_directory, prune_scored
 from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
 from obc.commands.run_log import add_log, say
+from obc.files import whole_folder
 from obc.pruning.budgets import Budget
 from obc.scoring.errors import ScoringError
-from obc.tensor_file import written_by_safetensors
 
 _STEPS = prune_directory.STEPS
 _CALIBRATION = f"{prune_directory.SEQUENCES} sequences of {prune_directory.SEQUENCE} tokens"
@@ -186,12 +186,12 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
         )
     except (ValueError, ScoringError) as error:
         raise UsageError(str(error)) from error
-    with written_by_safetensors(out / "model.safetensors") as name:
-        save_model(result.model, name, force_contiguous=True)
-    result.plan.save(out / "plan.json")
-    result.report.save(out / REPORT_FILES[0])
-    if result.latency_table is not None:
-        result.latency_table.save(out / budget_options.TABLE_FILE)
+    with whole_folder(out) as stage:
+        save_model(result.model, str(stage / "model.safetensors"), force_contiguous=True)
+        result.plan.save(stage / "plan.json")
+        result.report.save(stage / REPORT_FILES[0])
+        if result.latency_table is not None:
+            result.latency_table.save(stage / budget_options.TABLE_FILE)
     say(result.report)
     say(f"written: {out}/model.safetensors, plan.json, {REPORT_FILES[0]}; as a page: obc report {out}")
     return 0

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import obc
 from obc.commands import checkpoints, data, pruned_directory
 from obc.commands.allocation_option import allocation_of_text
-from obc.commands.common import UsageError, require
+from obc.commands.common import UsageError, folder, require
 from obc.commands.report import load as load_scores
 from obc.commands.run_log import say
 from obc.criteria import get, scores_from
@@ -44,6 +44,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
         parsed.compensate = None
     source = Path(parsed.target)
     _check(parsed)
+    folder(parsed.out)
     scores = load_scores(parsed.scores) if parsed.criterion is None else _statistics(parsed.scores)
     checkpoint = checkpoints.load(source, parsed.dtype, checkpoints.device_of(parsed.device))
     model = checkpoint.model

@@ -8,6 +8,7 @@ from typing import Any
 from obc.commands import budget_options, data
 from obc.commands.common import REPORT_FILES, folder
 from obc.commands.run_log import say
+from obc.files import whole_folder
 from obc.model.latency_table import LatencyTable
 from obc.pruning.report import PruningReport
 from obc.structures.transformers.saving import PLAN_FILE, save_pruned
@@ -27,15 +28,16 @@ def write(structure: Any, report: PruningReport, table: LatencyTable | None, sou
     refused = structure.config_refused
     if report.means is not None and report.means.created:
         refused = "layers have biases now that no config can express"
-    if refused is None:
-        model.save_pretrained(out)
-        structure.plan.save(out / PLAN_FILE)
-        say(f"written: {out}; from_pretrained loads it")
-    else:
-        save_pruned(model, structure.plan, out)
-        say(f"written: {out}; obc.structures.transformers.load_pruned loads it: {refused}")
-    data.copy_tokenizer(source, out)
-    if table is not None:
-        table.save(out / budget_options.TABLE_FILE)
-    report.save(out / REPORT_FILES[1])
+    with whole_folder(out) as stage:
+        if refused is None:
+            model.save_pretrained(stage)
+            structure.plan.save(stage / PLAN_FILE)
+        else:
+            save_pruned(model, structure.plan, stage)
+        data.copy_tokenizer(source, stage)
+        if table is not None:
+            table.save(stage / budget_options.TABLE_FILE)
+        report.save(stage / REPORT_FILES[1])
+    loader = f"obc.structures.transformers.load_pruned loads it: {refused}" if refused else "from_pretrained loads it"
+    say(f"written: {out}; {loader}")
     say(f"as a page: obc report {out}")

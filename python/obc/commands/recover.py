@@ -10,6 +10,7 @@ import obc
 from obc.commands import checkpoints, data
 from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
 from obc.commands.run_log import add_log, say
+from obc.files import whole_folder
 from obc.pruning.report import PruningReport
 from obc.structures.transformers.saving import PLAN_FILE, is_saved_pruned, save_pruned
 
@@ -70,8 +71,9 @@ def run(parsed: argparse.Namespace) -> int:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
-    _save(pruned.model, plan, parsed.model, out)
-    _carry_report(parsed, out)
+    with whole_folder(out) as stage:
+        _save(pruned.model, plan, parsed.model, stage)
+        _carry_report(parsed, stage)
     say(report)
     say(f"written: {out}")
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from obc.commands.common import REPORT_FILES, UsageError, add_command, writable
-from obc.files import atomic_write
+from obc.files import atomic_write, refuse_unfinished
 from obc.page.document import Section, document
 from obc.page.markup import facts
 from obc.page.scores import score_sections
@@ -68,6 +68,7 @@ def _file(source: Path) -> Path:
     """The file itself, or the report in a folder."""
     if not source.is_dir():
         return source
+    refuse_unfinished(source, UsageError)
     found = [source / name for name in REPORT_FILES if (source / name).is_file()]
     if not found:
         raise UsageError(f"{source} holds no report ({' or '.join(REPORT_FILES)}); obc prune writes one")

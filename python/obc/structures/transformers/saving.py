@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from obc.files import atomic_write
+from obc.files import refuse_unfinished, whole_folder
 from obc.model.depth import compact, is_compact, put_stand_in, with_depth
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import layout_of
@@ -27,7 +27,6 @@ from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS
 from obc.structures.transformers.config import with_widths
 from obc.structures.transformers.structure import TransformersStructure
-from obc.tensor_file import written_by_safetensors
 
 PLAN_FILE, _WEIGHTS = "obc_plan.json", "model.safetensors"
 _FORMAT = "obc.pruned_model/1"
@@ -48,13 +47,11 @@ def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLik
 
     Raises:
         ValueError: the model has no config, or belongs to no class of the transformers library.
-        OSError: a file can't be written; each file is written completely or not at all.
+        OSError: a file can't be written; an existing folder is left unchanged.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise ValueError(f"{type(model).__name__} has no transformers config; save its state_dict and plan yourself")
-    folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     tensors, tied = _distinct(model.state_dict())
     if plan.depth:
         blocks_gone = any(one.removed for one in plan.depth.lists.values())
@@ -62,14 +59,13 @@ def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLik
             raise ValueError("removed blocks still have stand-ins in the model: call structure.compact()")
         config = with_depth(config, plan.depth, compacted=False)
     content = config.to_dict() | {"architectures": [type(model).__name__]}
-    with atomic_write(folder / "config.json") as file:
-        file.write(json.dumps(content, indent=2, default=str).encode())
-    plan.save(folder / PLAN_FILE)
-    with written_by_safetensors(folder / _WEIGHTS) as name:
-        save_file(tensors, name, {"format": "pt", "obc_format": _FORMAT, "tied": json.dumps(tied)})
-    generation = getattr(model, "generation_config", None)
-    if generation is not None:
-        generation.save_pretrained(folder)
+    with whole_folder(directory) as folder:
+        (folder / "config.json").write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
+        plan.save(folder / PLAN_FILE)
+        save_file(tensors, folder / _WEIGHTS, {"format": "pt", "obc_format": _FORMAT, "tied": json.dumps(tied)})
+        generation = getattr(model, "generation_config", None)
+        if generation is not None:
+            generation.save_pretrained(folder)
 
 
 def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] | None = None) -> nn.Module:
@@ -88,6 +84,7 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
     import transformers
 
     folder = Path(directory)
+    refuse_unfinished(folder, PlanError)
     if lacking := [name for name in ("config.json", PLAN_FILE, _WEIGHTS) if not (folder / name).is_file()]:
         raise PlanError(f"{folder} has no {lacking[0]}; save_pruned did not write this folder")
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
