@@ -33,6 +33,7 @@ from torch import Tensor
 import obc
 from benchmarks import gpu_timing as timing
 from benchmarks.gpu_models import llama_8b_layer, resnet50_weights
+from benchmarks.gpu_pruning import pruning_section
 from benchmarks.gpu_scoring import rows_section, scoring_section
 from obc import ops
 from obc.backends import gemm
@@ -43,13 +44,13 @@ Row = dict[str, Any]
 Rows = Iterator[Row]
 
 
-def _pair(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> tuple[Tensor, Tensor]:
+def _random(shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool = False) -> Tensor:
     memory = torch.channels_last if channels_last else torch.contiguous_format
-    first, second = (
-        torch.randn(timing.sized(shape), device=timing.device()).to(dtype).contiguous(memory_format=memory)
-        for _ in range(2)
-    )
-    return first, second
+    return torch.randn(timing.sized(shape), device=timing.device()).to(dtype).contiguous(memory_format=memory)
+
+
+def _pair(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return _random(shape, dtype), _random(shape, dtype)
 
 
 def _eager_weight_dot(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,18 +58,25 @@ def _eager_weight_dot(w: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     return product.sum(1), product.sum(0)
 
 
+def _eager_moments(x: Tensor) -> tuple[Tensor, ...]:
+    x = x.float()
+    return x.sum((0, 1)), x.square().sum((0, 1)), x.abs().sum((0, 1)), x.abs().mean(1).square().sum(0)
+
+
 def bandwidth_section() -> Rows:
-    """channel_dot, weight_dot and weight_moments as a share of the copy bandwidth, with eager and compiled torch."""
+    """The operators that read once as a share of the copy bandwidth, with eager and compiled torch."""
     cases: list[tuple[str, Callable[..., Any], Callable[..., Any] | None, tuple[int, ...], bool]] = []
     tokens = ("channel_dot tokens", lambda a, g: ops.channel_dot(a, g, 2), lambda a, g: (a.float() * g).sum((0, 1)))
     images = ("channel_dot images", lambda a, g: ops.channel_dot(a, g, 1), lambda a, g: (a.float() * g).sum((0, 2, 3)))
     weights = ("weight_dot", ops.weight_dot, _eager_weight_dot)
     moments = ("weight_moments", ops.weight_moments, None)
+    inputs = ("channel_moments tokens", lambda x: ops.channel_moments(x, 2), _eager_moments)
     for mebibytes in (256, 64):  # the larger first: what is compared with the ceiling, should the time be spent
         elements = mebibytes * timing.MIB // 2
         cases += [
             (*tokens, (8, elements // 8 // 4096, 4096), False),
             (*weights, (elements // 4096, 4096), False),
+            (*inputs, (8, elements // 8 // 4096, 4096), False),
             (*images, (elements // (256 * 3136), 256, 56, 56), False),
             (*images, (elements // (256 * 3136), 256, 56, 56), True),
             (*moments, (elements // 4096, 4096), False),
@@ -82,7 +90,8 @@ def bandwidth_section() -> Rows:
         for dtype_name, dtype in DTYPES.items():
             row: Row = {"operator": name, "shape": list(timing.sized(shape)), "channels_last": channels_last}
             row |= {"dtype": dtype_name}
-            make = lambda: _pair(shape, dtype, channels_last)  # noqa: B023, E731 - called at once
+            count = 1 if name.startswith("channel_moments") else 2
+            make = lambda: tuple(_random(shape, dtype, channels_last) for _ in range(count))  # noqa: B023, E731
             yield timing.attempt(row, lambda row: _bandwidth_row(row, call, eager, make))  # noqa: B023
 
 
@@ -244,12 +253,13 @@ def defaults_section() -> Rows:
 # Each section and its share of the time.
 SECTIONS: dict[str, tuple[Callable[[], Rows], float]] = {
     "defaults": (defaults_section, 0.12),
-    "bandwidth": (bandwidth_section, 0.25),
+    "bandwidth": (bandwidth_section, 0.22),
     "launches": (list_section, 0.05),
-    "scoring": (scoring_section, 0.3),
-    "rows": (rows_section, 0.13),
-    "fold": (fold_section, 0.1),
-    "end_row": (end_row_section, 0.05),
+    "scoring": (scoring_section, 0.26),
+    "rows": (rows_section, 0.1),
+    "pruning": (pruning_section, 0.12),
+    "fold": (fold_section, 0.09),
+    "end_row": (end_row_section, 0.04),
 }
 
 

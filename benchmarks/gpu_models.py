@@ -158,6 +158,22 @@ def llama_8b(device: str, small: bool = False) -> Workload:
     )
 
 
+def half_b_llama(device: str, small: bool = False) -> nn.Module:
+    """A Llama of half a billion weights in bfloat16, eight layers of width 2048; small: two of width 64."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64 if small else 2048,
+        intermediate_size=96 if small else 5632,
+        num_hidden_layers=2 if small else 8,
+        num_attention_heads=4 if small else 16,
+        num_key_value_heads=2 if small else 8,
+        vocab_size=320 if small else 32_000,
+        use_cache=False,
+    )
+    return _random_model(lambda: LlamaForCausalLM(config), device)
+
+
 def _random_model(make: Callable[[], nn.Module], device: str) -> nn.Module:
     """Made on the device and in bfloat16 from the start: 8 billion weights in float32 would not fit everywhere."""
     before = torch.get_default_dtype()

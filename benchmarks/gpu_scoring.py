@@ -13,6 +13,7 @@ import obc
 from benchmarks import gpu_timing as timing
 from benchmarks.gpu_models import Workload, llama_8b, resnet50, resnet56, vit_b
 from obc import ops
+from obc.scoring import label_free_loss
 
 ROWS = 4
 
@@ -37,6 +38,12 @@ def floor(work: Workload) -> None:
 
 def scored(work: Workload) -> None:
     obc.score(work.model, [work.batch] * ROWS, work.loss, progress=False)
+
+
+def scored_without_labels(work: Workload) -> None:
+    """The KL divergence of the probabilities, projected: its random numbers are drawn on the device."""
+    loss = label_free_loss(metric="kl")
+    obc.score(work.model, [work.batch] * ROWS, loss, progress=False)
 
 
 def _weighted(model: nn.Module) -> list[nn.Parameter]:
@@ -77,6 +84,7 @@ WAYS: dict[str, Callable[[Workload], None]] = {
     "plain": plain,
     "floor": floor,
     "obc.score": scored,
+    "obc.score, KL": scored_without_labels,
     "authors": stored,
     "contracted at once": contracted,
 }

@@ -301,7 +301,7 @@ def test_sanitized_calls_run(tmp_path: Path) -> None:
     assert "calls checked on cpu" in done.stdout, done.stderr[-2000:]
 
 
-DRY = ["defaults", "bandwidth", "launches", "fold", "end_row"]
+DRY = ["defaults", "bandwidth", "launches", "pruning", "fold", "end_row"]
 
 
 @pytest.mark.parametrize(
