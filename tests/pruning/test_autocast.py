@@ -217,5 +217,4 @@ def test_every_call_of_a_language_model_is_under_the_callers_autocast(options: d
         with half(), torch.no_grad():
             cache = whole(input_ids=case.batches[0][:1], use_cache=True).past_key_values
         per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / cache.get_seq_length()
-        assert cache.layers[0].values.dtype == torch.bfloat16
         assert model - weights == 512 * per_token
