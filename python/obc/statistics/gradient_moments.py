@@ -78,7 +78,7 @@ class _Reader(InputReader):
         values = flat_rows(grad, channel_dim).to(ops.accumulation_dtype(grad.dtype))
         if valid is not None:
             values = values.masked_fill(~valid.reshape(-1, 1), 0)
-        count = torch.tensor(len(values)) if valid is None else valid.sum()
+        count = values.new_full((), len(values), dtype=torch.float64) if valid is None else valid.sum()
         self._of_part.add(name, "count", count.to(values.device, torch.float64))
         self._of_part.add(name, "sums", torch.stack([values.abs().sum(0), values.square().sum(0)]))
 

@@ -107,7 +107,7 @@ class GramReader(InputReader):
             weighted, counted = rows, kept
         else:
             omega = self._omega(name, x, channel_dim, routed).to(rows)
-            weighted, counted = rows * omega.unsqueeze(1), omega if kept is None else omega[kept]
+            weighted, counted = rows * omega.unsqueeze(1), omega if kept is None else omega.masked_fill(~kept, 0)
         total = self._product(name, [(weighted, rows)])
         return {_TOTAL: total, "sum": weighted.sum(0), "count": counted.sum().double()}
 
