@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import obc
-from obc.commands import checkpoints, data, pruned_directory
+from obc.commands import checkpoints, data, prune_directory, pruned_directory
 from obc.commands.allocation_option import allocation_of_text
 from obc.commands.common import UsageError, folder, require
 from obc.commands.report import load as load_scores
@@ -33,8 +33,7 @@ from obc.selection.choice import BudgetError
 from obc.statistics import StatisticsError
 from obc.structures.protocol import Limits
 
-_CALIBRATION_BATCHES = 32
-_CALIBRATION_BATCH = 4
+_BATCHES, _IMAGES = 32, 4  # of --compensate, and images of a batch
 
 
 def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> int:
@@ -237,14 +236,16 @@ def _task(structure: Any, limits: Limits, scores: Mapping[str, Tensor], budget: 
 
 
 def _batches(parsed: argparse.Namespace, original: nn.Module, source: Path, count: int) -> list[Any]:
-    return data.batches(parsed, original, source, "label-free", count=count, size=_CALIBRATION_BATCH, seed=parsed.seed)
+    size, length = _IMAGES if parsed.data.is_dir() else 1, prune_directory.SEQUENCE
+    return data.batches(parsed, original, source, "label-free", count=count, size=size, length=length, seed=parsed.seed)
 
 
 def _compensate(
     parsed: argparse.Namespace, model: Any, original: nn.Module, plan: PruningPlan, report: PruningReport
 ) -> str:
     """Compensate ``model`` in place from ``--data``, and print the result in one line."""
-    batches = _batches(parsed, original, Path(parsed.target), _CALIBRATION_BATCHES)
+    batches = _batches(parsed, original, Path(parsed.target), _BATCHES)
+    say(f"compensating ({parsed.compensate}) on {len(batches)} batches of {data.shape_of(batches[0])}")
     if parsed.compensate == "mean":
         report.means = means = absorb_means(model, original, plan, batches, checkpoints.outputs)
         report.parameters_after = sum(parameter.numel() for parameter in model.parameters())

@@ -77,6 +77,7 @@ class LayerProgress:
         """A layer is done."""
         self._done += 1
         self._bar.update()
+        self._log.tick(self._done, self._total, "layer")
 
     def on_batch(self, number: int, count: int | None) -> None:
         """A batch begins."""
