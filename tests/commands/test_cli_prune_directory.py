@@ -193,4 +193,13 @@ def test_models_that_the_data_do_not_fit(make: Any, tmp_path: Path, capsys: Any)
     data = ["--data", tmp_path / "data.jsonl", "--seq-len", 8, "--batches", 4]
     assert prune(tmp_path / "model", *data, "--params", 0.9, "--out", tmp_path / "out") == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_the_folder_to_write_to_is_tried_before_the_work(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(obc, "prune", lambda *args, **options: pytest.fail("minutes of work"))
+    assert prune(llama, "--data", tmp_path / "data.jsonl", "--seq-len", 8, "--out", tmp_path / "file" / "out") == 2
+    assert "choose another --out" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import torch
 
 import obc
 from obc.commands import allocation_option, budget_options, checkpoints, data, pruned_directory
-from obc.commands.common import UsageError, require
+from obc.commands.common import UsageError, folder, require
 from obc.commands.run_log import say
 from obc.model.batches import RowKind
 from obc.pruning.budgets import Budget
@@ -53,6 +53,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
         given["allocation"] = allocation_option.allocation_of_text(parsed.allocation)
     compensate: Any = parsed.compensate or "correct"
     kinds = {} if parsed.kinds is None else {"kinds": parsed.kinds}
+    folder(parsed.out)  # before minutes of work, not after
     torch.manual_seed(parsed.seed)
     try:
         structure = TransformersStructure(
