@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,15 @@ from torch import Tensor, nn
 from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import is_depthwise, layout_of
+from obc.structures.influence_groups import coupled_channels
 from obc.structures.probing import NOTHING, SEVERAL, Probe, probe
 from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Provable
 from obc.structures.traced_groups import Found, GroupFinder
-from obc.structures.traced_units import Members, Units
+from obc.structures.traced_units import Members
 from obc.structures.units import NotPrunableError
 from obc.structures.varied import varied_copy
 
-# Up to this many producers of one group are also probed one by one, which takes as many passes each as all together.
-_MOST_PRODUCERS = 16
 _MOST_TRIES = 12
 # More tries than for other groups, because one of many candidates might pass by chance.
 _TRIES = 5
@@ -65,11 +64,20 @@ class Suspect:
 
 @dataclass(eq=False)
 class Proposal:
-    """Channels that belong together in the order found by running, named after the first producer."""
+    """Channels that belong together in the order found by running, named after the first producer.
+
+    Attributes:
+        name: name of the first producer.
+        members: what each root channel takes with it.
+        size: number of root channels.
+        kinds: (size,) number of each root channel's kind, if they are of several kinds: those of different kinds take
+            channels of different layers.
+    """
 
     name: str
     members: Members
     size: int
+    kinds: Tensor | None = None
 
 
 def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof) -> None:
@@ -82,26 +90,77 @@ def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], 
         run: see :func:`obc.structures.proof.prove`.
         proof: proof of the other groups; the costs and results of these are added.
     """
-    suspects = [suspect for found in wrong if (suspect := _suspect(structure.model, found)) is not None]
-    if not suspects:
-        return
-    try:
-        proposals, passes = proposed(varied_copy(structure.model), run, suspects, finder.place)
-    except Exception:  # the model's own code, which may not run on invented numbers
-        return
-    proof.passes += passes
     reasons = dict(structure.left_out)
-    accepted = _accepted(structure, finder, proposals, run, proof)
+    accepted = _in_another_order(structure, finder, wrong, run, proof)
+    inner, pruned = [found for found in wrong if found.inner], set(accepted)
+    if any(found.name not in pruned for found in inner):
+        more, why, certain = _by_influence(structure, finder, wrong, run, proof)
+        accepted += more
+        untried = {found.name for found in inner if found.reason}
+        reasons |= {name: reason for name, reason in why.items() if name in untried | certain}
+        depthwise = untried - why.keys() if why else set()
+        reasons |= dict.fromkeys(
+            depthwise & finder.depthwise, "it is depthwise, so it keeps the channels that it reads"
+        )
     if accepted:
         proof.probed = accepted
         together = prove(structure, run)
         proof.add(together)
         proof.proved, proof.unproved = together.proved, together.unproved
         reasons |= {name: why for name, why in together.left_out.items() if name in accepted}
-    for name, why in reasons.items():
-        if name in structure.left_out:
-            structure.left_out[name] = why
+    producers = {part.module for group in structure.groups for part in group.slices if part.side == "out"}
+    for name in list(structure.left_out):
+        if name in producers:
+            del structure.left_out[name]
+        elif name in reasons:
+            structure.left_out[name] = reasons[name]
     proof.left_out = {name: why for name, why in structure.left_out.items() if name in proof.left_out}
+
+
+def _in_another_order(
+    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof
+) -> list[str]:
+    """The names of groups with the traced layers, whose channels running the model finds in another order."""
+    suspects = [suspect for found in wrong if (suspect := _suspect(structure.model, found)) is not None]
+    if not suspects:
+        return []
+    try:
+        proposals, passes = proposed(varied_copy(structure.model), run, suspects, finder.place)
+    except Exception:  # the model's own code, which may not run on invented numbers
+        return []
+    proof.passes += passes
+    return _accepted(structure, finder, proposals, run, proof)
+
+
+def _by_influence(
+    structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof
+) -> tuple[list[str], dict[str, str], set[str]]:
+    """(names of groups found without tracing, layer -> why it is in none, those that something but a layer reads)."""
+    taken = {part.module for group in structure.groups for part in group.slices}
+    layers = finder.layers_outside({p.module for g in structure.groups for p in g.slices if p.side == "out"})
+    fixed = dict.fromkeys(finder.ignored & set(layers), "it is one of ignored_layers")
+    for found in wrong:
+        if not found.inner:
+            names = {name for name, side in found.members if side == "out"} & set(layers)
+            fixed |= dict.fromkeys(names, structure.left_out.get(found.name, found.reason))
+    try:
+        findings = coupled_channels(varied_copy(structure.model), run, layers, fixed, taken)
+    except Exception:  # the model's own code, which may not run on invented numbers
+        return [], {}, set()
+    proof.passes += findings.passes
+    accepted, reasons = [], findings.reasons
+    for one in findings.coupled:
+        name = min(one.layers, key=finder.place)
+        before = dict(structure.left_out)
+        structure.left_out[name] = (
+            "running the model finds no smaller set of channels that go together than all of them"
+        )
+        finder.dims.update(one.dims)
+        accepted += _accepted(structure, finder, [Proposal(name, one.members, one.size, one.kinds)], run, proof)
+        if name in structure.left_out:
+            reasons |= dict.fromkeys(one.layers, structure.left_out.pop(name))
+            structure.left_out |= {name: before[name]} if name in before else {}
+    return accepted, reasons, findings.read_elsewhere
 
 
 def _accepted(
@@ -161,7 +220,7 @@ def proposed(
     """(proposals, number of forward passes).
 
     All suspects are probed at once. If something depends on several of their channels, for example on a pair of halves
-    or on neighbours, channels are taken together; if that does not resolve it, each producer is probed alone.
+    or on neighbours, channels are taken together.
     """
     bits = max(suspect.width - 1 for suspect in suspects).bit_length()
     numbered = dict(enumerate(suspects))
@@ -186,18 +245,6 @@ def proposed(
                 if not _several(probed, number, bits).numel():
                     unclear.remove(number)
                     proposals.append(_proposal(model, suspect, probed, number, bits, place))
-    apart = {n: s for n, s in numbered.items() if n in unclear and 1 < len(s.producers) <= _MOST_PRODUCERS}
-    single: list[Probe] = []
-    for turn in range(max((len(suspect.producers) for suspect in apart.values()), default=0)):
-        turns = {n: list(s.producers)[turn] for n, s in apart.items() if turn < len(s.producers)}
-        alone = {n: {layer: {c: c for c in apart[n].producers[layer]}} for n, layer in turns.items()}
-        single.append(_probe(model, run, alone, bits))
-        passes += single[-1].passes
-    for number, suspect in apart.items():
-        own = single[: len(suspect.producers)]
-        if not any(_several(one, number, bits).numel() for one in own):
-            maps = [_reached(model, one, number, bits) for one in own]
-            proposals += _coupled(suspect, maps, place)
     return proposals, passes
 
 
@@ -272,55 +319,39 @@ def _reached(model: nn.Module, probed: Probe, number: int, bits: int) -> Members
     return reached
 
 
-def _coupled(suspect: Suspect, maps: Sequence[Members], place: Callable[[str], int]) -> list[Proposal]:
-    """Channels of several producers that meet belong together; producers that never meet form separate groups."""
-    layers = list(suspect.producers)
-    start = torch.tensor([0, *(max(roots) + 1 for roots in suspect.producers.values())]).cumsum(0).tolist()
-    channels, together = Units(start[-1]), Units(len(layers))
-    first: dict[tuple[Any, int], tuple[int, int]] = {}
-    for number, reached in enumerate(maps):
-        for part, origins in reached.items():
-            for channel, origin in origins.items():
-                other, other_origin = first.setdefault((part, channel), (number, origin))
-                channels.join(start[number] + origin, start[other] + other_origin)
-                together.join(number, other)
-    proposals = []
-    for lead in {together.find(number) for number in range(len(layers))}:
-        mine = [number for number in range(len(layers)) if together.find(number) == lead]
-        if suspect.unseen and len(mine) < len(layers):
-            continue  # their suspect is not known
-        members: Members = {}
-        for number in mine:
-            own = {channel: channels.find(start[number] + channel) for channel in suspect.producers[layers[number]]}
-            members[layers[number], "out"] = own
-            for part, origins in maps[number].items():
-                members.setdefault(part, {}).update({c: own[origin] for c, origin in origins.items()})
-        roots = {root: place for place, root in enumerate(sorted({r for m in members.values() for r in m.values()}))}
-        members = {part: {c: roots[r] for c, r in found.items()} for part, found in members.items()}
-        name = min((layers[number] for number in mine), key=place)
-        proposals.append(Proposal(name, members | suspect.unseen, len(roots)))
-    return proposals
-
-
 # --- units ----------------------------------------------------------------------------------------------------
 
 
 def _groups(finder: GroupFinder, proposal: Proposal) -> Iterator[ChannelGroup]:
     order = _order(proposal)
     tables: list[list[list[int]]] = []
-    for table, hidden in _divisions(order, proposal.size):
+    kinds = proposal.kinds if proposal.kinds is not None else torch.zeros(proposal.size, dtype=torch.int64)
+    for table, hidden in (*_across(kinds), *_divisions(order, proposal.size)):
+        roots = set(table.flatten().tolist())
+        members = {part: own for part, own in proposal.members.items() if not roots.isdisjoint(own.values())}
         try:
-            group = finder.assemble(proposal.name, proposal.members, table, proposal.size, hidden)
+            group = finder.assemble(proposal.name, members, table, proposal.size, hidden)
         except NotPrunableError:
             continue
         if not group.consumers or group.consumers[0].side != "in":
             return  # nothing is known to read it
+        if group.size == 1 and len(roots) == proposal.size:
+            continue  # a group keeps at least one unit
         found = group.slices[0].channels.tolist()
         if found not in tables:
             tables.append(found)
             yield group
         if len(tables) == _MOST_TRIES:
             return
+
+
+def _across(kinds: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Like :func:`_divisions`, for root channels of several kinds: as many of each kind, then one kind alone."""
+    each = torch.arange(len(kinds))[:, None]
+    if bool(kinds.any()):
+        yield each, nn.functional.one_hot(kinds)
+        for kind in range(int(kinds.max()) + 1):
+            yield each[kinds == kind], None
 
 
 def _order(proposal: Proposal) -> list[int]:

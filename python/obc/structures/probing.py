@@ -36,7 +36,7 @@ from obc.structures.comparison import run_alike
 # Instead of a channel's code, an input may depend on no coded channel, or on several.
 NOTHING, SEVERAL = -1, -2
 # Size and sign of the numbers: positive ones pass a ReLU, so no product with them is zero; None uses both signs.
-_ROUNDS: tuple[tuple[float, int | None], ...] = ((1.0, 1), (30.0, None), (1 / 30, -1))
+ROUNDS: tuple[tuple[float, int | None], ...] = ((1.0, 1), (30.0, None), (1 / 30, -1))
 
 
 @dataclass
@@ -67,15 +67,15 @@ def probe(model: nn.Module, run: Run, codes: Mapping[str, Tensor]) -> Probe:
     """
     largest = max((int(code.max()) for code in codes.values()), default=0)
     bits = max(1, largest.bit_length())
-    prober = _Prober(model, run, codes)
+    prober = Prober(model, run)
     found = Probe()
-    for scale, sign in _ROUNDS:
+    for scale, sign in ROUNDS:
         prober.scale, prober.sign = scale, sign
-        before = prober.read(None)
+        before = prober.read({})
         for bit in range(bits):
             for value in (0, 1):
-                now = prober.read((bit, value))
-                for name, same in _changed(before, now).items():
+                now = prober.read({name: (own >= 0) & ((own >> bit) & 1 == value) for name, own in codes.items()})
+                for name, same in changed(before, now).items():
                     seen = found.suspects.setdefault(name, torch.zeros(len(same), bits, dtype=torch.int64))
                     if len(seen) == len(same):
                         seen[:, bit] |= same.long() << value
@@ -95,30 +95,39 @@ def _undecided(seen: Tensor) -> bool:
     return bool(seen.any()) and bool(((seen == 0).any(1) & ~(seen == 3).any(1)).any())
 
 
-def _changed(before: Mapping[str, list[Tensor]], now: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+def changed(before: Mapping[str, list[Tensor]], now: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
     """Module -> which channels it read differently, in any of its calls."""
-    changed: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     for name, readings in before.items():
         others = now.get(name, [])
         if len(others) != len(readings) or len({len(reading) for reading in (*readings, *others)}) != 1:
             continue
-        changed[name] = torch.stack([one != other for one, other in zip(readings, others, strict=True)]).any(0)
-    return changed
+        found[name] = torch.stack([one != other for one, other in zip(readings, others, strict=True)]).any(0)
+    return found
 
 
-class _Prober:
-    """A copy of a model whose layers return invented numbers."""
+class Prober:
+    """A copy of a model whose layers return invented numbers.
 
-    def __init__(self, model: nn.Module, run: Run, codes: Mapping[str, Tensor]) -> None:
-        self._model, self._run, self._codes = shared_copy(model), run, codes
+    Attributes:
+        model: the copy.
+        scale: size of the numbers.
+        sign: their sign; None: both.
+        passes: number of forward passes so far.
+        returned: what the model returned in the last pass.
+    """
+
+    def __init__(self, model: nn.Module, run: Run) -> None:
+        self.model, self._run = shared_copy(model), run
         self._outputs: dict[str, list[Tensor]] = {}  # for every call: meta tensors, which have a shape but no numbers
         self._devices: dict[str, torch.device] = {}
         self._calls: dict[str, int] = {}
         self._readings: dict[str, list[Tensor]] = {}
-        self.scale, self.sign = _ROUNDS[0]
-        self._selected: tuple[int, int] | None = None
+        self.scale, self.sign = ROUNDS[0]
+        self._selected: Mapping[str, Tensor] = {}
         self.passes = 0
-        modules = list(named_modules(self._model))
+        self.returned: list[Tensor] = []
+        modules = list(named_modules(self.model))
         for name, module in modules:
             self._listen(name, module)
         # Depthwise convolutions don't move channels, so they run.
@@ -129,8 +138,8 @@ class _Prober:
             handle.remove()
             self._pretend(name, layer)
 
-    def read(self, selected: tuple[int, int] | None) -> dict[str, list[Tensor]]:
-        """The inputs of all modules when the channels with this value of this bit are changed."""
+    def read(self, selected: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+        """The inputs of all modules when these channels of layers (name -> (C,) bool) are changed."""
         self._selected = selected
         self._observe()
         return self._readings
@@ -138,7 +147,7 @@ class _Prober:
     def _observe(self) -> None:
         self.passes += 1
         self._calls, self._readings = {}, {}
-        run_alike(self._model, self._run)
+        self.returned = run_alike(self.model, self._run)
 
     # --- inputs ------------------------------------------------------------------------------------------------
 
@@ -152,7 +161,7 @@ class _Prober:
             x = first_floating(args, kwargs)
             if x is not None:
                 elsewhere = size is not None and x.shape[dim] != size  # a norm with its channels in dimension 1
-                self._readings.setdefault(name, []).append(_sums(x.detach(), 1 if elsewhere else dim))
+                self._readings.setdefault(name, []).append(sums(x.detach(), 1 if elsewhere else dim))
 
         module.register_forward_pre_hook(listen, with_kwargs=True)
         if layout_of(module) is None and not isinstance(module, (_NormBase, nn.PReLU)):
@@ -180,26 +189,22 @@ class _Prober:
     def _numbers(self, name: str, like: Tensor, dim: int, call: int) -> Tensor:
         dim %= like.dim()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {call}".encode()))
-        usual, other = (_pattern(like.shape, generator) for _ in range(2))
+        usual, other = (pattern(like.shape, generator) for _ in range(2))
         both = torch.randint(0, 2, (like.shape[dim],), generator=generator) * 2 - 1
         signs = both if self.sign is None else torch.full_like(both, self.sign)
-        changed = torch.zeros(like.shape[dim], dtype=torch.bool)
-        if self._selected is not None and name in self._codes:
-            bit, value = self._selected
-            codes = self._codes[name]
-            changed = (codes >= 0) & ((codes >> bit) & 1 == value)
+        selected = self._selected.get(name, torch.zeros(like.shape[dim], dtype=torch.bool))
         shape = [-1 if axis == dim else 1 for axis in range(like.dim())]
-        numbers = torch.where(changed.view(shape), -1.5 * other, usual) * (signs.view(shape) * self.scale)
+        numbers = torch.where(selected.view(shape), -1.5 * other, usual) * (signs.view(shape) * self.scale)
         return numbers.to(self._devices[name], like.dtype)
 
 
-def _pattern(shape: torch.Size, generator: torch.Generator) -> Tensor:
+def pattern(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Positive numbers that differ along every dimension: a product of one random vector per dimension."""
-    pattern = torch.ones(())
+    numbers = torch.ones(())
     for axis, size in enumerate(shape):
         factors = torch.rand(size, generator=generator) + 0.5
-        pattern = pattern * factors.view([-1 if axis == other else 1 for other in range(len(shape))])
-    return pattern
+        numbers = numbers * factors.view([-1 if axis == other else 1 for other in range(len(shape))])
+    return numbers
 
 
 def _let_through(*args: Any, **kwargs: Any) -> Tensor:
@@ -227,7 +232,7 @@ def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:
     return None
 
 
-def _sums(x: Tensor, dim: int) -> Tensor:
+def sums(x: Tensor, dim: int) -> Tensor:
     """(C,) random sums over all positions, in float64; different numbers give different sums."""
     dim %= x.dim()
     rows = x.movedim(dim, 0).flatten(1).double() if x.dim() > 1 else x.double()[:, None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,32 @@ class GroupFinder:
         self._order = {name: place for place, name in enumerate(usage.order)}
         self.repeats: dict[tuple[str, str], int] = {}
         self.blocks: dict[str, tuple[int, int]] = {}
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Parameter outside any layer -> the pruned dimension."""
+        return self._graph.dims
+
+    @property
+    def depthwise(self) -> frozenset[str]:
+        """The depthwise convolutions."""
+        return self._usage.depthwise
+
+    @property
+    def ignored(self) -> set[str]:
+        """The layers whose outputs keep their widths by the caller's settings."""
+        return {self._names[module] for module in self._settings.ignored if module in self._names}
+
+    def layers_outside(self, producers: Collection[str]) -> list[str]:
+        """The layers that ran and whose outputs are not those of ``producers``; depthwise convolutions don't count."""
+        return [
+            name
+            for name in self._usage.order
+            if name not in producers
+            and name not in self._usage.depthwise
+            and layout_of(self._modules[name]) is not None
+            and not isinstance(self._modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+        ]
 
     def place(self, name: str) -> int:
         """When a layer, or the layer of a parameter, is first called."""
@@ -159,9 +185,10 @@ class GroupFinder:
         return ChannelGroup(name, tuple(sorted(slices, key=lambda part: self.place(part.module))), kind)
 
     def _refuse_outer(self, members: Mapping[tuple[str, Side], Any], raw: Any) -> None:
-        returned = [name for name, side in members if side == "out" and name in self._usage.returned]
-        if returned or self._graph.reaches_output(raw):
-            raise InnerMatterError(self._why_returned(returned, members))
+        if any(side == "out" and name in self._usage.returned for name, side in members):
+            raise InnerMatterError("the model returns its output")
+        if self._graph.reaches_output(raw):
+            raise NotPrunableError("Torch-Pruning follows its channels to the model's output")
         if not any(side == "in" for _, side in members):
             raise InnerMatterError("no layer reads it")
 
@@ -179,16 +206,6 @@ class GroupFinder:
                     f"Torch-Pruning follows its channels to number {max(roots)} of {name!r}, which has {size}{kind}, "
                     "past an operation that it does not know, or a weight that no linear layer or convolution holds"
                 )
-
-    def _why_returned(self, returned: Sequence[str], members: Mapping[tuple[str, Side], Any]) -> str:
-        """Why channels that reach the model's output can't be removed."""
-        widths = {len(roots) for (_, side), roots in members.items() if side == "out"}
-        if returned or any(widths & set(shape) for shape in self._usage.shapes):
-            return "its width is that of the model's output"
-        return (
-            f"Torch-Pruning follows it to the model's output, which has no dimension of {sorted(widths)}: between them "
-            "is a layer or a weight that it does not know"
-        )
 
     # --- units ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,256 @@
+"""Finds, by running the model, which inputs of every layer each channel influences past nothing but operations.
+
+Like :mod:`obc.structures.probing`, but for every source of channels on its own: a layer, an embedding, or a dimension
+of a parameter outside layers. So an input may depend on channels of several layers that are added up, and on several
+channels of one layer, as behind a gated unit. Sources that no layer reads in common are examined in the same passes.
+
+In each pass some channels change, and an input that does not notice depends on none of them. Few channels change one by
+one. Of many, random sets change: small ones tell this of inputs that depend on many channels, large ones of many
+channels at once; both are drawn until nothing more is excluded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from obc.model.evaluation import Run, tensors_in
+from obc.model.layouts import is_depthwise
+from obc.model.names import joined, named_modules, saved_buffers
+from obc.model.shared_copy import parameter_uses, replace_parameter
+from obc.structures.probing import Prober, changed, pattern, sums
+
+# Size and sign of the invented numbers: a ReLU, a threshold or an activation that saturates hides some. What an input
+# notices for any of them counts.
+_KINDS = ((1.0, 1), (30.0, -1))
+# Shares of the channels that change, by turns; None: those that did not in the pass before.
+_SHARES = (0.5, None, 0.25, 0.125, 0.5, None, 0.0625)
+_MOST_PASSES, _IN_VAIN = 200, 18
+# Up to this many channels are changed one by one, which is exact.
+_FEW = 256
+_PRODUCTS = {
+    *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.tensordot),
+    *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.__matmul__, Tensor.__rmatmul__),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something with channels that later layers read.
+
+    Attributes:
+        name: the layer, the embedding, or the parameter.
+        size: number of channels.
+        parameter: name of the parameter whose entries are changed; None for a layer, whose output is.
+        dim: the parameter's dimension of channels.
+    """
+
+    name: str
+    size: int
+    parameter: str | None = None
+    dim: int = 0
+
+
+@dataclass
+class Influence:
+    """What the channels of one source influence.
+
+    Attributes:
+        inputs: module -> (inputs, channels) bool: which input depends on which channel.
+        ends: what else reads the channels, in words: the model's output, recurrent layers, weights outside layers.
+        mixed: module -> whether one channel alone changes most of what it reads.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    ends: list[str] = field(default_factory=list)
+    mixed: dict[str, bool] = field(default_factory=dict)
+
+
+def influences(model: nn.Module, run: Run, sources: Mapping[str, Source]) -> tuple[dict[str, Influence], int]:
+    """(key of each source -> its influence, number of forward passes)."""
+    prober = Prober(model, run)
+    found = _reached(prober, sources)
+    for keys in _together(found):
+        _exclude(prober, {key: sources[key] for key in keys}, found)
+    return found, prober.passes
+
+
+def _reached(prober: Prober, sources: Mapping[str, Source]) -> dict[str, Influence]:
+    """The modules that each source reaches, with every input marked, and its ends."""
+    found = {key: Influence() for key in sources}
+    for scale, sign in _KINDS:
+        prober.scale, prober.sign = scale, sign
+        before, ends_before = _read_watching(prober, sources, {})
+        for key, source in sources.items():
+            now, ends = _read_watching(prober, sources, {key: torch.ones(source.size, dtype=torch.bool)})
+            for name, differs in changed(before, now).items():
+                if bool(differs.any()):
+                    whole = torch.ones(len(differs), source.size, dtype=torch.bool)
+                    found[key].inputs.setdefault(name, whole)
+            mine = found[key].ends
+            mine += [end for end, value in ends.items() if ends_before.get(end) != value and end not in mine]
+    return found
+
+
+def _together(found: Mapping[str, Influence]) -> list[list[str]]:
+    """Sources in sets; no two of a set reach the same module."""
+    sets: list[tuple[set[str], list[str]]] = []
+    for key, influence in found.items():
+        own = set(influence.inputs)
+        if not own:
+            continue
+        taken = next((one for one in sets if not one[0] & own), None)
+        if taken is None:
+            taken = (set(), [])
+            sets.append(taken)
+        taken[0].update(own)
+        taken[1].append(key)
+    return [keys for _, keys in sets]
+
+
+def _exclude(prober: Prober, sources: Mapping[str, Source], found: Mapping[str, Influence]) -> None:
+    """Mark the inputs that do not depend on a channel."""
+    total = {(key, name): torch.zeros_like(one) for key in sources for name, one in found[key].inputs.items()}
+    for prober.scale, prober.sign in _KINDS:
+        before = _read(prober, sources, {})
+        everything = {key: torch.ones(source.size, dtype=torch.bool) for key, source in sources.items()}
+        noticed = changed(before, _read(prober, sources, everything))
+        finite = {name: torch.stack(readings).isfinite().all(0) for name, readings in before.items() if name in noticed}
+        possible = {
+            (key, name): (noticed[name] & finite[name])[:, None].repeat(1, sources[key].size)
+            for key, name in total
+            if name in noticed
+        }
+        in_vain = 0
+        for chosen in _choices({key: source.size for key, source in sources.items()}):
+            now, more = changed(before, _read(prober, sources, chosen)), False
+            for (key, name), one in possible.items():
+                if name in now:
+                    unnoticed = one & ~now[name][:, None] & chosen[key]
+                    more |= bool(unnoticed.any())
+                    one &= ~unnoticed
+            in_vain = 0 if more else in_vain + 1
+            if in_vain == _IN_VAIN and max(source.size for source in sources.values()) > _FEW:
+                break
+        for part, one in possible.items():
+            total[part] |= one
+    for (key, name), one in total.items():
+        found[key].inputs[name] = one
+        found[key].mixed[name] = bool(one.any()) and _mixes(prober, sources, key, name, one)
+
+
+def _choices(sizes: Mapping[str, int]) -> Iterator[dict[str, Tensor]]:
+    """Sets of channels to change: of few channels every single one, of many random sets."""
+    most = max(sizes.values())
+    if most <= _FEW:
+        for channel in range(most):
+            yield {key: torch.arange(size) == channel for key, size in sizes.items()}
+        return
+    generator = torch.Generator().manual_seed(0)
+    chosen: dict[str, Tensor] = {}
+    for turn in range(_MOST_PASSES):
+        share = _SHARES[turn % len(_SHARES)]
+        if share is None:
+            chosen = {key: ~one for key, one in chosen.items()}
+        else:
+            chosen = {key: torch.rand(size, generator=generator) < share for key, size in sizes.items()}
+        yield chosen
+
+
+def _mixes(prober: Prober, sources: Mapping[str, Source], key: str, name: str, possible: Tensor) -> bool:
+    """Whether a single channel, changed alone, changes more than half of the inputs of a module that any does."""
+    wide = 2 * possible.sum(0) > possible.any(1).sum()
+    if sources[key].size == 1 or not bool(wide.any()):
+        return False
+    one = torch.zeros(sources[key].size, dtype=torch.bool)
+    one[int(wide.int().argmax())] = True
+    for prober.scale, prober.sign in _KINDS:
+        before = _read(prober, sources, {})
+        now = changed(before, _read(prober, sources, {key: one}))
+        if name in now and 2 * int(now[name].sum()) > int(possible.any(1).sum()):
+            return True
+    return False
+
+
+def _read(prober: Prober, sources: Mapping[str, Source], selected: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """What all modules read if these channels are changed."""
+    uses, originals = parameter_uses(prober.model.modules()), []
+    for key, channels in selected.items():
+        source = sources[key]
+        if source.parameter is not None and bool(channels.any()):
+            old = prober.model.get_parameter(source.parameter)
+            originals.append((replace_parameter(uses, old, _altered(old.detach(), source.dim, channels)), old))
+    try:
+        return prober.read({sources[key].name: channels for key, channels in selected.items()})
+    finally:
+        for new, old in reversed(originals):
+            for parameters, attribute in uses.pop(id(new)):
+                parameters[attribute] = old
+
+
+def _read_watching(
+    prober: Prober, sources: Mapping[str, Source], selected: Mapping[str, Tensor]
+) -> tuple[dict[str, list[Tensor]], dict[str, list[str]]]:
+    """The same, and what reads channels besides modules."""
+    watching = _Watching(prober.model)
+    try:
+        with watching:
+            read = _read(prober, sources, selected)
+    finally:
+        watching.remove()
+    watching.note("the model's output", prober.returned)
+    return read, watching.seen
+
+
+def _altered(tensor: Tensor, dim: int, channels: Tensor) -> Tensor:
+    """``tensor`` with other numbers in these channels, of the size of the largest entry or more."""
+    more = pattern(tensor.shape, torch.Generator().manual_seed(1)) * (1 + float(tensor.abs().max()))
+    places = channels.view([-1 if axis == dim else 1 for axis in range(tensor.dim())])
+    return torch.where(places.to(tensor.device), tensor + more.to(tensor), tensor)
+
+
+class _Watching(TorchFunctionMode):
+    """Notes what recurrent layers, torch's attention, and products with tensors that no layer holds read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.seen: dict[str, list[str]] = {}
+        self._names: dict[int, str] = {}
+        self._handles = []
+        for name, module in named_modules(model):
+            if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+                label = f"{name!r} ({type(module).__name__})"
+                hook = lambda module, args, kwargs, label=label: self.note(label, tensors_in((args, kwargs)))  # noqa: E731
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        whole = [module for module in model.modules() if isinstance(module, (nn.RNNBase, nn.MultiheadAttention))]
+        inside = {id(parameter) for module in whole for parameter in module.parameters()}
+        for name, module in named_modules(model):
+            for key, tensor in (*module.named_parameters(recurse=False), *saved_buffers(module)):
+                if tensor.dim() > 1 and id(tensor) not in inside and not is_depthwise(module):
+                    self._names[tensor.data_ptr()] = joined(name, key)
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def note(self, label: str, tensors: list[Tensor]) -> None:
+        """Add one number for each of the tensors that are read; it is text, so that NaN equals NaN."""
+        self.seen.setdefault(label, []).extend(repr(float(sums(t.detach().reshape(1, -1), 0))) for t in tensors)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _PRODUCTS:
+            tensors = tensors_in((args, kwargs or {}))
+            held = [name for t in tensors if (name := self._names.get(t.data_ptr())) is not None]
+            if held:
+                others = [t for t in tensors if t.data_ptr() not in self._names]
+                self.note(f"a product outside layers with {held[0]!r}", others)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,179 @@
+"""Channels that tracing loses: groups found by what each channel influences, and true reasons for the others."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
+
+from random_wirings import zero_inputs
+
+from obc.structures.traced import TorchPruningStructure
+
+
+class Net(nn.Module):
+    """Modules and a forward."""
+
+    def __init__(self, forward: Callable[..., Any], **members: Any) -> None:
+        super().__init__()
+        self.run = forward
+        for name, member in members.items():
+            setattr(self, name, member)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def tokens() -> Tensor:
+    return torch.randn(2, 5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def split_and_joined() -> Net:
+    """YOLO's C2f: one half goes through a residual branch, and everything is put side by side."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        parts = list(F.silu(net.norm(net.first(x))).chunk(2, 1))
+        parts.append(parts[-1] + F.silu(net.inner(parts[-1])))
+        return net.head(F.silu(net.join(torch.cat(parts, 1))).mean((2, 3)))
+
+    first, inner, join = nn.Conv2d(3, 12, 3), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(18, 8, 1)
+    return Net(forward, first=first, norm=nn.BatchNorm2d(12), inner=inner, join=join, head=nn.Linear(8, 3))
+
+
+def state_space() -> Net:
+    """Mamba: gates and inputs from one projection, a scan whose decay is a parameter outside layers."""
+
+    def forward(net: Any, u: Tensor) -> Tensor:
+        x, gate = net.first(u).chunk(2, -1)
+        x = F.silu(net.conv(x.transpose(1, 2))[..., : u.shape[1]]).transpose(1, 2)
+        rate, write, read = net.select(x).split([2, 3, 3], -1)
+        rate, state, outputs = F.softplus(net.rate(rate)), 0.0, []
+        for t in range(u.shape[1]):
+            state = (
+                state * torch.exp(-rate[:, t, :, None] * net.decay.exp())
+                + (rate * x)[:, t, :, None] * write[:, t, None]
+            )
+            outputs.append((state * read[:, t, None]).sum(-1))
+        return net.head(net.join((torch.stack(outputs, 1) + x * net.skip) * F.silu(gate)).mean(1))
+
+    layers = {"first": nn.Linear(6, 16), "select": nn.Linear(8, 8), "rate": nn.Linear(2, 8), "join": nn.Linear(8, 6)}
+    conv = nn.Conv1d(8, 8, 3, groups=8, padding=2)
+    parameters = {"decay": nn.Parameter(torch.randn(8, 3)), "skip": nn.Parameter(torch.randn(8))}
+    return Net(forward, **layers, **parameters, conv=conv, head=nn.Linear(6, 3))
+
+
+def heads() -> Net:
+    """Attention written out, with a bias for each head."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 3)).transpose(1, 2) for layer in (net.first, net.keys, net.values))
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(3) + net.bias).softmax(-1)
+        return net.head(net.join((weights @ v).transpose(1, 2).flatten(2)).mean(1))
+
+    layers = {name: nn.Linear(6, 12) for name in ("first", "keys", "values")}
+    return Net(forward, **layers, join=nn.Linear(12, 6), bias=nn.Parameter(torch.randn(4, 5, 5)), head=nn.Linear(6, 3))
+
+
+# Name -> (model, input, units, channels of the first layer in each).
+COUPLED: dict[str, tuple[Callable[[], Net], Callable[[], Tensor], int, int]] = {
+    "split and joined": (split_and_joined, images, 6, 2),
+    "state space": (state_space, tokens, 8, 2),
+    "heads": (heads, tokens, 4, 3),
+}
+
+
+@pytest.mark.parametrize("name", COUPLED)
+def test_channels_that_tracing_loses_are_pruned_exactly(name: str) -> None:
+    """Truth: what a layer loses of its inputs is zero there in the unpruned model."""
+    build, inputs, size, width = COUPLED[name]
+    torch.manual_seed(0)
+    net, x = build().double().eval(), inputs()
+    structure = TorchPruningStructure(copy.deepcopy(net), x)
+    group = next(group for group in structure.groups if group.name == "first")
+    assert (group.size, next(one for one in group.slices if one.module == "first").channels.shape[1]) == (size, width)
+    assert structure.proof is not None
+    assert "first" in structure.proof.proved
+    for units in ([size - 1, 1], [0]):
+        structure.remove({"first": torch.tensor(units)})
+    assert structure.plan["first"].out_channels is not None
+    assert len(structure.plan["first"].out_channels) == (size - 3) * width
+    for part, kept in structure.plan.items():
+        if kept.in_columns is not None:
+            layer: Any = net.get_submodule(part)
+            if getattr(layer, "groups", 1) == 1:
+                zero_inputs(layer, sorted(set(range(layer.weight.shape[1])) - set(kept.in_columns.tolist())))
+    torch.testing.assert_close(structure.model(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+def changes(net: Net, layer: str, channels: Any, x: Tensor, reader: str | None) -> Tensor:
+    """Which entries of the last dimension that ``reader`` reads, or the model returns, differ with other channels."""
+    seen: list[Tensor] = []
+    handles = (
+        [] if reader is None else [net.get_submodule(reader).register_forward_pre_hook(lambda m, a: seen.append(a[0]))]
+    )
+
+    def other(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output.index_fill(-1, torch.tensor(channels), 7.0)
+
+    returned = [net(x)]
+    handles.append(net.get_submodule(layer).register_forward_hook(other))
+    returned.append(net(x))
+    for handle in handles:
+        handle.remove()
+    one, two = returned if reader is None else seen
+    return (one != two).flatten(0, -2).any(0)
+
+
+def before(reads: Callable[[Any, Tensor], Tensor], **members: Any) -> Net:
+    """A layer, what reads it, and a head."""
+    return Net(
+        lambda net, x: net.head(reads(net, net.first(x))), first=nn.Linear(6, 8), head=nn.Linear(8, 3), **members
+    )
+
+
+def test_reasons_are_true_of_the_model() -> None:
+    torch.manual_seed(0)
+    x = tokens()
+
+    def reason(net: Net, name: str = "first") -> str:
+        return TorchPruningStructure(copy.deepcopy(net).double(), x).left_out[name]
+
+    recurrent = before(lambda net, y: net.cell(y)[0], cell=nn.GRU(8, 8, batch_first=True)).double()
+    assert reason(recurrent) == "'cell' (GRU) reads its channels"
+    assert changes(recurrent, "first", [0], x, "cell").any()
+
+    raw = before(lambda net, y: F.linear(y.relu(), net.matrix).relu(), matrix=nn.Parameter(torch.randn(8, 8))).double()
+    assert reason(raw) == "a product outside layers with 'matrix' reads its channels"
+    assert isinstance(raw.matrix, nn.Parameter)
+
+    gate = nn.Linear(1, 1)
+    mixed = before(lambda net, y: y * net.gate(y.mean(-1, keepdim=True)).sigmoid(), gate=gate).double()
+    assert reason(mixed) == "one channel changes most of what 'gate' reads: an operation between them mixes channels"
+    assert changes(mixed, "first", [0], x, "gate").tolist() == [True]
+
+    returned = before(lambda net, y: y).double()
+    assert reason(returned, "head") == "the model returns its output"
+    assert changes(returned, "head", [0], x, None).tolist() == [True, False, False]
+
+    # A product with a buffer, which the model returns: the output's last dimension is not the layer's width.
+    buffer = Net(lambda net, x: (net.head(net.first(x)), (net.first(x) @ net.table).sum(-1, keepdim=True)))
+    buffer.first, buffer.head = nn.Linear(6, 8), nn.Linear(8, 3)
+    buffer.register_buffer("table", torch.randn(8, 8))
+    assert reason(buffer.double()) == "a product outside layers with 'table' reads its channels"
+
+    summed = Net(
+        lambda net, x: (net.head(net.first(x)), net.first(x).sum(-1)), first=nn.Linear(6, 8), head=nn.Linear(8, 3)
+    )
+    assert reason(summed.double()) == "the model's output reads its channels"
