@@ -335,8 +335,8 @@ def _groups(finder: GroupFinder, proposal: Proposal) -> Iterator[ChannelGroup]:
             continue
         if not group.consumers or group.consumers[0].side != "in":
             return  # nothing is known to read it
-        if group.size == 1 and len(roots) == proposal.size:
-            continue  # a group keeps at least one unit
+        if group.size == 1 and all(p.channels.numel() == len(members[p.module, p.side]) for p in group.slices):
+            continue  # nothing would stay
         found = group.slices[0].channels.tolist()
         if found not in tables:
             tables.append(found)
