@@ -387,10 +387,13 @@ def test_what_tracing_misses_is_found_by_running() -> None:
     assert "does not run" in structure.left_out["same"]
 
 
-def test_attention_without_num_heads_is_left_out() -> None:
-    model = demo_models.Transformer()
-    structure = TorchPruningStructure(model, torch.zeros(1, 1, 8, 8))
-    assert all(f"layers.{index}.attention.query" in structure.left_out for index in range(3))
+def test_whole_heads_of_attention_are_found_without_num_heads() -> None:
+    structure = TorchPruningStructure(demo_models.Transformer(), torch.zeros(1, 1, 8, 8))
+    groups = {group.name: group for group in structure.groups}
+    for index in range(3):
+        query = groups[f"layers.{index}.attention.query"]
+        assert [part.module.rpartition(".")[2] for part in query.slices] == ["query", "key", "value", "out"]
+        assert all(torch.equal(part.channels, torch.arange(32).view(4, 8)) for part in query.slices)
 
 
 def test_flags_of_the_model_are_kept() -> None:
