@@ -68,7 +68,7 @@ def test_every_layout_gives_the_product(left: str, right: str, calls: list[torch
     assert len(calls) == 3 * len(SHAPES)
 
 
-@pytest.mark.skipif(not products.splits_alike(), reason="before torch 2.13 oneDNN splits sums, and is not used")
+@pytest.mark.skipif(not products.splits_alike(), reason="with this torch oneDNN is not used")
 @torch.no_grad()
 def test_threads_do_not_change_the_bits(threads: None, calls: list[torch.Size]) -> None:
     """Up to the longest sums that oneDNN gets: it splits those of 2^15 terms among the threads."""
