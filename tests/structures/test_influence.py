@@ -16,6 +16,7 @@ pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip insta
 
 from random_wirings import zero_inputs
 
+from obc.structures import influence
 from obc.structures.traced import TorchPruningStructure
 
 
@@ -177,3 +178,11 @@ def test_reasons_are_true_of_the_model() -> None:
         lambda net, x: (net.head(net.first(x)), net.first(x).sum(-1)), first=nn.Linear(6, 8), head=nn.Linear(8, 3)
     )
     assert reason(summed.double()) == "the model's output reads its channels"
+
+
+def test_a_search_that_would_take_too_long_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(influence, "_MOST_IN_ALL", 10)
+    torch.manual_seed(0)
+    structure = TorchPruningStructure(split_and_joined().double().eval(), images())
+    assert "first" not in {group.name for group in structure.groups}
+    assert structure.left_out["first"] == "running the model to find which channels go together takes up to 36 passes"

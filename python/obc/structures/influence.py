@@ -34,6 +34,8 @@ _SHARES = (0.5, None, 0.25, 0.125, 0.5, None, 0.0625)
 _MOST_PASSES, _IN_VAIN = 200, 18
 # Up to this many channels are changed one by one, which is exact.
 _FEW = 256
+# In all. A block of a YOLO takes some 250.
+_MOST_IN_ALL = 6000
 _PRODUCTS = {
     *(F.linear, F.bilinear, F.conv1d, F.conv2d, F.conv3d),
     *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
@@ -74,13 +76,31 @@ class Influence:
     mixed: dict[str, bool] = field(default_factory=dict)
 
 
+class TooManyPassesError(RuntimeError):
+    """Finding out would take too many forward passes; the message says how many."""
+
+
 def influences(model: nn.Module, run: Run, sources: Mapping[str, Source]) -> tuple[dict[str, Influence], int]:
-    """(key of each source -> its influence, number of forward passes)."""
-    prober = Prober(model, run)
-    found = _reached(prober, sources)
-    for keys in _together(found):
-        _exclude(prober, {key: sources[key] for key in keys}, found)
+    """(key of each source -> its influence, number of forward passes).
+
+    Raises:
+        TooManyPassesError: this would take more than 6000 passes.
+    """
+    most = len(_KINDS) * len(sources)
+    if most <= _MOST_IN_ALL:
+        prober = Prober(model, run)
+        found = _reached(prober, sources)
+        sets = [{key: sources[key] for key in keys} for keys in _together(found)]
+        most = len(_KINDS) * sum(sum(1 for _ in _choices(_sizes(one))) for one in sets)
+    if most > _MOST_IN_ALL:
+        raise TooManyPassesError(f"running the model to find which channels go together takes up to {most} passes")
+    for one in sets:
+        _exclude(prober, one, found)
     return found, prober.passes
+
+
+def _sizes(sources: Mapping[str, Source]) -> dict[str, int]:
+    return {key: source.size for key, source in sources.items()}
 
 
 def _reached(prober: Prober, sources: Mapping[str, Source]) -> dict[str, Influence]:
@@ -130,7 +150,7 @@ def _exclude(prober: Prober, sources: Mapping[str, Source], found: Mapping[str, 
             if name in noticed
         }
         in_vain = 0
-        for chosen in _choices({key: source.size for key, source in sources.items()}):
+        for chosen in _choices(_sizes(sources)):
             now, more = changed(before, _read(prober, sources, chosen)), False
             for (key, name), one in possible.items():
                 if name in now:

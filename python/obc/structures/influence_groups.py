@@ -18,11 +18,9 @@ from obc.model.groups import Side
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import joined, named_modules
 from obc.model.rules import Rule, rule_for
-from obc.structures.influence import Influence, Source, influences
+from obc.structures.influence import Influence, Source, TooManyPassesError, influences
 from obc.structures.traced_units import Members, Units
 
-# Every source takes three passes on its own.
-_MOST_SOURCES = 200
 Key = tuple[str, int]
 
 
@@ -75,9 +73,10 @@ def coupled_channels(
         taken: names of layers and parameters whose channels belong to other groups.
     """
     sources = _sources(model, layers, taken)
-    if len(sources) > _MOST_SOURCES:
-        return Findings()
-    found, passes = influences(model, run, sources)
+    try:
+        found, passes = influences(model, run, sources)
+    except TooManyPassesError as error:
+        return Findings(reasons=dict.fromkeys(layers, str(error)))
     findings = Findings(passes=passes)
     wide = {key: _wide(influence, sources[key].size) for key, influence in found.items()}
     classes = _Classes(model, sources, found, wide)
