@@ -92,6 +92,7 @@ SELECTIONS: dict[str, Selection] = {
     "output-token-jacobian": Selection.of("token_jacobian", metric="euclidean"),
     "kl-jacobian": Selection.of("jacobian", metric="kl"),
     "kl-token-jacobian": Selection.of("token_jacobian", metric="kl"),
+    "kl-token-jacobian-single": Selection.of("token_jacobian", metric="kl", selection="independent"),
     # What from_pretrained loads: one feed-forward width and one number of heads for all blocks.
     "kl-token-jacobian-equal": Selection.of("token_jacobian", metric="kl", uniform=True),
     "compensated": Selection.of("compensated_jacobian"),
@@ -131,6 +132,7 @@ OURS = (
     "output-jacobian+steps",
     "kl-token-jacobian+correct",
     "kl-token-jacobian+steps",
+    "kl-token-jacobian-single+steps",
     "kl-token-jacobian-equal+steps",
     "compensated+correct",
     "kfac+correct",
