@@ -121,7 +121,7 @@ def test_a_directory_by_latency(scored: Callable[..., list[object]], capsys: pyt
     assert prune(*arguments, "--latency", 0.7, "--data", "data.jsonl", "--seq-len", 8, "--measure") == 0
     latency = report()["known"]["latency"]
     assert latency["after"] <= 0.7 * latency["before"]
-    assert "inputs 4x8" in latency["counted"]
+    assert "inputs 1x8" in latency["counted"]
     assert "measured speed-up: " in capsys.readouterr().out
     assert prune(*arguments, "--latency", 0.6, "--latency-table", "out/latency_table.json") == 0
     assert report()["known"]["latency"]["before"] == latency["before"]

@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 import obc
 from obc.model import processes
+from obc.scoring.checkpoint import CheckpointError
 
 Batch = tuple[Tensor, Tensor]
 
@@ -147,6 +148,20 @@ def test_calls_that_failed_resume_to_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(resumed, unbroken)
 
 
+@pytest.mark.parametrize("call", [_scored, _collected])
+def test_no_process_resumes_from_the_checkpoint_of_another(
+    call: Callable[..., Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(OSError, match="the disk is gone"):
+        call(_broken(_data()), None, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(dist, "is_initialized", lambda: True)
+        patched.setattr(dist, "get_rank", lambda group=None: 1)
+        with pytest.raises(CheckpointError, match="other process=0, this run has 1; delete it, or pass another path"):
+            call(iter(_data()), None, tmp_path)
+    call(iter(_data()), None, tmp_path)
+
+
 def _is_killed(rank: int, folder: str) -> None:
     _start(rank, folder)
 
@@ -154,8 +169,10 @@ def _is_killed(rank: int, folder: str) -> None:
         yield _data()[0]
         os.kill(os.getpid(), signal.SIGKILL)
 
+    own = Path(folder) / str(rank)
+    own.mkdir()
     try:
-        _collected(killed() if rank else _data(), dist.group.WORLD, Path(folder))
+        _collected(killed() if rank else _data(), dist.group.WORLD, own)
     except processes.ProcessError as error:
         (Path(folder) / "told").write_text(str(error))
 

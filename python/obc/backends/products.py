@@ -23,7 +23,7 @@ LEAST_MULTIPLICATIONS = 2**20
 LEAST_SIDE = 16
 # oneDNN splits longer sums among the threads, so that their bits depend on how many there are: those of 2^14 terms not
 # yet. That of torch 2.11 does so from some hundred terms on, and its operator is torch's own affair: only versions for
-# which tests/ops/test_products.py has passed are here.
+# which tests/ops/test_matrix_products.py has passed are here.
 MOST_TERMS = 2**13
 TORCH = ("2.13",)
 

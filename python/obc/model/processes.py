@@ -91,6 +91,11 @@ def notice() -> None:
                 _agree(region)
 
 
+def own_rank() -> int:
+    """The number of this process among all that were started together; 0 if it runs alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def gathered(value: Any, group: Any) -> list[Any]:
     """Every process's value, in the order of the processes."""
     values: list[Any] = [None] * dist.get_world_size(group)

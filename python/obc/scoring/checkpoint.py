@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from obc.files import parse_json, remove_left_over
 from obc.model.batches import usable_in_autograd
+from obc.model.processes import own_rank
 from obc.scoring.errors import ScoringError
 from obc.scoring.results.row_file import RowFile
 from obc.scoring.results.row_store import RowStore
@@ -44,7 +45,8 @@ class SavedRun:
 
     def __init__(self, path: str | PathLike[str], form: str, model: nn.Module, options: Mapping[str, Any]) -> None:
         self.path, self._form = Path(path), form
-        self.identity = json.loads(json.dumps({"model": type(model).__name__, **options}))
+        options = {"model": type(model).__name__, "process": own_rank(), **options}
+        self.identity = json.loads(json.dumps(options))
         self.identity["weights"] = fingerprint(model)
         self._random: list[Tensor] = []
 
