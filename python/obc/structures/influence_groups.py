@@ -223,7 +223,7 @@ def _why(name: str, influence: Influence, classes: _Classes, blocked: Mapping[st
     if name in blocked:
         return blocked[name]
     if not any(bool(one.any()) for one in influence.inputs.values()):
-        return "no layer reads it"
+        return "no layer was seen to read it when the model ran"
     if (reader := next((one for one, mixed in influence.mixed.items() if mixed), None)) is not None:
         return f"one channel changes most of what {reader!r} reads: an operation between them mixes channels"
     stays = classes.stays(blocked)

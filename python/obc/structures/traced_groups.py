@@ -190,7 +190,7 @@ class GroupFinder:
         if self._graph.reaches_output(raw):
             raise NotPrunableError("Torch-Pruning follows its channels to the model's output")
         if not any(side == "in" for _, side in members):
-            raise InnerMatterError("no layer reads it")
+            raise InnerMatterError("tracing finds no layer that reads it")
 
     def _refuse_beyond(self, members: Members) -> None:
         """Refuse groups with channels that a layer lacks: Torch-Pruning lost track of them."""
