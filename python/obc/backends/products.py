@@ -1,8 +1,8 @@
 """Matrix products for :mod:`obc.backends.gemm`: half precision summed in float32, and the faster of two libraries.
 
 On the CPU torch multiplies float32 matrices by MKL, which uses 512-bit registers on Intel's processors alone. oneDNN,
-whose operator torch's compiler calls for linear layers, uses them on any: on an AMD EPYC with AVX-512 a product of a
-fold takes half the time. It adds in another order, the same one on any number of threads.
+whose operator torch's compiler calls for linear layers, uses them on any. It adds in another order, the same one on any
+number of threads.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ obc prune MODEL_DIR --data F     prune a transformers directory: score on the da
                                  to widths that the config can say. The data: {_CALIBRATION},
                                  or {prune_directory.IMAGES} images.
 obc prune MODEL_DIR --scores F   the same by what `obc score` wrote, in one step without a forward pass, so that
-                                 another --ratio costs seconds; scores of the unpruned model know less.
+                                 another --ratio costs seconds.
 obc prune module:function        score, select, remove, step by step (obc.prune); writes model.safetensors (the pruned
                                  state dict), plan.json (what every layer kept) and report.json.
 
@@ -42,7 +42,7 @@ _DIRECTORY = (*_SAMPLED, "scores", "uniform", "data", "seq_len", "dtype", "devic
 
 
 def add(commands: Any) -> None:
-    """Add ``obc prune`` to the subparsers: the options of both ways, each in its own group."""
+    """Add ``obc prune`` to the subparsers: the options of every way, each in its own group."""
     prune = add_command(
         commands,
         "prune",
