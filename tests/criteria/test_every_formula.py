@@ -56,7 +56,8 @@ def _another(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_another")
 def test_a_criterion_that_is_new_is_missing() -> None:
     expected = [(name, kind) for name in ("switched", "switched(squared=True)") for kind in KINDS]
-    assert transcribed.missing(transcribed.wanted()) == expected
+    switched = [name for name in transcribed.wanted() if name.startswith("switched")]
+    assert transcribed.missing(switched) == expected
 
 
 @pytest.mark.parametrize(("name", "kind"), EXEMPT, ids=[f"{name}-{kind}" for name, kind in EXEMPT])

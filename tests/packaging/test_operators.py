@@ -54,8 +54,9 @@ def missing_places(operator: Operator) -> list[str]:
             re.search(rf"^@given\(.*\)\ndef test_{name}\w*\(", path.read_text(), re.MULTILINE)
             for path in (ROOT / "tests" / "ops").glob("test_*.py")
         ),
-        f"benchmarks/bench_ops.py: def {SHARED_FILE.get(name, name)}": _says(
-            "benchmarks/bench_ops.py", rf"^def {SHARED_FILE.get(name, name)}\("
+        f"benchmarks/bench_ops.py: def {source}": _says("benchmarks/bench_ops.py", rf"^def {source}\("),
+        f"benchmarks/bench_ops.py: a call of {source} in CASES": _says(
+            "benchmarks/bench_ops.py", rf'^    ".*": lambda: {source}\('
         ),
         f"benchmarks/gpu_smoke.py: its calls in operator_calls, '{name}'": _says(
             "benchmarks/gpu_smoke.py", rf'^        "{name}": \['
@@ -76,6 +77,14 @@ def missing_places(operator: Operator) -> list[str]:
             places[f"csrc/torch_{library}.cpp: the function {name}"] = _says(
                 f"csrc/torch_{library}.cpp", rf"^[\w:<>, ]+ {name}\("
             )
+    if "cpu" in operator.libraries:
+        places[f"csrc/module.cpp: {source} on NumPy arrays"] = _says(
+            "csrc/module.cpp", rf'module\.def\("{name}(_list)?", '
+        )
+    if "cuda" in operator.libraries:
+        places[f"benchmarks/sanitized_calls.py: a call, ops.{name}(...)"] = _says(
+            "benchmarks/sanitized_calls.py", rf"\bops\.{source}\("
+        )
     return [place for place, found in places.items() if not found]
 
 
@@ -87,7 +96,7 @@ def test_an_operator_stands_in_every_place(operator: Operator) -> None:
 
 def test_the_test_of_places_finds_what_is_missing() -> None:
     absent = Operator("no_such_operator", "(Tensor x) -> Tensor", "nothing")
-    assert len(missing_places(absent)) == 20
+    assert len(missing_places(absent)) == 23
 
 
 @pytest.mark.parametrize("operator", TABLE, ids=lambda operator: operator.name)
