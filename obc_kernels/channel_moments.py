@@ -184,7 +184,8 @@ def channel_moments_triton(
     walk = Walk.over(channel_dim, not alone, x, *spread)
     if walk is None:
         return channel_moments_triton(x.contiguous(), channel_dim, None if mask is None else mask.contiguous(), config)
-    first, second, third, fourth = (x.new_zeros(channels, dtype=accumulator(x)) for _ in range(4))
+    make = x.new_zeros if x.numel() == 0 else x.new_empty
+    first, second, third, fourth = (make(channels, dtype=accumulator(x)) for _ in range(4))
     if x.numel() == 0:
         return first, second, third, fourth
     config = config or autotune.choose(

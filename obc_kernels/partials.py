@@ -7,8 +7,10 @@ Shapes: partial (splits, ...), contiguous; out (...). Bytes: partial once, out o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,3 +68,11 @@ def sum_partials(partial: Tensor) -> Tensor:
         num_warps=config.num_warps,
     )
     return out
+
+
+def separate(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of one tensor in memory of their own: the results of an operator must not share any.
+
+    Torch copies lists of tensors in one launch for about a hundred of them, but only as arithmetic: times one is exact.
+    """
+    return list(torch._foreach_mul(list(parts), 1)) if parts else []

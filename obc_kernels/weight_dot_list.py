@@ -13,7 +13,7 @@ Nothing reads back or waits. Inside a CUDA graph capture it is rebuilt, and its 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,8 @@ from obc_kernels import weight_dot_records as fields
 from obc_kernels.case import Case, empty
 from obc_kernels.launch import launch
 from obc_kernels.layout import VECTOR_BYTES, accumulator, ceil_div, check_steps, run_elements, tile_elements
+from obc_kernels.partials import separate
+from obc_kernels.upload import uploaded
 from obc_kernels.weight_dot import (
     ADDRESS_REGISTERS,
     WeightDotConfig,
@@ -264,8 +266,7 @@ def _build(layers: list[_Layer], device: torch.device) -> _Worklist:
     out_sizes: dict[torch.dtype, list[int]] = {torch.float32: [], torch.float64: []}
     in_sizes: dict[torch.dtype, list[int]] = {torch.float32: [], torch.float64: []}
     finishes = _second_stages(table, layers, places, out_sizes, in_sizes)
-    uploaded = _upload(np.concatenate(table.parts), device)
-    return _Worklist(uploaded, sums, finishes, partial_size, out_sizes, in_sizes)
+    return _Worklist(uploaded(np.concatenate(table.parts), device), sums, finishes, partial_size, out_sizes, in_sizes)
 
 
 def _first_stages(
@@ -383,22 +384,6 @@ def _finish_record(
     )
 
 
-# Copies that a captured graph repeats at every replay read their host memory then; it must live as long as the graph,
-# whose end torch does not tell, so it is kept for good: a few kilobytes a capture.
-_captured: list[Tensor] = []
-
-
-def _upload(table: np.ndarray, device: torch.device) -> Tensor:
-    """The table on the device, without waiting for the copy."""
-    host = torch.from_numpy(table)
-    if device.type != "cuda":
-        return host.to(device)
-    host = host.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(host)
-    return host.to(device, non_blocking=True)
-
-
 _cache: OrderedDict[tuple[Any, ...], _Worklist] = OrderedDict()
 
 
@@ -468,18 +453,10 @@ def weight_dot_list_triton(
             num_warps=WeightDotConfig.num_warps,
             max_registers=128 if stage.constexprs.get("VECTORS") else ADDRESS_REGISTERS,
         )
-    out_parts = {acc: _parts(flat, worklist.out_sizes[acc]) for acc, flat in out_dots.items()}
-    in_parts = {acc: _parts(flat, worklist.in_sizes[acc]) for acc, flat in in_dots.items()}
+    out_parts = {acc: iter(separate(flat.split(worklist.out_sizes[acc]))) for acc, flat in out_dots.items()}
+    in_parts = {acc: iter(separate(flat.split(worklist.in_sizes[acc]))) for acc, flat in in_dots.items()}
     order = [accumulator(layer.weight) for layer in layers]
     return [next(out_parts[acc]) for acc in order], [next(in_parts[acc]) for acc in order]
-
-
-def _parts(flat: Tensor, sizes: list[int]) -> Iterator[Tensor]:
-    """The layers' parts of a flat vector in memory of their own, as the operator's schema promises.
-
-    Torch copies lists of tensors in one launch for about a hundred of them, but only as arithmetic: times one is exact.
-    """
-    return iter(torch._foreach_mul(list(flat.split(sizes)), 1) if sizes else ())
 
 
 def _case(dtype: torch.dtype) -> Any:

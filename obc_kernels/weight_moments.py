@@ -31,7 +31,7 @@ from obc_kernels.layout import (
     check_steps,
     outer_offset,
 )
-from obc_kernels.partials import sum_partials
+from obc_kernels.partials import separate, sum_partials
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def weight_moments_triton(
     if walk is None:
         return weight_moments_triton(weight.contiguous(), grad.contiguous(), config)
     if weight.numel() == 0:
-        return _separate(weight.new_zeros((5, walk.channels), dtype=accumulator(weight)))
+        return _five(weight.new_zeros((5, walk.channels), dtype=accumulator(weight)))
     config = config or autotune.choose(
         "weight_moments",
         WeightMomentsConfig,
@@ -200,12 +200,11 @@ def weight_moments_triton(
         num_warps=config.num_warps,
         max_registers=168,  # five sums: three programs a multiprocessor
     )
-    return _separate(sum_partials(partial))
+    return _five(sum_partials(partial))
 
 
-def _separate(moments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(5, O) as five tensors of their own: results of one operator must not share memory."""
-    first, second, third, fourth, fifth = (moment.clone() for moment in moments)
+def _five(moments: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    first, second, third, fourth, fifth = separate(moments.unbind())
     return first, second, third, fourth, fifth
 
 

@@ -10,14 +10,17 @@ import pytest
 import torch
 from tolerances import assert_sum_close
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from obc import reference
 from obc_kernels import weight_dot_list
 from obc_kernels.channel_dot import ChannelDotConfig, channel_dot_triton
+from obc_kernels.channel_moments import channel_moments_triton
 from obc_kernels.end_row import EndRowConfig, end_row_triton
 from obc_kernels.fold import fold_fits, fold_triton
 from obc_kernels.launch import recording
 from obc_kernels.layout import Walk
+from obc_kernels.upload import Reserve
 from obc_kernels.weight_dot import WeightDotConfig, WeightWalk, weight_dot_triton
 from obc_kernels.weight_dot_list import CACHED_WORKLISTS, weight_dot_list_triton
 from obc_kernels.weight_moments import WeightMomentsConfig, weight_moments_triton
@@ -174,3 +177,31 @@ def test_fold_fits_says_which_folds_one_launch_serves() -> None:
     assert not fold_fits(weight, torch.randn(64, 64), torch.randn(64, 8), 1, 1)  # D first is cheaper
     with pytest.raises(ValueError, match="one launch takes both factors"):
         fold_triton(weight, compressor, None)
+
+
+def test_tables_of_captured_calls_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay reads them: no later table may lie where an earlier one does, however few were expected."""
+    monkeypatch.setattr(Reserve, "ENTRIES", 10)
+    reserve = Reserve(pinned=False)
+    tables = [torch.full((size,), size) for size in (3, 4, 2, 30, 5, 1)]
+    taken = [reserve.take(tables[0])]  # before anything was kept ready
+    for table in tables[1:]:
+        reserve.fill()
+        taken.append(reserve.take(table))
+    assert all(map(torch.equal, taken, tables))
+
+
+def test_moments_make_only_the_kernels_that_they_need() -> None:
+    """Results are not cleared before they are written, nor copied one by one."""
+    calls = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function.overloadpacket)
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        channel_moments_triton(torch.randn(2, 3, 5), 1)
+        weight_moments_triton(torch.randn(3, 5), torch.randn(3, 5))
+    assert not {torch.ops.aten.zero_, torch.ops.aten.zeros, torch.ops.aten.new_zeros, torch.ops.aten.clone} & set(calls)
+    assert calls.count(torch.ops.aten._foreach_mul) == 1
