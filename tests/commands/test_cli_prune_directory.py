@@ -15,8 +15,10 @@ from torch import Tensor
 
 import obc
 from obc import cli
+from obc.model.errors import PruningError
 from obc.scoring import label_free_loss
 from obc.structures.transformers import TransformersStructure, load_pruned
+from obc.structures.transformers.saving import is_saved_pruned
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*rows are fewer:UserWarning", "ignore:fewer calibration:UserWarning")
 
@@ -203,3 +205,33 @@ def test_the_folder_to_write_to_is_tried_before_the_work(
     monkeypatch.setattr(obc, "prune", lambda *args, **options: pytest.fail("minutes of work"))
     assert prune(llama, "--data", tmp_path / "data.jsonl", "--seq-len", 8, "--out", tmp_path / "file" / "out") == 2
     assert "choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["data", "scores"])
+def test_a_pruned_directory_is_pruned_again(how: str, tmp_path: Path) -> None:
+    """Whole blocks, widths, and blocks again: each folder loads, and its plan is of the unpruned model."""
+    model = llama_directory(tmp_path, num_hidden_layers=4)
+    data = ["--data", tmp_path / "data.jsonl", "--seq-len", 8, "--batches", 4]
+    for number, (kind, blocks) in enumerate((("layers", 0.75), ("ffn", 0.97), ("layers", 0.7))):
+        source, out = tmp_path / f"out{number - 1}" if number else model, tmp_path / f"out{number}"
+        criterion = "block_influence" if kind == "layers" else "flap"
+        given = [*data, "--steps", 1, "--compensate", "none"]
+        if how == "scores":
+            given = ["--scores", tmp_path / "statistics.safetensors"]
+            options = ["--statistics", criterion, "--batch-size", 1, "--device", "cpu", "--out", given[1]]
+            assert cli.main(["score", *map(str, (source, *data, *options))]) == 0
+        assert prune(source, *given, "--criterion", criterion, "--kinds", kind, "--blocks", blocks, "--out", out) == 0
+        pruned = load_pruned(out) if is_saved_pruned(out) else transformers.LlamaForCausalLM.from_pretrained(out)
+        plan = obc.PruningPlan.load(out / "obc_plan.json")
+        plan.verify(transformers.LlamaForCausalLM.from_pretrained(model).state_dict(), pruned)
+        assert json.loads((out / "config.json").read_text())["use_cache"]
+    assert len(plan.depth.lists["model.layers"].removed) == 2
+
+
+def test_a_structure_that_continues_a_plan_is_refused(tmp_path: Path) -> None:
+    model = transformers.LlamaForCausalLM.from_pretrained(llama_directory(tmp_path))
+    first = TransformersStructure(model)
+    first.remove({first.groups[0].name: torch.tensor([0])})
+    batches, loss = [{"input_ids": torch.arange(8)[None]}], label_free_loss()
+    with pytest.raises(PruningError, match=r"result\.plan\.after\(earlier_plan\)"):
+        obc.prune(model, batches=batches, loss_fn=loss, structure=TransformersStructure(model, plan=first.plan))

@@ -155,7 +155,9 @@ def test_images_are_scored(
     out = tmp_path / "scores.safetensors"
     assert run(save("vit"), "--data", images, "--out", out, "--batch-size", 2, *options) == 0
     assert obc.Scores.load(out).num_rows == 4
-    assert "gives 4 batches of the 50 asked for" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "gives 4 batches of the 50 asked for" in printed
+    assert "smaller --batches, --batch-size take less time" in printed
 
 
 @pytest.mark.parametrize(("micro_batch", "parts"), [(None, 1), (1, 2)])

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import obc
+from obc.model.readable import count
 from obc.pruning import PruningReport
+from obc.pruning.report import Change
 from obc.structures.traced import TorchPruningStructure
 
 
@@ -79,3 +81,31 @@ def test_every_kind_of_report_is_read_back_and_drawn(compensate: Any, tmp_path: 
         assert result.report.compensation is not None
         assert f"{result.report.compensation.final_error:.4f}" in page
         assert all(f"<code>{name}</code>" in page for name in result.report.compensation.layers)
+
+
+def test_a_printed_report_is_short() -> None:
+    """Amounts have units; groups that kept everything are counted, the narrowest come first, equal reasons once."""
+    widths = {f"layers.{place}": (1000, 1000 - 10 * place) for place in range(40)}
+    report = PruningReport(macs_before=6_148_276_224, macs_after=3_074_138_112, widths=widths)
+    report.known["memory"] = Change(376_642_000, 188_321_000, "bytes: weights")
+    report.left_out = {f"left.{place}": "too odd" for place in range(9)}
+    lines = str(report).splitlines()
+    assert lines[0] == "MACs: 6.15 G -> 3.07 G (50.0% remain)"
+    assert lines[2] == "memory: 359.2 MiB -> 179.6 MiB: weights (50.0% remain)"
+    assert [line.split() for line in lines[3:5]] == [
+        ["layers.39", "1000", "->", "610"],
+        ["layers.38", "1000", "->", "620"],
+    ]
+    assert lines[23:26] == [
+        "  and 19 more groups that lost less; the report's widths hold all",
+        "  1 groups kept all units",
+        "  left.0, left.1, left.2 and 6 more: not pruned: too odd",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0"), (9999, "9999"), (10_000, "10.0 k"), (999_999, "1.00 M"), (94_160_448, "94.2 M"), (6.1e11, "610 G")],
+)
+def test_counts_have_three_digits(number: float, said: str) -> None:
+    assert count(number) == said

@@ -206,3 +206,17 @@ def test_folders_of_others_are_refused(tmp_path: Path) -> None:
         load_pruned(tmp_path, type(case.model))
     with pytest.raises(ValueError, match="Linear has no transformers config"):
         save_pruned(nn.Linear(2, 2), obc.PruningPlan(), tmp_path)
+
+
+def test_a_plan_of_a_model_that_was_pruned_before_is_refused(tmp_path: Path) -> None:
+    """Such a plan alone would make a folder that can't be loaded."""
+    case = FAMILIES["llama"]()
+    first = TransformersStructure(case.model)
+    first.remove({first.groups[0].name: torch.tensor([1])})
+    second = TransformersStructure(case.model)
+    second.remove({second.groups[1].name: torch.tensor([0])})
+    with pytest.raises(PlanError, match=r"config and plan make it .* the model has .* plan\.after"):
+        save_pruned(case.model, second.plan, tmp_path)
+    assert not list(tmp_path.iterdir())
+    save_pruned(case.model, second.plan.after(first.plan), tmp_path)
+    assert torch.equal(output(case, load_pruned(tmp_path)), output(case, case.model))

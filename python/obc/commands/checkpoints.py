@@ -21,6 +21,7 @@ from obc.files import refuse_unfinished
 from obc.model.arguments import listed
 from obc.model.batches import RowKind
 from obc.model.evaluation import checkpoints_activations
+from obc.model.plan import PruningPlan
 from obc.scoring.label_free import Metric, label_free_loss
 
 PACKAGES = {"transformers": "transformers"}
@@ -53,11 +54,18 @@ class Checkpoint:
         model: in eval mode, on its device.
         loss: the kind of loss for scoring it.
         path: the directory.
+        plan: what an earlier `obc prune` of the directory's model kept, or None.
     """
 
     model: Any
     loss: str
     path: Path
+    plan: PruningPlan | None
+
+    def restore_cache(self) -> None:
+        """Let the config say again whether the model keeps a cache, as it is to be saved."""
+        if hasattr(self.model.config, "use_cache"):
+            self.model.config.use_cache = config_of(self.path).use_cache
 
 
 def config_of(path: Path) -> Any:
@@ -90,7 +98,7 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
     """
     import transformers
 
-    from obc.structures.transformers.saving import is_saved_pruned, load_pruned
+    from obc.structures.transformers.saving import PLAN_FILE, is_saved_pruned, load_pruned
 
     config = config_of(path)
     named = (config.architectures or ["AutoModel"])[0]
@@ -105,6 +113,7 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
+        plan = PruningPlan.load(path / PLAN_FILE) if (path / PLAN_FILE).is_file() else None
         if is_saved_pruned(path):
             model = load_pruned(path)
             model = model if wanted == "auto" else model.to(wanted)
@@ -129,7 +138,7 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
         ) from error
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # it holds keys and values for later tokens, which scoring does not need
-    return Checkpoint(model.to(device).eval(), own if loss == "auto" else loss, path)
+    return Checkpoint(model.to(device).eval(), own if loss == "auto" else loss, path, plan)
 
 
 def _loss_of_head(architecture: str, config: Any) -> str:

@@ -83,5 +83,5 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     calibration = f"{len(batches)} batches of {data.shape_of(batches[0])}"
     result.report.provenance |= {"directory": str(source), "data": f"{parsed.data}, {calibration}", "loss": loss}
     say(f"{calibration}, loss {loss}", result.report)
-    pruned_directory.write(structure, result.report, result.latency_table, source, parsed.out)
+    pruned_directory.write(structure, result.report, result.latency_table, checkpoint, parsed.out)
     return 0

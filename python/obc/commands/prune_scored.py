@@ -59,7 +59,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
         budget = budget.ready(structure, run_first, parsed.round_to)
         original = copy.deepcopy(model) if parsed.compensate else model
         before, report = dict(model.state_dict()), _report(parsed, structure, budget)
-        kinds = {group.name: group.kind for group in structure.groups}
+        names = [group.name for group in structure.groups]
         speed = MeasuredSpeed(model, run_first, report) if parsed.measure else None
         if isinstance(scores, Scores):
             chosen = _chosen(structure, limits, scores, budget, report)
@@ -70,7 +70,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     except BudgetError as error:
         least = 1 - error.reachable / budget.counted(budget.costs(structure))
         option = f"--{budget.argument.replace('_', '-')} {budget.share:g}"
-        unscored = [name for name in report.left_out if name in kinds]
+        unscored = [name for name in report.left_out if name in names]
         raise UsageError(
             f"{option} is out of reach: {least:.4f} remain if every prunable group keeps its least width"
             + (f", and all units of {', '.join(unscored)}, which have no scores" if unscored else "")
@@ -78,19 +78,13 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     except (ValueError, obc.PruningError) as error:
         raise UsageError(str(error)) from error
     _note_result(report, structure, budget)
-    shares = report.macs_after / report.macs_before, report.parameters_after / report.parameters_before
-    say(f"MACs a token: {shares[0]:.1%} remain; parameters: {shares[1]:.1%}")
-    say(*(f"  {name} ({kinds[name]}): {was} -> {now}" for name, (was, now) in report.widths.items()))
-    say(*(f"  {name}: not pruned: {why}" for name, why in report.left_out.items()))
     if parsed.compensate:
         say(_compensate(parsed, model, original, structure.plan, report))
     structure.compact()
     if speed is not None:
         speed.finish(model)
-    say(*(f"{name}: {one.before:g} -> {one.after:g} {one.counted}" for name, one in report.known.items()))
-    if report.speed is not None:
-        say(report.speed_said())
-    pruned_directory.write(structure, report, budget.meters.table, source, parsed.out)
+    say(report)
+    pruned_directory.write(structure, report, budget.meters.table, checkpoint, parsed.out)
     return 0
 
 
@@ -209,7 +203,10 @@ def _chosen(structure: Any, limits: Limits, scores: Scores, budget: Budget, repo
     else:
         values = dict(scores.group(groups, slices="gate"))
     if not values:
-        raise UsageError("none of the groups that can be pruned has scores; score this model")
+        remedy = "score this model"
+        if groups and all(group.is_depth for group in groups):
+            remedy = "pass obc score --statistics, and obc prune --criterion, a criterion of blocks (see obc criteria)"
+        raise UsageError(f"none of the groups that can be pruned has scores; {remedy}")
     for name, units in values.items():
         report.note_scores(name, units.square().sum(0) if joint else units)
     report.left_out |= {

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from obc.commands import budget_options, data
+from obc.commands.checkpoints import Checkpoint
 from obc.commands.common import REPORT_FILES, folder
 from obc.commands.run_log import say
 from obc.files import whole_folder
@@ -14,30 +15,36 @@ from obc.pruning.report import PruningReport
 from obc.structures.transformers.saving import PLAN_FILE, save_pruned
 
 
-def write(structure: Any, report: PruningReport, table: LatencyTable | None, source: Path, out: Path) -> None:
+def write(structure: Any, report: PruningReport, table: LatencyTable | None, checkpoint: Checkpoint, out: Path) -> None:
     """Write the structure's model for ``from_pretrained``, or else for ``load_pruned``, with the tokenizer and report.
 
     Args:
         structure: of the pruned model.
         report: how it was pruned.
         table: latencies, if some were measured.
-        source: the unpruned model's directory.
+        checkpoint: the model's directory; if it was a pruned one, the plan is written in terms of the unpruned model.
         out: the folder to write to.
     """
     out, model = folder(out), structure.model
+    plan = structure.plan if checkpoint.plan is None else structure.plan.after(checkpoint.plan)
+    checkpoint.restore_cache()
     refused = structure.config_refused
     if report.means is not None and report.means.created:
         refused = "layers have biases now that no config can express"
     with whole_folder(out) as stage:
         if refused is None:
             model.save_pretrained(stage)
-            structure.plan.save(stage / PLAN_FILE)
+            plan.save(stage / PLAN_FILE)
         else:
-            save_pruned(model, structure.plan, stage)
-        data.copy_tokenizer(source, stage)
+            save_pruned(model, plan, stage)
+        data.copy_tokenizer(checkpoint.path, stage)
         if table is not None:
             table.save(stage / budget_options.TABLE_FILE)
         report.save(stage / REPORT_FILES[1])
-    loader = f"obc.structures.transformers.load_pruned loads it: {refused}" if refused else "from_pretrained loads it"
+    loader = (
+        f"obc.structures.transformers.load_pruned loads it: {refused.partition(':')[0]}"
+        if refused
+        else "from_pretrained loads it"
+    )
     say(f"written: {out}; {loader}")
     say(f"as a page: obc report {out}")

@@ -54,7 +54,9 @@ def run(parsed: argparse.Namespace) -> int:
     teacher = checkpoints.load(parsed.teacher, parsed.dtype, device)
     batches = data.batches(parsed, teacher.model, parsed.teacher, "label-free")
     try:
-        plan = _plan(parsed.model, pruned.model, teacher.model, needed=parsed.train == "folded")
+        plan = pruned.plan
+        if plan is None and parsed.train == "folded":
+            plan = obc.PruningPlan.from_models(teacher.model.state_dict(), pruned.model)
         report = obc.recover(
             pruned.model,
             teacher.model,
@@ -71,6 +73,7 @@ def run(parsed: argparse.Namespace) -> int:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
+    pruned.restore_cache()
     with whole_folder(out) as stage:
         _save(pruned.model, plan, parsed.model, stage)
         _carry_report(parsed, stage)
@@ -84,12 +87,6 @@ def _distillation(loss: str, temperature: float) -> obc.Distillation:
     if loss == "label-free":
         return obc.Distillation(logits=0.0, outputs=1.0, forward_fn=checkpoints.outputs)
     return obc.Distillation(temperature=temperature, forward_fn=checkpoints.outputs)
-
-
-def _plan(path: Path, model: Any, teacher: Any, needed: bool) -> obc.PruningPlan | None:
-    if (path / PLAN_FILE).is_file():
-        return obc.PruningPlan.load(path / PLAN_FILE)
-    return obc.PruningPlan.from_models(teacher.state_dict(), model) if needed else None
 
 
 def _carry_report(parsed: argparse.Namespace, out: Path) -> None:

@@ -92,6 +92,8 @@ def run(parsed: argparse.Namespace) -> int:
     batches = data.batches(parsed, model, parsed.model, checkpoint.loss, seed=parsed.seed)
     if len(batches) < parsed.batches:
         say(f"{parsed.data} gives {len(batches)} batches of the {parsed.batches} asked for")
+    shorter = "--batches, --batch-size" + ("" if parsed.data.is_dir() else ", --seq-len")
+    say(f"reading {len(batches)} batches of {data.shape_of(batches[0])} on {device}; smaller {shorter} take less time")
     loss = checkpoints.loss_of(checkpoint.loss, parsed.rows, parsed.seed)
     if parsed.statistics:
         if parsed.by_block:

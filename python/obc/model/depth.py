@@ -141,6 +141,27 @@ class Depth:
         """Whether the module with this name in the unpruned model was removed, alone or with what contains it."""
         return any(is_within(name, gone) for gone in self.removed)
 
+    def original_name(self, name: str) -> str:
+        """The name in the unpruned model of what has this name in the model without the removed blocks."""
+        for list_name, one in self.lists.items():
+            if name.startswith(f"{list_name}."):
+                place, dot, rest = name[len(list_name) + 1 :].partition(".")
+                return f"{list_name}.{one.kept[int(place)]}{dot}{rest}"
+        return name
+
+    def after(self, earlier: Depth) -> Depth:
+        """Both removals in terms of the unpruned model; this one is of the model that ``earlier`` left."""
+        lists = dict(earlier.lists)
+        for name, one in self.lists.items():
+            if (before := earlier.lists.get(name)) is not None:
+                gone = {*before.removed, *(before.kept[place] for place in one.removed)}
+                one = BlockList(before.size, tuple(sorted(gone)), before.outputs)
+            lists[name] = one
+        named = {earlier.original_name(name): stand_in for name, stand_in in self.stand_ins.items()}
+        both = Depth(lists, {}, {**self.config, **earlier.config})
+        stand_ins = {**earlier.stand_ins, **named}
+        return Depth(lists, {name: one for name, one in stand_ins.items() if not both.without(name)}, both.config)
+
     def plain(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return {
@@ -211,17 +232,7 @@ def original_names(model: nn.Module, depth: Depth) -> dict[str, str]:
     names = {name: name for name, _ in model.named_modules()}
     if not depth or not is_compact(model, depth):
         return names
-    for name in names:
-        names[name] = _original_name(name, depth)
-    return names
-
-
-def _original_name(name: str, depth: Depth) -> str:
-    for list_name, one in depth.lists.items():
-        if name.startswith(f"{list_name}."):
-            place, dot, rest = name[len(list_name) + 1 :].partition(".")
-            return f"{list_name}.{one.kept[int(place)]}{dot}{rest}"
-    return name
+    return {name: depth.original_name(name) for name in names}
 
 
 def compact(model: nn.Module, depth: Depth) -> None:

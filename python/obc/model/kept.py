@@ -42,6 +42,29 @@ class Kept:
         """The kept columns: ``in_channels`` expanded by ``in_repeat``."""
         return None if self.in_channels is None else expand(self.in_channels, self.in_repeat)
 
+    def after(self, earlier: Kept | None) -> Kept:
+        """This entry, of a layer that ``earlier`` had pruned before, in terms of the unpruned layer."""
+        if earlier is None:
+            return self
+        both = replace(
+            self,
+            out_channels=_picked(earlier.out_channels, self.out_channels),
+            dim=earlier.dim if self.dim is None else self.dim,
+            in_dim=earlier.in_dim if self.in_dim is None else self.in_dim,
+        )
+        if earlier.in_channels is None:
+            return both
+        columns = _picked(earlier.in_columns, self.in_columns)
+        assert columns is not None
+        return with_columns(both, columns, earlier.in_repeat)
+
+
+def _picked(before: Tensor | None, positions: Tensor | None) -> Tensor | None:
+    """``before`` at these positions; None stands for all."""
+    if before is None or positions is None:
+        return positions if before is None else before
+    return before[positions]
+
 
 def kept_of(plan: Mapping[str, Kept], module_name: str, key: str) -> Kept | None:
     """The plan's entry for the tensor ``key`` of a module; None if it is unpruned."""

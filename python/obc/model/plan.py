@@ -131,6 +131,21 @@ class PruningPlan(Mapping[str, Kept]):
                 f"{tuple(pruned.shape)} but other values; the plan must be verified before anything trains"
             )
 
+    def after(self, earlier: PruningPlan) -> PruningPlan:
+        """This plan, of a model that ``earlier`` had pruned before, in terms of the unpruned model.
+
+        For a model that is pruned again, as :func:`load_pruned` returned it, with its blocks renumbered:
+
+        >>> result = obc.prune(load_pruned("pruned"), batches=batches, loss_fn=loss_fn, params=0.8)
+        >>> save_pruned(result.model, result.plan.after(obc.PruningPlan.load("pruned/obc_plan.json")), "pruned-again")
+        """
+        depth = self.depth.after(earlier.depth)
+        kept = {name: one for name, one in earlier.items() if not depth.without(name)}
+        for name, one in self.items():
+            original = earlier.depth.original_name(name)
+            kept[original] = one.after(earlier.get(original))
+        return PruningPlan(kept, depth)
+
     def put_slices(self, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> None:
         """Reset a pruned model's weights, in place, to the slices of the original.
 

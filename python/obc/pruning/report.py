@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from obc.distribution import obc_version
 from obc.files import atomic_write, built, read_fields
+from obc.model.arguments import listed
 from obc.model.latency_table import LatencyTable
 from obc.model.plan import PruningPlan
+from obc.model.readable import count, readable
 from obc.page.document import Section
 from obc.pruning.report_page import pruning_fragment, pruning_page
 from obc.recovery.compensation_report import CompensationReport
@@ -32,6 +34,8 @@ logger = logging.getLogger("obc")
 _FORMAT = "obc.PruningReport/1"
 # The units that budgets count.
 Counted = Literal["macs", "parameters", "active_parameters", "bytes", "seconds"]
+# The number of groups whose widths a printed report shows.
+_GROUPS = 20
 # The largest number of points of a score curve.
 _POINTS = 121
 
@@ -73,6 +77,12 @@ class Change:
     before: float
     after: float
     counted: str
+
+    def __str__(self) -> str:
+        unit, rest = ("bytes", self.counted[5:]) if self.counted.startswith("bytes") else ("", f" {self.counted}")
+        said = readable if unit else count
+        share = f" ({self.after / self.before:.1%} remain)" if self.before else ""
+        return f"{said(self.before)} -> {said(self.after)}{rest.rstrip()}{share}"
 
 
 @dataclass
@@ -207,22 +217,34 @@ class PruningReport:
         return pruning_fragment(self.as_dict())
 
     def __str__(self) -> str:
+        macs = f"MACs {self.provenance.get('MACs', '')}".strip()
         lines = [
-            _change("MACs", self.macs_before, self.macs_after) + self._measured(),
-            _change("parameters", self.parameters_before, self.parameters_after),
+            f"{macs}: {Change(self.macs_before, self.macs_after, '')}{self._measured()}",
+            f"parameters: {Change(self.parameters_before, self.parameters_after, '')}",
         ]
-        lines += [f"{name}: {one.before:g} -> {one.after:g} {one.counted}" for name, one in self.known.items()]
+        lines += [f"{name}: {one}" for name, one in self.known.items()]
         if self.speed is not None:
             lines.append(self.speed_said())
-        width = max(map(len, self.widths), default=0)
-        lines += [f"  {name:{width}}  {before:6d} -> {after:6d}" for name, (before, after) in self.widths.items()]
-        lines += [f"  {name}: not pruned: {why}" for name, why in self.left_out.items()]
-        lines += [f"  {name}: not scored: {why}" for name, why in self.unscored.items()]
-        lines += [f"  {name}: not proved: {why}" for name, why in self.unproved.items()]
+        lines += self._widths_said()
+        lines += _by_reason("not pruned", self.left_out)
+        lines += _by_reason("not scored", self.unscored)
+        lines += _by_reason("not proved", self.unproved)
         lines += [self._proved()]
         lines += [f"warning: {warning}" for warning in self.warnings]
         lines.append("seconds: " + ", ".join(f"{part} {spent:.2f}" for part, spent in self.seconds.items()))
         return "\n".join(lines)
+
+    def _widths_said(self) -> list[str]:
+        """The groups that lost units, the narrowest first, and how many are not shown."""
+        lost = {name: both for name, both in self.widths.items() if both[1] < both[0]}
+        shown = sorted(lost, key=lambda name: lost[name][1] / lost[name][0])[:_GROUPS]
+        width = max(map(len, shown), default=0)
+        lines = [f"  {name:{width}}  {lost[name][0]:6d} -> {lost[name][1]:6d}" for name in shown]
+        if more := len(lost) - len(shown):
+            lines.append(f"  and {more} more groups that lost less; the report's widths hold all")
+        if kept := len(self.widths) - len(lost):
+            lines.append(f"  {kept} groups kept all units")
+        return lines
 
     def speed_said(self) -> str:
         """The measured speed-up, in one line."""
@@ -240,7 +262,7 @@ class PruningReport:
         tried = 0 if self.proof is None else len(self.proof.proved)
         tried_groups = f"{tried} groups tried and right"
         if self.proof is not None and self.proof.probed:
-            tried_groups += f", order found by running the model: {', '.join(self.proof.probed)}"
+            tried_groups += f", order found by running the model: {listed(self.proof.probed)}"
         if self.error is None or self.tolerance is None:
             return f"not proved: the pruned model was not compared with the masked one; {tried_groups}"
         return (
@@ -249,9 +271,12 @@ class PruningReport:
         )
 
 
-def _change(what: str, before: int, after: int) -> str:
-    times = f" ({before / after:.2f} times fewer)" if after else ""
-    return f"{what}: {before} -> {after}{times}"
+def _by_reason(what: str, found: Mapping[str, str]) -> list[str]:
+    """A line for each reason, with the first names that it is given for."""
+    names: dict[str, list[str]] = {}
+    for name, why in found.items():
+        names.setdefault(why, []).append(name)
+    return [f"  {listed(those)}: {what}: {why}" for why, those in names.items()]
 
 
 @dataclass(frozen=True)

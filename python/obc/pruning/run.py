@@ -277,6 +277,11 @@ def _check_model(model: nn.Module, structure: Structure | None) -> None:
             f"the structure was made for another model, a {type(structure.model).__name__}, than the "
             f"{type(model).__name__} to be pruned; make one for this model, or pass that one"
         )
+    elif len(structure.plan):
+        raise PruningError(
+            "the structure continues the plan of earlier pruning, of a model whose weights are gone; make it without "
+            "plan=, and put the plans together afterwards: result.plan.after(earlier_plan)"
+        )
 
 
 @contextlib.contextmanager

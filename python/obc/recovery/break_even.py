@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from obc.model.arguments import listed
 from obc.model.evaluation import call, evaluating
 from obc.model.hooks import hooked
 from obc.model.layouts import layer_of
@@ -69,7 +70,7 @@ def warn_below(break_evens: Mapping[str, float], seen: Mapping[str, int]) -> Non
     ]
     if few:
         warnings.warn(
-            f"with fewer than T* positions per step, folding costs more than explicit 1x1 layers: {', '.join(few)}; "
+            f"with fewer than T* positions per step, folding costs more than explicit 1x1 layers: {listed(few)}; "
             f"use larger batches, share one fold between micro-batches (EquivalentPruning.accumulate), or use "
             f"factors='reduced'",
             stacklevel=3,

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from obc.model.arguments import one_of
+from obc.model.arguments import listed, one_of
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
@@ -209,12 +209,12 @@ def _check(
 def _warn_of_unreached(report: CompensationReport) -> None:
     if report.sliced_experts:
         warnings.warn(
-            f"fused experts are not compensated: {', '.join(report.sliced_experts)} stay as pruning left them",
+            f"fused experts are not compensated: {listed(report.sliced_experts)} stay as pruning left them",
             stacklevel=3,
         )
     if report.unreached:
         warnings.warn(
-            f"no calibration batch reached {', '.join(report.unreached)}, which stay as pruning left them; pass "
+            f"no calibration batch reached {listed(report.unreached)}, which stay as pruning left them; pass "
             f"batches and a forward_fn that call them as modules",
             stacklevel=3,
         )
@@ -227,7 +227,7 @@ def _warn_of_few_rows(report: CompensationReport, consumers: Mapping[str, Consum
         f"{name} ({rows[name]} positions for {kept[name]} channels)" for name in rows if rows[name] < kept[name]
     ]:
         warnings.warn(
-            f"fewer calibration positions than kept channels, so the result depends on the ridge: {', '.join(few)}; "
+            f"fewer calibration positions than kept channels, so the result depends on the ridge: {listed(few)}; "
             f"pass more batches",
             stacklevel=3,
         )

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from obc.model.arguments import listed
+
 
 @dataclass(frozen=True)
 class Caps:
@@ -58,7 +60,7 @@ def refuse_unknown(argument: str, names: Iterable[str], groups: Iterable[str]) -
     known = list(groups)
     for name in names:
         if not any(group == name or group.startswith(f"{name}.") for group in known):
-            raise ValueError(f"{argument}: no group is named {name!r}; there are {', '.join(known)}")
+            raise ValueError(f"{argument}: no group is named {name!r}; there are {listed(known)}")
 
 
 def found_for(name: str, values: Mapping[str, float], default: float) -> float:

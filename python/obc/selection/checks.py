@@ -189,8 +189,8 @@ def warn_if_few_rows(units: Tensor) -> None:
     """Warn if ``units``, (C, N), have fewer rows than units."""
     if units.shape[1] < units.shape[0]:
         warnings.warn(
-            f"{units.shape[1]} rows are fewer than the units to choose from, so they can't tell interactions from "
-            "noise, and interactions are shrunk; pass as many batches as units, or set shrinkage=",
+            f"{units.shape[1]} rows are fewer than the {len(units)} units to choose from, so they can't tell all "
+            "interactions from noise, and interactions are shrunk; more batches, or rows of samples or tokens, help",
             stacklevel=_CALLER,
         )
 
@@ -201,7 +201,7 @@ def warn_if_narrow(removed: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
     narrow = [f"{name!r} ({left} of {size})" for name, (left, size) in kept.items() if left < NARROW * size]
     if narrow:
         warnings.warn(
-            f"fewer than a tenth of the units stay in {', '.join(narrow)}; raise min_units, or let more of the model "
+            f"fewer than a tenth of the units stay in {listed(narrow)}; raise min_units, or let more of the model "
             "remain",
             stacklevel=_CALLER,
         )

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from obc.model.arguments import meant
+from obc.model.arguments import listed, meant
 from obc.model.groups import ChannelGroup
 from obc.model.kept import staying
 
@@ -32,7 +32,7 @@ def checked_units(groups: Mapping[str, ChannelGroup], name: str, units: Tensor, 
         ValueError: too little would be left of the group.
     """
     if name not in groups:
-        raise KeyError(f"no group is named {name!r}: there are {', '.join(map(repr, groups))}")
+        raise KeyError(f"no group is named {name!r}: there are {listed([*map(repr, groups)])}")
     units = torch.as_tensor(units, dtype=torch.int64).cpu().unique()
     size = groups[name].size
     if len(units) and not 0 <= int(units[0]) <= int(units[-1]) < size:

@@ -47,6 +47,8 @@ def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLik
 
     Raises:
         ValueError: the model has no config, or belongs to no class of the transformers library.
+        PlanError: config and plan don't make the model's shapes, so that :func:`load_pruned` would refuse the folder:
+            the plan of a model that had been pruned before needs :meth:`obc.PruningPlan.after`.
         OSError: a file can't be written; an existing folder is left unchanged.
     """
     config = getattr(model, "config", None)
@@ -58,6 +60,16 @@ def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLik
         if blocks_gone and not is_compact(model, plan.depth):
             raise ValueError("removed blocks still have stand-ins in the model: call structure.compact()")
         config = with_depth(config, plan.depth, compacted=False)
+    with torch.device("meta"):
+        unpruned = type(model)(type(config).from_dict(config.to_dict()))
+    skeleton = _cut(unpruned, plan)
+    _create_biases(skeleton, tensors)
+    if (different := _first_difference(skeleton, tensors)) is not None:
+        name, made, own = different
+        raise PlanError(
+            f"{name}: config and plan make it {made}, the model has {own}; was the model pruned before? Then pass "
+            "plan.after(the earlier plan)"
+        )
     content = config.to_dict() | {"architectures": [type(model).__name__]}
     with whole_folder(directory) as folder:
         (folder / "config.json").write_text(json.dumps(content, indent=2, default=str), encoding="utf-8")
@@ -95,26 +107,39 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
     plan = PruningPlan.load(folder / PLAN_FILE)
     state = _read(folder / _WEIGHTS)
     config_class: Any = chosen.config_class  # type: ignore[union-attr]
-    model: Any = chosen(config_class.from_pretrained(folder))
-    cut_to(model, plan)
-    for name, stand_in in plan.depth.stand_ins.items():
-        put_stand_in(model, name, stand_in)
-    compact(model, plan.depth)
+    model: Any = _cut(chosen(config_class.from_pretrained(folder)), plan)
     refused = with_widths(model, [], depth=plan.depth)[1] if plan.depth else None
     if refused is not None:
         refuse_fresh_weights(model, refused)
     if created := _create_biases(model, state):
         refuse_dropped_biases(model, created)
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, tensor in state.items():
-        if shapes.get(name) != tuple(tensor.shape):
-            raise PlanError(f"{name}: config and plan make it {shapes.get(name)}, the file has {tuple(tensor.shape)}")
+    if (different := _first_difference(model, state)) is not None:
+        name, made, own = different
+        raise PlanError(f"{name}: config and plan make it {made}, the file has {own}")
     model.load_state_dict(state, strict=True, assign=True)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     if hasattr(model, "can_generate") and model.can_generate() and (folder / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
+    """The model as its config makes it, cut to the plan's widths and depth."""
+    cut_to(model, plan)
+    for name, stand_in in plan.depth.stand_ins.items():
+        put_stand_in(model, name, stand_in)
+    compact(model, plan.depth)
+    return model
+
+
+def _first_difference(
+    model: nn.Module, state: Mapping[str, Tensor]
+) -> tuple[str, tuple[int, ...] | None, tuple[int, ...]] | None:
+    """(name, the model's shape, the shape in ``state``) of the first tensor whose shapes differ."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = ((name, shapes.get(name), tuple(tensor.shape)) for name, tensor in state.items())
+    return next((one for one in found if one[1] != one[2]), None)
 
 
 def is_saved_pruned(directory: str | os.PathLike[str]) -> bool:
