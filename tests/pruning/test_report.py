@@ -98,7 +98,7 @@ def test_a_printed_report_is_short() -> None:
     ]
     assert lines[23:26] == [
         "  and 19 more groups that lost less; the report's widths hold all",
-        "  1 groups kept all units",
+        "  groups that kept all units: 1",
         "  left.0, left.1, left.2 and 6 more: not pruned: too odd",
     ]
 

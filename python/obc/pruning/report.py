@@ -229,9 +229,11 @@ class PruningReport:
         lines += _by_reason("not pruned", self.left_out)
         lines += _by_reason("not scored", self.unscored)
         lines += _by_reason("not proved", self.unproved)
-        lines += [self._proved()]
+        if self.proof is not None or self.error is not None or not self.unproved:
+            lines.append(self._proved())
         lines += [f"warning: {warning}" for warning in self.warnings]
-        lines.append("seconds: " + ", ".join(f"{part} {spent:.2f}" for part, spent in self.seconds.items()))
+        if self.seconds:
+            lines.append("seconds: " + ", ".join(f"{part} {spent:.2f}" for part, spent in self.seconds.items()))
         return "\n".join(lines)
 
     def _widths_said(self) -> list[str]:
@@ -243,7 +245,7 @@ class PruningReport:
         if more := len(lost) - len(shown):
             lines.append(f"  and {more} more groups that lost less; the report's widths hold all")
         if kept := len(self.widths) - len(lost):
-            lines.append(f"  {kept} groups kept all units")
+            lines.append(f"  groups that kept all units: {kept}")
         return lines
 
     def speed_said(self) -> str:
