@@ -178,8 +178,8 @@ def test_fine_tuning_reads_the_test_split_for_the_chosen_network_only(monkeypatc
 
 def example_result() -> run.ModelResult:
     points = (
-        run.Point(1.3, 1.31, dict(zip(recover.WAYS, (0.9, None, 0.91, 0.92), strict=True))),
-        run.Point(2.0, 2.04, dict(zip(recover.WAYS, (0.512, None, 0.6, 0.7), strict=True))),
+        run.PrunedNetwork(1.3, 1.31, dict(zip(recover.WAYS, (0.9, None, 0.91, 0.92), strict=True))),
+        run.PrunedNetwork(2.0, 2.04, dict(zip(recover.WAYS, (0.512, None, 0.6, 0.7), strict=True))),
     )
     compared = (
         run.CriterionResult("random", points, 0.0004, 512),

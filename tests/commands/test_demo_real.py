@@ -34,7 +34,7 @@ class Words:
         return " ".join("x" * token for token in tokens)
 
 
-def encoder(seed: int) -> real.Subject:
+def encoder(seed: int) -> real.PretrainedModel:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=50, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
     model = BertModel(config)
@@ -45,7 +45,7 @@ def encoder(seed: int) -> real.Subject:
     return real.sentence_encoder(model, Words(), seed, "tiny encoder")
 
 
-def language(seed: int) -> real.Subject:
+def language(seed: int) -> real.PretrainedModel:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=50,

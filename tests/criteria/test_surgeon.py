@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from obc.criteria.surgeon import State, inverse
+from obc.criteria.surgeon import ConsumerState, inverse
 from obc.criteria.units import Consumer
 
 
@@ -14,7 +14,7 @@ def test_first_order_terms_follow_removals(gone: list[int]) -> None:
     x = torch.randn(64, 12, dtype=torch.float64)
     consumer = Consumer("layer", layer, torch.arange(12).reshape(6, 2), layer.weight.detach().mT.contiguous())
     gram = x.mT @ x / len(x)
-    state = State(consumer, gram, consumer.columns.clone(), inverse(gram, 1e-2, "layer"))
+    state = ConsumerState(consumer, gram, consumer.columns.clone(), inverse(gram, 1e-2, "layer"))
     state.first_order()
     for units in (gone, [2]):
         state.remove(torch.tensor(units))

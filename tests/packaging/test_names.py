@@ -1,8 +1,9 @@
-"""Names: no variable and no argument is a preposition."""
+"""Names: no variable and no argument is a preposition; a class name stands for one class."""
 
 from __future__ import annotations
 
 import ast
+import collections
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,13 @@ def test_prepositions_are_found() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: "/".join(path.parts[-3:]))
 def test_no_variable_is_a_preposition(path: Path) -> None:
     assert prepositions(path.read_text()) == []
+
+
+def test_no_two_classes_have_one_name() -> None:
+    """A name that means two things has to be looked up; private classes of files that nobody else imports may agree."""
+    files = collections.defaultdict(list)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                files[node.name].append(str(path.relative_to(PACKAGE)))
+    assert {name: paths for name, paths in files.items() if len(paths) > 1} == {}

@@ -16,7 +16,7 @@ pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip insta
 
 import obc
 from obc.model.autocast import PresentAutocast, callers_autocast, in_present_autocast, without_autocast
-from obc.recovery.moments import Moments
+from obc.recovery.moments import RegressionMoments
 from obc.structures.transformers import TransformersStructure
 
 
@@ -117,7 +117,7 @@ def test_the_reported_error_is_that_of_the_returned_weights(mode: Any, within: b
 def test_sums_of_products_are_those_of_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     x, kept = torch.randn(64, 8, generator=generator), torch.arange(4)[None]
-    plain, cast = Moments(kept, 8, True), Moments(kept, 8, True)
+    plain, cast = RegressionMoments(kept, 8, True), RegressionMoments(kept, 8, True)
     plain.add_inputs(x, x[:, :4])
     with half():
         cast.add_inputs(x, x[:, :4])

@@ -18,7 +18,7 @@ from obc.recovery import (
     equivalent_pruning,
 )
 from obc.recovery.compensate import RIDGES
-from obc.recovery.moments import Moments
+from obc.recovery.moments import RegressionMoments
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -45,7 +45,7 @@ def test_moments_solve_the_least_squares_problem() -> None:
     z = x[:, kept] + 0.3 * torch.randn(200, 3, dtype=torch.float64)
     for paired, centred in ((True, True), (True, False), (False, True), (False, False)):
         regressor = z if paired else x[:, kept]
-        moments = Moments(kept[None], 6, paired)
+        moments = RegressionMoments(kept[None], 6, paired)
         for rows, other in zip(x.split(64), regressor.split(64), strict=True):
             moments.add_inputs(rows, other if paired else None)
         solution = moments.solve(0.0, centred)
@@ -65,7 +65,7 @@ def test_moments_solve_the_least_squares_problem() -> None:
 def test_kept_channels_stay_the_identity_and_a_large_ridge_stays_naive() -> None:
     torch.manual_seed(0)
     kept = torch.tensor([[0, 3]])
-    moments = Moments(kept, 5, paired=False)
+    moments = RegressionMoments(kept, 5, paired=False)
     moments.add_inputs(torch.randn(100, 5) @ torch.randn(5, 5))
     for ridge in (1e-4, 1e-1, 1e8):
         decompressor = moments.solve(ridge, False).decompressor
@@ -81,7 +81,7 @@ def test_weighed_rows_count_as_often_as_their_weight_says(paired: bool) -> None:
     x, z = torch.randn(60, 5, dtype=torch.float64) + 1, torch.randn(60, 2, dtype=torch.float64)
     weights = torch.randint(1, 4, (60,))
     arriving = z if paired else None
-    weighed, repeated = (Moments(kept, 5, paired) for _ in range(2))
+    weighed, repeated = (RegressionMoments(kept, 5, paired) for _ in range(2))
     weighed.add_inputs(x, arriving, weights)
     repeated.add_inputs(x.repeat_interleave(weights, 0), z.repeat_interleave(weights, 0) if paired else None)
     solutions = [moments.solve(1e-2, True) for moments in (weighed, repeated)]
@@ -129,7 +129,7 @@ def test_a_few_tokens_of_a_large_stream_do_not_decide() -> None:
 
 
 def test_a_singular_gram_matrix_takes_a_larger_ridge_and_reports_it() -> None:
-    moments = Moments(torch.tensor([[0, 1]]), 3, paired=False)
+    moments = RegressionMoments(torch.tensor([[0, 1]]), 3, paired=False)
     rows = torch.randn(50, 1, dtype=torch.float64)
     moments.add_inputs(rows * torch.tensor([[1.0, 1.0, 2.0]], dtype=torch.float64))
     solution = moments.solve(1e-17, False)
@@ -138,7 +138,7 @@ def test_a_singular_gram_matrix_takes_a_larger_ridge_and_reports_it() -> None:
 
 
 def test_constant_channels_stay_naive() -> None:
-    moments = Moments(torch.tensor([[0, 1]]), 3, paired=False)
+    moments = RegressionMoments(torch.tensor([[0, 1]]), 3, paired=False)
     moments.add_inputs(torch.zeros(10, 3))
     solution = moments.solve(1e-4, True)
     assert torch.equal(solution.decompressor, torch.eye(3, 2, dtype=torch.float64))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from obc.recovery.moments import Moments
+from obc.recovery.moments import RegressionMoments
 from obc.recovery.normal_equations import RIDGE_STEP, RIDGE_STEPS, NormalEquations, SingularError
 
 RIDGE = 1e-6
@@ -38,7 +38,7 @@ def test_a_matrix_that_no_ridge_makes_solvable_is_an_error() -> None:
 @pytest.mark.parametrize("paired", [False, True])
 def test_what_moments_hold_is_what_they_say(paired: bool) -> None:
     blocks, size, kept = 3, 7, 5
-    moments = Moments(torch.arange(kept).expand(blocks, -1), size, paired)
+    moments = RegressionMoments(torch.arange(kept).expand(blocks, -1), size, paired)
     held = [
         tensor
         for name, tensor in vars(moments).items()
@@ -55,7 +55,7 @@ def test_constant_inputs_leave_the_weight_and_fill_the_bias(kept: int, scale: fl
     torch.manual_seed(0)
     rounding = 1e-14 * kept / ridge
     constants = scale * torch.rand(kept + 3, dtype=torch.float64)
-    moments = Moments(torch.arange(kept)[None], kept + 3, paired=False)
+    moments = RegressionMoments(torch.arange(kept)[None], kept + 3, paired=False)
     sums = NormalEquations(1, kept, 4, torch.device("cpu"))
     error = scale * torch.rand(4, dtype=torch.float64)
     for count in (7, 40, 1, 333):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import obc
 from obc.statistics import Blocks, ByBlock, Gram, StatisticsError, memory, memory_estimate, residual_blocks
-from obc.statistics.checkpoint import Checkpoint
+from obc.statistics.checkpoint import StatisticsCheckpoint
 from obc.statistics.run import collect
 from obc.statistics.sums import Sums
 
@@ -251,7 +251,7 @@ def test_a_run_that_was_stopped_goes_on(place: int, tmp_path: Path, monkeypatch:
     model = models.seeded(_deep_llama)
     batches = [torch.randint(31, (4, 8)) for _ in range(2)]
     whole = collect(model, batches, statistics=["moments", "blocks"], by_block=True)
-    save, count = Checkpoint.save, itertools.count()
+    save, count = StatisticsCheckpoint.save, itertools.count()
 
     def stopping(self: Any, progress: Any) -> None:
         save(self, progress)
@@ -259,7 +259,7 @@ def test_a_run_that_was_stopped_goes_on(place: int, tmp_path: Path, monkeypatch:
             raise KilledError
 
     path = tmp_path / "state"
-    monkeypatch.setattr(Checkpoint, "save", stopping)
+    monkeypatch.setattr(StatisticsCheckpoint, "save", stopping)
     with pytest.raises(KilledError):
         collect(model, batches, statistics=["moments", "blocks"], by_block=True, checkpoint=path)
     monkeypatch.undo()

@@ -47,7 +47,7 @@ _LOSSES = {
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelDirectory:
     """A model from a local directory.
 
     Attributes:
@@ -87,7 +87,7 @@ def config_of(path: Path) -> Any:
         raise UsageError(f"{path}/config.json is not one that this transformers can read: {_line(error)}") from error
 
 
-def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto") -> Checkpoint:
+def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto") -> ModelDirectory:
     """Load the model of a directory written by ``save_pretrained`` or obc's ``save_pruned``.
 
     Args:
@@ -138,7 +138,7 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
         ) from error
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # it holds keys and values for later tokens, which scoring does not need
-    return Checkpoint(model.to(device).eval(), own if loss == "auto" else loss, path, plan)
+    return ModelDirectory(model.to(device).eval(), own if loss == "auto" else loss, path, plan)
 
 
 def _loss_of_head(architecture: str, config: Any) -> str:

@@ -32,7 +32,7 @@ _FURTHER = ("ignored_layers", "num_heads", "forward_fn")
 
 
 @dataclass(frozen=True)
-class Subject:
+class PruneCall:
     """The result of the entry point: the arguments of ``obc.prune``, and further keyword arguments."""
 
     model: nn.Module
@@ -42,7 +42,7 @@ class Subject:
     further: Mapping[str, Any]
 
 
-def load(name: str) -> Subject:
+def load(name: str) -> PruneCall:
     """Import ``module:function``, call it, and check what it returned. Exceptions in its own code propagate."""
     returned = _function(name)()
     if isinstance(returned, Mapping):
@@ -68,7 +68,7 @@ def load(name: str) -> Subject:
         raise UsageError(f"{name}: batches is empty; there is nothing to score")
     example = parts.get("example_inputs")
     example = _first_sample(name, batches[0]) if example is None else example
-    return Subject(model, batches, loss_fn, example, {part: parts[part] for part in _FURTHER if part in parts})
+    return PruneCall(model, batches, loss_fn, example, {part: parts[part] for part in _FURTHER if part in parts})
 
 
 def _function(name: str) -> Callable[[], Any]:

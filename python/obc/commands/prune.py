@@ -197,7 +197,7 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
     return 0
 
 
-def _structure_of(subject: entry_point.Subject, kinds: Sequence[str], ignored: Sequence[Any]) -> Any:
+def _structure_of(subject: entry_point.PruneCall, kinds: Sequence[str], ignored: Sequence[Any]) -> Any:
     """The groups of these kinds in a transformers model."""
     require(checkpoints.PACKAGES)
     from obc.structures.transformers import TransformersStructure

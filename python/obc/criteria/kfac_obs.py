@@ -27,7 +27,7 @@ from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
 from obc.criteria.residual_rows import read_residuals
 from obc.criteria.residuals import Residuals
 from obc.criteria.scoring import collected
-from obc.criteria.surgeon import State, second_moment
+from obc.criteria.surgeon import ConsumerState, second_moment
 from obc.criteria.units import TINY, consumers_of, have_consumers
 from obc.statistics.gram import Gram, GramSum
 
@@ -82,7 +82,7 @@ class KFACOBS(MeasuredCriterion):
         found = {}
         for group in subject.groups:
             states = [
-                State.of(in_metric(tap.consumer, metrics.mean(name)), grams[name], ridges[name])
+                ConsumerState.of(in_metric(tap.consumer, metrics.mean(name)), grams[name], ridges[name])
                 for tap in taps
                 if tap.group == group.name and (name := tap.consumer.name) in metrics.sums
             ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.criteria.protocol import About, Criterion
-from obc.criteria.surgeon import State, second_moment
+from obc.criteria.surgeon import ConsumerState, second_moment
 from obc.criteria.units import consumers_of
 from obc.model.groups import ChannelGroup
 from obc.selection.allocation import LogProfile
@@ -70,13 +70,13 @@ class OBS(Criterion):
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         """(units,) the saliencies of the group, added over consumers; None if no consumer was read."""
         states = [
-            State.of(consumer, second_moment(consumer, statistics), self.ridge)
+            ConsumerState.of(consumer, second_moment(consumer, statistics), self.ridge)
             for consumer in consumers_of(group, model)
             if consumer.name in statistics.gram
         ]
         return self.scores_from(states, group.size) if states else None
 
-    def scores_from(self, states: list[State], units: int) -> Tensor:
+    def scores_from(self, states: list[ConsumerState], units: int) -> Tensor:
         """(units,) scores of a group with these consumers, which removal changes."""
         if not self.greedy:
             return self._errors(states)
@@ -94,7 +94,7 @@ class OBS(Criterion):
                 state.remove(gone)
         return scores
 
-    def _errors(self, states: list[State]) -> Tensor:
+    def _errors(self, states: list[ConsumerState]) -> Tensor:
         total = torch.stack([state.errors(self.heads) for state in states]).sum(0)
         if self.first_order:
             total = total / 2 + torch.stack([state.first_order() for state in states]).sum(0)

@@ -14,7 +14,7 @@ from obc.statistics.results import Statistics
 
 
 @dataclass(frozen=True, eq=False)
-class Products:
+class SliceProducts:
     """Weight times gradient over one slice, (units, entries) float64 on the CPU.
 
     Attributes:
@@ -28,7 +28,7 @@ class Products:
     count: int
 
 
-def products(group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Iterator[Products]:
+def products(group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Iterator[SliceProducts]:
     """The products of the group's slices; slices without a gradient are left out, but no expert's."""
     found = slice_weights(group, model)
     if any(one.axis is not None and one.name not in statistics.weight_gradients for one in found):
@@ -41,4 +41,4 @@ def products(group: ChannelGroup, statistics: Statistics, model: nn.Module) -> I
         second = torch.zeros_like(first)
         if sums.square is not None:
             second = one.by_unit(weight.square() * sums.square).double().cpu()
-        yield Products(first, second, sums.count)
+        yield SliceProducts(first, second, sums.count)

@@ -13,7 +13,7 @@ from obc.statistics.results import Statistics
 
 
 @dataclass
-class State:
+class ConsumerState:
     """One consumer during greedy removal: its weight's columns and the inverse of what is left.
 
     Attributes:
@@ -31,7 +31,7 @@ class State:
     product: Tensor | None = None
 
     @classmethod
-    def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> State:
+    def of(cls, consumer: Consumer, gram: Tensor, ridge: float) -> ConsumerState:
         """The state before any removal; ``ridge`` is relative to the mean diagonal of ``gram``."""
         return cls(consumer, gram, consumer.columns.clone(), inverse(gram, ridge, consumer.name))
 

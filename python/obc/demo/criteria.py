@@ -23,7 +23,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Criterion:
+class Ranking:
     """A way to rank channels.
 
     Attributes:
@@ -63,8 +63,8 @@ def _jacobian(importance: JacobianImportance, pruner: Any, split: Split) -> None
 
 
 CRITERIA = (
-    Criterion("random", tp.importance.RandomImportance, _no_score),
-    Criterion("L1", lambda: tp.importance.GroupMagnitudeImportance(p=1), _no_score),
-    Criterion("Taylor", tp.importance.GroupTaylorImportance, _taylor),
-    Criterion("Jacobian", JacobianImportance, _jacobian),
+    Ranking("random", tp.importance.RandomImportance, _no_score),
+    Ranking("L1", lambda: tp.importance.GroupMagnitudeImportance(p=1), _no_score),
+    Ranking("Taylor", tp.importance.GroupTaylorImportance, _taylor),
+    Ranking("Jacobian", JacobianImportance, _jacobian),
 )

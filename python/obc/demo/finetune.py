@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from obc.demo.criteria import CRITERIA, Criterion
+from obc.demo.criteria import CRITERIA, Ranking
 from obc.demo.data import Digits, Split, digits
 from obc.demo.recover import calibration
 from obc.demo.run import RECIPES, Recipe, one_thread, seeded, steps
@@ -111,7 +111,7 @@ def run(
     recipes: Sequence[Recipe] = RECIPES,
     *,
     seeds: int = SEEDS,
-    criterion: Criterion = CRITERIA[-1],
+    criterion: Ranking = CRITERIA[-1],
     say: Callable[[str], None] = lambda line: None,
 ) -> list[FineTuning]:
     """Prune every network by ``criterion`` to ``TARGET`` and fine-tune it in every way, for ``seeds`` seeds."""
@@ -119,7 +119,7 @@ def run(
         return [_compare(recipe, range(seed, seed + seeds), criterion, say) for recipe in recipes]
 
 
-def _compare(recipe: Recipe, seeds: range, criterion: Criterion, say: Callable[[str], None]) -> FineTuning:
+def _compare(recipe: Recipe, seeds: range, criterion: Ranking, say: Callable[[str], None]) -> FineTuning:
     unpruned, after, found = [], [], []
     for seed in seeds:
         say(f"Fine-tuning the {recipe.name}, seed {seed}: {len(WAYS)} ways, {len(LEARNING_RATES)} learning rates each")
@@ -135,7 +135,7 @@ def _compare(recipe: Recipe, seeds: range, criterion: Criterion, say: Callable[[
     return FineTuning(recipe.name, tuple(unpruned), tuple(after), tuple(ways))
 
 
-def _prune(recipe: Recipe, criterion: Criterion, data: Digits, seed: int) -> Pruned:
+def _prune(recipe: Recipe, criterion: Ranking, data: Digits, seed: int) -> Pruned:
     seeded(seed)
     original = train(recipe.build(), data.train, epochs=recipe.epochs, seed=seed)
     model = copy.deepcopy(original)

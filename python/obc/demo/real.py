@@ -35,7 +35,7 @@ _NEW_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Subject:
+class PretrainedModel:
     """A pretrained model, its data, and what to show of it.
 
     Attributes:
@@ -64,7 +64,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Point:
+class PrunedModel:
     """One pruned model.
 
     Attributes:
@@ -89,7 +89,7 @@ class Result:
     data: str
     parameters: int
     unpruned: float
-    points: tuple[Point, ...]
+    points: tuple[PrunedModel, ...]
     before: list[tuple[str, str]]
     after: list[tuple[str, str]]
     seconds: float
@@ -116,10 +116,10 @@ def run(name: str, seed: int = 0, say: Callable[[str], None] = print) -> Result:
     return compare(SUBJECTS[name](seed), say)
 
 
-def compare(subject: Subject, say: Callable[[str], None]) -> Result:
+def compare(subject: PretrainedModel, say: Callable[[str], None]) -> Result:
     """:func:`run` for any subject."""
     start, shares = time.perf_counter(), subject.shares
-    found: list[Point] = []
+    found: list[PrunedModel] = []
     last: list[nn.Module] = []
 
     def keep(result: obc.PruningResult) -> None:
@@ -130,7 +130,7 @@ def compare(subject: Subject, say: Callable[[str], None]) -> Result:
         obc.compensate(
             model, subject.model, result.plan, subject.calibration, subject.forward, mode="correct", progress=False
         )
-        found.append(Point(share, count(model), naive, subject.measure(model)))
+        found.append(PrunedModel(share, count(model), naive, subject.measure(model)))
         last[:] = [model]
 
     say(f"Scoring and pruning {subject.title}")
@@ -169,7 +169,7 @@ def count(model: nn.Module) -> int:
 # --- subjects ------------------------------------------------------------------------------------------------------
 
 
-def language_model(model: Any, tokenizer: Any, seed: int, title: str) -> Subject:
+def language_model(model: Any, tokenizer: Any, seed: int, title: str) -> PretrainedModel:
     """A causal language model of the transformers library: perplexity, and how it continues a prompt."""
     calibration, test = (
         _sequences(tokenizer, text, number, seed)
@@ -198,7 +198,7 @@ def language_model(model: Any, tokenizer: Any, seed: int, title: str) -> Subject
             found.append((prompt, " ".join(answer.split())[len(prompt) :].strip()))
         return found
 
-    return Subject(
+    return PretrainedModel(
         title,
         model.eval(),
         calibration,
@@ -218,7 +218,7 @@ def _sequences(tokenizer: Any, text: str, number: int, seed: int) -> list[Tensor
     return list(pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[:number]])
 
 
-def sentence_encoder(model: Any, tokenizer: Any, seed: int, title: str) -> Subject:
+def sentence_encoder(model: Any, tokenizer: Any, seed: int, title: str) -> PretrainedModel:
     """A BERT-like model: cosine to the unpruned model's embeddings, and the sentence nearest to a query."""
     (first, second), found = documents(seed), []
     for text in (first, second):
@@ -249,7 +249,7 @@ def sentence_encoder(model: Any, tokenizer: Any, seed: int, title: str) -> Subje
         asked = embed(network, dict(tokenizer(list(_QUERIES), padding=True, return_tensors="pt")))
         return [(query, test[int(place)]) for query, place in zip(_QUERIES, (asked @ known.T).argmax(1), strict=True)]
 
-    return Subject(
+    return PretrainedModel(
         title,
         model,
         batches(found[0]),
@@ -269,7 +269,7 @@ def embed(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return F.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
 
-SUBJECTS: dict[str, Callable[[int], Subject]] = {
+SUBJECTS: dict[str, Callable[[int], PretrainedModel]] = {
     "encoder": lambda seed: sentence_encoder(*pretrained.encoder(), seed, "all-MiniLM-L6-v2"),
     "smollm2": lambda seed: language_model(*pretrained.smollm2(), seed, "SmolLM2-135M-Instruct"),
 }

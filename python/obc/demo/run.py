@@ -21,7 +21,7 @@ import torch_pruning as tp
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from obc.demo.criteria import CRITERIA, Criterion
+from obc.demo.criteria import CRITERIA, Ranking
 from obc.demo.data import Digits, digits
 from obc.demo.models import IMAGE_SIZE, ResidualCNN, Transformer
 from obc.demo.recover import recovered
@@ -44,7 +44,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Point:
+class PrunedNetwork:
     """One pruned network: its target and actual reduction of MACs, and its accuracy on the test split.
 
     ``accuracy`` has a value for each way of ``obc.demo.recover.WAYS``, None if that way does not apply.
@@ -60,7 +60,7 @@ class CriterionResult:
     """The networks pruned by one criterion, and the cost of scoring the unpruned network by it."""
 
     criterion: str
-    points: tuple[Point, ...]
+    points: tuple[PrunedNetwork, ...]
     seconds: float
     peak_bytes: int
 
@@ -85,7 +85,7 @@ RECIPES = (
 def run(
     seed: int = 0,
     recipes: Sequence[Recipe] = RECIPES,
-    criteria: Sequence[Criterion] = CRITERIA,
+    criteria: Sequence[Ranking] = CRITERIA,
     targets: Sequence[float] = TARGETS,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[ModelResult]:
@@ -114,7 +114,7 @@ def one_thread() -> Iterator[None]:
 
 
 def _compare(
-    recipe: Recipe, criteria: Sequence[Criterion], targets: Sequence[float], seed: int, say: Callable[[str], None]
+    recipe: Recipe, criteria: Sequence[Ranking], targets: Sequence[float], seed: int, say: Callable[[str], None]
 ) -> ModelResult:
     data = digits(seed)
     say(f"Training the {recipe.name} on {len(data.train)} digits, {recipe.epochs} epochs")
@@ -164,19 +164,19 @@ def make_pruner(model: Any, importance: Any) -> Any:
     )
 
 
-def prune(model: nn.Module, criterion: Criterion, data: Digits, targets: Sequence[float]) -> tuple[Point, ...]:
+def prune(model: nn.Module, criterion: Ranking, data: Digits, targets: Sequence[float]) -> tuple[PrunedNetwork, ...]:
     """Prune ``model`` in place, and evaluate it when it first reaches each target."""
     original = copy.deepcopy(model)
     full, _ = count(model)
     points = []
     for target, plan in steps(model, criterion, data, targets):
         kept = recovered(model, original, plan, data.train, lambda network: accuracy(network, data.test))
-        points.append(Point(target, full / count(model)[0], kept))
+        points.append(PrunedNetwork(target, full / count(model)[0], kept))
     return tuple(points)
 
 
 def steps(
-    model: nn.Module, criterion: Criterion, data: Digits, targets: Sequence[float]
+    model: nn.Module, criterion: Ranking, data: Digits, targets: Sequence[float]
 ) -> Iterator[tuple[float, PruningPlan]]:
     """Prune ``model`` in place step by step; yields each target with the plan when the model first reaches it.
 
@@ -196,7 +196,7 @@ def steps(
         yield target, plan
 
 
-def cost(model: nn.Module, criterion: Criterion, data: Digits) -> tuple[float, int]:
+def cost(model: nn.Module, criterion: Ranking, data: Digits) -> tuple[float, int]:
     """Seconds and peak bytes of scoring all groups of ``model`` once, data included."""
     importance = criterion.importance()
     pruner = make_pruner(model, importance)

@@ -27,7 +27,7 @@ _MANY_PASSES = 20
 
 
 @dataclass(frozen=True)
-class Part:
+class ChainPart:
     """Layers, and how to run the unpruned and the pruned model far enough for them: on a batch and its number."""
 
     layers: list[str]
@@ -35,7 +35,7 @@ class Part:
     pruned: Callable[[Any, int], Any]
 
     @classmethod
-    def whole(cls, models: tuple[nn.Module, nn.Module], forward: ForwardFn) -> Part:
+    def whole(cls, models: tuple[nn.Module, nn.Module], forward: ForwardFn) -> ChainPart:
         """The unpruned and the pruned model from their start to their end."""
         full, pruned = models
         return cls([], lambda batch, number: forward(full, batch), lambda batch, number: forward(pruned, batch))
@@ -78,7 +78,7 @@ def parts(
     forward: ForwardFn,
     processes: Processes,
     norms: bool,
-) -> Iterator[Part]:
+) -> Iterator[ChainPart]:
     """The parts in order; the layers of one may be changed before the next is asked for.
 
     Args:
@@ -96,7 +96,7 @@ def parts(
     say_many_passes(
         "seq", (len(scopes) - len(inside)) * (3 if norms else 2), why or "they are in no module of its chain"
     )
-    whole = Part.whole(models, forward)
+    whole = ChainPart.whole(models, forward)
     first = next((place for place, layer in enumerate(scopes) if layer in inside), len(scopes))
     outside = [(place, layer) for place, layer in enumerate(scopes) if layer not in inside]
     yield replace(whole, layers=[layer for place, layer in outside if place < first])
@@ -113,7 +113,9 @@ def parts(
             partial(_run_module, found, model.get_submodule(name), place)
             for model, found in zip(models, streams, strict=True)
         ]
-        yield Part([layer for layer in scopes if layer in inside and is_within(scopes[layer], name)], runs[0], runs[1])
+        yield ChainPart(
+            [layer for layer in scopes if layer in inside and is_within(scopes[layer], name)], runs[0], runs[1]
+        )
         for run, found in zip(runs, streams, strict=True):
             for some in batches:
                 for batch in some:

@@ -27,7 +27,7 @@ from obc.model.usable_batches import UsableBatches
 from obc.recovery import correct, least_squares
 from obc.recovery.calibration import batch_norms, norm_reference
 from obc.recovery.compensation_report import CompensationReport
-from obc.recovery.consumers import Consumer, find_consumers
+from obc.recovery.consumers import PrunedConsumer, find_consumers
 from obc.recovery.unfused import unfused
 
 Mode = Literal["correct", "ls", "seq"]
@@ -150,7 +150,7 @@ def compensate(
             ridges: Sequence[float] = [*more, *RIDGES] if ridge is None else [ridge]
             if mode == "correct":
                 outputs = {name: layers[name].out_channels for name in consumers}
-                options = correct.Options(forward, ridges, offload, max_bytes, processes, layers)
+                options = correct.CorrectionOptions(forward, ridges, offload, max_bytes, processes, layers)
                 run = correct.CorrectRun(pruned_model, original_model, consumers, outputs, split, norms, options)
                 report = run.run(bar)
             else:
@@ -158,7 +158,7 @@ def compensate(
                 if norms:
                     reference = norm_reference(original_model, split[0], forward)
                     targets = reference.targets(pruned_model, layers, processes=processes)
-                settings = least_squares.Options(
+                settings = least_squares.LeastSquaresOptions(
                     forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, targets
                 )
                 solver = least_squares.LeastSquaresRun(
@@ -220,7 +220,7 @@ def _warn_of_unreached(report: CompensationReport) -> None:
         )
 
 
-def _warn_of_few_rows(report: CompensationReport, consumers: Mapping[str, Consumer]) -> None:
+def _warn_of_few_rows(report: CompensationReport, consumers: Mapping[str, PrunedConsumer]) -> None:
     kept = {name: consumer.positions.shape[1] for name, consumer in consumers.items()}
     rows = {name: layer.rows for name, layer in report.layers.items()}
     if few := [

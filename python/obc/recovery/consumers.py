@@ -18,11 +18,11 @@ from obc.model.processes import Processes
 from obc.model.rules import Rule
 from obc.model.slicing import original_tensor, sliced, was_depthwise
 from obc.recovery.calibration import channel_rows
-from obc.recovery.moments import Moments, Solution
+from obc.recovery.moments import RegressionMoments, Solution
 
 
 @dataclass
-class Consumer:
+class PrunedConsumer:
     """A layer whose inputs were pruned."""
 
     module: nn.Module
@@ -50,11 +50,11 @@ class Consumer:
     def bytes(self, paired: bool) -> int:
         """The bytes that :meth:`moments` take."""
         blocks, kept = self.positions.shape
-        return Moments.bytes_for(blocks, kept, self.size if paired else self.size - kept)
+        return RegressionMoments.bytes_for(blocks, kept, self.size if paired else self.size - kept)
 
-    def moments(self, paired: bool) -> Moments:
+    def moments(self, paired: bool) -> RegressionMoments:
         """Empty moments of the layer's inputs; ``paired`` with the pruned model's own."""
-        return Moments(self.positions, self.size, paired)
+        return RegressionMoments(self.positions, self.size, paired)
 
     def rows(self, x: Tensor) -> Tensor:
         """(positions, channels) of the layer's input."""
@@ -88,7 +88,7 @@ class Consumer:
 
 def find_consumers(
     pruned_model: nn.Module, original_model: nn.Module, plan: PruningPlan, *, verify: bool = True
-) -> dict[str, Consumer]:
+) -> dict[str, PrunedConsumer]:
     """The layers whose inputs were pruned; ``verify`` checks their weights against the plan."""
     state_dict = original_model.state_dict()
     found = {}
@@ -108,13 +108,13 @@ def find_consumers(
         if positions is None:
             raise PlanError(f"{name}: its {layout.groups} groups keep unequal numbers of channels")
         rows = sliced(module, "weight", weight, Kept(kept.out_channels), f"{name}.weight")
-        found[name] = Consumer(module, layout, rows, positions, in_channels // layout.groups, kept.in_repeat)
+        found[name] = PrunedConsumer(module, layout, rows, positions, in_channels // layout.groups, kept.in_repeat)
     return found
 
 
 def in_execution_order(
-    consumers: Mapping[str, Consumer], called: Sequence[str], processes: Processes
-) -> dict[str, Consumer]:
+    consumers: Mapping[str, PrunedConsumer], called: Sequence[str], processes: Processes
+) -> dict[str, PrunedConsumer]:
     """The consumers in the order of execution; those that the first batch did not reach come last."""
     places = {name: place for place, name in enumerate(called)}
     earliest = processes.least([places.get(name, len(consumers)) for name in consumers])

@@ -46,8 +46,8 @@ from obc.recovery.after_chain import called_after, from_end
 from obc.recovery.calibration import named_norms, norm_reference, recalibrate_from, streamed_error
 from obc.recovery.chain_parts import agreed_chain, say_many_passes
 from obc.recovery.compensation_report import CompensationReport
-from obc.recovery.consumers import Consumer
-from obc.recovery.layer_correction import Layer, LayerCorrections, Options, Sums, waves
+from obc.recovery.consumers import PrunedConsumer
+from obc.recovery.layer_correction import CorrectionOptions, CorrectionSums, Layer, LayerCorrections, waves
 from obc.recovery.module_norms import ModuleNorms, reads_the_same
 from obc.recovery.norm_reference import take_statistics
 from obc.recovery.segments import ChainBatch, capture
@@ -81,11 +81,11 @@ class CorrectRun:
         self,
         pruned: nn.Module,
         original: nn.Module,
-        consumers: Mapping[str, Consumer],
+        consumers: Mapping[str, PrunedConsumer],
         out_channels: Mapping[str, Tensor | None],
         batches: tuple[UsableBatches, UsableBatches],
         norms: Sequence[_BatchNorm],
-        options: Options,
+        options: CorrectionOptions,
     ) -> None:
         self.pruned, self.original, self.options = pruned, original, options
         self._models = (original, pruned)
@@ -263,7 +263,7 @@ class CorrectRun:
 
     def _correct(self, here: _Place, bar: LayerProgress) -> None:
         for wave in waves(here.layers, self.options.max_bytes):
-            sums = {layer.name: Sums.of(layer.consumer) for layer in wave}
+            sums = {layer.name: CorrectionSums.of(layer.consumer) for layer in wave}
             for index in self._live():
                 bar.on_batch(index, len(self.batches))
                 self._accumulate(here, wave, sums, index)
@@ -275,7 +275,7 @@ class CorrectRun:
                 self.corrections.solve(layer, sums[layer.name])
                 bar.update()
 
-    def _accumulate(self, here: _Place, wave: list[Layer], sums: dict[str, Sums], index: int) -> None:
+    def _accumulate(self, here: _Place, wave: list[Layer], sums: dict[str, CorrectionSums], index: int) -> None:
         own = {layer.name for layer in wave if not layer.summed}
         stop = sum(layer.calls for layer in wave) or None
         modules = {layer.name: layer.consumer.module for layer in wave}

@@ -17,7 +17,7 @@ from obc.model.evaluation import ForwardFn
 from obc.model.plan import PruningPlan
 from obc.model.processes import Processes
 from obc.recovery.compensation_report import CompensationReport, LayerCorrection
-from obc.recovery.consumers import Consumer
+from obc.recovery.consumers import PrunedConsumer
 from obc.recovery.layer_rows import (
     apply_change,
     columns_of,
@@ -28,14 +28,14 @@ from obc.recovery.layer_rows import (
     output_rows,
     stream_weights,
 )
-from obc.recovery.moments import Moments
-from obc.recovery.normal_equations import Change, NormalEquations, SingularError, smallest
+from obc.recovery.moments import RegressionMoments
+from obc.recovery.normal_equations import NormalEquations, SingularError, WeightChange, smallest
 from obc.recovery.padding import valid_rows
 from obc.recovery.stream_points import Call, of_same_tokens
 
 
 @dataclass(frozen=True)
-class Options:
+class CorrectionOptions:
     """Options of :func:`obc.compensate`."""
 
     forward: ForwardFn
@@ -51,7 +51,7 @@ class Layer:
     """A layer to correct, and what one run of the unpruned model showed about it."""
 
     name: str
-    consumer: Consumer
+    consumer: PrunedConsumer
     out_channels: Tensor | None
     summed: bool = False
     calls: int = 0
@@ -62,7 +62,7 @@ class Layer:
 
 
 @dataclass
-class Sums:
+class CorrectionSums:
     """Sums for one layer's regression over calibration and held-out batches, and the point's energy there."""
 
     fit: NormalEquations
@@ -70,10 +70,10 @@ class Sums:
     factors: Tensor | float = 1.0
     energy: float = 0.0
     reached: bool = False
-    inputs: Moments | None = None  # used instead for a layer whose outputs overlap
+    inputs: RegressionMoments | None = None  # used instead for a layer whose outputs overlap
 
     @classmethod
-    def of(cls, consumer: Consumer) -> Sums:
+    def of(cls, consumer: PrunedConsumer) -> CorrectionSums:
         """Empty sums for the layer."""
         shape, device = columns_of(consumer.module, consumer.layout), next(consumer.module.parameters()).device
         return cls(NormalEquations(*shape, device), NormalEquations(*shape, device))
@@ -92,14 +92,14 @@ class LayerCorrections:
         all_batches: the number of calibration batches on all processes.
     """
 
-    options: Options
-    consumers: Mapping[str, Consumer]
+    options: CorrectionOptions
+    consumers: Mapping[str, PrunedConsumer]
     report: CompensationReport
     batches: Sequence[Any]
     calibration: int
     all_batches: int
 
-    def add(self, layer: Layer, sums: Sums, full: Call, call: Call, index: int) -> None:
+    def add(self, layer: Layer, sums: CorrectionSums, full: Call, call: Call, index: int) -> None:
         """Add one call of a layer to its sums; skipped if the models ran it on different positions."""
         layout, module = layer.consumer.layout, layer.consumer.module
         kept = full.point.to(call.point.device)
@@ -134,7 +134,7 @@ class LayerCorrections:
             squares = output_rows(layout, target, rows).double().square().sum((0, 2))
             sums.energy += float((squares if weights is None else squares * weights).sum())
 
-    def solve(self, layer: Layer, sums: Sums) -> None:
+    def solve(self, layer: Layer, sums: CorrectionSums) -> None:
         """Solve the layer's regression, choose by the held-out error, apply and report it."""
         if not self.options.processes.total(sums.reached)[0]:
             self.report.leave_unreached([*self.report.unreached, layer.name], self.consumers)
@@ -156,7 +156,7 @@ class LayerCorrections:
             changes = sums.fit.solved(self.options.ridges, layer.consumer.has_bias or layer.norm is not None)
         except SingularError as error:
             raise ValueError(f"{layer.name}: {error}") from error
-        candidates: list[Change | None] = [None, *changes]
+        candidates: list[WeightChange | None] = [None, *changes]
         squares = torch.as_tensor(sums.factors, dtype=torch.float64, device=sums.check.energy.device).square()
         squares = squares if squares.dim() == 0 else squares.reshape(sums.check.energy.shape)
         errors = [sums.check.error(change) for change in candidates]
@@ -169,7 +169,7 @@ class LayerCorrections:
             layer.summed, before, after, change is not None, sums.fit.rows, change.ridge if change else 0.0
         )
 
-    def _reconstruct(self, layer: Layer, moments: Moments) -> None:
+    def _reconstruct(self, layer: Layer, moments: RegressionMoments) -> None:
         """Reconstruct the input of a layer whose outputs overlap, which is not a matrix product of its input's rows."""
         moments.gather(self.options.processes)
         solution = moments.solve(min(self.options.ridges), intercept=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.rules import Rule
-from obc.recovery.normal_equations import Change
+from obc.recovery.normal_equations import WeightChange
 
 # Convolutions have far more positions than a regression needs: draw this many rows per column, over all batches.
 _ROWS_PER_COLUMN = 32
@@ -80,7 +80,7 @@ def _patches(module: Any, x: Tensor) -> Tensor:
     return x
 
 
-def apply_change(module: nn.Module, layout: Rule, change: Change, norm: _BatchNorm | None = None) -> None:
+def apply_change(module: nn.Module, layout: Rule, change: WeightChange, norm: _BatchNorm | None = None) -> None:
     """weight += change, in place; the same for the bias, or for the mean that ``norm`` subtracts from the output."""
     weight: Any = module.weight
     flat = change.weight.flatten(0, 1)

@@ -22,11 +22,11 @@ from obc.model.processes import Processes
 from obc.model.progress import LayerProgress
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import output_error, outputs, recalibrate_from, streamed_error
-from obc.recovery.chain_parts import Part, parts
+from obc.recovery.chain_parts import ChainPart, parts
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
-from obc.recovery.consumers import Consumer, in_execution_order
+from obc.recovery.consumers import PrunedConsumer, in_execution_order
 from obc.recovery.layer_rows import output_rows, stream_weights
-from obc.recovery.moments import Fit, Moments
+from obc.recovery.moments import Fit, RegressionMoments
 from obc.recovery.norm_reference import Target
 from obc.recovery.normal_equations import SingularError
 from obc.recovery.padding import valid_rows
@@ -34,7 +34,7 @@ from obc.recovery.stream_points import Call, observe, of_same_tokens
 
 
 @dataclass(frozen=True)
-class Options:
+class LeastSquaresOptions:
     """Arguments of :func:`obc.recovery.compensate` for modes "ls" and "seq", and the reference of the norms."""
 
     forward: ForwardFn
@@ -82,14 +82,14 @@ class LeastSquaresRun:
         self,
         pruned: nn.Module,
         original: nn.Module,
-        consumers: Mapping[str, Consumer],
+        consumers: Mapping[str, PrunedConsumer],
         batches: tuple[UsableBatches, UsableBatches],
         norms: Sequence[_BatchNorm],
-        options: Options,
+        options: LeastSquaresOptions,
         bar: LayerProgress,
     ) -> None:
         self.pruned, self.original, self.options, self.bar = pruned, original, options, bar
-        self.whole = Part.whole((original, pruned), options.forward)
+        self.whole = ChainPart.whole((original, pruned), options.forward)
         self.calibration, self.held_out = batches
         self.norms = norms
         self.scopes: dict[str, str] = {}
@@ -197,7 +197,7 @@ class LeastSquaresRun:
                 self.bar.update()
         return _Candidate("layer by layer", found, ridge)
 
-    def _parts(self) -> Iterator[Part]:
+    def _parts(self) -> Iterator[ChainPart]:
         """The reached consumers, in parts of the models."""
         scopes = {name: scope for name, scope in self.scopes.items() if name not in self.report.unreached}
         self.bar.begin("layer by layer", len(scopes))
@@ -206,7 +206,9 @@ class LeastSquaresRun:
             (self.original, self.pruned), scopes, batches, options.forward, options.processes, bool(self.norms)
         )
 
-    def _moments(self, names: Sequence[str], part: Part, paired: bool) -> tuple[dict[str, Moments], dict[str, Moments]]:
+    def _moments(
+        self, names: Sequence[str], part: ChainPart, paired: bool
+    ) -> tuple[dict[str, RegressionMoments], dict[str, RegressionMoments]]:
         taken = 2 * sum(self.consumers[name].bytes(paired) for name in names)
         self.report.moment_bytes = max(self.report.moment_bytes, taken)
         found = []
@@ -221,7 +223,12 @@ class LeastSquaresRun:
         return found[0], found[1]
 
     def _accumulate(
-        self, moments: Mapping[str, Moments], batches: UsableBatches, batch: Any, part: Part, paired: bool
+        self,
+        moments: Mapping[str, RegressionMoments],
+        batches: UsableBatches,
+        batch: Any,
+        part: ChainPart,
+        paired: bool,
     ) -> None:
         modules = {name: self.original.get_submodule(name) for name in moments}
         full = observe(partial(part.full, batch, batches.current), modules, self.off_stream).calls
@@ -246,7 +253,7 @@ class LeastSquaresRun:
                         weights = stream_weights(output_rows(consumer.layout, call.point, rows))
                 moments[name].add_inputs(x, z, weights)
 
-    def _look(self, consumers: Mapping[str, Consumer]) -> tuple[dict[str, Consumer], set[str]]:
+    def _look(self, consumers: Mapping[str, PrunedConsumer]) -> tuple[dict[str, PrunedConsumer], set[str]]:
         """The consumers in order of execution; and those whose outputs enter no sum: no stream weights tokens."""
         processes = self.options.processes
         modules = {name: self.original.get_submodule(name) for name in consumers}
@@ -259,7 +266,7 @@ class LeastSquaresRun:
         self.scopes = {name: name if name in off_stream else calls[name][0].scope for name in ordered}
         return ordered, off_stream
 
-    def _solve(self, name: str, moments: Moments, check: Moments, ridge: float) -> _Compensated:
+    def _solve(self, name: str, moments: RegressionMoments, check: RegressionMoments, ridge: float) -> _Compensated:
         """Solve and apply the consumer's least squares."""
         consumer = self.consumers[name]
         try:
@@ -330,7 +337,7 @@ def _copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [tensor.clone() for tensor in tensors]
 
 
-def _chunks(consumers: Mapping[str, Consumer], max_bytes: int) -> Iterator[list[str]]:
+def _chunks(consumers: Mapping[str, PrunedConsumer], max_bytes: int) -> Iterator[list[str]]:
     """Split the consumers into runs whose moments fit into ``max_bytes``, at least one consumer each."""
     chunk: list[str] = []
     taken = 0

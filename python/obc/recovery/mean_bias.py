@@ -16,7 +16,7 @@ from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import pads_with_zeros
 from obc.model.plan import PruningPlan
 from obc.model.unsavable import refuse_dropped_biases
-from obc.recovery.consumers import Consumer, find_consumers
+from obc.recovery.consumers import PrunedConsumer, find_consumers
 from obc.statistics.run import collect
 
 
@@ -73,7 +73,7 @@ def _absorb_all(
     forward_fn: ForwardFn | None,
 ) -> MeansReport:
     report = MeansReport()
-    consumers: dict[str, Consumer] = {}
+    consumers: dict[str, PrunedConsumer] = {}
     for name, consumer in find_consumers(pruned_model, original_model, plan, verify=False).items():
         if consumer.overlaps or pads_with_zeros(consumer.module):  # transposed ones have fewer taps at their borders
             report.left[name] = "it pads with zeros, where dropped channels had another mean"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from obc.recovery.normal_equations import Change, NormalEquations
+from obc.recovery.normal_equations import NormalEquations, WeightChange
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Solution:
     fit: Fit
 
 
-class Moments(NormalEquations):
+class RegressionMoments(NormalEquations):
     """Running sums of one consumer, in host memory: the regression of e = x - S z on z.
 
     Args:
@@ -103,7 +103,7 @@ class Moments(NormalEquations):
         bias = solution.intercept
         if bias is not None:
             bias = bias.reshape(len(self.kept), self.size).gather(1, self.regressed)
-        change = Change(weight.gather(1, self._rows_like(weight)), bias, solution.fit.ridge)
+        change = WeightChange(weight.gather(1, self._rows_like(weight)), bias, solution.fit.ridge)
         naive = float(self.energy.sum())
         return float(self.error(change).sum()) / naive if naive > 0 else 1.0
 

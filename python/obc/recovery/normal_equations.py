@@ -34,7 +34,7 @@ class SingularError(ValueError):
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """A change of a layer's weight and bias.
 
     Attributes:
@@ -105,7 +105,7 @@ class NormalEquations:
         processes.add([*self._sums(), rows, total])
         self.rows, self.total = int(rows), float(total)
 
-    def solved(self, ridges: Sequence[float], intercept: bool) -> list[Change]:
+    def solved(self, ridges: Sequence[float], intercept: bool) -> list[WeightChange]:
         """The solutions for every sufficient ridge; if none is, for the first larger one that is.
 
         Raises:
@@ -121,7 +121,7 @@ class NormalEquations:
             f"{self.gram.shape[-1]} columns: pass more batches or a larger ridge"
         )
 
-    def changes(self, ridges: Sequence[float], intercept: bool) -> list[Change]:
+    def changes(self, ridges: Sequence[float], intercept: bool) -> list[WeightChange]:
         """The solution for every ridge with which the Gram matrix can be factorised."""
         count = self.total or 1.0
         gram, cross = self.gram / count, self.cross / count
@@ -140,10 +140,10 @@ class NormalEquations:
                 continue
             weight = torch.cholesky_solve(cross.mT, factor).mT
             bias = mean_e - (weight @ mean_z[..., None])[..., 0] if intercept else None
-            found.append(Change(weight, bias, ridge))
+            found.append(WeightChange(weight, bias, ridge))
         return found
 
-    def error(self, change: Change | None) -> Tensor:
+    def error(self, change: WeightChange | None) -> Tensor:
         """(blocks, outputs): sum w (e - change z)^2 over the rows; without a change sum w e^2."""
         if change is None:
             return self.energy

@@ -99,7 +99,7 @@ class SavedRun:
         raise NotImplementedError
 
 
-class Checkpoint(SavedRun):
+class ScorerCheckpoint(SavedRun):
     """The state of a scoring run, with the kept rows in a file beside it.
 
     Kept rows are appended to their file, so each row is written once; the checkpoint says how many of them count.

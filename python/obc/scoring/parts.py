@@ -12,7 +12,7 @@ from obc.scoring.coverage import Coverage
 from obc.scoring.errors import ScoringError
 from obc.scoring.reading.attachment import Attachment
 from obc.scoring.reading.flat_row import FlatRow
-from obc.scoring.reading.module_readers import Reading
+from obc.scoring.reading.module_readers import RowReading
 from obc.scoring.reading.reading_plan import Plan
 from obc.scoring.reading.row_counter import RowCounter
 from obc.scoring.results.row_store import RowStore
@@ -39,7 +39,7 @@ class Parts:
     strict: bool
     was_checked: bool
     plan: Plan
-    reading: Reading
+    reading: RowReading
     counter: RowCounter
     shared: SharedRows
     store: RowStore | None

@@ -15,7 +15,7 @@ from obc.scoring.reading.attachment import Attachment
 from obc.scoring.reading.checking_row import CheckingRow
 from obc.scoring.reading.flat_row import end_row
 from obc.scoring.reading.gradients import NormGradients
-from obc.scoring.reading.module_readers import Reading
+from obc.scoring.reading.module_readers import RowReading
 from obc.scoring.reading.reading_plan import Plan
 
 
@@ -31,7 +31,7 @@ class RowInHand:
     """
 
     def __init__(
-        self, model: nn.Module, plan: Plan, reading: Reading, attachment: Attachment, samples: int | None
+        self, model: nn.Module, plan: Plan, reading: RowReading, attachment: Attachment, samples: int | None
     ) -> None:
         self._model, self._plan, self._reading, self._attachment = model, plan, reading, attachment
         self._samples = samples

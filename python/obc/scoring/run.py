@@ -19,7 +19,7 @@ from obc.model.processes import failing_together, gathered, notice
 from obc.model.progress import ProgressLog, progress_bar
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.scoring.batch_rows import BatchRows
-from obc.scoring.checkpoint import Checkpoint, CheckpointError, batches_from
+from obc.scoring.checkpoint import CheckpointError, ScorerCheckpoint, batches_from
 from obc.scoring.label_free import label_free_loss
 from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.results.scores import Scores
@@ -107,14 +107,14 @@ def score(
             all_options.apply_defaults()
             same = {name: value for name, value in all_options.arguments.items() if name not in _MAY_DIFFER}
             same |= {"batches": total, "micro_batch": micro_batch, "loss_scale": loss_scale}
-            saved = Checkpoint(checkpoint, scorer, same | getattr(loss_fn, "identity", {}))
+            saved = ScorerCheckpoint(checkpoint, scorer, same | getattr(loss_fn, "identity", {}))
         return _Run(reader, total, saved, every).over(batches, progress)
 
 
 class _Run:
     """One run, or the rest of a run that was killed."""
 
-    def __init__(self, reader: BatchRows, total: int | None, saved: Checkpoint | None, every: int) -> None:
+    def __init__(self, reader: BatchRows, total: int | None, saved: ScorerCheckpoint | None, every: int) -> None:
         self.reader, self.total, self.saved, self.every = reader, total, saved, every
         self.scorer = reader.scorer
         self.done, self.earlier_seconds = 0, 0.0

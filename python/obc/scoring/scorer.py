@@ -18,7 +18,7 @@ from obc.scoring.errors import RowError, ScoringError, note_remedy
 from obc.scoring.parts import Parts, load_state, state_of
 from obc.scoring.reading import refusals
 from obc.scoring.reading.attachment import Attachment
-from obc.scoring.reading.module_readers import Reading
+from obc.scoring.reading.module_readers import RowReading
 from obc.scoring.reading.reading_plan import ModuleFilter, make_plan
 from obc.scoring.reading.row_counter import RowCounter
 from obc.scoring.results.row_store import RowsTo, RowStore
@@ -109,7 +109,7 @@ class JacobianScorer:
             logger.info("rows are not checked against weight gradients: each process has only parts of them")
             check = False
         plan = make_plan(model, modules, per_sample, fold_groups)
-        reading = Reading(per_sample, check, plan.chains, sharded)
+        reading = RowReading(per_sample, check, plan.chains, sharded)
         reading.candidates = plan.candidates() if chains and check else None
         flats = list(plan.flats.values())
         counter = RowCounter(flats, per_sample, strict)

@@ -77,8 +77,8 @@ class FrontGreedy(Greedy):
         super().__init__(problem)
         assert problem.interacting is not None
         norms = self._squares.sqrt().clamp_(min=fronts.LEAST)
-        self._state = fronts.State(self._widths, self._slope, self._removed_squares, self._freed)
-        units = fronts.Units(
+        self._state = fronts.FrontState(self._widths, self._slope, self._removed_squares, self._freed)
+        units = fronts.FrontUnits(
             rows.contiguous(),
             None,
             (rows / norms[:, None]).to(fronts.fast_dtype()),

@@ -59,7 +59,7 @@ FACTOR_ERROR, ADDITION_ERROR, UNDERFLOW = 3.1 * 2.0**-8, 2.0**-23, 2.0**-123
 LEAST = 1e-140
 
 
-class State:
+class FrontState:
     """What a removal changes besides the increments.
 
     Attributes:
@@ -121,7 +121,7 @@ class Trace:
 
 
 @dataclass
-class Units:
+class FrontUnits:
     """The data of n units in G groups; units of a group are adjacent.
 
     Attributes:
@@ -149,9 +149,9 @@ class Units:
     def __len__(self) -> int:
         return len(self.increments)
 
-    def at(self, units: Tensor, directions: bool) -> Units:
+    def at(self, units: Tensor, directions: bool) -> FrontUnits:
         """Some of the units, with copies of their data; the rows stay shared."""
-        return Units(
+        return FrontUnits(
             self.rows,
             units if self.places is None else self.places[units],
             self.directions.index_select(0, units) if directions and self.directions is not None else None,
@@ -232,7 +232,9 @@ def fitting(rounds: Sequence[Pace], units: int) -> list[Pace]:
 class Field:
     """Removes units of one set, in rounds. A front is such a set too, and shares the state of the set around it."""
 
-    def __init__(self, problem: Problem, units: Units, state: State, lowest: Tensor, rounds: Sequence[Pace]) -> None:
+    def __init__(
+        self, problem: Problem, units: FrontUnits, state: FrontState, lowest: Tensor, rounds: Sequence[Pace]
+    ) -> None:
         self._problem, self._units, self._state, self._lowest = problem, units, state, lowest
         self._rounds = fitting(rounds, len(units))
         assert problem.interacting is not None

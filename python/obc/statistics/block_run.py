@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from obc.model.evaluation import first_floating, stream_of
 from obc.model.hooks import hooked
-from obc.statistics.block_weights import BlockWeights
+from obc.statistics.block_weights import WeightsOnDevice
 from obc.statistics.by_block import ByBlock
 from obc.statistics.errors import StatisticsError
 from obc.statistics.part import Part
@@ -102,7 +102,7 @@ class BlockRun:
     ) -> None:
         self.model, self.options, self.readers, self.part, self.call = model, options, readers, part, call
         self.device, self.blocks = options.runs_on(model), options.names(model)
-        self.weights = BlockWeights(model, self.blocks, self.device, options.weights)
+        self.weights = WeightsOnDevice(model, self.blocks, self.device, options.weights)
         self.seen, self.span = _Seen(), 1
 
     def over(self, batches: Parts, done: int, after: Callable[[int, int], None]) -> int:

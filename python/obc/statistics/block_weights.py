@@ -33,7 +33,7 @@ class _Place:
     key: str
 
 
-class BlockWeights:
+class WeightsOnDevice:
     """Puts the weights of one block, or those outside the blocks, on the device temporarily.
 
     Args:

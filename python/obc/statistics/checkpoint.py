@@ -18,7 +18,7 @@ _BETWEEN = "\n"  # between the names of modules that share a sum
 _LISTS = ("scores", "kept_rows")  # lists of tensors in the scorer's state
 
 
-class Checkpoint(SavedRun):
+class StatisticsCheckpoint(SavedRun):
     """The state of one run of :func:`obc.collect`.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from obc.model.readable import readable
-from obc.statistics.block_weights import BlockWeights
+from obc.statistics.block_weights import WeightsOnDevice
 from obc.statistics.blocks import residual_blocks
 from obc.statistics.by_block import ByBlock, options_of
 from obc.statistics.errors import TooLargeError
@@ -45,7 +45,7 @@ def memory_estimate(
     options = options_of(by_block)
     if options is not None:
         names = options.names(model)
-        weights = BlockWeights(model, names, options.runs_on(model), options.weights)
+        weights = WeightsOnDevice(model, names, options.runs_on(model), options.weights)
         found["weights"] = weights.bytes() + max(weights.bytes(name) for name in names)
     return found
 

@@ -31,7 +31,7 @@ from obc.scoring.results.report import PeakMemory, Report
 from obc.scoring.scorer import JacobianScorer
 from obc.statistics.block_run import BlockRun
 from obc.statistics.by_block import ByBlock, options_of
-from obc.statistics.checkpoint import Checkpoint
+from obc.statistics.checkpoint import StatisticsCheckpoint
 from obc.statistics.errors import NothingToReadError, StatisticsError
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.memory import refuse_too_large, stated
@@ -144,7 +144,7 @@ def collect(
             options |= {"groups": None if groups is None else [group.name for group in groups]}
             options |= getattr(loss_fn, "identity", {})
             options |= {} if blockwise is None else {"by_block": blockwise.identity()}
-            run.saved = Checkpoint(checkpoint, model, options, run.readers, run.scorer)
+            run.saved = StatisticsCheckpoint(checkpoint, model, options, run.readers, run.scorer)
         call = loss_fn or forward_fn or call_on_batch
         if blockwise is None:
             run.over(batches, call, total, every, progress)
@@ -194,7 +194,7 @@ class _Run:
         refuse_too_large(self.readers.values(), by_block, model)
         logger.info("obc.collect holds %s", stated({name: reader.bytes() for name, reader in self.readers.items()}))
         self.report: Report | None = None
-        self.saved: Checkpoint | None = None
+        self.saved: StatisticsCheckpoint | None = None
         self._losses: list[Tensor] = []  # losses of the last batch
         self._left_out = 0  # how often something was not finite so far
 

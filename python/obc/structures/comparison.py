@@ -38,7 +38,7 @@ _SEED = 0x0BC
 
 
 @dataclass
-class Reading:
+class LayerInput:
     """The input of one call of one layer.
 
     Attributes:
@@ -63,7 +63,7 @@ class Observation:
         calls: number of calls of layers.
     """
 
-    readings: dict[str, list[Reading]] = field(default_factory=dict)
+    readings: dict[str, list[LayerInput]] = field(default_factory=dict)
     outputs: list[Tensor] = field(default_factory=list)
     called: set[str] = field(default_factory=set)
     modules: set[str] = field(default_factory=set)
@@ -152,7 +152,7 @@ def _rounding(tensor: Tensor) -> float:
     return precise
 
 
-def _read(x: Tensor, dim: int, lost: Tensor | None) -> Reading:
+def _read(x: Tensor, dim: int, lost: Tensor | None) -> LayerInput:
     x = x if x.dtype == torch.float64 else x.float()
     if lost is not None:
         x = without(x, lost, dim)
@@ -162,8 +162,8 @@ def _read(x: Tensor, dim: int, lost: Tensor | None) -> Reading:
     generator = torch.Generator().manual_seed(_SEED)
     weights = torch.randn(positions, generator=generator, dtype=x.dtype).to(x.device)
     if not others:
-        return Reading((x * weights).cpu(), x.abs().cpu())
-    return Reading((x * weights).sum(others).cpu(), torch.linalg.vector_norm(x, dim=others).cpu())
+        return LayerInput((x * weights).cpu(), x.abs().cpu())
+    return LayerInput((x * weights).sum(others).cpu(), torch.linalg.vector_norm(x, dim=others).cpu())
 
 
 def cuda_devices(model: nn.Module) -> list[int]:
@@ -209,7 +209,7 @@ def _shapes(seen: Observation) -> list[tuple[int, ...]]:
     return [tuple(leaf.shape) for leaf in seen.outputs]
 
 
-def _channel_error(one: Reading, other: Reading) -> float:
+def _channel_error(one: LayerInput, other: LayerInput) -> float:
     """The largest difference of a channel, relative to its size, or to the mean size if that is larger."""
     if not len(one.sums):
         return 0.0

@@ -16,7 +16,7 @@ from obc.model.sharding import data_parallel_modules, is_fully_sharded
 from obc.scoring.errors import ScoringError
 from obc.scoring.reading import refusals
 from obc.scoring.reading.gradients import NormGradients
-from obc.scoring.reading.module_readers import Reader, Reading
+from obc.scoring.reading.module_readers import ModuleReader, RowReading
 from obc.scoring.reading.reading_plan import Plan
 from obc.scoring.reading.single_samples import guard
 
@@ -33,7 +33,7 @@ class Attachment:
         reading: which kind of row is read.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, reading: Reading) -> None:
+    def __init__(self, model: nn.Module, plan: Plan, reading: RowReading) -> None:
         self.model, self.plan, self.reading = model, plan, reading
         self.modules = list(model.modules())
         self.norms: list[NormGradients] = []
@@ -143,7 +143,7 @@ class Attachment:
                 assert isinstance(weight, nn.Parameter)
                 self._norm_hooks[name] = weight.register_post_accumulate_grad_hook(self._note_use(name, reader))
 
-    def _note_use(self, name: str, reader: Reader) -> Callable[[Tensor], None]:
+    def _note_use(self, name: str, reader: ModuleReader) -> Callable[[Tensor], None]:
         """A hook that notes that a gradient reached the norm, then removes itself."""
 
         def note(parameter: Tensor) -> None:

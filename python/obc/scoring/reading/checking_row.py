@@ -20,8 +20,8 @@ from obc.scoring.reading.attachment import Attachment
 from obc.scoring.reading.chain_candidates import Pending
 from obc.scoring.reading.flat_row import Slot
 from obc.scoring.reading.gradients import WeightGradient
-from obc.scoring.reading.module_readers import Reader, Reading
-from obc.scoring.reading.reading_plan import Plan, Source
+from obc.scoring.reading.module_readers import ModuleReader, RowReading
+from obc.scoring.reading.reading_plan import GradientSource, Plan
 from obc.scoring.reading.row_counter import RowCounter
 
 logger = logging.getLogger("obc")
@@ -49,10 +49,10 @@ class CheckingRow:
         fall_back: read modules that gates can't serve from their weight's gradient, instead of leaving them unscored.
     """
 
-    def __init__(self, plan: Plan, reading: Reading, counter: RowCounter, fall_back: bool) -> None:
+    def __init__(self, plan: Plan, reading: RowReading, counter: RowCounter, fall_back: bool) -> None:
         self._plan, self._reading, self._counter, self._fall_back = plan, reading, counter, fall_back
         # Their state before this row.
-        self._before: dict[Reader, tuple[Any, ...]] = {}
+        self._before: dict[ModuleReader, tuple[Any, ...]] = {}
         self._fired: list[bool] = []
         if not reading.checking:
             settle_unchecked(plan, fall_back)
@@ -201,7 +201,7 @@ def settle_unchecked(plan: Plan, fall_back: bool) -> None:
             _fall_back(source, fall_back)
 
 
-def _fall_back(source: Source, scored: bool, reason: str | None = None) -> None:
+def _fall_back(source: GradientSource, scored: bool, reason: str | None = None) -> None:
     for reader in source.readers:
         reader.how, reader.scored = "weight gradient", scored
         reader.reason = reader.reason or reason
@@ -228,7 +228,7 @@ def _tolerance(dtype: torch.dtype, device: torch.device) -> float:
     return _TOLERANCE[dtype]
 
 
-def _compare(readers: list[Reader], source: WeightGradient) -> str | None:
+def _compare(readers: list[ModuleReader], source: WeightGradient) -> str | None:
     """Why the readers of one weight must be read from its gradient, or None if their gates agree with it."""
     for reader in readers:
         reader.used = source.fired
@@ -246,7 +246,7 @@ def _compare(readers: list[Reader], source: WeightGradient) -> str | None:
     return None
 
 
-def _look_at(reader: Reader) -> None:
+def _look_at(reader: ModuleReader) -> None:
     """Check a reader whose weight has no gradient to compare with; it is unscored if its gates fail."""
     reader.notice_changes()
     if reader.reason is None and reader.called and not reader.reached:
@@ -255,7 +255,7 @@ def _look_at(reader: Reader) -> None:
         reader.scored = False
 
 
-def _take_reference(readers: list[Reader]) -> None:
+def _take_reference(readers: list[ModuleReader]) -> None:
     """Replace the gates' row by the reference row in the slots of these readers."""
     for slot in _slots_of(readers):
         flat = slot.flat
@@ -264,7 +264,7 @@ def _take_reference(readers: list[Reader]) -> None:
         slot.of(flat.row).copy_(slot.of(flat.reference))
 
 
-def mixed_samples(readers: list[Reader], sample: int) -> list[Reader]:
+def mixed_samples(readers: list[ModuleReader], sample: int) -> list[ModuleReader]:
     """The readers whose rows mix samples: the backward of one sample's loss leaves non-zero rows for other samples."""
     return [reader for reader in readers if any(_others_are_not_zero(slot, sample) for slot in reader.slots)]
 
@@ -277,11 +277,11 @@ def _others_are_not_zero(slot: Slot, sample: int) -> bool:
     return bool(slot.of(samples)[:, others].any())
 
 
-def _slots_of(readers: list[Reader]) -> list[Slot]:
+def _slots_of(readers: list[ModuleReader]) -> list[Slot]:
     return list(dict.fromkeys(slot for reader in readers for slot in reader.slots))
 
 
-def _half_precision(readers: list[Reader]) -> torch.dtype | None:
+def _half_precision(readers: list[ModuleReader]) -> torch.dtype | None:
     """The half precision of these readers' activations, by their own dtype or by autocast; or None."""
     dtypes = {dtype for reader in readers for dtype in reader.activation_dtypes}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in dtypes), None)

@@ -23,7 +23,7 @@ from obc.scoring.sharding import LocalPart
 _ACTIVATION_KEYWORDS = ("input", "x", "hidden_states")
 
 
-class Reading:
+class RowReading:
     """The state shared by all readers of a scorer: which kind of row is being read.
 
     Attributes:
@@ -44,8 +44,8 @@ class Reading:
         self.per_sample, self.checking, self.chains, self.sharded = per_sample, checking, chains, sharded
         self.samples: int | None = None
         self.begins = False
-        self.counted_by: Reader | None = None
-        self.spread: list[Reader] = []
+        self.counted_by: ModuleReader | None = None
+        self.spread: list[ModuleReader] = []
         self.candidates: Candidates | None = None
         self.pending: Pending | None = None
         self.native: Any | None = None
@@ -92,7 +92,7 @@ class _Watch:
         self.input_changed = self.output_changed = self.reached = self.differentiated = False
 
 
-class Reader:
+class ModuleReader:
     """Reads one module's rows.
 
     Attributes:
@@ -116,7 +116,7 @@ class Reader:
         self.copy_input = self.copy_output = self.shared = False
         self.activation_dtypes: set[torch.dtype] = set()
         self._watch_in, self._watch_out = _Watch(in_, keeps_received=False), _Watch(out, keeps_received=True)
-        self._reading: Reading
+        self._reading: RowReading
         self._native_in: Any = None  # the gate in C++, made in the first row after the checking row
         self._native_out: Any = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -149,7 +149,7 @@ class Reader:
         for watch in (self._watch_in, self._watch_out):
             watch.input_changed = watch.output_changed = watch.reached = watch.differentiated = False
 
-    def attach(self, reading: Reading) -> None:
+    def attach(self, reading: RowReading) -> None:
         """Put the gates on, in hooks next to the module's own forward, so that they see what it sees.
 
         They stay until :meth:`detach`, even if ``how`` changes, because a compiled model does not notice removed hooks.

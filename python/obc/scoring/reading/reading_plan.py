@@ -19,7 +19,7 @@ from obc.scoring.reading.chain_candidates import Candidates, Pending
 from obc.scoring.reading.chains import Chains
 from obc.scoring.reading.flat_row import FlatRow, Slot
 from obc.scoring.reading.gradients import NormGradients, WeightGradient
-from obc.scoring.reading.module_readers import Reader
+from obc.scoring.reading.module_readers import ModuleReader
 from obc.scoring.sharding import tied
 
 ModuleFilter = Iterable[str] | Mapping[str, Iterable[Side]] | Callable[[str, nn.Module], bool]
@@ -27,11 +27,11 @@ _SIDES: frozenset[Side] = frozenset(("in", "out"))
 
 
 @dataclass
-class Source:
+class GradientSource:
     """A weight's gradient and the readers that it checks or replaces; a tied weight has several."""
 
     gradient: WeightGradient
-    readers: list[Reader]
+    readers: list[ModuleReader]
 
 
 @dataclass
@@ -48,10 +48,10 @@ class Plan:
         chains: which rows follow from which, once a row was checked.
     """
 
-    readers: dict[str, Reader] = field(default_factory=dict)
+    readers: dict[str, ModuleReader] = field(default_factory=dict)
     unscored: dict[str, str] = field(default_factory=dict)
     flats: dict[tuple[torch.device, torch.dtype], FlatRow] = field(default_factory=dict)
-    sources: list[Source] = field(default_factory=list)
+    sources: list[GradientSource] = field(default_factory=list)
     norms: list[list[tuple[nn.Parameter, Slot]]] = field(default_factory=list)
     unchecked: list[Tensor] = field(default_factory=list)
     chains: Chains = field(default_factory=Chains)
@@ -92,7 +92,7 @@ class Plan:
                 coverage[name] = self._how(self.readers[name], checked, relations)
         return coverage
 
-    def _how(self, reader: Reader, checked: bool, relations: _Relations) -> Coverage:
+    def _how(self, reader: ModuleReader, checked: bool, relations: _Relations) -> Coverage:
         if not reader.scored:
             return Coverage.unscored(str(reader.reason))
         if not self._was_used(reader):
@@ -107,12 +107,12 @@ class Plan:
         chained = [(side, self.chains.slots[slot]) for side, slot in sides.items() if slot in self.chains.slots]
         return Coverage("gate", copied=reader.copy_output, checked=checked, tied=tied, chained=chained)
 
-    def _was_used(self, reader: Reader) -> bool:
+    def _was_used(self, reader: ModuleReader) -> bool:
         if reader.how == "weight gradient":
             return any(source.gradient.fired for source in self.sources if reader in source.readers)
         return reader.used or (reader.called and reader.how == "gate")
 
-    def without_source(self) -> list[Reader]:
+    def without_source(self) -> list[ModuleReader]:
         """Readers whose gates no weight's gradient can check or replace."""
         checked = {reader for source in self.sources for reader in source.readers}
         return [reader for reader in self.readers.values() if reader.how == "gate" and reader not in checked]
@@ -173,11 +173,11 @@ class _Relations:
         self.checkable = {reader for source in plan.sources for reader in source.readers}
         # Computed weights are new tensors at every access: held, so that no two have the same identity.
         self._weights = {reader: reader.weight for reader in plan.readers.values()}
-        self._sharing: dict[int, list[Reader]] = {}
+        self._sharing: dict[int, list[ModuleReader]] = {}
         for reader, weight in self._weights.items():
             self._sharing.setdefault(id(weight), []).append(reader)
 
-    def tied(self, reader: Reader) -> list[str]:
+    def tied(self, reader: ModuleReader) -> list[str]:
         """The names of the other readers of the same weight."""
         return [other.name for other in self._sharing[id(self._weights[reader])] if other is not reader]
 
@@ -284,11 +284,11 @@ def _key(module: nn.Module, rule: Rule, axis: int) -> tuple[int, int]:
     return id(weight if isinstance(weight, nn.Parameter) else module), axis
 
 
-def _reader(name: str, module: nn.Module, rule: Rule, slots: _Slots, fold_groups: bool) -> Reader:
+def _reader(name: str, module: nn.Module, rule: Rule, slots: _Slots, fold_groups: bool) -> ModuleReader:
     fold = rule.groups if fold_groups and rule.in_axis == 1 else 1
     out = slots.of(name, module, rule, rule.out_axis, 1)
     in_ = None if rule.in_axis is None else slots.of(name, module, rule, rule.in_axis, fold)
-    reader = Reader(name, module, rule, out, in_, fold)
+    reader = ModuleReader(name, module, rule, out, in_, fold)
     padding = getattr(module, "padding_idx", None) if rule.looks_up else None
     if padding is not None and bool(reader.weight[padding].any()):
         reader.reason = "its padding row is not zero but has no gradient"
@@ -296,7 +296,7 @@ def _reader(name: str, module: nn.Module, rule: Rule, slots: _Slots, fold_groups
 
 
 def _plan_gradients(plan: Plan, per_sample: bool) -> None:
-    by_weight: dict[int, list[Reader]] = {}
+    by_weight: dict[int, list[ModuleReader]] = {}
     weights: list[tuple[nn.Parameter, Slot]] = []
     biases: list[tuple[nn.Parameter, Slot]] = []
     inseparable = _sharing_a_bias_alone(plan.readers.values())
@@ -319,7 +319,7 @@ def _plan_gradients(plan: Plan, per_sample: bool) -> None:
         elif reader.rule.out_dim is None:
             reader.scored, reader.reason = False, "its weight is computed and no gate serves it"
     plan.norms = [part for entries in (weights, biases) for part in _by_kind(_once(entries))]
-    plan.sources = [Source(_weight_gradient(readers), readers) for readers in by_weight.values()]
+    plan.sources = [GradientSource(_weight_gradient(readers), readers) for readers in by_weight.values()]
 
 
 def _once(entries: Iterable[tuple[nn.Parameter, Slot]]) -> list[tuple[nn.Parameter, Slot]]:
@@ -327,12 +327,12 @@ def _once(entries: Iterable[tuple[nn.Parameter, Slot]]) -> list[tuple[nn.Paramet
     return list({id(parameter): (parameter, slot) for parameter, slot in entries}.values())
 
 
-def _sharing_a_bias_alone(readers: Iterable[Reader]) -> set[Reader]:
+def _sharing_a_bias_alone(readers: Iterable[ModuleReader]) -> set[ModuleReader]:
     """Readers whose bias others have too, with another weight: its gradient does not say whose share is whose.
 
     Gates read them, in batch rows those of norms too, and no gradient checks these gates.
     """
-    users: dict[int, list[Reader]] = {}
+    users: dict[int, list[ModuleReader]] = {}
     for reader in readers:
         bias = None if reader.rule.bias is None else getattr(reader.module, reader.rule.bias)
         if isinstance(bias, nn.Parameter):
@@ -359,7 +359,7 @@ def _by_kind(entries: list[tuple[nn.Parameter, Slot]]) -> list[list[tuple[nn.Par
     return list(parts.values())
 
 
-def _weight_gradient(readers: list[Reader]) -> WeightGradient:
+def _weight_gradient(readers: list[ModuleReader]) -> WeightGradient:
     """The transient gradient of the weight that these readers share."""
     by_axis: dict[int, Slot] = {}
     biases = []

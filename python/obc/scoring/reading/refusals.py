@@ -14,7 +14,7 @@ from obc.model.rules import channel_count
 from obc.scoring.errors import SampleRowsError, ScoringError
 from obc.scoring.reading.flat_row import FlatRow
 from obc.scoring.reading.gradients import NormGradients
-from obc.scoring.reading.module_readers import Reading
+from obc.scoring.reading.module_readers import RowReading
 from obc.scoring.reading.reading_plan import Plan
 
 
@@ -70,7 +70,7 @@ def refuse_replaced_gradients(model: nn.Module, flats: Iterable[FlatRow], norms:
             )
 
 
-def refuse_samples(plan: Plan, reading: Reading, samples: int | None) -> None:
+def refuse_samples(plan: Plan, reading: RowReading, samples: int | None) -> None:
     """Refuse a row whose samples don't lie along dim 0, or that a module with no per-sample form takes part in.
 
     Args:
