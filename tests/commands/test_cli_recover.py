@@ -13,7 +13,7 @@ from directories import llama_directory
 
 import obc
 from obc import cli, quality
-from obc.commands import checkpoints
+from obc.commands import model_directory
 from obc.pruning import PruningReport
 from obc.structures.transformers import TransformersStructure
 from obc.structures.transformers.saving import is_saved_pruned
@@ -46,7 +46,7 @@ def figure(pattern: str, text: str) -> list[float]:
 
 def divergence(path: Path, teacher: Path, data: Path) -> float:
     """The loss that training lowers, on the training data."""
-    student, wanted = (checkpoints.load(folder, None, torch.device("cpu")).model for folder in (path, teacher))
+    student, wanted = (model_directory.load(folder, None, torch.device("cpu")).model for folder in (path, teacher))
     ids = torch.tensor([json.loads(line)["input_ids"] for line in data.read_text().splitlines()])
     return obc.Distillation().loss(student, wanted, {"input_ids": ids}).item()
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from obc.commands import checkpoints
+from obc.commands import model_directory
 from obc.commands.common import UsageError, positive
 from obc.model.latency_table import LatencyTable, LatencyTableError
 from obc.pruning.budgets import NOUNS, Argument, Budget, Meters
@@ -43,7 +43,7 @@ def add(prune: argparse.ArgumentParser) -> None:
     )
     prune.add_argument("--cache-batch", type=positive, help="for --memory: sequences in the cache (default: 1)")
     prune.add_argument(
-        "--memory-dtype", choices=tuple(checkpoints.DTYPES), help="for --memory: dtype (default: the model's)"
+        "--memory-dtype", choices=tuple(model_directory.DTYPES), help="for --memory: dtype (default: the model's)"
     )
     prune.add_argument("--measure", action="store_true", help="time a forward pass before and after")
     prune.add_argument("--kinds", nargs="+", metavar="KIND", help="ffn, heads, layers ...: see obc.transformer_groups")
@@ -51,7 +51,7 @@ def add(prune: argparse.ArgumentParser) -> None:
 
 def budget_of(parsed: argparse.Namespace) -> Budget:
     """The budget that the options give."""
-    dtype = None if parsed.memory_dtype is None else checkpoints.DTYPES[parsed.memory_dtype]
+    dtype = None if parsed.memory_dtype is None else model_directory.DTYPES[parsed.memory_dtype]
     if parsed.cache_batch is not None and parsed.cache_length is None:
         raise UsageError("--cache-batch needs --cache-length: without it only weights are counted")
     use = MemoryUse(parsed.cache_length or 0, parsed.cache_batch or 1, dtype)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obc.commands.checkpoints import IGNORED
 from obc.commands.common import UsageError, require
+from obc.commands.model_directory import IGNORED
 from obc.model.evaluation import device_of
 
 SEQUENCE = 2048  # tokens per sequence, if the model allows as many
@@ -42,7 +42,7 @@ def batches(
             labels), and ``--seq-len``.
         model: the model; its configuration and device are used.
         source: the model's directory, with the tokenizer or the image processor.
-        loss: one of ``checkpoints.LOSSES`` except "auto".
+        loss: one of ``model_directory.LOSSES`` except "auto".
         count: number of batches; by default ``--batches``.
         size: samples per batch; by default ``--batch-size``.
         length: tokens per sequence without ``--seq-len``; fewer if the model has positions for fewer.

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from obc import quality
-from obc.commands import checkpoints, data
+from obc.commands import data, model_directory
 from obc.commands.common import UsageError, add_command, positive, require
 from obc.commands.run_log import add_log, say
 from obc.model.evaluation import device_of, evaluating
@@ -38,25 +38,25 @@ def add(commands: Any) -> None:
     evaluate.add_argument("--batches", type=positive, default=50, help="at most so many are read (default: 50)")
     evaluate.add_argument("--batch-size", type=positive, default=4, help="samples of a batch (default: 4)")
     evaluate.add_argument("--measure", action="store_true", help="also time a forward pass, beside the reference's")
-    checkpoints.add_options(evaluate)
+    model_directory.add_options(evaluate)
     add_log(evaluate)
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Print one line per figure."""
-    require(checkpoints.PACKAGES)
-    device = checkpoints.device_of(parsed.device)
-    checkpoint = checkpoints.load(parsed.model, parsed.dtype, device)
-    reference = None if parsed.reference is None else checkpoints.load(parsed.reference, parsed.dtype, device)
+    require(model_directory.PACKAGES)
+    device = model_directory.device_of(parsed.device)
+    directory = model_directory.load(parsed.model, parsed.dtype, device)
+    reference = None if parsed.reference is None else model_directory.load(parsed.reference, parsed.dtype, device)
     source = parsed.model if data.tokenizer_of(parsed.model) or reference is None else parsed.reference
-    loss = checkpoint.loss if checkpoint.loss != "masked-lm" else "label-free"
-    batches = data.batches(parsed, checkpoint.model, source, loss)
-    models = {"": checkpoint.model} if reference is None else {"": checkpoint.model, "reference: ": reference.model}
+    loss = directory.loss if directory.loss != "masked-lm" else "label-free"
+    batches = data.batches(parsed, directory.model, source, loss)
+    models = {"": directory.model} if reference is None else {"": directory.model, "reference: ": reference.model}
     try:
         for name, model in models.items():
-            say("\n".join(name + line for line in _figures(model, checkpoint.loss, batches, parsed.stride)))
+            say("\n".join(name + line for line in _figures(model, directory.loss, batches, parsed.stride)))
         if reference is not None:
-            both = (checkpoint.model, reference.model, batches, checkpoints.outputs)
+            both = (directory.model, reference.model, batches, model_directory.outputs)
             say(f"agreement: {quality.agreement(*both):.4f}")
             say(f"cosine: {quality.cosine(*both):.4f}")
     except ValueError as error:
@@ -75,13 +75,13 @@ def _figures(model: Any, loss: str, batches: list[Any], stride: int | None) -> l
         found = quality.perplexity(model, tokens, length=length, stride=stride, batch_size=len(batches[0]["input_ids"]))
         lines.append(f"{found}, windows of {length} tokens every {stride or length}")
     elif loss == "label":
-        lines.append(f"accuracy: {quality.accuracy(model, batches, checkpoints.outputs):.4f}")
+        lines.append(f"accuracy: {quality.accuracy(model, batches, model_directory.outputs):.4f}")
     return lines
 
 
 def _speed(models: dict[str, Any], batch: Any) -> list[str]:
     """Median seconds of a forward pass; the models take turns, so that a drift of the machine affects both alike."""
-    calls = [functools.partial(checkpoints.outputs, model, batch) for model in models.values()]
+    calls = [functools.partial(model_directory.outputs, model, batch) for model in models.values()]
     with evaluating(*models.values()), torch.inference_mode():
         seconds = median_seconds(calls, device_of(models[""]), repeats=_ROUNDS, warm_ups=1)
     medians = dict(zip(models, seconds, strict=True))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_model
 
 import obc
-from obc.commands import allocation_option, budget_options, checkpoints, entry_point, prune_directory, prune_scored
+from obc.commands import allocation_option, budget_options, entry_point, model_directory, prune_directory, prune_scored
 from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
 from obc.commands.run_log import add_log, say
 from obc.files import whole_folder
@@ -96,10 +96,12 @@ def add(commands: Any) -> None:
     directory.add_argument(
         "--scores", type=Path, help="the file that obc score wrote: scores, or statistics for --criterion"
     )
-    checkpoints.add_options(directory)
+    model_directory.add_options(directory)
     sampled = prune.add_argument_group("MODEL_DIR --data")
     sampled.add_argument(
-        "--loss", choices=checkpoints.LOSSES, help="(default: kl, or label-free without a head; neither needs labels)"
+        "--loss",
+        choices=model_directory.LOSSES,
+        help="(default: kl, or label-free without a head; neither needs labels)",
     )
     sampled.add_argument(
         "--batches", type=positive, help=f"(default: {prune_directory.SEQUENCES}, of images {prune_directory.IMAGES})"
@@ -199,7 +201,7 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
 
 def _structure_of(subject: entry_point.PruneCall, kinds: Sequence[str], ignored: Sequence[Any]) -> Any:
     """The groups of these kinds in a transformers model."""
-    require(checkpoints.PACKAGES)
+    require(model_directory.PACKAGES)
     from obc.structures.transformers import TransformersStructure
 
     structure = TransformersStructure(subject.model, kinds, ignored_layers=ignored)

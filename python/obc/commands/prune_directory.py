@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import obc
-from obc.commands import allocation_option, budget_options, checkpoints, data, pruned_directory
+from obc.commands import allocation_option, budget_options, data, model_directory, pruned_directory
 from obc.commands.common import UsageError, folder, require
 from obc.commands.run_log import say
 from obc.model.batches import RowKind
@@ -27,12 +27,14 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     What is not chosen is what kept the most of a real language model (docs/measured.md): four steps, each compensated;
     rows of tokens; a loss without labels, in the metric of the Kullback-Leibler divergence if the model has a head.
     """
-    require(checkpoints.PACKAGES)
+    require(model_directory.PACKAGES)
     from obc.structures.transformers import TransformersStructure
 
     source = Path(parsed.target)
-    checkpoint = checkpoints.load(source, parsed.dtype, checkpoints.device_of(parsed.device), parsed.loss or "auto")
-    model, loss = checkpoint.model, checkpoint.loss
+    directory = model_directory.load(
+        source, parsed.dtype, model_directory.device_of(parsed.device), parsed.loss or "auto"
+    )
+    model, loss = directory.model, directory.loss
     if parsed.loss is None and loss != "label-free":
         loss = "kl"
     criterion, count = ("jacobian", IMAGES) if parsed.data.is_dir() else ("token_jacobian", SEQUENCES)
@@ -66,8 +68,8 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
         result = obc.prune(
             model,
             batches=batches,
-            loss_fn=checkpoints.loss_of(loss, rows, parsed.seed),
-            forward_fn=checkpoints.outputs,
+            loss_fn=model_directory.loss_of(loss, rows, parsed.seed),
+            forward_fn=model_directory.outputs,
             structure=structure,
             criterion=parsed.criterion or criterion,
             rows=rows,
@@ -83,5 +85,5 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     calibration = f"{len(batches)} batches of {data.shape_of(batches[0])}"
     result.report.provenance |= {"directory": str(source), "data": f"{parsed.data}, {calibration}", "loss": loss}
     say(f"{calibration}, loss {loss}", result.report)
-    pruned_directory.write(structure, result.report, result.latency_table, checkpoint, parsed.out)
+    pruned_directory.write(structure, result.report, result.latency_table, directory, parsed.out)
     return 0

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import obc
-from obc.commands import checkpoints, data, prune_directory, pruned_directory
+from obc.commands import data, model_directory, prune_directory, pruned_directory
 from obc.commands.allocation_option import allocation_of_text
 from obc.commands.common import UsageError, folder, require
 from obc.commands.report import load as load_scores
@@ -38,15 +38,15 @@ _BATCHES, _IMAGES = 32, 4  # of --compensate, and images of a batch
 
 def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> int:
     """Prune ``parsed.target`` to the budget and write it to ``parsed.out``."""
-    require(checkpoints.PACKAGES)
+    require(model_directory.PACKAGES)
     if parsed.compensate == "none":
         parsed.compensate = None
     source = Path(parsed.target)
     _check(parsed)
     folder(parsed.out)
     scores = load_scores(parsed.scores) if parsed.criterion is None else _statistics(parsed.scores)
-    checkpoint = checkpoints.load(source, parsed.dtype, checkpoints.device_of(parsed.device))
-    model = checkpoint.model
+    directory = model_directory.load(source, parsed.dtype, model_directory.device_of(parsed.device))
+    model = directory.model
     from obc.structures.transformers import TransformersStructure
 
     try:
@@ -84,7 +84,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     if speed is not None:
         speed.finish(model)
     say(report)
-    pruned_directory.write(structure, report, budget.meters.table, checkpoint, parsed.out)
+    pruned_directory.write(structure, report, budget.meters.table, directory, parsed.out)
     return 0
 
 
@@ -130,7 +130,7 @@ def _on_first_batch(parsed: argparse.Namespace, model: nn.Module, source: Path) 
     if not (measured or parsed.measure):
         return lambda _: None
     batch = _batches(parsed, model, source, 1)[0]
-    return lambda one: checkpoints.outputs(one, batch)
+    return lambda one: model_directory.outputs(one, batch)
 
 
 def _note_result(report: PruningReport, structure: Any, budget: Budget) -> None:
@@ -244,13 +244,13 @@ def _compensate(
     batches = _batches(parsed, original, Path(parsed.target), _BATCHES)
     say(f"compensating ({parsed.compensate}) on {len(batches)} batches of {data.shape_of(batches[0])}")
     if parsed.compensate == "mean":
-        report.means = means = absorb_means(model, original, plan, batches, checkpoints.outputs)
+        report.means = means = absorb_means(model, original, plan, batches, model_directory.outputs)
         report.parameters_after = sum(parameter.numel() for parameter in model.parameters())
         report.warnings += means.warnings
         lines = [f"{len(means.absorbed)} biases took over means, {len(means.created)} of them new", *means.warnings]
         return "\n".join(lines)
     try:
-        found = obc.compensate(model, original, plan, batches, checkpoints.outputs, mode=parsed.compensate)
+        found = obc.compensate(model, original, plan, batches, model_directory.outputs, mode=parsed.compensate)
     except ValueError as error:
         raise UsageError(f"--compensate: {error}") from error
     report.compensation = found

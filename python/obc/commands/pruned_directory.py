@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from obc.commands import budget_options, data
-from obc.commands.checkpoints import Checkpoint
 from obc.commands.common import REPORT_FILES, folder
+from obc.commands.model_directory import ModelDirectory
 from obc.commands.run_log import say
 from obc.files import whole_folder
 from obc.model.latency_table import LatencyTable
@@ -15,19 +15,21 @@ from obc.pruning.report import PruningReport
 from obc.structures.transformers.saving import PLAN_FILE, save_pruned
 
 
-def write(structure: Any, report: PruningReport, table: LatencyTable | None, checkpoint: Checkpoint, out: Path) -> None:
+def write(
+    structure: Any, report: PruningReport, table: LatencyTable | None, directory: ModelDirectory, out: Path
+) -> None:
     """Write the structure's model for ``from_pretrained``, or else for ``load_pruned``, with the tokenizer and report.
 
     Args:
         structure: of the pruned model.
         report: how it was pruned.
         table: latencies, if some were measured.
-        checkpoint: the model's directory; if it was a pruned one, the plan is written in terms of the unpruned model.
+        directory: the model's directory; if it was a pruned one, the plan is written in terms of the unpruned model.
         out: the folder to write to.
     """
     out, model = folder(out), structure.model
-    plan = structure.plan if checkpoint.plan is None else structure.plan.after(checkpoint.plan)
-    checkpoint.restore_cache()
+    plan = structure.plan if directory.plan is None else structure.plan.after(directory.plan)
+    directory.restore_cache()
     refused = structure.config_refused
     if report.means is not None and report.means.created:
         refused = "layers have biases now that no config can express"
@@ -37,7 +39,7 @@ def write(structure: Any, report: PruningReport, table: LatencyTable | None, che
             plan.save(stage / PLAN_FILE)
         else:
             save_pruned(model, plan, stage)
-        data.copy_tokenizer(checkpoint.path, stage)
+        data.copy_tokenizer(directory.path, stage)
         if table is not None:
             table.save(stage / budget_options.TABLE_FILE)
         report.save(stage / REPORT_FILES[1])

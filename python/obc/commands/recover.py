@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import obc
-from obc.commands import checkpoints, data
+from obc.commands import data, model_directory
 from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
 from obc.commands.run_log import add_log, say
 from obc.files import whole_folder
@@ -39,19 +39,19 @@ def add(commands: Any) -> None:
     recover.add_argument("--seq-len", type=positive, help="tokens of a sequence (default: as in obc score)")
     recover.add_argument("--checkpoint", type=Path, help="file to resume from after a kill, with the same arguments")
     recover.add_argument("--every", type=positive, default=20, help="steps between checkpoints (default: 20)")
-    checkpoints.add_options(recover)
+    model_directory.add_options(recover)
     add_log(recover)
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Train, save, and print the report."""
-    require(checkpoints.PACKAGES)
+    require(model_directory.PACKAGES)
     if parsed.out.resolve() in (parsed.model.resolve(), parsed.teacher.resolve()):
         raise UsageError(f"--out {parsed.out} is one of the models' own directories; choose another")
     out = folder(parsed.out)
-    device = checkpoints.device_of(parsed.device)
-    pruned = checkpoints.load(parsed.model, parsed.dtype, device)
-    teacher = checkpoints.load(parsed.teacher, parsed.dtype, device)
+    device = model_directory.device_of(parsed.device)
+    pruned = model_directory.load(parsed.model, parsed.dtype, device)
+    teacher = model_directory.load(parsed.teacher, parsed.dtype, device)
     batches = data.batches(parsed, teacher.model, parsed.teacher, "label-free")
     try:
         plan = pruned.plan
@@ -85,8 +85,8 @@ def run(parsed: argparse.Namespace) -> int:
 def _distillation(loss: str, temperature: float) -> obc.Distillation:
     """Distillation of predictions; of hidden states if the model has no head."""
     if loss == "label-free":
-        return obc.Distillation(logits=0.0, outputs=1.0, forward_fn=checkpoints.outputs)
-    return obc.Distillation(temperature=temperature, forward_fn=checkpoints.outputs)
+        return obc.Distillation(logits=0.0, outputs=1.0, forward_fn=model_directory.outputs)
+    return obc.Distillation(temperature=temperature, forward_fn=model_directory.outputs)
 
 
 def _carry_report(parsed: argparse.Namespace, out: Path) -> None:

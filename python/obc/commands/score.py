@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import obc
-from obc.commands import checkpoints, data
+from obc.commands import data, model_directory
 from obc.commands.common import UsageError, add_command, positive, require, writable
 from obc.commands.run_log import add_log, say
 from obc.criteria import available, get
@@ -48,8 +48,8 @@ def add(commands: Any) -> None:
     score.add_argument(
         "--seq-len", type=positive, help=f"tokens of a sequence (default: {data.SEQUENCE}, or the model's most)"
     )
-    score.add_argument("--loss", choices=checkpoints.LOSSES, default="auto", help="(default: by the model's head)")
-    checkpoints.add_options(score)
+    score.add_argument("--loss", choices=model_directory.LOSSES, default="auto", help="(default: by the model's head)")
+    model_directory.add_options(score)
     score.add_argument("--micro-batch", type=positive, help="samples at once: less memory, the same rows")
     score.add_argument(
         "--checkpointing", action="store_true", help="compute activations again in backward: less memory, the same rows"
@@ -77,24 +77,24 @@ def add(commands: Any) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Score a directory by local data, write the scores, and print how they were read."""
-    require(checkpoints.PACKAGES)
+    require(model_directory.PACKAGES)
     out = writable(parsed.out)
     if parsed.by_block and not parsed.statistics:
         raise UsageError(
             "--by-block collects statistics only: scores need a backward pass; name some with --statistics"
         )
-    device = checkpoints.device_of(parsed.device)
+    device = model_directory.device_of(parsed.device)
     resident = torch.device("cpu") if parsed.by_block else device
-    checkpoint = checkpoints.load(parsed.model, parsed.dtype, resident, parsed.loss)
-    model = checkpoint.model
+    directory = model_directory.load(parsed.model, parsed.dtype, resident, parsed.loss)
+    model = directory.model
     if parsed.checkpointing:
-        checkpoints.recompute_activations(model)
-    batches = data.batches(parsed, model, parsed.model, checkpoint.loss, seed=parsed.seed)
+        model_directory.recompute_activations(model)
+    batches = data.batches(parsed, model, parsed.model, directory.loss, seed=parsed.seed)
     if len(batches) < parsed.batches:
         say(f"{parsed.data} gives {len(batches)} batches of the {parsed.batches} asked for")
     shorter = "--batches, --batch-size" + ("" if parsed.data.is_dir() else ", --seq-len")
     say(f"reading {len(batches)} batches of {data.shape_of(batches[0])} on {device}; smaller {shorter} take less time")
-    loss = checkpoints.loss_of(checkpoint.loss, parsed.rows, parsed.seed)
+    loss = model_directory.loss_of(directory.loss, parsed.rows, parsed.seed)
     if parsed.statistics:
         if parsed.by_block:
             batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
@@ -113,13 +113,13 @@ def run(parsed: argparse.Namespace) -> int:
     except (ScoringError, ValueError) as error:
         raise UsageError(str(error)) from error
     assert scores.report is not None
-    scores.metadata["loss"] = checkpoint.loss
+    scores.metadata["loss"] = directory.loss
     scores.save(out)
     say(summary(scores))
     peak = scores.report.peak_bytes
     memory = "" if peak is None else f", peak memory {peak / 2**20:.0f} MiB"
     took = f"{scores.report.seconds:.1f} s{memory}"
-    say(f"{len(batches)} batches of {data.shape_of(batches[0])}, loss {checkpoint.loss}, {took}; written: {out}")
+    say(f"{len(batches)} batches of {data.shape_of(batches[0])}, loss {directory.loss}, {took}; written: {out}")
     return 0
 
 

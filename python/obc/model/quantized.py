@@ -100,7 +100,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
     inputs. If a quantised linear layer runs on its device, the plain one is compared with it.
 
     Afterwards the config of a transformers model says that nothing is quantised, so that ``save_pretrained`` writes a
-    plain checkpoint. This includes models loaded from a GGUF file, whose weights are plain already. If anything raises,
+    plain model. This includes models loaded from a GGUF file, whose weights are plain already. If anything raises,
     the model is left as it was.
 
     Args:
