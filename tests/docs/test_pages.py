@@ -186,3 +186,18 @@ def test_what_docstrings_refer_to_exists() -> None:
     named = set(re.findall(pattern, _source(".py", ".md")))
     assert len(named) >= 20
     assert not {name for name in named if not _exists(name)}
+
+
+WRITTEN_BY_HAND = [ROOT / "README.md", *sorted(set(DOCS.rglob("*.md")) - {DOCS / "transformers_models.md"})]
+
+
+def _prose(text: str) -> list[str]:
+    """Lines of a page outside code, tables, pictures and lines that a script writes."""
+    outside = re.sub(r"^(```|:::).*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [line for line in outside.splitlines() if not re.match(r"\||<|!\[|\*\*.*\*\*$|Void", line)]
+
+
+@pytest.mark.parametrize("path", WRITTEN_BY_HAND, ids=lambda path: path.name)
+def test_lines_of_prose_fit_into_120_columns(path: Path) -> None:
+    words = [line for line in _prose(path.read_text(encoding="utf-8")) if len(line) > 120]
+    assert [line for line in words if len(line.split()) > 2] == []
