@@ -1,4 +1,4 @@
-"""Optimal Brain Surgeon in the metric of the loss: what the loss changes when a unit goes and the others take over.
+"""Optimal Brain Surgeon in the metric of the loss: the change of the loss if a unit goes and others take over.
 
 With F = E over rows of the sum over positions of g g^T, g = dL/dy at a consumer's output y, G the second moment of its
 input and P = (G + lambda I)^-1, a change D of the weight changes the loss, to second order and with positions taken as
@@ -7,13 +7,14 @@ so that F has the gate's square. Optimal Brain Surgeon of the weight F^(1/2) W i
 
     e_u = tr(W_u (P_uu)^-1 W_u^T F),        W' = W - W_u (P_uu)^-1 P_u:
 
-The update is the one of Optimal Brain Surgeon: F decides which units go, and makes the errors of different layers
-comparable. Positions are not independent: behind a global average pooling the same gradient comes back to all of them.
-So each group's scores are multiplied by the factor by which
+The update is that of Optimal Brain Surgeon: F decides which units go, and makes the errors of different layers
+comparable. Positions are not independent: a global average pooling gives all of them the same gradient. Each group's
+scores are therefore multiplied by the ratio
 
-    sum over u of E (sum over positions of (P_uu)^-1 (P x)_u . dL/dx_u)^2   is larger than   sum over u of e_u,
+    sum over u of E (sum over positions of (P_uu)^-1 (P x)_u . dL/dx_u)^2   /   sum over u of e_u.
 
-the Jacobian Criterion of what single units leave behind, whose positions add up before they are squared.
+The numerator is the Jacobian Criterion of the error that is left when a single unit is removed; it adds positions up
+before it squares them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from obc.criteria.surgeon import ConsumerState, second_moment
 from obc.criteria.units import TINY, consumers_of, have_consumers
 from obc.statistics.gram import Gram, GramSum
 
-# Of a layer's positions, which lie next to each other, about so many tell as much as one that is drawn by itself.
+# Neighbouring positions are similar: about this many of them are worth one that is drawn independently.
 _POSITIONS_OF_ONE = 10
 _SMALLEST_RIDGE = 1e-2
 
@@ -44,9 +45,9 @@ class KFACOBS(MeasuredCriterion):
     channels, heads.
 
     Args:
-        ridge: lambda, relative to the mean diagonal of G. None: 0.01 + 10 in / n for n positions of so many channels:
-            with few samples a layer of few positions looks redundant where it is not, such as the last ones of a
-            convolutional network.
+        ridge: lambda, relative to the mean diagonal of G. None: 0.01 + 10 in / n for a layer with ``in`` channels that
+            saw n positions: with few samples, layers with few positions (the last ones of a convolutional network)
+            look more redundant than they are.
         centred: G is the covariance: the mean of what goes costs nothing. None: where the consumer has a bias. True is
             right too where a BatchNorm follows whose statistics are estimated anew.
         factors: whether positions count together, by the factors above.

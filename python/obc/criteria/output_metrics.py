@@ -59,7 +59,7 @@ class OutputMetrics:
         self.now = {}
 
     def take(self, rows: int) -> None:
-        """The batch counts: so many rows."""
+        """Add the batch's products to the sums, and ``rows`` to the number of rows."""
         self._rows += rows
         for name, product in self.now.items():
             self.sums[name] = self.sums[name] + product if name in self.sums else product

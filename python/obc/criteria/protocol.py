@@ -140,7 +140,7 @@ class FromFunction(Criterion):
         self.function, self.needs = function, tuple(getattr(function, "needs", ()))
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        """What the function returns."""
+        """The function's result."""
         return self.function(group, statistics, model)
 
 

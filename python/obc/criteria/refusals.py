@@ -57,7 +57,7 @@ def refuse_unread(
 
 
 def _read_for(groups: Sequence[ChannelGroup], statistic: Chosen, model: nn.Module) -> set[str]:
-    """What ``obc.collect`` would read for these groups."""
+    """The layers that ``obc.collect`` would read for these groups."""
     if isinstance(statistic, Rows):
         wanted = statistic.wanted(model, groups) or {}
         return {f"{side} channels of {module}" for module, sides in wanted.items() for side in sides}

@@ -103,7 +103,7 @@ class Also(Protocol):
         """A batch begins."""
 
     def take(self, rows: int) -> None:
-        """Keep what was read from the batch, which has so many rows."""
+        """Keep what was read from the batch; ``rows`` is its number of rows."""
 
 
 def read_residuals(

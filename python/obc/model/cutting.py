@@ -83,7 +83,7 @@ def sync_sizes(module: nn.Module) -> None:
 
 
 def _resize(module: nn.Module, kept: Kept) -> None:
-    """The same for a norm without tensors."""
+    """Shrink a norm that has no tensors."""
     if kept.out_channels is None:
         return
     size = len(kept.out_channels)

@@ -55,7 +55,7 @@ class Skipped(nn.Module):
         self.train(replaced.training)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What stands in for the removed module's output: its input, or zeros.
+        """The stand-in's output in place of the removed module's: its input, or zeros.
 
         Raises:
             PruningError: there is no floating tensor among the arguments.
@@ -79,7 +79,7 @@ class Skipped(nn.Module):
             cache.update(nothing, nothing, place)
 
     def extra_repr(self) -> str:
-        """What the stand-in returns."""
+        """The stand-in's result, as its repr shows it."""
         return f"returns={self.stand_in.returns!r}"
 
 

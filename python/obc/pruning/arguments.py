@@ -71,7 +71,7 @@ class Choice:
         return cls(criterion, chosen, selection, slices, per_cost, shrinkage, min_units, round_to, caps)
 
     def said(self, allocation: Any) -> dict[str, object]:
-        """What the report's provenance says of it; ``allocation`` is the argument of ``obc.prune``."""
+        """The entries for the report's provenance; ``allocation`` is the argument of ``obc.prune``."""
         return {
             "criterion": name_of(self.criterion),
             "allocation": allocation if isinstance(allocation, str) else type(self.allocation).__name__,

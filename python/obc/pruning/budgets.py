@@ -155,12 +155,12 @@ class Budget:
 
     @property
     def noun(self) -> str:
-        """What is counted, in messages."""
+        """The name of the counted quantity in messages."""
         return NOUNS[self.argument]
 
     @property
     def unit(self) -> Counted:
-        """What is counted, in reports."""
+        """The name of the counted quantity in reports."""
         units: dict[Argument, Counted] = {
             "macs": "macs",
             "active_params": "active_parameters",
@@ -171,7 +171,7 @@ class Budget:
 
     @property
     def said(self) -> str:
-        """It as an argument of ``obc.prune``."""
+        """The budget, written as an argument of ``obc.prune``."""
         return f"{self.argument}={self.share if self.amount is None else self.amount:g}"
 
     def costs(self, structure: Structure) -> Costs:

@@ -217,7 +217,7 @@ class _Options:
     progress: bool | None
 
     def said(self) -> dict[str, object]:
-        """What the report's provenance says of them."""
+        """The entries for the report's provenance."""
         every = " after every step" if self.compensate_every_step else ""
         return {"compensate": self.compensate and f"{self.compensate}{every}"}
 

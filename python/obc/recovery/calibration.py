@@ -156,13 +156,13 @@ def recalibrate_norms(
             recalibrate_from(model, norms, usable, forward, processes, targets)
 
 
-def norm_reference(model: nn.Module, batches: UsableBatches, forward_fn: ForwardFn, place: str = "") -> NormReference:
+def norm_reference(model: nn.Module, batches: UsableBatches, forward_fn: ForwardFn) -> NormReference:
     """The inputs' statistics at the BatchNorms of the unpruned ``model``, from one pass over the batches in eval mode.
 
-    ``model`` may be the module called ``place`` in a larger model, if ``forward_fn`` runs it alone. This is a separate
-    pass, because reading a norm's input would end the trace of :func:`obc.recovery.stream_points.observe`.
+    This is a separate pass, because reading a norm's input would end the trace of
+    :func:`obc.recovery.stream_points.observe`.
     """
-    norms = named_norms(model, place)
+    norms = named_norms(model)
     reference = NormReference(norms)
     if norms:
         with evaluating(model), torch.no_grad():

@@ -32,6 +32,8 @@ from obc.recovery.normal_equations import SingularError
 from obc.recovery.padding import valid_rows
 from obc.recovery.stream_points import Call, observe, of_same_tokens
 
+_Moments = dict[str, RegressionMoments]  # by layer
+
 
 @dataclass(frozen=True)
 class LeastSquaresOptions:
@@ -206,9 +208,7 @@ class LeastSquaresRun:
             (self.original, self.pruned), scopes, batches, options.forward, options.processes, bool(self.norms)
         )
 
-    def _moments(
-        self, names: Sequence[str], part: ChainPart, paired: bool
-    ) -> tuple[dict[str, RegressionMoments], dict[str, RegressionMoments]]:
+    def _moments(self, names: Sequence[str], part: ChainPart, paired: bool) -> tuple[_Moments, _Moments]:
         taken = 2 * sum(self.consumers[name].bytes(paired) for name in names)
         self.report.moment_bytes = max(self.report.moment_bytes, taken)
         found = []
@@ -222,14 +222,7 @@ class LeastSquaresRun:
             found.append(moments)
         return found[0], found[1]
 
-    def _accumulate(
-        self,
-        moments: Mapping[str, RegressionMoments],
-        batches: UsableBatches,
-        batch: Any,
-        part: ChainPart,
-        paired: bool,
-    ) -> None:
+    def _accumulate(self, moments: _Moments, batches: UsableBatches, batch: Any, part: ChainPart, paired: bool) -> None:
         modules = {name: self.original.get_submodule(name) for name in moments}
         full = observe(partial(part.full, batch, batches.current), modules, self.off_stream).calls
         pruned: Mapping[str, list[Call]] = {}

@@ -168,8 +168,8 @@ def smallest(errors: Sequence[Tensor]) -> int:
 def _mean_diagonal(gram: Tensor, uncentred: Tensor) -> Tensor:
     """(blocks, 1): the mean diagonal of E[z zT], which ridges are relative to.
 
-    If all channels of a block are constant, centring leaves rounding errors: the mean is then that of the uncentred
-    matrix, so that the solution is zero, and 1 where that is zero too.
+    If all channels of a block are constant, centring leaves only rounding errors. Then the mean diagonal of the
+    uncentred matrix is used, so that the solution is zero; where that is zero as well, 1.
     """
     mean, raw = (each.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) for each in (gram, uncentred))
     mean = torch.where(mean > _ROUNDING * raw, mean, raw)

@@ -60,7 +60,7 @@ LEAST = 1e-140
 
 
 class FrontState:
-    """What a removal changes besides the increments.
+    """The quantities other than the increments that a removal changes.
 
     Attributes:
         values: (2 G + 2,) float64; the others are views of it.

@@ -192,7 +192,7 @@ class Greedy:
             return order[order >= 0], float(freed[last])
 
     def standing(self) -> Standing:
-        """What decides which single units go next; units that free nothing count as those that must stay."""
+        """Values that decide which unit goes next; a unit that frees nothing is treated as one that must stay."""
         freed = self._problem.costs.unit_costs
         if freed is None:
             effective = self._problem.costs.effective

@@ -23,7 +23,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 
 @dataclass(frozen=True)
 class Standing:
-    """What decides which units are removed next, at the present moment.
+    """The present values that decide which units are removed next.
 
     Attributes:
         increments: (C,) what each unit adds to the loss, infinite if it was removed or must stay.

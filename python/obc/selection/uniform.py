@@ -159,5 +159,5 @@ class _Limits:
         return self.permitted[min(bisect_left(self.permitted, share * self.full), len(self.permitted) - 1)]
 
     def at_least(self, width: int) -> _Limits:
-        """The same limits without smaller widths."""
+        """These limits, with smaller widths ruled out."""
         return replace(self, permitted=self.permitted[bisect_left(self.permitted, width) :])

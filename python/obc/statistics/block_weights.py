@@ -114,7 +114,7 @@ class WeightsOnDevice:
                 name = self._places[identity][0].name
                 where = "pass ByBlock(weights=...), a safetensors file or a folder of them"
                 if self._files:
-                    where = "the files have no tensor of that name; write buffers and fused weights into one, too"
+                    where = "the files have no tensor of that name; write buffers and fused weights to a file as well"
                 raise StatisticsError(f"{name!r} is on the meta device: {where}")
 
 

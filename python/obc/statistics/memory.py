@@ -77,7 +77,7 @@ def refuse_too_large(readers: Iterable[Reader], by_block: ByBlock | None, model:
 
 
 def _remedies(reader: GramReader, device: torch.device, free: int, model: nn.Module) -> list[str]:
-    """What makes room for Gram matrices that a device can't hold; only what is enough where that is known."""
+    """Ways to fit Gram matrices that a device can't hold; one known not to suffice is left out."""
     fewer = "pass groups= for fewer layers at a time: obc.criteria.scores_from gives each part the same scores"
     found = [fewer if reader.bytes_of(reader.largest()) <= free else "leave the widest layers out with groups="]
     if device.type != "cpu":

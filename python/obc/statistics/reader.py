@@ -247,7 +247,7 @@ class InputReader(Reader):
             self._latest = _Reading(given, channel_dim, name, fields, self.part)
 
     def _end_reading(self) -> None:
-        """Add what was read last: no more modules share it."""
+        """Add the last reading to the sums; modules called from now on don't share it."""
         if self._latest is not None:
             for field, values in self._latest.fields.items():
                 self.sums.add(tuple(self._latest.modules), field, values)
