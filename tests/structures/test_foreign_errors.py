@@ -14,6 +14,7 @@ import pytest
 import torch
 from models import labelled_images
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 from torch.nn.utils import prune as masks
@@ -240,6 +241,14 @@ UNPRUNABLE: dict[str, tuple[Callable[[Base], Any], str]] = {
     "DistributedDataParallel": (
         nn.parallel.DistributedDataParallel,
         r"wrapped in DistributedDataParallel; prune model\.module",
+    ),
+    "FullyShardedDataParallel": (
+        lambda m: FullyShardedDataParallel(m, device_id=torch.device("cpu")),
+        r"wrapped in FullyShardedDataParallel; prune the model first",
+    ),
+    "a part in FullyShardedDataParallel": (
+        lambda m: setattr(m, "b", FullyShardedDataParallel(m.b, device_id=torch.device("cpu"))),
+        r"wrapped in FullyShardedDataParallel; prune the model first",
     ),
     "adapters": (lora, r"adapters of PEFT \('base_model\.model\.head' is a Linear\).*merge_and_unload\(\)"),
 }

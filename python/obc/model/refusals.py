@@ -20,6 +20,8 @@ _REMOVERS = {
     "BasePruningMethod": "torch.nn.utils.prune.remove",
 }
 
+_FSDP = ("torch.distributed.fsdp", "FullyShardedDataParallel")
+
 
 def refuse_unprunable(model: nn.Module) -> None:
     """Raise if layers can't be given smaller weights; the message says what can be pruned instead.
@@ -36,6 +38,8 @@ def refuse_unprunable(model: nn.Module) -> None:
         raise PlanError(f"{name} is a ScriptModule, whose layers can't be changed; prune the model it was made of")
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise PlanError(f"the model is wrapped in {name}; prune model.module, then wrap it again")
+    if wrapped := [type(one).__name__ for one in model.modules() if isinstance(one, _classes(*_FSDP))]:
+        raise PlanError(f"the model is wrapped in {wrapped[0]}; prune the model first, then wrap it")
     if is_sharded(model):
         raise PlanError("the model's parameters are split over several processes; prune the model first, then shard it")
     refuse_adapted(model)

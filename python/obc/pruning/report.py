@@ -229,8 +229,7 @@ class PruningReport:
         lines += _by_reason("not pruned", self.left_out)
         lines += _by_reason("not scored", self.unscored)
         lines += _by_reason("not proved", self.unproved)
-        if self.proof is not None or self.error is not None or not self.unproved:
-            lines.append(self._proved())
+        lines.append(self._proved())
         lines += [f"warning: {warning}" for warning in self.warnings]
         if self.seconds:
             lines.append("seconds: " + ", ".join(f"{part} {spent:.2f}" for part, spent in self.seconds.items()))
