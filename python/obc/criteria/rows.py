@@ -42,7 +42,9 @@ def read_rows(subject: Subject) -> GroupRows:
     if depth:
         loss = reader = DepthRows(subject.model, depth, subject.loss_fn, subject.rows == "sample")
     if not wanted and reader is not None:
-        _run(subject, reader)
+        with evaluating(subject.model), frozen(subject.model):
+            for row, batch in enumerate(subject.batches):
+                run_backward(subject.model, reader, row, batch, subject.rows, subject.micro_batch)
         return GroupRows(reader.rows(), {})
     modules = dict(subject.model.named_modules())
     check = subject.rows == "sample" or not all(
@@ -79,13 +81,6 @@ def _is_confirmed(subject: Subject, name: str, module: nn.Module, sides: set[Sid
     """Whether an earlier check confirmed the gates of this same module on these sides."""
     known, read = subject.confirmed.get(name, (None, set()))
     return known is module and sides <= read
-
-
-def _run(subject: Subject, reader: DepthRows) -> None:
-    """Forward and backward passes of all batches, for blocks only."""
-    with evaluating(subject.model), frozen(subject.model):
-        for row, batch in enumerate(subject.batches):
-            run_backward(subject.model, reader, row, batch, subject.rows, subject.micro_batch)
 
 
 class Jacobian(Criterion):

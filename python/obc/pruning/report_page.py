@@ -24,7 +24,11 @@ def pruning_page(report: Report, further: Sequence[Section] = ()) -> str:
         Section("steps", "Steps and time", _steps(report)),
         Section("warnings", "Warnings", _warnings(report)),
         *further,
-        Section("provenance", "Provenance", _provenance(report)),
+        Section(
+            "provenance",
+            "Provenance",
+            facts(report["provenance"]) if report["provenance"] else element("p", "The report does not say."),
+        ),
     ]
     return document(f"Pruning of {report['provenance'].get('model', 'a model')}", sections, _verdict(report))
 
@@ -194,7 +198,3 @@ def _warnings(report: Report) -> Html:
     if not report["warnings"]:
         return element("p", "None.")
     return element("ul", *(element("li", warning) for warning in report["warnings"]))
-
-
-def _provenance(report: Report) -> Html:
-    return facts(report["provenance"]) if report["provenance"] else element("p", "The report does not say.")

@@ -16,7 +16,7 @@ class Snapshot:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._modules = [(module, _state(module)) for module in model.modules()]
+        self._modules = [(module, _copied(module.__dict__)) for module in model.modules()]
         self._tensors = {
             joined(module_name, name): _remembered(tensor) for module_name, _, name, tensor in named_tensors(model)
         }
@@ -45,10 +45,6 @@ def _remembered(tensor: Tensor) -> Tensor:
 
 
 _OWN = ("_parameters", "_buffers", "_modules")
-
-
-def _state(module: nn.Module) -> dict[str, object]:
-    return _copied(module.__dict__)
 
 
 def _copied(state: dict[str, object]) -> dict[str, object]:

@@ -85,7 +85,9 @@ def unfused(
         yield PruningPlan({**plan, **entries}, plan.depth), [name for name in sliced if name not in chosen]
     finally:
         for module in changed:
-            _fuse(module)
+            vars(module).pop("forward", None)
+            for name in [name for name, child in module._modules.items() if isinstance(child, DownProjection)]:
+                del module._modules[name]
 
 
 def sliced_experts(pruned_model: nn.Module, original_model: nn.Module) -> list[str]:
@@ -137,12 +139,6 @@ def _unfuse(module: nn.Module, numbers: Sequence[int]) -> None:
         layer = DownProjection(*projection(module, DOWN, expert))
         layers[expert] = module._modules[expert_name(DOWN, place)] = layer
     module.forward = partial(_forward, module, layers)
-
-
-def _fuse(module: nn.Module) -> None:
-    vars(module).pop("forward", None)
-    for name in [name for name, child in module._modules.items() if isinstance(child, DownProjection)]:
-        del module._modules[name]
 
 
 def _forward(

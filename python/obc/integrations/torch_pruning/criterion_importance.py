@@ -167,13 +167,11 @@ def channel_group(group: Any, model: nn.Module) -> ChannelGroup | None:
     parts = [
         Slice(name, side, torch.tensor(table, dtype=torch.int64))  # type: ignore[arg-type]
         for (name, side), table in slices.items()
-        if len({len(channels) for channels in table}) == 1 and table[0] and _has_parameters(model, name)
+        if len({len(channels) for channels in table}) == 1
+        and table[0]
+        and next(model.get_submodule(name).parameters(), None) is not None
     ]
     return ChannelGroup(parts[0].module, tuple(parts)) if parts else None
-
-
-def _has_parameters(model: nn.Module, name: str) -> bool:
-    return any(True for _ in model.get_submodule(name).parameters())
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
