@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from obc import ops
 from obc.statistics.part import Part
-from obc.statistics.reader import Groups, Handle, InputReader, Reader, flat_rows, input_dim
+from obc.statistics.reader import Groups, InputReader, Reader, flat_rows, input_dim
 from obc.statistics.sums import Sums
 from obc.statistics.taps import tapped
 
@@ -54,15 +53,6 @@ class _Reader(InputReader):
         super().__init__(sums, part, model, groups)
         self._of_part = Sums(sums.name)
 
-    def attach(self) -> list[Handle]:
-        handles: list[Handle] = []
-        for name, module in self.layers.items():
-            handles.append(module.register_forward_pre_hook(partial(self._tap, name), with_kwargs=True))
-        for name, module in self.mixtures.items():
-            tap = partial(self._tap_experts, name)
-            handles += [self._begins(module), module.register_forward_hook(tap, with_kwargs=True)]
-        return handles
-
     def begin(self) -> None:
         super().begin()
         self._of_part.begin()
@@ -88,7 +78,7 @@ class _Reader(InputReader):
     def bytes(self) -> int:
         return sum(2 * (8 + 2 * 4) * width for width in self.widths.values())
 
-    def _tap(self, name: str, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _read_input(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
         if not self.part.reading:
             return None
         x = self.checked_input(name, module, args, kwargs)
@@ -99,7 +89,7 @@ class _Reader(InputReader):
         swapped = {key: read if value is x else value for key, value in kwargs.items()}
         return tuple(read if value is x else value for value in args), swapped
 
-    def _tap_experts(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
+    def _read_mixture(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Tensor | None:
         if not self.part.reading:
             return None
         with torch.no_grad():

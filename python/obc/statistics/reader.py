@@ -230,7 +230,8 @@ class InputReader(Reader):
         return found
 
     @torch.no_grad()
-    def _read_input(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _read_input(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Read a layer's input; may return other arguments for the call, as torch's hooks do."""
         if not self.part.reading or is_running_again():
             return
         given = self.checked_input(name, module, args, kwargs)
@@ -258,7 +259,7 @@ class InputReader(Reader):
         return mixture.register_forward_pre_hook(lambda module, args: self.part.calls.begin())
 
     @torch.no_grad()
-    def _read_mixture(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def _read_mixture(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:
         if not self.part.reading or is_running_again():
             return
         for one, routed in self.routed(name, module, [*args, *kwargs.values()], output):
