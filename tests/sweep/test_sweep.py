@@ -5,16 +5,23 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
 
-from sweep_model import Found, examine, model_types  # noqa: E402
+from sweep_model import Found, built, examine, model_types  # noqa: E402
 from sweep_table import TITLES, counts, table  # noqa: E402
+from transformers_families import FAMILIES as TINY  # noqa: E402
+
+from obc.structures.transformers import TransformersStructure  # noqa: E402
+from obc.structures.transformers.family import FAMILIES, Family  # noqa: E402
 
 PAGE = Path(__file__).parents[2] / "docs" / "transformers_models.md"
 CHOSEN = {
@@ -81,3 +88,48 @@ def test_a_table_counts_what_is_found() -> None:
     assert "| b | 1 ffn, not run: 1 heads |  | layers.N.attn is / odd |  |" in lines
     assert "| c |  |  |  | no such layer |" in lines
     assert "| d |  |  | WRONG: it differs |  |" in lines
+
+
+# Families that none of the models above has, by a model type of the library or by the names alone.
+FURTHER = [
+    ("causal", "codegen"),
+    ("masked", "deberta-v2"),
+    ("image", "efficientnet"),
+    ("causal", "gpt_bigcode"),
+    ("causal", "moshi"),
+]
+
+
+class GatedByNumbers(nn.Module):
+    """The feed-forward block of Mixtral's own code and of InternLM 2, which the library has under other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w3, self.w2 = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(nn.functional.silu(self.w1(x)) * self.w3(x))
+
+
+def _found(model: nn.Module) -> Any:
+    structure = TransformersStructure(model)
+    slices = [(part.module, part.side, part.channels.tolist()) for group in structure.groups for part in group.slices]
+    return slices, dict(structure.left_out)
+
+
+def test_every_family_finds_something_in_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If it did not describe its layers, other groups would be found in a model of the tests or of the sweep."""
+    untried = set(FAMILIES)
+    tiny = (make().model for make in TINY.values())
+    for model in itertools.chain(
+        [GatedByNumbers()], tiny, itertools.starmap(built, [*((task, name) for name, task in FURTHER.items()), *JOBS])
+    ):
+        expected = _found(model)
+        for name in sorted(untried):
+            with monkeypatch.context() as patch:
+                patch.setitem(FAMILIES, name, Family(name, kinds=FAMILIES[name].kinds))
+                if _found(model) != expected:
+                    untried.remove(name)
+        if not untried:
+            return
+    assert not untried, f"no tiny model needs the families {sorted(untried)}: add one to tests/transformers_families.py"
