@@ -235,3 +235,12 @@ def test_a_structure_that_continues_a_plan_is_refused(tmp_path: Path) -> None:
     batches, loss = [{"input_ids": torch.arange(8)[None]}], label_free_loss()
     with pytest.raises(PruningError, match=r"result\.plan\.after\(earlier_plan\)"):
         obc.prune(model, batches=batches, loss_fn=loss, structure=TransformersStructure(model, plan=first.plan))
+
+
+@pytest.mark.parametrize("options", [["--criterion", "block_influence"], ["--criterion", "l1", "--allocation", "tail"]])
+def test_what_needs_whole_blocks_says_which_option_gives_them(
+    options: Any, llama: Path, tmp_path: Path, capsys: Any
+) -> None:
+    data = ["--data", tmp_path / "data.jsonl", "--seq-len", 8, "--batches", 2]
+    assert prune(llama, *data, *options, "--blocks", 0.8, "--out", tmp_path / "out") == 2
+    assert "--kinds layers of obc prune" in capsys.readouterr().err

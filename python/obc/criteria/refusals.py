@@ -18,7 +18,7 @@ from obc.statistics.rows import Rows
 
 _BLOCKS = (
     "for a transformers model pass structure=obc.structures.transformers.TransformersStructure(model, ['layers']), "
-    "which has whole blocks for groups, for any other "
+    "which has whole blocks for groups (--kinds layers of obc prune), for any other "
 )
 
 

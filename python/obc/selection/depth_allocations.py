@@ -80,7 +80,8 @@ def _blocks(task: Task) -> list[ChannelGroup]:
     blocks = [group for group in task.groups if group.kind == "layers" and group.name in task.scores]
     if not blocks:
         raise ValueError(
-            "allocations of consecutive blocks need whole blocks: TransformersStructure(model, kinds=['layers'])"
+            "allocations of consecutive blocks need whole blocks: TransformersStructure(model, kinds=['layers']), or "
+            "--kinds layers of obc prune"
         )
     if len({_place(group)[0] for group in blocks}) > 1:
         lists = sorted({_place(group)[0] for group in blocks})
