@@ -29,6 +29,18 @@ def assert_same_plan(got: PruningPlan, expected: PruningPlan) -> None:
                 assert other == value, f"{name}.{field}: {other} != {value}"
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_plans_of_single_steps_are_put_together(name: str) -> None:
+    """Each step's own plan, of the model before it, after that of the steps before."""
+    whole = RECIPES[name].prune(3)
+    again = copy.deepcopy(whole.original)
+    pruner, plan = RECIPES[name].pruner(again, 3), PruningPlan()
+    for _ in range(3):
+        plan = prune_step(pruner).after(plan)
+    plan.verify(whole.state_dict, again)
+    assert_same_plan(plan, whole.plan)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("name", RECIPES)
 def test_prune_step_records_what_was_kept(name: str, steps: int) -> None:
