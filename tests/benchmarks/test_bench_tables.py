@@ -221,6 +221,20 @@ def test_obc_bench_runs_and_draws_what_is_asked_for(monkeypatch: pytest.MonkeyPa
     assert commands[4][4:6] == ["--sizes", "x"]
 
 
+@pytest.mark.parametrize(
+    ("only", "ops", "dispatch", "status"), [("x", 0, 2, 0), ("x", 2, 2, 2), ("x", 1, 2, 2), ("", 0, 2, 2)]
+)
+def test_cases_of_some_of_the_benchmarks_are_enough(
+    only: str, ops: int, dispatch: int, status: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A benchmark ends with 2 if none of its cases has the name."""
+    pytest.importorskip("matplotlib", reason="matplotlib is missing: pip install matplotlib")
+    statuses = {"benchmarks.bench_ops": ops, "benchmarks.bench_dispatch": dispatch}
+    ran = lambda command, cwd: subprocess.CompletedProcess(command, statuses[command[2]])  # noqa: E731
+    monkeypatch.setattr(bench.subprocess, "run", ran)
+    assert cli.main(["bench", "ops", "--only", only, "--out", str(tmp_path)]) == status
+
+
 def test_obc_bench_refuses_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "everything"]) == 2
     assert "there are ops, scoring, equivalent, large" in capsys.readouterr().err
