@@ -106,8 +106,7 @@ class Target:
         assert norm.running_mean is not None
         assert norm.running_var is not None
         full_mean, full_variance, own_mean, own_variance = (
-            tensor if self.kept is None else tensor[self.kept.to(tensor.device)]
-            for tensor in (*(full or self.average), *self.own)
+            tensor if self.kept is None else tensor[self.kept] for tensor in (*(full or self.average), *self.own)
         )
         delta = _DELTA * own_variance
         ratio = (variance + delta) / (full_variance + delta)
@@ -173,7 +172,9 @@ class NormReference:
             sums.gather(processes)
             if (average := sums.average()) is not None:
                 kept = plan.get(full_name)
-                channels = None if kept is None else kept.out_channels
+                channels = (
+                    None if kept is None or kept.out_channels is None else kept.out_channels.to(average[0].device)
+                )
                 found[norm] = Target(average, by_batch, self._own[full_name], channels)
         return found
 
