@@ -80,6 +80,11 @@ class Costs:
                     f"{int(self.widths[group])} units"
                 )
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Name of a group -> its present width."""
+        return {name: int(width) for name, width in zip(self.names, self.widths, strict=True)}
+
     def effective(self, widths: Tensor | None = None) -> Tensor:
         """(groups,) effective widths, by default of the present model; 0 for groups in a block of width 0."""
         w = (self.widths if widths is None else widths).double().clone()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from obc.model.costs import Costs
 from obc.model.groups import ChannelGroup
+from obc.selection.balance import select_balanced
 from obc.selection.caps import block_of, found_for
 from obc.selection.choice import BudgetError, Selection, select
 from obc.selection.uniform import select_uniform
@@ -90,12 +91,23 @@ class Allocation(Protocol):
 
 
 class Global:
-    """Units of all groups compete (:func:`obc.select`); if families keep equal widths, within each family."""
+    """Units of all groups compete; if families keep equal widths, the families do (:mod:`obc.selection.balance`)."""
 
     def select(self, task: Task) -> dict[str, Tensor]:
-        """Units of every group by :func:`obc.select`, or by shares where families keep equal widths."""
+        """Units of every group by :func:`obc.select`, or by :func:`obc.selection.balance.select_balanced`."""
         if task.families:
-            return task.by_shares(task.families)
+            return select_balanced(
+                task.scores,
+                task.costs,
+                task.budget,
+                task.families,
+                selection=task.selection,
+                shrinkage=task.shrinkage,
+                min_units=task.min_units,
+                round_to=task.round_to,
+                widths=task.widths,
+                goal=task.goal,
+            )
         return select(
             task.scores,
             task.costs,

@@ -17,8 +17,8 @@ from obc.selection.interactions import FORMS
 
 # Groups that keep less than this share of their units are named: a network rarely recovers from it.
 NARROW = 0.1
-# Warnings should point at the caller of obc.select: this function, select, its caller.
-_CALLER = 3
+# Warnings should point at the caller of obc.select: this function, _order within select, select, its caller.
+_CALLER = 4
 
 
 def check_arguments(selection: str, shrinkage: float | None, form: str | None, max_bytes: int, budget: float) -> None:
@@ -203,7 +203,7 @@ def warn_if_narrow(removed: Mapping[str, Tensor], sizes: Sequence[int]) -> None:
         warnings.warn(
             f"fewer than a tenth of the units stay in {listed(narrow)}; raise min_units, or let more of the model "
             "remain",
-            stacklevel=_CALLER,
+            stacklevel=_CALLER - 1,
         )
 
 

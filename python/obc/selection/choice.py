@@ -21,6 +21,7 @@ from obc.selection.shrinkage import estimated_shrinkage
 from obc.selection.whole_blocks import BlockGreedy, inside_of
 
 Selection = Literal["joint", "independent"]
+MAX_BYTES = 2**31  # for the Gram matrix of the rows
 
 
 class BudgetError(ValueError):
@@ -44,7 +45,7 @@ def select(
     max_pruning_ratio: float | Mapping[str, float] = 1.0,
     protected_blocks: int | tuple[int, int] = 0,
     form: Form | None = None,
-    max_bytes: int = 2**31,
+    max_bytes: int = MAX_BYTES,
 ) -> dict[str, Tensor]:
     """Choose units greedily that free ``budget`` and change the loss least.
 
@@ -115,11 +116,45 @@ def select(
         ValueError: rows or costs are not finite, empty, or of different groups; or an argument is out of range.
         TypeError: rows don't have a floating-point dtype.
     """
+    caps = Caps.of(max_pruning_ratio, protected_blocks)
+    order = _order(
+        rows_by_group, costs, budget, selection, shrinkage, per_cost, min_units, round_to, caps, form, max_bytes
+    )
+    sizes = [values.shape[-1] for values in rows_by_group.values()]
+    removed = dict(zip(rows_by_group, _by_group(order, sizes), strict=True))
+    inside = inside_of(list(rows_by_group), costs.inside) if isinstance(costs, Costs) else {}
+    channels = {name: units for place, (name, units) in enumerate(removed.items()) if place not in inside}
+    checks.warn_if_narrow(channels, [size for place, size in enumerate(sizes) if place not in inside])
+    return removed
+
+
+def removal_order(
+    rows: Tensor, count: int, *, selection: Selection = "joint", shrinkage: float | None = None
+) -> Tensor:
+    """The first ``count`` units that :func:`select` removes from one group, in this order: int64, on the CPU."""
+    group = "the group"
+    return _order({group: rows}, {group: 1.0}, count, selection, shrinkage, False, 0, None, Caps(), None, MAX_BYTES)
+
+
+def _order(
+    rows_by_group: Mapping[str, Tensor],
+    costs: Costs | Mapping[str, float | Tensor],
+    budget: float,
+    selection: Selection,
+    shrinkage: float | None,
+    per_cost: bool,
+    min_units: int | Mapping[str, int],
+    round_to: int | Mapping[str, int] | None,
+    caps: Caps,
+    form: Form | None,
+    max_bytes: int,
+) -> Tensor:
+    """The units that :func:`select` removes, numbered over all groups, in the order of their removal."""
     checks.check_arguments(selection, shrinkage, form, max_bytes, budget)
     rows = checks.checked_rows(rows_by_group, selection)
     names, sizes = list(rows_by_group), [values.shape[-1] for values in rows]
     lowest, multiples = checks.limits(names, sizes, min_units, round_to)
-    capped = Caps.of(max_pruning_ratio, protected_blocks).least(dict(zip(names, sizes, strict=True)))
+    capped = caps.least(dict(zip(names, sizes, strict=True)))
     lowest = [max(least, capped[name]) for name, least in zip(names, lowest, strict=True)]
     removal_costs = checks.removal_costs(names, sizes, costs, lowest, rows[0].device)
     inside = inside_of(names, costs.inside) if isinstance(costs, Costs) else {}
@@ -142,11 +177,7 @@ def select(
         problem = Problem(increments, sizes, lowest, multiples, removal_costs, per_cost, count, interacting, inside)
         solver = BlockGreedy(problem, units if selection == "joint" else None) if inside else greedy(problem)
         unit = costs.unit if isinstance(costs, Costs) else "of the given costs"
-        chosen = _within_budget(names, problem, solver, budget, unit)
-    removed = dict(zip(names, _by_group(chosen, sizes), strict=True))
-    channels = {name: units for place, (name, units) in enumerate(removed.items()) if place not in inside}
-    checks.warn_if_narrow(channels, [size for place, size in enumerate(sizes) if place not in inside])
-    return removed
+        return _within_budget(names, problem, solver, budget, unit)
 
 
 def _interacting(

@@ -61,27 +61,12 @@ def select_uniform(
         BudgetError: the budget can't be met.
         ValueError: groups of a family have different widths.
     """
-    sizes = {name: int(width) for name, width in zip(costs.names, costs.widths, strict=True)}
-    limits = []
-    for family in families:
-        found = {sizes[name] for name in family}
-        if len(found) > 1:
-            raise ValueError(f"groups of one family have different widths: {', '.join(family)} have {sorted(found)}")
-        if all(name in rows_by_group for name in family):
-            size = found.pop()
-            lowest = max((min_units or {}).get(name, 1) for name in family)
-            multiple = math.lcm(*((round_to or {}).get(name, 1) for name in family))
-            only = [set((widths or {})[name]) for name in family if name in (widths or {})]
-            permitted = permitted_widths(size, lowest, multiple, set.intersection(*only) if only else None)
-            limits.append(_Limits(family, (full_widths or sizes)[family[0]], permitted))
-
-    def freed(kept: Mapping[str, int]) -> float:
-        return costs.freed({name: sizes[name] - width for name, width in kept.items()})
-
+    sizes = costs.sizes
+    limits = equal_widths(rows_by_group, costs, families, min_units, round_to, full_widths, widths)
     if goal is not None and goal > budget:
-        final = _widths(limits, freed, goal, shares)
+        final = equal_shares(limits, costs, goal, shares)
         limits = [limit.at_least(final[limit.family[0]]) for limit in limits]
-    kept = _widths(limits, freed, budget, shares)
+    kept = equal_shares(limits, costs, budget, shares)
     removed = {name: torch.empty(0, dtype=torch.int64) for name in rows_by_group}
     for name, width in kept.items():
         if width < sizes[name]:
@@ -109,19 +94,77 @@ def permitted_widths(size: int, lowest: int, multiple: int, only: Collection[int
     return [*(width for width in range(least, size, multiple) if only is None or width in only), size]
 
 
-def _widths(
-    limits: Sequence[_Limits],
-    freed: Callable[[Mapping[str, int]], float],
-    budget: float,
-    shares: Callable[[str, float], float] | None,
-) -> dict[str, int]:
-    """Per group, the widths at the largest level that frees the budget."""
+@dataclass(frozen=True)
+class EqualWidths:
+    """The widths that a family may keep.
 
-    def share_of(limit: _Limits, level: float) -> float:
+    Attributes:
+        family: names of its groups.
+        full: the width that shares refer to.
+        permitted: its widths, ascending; the last is the present one.
+    """
+
+    family: Sequence[str]
+    full: int
+    permitted: Sequence[int]
+
+    def width(self, share: float) -> int:
+        """The permitted width nearest to a share of the full one, the larger of two."""
+        wanted = share * self.full
+        place = bisect_left(self.permitted, wanted)
+        nearest = self.permitted[max(place - 1, 0) : place + 1]
+        return min(nearest, key=lambda width: (abs(width - wanted), -width))
+
+    def width_above(self, share: float) -> int:
+        """The smallest permitted width of at least a share of the full one, if there is one."""
+        return self.permitted[min(bisect_left(self.permitted, share * self.full), len(self.permitted) - 1)]
+
+    def at_least(self, width: int) -> EqualWidths:
+        """The same family without smaller widths."""
+        return replace(self, permitted=self.permitted[bisect_left(self.permitted, width) :])
+
+
+def equal_widths(
+    names: Collection[str],
+    costs: Costs,
+    families: Sequence[Sequence[str]],
+    min_units: Mapping[str, int] | None = None,
+    round_to: Mapping[str, int] | None = None,
+    full_widths: Mapping[str, int] | None = None,
+    widths: Mapping[str, Collection[int]] | None = None,
+) -> list[EqualWidths]:
+    """The families all of whose groups are among ``names``; arguments as for :func:`select_uniform`."""
+    sizes, limits = costs.sizes, []
+    for family in families:
+        found = {sizes[name] for name in family}
+        if len(found) > 1:
+            raise ValueError(f"groups of one family have different widths: {', '.join(family)} have {sorted(found)}")
+        if all(name in names for name in family):
+            lowest = max((min_units or {}).get(name, 1) for name in family)
+            multiple = math.lcm(*((round_to or {}).get(name, 1) for name in family))
+            only = [set((widths or {})[name]) for name in family if name in (widths or {})]
+            permitted = permitted_widths(found.pop(), lowest, multiple, set.intersection(*only) if only else None)
+            limits.append(EqualWidths(family, (full_widths or sizes)[family[0]], permitted))
+    return limits
+
+
+def equal_shares(
+    limits: Sequence[EqualWidths],
+    costs: Costs,
+    budget: float,
+    shares: Callable[[str, float], float] | None = None,
+) -> dict[str, int]:
+    """Per group, the widths at the largest level that frees the budget; ``shares`` as for :func:`select_uniform`."""
+    sizes = costs.sizes
+
+    def share_of(limit: EqualWidths, level: float) -> float:
         return level if shares is None else shares(limit.family[0], level)
 
     def kept(level: float) -> dict[str, int]:
         return {name: limit.width(share_of(limit, level)) for limit in limits for name in limit.family}
+
+    def freed(widths: Mapping[str, int]) -> float:
+        return costs.freed({name: sizes[name] - width for name, width in widths.items()})
 
     most = freed(kept(0.0))
     if most < budget:
@@ -139,25 +182,3 @@ def _widths(
         if wider[limit.family[0]] > widths[limit.family[0]] and freed(wider) >= budget:
             widths = wider
     return widths
-
-
-@dataclass(frozen=True)
-class _Limits:
-    family: Sequence[str]
-    full: int
-    permitted: Sequence[int]
-
-    def width(self, share: float) -> int:
-        """The permitted width nearest to a share of the full one, the larger of two."""
-        wanted = share * self.full
-        place = bisect_left(self.permitted, wanted)
-        nearest = self.permitted[max(place - 1, 0) : place + 1]
-        return min(nearest, key=lambda width: (abs(width - wanted), -width))
-
-    def width_above(self, share: float) -> int:
-        """The smallest permitted width of at least a share of the full one, if there is one."""
-        return self.permitted[min(bisect_left(self.permitted, share * self.full), len(self.permitted) - 1)]
-
-    def at_least(self, width: int) -> _Limits:
-        """These limits, with smaller widths ruled out."""
-        return replace(self, permitted=self.permitted[bisect_left(self.permitted, width) :])
