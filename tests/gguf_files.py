@@ -30,24 +30,15 @@ _LAYER_TENSORS = {
 
 
 def write(model: Any, path: Path) -> None:
-    """Write a LlamaForCausalLM, whatever the widths of its layers.
-
-    Equal widths make a file of the architecture "llama", which llama.cpp reads as one number each; others one of
-    "deci" (Llama-Nemotron), of which it reads one number a layer. Its rotary embedding pairs neighbouring channels of a
-    head, where transformers pairs the two halves.
-    """
-    config, layers = model.config, model.model.layers
-    heads = [layer.self_attn.q_proj.out_features // config.head_dim for layer in layers]
-    shared = [layer.self_attn.k_proj.out_features // config.head_dim for layer in layers]
-    inner = [layer.mlp.gate_proj.out_features for layer in layers]
-    even = all(len(set(counts)) == 1 for counts in (heads, shared, inner))
-    writer = gguf.GGUFWriter(path, "llama" if even else "deci")
+    """Write an unpruned LlamaForCausalLM."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(len(layers))
-    writer.add_feed_forward_length(inner[0] if even else inner)
-    writer.add_head_count(heads[0] if even else heads)
-    writer.add_head_count_kv(shared[0] if even else shared)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_key_length(config.head_dim)

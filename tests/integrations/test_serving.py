@@ -5,14 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import gguf
 import gguf_files
 import onnxruntime
+import pytest
 import torch
 import xllamacpp
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import obc
+from obc.integrations.gguf import save_gguf
 from obc.structures.transformers import TransformersStructure
 
 TOKENS = torch.tensor([[5, 9, 33, 12, 7, 60, 3], [2, 8, 8, 41, 50, 1, 22]])
@@ -121,8 +124,11 @@ def generated(path: Path, prompt: list[int], count: int, size: int) -> tuple[lis
     return [step["id"] for step in steps], found
 
 
-def check_in_llama_cpp(model: Any, path: Path) -> None:
-    gguf_files.write(model, path)
+def check_in_llama_cpp(model: Any, folder: Path, architecture: str) -> None:
+    gguf_files.write(llama(layers=4), folder / "unpruned.gguf")
+    path = folder / "model.gguf"
+    save_gguf(model, path, folder / "unpruned.gguf", dtype="f32")
+    assert gguf.GGUFReader(path).fields["general.architecture"].contents() == architecture
     prompt = TOKENS[0].tolist()
     tokens, found = generated(path, prompt, 6, 64)
     whole = torch.tensor([prompt + tokens])
@@ -133,8 +139,7 @@ def check_in_llama_cpp(model: Any, path: Path) -> None:
 
 
 def test_equal_widths_run_in_llama_cpp(tmp_path: Path) -> None:
-    model = pruned(uniform=True)
-    check_in_llama_cpp(model, tmp_path / "model.gguf")
+    check_in_llama_cpp(pruned(uniform=True), tmp_path, "llama")
 
 
 def test_widths_of_their_own_in_every_layer_run_in_llama_cpp(tmp_path: Path) -> None:
@@ -148,13 +153,22 @@ def test_widths_of_their_own_in_every_layer_run_in_llama_cpp(tmp_path: Path) -> 
             "model.layers.2.mlp.gate_proj": torch.arange(60),
         }
     )
-    check_in_llama_cpp(model, tmp_path / "model.gguf")
+    check_in_llama_cpp(model, tmp_path, "deci")
+
+
+def test_fewer_layers_run_in_llama_cpp(tmp_path: Path) -> None:
+    model = llama(layers=4)
+    structure = TransformersStructure(model, kinds=["layers"])
+    structure.remove({"model.layers.2": torch.tensor([0])})
+    structure.compact()
+    assert len(model.model.layers) == 3
+    check_in_llama_cpp(model, tmp_path, "llama")
 
 
 def test_biases_that_compensation_creates_run_in_llama_cpp(tmp_path: Path) -> None:
     model = pruned(uniform=True, compensate="mean")
     assert model.model.layers[0].mlp.down_proj.bias is not None
-    check_in_llama_cpp(model, tmp_path / "model.gguf")
+    check_in_llama_cpp(model, tmp_path, "llama")
 
 
 def test_a_gguf_file_is_loaded_plain_and_pruned(tmp_path: Path) -> None:
@@ -169,3 +183,39 @@ def test_a_gguf_file_is_loaded_plain_and_pruned(tmp_path: Path) -> None:
     loaded.save_pretrained(tmp_path / "pruned")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     torch.testing.assert_close(logits(again, TOKENS), logits(loaded, TOKENS))
+
+
+def test_what_a_gguf_file_cannot_hold_is_refused(tmp_path: Path) -> None:
+    gguf_files.write(llama(), tmp_path / "unpruned.gguf")
+
+    def save(model: Any, **options: Any) -> None:
+        save_gguf(model, tmp_path / "model.gguf", tmp_path / "unpruned.gguf", **options)
+
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = 1e5
+    with pytest.raises(ValueError, match=r"blk.1.ffn_up.weight has weights beyond the range of float16"):
+        save(model)
+    save(model, dtype="bf16")
+    before = (tmp_path / "model.gguf").read_bytes()
+    with pytest.raises(ValueError, match="dtype must be one of 'f32', 'f16', 'bf16', got 'q8_0'"):
+        save(llama(), dtype="q8_0")
+    model = llama()
+    model.model.layers[0].self_attn.q_norm = nn.LayerNorm(16)
+    with pytest.raises(obc.PlanError, match=r"no tensor 'model.layers.0.self_attn.q_norm.weight'"):
+        save(model)
+    model = llama()
+    model.resize_token_embeddings(70)
+    with pytest.raises(ValueError, match=r"the model has 70 tokens, .*unpruned.gguf 64"):
+        save(model)
+    model = llama()
+    TransformersStructure(model, kinds=["sublayers"]).remove({"model.layers.1.mlp": torch.tensor([0])})
+    with pytest.raises(obc.PlanError, match="layer 1 has no attention or no feed-forward block"):
+        save(model)
+    writer = gguf.GGUFWriter(tmp_path / "unpruned.gguf", "gemma")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(obc.PlanError, match="the architecture 'gemma'"):
+        save(llama())
+    assert (tmp_path / "model.gguf").read_bytes() == before
