@@ -96,6 +96,7 @@ SELECTIONS: dict[str, Selection] = {
     "kl-token-jacobian-single": Selection.of("token_jacobian", metric="kl", selection="independent"),
     # What from_pretrained loads: one feed-forward width and one number of heads for all blocks.
     "kl-token-jacobian-equal": Selection.of("token_jacobian", metric="kl", uniform=True),
+    "kl-token-jacobian-shares": Selection.of("token_jacobian", metric="kl", uniform=True, allocation="uniform"),
     "compensated": Selection.of("compensated_jacobian"),
     "jacobian-inner": Selection.of("jacobian", inner=True),
     "kfac": Selection.of("kfac"),
@@ -136,6 +137,7 @@ OURS = (
     "kl-token-jacobian+steps",
     "kl-token-jacobian-single+steps",
     "kl-token-jacobian-equal+steps",
+    "kl-token-jacobian-shares+steps",
     "compensated+correct",
     "kfac+correct",
     "kfac-obs+correct",
