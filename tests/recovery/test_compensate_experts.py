@@ -54,7 +54,10 @@ def deepseek_v3() -> Any:
 def gpt_oss() -> Any:
     """Experts stored the other way round, gates and up projections interleaved, with biases."""
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 2 * HALF}
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, **experts, head_dim=8, swiglu_limit=LIMIT))
+    model = transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, **experts, head_dim=8))
+    for module in fused(model).values():
+        module.limit = LIMIT  # transformers 5.17 does not read it from the config
+    return model
 
 
 def jetmoe() -> Any:
