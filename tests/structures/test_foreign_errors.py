@@ -100,19 +100,6 @@ def test_model_outputs() -> None:
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
-class Split(Base):
-    """Torch-Pruning 1.6.1 can't trace it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.m, self.c = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(18, 12, 1)
-
-    def features(self, x: Tensor) -> Tensor:
-        y = list(self.b(F.relu(self.a(x))).split((6, 6), 1))
-        y.append(self.m(y[-1]) + y[-1])
-        return F.relu(self.c(torch.cat(y, 1)))
-
-
 class Inner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         raise KeyError("what it looks for")
@@ -128,7 +115,6 @@ class Raising(Base):
 
 
 ERRORS: dict[str, tuple[Callable[[], nn.Module], Any, str, type[Exception]]] = {
-    "untraceable": (Split, EXAMPLE, r"Split: tracing it.*failed in '[bm]': IndexError.*structure=", IndexError),
     "inputs of another width": (
         Base,
         torch.zeros(1, 4, 8, 8),

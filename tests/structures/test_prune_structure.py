@@ -427,10 +427,6 @@ def test_bad_arguments_are_named() -> None:
         TorchPruningStructure(model, x, unwrapped_parameters={"nowhere": 0})
     with pytest.raises(PlanError, match="compiled"):
         TorchPruningStructure(torch.compile(model), x)
-    grouped = copy.deepcopy(model)
-    grouped.config = type("Config", (), {"num_attention_heads": 4, "num_key_value_heads": 2})()
-    with pytest.raises(ValueError, match="4 query heads on 2"):
-        TorchPruningStructure(grouped, x)
 
 
 def test_bad_removals_are_refused() -> None:

@@ -97,7 +97,7 @@ def prune(
     ranking of single channels (arXiv 2508.05521).
 
     Args:
-        model: a model that Torch-Pruning can trace, one of the transformers library, or that of ``structure``.
+        model: any model (with ``example_inputs``), one of the transformers library, or that of ``structure``.
         example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of keywords;
             unused with ``structure``. Without it the model must be one of the transformers library, and is pruned by
             its blocks without tracing (:class:`obc.structures.transformers.TransformersStructure`).
@@ -171,7 +171,8 @@ def prune(
     Raises:
         ValueError: an argument has a wrong value, no layer can be pruned, ``batches`` is empty, more than a tenth of
             them are not finite, or the share can't be reached; the message says which share can.
-        PruningError: the model does not run, or can't be traced or copied; the original error is its cause.
+        PruningError: the model does not run or can't be copied, or neither tracing nor running it finds groups; the
+            original error is its cause.
         PlanError: the model can't be pruned as it is: compiled, wrapped, with adapters or with computed weights.
         ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
             that differs.

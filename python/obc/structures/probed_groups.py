@@ -148,18 +148,18 @@ def _by_influence(
     except Exception:  # the model's own code, which may not run on invented numbers
         return [], {}, set()
     proof.passes += findings.passes
-    accepted, reasons = [], findings.reasons
-    for one in findings.coupled:
-        name = min(one.layers, key=finder.place)
-        before = dict(structure.left_out)
+    before, reasons = dict(structure.left_out), findings.reasons
+    coupled = {min(one.layers, key=finder.place): one for one in findings.coupled}
+    for name, one in coupled.items():
         structure.left_out[name] = (
             "running the model finds no smaller set of channels that go together than all of them"
         )
         finder.dims.update(one.dims)
-        accepted += _accepted(structure, finder, [Proposal(name, one.members, one.size, one.kinds)], run, proof)
-        if name in structure.left_out:
-            reasons |= dict.fromkeys(one.layers, structure.left_out.pop(name))
-            structure.left_out |= {name: before[name]} if name in before else {}
+    proposals = [Proposal(name, one.members, one.size, one.kinds) for name, one in coupled.items()]
+    accepted = _accepted(structure, finder, proposals, run, proof)
+    for name in coupled.keys() & structure.left_out.keys():
+        reasons |= dict.fromkeys(coupled[name].layers, structure.left_out.pop(name))
+        structure.left_out |= {name: before[name]} if name in before else {}
     return accepted, reasons, findings.read_elsewhere
 
 
@@ -208,7 +208,7 @@ def _suspect(model: nn.Module, found: Found) -> Suspect | None:
                 producers[name] = dict(roots)
         elif module is None or isinstance(module, nn.Embedding):
             unseen[name, side] = dict(roots)
-    return Suspect(found, producers, unseen) if found.inner and producers else None
+    return Suspect(found, producers, unseen) if found.inner and found.traced and producers else None
 
 
 # --- what goes together ---------------------------------------------------------------------------------------

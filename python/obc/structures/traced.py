@@ -1,4 +1,4 @@
-"""The structure of any model that Torch-Pruning can trace: its groups, their costs and their removal."""
+"""The structure of any model: the groups that Torch-Pruning traces or running it shows, costs and removal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from obc.model.batches import usable_in_autograd
 from obc.model.costs import Costs
 from obc.model.cutting import cut
-from obc.model.errors import explained
+from obc.model.errors import PruningError, explained
 from obc.model.evaluation import ForwardFn, Run, call
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept
@@ -37,11 +37,15 @@ from obc.structures.units import checked_units, layer_name, renumbered_group, wi
 from obc.structures.varied import varied_inputs
 
 Layers = Sequence[nn.Module | str]
+_FOUND_BY_RUNNING = "Groups were found by running the model instead; what that does not find keeps its width"
 _INPUTS = "pass what its forward takes: a tensor, a tuple of arguments, or a dict of keywords"
 
 
 class TorchPruningStructure:
-    """The prunable groups of any model that Torch-Pruning (1.5.3 and later) can trace; see ``obc.pruning.Structure``.
+    """The prunable groups of a model, traced by Torch-Pruning (1.5.3 and later); see ``obc.pruning.Structure``.
+
+    Groups that tracing loses, or of a model that can't be traced, are found by running it
+    (:mod:`obc.structures.influence_groups`).
 
     Some widths are left out, with the reason in ``left_out``: those of layers in ``ignored_layers``, of the model's
     outputs, of channels that nothing reads, of layers that a plan can't describe, and of groups whose removal is wrong,
@@ -75,9 +79,9 @@ class TorchPruningStructure:
 
     Raises:
         PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`).
-        PruningError: the model does not run on the example inputs, or Torch-Pruning can't trace it.
-        ValueError: no layer has a given name, heads don't divide a projection, or Torch-Pruning is known not to trace
-            the model.
+        PruningError: the model does not run on the example inputs, or Torch-Pruning can't trace it and no group is
+            found by running it, which needs ``check``.
+        ValueError: no layer has a given name, or heads don't divide a projection.
     """
 
     def __init__(
@@ -96,7 +100,6 @@ class TorchPruningStructure:
     ) -> None:
         refuse_unprunable(model)
         refuse_quantised(model)
-        _refuse_untraceable(model)
         example_inputs = usable_in_autograd(example_inputs)
         self.model, self._example_inputs, self._forward_fn = model, example_inputs, forward_fn or call
         self._modules = dict(model.named_modules(remove_duplicate=True))
@@ -119,7 +122,8 @@ class TorchPruningStructure:
             self._usage.order, self._usage.returned = whole.order, whole.returned
         self._sizes = {name: size_of(module, "out") for name, module in self._modules.items() if layout_of(module)}
         self._shared = shared_parameters(model)
-        self._graph = TracedGraph(model, trace(model, self._run, example_inputs, unwrapped_parameters or {}))
+        graph = self._traced(unwrapped_parameters or {}, check)
+        self._graph = TracedGraph(model, graph)
         self._finder = GroupFinder(self._graph, self._usage, settings)
         self._kept: dict[str, Kept] = {}
         self.left_out: dict[str, str] = {}
@@ -130,8 +134,19 @@ class TorchPruningStructure:
                 self._groups[one.name] = one.group
         self.left_out |= {one.name: one.reason for one in found if one.group is None and one.name not in self._groups}
         self.proof = self._proved(found) if check else None
+        if isinstance(graph, PruningError) and not self._groups:
+            raise graph
         layers = layers_run(model, self._usage)
         self._products = find_products(self, lambda one: self._forward_fn(one, example_inputs), layers)
+
+    def _traced(self, unwrapped: Mapping[str, int], check: bool) -> Any | PruningError:
+        """Torch-Pruning's graph, or why there is none, if groups may be found, and proved, by running the model."""
+        try:
+            return trace(self.model, self._run, self._example_inputs, unwrapped)
+        except PruningError as error:
+            if not check:
+                raise
+            return error
 
     def _proved(self, found: Sequence[Found]) -> Proof:
         """Prove the groups, and find the true order of channels of those that fail."""
@@ -173,14 +188,19 @@ class TorchPruningStructure:
 
     @property
     def warnings(self) -> list[str]:
-        """Warns of products whose MACs can't be followed, and of layers that nothing ran but may read pruned ones."""
+        """Warns of failed tracing, of products whose MACs can't be followed, and of layers that nothing ran.
+
+        Of these only those that may read pruned ones.
+        """
+        failure = self._graph.failure
+        untraced = [f"{failure}. {_FOUND_BY_RUNNING}"] if failure else []
         pruned = {
             self._sizes[name]
             for name, kept in self._kept.items()
             if kept.out_channels is not None and name in self._sizes
         }
         names = sorted(name for name in self.unreached if any(not self._size(name, "in") % size for size in pruned))
-        return [*_unfollowed_products(self._products.unfollowed), *_unreached_layers(names)]
+        return [*untraced, *_unfollowed_products(self._products.unfollowed), *_unreached_layers(names)]
 
     def costs(self, unit: Unit) -> Costs:
         """The cost as an exact polynomial in the groups' widths: see :func:`obc.structures.measure.costs_of`.
@@ -283,13 +303,3 @@ def _unreached_layers(names: Sequence[str]) -> list[str]:
         f"{', '.join(names)}; if one of them reads a pruned layer, it no longer fits: name that pruned layer in "
         "ignored_layers"
     ]
-
-
-def _refuse_untraceable(model: nn.Module) -> None:
-    config = getattr(model, "config", None)
-    heads, shared = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
-    if isinstance(heads, int) and isinstance(shared, int) and shared != heads:
-        raise ValueError(
-            f"{type(model).__name__} has {heads} query heads on {shared} of keys and values: Torch-Pruning does not "
-            "finish tracing it; pass structure=, one of obc.structures.transformers"
-        )

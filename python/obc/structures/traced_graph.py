@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import checkpoint as checkpoints
 
-from obc.model.errors import explained
+from obc.model.errors import PruningError, explained
 from obc.model.evaluation import differentiable, evaluating
 from obc.model.groups import Side
 from obc.model.layouts import layout_of
@@ -120,17 +121,19 @@ class TracedGraph:
     A raw group is Torch-Pruning's own: items of a dependency and the channels that it prunes.
 
     Args:
-        model: the traced model.
-        graph: from :func:`trace`.
+        model: the model.
+        graph: from :func:`trace`; an error if the model can't be traced.
 
     Attributes:
         modules: the model's modules by name.
         names: module -> name.
+        failure: why groups can't be traced, or no more of them.
         dims: parameter outside any layer -> the pruned dimension; filled by :meth:`members`.
     """
 
-    def __init__(self, model: nn.Module, graph: Any) -> None:
-        self._model, self._graph = model, graph
+    def __init__(self, model: nn.Module, graph: Any | PruningError) -> None:
+        self._model, self.failure = model, str(graph) if isinstance(graph, PruningError) else ""
+        self._graph: Any = None if self.failure else graph
         self.modules = dict(model.named_modules(remove_duplicate=True))
         self.names = {module: name for name, module in self.modules.items()}
         self.dims: dict[str, int] = {}
@@ -138,9 +141,12 @@ class TracedGraph:
     def raw_groups(self, ignored: Collection[nn.Module]) -> Iterator[tuple[nn.Module, int, Any]]:
         """(first layer, its out channels, raw group), or the reason in place of a group in which Torch-Pruning fails.
 
-        Groups that contain outputs of ``ignored`` layers are left out.
+        Groups that contain outputs of ``ignored`` layers are left out. After three searches that do not end, no more
+        groups follow.
         """
-        seen = {*self._graph.IGNORED_LAYERS_IN_TRACING, *ignored}
+        if self._graph is None:
+            return
+        unbounded, seen = 0, {*self._graph.IGNORED_LAYERS_IN_TRACING, *ignored}
         for module in list(self._graph.module2node):
             if not isinstance(module, _ROOTS) or module in seen:
                 continue
@@ -150,12 +156,20 @@ class TracedGraph:
             try:
                 raw = self._graph.get_pruning_group(module, pruner.prune_out_channels, list(range(width)))
             except INSIDE_TORCH_PRUNING as error:
+                unbounded += isinstance(error, UnboundedSearchError)
+                if unbounded == _MOST_UNBOUNDED:
+                    self._graph, self.failure = None, unfollowed(error)
+                    return
                 yield module, width, unfollowed(error)
                 continue
             pruned = self.pruned_outputs(raw)
             seen.update(pruned)
             if not any(one in ignored for one in pruned):
                 yield module, width, raw
+
+    def contains(self, name: str) -> bool:
+        """Whether tracing came upon a module."""
+        return self._graph is not None and self.modules[name] in self._graph.module2node
 
     def pruned_outputs(self, raw: Any) -> list[Any]:
         """The modules and parameters that lose out channels with a raw group, in its order."""
@@ -245,8 +259,10 @@ def _refuse_scaled_rows(name: str, module: nn.Module) -> None:
         )
 
 
-# A search visits a node once for every path to it.
-_MOST_CALLS = 10_000
+# A search may follow an edge more than once, on several paths. Its time grows with the square of the steps.
+_STEPS, _STEPS_PER_EDGE = 2000, 4
+# After so many searches without an end (such as through grouped queries), the graph is given up.
+_MOST_UNBOUNDED = 3
 # Between layers a tensor may have more channels than any layer: concatenated, or including positions.
 _ROOM = 16
 
@@ -255,27 +271,37 @@ class UnboundedSearchError(RuntimeError):
     """Torch-Pruning follows more channels than there are."""
 
 
+@dataclass
+class _Bounds:
+    """What one search may do: the most channels, the most steps along edges, and the steps so far."""
+
+    channels: int
+    most_steps: int
+    steps: int = 0
+
+
 class _Mappings(list[Any]):
     """The channel mappings along one edge of the graph, which Torch-Pruning refills before every search."""
 
-    def __init__(self, mappings: list[Any], most: int) -> None:
-        self._most = most
+    def __init__(self, mappings: list[Any], bounds: _Bounds) -> None:
+        self._bounds = bounds
         super().__init__(self._bounded(mapping) for mapping in mappings)
 
     def __setitem__(self, index: Any, mapping: Any) -> None:
+        self._bounds.steps = 0
         super().__setitem__(index, self._bounded(mapping))
 
     def _bounded(self, mapping: Callable[[Any], Any] | None) -> Callable[[Any], Any] | None:
         if mapping is None:
             return None
-        calls = 0
 
         def bounded(channels: Any) -> Any:
-            nonlocal calls
-            calls += 1
+            self._bounds.steps += 1
             found = mapping(channels)
-            if len(found) > self._most or calls > _MOST_CALLS:
-                raise UnboundedSearchError(f"it follows {len(found)} channels in a circle; no layer has so many")
+            if len(found) > self._bounds.channels or self._bounds.steps > self._bounds.most_steps:
+                raise UnboundedSearchError(
+                    f"its search does not end (after {self._bounds.steps} steps it follows {len(found)} channels)"
+                )
             return found
 
         return bounded
@@ -284,6 +310,7 @@ class _Mappings(list[Any]):
 def bound_searches(graph: Any, model: nn.Module) -> None:
     """Make searches in a dependency graph raise :class:`UnboundedSearchError` instead of growing without end."""
     most = _ROOM * max((max(parameter.shape) for parameter in model.parameters() if parameter.dim()), default=1)
-    for node in graph.module2node.values():
-        for dependency in node.dependencies:
-            dependency.index_mapping = _Mappings(list(dependency.index_mapping), most)
+    edges = [dependency for node in graph.module2node.values() for dependency in node.dependencies]
+    bounds = _Bounds(most, max(_STEPS, _STEPS_PER_EDGE * len(edges)))
+    for dependency in edges:
+        dependency.index_mapping = _Mappings(list(dependency.index_mapping), bounds)

@@ -30,6 +30,7 @@ class Found:
         size: number of root channels.
         group: the group; None if ``reason`` says why there is none.
         inner: whether another order of its channels might make it a group.
+        traced: whether tracing came upon it.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Found:
     group: ChannelGroup | None = None
     reason: str = ""
     inner: bool = True
+    traced: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,18 @@ class GroupFinder:
                 found.append(Found(name, {(name, "out"): _each(width)}, width, reason=raw))
             else:
                 found.append(self._found(raw))
+        known = self.ignored | {name for one in found for name, side in one.members if side == "out"}
+        found += [self._untraced(name) for name in self.layers_outside(known) if not self._graph.contains(name)]
         return sorted(found, key=lambda one: self.place(one.name))
+
+    def _untraced(self, name: str) -> Found:
+        width, heads = size_of(self._modules[name], "out"), self._modules[name] in self._settings.heads
+        reason = self._graph.failure or (
+            "tracing does not come upon it (an operation without a gradient lies between it and the output)"
+        )
+        if heads:
+            reason = "its heads, set by num_heads, are joined in tracing, which does not come upon it"
+        return Found(name, {(name, "out"): _each(width)}, width, None, reason, inner=not heads, traced=False)
 
     def _found(self, raw: Any) -> Found:
         name = min(self._graph.producers(raw), key=self.place)
@@ -190,7 +203,7 @@ class GroupFinder:
         if self._graph.reaches_output(raw):
             raise NotPrunableError("Torch-Pruning follows its channels to the model's output")
         if not any(side == "in" for _, side in members):
-            raise InnerMatterError("tracing finds no layer that reads it")
+            raise NotPrunableError("tracing finds no layer that reads it")
 
     def _refuse_beyond(self, members: Members) -> None:
         """Refuse groups with channels that a layer lacks: Torch-Pruning lost track of them."""
