@@ -65,6 +65,32 @@ def deepseek_v3(dense: int, **routing: Any) -> Case:
     return language_model("DeepseekV3", **_LATENT | ungrouped | routing, q_lora_rank=10)
 
 
+# Speech encoders: their convolution over positions has a weight that torch computes before every forward.
+SPEECH = ("Wav2Vec2", "Hubert", "UniSpeech", "SEW", "WavLM")
+
+
+def speech_encoder(name: str) -> nn.Module:
+    """A tiny model of the class ``name`` + "ForCTC", in eval mode."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(16, 16),
+        conv_stride=(5, 2),
+        conv_kernel=(10, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        vocab_size=20,
+    )
+    torch.manual_seed(0)
+    found: nn.Module = getattr(transformers, f"{name}ForCTC")(config).eval()
+    return found
+
+
 FAMILIES: dict[str, Callable[[], Case]] = {
     "llama": models.llama,
     "llama-tied": models.llama_tied,

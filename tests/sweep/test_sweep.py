@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is missi
 from sweep_model import Found, built, examine, model_types  # noqa: E402
 from sweep_table import TITLES, counts, table  # noqa: E402
 from transformers_families import FAMILIES as TINY  # noqa: E402
+from transformers_families import speech_encoder  # noqa: E402
 
 from obc.structures.transformers import TransformersStructure  # noqa: E402
 from obc.structures.transformers.family import FAMILIES, Family  # noqa: E402
@@ -121,7 +122,9 @@ def test_every_family_finds_something_in_a_tiny_model(monkeypatch: pytest.Monkey
     """If it did not describe its layers, other groups would be found in a model of the tests or of the sweep."""
     untried = set(FAMILIES)
     tiny = (make().model for make in TINY.values())
-    for model in itertools.chain([GatedByNumbers()], tiny, itertools.starmap(built, [*FURTHER, *JOBS])):
+    for model in itertools.chain(
+        [GatedByNumbers(), speech_encoder("Wav2Vec2")], tiny, itertools.starmap(built, [*FURTHER, *JOBS])
+    ):
         expected = _found(model)
         for name in sorted(untried):
             with monkeypatch.context() as patch:

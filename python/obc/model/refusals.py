@@ -23,8 +23,12 @@ _REMOVERS = {
 _FSDP = ("torch.distributed.fsdp", "FullyShardedDataParallel")
 
 
-def refuse_unprunable(model: nn.Module) -> None:
+def refuse_unprunable(model: nn.Module, *, computed: bool = True) -> None:
     """Raise if layers can't be given smaller weights; the message says what can be pruned instead.
+
+    Args:
+        model: the model.
+        computed: whether to refuse :func:`computed_weights` too; False if the caller leaves those layers as they are.
 
     Raises:
         PlanError: the model, or a part of it, is compiled or scripted; it is wrapped for several processes or GPUs, or
@@ -70,13 +74,10 @@ def refuse_unprunable(model: nn.Module) -> None:
                 f"{name}: {layer or 'it'} is a {type(module).__name__} of {weight.dtype}, and obc prunes real weights "
                 "alone; keep the real and the imaginary part in layers of their own"
             )
-        if parametrize.is_parametrized(module):
-            raise PlanError(
-                f"{layer or 'the model'} is parametrised and can't be sliced; merge it first: "
-                f"torch.nn.utils.parametrize.remove_parametrizations"
-            )
-        _refuse_computed(layer, module)
         _refuse_torch_quantised(layer, module)
+    if computed:
+        for reason in computed_weights(model).values():
+            raise PlanError(reason)
 
 
 def _refuse_torch_quantised(layer: str, module: nn.Module) -> None:
@@ -126,13 +127,20 @@ def _classes(module: str, *names: str) -> tuple[type, ...]:
     return tuple(found for name in names if isinstance(found := getattr(sys.modules.get(module), name, None), type))
 
 
-def _refuse_computed(layer: str, module: nn.Module) -> None:
-    """Refuse weights that a hook computes before every forward: they are not parameters."""
-    for hook in module._forward_pre_hooks.values():
-        for base in type(hook).__mro__:
+def computed_weights(model: nn.Module) -> dict[str, str]:
+    """Layer -> why it can't be sliced, if its weight is computed before every forward and is not a parameter."""
+    found: dict[str, str] = {}
+    for layer, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            found[layer] = (
+                f"{layer or 'the model'} is parametrised and can't be sliced; merge it first: "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+        for base in (base for hook in module._forward_pre_hooks.values() for base in type(hook).__mro__):
             if base.__module__.startswith("torch.nn.utils.") and base.__name__ in _REMOVERS:
-                raise PlanError(
+                found[layer] = (
                     f"{layer or 'the model'} has a weight that {base.__name__} computes before every forward, so "
                     f"it can't be sliced; make it a parameter again: {_REMOVERS[base.__name__]}(module"
                     f"{', name' if base.__name__ == 'BasePruningMethod' else ''})"
                 )
+    return found

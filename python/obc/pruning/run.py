@@ -272,7 +272,7 @@ def _prune(
 def _check_model(model: nn.Module, structure: Structure | None) -> None:
     refuse_unusable(model)
     if structure is None:
-        refuse_unprunable(model)
+        refuse_unprunable(model, computed=False)
     elif structure.model is not model:
         raise PruningError(
             f"the structure was made for another model, a {type(structure.model).__name__}, than the "

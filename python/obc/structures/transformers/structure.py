@@ -16,7 +16,7 @@ from obc.model.evaluation import call
 from obc.model.groups import DEPTH_KINDS, ChannelGroup
 from obc.model.names import is_within
 from obc.model.plan import PruningPlan
-from obc.model.refusals import refuse_unprunable
+from obc.model.refusals import computed_weights, refuse_unprunable
 from obc.model.unsavable import refuse_fresh_weights
 from obc.structures.memory import MemoryUse
 from obc.structures.proof import Proof, prove
@@ -103,6 +103,23 @@ def _found(model: nn.Module, kinds: Sequence[str]) -> Finder:
     return Finder(model, kinds)
 
 
+def _computed(model: nn.Module, finder: Finder) -> dict[str, str]:
+    """Take groups with a computed weight out of the finder's blocks: group -> why it is left out."""
+    reasons = computed_weights(model)
+    found = {
+        name: reason
+        for name, unknown in finder.left_out.items()
+        for layer, reason in reasons.items()
+        if f"{layer}.parametrizations." in unknown
+    }
+    for name, block in list(finder.blocks.items()):
+        inside = [layer for part in block.group.slices for layer in reasons if is_within(part.module, layer)]
+        if inside:
+            found[name] = reasons[inside[0]]
+            del finder.blocks[name]
+    return found
+
+
 def _names_inside(modules: Mapping[str, nn.Module], layers: Sequence[nn.Module | str]) -> set[str]:
     """The names of these layers, of the modules inside them, and of their parameters."""
     found: set[str] = set()
@@ -165,7 +182,7 @@ class TransformersStructure:
         example_inputs: Any = None,
         plan: PruningPlan | None = None,
     ) -> None:
-        refuse_unprunable(model)
+        refuse_unprunable(model, computed=False)
         depth_kinds = _checked_depth(kinds, uniform)
         if plan is not None:
             expand(model, plan.depth)
@@ -178,7 +195,7 @@ class TransformersStructure:
         found = find_depth(model, modules, depth_kinds) if depth_kinds else FoundDepth()
         every_kind = set(DEFAULT_KINDS) <= {*kinds}
         unknown = uncovered(finder.layers, finder.blocks, finder.left_out) if every_kind else {}
-        self.left_out = finder.left_out | unknown | found.left_out
+        self.left_out = finder.left_out | unknown | found.left_out | _computed(model, finder)
         ignored = _names_inside(modules, ignored_layers)
         self._depth_units = {
             name: unit for name, unit in found.units.items() if not any(unit.holds(layer) for layer in ignored)

@@ -154,6 +154,8 @@ _FAMILIES = (
         outputs=("proj", "projection"),
         headless=("rel_pos_h", "rel_pos_w"),
     ),
+    # Wav2Vec2, HuBERT, WavLM, UniSpeech, SEW, Data2Vec audio, SpeechT5. WavLM gates its table of positions by head.
+    Family("wav2vec2", feed_forwards=(("intermediate_dense", "output_dense"),)),
 )
 
 for _family in _FAMILIES:
