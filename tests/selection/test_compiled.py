@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import obc
-from obc.selection import Costs, choice, compiled, fronts, interactions
+from obc.selection import Costs, choice, compiled, fronts
 from obc.selection.choice import BudgetError
 from obc.selection.compiled import FrontGreedy
 from obc.selection.greedy import Greedy
@@ -141,7 +141,7 @@ ROUNDS = {
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds for problems of any size, with products of this dtype."""
-    monkeypatch.setattr(interactions, "FORESEEN_UNITS", 0)
+    monkeypatch.setattr(fronts, "LARGE", 0)
     monkeypatch.setattr(fronts, "fast_dtype", lambda: request.param)
     monkeypatch.setattr(fronts, "FRONT_SHARE", 1.0)
     monkeypatch.setattr(fronts, "LEAST_STEPS", 1)
@@ -232,9 +232,19 @@ def test_directions_have_at_most_length_one(exponent: int, monkeypatch: pytest.M
     assert made[0]._field._units.directions.double().norm(dim=1).max() < 1.01
 
 
+@pytest.mark.parametrize("fast", [torch.float32, torch.bfloat16])
+def test_rounds_are_for_many_units_or_many_rows(fast: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fronts, "fast_dtype", lambda: fast)
+    small = fronts.SMALL_ROUNDS if fast is torch.bfloat16 else ()
+    assert fronts.rounds_for(1 << 15, 17) == fronts.ROUNDS
+    assert fronts.rounds_for(20_000, 512) == small
+    assert fronts.rounds_for(20_000, 64) == fronts.rounds_for(10_000, 512) == ()
+    assert all(fronts.fitting([fronts.Pace(*size)], fronts.SMALL) for size in fronts.SMALL_ROUNDS)
+
+
 def test_large_problems_on_the_cpu_are_solved_in_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also that most steps of a round are kept, without which rounds cost more than they save."""
-    monkeypatch.setattr(interactions, "FORESEEN_UNITS", 2000)
+    monkeypatch.setattr(fronts, "LARGE", 2000)
     monkeypatch.setattr(fronts, "ROUNDS", ((400, 32),))
     kept: list[tuple[int, int]] = []
     learn = fronts.Pace.learn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,8 @@ def greedy(problem: Problem) -> Greedy:
     if _native is None or not on_cpu or max(problem.multiples) > 1 or problem.costs.effective is not None:
         return Greedy(problem)
     columns = None if problem.interacting is None else problem.interacting.columns
-    if isinstance(columns, BlockedGram) and columns.large:
-        return FrontGreedy(problem, columns.units)
+    if isinstance(columns, BlockedGram) and columns.copy_fits and (rounds := fronts.rounds_for(*columns.units.shape)):
+        return FrontGreedy(problem, columns.units, rounds)
     return CompiledGreedy(problem)
 
 
@@ -73,7 +74,7 @@ class CompiledGreedy(Greedy):
 class FrontGreedy(Greedy):
     """:class:`Greedy` by :mod:`obc.selection.fronts`: few columns of a large Gram matrix are computed whole."""
 
-    def __init__(self, problem: Problem, rows: Tensor) -> None:
+    def __init__(self, problem: Problem, rows: Tensor, rounds: Sequence[tuple[int, int]]) -> None:
         super().__init__(problem)
         assert problem.interacting is not None
         norms = self._squares.sqrt().clamp_(min=fronts.LEAST)
@@ -90,8 +91,8 @@ class FrontGreedy(Greedy):
             self._rounding_by_norm,
             problem.costs.unit_costs,
         )
-        rounds = [fronts.Pace(*size) for size in fronts.ROUNDS]
-        self._field = fronts.Field(problem, units, self._state, self._lowest, rounds)
+        paces = [fronts.Pace(*size) for size in rounds]
+        self._field = fronts.Field(problem, units, self._state, self._lowest, paces)
 
     @torch.inference_mode()
     def until(self, budget: float) -> tuple[Tensor, float]:

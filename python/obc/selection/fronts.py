@@ -37,7 +37,10 @@ import obc._native as _native
 from obc.selection.greedy import Problem
 
 # (units in the front, steps) of the first round, and of the first round inside it.
-ROUNDS = ((8192, 96), (1024, 16))
+ROUNDS, SMALL_ROUNDS = ((8192, 96), (1024, 16)), ((3000, 64), (512, 16))
+# Rounds cost more than they save with fewer than LARGE units. From SMALL units on they save if rows are many, and
+# products of bfloat16 faster than those of float32.
+LARGE, SMALL, MANY_ROWS = 1 << 15, 12_000, 256
 # The fewest and most steps of a later round.
 LEAST_STEPS, MOST_STEPS = 4, 256
 # What a round costs besides its steps, counted in steps; and how much an older round weighs beside the next one.
@@ -222,6 +225,13 @@ def product_slack(norms: Tensor, rows: int) -> Tensor:
         rows: number of terms of a product.
     """
     return norms * (FACTOR_ERROR + ADDITION_ERROR * rows) + UNDERFLOW * rows
+
+
+def rounds_for(units: int, rows: int) -> tuple[tuple[int, int], ...]:
+    """The rounds for so many units and rows; empty if steps among all units take less time."""
+    if units >= LARGE:
+        return ROUNDS
+    return SMALL_ROUNDS if units >= SMALL and rows >= MANY_ROWS and fast_dtype() is torch.bfloat16 else ()
 
 
 def fitting(rounds: Sequence[Pace], units: int) -> list[Pace]:

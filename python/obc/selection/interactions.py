@@ -49,7 +49,7 @@ BLOCK = 64
 # a smaller share fewer units of a block are removed before the next block is needed.
 FRONT_SHARE, LEAST_FRONT = 1 / 12, 1024
 # Foreseeing takes longer than it saves where columns of fewer units are computed: there those with the lowest scores
-# are taken. The same holds for rounds among the units that go next.
+# are taken.
 FORESEEN_UNITS = 1 << 15
 # A column in such a product takes about an eighth of the time of a single one (measured: 2.1 and 20 ms, 512 x 100,000):
 # a block pays off if at least this many of its columns are used.
@@ -136,9 +136,8 @@ class BlockedGram:
 
     def __init__(self, units: Tensor, max_bytes: int) -> None:
         self.units = units
-        # Whether the compiled choice computes no columns, but rounds among the units that go next. It takes a copy of
-        # the rows in single precision.
-        self.large = len(units) >= FORESEEN_UNITS and units.numel() * FLOAT32_BYTES <= max_bytes
+        # Rounds among the units that go next need no columns, but a copy of the rows in single precision.
+        self.copy_fits = units.numel() * FLOAT32_BYTES <= max_bytes
         slots = max(1, min(max_bytes // (FLOAT64_BYTES * len(units)), len(units)))
         self._unit_in = torch.full((slots,), -1, device=units.device)
         self._slot_of: dict[int, int] = {}
