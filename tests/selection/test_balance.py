@@ -122,3 +122,12 @@ def test_limits_hold_and_a_budget_out_of_reach_is_refused() -> None:
     assert kept["a.heads"] in (2, 4)
     with pytest.raises(BudgetError, match="equal widths free at most"):
         select_balanced(values, costs(), 0.99 * costs().total(), FAMILIES, **limits)  # type: ignore[arg-type]
+
+
+def test_families_with_a_group_without_rows_keep_their_widths() -> None:
+    values = {"a.heads": rows(0)["a.heads"]}
+    assert {name: len(units) for name, units in select_balanced(values, costs(), 0.0, FAMILIES).items()} == {
+        "a.heads": 0
+    }
+    with pytest.raises(BudgetError, match="free at most 0 of the 1 "):
+        select_balanced(values, costs(), 1.0, FAMILIES)

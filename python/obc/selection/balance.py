@@ -65,6 +65,10 @@ def select_balanced(
         ValueError: groups of a family have different widths.
     """
     limits = equal_widths(rows_by_group, costs, families, min_units, round_to, None, widths)
+    removed = {name: torch.empty(0, dtype=torch.int64) for name in rows_by_group}
+    equal_shares(limits, costs, budget)  # raises before units are ranked
+    if not limits:
+        return removed
     rankings = [_Ranking.of(limit, rows_by_group, selection, shrinkage) for limit in limits]
     if selection == "joint" and shrinkage is None:
         units = torch.cat([ranking.units for ranking in rankings])
@@ -94,7 +98,6 @@ def select_balanced(
         lost = chosen(within, budget)
     else:
         lost = chosen(limits, budget)
-    removed = {name: torch.empty(0, dtype=torch.int64) for name in rows_by_group}
     for ranking, count in zip(rankings, lost, strict=True):
         removed |= {name: order[:count].sort().values for name, order in ranking.order.items()}
     return removed
