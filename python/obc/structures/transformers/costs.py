@@ -22,7 +22,7 @@ from obc.structures.transformers.block import Block
 from obc.structures.transformers.cache import CachedLayer
 from obc.structures.transformers.calibration import Calibration
 from obc.structures.transformers.depth import DepthUnit, Holders
-from obc.structures.transformers.routing import experts_per_token
+from obc.structures.transformers.routing import met_share, routed_experts, stacks_experts
 
 
 def transformer_costs(
@@ -178,7 +178,9 @@ def _terms(model: nn.Module, unit: str) -> Iterator[tuple[str, str, Tensor, tupl
             elif layout_of(module) is not None and key == "weight":
                 yield module_name, key, parameter, (), 1.0
             elif key in expert_weights(module) or is_parallel(module):
-                yield module_name, key, parameter, (0,), float(_routed(modules, module_name))
+                yield module_name, key, parameter, (0,), float(routed_experts(modules, module_name))
+            elif stacks_experts(modules, module_name, parameter):
+                yield module_name, key, parameter, (), met_share(modules, module_name, parameter)
             elif _is_router(module, key, parameter):
                 yield module_name, key, parameter, (), 1.0
 
@@ -194,28 +196,9 @@ def _counted(
         return (), 1.0
     module = modules[module_name]
     if (fused_experts(module) is not None and parameter.dim() > 1) or is_parallel(module):
-        return (0,), float(_routed(modules, module_name))
-    before, found, _ = module_name.rpartition(".experts.")
-    listed = modules[f"{before}.experts"] if found else None
-    if not isinstance(listed, (nn.ModuleList, nn.ModuleDict)):
-        return (), 1.0
-    return (), min(1.0, _routed(modules, f"{before}.experts") / max(1, len(listed)))
+        return (0,), float(routed_experts(modules, module_name))
+    return (), met_share(modules, module_name, parameter)
 
 
 def _is_router(module: nn.Module, key: str, parameter: Tensor) -> bool:
     return key == "weight" and parameter.dim() == 2 and isinstance(getattr(module, "top_k", None), int)
-
-
-def _routed(modules: Mapping[str, nn.Module], experts: str) -> int:
-    """How many experts a token is sent to.
-
-    Raises:
-        ValueError: that is not known.
-    """
-    found = experts_per_token(modules, experts)
-    if found is None:
-        raise ValueError(
-            f"how many experts of {experts} a token is sent to is not known, so their cost is not: neither the router "
-            "beside them nor a config says top_k or num_experts_per_tok; set top_k on the module around them"
-        )
-    return found
