@@ -87,10 +87,10 @@ def met_share(modules: Mapping[str, nn.Module], name: str, parameter: Tensor) ->
         return 1.0
     if (found := _router_rows(modules, name, parameter)) is not None:
         return _share(modules, *found)
-    if parameter.dim() > 2 and len(parameter) > 1 and (beside := _as_many_rows(modules, name, parameter)) is not None:
+    if parameter.dim() > 2 and len(parameter) > 1 and (other := _as_many_rows(modules, name, parameter)) is not None:
         raise ValueError(
             f"a tensor {tuple(parameter.shape)} of {name} ({type(modules[name]).__name__}) may hold {len(parameter)} "
-            f"experts that {beside} routes to, so how much of it a token meets is not known; pass params or macs, or "
+            f"experts that {other} routes to, so how much of it a token meets is not known; pass params or macs, or "
             f"call the module of their router {' or '.join(ROUTERS)}"
         )
     return 1.0
@@ -142,8 +142,8 @@ def _router_rows(modules: Mapping[str, nn.Module], name: str, parameter: Tensor)
 
     A tensor of more than two dimensions has one entry per expert. One of two may have several rows of each, as DBRX's.
     """
-    for experts, around in _near(name):
-        for router, rows in _outputs(modules, around).items():
+    for experts, place in _near(name):
+        for router, rows in _outputs(modules, place).items():
             if is_within(name, router) or rows < 2:
                 continue
             if len(parameter) == rows if parameter.dim() > 2 else not len(parameter) % rows and len(parameter) > rows:
@@ -151,10 +151,10 @@ def _router_rows(modules: Mapping[str, nn.Module], name: str, parameter: Tensor)
     return None
 
 
-def _outputs(modules: Mapping[str, nn.Module], around: str) -> dict[str, int]:
+def _outputs(modules: Mapping[str, nn.Module], place: str) -> dict[str, int]:
     """Router inside a module -> number of its outputs."""
     found: dict[str, int] = {}
-    for router in (joined(around, child) for child in ROUTERS):
+    for router in (joined(place, child) for child in ROUTERS):
         if router in modules:
             weights = [one for one in modules[router].parameters() if one.dim() == 2]
             found |= {router: len(weights[-1])} if weights else {}
@@ -163,9 +163,9 @@ def _outputs(modules: Mapping[str, nn.Module], around: str) -> dict[str, int]:
 
 def _as_many_rows(modules: Mapping[str, nn.Module], name: str, parameter: Tensor) -> str | None:
     """Another matrix near with as many rows as the tensor has entries: perhaps a router under another name."""
-    for experts, around in _near(name):
-        own = ((around, key, one) for key, one in modules[around].named_parameters(recurse=False))
-        children = (joined(around, child) for child, _ in modules[around].named_children())
+    for experts, place in _near(name):
+        own = ((place, key, one) for key, one in modules[place].named_parameters(recurse=False))
+        children = (joined(place, child) for child, _ in modules[place].named_children())
         inside = ((one, "weight", modules[one]._parameters.get("weight")) for one in children if one != experts)
         for owner, key, one in (*own, *inside):
             if one is not None and one.dim() == 2 and len(one) == len(parameter) and one is not parameter:
