@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from obc.commands import bench, completion, criteria, demo, evaluate, info, prune, recover, report, score
-from obc.commands.common import BROKEN_PIPE, INTERRUPTED, USAGE_ERROR, UsageError
+from obc.commands.common import BROKEN_PIPE, INTERRUPTED, USAGE_ERROR, OneLineParser, UsageError
 from obc.commands.run_log import run_log
 from obc.distribution import DISTRIBUTION, obc_version
 
@@ -78,7 +78,7 @@ def _progress_lines() -> Iterator[None]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="obc",
         description="Structural pruning by Optimal Brain Connection.",
         epilog=_EPILOG,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,34 @@ def test_wrong_usage_exits_with_2(arguments: list[str], capsys: pytest.CaptureFi
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
-    assert "usage: obc" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("obc")
+    assert line.endswith("--help")
+
+
+def parsers_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """The parser and those of its commands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from parsers_of(command)
+
+
+def test_every_parsed_option_says_what_it_expects(capsys: pytest.CaptureFixture[str]) -> None:
+    """argparse alone would name the function that parses the text: "invalid _share value"."""
+    asked = 0
+    for parser in parsers_of(cli._parser()):
+        for action in parser._actions:
+            if action.type in (None, Path, int, float):
+                continue
+            with pytest.raises(SystemExit):
+                parser.parse_args([action.option_strings[0], "no such value"])
+            said = capsys.readouterr().err
+            assert said.startswith(f"{parser.prog}: argument {action.option_strings[0]}: must be a ")
+            assert "got 'no such value'" in said
+            asked += 1
+    assert asked > 20
 
 
 def test_help_of_the_module_loads_no_demo() -> None:
@@ -100,4 +129,4 @@ def test_help_of_the_module_loads_no_demo() -> None:
 def test_python_runs_the_package_as_the_command() -> None:
     ran = subprocess.run([sys.executable, "-m", "obc", "criteria", "nothing"], capture_output=True, text=True)
     assert ran.returncode == 2
-    assert ran.stderr.startswith("usage: obc")
+    assert ran.stderr == "obc: unrecognized arguments: nothing; see obc --help\n"

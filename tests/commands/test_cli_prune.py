@@ -171,6 +171,8 @@ def test_options_reach_the_library(entry: str, tmp_path: Path) -> None:
     ("target", "reason"),
     [
         ("nowhere", "neither a directory nor module:function"),
+        ("nowhere --data text.txt", "'nowhere' is neither a directory nor module:function"),
+        ("recipes_of_mine.py:good", "write the module's name, recipes_of_mine:good"),
         ("no_such_module:f", "no module 'no_such_module'"),
         ("no_such.module:f", "no module 'no_such.module'"),
         ("recipes_of_mine:nothing", "has no 'nothing'"),
@@ -206,11 +208,11 @@ def test_what_the_function_raises_is_passed_on(entry: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("option", ["--macs", "--params"])
-@pytest.mark.parametrize("share", ["0", "1", "1.5", "half"])
+@pytest.mark.parametrize("share", ["0", "1", "1.5", "half", "50%", "nan"])
 def test_shares_lie_between_0_and_1(share: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         prune("module:function", option, share, "--out", "out")
-    assert option in capsys.readouterr().err
+    assert f"{option}: must be a share above 0 and below 1, such as 0.7, got '{share}'" in capsys.readouterr().err
 
 
 def test_there_is_one_budget(capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,7 +305,7 @@ def test_caps_of_a_directory(llama: Path, scores: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(["--max-pruning-ratio", "half"], "invalid"), (["--protected-blocks", "1,x"], "invalid")],
+    [(["--max-pruning-ratio", "half"], "such as 0.8"), (["--protected-blocks", "1,x"], "such as 4,2")],
 )
 def test_caps_that_are_none(
     options: list[str], said: str, entry: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

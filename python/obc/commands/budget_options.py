@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from obc.commands import model_directory
-from obc.commands.common import UsageError, positive
+from obc.commands.common import UsageError, expecting, positive
 from obc.model.latency_table import LatencyTable, LatencyTableError
 from obc.pruning.budgets import NOUNS, Argument, Budget, Meters
 from obc.structures.memory import MemoryUse
@@ -72,15 +73,19 @@ def keywords(budget: Budget) -> dict[str, Any]:
     return {budget.argument: value, "memory_use": meters.memory_use, "latency_table": meters.table}
 
 
-def _share(text: str) -> float:
-    """An argument strictly between 0 and 1."""
-    value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"must be between 0 and 1, got {value:g}")
+def _between(text: str) -> float:
+    """A number strictly between 0 and 1."""
+    if not 0 < (value := float(text)) < 1:
+        raise ValueError
     return value
 
 
+_SHARE = "a share above 0 and below 1, such as 0.7"
+_share = expecting(_SHARE)(_between)
+
+
+@expecting(f"{_SHARE}, or a number of bytes above 1")
 def _amount(text: str) -> float:
     """A share, or a number of bytes."""
     value = float(text)
-    return value if value > 1 else _share(text)
+    return value if 1 < value < math.inf else _between(text)

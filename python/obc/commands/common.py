@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
+
+_Value = TypeVar("_Value")
 
 # Exit codes; 0 is success, 1 an error that obc did not foresee.
 USAGE_ERROR = 2
@@ -32,11 +35,35 @@ def add_command(
     return parser
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that says in one line what is wrong with an argument; argparse prints the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and end the process with the code of a wrong request."""
+        self.exit(USAGE_ERROR, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+
+def expecting(what: str) -> Callable[[Callable[[str], _Value]], Callable[[str], _Value]]:
+    """Decorates a parser of an argument's text: if it raises ValueError, the user reads what is expected."""
+
+    def decorate(parse: Callable[[str], _Value]) -> Callable[[str], _Value]:
+        @functools.wraps(parse)
+        def parsed(text: str) -> _Value:
+            try:
+                return parse(text)
+            except ValueError:
+                raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
+
+        return parsed
+
+    return decorate
+
+
+@expecting("a whole number of at least 1")
 def positive(text: str) -> int:
     """An argument that is a whole number of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if (value := int(text)) < 1:
+        raise ValueError
     return value
 
 

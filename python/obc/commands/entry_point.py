@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -75,7 +76,9 @@ def _function(name: str) -> Callable[[], Any]:
     """The function ``module:function``; modules in the working directory are found."""
     module_name, _, function_name = name.partition(":")
     if not module_name or not function_name:
-        raise UsageError(f"{name!r} is neither a directory nor module:function")
+        raise UsageError(f"{name!r} is neither a directory nor module:function, such as mymodel:subject")
+    if module_name.endswith(".py"):
+        raise UsageError(f"{name!r} names a file; write the module's name, {Path(module_name).stem}:{function_name}")
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:

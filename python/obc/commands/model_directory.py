@@ -75,7 +75,7 @@ def config_of(path: Path) -> Any:
         UsageError: there is none, or transformers can't read it.
     """
     if not path.is_dir():
-        raise UsageError(f"{path} is not a directory; pass one written by save_pretrained")
+        raise UsageError(f"{path} is not a directory; pass one written by save_pretrained (nothing is fetched)")
     refuse_unfinished(path, UsageError)
     if not (path / "config.json").is_file():
         raise UsageError(f"{path} has no config.json; pass a directory written by save_pretrained")

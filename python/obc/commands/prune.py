@@ -12,7 +12,7 @@ from safetensors.torch import save_model
 
 import obc
 from obc.commands import allocation_option, budget_options, entry_point, model_directory, prune_directory, prune_scored
-from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
+from obc.commands.common import REPORT_FILES, UsageError, add_command, expecting, folder, positive, require
 from obc.commands.run_log import add_log, say
 from obc.files import whole_folder
 from obc.pruning.budgets import Budget
@@ -110,6 +110,7 @@ def add(commands: Any) -> None:
     add_log(prune)
 
 
+@expecting("a share such as 0.8, or shares by name such as model.layers.0=0.2,model.layers.1=0.5")
 def _caps(text: str) -> float | dict[str, float]:
     """A share, or shares by name."""
     if "=" not in text:
@@ -118,6 +119,7 @@ def _caps(text: str) -> float | dict[str, float]:
     return {name.strip(): float(share) for name, _, share in named}
 
 
+@expecting("a number of blocks, or the numbers at the start and at the end, such as 4,2")
 def _ends(text: str) -> tuple[int, int]:
     """The numbers of blocks at the start and at the end."""
     first, comma, last = text.partition(",")
@@ -134,6 +136,11 @@ def run(parsed: argparse.Namespace) -> int:
     """Prune a directory or an entry point; options of the other ways are refused."""
     budget = budget_options.budget_of(parsed)
     if not (source := Path(parsed.target)).is_dir():
+        if ":" not in parsed.target:
+            raise UsageError(
+                f"{parsed.target!r} is neither a directory nor module:function; pass one written by save_pretrained "
+                "(nothing is fetched), or the name of a function that returns a model"
+            )
         _refuse(parsed, _DIRECTORY, f"is for a model directory, which {parsed.target} is not")
         return _entry(parsed, budget)
     if parsed.out.resolve() == source.resolve():
