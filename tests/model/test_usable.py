@@ -133,7 +133,10 @@ def test_errors_of_the_loss_name_batch_and_layer(rows: Any) -> None:
     for call in calls:
         with pytest.raises(RuntimeError, match="mat1 and mat2") as raised:
             call()
-        assert raised.value.__notes__ == ["loss_fn(model, batch) failed on batch 2 in layer '0'"]
+        assert raised.value.__notes__ == [
+            "loss_fn(model, batch) failed on batch 2 in layer '0'; this batch is a tuple of float64 (4, 3) on cpu, "
+            "int64 (4,) on cpu"
+        ]
 
 
 def test_a_batch_without_samples_is_named() -> None:

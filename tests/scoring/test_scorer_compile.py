@@ -116,7 +116,7 @@ def test_a_model_compiled_before_attaching_is_refused_with_the_remedy(
 ) -> None:
     case = models.residual_cnn()
     model = compile_(case.model)
-    with pytest.raises(RuntimeError, match=r"compiled before attaching.*attach, then compile"):
+    with pytest.raises(RuntimeError, match=r"compiled before attaching.*compiled\._orig_mod.*attach, then compile"):
         obc.score(model, case.batches, case.loss)
 
 

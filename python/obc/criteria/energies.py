@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
+from obc.model.arguments import no_batches
 from obc.model.evaluation import evaluating
 from obc.model.experts import DOWN, fused_experts, projection
 from obc.model.groups import ChannelGroup, Slice
@@ -72,7 +73,7 @@ def relative_errors(
                     key = group_name, name
                     energies[key] = energies[key] + unit_energies if key in energies else unit_energies
     if count == 0:
-        raise ValueError("batches is empty: there is nothing to reconstruct; a generator can be read only once")
+        raise ValueError(no_batches("reconstruct"))
     found: dict[str, Tensor] = {}
     for (group_name, name), energy in energies.items():
         relative = energy / outputs[name].clamp_min(torch.finfo(torch.float64).tiny)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.criteria.protocol import Subject
+from obc.model.arguments import no_batches
 from obc.model.evaluation import evaluating
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.structures.masking import masked_copy
@@ -58,7 +59,7 @@ class Evaluation:
                 total += self._of(model, batch)
                 count += 1
         if count == 0:
-            raise ValueError("batches is empty: there is nothing to evaluate")
+            raise ValueError(no_batches("evaluate"))
         return total / count if math.isfinite(total) else math.inf
 
     def without(self, removed: Mapping[str, Tensor]) -> nn.Module:

@@ -135,4 +135,4 @@ def _check(criterion: Any, group: str, size: int, scores: Any) -> None:
         shape = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise ValueError(f"{what} {shape}; it must give a tensor with one score per unit, ({size},)")
     if not bool(scores.isfinite().all()):
-        raise ValueError(f"{what} scores that are not finite; check the batches and the loss")
+        raise ValueError(f"{what} scores that are not finite; check the batches, the loss and the weights")

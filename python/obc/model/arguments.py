@@ -42,6 +42,18 @@ def number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be a number, got {value!r}")
 
 
+def several(argument: str, value: Any, error: type[ValueError] = ValueError) -> None:
+    """Raises ``error`` if the value of an argument that takes several names is one name, or a single object."""
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        got = repr(value) if isinstance(value, str) else type(value).__name__
+        raise error(f"{argument} must be a list or another iterable, got {got}; of a single one, pass [it]")
+
+
+def no_batches(use: str) -> str:
+    """The message about batches of which there are none, where something was to be done with them."""
+    return f"batches is empty: there is nothing to {use}; a generator can be read only once"
+
+
 def iterable_batches(batches: Any) -> None:
     """Raises ValueError if ``batches`` can't be iterated over, or is a single batch: a mapping gives its keys."""
     if isinstance(batches, (Mapping, str)) or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):

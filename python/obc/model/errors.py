@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from obc.model.arguments import listed
 
 
 class PruningError(ValueError):
@@ -41,14 +43,26 @@ def explained(model: nn.Module, doing: str, remedy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def on_batch(model: nn.Module, index: int) -> Iterator[None]:
+def on_batch(model: nn.Module, index: int, batch: Any) -> Iterator[None]:
     """Add a note to errors of the caller's loss inside the block, with the batch and the layer. Their type stays."""
     try:
         yield
     except Exception as error:
         layer = layer_in(error, model)
-        add_note(error, f"loss_fn(model, batch) failed on batch {index}" + (f" in layer {layer!r}" if layer else ""))
+        place = "" if layer is None else f" in layer {layer!r}"
+        add_note(error, f"loss_fn(model, batch) failed on batch {index}{place}; this batch is {_kind(batch)}")
         raise
+
+
+def _kind(value: Any) -> str:
+    """What a batch is: its type, and the dtype, shape and device of its tensors."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
+    if isinstance(value, Mapping):
+        return f"a mapping of {listed([f'{key!r}: {_kind(inner)}' for key, inner in value.items()], 4)}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {listed([_kind(inner) for inner in value], 4)}"
+    return type(value).__name__
 
 
 def add_note(error: BaseException, note: str) -> None:

@@ -128,7 +128,8 @@ class PruningPlan(Mapping[str, Kept]):
         if not torch.equal(expected.to(pruned.device), pruned):
             raise PlanError(
                 f"{key}: the original's {tuple(original.shape)} sliced by the plan has the pruned model's shape "
-                f"{tuple(pruned.shape)} but other values; the plan must be verified before anything trains"
+                f"{tuple(pruned.shape)} but other values: it was compensated or trained, or is of another original; "
+                "use the pruned model as pruning left it"
             )
 
     def after(self, earlier: PruningPlan) -> PruningPlan:
@@ -244,6 +245,15 @@ class PruningPlan(Mapping[str, Kept]):
         plan = cls(match(original_state_dict, pruned_model))
         plan.verify(original_state_dict, pruned_model)
         return plan
+
+
+def refuse_non_plans(plan: Any) -> None:
+    """Raise a TypeError if ``plan`` is no :class:`PruningPlan`, but a path or the result that has one."""
+    if not isinstance(plan, PruningPlan):
+        path = isinstance(plan, (str, os.PathLike))
+        inner = isinstance(getattr(plan, "plan", None), PruningPlan)
+        remedy = "; pass obc.PruningPlan.load(path)" if path else "; pass its plan, result.plan" if inner else ""
+        raise TypeError(f"plan must be an obc.PruningPlan, got {type(plan).__name__}{remedy}")
 
 
 def register_counts(find: Callable[[nn.Module, PruningPlan], list[tuple[Any, str, Any]]]) -> None:

@@ -15,7 +15,15 @@ from obc.model.rules import Rule, is_packed
 
 
 def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
-    """``state_dict[key]``, detached; raises PlanError if it is missing."""
+    """``state_dict[key]``, detached.
+
+    Raises:
+        TypeError: ``state_dict`` is no mapping, but the model itself, for example.
+        PlanError: it lacks the key.
+    """
+    if not isinstance(state_dict, Mapping):
+        whose = "; pass the unpruned model's state_dict()" if isinstance(state_dict, nn.Module) else ""
+        raise TypeError(f"the original's weights must be a state dict, got {type(state_dict).__name__}{whose}")
     if key not in state_dict:
         longer = next((full for full in state_dict if full.endswith(f".{key}")), None)
         wrapped = "" if longer is None else f"; it has {longer!r}: of a wrapped model, pass that of the model inside"

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from obc.model.arguments import listed
+
 
 def refuse_unusable(model: Any, role: str = "the model") -> None:
     """Raise if the weights of ``model`` can't be differentiated or replaced, or if it is no model.
@@ -53,6 +55,12 @@ def refuse_without_values(model: Any, role: str = "the model") -> None:
     for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"{role}: {name} is on the meta device, {_remedy(model)}")
+
+
+def not_finite(model: nn.Module) -> str:
+    """The end of a message about figures that are not finite: the weights that are not; empty if all are."""
+    names = [name for name, one in model.named_parameters() if not one.is_meta and not bool(one.isfinite().all())]
+    return f"; not finite itself is {listed(names)}" if names else ""
 
 
 def refuse_non_modules(model: Any, role: str = "the model") -> None:

@@ -112,7 +112,7 @@ class UsableBatches:
         shown = "; ".join(f"batch {number}: {why}" for number, why in list(self.left_out.items())[:3])
         raise ValueError(
             f"{bad} of {count} batches are not usable, more than a tenth{shown and f' ({shown})'}: look for values "
-            "that are not finite in these batches, then in the loss"
+            "that are not finite in these batches, then in the weights and the loss"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 from obc.criteria import Jacobian, get
 from obc.criteria.protocol import name_of
-from obc.model.arguments import iterable_batches, one_of, positive
+from obc.model.arguments import iterable_batches, no_batches, one_of, positive
 from obc.model.groups import Slices
 from obc.selection.allocation import Allocation
 from obc.selection.allocations import allocation_of
@@ -79,6 +79,13 @@ class Choice:
             "slices": self.slices,
             "per_macs": self.per_cost,
         }
+
+    @property
+    def narrowing(self) -> list[str]:
+        """The arguments, as the caller gave them, that keep groups wider than a single unit."""
+        given: dict[str, object] = {"round_to": self.round_to or 1, "min_units": self.min_units}
+        given |= {"max_pruning_ratio": self.caps.ratio, "protected_blocks": self.caps.protected}
+        return [f"{name}={value}" for name, value in given.items() if value not in (1, (0, 0))]
 
     def limits(self, structure: Structure, least: Mapping[str, int]) -> Limits:
         """The structure's limits joined with ``min_units``, ``round_to`` and the caps.
@@ -170,5 +177,5 @@ def repeatable(batches: Iterable[Any] | None) -> Sequence[Any]:
     iterable_batches(batches)
     found = batches if isinstance(batches, (list, tuple)) else list(batches)
     if len(found) == 0:
-        raise ValueError("batches is empty: there is nothing to score")
+        raise ValueError(no_batches("score"))
     return found

@@ -17,9 +17,11 @@ from obc.criteria.protocol import name_of
 from obc.criteria.refusals import said_of, scores_nothing
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected, scored
+from obc.model.arguments import listed
 from obc.model.evaluation import Run
 from obc.model.processes import ALONE
 from obc.model.progress import ProgressLog, progress_bar
+from obc.model.usable import not_finite
 from obc.pruning.arguments import Choice
 from obc.pruning.budgets import Budget
 from obc.pruning.compensator import Compensator
@@ -82,7 +84,8 @@ class Job:
     ) -> None:
         """Reach the share of every step, and fill the report."""
         if not self.widths:
-            raise ValueError(f"no layer can be pruned{_not_pruned(self.report.left_out)}")
+            why = not_finite(self.subject.model) or _not_pruned(self.report.left_out)
+            raise ValueError(f"no layer can be pruned{why}")
         schedule = self.budget.schedule(steps, sum(self.widths.values()))
         self._check_reachable(schedule[-1])
         if self.recalibrate and batch_norms(self.subject.model):
@@ -284,9 +287,12 @@ class Job:
         ]
         least = self.budget.counted(costs, torch.tensor(smallest, dtype=torch.float64)) / self.full
         if least > share:
+            widths = listed([f"{name!r}: {low} of {sizes[name]}" for name, low in zip(sizes, smallest, strict=True)])
+            remedies = " or ".join(["let more remain", *(f"relax {limit}" for limit in self.choice.narrowing)])
             raise ValueError(
                 f"{self.budget.argument}={share:g} is out of reach: {least:.4f} remain where each of the "
-                f"{len(smallest)} groups that can be pruned keeps its minimum{_not_pruned(self.report.left_out)}"
+                f"{len(smallest)} groups that can be pruned keeps its minimum ({widths} units); {remedies}"
+                f"{_not_pruned(self.report.left_out)}"
             )
 
 

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_in
-from obc.model.plan import PruningPlan
+from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.processes import ALONE, Processes, failing_together
 from obc.model.rules import Rule
 from obc.model.usable import refuse_inference_tensors, refuse_non_modules
@@ -145,6 +145,7 @@ def recalibrate_norms(
             return
         refuse_inference_tensors(model)
         if plan is not None:
+            refuse_non_plans(plan)
             plan.refuse_unknown(model, "the model")
         processes = Processes(process_group, next(iter(norms[0].buffers())).device)
         usable = UsableBatches.of(batches if original_model is None else list(batches))

@@ -18,7 +18,7 @@ from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
 from obc.model.layouts import is_compiled
-from obc.model.plan import PruningPlan
+from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.processes import Processes, failing_together
 from obc.model.progress import LayerProgress
 from obc.model.sharding import is_sharded
@@ -129,6 +129,7 @@ def compensate(
         if mode is None:
             mode = "ls" if keep_decompressors else "correct"
         _check(pruned_model, original_model, mode, ridge, held_out, keep_decompressors)
+        refuse_non_plans(plan)
         plan.refuse_unknown(pruned_model, "the pruned model")
         processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
         split = _split(UsableBatches.of(batches), held_out, processes)
@@ -238,7 +239,8 @@ def _split(usable: UsableBatches, share: float, processes: Processes) -> tuple[U
     batches = usable.numbered()
     (fewest,) = processes.least([len(batches)])  # all processes raise if one must, so that none is left waiting
     if fewest < 2:
-        raise ValueError(f"compensate got {fewest} batches; pass at least two: one of them is held out to decide")
+        used_up = "" if fewest else "; a generator can be read only once"
+        raise ValueError(f"compensate got {fewest} batches; pass at least two, one of which is held out{used_up}")
     every = round(1 / share)
     if len(batches) < every:
         return usable.part(batches[:-1]), usable.part(batches[-1:])

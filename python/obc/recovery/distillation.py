@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from obc.model.arguments import several
 from obc.model.batches import attention_mask
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.hooks import hooked
@@ -123,6 +124,7 @@ class Distillation:
             raise ValueError(f"weights must not be negative, and one must be positive: {said}")
         if self.temperature <= 0:
             raise ValueError(f"temperature must be positive, got {self.temperature}")
+        several("modules", self.modules)
         if (self.hidden > 0) != bool(self.modules):
             raise ValueError(f"hidden={self.hidden} and modules={tuple(self.modules)!r} need each other")
         if (self.labels > 0) != (self.label_loss is not None):

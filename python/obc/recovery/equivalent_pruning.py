@@ -23,7 +23,7 @@ from obc.model.arguments import one_of
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import is_compiled, layout_of, split_by_group
 from obc.model.names import joined, named_modules
-from obc.model.plan import PruningPlan
+from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.rules import Rule
 from obc.model.slicing import original_tensor, sliced_weight, was_depthwise
 from obc.model.usable import refuse_unusable
@@ -78,6 +78,7 @@ def equivalent_pruning(
     refuse_unusable(pruned_model, "the pruned model")
     if is_compiled(pruned_model):
         raise ValueError("the model is compiled; fold the model that was passed to torch.compile, then compile it")
+    refuse_non_plans(plan)
     plan.refuse_unknown(pruned_model, "the pruned model")
     _refuse_order(order, pruned_model, plan)
     layers = [

@@ -27,7 +27,7 @@ from obc.model.autocast import without_autocast
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import layer_of, layout_of
 from obc.model.names import named_modules
-from obc.model.plan import PruningPlan
+from obc.model.plan import PruningPlan, refuse_non_plans
 
 Outputs = Literal["mean", "sum"]
 
@@ -72,6 +72,7 @@ def fuse_units(
         ImportError: scipy is missing.
     """
     one_of("outputs", outputs, get_args(Outputs))
+    refuse_non_plans(plan)
     report = FusionReport()
     originals, modules = dict(named_modules(original_model)), dict(named_modules(pruned_model))
     factors: dict[tuple[str, str], Tensor] = {}

@@ -14,7 +14,7 @@ from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import pads_with_zeros
-from obc.model.plan import PruningPlan
+from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.unsavable import refuse_dropped_biases
 from obc.recovery.consumers import PrunedConsumer, find_consumers
 from obc.statistics.run import collect
@@ -60,6 +60,7 @@ def absorb_means(
         forward_fn: as for :func:`obc.collect`.
     """
     forward = in_present_autocast(forward_fn or call_on_batch)
+    refuse_non_plans(plan)
     plan.refuse_unknown(pruned_model, "the pruned model")
     with without_autocast(), expanded(pruned_model, plan.depth):
         return _absorb_all(pruned_model, original_model, plan, batches, forward)

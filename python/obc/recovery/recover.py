@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from obc.model.arguments import positive
+from obc.model.arguments import no_batches, positive
 from obc.model.batches import usable_in_autograd
 from obc.model.plan import PruningPlan
 from obc.model.progress import progress_bar
@@ -248,7 +248,7 @@ def _endless(batches: Iterable[Any], skip: int) -> Iterator[Any]:
                 yield usable_in_autograd(batch)
             count += 1
         if count == before:
-            raise ValueError("batches is empty: there is nothing to train on")
+            raise ValueError(no_batches("train on"))
 
 
 def _finite(loss: Tensor, step: int) -> float:

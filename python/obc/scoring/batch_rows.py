@@ -105,8 +105,12 @@ class BatchRows:
             self._read = start + self.losses[-1].numel()
 
     def _loss(self, index: int, part: Any) -> Any:
-        with on_batch(self.scorer.model, index):
-            return self.loss_fn(self.scorer.model, part)
+        before = self.scorer.additions
+        with on_batch(self.scorer.model, index, part):
+            loss = self.loss_fn(self.scorer.model, part)
+        if self.scorer.additions != before:
+            raise ValueError(f"batch {index}: loss_fn called backward, which would count twice; return the loss alone")
+        return loss
 
     def _check_spread(self, losses: Tensor, index: int, part: Any, start: int) -> None:
         """Raise if spreading look-ups over the samples changed the losses."""

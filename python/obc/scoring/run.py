@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obc.model.arguments import iterable_batches, meant
+from obc.model.arguments import iterable_batches, meant, no_batches
 from obc.model.batches import RowKind
 from obc.model.evaluation import LossFn, evaluating
 from obc.model.processes import failing_together, gathered, notice
@@ -165,7 +165,7 @@ class _Run:
                 self._after_batch(self.earlier_seconds + time.perf_counter() - started)
             kept_bytes = scorer.kept_bytes
         if self.done == 0:
-            raise ValueError("batches is empty: there is nothing to score; a generator can be read only once")
+            raise ValueError(no_batches("score"))
         scores = scorer.scores()
         _refuse_zeros(scores)
         seconds = self.earlier_seconds + time.perf_counter() - started

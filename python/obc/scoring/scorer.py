@@ -117,6 +117,11 @@ class JacobianScorer:
         self._parts = Parts(model, strict, check, plan, reading, counter, shared, store)
         self._lifecycle = RowLifecycle(self._parts, fallback != "skip")
 
+    @property
+    def additions(self) -> int:
+        """A number that grows whenever a backward adds to the present row."""
+        return sum(flat.changes for flat in self._parts.flats)
+
     def __enter__(self) -> JacobianScorer:
         parts = self._parts
         if parts.attachment is not None:
@@ -274,4 +279,7 @@ def _check_arguments(rows: str, fallback: str, combine: str, process_group: Any)
     one_of("fallback", fallback, ("weight_grad", "skip"))
     one_of("combine", combine, ("row", "scores"))
     if combine == "scores" and process_group is None:
-        raise ValueError("combine='scores' needs the processes: pass process_group, torch.distributed.group.WORLD")
+        raise ValueError(
+            "combine='scores' needs the processes, got process_group=None: pass torch.distributed.group.WORLD, "
+            "which is None until torch.distributed.init_process_group(); torchrun starts several processes"
+        )

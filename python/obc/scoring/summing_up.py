@@ -12,6 +12,7 @@ from torch import distributed as dist
 
 from obc.distribution import obc_version
 from obc.model.processes import gather_tensors, gathered, reduce_tensor
+from obc.model.usable import not_finite
 from obc.scoring.coverage import Coverage, merged
 from obc.scoring.errors import ScoringError
 from obc.scoring.parts import Parts
@@ -38,7 +39,7 @@ def scores_of(parts: Parts, rows: str, merged_over: Any) -> Scores:
         sums = {flat: all_sums(scores, merged_over) for flat, scores in sums.items()}
     if facts.num_rows == 0:
         how = "; call backward inside `with scorer.row():`"
-        why = f"; left out: {facts.left_out[0]}" if facts.left_out else how
+        why = f"; left out: {facts.left_out[0]}{not_finite(parts.model)}" if facts.left_out else how
         raise ScoringError(f"no row was read{why}")
     parts.refuse_unscored()
     slots = {name: parts.plan.sides(name) for name in parts.plan.readers if facts.coverage[name].scored}

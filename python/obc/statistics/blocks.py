@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from obc.model.arguments import one_of
+from obc.model.arguments import one_of, several
 from obc.model.depth import Skipped
 from obc.model.evaluation import first_floating
 from obc.model.names import is_within, joined, named_modules
@@ -77,6 +77,7 @@ class Blocks:
         one_of("Blocks(tokens=...)", self.tokens, get_args(Tokens), StatisticsError)
         if self.entropy_bins == 1 or self.entropy_bins < 0:
             raise StatisticsError(f"Blocks(entropy_bins=...) must be 0 or at least 2, got {self.entropy_bins}")
+        several("Blocks(modules=...)", self.modules or (), StatisticsError)
         known = dict(named_modules(model))
         names = residual_blocks(model) if self.modules is None else list(self.modules)
         if unknown := [name for name in names if name not in known]:

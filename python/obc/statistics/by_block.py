@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from obc.model.arguments import several
 from obc.statistics.blocks import residual_blocks
 from obc.statistics.errors import StatisticsError
 
@@ -46,6 +47,7 @@ class ByBlock:
         Raises:
             StatisticsError: there are none, a name is unknown, or a block is inside another.
         """
+        several("ByBlock(blocks=...)", self.blocks or (), StatisticsError)
         found = residual_blocks(model) if self.blocks is None else list(self.blocks)
         known = {name for name, _ in model.named_modules() if name}
         if unknown := [name for name in found if name not in known]:

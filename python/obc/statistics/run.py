@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.distribution import obc_version
-from obc.model.arguments import iterable_batches, listed, one_of
+from obc.model.arguments import iterable_batches, listed, no_batches, one_of
 from obc.model.batches import RowKind, parts_of, usable_in_autograd
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch, evaluating, without_cache
 from obc.model.groups import Side
@@ -343,7 +343,7 @@ class _Run:
         everyone = self._of_all_processes()
         count = sum(facts["batches"] for facts in everyone)
         if count == 0:
-            raise StatisticsError("batches is empty: there is nothing to collect; a generator can be read only once")
+            raise StatisticsError(no_batches("collect"))
         coverage = {name: merged([facts["coverage"][name] for facts in everyone]) for name in self.readers}
         left_out = [line for facts in everyone for line in facts["left_out"]]
         values: dict[str, dict[str, Any]] = {}

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from obc.model.arguments import several
 from obc.model.batches import usable_in_autograd
 from obc.model.costs import Costs
 from obc.model.cutting import cut
@@ -103,6 +104,7 @@ class TorchPruningStructure:
         example_inputs = usable_in_autograd(example_inputs)
         self.model, self._example_inputs, self._forward_fn = model, example_inputs, forward_fn or call
         self._modules = dict(model.named_modules(remove_duplicate=True))
+        several("ignored_layers", ignored_layers)
         settings = Settings(
             frozenset(inner for layer in ignored_layers for inner in self._layer(layer, "ignored_layers").modules()),
             {self._layer(layer, "num_heads"): count for layer, count in (num_heads or {}).items()},

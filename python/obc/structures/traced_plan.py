@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.kept import Kept, PlanError, narrowed, with_columns
 from obc.model.layouts import layout_of, split_by_group
-from obc.model.plan import PruningPlan
+from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
 
@@ -35,6 +35,8 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
         PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`), or a plan can't describe a layer
             (LSTM).
     """
+    if plan is not None:
+        refuse_non_plans(plan)
     refuse_unprunable(pruner.model)
     refuse_quantised(pruner.model)
     # What the pruner read when it was built: the unpruned model's, unless an earlier pruner pruned it before.

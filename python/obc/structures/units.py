@@ -63,6 +63,8 @@ def layer_name(modules: Mapping[str, nn.Module], layer: nn.Module | str, argumen
             )
         return layer
     found = next((name for name, module in modules.items() if module is layer), None)
+    if not isinstance(layer, nn.Module):
+        raise ValueError(f"{argument}: got {layer!r}; pass layers of the model, or their names")
     if found is None:
         raise ValueError(f"{argument}: the model has no such {type(layer).__name__}; pass its own layers")
     return found

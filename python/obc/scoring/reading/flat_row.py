@@ -93,6 +93,12 @@ class FlatRow:
         self.reference = torch.empty(0)
         self.scores = torch.empty(0)
         self.samples: Tensor | None = None
+        self._replaced = 0  # changes of samples that were reallocated
+
+    @property
+    def changes(self) -> int:
+        """A number that grows with every change of the row in place, known without waiting for the device."""
+        return self.row._version + self._replaced + (0 if self.samples is None else self.samples._version)
 
     def add(self, label: str, size: int) -> Slot:
         """A new slot of ``size`` channels at the end."""
@@ -109,6 +115,7 @@ class FlatRow:
     def sample_rows(self, samples: int) -> Tensor:
         """The (channels, samples) rows, reallocated when the number of samples changes."""
         if self.samples is None or self.samples.shape[1] != samples:
+            self._replaced += 0 if self.samples is None else self.samples._version
             self.samples = torch.zeros(self.size, samples, dtype=self.dtype, device=self.device)
         return self.samples
 

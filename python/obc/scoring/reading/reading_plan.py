@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obc import ops
-from obc.model.arguments import meant
+from obc.model.arguments import meant, several
 from obc.model.groups import Side
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.model.sharding import is_sharded
@@ -196,6 +196,7 @@ def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn
     if callable(modules):
         predicate = modules
         return lambda name, module: _SIDES if predicate(name, module) else frozenset()
+    several("modules", modules)
     sides: dict[str, frozenset[Side]] = dict.fromkeys(modules, _SIDES)
     if isinstance(modules, Mapping):
         sides = {name: frozenset(wanted_sides) for name, wanted_sides in modules.items()}

@@ -27,7 +27,8 @@ def refuse_unreadable(model: nn.Module) -> None:
         if wrapped or getattr(module, "_compiled_call_impl", None) is not None:
             what = f"module {name!r}" if name else "the model"
             raise ScoringError(
-                f"{what} was compiled before attaching, so gates would not be seen; attach, then compile"
+                f"{what} was compiled before attaching, so gates would not be seen; pass the model that torch.compile "
+                "was given (compiled._orig_mod), or in a loop of your own attach, then compile"
             )
         if isinstance(module, torch.jit.ScriptModule):
             raise ScoringError(

@@ -19,7 +19,7 @@ from obc.model.depth import compact, is_compact, put_stand_in, with_depth
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import layout_of
 from obc.model.names import joined, named_tensors
-from obc.model.plan import PruningPlan, register_counts
+from obc.model.plan import PruningPlan, refuse_non_plans, register_counts
 from obc.model.shared_copy import shared_copy
 from obc.model.slicing import sliced
 from obc.model.unsavable import refuse_dropped_biases, refuse_fresh_weights
@@ -51,6 +51,7 @@ def save_pruned(model: nn.Module, plan: PruningPlan, directory: str | os.PathLik
             the plan of a model that had been pruned before needs :meth:`obc.PruningPlan.after`.
         OSError: a file can't be written; an existing folder is left unchanged.
     """
+    refuse_non_plans(plan)
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "to_dict"):
         raise ValueError(f"{type(model).__name__} has no transformers config; save its state_dict and plan yourself")

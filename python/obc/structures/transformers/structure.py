@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from obc.model.arguments import several
 from obc.model.costs import Costs
 from obc.model.depth import BlockList, Depth, compact, expand, is_compact, original_names
 from obc.model.evaluation import call
 from obc.model.groups import DEPTH_KINDS, ChannelGroup
 from obc.model.names import is_within
-from obc.model.plan import PruningPlan
+from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.refusals import computed_weights, refuse_unprunable
 from obc.model.unsavable import refuse_fresh_weights
 from obc.structures.memory import MemoryUse
@@ -122,6 +123,7 @@ def _computed(model: nn.Module, finder: Finder) -> dict[str, str]:
 
 def _names_inside(modules: Mapping[str, nn.Module], layers: Sequence[nn.Module | str]) -> set[str]:
     """The names of these layers, of the modules inside them, and of their parameters."""
+    several("ignored_layers", layers)
     found: set[str] = set()
     for name in (layer_name(modules, layer, "ignored_layers") for layer in layers):
         inside = [inner for inner in modules if is_within(inner, name)]
@@ -185,6 +187,7 @@ class TransformersStructure:
         refuse_unprunable(model, computed=False)
         depth_kinds = _checked_depth(kinds, uniform)
         if plan is not None:
+            refuse_non_plans(plan)
             expand(model, plan.depth)
         if round_to is not None and round_to < 1:
             raise ValueError(f"round_to must be at least 1, got {round_to}")
