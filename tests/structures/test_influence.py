@@ -75,16 +75,17 @@ def state_space() -> Net:
     return Net(forward, **layers, **parameters, conv=conv, head=nn.Linear(6, 3))
 
 
-def heads() -> Net:
+def heads(count: int = 4, width: int = 3) -> Net:
     """Attention written out, with a bias for each head."""
 
     def forward(net: Any, x: Tensor) -> Tensor:
-        q, k, v = (layer(x).unflatten(-1, (-1, 3)).transpose(1, 2) for layer in (net.first, net.keys, net.values))
-        weights = (q @ k.transpose(-1, -2) / math.sqrt(3) + net.bias).softmax(-1)
+        q, k, v = (layer(x).unflatten(-1, (-1, width)).transpose(1, 2) for layer in (net.first, net.keys, net.values))
+        weights = (q @ k.transpose(-1, -2) / math.sqrt(width) + net.bias).softmax(-1)
         return net.head(net.join((weights @ v).transpose(1, 2).flatten(2)).mean(1))
 
-    layers = {name: nn.Linear(6, 12) for name in ("first", "keys", "values")}
-    return Net(forward, **layers, join=nn.Linear(12, 6), bias=nn.Parameter(torch.randn(4, 5, 5)), head=nn.Linear(6, 3))
+    layers = {name: nn.Linear(6, count * width) for name in ("first", "keys", "values")}
+    join, bias = nn.Linear(count * width, 6), nn.Parameter(torch.randn(count, 5, 5))
+    return Net(forward, **layers, join=join, bias=bias, head=nn.Linear(6, 3))
 
 
 # Name -> (model, input, units, channels of the first layer in each).
@@ -92,6 +93,7 @@ COUPLED: dict[str, tuple[Callable[[], Net], Callable[[], Tensor], int, int]] = {
     "split and joined": (split_and_joined, images, 6, 2),
     "state space": (state_space, tokens, 8, 2),
     "heads": (heads, tokens, 4, 3),
+    "wide heads": (lambda: heads(6, 64), tokens, 6, 64),
 }
 
 
@@ -116,6 +118,35 @@ def test_channels_that_tracing_loses_are_pruned_exactly(name: str) -> None:
             if getattr(layer, "groups", 1) == 1:
                 zero_inputs(layer, sorted(set(range(layer.weight.shape[1])) - set(kept.in_columns.tolist())))
     torch.testing.assert_close(structure.model(x), net(x), rtol=1e-9, atol=1e-9)
+
+
+# What a reader of 480 channels reads of them; the last dimension of every result has as many entries.
+WIDE: dict[str, Callable[[Tensor], Tensor]] = {
+    "one to one, reversed": lambda y: y.flip(-1),
+    "halves of a gated unit": lambda y: (y[..., :240] * y[..., 240:].sigmoid()).repeat(1, 1, 2),
+    "neighbours": lambda y: y.unflatten(-1, (-1, 2)).prod(-1, keepdim=True).expand(-1, -1, -1, 2).flatten(2),
+    "heads one after the other": lambda y: y.unflatten(-1, (-1, 60)).cumsum(-1).flip(-1).cumsum(-1).flatten(2),
+    "heads side by side": lambda y: y.unflatten(-1, (60, -1)).softmax(2).flatten(2),
+    "heads of queries, keys and values": lambda y: (
+        y.unflatten(-1, (3, 4, 40)).softmax(-1).prod(2, keepdim=True).expand(-1, -1, 3, -1, -1).flatten(2)
+    ),
+    "some alone, others by head": lambda y: torch.cat(
+        [y[..., :240], y[..., 240:].unflatten(-1, (-1, 48)).softmax(-1).flatten(2)], -1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_what_many_channels_influence_is_found_in_few_passes(name: str) -> None:
+    """Truth: the derivatives of what is read."""
+    torch.manual_seed(0)
+    read, x = WIDE[name], torch.randn(2, 3, 6, dtype=torch.float64)
+    net = Net(lambda net, x: net.head(read(net.first(x))), first=nn.Linear(6, 480), head=nn.Linear(480, 3)).double()
+    found, passes = influence.influences(net, lambda model: model(x), {"first": influence.Source("first", 480)})
+    numbers = torch.rand(1, 1, 480, dtype=torch.float64) + 0.5
+    jacobian = torch.autograd.functional.jacobian(lambda y: read(y)[0, 0], numbers)
+    assert torch.equal(found["first"].inputs["head"], jacobian[:, 0, 0] != 0)
+    assert passes < 480
 
 
 def changes(net: Net, layer: str, channels: Any, x: Tensor, reader: str | None) -> Tensor:
