@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import models
@@ -12,6 +13,7 @@ import torch
 from parity import assert_parity, expected_scores, score_in_a_loop
 from snapshot import Snapshot, unusual
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import obc
 
@@ -397,3 +399,42 @@ def test_a_state_loaded_while_attached() -> None:
     state = scorer.state_dict()
     with scorer, pytest.raises(RuntimeError, match="before entering"):
         scorer.load_state_dict(state)
+
+
+# --- FullyShardedDataParallel --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
+@pytest.mark.parametrize("use_orig_params", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_in_flat_shards_is_refused_by_name(use_orig_params: bool, part: bool, one_process: None) -> None:
+    """Its layers' weights are pieces of one parameter: sample rows, norms and the check would fail without a reason."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    shards = {"device_id": torch.device("cpu"), "use_orig_params": use_orig_params}
+    if part:
+        model[0] = FullyShardedDataParallel(model[0], **shards)
+    wrapped = model if part else FullyShardedDataParallel(model, **shards)
+    batches = [torch.randn(5, 4)]
+
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch).square().mean()
+
+    calls: list[Callable[[], Any]] = [
+        lambda: obc.score(wrapped, batches, loss),
+        lambda: obc.collect(wrapped, batches, loss, statistics=["rows"]),
+        lambda: obc.memory_estimate(wrapped, batches[0], loss),
+        lambda: obc.JacobianScorer(wrapped),
+    ]
+    for call in calls:
+        with pytest.raises(obc.scoring.errors.ScoringError, match=r"\(FSDP1\).*before it is wrapped.*fully_shard"):
+            call()
+    whole = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="compensate first, then shard it"):
+        obc.compensate(wrapped, whole, obc.PruningPlan({}), batches)

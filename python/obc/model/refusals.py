@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from obc.model.kept import PlanError
 from obc.model.layouts import is_compiled, layout_of
-from obc.model.sharding import is_sharded
+from obc.model.sharding import is_in_flat_shards, is_sharded
 
 # Classes of hooks that compute a weight before every forward -> what turns it into a parameter again.
 _REMOVERS = {
@@ -19,8 +19,6 @@ _REMOVERS = {
     "SpectralNorm": "torch.nn.utils.remove_spectral_norm",
     "BasePruningMethod": "torch.nn.utils.prune.remove",
 }
-
-_FSDP = ("torch.distributed.fsdp", "FullyShardedDataParallel")
 
 
 def refuse_unprunable(model: nn.Module, *, computed: bool = True) -> None:
@@ -42,8 +40,8 @@ def refuse_unprunable(model: nn.Module, *, computed: bool = True) -> None:
         raise PlanError(f"{name} is a ScriptModule, whose layers can't be changed; prune the model it was made of")
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise PlanError(f"the model is wrapped in {name}; prune model.module, then wrap it again")
-    if wrapped := [type(one).__name__ for one in model.modules() if isinstance(one, _classes(*_FSDP))]:
-        raise PlanError(f"the model is wrapped in {wrapped[0]}; prune the model first, then wrap it")
+    if is_in_flat_shards(model):
+        raise PlanError("the model is wrapped in FullyShardedDataParallel; prune the model first, then wrap it")
     if is_sharded(model):
         raise PlanError("the model's parameters are split over several processes; prune the model first, then shard it")
     refuse_adapted(model)

@@ -16,6 +16,12 @@ def is_fully_sharded(model: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
+def is_in_flat_shards(model: nn.Module) -> bool:
+    """Whether a part of the model is wrapped in ``FullyShardedDataParallel``, the older way (FSDP1)."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules())
+
+
 def is_dtensor(tensor: Any) -> bool:
     """Whether this is a DTensor."""
     distributed = sys.modules.get("torch.distributed.tensor")
@@ -24,7 +30,11 @@ def is_dtensor(tensor: Any) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether parameters lie on several processes."""
-    return is_fully_sharded(model) or any(is_dtensor(parameter) for parameter in model.parameters())
+    return (
+        is_fully_sharded(model)
+        or is_in_flat_shards(model)
+        or any(is_dtensor(parameter) for parameter in model.parameters())
+    )
 
 
 def data_parallel_modules(model: nn.Module) -> list[Any]:

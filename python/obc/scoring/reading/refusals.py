@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 
 from obc.model.rules import channel_count
+from obc.model.sharding import is_in_flat_shards
 from obc.scoring.errors import SampleRowsError, ScoringError
 from obc.scoring.reading.flat_row import FlatRow
 from obc.scoring.reading.gradients import NormGradients
@@ -19,7 +20,12 @@ from obc.scoring.reading.reading_plan import Plan
 
 
 def refuse_unreadable(model: nn.Module) -> None:
-    """Refuse a model whose gates would not be seen, or whose parameters are not initialised yet."""
+    """Refuse a model whose gates would not be seen, whose layers have no weights of their own, or no values yet."""
+    if is_in_flat_shards(model):
+        raise ScoringError(
+            "the model is wrapped in FullyShardedDataParallel (FSDP1), whose layers hold pieces of one flat parameter; "
+            "score the model before it is wrapped, or shard it by torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
     for name, module in model.named_modules():
         if any(isinstance(parameter, UninitializedParameter) for parameter in module.parameters(recurse=False)):
             raise ScoringError(f"module {name!r} is not initialised yet; run one batch through the model first")
