@@ -40,6 +40,21 @@ def sequences(folder: Path, length: int) -> list[Tensor]:
     return list(torch.tensor(tokens)[: len(tokens) // length * length].view(-1, 1, length))
 
 
+def test_what_the_command_saves_by_itself_is_no_warning(
+    llama: Path, tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It chooses how to save, and says how the folder is loaded; in Python save_pretrained would need the warning."""
+    data, scores = tmp_path / "data.jsonl", tmp_path / "scores.safetensors"
+    assert cli.main(["score", str(llama), "--data", str(data), "--out", str(scores), "--device", "cpu"]) == 0
+    for how in (["--data", data, "--seq-len", 16, "--batches", 24, "--steps", 1], ["--scores", scores]):
+        out = tmp_path / how[0].strip("-")
+        assert prune(llama, *how, "--params", 0.8, "--out", out) == 0
+        said = capsys.readouterr()
+        assert is_saved_pruned(out)
+        assert "load_pruned loads it: layers keep different" in said.out
+        assert "save_pretrained" not in said.out + said.err + caplog.text + (out / "obc_report.json").read_text()
+
+
 @pytest.mark.parametrize("uniform", [False, True], ids=["free", "uniform"])
 def test_it_writes_what_obc_prune_makes(uniform: bool, llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -65,6 +65,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
             ignored_layers=parsed.ignore or (),
             **kinds,
         )
+        structure.saved_with_plan = True
         result = obc.prune(
             model,
             batches=batches,

@@ -54,6 +54,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
             scores.verify(model)
         options = {} if parsed.kinds is None else {"kinds": parsed.kinds}
         structure = TransformersStructure(model, uniform=bool(parsed.uniform), round_to=parsed.round_to, **options)
+        structure.saved_with_plan = True
         limits = _limits(structure, caps)
         run_first = _on_first_batch(parsed, model, source)
         budget = budget.ready(structure, run_first, parsed.round_to)

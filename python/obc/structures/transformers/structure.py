@@ -163,6 +163,8 @@ class TransformersStructure:
             of repeated blocks; with ``uniform``, also the first group of those whose number of units the config has no
             key for.
         uniform: the argument of that name.
+        saved_with_plan: set it to True if :func:`save_pruned` will save the model: what ``save_pretrained`` would do is
+            no warning then.
         weights: the blocks' weights, and the modules that hold them.
         config: the model's config, rewritten after every removal.
         proof: the result for every group; None if none was tried.
@@ -217,6 +219,7 @@ class TransformersStructure:
             self.left_out = self.left_out | dict(self._expressible.refused)
         self._calibration: Calibration | None = None
         self._cached: list[CachedLayer] | None = None
+        self.saved_with_plan = False
         self.proof: Proof | None = None
         if example_inputs is not None:
             varied = varied_inputs(example_inputs)
@@ -265,7 +268,7 @@ class TransformersStructure:
         """Warnings about the present model: what it can't do any more."""
         narrower = [block for block in self.blocks.values() if block.group.name in self.weights.kept]
         told = list(dict.fromkeys(block.warning for block in narrower if block.warning))
-        if self.config_refused is None:
+        if self.config_refused is None or self.saved_with_plan:
             return told
         return [
             *told,
