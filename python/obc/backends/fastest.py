@@ -6,6 +6,8 @@ same in every process, and nothing is timed while a program runs. ``OBC_BACKEND`
 
 from __future__ import annotations
 
+import bisect
+
 import torch
 
 # By device: the order of backends where nothing was measured.
@@ -24,7 +26,7 @@ FASTEST: dict[tuple[str, torch.dtype, str], str] = {}
 
 def size_class(elements: int) -> str:
     """``small``, ``medium`` or ``large``, by the number of elements of the first input."""
-    return next((size for size, limit in zip(SIZES, _LIMITS, strict=False) if elements < limit), SIZES[-1])
+    return SIZES[bisect.bisect(_LIMITS, elements)]
 
 
 def order(device_type: str, operator: str, dtype: torch.dtype, elements: int) -> tuple[str, ...]:

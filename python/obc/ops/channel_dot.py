@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from obc.ops.checks import check_alike, check_floating, counted_from_0, require
-from obc.ops.registration import register, run
+from obc.ops.registration import call, register, run
 from obc.reference import accumulation_dtype
 
 
@@ -79,4 +78,5 @@ def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: 
     Raises:
         ValueError, TypeError, IndexError: shapes, dtypes or devices differ, or ``channel_dim`` is out of range.
     """
-    return torch.ops.obc.channel_dot(activation, grad, channel_dim, per_sample)
+    dot: Tensor = call("channel_dot", (activation, grad), activation, grad, channel_dim, per_sample)
+    return dot

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from obc.ops.checks import check_floating, counted_from_0, require
-from obc.ops.registration import not_differentiable, register
+from obc.ops.registration import call, not_differentiable, register
 from obc.reference import accumulation_dtype
 
 
@@ -72,4 +72,5 @@ def channel_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> 
         ValueError, TypeError, IndexError: ``channel_dim`` is 0 or out of range, x is not floating, or the mask does not
             fit.
     """
-    return torch.ops.obc.channel_moments(x, channel_dim, mask)
+    moments: tuple[Tensor, Tensor, Tensor, Tensor] = call("channel_moments", (x, mask), x, channel_dim, mask)
+    return moments

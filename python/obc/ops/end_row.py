@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from obc.ops.checks import check_floating, check_same_kind, require
-from obc.ops.registration import register, run
+from obc.ops.registration import call, register, run
 
 
 def _check_not_expanded(name: str, tensor: Tensor) -> None:
@@ -119,4 +119,5 @@ def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor
         ValueError, TypeError: shapes, dtypes or devices don't fit, or scores and row share memory.
         RuntimeError: an input requires grad.
     """
-    return torch.ops.obc.end_row(scores, row, loss_scale, groups)
+    finite: Tensor = call("end_row", (scores, row, groups), scores, row, loss_scale, groups)
+    return finite

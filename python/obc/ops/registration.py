@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from obc import backends
 from obc.backends.operators import TABLE
 
 _LIBRARY = torch.library.Library("obc", "DEF")
 _CHECKS: dict[str, Callable[..., tuple[Any, ...]]] = {}
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
+_dispatched = torch.ops.obc
 for _operator in TABLE:
     _LIBRARY.define(_operator.name + _operator.schema)
 
@@ -25,6 +27,36 @@ def check_arguments(op: str, *arguments: Any) -> tuple[Any, ...]:
 def run(op: str, like: Tensor, *arguments: Any) -> Any:
     """The backend's result for checked arguments; ``like`` is the tensor by which the backend is chosen."""
     return backends.resolve(op, like.device.type, like.dtype, like.numel())(*arguments)
+
+
+def call(op: str, tensors: Iterable[Tensor | None], *arguments: Any) -> Any:
+    """``torch.ops.obc.<op>(*arguments)``, but not through torch's dispatcher where it would only pass ``tensors`` on.
+
+    The dispatcher and its formulas in Python take twice as long as the checks and the kernel of a small call.
+    """
+    dispatched = torch.compiler.is_compiling() or _intercepted() or not _all_plain(tensors)
+    return getattr(_dispatched, op)(*arguments) if dispatched else _IMPLEMENTATIONS[op](*arguments)
+
+
+def _intercepted() -> bool:
+    """Whether a mode, a transform or a trace sees every operator that is called now."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def _all_plain(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether none is of a subclass, recorded by autograd, or a view that is negated when read."""
+    recorded = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) not in (Tensor, nn.Parameter) or (recorded and tensor.requires_grad) or tensor.is_neg():
+            return False
+    return True
 
 
 def register(
@@ -53,7 +85,8 @@ def register(
         arguments = check(*arguments)
         return run(op, arguments[0], *arguments)
 
-    _LIBRARY.impl(op, implementation or checked, "CompositeExplicitAutograd")
+    _IMPLEMENTATIONS[op] = implementation or checked
+    _LIBRARY.impl(op, _IMPLEMENTATIONS[op], "CompositeExplicitAutograd")
     torch.library.register_fake(
         f"obc::{op}", lambda *arguments, **named: empty(*check(*arguments, **named)), lib=_LIBRARY
     )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from obc.ops.checks import check_alike, check_same_kind, check_weight, require
-from obc.ops.registration import register
+from obc.ops.registration import call, register
 from obc.reference import accumulation_dtype
 
 
@@ -117,4 +116,6 @@ def weight_dot(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices don't fit.
     """
-    return torch.ops.obc.weight_dot(weight, grad, bias, bias_grad, groups, transposed)
+    arguments = (weight, grad, bias, bias_grad, groups, transposed)
+    dots: tuple[Tensor, Tensor] = call("weight_dot", arguments[:4], *arguments)
+    return dots

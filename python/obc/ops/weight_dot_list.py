@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from obc import backends
-from obc.ops.registration import not_differentiable, register
+from obc.ops.registration import call, not_differentiable, register
 from obc.ops.weight_dot import check_layer, empty
 
 
@@ -85,4 +84,8 @@ def weight_dot_list(
     Raises:
         ValueError, TypeError: the lists differ in length, or a layer's tensors don't fit.
     """
-    return torch.ops.obc.weight_dot_list(weights, grads, biases, bias_grads, groups, transposed)
+    tensors = (*weights, *grads, *(biases or ()), *(bias_grads or ()))
+    dots: tuple[list[Tensor], list[Tensor]] = call(
+        "weight_dot_list", tensors, weights, grads, biases, bias_grads, groups, transposed
+    )
+    return dots

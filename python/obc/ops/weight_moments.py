@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from obc.ops.registration import not_differentiable, register
+from obc.ops.registration import call, not_differentiable, register
 from obc.ops.weight_dot import check_layer
 from obc.reference import accumulation_dtype
 
@@ -41,4 +40,5 @@ def weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor
     Raises:
         ValueError, TypeError: shapes, dtypes or devices don't fit.
     """
-    return torch.ops.obc.weight_moments(weight, grad)
+    moments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = call("weight_moments", (weight, grad), weight, grad)
+    return moments
