@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import re
 import sys
@@ -73,6 +74,40 @@ class _Network(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.layer1(self.stem(x)).mean((2, 3)))
+
+
+def _given() -> dict[str, Any]:
+    """What the pages on a network of convolutions speak of without making it."""
+    torch.manual_seed(0)
+    model = _Network().eval()
+    batches = [(torch.randn(4, 3, 10, 10), torch.randint(0, 10, (4,))) for _ in range(10)]
+    given = {"torch": torch, "obc": obc, "copy": copy, "model": model, "batches": batches, "original": model}
+    given |= {"build_model": lambda: _Network().eval(), "layer": model.layer1[0].conv1}
+    given["example_inputs"] = batches[0][0][:1]
+    given["loss_fn"] = lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1])
+    return given
+
+
+@pytest.mark.parametrize("name", ["pruning", "scoring", "recovery", "torch_pruning"])
+def test_a_guide_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block, given the network and batches that it speaks of, as they were before earlier blocks changed them."""
+    pytest.importorskip("torch_pruning", reason="Torch-Pruning is missing: pip install torch-pruning")
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / f"{name}.md"
+    namespace = _given()
+    if name == "recovery":
+        pruned, first = copy.deepcopy(namespace["model"]), namespace["batches"]
+        namespace["plan"] = obc.prune(
+            pruned, namespace["example_inputs"], first, namespace["loss_fn"], steps=1, progress=False
+        ).plan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few rows are asked for, so that the test is short
+        for line, source in blocks(page):
+            if name == "recovery":
+                namespace["pruned"] = copy.deepcopy(pruned)
+            elif name == "pruning":
+                namespace["model"] = _given()["model"]
+            exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
 
 
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

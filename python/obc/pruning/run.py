@@ -101,8 +101,8 @@ def prune(
         example_inputs: what the model is called with: a tensor, a tuple or list of arguments, or a dict of keywords;
             unused with ``structure``. Without it the model must be one of the transformers library, and is pruned by
             its blocks without tracing (:class:`obc.structures.transformers.TransformersStructure`).
-        batches: what ``loss_fn`` takes, about 1000 samples; two passes per step. Each batch is one row, so as many
-            batches as the widest layer has channels are best. A list is made of them, so that every pass sees the same
+        batches: what ``loss_fn`` takes, about 1000 samples; two passes per step. Each batch is one row, and joint
+            selection wants as many rows as there are units. A list is made of them, so that every pass sees the same
             ones even if a data loader shuffles. If something about a batch is not finite, such as its row or a
             BatchNorm statistic, the batch is left out of everything from then on, and named.
         loss_fn: ``loss_fn(model, batch)`` returns a scalar loss, or with ``rows="sample"`` the vector of per-sample

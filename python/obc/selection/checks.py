@@ -189,7 +189,7 @@ def warn_if_few_rows(units: Tensor) -> None:
     """Warn if ``units``, (C, N), have fewer rows than units."""
     if units.shape[1] < units.shape[0]:
         warnings.warn(
-            f"{units.shape[1]} rows are fewer than the units to choose from, so they can't tell all "
+            f"{units.shape[1]} rows are fewer than the {units.shape[0]} units to choose from, so they can't tell all "
             "interactions from noise, and interactions are shrunk; more batches, or rows of samples or tokens, help",
             stacklevel=_CALLER,
         )
