@@ -2,7 +2,7 @@
 
 import sys
 
-from obc.cli import main
+from obc_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from directories import llama_directory
 
 import obc
+import obc_command
 from obc import cli
 from obc.commands import info
+from obc.commands.common import INTERRUPTED
 
 
 @pytest.fixture
@@ -130,3 +133,45 @@ def test_python_runs_the_package_as_the_command() -> None:
     ran = subprocess.run([sys.executable, "-m", "obc", "criteria", "nothing"], capture_output=True, text=True)
     assert ran.returncode == 2
     assert ran.stderr == "obc: unrecognized arguments: nothing; see obc --help\n"
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["argparse", "torch", "obc.scoring", "obc.commands.prune", "transformers", "transformers.models.llama"],
+)
+def test_ctrl_c_while_a_module_is_imported(module: str, tmp_path: Path) -> None:
+    """transformers turns the interruption into a ModuleNotFoundError."""
+    folder = llama_directory(tmp_path)
+    code = (
+        "import os, signal, sys\n"
+        "class Finder:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        if name.startswith({module!r}) and not sent:\n"
+        "            sent.append(name); os.kill(os.getpid(), signal.SIGINT)\n"
+        "sent = []\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "from obc_command import main\n"
+        "code = main()\n"
+        "print(*sent)\n"
+        "sys.exit(code)"
+    )
+    arguments = ["evaluate", str(folder), "--data", str(tmp_path / "data.jsonl"), "--seq-len", "8"]
+    ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert ran.stdout.startswith(module)
+    assert ran.stderr in ("obc: interrupted\n", "obc evaluate: interrupted\n")
+    assert ran.returncode == INTERRUPTED
+    assert obc_command.INTERRUPTED == INTERRUPTED
+
+
+def test_a_sigint_that_the_parent_ignores_stays_ignored() -> None:
+    """As nohup and shells in the background set it."""
+    code = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "from obc_command import main\n"
+        "sys.argv = ['obc', 'criteria']\n"
+        "sys.addaudithook(lambda event, _: os.kill(os.getpid(), signal.SIGINT) if event == 'import' else None)\n"
+        "sys.exit(main())"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
