@@ -12,6 +12,7 @@ from transformers_families import FAMILIES, double, output
 import obc
 from obc.integrations.transformers import TransformersStructure
 from obc.selection import BudgetError, Costs
+from obc.selection.task import Task
 from obc.selection.uniform import select_uniform
 
 
@@ -152,6 +153,9 @@ def test_compensation_in_the_same_call() -> None:
 # --- selection under equal widths ---------------------------------------------------------------------------------
 
 
+FAMILY_OF_TWO = [["a", "b"], ["h"]]
+
+
 def two_layers(first: int = 12, second: int = 12, heads: int = 4) -> Costs:
     return Costs(
         ["a", "b", "h"], [first, second, heads], constant=10.0, linear=torch.tensor([1.0, 1.0, 5.0]), unit="macs"
@@ -164,7 +168,7 @@ def rows_of(**sizes: int) -> dict[str, torch.Tensor]:
 
 
 def test_families_keep_the_largest_equal_share_that_frees_the_budget() -> None:
-    removed = select_uniform(rows_of(a=12, b=12, h=4), two_layers(), 16.0, [["a", "b"], ["h"]])
+    removed = select_uniform(Task(rows_of(a=12, b=12, h=4), (), two_layers(), 16.0, "joint"), FAMILY_OF_TWO)
     counts = {name: len(units) for name, units in removed.items()}
     assert counts["a"] == counts["b"]
     assert counts["a"] + counts["b"] + 5 * counts["h"] >= 16
@@ -175,29 +179,29 @@ def test_families_keep_the_largest_equal_share_that_frees_the_budget() -> None:
 def test_shares_are_of_the_full_widths() -> None:
     """Families that lost half their width before are at the share that the others come to."""
     costs = Costs(["a", "b"], [6, 12], linear=torch.tensor([1.0, 1.0]), unit="macs")
-    removed = select_uniform(rows_of(a=6, b=12), costs, 6.0, [["a"], ["b"]], full_widths={"a": 12, "b": 12})
+    task = Task(rows_of(a=6, b=12), (), costs, 6.0, "joint", full_widths={"a": 12, "b": 12})
+    removed = select_uniform(task, [["a"], ["b"]])
     assert {name: len(units) for name, units in removed.items()} == {"a": 0, "b": 6}
 
 
 def test_uniform_widths_are_rounded_and_bounded() -> None:
     rows = rows_of(a=12, b=12, h=4)
-    removed = select_uniform(
-        rows, two_layers(), 24.0, [["a", "b"], ["h"]], min_units={"h": 2}, round_to={"a": 4, "b": 4}
-    )
+    task = Task(rows, (), two_layers(), 24.0, "joint", min_units={"h": 2}, round_to={"a": 4, "b": 4})
+    removed = select_uniform(task, FAMILY_OF_TWO)
     assert {name: len(units) for name, units in removed.items()} == {"a": 8, "b": 8, "h": 2}
 
 
 def test_families_without_rows_keep_their_widths() -> None:
-    removed = select_uniform(rows_of(a=12, h=4), two_layers(), 10.0, [["a", "b"], ["h"]])
+    removed = select_uniform(Task(rows_of(a=12, h=4), (), two_layers(), 10.0, "joint"), FAMILY_OF_TWO)
     assert {name: len(units) for name, units in removed.items()} == {"a": 0, "h": 2}
 
 
 def test_uniform_budgets_out_of_reach() -> None:
     with pytest.raises(BudgetError, match="free at most 37 of the 40") as caught:
-        select_uniform(rows_of(a=12, b=12, h=4), two_layers(), 40.0, [["a", "b"], ["h"]])
+        select_uniform(Task(rows_of(a=12, b=12, h=4), (), two_layers(), 40.0, "joint"), FAMILY_OF_TWO)
     assert caught.value.reachable == 37
     with pytest.raises(ValueError, match=r"a, b have \[8, 12\]"):
-        select_uniform(rows_of(a=12, b=8, h=4), two_layers(second=8), 1.0, [["a", "b"], ["h"]])
+        select_uniform(Task(rows_of(a=12, b=8, h=4), (), two_layers(second=8), 1.0, "joint"), FAMILY_OF_TWO)
 
 
 def test_prune_keeps_the_experts_that_tokens_go_to() -> None:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from obc.model.costs import Costs
 from obc.model.groups import ChannelGroup, Slice
-from obc.selection.allocation import BlockProfile, LogProfile, Profile, Task, TwoClasses
+from obc.selection.allocation import BlockProfile, LogProfile, Profile, TwoClasses
 from obc.selection.allocations import ALLOCATIONS, allocation_of
 from obc.selection.choice import BudgetError
 from obc.selection.search import Search
+from obc.selection.task import Task
 
 SIZES = {f"layers.{i}.{part}": size for i in range(3) for part, size in (("attention", 8), ("mlp", 40))}
 # What a unit of each kind frees.

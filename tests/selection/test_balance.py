@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from obc.model.costs import Costs
 from obc.selection.balance import select_balanced
 from obc.selection.choice import BudgetError, select
+from obc.selection.task import Task
 
 SIZES = {"a.heads": 4, "b.heads": 4, "a.ffn": 7, "b.ffn": 7, "stem": 6}
 FAMILIES = [["a.heads", "b.heads"], ["a.ffn", "b.ffn"], ["stem"]]
@@ -23,6 +25,10 @@ def costs() -> Costs:
     quadratic = torch.zeros(5, 5)
     quadratic[4, :4] = torch.tensor([4.0, 4.0, 1.0, 1.0])
     return Costs(list(SIZES), list(SIZES.values()), linear=linear, quadratic=quadratic)
+
+
+def task(values: Mapping[str, Tensor], budget: float, selection: Any = "joint", **limits: Any) -> Task:
+    return Task(values, (), costs(), budget, selection, families=FAMILIES, **limits)
 
 
 def rows(seed: int, count: int = 40) -> dict[str, Tensor]:
@@ -65,14 +71,7 @@ def test_two_families_get_the_widths_that_change_the_loss_least(seed: int, share
     budget = share * costs().only(list(values)).freed(
         {name: size - 1 for name, size in SIZES.items() if name in values}
     )
-    removed = select_balanced(
-        values,
-        costs(),
-        budget,
-        FAMILIES,
-        selection=selection,
-        shrinkage=shrinkage,  # type: ignore[arg-type]
-    )
+    removed = select_balanced(task(values, budget, selection=selection, shrinkage=shrinkage))
     tried = {}
     for heads, inner in itertools.product(range(4), range(7)):
         lost = {"a.heads": heads, "b.heads": heads, "a.ffn": inner, "b.ffn": inner}
@@ -91,7 +90,7 @@ def test_what_the_rows_spare_keeps_all_its_units() -> None:
     """Heads that carry a hundred times as much stay, though equal shares would take half of them."""
     values = rows(0)
     values |= {name: values[name] * 100 for name in ("a.heads", "b.heads")}
-    removed = select_balanced(values, costs(), 0.3 * costs().total(), FAMILIES)
+    removed = select_balanced(task(values, 0.3 * costs().total()))
     assert {name: len(units) for name, units in removed.items() if "heads" in name} == {"a.heads": 0, "b.heads": 0}
     assert costs().freed({name: len(units) for name, units in removed.items()}) >= 0.3 * costs().total()
 
@@ -99,7 +98,7 @@ def test_what_the_rows_spare_keeps_all_its_units() -> None:
 def test_three_families_end_no_worse_than_any_exchange_between_two() -> None:
     values, shrinkage = rows(1), 0.0
     budget = 0.5 * costs().total()
-    removed = select_balanced(values, costs(), budget, FAMILIES, shrinkage=shrinkage)
+    removed = select_balanced(task(values, budget, shrinkage=shrinkage))
     lost = tuple(len(removed[family[0]]) for family in FAMILIES)
     least = change(values, removed, "joint", shrinkage)
     for other in itertools.product(range(4), range(7), range(6)):
@@ -115,19 +114,17 @@ def test_three_families_end_no_worse_than_any_exchange_between_two() -> None:
 def test_limits_hold_and_a_budget_out_of_reach_is_refused() -> None:
     values = rows(2)
     limits = {"min_units": {"stem": 3}, "round_to": {"a.ffn": 3}, "widths": {"b.heads": (2,)}}
-    removed = select_balanced(values, costs(), 0.4 * costs().total(), FAMILIES, **limits)  # type: ignore[arg-type]
+    removed = select_balanced(task(values, 0.4 * costs().total(), **limits))
     kept = {name: SIZES[name] - len(units) for name, units in removed.items()}
     assert kept["stem"] >= 3
     assert kept["a.ffn"] in (3, 6, 7)
     assert kept["a.heads"] in (2, 4)
     with pytest.raises(BudgetError, match="equal widths free at most"):
-        select_balanced(values, costs(), 0.99 * costs().total(), FAMILIES, **limits)  # type: ignore[arg-type]
+        select_balanced(task(values, 0.99 * costs().total(), **limits))
 
 
 def test_families_with_a_group_without_rows_keep_their_widths() -> None:
     values = {"a.heads": rows(0)["a.heads"]}
-    assert {name: len(units) for name, units in select_balanced(values, costs(), 0.0, FAMILIES).items()} == {
-        "a.heads": 0
-    }
+    assert {name: len(units) for name, units in select_balanced(task(values, 0.0)).items()} == {"a.heads": 0}
     with pytest.raises(BudgetError, match="free at most 0 of the 1 "):
-        select_balanced(values, costs(), 1.0, FAMILIES)
+        select_balanced(task(values, 1.0))

@@ -17,6 +17,7 @@ from transformers_families import FAMILIES, deepseek_v2, deepseek_v3, language_m
 import obc
 from obc.integrations.transformers import TransformersStructure, load_pruned, save_pruned
 from obc.selection import Costs
+from obc.selection.task import Task
 from obc.selection.uniform import permitted_widths, select_uniform
 
 _SIZES: dict[str, Any] = {
@@ -232,7 +233,7 @@ def test_permitted_widths(arguments: tuple[Any, ...], expected: list[int]) -> No
 def test_other_families_give_what_one_may_not() -> None:
     costs = Costs(["a", "h"], [12, 8], linear=torch.tensor([1.0, 1.0]), unit="macs")
     for widths, kept in (({"h": (2, 4, 8)}, {"a": 8, "h": 4}), ({"h": (8,)}, {"a": 4, "h": 8}), ({}, {"a": 7, "h": 5})):
-        removed = select_uniform(rows_of(a=12, h=8), costs, 8.0, [["a"], ["h"]], widths=widths)
+        removed = select_uniform(Task(rows_of(a=12, h=8), (), costs, 8.0, "joint", widths=widths), [["a"], ["h"]])
         assert {"a": 12 - len(removed["a"]), "h": 8 - len(removed["h"])} == kept
     with pytest.raises(obc.selection.BudgetError, match="free at most 11 of the 12"):
-        select_uniform(rows_of(a=12, h=8), costs, 12.0, [["a"], ["h"]], widths={"h": (8,)})
+        select_uniform(Task(rows_of(a=12, h=8), (), costs, 12.0, "joint", widths={"h": (8,)}), [["a"], ["h"]])

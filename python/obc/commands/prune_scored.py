@@ -27,9 +27,10 @@ from obc.pruning.measured import MeasuredSpeed
 from obc.pruning.report import PruningReport, provenance
 from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
-from obc.selection.allocation import Global, Task
+from obc.selection.allocation import Global
 from obc.selection.caps import Caps, refuse_unknown
 from obc.selection.choice import BudgetError
+from obc.selection.task import Task
 from obc.statistics import StatisticsError
 from obc.structures.protocol import Limits
 

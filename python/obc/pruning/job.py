@@ -31,10 +31,10 @@ from obc.pruning.search_fitness import fitness_of
 from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_from
 from obc.recovery.norm_reference import NormReference
 from obc.selection import Costs
-from obc.selection.allocation import Task
 from obc.selection.caps import refuse_unknown
 from obc.selection.checks import NARROW
 from obc.selection.choice import BudgetError
+from obc.selection.task import Task
 from obc.selection.uniform import permitted_widths
 from obc.statistics.errors import NothingToReadError
 from obc.statistics.results import Statistics

@@ -3,84 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from obc.model.costs import Costs
-from obc.model.groups import ChannelGroup
 from obc.selection.balance import select_balanced
 from obc.selection.caps import block_of, found_for
-from obc.selection.choice import BudgetError, Selection, select
+from obc.selection.choice import BudgetError, select
+from obc.selection.task import Task
 from obc.selection.uniform import select_uniform
 
 # Steepness of a sigmoid profile: an importance one standard deviation off shifts its argument by 1.
 _STEEPNESS = 1.0
-
-
-@dataclass(frozen=True)
-class Task:
-    """The problem that an allocation solves.
-
-    Attributes:
-        scores: group -> (N, units) rows or (units,) scores.
-        groups: the model's groups, in the order of execution.
-        costs: the costs of the present model.
-        budget: how much to free, in the unit of the costs.
-        selection: how units are chosen within a group.
-        shrinkage: shrinkage of interactions in joint selection.
-        per_cost: whether scores are divided by what a unit frees, where units of several groups compete.
-        min_units: group -> the number of units that must stay.
-        round_to: group -> a number of which its width must stay a multiple.
-        full_widths: group -> its unpruned width.
-        families: names of groups that must keep equal widths; empty if every width is free.
-        widths: group of a family -> the only permitted widths.
-        goal: what this step and later ones must free together.
-        importance: name of a block or group -> importance, for profiles that follow it.
-        evaluate: returns the model's output loss with these units of each group masked; for searches.
-    """
-
-    scores: Mapping[str, Tensor]
-    groups: Sequence[ChannelGroup]
-    costs: Costs
-    budget: float
-    selection: Selection = "independent"
-    shrinkage: float | None = None
-    per_cost: bool = True
-    min_units: Mapping[str, int] = field(default_factory=dict)
-    round_to: Mapping[str, int] = field(default_factory=dict)
-    full_widths: Mapping[str, int] = field(default_factory=dict)
-    families: Sequence[Sequence[str]] = ()
-    widths: Mapping[str, Collection[int]] = field(default_factory=dict)
-    goal: float | None = None
-    importance: Mapping[str, float] = field(default_factory=dict)
-    evaluate: Callable[[Mapping[str, Tensor]], float] | None = None
-
-    def by_shares(
-        self, families: Sequence[Sequence[str]], shares: Callable[[str, float], float] | None = None
-    ) -> dict[str, Tensor]:
-        """:func:`obc.selection.uniform.select_uniform` for this task."""
-        return select_uniform(
-            self.scores,
-            self.costs,
-            self.budget,
-            families,
-            selection=self.selection,
-            shrinkage=self.shrinkage,
-            min_units=self.min_units,
-            round_to=self.round_to,
-            full_widths=self.full_widths or None,
-            widths=self.widths,
-            goal=self.goal,
-            shares=shares,
-        )
-
-    def scored(self) -> list[ChannelGroup]:
-        """The groups of channels with scores; whole blocks are excluded, because no share of one can stay."""
-        return [group for group in self.groups if group.name in self.scores and not group.is_depth]
 
 
 class Allocation(Protocol):
@@ -96,18 +34,7 @@ class Global:
     def select(self, task: Task) -> dict[str, Tensor]:
         """Units of every group by :func:`obc.select`, or by :func:`obc.selection.balance.select_balanced`."""
         if task.families:
-            return select_balanced(
-                task.scores,
-                task.costs,
-                task.budget,
-                task.families,
-                selection=task.selection,
-                shrinkage=task.shrinkage,
-                min_units=task.min_units,
-                round_to=task.round_to,
-                widths=task.widths,
-                goal=task.goal,
-            )
+            return select_balanced(task)
         return select(
             task.scores,
             task.costs,
@@ -125,7 +52,7 @@ class Uniform:
 
     def select(self, task: Task) -> dict[str, Tensor]:
         """The lowest units of every group, or family, the same share of each."""
-        return task.by_shares(task.families or [[group.name] for group in task.scored()])
+        return select_uniform(task, task.families or [[group.name] for group in task.scored()])
 
 
 class Equal:
@@ -134,11 +61,11 @@ class Equal:
     def select(self, task: Task) -> dict[str, Tensor]:
         """The lowest units of every group, equal widths within a kind."""
         if task.families:
-            return task.by_shares(task.families)
+            return select_uniform(task, task.families)
         families: dict[tuple[str, int], list[str]] = {}
         for group in task.scored():
             families.setdefault((group.kind, group.size), []).append(group.name)
-        return task.by_shares(list(families.values()))
+        return select_uniform(task, list(families.values()))
 
 
 class Profile:
@@ -170,7 +97,7 @@ class Profile:
                 return 1.0
             return 1.0 if level >= 1 else max(0.0, 1 - (1 - level) / max(level, 1e-12) * strengths[name])
 
-        return task.by_shares([[name] for name in strengths], share)
+        return select_uniform(task, [[name] for name in strengths], share)
 
 
 class LogProfile(Profile):

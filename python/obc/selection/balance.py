@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from obc.model.costs import Costs
-from obc.selection.choice import Selection, removal_order
+from obc.selection.choice import removal_order
 from obc.selection.shrinkage import estimated_shrinkage
+from obc.selection.task import Task
 from obc.selection.uniform import EqualWidths, equal_shares, equal_widths
 
 # Widths of a family that are compared at first; then those around the best of them, ever closer.
@@ -20,20 +20,8 @@ _COMPARED = 32
 _SWEEPS = 8
 
 
-def select_balanced(
-    rows_by_group: Mapping[str, Tensor],
-    costs: Costs,
-    budget: float,
-    families: Sequence[Sequence[str]],
-    *,
-    selection: Selection = "joint",
-    shrinkage: float | None = None,
-    min_units: Mapping[str, int] | None = None,
-    round_to: Mapping[str, int] | None = None,
-    widths: Mapping[str, Collection[int]] | None = None,
-    goal: float | None = None,
-) -> dict[str, Tensor]:
-    """Choose units that free ``budget``: equal widths within every family, and among these what changes the loss least.
+def select_balanced(task: Task) -> dict[str, Tensor]:
+    """Choose units that free the budget: equal widths within every family, and among these what changes the loss least.
 
     :func:`obc.select` ranks the units of each group. Let S be the units removed if every group of family f loses the
     first k_f in its ranking, and r_u the rows of unit u. The change of the loss is taken to be
@@ -44,19 +32,6 @@ def select_balanced(
     The search starts at equal shares of all families. For each pair of families in turn it finds the k that change the
     loss least among those that just free the budget with the other families as they are, until no pair gains.
 
-    Args:
-        rows_by_group: as for :func:`obc.select`. A family with a group that has no rows keeps its width.
-        costs: the model's costs.
-        budget: how much to free, in the unit of the costs.
-        families: names of groups that keep equal widths; their present widths must be equal.
-        selection: as for :func:`obc.select`.
-        shrinkage: the same.
-        min_units: group -> the number of units that must stay (1 if not named).
-        round_to: group -> a number of which its width must be a multiple if it loses units (1 if not named).
-        widths: group -> the only permitted widths, in addition to the present one; any if not named.
-        goal: what this and later calls free together. No family goes below the width that it would get now for the
-            goal. By default the budget.
-
     Returns:
         Group -> the indices of the units to remove: int64, ascending, on the CPU.
 
@@ -64,12 +39,13 @@ def select_balanced(
         BudgetError: the budget can't be met.
         ValueError: groups of a family have different widths.
     """
-    limits = equal_widths(rows_by_group, costs, families, min_units, round_to, None, widths)
-    removed = {name: torch.empty(0, dtype=torch.int64) for name in rows_by_group}
-    equal_shares(limits, costs, budget)  # raises before units are ranked
+    costs, selection, shrinkage = task.costs, task.selection, task.shrinkage
+    limits = equal_widths(task, task.families)
+    removed = {name: torch.empty(0, dtype=torch.int64) for name in task.scores}
+    equal_shares(limits, costs, task.budget)  # raises before units are ranked
     if not limits:
         return removed
-    rankings = [_Ranking.of(limit, rows_by_group, selection, shrinkage) for limit in limits]
+    rankings = [_Ranking.of(limit, task) for limit in limits]
     if selection == "joint" and shrinkage is None:
         units = torch.cat([ranking.units for ranking in rankings])
         shrinkage = estimated_shrinkage(units) if units.shape[1] < len(units) else 0.0
@@ -92,12 +68,12 @@ def select_balanced(
         steps = [[limit.permitted[-1] - width for width in reversed(limit.permitted)] for limit in limits]
         return _least_change(lost, steps, lambda trial: freed(trial) >= budget, change)
 
-    if goal is not None and goal > budget:
-        final = chosen(limits, goal)
+    if task.goal is not None and task.goal > task.budget:
+        final = chosen(limits, task.goal)
         within = [limit.at_least(limit.permitted[-1] - count) for limit, count in zip(limits, final, strict=True)]
-        lost = chosen(within, budget)
+        lost = chosen(within, task.budget)
     else:
-        lost = chosen(limits, budget)
+        lost = chosen(limits, task.budget)
     for ranking, count in zip(rankings, lost, strict=True):
         removed |= {name: order[:count].sort().values for name, order in ranking.order.items()}
     return removed
@@ -120,16 +96,14 @@ class _Ranking:
     squares: Tensor
 
     @classmethod
-    def of(
-        cls, limit: EqualWidths, rows: Mapping[str, Tensor], selection: Selection, shrinkage: float | None
-    ) -> _Ranking:
+    def of(cls, limit: EqualWidths, task: Task) -> _Ranking:
         most = limit.permitted[-1] - limit.permitted[0]
         order: dict[str, Tensor] = {}
-        joint = selection == "joint"
+        rows, joint = task.scores, task.selection == "joint"
         units = torch.zeros(most, len(rows[limit.family[0]]) if joint else 0, dtype=torch.float64)
         squares = torch.zeros(most + 1, dtype=torch.float64)
         for name in limit.family:
-            order[name] = removal_order(rows[name], most, selection=selection, shrinkage=shrinkage)
+            order[name] = removal_order(rows[name], most, selection=task.selection, shrinkage=task.shrinkage)
             values = rows[name].detach().double().cpu()[..., order[name]]
             squares[1:] += values if values.dim() == 1 else values.square().sum(0)
             if joint:

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from obc.model.arguments import one_of
 from obc.model.groups import ChannelGroup
-from obc.selection.allocation import Task
 from obc.selection.choice import BudgetError
+from obc.selection.task import Task
 
 
 class Tail:

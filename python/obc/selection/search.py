@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from obc.selection.allocation import Allocation, Global, Task, Uniform
+from obc.selection.allocation import Allocation, Global, Uniform
+from obc.selection.task import Task
 
 _STARTS: dict[str, type[Allocation]] = {"uniform": Uniform, "global": Global}
 _ATTEMPTS = 50  # mutations tried for one child before its parent is used unchanged

@@ -11,46 +11,25 @@ import torch
 from torch import Tensor
 
 from obc.model.costs import Costs
-from obc.selection.choice import BudgetError, Selection, select
+from obc.selection.choice import BudgetError, select
+from obc.selection.task import Task
 
 # Number of halvings of the kept share, beyond the resolution of any width.
 _HALVINGS = 50
 
 
 def select_uniform(
-    rows_by_group: Mapping[str, Tensor],
-    costs: Costs,
-    budget: float,
-    families: Sequence[Sequence[str]],
-    *,
-    selection: Selection = "joint",
-    shrinkage: float | None = None,
-    min_units: Mapping[str, int] | None = None,
-    round_to: Mapping[str, int] | None = None,
-    full_widths: Mapping[str, int] | None = None,
-    widths: Mapping[str, Collection[int]] | None = None,
-    goal: float | None = None,
-    shares: Callable[[str, float], float] | None = None,
+    task: Task, families: Sequence[Sequence[str]], shares: Callable[[str, float], float] | None = None
 ) -> dict[str, Tensor]:
-    """Choose units that free ``budget``, with equal widths within every family.
+    """Choose units that free the task's budget, with equal widths within every one of these families.
 
     Every family keeps the same share of its full width, rounded to the nearest permitted width: the largest share that
     frees the budget. Then families that came out below their share get the next width above it, one after another, if
     the others still free enough. Within each group :func:`obc.select` chooses the units.
 
     Args:
-        rows_by_group: as for :func:`obc.select`. A family with a group that has no rows keeps its width.
-        costs: the model's costs.
-        budget: how much to free, in the unit of the costs.
-        families: names of groups that keep equal widths; their present widths must be equal.
-        selection: as for :func:`obc.select`, within each group.
-        shrinkage: the same.
-        min_units: group -> the number of units that must stay (1 if not named).
-        round_to: group -> a number of which its width must be a multiple if it loses units (1 if not named).
-        full_widths: group -> the width that shares refer to, for families pruned before; by default the present width.
-        widths: group -> the only permitted widths, in addition to the present one; any if not named.
-        goal: what this and later calls free together. No family goes below its final width, however far apart the
-            permitted ones are. By default the budget.
+        task: the problem, apart from its families.
+        families: names of groups that keep equal widths.
         shares: shares(name of a family's first group, level) -> the share that it keeps at a level in [0, 1]; it grows
             with the level up to 1. By default the share is the level.
 
@@ -61,21 +40,21 @@ def select_uniform(
         BudgetError: the budget can't be met.
         ValueError: groups of a family have different widths.
     """
-    sizes = costs.sizes
-    limits = equal_widths(rows_by_group, costs, families, min_units, round_to, full_widths, widths)
-    if goal is not None and goal > budget:
-        final = equal_shares(limits, costs, goal, shares)
+    costs, sizes = task.costs, task.costs.sizes
+    limits = equal_widths(task, families, task.full_widths)
+    if task.goal is not None and task.goal > task.budget:
+        final = equal_shares(limits, costs, task.goal, shares)
         limits = [limit.at_least(final[limit.family[0]]) for limit in limits]
-    kept = equal_shares(limits, costs, budget, shares)
-    removed = {name: torch.empty(0, dtype=torch.int64) for name in rows_by_group}
+    kept = equal_shares(limits, costs, task.budget, shares)
+    removed = {name: torch.empty(0, dtype=torch.int64) for name in task.scores}
     for name, width in kept.items():
         if width < sizes[name]:
             chosen = select(
-                {name: rows_by_group[name]},
+                {name: task.scores[name]},
                 {name: 1.0},
                 sizes[name] - width,
-                selection=selection,
-                shrinkage=shrinkage,
+                selection=task.selection,
+                shrinkage=task.shrinkage,
             )
             removed[name] = chosen[name]
     return removed
@@ -125,24 +104,18 @@ class EqualWidths:
 
 
 def equal_widths(
-    names: Collection[str],
-    costs: Costs,
-    families: Sequence[Sequence[str]],
-    min_units: Mapping[str, int] | None = None,
-    round_to: Mapping[str, int] | None = None,
-    full_widths: Mapping[str, int] | None = None,
-    widths: Mapping[str, Collection[int]] | None = None,
+    task: Task, families: Sequence[Sequence[str]], full_widths: Mapping[str, int] | None = None
 ) -> list[EqualWidths]:
-    """The families all of whose groups are among ``names``; arguments as for :func:`select_uniform`."""
-    sizes, limits = costs.sizes, []
+    """The families all of whose groups have scores; their shares refer to ``full_widths``, or the present widths."""
+    sizes, limits = task.costs.sizes, []
     for family in families:
         found = {sizes[name] for name in family}
         if len(found) > 1:
             raise ValueError(f"groups of one family have different widths: {', '.join(family)} have {sorted(found)}")
-        if all(name in names for name in family):
-            lowest = max((min_units or {}).get(name, 1) for name in family)
-            multiple = math.lcm(*((round_to or {}).get(name, 1) for name in family))
-            only = [set((widths or {})[name]) for name in family if name in (widths or {})]
+        if all(name in task.scores for name in family):
+            lowest = max(task.min_units.get(name, 1) for name in family)
+            multiple = math.lcm(*(task.round_to.get(name, 1) for name in family))
+            only = [set(task.widths[name]) for name in family if name in task.widths]
             permitted = permitted_widths(found.pop(), lowest, multiple, set.intersection(*only) if only else None)
             limits.append(EqualWidths(family, (full_widths or sizes)[family[0]], permitted))
     return limits
