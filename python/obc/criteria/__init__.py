@@ -12,11 +12,10 @@ from obc.criteria.depth import AngularDistance, BlockInfluence, EntropyGain
 from obc.criteria.experts import REAP, ExpertFrequency, ExpertNorm
 from obc.criteria.gaprune import GAPrune
 from obc.criteria.gradients import Fisher, LLMPruner, Nirvana, Taylor
-from obc.criteria.intra_fusion import IntraFusion
 from obc.criteria.jbr import JBR
 from obc.criteria.kfac import KFAC
 from obc.criteria.kfac_obs import KFACOBS
-from obc.criteria.magnitude import FPGM, WHC, BNScale, Magnitude, Random
+from obc.criteria.magnitude import FPGM, WHC, BNScale, IntraFusion, Magnitude, Random
 from obc.criteria.masked import MaskedEvaluation
 from obc.criteria.nvit import NViT
 from obc.criteria.obs import OBS, SlimGPT

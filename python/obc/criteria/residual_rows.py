@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 from obc.criteria.joined_rows import by_group, refuse_unlike, row_of_parts, samples_of
+from obc.criteria.output_metrics import OutputMetrics
 from obc.criteria.protocol import Subject
 from obc.criteria.residuals import Cut, Residuals
 from obc.model.evaluation import evaluating, first_floating
@@ -87,27 +88,8 @@ class ResidualReader:
         return tuple(output if value is x else value for value in args), swapped
 
 
-class Also(Protocol):
-    """Reads something else from the same backward passes.
-
-    Attributes:
-        now: what was read from the current batch.
-    """
-
-    now: dict[str, Tensor]
-
-    def attach(self) -> list[Any]:
-        """Hooks, to be removed at the end."""
-
-    def begin(self) -> None:
-        """A batch begins."""
-
-    def take(self, rows: int) -> None:
-        """Keep what was read from the batch; ``rows`` is its number of rows."""
-
-
 def read_residuals(
-    subject: Subject, taps: list[Residuals], tokens: int | None = None, also: Also | None = None
+    subject: Subject, taps: list[Residuals], tokens: int | None = None, also: OutputMetrics | None = None
 ) -> dict[str, Tensor]:
     """Forward and backward over the batches: the finite rows of every group.
 
