@@ -89,9 +89,9 @@ class Change:
 class PruningReport:
     """The report of :func:`obc.prune`.
 
-    MACs are predicted: those of one call with the example inputs, as :func:`obc.structures.measure.costs_of` counts;
-    for transformers models those of the first batch, or for one token if that makes no difference
-    (:func:`obc.structures.transformers.costs.transformer_costs`).
+    MACs are predicted: those of one call with the example inputs, as :class:`obc.structures.measure.TracedCosts`
+    counts; for transformers models those of the first batch, or for one token if that makes no difference
+    (:class:`obc.structures.transformers.costs.TransformerCosts`).
 
     Attributes:
         budget: the unit of the targets in ``steps``: "macs", "parameters", "active_parameters", "bytes" or "seconds".

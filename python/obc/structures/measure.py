@@ -74,7 +74,7 @@ def _positions(name: str, module: nn.Module, inputs: Sequence[Tensor], output: A
     if isinstance(module, nn.MultiheadAttention):
         # Queries, keys and values each use a third of one weight; the output projection runs inside.
         tokens = [tensor.numel() / tensor.shape[-1] for tensor in inputs[:3]]
-        return [(name, sum(tokens) / 3), (f"{name}.out_proj" if name else "out_proj", tokens[0])]
+        return [(name, sum(tokens) / 3), (joined(name, "out_proj"), tokens[0])]
     layout = layout_of(module)
     if layout is None:
         return []
@@ -84,44 +84,103 @@ def _positions(name: str, module: nn.Module, inputs: Sequence[Tensor], output: A
     return [(name, output.numel() / channels)]
 
 
-def costs_of(
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    usage: Usage,
-    unit: Literal["macs", "parameters"],
-    parameter_dims: Mapping[str, int] | None = None,
-    products: Products | None = None,
-) -> Costs:
-    """MACs or parameters of ``model`` as a polynomial in the widths of ``groups``, exact.
+@dataclass(frozen=True)
+class TracedCosts:
+    """Counts what the present model costs, as a polynomial in the widths of its groups, exact.
 
-    MACs are multiply-accumulates of convolutions and linear layers, and of ``products`` outside them such as those of
-    attention, without biases, norms and activations. Tied parameters count once.
-
-    Args:
+    Attributes:
         model: the present model.
-        groups: the present model's groups.
+        groups: its groups.
         usage: usage measured on the unpruned model.
-        unit: "macs" or "parameters".
-        parameter_dims: for slices of parameters outside any layer, the pruned dimension.
-        products: products outside :func:`layers_run`, for MACs.
-
-    Raises:
-        ValueError: an unknown unit.
+        dims: for slices of parameters outside any layer, the pruned dimension.
     """
-    one_of("unit", unit, ("macs", "parameters"))
-    polynomial, seen = _polynomial(groups, unit), set[int]()
-    if unit == "macs":
-        for name, module in layers_run(model, usage).items():
-            _add_layer(polynomial, usage.positions[name], name, module, usage)
-        if products is not None:
-            products.add_to(polynomial, groups)
+
+    model: nn.Module
+    groups: Sequence[ChannelGroup]
+    usage: Usage
+    dims: Mapping[str, int]
+
+    def costs(self, unit: Literal["macs", "parameters"], products: Products) -> Costs:
+        """MACs or parameters.
+
+        MACs are multiply-accumulates of convolutions and linear layers, and of ``products`` outside :func:`layers_run`
+        such as those of attention, without biases, norms and activations. Tied parameters count once.
+
+        Raises:
+            ValueError: an unknown unit.
+        """
+        one_of("unit", unit, ("macs", "parameters"))
+        if unit == "parameters":
+            return self._of_tensors(unit, lambda parameter: 1.0, buffers=False)
+        polynomial = self._polynomial(unit)
+        for name, module in layers_run(self.model, self.usage).items():
+            self._add_layer(polynomial, self.usage.positions[name], name, module)
+        products.add_to(polynomial, self.groups)
         return polynomial.costs()
-    for name, module in named_modules(model):
-        for key, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                _add_tensor(polynomial, 1.0, (name, key), module, parameter, usage, parameter_dims or {})
-    return polynomial.costs()
+
+    def memory(self, use: MemoryUse) -> Costs:
+        """Bytes of the weights and buffers that the model saves.
+
+        Raises:
+            ValueError: a cache is requested, which only models of the transformers library have.
+        """
+        if use.length:
+            raise ValueError(
+                f"the cache of {use.length} tokens is known of transformers models that are pruned without "
+                "example_inputs; pass MemoryUse(length=0), which counts weights alone"
+            )
+        return self._of_tensors("bytes", use.bytes_each, buffers=True)
+
+    def _of_tensors(self, unit: str, factor: Callable[[Tensor], float], buffers: bool) -> Costs:
+        polynomial, seen = self._polynomial(unit), set[int]()
+        for name, module in named_modules(self.model):
+            saved = saved_buffers(module) if buffers else ()
+            for key, tensor in (*module.named_parameters(recurse=False), *saved):
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    self._add_tensor(polynomial, factor(tensor), name, key, tensor)
+        return polynomial.costs()
+
+    def _polynomial(self, unit: str) -> Polynomial:
+        polynomial = Polynomial(self.groups, unit)
+        for index, group in enumerate(self.groups):
+            for part in group.slices:
+                polynomial.place((part.module, part.side), index, part)
+        return polynomial
+
+    def _add_layer(self, polynomial: Polynomial, factor: float, name: str, module: nn.Module) -> None:
+        """``factor`` times the entries of a linear or convolutional layer's weight."""
+        layout, weight = layer_of(module)
+        area = weight[0, 0].numel()
+        out_size, in_size = layout.sizes(weight)
+        if name in self.usage.depthwise:
+            polynomial.add(factor * area, polynomial.size((name, "out"), out_size))
+        else:
+            _add_weight(polynomial, factor * area, name, (out_size, in_size), layout.groups)
+
+    def _add_tensor(self, polynomial: Polynomial, factor: float, name: str, key: str, tensor: Tensor) -> None:
+        """``factor`` times the entries of the parameter or buffer ``key`` of the module ``name``."""
+        module, full_name = self.model.get_submodule(name), joined(name, key)
+        if full_name in self.dims:
+            size = tensor.shape[self.dims[full_name]]
+            polynomial.add(factor * tensor.numel() / size, polynomial.size((full_name, "out"), size))
+        elif (layout := layout_of(module)) is not None and key != "bias":
+            _, weight = layer_of(module)
+            if tensor.shape == weight.shape:
+                self._add_layer(polynomial, factor, name, module)
+            else:
+                sides = own_channels(layout, weight, tensor) or {}
+                each = tensor.numel() / math.prod(tensor.shape[dim] for dim in sides.values())
+                sizes = (polynomial.size((name, side), tensor.shape[dim]) for side, dim in sides.items())
+                polynomial.add(factor * each, *sizes)
+        elif isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
+            _add_weight(polynomial, factor, name, (3 * module.embed_dim, module.embed_dim), 1)
+        elif tensor.numel() == 1:
+            polynomial.constant += factor  # one slope for all channels
+        else:
+            size = tensor.shape[-1]
+            side = "in" if key in ("bias_k", "bias_v") else "out"
+            polynomial.add(factor * tensor.numel() / size, polynomial.size((name, side), size))
 
 
 def layers_run(model: nn.Module, usage: Usage) -> dict[str, nn.Module]:
@@ -136,86 +195,6 @@ def layers_run(model: nn.Module, usage: Usage) -> dict[str, nn.Module]:
     }
 
 
-def memory_of(
-    model: nn.Module,
-    groups: Sequence[ChannelGroup],
-    usage: Usage,
-    use: MemoryUse,
-    parameter_dims: Mapping[str, int] | None = None,
-) -> Costs:
-    """Bytes of the weights and buffers that ``model`` saves, as a polynomial like those of :func:`costs_of`.
-
-    Raises:
-        ValueError: a cache is requested, which only models of the transformers library have.
-    """
-    if use.length:
-        raise ValueError(
-            f"the cache of {use.length} tokens is known of transformers models that are pruned without example_inputs; "
-            "pass MemoryUse(length=0), which counts weights alone"
-        )
-    polynomial, seen = _polynomial(groups, "bytes"), set[int]()
-    for name, module in named_modules(model):
-        for key, tensor in (*module.named_parameters(recurse=False), *saved_buffers(module)):
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                factor = use.bytes_each(tensor)
-                _add_tensor(polynomial, factor, (name, key), module, tensor, usage, parameter_dims or {})
-    return polynomial.costs()
-
-
-def _polynomial(groups: Sequence[ChannelGroup], unit: str) -> Polynomial:
-    polynomial = Polynomial(groups, unit)
-    for index, group in enumerate(groups):
-        for part in group.slices:
-            polynomial.place((part.module, part.side), index, part)
-    return polynomial
-
-
-def _add_layer(polynomial: Polynomial, factor: float, name: str, module: nn.Module, usage: Usage) -> None:
-    """``factor`` times the entries of a linear or convolutional layer's weight."""
-    layout, weight = layer_of(module)
-    area = weight[0, 0].numel()
-    out_size, in_size = layout.sizes(weight)
-    if name in usage.depthwise:
-        polynomial.add(factor * area, polynomial.size((name, "out"), out_size))
-    else:
-        _add_weight(polynomial, factor * area, name, (out_size, in_size), layout.groups)
-
-
 def _add_weight(polynomial: Polynomial, factor: float, name: str, sizes: tuple[int, int], groups: int) -> None:
     out_side, in_side = (polynomial.size((name, side), size) for side, size in zip(("out", "in"), sizes, strict=True))
     polynomial.add(factor / groups, out_side, in_side)
-
-
-def _add_tensor(
-    polynomial: Polynomial,
-    factor: float,
-    names: tuple[str, str],
-    module: nn.Module,
-    tensor: Tensor,
-    usage: Usage,
-    dims: Mapping[str, int],
-) -> None:
-    """``factor`` times the entries of a parameter or buffer."""
-    name, key = names
-    full_name = joined(name, key)
-    if full_name in dims:
-        size = tensor.shape[dims[full_name]]
-        polynomial.add(factor * tensor.numel() / size, polynomial.size((full_name, "out"), size))
-    elif (layout := layout_of(module)) is not None and key != "bias":
-        _, weight = layer_of(module)
-        if tensor.shape == weight.shape:
-            _add_layer(polynomial, factor, name, module, usage)
-        else:
-            sides = own_channels(layout, weight, tensor) or {}
-            each = tensor.numel() / math.prod(tensor.shape[dim] for dim in sides.values())
-            sizes = (polynomial.size((name, side), tensor.shape[dim]) for side, dim in sides.items())
-            polynomial.add(factor * each, *sizes)
-    elif isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
-        _add_weight(polynomial, factor, name, (3 * module.embed_dim, module.embed_dim), 1)
-    elif tensor.numel() == 1:
-        polynomial.constant += factor  # one slope for all channels
-    else:
-        size = tensor.shape[-1]
-        side = "in" if key in ("bias_k", "bias_v") else "out"
-        polynomial.add(factor * tensor.numel() / size, polynomial.size((name, side), size))

@@ -24,7 +24,7 @@ from obc.model.quantized import refuse_quantised
 from obc.model.refusals import refuse_unprunable
 from obc.model.shared_copy import shared_parameters
 from obc.structures.masking import lost_channels
-from obc.structures.measure import costs_of, layers_run, measure, memory_of
+from obc.structures.measure import TracedCosts, layers_run, measure
 from obc.structures.memory import MemoryUse
 from obc.structures.probed_groups import recover
 from obc.structures.products import find_products
@@ -205,18 +205,21 @@ class TorchPruningStructure:
         return [*untraced, *_unfollowed_products(self._products.unfollowed), *_unreached_layers(names)]
 
     def costs(self, unit: Unit) -> Costs:
-        """The cost as an exact polynomial in the groups' widths: see :func:`obc.structures.measure.costs_of`.
+        """The cost as an exact polynomial in the groups' widths: see :class:`obc.structures.measure.TracedCosts`.
 
         Raises:
             ValueError: it is not known which parameters of a traced model are active.
         """
         if unit == "active_parameters":
             raise ValueError("active_params counts the experts of transformers models; pass params, or macs")
-        return costs_of(self.model, self.groups, self._usage, unit, self._graph.dims, self._products)
+        return self._counting().costs(unit, self._products)
 
     def memory(self, use: MemoryUse) -> Costs:
-        """Bytes of weights and buffers: see :func:`obc.structures.measure.memory_of`."""
-        return memory_of(self.model, self.groups, self._usage, use, self._graph.dims)
+        """Bytes of weights and buffers: see :class:`obc.structures.measure.TracedCosts`."""
+        return self._counting().memory(use)
+
+    def _counting(self) -> TracedCosts:
+        return TracedCosts(self.model, self.groups, self._usage, self._graph.dims)
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
         """Remove these units of each named group and record it in the plan; if this raises, nothing is removed.

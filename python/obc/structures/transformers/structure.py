@@ -27,7 +27,7 @@ from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
 from obc.structures.transformers.cache import CachedLayer, cached_layers
 from obc.structures.transformers.calibration import Calibration, calibrate
 from obc.structures.transformers.config import ModelConfig
-from obc.structures.transformers.costs import macs_for_one_token, transformer_costs, transformer_memory
+from obc.structures.transformers.costs import TransformerCosts, macs_for_one_token
 from obc.structures.transformers.depth import FoundDepth, find_depth, merged, without_unit
 from obc.structures.transformers.family import kinds as known_kinds
 from obc.structures.transformers.uncovered import uncovered
@@ -281,9 +281,7 @@ class TransformersStructure:
 
         See :mod:`obc.structures.transformers.costs`.
         """
-        blocks, depth = list(self.blocks.values()), list(self._depth_units.values())
-        names, axes = original_names(self.model, self._depth), self.weights.slices_by_axis()
-        return transformer_costs(self.model, blocks, axes, unit, self._sequence_length, self._calibration, depth, names)
+        return self._counting().costs(unit, self._sequence_length, self._calibration)
 
     def memory(self, use: MemoryUse) -> Costs:
         """Bytes of weights, buffers and the cache: see :class:`obc.structures.memory.MemoryUse`.
@@ -293,13 +291,17 @@ class TransformersStructure:
         Raises:
             PruningError: the model does not run on one token, or returns no key/value cache.
         """
-        blocks, depth = list(self.blocks.values()), list(self._depth_units.values())
-        names, axes = original_names(self.model, self._depth), self.weights.slices_by_axis()
+        counting = self._counting()
         if use.length and self._cached is None:
-            found = cached_layers(self.model, blocks)
-            self._cached = [replace(layer, module=names[layer.module]) for layer in found]
+            found = cached_layers(self.model, counting.blocks)
+            self._cached = [replace(layer, module=counting.names[layer.module]) for layer in found]
         cached = [layer for layer in self._cached or () if use.length and not self._depth.without(layer.module)]
-        return transformer_memory(self.model, blocks, axes, use, cached, depth, names)
+        return counting.memory(use, cached)
+
+    def _counting(self) -> TransformerCosts:
+        blocks, depth = list(self.blocks.values()), list(self._depth_units.values())
+        names = original_names(self.model, self._depth)
+        return TransformerCosts(self.model, blocks, depth, self.weights.slices_by_axis(), names)
 
     def calibrate(self, counted: Mapping[str, float]) -> None:
         """Use the MACs that the model executes, if they differ from those for one token by more than a percent.
