@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -10,6 +10,7 @@ from obc.criteria import Jacobian, get
 from obc.criteria.protocol import name_of
 from obc.model.arguments import iterable_batches, no_batches, one_of, positive
 from obc.model.groups import Slices
+from obc.pruning.report import PruningResult
 from obc.selection.allocation import Allocation
 from obc.selection.allocations import allocation_of
 from obc.selection.caps import Caps
@@ -103,6 +104,25 @@ class Choice:
             kept[name] = max(asked, own_least, least.get(name, 0))
             multiples[name] = own.multiple(name, self.round_to)
         return replace(own, min_units=kept, round_to=multiples)
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a call of ``obc.prune`` runs: its arguments of these names, checked."""
+
+    steps: int | Sequence[float]
+    recalibrate: bool
+    compensate: Compensation | None
+    compensate_every_step: bool
+    verify: bool
+    measure: bool
+    on_step: Callable[[PruningResult], None] | None
+    progress: bool | None
+
+    def said(self) -> dict[str, object]:
+        """The entries for the report's provenance."""
+        every = " after every step" if self.compensate_every_step else ""
+        return {"compensate": self.compensate and f"{self.compensate}{every}"}
 
 
 def _check_joint(criterion: Any, selection: Selection, slices: Slices) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
+from obc.criteria import Subject
 from obc.model.errors import explained
-from obc.model.evaluation import ForwardFn
 from obc.model.names import named_tensors
-from obc.model.usable_batches import UsableBatches
-from obc.pruning.arguments import Compensation
+from obc.pruning.arguments import Options
 from obc.pruning.report import PruningReport, timed
 from obc.recovery.compensate import compensate as compensate_model
 from obc.recovery.fusion import fuse_units
@@ -28,35 +28,22 @@ class Compensator:
 
     Args:
         structure: the structure of the unpruned model.
-        how: the argument ``compensate`` of ``obc.prune``.
-        every_step: compensate after every step.
-        batches: calibration batches.
-        forward: returns the outputs to preserve.
-        recalibrate: re-estimate BatchNorm statistics after weights changed.
+        subject: its batches calibrate, and its forward function returns the outputs to preserve.
+        options: how the weights are compensated, whether after every step, and whether BatchNorm statistics are
+            re-estimated afterwards.
         report: receives the time, and the report of the last compensation.
-        progress: show a progress bar.
 
     Raises:
         PruningError: the model can't be copied.
     """
 
-    def __init__(
-        self,
-        structure: Structure,
-        how: Compensation,
-        every_step: bool,
-        batches: UsableBatches,
-        forward: ForwardFn,
-        recalibrate: bool,
-        report: PruningReport,
-        progress: bool | None,
-    ) -> None:
+    def __init__(self, structure: Structure, subject: Subject, options: Options, report: PruningReport) -> None:
         remedy = "prune with compensate=None, then obc.compensate with an unpruned model of your own"
         with explained(structure.model, "copying it (copy.deepcopy)", remedy):
             self.original = copy.deepcopy(structure.model)
         self.structure, self.groups, self.model = structure, structure.groups, structure.model
-        self.how, self.every_step, self.progress = how, every_step, progress
-        self.batches, self.forward, self.recalibrate, self.report = batches, forward, recalibrate, report
+        self.batches, self.forward = subject.batches, subject.forward_fn
+        self.options, self.every_step, self.report = options, options.compensate_every_step, report
         self._states = self.original.state_dict()
 
     def undo(self) -> None:
@@ -90,19 +77,14 @@ class Compensator:
     def _run(self) -> None:
         model, original, plan, report = self.model, self.original, self.structure.plan, self.report
         with timed(report, "compensate"):
-            if self.how == "mean":
+            if self.options.compensate == "mean":
                 report.means = absorb_means(model, original, plan, self.batches, self.forward)
                 report.warnings += report.means.warnings
-            elif self.how == "fusion":
+            elif self.options.compensate == "fusion":
                 report.fusion = fuse_units(model, original, plan, self.groups)
             else:
-                report.compensation = compensate_model(
-                    model,
-                    original,
-                    plan,
-                    self.batches,
-                    self.forward,
-                    mode=self.how,
-                    recalibrate_norms=self.recalibrate,
-                    progress=self.progress,
+                how: Any = {"mode": self.options.compensate, "recalibrate_norms": self.options.recalibrate}
+                found = compensate_model(
+                    model, original, plan, self.batches, self.forward, progress=self.options.progress, **how
                 )
+                report.compensation = found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from obc.model.evaluation import Run
 from obc.model.processes import ALONE
 from obc.model.progress import ProgressLog, progress_bar
 from obc.model.usable import not_finite
-from obc.pruning.arguments import Choice
+from obc.pruning.arguments import Choice, Options
 from obc.pruning.budgets import Budget
 from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof, take_out_blocks
@@ -58,13 +58,13 @@ class Job:
         report: PruningReport,
         budget: Budget,
         choice: Choice,
-        recalibrate: bool,
+        options: Options,
         final_proof: FinalProof | None = None,
         compensator: Compensator | None = None,
     ) -> None:
         self.final_proof, self.compensator = final_proof, compensator
         self.structure, self.subject, self.report = structure, subject, report
-        self.budget, self.choice, self.recalibrate = budget, choice, recalibrate
+        self.budget, self.choice, self.options = budget, choice, options
         self.widths = {group.name: group.size for group in structure.groups}
         self.least = choice.caps.least(self.widths)
         refuse_unknown("allocation", getattr(choice.allocation, "strengths", ()), self.widths)
@@ -79,30 +79,28 @@ class Job:
         report.note_known(budget.meters.known(structure), before=True)
         report.macs_before, report.parameters_before = (round(self.unpruned[unit]) for unit in _UNITS)
 
-    def run(
-        self, steps: int | Sequence[float], on_step: Callable[[PruningResult], None] | None, progress: bool | None
-    ) -> None:
+    def run(self) -> None:
         """Reach the share of every step, and fill the report."""
         if not self.widths:
             why = not_finite(self.subject.model) or _not_pruned(self.report.left_out)
             raise ValueError(f"no layer can be pruned{why}")
-        schedule = self.budget.schedule(steps, sum(self.widths.values()))
+        schedule = self.budget.schedule(self.options.steps, sum(self.widths.values()))
         self._check_reachable(schedule[-1])
-        if self.recalibrate and batch_norms(self.subject.model):
+        if self.options.recalibrate and batch_norms(self.subject.model):
             with timed(self.report, "recalibrate"):
                 model, batches, forward = self.subject.model, self.subject.batches, self.subject.forward_fn
                 self._norm_reference = norm_reference(model, batches, forward)
-        log = ProgressLog("obc.prune", progress)
+        log = ProgressLog("obc.prune", self.options.progress)
         self.subject.batches.on_batch = log.tick
-        with progress_bar(progress, total=len(schedule), desc="prune", unit="step") as bar:
+        with progress_bar(self.options.progress, total=len(schedule), desc="prune", unit="step") as bar:
             for number, share in enumerate(schedule, 1):
                 log.doing = f"step {number} of {len(schedule)}"
                 self._step(share, schedule[-1])
                 self._measure()
                 left = f"{self.report.steps[-1].remaining:.3f} of the {self.budget.noun}"
                 logger.info("obc.prune: step %d of %d: %s remain", number, len(schedule), left)
-                if on_step is not None:
-                    on_step(PruningResult(self.subject.model, self.structure.plan, self.report))
+                if self.options.on_step is not None:
+                    self.options.on_step(PruningResult(self.subject.model, self.structure.plan, self.report))
                 bar.set_postfix_str(left)
                 bar.update()
         log.doing = "after the last step"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +23,7 @@ from obc.model.plan import PruningPlan
 from obc.model.refusals import refuse_unprunable
 from obc.model.usable import refuse_unusable
 from obc.model.usable_batches import UsableBatches
-from obc.pruning.arguments import (
-    Choice,
-    Compensation,
-    chosen_compensation,
-    repeatable,
-)
+from obc.pruning.arguments import Choice, Compensation, Options, chosen_compensation, repeatable
 from obc.pruning.budgets import DEFAULT_STEPS, Argument, Budget, Meters
 from obc.pruning.compensator import Compensator
 from obc.pruning.final_proof import FinalProof, first_finite, prove_groups
@@ -190,7 +184,7 @@ def prune(
     loss, forward = functions.loss, functions.forward
     subject = Subject(model, (), usable, loss, forward, choice.slices, rows, generator, micro_batch)
     on_step = in_present_autocast(on_step)
-    options = _Options(steps, recalibrate, compensate, compensate_every_step, verify, measure, on_step, progress)
+    options = Options(steps, recalibrate, compensate, compensate_every_step, verify, measure, on_step, progress)
     said = {"budget": budget.said, **choice.said(allocation), "steps": count, **options.said()}
     said |= {"rows": rows, "labels": labels, "seed": seed}
     report = PruningReport(provenance=provenance(model, said))
@@ -204,25 +198,6 @@ def prune(
         return _prune(structure, subject, run, report, budget, choice, options, unpruned)
 
 
-@dataclass(frozen=True)
-class _Options:
-    """Arguments of :func:`prune` for its run."""
-
-    steps: int | Sequence[float]
-    recalibrate: bool
-    compensate: Compensation | None
-    compensate_every_step: bool
-    verify: bool
-    measure: bool
-    on_step: Callable[[PruningResult], None] | None
-    progress: bool | None
-
-    def said(self) -> dict[str, object]:
-        """The entries for the report's provenance."""
-        every = " after every step" if self.compensate_every_step else ""
-        return {"compensate": self.compensate and f"{self.compensate}{every}"}
-
-
 def _prune(
     structure: Structure,
     subject: Subject,
@@ -230,7 +205,7 @@ def _prune(
     report: PruningReport,
     budget: Budget,
     choice: Choice,
-    options: _Options,
+    options: Options,
     unpruned: Snapshot,
 ) -> PruningResult:
     """Prune the structure's model in steps, prove the result on the first batch, compensate and measure it.
@@ -239,22 +214,18 @@ def _prune(
         run: runs a model on the first batch.
         unpruned: the unpruned model's tensors.
     """
-    model, recalibrate = subject.model, options.recalibrate
+    model = subject.model
     with timed(report, "structure"):
         final_proof = FinalProof(structure, run) if options.verify else None
     with timed(report, "latency"):
         budget = budget.ready(structure, run, choice.round_to)
     counted = MeasuredMacs(structure, run, report)
     speed = MeasuredSpeed(model, run, report) if options.measure else None
-    compensator = None
-    if options.compensate is not None:
-        how, every_step, progress = options.compensate, options.compensate_every_step, options.progress
-        batches, forward = subject.batches, subject.forward_fn
-        compensator = Compensator(structure, how, every_step, batches, forward, recalibrate, report, progress)
-    job = Job(structure, subject, report, budget, choice, recalibrate, final_proof, compensator)
-    job.run(options.steps, options.on_step, options.progress)
+    compensator = None if options.compensate is None else Compensator(structure, subject, options, report)
+    job = Job(structure, subject, report, budget, choice, options, final_proof, compensator)
+    job.run()
     with timed(report, "verify"), contextlib.nullcontext() if compensator is None else compensator.undone():
-        _verify(structure.plan, unpruned.tensors(), model, recalibrate)
+        _verify(structure.plan, unpruned.tensors(), model, options.recalibrate)
         if final_proof is not None:
             final_proof.check(model, report)
             final_proof.check_train_mode(model, report)
