@@ -19,6 +19,7 @@ from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Counter, Layers, channels, value_of
 from obc.structures.units import NotPrunableError
 
+_SIZES = ("num_heads", "n_groups", "head_dim", "ssm_state_size")
 _OF_HEADS = ("A_log", "D", "dt_bias")
 _HEAD_KEYS = ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads")
 _EXPANSIONS = ("mamba_expand", "expand")
@@ -29,15 +30,10 @@ def _mixer(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     own = dict(module.named_parameters(recurse=False))
     if "mixer_heads" not in kinds or not set(_OF_HEADS) <= set(own) or layers.layer(name, "in_proj") is None:
         return
-    heads, groups, size, states = (
-        getattr(module, key, None) for key in ("num_heads", "n_groups", "head_dim", "ssm_state_size")
-    )
-    if not all(isinstance(value, int) for value in (heads, groups, size, states)):
+    sizes = [value for key in _SIZES if isinstance(value := getattr(module, key, None), int)]
+    if len(sizes) != len(_SIZES):
         raise NotPrunableError(f"{type(module).__name__} does not say its heads, groups and sizes")
-    assert isinstance(heads, int)
-    assert isinstance(groups, int)
-    assert isinstance(size, int)
-    assert isinstance(states, int)
+    heads, groups, size, states = sizes
     width, shared = heads * size, groups * states
     in_proj, conv1d, out_proj = (joined(name, child) for child in ("in_proj", "conv1d", "out_proj"))
     widths = {in_proj: 2 * width + 2 * shared + heads, conv1d: width + 2 * shared}
