@@ -26,21 +26,22 @@ Key = tuple[str, int]
 
 @dataclass(eq=False)
 class Coupled:
-    """Classes of channels that must go together.
+    """Classes of channels that must go together, as running the model shows.
 
     Attributes:
         layers: the layers whose channels they are.
         members: what each class takes with it.
         size: number of classes.
-        kinds: (size,) classes of the same kind take the same numbers of channels of the same layers.
+        kinds: (size,) classes of the same kind take the same numbers of channels of the same layers; None: all are of
+            one kind.
         dims: parameter outside layers -> its dimension of channels.
     """
 
     layers: list[str]
     members: Members
     size: int
-    kinds: Tensor
-    dims: dict[str, int]
+    kinds: Tensor | None = None
+    dims: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass

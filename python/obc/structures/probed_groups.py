@@ -9,7 +9,7 @@ of one run while the others stay. The first units that pass the proof are used.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import is_depthwise, layout_of
-from obc.structures.influence_groups import coupled_channels
+from obc.structures.influence_groups import Coupled, coupled_channels
 from obc.structures.probing import NOTHING, SEVERAL, Probe, probe
 from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Provable
@@ -60,24 +60,6 @@ class Suspect:
     def width(self) -> int:
         """One more than the largest root channel, and at least the group's size."""
         return max(self.found.size, *(max(roots) + 1 for roots in self.producers.values()))
-
-
-@dataclass(eq=False)
-class Proposal:
-    """Channels that belong together in the order found by running, named after the first producer.
-
-    Attributes:
-        name: name of the first producer.
-        members: what each root channel takes with it.
-        size: number of root channels.
-        kinds: (size,) number of each root channel's kind, if they are of several kinds: those of different kinds take
-            channels of different layers.
-    """
-
-    name: str
-    members: Members
-    size: int
-    kinds: Tensor | None = None
 
 
 def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], run: Run, proof: Proof) -> None:
@@ -125,7 +107,7 @@ def _in_another_order(
     if not suspects:
         return []
     try:
-        proposals, passes = proposed(varied_copy(structure.model), run, suspects, finder.place)
+        proposals, passes = proposed(varied_copy(structure.model), run, suspects)
     except Exception:  # the model's own code, which may not run on invented numbers
         return []
     proof.passes += passes
@@ -155,8 +137,7 @@ def _by_influence(
             "running the model finds no smaller set of channels that go together than all of them"
         )
         finder.dims.update(one.dims)
-    proposals = [Proposal(name, one.members, one.size, one.kinds) for name, one in coupled.items()]
-    accepted = _accepted(structure, finder, proposals, run, proof)
+    accepted = _accepted(structure, finder, findings.coupled, run, proof)
     for name in coupled.keys() & structure.left_out.keys():
         reasons |= dict.fromkeys(coupled[name].layers, structure.left_out.pop(name))
         structure.left_out |= {name: before[name]} if name in before else {}
@@ -164,11 +145,12 @@ def _by_influence(
 
 
 def _accepted(
-    structure: Extensible, finder: GroupFinder, proposals: Sequence[Proposal], run: Run, proof: Proof
+    structure: Extensible, finder: GroupFinder, proposals: Sequence[Coupled], run: Run, proof: Proof
 ) -> list[str]:
-    """The names of the proposals for which some units pass; these are now groups of the structure."""
+    """The proposals for which some units pass, by their first producer; these are now groups of the structure."""
     names = {group.name for group in structure.groups}
-    waiting = {one.name: _groups(finder, one) for one in proposals if one.name not in names}
+    named = {min(one.layers, key=finder.place): one for one in proposals}
+    waiting = {name: _groups(finder, name, one) for name, one in named.items() if name not in names}
     accepted: list[str] = []
     while waiting:
         offered = []
@@ -214,9 +196,7 @@ def _suspect(model: nn.Module, found: Found) -> Suspect | None:
 # --- what goes together ---------------------------------------------------------------------------------------
 
 
-def proposed(
-    model: nn.Module, run: Run, suspects: Sequence[Suspect], place: Callable[[str], int]
-) -> tuple[list[Proposal], int]:
+def proposed(model: nn.Module, run: Run, suspects: Sequence[Suspect]) -> tuple[list[Coupled], int]:
     """(proposals, number of forward passes).
 
     All suspects are probed at once. If something depends on several of their channels, for example on a pair of halves
@@ -227,7 +207,7 @@ def proposed(
     together = _probe(model, run, {number: suspect.producers for number, suspect in numbered.items()}, bits)
     unclear = {number for number in numbered if _several(together, number, bits).numel()}
     proposals = [
-        _proposal(model, suspect, together, number, bits, place)
+        _proposal(model, suspect, together, number, bits)
         for number, suspect in numbered.items()
         if number not in unclear
     ]
@@ -244,7 +224,7 @@ def proposed(
             for number, suspect in merged.items():
                 if not _several(probed, number, bits).numel():
                     unclear.remove(number)
-                    proposals.append(_proposal(model, suspect, probed, number, bits, place))
+                    proposals.append(_proposal(model, suspect, probed, number, bits))
     return proposals, passes
 
 
@@ -257,12 +237,10 @@ def _probe(model: nn.Module, run: Run, producers: Mapping[int, dict[str, dict[in
     )
 
 
-def _proposal(
-    model: nn.Module, suspect: Suspect, probed: Probe, number: int, bits: int, place: Callable[[str], int]
-) -> Proposal:
+def _proposal(model: nn.Module, suspect: Suspect, probed: Probe, number: int, bits: int) -> Coupled:
     outs: Members = {(layer, "out"): roots for layer, roots in suspect.producers.items()}
     members = outs | suspect.unseen | _reached(model, probed, number, bits)
-    return Proposal(min(suspect.producers, key=place), members, suspect.found.size)
+    return Coupled(list(suspect.producers), members, suspect.found.size)
 
 
 def _neighbours(size: int, read: int) -> list[int]:
@@ -322,7 +300,7 @@ def _reached(model: nn.Module, probed: Probe, number: int, bits: int) -> Members
 # --- units ----------------------------------------------------------------------------------------------------
 
 
-def _groups(finder: GroupFinder, proposal: Proposal) -> Iterator[ChannelGroup]:
+def _groups(finder: GroupFinder, name: str, proposal: Coupled) -> Iterator[ChannelGroup]:
     order = _order(proposal)
     tables: list[list[list[int]]] = []
     kinds = proposal.kinds if proposal.kinds is not None else torch.zeros(proposal.size, dtype=torch.int64)
@@ -330,7 +308,7 @@ def _groups(finder: GroupFinder, proposal: Proposal) -> Iterator[ChannelGroup]:
         roots = set(table.flatten().tolist())
         members = {part: own for part, own in proposal.members.items() if not roots.isdisjoint(own.values())}
         try:
-            group = finder.assemble(proposal.name, members, table, proposal.size, hidden)
+            group = finder.assemble(name, members, table, proposal.size, hidden)
         except NotPrunableError:
             continue
         if not group.consumers or group.consumers[0].side != "in":
@@ -354,7 +332,7 @@ def _across(kinds: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
             yield each[kinds == kind], None
 
 
-def _order(proposal: Proposal) -> list[int]:
+def _order(proposal: Coupled) -> list[int]:
     """The root channels in the order of the first layer that reads them in another order."""
     order = list(range(proposal.size))
     for (_, side), roots in proposal.members.items():
