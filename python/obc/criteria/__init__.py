@@ -5,7 +5,6 @@ dL_n/dW_m,u its row, and x the input of a consumer. ``docs/criteria.md`` has the
 """
 
 from obc.criteria.activations import CFSP, FLAP, Minitron, WandaSP
-from obc.criteria.beam import BeamSearch
 from obc.criteria.compensated import CompensatedJacobian
 from obc.criteria.curvature import FastOBA
 from obc.criteria.depth import AngularDistance, BlockInfluence, EntropyGain
@@ -13,10 +12,9 @@ from obc.criteria.experts import REAP, ExpertFrequency, ExpertNorm
 from obc.criteria.gaprune import GAPrune
 from obc.criteria.gradients import Fisher, LLMPruner, Nirvana, Taylor
 from obc.criteria.jbr import JBR
-from obc.criteria.kfac import KFAC
-from obc.criteria.kfac_obs import KFACOBS
+from obc.criteria.kfac import KFAC, KFACOBS
 from obc.criteria.magnitude import FPGM, WHC, BNScale, IntraFusion, Magnitude, Random
-from obc.criteria.masked import MaskedEvaluation
+from obc.criteria.masked import BeamSearch, MaskedEvaluation
 from obc.criteria.nvit import NViT
 from obc.criteria.obs import OBS, SlimGPT
 from obc.criteria.protocol import About, Criterion, MeasuredCriterion, MeasuredRows, Subject

@@ -14,7 +14,7 @@ from obc.criteria.protocol import Subject
 from obc.model.arguments import no_batches
 from obc.model.evaluation import evaluating
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.structures.masking import masked_copy
+from obc.structures.masking import masked_copy, unmaskable
 
 Metric = Literal["loss", "kl", "mse"]
 Masks = dict[str, Tensor]  # group -> (units,) bool: the units at zero
@@ -102,6 +102,19 @@ def output_tensor(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise ValueError(f"the criterion compares tensors, forward_fn returned {type(output).__name__}")
     return output
+
+
+def nothing_masked(subject: Subject) -> Masks:
+    """Masks of the groups whose units can be masked, with no unit at zero."""
+    refused = unmaskable(subject.model, subject.groups)
+    return {
+        group.name: torch.zeros(group.size, dtype=torch.bool) for group in subject.groups if group.name not in refused
+    }
+
+
+def units_left(masks: Masks) -> list[tuple[str, int]]:
+    """(group, unit) of the units that are not masked."""
+    return [(name, unit) for name, mask in masks.items() for unit in (~mask).nonzero().flatten().tolist()]
 
 
 def with_unit(masks: Masks, name: str, unit: int) -> Masks:
