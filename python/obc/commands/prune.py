@@ -44,11 +44,7 @@ _DIRECTORY = (*_SAMPLED, "scores", "uniform", "data", "seq_len", "dtype", "devic
 def add(commands: Any) -> None:
     """Add ``obc prune`` to the subparsers: the options of every way, each in its own group."""
     prune = add_command(
-        commands,
-        "prune",
-        run,
-        "prune a model of your own code, or a transformers directory",
-        _DESCRIPTION,
+        commands, "prune", run, "prune a model of your own code, or a transformers directory", _DESCRIPTION
     )
     prune.add_argument("target", metavar="module:function | MODEL_DIR")
     prune.add_argument("--out", type=Path, required=True, help="folder to write to")
@@ -77,6 +73,12 @@ def add(commands: Any) -> None:
         help="see obc criteria (default: token_jacobian for text, else jacobian); --scores must have its statistics",
     )
     prune.add_argument("--allocation", metavar=allocation_option.METAVAR, help=allocation_option.HELP)
+    _add_ways(prune)
+    add_log(prune)
+
+
+def _add_ways(prune: argparse.ArgumentParser) -> None:
+    """The options that not every way has."""
     measured = prune.add_argument_group("module:function, MODEL_DIR --data")
     measured.add_argument("--selection", choices=("joint", "independent"), help="(default: joint)")
     measured.add_argument("--slices", choices=("gate", "all"), help="(default: gate)")
@@ -107,7 +109,6 @@ def add(commands: Any) -> None:
         "--batches", type=positive, help=f"(default: {prune_directory.SEQUENCES}, of images {prune_directory.IMAGES})"
     )
     sampled.add_argument("--batch-size", type=positive, help="sequences or images of a batch (default: 1)")
-    add_log(prune)
 
 
 @expecting("a share such as 0.8, or shares by name such as model.layers.0=0.2,model.layers.1=0.5")

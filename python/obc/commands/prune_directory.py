@@ -28,8 +28,6 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     rows of tokens; a loss without labels, in the metric of the Kullback-Leibler divergence if the model has a head.
     """
     require(model_directory.PACKAGES)
-    from obc.structures.transformers import TransformersStructure
-
     source = Path(parsed.target)
     directory = model_directory.load(
         source, parsed.dtype, model_directory.device_of(parsed.device), parsed.loss or "auto"
@@ -54,18 +52,10 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     if parsed.allocation is not None:
         given["allocation"] = allocation_option.allocation_of_text(parsed.allocation)
     compensate: Any = parsed.compensate or "correct"
-    kinds = {} if parsed.kinds is None else {"kinds": parsed.kinds}
     folder(parsed.out)  # before minutes of work, not after
     torch.manual_seed(parsed.seed)
     try:
-        structure = TransformersStructure(
-            model,
-            uniform=bool(parsed.uniform),
-            round_to=parsed.round_to,
-            ignored_layers=parsed.ignore or (),
-            **kinds,
-        )
-        structure.saved_with_plan = True
+        structure = structure_of(parsed, model)
         result = obc.prune(
             model,
             batches=batches,
@@ -88,3 +78,16 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     say(f"{calibration}, loss {loss}", result.report)
     pruned_directory.write(structure, result.report, result.latency_table, directory, parsed.out)
     return 0
+
+
+def structure_of(parsed: argparse.Namespace, model: Any) -> Any:
+    """The groups of a transformers model by the options --kinds, --uniform, --round-to and --ignore."""
+    from obc.structures.transformers import TransformersStructure
+
+    kinds = {} if parsed.kinds is None else {"kinds": parsed.kinds}
+    ignored = parsed.ignore or ()
+    structure = TransformersStructure(
+        model, uniform=bool(parsed.uniform), round_to=parsed.round_to, ignored_layers=ignored, **kinds
+    )
+    structure.saved_with_plan = True
+    return structure

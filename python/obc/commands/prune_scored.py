@@ -48,14 +48,10 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     scores = load_scores(parsed.scores) if parsed.criterion is None else _statistics(parsed.scores)
     directory = model_directory.load(source, parsed.dtype, model_directory.device_of(parsed.device))
     model = directory.model
-    from obc.structures.transformers import TransformersStructure
-
     try:
         if isinstance(scores, Scores):
             scores.verify(model)
-        options = {} if parsed.kinds is None else {"kinds": parsed.kinds}
-        structure = TransformersStructure(model, uniform=bool(parsed.uniform), round_to=parsed.round_to, **options)
-        structure.saved_with_plan = True
+        structure = prune_directory.structure_of(parsed, model)
         limits = _limits(structure, caps)
         run_first = _on_first_batch(parsed, model, source)
         budget = budget.ready(structure, run_first, parsed.round_to)

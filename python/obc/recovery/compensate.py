@@ -25,7 +25,7 @@ from obc.model.sharding import is_sharded
 from obc.model.usable import refuse_unusable
 from obc.model.usable_batches import UsableBatches
 from obc.recovery import correct, least_squares
-from obc.recovery.calibration import batch_norms, norm_reference
+from obc.recovery.calibration import batch_norms
 from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.consumers import PrunedConsumer, find_consumers
 from obc.recovery.unfused import unfused
@@ -150,17 +150,12 @@ def compensate(
             more = _LARGE_RIDGES if mode == "correct" else _MORE_RIDGES
             ridges: Sequence[float] = [*more, *RIDGES] if ridge is None else [ridge]
             if mode == "correct":
-                outputs = {name: layers[name].out_channels for name in consumers}
                 options = correct.CorrectionOptions(forward, ridges, offload, max_bytes, processes, layers)
-                run = correct.CorrectRun(pruned_model, original_model, consumers, outputs, split, norms, options)
+                run = correct.CorrectRun(pruned_model, original_model, consumers, split, norms, options)
                 report = run.run(bar)
             else:
-                targets = {}
-                if norms:
-                    reference = norm_reference(original_model, split[0], forward)
-                    targets = reference.targets(pruned_model, layers, processes=processes)
                 settings = least_squares.LeastSquaresOptions(
-                    forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, targets
+                    forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, layers
                 )
                 solver = least_squares.LeastSquaresRun(
                     pruned_model, original_model, consumers, split, norms, settings, bar

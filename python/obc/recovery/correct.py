@@ -82,7 +82,6 @@ class CorrectRun:
         pruned: nn.Module,
         original: nn.Module,
         consumers: Mapping[str, PrunedConsumer],
-        out_channels: Mapping[str, Tensor | None],
         batches: tuple[UsableBatches, UsableBatches],
         norms: Sequence[_BatchNorm],
         options: CorrectionOptions,
@@ -98,7 +97,7 @@ class CorrectRun:
         on_all = int(options.processes.total(self.calibration)[0])
         self.corrections = LayerCorrections(options, consumers, self.report, self.batches, self.calibration, on_all)
         self.before = copy.deepcopy([module.state_dict() for module in self._changed()])
-        self.layers = [Layer(name, consumer, out_channels[name]) for name, consumer in consumers.items()]
+        self.layers = [Layer(name, consumer, options.plan[name].out_channels) for name, consumer in consumers.items()]
 
     def _changed(self) -> list[nn.Module]:
         return [*(consumer.module for consumer in self.consumers.values()), *self.norms]

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.evaluation import ForwardFn
+from obc.model.plan import PruningPlan
 from obc.model.processes import Processes
 from obc.model.progress import LayerProgress
 from obc.model.usable_batches import UsableBatches, all_finite
-from obc.recovery.calibration import output_error, outputs, recalibrate_from, streamed_error
+from obc.recovery.calibration import norm_reference, output_error, outputs, recalibrate_from, streamed_error
 from obc.recovery.chain_parts import ChainPart, parts
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
 from obc.recovery.consumers import PrunedConsumer, in_execution_order
@@ -37,7 +38,7 @@ _Moments = dict[str, RegressionMoments]  # by layer
 
 @dataclass(frozen=True)
 class LeastSquaresOptions:
-    """Arguments of :func:`obc.recovery.compensate` for modes "ls" and "seq", and the reference of the norms."""
+    """Arguments of :func:`obc.recovery.compensate` for modes "ls" and "seq"."""
 
     forward: ForwardFn
     ridges: Sequence[float]
@@ -45,7 +46,7 @@ class LeastSquaresOptions:
     max_bytes: int
     keep_decompressors: bool
     processes: Processes
-    targets: Mapping[_BatchNorm, Target]
+    plan: PruningPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,10 @@ class LeastSquaresRun:
         self.whole = ChainPart.whole((original, pruned), options.forward)
         self.calibration, self.held_out = batches
         self.norms = norms
+        self.targets: Mapping[_BatchNorm, Target] = {}
+        if norms:
+            reference = norm_reference(original, self.calibration, options.forward)
+            self.targets = reference.targets(pruned, options.plan, processes=options.processes)
         self.scopes: dict[str, str] = {}
         self.consumers, self.off_stream = self._look(consumers)
         self.norm_states = [copy.deepcopy(norm.state_dict()) for norm in norms]
@@ -299,7 +304,7 @@ class LeastSquaresRun:
     def _recalibrate(self) -> None:
         if self.norms:
             forward, processes = self.options.forward, self.options.processes
-            recalibrate_from(self.pruned, self.norms, self.calibration, forward, processes, self.options.targets)
+            recalibrate_from(self.pruned, self.norms, self.calibration, forward, processes, self.targets)
 
     def _error_recalibrated(self) -> float:
         self._recalibrate()
