@@ -159,7 +159,8 @@ def test_what_a_criterion_needs_is_collected_by_its_name(
         ("--memory 0.5 --cache-batch 2", "--cache-batch needs --cache-length"),
         ("--memory 1e9", "more than the"),
         ("--kinds wings", "kinds are"),
-        ("--memory 0.001", "--memory 0.001 is out of reach"),
+        ("--memory 0.001", "--memory 0.001 is out of reach: 0."),
+        ("--memory 100", "--memory 100 is out of reach: "),
     ],
 )
 def test_what_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,9 @@ def test_what_cannot_be_recovered_is_said_in_one_line(
     data = tmp_path / "data.jsonl"
     assert run("recover", llama, "--teacher", llama, "--data", data, "--out", llama) == 2
     assert "is one of the models' own directories" in capsys.readouterr().err
+    folded = ["--train", "folded", "--out", tmp_path / "out"]
+    assert run("recover", llama, "--teacher", llama, "--data", data, *folded) == 2
+    assert "found nothing to fold" in capsys.readouterr().err
     assert run("evaluate", llama, "--data", data, "--stride", 9) == 2
     assert "stride=9" in capsys.readouterr().err
 
@@ -139,3 +143,53 @@ def test_a_model_without_a_head_is_recovered_by_its_hidden_state(
     assert error(out) < 0.5 * error(pruned)
     first = figure(r"loss ([\d.]+) at the first step", capsys.readouterr().out)
     assert first[0] == pytest.approx(error(pruned), rel=0.5)  # of one batch, not of all
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        (
+            lambda: transformers.ViTForImageClassification(
+                transformers.ViTConfig(
+                    hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=8
+                )
+            ),
+            "is a ViTForImageClassification of 2 classes, and",
+        ),
+        (
+            lambda: transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(vocab_size=20, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+            ),
+            "is a GPT2LMHeadModel of 20 tokens, and",
+        ),
+        (
+            lambda: transformers.LlamaForCausalLM(
+                transformers.LlamaConfig(
+                    vocab_size=24,
+                    hidden_size=16,
+                    intermediate_size=32,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    max_position_embeddings=16,
+                )
+            ),
+            "is a LlamaForCausalLM of 24 tokens, and",
+        ),
+    ],
+    ids=["images", "another class", "another vocabulary"],
+)
+def test_a_model_that_is_not_the_unpruned_one(
+    other: Any, said: str, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, second = tmp_path / "data.jsonl", tmp_path / "other"
+    other().save_pretrained(second)
+    capsys.readouterr()
+    for command, option, more in (
+        ("evaluate", "--reference", ()),
+        ("recover", "--teacher", ("--out", tmp_path / "out", "--steps", 1)),
+    ):
+        assert run(command, llama, option, second, "--data", data, *more) == 2
+        assert capsys.readouterr().err == (
+            f"obc {command}: {option} {second} {said} {llama} a LlamaForCausalLM of 20 tokens; pass the directory of "
+            "the model that was pruned\n"
+        )

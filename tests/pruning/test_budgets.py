@@ -175,6 +175,14 @@ def test_bytes_may_be_given() -> None:
     saved = sum(tensor.nbytes for tensor in model.state_dict().values())
     assert result.report.known["memory"].after == saved
     assert 0.9 * 30_000 < saved <= 30_000
+    model = Net().eval()
+    with pytest.raises(ValueError, match=r"memory=100 is out of reach: \d+ bytes remain where") as error:
+        obc.prune(model, batches[0][0], batches, image_loss, memory=100)
+    least = int(str(error.value).split("reach: ")[1].split()[0])
+    with pytest.raises(ValueError, match=rf"memory={least - 1} is out of reach: {least} bytes"):
+        obc.prune(model, batches[0][0], batches, image_loss, memory=least - 1)
+    obc.prune(model, batches[0][0], batches, image_loss, memory=least, steps=1)
+    assert sum(4 * parameter.numel() for parameter in model.parameters()) <= least
     with pytest.raises(ValueError, match=r"memory=1e\+06 bytes is more than the .* that the unpruned model takes"):
         obc.prune(model, batches[0][0], batches, image_loss, memory=1e6)
     with pytest.raises(ValueError, match="steps is a number of steps"):

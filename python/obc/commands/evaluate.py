@@ -48,6 +48,8 @@ def run(parsed: argparse.Namespace) -> int:
     device = model_directory.device_of(parsed.device)
     directory = model_directory.load(parsed.model, parsed.dtype, device)
     reference = None if parsed.reference is None else model_directory.load(parsed.reference, parsed.dtype, device)
+    if reference is not None:
+        model_directory.refuse_unlike(directory, reference, "--reference")
     source = parsed.model if data.tokenizer_of(parsed.model) or reference is None else parsed.reference
     loss = directory.loss if directory.loss != "masked-lm" else "label-free"
     batches = data.batches(parsed, directory.model, source, loss)

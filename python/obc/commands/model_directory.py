@@ -141,6 +141,28 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
     return ModelDirectory(model.to(device).eval(), own if loss == "auto" else loss, path, plan)
 
 
+def refuse_unlike(pruned: ModelDirectory, unpruned: ModelDirectory, option: str) -> None:
+    """Raise unless two directories hold models that can be compared: of one class, with the same tokens or classes.
+
+    Args:
+        pruned: the directory that a command works on.
+        unpruned: the other one.
+        option: the option that names the other one.
+    """
+
+    def said(one: ModelDirectory) -> str:
+        config = one.model.config.get_text_config()
+        reads = getattr(config, "vocab_size", None)
+        what = f"{config.num_labels} classes" if reads is None else f"{reads} tokens"
+        return f"a {type(one.model).__name__} of {what}"
+
+    if said(pruned) != said(unpruned):
+        raise UsageError(
+            f"{option} {unpruned.path} is {said(unpruned)}, and {pruned.path} {said(pruned)}; pass the directory of "
+            "the model that was pruned"
+        )
+
+
 def _loss_of_head(architecture: str, config: Any) -> str:
     """The loss of an architecture's head; "label-free" if it has none, or one whose outputs are no logits."""
     own = next((loss for ending, loss in _LOSSES.items() if architecture.endswith(ending)), "label-free")

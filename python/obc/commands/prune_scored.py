@@ -67,10 +67,10 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
         structure.plan.verify(before, model)
     except BudgetError as error:
         least = 1 - error.reachable / budget.counted(budget.costs(structure))
-        option = f"--{budget.argument.replace('_', '-')} {budget.share:g}"
+        option = f"--{budget.said.replace('_', '-').replace('=', ' ')}"
         unscored = [name for name in report.left_out if name in names]
         raise UsageError(
-            f"{option} is out of reach: {least:.4f} remain if every prunable group keeps its least width"
+            f"{option} is out of reach: {budget.described(least)} remain if every prunable group keeps its least width"
             + (f", and all units of {', '.join(unscored)}, which have no scores" if unscored else "")
         ) from error
     except (ValueError, obc.PruningError) as error:

@@ -52,6 +52,7 @@ def run(parsed: argparse.Namespace) -> int:
     device = model_directory.device_of(parsed.device)
     pruned = model_directory.load(parsed.model, parsed.dtype, device)
     teacher = model_directory.load(parsed.teacher, parsed.dtype, device)
+    model_directory.refuse_unlike(pruned, teacher, "--teacher")
     batches = data.batches(parsed, teacher.model, parsed.teacher, "label-free")
     try:
         plan = pruned.plan

@@ -174,6 +174,12 @@ class Budget:
         """The budget, written as an argument of ``obc.prune``."""
         return f"{self.argument}={self.share if self.amount is None else self.amount:g}"
 
+    def described(self, share: float) -> str:
+        """A share in the unit in which the budget was given: bytes for an amount."""
+        if self.amount is None or not self.share:
+            return f"{share:.4f}"
+        return f"{share * self.amount / self.share:.0f} bytes"
+
     def costs(self, structure: Structure) -> Costs:
         """The costs that the budget counts, for the structure's present model."""
         return self.meters.costs(structure, self.argument)

@@ -260,7 +260,7 @@ class Job:
             name = name_of(self.choice.criterion)
             unscored = f", of which the criterion {name!r} scores {scored}; the others keep all units"
         return BudgetError(
-            f"{self.budget.argument}={self.budget.share:g} is out of reach with the allocation "
+            f"{self.budget.said} is out of reach with the allocation "
             f"{type(self.choice.allocation).__name__} over {groups} groups{unscored}: {error}. "
             f"Let more remain, or pass another allocation= or criterion=",
             error.reachable,
@@ -288,7 +288,7 @@ class Job:
             widths = listed([f"{name!r}: {low} of {sizes[name]}" for name, low in zip(sizes, smallest, strict=True)])
             remedies = " or ".join(["let more remain", *(f"relax {limit}" for limit in self.choice.narrowing)])
             raise ValueError(
-                f"{self.budget.argument}={share:g} is out of reach: {least:.4f} remain where each of the "
+                f"{self.budget.said} is out of reach: {self.budget.described(least)} remain where each of the "
                 f"{len(smallest)} groups that can be pruned keeps its minimum ({widths} units); {remedies}"
                 f"{_not_pruned(self.report.left_out)}"
             )

@@ -69,6 +69,11 @@ def _folded(model: nn.Module, teacher: nn.Module, plan: PruningPlan | None) -> T
         remedy = "a model that was compensated or trained can't be folded: train='naive' or 'lora' can train it"
         raise PlanError(f"{error}; {remedy}") from error
     own, factors = (group["params"] for group in folded.param_groups(lr=1.0, weight_decay=0.0))
+    if not factors:
+        raise ValueError(
+            "train='folded' found nothing to fold: by the plan no layer lost channels; pass the pruned model and its "
+            "plan, or train='naive'"
+        )
     parameters = [parameter for parameter in (*own, *factors) if parameter.requires_grad]
     return Trained(model, parameters, frozenset(map(id, factors)), folded.accumulate, folded.merge)
 
