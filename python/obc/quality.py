@@ -123,7 +123,17 @@ def accuracy(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = c
 def agreement(
     model: nn.Module, reference: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = call_on_batch
 ) -> float:
-    """The share of positions at which both models have the same largest logit."""
+    """The share, in [0, 1], of positions at which both models have the same largest logit along the last dimension.
+
+    Args:
+        model: the model to compare; both run in eval mode without gradients.
+        reference: the model to compare it with, such as the unpruned one.
+        batches: any iterable; labels are not read.
+        forward_fn: ``forward_fn(model, batch)`` returns a tensor, or an output that has ``logits``.
+
+    Raises:
+        ValueError: there are no batches.
+    """
 
     def same(batch: Any) -> Tensor:
         ours, theirs = (_tensor(forward_fn(network, batch)).argmax(-1) for network in (model, reference))
@@ -135,7 +145,17 @@ def agreement(
 def cosine(
     model: nn.Module, reference: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = call_on_batch
 ) -> float:
-    """Mean cosine similarity of the two models' outputs along the last dimension."""
+    """Mean cosine similarity, in [-1, 1], of the two models' outputs along the last dimension.
+
+    Args:
+        model: the model to compare; both run in eval mode without gradients.
+        reference: the model to compare it with, such as the unpruned one.
+        batches: any iterable; labels are not read.
+        forward_fn: ``forward_fn(model, batch)`` returns a tensor, or an output that has ``logits``.
+
+    Raises:
+        ValueError: there are no batches.
+    """
 
     def similarity(batch: Any) -> Tensor:
         ours, theirs = (_tensor(forward_fn(network, batch)).float() for network in (model, reference))

@@ -27,6 +27,9 @@ class FastOBA(MeasuredCriterion):
     Args:
         epsilon: the step. The error is the rounding of r divided by it, so about 1e-2 suits float32.
         relative: divide by the group's mean, as the code does.
+
+    Raises:
+        ValueError: ``epsilon`` is not positive.
     """
 
     name = "fastoba"

@@ -59,7 +59,12 @@ class BlockInfluence(BlockCriterion):
 
 
 class AngularDistance(BlockCriterion):
-    """d = E arccos(cos(x, y)) / pi over windows, at the last token (Gromov et al., arXiv 2403.17887)."""
+    """d = E arccos(cos(x, y)) / pi over windows, at the last token (Gromov et al., arXiv 2403.17887).
+
+    Args:
+        tokens: "last" token, or "all".
+        span: blocks from the window's input x to its output y.
+    """
 
     name = "angular_distance"
     about = About(
@@ -88,6 +93,9 @@ class EntropyGain(BlockCriterion):
         bins: number of bins of the histograms.
         spare: blocks that score one nat more than all others. "falling": all before the entropy first rises. "ends":
             the first two and the last, as in the released code. None: no blocks.
+
+    Raises:
+        ValueError: ``spare`` has another value.
     """
 
     name = "entropy"

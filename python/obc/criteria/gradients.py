@@ -58,6 +58,9 @@ class LLMPruner(Criterion):
     Args:
         form: "element" or "vector".
         second_order: with the diagonal of the empirical Fisher for the Hessian; the paper's "element^2".
+
+    Raises:
+        ValueError: ``form`` has another value.
     """
 
     allocation = "uniform"
@@ -98,6 +101,9 @@ class Nirvana(Criterion):
         over: "sequence": f = mean over samples and logits of the maximum over the *sequence*, as in the published code.
             "vocabulary": the mean over tokens of the largest logit.
         gamma: feed-forward parameters removed for each of attention: 3.36 for Llama-3.1-8B, 3.0 for 3.2-3B.
+
+    Raises:
+        ValueError: ``over`` has another value.
     """
 
     name = "nirvana"

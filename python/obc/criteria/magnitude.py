@@ -12,6 +12,7 @@ from obc import ops
 from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion, Subject
 from obc.criteria.slices import KINDS, slice_weights
 from obc.criteria.units import mean_over, module_of, relative
+from obc.model.arguments import one_of
 from obc.model.groups import ChannelGroup
 from obc.statistics.results import Statistics
 
@@ -31,9 +32,16 @@ class Magnitude(Criterion):
     """S_u = mean over slices m of |W_m,u|_1, or |W_m,u|_2^2, relative to the group's mean.
 
     Li et al., arXiv 1608.08710, over whole groups of coupled slices as in Torch-Pruning.
+
+    Args:
+        power: 1 or 2.
+
+    Raises:
+        ValueError: ``power`` is another number.
     """
 
     def __init__(self, power: int) -> None:
+        one_of("power", power, (1, 2))
         self.name, self._moment = f"l{power}", {1: 4, 2: 3}[power]  # type: ignore[misc]
         formula = f"mean over slices of sum |w|^{power}, / group mean"
         self.about = About(f"L{power} magnitude", "arXiv 1608.08710", formula, "weights", kinds=KINDS)  # type: ignore[misc]

@@ -30,6 +30,9 @@ class MaskedEvaluation(MeasuredCriterion):
     Args:
         metric: "loss", "kl" or "mse".
         rounds: 1 measures every unit alone.
+
+    Raises:
+        ValueError: ``rounds`` is below 1, or the metric unknown.
     """
 
     name = "masked"
@@ -86,6 +89,9 @@ class BeamSearch(MeasuredCriterion):
         width: number of sets that are kept.
         metric: "mse" (Skrr), "kl" or "loss".
         null: further batches whose mean metric is added: Skrr's null prompt.
+
+    Raises:
+        ValueError: ``removals`` or ``width`` is below 1, or the metric unknown.
     """
 
     name = "beam"

@@ -40,6 +40,9 @@ class OBS(Criterion):
         first_order: add Tyr's term: sum over the unit's columns of |(G W^T)_j . W_j|, with G the undamped Gram matrix.
         ridge: lambda, relative to the mean diagonal.
         to: where the Gram matrices are held (:class:`obc.statistics.Gram`).
+
+    Raises:
+        ValueError: ``heads`` has another value.
     """
 
     name = "obs"
@@ -77,7 +80,7 @@ class OBS(Criterion):
         return self.scores_from(states, group.size) if states else None
 
     def scores_from(self, states: list[ConsumerState], units: int) -> Tensor:
-        """(units,) scores of a group with these consumers, which removal changes."""
+        """(units,) scores of a group, from the ``states`` of its consumers, which removal changes."""
         if not self.greedy:
             return self._errors(states)
         scores = torch.full((units,), float("inf"), dtype=torch.float64)
@@ -102,7 +105,14 @@ class OBS(Criterion):
 
 
 class SlimGPT(OBS):
-    """OBS with SlimGPT's heads and its ratios, which grow logarithmically from the first to the last layer."""
+    """OBS with SlimGPT's heads and its ratios, which grow logarithmically from the first to the last layer.
+
+    Args:
+        ridge: lambda, relative to the mean diagonal.
+        first: lost share of the first block, up to a common factor (:class:`obc.selection.allocation.LogProfile`).
+        last: lost share of the last block.
+        to: where the Gram matrices are held (:class:`obc.statistics.Gram`).
+    """
 
     name = "slimgpt"
     about = About(

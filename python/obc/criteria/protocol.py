@@ -101,11 +101,30 @@ class Criterion:
     per_cost: bool = True
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
-        """(units,) scores of one group, or None if the criterion can't score it."""
+        """Scores of one group.
+
+        Args:
+            group: its ``slices`` are what goes with each unit, its ``consumers`` those of the layers that read it.
+            statistics: what :attr:`needs` names, such as ``statistics.moments[layer]``.
+            model: the present model, to be read, not changed.
+
+        Returns:
+            (units,) of any floating dtype, finite, the least important unit the lowest; None if the criterion can't
+            score this group, which then keeps its width.
+        """
         raise NotImplementedError
 
     def finish(self, scores: GroupScores, statistics: Statistics, model: nn.Module) -> GroupScores:
-        """Adjust the scores of all groups together, once every group has its own."""
+        """Adjust the scores of all groups together, once every group has its own.
+
+        Args:
+            scores: of every group that :meth:`score` could score.
+            statistics: as for :meth:`score`.
+            model: the present model.
+
+        Returns:
+            The scores to use; by default the same.
+        """
         return scores
 
 
@@ -113,7 +132,11 @@ class MeasuredCriterion(Criterion):
     """A criterion that runs the model itself and scores all groups at once."""
 
     def measure(self, subject: Subject) -> GroupScores:
-        """Scores of every group that the criterion can score."""
+        """Scores of every group that the criterion can score.
+
+        Args:
+            subject: the model with its groups, batches, loss and ``forward_fn``; restore what you change in it.
+        """
         raise NotImplementedError
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
@@ -125,7 +148,7 @@ class MeasuredRows(MeasuredCriterion):
     """A measured criterion of rows: S_u = sum over n of r_u[n]^2; ``selection="joint"`` chooses sets by r."""
 
     def measure_rows(self, subject: Subject) -> dict[str, Tensor]:
-        """(N, units) rows r of every group that has some."""
+        """(N, units) rows r of every group that has some; ``subject`` as for :meth:`MeasuredCriterion.measure`."""
         raise NotImplementedError
 
     def measure(self, subject: Subject) -> GroupScores:

@@ -56,6 +56,15 @@ def scored(criterion: Any, subject: Subject, also: Sequence[str] = ()) -> tuple[
 def scores_from(criterion: Any, groups: Any, statistics: Statistics, model: nn.Module) -> GroupScores:
     """The scores from statistics collected before, for example in one run for several criteria.
 
+    Args:
+        criterion: a name, an object or a function.
+        groups: the groups to score (:class:`obc.model.groups.ChannelGroup`).
+        statistics: what :func:`obc.collect` returned for this model.
+        model: the model with the weights that it had then.
+
+    Returns:
+        Group -> (units,), without those that the criterion can't score.
+
     Raises:
         StatisticsError: a needed statistic was not collected, or not of all that it reads for a group.
         CriterionError: the criterion can score none of the groups.

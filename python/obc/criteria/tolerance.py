@@ -32,6 +32,9 @@ class Tolerance(MeasuredCriterion):
         tasks: losses of several tasks; None: only the loss of ``obc.prune``.
         within: the criterion that ranks the units of a group; by default L2 magnitude.
         order: names of groups; by default those with most weights come first.
+
+    Raises:
+        ValueError: ``tau`` or ``decay`` is not positive.
     """
 
     name = "tolerance"

@@ -100,7 +100,7 @@ class Costs:
         return float(self.constant + self.linear @ e + e @ self.quadratic @ e)
 
     def freed(self, lost: Mapping[str, int]) -> float:
-        """The cost that is saved when the named groups lose that many units each."""
+        """The cost that is saved when each group of ``lost`` loses that many units."""
         gone = torch.tensor([lost.get(name, 0) for name in self.names], dtype=torch.float64)
         return self.total() - self.total(self.widths - gone)
 
@@ -118,7 +118,7 @@ class Costs:
         return freed
 
     def only(self, names: Sequence[str]) -> Costs:
-        """The costs as a function of these groups only; the others keep their widths unless their block is removed."""
+        """The costs as a function of the groups ``names``; others keep their widths unless their block is removed."""
         place = {name: index for index, name in enumerate(self.names)}
         chosen, w = {place[name] for name in names}, self.effective()
         constant, linear, quadratic = self.constant, self.linear.clone(), self.quadratic.clone()
@@ -155,7 +155,7 @@ class Costs:
 
     @classmethod
     def fixed(cls, costs: Mapping[str, float], widths: Mapping[str, int], unit: str = "macs") -> Costs:
-        """Costs in which every unit of a group saves the same, whatever the other widths.
+        """Costs in which every unit of a group saves the same, ``costs[group]``, whatever the other widths.
 
         Raises:
             ValueError: the two name different groups.

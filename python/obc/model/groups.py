@@ -98,7 +98,7 @@ class ChannelGroup:
         return torch.stack(parts).sum(0) if parts else None
 
     def scores(self, rows: Mapping[str, Sided], slices: Slices = "all") -> Tensor | None:
-        """(units,) S_g: sum of squared rows over every slice ("all", as in the paper) or of the gate ("gate")."""
+        """(units,) S_g: sum of squared rows over all ``slices`` ("all", as in the paper) or of the gate ("gate")."""
         if slices == "gate":
             gate = self.gate_rows(rows)
             return None if gate is None else gate.square().sum(0)

@@ -99,7 +99,7 @@ class LatencyTable:
         return {name: self._curve(name) for name in self.seconds}
 
     def at(self, name: str, width: int) -> float:
-        """Seconds of a group's layers at a width.
+        """Seconds of the layers of the group ``name`` at a width.
 
         Raises:
             LatencyTableError: the table has no such group, or ends below this width.
@@ -108,7 +108,7 @@ class LatencyTable:
         return self.curves[name].at(width)
 
     def check_groups(self, widths: Mapping[str, int]) -> None:
-        """Raise if the table lacks one of these groups or ends below its width.
+        """Raise if the table lacks one of the groups of ``widths`` or ends below its width.
 
         Raises:
             LatencyTableError: the message names the group.

@@ -72,8 +72,13 @@ class PruningPlan(Mapping[str, Kept]):
 
         Layers without an entry must be unchanged.
 
+        Args:
+            original_state_dict: ``state_dict()`` of the unpruned model, or a copy of it from before pruning.
+            pruned_model: the model as pruning left it, before anything compensates or trains it.
+
         Raises:
             PlanError: a tensor differs; the message names the first one and both shapes.
+            TypeError: ``original_state_dict`` is no mapping.
         """
         self.refuse_unknown(pruned_model, "the pruned model")
         names = original_names(pruned_model, self.depth)
@@ -111,7 +116,15 @@ class PruningPlan(Mapping[str, Kept]):
     ) -> None:
         """Like :meth:`verify` for one tensor: ``pruned``, the tensor ``tensor_name`` of the pruned ``module``.
 
-        ``module_name`` is the module's name in the unpruned model.
+        Args:
+            original_state_dict: ``state_dict()`` of the unpruned model.
+            module_name: the module's name in the unpruned model.
+            module: the pruned module.
+            tensor_name: name of its tensor, such as "weight".
+            pruned: that tensor.
+
+        Raises:
+            PlanError: the original lacks it, or has another shape, dtype or other values where the plan keeps them.
         """
         key = joined(module_name, tensor_name)
         original = original_tensor(original_state_dict, key)
@@ -151,6 +164,10 @@ class PruningPlan(Mapping[str, Kept]):
         """Reset a pruned model's weights, in place, to the slices of the original.
 
         Running statistics of norms are kept. Removed blocks must have their stand-ins.
+
+        Args:
+            original_state_dict: ``state_dict()`` of the unpruned model.
+            pruned_model: the model to reset.
 
         Raises:
             PlanError: the plan does not describe the model.
@@ -237,6 +254,10 @@ class PruningPlan(Mapping[str, Kept]):
 
         Channels with equal values are interchangeable and matched in ascending order. A Linear is taken to follow a
         flatten if its columns were kept in blocks and an earlier layer kept those channels.
+
+        Args:
+            original_state_dict: ``state_dict()`` of the unpruned model.
+            pruned_model: a model of the same modules, whose tensors are slices of the original's.
 
         Raises:
             PlanError: a tensor of the pruned model is not a slice of the original, or several slices explain it.

@@ -28,7 +28,8 @@ def _check(
 def channel_dot_undispatched(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: bool = False) -> Tensor:
     """:func:`channel_dot` on plain tensors without torch's dispatcher, which dominates the time of a small call.
 
-    Use it only in a backward that is not recorded, traced or compiled.
+    Use it only in a backward that is not recorded, traced or compiled. Arguments, result and errors: as for
+    :func:`channel_dot`.
     """
     result: Tensor = run("channel_dot", activation, *_check(activation, grad, channel_dim, per_sample))
     return result

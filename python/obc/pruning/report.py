@@ -149,7 +149,7 @@ class PruningReport:
     provenance: dict[str, str] = field(default_factory=dict)
 
     def note_known(self, found: Mapping[str, tuple[float, str]], before: bool) -> None:
-        """Record known quantities of the unpruned model (``before``) or of the pruned one."""
+        """Record what was ``found``, name -> (value, unit), of the unpruned model (``before``) or the pruned one."""
         for name, (value, counted) in found.items():
             if before:
                 self.known[name] = Change(value, value, counted)
@@ -163,7 +163,7 @@ class PruningReport:
             logger.warning("obc.prune: %s", warning)
 
     def note_scores(self, name: str, scores: Tensor) -> None:
-        """Record a group's (units,) scores, unless an earlier step did."""
+        """Record the (units,) scores of the group ``name``, unless an earlier step did."""
         if name in self.scores:
             return
         ordered = scores.detach().double().flatten().cpu()
@@ -210,7 +210,7 @@ class PruningReport:
         return report
 
     def html(self, further: Sequence[Section] = ()) -> str:
-        """One self-contained page without scripts, as ``obc report`` writes it."""
+        """One self-contained page without scripts, as ``obc report`` writes it, and ``further`` sections at its end."""
         return pruning_page(self.as_dict(), further)
 
     def _repr_html_(self) -> str:

@@ -100,7 +100,7 @@ class CompensationReport:
     seconds: float = 0.0
 
     def leave_unreached(self, names: Sequence[str], consumers: Iterable[str]) -> None:
-        """Record the consumers that no batch reached.
+        """Record those of all ``consumers`` that no batch reached, ``names``.
 
         Raises:
             ValueError: no consumer was reached.

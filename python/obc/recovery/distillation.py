@@ -131,7 +131,8 @@ class Distillation:
             raise ValueError(f"labels={self.labels} and label_loss={self.label_loss!r} need each other")
 
     def loss(self, student: nn.Module, teacher: nn.Module, batch: Any) -> Tensor:
-        """The weighted sum of the losses on one batch; only the student gets gradients.
+        """The weighted sum of the losses on one batch, () and differentiable; only the student, not the teacher, gets
+        gradients.
 
         Raises:
             ValueError: a module is missing, or two outputs can't be compared.

@@ -333,7 +333,11 @@ class EquivalentPruning:
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """:meth:`EquivalentPruning.merge` of any copy of a folded model, in place."""
+    """:meth:`EquivalentPruning.merge` of any copy of a folded model, in place.
+
+    Raises:
+        RuntimeError: nothing is folded (any more), or a layer has other parametrisations.
+    """
     layers = [(name, module) for name, module in named_modules(model) if any(_folds(module, recurse=False))]
     if not layers:
         raise RuntimeError("the model has no folded layer: it was merged already, or never folded")

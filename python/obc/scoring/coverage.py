@@ -58,12 +58,12 @@ class Coverage(str):
 
     @classmethod
     def unscored(cls, reason: str) -> Coverage:
-        """The coverage of a module that has no scores."""
+        """The coverage of a module that has no scores, for a ``reason``."""
         return cls(_UNSCORED, reason)
 
     @classmethod
     def unread(cls, reason: str) -> Coverage:
-        """The coverage of a module that a statistic could not read."""
+        """The coverage of a module that a statistic could not read, for a ``reason``."""
         return cls(_UNREAD, reason)
 
     @classmethod

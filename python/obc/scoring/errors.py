@@ -27,7 +27,7 @@ class SampleRowsError(ScoringError):
 
     @classmethod
     def of(cls, names: list[str]) -> SampleRowsError:
-        """The error for these modules."""
+        """The error for the modules ``names``."""
         shown = listed([repr(name) for name in names])
         return cls(
             f"no gate can read {shown} per sample; pass one sample a row, or leave them out with fallback='skip'"

@@ -51,7 +51,8 @@ def label_free_loss(
 
 
 class LabelFreeLoss:
-    """The loss that :func:`label_free_loss` returns: ``loss(model, batch)``.
+    """The loss that :func:`label_free_loss` returns: ``loss(model, batch)``. Arguments and errors: see
+    :func:`label_free_loss`.
 
     z is the output if that is a tensor; of a mapping or transformers output it is ``logits``, else
     ``last_hidden_state``, else the first floating tensor. Positions masked by ``batch["attention_mask"]`` don't

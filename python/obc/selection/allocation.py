@@ -25,7 +25,18 @@ class Allocation(Protocol):
     """Decides how much each group loses. Optional ``needs`` names statistics to collect with the criterion's."""
 
     def select(self, task: Task) -> dict[str, Tensor]:
-        """Choose units that free the budget: group -> their indices, int64 and ascending."""
+        """Choose units that free the budget.
+
+        Args:
+            task: scores, costs, budget and limits.
+
+        Returns:
+            Group -> the indices of the units to remove: int64, ascending, on the CPU; empty if none is removed.
+
+        Raises:
+            BudgetError: the budget can't be met.
+            ValueError: the allocation can't be had with what the task holds, such as equal widths.
+        """
 
 
 class Global:
@@ -73,6 +84,9 @@ class Profile:
 
     Args:
         strengths: name of a group or block (a part of names that ends at a dot) -> a >= 0; 1 if not named.
+
+    Raises:
+        ValueError: a strength is negative or not finite.
     """
 
     def __init__(self, strengths: Mapping[str, float]) -> None:
@@ -83,7 +97,7 @@ class Profile:
         self.strengths = dict(strengths)
 
     def of(self, task: Task) -> dict[str, float]:
-        """Group -> a."""
+        """Group -> a, for the groups that the ``task`` scores."""
         return {group.name: found_for(group.name, self.strengths, 1.0) for group in task.scored()}
 
     def select(self, task: Task) -> dict[str, Tensor]:
@@ -106,6 +120,9 @@ class LogProfile(Profile):
     Args:
         first: lost share of the first block.
         last: lost share of the last block.
+
+    Raises:
+        ValueError: a share is not positive.
     """
 
     def __init__(self, first: float = 0.0625, last: float = 0.25) -> None:
@@ -132,6 +149,9 @@ class BlockProfile(Profile):
     Args:
         by: "angle" is E arccos(cos) / pi, "cosine" is 1 - E cos, of block input and output.
         shape: "sigmoid" (CFSP) or "linear".
+
+    Raises:
+        ValueError: ``by`` or ``shape`` has another value.
     """
 
     needs = ("blocks",)
@@ -146,7 +166,7 @@ class BlockProfile(Profile):
         self.by, self.shape = by, shape
 
     def importance(self, statistics: Any) -> dict[str, float]:
-        """Block -> its importance."""
+        """Block -> its importance, from the ``statistics`` that ``needs`` names."""
         return {
             name: sums.angle / sums.count if self.by == "angle" else 1 - sums.cosine / sums.count
             for name, sums in statistics.blocks.items()
@@ -181,6 +201,9 @@ class TwoClasses:
 
     Args:
         gamma: budget of the rest divided by that of attention.
+
+    Raises:
+        ValueError: ``gamma`` is not positive.
     """
 
     def __init__(self, gamma: float = 3.36) -> None:

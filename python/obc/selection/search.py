@@ -43,6 +43,9 @@ class Search:
         compensated: measure fitness after compensation, which uses the batches that fitness is not measured on.
         starts: "uniform" (equal shares), "global" (the widths at which units of all groups compete), or both. DarwinLM
             and Týr start from equal shares.
+
+    Raises:
+        ValueError: a number is below 1, ``levels`` below 2, or ``starts`` or ``metric`` has another value.
     """
 
     evaluates = True

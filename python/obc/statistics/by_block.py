@@ -63,7 +63,7 @@ class ByBlock:
         return found
 
     def runs_on(self, model: nn.Module) -> torch.device:
-        """The device to run on: ``device``, or that of the first weights that are in memory."""
+        """The device to run on: ``device``, or that of the first weights of ``model`` that are in memory."""
         if self.device is not None:
             return torch.device(self.device)
         devices = (parameter.device for parameter in model.parameters() if not parameter.is_meta)

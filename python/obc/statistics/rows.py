@@ -27,7 +27,7 @@ class Rows:
     backward: ClassVar[bool] = True
 
     def wanted(self, model: nn.Module, groups: Groups) -> dict[str, set[Side]] | None:
-        """The modules to read, with their sides; None reads both sides of all."""
+        """The modules of ``model`` to read for ``groups``, with their sides; None reads both sides of all."""
         one_of("Rows(slices=...)", self.slices, get_args(Slices), StatisticsError)
         if groups is None:
             return None

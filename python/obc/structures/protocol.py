@@ -61,7 +61,7 @@ class Structure(Protocol):
         """The present model's groups; names stay the same from step to step."""
 
     def costs(self, unit: Unit) -> Costs:
-        """Costs of the present model, as a function of its groups."""
+        """Costs of the present model in a ``unit`` such as "macs" or "parameters", as a function of its groups."""
 
     def remove(self, units: Mapping[str, Tensor]) -> None:
         """Remove these units (int64 indices into each present named group), and record it in the plan."""
@@ -77,4 +77,4 @@ class Provable(Structure, Protocol):
         """
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Remove a group from ``groups``, and record the reason in ``left_out``."""
+        """Remove the group ``name`` from ``groups``, and record the reason in ``left_out``."""

@@ -277,7 +277,7 @@ class TransformersStructure:
         ]
 
     def costs(self, unit: Unit) -> Costs:
-        """Parameters, active parameters, or MACs: for one token, or calibrated.
+        """Parameters, active parameters, or MACs, by ``unit``: for one token, or calibrated.
 
         See :mod:`obc.structures.transformers.costs`.
         """
