@@ -24,10 +24,12 @@ from obc.model.progress import LayerProgress
 from obc.model.sharding import is_sharded
 from obc.model.usable import refuse_unusable
 from obc.model.usable_batches import UsableBatches
-from obc.recovery import correct, least_squares
 from obc.recovery.calibration import batch_norms
+from obc.recovery.compensation_options import CompensationOptions
 from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.consumers import PrunedConsumer, find_consumers
+from obc.recovery.correct import CorrectRun
+from obc.recovery.least_squares import LeastSquaresRun
 from obc.recovery.unfused import unfused
 
 Mode = Literal["correct", "ls", "seq"]
@@ -149,18 +151,11 @@ def compensate(
             norms = batch_norms(pruned_model) if recalibrate_norms else []
             more = _LARGE_RIDGES if mode == "correct" else _MORE_RIDGES
             ridges: Sequence[float] = [*more, *RIDGES] if ridge is None else [ridge]
-            if mode == "correct":
-                options = correct.CorrectionOptions(forward, ridges, offload, max_bytes, processes, layers)
-                run = correct.CorrectRun(pruned_model, original_model, consumers, split, norms, options)
-                report = run.run(bar)
-            else:
-                settings = least_squares.LeastSquaresOptions(
-                    forward, ridges, mode == "seq", max_bytes, keep_decompressors, processes, layers
-                )
-                solver = least_squares.LeastSquaresRun(
-                    pruned_model, original_model, consumers, split, norms, settings, bar
-                )
-                report = solver.run()
+            options = CompensationOptions(
+                mode, forward, ridges, offload, max_bytes, keep_decompressors, processes, layers
+            )
+            kind = CorrectRun if mode == "correct" else LeastSquaresRun
+            report = kind(pruned_model, original_model, consumers, split, norms, options, bar).run()
         report.sliced_experts = fused
         # Equivalent Pruning leaves fused experts sliced.
         report.decompressors = {name: found for name, found in report.decompressors.items() if name in plan}

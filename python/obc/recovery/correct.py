@@ -45,9 +45,10 @@ from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.after_chain import called_after, from_end
 from obc.recovery.calibration import named_norms, norm_reference, recalibrate_from, streamed_error
 from obc.recovery.chain_parts import agreed_chain, say_many_passes
+from obc.recovery.compensation_options import CompensationOptions
 from obc.recovery.compensation_report import CompensationReport
 from obc.recovery.consumers import PrunedConsumer
-from obc.recovery.layer_correction import CorrectionOptions, CorrectionSums, Layer, LayerCorrections, waves
+from obc.recovery.layer_correction import CorrectionSums, Layer, LayerCorrections, waves
 from obc.recovery.module_norms import ModuleNorms, reads_the_same
 from obc.recovery.norm_reference import take_statistics
 from obc.recovery.segments import ChainBatch, capture
@@ -84,9 +85,10 @@ class CorrectRun:
         consumers: Mapping[str, PrunedConsumer],
         batches: tuple[UsableBatches, UsableBatches],
         norms: Sequence[_BatchNorm],
-        options: CorrectionOptions,
+        options: CompensationOptions,
+        bar: LayerProgress,
     ) -> None:
-        self.pruned, self.original, self.options = pruned, original, options
+        self.pruned, self.original, self.options, self.bar = pruned, original, options, bar
         self._models = (original, pruned)
         self.consumers, self.norms = consumers, norms
         self.usable, self.held_out = batches
@@ -118,10 +120,10 @@ class CorrectRun:
 
     # --- the order of work ------------------------------------------------------------------------------------
 
-    def run(self, bar: LayerProgress) -> CompensationReport:
+    def run(self) -> CompensationReport:
         """Correct every layer, and keep the result if the held-out output error falls; on an error keep nothing."""
         try:
-            return self._run(bar)
+            return self._run()
         except BaseException:
             self._put_back()
             raise
@@ -129,8 +131,8 @@ class CorrectRun:
     def _put_back(self) -> None:
         _load(self._changed(), self.before)
 
-    def _run(self, bar: LayerProgress) -> CompensationReport:
-        bar.begin("correcting", len(self.layers))
+    def _run(self) -> CompensationReport:
+        self.bar.begin("correcting", len(self.layers))
         if self.norms:
             # The regressions absorb what new statistics would repair, and start from those that the weights were made
             # for.
@@ -142,14 +144,14 @@ class CorrectRun:
         others = [layer for layer in self.layers if layer.name not in inside]
         whole: Runs = self._whole(self.original), self._whole(self.pruned)
         before = [layer for layer in others if layer.order < first]
-        self._correct(_Place(*whole, before), bar)
+        self._correct(_Place(*whole, before))
         ends, after = whole, set[str]()
         if chain:
-            ends = self._run_chain(chain, [layer for layer in self.layers if layer.name in inside], bar)
+            ends = self._run_chain(chain, [layer for layer in self.layers if layer.name in inside])
             after = self._called_after(chain)
         between = [layer for layer in others if layer.order >= first and layer.name not in after]
-        self._correct(_Place(*whole, between), bar)
-        self._correct(_Place(*ends, [layer for layer in others if layer.name in after]), bar)
+        self._correct(_Place(*whole, between))
+        self._correct(_Place(*ends, [layer for layer in others if layer.name in after]))
         names = named_norms(self.pruned)
         outside = [name for name in names if not any(is_within(name, module) for module in chain)]
         early = [name for name in outside if name not in after]
@@ -203,7 +205,7 @@ class CorrectRun:
 
     # --- the chain --------------------------------------------------------------------------------------------
 
-    def _run_chain(self, chain: list[str], layers: list[Layer], bar: LayerProgress) -> Runs:
+    def _run_chain(self, chain: list[str], layers: list[Layer]) -> Runs:
         """Correct the chain's layers; returns runs of both models from its end on."""
         full, pruned = self._captured(self.original, chain), self._captured(self.pruned, chain)
         for place, name in enumerate(chain):
@@ -215,7 +217,7 @@ class CorrectRun:
             )
             norms = ModuleNorms(name, module, kept, self.norms)
             after = self._run_full(here, norms)
-            self._correct(here, bar)
+            self._correct(here)
             done: dict[int, Tensor] = {}
             if norms.norms:
                 live = self._live()
@@ -260,11 +262,11 @@ class CorrectRun:
 
     # --- layers -----------------------------------------------------------------------------------------------
 
-    def _correct(self, here: _Place, bar: LayerProgress) -> None:
+    def _correct(self, here: _Place) -> None:
         for wave in waves(here.layers, self.options.max_bytes):
             sums = {layer.name: CorrectionSums.of(layer.consumer) for layer in wave}
             for index in self._live():
-                bar.on_batch(index, len(self.batches))
+                self.bar.on_batch(index, len(self.batches))
                 self._accumulate(here, wave, sums, index)
             self.usable.refuse_many(self.options.processes.total)
             self.report.moment_bytes = max(
@@ -272,7 +274,7 @@ class CorrectRun:
             )
             for layer in wave:
                 self.corrections.solve(layer, sums[layer.name])
-                bar.update()
+                self.bar.update()
 
     def _accumulate(self, here: _Place, wave: list[Layer], sums: dict[str, CorrectionSums], index: int) -> None:
         own = {layer.name for layer in wave if not layer.summed}

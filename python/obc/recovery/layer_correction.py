@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from obc.model.evaluation import ForwardFn
-from obc.model.plan import PruningPlan
-from obc.model.processes import Processes
+from obc.recovery.compensation_options import CompensationOptions
 from obc.recovery.compensation_report import CompensationReport, LayerCorrection
 from obc.recovery.consumers import PrunedConsumer
 from obc.recovery.layer_rows import (
@@ -32,18 +30,6 @@ from obc.recovery.moments import RegressionMoments
 from obc.recovery.normal_equations import NormalEquations, SingularError, WeightChange, smallest
 from obc.recovery.padding import valid_rows
 from obc.recovery.stream_points import Call, of_same_tokens
-
-
-@dataclass(frozen=True)
-class CorrectionOptions:
-    """Options of :func:`obc.compensate`."""
-
-    forward: ForwardFn
-    ridges: Sequence[float]
-    offload: bool
-    max_bytes: int
-    processes: Processes
-    plan: PruningPlan
 
 
 @dataclass
@@ -92,7 +78,7 @@ class LayerCorrections:
         all_batches: the number of calibration batches on all processes.
     """
 
-    options: CorrectionOptions
+    options: CompensationOptions
     consumers: Mapping[str, PrunedConsumer]
     report: CompensationReport
     batches: Sequence[Any]

@@ -17,13 +17,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from obc.model.evaluation import ForwardFn
-from obc.model.plan import PruningPlan
-from obc.model.processes import Processes
 from obc.model.progress import LayerProgress
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.calibration import norm_reference, output_error, outputs, recalibrate_from, streamed_error
 from obc.recovery.chain_parts import ChainPart, parts
+from obc.recovery.compensation_options import CompensationOptions
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
 from obc.recovery.consumers import PrunedConsumer, in_execution_order
 from obc.recovery.layer_rows import output_rows, stream_weights
@@ -34,19 +32,6 @@ from obc.recovery.padding import valid_rows
 from obc.recovery.stream_points import Call, observe, of_same_tokens
 
 _Moments = dict[str, RegressionMoments]  # by layer
-
-
-@dataclass(frozen=True)
-class LeastSquaresOptions:
-    """Arguments of :func:`obc.recovery.compensate` for modes "ls" and "seq"."""
-
-    forward: ForwardFn
-    ridges: Sequence[float]
-    sequential: bool
-    max_bytes: int
-    keep_decompressors: bool
-    processes: Processes
-    plan: PruningPlan
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +73,7 @@ class LeastSquaresRun:
         consumers: Mapping[str, PrunedConsumer],
         batches: tuple[UsableBatches, UsableBatches],
         norms: Sequence[_BatchNorm],
-        options: LeastSquaresOptions,
+        options: CompensationOptions,
         bar: LayerProgress,
     ) -> None:
         self.pruned, self.original, self.options, self.bar = pruned, original, options, bar
@@ -125,7 +110,7 @@ class LeastSquaresRun:
         at_once = self._at_once()
         errors = self._try(at_once)
         best = min(at_once, key=lambda candidate: errors[candidate.name])
-        if self.options.sequential:
+        if self.options.mode == "seq":
             ridge = min((one for one in at_once if one.ridge is not None), key=lambda one: errors[one.name]).ridge
             assert ridge is not None
             sequential = self._sequential(ridge)
