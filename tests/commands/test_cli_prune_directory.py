@@ -259,3 +259,10 @@ def test_what_needs_whole_blocks_says_which_option_gives_them(
     data = ["--data", tmp_path / "data.jsonl", "--seq-len", 8, "--batches", 2]
     assert prune(llama, *data, *options, "--blocks", 0.8, "--out", tmp_path / "out") == 2
     assert "--kinds layers of obc prune" in capsys.readouterr().err
+
+
+def test_kinds_that_the_model_has_not_are_answered_by_those_it_has(llama: Path, tmp_path: Path, capsys: Any) -> None:
+    assert prune(llama, "--data", tmp_path / "data.jsonl", "--kinds", "experts", "--out", tmp_path / "out") == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "obc prune: --kinds experts: LlamaForCausalLM has no such groups; it has heads, ffn"
+    )

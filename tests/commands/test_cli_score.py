@@ -188,7 +188,7 @@ def test_activations_are_computed_again_in_backward(
 
 def test_sequences_follow_the_documents_without_padding(text: Path) -> None:
     words = tokenizer()
-    (first, second) = data._sequences(text, words, 20, 8, 2)
+    (first, second), _ = data._sequences(text, words, 20, 8, 2)
     paragraph = words("the quick brown fox jumps over", add_special_tokens=False)["input_ids"]
     end, other = words.sep_token_id, words("a lazy dog", add_special_tokens=False)["input_ids"]
     assert first + second == ([*paragraph, end, *other, end, *paragraph])[:16]
@@ -223,6 +223,13 @@ def _written(path: Path, content: str) -> Path:
     return path
 
 
+def _cut_short(folder: Path) -> Path:
+    """A model directory whose download broke off."""
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -235,10 +242,22 @@ def _written(path: Path, content: str) -> Path:
         (lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.jsonl", '{"a": 1}')], "give each line a"),
         (
             lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.jsonl", '{"input_ids": [20]}')],
-            "is not in the model's 20",
+            "token 20 is none of the model's 20 (0 to 19); use the tokenizer of this model",
         ),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--seq-len", 13], "the model has room for 12 tokens"),
-        (lambda save, ids, tmp: [save("llama"), "--data", ids, "--batch-size", 99], "pass more text"),
+        (lambda save, ids, tmp: [save("llama"), "--data", ids, "--batch-size", 99], "a batch takes 99 x 12; pass more"),
+        (
+            lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.jsonl", '{"input_ids": [1, 2]}')],
+            "has 2 tokens, and a batch takes 4 x 12; pass more text, or a smaller --seq-len or --batch-size",
+        ),
+        (
+            lambda save, ids, tmp: [save("llama"), "--data", _written(tmp / "a.jsonl", "")],
+            "has 0 tokens, and a batch takes 4 x 12",
+        ),
+        (
+            lambda save, ids, tmp: [_cut_short(save("llama")), "--data", ids],
+            "can't load LlamaForCausalLM from",
+        ),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--seq-len", 1], "no next token to predict"),
         (lambda save, ids, tmp: [save("llama"), "--data", ids, "--loss", "masked-lm"], "needs another head"),
         (lambda save, ids, tmp: [save("encoder"), "--data", ids, "--loss", "kl"], "use --loss label-free"),
@@ -320,7 +339,7 @@ def test_statistics_are_collected_and_a_directory_is_pruned_by_them(
         ("--criterion", "masked"): "runs the model itself",
         ("--criterion", "flop"): "criterion must be one of",
         ("--allocation", "uniform"): "needs --criterion",
-        (): "is not a score file",
+        (): "is not a score file but one of statistics (Statistics of LlamaForCausalLM over ",
     }
     for options, message in refused.items():
         assert cli.main([*prune, *options]) == 2

@@ -185,9 +185,9 @@ def test_the_command_writes_the_page_of_a_pruning_with_scores(as_folder: bool, t
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("s.safetensors", None, "no score file at"),
+        ("s.safetensors", None, "there is no file or folder"),
         ("s.safetensors", b"<html>", "is not a score file"),
-        ("report.json", None, "No such file"),
+        ("report.json", None, "there is no file or folder"),
         ("report.json", b"{}", "is not a report"),
         ("", None, "holds no report"),
     ],

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils.parametrizations import weight_norm
 from transformers_families import FAMILIES, double, output
 
 import obc
@@ -222,3 +223,19 @@ def test_the_callers_rounding_spares_heads() -> None:
     widths = {group.name: group.size for group in structure.groups}
     assert all(widths[name] % 16 == 0 for name in widths if "mlp" in name)
     assert min(widths[name] for name in widths if "attn" in name) == 1
+
+
+def test_reasons_that_differ_in_the_layers_number_are_given_once() -> None:
+    """A model of many layers would give each its own sentence."""
+    model = FAMILIES["llama"]().model
+    layers = model.model.layers
+    for layer in layers:
+        weight_norm(layer.self_attn.q_proj)
+        weight_norm(layer.mlp.up_proj)
+    batches, structure = [{"input_ids": torch.zeros(1, 4, dtype=torch.long)}], TransformersStructure(model)
+    with pytest.raises(ValueError, match="no layer can be pruned") as error:
+        obc.prune(model, None, batches, lambda model, batch: model(**batch).logits.sum(), structure=structure)
+    said = str(error.value)
+    assert said.count(" is parametrised") == 2
+    assert said.count(f" (and {len(layers) - 1} like it)") == 2
+    assert "model.layers.0.self_attn.q_proj is" in said

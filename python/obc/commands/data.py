@@ -90,12 +90,13 @@ def _token_batches(
     if loss == "causal-lm" and length < 2:
         raise UsageError(f"--seq-len {length}: one token has no next token to predict; pass at least 2")
     inner = length - len(start) - len(end)
-    sequences = [[*start, *sequence, *end] for sequence in _sequences(data, tokenizer, vocabulary, inner, count * size)]
-    if len(sequences) < size:
+    found, left = _sequences(data, tokenizer, vocabulary, inner, count * size)
+    if len(found) < size:
         raise UsageError(
-            f"--data {data} has {len(sequences)} sequences of {length} tokens, a batch takes {size}; "
-            f"pass more text, or a smaller --seq-len or --batch-size"
+            f"--data {data} has {len(found) * inner + left} tokens, and a batch takes {size} x {inner}; pass more "
+            "text, or a smaller --seq-len or --batch-size"
         )
+    sequences = [[*start, *sequence, *end] for sequence in found]
     ids = torch.tensor(sequences)
     generator = torch.Generator().manual_seed(seed)
     for batch in ids.split(size):
@@ -140,23 +141,26 @@ def _token(tokenizer: Any, kind: str) -> list[int]:
     return [] if token is None else [token]
 
 
-def _sequences(data: Path, tokenizer: Any, vocabulary: int, length: int, most: int) -> list[list[int]]:
-    """Up to ``most`` sequences of ``length`` tokens; reads no more of the file than needed."""
+def _sequences(data: Path, tokenizer: Any, vocabulary: int, length: int, most: int) -> tuple[list[list[int]], int]:
+    """Up to ``most`` sequences of ``length`` tokens, and how many tokens are left; reads no more than needed."""
     if length < 1:
         raise UsageError("--seq-len leaves no room for text")
     separator = _token(tokenizer, "eos") or _token(tokenizer, "sep")
     pending: list[int] = []
     found: list[list[int]] = []
     for tokens in _documents(data, tokenizer):
-        if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            raise UsageError(f"--data {data}: token {max(tokens)} or {min(tokens)} is not in the model's {vocabulary}")
+        if strange := [token for token in tokens if not 0 <= token < vocabulary]:
+            raise UsageError(
+                f"--data {data}: token {strange[0]} is none of the model's {vocabulary} (0 to {vocabulary - 1}); use "
+                "the tokenizer of this model"
+            )
         pending += [*tokens, *separator]
         while len(pending) >= length and len(found) < most:
             found.append(pending[:length])
             del pending[:length]
         if len(found) == most:
             break
-    return found
+    return found, len(pending)
 
 
 def _documents(data: Path, tokenizer: Any) -> Iterator[list[int]]:

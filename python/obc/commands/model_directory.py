@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -131,7 +132,7 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
                     f"{path} lacks {len(missing)} weights of {named}, which would be random: {listed(missing)}; save "
                     "the whole model there"
                 )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UsageError(
             f"can't load {named} from {path}: {_line(error)}; the directory must hold safetensors weights of an "
             "architecture that this transformers knows"

@@ -89,5 +89,10 @@ def structure_of(parsed: argparse.Namespace, model: Any) -> Any:
     structure = TransformersStructure(
         model, uniform=bool(parsed.uniform), round_to=parsed.round_to, ignored_layers=ignored, **kinds
     )
+    if parsed.kinds and not structure.groups and not structure.left_out:
+        others = dict.fromkeys(group.kind for group in obc.transformer_groups(model))
+        raise UsageError(
+            f"--kinds {' '.join(parsed.kinds)}: {type(model).__name__} has no such groups; it has {', '.join(others)}"
+        )
     structure.saved_with_plan = True
     return structure

@@ -45,7 +45,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     source = Path(parsed.target)
     _check(parsed)
     folder(parsed.out)
-    scores = load_scores(parsed.scores) if parsed.criterion is None else _statistics(parsed.scores)
+    scores = _scores(parsed.scores) if parsed.criterion is None else _statistics(parsed.scores)
     directory = model_directory.load(source, parsed.dtype, model_directory.device_of(parsed.device))
     model = directory.model
     try:
@@ -140,6 +140,20 @@ def _note_result(report: PruningReport, structure: Any, budget: Budget) -> None:
     report.widths = {name: (before, now.get(name, 0)) for name, (before, _) in report.widths.items()}
     report.left_out |= structure.left_out
     report.warnings = list(structure.warnings)
+
+
+def _scores(path: Path) -> Scores:
+    try:
+        return load_scores(path)
+    except UsageError as error:
+        try:
+            statistics = obc.Statistics.load(path)
+        except (OSError, ValueError):
+            raise error from None
+        raise UsageError(
+            f"--scores {path} is not a score file but one of statistics ({statistics}); pass --criterion too, one that "
+            "needs these (obc criteria lists them)"
+        ) from None
 
 
 def _statistics(path: Path) -> obc.Statistics:

@@ -66,6 +66,8 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _file(source: Path) -> Path:
     """The file itself, or the report in a folder."""
+    if not source.exists():
+        raise UsageError(f"there is no file or folder {source}; pass what obc prune or obc score wrote")
     if not source.is_dir():
         return source
     refuse_unfinished(source, UsageError)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
@@ -295,5 +296,9 @@ class Job:
 
 
 def _not_pruned(left_out: Mapping[str, str]) -> str:
-    reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-    return f" (not pruned: {reasons})" if reasons else ""
+    """What was left out: of layers that differ in their number alone, the first, and how many more there are."""
+    alike: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        alike.setdefault(re.sub(r"\d+", "#", f"{name}: {why}"), []).append(f"{name}: {why}")
+    reasons = [first + (f" (and {len(more)} like it)" if more else "") for first, *more in alike.values()]
+    return f" (not pruned: {'; '.join(reasons)})" if reasons else ""

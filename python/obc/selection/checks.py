@@ -190,7 +190,8 @@ def warn_if_few_rows(units: Tensor) -> None:
     if units.shape[1] < units.shape[0]:
         warnings.warn(
             f"{units.shape[1]} rows are fewer than the {units.shape[0]} units to choose from, so they can't tell all "
-            "interactions from noise, and interactions are shrunk; more batches, or rows of samples or tokens, help",
+            "interactions from noise, and interactions are shrunk; more batches help, or rows of samples or tokens "
+            "where they are of batches",
             stacklevel=_CALLER,
         )
 
