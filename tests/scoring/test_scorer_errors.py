@@ -297,6 +297,36 @@ def test_nested_rows() -> None:
     assert_parity(scorer.scores(), expected_scores(case))
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["in the row", "between rows"])
+@pytest.mark.parametrize("scaled", [True, False], ids=["GradScaler", "plain"])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_steps_while_the_scorer_is_attached(
+    kind: type[torch.optim.Optimizer], scaled: bool, inside: bool
+) -> None:
+    """Norms keep their gradients, so a step would train them, and every row would be of another model."""
+    case = models.residual_cnn()
+    before = copy.deepcopy(case.model.state_dict())
+    optimizer, other = kind(case.model.parameters(), lr=0.1), kind(nn.Linear(2, 2).parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+
+    def read() -> None:
+        with (scorer := obc.JacobianScorer(case.model)):
+            with scorer.row(scaler.get_scale()):
+                scaler.scale(losses(case.model, case.batches[0]).mean()).backward()
+                if inside:
+                    scaler.step(optimizer)
+            other.step()  # of another model
+            scaler.step(optimizer)
+
+    with pytest.raises(obc.scoring.ScoringError, match=rf"^{kind.__name__}\.step\(\) inside .* outside the block"):
+        read()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in case.model.state_dict().items())
+    optimizer.zero_grad()
+    losses(case.model, case.batches[0]).mean().backward()
+    optimizer.step()  # after the block
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in case.model.state_dict().items())
+
+
 def test_a_row_without_a_backward() -> None:
     """Nothing is read: not a row of zeros, which would count."""
     case = models.residual_cnn()

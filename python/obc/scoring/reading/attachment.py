@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from obc.model.sharding import data_parallel_modules, is_fully_sharded
 from obc.scoring.errors import ScoringError
@@ -89,6 +91,7 @@ class Attachment:
                 reader.attach(self.reading)
         # Registered after the gates' hooks: among hooks that are prepended, the last one registered runs first.
         self._guards = [handle for module in self.modules if (handle := guard(module)) is not None]
+        self._guards.append(register_optimizer_step_pre_hook(self._refuse_step))
         self.plan.chains.bind(self.norms)
 
     def undo(self) -> None:
@@ -110,6 +113,14 @@ class Attachment:
             wrapper.require_backward_grad_sync, wrapper.require_forward_param_sync = backward, forward
         torch.backends.mha.set_fastpath_enabled(self._fastpath)
         self.reading.samples = None
+
+    def _refuse_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        own = {id(parameter) for parameter, _, _ in self._before}
+        if any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+            raise ScoringError(
+                f"{type(optimizer).__name__}.step() inside `with scorer:` would change the model between rows, where "
+                "only norms have gradients; step optimizers outside the block"
+            )
 
     def drop_gradients(self) -> None:
         """Drop gradients that a row left in weights that could not be frozen."""
