@@ -342,3 +342,22 @@ def test_a_plan_that_does_not_fit_changes_nothing() -> None:
             PruningPlan(plan).apply(model)
         assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
         assert model[0].out_features == 6
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_weights_stay_channels_last(dims: int) -> None:
+    conv, transposed = (nn.Conv2d, nn.ConvTranspose2d) if dims == 2 else (nn.Conv3d, nn.ConvTranspose3d)
+    form = torch.channels_last if dims == 2 else torch.channels_last_3d
+    torch.manual_seed(0)
+    model = nn.Sequential(conv(3, 8, 3), nn.ReLU(), transposed(8, 6, 3), nn.ReLU(), conv(6, 2, 1))
+    last = copy.deepcopy(model).to(memory_format=form)
+    x = torch.randn(2, 3, *[6] * dims)
+    plan = PruningPlan(
+        {"0": Kept(out_channels=torch.tensor([0, 3, 6])), "2": Kept(in_channels=torch.tensor([0, 3, 6]))}
+    )
+    for one in (model, last):
+        plan.apply(one)
+    assert all(last[layer].weight.is_contiguous(memory_format=form) for layer in (0, 2, 4))
+    assert not last[0].weight.is_contiguous()
+    assert all(model[layer].weight.is_contiguous() for layer in (0, 2, 4))
+    torch.testing.assert_close(last(x.contiguous(memory_format=form)), model(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -45,7 +46,17 @@ def _cut_tensor(module: nn.Module, name: str, tensor: Tensor, kept: Kept | None,
     taken = sliced(module, name, tensor.detach(), kept, key, getattr(module, "weight", None))
     if taken.shape == tensor.shape:
         return tensor
+    taken = _laid_out_like(tensor, taken)
     return nn.Parameter(taken, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else taken
+
+
+def _laid_out_like(tensor: Tensor, taken: Tensor) -> Tensor:
+    """``taken`` in the memory format of ``tensor``, which picking channels loses: channels last stays channels last."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(tensor.dim())
+    if last is None or tensor.is_contiguous() or not tensor.is_contiguous(memory_format=last):
+        return taken
+    return taken.contiguous(memory_format=last)
 
 
 def sync_sizes(module: nn.Module) -> None:
