@@ -82,6 +82,7 @@ class Selection:
 
 
 SELECTIONS: dict[str, Selection] = {
+    "default": Selection.of(None),  # of obc.prune with compensation: it tries criteria; in steps only
     "jacobian": Selection.of("jacobian"),
     "jacobian-uniform": Selection.of("jacobian", allocation="uniform"),
     "jacobian-capped": Selection.of("jacobian", max_pruning_ratio=0.8),
@@ -381,8 +382,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     for method in arguments.methods:
         selection, _, how = method.partition("+")
-        if selection not in SELECTIONS or how not in COMPENSATION:
-            known = f"selections {', '.join(SELECTIONS)}; compensation {', '.join(COMPENSATION)}"
+        known_method = selection in SELECTIONS and how in COMPENSATION
+        if not known_method or (SELECTIONS[selection].criterion is None and how != "steps"):
+            known = f"selections {', '.join(SELECTIONS)}; compensation {', '.join(COMPENSATION)}; default+steps alone"
             parser().error(f"--methods takes SELECTION+COMPENSATION, got {method!r}; {known}")
     torch.set_num_threads(arguments.threads)
     start, facts, out = time.perf_counter(), provenance(1, arguments.threads), arguments.out

@@ -70,7 +70,7 @@ def add(commands: Any) -> None:
     prune.add_argument("--seed", type=int, default=0, help="seed of everything random (default: 0)")
     prune.add_argument(
         "--criterion",
-        help="see obc criteria (default: token_jacobian for text, else jacobian); --scores must have its statistics",
+        help="see obc criteria (default: that of obc.prune, of text token_jacobian); --scores must have its statistics",
     )
     prune.add_argument("--allocation", metavar=allocation_option.METAVAR, help=allocation_option.HELP)
     _add_ways(prune)

@@ -35,7 +35,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     model, loss = directory.model, directory.loss
     if parsed.loss is None and loss != "label-free":
         loss = "kl"
-    criterion, count = ("jacobian", IMAGES) if parsed.data.is_dir() else ("token_jacobian", SEQUENCES)
+    criterion, count = (None, IMAGES) if parsed.data.is_dir() else ("token_jacobian", SEQUENCES)
     rows: RowKind = parsed.rows or "batch"
     batches = data.batches(
         parsed,

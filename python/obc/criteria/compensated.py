@@ -1,7 +1,7 @@
 """The Jacobian Criterion of the loss after compensation: whatever the others can reproduce is cheap.
 
-For a consumer with input x (centred if it has a bias), H = E[x x^T] + lambda I, P = H^-1, unit u a set of its channels,
-and y = dL_n/dx at the same positions:
+For a consumer with input x (centred if it has a bias or a BatchNorm alone reads its output), H = E[x x^T] + lambda I,
+P = H^-1, unit u a set of its channels, and y = dL_n/dx at the same positions:
 
     e_u = (P_uu)^-1 (P x)_u             x_u minus its best linear prediction from all other channels
     r_u[n] = sum over positions and c in u of e_c . dL_n/dx_c,          S_u = sum over n of r_u[n]^2
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from obc.criteria.means import free_of_means
 from obc.criteria.protocol import About, MeasuredRows, Subject
 from obc.criteria.residual_rows import read_residuals
 from obc.criteria.residuals import Residuals
@@ -49,8 +50,9 @@ class CompensatedJacobian(MeasuredRows):
         if not have_consumers(subject.groups, subject.model):
             return {}
         statistics = collected([Gram(to=self.to)], (), subject)
+        free = free_of_means(subject)
         taps = [
-            Residuals.of(group.name, consumer, statistics, self.ridge)
+            Residuals.of(group.name, consumer, statistics, self.ridge, consumer.name in free)
             for group in subject.groups
             for consumer in consumers_of(group, subject.model)
             if consumer.name in statistics.gram

@@ -24,6 +24,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from obc.criteria.means import free_of_means
 from obc.criteria.obs import OBS
 from obc.criteria.output_metrics import OutputMetrics, in_metric
 from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion, Subject
@@ -90,8 +91,8 @@ class KFACOBS(MeasuredCriterion):
         ridge: lambda, relative to the mean diagonal of G. None: 0.01 + 10 in / n for a layer with ``in`` channels that
             saw n positions: with few samples, layers with few positions (the last ones of a convolutional network)
             look more redundant than they are.
-        centred: G is the covariance: the mean of what goes costs nothing. None: where the consumer has a bias. True is
-            right too where a BatchNorm follows whose statistics are estimated anew.
+        centred: G is the covariance: the mean of what goes costs nothing. None: where the consumer has a bias, or a
+            BatchNorm alone reads its output, whose statistics ``obc.prune`` estimates anew.
         factors: whether positions count together, by the factors above.
     """
 
@@ -111,12 +112,12 @@ class KFACOBS(MeasuredCriterion):
         """(units,) per group: the saliency of a unit when the greedy order removes it."""
         if not have_consumers(subject.groups, subject.model):
             return {}
-        statistics = collected([Gram()], (), subject)
+        statistics, free = collected([Gram()], (), subject), free_of_means(subject)
         taps, grams, ridges = [], dict[str, Tensor](), dict[str, float]()
         for group in subject.groups:
             for consumer in consumers_of(group, subject.model):
                 if consumer.name in statistics.gram:
-                    centred = consumer.has_bias if self.centred is None else self.centred
+                    centred = consumer.name in free if self.centred is None else self.centred
                     ridges[consumer.name] = ridge = self._ridge(statistics.gram[consumer.name])
                     taps.append(Residuals.of(group.name, consumer, statistics, ridge, centred))
                     grams[consumer.name] = second_moment(consumer, statistics, centred, share=False)

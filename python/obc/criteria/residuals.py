@@ -67,14 +67,11 @@ class Residuals:
     rows: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float, centred: bool | None = None
-    ) -> Residuals:
+    def of(cls, group: str, consumer: Consumer, statistics: Statistics, ridge: float, centred: bool) -> Residuals:
         """Residuals of a consumer whose Gram matrix was collected; ``ridge`` is relative to the mean diagonal.
 
-        ``centred``: x is taken without its mean; None: if the consumer has a bias.
+        ``centred``: x is taken without its mean.
         """
-        centred = consumer.has_bias if centred is None else centred
         inverted = inverse(second_moment(consumer, statistics, centred), ridge, consumer.name)
         channels = consumer.channels
         blocks = inverted[channels[:, :, None], channels[:, None, :]]

@@ -28,6 +28,7 @@ class Choice:
         slices: which slices of a unit the Jacobian Criterion reads.
         per_cost: whether scores are divided by what the unit's removal frees.
         caps: how much any one group may lose.
+        open: nothing was asked for, so that :mod:`obc.pruning.trial` may take another criterion.
     """
 
     criterion: Any
@@ -39,6 +40,7 @@ class Choice:
     min_units: int
     round_to: int | None
     caps: Caps
+    open: bool = False
 
     @classmethod
     def of(
@@ -58,7 +60,8 @@ class Choice:
         Raises:
             ValueError: an argument has an unknown value, or arguments can't be combined.
         """
-        criterion, slices = chosen_criterion(criterion, slices)
+        is_open = (criterion, allocation, selection, slices, shrinkage) == (None, None, None, "gate", None)
+        criterion, slices = chosen_criterion("jacobian" if criterion is None else criterion, slices)
         if selection is None:
             selection = "joint" if has_rows(criterion) and slices == "gate" else "independent"
         one_of("selection", selection, get_args(Selection))
@@ -69,7 +72,7 @@ class Choice:
         if round_to is not None:
             positive("round_to", round_to)
         chosen = chosen_allocation(allocation, criterion)
-        return cls(criterion, chosen, selection, slices, per_cost, shrinkage, min_units, round_to, caps)
+        return cls(criterion, chosen, selection, slices, per_cost, shrinkage, min_units, round_to, caps, is_open)
 
     def said(self, allocation: Any) -> dict[str, object]:
         """The entries for the report's provenance; ``allocation`` is the argument of ``obc.prune``."""

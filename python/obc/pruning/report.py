@@ -105,8 +105,8 @@ class PruningReport:
         speed: seconds of a forward pass on the first batch, with ``measure=True``.
         widths: group -> (units before, units after).
         steps: one entry per step that removed something.
-        seconds: wall time of each part: "structure", "latency" (measuring a table), "count", "score", "select",
-            "remove", "recalibrate", "compensate", "verify", "measure".
+        seconds: wall time of each part: "structure", "latency" (measuring a table), "try" (criteria), "count",
+            "score", "select", "remove", "recalibrate", "compensate", "verify", "measure".
         unscored: layers whose rows were needed but could not be read -> why.
         left_out: groups that were not pruned -> why.
         warnings: what deserves a second look.
@@ -225,6 +225,8 @@ class PruningReport:
         lines += [f"{name}: {one}" for name, one in self.known.items()]
         if self.speed is not None:
             lines.append(self.speed_said())
+        if tried := self.provenance.get("criteria tried"):
+            lines.append(f"criterion: {self.provenance['criterion']}; held-out error after compensation: {tried}")
         lines += self._widths_said()
         lines += _by_reason("not pruned", self.left_out)
         lines += _by_reason("not scored", self.unscored)

@@ -32,6 +32,7 @@ from obc.pruning.job import Job
 from obc.pruning.measured import MeasuredMacs, MeasuredSpeed
 from obc.pruning.report import PruningReport, PruningResult, provenance, timed
 from obc.pruning.snapshot import Snapshot
+from obc.pruning.trial import better_criterion
 from obc.selection.caps import Caps
 from obc.selection.choice import Selection
 from obc.structures.memory import MemoryUse
@@ -52,7 +53,7 @@ def prune(
     latency: float | None = None,
     memory_use: MemoryUse | None = None,
     latency_table: LatencyTable | str | os.PathLike[str] | None = None,
-    criterion: str | Any = "jacobian",
+    criterion: str | Any | None = None,
     allocation: str | Any | None = None,
     selection: Selection | None = None,
     steps: int | Sequence[float] = DEFAULT_STEPS,
@@ -116,7 +117,10 @@ def prune(
             is missing, ``latency`` measures one on the first batch before anything is removed
             (:func:`obc.measure_latency`). With another budget it is used for the report only.
         criterion: "jacobian" or another name in ``obc.criteria.available()`` (docs/criteria.md); an object with
-            ``needs`` and ``score(group, statistics, model)``; or such a function.
+            ``needs`` and ``score(group, statistics, model)``; or such a function. None: "jacobian"; if 1x1 convolutions
+            read a whole group, ``compensate`` is "correct", "ls" or "seq", and ``allocation``, ``selection``,
+            ``slices`` and ``shrinkage`` are left out, "kfac_obs" if that leaves a smaller error after compensation
+            (:mod:`obc.pruning.trial`); ``report.provenance`` says which.
         allocation: how much each group loses: "global" (all units compete), "uniform" (equal shares), "equal" (equal
             widths of groups of one kind), "profile" (blocks that change their input more keep more), "two_classes"
             (attention is ranked separately), "search" (by the output's loss, :class:`obc.selection.search.Search`),
@@ -219,6 +223,7 @@ def _prune(
         final_proof = FinalProof(structure, run) if options.verify else None
     with timed(report, "latency"):
         budget = budget.ready(structure, run, choice.round_to)
+    choice = better_criterion(choice, structure, subject, budget, options, report)
     counted = MeasuredMacs(structure, run, report)
     speed = MeasuredSpeed(model, run, report) if options.measure else None
     compensator = None if options.compensate is None else Compensator(structure, subject, options, report)
