@@ -110,6 +110,68 @@ def test_a_guide_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)
 
 
+def _vision_language_model() -> Any:
+    transformers = importlib.import_module("transformers")
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
+    )
+    vision_config = transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8, projection_dim=16)
+    config = transformers.LlavaConfig(vision_config=vision_config, text_config=text, image_token_index=60)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def _on_transformers(folder: Path) -> dict[str, Any]:
+    """What the pages on transformers models speak of without making it."""
+    transformers = importlib.import_module("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, num_hidden_layers=3)
+    model = transformers.LlamaForCausalLM(config).eval()
+    batches = [{"input_ids": tokens} for tokens in torch.randint(0, 60, (16, 12)).split(2)]
+    given = {"torch": torch, "obc": obc, "model": model, "batches": batches, "batch": batches[0], "path": folder}
+    given |= {name: getattr(transformers, name) for name in ("AutoModelForCausalLM", "BitsAndBytesConfig")}
+    given |= {"TransformersStructure": TransformersStructure, "folder": folder}
+    given["loss_fn"] = lambda model, batch: model(**batch).logits.float().square().mean()
+    return given
+
+
+@pytest.mark.parametrize("name", ["transformers", "large_models", "stored_models"])
+def test_a_guide_on_transformers_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block; what it saves by ``save_pretrained``, ``from_pretrained`` loads."""
+    transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
+    from gguf_files import write
+
+    monkeypatch.chdir(tmp_path)
+    namespace = _on_transformers(tmp_path)
+    namespace["model"].save_pretrained(tmp_path)
+    write(namespace["model"], tmp_path / "model-q4_0.gguf")
+    saved = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # few rows are asked for, so that the test is short
+        for line, source in blocks(ROOT / "docs" / f"{name}.md"):
+            fresh = _on_transformers(tmp_path)
+            namespace["loss_fn"], namespace["batches"] = fresh["loss_fn"], fresh["batches"]
+            if name == "transformers":
+                namespace["scores"] = obc.score(fresh["model"], fresh["batches"], fresh["loss_fn"], progress=False)
+                namespace["model"] = fresh["model"]
+            elif "merge_and_unload" in source:
+                peft = pytest.importorskip("peft", reason="peft is missing: pip install peft")
+                namespace["model"] = peft.get_peft_model(fresh["model"], peft.LoraConfig(target_modules="all-linear"))
+            elif "vision_tower" in source:
+                namespace["model"] = _vision_language_model()
+                tokens, image = torch.tensor([[5, 7, *[60] * 4, 9, 11]]), torch.randn(1, 3, 16, 16)
+                namespace["batches"] = [{"input_ids": tokens, "pixel_values": image}] * 8
+            exec(compile("\n" * (line - 1) + source, str(ROOT / "docs" / f"{name}.md"), "exec"), namespace)
+            if "model.save_pretrained(" in source:
+                model, batch = namespace["model"], namespace["batches"][0]
+                again = type(model).from_pretrained("pruned", dtype=model.dtype).eval()
+                assert torch.equal(again(**batch).logits, model(**batch).logits)
+                saved += 1
+    assert saved == {"transformers": 1, "large_models": 0, "stored_models": 2}[name]
+    assert transformers.AutoConfig.from_pretrained(tmp_path).intermediate_size == 256
+
+
 def test_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block, given the model and the batches that they speak of."""
     transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
