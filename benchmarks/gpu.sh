@@ -10,6 +10,14 @@
 # installed, and runs the benchmarks. FOLDER, by default benchmarks/results, gets four files, kept up to date: gpu-run.json
 # (what each part found), gpu-<GPU's name>.json and .txt (the benchmarks), and gpu-logs.tar.gz. The exit code is 1 where a
 # part failed; the others run all the same. compute-sanitizer has a script of its own: benchmarks/sanitize_gpu.sh.
+#
+# On a machine that is lent for half an hour, ten minutes a command, and may be a new one at every command, these three
+# in this order take at most 25 minutes; each brings back four files. The third runs more of the tests than the first
+# has time for: its worth is in `not_run` of the first gpu-run.json.
+#
+#   benchmarks/gpu.sh FOLDER
+#   benchmarks/gpu.sh FOLDER --parts build --seconds 90; SECONDS_PER_TOOL=225 benchmarks/sanitize_gpu.sh FOLDER
+#   benchmarks/gpu.sh FOLDER --parts build tests --seconds 400
 set -eu
 
 cd "$(dirname "$0")/.."

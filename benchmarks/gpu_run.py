@@ -83,7 +83,7 @@ class Part:
         least: seconds that earlier parts leave to it; with less than half of them, which would be of no use, it is left
             out. Parts that have to be killed take up to two times :data:`GRACE` of it.
         command: of (:class:`Folders`, seconds that it has).
-        most: seconds after which it is ended whatever is left.
+        most: seconds after which it is ended whatever is left, because other parts follow; the last one has all.
         environment: what it has besides, of the seconds.
         outcome: what its results say, of :class:`Folders`, read when it has ended.
         missing: why it can't run here, or None.
@@ -251,7 +251,8 @@ def run(parts: Sequence[Part], out: Path, seconds: float) -> dict[str, Any]:
             later = sum(other.least + GRACE / 4 for other in parts[index + 1 :] if other.missing() is None)
             left = end - time.monotonic() - GRACE
             needed = part.least / 2
-            allowed = min(part.most, max(min(part.least, left), left - later))
+            most = part.most if index + 1 < len(parts) else float("inf")
+            allowed = min(most, max(min(part.least, left), left - later))
             if reason := part.missing():
                 result: dict[str, Any] = {"left_out": reason}
             elif left < needed:

@@ -243,9 +243,14 @@ def test_a_part_that_was_left_more_than_half_runs(tmp_path: Path) -> None:
     assert 19 < report["parts"]["short"]["allowed_seconds"] <= 20
 
 
-def test_a_part_is_ended_after_its_most(tmp_path: Path) -> None:
-    report = gpu_run.run([Part("long", 1, python("import time; time.sleep(60)"), most=2)], tmp_path, seconds=100)
+def test_a_part_is_ended_after_its_most_where_others_follow(tmp_path: Path) -> None:
+    parts = [
+        Part("long", 1, python("import time; time.sleep(60)"), most=2),
+        Part("last", 1, python("print(1)"), most=2),
+    ]
+    report = gpu_run.run(parts, tmp_path, seconds=100)
     assert report["parts"]["long"]["allowed_seconds"] == 2
+    assert report["parts"]["last"]["allowed_seconds"] > 2
 
 
 def test_smoke_tries_every_operator_on_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
