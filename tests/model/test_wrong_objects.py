@@ -31,7 +31,8 @@ def loss(model: nn.Module, batch: Tensor) -> Tensor:
 
 
 def prune(model: nn.Module, **options: Any) -> obc.PruningResult:
-    return obc.prune(model, X, [X, X], loss, **{"steps": 1, "progress": False, "round_to": 4, **options})
+    given = {"loss_fn": loss, "steps": 1, "progress": False, "round_to": 4}
+    return obc.prune(model, X, [X, X], **{**given, **options})
 
 
 # --- plans and state dicts ---------------------------------------------------------------------------------------
@@ -85,6 +86,24 @@ def test_a_pruned_model_with_other_values_is_said_to_be_changed(call: str) -> No
         result.model[0].weight.mul_(2)
     with pytest.raises(obc.PlanError, match=r"^0\.weight: .*compensated or trained.*as pruning left it"):
         ON_A_STATE_DICT[call](network().state_dict(), result)
+
+
+@pytest.mark.parametrize("side", ["out_channels", "in_channels"])
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([0, 1], "got list$"),
+        (torch.tensor([0, 1], dtype=torch.int32), r"got torch\.int32 \(2,\)$"),
+        (torch.tensor([True, False]), r"got torch\.bool \(2,\); of a mask pass mask\.nonzero\(\)\[:, 0\]$"),
+        (torch.tensor([[0], [1]]), r"got torch\.int64 \(2, 1\)$"),
+        (torch.tensor([0, 3, 3]), "got 3 before 3$"),
+        (torch.tensor([0, 5, 2]), "got 5 before 2$"),
+    ],
+    ids=["list", "int32", "mask", "matrix", "twice", "order"],
+)
+def test_channels_kept_that_are_no_ascending_indices(side: str, indices: Any, message: str) -> None:
+    with pytest.raises(obc.PlanError, match=f"^{side} must be a tensor .* ascending, {message}"):
+        obc.Kept(**{side: indices})
 
 
 # --- names -------------------------------------------------------------------------------------------------------
@@ -168,6 +187,18 @@ def test_a_loss_that_differentiates_by_its_inputs_is_no_backward() -> None:
     model = network().double()
     (gradient,) = torch.autograd.grad(penalised(model, X.double()), model[3].weight)
     torch.testing.assert_close(scores, (model[3].weight * gradient).sum(0).square().detach().float())
+
+
+@pytest.mark.parametrize("criterion", ["jacobian", "l1"])
+def test_a_loss_that_fails_in_prune_has_a_note_on_its_batch(criterion: str) -> None:
+    def wrong(model: nn.Module, batch: Tensor) -> Tensor:
+        return model(batch)["loss"]
+
+    with pytest.raises(IndexError) as raised:
+        prune(network(), loss_fn=wrong, criterion=criterion)
+    note, *others = raised.value.__notes__
+    assert note == "loss_fn(model, batch) failed; this batch is float32 (8, 3) on cpu"
+    assert not any("failed" in other for other in others)
 
 
 def test_weights_that_are_not_finite_are_the_cause() -> None:

@@ -43,14 +43,15 @@ def explained(model: nn.Module, doing: str, remedy: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def on_batch(model: nn.Module, index: int, batch: Any) -> Iterator[None]:
-    """Add a note to errors of the caller's loss inside the block, with the batch and the layer. Their type stays."""
+def on_batch(model: nn.Module, batch: Any, index: int | None = None, called: str = "loss_fn") -> Iterator[None]:
+    """Add a note on the batch and the layer to errors of the caller's function inside the block. Their type stays."""
     try:
         yield
     except Exception as error:
         layer = layer_in(error, model)
         place = "" if layer is None else f" in layer {layer!r}"
-        add_note(error, f"loss_fn(model, batch) failed on batch {index}{place}; this batch is {_kind(batch)}")
+        number = "" if index is None else f" on batch {index}"
+        add_note(error, f"{called}(model, batch) failed{number}{place}; this batch is {_kind(batch)}")
         raise
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class Kept:
         out_blocks: the number of diagonal blocks of an output compressor (attention heads).
         dim: for a parameter outside any layer, the dimension that ``out_channels`` indexes.
         in_dim: the same for ``in_channels``, if such a parameter was pruned in two dimensions (fused experts).
+
+    Raises:
+        PlanError: ``out_channels`` or ``in_channels`` are not ascending int64 indices (kept,).
     """
 
     out_channels: Tensor | None = None
@@ -36,6 +40,11 @@ class Kept:
     out_blocks: int = 1
     dim: int | None = None
     in_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("out_channels", "in_channels"):
+            if (indices := getattr(self, name)) is not None:
+                _check(name, indices)
 
     @property
     def in_columns(self) -> Tensor | None:
@@ -57,6 +66,18 @@ class Kept:
         columns = _picked(earlier.in_columns, self.in_columns)
         assert columns is not None
         return with_columns(both, columns, earlier.in_repeat)
+
+
+def _check(name: str, indices: Any) -> None:
+    expected = f"{name} must be a tensor of the kept channels' int64 indices, (kept,), each once and ascending"
+    if not isinstance(indices, Tensor):
+        raise PlanError(f"{expected}, got {type(indices).__name__}")
+    if indices.dtype != torch.int64 or indices.dim() != 1:
+        mask = "; of a mask pass mask.nonzero()[:, 0]" if indices.dtype == torch.bool else ""
+        raise PlanError(f"{expected}, got {indices.dtype} {tuple(indices.shape)}{mask}")
+    if len(wrong := (indices.diff() <= 0).nonzero()):
+        place = int(wrong[0])
+        raise PlanError(f"{expected}, got {int(indices[place])} before {int(indices[place + 1])}")
 
 
 def _picked(before: Tensor | None, positions: Tensor | None) -> Tensor | None:

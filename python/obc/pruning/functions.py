@@ -12,7 +12,7 @@ from torch import nn
 from obc.model.arguments import one_of
 from obc.model.autocast import in_present_autocast
 from obc.model.batches import RowKind
-from obc.model.errors import PruningError
+from obc.model.errors import PruningError, on_batch
 from obc.model.evaluation import ForwardFn, LossFn, Run, call, call_on_batch, with_outputs
 from obc.scoring.label_free import label_free_loss
 
@@ -72,9 +72,11 @@ class Functions:
 
         def run(model: nn.Module) -> Any:
             if forward_fn is not None:
-                return forward_fn(model, batch)
+                with on_batch(model, batch, called="forward_fn"):
+                    return forward_fn(model, batch)
             assert loss_fn is not None
-            loss, outputs = with_outputs(model, lambda: loss_fn(model, batch))
+            with on_batch(model, batch):
+                loss, outputs = with_outputs(model, lambda: loss_fn(model, batch))
             return outputs or loss
 
         return run
@@ -92,7 +94,8 @@ def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
 
     def forward(model: nn.Module, batch: Any) -> list[Any]:
         try:
-            _, outputs = with_outputs(model, lambda: loss_fn(model, batch))
+            with on_batch(model, batch):
+                _, outputs = with_outputs(model, lambda: loss_fn(model, batch))
         except RuntimeError as error:
             if torch.is_grad_enabled() or "does not require grad" not in str(error):
                 raise
@@ -101,7 +104,9 @@ def _outputs_inside(loss_fn: LossFn) -> ForwardFn:
                 "forward_fn(model, batch) as well, which returns the outputs alone"
             ) from error
         if not outputs:
-            raise ValueError("loss_fn does not call the model itself, but parts of it; pass forward_fn as well")
+            raise ValueError(
+                "loss_fn does not call the model itself, but parts of it or nothing; pass forward_fn as well"
+            )
         return outputs
 
     return forward

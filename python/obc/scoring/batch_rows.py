@@ -106,7 +106,7 @@ class BatchRows:
 
     def _loss(self, index: int, part: Any) -> Any:
         before = self.scorer.additions
-        with on_batch(self.scorer.model, index, part):
+        with on_batch(self.scorer.model, part, index):
             loss = self.loss_fn(self.scorer.model, part)
         if self.scorer.additions != before:
             raise ValueError(f"batch {index}: loss_fn called backward, which would count twice; return the loss alone")

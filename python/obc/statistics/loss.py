@@ -81,7 +81,7 @@ def run_backward(model: nn.Module, loss: SeekableLoss, index: int, batch: Any, r
     """
     for part, start, share in parts_of(batch, size):
         loss.seek(index, start)
-        with on_batch(model, index, part):
+        with on_batch(model, part, index):
             losses = loss(model, part)
         losses = checked_loss(index, losses, rows, StatisticsError)
         (losses.sum() * (share if rows == "batch" else 1.0)).backward()
