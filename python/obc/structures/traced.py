@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +36,7 @@ from obc.structures.traced_graph import TracedGraph, trace
 from obc.structures.traced_groups import Found, GroupFinder, Settings
 from obc.structures.units import checked_units, layer_name, renumbered_group, without_units
 from obc.structures.varied import varied_inputs
+from obc.structures.whole import kept_whole
 
 Layers = Sequence[nn.Module | str]
 _FOUND_BY_RUNNING = "Groups were found by running the model instead; what that does not find keeps its width"
@@ -136,6 +137,7 @@ class TorchPruningStructure:
                 self._groups[one.name] = one.group
         self.left_out |= {one.name: one.reason for one in found if one.group is None and one.name not in self._groups}
         self.proof = self._proved(found) if check else None
+        self.left_out |= self._unnamed({name for one in found for name, _ in one.members})
         if isinstance(graph, PruningError) and not self._groups:
             raise graph
         layers = layers_run(model, self._usage)
@@ -160,6 +162,17 @@ class TorchPruningStructure:
         proof = prove(self, run)
         recover(self, self._finder, [one for one in found if one.name in self.left_out], run, proof)
         return proof
+
+    def _unnamed(self, members: Collection[str]) -> dict[str, str]:
+        """What holds weights and is neither in a group nor left out by name -> why it keeps its width."""
+        grouped = {part.module for group in self.groups for part in group.slices if part.side == "out"}
+        named = {*grouped, *self.left_out, *members, *self._usage.depthwise, *self.unreached}
+        found: dict[str, str] = {}
+        for name, module in self._modules.items():
+            parent = self._modules.get(name.rpartition(".")[0])
+            if name not in named and not isinstance(parent, nn.MultiheadAttention):
+                found |= {one: why for one, why in kept_whole(name, module, self._usage) if one not in named}
+        return found
 
     @property
     def plan(self) -> PruningPlan:
