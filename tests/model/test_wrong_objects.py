@@ -96,13 +96,12 @@ def test_a_pruned_model_with_other_values_is_said_to_be_changed(call: str) -> No
         (torch.tensor([0, 1], dtype=torch.int32), r"got torch\.int32 \(2,\)$"),
         (torch.tensor([True, False]), r"got torch\.bool \(2,\); of a mask pass mask\.nonzero\(\)\[:, 0\]$"),
         (torch.tensor([[0], [1]]), r"got torch\.int64 \(2, 1\)$"),
-        (torch.tensor([0, 3, 3]), "got 3 before 3$"),
-        (torch.tensor([0, 5, 2]), "got 5 before 2$"),
+        (torch.tensor([3, 0, 3]), "got 3 twice$"),
     ],
-    ids=["list", "int32", "mask", "matrix", "twice", "order"],
+    ids=["list", "int32", "mask", "matrix", "twice"],
 )
-def test_channels_kept_that_are_no_ascending_indices(side: str, indices: Any, message: str) -> None:
-    with pytest.raises(obc.PlanError, match=f"^{side} must be a tensor .* ascending, {message}"):
+def test_channels_kept_that_are_no_indices(side: str, indices: Any, message: str) -> None:
+    with pytest.raises(obc.PlanError, match=f"^{side} must be a tensor .* each once, {message}"):
         obc.Kept(**{side: indices})
 
 
