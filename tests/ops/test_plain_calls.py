@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -156,3 +158,35 @@ def test_what_autograd_or_a_transform_records_is_dispatched(
     batch = torch.vmap(CALLS[op])(a[None], g[None])
     torch.testing.assert_close(batch, torch.utils._pytree.tree_map(lambda x: x[None], CALLS[op](a, g)))
     assert dispatched == [op] * 2
+
+
+@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_tangent_is_refused(op: str, place: int, pair: tuple[Tensor, Tensor]) -> None:
+    """The dispatcher would return a result without one, as if the derivative were zero."""
+    if place == 1 and op == "channel_moments":
+        place = 0  # it has one input
+    tangents = [torch.ones_like(one) if index == place else None for index, one in enumerate(pair)]
+    with forward_ad.dual_level():
+        duals = [
+            one if tangent is None else forward_ad.make_dual(one, tangent)
+            for one, tangent in zip(pair, tangents, strict=True)
+        ]
+        with pytest.raises(RuntimeError, match=rf"obc::{op} has no forward-mode derivative"):
+            CALLS[op](*duals)
+        CALLS[op](*pair)  # without a tangent it runs
+
+    def of_one(one: Tensor) -> Any:
+        return CALLS[op](*(one if index == place else other for index, other in enumerate(pair)))
+
+    with pytest.raises(RuntimeError, match=rf"obc::{op} has no forward-mode derivative"):
+        torch.func.jvp(of_one, (pair[place],), (torch.ones_like(pair[place]),))
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_fold_drops_no_tangent_either(backend: str | None, pair: tuple[Tensor, Tensor]) -> None:
+    """Neither as matrix products nor as an operator."""
+    with contextlib.nullcontext() if backend is None else obc.use_backend(backend), forward_ad.dual_level():
+        weight = forward_ad.make_dual(*pair)
+        with pytest.raises(RuntimeError, match=r"forward"):
+            ops.fold(weight, torch.randn(2, 3))

@@ -10,7 +10,7 @@ from torch import Tensor
 from obc import backends
 from obc.backends import gemm
 from obc.ops.checks import check_same_kind, check_weight, require
-from obc.ops.registration import register, run
+from obc.ops.registration import call, register, run
 
 
 def _check_factor(name: str, factor: Tensor, weight: Tensor, side: int, size: int, groups: int) -> int:
@@ -145,4 +145,6 @@ def fold(
         if not torch.compiler.is_compiling():  # Dynamo can't trace the checks' messages; the products check shapes too
             _folded_shape(weight, compressor, decompressor, groups, in_repeat)
         return gemm.fold(weight, compressor, decompressor, groups, in_repeat)
-    return torch.ops.obc.fold(weight, compressor, decompressor, groups, in_repeat)
+    tensors = (weight, compressor, decompressor)
+    folded: Tensor = call("fold", tensors, *tensors, groups, in_repeat)
+    return folded

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from obc import backends
 from obc.backends.operators import TABLE
@@ -29,13 +30,30 @@ def run(op: str, like: Tensor, *arguments: Any) -> Any:
     return backends.resolve(op, like.device.type, like.dtype, like.numel())(*arguments)
 
 
-def call(op: str, tensors: Iterable[Tensor | None], *arguments: Any) -> Any:
+def call(op: str, tensors: Sequence[Tensor | None], *arguments: Any) -> Any:
     """``torch.ops.obc.<op>(*arguments)``, but not through torch's dispatcher where it would only pass ``tensors`` on.
 
     The dispatcher and its formulas in Python take twice as long as the checks and the kernel of a small call.
+
+    Raises:
+        RuntimeError: a tensor has a tangent of forward-mode differentiation, which torch's dispatcher would drop.
     """
-    dispatched = torch.compiler.is_compiling() or _intercepted() or not _all_plain(tensors)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        _refuse_tangents(op, tensors)
+    dispatched = compiling or _intercepted() or not _all_plain(tensors)
     return getattr(_dispatched, op)(*arguments) if dispatched else _IMPLEMENTATIONS[op](*arguments)
+
+
+def _refuse_tangents(op: str, tensors: Iterable[Tensor | None]) -> None:
+    if forward_ad._current_level < 0:  # outside of dual_level and torch.func.jvp
+        return
+    for place, tensor in enumerate(tensors):
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise RuntimeError(
+                f"obc::{op} has no forward-mode derivative, but tensor {place} of its inputs has a tangent; use "
+                f"reverse mode, or obc.reference.{op}, which torch differentiates"
+            )
 
 
 def _intercepted() -> bool:
