@@ -144,6 +144,7 @@ def test_ctrl_c_while_a_module_is_imported(module: str, tmp_path: Path) -> None:
     folder = llama_directory(tmp_path)
     code = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # background shells start with it ignored
         "class Finder:\n"
         "    def find_spec(name, path=None, target=None):\n"
         f"        if name.startswith({module!r}) and not sent:\n"

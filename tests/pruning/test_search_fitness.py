@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import obc
-from obc.criteria.protocol import Subject
+from obc.criteria.subject import Subject
 from obc.model.evaluation import call_on_batch
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.usable_batches import UsableBatches

@@ -17,11 +17,12 @@ from obc.criteria.magnitude import FPGM, WHC, BNScale, IntraFusion, Magnitude, R
 from obc.criteria.masked import BeamSearch, MaskedEvaluation
 from obc.criteria.nvit import NViT
 from obc.criteria.obs import OBS, SlimGPT
-from obc.criteria.protocol import About, Criterion, MeasuredCriterion, MeasuredRows, Subject
+from obc.criteria.protocol import About, Criterion, MeasuredCriterion, MeasuredRows
 from obc.criteria.reconstruction import Reconstruction
 from obc.criteria.registry import available, get, register
 from obc.criteria.rows import Jacobian
 from obc.criteria.scoring import group_scores, scores_from
+from obc.criteria.subject import Subject
 from obc.criteria.token_rows import TokenJacobian
 from obc.criteria.tolerance import Tolerance
 

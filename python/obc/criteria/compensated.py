@@ -12,10 +12,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from obc.criteria.means import free_of_means
-from obc.criteria.protocol import About, MeasuredRows, Subject
+from obc.criteria.protocol import About, MeasuredRows
 from obc.criteria.residual_rows import read_residuals
 from obc.criteria.residuals import Residuals
 from obc.criteria.scoring import collected
+from obc.criteria.subject import Subject
 from obc.criteria.token_rows import checked_tokens
 from obc.criteria.units import consumers_of, have_consumers
 from obc.statistics.gram import Gram, Held

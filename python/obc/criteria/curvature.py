@@ -9,8 +9,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, GroupScores, MeasuredCriterion
 from obc.criteria.rows import read_rows
+from obc.criteria.subject import Subject
 from obc.criteria.units import relative
 
 

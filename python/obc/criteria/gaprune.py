@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from obc.criteria.protocol import About, CriterionError, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, CriterionError, GroupScores, MeasuredCriterion
 from obc.criteria.rows import read_rows
 from obc.criteria.scoring import collected
 from obc.criteria.slices import slice_weights
+from obc.criteria.subject import Subject
 from obc.criteria.units import TINY, standardised
 from obc.model.evaluation import LossFn
 from obc.model.groups import ChannelGroup, Sided

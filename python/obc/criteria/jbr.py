@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.criteria.masked_model import output_tensor
-from obc.criteria.protocol import About, MeasuredRows, Subject
+from obc.criteria.protocol import About, MeasuredRows
 from obc.criteria.rows import read_rows
+from obc.criteria.subject import Subject
 from obc.model.batches import attention_mask
 from obc.model.evaluation import ForwardFn, evaluating
 from obc.model.usable_batches import UsableBatches

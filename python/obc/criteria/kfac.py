@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from obc.criteria.means import free_of_means
 from obc.criteria.obs import OBS
 from obc.criteria.output_metrics import OutputMetrics, in_metric
-from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion
 from obc.criteria.residual_rows import read_residuals
 from obc.criteria.residuals import Residuals
 from obc.criteria.scoring import collected
+from obc.criteria.subject import Subject
 from obc.criteria.surgeon import ConsumerState, inverse, second_moment
 from obc.criteria.units import TINY, consumers_of, have_consumers
 from obc.model.groups import ChannelGroup

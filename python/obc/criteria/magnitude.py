@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc import ops
-from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion
 from obc.criteria.slices import KINDS, slice_weights
+from obc.criteria.subject import Subject
 from obc.criteria.units import mean_over, module_of, relative
 from obc.model.arguments import one_of
 from obc.model.groups import ChannelGroup

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from obc.criteria.masked_model import Evaluation, Masks, Metric, check_metric, nothing_masked, units_left, with_unit
-from obc.criteria.protocol import About, CriterionError, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, CriterionError, GroupScores, MeasuredCriterion
+from obc.criteria.subject import Subject
 from obc.model.usable_batches import UsableBatches
 
 

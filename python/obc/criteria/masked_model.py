@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obc.criteria.protocol import Subject
+from obc.criteria.subject import Subject
 from obc.model.arguments import no_batches
 from obc.model.evaluation import evaluating
 from obc.model.usable_batches import UsableBatches, all_finite

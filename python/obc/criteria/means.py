@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from obc.criteria.protocol import Subject
+from obc.criteria.subject import Subject
 from obc.criteria.units import consumers_of
 from obc.model.absorbing import mean_absorbed
 from obc.model.evaluation import evaluating

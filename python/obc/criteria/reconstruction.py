@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from obc.criteria.protocol import About, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, GroupScores, MeasuredCriterion
+from obc.criteria.subject import Subject
 from obc.model.arguments import no_batches
 from obc.model.evaluation import evaluating
 from obc.model.experts import DOWN, fused_experts, projection

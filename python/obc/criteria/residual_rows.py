@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from obc.criteria.joined_rows import by_group, refuse_unlike, row_of_parts, samples_of
 from obc.criteria.output_metrics import OutputMetrics
-from obc.criteria.protocol import Subject
 from obc.criteria.residuals import Cut, Residuals
+from obc.criteria.subject import Subject
 from obc.model.evaluation import evaluating, first_floating
 from obc.model.hooks import hooked
 from obc.model.usable_batches import UsableBatches, all_finite

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from obc.criteria.depth_rows import DepthRows
-from obc.criteria.protocol import About, Criterion, Subject
+from obc.criteria.protocol import About, Criterion
+from obc.criteria.subject import Subject
 from obc.model.evaluation import evaluating
 from obc.model.groups import ChannelGroup, Side, Sided, Slices
 from obc.scoring.coverage import Coverage

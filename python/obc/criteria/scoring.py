@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obc.criteria.protocol import CriterionError, GroupScores, Subject, name_of
+from obc.criteria.protocol import CriterionError, GroupScores, name_of
 from obc.criteria.refusals import refuse_unread, said_of, scores_nothing
 from obc.criteria.registry import get
+from obc.criteria.subject import Subject
 from obc.model.by_name import MissingNameError
 from obc.model.evaluation import ForwardFn, LossFn
 from obc.model.groups import ChannelGroup

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from obc.criteria.protocol import About, MeasuredRows, Subject
+from obc.criteria.protocol import About, MeasuredRows
 from obc.criteria.residual_rows import read_residuals
 from obc.criteria.residuals import Residuals
+from obc.criteria.subject import Subject
 from obc.criteria.units import consumers_of
 
 

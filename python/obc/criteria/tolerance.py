@@ -10,9 +10,10 @@ import torch
 
 from obc.criteria.magnitude import Magnitude
 from obc.criteria.masked_model import Evaluation, Masks
-from obc.criteria.protocol import About, CriterionError, GroupScores, MeasuredCriterion, Subject
+from obc.criteria.protocol import About, CriterionError, GroupScores, MeasuredCriterion
 from obc.criteria.scoring import group_scores
 from obc.criteria.slices import slice_weights
+from obc.criteria.subject import Subject
 from obc.model.evaluation import LossFn
 from obc.model.groups import ChannelGroup
 from obc.structures.masking import unmaskable

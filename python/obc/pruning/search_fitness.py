@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from obc.criteria.masked_model import Evaluation, Metric
-from obc.criteria.protocol import Subject
 from obc.criteria.scoring import collected
+from obc.criteria.subject import Subject
 from obc.model.kept import staying
 from obc.model.layouts import pads_with_zeros
 from obc.model.rules import Rule, rule_for
