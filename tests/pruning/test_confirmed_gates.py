@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import obc
 from obc.criteria import rows
-from obc.criteria.protocol import LossFn
+from obc.model.evaluation import LossFn
 
 
 class Plain(nn.Module):
