@@ -5,7 +5,8 @@ How a case is measured, on the CPU, with a fixed number of threads that every ta
 - Correctness first: each provider's result is compared on the benchmarked inputs before anything is timed.
 - Warm-up, then rounds. In each round every provider is timed once, in rotating order, so that a slow moment of the
   machine meets all of them; a sample lasts at least ``MIN_SAMPLE_S`` (short calls are repeated within it).
-- Inputs are the same in every round: what fits the cache is read from it, by the limit as by everyone else.
+- Inputs are the same in every round: what fits the cache is read from it, by the limit as by everyone else. So a
+  sample of several calls begins with one that is not timed, for whoever was timed before left other data there.
 - Reported: median, 20th and 80th percentile; against the baseline and against the limit the ratio of medians, and
   the median and interquartile range of the ratios within a round.
 - The limit is what the machine allows, timed in the same rounds: a plain threaded read of as many bytes, or a plain
@@ -235,6 +236,8 @@ def measure(name: str, case: Case, repeats: int, threads: int) -> Result:
 def _sample(provider: Provider, inner: int) -> float:
     """Seconds a call, the mean over ``inner`` calls."""
     provider.setup()
+    if inner > 1:
+        provider.call()
     start = time.perf_counter()
     for _ in range(inner):
         provider.call()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -66,6 +67,23 @@ def test_every_round_times_every_provider_after_its_setup() -> None:
     assert order == ["setup", "first"] * (len(order) // 2)
     assert result.ratio("second", "first").paired_median > 1
     assert min(result.times["second"]) >= 0.02
+
+
+def test_no_provider_pays_for_what_the_one_before_left_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, last = [0.0], [""]
+
+    def provider(name: str) -> Provider:
+        def call() -> None:  # a second warm, nine after another provider's data
+            clock[0] += 1 if last[0] == name else 9
+            last[0] = name
+
+        return Provider(name, call)
+
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(harness, "MIN_SAMPLE_S", 20.0)
+    both = dataclasses.replace(case(provider("a"), provider("b")), limit=provider("limit"))
+    result = harness.measure("warm", both, repeats=3, threads=1)
+    assert result.times == {name: [1, 1, 1] for name in ("a", "b", "limit")}
 
 
 def test_a_baseline_that_threads_slow_down_voids_the_run(threads: None) -> None:
