@@ -3,10 +3,11 @@
 How a case is measured, on the CPU, with a fixed number of threads that every table states:
 
 - Correctness first: each provider's result is compared on the benchmarked inputs before anything is timed.
-- Warm-up, then rounds. In each round every provider is timed once, in rotating order, so that a slow moment of the
+- Warm-up, then rounds. In each round every provider is timed once, in random order, so that a slow moment of the
   machine meets all of them; a sample lasts at least ``MIN_SAMPLE_S`` (short calls are repeated within it).
-- Inputs are the same in every round: what fits the cache is read from it, by the limit as by everyone else. So a
-  sample of several calls begins with one that is not timed, for whoever was timed before left other data there.
+- Inputs are the same in every round: what fits the cache is read from it, by the limit as by everyone else. So nobody
+  always follows the same other, whose data are in the cache then, and a sample of several calls begins with one that
+  is not timed.
 - Reported: median, 20th and 80th percentile; against the baseline and against the limit the ratio of medians, and
   the median and interquartile range of the ratios within a round.
 - The limit is what the machine allows, timed in the same rounds: a plain threaded read of as many bytes, or a plain
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import statistics
 import subprocess
@@ -225,9 +227,9 @@ def measure(name: str, case: Case, repeats: int, threads: int) -> Result:
     inner = {provider.name: _warm_up(provider) for provider in contenders}
     times: dict[str, list[float]] = {provider.name: [] for provider in contenders}
     with _no_garbage_collection():
-        for round_ in range(repeats):
-            start = round_ % len(contenders)
-            for provider in contenders[start:] + contenders[:start]:
+        order = random.Random(0)
+        for _ in range(repeats):
+            for provider in order.sample(contenders, len(contenders)):
                 times[provider.name].append(_sample(provider, inner[provider.name]))
         void = _slowed_by_threads(case, inner, repeats, threads) if threads > 1 else []
     return Result(name, case, times, void)
