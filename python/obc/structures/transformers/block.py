@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
-from obc.model.groups import ChannelGroup, Side
+from torch import Tensor
+
+from obc.model.groups import ChannelGroup, Side, Slice
 from obc.structures.transformers.axes import Axis
-from obc.structures.transformers.layers import Counter
+from obc.structures.transformers.layers import Counter, Layers
+from obc.structures.units import NotPrunableError
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,43 @@ class Block:
     def counted_by(self) -> tuple[str, ...]:
         """The config's counts of the units; the config can only express equal widths of groups with equal counts."""
         return (self.config_part, *(self.config or (self.group.kind,)))
+
+
+def block_of(
+    layers: Layers,
+    kind: str,
+    produced: Mapping[str, Tensor],
+    consumed: Mapping[str, Tensor],
+    parameters: Mapping[str, tuple[int, Tensor]] | None = None,
+    **further: Any,
+) -> Block:
+    """The block of a group named after the first layer, if what its units take is all that layers and parameters have.
+
+    Args:
+        layers: layers of the model.
+        kind: kind of the group.
+        produced: layer or norm -> (units, k) out channels of every unit.
+        consumed: layer -> (units, k) in channels.
+        parameters: parameter outside ordinary layers -> (its dimension, (units, k) entries there).
+        **further: further fields of the block.
+
+    Raises:
+        NotPrunableError: a layer or parameter is missing, or has another width.
+    """
+    taken: list[tuple[str, Side, Tensor, int | None]] = []
+    axes: dict[tuple[str, Side], tuple[Axis, ...]] = {}
+    for name, found in produced.items():
+        taken.append((name, "out", found, layers.size_or_none(name, "out")))
+    for name, (dim, found) in (parameters or {}).items():
+        owner, _, key = name.rpartition(".")
+        parameter = layers.modules[owner]._parameters.get(key)
+        taken.append((name, "out", found, None if parameter is None else parameter.shape[dim]))
+        axes[name, "out"] = (Axis(owner, key, dim, name, "out"),)
+    for name, found in consumed.items():
+        taken.append((name, "in", found, layers.size_or_none(name, "in")))
+    for name, side, found, size in taken:
+        if size != found.numel():
+            has = "is missing" if size is None else f"has {size} {side} channels"
+            raise NotPrunableError(f"{name} {has}, and the block's {len(found)} units take {found.numel()} of it")
+    group = ChannelGroup(taken[0][0], tuple(Slice(name, side, found) for name, side, found, _ in taken), kind)
+    return Block(group, axes=axes, **further)

@@ -80,10 +80,10 @@ class Layers:
         return layout.sizes(weight)[0 if side == "out" else 1]
 
     def size_or_none(self, name: str, side: str) -> int | None:
-        """The same for any module: norms and embeddings only have outputs, others no side at all."""
-        module = self.modules[name]
+        """The same for any module: norms and embeddings only have outputs, others and missing ones no side at all."""
+        module = self.modules.get(name)
         self.refuse_quantised(name)
-        if layout_of(module) is not None:
+        if module is not None and layout_of(module) is not None:
             return self.size(name, side)
         weight = getattr(module, "weight", None)
         if side == "out" and isinstance(weight, Tensor) and (weight.dim() == 1 or isinstance(module, nn.Embedding)):

@@ -5,10 +5,8 @@ Queries and values have biases of their own, and positions have projections.
 
 from collections.abc import Collection, Iterator
 
-from obc.model.groups import ChannelGroup, Slice
 from obc.model.names import joined
-from obc.structures.transformers.axes import parameter_axes
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Block, block_of
 from obc.structures.transformers.family import Family, attributes, register
 from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
@@ -30,16 +28,14 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     if any(layers.has(name, child) for child in ("head_logits_proj", "head_weights_proj")):
         raise NotPrunableError("its heads are mixed with each other (talking heads)")
     positions = [joined(name, child) for child in _POSITIONS if layers.layer(name, child) is not None]
-    widths = [layers.size(in_proj, "out"), layers.size(output, "in"), *(layers.size(one, "out") for one in positions)]
-    if widths != [3 * count * size, *[count * size] * (1 + len(positions))]:
-        raise NotPrunableError(f"its layers have {widths} channels, not those of {count} heads of {size}")
     wide = channels(count, size)
-    slices = [Slice(in_proj, "out", channels(count, 3 * size))]
-    slices += [Slice(layer, "out", wide) for layer in (*(joined(name, key) for key in _BIASES), *positions)]
     counted = {attributes("heads"): (count, 1), attributes("attention_width"): (count * size, size)}
-    yield Block(
-        ChannelGroup(in_proj, (*slices, Slice(output, "in", wide)), "heads"),
-        axes=parameter_axes(name, _BIASES),
+    yield block_of(
+        layers,
+        "heads",
+        {in_proj: channels(count, 3 * size), **dict.fromkeys(positions, wide)},
+        {output: wide},
+        {joined(name, key): (0, wide) for key in _BIASES},
         counters=layers.counters([name], counted),
         config={"num_attention_heads": 1} if layers.config is not None else {},
         config_fixed={"head_dim": size},

@@ -20,10 +20,8 @@ from collections.abc import Collection, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from obc.model.groups import ChannelGroup, Side, Slice
 from obc.model.names import joined
-from obc.structures.transformers.axes import Axis
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Block, block_of
 from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers, channels, says
 from obc.structures.units import NotPrunableError
@@ -68,7 +66,7 @@ def _delta_net(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Bl
         name,
         projected,
         valued,
-        {(name, "A_log"): (0, one), (name, "dt_bias"): (0, one)},
+        {joined(name, "A_log"): (0, one), joined(name, "dt_bias"): (0, one)},
         counted,
         {"linear_num_value_heads": each, "linear_num_key_heads": 1},
     )
@@ -94,7 +92,7 @@ def _forgetting(layers: Layers, name: str) -> Block:
         name,
         projected,
         wide,
-        {(gate, "A_log"): (shape.index(heads), one), (gate, "dt_bias"): (0, wide)},
+        {joined(gate, "A_log"): (shape.index(heads), one), joined(gate, "dt_bias"): (0, wide)},
         {("num_heads",): (heads, 1), ("qkv_dim",): (heads * size, size), ("conv_dim",): (3 * heads * size, 3 * size)},
         {"linear_num_heads": 1},
         (gate,),
@@ -111,19 +109,19 @@ def _block(
     name: str,
     projected: Mapping[str, Tensor],
     consumed: Tensor,
-    parameters: Mapping[tuple[str, str], tuple[int, Tensor]],
+    parameters: Mapping[str, tuple[int, Tensor]],
     counted: Mapping[tuple[str, ...], tuple[int, int]],
     config: Mapping[str, int],
     also: tuple[str, ...] = (),
 ) -> Block:
-    """The heads, if all shapes agree.
+    """The heads, if all shapes agree and no other module inside has channels of heads.
 
     Args:
         layers: layers of the model.
         name: name of the mixer.
         projected: layer -> the out channels of every head.
         consumed: in channels of the output projection.
-        parameters: (module, parameter) -> the dimension of heads, and its entries.
+        parameters: parameter -> the dimension of heads, and its entries.
         counted: attributes of the mixer, and of the modules ``also``, that count heads.
         config: key -> how much a head counts.
         also: further modules with such attributes.
@@ -131,19 +129,8 @@ def _block(
     output = next((child for child in ("out_proj", "o_proj") if layers.layer(name, child) is not None), None)
     if output is None:
         raise NotPrunableError("no output projection was found")
-    slices, axes = [], {}
-    for child, found in projected.items():
-        if layers.layer(name, child) is None or layers.size(joined(name, child), "out") != found.numel():
-            raise NotPrunableError(f"{joined(name, child)} is missing, or has not {found.numel()} outputs")
-        slices.append(Slice(joined(name, child), "out", found))
-    for (owner, key), (dim, found) in parameters.items():
-        tensor, full = layers.modules[owner]._parameters.get(key), joined(owner, key)
-        if tensor is None or tensor.shape[dim] != found.numel():
-            raise NotPrunableError(f"{full} is missing, or has no {found.numel()} entries")
-        side: Side = "out"
-        slices.append(Slice(full, side, found))
-        axes[full, side] = (Axis(owner, key, dim, full, "out"),)
-    known = {*(joined(name, child) for child in projected), joined(name, output)}
+    produced = {joined(name, child): found for child, found in projected.items()}
+    known = {*produced, joined(name, output)}
     for child, module in layers.modules[name].named_modules():
         own = joined(name, child)
         weight = getattr(module, "weight", None)
@@ -151,12 +138,12 @@ def _block(
             continue
         if weight.dim() > 1 or len(weight) != consumed.shape[1]:
             raise NotPrunableError(f"{own} has {consumed.numel()} channels too, and how they are used is not known")
-    if layers.size(joined(name, output), "in") != consumed.numel():
-        raise NotPrunableError(f"{joined(name, output)} does not read {consumed.numel()} channels")
-    slices.append(Slice(joined(name, output), "in", consumed))
-    return Block(
-        ChannelGroup(slices[0].module, tuple(slices), "mixer_heads"),
-        axes=axes,
+    return block_of(
+        layers,
+        "mixer_heads",
+        produced,
+        {joined(name, output): consumed},
+        parameters,
         counters=layers.counters([name, *also], dict(counted)),
         config={key: per_unit for key, per_unit in config.items() if says(layers.config, key)},
     )

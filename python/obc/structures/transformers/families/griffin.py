@@ -2,10 +2,8 @@
 
 from collections.abc import Collection, Iterator
 
-from obc.model.groups import ChannelGroup, Slice
 from obc.model.names import joined
-from obc.structures.transformers.axes import parameter_axes
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Block, block_of
 from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
@@ -21,20 +19,15 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     if set(own) != {"recurrent_param", *_GATES}:
         raise NotPrunableError(f"{unit} has other parameters than a recurrence and two gates")
     heads, width = len(own["input_gate_weight"]), len(own["recurrent_param"])
-    producers = [joined(name, child) for child in ("linear_y", "linear_x", "conv_1d")]
-    output = joined(name, "linear_out")
-    sizes = [*(layers.size(layer, "out") for layer in producers), layers.size(output, "in")]
-    if width % heads or sizes != [width] * 4:
-        raise NotPrunableError(f"its layers have {sizes} channels, not {width} in {heads} blocks")
     wide, one = channels(heads, width // heads), channels(heads, 1)
-    parameters = {"recurrent_param": wide, **dict.fromkeys(_GATES, one)}
-    slices = [Slice(layer, "out", wide) for layer in producers]
-    slices += [Slice(joined(unit, key), "out", found) for key, found in parameters.items()]
     counters = layers.counters([name], {("lru_width",): (width, width // heads)})
     counters += layers.counters([unit], {("num_attention_heads",): (heads, 1)})
-    yield Block(
-        ChannelGroup(producers[0], (*slices, Slice(output, "in", wide)), "mixer_heads"),
-        axes=parameter_axes(unit, parameters),
+    yield block_of(
+        layers,
+        "mixer_heads",
+        {joined(name, child): wide for child in ("linear_y", "linear_x", "conv_1d")},
+        {joined(name, "linear_out"): wide},
+        {joined(unit, key): (0, one if key in _GATES else wide) for key in ("recurrent_param", *_GATES)},
         counters=counters,
         # The config has one count for these blocks and for attention heads.
         config={"num_attention_heads": 1, "lru_width": width // heads} if layers.config is not None else {},

@@ -10,9 +10,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from obc.model.groups import ChannelGroup, Slice
 from obc.model.names import joined
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Block, block_of
 from obc.structures.transformers.family import Family, register
 from obc.structures.transformers.layers import Layers, channels, value_of
 from obc.structures.units import NotPrunableError
@@ -28,22 +27,20 @@ def _heads(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
     keyed, valued = (getattr(module, key, None) for key in ("qk_dim", "v_dim"))
     if not (isinstance(heads, int) and isinstance(keyed, int) and isinstance(valued, int)):
         raise NotPrunableError(f"{type(module).__name__} does not say its heads and their sizes")
-    if keyed % heads or valued % heads or layers.size(joined(name, "out_proj"), "in") != valued:
+    if keyed % heads or valued % heads:
         raise NotPrunableError(f"{keyed} key channels and {valued} value channels can't be divided into {heads} heads")
-    projected = _projected(layers, name, channels(heads, keyed // heads), channels(heads, valued // heads))
-    for child, found in projected.items():
-        if layers.layer(name, child) is None or layers.size(joined(name, child), "out") != found.numel():
-            raise NotPrunableError(f"{joined(name, child)} is missing, or has not {found.numel()} outputs")
-    slices = [Slice(joined(name, child), "out", found) for child, found in projected.items()]
     wide = channels(heads, valued // heads)
-    slices += [Slice(joined(name, _NORM), "out", wide), Slice(joined(name, "out_proj"), "in", wide)]
+    projected = _projected(layers, name, channels(heads, keyed // heads), wide) | {_NORM: wide}
     counters = layers.counters([name], {("qk_dim",): (keyed, keyed // heads), ("v_dim",): (valued, valued // heads)})
     norm: dict[tuple[str, ...], tuple[int, int]] = {
         ("num_heads",): (heads, 1),
         ("num_features",): (valued, valued // heads),
     }
-    yield Block(
-        ChannelGroup(slices[0].module, tuple(slices), "mixer_heads"),
+    yield block_of(
+        layers,
+        "mixer_heads",
+        {joined(name, child): found for child, found in projected.items()},
+        {joined(name, "out_proj"): wide},
         counters=(*counters, *layers.counters([joined(name, _NORM)], norm)),
         config=_config(layers, heads, keyed // heads, valued // heads),
         reads_config=name if hasattr(module, "config") else None,
