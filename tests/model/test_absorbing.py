@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from obc.model.absorbing import mean_absorbed
+from obc.model.absorbing import norms_behind
 
 
 class Net(nn.Module):
@@ -50,6 +50,13 @@ CASES = {
         (2, 3, 5, 5),
         True,
     ),
+    "dropout first": (
+        conv,
+        nn.BatchNorm2d,
+        lambda net, x: net.norm(F.dropout(net.layer(x), training=False)),
+        (2, 3, 5, 5),
+        True,
+    ),
     "shape is asked": (conv, nn.BatchNorm2d, lambda net, x: shape_asked(net, x), (2, 3, 5, 5), True),
     "activation first": (conv, nn.BatchNorm2d, lambda net, x: net.norm(F.relu(net.layer(x))), (2, 3, 5, 5), False),
     "also added": (conv, nn.BatchNorm2d, also_added, (2, 3, 5, 5), False),
@@ -82,7 +89,7 @@ def test_a_mean_is_absorbed_where_a_batchnorm_alone_reads_it(name: str) -> None:
     torch.manual_seed(0)
     layer, norm, wiring, shape, absorbed = CASES[name]
     net, x = Net(layer(), norm(4), wiring).eval(), torch.randn(shape)
-    assert mean_absorbed(net, {"layer": net.layer}, lambda: net(x)) == ({"layer"} if absorbed else set())
+    assert norms_behind(net, {"layer": net.layer}, lambda: net(x)) == ({"layer": ["norm"]} if absorbed else {})
     before, shift = net(x), torch.tensor([1.0, -2.0, 3.0, 0.5])
     along = shift if x.dim() != 4 else shift[:, None, None]
     net.layer.register_forward_hook(lambda module, args, output: output + along)

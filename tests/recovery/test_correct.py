@@ -21,13 +21,14 @@ from transformers import (
 )
 
 import obc
+from obc.model.absorbing import norms_behind
 from obc.model.evaluation import without_cache
 from obc.model.layouts import layout_of
 from obc.recovery import Kept, PruningPlan, compensate
 from obc.recovery.layer_rows import columns_of, input_rows, output_rows
 from obc.recovery.normal_equations import NormalEquations, smallest
 from obc.recovery.segments import find_chain, replays
-from obc.recovery.stream_points import norms_behind, observe
+from obc.recovery.stream_points import observe
 
 
 def prune_inputs(model: nn.Module, kept: dict[str, Tensor], producers: dict[str, str]) -> tuple[nn.Module, PruningPlan]:
@@ -318,9 +319,8 @@ def test_the_norm_behind_a_layer_without_a_bias_takes_its_intercept() -> None:
 @pytest.mark.parametrize("past", [False, True])
 def test_a_norm_that_is_not_alone_takes_no_intercept(past: bool) -> None:
     model = Narrow(past).eval()
-    seen = observe(lambda: model(torch.randn(2, 3, 5, 5)), {"second": model.second}, set(), whole=model)
-    norms = {"norm1": model.norm1, "norm2": model.norm2}
-    assert norms_behind(seen.calls, norms) == ({} if past else {"second": "norm2"})
+    absorbed = norms_behind(model, {"second": model.second}, lambda: model(torch.randn(2, 3, 5, 5)))
+    assert absorbed == ({} if past else {"second": ["norm2"]})
 
 
 def test_norms_keep_their_means_where_they_are_not_to_be_recalibrated() -> None:

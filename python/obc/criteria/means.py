@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from obc.criteria.subject import Subject
 from obc.criteria.units import consumers_of
-from obc.model.absorbing import mean_absorbed
+from obc.model.absorbing import norms_behind
 from obc.model.evaluation import evaluating
 from obc.model.usable_batches import UsableBatches
 
@@ -18,4 +18,5 @@ def free_of_means(subject: Subject) -> set[str]:
     if batch is None:
         return with_bias
     with evaluating(subject.model):
-        return with_bias | mean_absorbed(subject.model, layers, lambda: subject.forward_fn(subject.model, batch))
+        absorbed = norms_behind(subject.model, layers, lambda: subject.forward_fn(subject.model, batch))
+    return with_bias | absorbed.keys()

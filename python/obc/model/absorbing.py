@@ -17,14 +17,20 @@ from torch.overrides import TorchFunctionMode
 from obc.model.hooks import hooked
 from obc.model.layouts import layout_of
 
+# Functions that return the numbers they are given. (Dropout does so in eval mode, the only mode observed.)
+IDENTITIES = {
+    *("dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("contiguous", "clone", "detach", "to", "type_as", "float"),
+}
+
 
 class _Readers(TorchFunctionMode):
-    """Notes whether a BatchNorm or another function reads a tensor that is followed."""
+    """Notes what reads a tensor that is followed: which BatchNorms, by their running means, or another function."""
 
     def __init__(self) -> None:
         super().__init__()
         self.followed: dict[int, tuple[str, Tensor]] = {}  # the tensor too, so that no other gets its id
-        self.by_norms: set[str] = set()
+        self.by_norms: dict[str, set[int]] = {}
         self.by_others: set[str] = set()
 
     def follow(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -38,32 +44,41 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        for value in (*args, *(kwargs or {}).values()):
+        for value in (*args, *kwargs.values()):
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
                 reader, kept = self.followed.get(id(tensor), ("", None))
                 if kept is not tensor or kept is None:
                     continue
                 if name == "batch_norm":
-                    self.by_norms.add(reader)
+                    mean = args[1] if len(args) > 1 else kwargs.get("running_mean")
+                    self.by_norms.setdefault(reader, set()).add(id(mean))
+                elif name in IDENTITIES and isinstance(result, Tensor):
+                    self.followed[id(result)] = reader, result
                 elif isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size):
                     self.by_others.add(reader)
         return result
 
 
-def mean_absorbed(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> set[str]:
-    """Those of ``layers`` whose output a BatchNorm alone reads, in every call.
+def norms_behind(model: nn.Module, layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, list[str]]:
+    """Those of ``layers`` whose output BatchNorms alone read, in every call -> the names of these.
 
     Args:
         model: in eval mode.
         layers: linear layers and convolutions of the model, by name.
         run: runs the model once.
     """
-    if not any(isinstance(module, _BatchNorm) for module in model.modules()):
-        return set()
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return {}
     readers = _Readers()
     handles = [layer.register_forward_hook(partial(readers.follow, name)) for name, layer in layers.items()]
     with hooked(handles), torch.no_grad(), readers:
         run()
-    return readers.by_norms - readers.by_others
+    return {
+        layer: [name for name, norm in norms if id(norm.running_mean) in means]
+        for layer, means in readers.by_norms.items()
+        if layer not in readers.by_others
+    }

@@ -29,6 +29,7 @@ unpruned model's at all.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from obc.model.absorbing import norms_behind
 from obc.model.evaluation import ForwardFn, stream_of
 from obc.model.names import is_within
 from obc.model.progress import LayerProgress
@@ -52,7 +54,7 @@ from obc.recovery.layer_correction import CorrectionSums, Layer, LayerCorrection
 from obc.recovery.module_norms import ModuleNorms, reads_the_same
 from obc.recovery.norm_reference import take_statistics
 from obc.recovery.segments import ChainBatch, capture
-from obc.recovery.stream_points import Call, Seen, norms_behind, observe
+from obc.recovery.stream_points import Call, Seen, observe
 
 # Of the unpruned and the pruned model.
 Runs = tuple[Callable[[int], Any], Callable[[int], Any]]
@@ -173,9 +175,11 @@ class CorrectRun:
             layer.summed = all(call.summed for call in calls) and not layer.consumer.overlaps
             layer.calls, layer.order, layer.source = len(calls), order, calls[0].source
             layer.scope = calls[0].scope if layer.summed else name
-        for name, norm in norms_behind(seen.calls, named_norms(self.original)).items():
-            layer, found = by_name[name], self.pruned.get_submodule(norm)
-            if not (layer.consumer.has_bias or layer.consumer.overlaps):
+        absorbed = norms_behind(self.original, modules, partial(self._whole(self.original), 0)) if self.norms else {}
+        fed = Counter(norm for norms in absorbed.values() for norm in norms)
+        for name, norms in absorbed.items():
+            layer, found = by_name[name], self.pruned.get_submodule(norms[0])
+            if fed[norms[0]] == len(norms) == 1 and not (layer.consumer.has_bias or layer.consumer.overlaps):
                 layer.norm = next((own for own in self.norms if own is found), None)
         self.layers.sort(key=lambda layer: layer.order)
 

@@ -9,7 +9,6 @@ goes elsewhere, such as through an activation or a norm over channels, has its o
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,24 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
+
+from obc.model.absorbing import IDENTITIES
 
 _ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _MULTIPLICATIONS = {"mul", "mul_", "__mul__", "__rmul__", "__imul__", "multiply"}
-# Functions that return the numbers they are given. (Dropout does so in eval mode, the only mode observed.)
-_IDENTITIES = {
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "contiguous",
-    "clone",
-    "detach",
-    "to",
-    "type_as",
-    "float",
-}
 
 
 class Reached(BaseException):
@@ -78,8 +65,6 @@ class Call:
             got the whole model.
         source: the id of the tensor that the layer reads; of experts, of the one that they all read.
         routing: for an expert's layer (:mod:`obc.recovery.unfused`), the tokens that its rows stand for.
-        norm: the running mean of the BatchNorm that alone reads the output; known only if ``observe`` got the whole
-            model.
     """
 
     x: Tensor
@@ -89,7 +74,6 @@ class Call:
     stack: list[str] = field(default_factory=list)
     source: int = 0
     routing: Routing | None = None
-    norm: Tensor | None = None
 
     @property
     def scope(self) -> str:
@@ -141,7 +125,6 @@ class _Observer(TorchFunctionMode):
         self.modules, self.own, self.stop_after = modules, own, stop_after
         self.seen = Seen()
         self.traces: dict[int, _Trace] = {}
-        self.normed: dict[int, _Trace] = {}  # what went into a BatchNorm: another reader shows that it is not alone
         self.waiting = 0
         self.handles: list[Any] = []
 
@@ -186,10 +169,7 @@ class _Observer(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for trace in self._traced(self.normed, args, kwargs) if self.normed else []:
-            for call, _ in trace.calls:
-                call.norm = None
-        traced = self._traced(self.traces, args, kwargs) if self.traces else []
+        traced = self._traced(args, kwargs) if self.traces else []
         if not traced:
             return func(*args, **kwargs)
         handed_on = self._handed_on(getattr(func, "__name__", ""), traced, args, kwargs)
@@ -206,11 +186,6 @@ class _Observer(TorchFunctionMode):
         for trace in traced:
             self.traces.pop(id(trace.tensor), None)
         result = func(*args, **kwargs)
-        if self.whole is not None and getattr(func, "__name__", "") == "batch_norm":
-            self.normed[id(traced[0].tensor)] = traced[0]
-            for call, scale in traced[0].calls:
-                if isinstance(scale, float) and scale == 1.0:
-                    call.norm = args[1] if len(args) > 1 else kwargs.get("running_mean")
         handed_on.tensor = result
         self.traces[id(result)] = handed_on
         if self.whole is not None and handed_on.summed:
@@ -218,12 +193,11 @@ class _Observer(TorchFunctionMode):
                 call.stack = [name for name in call.stack if name in self.stack]
         return result
 
-    @staticmethod
-    def _traced(traces: Mapping[int, _Trace], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[_Trace]:
+    def _traced(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[_Trace]:
         found: list[_Trace] = []
         for value in (*args, *kwargs.values()):
             for tensor in value if isinstance(value, (tuple, list)) else (value,):
-                trace = traces.get(id(tensor))
+                trace = self.traces.get(id(tensor))
                 if trace is not None and trace.tensor is tensor and not any(trace is other for other in found):
                     found.append(trace)
         return found
@@ -242,7 +216,7 @@ class _Observer(TorchFunctionMode):
             return None
         if len(traced) > 1 or first.summed:
             return None
-        if name in _IDENTITIES:
+        if name in IDENTITIES:
             return _Trace(first.tensor, calls)
         scale = _factor(name, first.tensor, args, kwargs)
         return None if scale is None else _Trace(first.tensor, [(call, known * scale) for call, known in calls])
@@ -285,18 +259,6 @@ def observe(
     except Reached:
         pass
     return observer.seen
-
-
-def norms_behind(calls: Mapping[str, Sequence[Call]], norms: Mapping[str, _BatchNorm]) -> dict[str, str]:
-    """Layer -> the BatchNorm, of those named, that alone reads its output, and reads no other of these layers."""
-    found = {
-        layer: name
-        for layer, own in calls.items()
-        for name, norm in norms.items()
-        if norm.running_mean is not None and all(call.norm is norm.running_mean for call in own)
-    }
-    fed = Counter(found.values())
-    return {layer: name for layer, name in found.items() if fed[name] == 1}
 
 
 def _factor(name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | float | None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from obc.model.kept import Kept, PlanError, kept_of, staying, with_columns
+from obc.model.kept import Kept, PlanError, kept_of, staying
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.slicing import sliced
 from obc.structures.masking import Lost
@@ -64,28 +62,6 @@ def size_of(module: nn.Module, side: str) -> int:
         return module.normalized_shape[-1]
     assert isinstance(weight, Tensor)
     return weight.shape[-1]
-
-
-def followed(before: Kept | None, step: Kept, repeat: int) -> Kept:
-    """The channels kept after a further step, in terms of the unpruned model.
-
-    Args:
-        before: what previous steps kept; None if everything.
-        step: what this step keeps of that.
-        repeat: number of consecutive columns per in channel (for a linear layer after flatten).
-    """
-    kept = before or Kept(dim=step.dim)
-    if step.out_channels is not None:
-        kept = replace(kept, out_channels=_chosen(kept.out_channels, step.out_channels))
-    if step.in_channels is None:
-        return kept
-    if kept.in_channels is not None:
-        repeat = math.gcd(repeat, kept.in_repeat)
-    return with_columns(kept, _chosen(kept.in_columns, step.in_channels), repeat)
-
-
-def _chosen(before: Tensor | None, step: Tensor) -> Tensor:
-    return step if before is None else before[step]
 
 
 def refuse_untied(model: nn.Module, shared: Sequence[Sequence[str]], step: Mapping[str, Kept]) -> None:

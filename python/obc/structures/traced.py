@@ -17,7 +17,7 @@ from obc.model.cutting import cut
 from obc.model.errors import PruningError, explained
 from obc.model.evaluation import ForwardFn, Run, call
 from obc.model.groups import ChannelGroup, Side
-from obc.model.kept import Kept
+from obc.model.kept import Kept, with_columns
 from obc.model.layouts import layout_of, split_by_group
 from obc.model.plan import PruningPlan
 from obc.model.quantized import refuse_quantised
@@ -31,7 +31,7 @@ from obc.structures.products import find_products
 from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Limits, Unit
 from obc.structures.reaching import runs_reaching, unchanged_buffers
-from obc.structures.removal import followed, refuse_untied, size_of, step_of
+from obc.structures.removal import refuse_untied, size_of, step_of
 from obc.structures.traced_graph import TracedGraph, trace
 from obc.structures.traced_groups import Found, GroupFinder, Settings
 from obc.structures.units import checked_units, layer_name, renumbered_group, without_units
@@ -257,7 +257,9 @@ class TorchPruningStructure:
         for name, kept in step.items():
             repeats = [self._finder.repeats[group, name] for group in chosen if (group, name) in self._finder.repeats]
             repeat = math.gcd(*repeats) or 1
-            self._kept[name] = self._in_blocks(name, followed(self._kept.get(name), kept, repeat))
+            if kept.in_channels is not None:
+                kept = with_columns(kept, kept.in_channels, repeat)
+            self._kept[name] = self._in_blocks(name, kept.after(self._kept.get(name)))
         for name, group in self._groups.items():
             left = without_units(group, chosen[name]) if name in chosen else group
             self._groups[name] = renumbered_group(left, [lost.get((part.module, part.side)) for part in left.slices])
