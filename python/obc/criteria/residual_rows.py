@@ -15,6 +15,7 @@ from obc.model.hooks import hooked
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.part import Part
+from obc.statistics.reader import Readers
 from obc.statistics.routed import RoutedCalls
 from obc.statistics.taps import tapped
 
@@ -110,7 +111,7 @@ def read_residuals(
     cut = Cut(subject.rows == "sample", tokens)
     reader = ResidualReader(taps, cut)
     handles = [*reader.attach(), *([] if also is None else also.attach())]
-    loss, batches = WatchedLoss(subject.loss_fn, reader.part, []), UsableBatches.of(subject.batches)
+    loss, batches = WatchedLoss(subject.loss_fn, Readers(reader.part)), UsableBatches.of(subject.batches)
     with hooked(handles), evaluating(subject.model), frozen(subject.model):
         for index, batch in enumerate(batches):
             reader.begin()

@@ -20,8 +20,7 @@ from obc.model.hooks import hooked
 from obc.statistics.block_weights import WeightsOnDevice
 from obc.statistics.by_block import ByBlock
 from obc.statistics.errors import StatisticsError
-from obc.statistics.part import Part
-from obc.statistics.reader import Reader
+from obc.statistics.reader import Readers
 
 # A block run alone may differ by rounding from what it returned inside the model.
 _AGREEMENT = {torch.float64: 1e-6, torch.float32: 1e-3}
@@ -88,19 +87,13 @@ class BlockRun:
         model: the model in eval mode, with the readers' hooks attached.
         options: options of the pass.
         readers: readers of forward statistics.
-        part: tells the readers about the part being run.
         call: ``call(model, part)`` runs the model.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        options: ByBlock,
-        readers: Mapping[str, Reader],
-        part: Part,
-        call: Callable[[nn.Module, Any], Any],
+        self, model: nn.Module, options: ByBlock, readers: Readers, call: Callable[[nn.Module, Any], Any]
     ) -> None:
-        self.model, self.options, self.readers, self.part, self.call = model, options, readers, part, call
+        self.model, self.options, self.readers, self.call = model, options, readers, call
         self.device, self.blocks = options.runs_on(model), options.names(model)
         self.weights = WeightsOnDevice(model, self.blocks, self.device, options.weights)
         self.seen, self.span = _Seen(), 1
@@ -192,7 +185,7 @@ class BlockRun:
 
     def _read_block(self, place: int, batch: int, parts: Sequence[Any], states: HiddenStates, reading: bool) -> None:
         name = self.seen.chain[place]
-        self._begin()
+        self.readers.begin()
         for index, part in enumerate(parts):
             args, kwargs = self._arrival(place, part)
             arrived = first_floating(args, kwargs)
@@ -203,26 +196,26 @@ class BlockRun:
             self._hand_windows(name, batch, index, states)
             args = tuple(stream if value is arrived else value for value in args)
             kwargs = {key: stream if value is arrived else value for key, value in kwargs.items()}
-            with self._reading(part, reading):
+            with self.readers.reading(part, reading):
                 output = stream_of(self.model.get_submodule(name)(*args, **kwargs))
             assert output is not None
             if batch == index == 0:
                 self._compare(name, output)
             states.put((place, batch, index), output)
-        self._commit(batch)
+        self.readers.commit(batch)
 
     def _read_rest(self, batch: int, parts: Sequence[Any], states: HiddenStates, reading: bool) -> None:
         """Read the layers outside the blocks: the model runs with a stand-in for every block."""
         last = len(self.seen.chain) - 1
-        self._begin()
+        self.readers.begin()
         for index, part in enumerate(parts):
 
             def result(stream: Tensor | None, batch: int = batch, index: int = index) -> Tensor:
                 return states.get((last, batch, index), self.device)
 
-            with self._stand_ins(last, result), self._reading(part, reading):
+            with self._stand_ins(last, result), self.readers.reading(part, reading):
                 self.call(self.model, part)
-        self._commit(batch)
+        self.readers.commit(batch)
 
     def _arrival(self, place: int, part: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The block's arguments; the hidden states among them are those before the first block."""
@@ -286,28 +279,6 @@ class BlockRun:
             f"{name!r}, run alone, does not return what it returns inside the model: it needs something that "
             "another block makes; name the blocks up to there, ByBlock(blocks=[...]), or collect without by_block"
         )
-
-    # --- readers ----------------------------------------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        for reader in self.readers.values():
-            reader.begin()
-
-    @contextlib.contextmanager
-    def _reading(self, part: Any, reading: bool) -> Iterator[None]:
-        self.part.begin(part)
-        self.part.reading = reading
-        try:
-            yield
-        finally:
-            self.part.reading = False
-        for reader in self.readers.values():
-            reader.part_ends()
-
-    def _commit(self, batch: int) -> None:
-        for reader in self.readers.values():
-            reader.batch_ends()
-            reader.sums.commit(batch)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

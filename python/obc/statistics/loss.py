@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +15,7 @@ from obc.model.evaluation import LossFn
 from obc.scoring.batch_rows import checked_loss
 from obc.scoring.reading.single_samples import guard
 from obc.statistics.errors import StatisticsError
-from obc.statistics.part import Part
-from obc.statistics.reader import Reader
+from obc.statistics.reader import Readers
 
 
 class SeekableLoss(Protocol):
@@ -40,8 +39,8 @@ class WatchedLoss:
         losses: losses of the last batch, detached.
     """
 
-    def __init__(self, loss_fn: LossFn, part: Part, readers: Sequence[Reader]) -> None:
-        self._loss_fn, self._part, self._readers = loss_fn, part, readers
+    def __init__(self, loss_fn: LossFn, readers: Readers) -> None:
+        self._loss_fn, self._part, self._readers = loss_fn, readers.part, readers
         self.losses: list[Tensor] = []
 
     def seek(self, row: int, sample: int) -> None:
@@ -50,11 +49,10 @@ class WatchedLoss:
             seek(row, sample)
         if sample == 0:
             self.losses.clear()
-        for reader in self._readers:
-            if sample == 0:
-                reader.begin()
-            else:
-                reader.part_ends()
+        if sample == 0:
+            self._readers.begin()
+        else:
+            self._readers.part_ends()
 
     def __call__(self, model: nn.Module, batch: Any) -> Tensor:
         if not torch.is_grad_enabled():
@@ -69,7 +67,7 @@ class WatchedLoss:
         return losses
 
     def _backward_begins(self, grad: Tensor) -> None:
-        for reader in self._readers:
+        for reader in self._readers.values():
             reader.backward_begins()
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -98,6 +99,47 @@ class Reader:
             "never called; its weight may be used by another module's forward, or no batch reached it"
         )
         return {name: how if name in self.called or not how.scored else never for name, how in self.coverage.items()}
+
+
+class Readers(dict[str, Reader]):
+    """The readers of one run, by the names of their statistics, and the part of a batch that all of them see."""
+
+    def __init__(self, part: Part) -> None:
+        super().__init__()
+        self.part = part
+
+    def begin(self) -> None:
+        """A batch begins, for the first time or again."""
+        for reader in self.values():
+            reader.begin()
+
+    @contextlib.contextmanager
+    def reading(self, part: Any, read: bool = True) -> Iterator[None]:
+        """Inside the block the model runs on this part of a batch; with ``read=False`` unread."""
+        self.part.begin(part)
+        self.part.reading = read
+        try:
+            yield
+        finally:
+            self.part.reading = False
+        self.part_ends()
+
+    def part_ends(self) -> None:
+        """The part, forward and backward, is over."""
+        for reader in self.values():
+            reader.part_ends()
+
+    @torch.inference_mode()  # tensors of forward passes may be changed in place only here
+    def commit(self, batch: int) -> None:
+        """All parts of the batch are over."""
+        for reader in self.values():
+            reader.batch_ends()
+            reader.sums.commit(batch)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all sums."""
+        return sum(reader.bytes() for reader in self.values())
 
 
 def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], dict[str, Coverage]]:

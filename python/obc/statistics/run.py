@@ -37,7 +37,7 @@ from obc.statistics.loss import WatchedLoss, frozen, run_backward
 from obc.statistics.memory import refuse_too_large, stated
 from obc.statistics.names import Chosen, chosen_statistics, identity
 from obc.statistics.part import Part
-from obc.statistics.reader import Groups, Reader
+from obc.statistics.reader import Groups, Readers
 from obc.statistics.results import Statistics
 from obc.statistics.rows import Rows
 
@@ -171,9 +171,8 @@ class _Run:
         if groups is None and Rows.name in self.options:  # every layer is read on both sides
             self.options[Rows.name] = identity(Rows("all"))
         self.model, self.rows, self.micro_batch, self.process_group = model, rows, micro_batch, process_group
-        self.part, self.done = Part(), 0
+        self.readers, self.done = Readers(Part()), 0
         self.backward = any(one.backward for one in chosen)
-        self.readers: dict[str, Reader] = {}
         self.scorer: JacobianScorer | None = None
         for one in chosen:
             if isinstance(one, Rows):
@@ -182,7 +181,7 @@ class _Run:
                     raise NothingToReadError(one.name, f"these groups have nothing to read {one.name!r} from")
                 self.scorer = self._scorer(wanted)
             else:
-                self.readers[one.name] = one.reader(model, groups, self.part)
+                self.readers[one.name] = one.reader(model, groups, self.readers.part)
         for name, reader in self.readers.items():
             if not any(how.scored for how in reader.coverage.values()):
                 why = "; ".join(f"{module}: {how}" for module, how in reader.coverage.items())
@@ -228,10 +227,9 @@ class _Run:
                 if self.saved is not None and self.done % every == 0:
                     seconds = earlier + time.perf_counter() - started
                     self.saved.save({"batches": self.done, "seconds": seconds})
-        held = sum(reader.bytes() for reader in self.readers.values())
         kept = 0 if self.scorer is None else self.scorer.kept_bytes
         seconds = earlier + time.perf_counter() - started
-        self.report = Report(seconds, self.done, memory.read(), held + kept)
+        self.report = Report(seconds, self.done, memory.read(), self.readers.nbytes + kept)
 
     def over_blocks(self, batches: Iterable[Any], call: Callable[..., Any], progress: bool | None) -> None:
         assert self.by_block is not None
@@ -243,7 +241,7 @@ class _Run:
         self.done = len(parts)
         if not parts:
             return
-        run = BlockRun(self.model, self.by_block, self.readers, self.part, call)
+        run = BlockRun(self.model, self.by_block, self.readers, call)
         memory, started = PeakMemory([run.device]), time.perf_counter()
         log = ProgressLog("obc.collect", progress)
         with self._hooked(), without_cache(self.model), progress_bar(progress, desc="collect", unit="block") as bar:
@@ -257,8 +255,8 @@ class _Run:
 
             stored = run.over(parts, done, after)
         logger.info("obc.collect stored %s of hidden states between blocks", readable(stored))
-        held = sum(reader.bytes() for reader in self.readers.values())
-        self.report = Report(earlier + time.perf_counter() - started, self.done, memory.read(), held + stored)
+        seconds = earlier + time.perf_counter() - started
+        self.report = Report(seconds, self.done, memory.read(), self.readers.nbytes + stored)
 
     def _judge(self, batches: UsableBatches) -> None:
         """Decide whether later passes may use the last batch. Reads from the device."""
@@ -292,7 +290,7 @@ class _Run:
             if not self.backward:
                 yield lambda batch: self._forward_only(call, batch)
                 return
-            loss = WatchedLoss(call, self.part, list(self.readers.values()))
+            loss = WatchedLoss(call, self.readers)
             self._losses = loss.losses
             if self.scorer is None:
                 yield lambda batch: self._with_backward(
@@ -304,19 +302,11 @@ class _Run:
             yield lambda batch: self._with_backward(lambda: rows.batch(self.done, batch))
 
     def _forward_only(self, call: Callable[..., Any], batch: Any) -> None:
-        for reader in self.readers.values():
-            reader.begin()
+        self.readers.begin()
         for part in self._parts(batch):
-            self.part.begin(part)
-            self.part.reading = True
-            try:
-                with torch.inference_mode():
-                    call(self.model, part)
-            finally:
-                self.part.reading = False
-            for reader in self.readers.values():
-                reader.part_ends()
-        self._commit()
+            with self.readers.reading(part), torch.inference_mode():
+                call(self.model, part)
+        self.readers.commit(self.done)
 
     def _parts(self, batch: Any) -> list[Any]:
         return [part for part, _, _ in parts_of(batch, self.micro_batch)]
@@ -325,16 +315,9 @@ class _Run:
         try:
             read()
         finally:
-            self.part.reading = False
-        for reader in self.readers.values():
-            reader.part_ends()
-        self._commit()
-
-    def _commit(self) -> None:
-        with torch.inference_mode():  # tensors of forward passes may be changed in place only here
-            for reader in self.readers.values():
-                reader.batch_ends()
-                reader.sums.commit(self.done)
+            self.readers.part.reading = False
+        self.readers.part_ends()
+        self.readers.commit(self.done)
 
     def statistics(self) -> Statistics:
         if self.process_group is not None:
