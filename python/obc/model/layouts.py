@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from obc.model.rules import Rule, is_transformers_conv1d, rule_for
+from obc.model.names import saved_buffers
+from obc.model.rules import Rule, is_packed, is_transformers_conv1d, rule_for
 
 
 def layout_of(module: nn.Module) -> Rule | None:
@@ -93,6 +96,43 @@ def own_channels(layout: Rule, weight: Tensor, tensor: Tensor) -> dict[Literal["
     axes = (layout.out_axis, layout.in_axis)
     sides: tuple[Literal["out", "in"], ...] = ("out", "in")
     return {side: axis for side, axis in zip(sides, axes, strict=True) if axis in wide}
+
+
+def channel_axis(tensor: Tensor, size: int) -> int | None:
+    """The only dimension of a tensor with ``size`` entries, one for each channel; None if it has no such dimension.
+
+    Raises:
+        ValueError: it has several.
+    """
+    axes = [dim for dim, length in enumerate(tensor.shape) if length == size]
+    if len(axes) > 1:
+        raise ValueError(f"which of its dimensions {tuple(tensor.shape)} belongs to the {size} channels is not known")
+    return axes[0] if axes else None
+
+
+def axis_beside(name: str, tensor: Tensor, weight: Tensor | None) -> int | None:
+    """The dimension of channels of the tensor ``name`` of a norm, or of a layer's bias; None if it has no channels.
+
+    Beside a weight with one value per channel, tensors have channels where they are as long; counters and tables are
+    not.
+    """
+    if not tensor.dim():
+        return None
+    own = name not in ("weight", "bias") and weight is not None and weight.dim() == 1
+    return channel_axis(tensor, len(weight)) if own and weight is not None else -1
+
+
+def loose_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The saved floating buffers with several entries of a module for whose tensors there is no rule.
+
+    Examples are the four tensors of a frozen BatchNorm, and the scales of a quantiser.
+    """
+    if not isinstance(rule_for(module), Rule) and not isinstance(module, (_NormBase, nn.RNNBase)):
+        yield from (
+            (key, buffer)
+            for key, buffer in saved_buffers(module)
+            if buffer.is_floating_point() and buffer.numel() > 1 and not is_packed(buffer)
+        )
 
 
 def is_compiled(model: nn.Module) -> bool:

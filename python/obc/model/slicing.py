@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from obc.model.kept import Kept, PlanError
-from obc.model.layouts import layout_of, own_channels, split_by_group
+from obc.model.layouts import axis_beside, layout_of, own_channels, split_by_group
 from obc.model.quantized import is_quantised, why_not_sliced
 from obc.model.rules import Rule, is_packed
 
@@ -73,8 +73,9 @@ def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept, w
         if original.shape != weight.shape:
             return _sliced_own(module, layout, weight, original, kept)
     elif layout is None or tensor_name != "weight":
-        # Norms, PReLU, biases: one entry per channel; counters and single slopes have none.
-        return original if original.numel() == 1 and original.dim() == 0 else _take(original, -1, kept.out_channels)
+        # Norms, PReLU, biases: one entry per channel; counters, single slopes and tables of another length have none.
+        axis = axis_beside(tensor_name, original, weight)
+        return original if axis is None else _take(original, axis, kept.out_channels)
     if was_depthwise(module, original, kept):
         return _take(original, 0, kept.out_channels)
     return sliced_weight(original, layout, kept)

@@ -1,8 +1,9 @@
 """Finds, by running the model, which inputs of every layer each channel influences past nothing but operations.
 
 Like :mod:`obc.structures.probing`, but for every source of channels on its own: a layer, an embedding, or a dimension
-of a parameter outside layers. So an input may depend on channels of several layers that are added up, and on several
-channels of one layer, as behind a gated unit. Sources that no layer reads in common are examined in the same passes.
+of a parameter or buffer outside layers. So an input may depend on channels of several layers that are added up, and on
+several channels of one layer, as behind a gated unit. Sources that no layer reads in common are examined in the same
+passes.
 
 In each pass some channels change, and an input that does not notice depends on none of them. Few channels change one by
 one. Many are numbered: one by one, in halves side by side, head by head, and so on. If all but a few numbers change,
@@ -55,9 +56,9 @@ class Source:
     """Something with channels that later layers read.
 
     Attributes:
-        name: the layer, the embedding, or the parameter.
+        name: the layer, the embedding, the parameter, or the buffer.
         size: number of channels.
-        parameter: name of the parameter whose entries are changed; None for a layer, whose output is.
+        parameter: name of the parameter or buffer whose entries are changed; None for a layer, whose output is.
         dim: the parameter's dimension of channels.
     """
 
@@ -262,7 +263,10 @@ def _read(prober: Prober, sources: Mapping[str, Source], selected: Mapping[str, 
     for key, channels in selected.items():
         source = sources[key]
         if source.parameter is not None and bool(channels.any()):
-            old = prober.model.get_parameter(source.parameter)
+            owner, _, attribute = source.parameter.rpartition(".")
+            holder = prober.model.get_submodule(owner)
+            old = getattr(holder, attribute)
+            uses.setdefault(id(old), [(holder._buffers, attribute)])
             originals.append((replace_parameter(uses, old, _altered(old.detach(), source.dim, channels)), old))
     try:
         return prober.read({sources[key].name: channels for key, channels in selected.items()})

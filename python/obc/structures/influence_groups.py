@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from obc.model.evaluation import Run
 from obc.model.groups import Side
-from obc.model.layouts import is_depthwise, layout_of
+from obc.model.layouts import is_depthwise, layout_of, loose_buffers
 from obc.model.names import joined, named_modules
 from obc.model.rules import Rule, rule_for
 from obc.structures.influence import Influence, Source, TooManyPassesError, influences
@@ -34,7 +34,7 @@ class Coupled:
         size: number of classes.
         kinds: (size,) classes of the same kind take the same numbers of channels of the same layers; None: all are of
             one kind.
-        dims: parameter outside layers -> its dimension of channels.
+        dims: parameter or buffer outside layers -> its dimension of channels.
     """
 
     layers: list[str]
@@ -97,7 +97,7 @@ def coupled_channels(
 
 
 def _sources(model: nn.Module, layers: Collection[str], taken: Collection[str]) -> dict[str, Source]:
-    """Layers by name, and embeddings and each dimension of parameters outside layers by other keys."""
+    """Layers by name, and embeddings and each dimension of parameters and buffers outside layers by other keys."""
     modules = dict(named_modules(model))
     sources = {}
     for name in layers:
@@ -108,12 +108,12 @@ def _sources(model: nn.Module, layers: Collection[str], taken: Collection[str]) 
         rule_ = rule_for(module)
         if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) or name in taken:
             continue
-        for key, parameter in module.named_parameters(recurse=False):
+        for key, tensor in (*module.named_parameters(recurse=False), *loose_buffers(module)):
             full = joined(name, key)
             if isinstance(module, nn.Embedding):
                 sources[f"{full}:1"] = Source(name, module.embedding_dim, full, 1)
-            elif not isinstance(rule_, Rule) and full not in taken and type(parameter) is nn.Parameter:
-                for dim, size in enumerate(parameter.shape):
+            elif not isinstance(rule_, Rule) and full not in taken and type(tensor) in (nn.Parameter, Tensor):
+                for dim, size in enumerate(tensor.shape):
                     if size > 1:
                         sources[f"{full}:{dim}"] = Source(full, size, full, dim)
     return sources

@@ -28,10 +28,11 @@ from torch.overrides import TorchFunctionMode
 from obc.model.evaluation import first_floating
 from obc.model.experts import is_correction
 from obc.model.groups import ChannelGroup, Side
-from obc.model.kept import staying
+from obc.model.kept import Kept, staying
 from obc.model.names import named_modules, saved_buffers
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
+from obc.model.slicing import sliced
 
 Lost = dict[tuple[str, Side], Tensor]
 # Each channel has statistics of its own, or there are none.
@@ -194,10 +195,11 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
     """Make a norm compute what it computes from the remaining channels, and zero in place of the others."""
     stays, forward = staying(size, channels), module.forward
     inner: Any = copy.copy(module)
-    vars(inner)["_parameters"] = {
-        key: None if parameter is None else nn.Parameter(parameter.detach()[..., stays], requires_grad=False)
-        for key, parameter in module._parameters.items()
-    }
+    for kind in ("_parameters", "_buffers"):
+        vars(inner)[kind] = {
+            key: None if tensor is None else _of_kept(module, key, tensor, stays)
+            for key, tensor in vars(module)[kind].items()
+        }
     if isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         inner.normalized_shape = (len(stays),)
     elif isinstance(module, nn.GroupNorm):
@@ -222,6 +224,12 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
         return normalised.new_zeros(x.shape).index_copy(axis, kept, normalised)
 
     module.forward = over_kept
+
+
+def _of_kept(module: nn.Module, key: str, tensor: Tensor, stays: Tensor) -> Tensor:
+    """The tensor ``key`` of a norm as pruning leaves it; a parameter stays one."""
+    narrow = sliced(module, key, tensor.detach(), Kept(stays), key, getattr(module, "weight", None))
+    return nn.Parameter(narrow, requires_grad=False) if isinstance(tensor, nn.Parameter) else narrow
 
 
 # --- routers --------------------------------------------------------------------------------------------------

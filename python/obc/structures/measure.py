@@ -17,7 +17,7 @@ from obc.model.costs import Costs
 from obc.model.evaluation import evaluating, tensors_in
 from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
-from obc.model.layouts import is_depthwise, layer_of, layout_of, own_channels
+from obc.model.layouts import axis_beside, is_depthwise, layer_of, layout_of, own_channels
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.structures.memory import MemoryUse
 from obc.structures.polynomial import Polynomial
@@ -177,8 +177,10 @@ class TracedCosts:
             _add_weight(polynomial, factor, name, (3 * module.embed_dim, module.embed_dim), 1)
         elif tensor.numel() == 1:
             polynomial.constant += factor  # one slope for all channels
+        elif (axis := axis_beside(key, tensor, getattr(module, "weight", None))) is None:
+            polynomial.constant += factor * tensor.numel()  # a table of another length
         else:
-            size = tensor.shape[-1]
+            size = tensor.shape[axis]
             side = "in" if key in ("bias_k", "bias_v") else "out"
             polynomial.add(factor * tensor.numel() / size, polynomial.size((name, side), size))
 

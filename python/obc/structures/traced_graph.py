@@ -15,7 +15,8 @@ from torch.utils import checkpoint as checkpoints
 from obc.model.errors import PruningError, explained
 from obc.model.evaluation import differentiable, evaluating
 from obc.model.groups import Side
-from obc.model.layouts import layout_of
+from obc.model.layouts import channel_axis, layout_of, loose_buffers
+from obc.model.names import joined, saved_buffers
 from obc.model.rules import Rule, rule_for
 from obc.structures.reaching import unchanged_buffers
 from obc.structures.traced_plan import holds_channels
@@ -80,8 +81,9 @@ def trace(
         if name not in named:
             raise ValueError(f"unwrapped_parameters: the model has no parameter {name!r}")
 
-    def graph() -> Any:
-        with evaluating(model), torch.enable_grad(), unchanged_buffers(model):
+    def graph(buffers: bool = True) -> Any:
+        as_parameters = _buffers_as_parameters(model) if buffers else contextlib.nullcontext()
+        with evaluating(model), torch.enable_grad(), unchanged_buffers(model), as_parameters:
             return tp.DependencyGraph().build_dependency(
                 model,
                 example_inputs,
@@ -94,18 +96,37 @@ def trace(
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)
-        with explained(model, "tracing it with Torch-Pruning", _UNTRACEABLE):
+        with explained(model, "tracing it with Torch-Pruning", _UNTRACEABLE), _without_checkpoints():
             try:
-                with _without_saved_tensors(), _without_checkpoints():
+                with _without_saved_tensors():
                     found = graph()
-            except Exception:  # the model itself may differentiate something in its forward
-                with _without_checkpoints():
-                    found = graph()
+            except Exception:  # the model may differentiate something in its forward, or write into its buffers
+                found = graph(buffers=False)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
     bound_searches(found, model)
     return found
+
+
+@contextlib.contextmanager
+def _buffers_as_parameters(model: nn.Module) -> Iterator[None]:
+    """Inside the block, buffers with several entries along one dimension only are parameters, which tracing follows.
+
+    The parameters are copies, so that what a forward writes into them is gone afterwards.
+    """
+    changed = []
+    for module in list(model.modules()):
+        if chosen := {key: buffer for key, buffer in loose_buffers(module) if max(buffer.shape) == buffer.numel()}:
+            changed.append((module, dict(module._parameters), dict(module._buffers)))
+            for key, buffer in chosen.items():
+                del module._buffers[key]
+                module._parameters[key] = nn.Parameter(buffer.detach().clone())
+    try:
+        yield
+    finally:
+        for module, parameters, buffers in changed:
+            module._parameters, module._buffers = parameters, buffers
 
 
 def _without_saved_tensors() -> contextlib.AbstractContextManager[None]:
@@ -212,11 +233,37 @@ class TracedGraph:
                 members_of_part = members.setdefault((name, side), {})
                 for offset in copies:
                     members_of_part.update({c + offset: r for c, r in zip(channels, roots, strict=True)})
+        self._take_along(members)
         return members
+
+    def _take_along(self, members: Members) -> None:
+        """Add the saved buffers of modules without children whose other tensors a group prunes, where it is clear how.
+
+        They are integers, such as zero points, or only training reads them. They have one dimension as long as the
+        others' channels.
+        """
+        for name, side in list(members):
+            owner, _, _ = name.rpartition(".")
+            module = self.modules.get(owner)
+            if name not in self.dims or module is None or next(module.children(), None) is not None:
+                continue
+            for key, buffer in saved_buffers(module):
+                full, size = joined(owner, key), self.dim_size(name)
+                if (full, side) in members or len(members[name, side]) != size:
+                    continue
+                try:
+                    axis = channel_axis(buffer, size)
+                except ValueError as reason:
+                    raise InnerMatterError(f"of the buffer {full!r}: {reason}") from reason
+                if axis is not None:
+                    self.dims[full] = axis
+                    members[full, side] = dict(members[name, side])
 
     def dim_size(self, name: str) -> int:
         """The length of the pruned dimension of a parameter outside any layer."""
-        return self._model.get_parameter(name).shape[self.dims[name]]
+        owner, _, attribute = name.rpartition(".")
+        size: int = getattr(self.modules[owner], attribute).shape[self.dims[name]]
+        return size
 
     def _parts(self, target: Any, dep: Any) -> list[tuple[str, Side, list[int]]]:
         """(name, side, offsets of the copies of its channels) for what one item of a group prunes."""

@@ -8,17 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from obc.model.layouts import loose_buffers
 from obc.model.shared_copy import parameter_uses, replace_parameter, shared_copy
 
 
 def varied_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose single-valued parameters are random around their value, so that none hides a fault."""
+    """A copy of ``model`` whose single-valued parameters are random around their value, so that none hides a fault.
+
+    So are the buffers that pruning may cut (:func:`obc.model.layouts.loose_buffers`).
+    """
     varied = shared_copy(model)
     uses = parameter_uses(varied.modules())
     generator = torch.Generator().manual_seed(0)
     for parameter in list({id(p): p for p in varied.parameters()}.values()):
         if parameter.is_floating_point() and parameter.numel() > 1 and _is_constant(parameter.detach()):
             replace_parameter(uses, parameter, _vary(parameter.detach(), generator))
+    for module in varied.modules():
+        for key, buffer in loose_buffers(module):
+            if _is_constant(buffer):
+                module._buffers[key] = _vary(buffer, generator)
     return varied
 
 
