@@ -1,6 +1,8 @@
 """Compiles csrc/cuda for each architecture, without a GPU, and prints what each kernel is made of.
 
-    python csrc/cuda/check.py [--arch 80 90]
+    python csrc/cuda/check.py [--arch 80 90] [--library libobc_cuda.so]
+
+With --library it reads the code in that library, and compiles nothing.
 
 A row is one kernel: registers, spills and shared memory from the compiler, loads from global memory by width in bits
 from the machine code. Inputs are read with 16-byte streaming loads wherever they allow it; in machine code those are
@@ -9,7 +11,7 @@ kernel's code for each of these loads. The exit code is 1 where a kernel spills 
 is narrower than 128 bits, where a kernel that should have eight of them has fewer, or where its instructions per vector
 exceed their budget (BUDGET, measured; a change that needs more must say so there).
 
-Needs nvcc, and cuobjdump: the toolkit's, or the one that comes with Triton.
+Needs nvcc, unless a library is given, and cuobjdump: the toolkit's, or the one that comes with Triton.
 """
 
 from __future__ import annotations
@@ -83,9 +85,9 @@ def find_tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
 
 
-def missing_tools() -> list[str]:
-    """Which of the tools that this check needs are not on this machine."""
-    return [name for name in ("nvcc", "cuobjdump") if find_tool(name) is None]
+def missing_tools(compiles: bool = True) -> list[str]:
+    """Which of the tools that this check needs are not on this machine; nvcc only where it compiles."""
+    return [name for name in ("nvcc", "cuobjdump")[not compiles :] if find_tool(name) is None]
 
 
 @dataclass
@@ -195,15 +197,32 @@ def width_of(instruction: str) -> int:
 
 def inspect(source: Path, arch: str) -> list[Kernel]:
     """Compile one file and read its kernels."""
-    nvcc, cuobjdump = find_tool("nvcc"), find_tool("cuobjdump")
-    if nvcc is None or cuobjdump is None:
-        raise FileNotFoundError(f"no {' and no '.join(missing_tools())} on this machine")
+    nvcc = find_tool("nvcc")
+    if nvcc is None:
+        raise FileNotFoundError("no nvcc on this machine")
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{arch}", f"-I{HERE.parent}", "-cubin", "-o", cubin, source]
         subprocess.run(command, check=True)
-        usage = subprocess.run([cuobjdump, "-res-usage", cubin], check=True, capture_output=True, text=True).stdout
-        code = subprocess.run([cuobjdump, "-sass", cubin], check=True, capture_output=True, text=True).stdout
+        return kernels_in(cubin, arch)
+
+
+def kernels_in(binary: Path, arch: str) -> list[Kernel]:
+    """The kernels of a cubin, or those of a library for one architecture."""
+    cuobjdump = find_tool("cuobjdump")
+    if cuobjdump is None:
+        raise FileNotFoundError("no cuobjdump on this machine")
+
+    def show(*what: str) -> str:
+        return subprocess.run([cuobjdump, *what, binary], check=True, capture_output=True, text=True).stdout
+
+    if binary.suffix == ".cubin":
+        chosen: tuple[str, ...] = ()
+    elif f".sm_{arch}." in show("-lelf"):
+        chosen = ("-arch", f"sm_{arch}")
+    else:
+        raise SystemExit(f"cuda-check: {binary} has no code for sm_{arch}; TORCH_CUDA_ARCH_LIST chooses its code")
+    usage, code = show("-res-usage", *chosen), show("-sass", *chosen)
     kernels: dict[str, Kernel] = {}
     pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)"
     for symbol, registers, stack, shared in re.findall(pattern, usage):
@@ -226,13 +245,15 @@ def loops_of(code: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", nargs="+", default=ARCHITECTURES, help="compute capabilities without the dot")
-    archs = parser.parse_args(arguments).arch
-    if missing := missing_tools():
+    parser.add_argument("--library", type=Path, help="read the code in this library, and compile nothing")
+    given = parser.parse_args(arguments)
+    if missing := missing_tools(compiles=given.library is None):
         print(f"cuda-check: no {' and no '.join(missing)} on this machine; install the CUDA toolkit", file=sys.stderr)
         return 2
-    jobs = [(source, arch) for arch in archs for source in sorted(HERE.glob("*.cu"))]
+    read, sources = (inspect, sorted(HERE.glob("*.cu"))) if given.library is None else (kernels_in, [given.library])
+    jobs = [(source, arch) for arch in given.arch for source in sources]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        kernels = [kernel for found in pool.map(lambda job: inspect(*job), jobs) for kernel in found]
+        kernels = [kernel for found in pool.map(lambda job: read(*job), jobs) for kernel in found]
     print(f"arch   {'kernel':42} registers  spills  shared  per vector  in loops      streaming      other loads")
     for kernel in sorted(kernels, key=lambda kernel: (kernel.arch, kernel.name)):
         print(kernel.row())

@@ -29,16 +29,38 @@ sys.modules["cuda_check"] = check
 _spec.loader.exec_module(check)
 
 
-@pytest.mark.parametrize("arch", [pytest.param("80", marks=pytest.mark.slow), "90"])
-def test_kernels_compile_without_spills_and_with_wide_loads(arch: str) -> None:
-    if missing := check.missing_tools():
+def _passes(capsys: pytest.CaptureFixture[str], arch: str, *arguments: str) -> None:
+    """The check finds every kernel, and in none of them a fault."""
+    if missing := check.missing_tools(compiles=not arguments):
         pytest.skip(f"no {' and no '.join(missing)} on this machine (the CUDA toolkit has them)")
-    done = subprocess.run([sys.executable, CHECK, "--arch", arch], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    status = check.main(["--arch", arch, *arguments])
+    printed = capsys.readouterr()
+    assert status == 0, printed.out + printed.err
     for kernel in ("channel_dot", "weight_dot", "weight_dot_list", "rows", "end_row"):
-        assert f"sm_{arch}  {kernel}_kernel " in done.stdout
+        assert f"sm_{arch}  {kernel}_kernel " in printed.out
     for dtype in ("float32", "float64", "bfloat16", "float16"):
-        assert f"weight_dot_kernel {dtype} " in done.stdout
+        assert f"weight_dot_kernel {dtype} " in printed.out
+
+
+@pytest.mark.parametrize("arch", [pytest.param("80", marks=pytest.mark.slow), "90"])
+def test_the_librarys_kernels_have_no_spills_and_wide_loads(capsys: pytest.CaptureFixture[str], arch: str) -> None:
+    """The library that was built with obc: compiling its kernels again would take a minute."""
+    if not LIBRARY.exists():
+        pytest.skip("libobc_cuda.so was not built (no nvcc was found when obc was installed)")
+    _passes(capsys, arch, "--library", str(LIBRARY))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_kernels_compile_without_spills_and_with_wide_loads(capsys: pytest.CaptureFixture[str], arch: str) -> None:
+    _passes(capsys, arch)
+
+
+def test_a_library_without_code_for_an_architecture_is_refused() -> None:
+    if not LIBRARY.exists() or check.missing_tools(compiles=False):
+        pytest.skip("libobc_cuda.so was not built, or there is no cuobjdump")
+    with pytest.raises(SystemExit, match=r"libobc_cuda\.so has no code for sm_61; TORCH_CUDA_ARCH_LIST chooses"):
+        check.main(["--arch", "61", "--library", str(LIBRARY)])
 
 
 def _kernel(name: str = "weight_dot_kernel float32", streaming: int = 128, count: int = 16, **fields: object) -> object:
