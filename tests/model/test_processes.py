@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import started
 import torch
 from models import class_loss
 from torch import Tensor, nn
@@ -114,7 +115,7 @@ def _fails(rank: int, folder: str) -> None:
 
 
 def test_one_process_raises(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_fails, (str(tmp_path),), nprocs=2)
+    started.processes(_fails, (str(tmp_path),), 2)
     told, raised = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     first, second = _data()[::2], _data()[1::2]
     in_order = first[:5] + second[:5] + first[5:] + second[5:]  # compensate holds out every fifth batch
@@ -142,7 +143,7 @@ def _resumes(rank: int, folder: str) -> None:
 
 
 def test_calls_that_failed_resume_to_the_same_bits(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_resumes, (str(tmp_path),), nprocs=2)
+    started.processes(_resumes, (str(tmp_path),), 2)
     for name, rank in itertools.product(("score", "collect"), range(2)):
         resumed, unbroken = (torch.load(tmp_path / f"{name}-{rank}{how}.pt") for how in ("", "-unbroken"))
         assert torch.equal(resumed, unbroken)
@@ -178,12 +179,12 @@ def _is_killed(rank: int, folder: str) -> None:
 
 
 def test_one_process_is_killed(tmp_path: Path) -> None:
-    context = torch.multiprocessing.get_context("spawn")
-    started = [context.Process(target=_is_killed, args=(rank, str(tmp_path))) for rank in range(2)]
-    for one in started:
+    context = started.context()
+    both = [context.Process(target=_is_killed, args=(rank, str(tmp_path))) for rank in range(2)]
+    for one in both:
         one.start()
-    for one in started:
+    for one in both:
         one.join(120)
         assert not one.is_alive()
-    assert started[1].exitcode == -signal.SIGKILL
+    assert both[1].exitcode == -signal.SIGKILL
     assert "if one of them has ended, its output says why" in (tmp_path / "told").read_text()

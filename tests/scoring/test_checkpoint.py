@@ -14,6 +14,7 @@ from typing import Any
 import models
 import nasty
 import pytest
+import started
 import torch
 from models import Case
 from parity import assert_equal
@@ -286,7 +287,7 @@ def _go_on_together(rank: int, store: str, folder: str) -> None:
 
 
 def test_processes_that_read_rows_together_go_on_together(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_go_on_together, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    started.processes(_go_on_together, (str(tmp_path / "store"), str(tmp_path)), 2)
     assert {path.name for path in tmp_path.iterdir()} >= {"done0", "done1"}
 
 

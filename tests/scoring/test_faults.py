@@ -11,6 +11,7 @@ from typing import Any
 
 import models
 import pytest
+import started
 import torch
 from models import Case
 from parity import assert_equal
@@ -230,7 +231,7 @@ def test_memory_that_runs_out_anywhere(rows: str) -> None:
 
     In a fresh process: the memory that earlier tests gave back would do for the whole run.
     """
-    torch.multiprocessing.spawn(_run_out_of_memory, (rows,))
+    started.processes(_run_out_of_memory, (rows,))
 
 
 def _run_out_of_memory(process: int, rows: str) -> None:
@@ -280,7 +281,7 @@ def test_an_allocation_that_is_refused(direction: str, rows: str) -> None:
 
 def test_memory_that_runs_out_while_saving(tmp_path: Path) -> None:
     """Either the new file is complete or the old one is; nothing else is left. Uses a fresh process, as above."""
-    torch.multiprocessing.spawn(_run_out_of_memory_while_saving, (tmp_path / "scores.safetensors",))
+    started.processes(_run_out_of_memory_while_saving, (tmp_path / "scores.safetensors",))
 
 
 def _run_out_of_memory_while_saving(process: int, path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import accelerate
 import pytest
+import started
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -224,11 +225,12 @@ SCENARIOS = {
 }
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+# Four processes show what two do, and have two dimensions to share.
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 4])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every scenario's scores, of every process: one start of the processes serves all tests."""
     where = tmp_path_factory.mktemp("scores")
-    torch.multiprocessing.spawn(_process, (request.param, str(where)), nprocs=request.param)
+    started.processes(_process, (request.param, str(where)), request.param)
     return where
 
 

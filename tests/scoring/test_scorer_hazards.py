@@ -10,6 +10,7 @@ import models
 import nasty
 import oracle
 import pytest
+import started
 import torch
 import torch.nn.functional as F
 from models import Case, floats
@@ -436,7 +437,7 @@ def test_a_forward_before_the_row_that_its_backward_is_in(rows: str) -> None:
 def test_rows_of_several_processes_add_up_before_the_square(tmp_path: Any) -> None:
     """Each process has half of every batch; a row is the whole batch's."""
     case = models.residual_cnn()
-    torch.multiprocessing.spawn(_score_half, (str(tmp_path / "store"), str(tmp_path)), nprocs=2)
+    started.processes(_score_half, (str(tmp_path / "store"), str(tmp_path)), 2)
     expected = expected_scores(case)
     first, second = (obc.Scores.load(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert_parity(first, expected)

@@ -12,6 +12,7 @@ from typing import Any
 
 import models
 import pytest
+import started
 import torch
 import transformers_families as families
 from collected import ALL, FORWARD, assert_same, forward
@@ -107,7 +108,7 @@ def _process(rank: int, folder: str) -> None:
 
 
 def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    started.processes(_process, (str(tmp_path),), 2)
     case = families.FAMILIES["mixtral"]()
     order = case.batches[::2] + case.batches[1::2]
     whole = collect(case.model, order, case.loss, statistics=[*ALL, "experts"])
@@ -193,7 +194,7 @@ def run_until_killed(folder: Path) -> None:
 
 
 def test_a_killed_process_is_resumed(tmp_path: Path) -> None:
-    process = torch.multiprocessing.get_context("spawn").Process(target=run_until_killed, args=(tmp_path,))
+    process = started.context().Process(target=run_until_killed, args=(tmp_path,))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
