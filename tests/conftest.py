@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import on
 from hypothesis import settings
+from samples import left_out_of_samples
 
 import obc
 
@@ -23,8 +24,11 @@ def pytest_report_header() -> list[str]:
     return lines
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects by the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU its tests are deselected, counted in the closing line; ``-m gpu`` alone is then an error."""
+    for item in left_out_of_samples(items):
+        item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     # By the marker: the keywords of a test also have the names of its folders, such as a checkout named gpu.

@@ -89,6 +89,7 @@ def test_channel_dot_matches_reference(dtype: torch.dtype, case: tuple[tuple[int
         test_channel_dot.check(activation, grad, channel_dim, per_sample=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grad_layout", LAYOUTS, ids=layout_id)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
@@ -154,6 +155,7 @@ def loads(library: ctypes.CDLL, call: Callable[[], object]) -> int:
     return library.obc_emulation_vector_loads() - before
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shift", [0, 1, 5])
 @pytest.mark.parametrize("shape", [(2, 3, 17, 17), (1, 2, 67, 67), (300, 8, 17, 17), (2, 2, 9, 9)], ids=str)

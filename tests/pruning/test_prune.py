@@ -99,6 +99,7 @@ def test_prune_meets_the_target_and_its_plan_verifies(way: str) -> None:
     assert f"-> {count(report.macs_after)} (" in str(report)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", ["joint", "independent", "not per MACs", "minimum"])
 @pytest.mark.parametrize("build", [demo_models.ResidualCNN, demo_models.Transformer])
 def test_the_budget_may_be_of_parameters(build: Callable[[], nn.Module], way: str) -> None:
@@ -397,6 +398,7 @@ def test_rows_of_zeros_are_refused() -> None:
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("compensate", [None, "ls"])
 def test_an_exception_restores_the_model(error: type[BaseException], compensate: str | None) -> None:

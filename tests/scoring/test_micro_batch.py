@@ -29,6 +29,7 @@ def assert_same(got: obc.Scores, expected: obc.Scores) -> None:
     assert got.num_rows == expected.num_rows
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @pytest.mark.parametrize("micro_batch", [1, 3, 4, 9])
 @pytest.mark.parametrize("family", ["residual_cnn", "llama", "norms", "tied"])
@@ -99,6 +100,7 @@ def test_batches_of_every_form_are_split(wrap: Any) -> None:
 # --- activation checkpointing --------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("rows", ["batch", "sample"])

@@ -35,6 +35,7 @@ def scores_of(make: Any, rows: str, modules: Any = None, **options: Any) -> tupl
     return case, obc.score(case.model, case.batches, loss, rows=kind, modules=modules, keep_rows=True, **options)
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rows", ["batch", "sample"])
 @pytest.mark.parametrize("side", ["in", "out"])

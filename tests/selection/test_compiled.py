@@ -178,6 +178,7 @@ def test_rounds_choose_the_same(
     assert first == second
 
 
+@pytest.mark.sampled
 @pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("dead", [0, 300], ids=["", "dead units"])
 @pytest.mark.parametrize("kind", ["random", "lengths", "equal", "opposite"])

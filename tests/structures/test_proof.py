@@ -240,6 +240,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", [*FAINT, *ALONE])
 def test_operations_over_channels_show_on_large_ones(name: str, norm: str) -> None:

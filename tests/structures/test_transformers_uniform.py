@@ -61,6 +61,7 @@ MODELS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.filterwarnings("ignore:.*rows:UserWarning")
 @pytest.mark.parametrize("round_to", [None, 64])
 @pytest.mark.parametrize("macs", [0.7, 0.5])

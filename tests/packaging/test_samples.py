@@ -1,0 +1,57 @@
+"""Of a test marked ``sampled``, every value of each parameter stays in ``make test``, or every pair of values."""
+
+from __future__ import annotations
+
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from samples import left_out_of_samples
+
+SIZES = {"model": 3, "dtype": 4, "layout": 2}
+
+
+class Item(SimpleNamespace):
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def members(name: str, *marks: pytest.MarkDecorator) -> list[Any]:
+    """A test with every combination of three parameters, as pytest collects it."""
+    found = {mark.name: mark.mark for mark in marks}
+    return [
+        Item(
+            nodeid=f"test_some.py::{name}[{'-'.join(map(str, places))}]",
+            callspec=SimpleNamespace(indices=dict(zip(SIZES, places, strict=True))),
+            get_closest_marker=found.get,
+        )
+        for places in product(*map(range, SIZES.values()))
+    ]
+
+
+def kept(items: list[Any]) -> list[dict[str, int]]:
+    left_out = set(map(id, left_out_of_samples(items)))
+    return [item.callspec.indices for item in items if id(item) not in left_out]
+
+
+def test_every_value_stays_in_as_few_members_as_the_longest_parameter_has() -> None:
+    stay = kept(members("test_one", pytest.mark.sampled))
+    assert len(stay) == max(SIZES.values())
+    for name, size in SIZES.items():
+        assert {indices[name] for indices in stay} == set(range(size))
+
+
+def test_every_pair_of_values_stays() -> None:
+    stay = kept(members("test_one", pytest.mark.sampled(2)))
+    assert 3 * 4 <= len(stay) < 3 * 4 * 2
+    for first, second in (("model", "dtype"), ("model", "layout"), ("dtype", "layout")):
+        assert {(indices[first], indices[second]) for indices in stay} == set(
+            product(range(SIZES[first]), range(SIZES[second]))
+        )
+
+
+def test_other_tests_stay_whole_and_samples_are_drawn_of_each_test() -> None:
+    every = 3 * 4 * 2
+    assert len(kept(members("test_one"))) == every
+    assert len(kept(members("test_one", pytest.mark.sampled, pytest.mark.slow))) == every
+    assert len(kept([*members("test_one", pytest.mark.sampled), *members("test_two", pytest.mark.sampled)])) == 2 * 4

@@ -1,0 +1,30 @@
+"""Which members of a test with many parameters `make test` runs, where all of them take too long."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import combinations
+
+import pytest
+
+
+def left_out_of_samples(items: list[pytest.Item]) -> list[pytest.Item]:
+    """The members of tests marked ``sampled`` that the others make superfluous.
+
+    Members stay until they have every value of every parameter, with ``sampled(2)`` every pair of values of two
+    parameters, and so on: the one first that has most of what is still lacking.
+    """
+    tests: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") and not any(map(item.get_closest_marker, ("slow", "gpu"))):
+            tests[item.nodeid.partition("[")[0]].append(item)
+    left_out = []
+    for members in tests.values():
+        strength = (*members[0].get_closest_marker("sampled").args, 1)[0]
+        held = {item: set(combinations(sorted(item.callspec.indices.items()), strength)) for item in members}
+        lacking = set().union(*held.values())
+        while lacking:
+            best = max(held, key=lambda item: len(lacking & held[item]))
+            lacking -= held.pop(best)
+        left_out += held
+    return left_out
