@@ -183,6 +183,30 @@ def test_a_tangent_is_refused(op: str, place: int, pair: tuple[Tensor, Tensor]) 
         torch.func.jvp(of_one, (pair[place],), (torch.ones_like(pair[place]),))
 
 
+RAW: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "channel_dot": lambda a, g: torch.ops.obc.channel_dot(a, g, 1),
+    "channel_moments": lambda a, g: torch.ops.obc.channel_moments(a, 1, None),
+    "weight_dot": lambda a, g: torch.ops.obc.weight_dot(a, g),
+    "weight_dot_list": lambda a, g: torch.ops.obc.weight_dot_list([a], [g]),
+    "weight_moments": lambda a, g: torch.ops.obc.weight_moments(a, g),
+    "fold": lambda a, g: torch.ops.obc.fold(a, torch.ones(2, len(a))),
+    "end_row": lambda a, g: torch.ops.obc.end_row(torch.zeros(a.numel()), a.flatten(), 1.0, None),
+}
+
+
+@pytest.mark.parametrize("op", RAW)
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_tangent_is_refused_under_the_raw_name_too(op: str, recorded: bool, pair: tuple[Tensor, Tensor]) -> None:
+    a, g = pair
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(a.clone().requires_grad_(recorded and op != "end_row"), torch.ones_like(a))
+        # What autograd records is refused by torch itself, before it comes to the operator.
+        message = r"has no forward-mode derivative|You must implement the jvp function"
+        with pytest.raises((RuntimeError, NotImplementedError), match=message):
+            RAW[op](dual, g)
+        RAW[op](a.clone(), g)
+
+
 @pytest.mark.parametrize("backend", [None, "reference"])
 def test_fold_drops_no_tangent_either(backend: str | None, pair: tuple[Tensor, Tensor]) -> None:
     """Neither as matrix products nor as an operator."""

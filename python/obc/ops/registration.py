@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from obc import backends
 from obc.backends.operators import TABLE
@@ -42,7 +43,19 @@ def call(op: str, tensors: Sequence[Tensor | None], *arguments: Any) -> Any:
     if not compiling:
         _refuse_tangents(op, tensors)
     dispatched = compiling or _intercepted() or not _all_plain(tensors)
-    return getattr(_dispatched, op)(*arguments) if dispatched else _IMPLEMENTATIONS[op](*arguments)
+    if not dispatched:
+        try:
+            return _IMPLEMENTATIONS[op](*arguments)
+        except (AttributeError, TypeError):
+            # The schema names what is of a wrong type, except None in a tensor's place; a check raises its error again.
+            _refuse_none(op, arguments)
+    return getattr(_dispatched, op)(*arguments)
+
+
+def _refuse_none(op: str, arguments: Sequence[Any]) -> None:
+    for argument, value in zip(getattr(_dispatched, op).default._schema.arguments, arguments, strict=False):
+        if value is None and str(argument.type) == "Tensor":
+            raise TypeError(f"obc::{op}: {argument.name} must be a tensor, got None")
 
 
 def _refuse_tangents(op: str, tensors: Iterable[Tensor | None]) -> None:
@@ -104,7 +117,13 @@ def register(
         return run(op, arguments[0], *arguments)
 
     _IMPLEMENTATIONS[op] = implementation or checked
-    _LIBRARY.impl(op, _IMPLEMENTATIONS[op], "CompositeExplicitAutograd")
+
+    def dispatched(*arguments: Any) -> Any:
+        if forward_ad._current_level >= 0:  # a raw call; torch.func.jvp has unwrapped its tensors before it comes here
+            _refuse_tangents(op, [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)])
+        return _IMPLEMENTATIONS[op](*arguments)
+
+    _LIBRARY.impl(op, dispatched, "CompositeExplicitAutograd")
     torch.library.register_fake(
         f"obc::{op}", lambda *arguments, **named: empty(*check(*arguments, **named)), lib=_LIBRARY
     )
