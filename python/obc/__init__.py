@@ -2,6 +2,7 @@
 
 from obc import backends, equivalent, ops, quality, reference
 from obc.backends import use_backend
+from obc.distribution import obc_version
 from obc.info import info
 from obc.model.errors import PruningError
 from obc.model.latency_table import LatencyTable
@@ -25,6 +26,8 @@ from obc.statistics import Statistics, collect
 from obc.structures.latency import measure_latency
 from obc.structures.memory import MemoryUse
 from obc.structures.transformers import transformer_groups
+
+__version__ = obc_version() or "0+unknown"  # imported from a source tree that is not installed
 
 __all__ = [
     "ChannelRows",

@@ -13,6 +13,7 @@ import torch
 
 import obc
 from obc.backends.native import FOLDER
+from obc.distribution import obc_version
 from obc.scoring.reading import native_gates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +64,7 @@ def test_gates_were_built_for_this_torch() -> None:
 def test_info_names_versions_backends_and_build() -> None:
     facts = obc.info()
     assert facts["torch"] == torch.__version__
+    assert obc.__version__ == (obc_version() or "0+unknown")
     assert facts["backends"]["reference"] == {"available": True}
     assert facts["build"]["available"] is True
     assert facts["build"]["compiler"]
