@@ -16,6 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
 
+from obc.model.arguments import refuse_non_paths
+
 # Inside a folder while files of two runs may be in it. It holds those of the new run that are not in place yet.
 UNFINISHED = ".obc_unfinished"
 _STAGE = ".obc_writing."
@@ -101,6 +103,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     Raises:
         OSError: the file can't be written; no temporary file is left.
     """
+    refuse_non_paths("path", path)
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         with open(target, "wb") as file:
@@ -156,6 +159,7 @@ def read_fields(path: str | os.PathLike[str], format_name: str) -> dict[str, Any
         ValueError: it is not a JSON object, or has another format.
         OSError: the file can't be read.
     """
+    refuse_non_paths("path", path)
     with open(path, "rb") as file:
         fields: dict[str, Any] = parse_json(file.read(), dict[str, Any])
     if fields.pop("format", None) != format_name:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from obc.files import atomic_write
+from obc.model.arguments import refuse_non_paths
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 
@@ -74,6 +75,7 @@ def load_format(
         FileNotFoundError: the file does not exist.
         IsADirectoryError: it is a folder.
     """
+    refuse_non_paths("path", path)
     if not Path(path).exists():
         raise FileNotFoundError(f"no {kind} at {path}")
     if Path(path).is_dir():

@@ -109,6 +109,12 @@ def test_norms_from_inference_mode_are_named() -> None:
         obc.recalibrate_norms(norm, _data())
 
 
+def test_a_model_without_norms_is_said_to_keep_its_state() -> None:
+    for model in (_model(), nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False))):
+        with pytest.warns(UserWarning, match="Sequential has no BatchNorm .* so recalibrate_norms changed nothing"):
+            obc.recalibrate_norms(model, _data())
+
+
 def test_no_batch_is_named() -> None:
     with pytest.raises(TypeError, match="batch must be one batch, like those to score with, got None"):
         obc.memory_estimate(_model(), None)

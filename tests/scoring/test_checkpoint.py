@@ -293,7 +293,7 @@ def test_processes_that_read_rows_together_go_on_together(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("every", [0, -3])
 def test_checkpoints_every_so_many_batches(every: int, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"every must be at least 1, got {every}"):
+    with pytest.raises(ValueError, match=f"every must be a positive integer, got {every}"):
         obc.score(nn.Linear(3, 2), [], lambda model, batch: batch, checkpoint=tmp_path / "checkpoint", every=every)
 
 

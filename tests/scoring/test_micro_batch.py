@@ -61,7 +61,7 @@ def test_no_part_is_larger_than_asked() -> None:
 
 @pytest.mark.parametrize("micro_batch", [0, -1])
 def test_parts_of_less_than_one_sample(micro_batch: int) -> None:
-    with pytest.raises(ValueError, match=f"micro_batch must be at least 1, got {micro_batch}"):
+    with pytest.raises(ValueError, match=f"micro_batch must be a positive integer, got {micro_batch}"):
         obc.score(nn.Linear(3, 2), [torch.ones(2, 3)], lambda m, b: m(b).sum(), micro_batch=micro_batch)
 
 

@@ -122,7 +122,7 @@ def test_select_rejects_a_polynomial_that_frees_less_than_nothing() -> None:
         ({"budget": float("nan")}, "must be finite and not negative, got nan"),
         ({"selection": "both"}, "selection must be 'joint' or 'independent', got 'both'"),
         ({"shrinkage": 1.5}, r"shrinkage must be in \[0, 1\], got 1.5"),
-        ({"form": "dense"}, "form must be one of 'full', 'blocked', 'rows', or None, got 'dense'"),
+        ({"form": "dense"}, "form must be one of None, 'full', 'blocked', 'rows', got 'dense'"),
         ({"max_bytes": -1}, "max_bytes must not be negative, got -1"),
         ({"min_units": -1}, "min_units of 'a' must be an integer of at least 0, got -1"),
         ({"min_units": {"c": 1}}, "min_units names groups without rows: 'c'"),

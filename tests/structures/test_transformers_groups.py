@@ -141,7 +141,8 @@ def test_packed_weights_are_named() -> None:
     assert structure.left_out == {
         "model.layers.0.mlp": "model.layers.0.mlp.up_proj is a Linear that stores its weight packed, as Parameter "
         "(768, 1) of torch.uint8, so that no channel can be taken out of it; make plain layers of all quantised ones "
-        "with obc.dequantize(model), then prune"
+        "with obc.dequantize(model), then prune; for the command line, model.save_pretrained(DIR) in Python after "
+        "that, and prune DIR"
     }
 
 

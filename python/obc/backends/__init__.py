@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from obc.backends.fastest import PREFERENCE, order, size_class
+from obc.model.arguments import instance
 
 logger = logging.getLogger("obc")
 
@@ -112,6 +113,7 @@ _resolved: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
 
 def _named(name: str) -> Backend:
+    instance("a backend", name, str, "a name")
     if name not in BACKENDS:
         raise BackendError(f"unknown backend {name!r}; known are {', '.join(sorted(BACKENDS))}")
     return BACKENDS[name]

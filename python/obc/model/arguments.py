@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import difflib
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
 def one_of(name: str, value: object, allowed: Iterable[object], error: type[ValueError] = ValueError) -> None:
     """Raises ``error`` if the argument's value is none of ``allowed``."""
-    if value not in (known := tuple(allowed)):
+    known = tuple(allowed)
+    if not any(isinstance(value, type(one)) and value == one for one in known):  # an array has no one truth value
         named = " or ".join(map(repr, known)) if len(known) == 2 else f"one of {', '.join(map(repr, known))}"
         raise error(f"{name} must be {named}, got {value!r}{meant(value, known)}")
 
@@ -30,16 +32,34 @@ def listed(words: Sequence[object], most: int = 3) -> str:
     return ", ".join(map(str, words[:most])) + more
 
 
-def positive(name: str, value: object) -> None:
-    """Raises ValueError if the argument's value is no positive integer."""
+def positive(name: str, value: object, error: type[ValueError] = ValueError) -> None:
+    """Raises ``error`` if the argument's value is no positive integer."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        raise error(f"{name} must be a positive integer, got {value!r}")
 
 
 def number(name: str, value: object) -> None:
     """Raises ValueError if the argument's value is no real number."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ValueError(f"{name} must be a number, got {value!r}")
+
+
+def instance(name: str, value: object, kinds: type | tuple[type, ...], expected: str) -> None:
+    """Raises TypeError if the argument's value is of none of these ``kinds``; ``expected`` says what it must be."""
+    if not isinstance(value, kinds):
+        got = repr(value) if value is None or isinstance(value, str) else type(value).__name__
+        raise TypeError(f"{name} must be {expected}, got {got}")
+
+
+def refuse_non_paths(name: str, value: object) -> None:
+    """Raises TypeError if the argument's value is no path: of an integer, Python opens the file of that number."""
+    instance(name, value, (str, os.PathLike), "the path of a file, a str or os.PathLike")
+
+
+def refuse_uncallable(**values: object) -> None:
+    """Raises TypeError if one of the arguments' values is neither callable nor None."""
+    for name, value in values.items():
+        instance(name, value, (Callable, type(None)), "a function")  # type: ignore[arg-type]
 
 
 def several(argument: str, value: Any, error: type[ValueError] = ValueError) -> None:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from obc.model.arguments import instance, several
+
 Side = Literal["out", "in"]
 # Kinds whose single unit is a whole residual block or branch.
 DEPTH_KINDS = ("layers", "sublayers")
@@ -118,10 +120,13 @@ def by_name(groups: Sequence[ChannelGroup]) -> dict[str, ChannelGroup]:
     """The groups by name.
 
     Raises:
-        ValueError: two groups have the same name.
+        ValueError: two groups have the same name, or ``groups`` is no list.
+        TypeError: one of them is no group.
     """
+    several("groups", groups)
     named: dict[str, ChannelGroup] = {}
     for group in groups:
+        instance("each of groups", group, ChannelGroup, "a group of obc.transformer_groups(model) or structure.groups")
         if group.name in named:
             raise ValueError(f"two groups are named {group.name!r}; rename one of them")
         named[group.name] = group

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.files import atomic_write, parse_json
+from obc.model.arguments import instance, refuse_non_paths
 from obc.model.cutting import cut
 from obc.model.depth import Depth, compact, original_names, put_stand_in
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.matching import match
 from obc.model.names import joined, named_modules, named_tensors
 from obc.model.slicing import original_tensor, sliced
-from obc.model.usable import refuse_without_values
+from obc.model.usable import refuse_non_modules, refuse_without_values
 from obc.page.document import fragment
 from obc.page.markup import table
 
@@ -45,7 +46,10 @@ class PruningPlan(Mapping[str, Kept]):
     """
 
     def __init__(self, kept: Mapping[str, Kept] | None = None, depth: Depth | None = None) -> None:
+        instance("kept", kept, (Mapping, type(None)), "a mapping of layers' names to obc.Kept")
         self._kept = dict(kept or {})
+        for name, one in self._kept.items():
+            instance(f"kept[{name!r}]", one, Kept, "an obc.Kept")
         self.depth = depth or Depth()
 
     def __getitem__(self, name: str) -> Kept:
@@ -87,6 +91,7 @@ class PruningPlan(Mapping[str, Kept]):
 
     def refuse_unknown(self, model: nn.Module, role: str) -> None:
         """Raise a PlanError if an entry names nothing in the model; ``role`` says in the message which one it is."""
+        refuse_non_modules(model, role)
         modules = {name for name, _ in model.named_modules()}
         self._refuse_unknown(self.depth.lists, modules, role)
         names = original_names(model, self.depth)
@@ -153,6 +158,7 @@ class PruningPlan(Mapping[str, Kept]):
         >>> result = obc.prune(load_pruned("pruned"), batches=batches, loss_fn=loss_fn, params=0.8)
         >>> save_pruned(result.model, result.plan.after(obc.PruningPlan.load("pruned/obc_plan.json")), "pruned-again")
         """
+        refuse_non_plans(earlier, "earlier")
         depth = self.depth.after(earlier.depth)
         kept = {name: one for name, one in earlier.items() if not depth.without(name)}
         for name, one in self.items():
@@ -172,6 +178,7 @@ class PruningPlan(Mapping[str, Kept]):
         Raises:
             PlanError: the plan does not describe the model.
         """
+        refuse_non_modules(pruned_model, "the pruned model")
         with torch.no_grad():
             for module_name, module, tensor_name, tensor in named_tensors(pruned_model):
                 if not (isinstance(module, _BatchNorm) and tensor_name in module._buffers):
@@ -192,7 +199,8 @@ class PruningPlan(Mapping[str, Kept]):
         >>> obc.PruningPlan.load("plan.json").apply(model).load_state_dict(pruned_state_dict)
 
         Sizes of torch's own layers are updated, and the counts of heads and experts in models of the transformers
-        library. Counts in your own modules are not: set them yourself if whole heads were removed.
+        library. Counts in your own modules are not: set them yourself if whole heads were removed. The model is not
+        run, so layers that read each other may disagree in a plan edited by hand: run it on one batch afterwards.
 
         Returns:
             The model.
@@ -230,6 +238,7 @@ class PruningPlan(Mapping[str, Kept]):
             PlanError: the file is not a plan, has another version, or is damaged.
             OSError: the file can't be read.
         """
+        refuse_non_paths("path", path)
         with open(path, "rb") as file:
             text = file.read()
         name = os.fspath(path)
@@ -268,13 +277,13 @@ class PruningPlan(Mapping[str, Kept]):
         return plan
 
 
-def refuse_non_plans(plan: Any) -> None:
+def refuse_non_plans(plan: Any, name: str = "plan") -> None:
     """Raise a TypeError if ``plan`` is no :class:`PruningPlan`, but a path or the result that has one."""
     if not isinstance(plan, PruningPlan):
         path = isinstance(plan, (str, os.PathLike))
         inner = isinstance(getattr(plan, "plan", None), PruningPlan)
         remedy = "; pass obc.PruningPlan.load(path)" if path else "; pass its plan, result.plan" if inner else ""
-        raise TypeError(f"plan must be an obc.PruningPlan, got {type(plan).__name__}{remedy}")
+        raise TypeError(f"{name} must be an obc.PruningPlan, got {type(plan).__name__}{remedy}")
 
 
 def register_counts(find: Callable[[nn.Module, PruningPlan], list[tuple[Any, str, Any]]]) -> None:

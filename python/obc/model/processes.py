@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from obc.model.arguments import instance
 from obc.model.sharding import data_parallel_modules, is_sharded
 
 logger = logging.getLogger("obc")
@@ -63,6 +64,7 @@ def failing_together(group: Any, *models: nn.Module) -> Iterator[None]:
     if group is None or _region(group) is not None or any(_exchanges(model) for model in models):
         yield
         return
+    instance("process_group", group, dist.ProcessGroup, "a torch.distributed process group")
     _calls[group.group_name] = _calls.get(group.group_name, 0) + 1
     region = _Region(group, f"obc/failed/{_calls[group.group_name]}")
     _open.append(region)

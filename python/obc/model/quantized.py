@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from obc.model.arguments import instance
 from obc.model.evaluation import device_of
 from obc.model.kept import PlanError
 from obc.model.names import named_modules
 from obc.model.refusals import refuse_adapted
 from obc.model.rules import is_packed, packed_weight
+from obc.model.usable import refuse_non_modules
 
 # How much a plain layer may differ from its quantised one, relative to the largest output. Kernels multiply in float16
 # or bfloat16, whose steps are 2^-10 and 2^-8 of a number; a wrong scale or order differs by far more.
@@ -85,7 +87,8 @@ def why_not_sliced(name: str, module: nn.Module) -> str:
         stored = f", as {type(tensor).__name__} {shape} of {tensor.dtype}"
     return (
         f"{name} is a {type(module).__name__} that stores its weight packed{stored}, so that no channel can be taken "
-        "out of it; make plain layers of all quantised ones with obc.dequantize(model), then prune"
+        "out of it; make plain layers of all quantised ones with obc.dequantize(model), then prune; for the command "
+        "line, model.save_pretrained(DIR) in Python after that, and prune DIR"
     )
 
 
@@ -116,6 +119,8 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> list[str]:
             has unmerged adapters, or has hooks that move a layer's weight between devices.
         ValueError: ``dtype`` is None and no parameter provides it.
     """
+    refuse_non_modules(model)
+    instance("dtype", dtype, (torch.dtype, type(None)), "a torch.dtype")
     refuse_adapted(model)
     layers = quantised_layers(model)
     if "" in layers:

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from obc.model.kept import PlanError
 from obc.model.layouts import is_compiled, layout_of
 from obc.model.sharding import is_in_flat_shards, is_sharded
+from obc.model.usable import refuse_non_modules
 
 # Classes of hooks that compute a weight before every forward -> what turns it into a parameter again.
 _REMOVERS = {
@@ -33,6 +34,7 @@ def refuse_unprunable(model: nn.Module, *, computed: bool = True) -> None:
             spread over processes; or it has unmerged adapters, computed or complex weights, layers of torch's own
             quantisation, or lazy layers without weights.
     """
+    refuse_non_modules(model)
     name = type(model).__name__
     if is_compiled(model):
         raise PlanError("the model is compiled; prune the model that was passed to torch.compile, then compile again")

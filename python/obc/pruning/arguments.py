@@ -60,7 +60,7 @@ class Choice:
         Raises:
             ValueError: an argument has an unknown value, or arguments can't be combined.
         """
-        is_open = (criterion, allocation, selection, slices, shrinkage) == (None, None, None, "gate", None)
+        is_open = criterion is allocation is selection is shrinkage is None and slices == "gate"
         criterion, slices = chosen_criterion("jacobian" if criterion is None else criterion, slices)
         if selection is None:
             selection = "joint" if has_rows(criterion) and slices == "gate" else "independent"

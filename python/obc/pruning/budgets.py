@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from obc.model.arguments import number, positive
+from obc.model.arguments import instance, number, positive, several
 from obc.model.costs import Costs
 from obc.model.evaluation import Run
 from obc.model.latency_table import LatencyTable
@@ -55,7 +55,9 @@ class Meters:
             LatencyTableError: the file is not a latency table.
         """
         if table is not None and not isinstance(table, LatencyTable):
+            instance("latency_table", table, (str, os.PathLike), "an obc.LatencyTable or the path of one")
             table = LatencyTable.load(table)
+        instance("memory_use", memory_use, (MemoryUse, type(None)), "an obc.MemoryUse")
         return cls(memory_use or MemoryUse(), table)
 
     def costs(self, structure: Structure, argument: Argument) -> Costs:
@@ -226,6 +228,9 @@ class Budget:
         if isinstance(steps, (int, numbers.Number, str)):
             positive("steps", steps)
             return int(steps)  # type: ignore[arg-type]
+        several("steps", steps)
+        for share in steps:
+            number("a share in steps", share)
         shares = [float(share) for share in steps]
         if self.share is None:
             raise ValueError(f"with {self.said} bytes, steps is a number of steps, got {shares}")

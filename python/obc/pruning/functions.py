@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from obc.model.arguments import one_of
+from obc.model.arguments import one_of, refuse_uncallable
 from obc.model.autocast import in_present_autocast
 from obc.model.batches import RowKind
 from obc.model.errors import PruningError, on_batch
@@ -49,6 +49,7 @@ class Functions:
         Raises:
             ValueError: ``rows`` is unknown, or labels are used without a ``loss_fn``.
         """
+        refuse_uncallable(loss_fn=loss_fn, forward_fn=forward_fn)
         if loss_fn is None:
             forward_fn = forward_fn or call_on_batch
         loss_fn, forward_fn = in_present_autocast(loss_fn), in_present_autocast(forward_fn)

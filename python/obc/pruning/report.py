@@ -156,10 +156,15 @@ class PruningReport:
             elif name in self.known:
                 self.known[name].after = value
 
+    def __post_init__(self) -> None:
+        self._logged: set[str] = set()  # what a terminal shows already; not saved with the report
+
     def warn(self, warning: str) -> None:
         """Note a warning, once, and log it."""
         if warning not in self.warnings:
             self.warnings.append(warning)
+            if logger.isEnabledFor(logging.WARNING):
+                self._logged.add(warning)
             logger.warning("obc.prune: %s", warning)
 
     def note_scores(self, name: str, scores: Tensor) -> None:
@@ -198,15 +203,14 @@ class PruningReport:
             ReportError: the file is not a report, or is damaged.
             OSError: the file can't be read.
         """
-        name = os.fspath(path)
         try:
             fields = read_fields(path, _FORMAT)
         except ValueError as error:
-            raise ReportError(f"{name} is not a report of a pruning: {error}") from error
+            raise ReportError(f"{path} is not a report of a pruning: {error}") from error
         try:
             report: PruningReport = built(fields, cls)
         except ValueError as error:
-            raise ReportError(f"{name} is a damaged report of a pruning: {error}") from error
+            raise ReportError(f"{path} is a damaged report of a pruning: {error}") from error
         return report
 
     def html(self, further: Sequence[Section] = ()) -> str:
@@ -232,7 +236,9 @@ class PruningReport:
         lines += _by_reason("not scored", self.unscored)
         lines += _by_reason("not proved", self.unproved)
         lines.append(self._proved())
-        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [f"warning: {warning}" for warning in self.warnings if warning not in self._logged]
+        if logged := sum(warning in self._logged for warning in self.warnings):
+            lines.append(f"warnings logged during pruning: {logged} (report.warnings)")
         if self.seconds:
             lines.append("seconds: " + ", ".join(f"{part} {spent:.2f}" for part, spent in self.seconds.items()))
         return "\n".join(lines)

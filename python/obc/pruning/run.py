@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.criteria import Subject
+from obc.model.arguments import instance, one_of, refuse_uncallable
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.batches import RowKind, parts_of
 from obc.model.errors import PruningError, add_note
@@ -175,6 +177,9 @@ def prune(
         ProofError: the pruned model does not compute what the masked one computes; the message names the first layer
             that differs.
     """
+    refuse_uncallable(on_step=on_step)
+    instance("seed", seed, numbers.Integral, "an integer")
+    one_of("per_macs", per_macs, (None, True, False))
     given: dict[Argument, float | None] = {"macs": macs, "params": params, "blocks": blocks}
     given |= {"active_params": active_params, "memory": memory, "latency": latency}
     budget = Budget.of(given, Meters.of(memory_use, latency_table))
@@ -249,6 +254,8 @@ def _check_model(model: nn.Module, structure: Structure | None) -> None:
     refuse_unusable(model)
     if structure is None:
         refuse_unprunable(model, computed=False)
+    elif not hasattr(structure, "model"):
+        raise TypeError(f"structure must be one of obc.structures, got {type(structure).__name__}")
     elif structure.model is not model:
         raise PruningError(
             f"the structure was made for another model, a {type(structure.model).__name__}, than the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from obc.model.arguments import iterable_batches, refuse_uncallable
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_in
 from obc.model.plan import PruningPlan, refuse_non_plans
@@ -122,7 +124,7 @@ def recalibrate_norms(
     statistics, which is right if there are many batches and they resemble the training data.
 
     All other modules run in eval mode. Training flags, momenta and the count of batches seen are restored. A model
-    without such norms is not run.
+    without such norms is not run, and a warning says so.
 
     Args:
         model: the model, changed in place.
@@ -142,8 +144,14 @@ def recalibrate_norms(
     with failing_together(process_group, model):
         refuse_non_modules(model)
         if not (norms := batch_norms(model)):
+            what = f"{type(model).__name__} has no BatchNorm with running statistics"
+            warnings.warn(f"{what}, so recalibrate_norms changed nothing", stacklevel=2)
             return
         refuse_inference_tensors(model)
+        refuse_uncallable(forward_fn=forward_fn)
+        iterable_batches(batches)
+        if original_model is not None:
+            refuse_non_modules(original_model, "original_model")
         if plan is not None:
             refuse_non_plans(plan)
             plan.refuse_unknown(model, "the model")

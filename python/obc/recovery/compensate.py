@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from obc.model.arguments import listed, one_of
+from obc.model.arguments import listed, one_of, refuse_uncallable
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
@@ -132,6 +132,7 @@ def compensate(
             mode = "ls" if keep_decompressors else "correct"
         _check(pruned_model, original_model, mode, ridge, held_out, keep_decompressors)
         refuse_non_plans(plan)
+        refuse_uncallable(forward_fn=forward_fn)
         plan.refuse_unknown(pruned_model, "the pruned model")
         processes = Processes(process_group, next((p.device for p in original_model.parameters()), None))
         split = _split(UsableBatches.of(batches), held_out, processes)

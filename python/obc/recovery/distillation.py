@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obc.model.arguments import several
+from obc.model.arguments import number, refuse_uncallable, several
 from obc.model.batches import attention_mask
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.hooks import hooked
@@ -119,6 +119,9 @@ class Distillation:
 
     def __post_init__(self) -> None:
         weights = {name: getattr(self, name) for name in ("logits", "hidden", "outputs", "labels")}
+        for name, value in (*weights.items(), ("temperature", self.temperature)):
+            number(name, value)
+        refuse_uncallable(label_loss=self.label_loss, forward_fn=self.forward_fn, logits_of=self.logits_of)
         if min(weights.values()) < 0 or sum(weights.values()) <= 0:
             said = ", ".join(f"{name}={weight}" for name, weight in weights.items())
             raise ValueError(f"weights must not be negative, and one must be positive: {said}")

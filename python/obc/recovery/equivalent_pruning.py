@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from obc.model.arguments import one_of
+from obc.model.arguments import instance, one_of
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import is_compiled, layout_of, split_by_group
 from obc.model.names import joined, named_modules
@@ -86,7 +86,11 @@ def equivalent_pruning(
         for name, module in named_modules(pruned_model)
         if (prepared := _prepare(name, module, original_state_dict, plan)) is not None
     ]
-    starts: Mapping[str, Tensor] = {} if decompressor == "identity" else decompressor  # type: ignore[assignment]
+    if isinstance(decompressor, str):
+        one_of("decompressor", decompressor, ("identity",))
+    else:
+        instance("decompressor", decompressor, Mapping, "'identity', or a mapping of layers' names to tensors")
+    starts: Mapping[str, Tensor] = {} if isinstance(decompressor, str) else decompressor
     if unknown := starts.keys() - {layer.name for layer in layers if layer.kept.in_channels is not None}:
         raise ValueError(f"decompressors for layers whose inputs were not pruned: {', '.join(sorted(unknown))}")
     folds = [(layer, layer.fold(starts.get(layer.name), factors == "reduced")) for layer in layers]

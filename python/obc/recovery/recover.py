@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from obc.model.arguments import no_batches, positive
+from obc.model.arguments import instance, iterable_batches, no_batches, number, positive, refuse_uncallable
 from obc.model.batches import usable_in_autograd
 from obc.model.plan import PruningPlan
 from obc.model.progress import progress_bar
@@ -111,6 +111,12 @@ def recover(
     refuse_unusable(model)
     refuse_non_modules(teacher, "the teacher")
     _check(steps, lr, accumulate, warmup, every)
+    number("weight_decay", weight_decay)
+    if clip is not None:
+        number("clip", clip)
+    refuse_uncallable(evaluate=evaluate)
+    instance("distillation", distillation, (Distillation, type(None)), "an obc.Distillation")
+    iterable_batches(batches)
     started = time.perf_counter()
     distillation = distillation or Distillation()
     report = RecoveryReport()
@@ -199,6 +205,8 @@ class _Training:
 def _check(steps: int, lr: float, accumulate: int, warmup: float, every: int | None) -> None:
     for name, value in (("steps", steps), ("accumulate", accumulate), ("every", 1 if every is None else every)):
         positive(name, value)
+    number("lr", lr)
+    number("warmup", warmup)
     if not lr > 0:
         raise ValueError(f"lr must be positive, got {lr}")
     if not 0 <= warmup < 1:

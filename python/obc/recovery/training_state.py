@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from obc.files import atomic_write
+from obc.model.arguments import refuse_non_paths
 from obc.tensor_file import load_format
 
 _FORMAT = "obc.training/1"
@@ -46,6 +47,7 @@ def load_training(path: str | PathLike[str], model: nn.Module, optimizer: torch.
     Raises:
         ValueError: the file is damaged, or belongs to another model or optimizer.
     """
+    refuse_non_paths("checkpoint", path)
     if not Path(path).exists():
         return 0
     tensors, metadata = load_format(path, "training checkpoint", [_FORMAT], ValueError)

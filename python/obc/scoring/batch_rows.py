@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from obc.model.arguments import positive
 from obc.model.batches import RowKind, part_of, parts_of, samples_in
 from obc.model.errors import on_batch
 from obc.model.evaluation import LossFn
@@ -38,8 +39,8 @@ class BatchRows:
         micro_batch: int | None = None,
         loss_scale: float = 1.0,
     ) -> None:
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch must be at least 1, got {micro_batch}")
+        if micro_batch is not None:
+            positive("micro_batch", micro_batch)
         self.scorer, self.loss_fn, self.micro_batch, self.loss_scale = scorer, loss_fn, micro_batch, loss_scale
         self.one_at_a_time, self._checks_on_a_sample = False, True
         self.losses: list[Tensor] = []

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.files import parse_json, remove_left_over
+from obc.model.arguments import refuse_non_paths
 from obc.model.batches import usable_in_autograd
 from obc.model.processes import own_rank
 from obc.scoring.errors import ScoringError
@@ -44,6 +45,7 @@ class SavedRun:
     """
 
     def __init__(self, path: str | PathLike[str], form: str, model: nn.Module, options: Mapping[str, Any]) -> None:
+        refuse_non_paths("checkpoint", path)
         self.path, self._form = Path(path), form
         options = {"model": type(model).__name__, "process": own_rank(), **options}
         self.identity = json.loads(json.dumps(options))

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from obc.model.arguments import number, positive, refuse_uncallable
 from obc.model.batches import RowKind, parts_of, usable_in_autograd
 from obc.model.evaluation import LossFn, evaluating
 from obc.model.readable import readable
+from obc.model.usable import refuse_non_modules
 from obc.scoring.batch_rows import BatchRows
 from obc.scoring.label_free import label_free_loss
 from obc.scoring.scorer import JacobianScorer
@@ -80,6 +82,11 @@ def memory_estimate(
     """
     if batch is None:
         raise TypeError("batch must be one batch, like those to score with, got None")
+    refuse_non_modules(model)
+    refuse_uncallable(loss_fn=loss_fn)
+    number("keep_rows", keep_rows)
+    if micro_batch is not None:
+        positive("micro_batch", micro_batch)
     batch, _, _ = next(parts_of(usable_in_autograd(batch), micro_batch))
     weights = _storages(itertools.chain(model.parameters(), model.buffers()))
     tensors = [leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor)]

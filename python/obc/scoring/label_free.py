@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from obc.model.arguments import one_of
+from obc.model.arguments import one_of, refuse_uncallable
 from obc.model.batches import RowKind, attention_mask
 from obc.model.evaluation import call_on_batch, tensors_in
 
@@ -67,6 +67,7 @@ class LabelFreeLoss:
         centre: bool | None,
         metric: Metric = "euclidean",
     ) -> None:
+        refuse_uncallable(forward_fn=forward_fn)
         one_of("rows", rows, get_args(RowKind))
         one_of("metric", metric, get_args(Metric))
         if metric == "kl" and centre is False:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obc.model.arguments import iterable_batches, meant, no_batches
+from obc.model.arguments import iterable_batches, meant, no_batches, number, positive, refuse_uncallable
 from obc.model.batches import RowKind
 from obc.model.evaluation import LossFn, evaluating
 from obc.model.processes import failing_together, gathered, notice
@@ -89,8 +89,9 @@ def score(
     with failing_together(options.get("process_group"), model):
         if unknown := sorted(options.keys() - (known := inspect.signature(JacobianScorer).parameters.keys())):
             raise TypeError(f"obc.score got an unexpected keyword argument {unknown[0]!r}{meant(unknown[0], known)}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
+        positive("every", every)
+        refuse_uncallable(loss_fn=loss_fn)
+        number("loss_scale", loss_scale)
         if not labels:
             loss_fn = label_free_loss(loss_fn, rows=rows, seed=seed)
         elif loss_fn is None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from obc.model.arguments import number
 from obc.model.costs import Costs
 from obc.selection.balance import select_balanced
 from obc.selection.caps import block_of, found_for
@@ -90,6 +91,8 @@ class Profile:
     """
 
     def __init__(self, strengths: Mapping[str, float]) -> None:
+        for name, value in strengths.items():
+            number(f"the strength of {name!r}", value)
         if bad := [name for name, value in strengths.items() if not 0 <= value < math.inf]:
             raise ValueError(
                 f"a profile's strengths must be finite and not negative, got {strengths[bad[0]]} for {bad[0]!r}"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from obc.model.arguments import listed
+from obc.model.arguments import listed, number
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class Caps:
         """
         named = ratio.items() if isinstance(ratio, Mapping) else [("", ratio)]
         for name, value in named:
+            number("max_pruning_ratio", value)
             if not 0 <= value <= 1:
                 raise ValueError(f"max_pruning_ratio must be in [0, 1], got {value}{f' for {name!r}' if name else ''}")
-        ends = (protected, protected) if isinstance(protected, int) else tuple(protected)
+        ends = tuple(protected) if isinstance(protected, Sequence) else (protected, protected)
         if len(ends) != 2 or not all(isinstance(count, int) and count >= 0 for count in ends):
             raise ValueError(f"protected_blocks is a number of blocks, or (first, last), got {protected!r}")
         return cls(ratio, (ends[0], ends[1]))

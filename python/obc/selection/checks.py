@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from obc.model.arguments import listed, one_of
+from obc.model.arguments import instance, listed, number, one_of
 from obc.model.costs import Costs
 from obc.selection.effective import EffectiveWidths
 from obc.selection.greedy import RemovalCosts
@@ -21,13 +22,23 @@ NARROW = 0.1
 _CALLER = 4
 
 
-def check_arguments(selection: str, shrinkage: float | None, form: str | None, max_bytes: int, budget: float) -> None:
+class FewRowsWarning(UserWarning):
+    """There are fewer rows than units; it holds in every step of a pruning, with other numbers."""
+
+
+def check_arguments(
+    selection: str, shrinkage: float | None, form: str | None, max_bytes: int, budget: float, per_cost: bool
+) -> None:
     """Raise if an argument is out of range."""
     one_of("selection", selection, ("joint", "independent"))
+    one_of("per_cost", per_cost, (True, False))
+    if shrinkage is not None:
+        number("shrinkage", shrinkage)
     if shrinkage is not None and not 0 <= shrinkage <= 1:
         raise ValueError(f"shrinkage must be in [0, 1], got {shrinkage!r}")
-    if form is not None and form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(map(repr, FORMS))}, or None, got {form!r}")
+    one_of("form", form, (None, *FORMS))
+    number("max_bytes", max_bytes)
+    number("budget", budget.item() if isinstance(budget, Tensor) and budget.numel() == 1 else budget)
     if max_bytes < 0:
         raise ValueError(f"max_bytes must not be negative, got {max_bytes}")
     if not (math.isfinite(budget) and budget >= 0):
@@ -36,8 +47,11 @@ def check_arguments(selection: str, shrinkage: float | None, form: str | None, m
 
 def checked_rows(rows_by_group: Mapping[str, Tensor], selection: str) -> list[Tensor]:
     """The rows, or scores, of every group: float64, on one device."""
+    instance("rows_by_group", rows_by_group, Mapping, "a mapping of groups' names to rows")
     if not rows_by_group:
         raise ValueError("there are no groups to select from")
+    for name, values in rows_by_group.items():
+        instance(f"rows_by_group[{name!r}]", values, Tensor, "a tensor of rows, (N, units)")
     device = next(iter(rows_by_group.values())).device
     found, counts = [], {}
     for name, values in rows_by_group.items():
@@ -112,6 +126,7 @@ def removal_costs(
     device: torch.device,
 ) -> RemovalCosts:
     """The costs that removals free, for the groups with rows, in their order; ``lowest`` holds their lowest widths."""
+    instance("costs", costs, (Costs, Mapping), "an obc.selection.Costs, or a mapping of groups' names to numbers")
     missing = sorted(set(names) - set(costs.names if isinstance(costs, Costs) else costs))
     if missing:
         raise ValueError(f"there are rows but no costs of {named(missing)}: are these rows of another model?")
@@ -123,6 +138,7 @@ def removal_costs(
     by_unit = any(isinstance(value, Tensor) and value.dim() > 0 for value in costs.values())
     parts = []
     for name, size in zip(names, sizes, strict=True):
+        instance(f"costs[{name!r}]", costs[name], (numbers.Real, Tensor), "a number or a tensor")
         values = torch.as_tensor(costs[name], dtype=torch.float64, device=device)
         if values.dim() and values.shape != (size,):
             raise ValueError(f"costs of {name!r} must be one number or ({size},), got shape {tuple(values.shape)}")
@@ -192,6 +208,7 @@ def warn_if_few_rows(units: Tensor) -> None:
             f"{units.shape[1]} rows are fewer than the {units.shape[0]} units to choose from, so they can't tell all "
             "interactions from noise, and interactions are shrunk; more batches help, or rows of samples or tokens "
             "where they are of batches",
+            FewRowsWarning,
             stacklevel=_CALLER,
         )
 

@@ -151,7 +151,7 @@ def _order(
     max_bytes: int,
 ) -> Tensor:
     """The units that :func:`select` removes, numbered over all groups, in the order of their removal."""
-    checks.check_arguments(selection, shrinkage, form, max_bytes, budget)
+    checks.check_arguments(selection, shrinkage, form, max_bytes, budget, per_cost)
     rows = checks.checked_rows(rows_by_group, selection)
     names, sizes = list(rows_by_group), [values.shape[-1] for values in rows]
     lowest, multiples = checks.limits(names, sizes, min_units, round_to)

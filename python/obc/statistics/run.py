@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from obc.distribution import obc_version
-from obc.model.arguments import iterable_batches, listed, no_batches, one_of
+from obc.model.arguments import iterable_batches, listed, no_batches, one_of, positive, refuse_uncallable
 from obc.model.batches import RowKind, parts_of, usable_in_autograd
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch, evaluating, without_cache
-from obc.model.groups import Side
+from obc.model.groups import Side, by_name
 from obc.model.layouts import is_compiled
 from obc.model.processes import failing_together, gathered, notice
 from obc.model.progress import ProgressLog, progress_bar
@@ -115,8 +115,11 @@ def collect(
         CheckpointError: the checkpoint is damaged or belongs to another run.
     """
     with failing_together(process_group, model):
-        if every < 1 or (micro_batch is not None and micro_batch < 1):
-            raise StatisticsError(f"every and micro_batch must be at least 1, got {every} and {micro_batch}")
+        positive("every", every, StatisticsError)
+        if micro_batch is not None:
+            positive("micro_batch", micro_batch, StatisticsError)
+        refuse_uncallable(loss_fn=loss_fn, forward_fn=forward_fn)
+        groups = groups if groups is None else list(by_name(groups).values())
         one_of("rows", rows, get_args(RowKind), StatisticsError)
         refuse_non_modules(model)
         for name, module in model.named_modules():

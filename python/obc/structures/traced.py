@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obc.model.arguments import several
+from obc.model.arguments import instance, refuse_uncallable, several
 from obc.model.batches import usable_in_autograd
 from obc.model.costs import Costs
 from obc.model.cutting import cut
@@ -102,6 +102,14 @@ class TorchPruningStructure:
     ) -> None:
         refuse_unprunable(model)
         refuse_quantised(model)
+        refuse_uncallable(forward_fn=forward_fn)
+        for name, counts in (
+            ("num_heads", num_heads),
+            ("in_channel_groups", in_channel_groups),
+            ("out_channel_groups", out_channel_groups),
+            ("unwrapped_parameters", unwrapped_parameters),
+        ):
+            instance(name, counts, (Mapping, type(None)), "a mapping")
         example_inputs = usable_in_autograd(example_inputs)
         self.model, self._example_inputs, self._forward_fn = model, example_inputs, forward_fn or call
         self._modules = dict(model.named_modules(remove_duplicate=True))

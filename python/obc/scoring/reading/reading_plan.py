@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from obc import ops
-from obc.model.arguments import meant, several
+from obc.model.arguments import instance, meant, several
 from obc.model.groups import Side
 from obc.model.rules import Rule, channel_count, rule_for
 from obc.model.sharding import is_sharded
@@ -197,8 +197,12 @@ def _wanted(model: nn.Module, modules: ModuleFilter | None) -> Callable[[str, nn
         predicate = modules
         return lambda name, module: _SIDES if predicate(name, module) else frozenset()
     several("modules", modules)
+    for name in modules:
+        instance("each of modules", name, str, "a name")
     sides: dict[str, frozenset[Side]] = dict.fromkeys(modules, _SIDES)
     if isinstance(modules, Mapping):
+        for name, wanted_sides in modules.items():
+            several(f"modules[{name!r}]", wanted_sides)
         sides = {name: frozenset(wanted_sides) for name, wanted_sides in modules.items()}
         for name, wanted_sides in sides.items():
             if not wanted_sides or wanted_sides - _SIDES:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from obc.files import parse_json
+from obc.model.arguments import refuse_non_paths
 from obc.model.by_name import ByName
 from obc.model.groups import ChannelGroup, Slices
+from obc.model.usable import refuse_non_modules
 from obc.page.document import fragment
 from obc.page.markup import element
 from obc.page.scores import score_table
@@ -138,6 +140,7 @@ class Scores(ByName[ChannelScores]):
         """
         from obc.model.rules import Rule, channel_count, rule_for
 
+        refuse_non_modules(model)
         modules = dict(model.named_modules())
         for name, channels in self._values.items():
             if name not in modules:
@@ -225,6 +228,7 @@ class Scores(ByName[ChannelScores]):
         Raises:
             ImportError: matplotlib is missing; the message says how to install it.
         """
+        refuse_non_paths("path", path)
         try:
             from matplotlib.figure import Figure
         except ImportError as error:

@@ -19,6 +19,7 @@ from obc.model.names import is_within
 from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.refusals import computed_weights, refuse_unprunable
 from obc.model.unsavable import refuse_fresh_weights
+from obc.model.usable import refuse_non_modules
 from obc.structures.memory import MemoryUse
 from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Limits, Unit
@@ -75,6 +76,8 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
     Raises:
         ValueError: an unknown kind, or "query_heads" together with "heads".
     """
+    refuse_non_modules(model)
+    several("kinds", kinds)
     depth_kinds = _checked_depth(kinds, uniform=False)
     finder = _found(model, [kind for kind in kinds if kind not in DEPTH_KINDS])
     units = find_depth(model, finder.layers.modules, depth_kinds).units if depth_kinds else {}
