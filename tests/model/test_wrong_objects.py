@@ -200,6 +200,26 @@ def test_a_loss_that_fails_in_prune_has_a_note_on_its_batch(criterion: str) -> N
     assert not any("failed" in other for other in others)
 
 
+def test_the_cause_comes_before_its_consequences(caplog: pytest.LogCaptureFixture) -> None:
+    """A loss that always fails is no fault of the counting of MACs; one that fails only when they are counted is."""
+
+    def wrong(model: nn.Module, batch: Tensor) -> Tensor:
+        raise LookupError("no such loss")
+
+    with pytest.raises(LookupError, match="no such loss") as raised:
+        prune(network(), loss_fn=wrong)
+    assert raised.value.__context__ is None
+    assert not caplog.messages
+
+    def uncountable(model: nn.Module, batch: Tensor) -> Tensor:
+        if torch._C._len_torch_dispatch_stack():
+            raise RuntimeError("not inside a counter")
+        return loss(model, batch)
+
+    result = prune(network(), loss_fn=uncountable)
+    assert any("MACs could not be counted" in warning for warning in result.report.warnings)
+
+
 def test_weights_that_are_not_finite_are_the_cause() -> None:
     def broken() -> nn.Module:
         model = network()

@@ -103,6 +103,47 @@ def test_a_printed_report_is_short() -> None:
     ]
 
 
+def test_a_warning_comes_once(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Logged while pruning runs, or printed with the report; a report that was read prints all."""
+    report = PruningReport()
+    report.warn("groups are narrow")
+    report.warn("groups are narrow")
+    report.warnings.append("found later")
+    assert caplog.messages == ["obc.prune: groups are narrow"]
+    assert str(report).splitlines()[-2:] == [
+        "warning: found later",
+        "warnings logged during pruning: 1 (report.warnings)",
+    ]
+    report.save(tmp_path / "report.json")
+    read = PruningReport.load(tmp_path / "report.json")
+    assert read == report
+    assert str(read).splitlines()[-2:] == ["warning: groups are narrow", "warning: found later"]
+    with caplog.at_level("ERROR", logger="obc"):
+        silent = PruningReport()
+        silent.warn("nobody saw this")
+    assert str(silent).splitlines()[-1] == "warning: nobody saw this"
+
+
+@pytest.mark.parametrize("trial", [False, True])
+def test_too_few_rows_are_said_once_whatever_the_steps_and_trials(
+    trial: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3), nn.ReLU(), nn.Conv2d(24, 16, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(16, 5),
+    ).eval()  # fmt: skip
+    batches = [(torch.randn(8, 3, 8, 8), torch.randint(0, 5, (8,))) for _ in range(10)]
+    options: dict[str, Any] = {"compensate": "ls"} if trial else {}
+    report = obc.prune(model, batches[0][0], batches, loss_fn, macs=0.5, steps=3, progress=False, **options).report
+    assert ("criteria tried" in report.provenance) == trial
+    said = [message for message in caplog.messages if "rows are fewer" in message]
+    assert len(said) == (report.provenance["selection"] == "joint")
+    assert [f"obc.prune: {warning}" for warning in report.warnings] == [
+        message for message in caplog.messages if message.startswith("obc.prune: ")
+    ]
+
+
 @pytest.mark.parametrize(
     ("number", "said"),
     [(0, "0"), (9999, "9999"), (10_000, "10.0 k"), (999_999, "1.00 M"), (94_160_448, "94.2 M"), (6.1e11, "610 G")],

@@ -259,8 +259,7 @@ def _compensate(
         report.means = means = absorb_means(model, original, plan, batches, model_directory.outputs)
         report.parameters_after = sum(parameter.numel() for parameter in model.parameters())
         report.warnings += means.warnings
-        lines = [f"{len(means.absorbed)} biases took over means, {len(means.created)} of them new", *means.warnings]
-        return "\n".join(lines)
+        return f"{len(means.absorbed)} biases took over means, {len(means.created)} of them new"
     try:
         found = obc.compensate(model, original, plan, batches, model_directory.outputs, mode=parsed.compensate)
     except ValueError as error:

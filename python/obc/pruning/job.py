@@ -33,7 +33,7 @@ from obc.recovery.calibration import batch_norms, norm_reference, recalibrate_fr
 from obc.recovery.norm_reference import NormReference
 from obc.selection import Costs
 from obc.selection.caps import refuse_unknown
-from obc.selection.checks import NARROW
+from obc.selection.checks import NARROW, FewRowsWarning
 from obc.selection.choice import BudgetError
 from obc.selection.task import Task
 from obc.selection.uniform import permitted_widths
@@ -72,6 +72,7 @@ class Job:
         self._importance: Mapping[str, float] = {}
         self._evaluation: Evaluation | None = None
         self._norm_reference: NormReference | None = None
+        self._few_rows = False  # whether a warning said so
         self.unpruned = {unit: structure.costs(unit).total() for unit in _UNITS}
         self.full = budget.counted(budget.costs(structure))
         subject.batches.on_left_out = report.warn
@@ -250,7 +251,10 @@ class Job:
                 raise self._unreached(error, rows) from error
         self._evaluation = None  # it belongs to this step's model
         for warning in caught:
-            self.report.warn(str(warning.message))
+            few_rows = issubclass(warning.category, FewRowsWarning)
+            if not (few_rows and self._few_rows):
+                self.report.warn(str(warning.message))
+            self._few_rows = self._few_rows or few_rows
         return removed
 
     def _unreached(self, error: BudgetError, rows: Mapping[str, Tensor]) -> BudgetError:

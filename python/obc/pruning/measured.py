@@ -31,12 +31,16 @@ class MeasuredMacs:
 
     def __init__(self, structure: Structure, run: Run, report: PruningReport) -> None:
         self._run, self._report = run, report
-        self._before = 0.0
+        self._before, failed = 0.0, None
         try:
             with timed(report, "count"):
                 counted = counted_macs(structure.model, run)
         except PruningError as error:
-            report.warn(f"MACs could not be counted, and are those that the structure predicts: {error}")
+            failed = error
+        if failed is not None:
+            with evaluating(structure.model):
+                run(structure.model)  # raises its own error if it fails without being counted too
+            report.warn(f"MACs could not be counted, and are those that the structure predicts: {failed}")
             return
         self._before = sum(counted.values())
         if (calibrate := getattr(structure, "calibrate", None)) is not None:

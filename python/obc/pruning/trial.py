@@ -65,6 +65,14 @@ def better_criterion(
     return found
 
 
+class _TrialReport(PruningReport):
+    """Keeps its warnings to itself: those that hold for the chosen criterion come again when it prunes the model."""
+
+    def warn(self, warning: str) -> None:
+        """Note a warning."""
+        self.warnings.append(warning)
+
+
 def read_by_pointwise(groups: Sequence[ChannelGroup], model: nn.Module) -> bool:
     """Whether some group is read by 1x1 convolutions alone, and no group by a layer too wide for ``kfac_obs``."""
     modules: Mapping[str, Any] = dict(model.named_modules())
@@ -89,7 +97,7 @@ def _error(
 ) -> float:
     """The output error on held-out batches of a copy that is pruned by ``choice`` in one step and compensated."""
     model = copy.deepcopy(structure.model)
-    twin, trial = structure.twin(model), PruningReport()
+    twin, trial = structure.twin(model), _TrialReport()
     subject = replace(subject, model=model, confirmed={})
     options = replace(options, steps=1, compensate_every_step=False, on_step=None, progress=False)
     compensator = Compensator(twin, subject, options, trial)
