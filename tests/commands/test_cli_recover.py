@@ -82,7 +82,9 @@ def test_perplexity_is_that_of_the_library(llama: Path, tmp_path: Path, capsys: 
     assert printed == pytest.approx(expected, abs=0.01)
 
 
-def test_a_recovered_directory_keeps_its_plan(pruned: Path, llama: Path, tmp_path: Path) -> None:
+def test_a_recovered_directory_keeps_its_plan(
+    pruned: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, data = tmp_path / "out", tmp_path / "data.jsonl"
     assert run("recover", pruned, "--teacher", llama, "--data", data, "--out", out, "--steps", 1) == 0
     assert (out / "obc_plan.json").read_text() == (pruned / "obc_plan.json").read_text()
@@ -90,6 +92,8 @@ def test_a_recovered_directory_keeps_its_plan(pruned: Path, llama: Path, tmp_pat
     assert after.provenance.pop("recovered").startswith("1 steps at rate 0.0001, naive, against ")
     assert after == before
     assert is_saved_pruned(out) == is_saved_pruned(pruned)
+    loader = "obc.structures.transformers.load_pruned" if is_saved_pruned(out) else "from_pretrained"
+    assert f"written: {out}; {loader} loads it\nas a page: obc report {out}\n" in capsys.readouterr().out
 
 
 def test_what_cannot_be_recovered_is_said_in_one_line(

@@ -43,10 +43,16 @@ def write(
         if table is not None:
             table.save(stage / budget_options.TABLE_FILE)
         report.save(stage / REPORT_FILES[1])
+    say_written(out, refused)
+
+
+def say_written(out: Path, refused: str | None) -> None:
+    """Print what loads the folder; ``refused`` says why it is not ``from_pretrained``, if it is not."""
     loader = (
-        f"obc.structures.transformers.load_pruned loads it: {refused.partition(':')[0]}"
-        if refused
+        f"obc.structures.transformers.load_pruned loads it{refused and ': ' + refused.partition(':')[0]}"
+        if refused is not None
         else "from_pretrained loads it"
     )
     say(f"written: {out}; {loader}")
-    say(f"as a page: obc report {out}")
+    if (out / REPORT_FILES[1]).is_file():
+        say(f"as a page: obc report {out}")

@@ -9,6 +9,7 @@ from typing import Any
 import obc
 from obc.commands import data, model_directory
 from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
+from obc.commands.pruned_directory import say_written
 from obc.commands.run_log import add_log, say
 from obc.files import whole_folder
 from obc.pruning.report import PruningReport
@@ -79,7 +80,7 @@ def run(parsed: argparse.Namespace) -> int:
         _save(pruned.model, plan, parsed.model, stage)
         _carry_report(parsed, stage)
     say(report)
-    say(f"written: {out}")
+    say_written(out, "" if is_saved_pruned(out) else None)
     return 0
 
 
