@@ -361,3 +361,23 @@ def test_weights_stay_channels_last(dims: int) -> None:
     assert not last[0].weight.is_contiguous()
     assert all(model[layer].weight.is_contiguous() for layer in (0, 2, 4))
     torch.testing.assert_close(last(x.contiguous(memory_format=form)), model(x))
+
+
+def test_prune_step_records_the_plan_of_channels_last_weights() -> None:
+    """Torch-Pruning slices the weights itself; the plan is the same in both memory formats, and fits."""
+    found = []
+    for form in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1)).eval()
+        original = copy.deepcopy(model.to(memory_format=form))
+        x = torch.randn(2, 3, 6, 6).to(memory_format=form)
+        importance = tp.importance.MagnitudeImportance(p=2)
+        plan = prune_step(tp.pruner.BasePruner(model, x, importance, pruning_ratio=0.5, ignored_layers=[model[3]]))
+        assert len(plan["0"].out_channels) == 4
+        plan.verify(original.state_dict(), model)
+        again = plan.apply(copy.deepcopy(original))
+        assert torch.equal(again(x), model(x))
+        assert again[0].weight.is_contiguous(memory_format=form)
+        found.append(plan)
+    assert found[0].keys() == found[1].keys()
+    assert torch.equal(found[0]["0"].out_channels, found[1]["0"].out_channels)
