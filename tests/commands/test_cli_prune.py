@@ -74,6 +74,10 @@ def broken():
     raise RuntimeError("my own fault")
 
 
+def with_argument(x):
+    return x
+
+
 number = 3
 """
 
@@ -172,6 +176,8 @@ def test_options_reach_the_library(entry: str, tmp_path: Path) -> None:
     [
         ("nowhere", "neither a directory nor module:function"),
         ("nowhere --data text.txt", "'nowhere' is neither a directory nor module:function"),
+        ("recipes_of_mine.py", "the name of a function that returns a model, such as recipes_of_mine:subject"),
+        ("recipes_of_mine:with_argument", "is called without arguments: missing a required argument: 'x'"),
         ("recipes_of_mine.py:good", "write the module's name, recipes_of_mine:good"),
         ("no_such_module:f", "no module 'no_such_module'"),
         ("no_such.module:f", "no module 'no_such.module'"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -45,7 +47,13 @@ class PruneCall:
 
 def load(name: str) -> PruneCall:
     """Import ``module:function``, call it, and check what it returned. Exceptions in its own code propagate."""
-    returned = _function(name)()
+    function = _function(name)
+    with contextlib.suppress(ValueError):  # functions in C may have no signature
+        try:
+            inspect.signature(function).bind()
+        except TypeError as error:
+            raise UsageError(f"{name} is called without arguments: {error}") from error
+    returned = function()
     if isinstance(returned, Mapping):
         parts = dict(returned)
     elif isinstance(returned, (tuple, list)) and len(returned) in (3, 4):

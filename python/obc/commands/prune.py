@@ -133,6 +133,11 @@ def caps_of(parsed: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
+def _example(target: str) -> str:
+    """An entry point's name, of the file if one was passed."""
+    return f"{Path(target).stem if target.endswith('.py') else 'mymodel'}:subject"
+
+
 def run(parsed: argparse.Namespace) -> int:
     """Prune a directory or an entry point; options of the other ways are refused."""
     budget = budget_options.budget_of(parsed)
@@ -140,7 +145,8 @@ def run(parsed: argparse.Namespace) -> int:
         if ":" not in parsed.target:
             raise UsageError(
                 f"{parsed.target!r} is neither a directory nor module:function; pass one written by save_pretrained "
-                "(nothing is fetched), or the name of a function that returns a model"
+                "(nothing is fetched), or the name of a function that returns a model, such as "
+                f"{_example(parsed.target)}"
             )
         _refuse(parsed, _DIRECTORY, f"is for a model directory, which {parsed.target} is not")
         return _entry(parsed, budget)
