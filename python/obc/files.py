@@ -16,13 +16,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Union, get_args, get_origin, get_type_hints
 
-from obc.model.arguments import refuse_non_paths
-
 # Inside a folder while files of two runs may be in it. It holds those of the new run that are not in place yet.
 UNFINISHED = ".obc_unfinished"
 _STAGE = ".obc_writing."
 # What readers open first. They are absent while other files are put in place, so that nobody loads a mixture.
 _LAST = ("plan.json", "obc_plan.json", "config.json")
+
+
+def refuse_non_paths(name: str, value: object) -> None:
+    """Raises TypeError if the argument's value is no path: of an integer, Python opens the file of that number."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name} must be the path of a file, a str or os.PathLike, got {type(value).__name__}")
 
 
 @contextlib.contextmanager

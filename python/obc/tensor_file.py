@@ -11,8 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from obc.files import atomic_write
-from obc.model.arguments import refuse_non_paths
+from obc.files import atomic_write, refuse_non_paths
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
 

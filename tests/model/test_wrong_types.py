@@ -4,6 +4,7 @@ received, before anything runs; none comes from inside obc or torch."""
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import obc
+from obc.integrations.torch_pruning import prune_step
 from obc.scoring import label_free_loss
 from obc.structures.traced import TorchPruningStructure
 
@@ -167,7 +169,7 @@ OBJECTS: dict[str, Calls] = {
 
 
 def _each(calls: dict[str, Calls]) -> list[Any]:
-    return [pytest.param(name, call, id=f"{call}-{name}") for name, of in calls.items() for call in of]
+    return [pytest.param(name, call, id=f"{call}-{name}") for name, several in calls.items() for call in several]
 
 
 def _refused(call: Callable[[Any], Any], value: Any, message: str) -> None:
@@ -249,6 +251,15 @@ def test_values_in_mappings() -> None:
     _refused(obc.PruningPlan, {"0": [1, 2]}, r"^kept\['0'\] must be an obc\.Kept, got list$")
     _refused(lambda one: obc.JacobianScorer(network(), modules={"0": one}), "in", r"^modules\['0'\] must be a list")
     _refused(lambda one: obc.JacobianScorer(network(), modules=[one]), network(), "^each of modules must be a name")
+
+
+def test_what_is_no_pruner_and_no_rows() -> None:
+    _refused(prune_step, network(), "^pruner must be a pruner of Torch-Pruning, got Sequential")
+    _refused(
+        lambda one: obc.select({"a": one}, {"a": 1.0}, 2), torch.ones(4), "of scores, pass selection='independent'$"
+    )
+    with pytest.raises(KeyError, match="no such module when it was scored; did you mean 'out'"):
+        obc.score(nn.Sequential(OrderedDict(out=nn.Linear(3, 2))), [X], loss)["our"]
 
 
 def test_tensors_with_one_entry_are_budgets() -> None:

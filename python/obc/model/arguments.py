@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import numbers
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -49,11 +48,6 @@ def instance(name: str, value: object, kinds: type | tuple[type, ...], expected:
     if not isinstance(value, kinds):
         got = repr(value) if value is None or isinstance(value, str) else type(value).__name__
         raise TypeError(f"{name} must be {expected}, got {got}")
-
-
-def refuse_non_paths(name: str, value: object) -> None:
-    """Raises TypeError if the argument's value is no path: of an integer, Python opens the file of that number."""
-    instance(name, value, (str, os.PathLike), "the path of a file, a str or os.PathLike")
 
 
 def refuse_uncallable(**values: object) -> None:

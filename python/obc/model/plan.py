@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from obc.files import atomic_write, parse_json
-from obc.model.arguments import instance, refuse_non_paths
+from obc.files import atomic_write, parse_json, refuse_non_paths
+from obc.model.arguments import instance
 from obc.model.cutting import cut
 from obc.model.depth import Depth, compact, original_names, put_stand_in
 from obc.model.kept import Kept, PlanError, kept_of

@@ -238,7 +238,7 @@ class PruningReport:
         lines.append(self._proved())
         lines += [f"warning: {warning}" for warning in self.warnings if warning not in self._logged]
         if logged := sum(warning in self._logged for warning in self.warnings):
-            lines.append(f"warnings logged during pruning: {logged} (report.warnings)")
+            lines.append(f"warnings logged while pruning ran: {logged}")
         if self.seconds:
             lines.append("seconds: " + ", ".join(f"{part} {spent:.2f}" for part, spent in self.seconds.items()))
         return "\n".join(lines)

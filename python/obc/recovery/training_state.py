@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from obc.files import atomic_write
-from obc.model.arguments import refuse_non_paths
+from obc.files import atomic_write, refuse_non_paths
 from obc.tensor_file import load_format
 
 _FORMAT = "obc.training/1"

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.files import parse_json, remove_left_over
-from obc.model.arguments import refuse_non_paths
+from obc.files import parse_json, refuse_non_paths, remove_left_over
 from obc.model.batches import usable_in_autograd
 from obc.model.processes import own_rank
 from obc.scoring.errors import ScoringError

@@ -59,7 +59,9 @@ def checked_rows(rows_by_group: Mapping[str, Tensor], selection: str) -> list[Te
             raise TypeError(f"{name!r}: rows must be floating point, got {values.dtype}")
         if values.dim() != 2 and not (values.dim() == 1 and selection == "independent"):
             wanted = "(N, units)" if selection == "joint" else "(N, units), or (units,) scores"
-            raise ValueError(f"{name!r}: {selection} selection needs rows {wanted}, got shape {tuple(values.shape)}")
+            scores = "; of scores, pass selection='independent'" if values.dim() == 1 else ""
+            got = f"got shape {tuple(values.shape)}{scores}"
+            raise ValueError(f"{name!r}: {selection} selection needs rows {wanted}, {got}")
         if values.numel() == 0:
             what = "no units" if values.shape[-1] == 0 else "no rows"
             raise ValueError(f"{name!r} has {what}: its shape is {tuple(values.shape)}; leave the group out, or score")

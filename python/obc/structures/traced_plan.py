@@ -37,6 +37,8 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
     """
     if plan is not None:
         refuse_non_plans(plan)
+    if not hasattr(pruner, "DG"):
+        raise TypeError(f"pruner must be a pruner of Torch-Pruning, got {type(pruner).__name__}")
     refuse_unprunable(pruner.model)
     refuse_quantised(pruner.model)
     # What the pruner read when it was built: the unpruned model's, unless an earlier pruner pruned it before.

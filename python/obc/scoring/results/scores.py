@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.files import parse_json
-from obc.model.arguments import refuse_non_paths
+from obc.files import parse_json, refuse_non_paths
+from obc.model.arguments import meant
 from obc.model.by_name import ByName
 from obc.model.groups import ChannelGroup, Slices
 from obc.model.usable import refuse_non_modules
@@ -79,7 +79,7 @@ class Scores(ByName[ChannelScores]):
         self.report = report
 
     def _why_missing(self, name: str) -> str:
-        why = self.coverage.get(name, "the model had no such module when it was scored")
+        why = self.coverage.get(name, f"the model had no such module when it was scored{meant(name, self.coverage)}")
         return f"no scores for module {name!r}: {why}"
 
     def __repr__(self) -> str:
