@@ -182,7 +182,8 @@ def test_reasons_are_true_of_the_model() -> None:
     def reason(net: Net, name: str = "first") -> str:
         return TorchPruningStructure(copy.deepcopy(net).double(), x).left_out[name]
 
-    recurrent = before(lambda net, y: net.cell(y)[0], cell=nn.GRU(8, 8, batch_first=True)).double()
+    first_state = lambda net, y: net.cell(y, y[None, :, 0].contiguous())[0]  # noqa: E731
+    recurrent = before(first_state, cell=nn.GRU(8, 8, batch_first=True)).double()
     assert reason(recurrent) == "'cell' (GRU) reads its channels"
     assert changes(recurrent, "first", [0], x, "cell").any()
 

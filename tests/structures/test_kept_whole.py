@@ -43,8 +43,8 @@ def last_state(net: Any, x: Tensor) -> Tensor:
 HELD: dict[str, tuple[Reads, Callable[[], dict[str, Any]], dict[str, str]]] = {
     "LSTM": (
         lambda net, x: net.tried(x)[0][:, -1],
-        lambda: {"tried": nn.LSTM(6, 8, batch_first=True)},
-        {"tried": "each hidden channel of a LSTM is read by all others in the next step"},
+        lambda: {"tried": nn.LSTM(6, 9, proj_size=8, batch_first=True)},
+        {"tried": "a plan can't describe its projections (proj_size)"},
     ),
     "GRU cell": (
         last_state,

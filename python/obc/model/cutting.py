@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.kept import Kept, kept_of
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import joined, named_modules, saved_buffers
+from obc.model.recurrent import is_recurrent, sync_recurrent
 from obc.model.slicing import sliced
 
 
@@ -66,6 +67,8 @@ def sync_sizes(module: nn.Module) -> None:
         module.embed_dim = module.kdim = module.vdim = module.out_proj.out_features = module.out_proj.weight.shape[0]
         module.out_proj.in_features = module.out_proj.weight.shape[1]
         module.head_dim = module.embed_dim // module.num_heads
+    elif is_recurrent(module):
+        sync_recurrent(module)
     elif isinstance(module, _NormBase):
         if (own := weight if weight is not None else module._buffers.get("running_mean")) is not None:
             module.num_features = len(own)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from obc.model.experts import DOWN, GATE_UP, UP, fused_experts, is_parallel, is_transposed
+from obc.model.recurrent import is_recurrent
 from obc.model.sharding import is_dtensor
 
 
@@ -58,6 +59,11 @@ class Rule:
     def convolution(self) -> bool:
         """Whether channels lie along dim 1 of input and output, before the positions; otherwise along the last dim."""
         return self.out_dim is not None and self.out_dim < -1
+
+    @property
+    def inputs_alone(self) -> bool:
+        """Whether a gate at the input is all that can be read: of the outputs no weight's row is known."""
+        return self.kind == "gate" and self.out_dim is None
 
     def sizes(self, weight: Tensor) -> tuple[int, int]:
         """(out channels, in channels) of ``weight``, a weight of this layer before or after pruning."""
@@ -104,6 +110,16 @@ def rule_for(module: nn.Module) -> Rule | str | None:
         bias = None if module.in_proj_bias is None else "in_proj_bias"
         return Rule("weight", weight="in_proj_weight", bias=bias, in_axis=1)
     return _mixture_rule(module) or _elementwise_rule(module)
+
+
+def scored_rule(module: nn.Module) -> Rule | str | None:
+    """:func:`rule_for`, and for a recurrent layer where its inputs lie.
+
+    All its weights that read an input multiply it, so the gate at the input has the sum of their rows.
+    """
+    if is_recurrent(module):
+        return Rule("gate", weight="weight_ih_l0", in_axis=1, in_dim=-1)
+    return rule_for(module)
 
 
 def _mixture_rule(module: nn.Module) -> Rule | None:

@@ -95,16 +95,24 @@ def _alias(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
 
 
-Uses = dict[int, list[tuple[dict[str, Any], str]]]
+Uses = dict[int, list[tuple[Any, Any]]]
 
 
 def parameter_uses(modules: Iterable[nn.Module]) -> Uses:
-    """id of a parameter -> (the module's dict that holds it, its name there); several entries if it is shared."""
+    """id of a parameter -> (the module's dict that holds it, its name there); several entries if it is shared.
+
+    A recurrent layer also holds its parameters in a list, which its kernels read.
+    """
     uses: Uses = {}
     for module in modules:
-        for key, parameter in module._parameters.items():
+        held: list[tuple[Any, Any, Any]] = [
+            (module._parameters, key, parameter) for key, parameter in module._parameters.items()
+        ]
+        if isinstance(module, nn.RNNBase):
+            held += [(module._flat_weights, place, one) for place, one in enumerate(module._flat_weights)]
+        for holder, key, parameter in held:
             if parameter is not None:
-                uses.setdefault(id(parameter), []).append((module._parameters, key))
+                uses.setdefault(id(parameter), []).append((holder, key))
     return uses
 
 

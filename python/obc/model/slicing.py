@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import axis_beside, layout_of, own_channels, split_by_group
 from obc.model.quantized import is_quantised, why_not_sliced
+from obc.model.recurrent import columns_of, rows_of
 from obc.model.rules import Rule, is_packed
 
 
@@ -68,6 +69,10 @@ def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept, w
         return _sliced_attention(tensor_name, original, kept)
     if isinstance(module, nn.Embedding):
         return _take(original, 1, kept.out_channels)
+    if isinstance(module, nn.RNNBase):
+        rows, columns = kept.out_channels, columns_of(module, tensor_name, original, kept.out_channels, kept.in_columns)
+        taken = _take(original, 0, rows_of(module, original, rows))
+        return taken if columns is None else _take(taken, 1, columns)
     layout = layout_of(module)
     if layout is not None and tensor_name not in ("weight", "bias") and weight is not None:
         if original.shape != weight.shape:

@@ -21,6 +21,7 @@ from obc.model.layouts import is_compiled
 from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.processes import Processes, failing_together
 from obc.model.progress import LayerProgress
+from obc.model.recurrent import is_recurrent
 from obc.model.sharding import is_sharded
 from obc.model.usable import refuse_unusable
 from obc.model.usable_batches import UsableBatches
@@ -158,6 +159,11 @@ def compensate(
             kind = CorrectRun if mode == "correct" else LeastSquaresRun
             report = kind(pruned_model, original_model, consumers, split, norms, options, bar).run()
         report.sliced_experts = fused
+        report.notes += [
+            f"{name}: what this recurrent layer lost is not compensated in its own weights"
+            for name, module in pruned_model.named_modules()
+            if is_recurrent(module) and name in plan
+        ]
         # Equivalent Pruning leaves fused experts sliced.
         report.decompressors = {name: found for name, found in report.decompressors.items() if name in plan}
         _warn_of_unreached(report)

@@ -28,6 +28,7 @@ from obc.model.groups import ChannelGroup
 from obc.model.layouts import layer_of, layout_of
 from obc.model.names import named_modules
 from obc.model.plan import PruningPlan, refuse_non_plans
+from obc.model.recurrent import is_recurrent
 
 Outputs = Literal["mean", "sum"]
 
@@ -137,6 +138,8 @@ def _kept_units(group: ChannelGroup, plan: PruningPlan) -> Tensor | None:
 def _unfusable(group: ChannelGroup, modules: dict[str, nn.Module]) -> str | None:
     layers = [layout for part in group.slices if (m := modules.get(part.module)) and (layout := layout_of(m))]
     sides = {part.side for part in group.slices if (m := modules.get(part.module)) and layout_of(m)}
+    if any(is_recurrent(modules.get(part.module)) for part in group.slices):
+        return "a recurrent layer holds its units, and fusion does not change its weights"
     if sides != {"out", "in"}:
         return "no linear layer or convolution both writes and reads its units"
     return "a grouped convolution would mix its groups" if any(layout.groups > 1 for layout in layers) else None

@@ -17,8 +17,10 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.groups import ChannelGroup
 from obc.model.names import named_modules
+from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.structures.masking import channels_normalised, lost_channels
+from obc.structures.probing import each_tensor
 
 # Sizes of the removed channels in units of the others, or of 1 if those are smaller. The first changes even a
 # LocalResponseNorm of torch's default alpha, 1e-4; if it overflows behind an exponential, or in float16, the second.
@@ -42,13 +44,16 @@ def amplify(masked: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[
     for (name, side), channels in lost_channels(widening, removed).items():
         module = modules.get(name)
         if side == "out" and module is not None and (written := _written(module)) is not None:
-            module.register_forward_hook(_enlarge(channels, *written, size))
+            enlarge = _enlarge(channels, *written, size)
+            module.register_forward_hook(_in_each_direction(*written, enlarge) if is_recurrent(module) else enlarge)
 
 
 def _written(module: nn.Module) -> tuple[int, int] | None:
     """(channels, their dimension) of a module's output; None where it is not known."""
     if isinstance(module, _NormBase):
         return module.num_features, 1
+    if is_recurrent(module):
+        return module.hidden_size, -1
     if (over_channels := channels_normalised(module)) is not None:
         return over_channels
     rule = rule_for(module)
@@ -56,6 +61,15 @@ def _written(module: nn.Module) -> tuple[int, int] | None:
         return None
     weight = getattr(module, rule.weight)
     return weight.shape[rule.out_axis] * (rule.groups if rule.transposed else 1), rule.out_dim
+
+
+def _in_each_direction(width: int, dim: int, enlarge: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook ``enlarge`` for a recurrent layer's outputs and states, whose last dimension holds the directions."""
+
+    def each(module: nn.Module, args: Any, output: Any) -> Any:
+        return each_tensor(output, lambda y: enlarge(module, args, y.unflatten(dim, (-1, width))).flatten(-2))
+
+    return each
 
 
 def _enlarge(channels: Tensor, width: int, dim: int, size: float) -> Callable[..., Any]:

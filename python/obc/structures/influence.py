@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from obc.model.evaluation import Run, tensors_in
 from obc.model.layouts import is_depthwise
 from obc.model.names import joined, named_modules, saved_buffers
+from obc.model.recurrent import is_recurrent
 from obc.model.shared_copy import parameter_uses, replace_parameter
 from obc.structures.probing import Prober, changed, pattern, sums
 
@@ -298,7 +300,7 @@ def _altered(tensor: Tensor, dim: int, channels: Tensor) -> Tensor:
 
 
 class _Watching(TorchFunctionMode):
-    """Notes what recurrent layers, torch's attention, and products with tensors that no layer holds read."""
+    """Notes what torch's attention, recurrent layers as first states, and products outside layers read."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -308,7 +310,7 @@ class _Watching(TorchFunctionMode):
         for name, module in named_modules(model):
             if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
                 label = f"{name!r} ({type(module).__name__})"
-                hook = lambda module, args, kwargs, label=label: self.note(label, tensors_in((args, kwargs)))  # noqa: E731
+                hook = partial(self._note_whole, label, 1 if is_recurrent(module) else 0)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         whole = [module for module in model.modules() if isinstance(module, (nn.RNNBase, nn.MultiheadAttention))]
         inside = {id(parameter) for module in whole for parameter in module.parameters()}
@@ -321,6 +323,10 @@ class _Watching(TorchFunctionMode):
         """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
+
+    def _note_whole(self, label: str, first: int, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note what a module reads not channel by channel: of a recurrent layer its first states, not its input."""
+        self.note(label, tensors_in((args[first:], {key: one for key, one in kwargs.items() if key != "input"})))
 
     def note(self, label: str, tensors: list[Tensor]) -> None:
         """Add one number for each of the tensors that are read; it is text, so that NaN equals NaN."""

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from obc.model.evaluation import Run
 from obc.model.groups import Side
-from obc.model.layouts import is_depthwise, layout_of, loose_buffers
+from obc.model.layouts import layout_of, loose_buffers
 from obc.model.names import joined, named_modules
+from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.structures.influence import Influence, Source, TooManyPassesError, influences
+from obc.structures.probing import reads_channels
 from obc.structures.traced_units import Members, Units
 
 Key = tuple[str, int]
@@ -102,6 +104,9 @@ def _sources(model: nn.Module, layers: Collection[str], taken: Collection[str]) 
     sources = {}
     for name in layers:
         rule, module = layout_of(modules[name]), modules[name]
+        if is_recurrent(module):
+            sources[name] = Source(name, module.hidden_size)
+            continue
         assert rule is not None
         sources[name] = Source(name, rule.sizes(module.weight)[0])  # type: ignore[arg-type]
     for name, module in modules.items():
@@ -165,7 +170,7 @@ class _Classes:
             members.setdefault(root, []).append((self._sources[key].name, "out", channel))
         for (name, place), node in self._first.items():
             module = self._modules[name]
-            side: Side = "in" if layout_of(module) is not None and not is_depthwise(module) else "out"
+            side: Side = "in" if reads_channels(module) else "out"
             members[self._units.find(node)].append((name, side, place))
         return members
 

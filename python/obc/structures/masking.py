@@ -30,6 +30,7 @@ from obc.model.experts import is_correction
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept, staying
 from obc.model.names import named_modules, saved_buffers
+from obc.model.recurrent import columns_of, is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
 from obc.model.slicing import sliced
@@ -73,6 +74,8 @@ def _unmaskable(modules: Mapping[str, nn.Module], group: ChannelGroup) -> str | 
     if not consumers:
         return "no layer that reads it is known"
     for name in consumers:
+        if is_recurrent(modules.get(name)):
+            continue
         rule = rule_for(modules[name]) if name in modules else None
         if not isinstance(rule, Rule) or rule.in_axis is None or rule.packed:
             return f"where {name} keeps its in channels is not known"
@@ -103,7 +106,9 @@ def masked_copy(model: nn.Module, groups: Sequence[ChannelGroup], removed: Mappi
         module = modules.get(name)
         if module is None or any(name == group.name for group in depth):
             continue  # a parameter outside any layer: no layer reads its entries
-        if isinstance(module, nn.MultiheadAttention) and side == "out":
+        if is_recurrent(module):
+            _zero_recurrent(uses, module, side, channels)
+        elif isinstance(module, nn.MultiheadAttention) and side == "out":
             _mask_attention(uses, module, channels)
         elif side == "in":
             _zero_columns(uses, module, channels)
@@ -152,6 +157,17 @@ def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:
         replace_parameter(uses, parameter, _without_columns(rule, parameter.detach(), channels))
     for key in buffers:
         module._buffers[key] = _without_columns(rule, getattr(module, key), channels)
+
+
+def _zero_recurrent(uses: Uses, module: nn.RNNBase, side: Side, channels: Tensor) -> None:
+    """Let neither a recurrent layer's own next step nor its next layer read hidden units, or its first these inputs."""
+    none = channels[:0]
+    read = {"units": channels, "inputs": none} if side == "out" else {"units": none, "inputs": channels}
+    for key, parameter in list(module.named_parameters(recurse=False)):
+        columns = columns_of(module, key, parameter, **read)
+        if columns is not None and len(columns):
+            zeroed = parameter.detach().index_fill(1, columns.to(parameter.device), 0)
+            replace_parameter(uses, parameter, zeroed)
 
 
 def _without_columns(rule: Rule, tensor: Tensor, channels: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from obc.model.groups import ChannelGroup
 from obc.model.hooks import hooked
 from obc.model.layouts import axis_beside, is_depthwise, layer_of, layout_of, own_channels
 from obc.model.names import joined, named_modules, saved_buffers
+from obc.model.recurrent import directions_of, gates_of, is_recurrent
 from obc.structures.memory import MemoryUse
 from obc.structures.polynomial import Polynomial
 from obc.structures.products import Products
@@ -173,6 +174,8 @@ class TracedCosts:
                 each = tensor.numel() / math.prod(tensor.shape[dim] for dim in sides.values())
                 sizes = (polynomial.size((name, side), tensor.shape[dim]) for side, dim in sides.items())
                 polynomial.add(factor * each, *sizes)
+        elif is_recurrent(module):
+            self._add_recurrent(polynomial, factor, name, key, module)
         elif isinstance(module, nn.MultiheadAttention) and key == "in_proj_weight":
             _add_weight(polynomial, factor, name, (3 * module.embed_dim, module.embed_dim), 1)
         elif tensor.numel() == 1:
@@ -183,6 +186,17 @@ class TracedCosts:
             size = tensor.shape[axis]
             side = "in" if key in ("bias_k", "bias_v") else "out"
             polynomial.add(factor * tensor.numel() / size, polynomial.size((name, side), size))
+
+    def _add_recurrent(self, polynomial: Polynomial, factor: float, name: str, key: str, module: nn.RNNBase) -> None:
+        """``factor`` times the entries of the parameter ``key`` of a recurrent layer."""
+        units = polynomial.size((name, "out"), module.hidden_size)
+        rows = factor * gates_of(module)
+        if not key.startswith("weight"):
+            polynomial.add(rows, units)
+        elif key.startswith("weight_ih_l0"):
+            polynomial.add(rows, units, polynomial.size((name, "in"), module.input_size))
+        else:
+            polynomial.add(rows * (1 if key.startswith("weight_hh") else directions_of(module)), units, units)
 
 
 def layers_run(model: nn.Module, usage: Usage) -> dict[str, nn.Module]:

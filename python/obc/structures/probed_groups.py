@@ -20,7 +20,7 @@ from obc.model.evaluation import Run
 from obc.model.groups import ChannelGroup
 from obc.model.layouts import is_depthwise, layout_of
 from obc.structures.influence_groups import Coupled, coupled_channels
-from obc.structures.probing import NOTHING, SEVERAL, Probe, probe
+from obc.structures.probing import NOTHING, SEVERAL, Probe, probe, reads_channels
 from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Provable
 from obc.structures.traced_groups import Found, GroupFinder
@@ -291,9 +291,10 @@ def _reached(model: nn.Module, probed: Probe, number: int, bits: int) -> Members
         ours = (origins != NOTHING) & (origins != SEVERAL) & (origins >> bits == number)
         if bool(ours.any()):
             module = modules[name]
-            reads = layout_of(module) is not None and not is_depthwise(module)
             mine = ours.nonzero()[:, 0].tolist()
-            reached[name, "in" if reads else "out"] = {c: int(origins[c]) & ((1 << bits) - 1) for c in mine}
+            reached[name, "in" if reads_channels(module) else "out"] = {
+                c: int(origins[c]) & ((1 << bits) - 1) for c in mine
+            }
     return reached
 
 

@@ -17,7 +17,7 @@ three times as many passes.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -25,10 +25,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.rnn import PackedSequence
 
-from obc.model.evaluation import Run, first_floating
+from obc.model.evaluation import Run, first_floating, tensors_in
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import named_modules
+from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import shared_copy
 from obc.structures.comparison import run_alike
@@ -131,7 +133,7 @@ class Prober:
         for name, module in modules:
             self._listen(name, module)
         # Depthwise convolutions don't move channels, so they run.
-        layers = [(name, m) for name, m in modules if layout_of(m) is not None and not is_depthwise(m)]
+        layers = [(name, m) for name, m in modules if reads_channels(m)]
         handles = [layer.register_forward_hook(partial(self._remember, name)) for name, layer in layers]
         self._observe()
         for handle, (name, layer) in zip(handles, layers, strict=True):
@@ -158,31 +160,29 @@ class Prober:
         dim, size = found
 
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = first_floating(args, kwargs)
+            x = first_floating(unpacked(args), kwargs)
             if x is not None:
                 elsewhere = size is not None and x.shape[dim] != size  # a norm with its channels in dimension 1
                 self._readings.setdefault(name, []).append(sums(x.detach(), 1 if elsewhere else dim))
 
         module.register_forward_pre_hook(listen, with_kwargs=True)
-        if layout_of(module) is None and not isinstance(module, (_NormBase, nn.PReLU)):
+        if not (layout_of(module) is not None or isinstance(module, (_NormBase, nn.PReLU, nn.RNNBase))):
             module.forward = _let_through
 
     def _remember(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        self._outputs.setdefault(name, []).append(output.to("meta"))
-        self._devices[name] = output.device
+        self._outputs.setdefault(name, []).append(each_tensor(output, lambda tensor: tensor.to("meta")))
+        self._devices[name] = tensors_in(output)[0].device
 
     # --- outputs ----------------------------------------------------------------------------------------------
 
     def _pretend(self, name: str, module: nn.Module) -> None:
         layout = layout_of(module)
-        assert layout is not None
-        assert layout.out_dim is not None
-        dim = layout.out_dim
+        dim = -1 if layout is None or layout.out_dim is None else layout.out_dim
 
-        def pretend(*args: Any, **kwargs: Any) -> Tensor:
+        def pretend(*args: Any, **kwargs: Any) -> Any:
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
-            return self._numbers(name, self._outputs[name][call], dim, call)
+            return each_tensor(self._outputs[name][call], lambda like: self._numbers(name, like, dim, call))
 
         module.forward = pretend
 
@@ -193,6 +193,7 @@ class Prober:
         both = torch.randint(0, 2, (like.shape[dim],), generator=generator) * 2 - 1
         signs = both if self.sign is None else torch.full_like(both, self.sign)
         selected = self._selected.get(name, torch.zeros(like.shape[dim], dtype=torch.bool))
+        selected = selected.repeat(like.shape[dim] // len(selected))  # a hidden unit in each direction
         shape = [-1 if axis == dim else 1 for axis in range(like.dim())]
         numbers = torch.where(selected.view(shape), -1.5 * other, usual) * (signs.view(shape) * self.scale)
         return numbers.to(self._devices[name], like.dtype)
@@ -207,6 +208,25 @@ def pattern(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return numbers
 
 
+def reads_channels(module: nn.Module) -> bool:
+    """Whether a module's inputs are channels that it reads, and not those that it returns."""
+    return is_recurrent(module) or (layout_of(module) is not None and not is_depthwise(module))
+
+
+def unpacked(args: Sequence[Any]) -> list[Any]:
+    """The arguments, a packed sequence as its data."""
+    return [arg.data if isinstance(arg, PackedSequence) else arg for arg in args]
+
+
+def each_tensor(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What a layer returns with every floating tensor changed: a tensor, or a recurrent layer's outputs and states."""
+    if isinstance(output, PackedSequence):
+        return output._replace(data=change(output.data))
+    if isinstance(output, tuple):
+        return tuple(each_tensor(one, change) for one in output)
+    return change(output)
+
+
 def _let_through(*args: Any, **kwargs: Any) -> Tensor:
     x = first_floating(args, kwargs)
     assert x is not None
@@ -216,6 +236,8 @@ def _let_through(*args: Any, **kwargs: Any) -> Tensor:
 def _channels_read(module: nn.Module) -> tuple[int, int | None] | None:
     """(dimension, number if known) of the channels that a module reads; None if it has none of its own."""
     rule = rule_for(module)
+    if is_recurrent(module):
+        return -1, None
     if layout_of(module) is not None:
         assert isinstance(rule, Rule)
         assert rule.in_dim is not None

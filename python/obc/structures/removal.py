@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.kept import Kept, PlanError, kept_of, staying
 from obc.model.layouts import is_depthwise, layout_of
+from obc.model.recurrent import is_recurrent
 from obc.model.slicing import sliced
 from obc.structures.masking import Lost
 
@@ -50,6 +51,8 @@ def size_of(module: nn.Module, side: str) -> int:
     """The number of channels on one side of the present module; norms and similar modules have one side."""
     if isinstance(module, nn.MultiheadAttention):
         return int(module.embed_dim) * (3 if side == "out" else 1)
+    if is_recurrent(module):
+        return module.hidden_size if side == "out" else module.input_size
     layout, weight = layout_of(module), getattr(module, "weight", None)
     if layout is not None:
         assert isinstance(weight, Tensor)

@@ -17,6 +17,7 @@ from obc.model.evaluation import differentiable, evaluating
 from obc.model.groups import Side
 from obc.model.layouts import channel_axis, layout_of, loose_buffers
 from obc.model.names import joined, saved_buffers
+from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.structures.reaching import unchanged_buffers
 from obc.structures.traced_plan import holds_channels
@@ -88,6 +89,7 @@ def trace(
                 model,
                 example_inputs,
                 forward_fn=lambda model, inputs: differentiable(run(model, inputs)),
+                customized_pruners={kind: tp.pruner.function.LSTMPruner() for kind in (nn.GRU, nn.RNN)},
                 unwrapped_parameters=[(named[name], dim) for name, dim in unwrapped.items()],
                 verbose=False,
             )
@@ -273,7 +275,11 @@ class TracedGraph:
             return []  # an operation, an activation
         name = self.names[target]
         if isinstance(target, nn.RNNBase):
-            raise InnerMatterError(f"a plan can't describe a pruned {type(target).__name__} ({name!r})")
+            if not is_recurrent(target):
+                raise InnerMatterError(f"a plan can't describe the projections (proj_size) of the LSTM {name!r}")
+            if self._graph.is_out_channel_pruning_fn(dep.handler):
+                raise NotPrunableError(f"tracing does not follow the hidden units of {name!r}")
+            return [(name, "in", [0])]
         _refuse_scaled_rows(name, target)
         if isinstance(target, nn.LayerNorm) and len(target.normalized_shape) > 1:
             raise InnerMatterError(f"a plan can't describe {name!r}, a LayerNorm over several dimensions")

@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from obc.model.groups import ChannelGroup, Side
 from obc.model.layouts import layout_of
+from obc.model.recurrent import is_recurrent
 from obc.structures.measure import Usage
 from obc.structures.removal import size_of
 from obc.structures.traced_graph import INSIDE_TORCH_PRUNING, TracedGraph, unfollowed
@@ -99,7 +100,7 @@ class GroupFinder:
             for name in self._usage.order
             if name not in producers
             and name not in self._usage.depthwise
-            and layout_of(self._modules[name]) is not None
+            and (layout_of(self._modules[name]) is not None or is_recurrent(self._modules[name]))
             and not isinstance(self._modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
         ]
 
@@ -117,7 +118,11 @@ class GroupFinder:
             else:
                 found.append(self._found(raw))
         known = self.ignored | {name for one in found for name, side in one.members if side == "out"}
-        found += [self._untraced(name) for name in self.layers_outside(known) if not self._graph.contains(name)]
+        found += [
+            self._untraced(name)
+            for name in self.layers_outside(known)
+            if is_recurrent(self._modules[name]) or not self._graph.contains(name)
+        ]
         return sorted(found, key=lambda one: self.place(one.name))
 
     def _untraced(self, name: str) -> Found:
@@ -125,6 +130,8 @@ class GroupFinder:
         reason = self._graph.failure or (
             "tracing does not come upon it (an operation without a gradient lies between it and the output)"
         )
+        if is_recurrent(self._modules[name]):
+            reason = "tracing does not follow its hidden units"
         if heads:
             reason = "its heads, set by num_heads, are joined in tracing, which does not come upon it"
         return Found(name, {(name, "out"): _each(width)}, width, None, reason, inner=not heads, traced=False)

@@ -10,8 +10,7 @@ from obc.model.layouts import layout_of
 from obc.model.names import joined
 from obc.structures.measure import Usage
 
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_KNOWN = (*_RECURRENT, nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
+_KNOWN = (nn.Bilinear, nn.Embedding, nn.EmbeddingBag, nn.MultiheadAttention)
 
 
 def kept_whole(name: str, module: nn.Module, usage: Usage) -> Iterator[tuple[str, str]]:
@@ -25,7 +24,10 @@ def kept_whole(name: str, module: nn.Module, usage: Usage) -> Iterator[tuple[str
     if layout_of(module) is not None:
         called = "neither tracing nor running the model finds what reads its channels"
         yield name, called if name in usage.positions else "it is not called: what uses its weight is not a layer"
-    elif isinstance(module, _RECURRENT):
+    elif isinstance(module, nn.RNNBase):
+        called = "neither tracing nor running the model finds which of its hidden units can go"
+        yield name, "a plan can't describe its projections (proj_size)" if module.proj_size else called
+    elif isinstance(module, nn.RNNCellBase):
         yield name, f"each hidden channel of a {type(module).__name__} is read by all others in the next step"
     elif isinstance(module, _KNOWN):
         yield name, f"neither tracing nor running the model finds channels of this {type(module).__name__} that can go"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.nn.utils.rnn import PackedSequence
 
 from obc.model.hooks import hook_before_others
 from obc.model.rules import Rule
@@ -201,6 +202,9 @@ class ModuleReader:
             gated = self._gate(args[0], self.in_, self.rule.in_dim, self.copy_input, self._watch_in, self.fold)
             self._take_over_input(args[0])
             return (gated, *args[1:]), kwargs
+        if args and isinstance(args[0], PackedSequence):
+            gated = self._gate(args[0].data, self.in_, self.rule.in_dim, self.copy_input, self._watch_in, self.fold)
+            return (args[0]._replace(data=gated), *args[1:]), kwargs
         for name in _ACTIVATION_KEYWORDS:
             if isinstance(kwargs.get(name), Tensor):
                 gated = self._gate(kwargs[name], self.in_, self.rule.in_dim, self.copy_input, self._watch_in, self.fold)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from obc import ops
 from obc.model.arguments import instance, meant, several
 from obc.model.groups import Side
-from obc.model.rules import Rule, channel_count, rule_for
+from obc.model.rules import Rule, channel_count, scored_rule
 from obc.model.sharding import is_sharded
 from obc.scoring.coverage import Coverage
 from obc.scoring.reading.chain_candidates import Candidates, Pending
@@ -228,7 +228,7 @@ def make_plan(model: nn.Module, modules: ModuleFilter | None, per_sample: bool, 
     for name, module in model.named_modules():
         if not (sides := wanted(name, module)):
             continue
-        rule = rule_for(module)
+        rule = scored_rule(module)
         if isinstance(rule, str):
             plan.unscored[name] = rule
         elif rule is not None and slots.ask(module, rule, sides):
@@ -265,7 +265,7 @@ class _Slots:
 
         If one use of a tied weight needs a slot, all uses read it.
         """
-        axes: dict[Side, int | None] = {"out": rule.out_axis, "in": rule.in_axis}
+        axes: dict[Side, int | None] = {"out": None if rule.inputs_alone else rule.out_axis, "in": rule.in_axis}
         asked = {_key(module, rule, axis) for side in sides if (axis := axes[side]) is not None}
         self._asked |= asked
         return bool(asked)
@@ -308,7 +308,9 @@ def _plan_gradients(plan: Plan, per_sample: bool) -> None:
     for reader in plan.readers.values():
         weight = reader.weight
         leaf = isinstance(weight, nn.Parameter) and weight.is_floating_point() and not reader.rule.packed
-        if reader in inseparable:
+        if reader.rule.inputs_alone:
+            plan.unchecked.append(weight)
+        elif reader in inseparable:
             plan.unchecked.append(weight)
             if reader.rule.out_dim is None:
                 reader.scored, reader.reason = False, "it shares its bias with other modules and no gate serves it"

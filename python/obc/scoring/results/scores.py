@@ -138,14 +138,14 @@ class Scores(ByName[ChannelScores]):
         Raises:
             ScoresError: they don't; the message names the first module that differs.
         """
-        from obc.model.rules import Rule, channel_count, rule_for
+        from obc.model.rules import Rule, channel_count, scored_rule
 
         refuse_non_modules(model)
         modules = dict(model.named_modules())
         for name, channels in self._values.items():
             if name not in modules:
                 raise ScoresError(f"these scores are of another model: this one has no module {name!r}; score it")
-            rule = rule_for(modules[name])
+            rule = scored_rule(modules[name])
             for side, values in (("out", channels.out_channels), ("in", channels.in_channels)):
                 expected: set[int] = set()
                 if isinstance(rule, Rule) and (axis := rule.out_axis if side == "out" else rule.in_axis) is not None:
