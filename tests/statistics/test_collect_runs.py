@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no loss for gradients": ({"statistics": "gradient_moments"}, "pass loss_fn"),
     "no experts": ({"statistics": "experts"}, "nothing to read 'experts'"),
     "rows": ({"statistics": "gram", "rows": "token"}, "rows must be"),
-    "every": ({"statistics": "gram", "every": 0}, "at least 1"),
+    "every": ({"statistics": "gram", "every": 0}, "every must be a positive integer, got 0"),
     "span": ({"statistics": [Blocks(span=3)]}, "between 1 and 2"),
     "block": ({"statistics": [Blocks(modules=["x"])]}, "no module 'x'"),
     "object": ({"statistics": [object()]}, "a statistic is a name"),
