@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,23 @@ from obc.commands.allocation_option import allocation_of_text
 from obc.commands.common import UsageError, folder, require
 from obc.commands.report import load as load_scores
 from obc.commands.run_log import say
-from obc.criteria import get, scores_from
+from obc.criteria import Subject, get, scores_from
 from obc.criteria.protocol import CriterionError
 from obc.model.evaluation import Run
 from obc.model.plan import PruningPlan
-from obc.pruning.arguments import chosen_allocation
+from obc.model.usable_batches import UsableBatches
+from obc.pruning.arguments import Choice, Options, chosen_allocation
 from obc.pruning.budgets import Budget
+from obc.pruning.job import Job
 from obc.pruning.measured import MeasuredSpeed
 from obc.pruning.report import PruningReport, provenance
 from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
-from obc.selection.allocation import Global
-from obc.selection.caps import Caps, refuse_unknown
-from obc.selection.choice import BudgetError
-from obc.selection.task import Task
+from obc.selection.caps import Caps
 from obc.statistics import StatisticsError
-from obc.structures.protocol import Limits
 
 _BATCHES, _IMAGES = 32, 4  # of --compensate, and images of a batch
+_ONE_STEP = Options(steps=1, progress=False)
 
 
 def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> int:
@@ -45,37 +43,27 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     source = Path(parsed.target)
     _check(parsed)
     folder(parsed.out)
-    scores = _scores(parsed.scores) if parsed.criterion is None else _statistics(parsed.scores)
+    found = _scores(parsed.scores) if parsed.criterion is None else _statistics(parsed.scores)
     directory = model_directory.load(source, parsed.dtype, model_directory.device_of(parsed.device))
     model = directory.model
     try:
-        if isinstance(scores, Scores):
-            scores.verify(model)
+        if isinstance(found, Scores):
+            found.verify(model)
+        choice = _choice(parsed, found, Caps.of(caps.get("max_pruning_ratio", 1.0), caps.get("protected_blocks", 0)))
         structure = prune_directory.structure_of(parsed, model)
-        limits = _limits(structure, caps)
         run_first = _on_first_batch(parsed, model, source)
         budget = budget.ready(structure, run_first, parsed.round_to)
         original = copy.deepcopy(model) if parsed.compensate else model
-        before, report = dict(model.state_dict()), _report(parsed, structure, budget)
-        names = [group.name for group in structure.groups]
+        before, report = dict(model.state_dict()), _report(parsed, model, budget)
         speed = MeasuredSpeed(model, run_first, report) if parsed.measure else None
-        if isinstance(scores, Scores):
-            chosen = _chosen(structure, limits, scores, budget, report)
-        else:
-            chosen = _by_criterion(structure, limits, scores, budget, parsed, report)
-        structure.remove(chosen)
+        subject = Subject(model, (), UsableBatches(()), model_directory.outputs, model_directory.outputs)
+        _ScoredJob(structure, subject, report, budget, choice, _ONE_STEP, found, parsed).run()
         structure.plan.verify(before, model)
-    except BudgetError as error:
-        least = 1 - error.reachable / budget.counted(budget.costs(structure))
-        option = f"--{budget.said.replace('_', '-').replace('=', ' ')}"
-        unscored = [name for name in report.left_out if name in names]
-        raise UsageError(
-            f"{option} is out of reach: {budget.described(least)} remain if every prunable group keeps its least width"
-            + (f", and all units of {', '.join(unscored)}, which have no scores" if unscored else "")
-        ) from error
     except (ValueError, obc.PruningError) as error:
-        raise UsageError(str(error)) from error
-    _note_result(report, structure, budget)
+        option = f"--{budget.said.replace('_', '-').replace('=', ' ')}"
+        raise UsageError(str(error).replace(budget.said, option, 1)) from error
+    report.note_known(budget.meters.known(structure), before=False)
+    report.warnings += structure.warnings
     if parsed.compensate:
         say(_compensate(parsed, model, original, structure.plan, report))
     structure.compact()
@@ -93,7 +81,22 @@ def _check(parsed: argparse.Namespace) -> None:
         raise UsageError("--allocation of a model directory needs --criterion, and the statistics in --scores")
 
 
-def _report(parsed: argparse.Namespace, structure: Any, budget: Budget) -> PruningReport:
+def _choice(parsed: argparse.Namespace, found: Scores | obc.Statistics, caps: Caps) -> Choice:
+    """How units are chosen: sets of them if a score file has rows, else one by one."""
+    criterion = get(parsed.criterion or "jacobian")
+    if parsed.criterion is not None and hasattr(criterion, "measure"):
+        raise UsageError(
+            f"--criterion {parsed.criterion} runs the model itself; pass module:function instead of a directory"
+        )
+    given = None if parsed.allocation is None else allocation_of_text(parsed.allocation)
+    allocation = chosen_allocation(given, criterion)
+    if getattr(allocation, "evaluates", False):
+        raise UsageError(f"--allocation {parsed.allocation} measures the model: it is for --data, not for --scores")
+    selection: Any = "joint" if isinstance(found, Scores) and found.rows else "independent"
+    return Choice(criterion, allocation, selection, "gate", getattr(criterion, "per_cost", True), None, 1, None, caps)
+
+
+def _report(parsed: argparse.Namespace, model: nn.Module, budget: Budget) -> PruningReport:
     """The report before anything is removed."""
     choices = {
         "directory": parsed.target,
@@ -105,18 +108,8 @@ def _report(parsed: argparse.Namespace, structure: Any, budget: Budget) -> Pruni
         "seed": parsed.seed,
         "MACs": "of one token",
     }
-    macs, parameters = (round(structure.costs(unit).total()) for unit in ("macs", "parameters"))
-    report = PruningReport(
-        budget=budget.unit,
-        macs_before=macs,
-        parameters_before=parameters,
-        widths={group.name: (group.size, group.size) for group in structure.groups},
-        left_out=dict(structure.left_out),
-        unproved={"the whole model": "a directory is pruned by its scores without a forward pass"},
-        provenance=provenance(structure.model, choices),
-    )
-    report.note_known(budget.meters.known(structure), before=True)
-    return report
+    unproved = {"the whole model": "a directory is pruned by its scores without a forward pass"}
+    return PruningReport(unproved=unproved, provenance=provenance(model, choices))
 
 
 def _on_first_batch(parsed: argparse.Namespace, model: nn.Module, source: Path) -> Run:
@@ -129,17 +122,6 @@ def _on_first_batch(parsed: argparse.Namespace, model: nn.Module, source: Path) 
         return lambda _: None
     batch = _batches(parsed, model, source, 1)[0]
     return lambda one: model_directory.outputs(one, batch)
-
-
-def _note_result(report: PruningReport, structure: Any, budget: Budget) -> None:
-    report.note_known(budget.meters.known(structure), before=False)
-    report.macs_after, report.parameters_after = (
-        round(structure.costs(unit).total()) for unit in ("macs", "parameters")
-    )
-    now = {group.name: group.size for group in structure.groups}
-    report.widths = {name: (before, now.get(name, 0)) for name, (before, _) in report.widths.items()}
-    report.left_out |= structure.left_out
-    report.warnings = list(structure.warnings)
 
 
 def _scores(path: Path) -> Scores:
@@ -163,85 +145,61 @@ def _statistics(path: Path) -> obc.Statistics:
         raise UsageError(f"--criterion needs statistics, obc score --statistics: {error}") from error
 
 
-def _by_criterion(
-    structure: Any,
-    limits: Limits,
-    statistics: obc.Statistics,
-    budget: Budget,
-    parsed: argparse.Namespace,
-    report: PruningReport,
-) -> dict[str, Tensor]:
-    """The units to remove according to a criterion from statistics."""
-    criterion: str = parsed.criterion
-    found = get(criterion)
-    if hasattr(found, "measure"):
-        raise UsageError(f"--criterion {criterion} runs the model itself; pass module:function instead of a directory")
-    given = None if parsed.allocation is None else allocation_of_text(parsed.allocation)
-    chosen = chosen_allocation(given, found)
-    refuse_unknown("allocation", getattr(chosen, "strengths", ()), [group.name for group in structure.groups])
-    importance = getattr(chosen, "importance", None)
-    try:
-        scores = scores_from(found, structure.groups, statistics, structure.model)
-    except StatisticsError as error:
-        raise UsageError(f"{error}, or collect them by obc score MODEL_DIR --statistics {criterion}") from error
-    except CriterionError as error:
-        raise UsageError(f"{error}; choose other groups with --kinds") from error
-    for group in structure.groups:
-        if group.name in scores:
-            report.note_scores(group.name, scores[group.name])
+class _ScoredJob(Job):
+    """Takes from a file what other jobs measure."""
+
+    def __init__(
+        self,
+        structure: Any,
+        subject: Subject,
+        report: PruningReport,
+        budget: Budget,
+        choice: Choice,
+        options: Options,
+        found: Scores | obc.Statistics,
+        parsed: argparse.Namespace,
+    ) -> None:
+        super().__init__(structure, subject, report, budget, choice, options)
+        self._found, self._parsed = found, parsed
+
+    def measured(self, subject: Subject) -> dict[str, Tensor]:
+        """See :meth:`obc.pruning.job.Job.measured`."""
+        groups, found = subject.groups, self._found
+        if isinstance(found, Scores):
+            values, why = self._scored(found), "it has no scores"
         else:
-            report.left_out[group.name] = f"the criterion {criterion!r} scores nothing in it from {parsed.scores}"
-    task = _task(structure, limits, scores, budget)
-    per_cost, measured = getattr(found, "per_cost", True), {} if importance is None else importance(statistics)
-    return chosen.select(replace(task, per_cost=per_cost, importance=measured))
+            values = self._by_criterion(found)
+            why = f"the criterion {self._parsed.criterion!r} scores nothing in it from {self._parsed.scores}"
+        self.report.left_out |= {group.name: why for group in groups if group.name not in values}
+        return values
 
+    def _scored(self, scores: Scores) -> dict[str, Tensor]:
+        groups = self.structure.groups
+        if self.choice.selection == "joint":
+            rows = ((group.name, group.gate_rows(scores.rows)) for group in groups)
+            values = {name: found for name, found in rows if found is not None}
+        else:
+            values = dict(scores.group(groups, slices="gate"))
+        if not values:
+            remedy = "score this model"
+            if groups and all(group.is_depth for group in groups):
+                remedy = (
+                    "pass obc score --statistics, and obc prune --criterion, a criterion of blocks (see obc criteria)"
+                )
+            raise UsageError(f"none of the groups that can be pruned has scores; {remedy}")
+        return values
 
-def _limits(structure: Any, caps: Mapping[str, Any]) -> Limits:
-    limits: Limits = structure.limits
-    least = Caps.of(caps.get("max_pruning_ratio", 1.0), caps.get("protected_blocks", 0)).least(
-        {group.name: group.size for group in structure.groups}
-    )
-    return replace(limits, min_units={name: max(units, limits.min_units.get(name, 1)) for name, units in least.items()})
-
-
-def _chosen(structure: Any, limits: Limits, scores: Scores, budget: Budget, report: PruningReport) -> dict[str, Tensor]:
-    """The units to remove: sets of them if the file has rows, else one by one."""
-    groups = structure.groups
-    joint = bool(scores.rows)
-    values: dict[str, Tensor]
-    if joint:
-        rows = ((group.name, group.gate_rows(scores.rows)) for group in groups)
-        values = {name: found for name, found in rows if found is not None}
-    else:
-        values = dict(scores.group(groups, slices="gate"))
-    if not values:
-        remedy = "score this model"
-        if groups and all(group.is_depth for group in groups):
-            remedy = "pass obc score --statistics, and obc prune --criterion, a criterion of blocks (see obc criteria)"
-        raise UsageError(f"none of the groups that can be pruned has scores; {remedy}")
-    for name, units in values.items():
-        report.note_scores(name, units.square().sum(0) if joint else units)
-    report.left_out |= {
-        group.name: "it has no scores" for group in groups if group.is_depth and group.name not in values
-    }
-    task = _task(structure, limits, values, budget)
-    return Global().select(replace(task, selection="joint" if joint else "independent"))
-
-
-def _task(structure: Any, limits: Limits, scores: Mapping[str, Tensor], budget: Budget) -> Task:
-    """What an allocation has to solve, so that the budget is met."""
-    assert budget.share is not None
-    costs = budget.costs(structure)
-    return Task(
-        scores,
-        structure.groups,
-        costs,
-        (1 - budget.share) * budget.counted(costs),
-        min_units=limits.min_units,
-        round_to=limits.round_to,
-        families=limits.families,
-        widths=limits.widths,
-    )
+    def _by_criterion(self, statistics: obc.Statistics) -> dict[str, Tensor]:
+        criterion = self.choice.criterion
+        try:
+            scores = scores_from(criterion, self.structure.groups, statistics, self.structure.model)
+        except StatisticsError as error:
+            remedy = f"or collect them by obc score MODEL_DIR --statistics {self._parsed.criterion}"
+            raise UsageError(f"{error}, {remedy}") from error
+        except CriterionError as error:
+            raise UsageError(f"{error}; choose other groups with --kinds") from error
+        self.note_importance(statistics)
+        return scores
 
 
 def _batches(parsed: argparse.Namespace, original: nn.Module, source: Path, count: int) -> list[Any]:

@@ -114,13 +114,13 @@ class Options:
     """How a call of ``obc.prune`` runs: its arguments of these names, checked."""
 
     steps: int | Sequence[float]
-    recalibrate: bool
-    compensate: Compensation | None
-    compensate_every_step: bool
-    verify: bool
-    measure: bool
-    on_step: Callable[[PruningResult], None] | None
-    progress: bool | None
+    recalibrate: bool = False
+    compensate: Compensation | None = None
+    compensate_every_step: bool = False
+    verify: bool = False
+    measure: bool = False
+    on_step: Callable[[PruningResult], None] | None = None
+    progress: bool | None = None
 
     def said(self) -> dict[str, object]:
         """The entries for the report's provenance."""

@@ -172,9 +172,9 @@ class Job:
         self.report.steps.append(StepReport(target, macs, parameters, removed, remaining))
 
     def _rows(self, subject: Subject) -> dict[str, Tensor]:
-        """Per group, (N, units) rows for joint selection or (units,) scores for independent selection."""
+        """:meth:`measured`, with errors in terms of the allocation."""
         try:
-            return self._measured(subject)
+            return self.measured(subject)
         except NothingToReadError as error:  # of a statistic that the criterion does not need
             allocation = type(self.choice.allocation).__name__
             raise ValueError(
@@ -183,7 +183,8 @@ class Job:
                 "groups to strengths"
             ) from error
 
-    def _measured(self, subject: Subject) -> dict[str, Tensor]:
+    def measured(self, subject: Subject) -> dict[str, Tensor]:
+        """Per group, (N, units) rows for joint selection or (units,) scores for independent selection."""
         criterion, also = self.choice.criterion, tuple(getattr(self.choice.allocation, "needs", ()))
         if isinstance(criterion, Jacobian):
             rows = self._jacobian(subject)
@@ -192,10 +193,10 @@ class Job:
                 rows = criterion.measure_rows(subject)
         else:
             rows, statistics = scored(criterion, subject, also)
-            self._note_importance(statistics)
+            self.note_importance(statistics)
             also = ()
         if also:
-            self._note_importance(collected([], also, subject))
+            self.note_importance(collected([], also, subject))
         if not rows:
             raise scores_nothing(criterion, subject.groups, _not_pruned(self.report.left_out))
         for name in {group.name for group in subject.groups} - set(rows):
@@ -219,7 +220,8 @@ class Job:
             )
         return rows
 
-    def _note_importance(self, statistics: Statistics) -> None:
+    def note_importance(self, statistics: Statistics) -> None:
+        """Keep what the allocation says of blocks by these statistics."""
         importance = getattr(self.choice.allocation, "importance", None)
         self._importance = {} if importance is None else importance(statistics)
 
