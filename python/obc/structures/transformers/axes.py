@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -11,7 +11,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from obc.model.groups import Side
 from obc.model.kept import Kept, narrowed
 from obc.model.layouts import is_depthwise, layout_of
-from obc.model.names import joined
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,6 @@ def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
         return (Axis(name, "weight", 0, name, "out", raw=False), *bias)
     dim = 0 if (side == "out") != layout.transposed else 1
     return (Axis(name, "weight", dim, name, side, raw=False), *bias)
-
-
-def parameter_axes(name: str, keys: Iterable[str]) -> dict[tuple[str, Side], tuple[Axis, ...]]:
-    """The axes of the module's own parameters, by (full name, "out"); channels lie in their first dimension."""
-    return {(joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in keys}
 
 
 def narrow(kept: Mapping[str, Kept], axis: Axis, size: int, removed: Tensor) -> Kept:

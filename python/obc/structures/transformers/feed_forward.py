@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from obc.model.groups import ChannelGroup, Slice
 from obc.model.layouts import layout_of
 from obc.model.names import joined
-from obc.structures.transformers.block import Block
+from obc.structures.transformers.block import Block, block_of
 from obc.structures.transformers.family import FAMILIES, attributes, config_keys
 from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
@@ -44,20 +43,17 @@ def _agrees(layers: Layers, projections: Sequence[str], copies: int) -> bool:
 def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies: int) -> Block:
     *producers, consumer = projections
     width = layers.size(consumer, "in")
-    for producer in producers:
-        if (outputs := layers.size(producer, "out")) != copies * width:
-            raise NotPrunableError(f"{producer} has {outputs} outputs, {consumer} {width} inputs")
     outer = layers.size(consumer, "out")
     for key, parameter in layers.modules[name].named_parameters(recurse=False):
         if width in parameter.shape and width != outer:
             raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
-    slices = [Slice(layer, "out", channels(width, 1, copies)) for layer in producers]
-    slices += [Slice(layer, "out", channels(width, 1)) for layer in _between(layers, name, projections, width, outer)]
     # A norm over the inner channels takes its statistics from the remaining ones, as the class does at that width.
-    slices += [Slice(norm, "out", channels(width, 1)) for norm in _inner_norms(layers, name, width, outer)]
-    slices.append(Slice(consumer, "in", channels(width, 1)))
-    return Block(
-        ChannelGroup(producers[0], tuple(slices), "ffn"),
+    inner = [*_between(layers, name, projections, width, outer), *_inner_norms(layers, name, width, outer)]
+    return block_of(
+        layers,
+        "ffn",
+        dict.fromkeys(producers, channels(width, 1, copies)) | dict.fromkeys(inner, channels(width, 1)),
+        {consumer: channels(width, 1)},
         counters=layers.counters([name], {attributes("inner_width"): (width, 1)}),
         config=layers.config_key(_config_keys(layers, name), 1),
     )

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from obc.model.groups import ChannelGroup, Slice
 from obc.model.names import joined
-from obc.structures.transformers.axes import parameter_axes
+from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block, Kind
 from obc.structures.transformers.family import Family, register
-from obc.structures.transformers.layers import Counter, Layers, channels, value_of
+from obc.structures.transformers.layers import Layers, channels, value_of
 from obc.structures.units import NotPrunableError
 
 _SIZES = ("num_heads", "n_groups", "head_dim", "ssm_state_size")
@@ -56,10 +56,11 @@ def _mixer(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Block]
         ("conv_dim",): (width + 2 * shared, per_unit),
     }
     counters = layers.counters([name], counted)
-    counters += _norm_counters(layers, name, width // groups, size)
+    if layers.has(name, "norm"):
+        counters += layers.counters([joined(name, "norm")], {("group_size",): (width // groups, size)})
     yield Block(
         ChannelGroup(in_proj, (*slices, Slice(out_proj, "in", wide)), "mixer_heads"),
-        axes=parameter_axes(name, _OF_HEADS),
+        axes={(joined(name, key), "out"): (Axis(name, key, 0, joined(name, key), "out"),) for key in _OF_HEADS},
         counters=counters,
         config=_config(layers, heads, groups, size),
     )
@@ -72,12 +73,6 @@ def _norm(layers: Layers, name: str, width: int, wide: Tensor) -> list[Slice]:
     if tuple(weight.shape) != (width,):
         raise NotPrunableError(f"{joined(name, 'norm')} is not over the {width} channels of its heads")
     return [Slice(joined(name, "norm"), "out", wide)]
-
-
-def _norm_counters(layers: Layers, name: str, grouped: int, size: int) -> tuple[Counter, ...]:
-    if not layers.has(name, "norm"):
-        return ()
-    return layers.counters([joined(name, "norm")], {("group_size",): (grouped, size)})
 
 
 def _config(layers: Layers, heads: int, groups: int, size: int) -> dict[str, float]:
