@@ -7,6 +7,7 @@ from typing import Any
 
 from obc.commands.common import add_command
 from obc.criteria import About, available, get
+from obc.model.readable import aligned
 
 PASSES = {
     "weights": "weights alone",
@@ -35,7 +36,5 @@ def run(parsed: argparse.Namespace) -> int:
     for name, _, about in rows():
         known = () if about is None else (PASSES[about.passes], about.kinds, about.system, about.source)
         lines.append((name, *(known or [""] * 4)))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    print("\n".join(aligned(lines)))
     return 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from obc.criteria.protocol import About, Criterion
+from obc.model.arguments import one_of
 from obc.model.groups import ChannelGroup
 from obc.statistics.blocks import Blocks, BlockSums, Tokens
 from obc.statistics.results import Statistics
@@ -110,8 +111,7 @@ class EntropyGain(BlockCriterion):
     )
 
     def __init__(self, bins: int = 20, spare: Literal["falling", "ends"] | None = "falling") -> None:
-        if spare not in ("falling", "ends", None):
-            raise ValueError(f"spare must be 'falling', 'ends' or None, got {spare!r}")
+        one_of("spare", spare, ("falling", "ends", None))
         self.needs = (Blocks(entropy_bins=bins),)
         self.spare = spare
 

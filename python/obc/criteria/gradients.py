@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from obc.criteria.products import products
 from obc.criteria.protocol import About, Criterion
 from obc.criteria.slices import KINDS
-from obc.criteria.units import mean_over
+from obc.criteria.units import mean_over, sum_over
+from obc.model.arguments import one_of
 from obc.model.groups import ChannelGroup
 from obc.selection.allocation import TwoClasses
 from obc.statistics.results import Statistics
@@ -44,8 +44,7 @@ class Fisher(Criterion):
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         """(units,) the sum over the group's slices of the squares of w dL_n/dw."""
-        parts = [found.second.sum(1) for found in products(group, statistics, model)]
-        return torch.stack(parts).sum(0) if parts else None
+        return sum_over(found.second.sum(1) for found in products(group, statistics, model))
 
 
 class LLMPruner(Criterion):
@@ -66,8 +65,7 @@ class LLMPruner(Criterion):
     allocation = "uniform"
 
     def __init__(self, form: Literal["element", "vector"] = "element", second_order: bool = False) -> None:
-        if form not in ("element", "vector"):
-            raise ValueError(f"form must be 'element' or 'vector', got {form!r}")
+        one_of("form", form, ("element", "vector"))
         self.form, self.second_order = form, second_order
         self.name = f"llm_pruner_{form}"  # type: ignore[misc]
         self.needs = (WeightGradients(square=second_order),)
@@ -88,7 +86,7 @@ class LLMPruner(Criterion):
         for found in products(group, statistics, model):
             salience = found.first - 0.5 * found.second / found.count if self.second_order else found.first
             parts.append(salience.abs().sum(1) if self.form == "element" else salience.sum(1).abs())
-        return torch.stack(parts).sum(0) if parts else None
+        return sum_over(parts)
 
 
 class Nirvana(Criterion):
@@ -119,8 +117,7 @@ class Nirvana(Criterion):
     needs = ("weight_gradients",)
 
     def __init__(self, over: Literal["sequence", "vocabulary"] = "sequence", gamma: float = 3.36) -> None:
-        if over not in ("sequence", "vocabulary"):
-            raise ValueError(f"over must be 'sequence' or 'vocabulary', got {over!r}")
+        one_of("over", over, ("sequence", "vocabulary"))
         self.over = over
         self.allocation = TwoClasses(gamma)
 
@@ -133,5 +130,4 @@ class Nirvana(Criterion):
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         """(units,) the sum over the group's slices of |w df/dw|."""
-        parts = [found.first.abs().sum(1) for found in products(group, statistics, model)]
-        return torch.stack(parts).sum(0) if parts else None
+        return sum_over(found.first.abs().sum(1) for found in products(group, statistics, model))

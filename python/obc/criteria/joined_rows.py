@@ -23,11 +23,6 @@ def samples_of(batch: Any, positions: int) -> int:
     return samples
 
 
-def row_of_parts(parts: list[Tensor], several: bool) -> Tensor:
-    """One batch's row of one tap: parts of the batch are added, or concatenated if they are samples."""
-    return torch.cat(parts) if several else torch.stack(parts).sum(0)
-
-
 def refuse_unlike(rows: dict[Residuals, Tensor]) -> None:
     """Refuse rows of tokens if layers saw different numbers of positions."""
     counts: dict[int, str] = {}

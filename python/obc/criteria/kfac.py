@@ -33,7 +33,7 @@ from obc.criteria.residuals import Residuals
 from obc.criteria.scoring import collected
 from obc.criteria.subject import Subject
 from obc.criteria.surgeon import ConsumerState, inverse, second_moment
-from obc.criteria.units import TINY, consumers_of, have_consumers
+from obc.criteria.units import TINY, consumers_of, have_consumers, sum_over
 from obc.model.groups import ChannelGroup
 from obc.statistics.gram import Gram, GramSum, Held
 from obc.statistics.results import Statistics
@@ -73,7 +73,7 @@ class KFAC(Criterion):
             residual = torch.linalg.inv(blocks).diagonal(dim1=1, dim2=2)
             gradients = statistics.gradient_moments[consumer.name]
             parts.append((residual * (gradients.square.cpu() / gradients.count)[consumer.channels]).sum(1))
-        return torch.stack(parts).sum(0) if parts else None
+        return sum_over(parts)
 
 
 # Neighbouring positions are similar: about this many of them are worth one that is drawn independently.

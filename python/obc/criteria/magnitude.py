@@ -12,7 +12,7 @@ from obc import ops
 from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion
 from obc.criteria.slices import KINDS, slice_weights
 from obc.criteria.subject import Subject
-from obc.criteria.units import mean_over, module_of, relative
+from obc.criteria.units import mean_over, relative
 from obc.model.arguments import one_of
 from obc.model.groups import ChannelGroup
 from obc.statistics.results import Statistics
@@ -70,9 +70,9 @@ class BNScale(Criterion):
 
     def score(self, group: ChannelGroup, statistics: Statistics, model: nn.Module) -> Tensor | None:
         """(units,) the mean over the group's BatchNorms of |gamma|; None without one."""
-        values = []
+        values, modules = [], dict(model.named_modules())
         for part in group.slices:
-            module = module_of(model, part)
+            module = modules.get(part.module)
             if isinstance(module, _BatchNorm) and module.affine:
                 values.append(module.weight.detach()[part.channels.to(module.weight.device)].abs().mean(1))
         return mean_over(values)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from obc.criteria.masked_model import Evaluation, Masks, Metric, check_metric, nothing_masked, units_left, with_unit
+from obc.criteria.masked_model import Evaluation, Masks, Metric, nothing_masked, units_left, with_unit
 from obc.criteria.protocol import About, CriterionError, GroupScores, MeasuredCriterion
 from obc.criteria.subject import Subject
+from obc.model.arguments import one_of
 from obc.model.usable_batches import UsableBatches
 
 
@@ -47,7 +48,7 @@ class MaskedEvaluation(MeasuredCriterion):
     per_cost = True
 
     def __init__(self, metric: Metric = "loss", rounds: int = 1) -> None:
-        check_metric(metric)
+        one_of("metric", metric, get_args(Metric))
         if rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {rounds}")
         self.metric, self.rounds = metric, rounds
@@ -111,7 +112,7 @@ class BeamSearch(MeasuredCriterion):
     ) -> None:
         if removals < 1 or width < 1:
             raise ValueError(f"removals and width must be at least 1, got {removals} and {width}")
-        check_metric(metric)
+        one_of("metric", metric, get_args(Metric))
         self.removals, self.width, self.metric, self.null = removals, width, metric, null
 
     def measure(self, subject: Subject) -> GroupScores:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from obc.criteria.subject import Subject
-from obc.model.arguments import no_batches
+from obc.model.arguments import no_batches, one_of
 from obc.model.evaluation import evaluating
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.structures.masking import masked_copy, unmaskable
 
 Metric = Literal["loss", "kl", "mse"]
 Masks = dict[str, Tensor]  # group -> (units,) bool: the units at zero
-
-
-def check_metric(metric: str) -> None:
-    """Raise for a metric that :class:`Evaluation` doesn't know."""
-    if metric not in ("loss", "kl", "mse"):
-        raise ValueError(f"metric must be 'loss', 'kl' or 'mse', got {metric!r}")
 
 
 class Evaluation:
@@ -37,7 +31,7 @@ class Evaluation:
     """
 
     def __init__(self, subject: Subject, metric: Metric) -> None:
-        check_metric(metric)
+        one_of("metric", metric, get_args(Metric))
         self.subject, self.metric = subject, metric
         self._batches = UsableBatches.of(subject.batches)
         self._dense: dict[int, Tensor] = {}

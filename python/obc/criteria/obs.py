@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from obc.criteria.protocol import About, Criterion
 from obc.criteria.surgeon import ConsumerState, second_moment
 from obc.criteria.units import consumers_of
+from obc.model.arguments import one_of
 from obc.model.groups import ChannelGroup
 from obc.selection.allocation import LogProfile
 from obc.statistics.gram import Gram, Held
@@ -65,8 +66,7 @@ class OBS(Criterion):
         ridge: float = 1e-2,
         to: Held = "device",
     ) -> None:
-        if heads not in ("exact", "cholesky"):
-            raise ValueError(f"heads must be 'exact' or 'cholesky', got {heads!r}")
+        one_of("heads", heads, ("exact", "cholesky"))
         self.greedy, self.heads, self.first_order, self.ridge, self.to = greedy, heads, first_order, ridge, to
         self.needs = (Gram(to=to),)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from obc.criteria.joined_rows import by_group, refuse_unlike, row_of_parts, samples_of
+from obc.criteria.joined_rows import by_group, refuse_unlike, samples_of
 from obc.criteria.output_metrics import OutputMetrics
 from obc.criteria.residuals import Cut, Residuals
 from obc.criteria.subject import Subject
@@ -54,7 +55,8 @@ class ResidualReader:
         Raises:
             CriterionError: layers have different numbers of rows of tokens.
         """
-        rows = {tap: row_of_parts(parts, self._cut.several) for tap, parts in self._read.items()}
+        several = self._cut.several  # then the parts of a batch are other rows, otherwise one row's sum
+        rows = {tap: torch.cat(parts) if several else torch.stack(parts).sum(0) for tap, parts in self._read.items()}
         if self._cut.tokens is not None:
             refuse_unlike(rows)
         return rows

@@ -104,19 +104,17 @@ def mean_over(values: Iterable[Tensor]) -> Tensor | None:
     return torch.stack(parts).mean(0) if parts else None
 
 
+def sum_over(values: Iterable[Tensor]) -> Tensor | None:
+    """The sum of (units,) values; None if there are none."""
+    parts = list(values)
+    return torch.stack(parts).sum(0) if parts else None
+
+
 def sum_over_consumers(
     group: ChannelGroup, model: nn.Module, value: Callable[[Consumer], Tensor], read: Container[str]
 ) -> Tensor | None:
-    """The sum over the group's consumers of (units,) values; None if no consumer is readable.
-
-    Args:
-        group: the group.
-        model: the model with its layers.
-        value: computes the values of one consumer.
-        read: names of consumers with statistics: experts that no token reached have none and add nothing.
-    """
-    parts = [value(one) for one in consumers_of(group, model) if not one.routed or one.name in read]
-    return torch.stack(parts).sum(0) if parts else None
+    """The sum over the consumers of (units,) values; experts that are not ``read``, without tokens, add nothing."""
+    return sum_over(value(one) for one in consumers_of(group, model) if not one.routed or one.name in read)
 
 
 def relative(scores: Tensor | None) -> Tensor | None:
@@ -128,11 +126,6 @@ def standardised(values: Tensor, correction: int = 0) -> Tensor:
     """Values minus their mean, divided by their standard deviation, which uses n - correction."""
     deviation = values.std(correction=correction) if len(values) > 1 else values.new_ones(())
     return (values - values.mean()) / deviation.clamp_min(TINY)
-
-
-def module_of(model: nn.Module, part: Slice) -> nn.Module | None:
-    """The slice's module; None if the model has no module with that name."""
-    return dict(model.named_modules()).get(part.module)
 
 
 def weight_of(module: nn.Module | None) -> Tensor | None:

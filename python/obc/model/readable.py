@@ -1,6 +1,8 @@
-"""Formats amounts for reading: bytes, and numbers of parameters and operations."""
+"""Formats for reading: bytes, numbers of parameters and operations, tables."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 _LARGE = 10_000  # from here on three digits and a letter say enough
 
@@ -22,3 +24,9 @@ def count(number: float) -> str:
     power = min(int(exponent) // 3, 5)
     value = float(digits) * 10 ** (int(exponent) - 3 * power)
     return f"{value:.{max(0, 2 - int(exponent) % 3)}f} {'_kMGTP'[power]}"
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table with their cells in columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]

@@ -46,24 +46,21 @@ def _verdict(report: Report) -> Html:
     return element("p", said, class_="verdict good")
 
 
+_COUNTED = ("MACs", "parameters")
+_NAMES = {"blocks": "prunable parameters", "active_params": "active parameters"}
+
+
 def _costs(report: Report) -> Html:
-    changes = {
-        "MACs": (report["macs_before"], report["macs_after"]),
-        "parameters": (report["parameters_before"], report["parameters_after"]),
+    changes = {name: (report[f"{name.lower()}_before"], report[f"{name.lower()}_after"], "") for name in _COUNTED}
+    changes |= {
+        _NAMES.get(name, name): (change["before"], change["after"], change["counted"])
+        for name, change in report["known"].items()
     }
     rows = []
-    for name, (before, after) in changes.items():
+    for name, (before, after, counted) in changes.items():
         share = after / before if before else 0.0
-        rows.append([name, bar(share), f"{number(before)} → {number(after)}", f"{share:.1%}", ""])
-    for name, change in report["known"].items():
-        before, after = change["before"], change["after"]
-        share = after / before if before else 0.0
-        shown = f"{number(before)} → {number(after)}"
-        rows.append([_NAMES.get(name, name), bar(share), shown, f"{share:.1%}", change["counted"]])
+        rows.append([name, bar(share), f"{number(before)} → {number(after)}", f"{share:.1%}", counted])
     return table(["", "", "before → after", "remain", "counted"], rows, label="every budget before and after")
-
-
-_NAMES = {"blocks": "prunable parameters", "active_params": "active parameters"}
 
 
 def _budgets(report: Report) -> Html:

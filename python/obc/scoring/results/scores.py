@@ -15,6 +15,7 @@ from obc.files import parse_json, refuse_non_paths
 from obc.model.arguments import meant
 from obc.model.by_name import ByName
 from obc.model.groups import ChannelGroup, Slices
+from obc.model.readable import aligned
 from obc.model.usable import refuse_non_modules
 from obc.page.document import fragment
 from obc.page.markup import element
@@ -83,10 +84,7 @@ class Scores(ByName[ChannelScores]):
         return f"no scores for module {name!r}: {why}"
 
     def __repr__(self) -> str:
-        lines = self.table()
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
-        return "\n".join([self._headline(), *(line.rstrip() for line in padded)])
+        return "\n".join([self._headline(), *aligned(self.table())])
 
     def table(self) -> list[tuple[str, ...]]:
         """A header, then one line per module: its channels, the range of its out-channel scores, how it was read."""
