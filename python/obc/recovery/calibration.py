@@ -214,7 +214,8 @@ def recalibrate_from(
             batches.refuse_many(processes.total)
             if total == 0:
                 raise ValueError("recalibrate_norms got no batches; pass an iterable that is not used up")
-            _put_back({norm: unchanged[norm] for norm in plain if _never_ran(norm)})
+            ran = [norm for norm in plain if norm.num_batches_tracked is None or int(norm.num_batches_tracked)]
+            _put_back({norm: unchanged[norm] for norm in plain if norm not in ran})
             statistics = [statistic for norm in plain for statistic in _statistics(norm)]
             for statistic in statistics if processes.group is not None else []:
                 statistic.mul_(count / total)
@@ -243,10 +244,6 @@ def _put_back(statistics: Mapping[_BatchNorm, Sequence[Tensor]]) -> None:
         for norm, values in statistics.items():
             for statistic, value in zip(_statistics(norm), values, strict=True):
                 statistic.copy_(value)
-
-
-def _never_ran(norm: _BatchNorm) -> bool:
-    return norm.num_batches_tracked is not None and int(norm.num_batches_tracked) == 0
 
 
 def _pass_over(

@@ -18,7 +18,7 @@ from obc.model.evaluation import ForwardFn, stream_of
 from obc.model.names import is_within
 from obc.model.processes import Processes
 from obc.model.usable_batches import UsableBatches
-from obc.recovery.segments import ChainBatch, capture, find_chain, replays
+from obc.recovery.segments import ChainBatch, captured, find_chain, replays
 
 logger = logging.getLogger("obc")
 
@@ -102,21 +102,15 @@ def parts(
     yield replace(whole, layers=[layer for place, layer in outside if place < first])
     streams: list[dict[int, ChainBatch]] = [{}, {}] if chain else []
     for model, found in zip(models, streams, strict=False):
-        shared = False
-        for some in batches:
-            for batch in some:
-                start, arguments = capture(model, chain, partial(forward, model, batch), first_only=shared)
-                shared = shared or all(known.same_as(arguments[0]) for known in arguments)
-                found[some.current] = ChainBatch(start.detach(), arguments, start.device)
+        numbered = {some.current: partial(forward, model, batch) for some in batches for batch in some}
+        found |= zip(numbered, captured(model, chain, numbered.values()), strict=True)
     for place, name in enumerate(chain):
-        runs = [
+        full, pruned = (
             partial(_run_module, found, model.get_submodule(name), place)
             for model, found in zip(models, streams, strict=True)
-        ]
-        yield ChainPart(
-            [layer for layer in scopes if layer in inside and is_within(scopes[layer], name)], runs[0], runs[1]
         )
-        for run, found in zip(runs, streams, strict=True):
+        yield ChainPart([layer for layer in scopes if layer in inside and is_within(scopes[layer], name)], full, pruned)
+        for run, found in zip((full, pruned), streams, strict=True):
             for some in batches:
                 for batch in some:
                     stream = stream_of(run(batch, some.current))

@@ -53,7 +53,7 @@ from obc.recovery.consumers import PrunedConsumer
 from obc.recovery.layer_correction import CorrectionSums, Layer, LayerCorrections, waves
 from obc.recovery.module_norms import ModuleNorms, reads_the_same
 from obc.recovery.norm_reference import take_statistics
-from obc.recovery.segments import ChainBatch, capture
+from obc.recovery.segments import ChainBatch, capture, captured
 from obc.recovery.stream_points import Call, Seen, observe
 
 # Of the unpruned and the pruned model.
@@ -232,19 +232,15 @@ class CorrectRun:
             for index, stream in enumerate(after):
                 full[index].stream = stream
                 pruned[index].stream = self._stored(done[index] if index in done else stream_of(here.pruned(index)))
-        ends = zip(self._models, (full, pruned), strict=True)
-        first, second = (from_end(model, chain, batches, self._whole(model)) for model, batches in ends)
+        first, second = (
+            from_end(model, chain, batches, self._whole(model))
+            for model, batches in zip(self._models, (full, pruned), strict=True)
+        )
         return first, second
 
     def _captured(self, model: nn.Module, chain: list[str]) -> list[ChainBatch]:
-        run = self._whole(model)
-        streams = []
-        shared = False
-        for index in range(len(self.batches)):
-            start, arguments = capture(model, chain, partial(run, index), first_only=shared)
-            shared = shared or all(known.same_as(arguments[0]) for known in arguments)
-            streams.append(ChainBatch(self._stored(start), arguments, start.device))
-        return streams
+        runs = [partial(self._whole(model), index) for index in range(len(self.batches))]
+        return [replace(one, stream=self._stored(one.stream)) for one in captured(model, chain, runs)]
 
     def _stored(self, stream: Tensor | None) -> Tensor:
         assert stream is not None

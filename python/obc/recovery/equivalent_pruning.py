@@ -179,16 +179,12 @@ class _Layer:
         """Replace the pruned parameters by the original ones and register the folds."""
         weight, bias = self.weight, self.bias
         if fold.reduced:
-            order = self._kept_first()
+            order = self._by_block(kept_first)  # all channels of the pruned sides, the kept ones first
             weight = sliced_weight(weight, self.layout, order)
             bias = bias if bias is None or order.out_channels is None else bias[order.out_channels.to(bias.device)]
         self._register("weight", weight, fold)
         if bias is not None and fold.compressor is not None:
             self._register("bias", bias, FoldedBias(fold.parameter_names, fold.compressor, fold.reduced))
-
-    def _kept_first(self) -> Kept:
-        """All channels of the pruned sides, kept ones first within each block, as reduced factors need them."""
-        return self._by_block(kept_first)
 
     def _by_block(self, indices: Callable[[Tensor, int, int], Tensor]) -> Kept:
         """``indices`` (kept, previous number, number of blocks) for each pruned side."""

@@ -78,9 +78,6 @@ class NormalEquations:
         blocks, outputs, columns = self.cross.shape
         return self.bytes_for(blocks, columns, outputs)
 
-    def _sums(self) -> tuple[Tensor, ...]:
-        return self.gram, self.cross, self.sum_z, self.sum_e, self.energy
-
     def add(self, z: Tensor, error: Tensor, weights: Tensor | None = None) -> None:
         """Add rows: z (blocks, rows, columns), error (blocks, rows, outputs), weights (rows,), by default 1."""
         for start in range(0, z.shape[1], _PIECE):
@@ -102,7 +99,7 @@ class NormalEquations:
     def gather(self, processes: Processes) -> None:
         """Add the sums of all processes."""
         rows, total = torch.tensor(self.rows), torch.tensor(self.total, dtype=torch.float64)
-        processes.add([*self._sums(), rows, total])
+        processes.add([self.gram, self.cross, self.sum_z, self.sum_e, self.energy, rows, total])
         self.rows, self.total = int(rows), float(total)
 
     def solved(self, ridges: Sequence[float], intercept: bool) -> list[WeightChange]:

@@ -9,7 +9,7 @@ modules, run one by one on the inputs seen, return the outputs seen.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -229,6 +229,18 @@ def capture(
     with hooked(handles), torch.no_grad(), contextlib.suppress(Reached):
         run()
     return streams[0], found * len(chain) if first_only else found
+
+
+def captured(model: nn.Module, chain: Sequence[str], runs: Iterable[Callable[[], Any]]) -> Iterator[ChainBatch]:
+    """The batches before the chain, one for each run.
+
+    If all modules got the same objects from one batch, the runs on later ones stop at the first module.
+    """
+    shared = False
+    for run in runs:
+        start, arguments = capture(model, chain, run, first_only=shared)
+        shared = shared or all(known.same_as(arguments[0]) for known in arguments)
+        yield ChainBatch(start.detach(), arguments, start.device)
 
 
 def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> str | None:

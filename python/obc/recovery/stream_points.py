@@ -178,7 +178,7 @@ class _Observer(TorchFunctionMode):
             # returns no tensor only asked for a shape or the like.
             before = [(trace, trace.tensor.detach().clone()) for trace in traced] if _may_write(func) else []
             result = func(*args, **kwargs)
-            if isinstance(result, Tensor) or _holds_tensor(result):
+            if any(isinstance(part, Tensor) for part in (result if isinstance(result, (tuple, list)) else [result])):
                 for trace in traced:
                     self._close(trace, next((copy for other, copy in before if other is trace), None))
                 self._stop_when_done()
@@ -282,7 +282,3 @@ def _factor(name: str, tensor: Tensor, args: tuple[Any, ...], kwargs: Mapping[st
 def _may_write(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     return name.endswith("_") or name in {"relu", "relu6", "hardtanh", "elu", "silu", "hardswish", "leaky_relu", "gelu"}
-
-
-def _holds_tensor(result: Any) -> bool:
-    return isinstance(result, (tuple, list)) and any(isinstance(part, Tensor) for part in result)

@@ -36,7 +36,9 @@ def scores_of(parts: Parts, rows: str, merged_over: Any) -> Scores:
     sums = {flat: flat.scores for flat in parts.flats}
     if merged_over is not None:
         facts = all_facts(facts, merged_over)
-        sums = {flat: all_sums(scores, merged_over) for flat, scores in sums.items()}
+        sums = {flat: scores.clone() for flat, scores in sums.items()}
+        for total in sums.values():
+            reduce_tensor(total, merged_over)
     if facts.num_rows == 0:
         how = "; call backward inside `with scorer.row():`"
         why = f"; left out: {facts.left_out[0]}{not_finite(parts.model)}" if facts.left_out else how
@@ -89,13 +91,6 @@ def all_facts(facts: Facts, group: Any) -> Facts:
     coverage = merged([one.coverage for one in everyone])
     left_out = [f"process {rank}: {what}" for rank, one in enumerate(everyone) for what in one.left_out]
     return Facts(sum(one.num_rows for one in everyone), coverage, left_out)
-
-
-def all_sums(sums: Tensor, group: Any) -> Tensor:
-    """The sum of every process's sums of squares."""
-    total = sums.clone()
-    reduce_tensor(total, group)
-    return total
 
 
 def all_rows(matrices: Sequence[Tensor], group: Any) -> list[Tensor]:
