@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from obc.commands import model_directory
+from obc.commands.allocation_option import allocation_of_text
 from obc.commands.common import UsageError, expecting, positive
 from obc.model.latency_table import LatencyTable, LatencyTableError
 from obc.pruning.budgets import NOUNS, Argument, Budget, Meters
@@ -66,11 +67,19 @@ def budget_of(parsed: argparse.Namespace) -> Budget:
     return Budget.of(given, Meters(use, table))
 
 
-def keywords(budget: Budget) -> dict[str, Any]:
-    """The budget as keyword arguments of ``obc.prune``."""
-    value = budget.share if budget.amount is None else budget.amount
-    meters = budget.meters
-    return {budget.argument: value, "memory_use": meters.memory_use, "latency_table": meters.table}
+def keywords(parsed: argparse.Namespace, budget: Budget, *names: str) -> dict[str, Any]:
+    """The options as keyword arguments of ``obc.prune``: the budget, what is always there, those of ``names`` given."""
+    meters, found = budget.meters, {name: getattr(parsed, name) for name in ("round_to", "seed", "measure")}
+    found[budget.argument] = budget.share if budget.amount is None else budget.amount
+    found |= {"memory_use": meters.memory_use, "latency_table": meters.table}
+    for name in ("max_pruning_ratio", "protected_blocks", *names):
+        if (value := getattr(parsed, name)) is not None:
+            found[name] = value
+    if parsed.compensate is not None:
+        found["compensate"] = None if parsed.compensate == "none" else parsed.compensate
+    if parsed.allocation is not None:
+        found["allocation"] = allocation_of_text(parsed.allocation)
+    return found
 
 
 def _between(text: str) -> float:

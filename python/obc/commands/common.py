@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -65,6 +66,15 @@ def positive(text: str) -> int:
     if (value := int(text)) < 1:
         raise ValueError
     return value
+
+
+@contextlib.contextmanager
+def refusing(*errors: type[Exception]) -> Iterator[None]:
+    """Inside the block, these errors say that the request can't be carried out, and why."""
+    try:
+        yield
+    except errors as error:
+        raise UsageError(str(error)) from error
 
 
 def require(packages: Mapping[str, str]) -> None:

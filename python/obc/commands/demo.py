@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from obc.commands.common import UsageError, folder, require
+from obc.commands.common import UsageError, folder, refusing, require
 from obc.commands.run_log import add_log, say
 
 PACKAGES = {"sklearn": "scikit-learn", "torch_pruning": "torch-pruning", "matplotlib": "matplotlib"}
@@ -73,10 +73,8 @@ def run_real(parsed: argparse.Namespace) -> int:
     picture = folder(parsed.out) / f"demo-{parsed.real}.png"
     from obc.demo import real
 
-    try:
+    with refusing(ImportError):
         result = real.run(parsed.real, parsed.seed, say=say)
-    except ImportError as error:
-        raise UsageError(str(error)) from error
     real.draw(result, picture)
     say(f"\n{real.shown(result)}\n\nDrawn in {picture}. Seed {parsed.seed}, {result.seconds:.0f} s.")
     return 0

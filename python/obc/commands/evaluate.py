@@ -11,7 +11,7 @@ import torch
 
 from obc import quality
 from obc.commands import data, model_directory
-from obc.commands.common import UsageError, add_command, positive, require
+from obc.commands.common import add_command, positive, refusing, require
 from obc.commands.run_log import add_log, say
 from obc.model.evaluation import device_of, evaluating
 from obc.model.timing import median_seconds
@@ -54,15 +54,13 @@ def run(parsed: argparse.Namespace) -> int:
     loss = directory.loss if directory.loss != "masked-lm" else "label-free"
     batches = data.batches(parsed, directory.model, source, loss)
     models = {"": directory.model} if reference is None else {"": directory.model, "reference: ": reference.model}
-    try:
+    with refusing(ValueError):
         for name, model in models.items():
             say("\n".join(name + line for line in _figures(model, directory.loss, batches, parsed.stride)))
         if reference is not None:
             both = (directory.model, reference.model, batches, model_directory.outputs)
             say(f"agreement: {quality.agreement(*both):.4f}")
             say(f"cosine: {quality.cosine(*both):.4f}")
-    except ValueError as error:
-        raise UsageError(str(error)) from error
     if parsed.measure:
         say("\n".join(_speed(models, batches[0])))
     return 0

@@ -12,7 +12,7 @@ from safetensors.torch import save_model
 
 import obc
 from obc.commands import allocation_option, budget_options, entry_point, model_directory, prune_directory, prune_scored
-from obc.commands.common import REPORT_FILES, UsageError, add_command, expecting, folder, positive, require
+from obc.commands.common import REPORT_FILES, UsageError, add_command, expecting, folder, positive, refusing, require
 from obc.commands.run_log import add_log, say
 from obc.files import whole_folder
 from obc.pruning.budgets import Budget
@@ -127,12 +127,6 @@ def _ends(text: str) -> tuple[int, int]:
     return int(first), int(last if comma else first)
 
 
-def caps_of(parsed: argparse.Namespace) -> dict[str, Any]:
-    """The given caps as keyword arguments of ``obc.prune``."""
-    given = {name: getattr(parsed, name) for name in ("max_pruning_ratio", "protected_blocks")}
-    return {name: value for name, value in given.items() if value is not None}
-
-
 def _example(target: str) -> str:
     """An entry point's name, of the file if one was passed."""
     return f"{Path(target).stem if target.endswith('.py') else 'mymodel'}:subject"
@@ -154,13 +148,13 @@ def run(parsed: argparse.Namespace) -> int:
         raise UsageError(f"--out {parsed.out} is the model's own directory; choose another")
     if parsed.scores is not None:
         _refuse(parsed, _MEASURED + _SAMPLED, "is not for --scores: it says how to score the model")
-        return prune_scored.run(parsed, budget, caps_of(parsed))
+        return prune_scored.run(parsed, budget)
     if parsed.data is None:
         raise UsageError(
             "--data is missing: a .txt or .jsonl file, or a folder of images, on which the model is scored; or pass "
             f"--scores, a file that obc score {source} wrote"
         )
-    return prune_directory.run(parsed, budget, caps_of(parsed))
+    return prune_directory.run(parsed, budget)
 
 
 def _refuse(parsed: argparse.Namespace, options: Sequence[str], why: str) -> None:
@@ -174,18 +168,12 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
     require({"torch_pruning": "torch-pruning"})
     subject = entry_point.load(parsed.target)
     out = folder(parsed.out)
-    given = {
-        name: getattr(parsed, name) for name in ("criterion", "allocation", "selection", "slices", "steps", "rows")
-    }
-    options = (
-        {name: value for name, value in given.items() if value is not None} | caps_of(parsed) | dict(subject.further)
-    )
-    if parsed.allocation is not None:
-        options["allocation"] = allocation_option.allocation_of_text(parsed.allocation)
+    names = ("criterion", "selection", "slices", "steps", "rows")
+    options = budget_options.keywords(parsed, budget, *names) | dict(subject.further)
     if parsed.ignore:
         options["ignored_layers"] = [*options.get("ignored_layers", ()), *parsed.ignore]
     torch.manual_seed(parsed.seed)
-    try:
+    with refusing(ValueError, ScoringError):
         if parsed.kinds is not None:
             options["structure"] = _structure_of(subject, parsed.kinds, options.pop("ignored_layers", ()))
         result = obc.prune(
@@ -193,15 +181,8 @@ def _entry(parsed: argparse.Namespace, budget: Budget) -> int:
             None if parsed.kinds else subject.example_inputs,
             subject.batches,
             subject.loss_fn,
-            compensate=None if parsed.compensate == "none" else parsed.compensate,
-            round_to=parsed.round_to,
-            seed=parsed.seed,
-            measure=parsed.measure,
-            **budget_options.keywords(budget),
             **options,
         )
-    except (ValueError, ScoringError) as error:
-        raise UsageError(str(error)) from error
     with whole_folder(out) as stage:
         save_model(result.model, str(stage / "model.safetensors"), force_contiguous=True)
         result.plan.save(stage / "plan.json")

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import obc
-from obc.commands import allocation_option, budget_options, data, model_directory, pruned_directory
-from obc.commands.common import UsageError, folder, require
+from obc.commands import budget_options, data, model_directory, pruned_directory
+from obc.commands.common import UsageError, folder, refusing, require
 from obc.commands.run_log import say
 from obc.model.batches import RowKind
 from obc.pruning.budgets import Budget
@@ -21,7 +20,7 @@ STEPS, SEQUENCES, SEQUENCE = 4, 32, 512
 IMAGES = 256  # one a batch and a row: models that cut images into windows have no sample rows
 
 
-def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> int:
+def run(parsed: argparse.Namespace, budget: Budget) -> int:
     """Prune ``parsed.target`` to the budget on ``parsed.data``, and write it to ``parsed.out``.
 
     What is not chosen is what kept the most of a real language model (docs/measured.md): four steps, each compensated;
@@ -47,14 +46,11 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
         length=SEQUENCE,
         seed=parsed.seed,
     )
-    options = ("selection", "slices")
-    given: dict[str, Any] = {name: getattr(parsed, name) for name in options if getattr(parsed, name) is not None}
-    if parsed.allocation is not None:
-        given["allocation"] = allocation_option.allocation_of_text(parsed.allocation)
-    compensate: Any = parsed.compensate or "correct"
+    options: dict[str, Any] = {"criterion": criterion, "rows": rows, "steps": STEPS, "compensate": "correct"}
+    options |= budget_options.keywords(parsed, budget, "criterion", "selection", "slices", "steps")
     folder(parsed.out)  # before minutes of work, not after
     torch.manual_seed(parsed.seed)
-    try:
+    with refusing(ValueError, ScoringError):
         structure = structure_of(parsed, model)
         result = obc.prune(
             model,
@@ -62,17 +58,8 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
             loss_fn=model_directory.loss_of(loss, rows, parsed.seed),
             forward_fn=model_directory.outputs,
             structure=structure,
-            criterion=parsed.criterion or criterion,
-            rows=rows,
-            steps=parsed.steps or STEPS,
-            compensate=None if compensate == "none" else compensate,
-            round_to=parsed.round_to,
-            seed=parsed.seed,
-            measure=parsed.measure,
-            **budget_options.keywords(budget) | given | dict(caps),
+            **options,
         )
-    except (ValueError, ScoringError) as error:
-        raise UsageError(str(error)) from error
     calibration = f"{len(batches)} batches of {data.shape_of(batches[0])}"
     result.report.provenance |= {"directory": str(source), "data": f"{parsed.data}, {calibration}", "loss": loss}
     say(f"{calibration}, loss {loss}", result.report)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ _BATCHES, _IMAGES = 32, 4  # of --compensate, and images of a batch
 _ONE_STEP = Options(steps=1, progress=False)
 
 
-def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> int:
+def run(parsed: argparse.Namespace, budget: Budget) -> int:
     """Prune ``parsed.target`` to the budget and write it to ``parsed.out``."""
     require(model_directory.PACKAGES)
     if parsed.compensate == "none":
@@ -49,7 +48,7 @@ def run(parsed: argparse.Namespace, budget: Budget, caps: Mapping[str, Any]) -> 
     try:
         if isinstance(found, Scores):
             found.verify(model)
-        choice = _choice(parsed, found, Caps.of(caps.get("max_pruning_ratio", 1.0), caps.get("protected_blocks", 0)))
+        choice = _choice(parsed, found)
         structure = prune_directory.structure_of(parsed, model)
         run_first = _on_first_batch(parsed, model, source)
         budget = budget.ready(structure, run_first, parsed.round_to)
@@ -81,17 +80,19 @@ def _check(parsed: argparse.Namespace) -> None:
         raise UsageError("--allocation of a model directory needs --criterion, and the statistics in --scores")
 
 
-def _choice(parsed: argparse.Namespace, found: Scores | obc.Statistics, caps: Caps) -> Choice:
+def _choice(parsed: argparse.Namespace, found: Scores | obc.Statistics) -> Choice:
     """How units are chosen: sets of them if a score file has rows, else one by one."""
     criterion = get(parsed.criterion or "jacobian")
     if parsed.criterion is not None and hasattr(criterion, "measure"):
         raise UsageError(
             f"--criterion {parsed.criterion} runs the model itself; pass module:function instead of a directory"
         )
-    given = None if parsed.allocation is None else allocation_of_text(parsed.allocation)
-    allocation = chosen_allocation(given, criterion)
+    said = None if parsed.allocation is None else allocation_of_text(parsed.allocation)
+    allocation = chosen_allocation(said, criterion)
     if getattr(allocation, "evaluates", False):
         raise UsageError(f"--allocation {parsed.allocation} measures the model: it is for --data, not for --scores")
+    ratio = 1.0 if parsed.max_pruning_ratio is None else parsed.max_pruning_ratio
+    caps = Caps.of(ratio, parsed.protected_blocks or 0)
     selection: Any = "joint" if isinstance(found, Scores) and found.rows else "independent"
     return Choice(criterion, allocation, selection, "gate", getattr(criterion, "per_cost", True), None, 1, None, caps)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import obc
 from obc.commands import data, model_directory
-from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, require
+from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, refusing, require
 from obc.commands.pruned_directory import say_written
 from obc.commands.run_log import add_log, say
 from obc.files import whole_folder
@@ -55,7 +55,7 @@ def run(parsed: argparse.Namespace) -> int:
     teacher = model_directory.load(parsed.teacher, parsed.dtype, device)
     model_directory.refuse_unlike(pruned, teacher, "--teacher")
     batches = data.batches(parsed, teacher.model, parsed.teacher, "label-free")
-    try:
+    with refusing(ValueError, ImportError):
         plan = pruned.plan
         if plan is None and parsed.train == "folded":
             plan = obc.PruningPlan.from_models(teacher.model.state_dict(), pruned.model)
@@ -73,8 +73,6 @@ def run(parsed: argparse.Namespace) -> int:
             checkpoint=parsed.checkpoint,
             every=parsed.every,
         )
-    except (ValueError, ImportError) as error:
-        raise UsageError(str(error)) from error
     pruned.restore_cache()
     with whole_folder(out) as stage:
         _save(pruned.model, plan, parsed.model, stage)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from obc.commands.common import REPORT_FILES, UsageError, add_command, writable
+from obc.commands.common import REPORT_FILES, UsageError, add_command, refusing, writable
 from obc.files import atomic_write, refuse_unfinished
 from obc.page.document import Section, document
 from obc.page.markup import facts
@@ -42,10 +42,8 @@ def load(path: Path) -> Scores:
     Raises:
         UsageError: it can't be read.
     """
-    try:
+    with refusing(OSError, ValueError):
         return Scores.load(path)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
 
 
 def run(parsed: argparse.Namespace) -> int:
@@ -82,10 +80,8 @@ def _pruning(source: Path, scores: Path | None) -> tuple[str, str]:
     if scores is not None:
         found = load(scores)
         further = score_sections(found, found.table(), found.unscored_lines())
-    try:
+    with refusing(OSError, ValueError):
         report = PruningReport.load(source)
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from error
     return report.html(further), f"{len(report.widths)} groups"
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 import obc
 from obc.commands import data, model_directory
-from obc.commands.common import UsageError, add_command, positive, require, writable
+from obc.commands.common import UsageError, add_command, positive, refusing, require, writable
 from obc.commands.run_log import add_log, say
 from obc.criteria import available, get
 from obc.criteria.scoring import needed
@@ -99,7 +99,7 @@ def run(parsed: argparse.Namespace) -> int:
         if parsed.by_block:
             batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
         return _collect(parsed, model, batches, loss, out, device)
-    try:
+    with refusing(ScoringError, ValueError):
         scores = obc.score(
             model,
             batches,
@@ -110,8 +110,6 @@ def run(parsed: argparse.Namespace) -> int:
             checkpoint=parsed.checkpoint,
             every=parsed.every,
         )
-    except (ScoringError, ValueError) as error:
-        raise UsageError(str(error)) from error
     assert scores.report is not None
     scores.metadata["loss"] = directory.loss
     scores.save(out)
@@ -126,12 +124,9 @@ def run(parsed: argparse.Namespace) -> int:
 def _collect(
     parsed: argparse.Namespace, model: nn.Module, batches: Any, loss: Any, out: Path, device: torch.device
 ) -> int:
-    try:
-        with _states(parsed.by_block, out) as states:
-            by_block = ByBlock(device=device, states=states) if parsed.by_block else False
-            statistics = _statistics(parsed, model, batches, loss, by_block)
-    except (ScoringError, ValueError) as error:
-        raise UsageError(str(error)) from error
+    with refusing(ScoringError, ValueError), _states(parsed.by_block, out) as states:
+        by_block = ByBlock(device=device, states=states) if parsed.by_block else False
+        statistics = _statistics(parsed, model, batches, loss, by_block)
     statistics.save(out)
     assert statistics.report is not None
     say(f"{statistics}\n{statistics.report.seconds:.1f} s; written: {out}")
