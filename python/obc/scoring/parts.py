@@ -84,13 +84,7 @@ class Parts:
 
 
 def state_of(parts: Parts, rows: str, kept_rows: bool) -> dict[str, Any]:
-    """See :meth:`obc.JacobianScorer.state_dict`.
-
-    Args:
-        parts: the parts of the scorer.
-        rows: "batch" or "sample".
-        kept_rows: False omits the kept rows.
-    """
+    """See :meth:`obc.JacobianScorer.state_dict`."""
     num_rows = parts.counter.count()
     state = {
         "rows": rows,

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from obc.scoring.errors import ChainError, InplaceError, RowError, ScoringError
 from obc.scoring.parts import Parts
@@ -14,40 +14,28 @@ from obc.scoring.reading import refusals
 from obc.scoring.reading.attachment import Attachment
 from obc.scoring.reading.checking_row import CheckingRow
 from obc.scoring.reading.flat_row import end_row
-from obc.scoring.reading.gradients import NormGradients
-from obc.scoring.reading.module_readers import RowReading
-from obc.scoring.reading.reading_plan import Plan
 
 
 class RowInHand:
     """One row, from its beginning until the flat rows hold all of it.
 
     Args:
-        model: the model that is read.
-        plan: what is read.
-        reading: which kind of row is read.
-        attachment: what is attached to the model.
+        attachment: what is attached to the model that is read.
         samples: the number of samples in the row, if the caller knows it.
     """
 
-    def __init__(
-        self, model: nn.Module, plan: Plan, reading: RowReading, attachment: Attachment, samples: int | None
-    ) -> None:
-        self._model, self._plan, self._reading, self._attachment = model, plan, reading, attachment
-        self._samples = samples
+    def __init__(self, attachment: Attachment, samples: int | None) -> None:
+        self._attachment, self._samples = attachment, samples
+        self._plan, self._reading = attachment.plan, attachment.reading
         self._set_samples()
-        for flat in plan.flats.values():
+        for flat in self._plan.flats.values():
             flat.zero()
             flat.reference.zero_()
-        for norms in self._norms:
+        for norms in attachment.norms:
             norms.bind()
-        for source in plan.sources:
+        for source in self._plan.sources:
             source.gradient.magnitude = 0.0
         self._versions = {id(tensor): tensor._version for tensor in self._accumulators()}
-
-    @property
-    def _norms(self) -> list[NormGradients]:
-        return self._attachment.norms
 
     def _set_samples(self) -> None:
         reading, samples = self._reading, self._samples
@@ -61,7 +49,9 @@ class RowInHand:
     def _accumulators(self) -> list[Tensor]:
         """Every tensor that a backward adds to."""
         flats = [tensor for flat in self._plan.flats.values() for tensor in (flat.row, flat.reference, flat.samples)]
-        return [tensor for tensor in (*flats, *(norms.gradient for norms in self._norms)) if tensor is not None]
+        return [
+            tensor for tensor in (*flats, *(norms.gradient for norms in self._attachment.norms)) if tensor is not None
+        ]
 
     def complete(self, may_be_empty: bool) -> None:
         """Verify that the row was read as planned, and add what gates did not read: norms and chains.
@@ -74,12 +64,13 @@ class RowInHand:
             ScoringError: no backward added to it, gradients were replaced, or the samples don't fit.
             ChainError: the model took another path than in the checking row.
         """
-        refusals.refuse_replaced_gradients(self._model, self._plan.flats.values(), self._norms)
+        norm_gradients = self._attachment.norms
+        refusals.refuse_replaced_gradients(self._attachment.model, self._plan.flats.values(), norm_gradients)
         unchanged = all(tensor._version == self._versions.get(id(tensor), 0) for tensor in self._accumulators())
         if unchanged and not may_be_empty:
             raise ScoringError("no backward reached a scored module in this row; call loss.backward() inside it")
         refusals.refuse_samples(self._plan, self._reading, self._samples)
-        for norms in self._norms:
+        for norms in norm_gradients:
             norms.add_to_row(norms.flat.row)
         if not self._reading.checking and self._reading.pending is None:
             self._plan.chains.refuse_unseen()
@@ -121,7 +112,7 @@ class RowLifecycle:
             raise ValueError("loss_scale must not be 0")
         self._warn_train_mode(attachment)
         self.check.begin()
-        self._row = self._begin(attachment, samples)
+        self._row = RowInHand(attachment, samples)
         try:
             yield
             self._end(self._row, attachment, float(loss_scale))
@@ -137,9 +128,6 @@ class RowLifecycle:
         if not attachment.warned_of_train_mode:
             attachment.warned_of_train_mode = True
             refusals.warn_train_mode(self._parts.model, stacklevel=4)
-
-    def _begin(self, attachment: Attachment, samples: int | None) -> RowInHand:
-        return RowInHand(self._parts.model, self._parts.plan, self._parts.reading, attachment, samples)
 
     def _forget(self) -> None:
         self._row = None
@@ -206,7 +194,7 @@ class RowLifecycle:
         if attachment is None or self._row is not None or not self.can_check_on_a_sample:
             raise ScoringError("the check on a sample comes before the first row of an attached scorer of batch rows")
         self.check.begin()
-        self._row = self._begin(attachment, None)
+        self._row = RowInHand(attachment, None)
         settled = False
         try:
             yield

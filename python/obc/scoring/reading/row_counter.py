@@ -55,12 +55,7 @@ class RowCounter:
         return sum(faulty.nbytes for faulty in self._faulty)
 
     def add(self, ended: EndedRow, dropped: bool = False) -> None:
-        """Count a row; reads nothing from the device.
-
-        Args:
-            ended: the row.
-            dropped: leave out its finite samples too.
-        """
+        """Count a row, if ``dropped`` with all its samples as left out; reads nothing from the device."""
         counts, sample = self._counts, ended.faulty_sample()
         is_first = ~ended.finite.all() & (counts[2] == 0)
         for faulty, values in zip(self._faulty, ended.values, strict=True):
