@@ -143,13 +143,7 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
 
 
 def refuse_unlike(pruned: ModelDirectory, unpruned: ModelDirectory, option: str) -> None:
-    """Raise unless two directories hold models that can be compared: of one class, with the same tokens or classes.
-
-    Args:
-        pruned: the directory that a command works on.
-        unpruned: the other one.
-        option: the option that names the other one.
-    """
+    """Raise unless two directories hold models that can be compared: of one class, with the same tokens or classes."""
 
     def said(one: ModelDirectory) -> str:
         config = one.model.config.get_text_config()

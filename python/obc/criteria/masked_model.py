@@ -24,10 +24,6 @@ class Evaluation:
     """The metric of a model with masked units, relative to what the model computed at first.
 
     A batch on which the model is not finite while no unit is masked is left out, as in scoring by rows.
-
-    Args:
-        subject: the model, its groups, batches and loss.
-        metric: "loss", "kl" or "mse".
     """
 
     def __init__(self, subject: Subject, metric: Metric) -> None:

@@ -15,10 +15,6 @@ from obc.model.arguments import listed
 def refuse_unusable(model: Any, role: str = "the model") -> None:
     """Raise if the weights of ``model`` can't be differentiated or replaced, or if it is no model.
 
-    Args:
-        model: what the caller passed.
-        role: what to call it in the message.
-
     Raises:
         TypeError: it is no ``torch.nn.Module``.
         ValueError: the call is inside ``torch.inference_mode()``, or a weight was made there or is on the meta device.

@@ -92,12 +92,7 @@ class Choice:
         return [f"{name}={value}" for name, value in given.items() if value not in (1, (0, 0))]
 
     def limits(self, structure: Structure, least: Mapping[str, int]) -> Limits:
-        """The structure's limits joined with ``min_units``, ``round_to`` and the caps.
-
-        Args:
-            structure: the structure in its present state.
-            least: group -> the number of its units that the caps keep.
-        """
+        """The structure's limits joined with ``min_units``, ``round_to`` and the caps."""
         own: Limits = getattr(structure, "limits", Limits())
         kept, multiples = {}, {}
         for group in structure.groups:

@@ -74,12 +74,7 @@ def take_out_blocks(structure: Structure, run: Run) -> None:
 
 
 class FinalProof:
-    """Remembers the unpruned model and what is removed; beyond what undoing the pruning needs, it copies vectors.
-
-    Args:
-        structure: of the unpruned model.
-        run: see :meth:`obc.pruning.functions.Functions.run_on`.
-    """
+    """Remembers the unpruned model and what is removed; beyond what undoing the pruning needs, it copies vectors."""
 
     def __init__(self, structure: Structure, run: Run) -> None:
         self._reference, self._groups = shared_copy(structure.model), tuple(structure.groups)

@@ -61,13 +61,7 @@ class MeasuredMacs:
 
 
 class MeasuredSpeed:
-    """Keeps a copy of the unpruned model that shares its weights, and times both models in turns at the end.
-
-    Args:
-        model: the unpruned model.
-        run: ``run(model)`` runs it on the first batch.
-        report: receives ``speed``.
-    """
+    """Keeps a copy of the unpruned model that shares its weights, and times both models in turns at the end."""
 
     def __init__(self, model: nn.Module, run: Run, report: PruningReport) -> None:
         self._run, self._report = run, report

@@ -49,13 +49,7 @@ def from_end(
 
 
 def called_after(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> set[str]:
-    """The names of the modules that are called only after the chain; none if the model can't be run from its end.
-
-    Args:
-        model: the model, run once, and once from the chain's end on.
-        chain: its modules.
-        run: runs it on a batch and returns the outputs.
-    """
+    """The names of the modules that are called only after the chain; none if the model can't be run from its end."""
     before: set[str] = set()
     after: set[str] = set()
     ends: list[Tensor | None] = []

@@ -20,14 +20,7 @@ from obc.recovery.norm_reference import NormReference
 
 
 class ModuleNorms:
-    """The BatchNorms of a module that may get new statistics, and what the unpruned model shows of them.
-
-    Args:
-        name: of the module in both models.
-        unpruned: the module in the unpruned model.
-        pruned: the module in the pruned one.
-        changeable: norms of the pruned model that may change.
-    """
+    """The BatchNorms of a module that may get new statistics, and what the unpruned model shows of them."""
 
     def __init__(self, name: str, unpruned: nn.Module, pruned: nn.Module, changeable: Sequence[_BatchNorm]) -> None:
         self.name, self.pruned = name, pruned
@@ -92,14 +85,7 @@ class ModuleNorms:
 def reads_the_same(
     names: Sequence[str], models: Sequence[nn.Module], runs: Sequence[Callable[[], Any]], plan: PruningPlan
 ) -> bool:
-    """Whether the norms ``names`` read tensors of the same moments in both models, apart from dropped channels.
-
-    Args:
-        names: of norms.
-        models: the unpruned and the pruned one.
-        runs: a run of each.
-        plan: what pruning kept.
-    """
+    """Whether these norms of (unpruned, pruned) models read tensors of the same moments, but for dropped channels."""
     seen = []
     for model, run in zip(models, runs, strict=True):
         norms = {name: norm for name, norm in named_norms(model).items() if name in names}

@@ -214,15 +214,11 @@ class _Reader(Reader):
 
 
 def entropy(states: Tensor, bins: int) -> Tensor:
-    """The sum over dimensions of the entropy, in nats, of their values over the tokens, as EntroDrop estimates it.
+    """The sum over dimensions of the entropy of (tokens, dimensions) states, in nats, as EntroDrop estimates it.
 
     H = - sum over d and b of p_db log p_db, where p_db is the share of tokens whose value in dimension d lies in bin b
     of ``bins`` equal ones between that dimension's minimum and maximum. It belongs to one call, and is not additive
     over tokens.
-
-    Args:
-        states: (tokens, dimensions).
-        bins: number of bins per histogram.
     """
     low, high = states.amin(0), states.amax(0)
     places = ((states - low) / (high - low).clamp_min(torch.finfo(states.dtype).tiny) * bins).long().clamp_(0, bins - 1)

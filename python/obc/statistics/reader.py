@@ -359,13 +359,6 @@ class InputReader(Reader):
 class _Reading:
     """The values read from a tensor, for consecutive modules that get it: query, key and value, gate and up.
 
-    Args:
-        x: the tensor.
-        channel_dim: its channel dimension.
-        module: the first module that got it.
-        fields: what was read.
-        part: keeps the copies that readers share.
-
     Attributes:
         modules: the modules that got it so far.
     """

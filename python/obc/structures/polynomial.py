@@ -26,12 +26,7 @@ class Size(NamedTuple):
 
 
 class Polynomial:
-    """A sum of products of sizes, at most two of which depend on the widths.
-
-    Args:
-        groups: the present model's groups.
-        unit: unit of the costs.
-    """
+    """A sum of products of sizes, at most two of which depend on the widths."""
 
     def __init__(self, groups: Sequence[ChannelGroup], unit: str) -> None:
         self._unit, self._names = unit, [group.name for group in groups]

@@ -38,12 +38,6 @@ def runs_reaching(
 
     ``others`` is read only as long as such layers are left. A run that fails, or whose outputs are not finite, is
     skipped. A layer is used if it is called, or if a function of torch gets a weight that only this layer has.
-
-    Args:
-        model: it is not changed.
-        run: the run on the example inputs.
-        usage: measured on ``run``.
-        others: further runs.
     """
     missing = {name for name, module in named_modules(model) if layout_of(module) is not None} - set(usage.positions)
     found: list[Run] = []

@@ -61,11 +61,6 @@ class Settings:
 class GroupFinder:
     """Finds the groups of a model in Torch-Pruning's graph.
 
-    Args:
-        graph: the graph of the traced model.
-        usage: usage measured on the model.
-        settings: the caller's settings.
-
     Attributes:
         repeats: (group, linear layer) -> number of consecutive columns per channel.
         blocks: projection -> (number of blocks that heads or their thirds form in its outputs, number of outputs).

@@ -27,13 +27,7 @@ _attached: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Attachment:
-    """The hooks and flags of a model that is being scored.
-
-    Args:
-        model: the model.
-        plan: what is read.
-        reading: which kind of row is read.
-    """
+    """The hooks and flags of a model that is being scored."""
 
     def __init__(self, model: nn.Module, plan: Plan, reading: RowReading) -> None:
         self.model, self.plan, self.reading = model, plan, reading

@@ -83,12 +83,7 @@ class TransformerCosts:
         return polynomial.costs(self._inside())
 
     def memory(self, use: MemoryUse, cached: Sequence[CachedLayer] = ()) -> Costs:
-        """Bytes of the saved weights and buffers, tied ones once, and of the key/value cache.
-
-        Args:
-            use: what is counted.
-            cached: the layers of the cache, if ``use`` counts one.
-        """
+        """Bytes of the saved weights and buffers, tied ones once, and of the key/value cache."""
         polynomial, seen = self._polynomial("bytes"), set[int]()
         for own, module in named_modules(self.model):
             name = self.names[own]

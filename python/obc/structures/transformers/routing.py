@@ -28,10 +28,6 @@ def experts_per_token(modules: Mapping[str, nn.Module], experts: str) -> int | N
 
     Looks at the router beside the experts and the modules in it, at the module that contains both, then at their
     configs and those of the modules around, innermost first.
-
-    Args:
-        modules: the model's modules by name.
-        experts: name of the module with the experts.
     """
     for holder in _holders(modules, experts):
         if (fixed := _FIXED.get(type(holder).__name__)) is not None:
@@ -72,11 +68,6 @@ def _configs(modules: Mapping[str, nn.Module], experts: str) -> Iterator[Any]:
 
 def met_share(modules: Mapping[str, nn.Module], name: str, parameter: Tensor) -> float:
     """The share of a parameter that one token meets: less than 1 for experts in lists, and for those of unknown form.
-
-    Args:
-        modules: the model's modules by name.
-        name: name of the module that holds the parameter.
-        parameter: the parameter.
 
     Raises:
         ValueError: it is not known how many experts a token is sent to, or whether the parameter stacks experts.

@@ -18,11 +18,6 @@ def uncovered(layers: Layers, blocks: Mapping[str, Block], left_out: Collection[
 
     A module is covered if a group has any layer or parameter inside it, or if it, or a module around or inside it, was
     left out with a reason already. So a projection that no group uses is not named if others of its module are used.
-
-    Args:
-        layers: layers of the model.
-        blocks: all blocks found, of all kinds.
-        left_out: names of modules that are left out with a reason.
     """
     covered = _with_those_around(part.module for block in blocks.values() for part in block.group.slices)
     covered |= _with_those_around(left_out)
