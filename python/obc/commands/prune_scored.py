@@ -56,7 +56,7 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
         before, report = dict(model.state_dict()), _report(parsed, model, budget)
         speed = MeasuredSpeed(model, run_first, report) if parsed.measure else None
         subject = Subject(model, (), UsableBatches(()), model_directory.outputs, model_directory.outputs)
-        _ScoredJob(structure, subject, report, budget, choice, _ONE_STEP, found, parsed).run()
+        _ScoredJob(found, parsed, structure, subject, report, budget, choice, _ONE_STEP).run()
         structure.plan.verify(before, model)
     except (ValueError, obc.PruningError) as error:
         option = f"--{budget.said.replace('_', '-').replace('=', ' ')}"
@@ -149,18 +149,8 @@ def _statistics(path: Path) -> obc.Statistics:
 class _ScoredJob(Job):
     """Takes from a file what other jobs measure."""
 
-    def __init__(
-        self,
-        structure: Any,
-        subject: Subject,
-        report: PruningReport,
-        budget: Budget,
-        choice: Choice,
-        options: Options,
-        found: Scores | obc.Statistics,
-        parsed: argparse.Namespace,
-    ) -> None:
-        super().__init__(structure, subject, report, budget, choice, options)
+    def __init__(self, found: Scores | obc.Statistics, parsed: argparse.Namespace, *job: Any) -> None:
+        super().__init__(*job)
         self._found, self._parsed = found, parsed
 
     def measured(self, subject: Subject) -> dict[str, Tensor]:

@@ -148,31 +148,24 @@ def recover(
     return report
 
 
+@dataclass
 class _Training:
     """One optimizer with its schedule, and the work of a step."""
 
-    def __init__(
-        self,
-        trained: Trained,
-        teacher: nn.Module,
-        distillation: Distillation,
-        steps: int,
-        lr: float,
-        weight_decay: float,
-        warmup: float,
-        clip: float | None,
-        report: RecoveryReport,
-    ) -> None:
-        self.trained, self.teacher, self.distillation, self.clip, self.report = (
-            trained,
-            teacher,
-            distillation,
-            clip,
-            report,
-        )
-        report.trained_parameters = sum(parameter.numel() for parameter in trained.parameters)
-        self.optimizer = torch.optim.AdamW(_groups(trained, weight_decay), lr=lr)
-        self.lr, self.schedule = lr, _cosine(steps, warmup)
+    trained: Trained
+    teacher: nn.Module
+    distillation: Distillation
+    steps: int
+    lr: float
+    weight_decay: float
+    warmup: float
+    clip: float | None
+    report: RecoveryReport
+
+    def __post_init__(self) -> None:
+        self.report.trained_parameters = sum(parameter.numel() for parameter in self.trained.parameters)
+        self.optimizer = torch.optim.AdamW(_groups(self.trained, self.weight_decay), lr=self.lr)
+        self.schedule = _cosine(self.steps, self.warmup)
 
     def step(self, batches: Sequence[Any], number: int) -> None:
         """One optimizer step on the mean of the batches' losses."""

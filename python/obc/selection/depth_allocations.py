@@ -58,7 +58,7 @@ class Window:
         for start in range(len(blocks)):
             for stop in range(start + 1, len(blocks) + 1):
                 window = blocks[start:stop]
-                if not _consecutive(window):
+                if _place(window[-1])[1] - _place(window[0])[1] >= len(window):  # they are not consecutive
                     break
                 if _freed(task, window) >= _enough(task):
                     found.append((self._score(task, window), start, window))
@@ -92,11 +92,6 @@ def _blocks(task: Task) -> list[ChannelGroup]:
 def _place(group: ChannelGroup) -> tuple[str, int]:
     name, _, place = group.name.rpartition(".")
     return name, int(place)
-
-
-def _consecutive(window: Sequence[ChannelGroup]) -> bool:
-    places = [_place(group)[1] for group in window]
-    return places == list(range(places[0], places[0] + len(places)))
 
 
 def _enough(task: Task) -> float:

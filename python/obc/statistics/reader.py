@@ -148,7 +148,6 @@ def consumers(model: nn.Module, groups: Groups) -> tuple[dict[str, nn.Module], d
     Modules that hold all experts of a mixture are among the layers.
 
     Args:
-        model: the model.
         groups: the groups whose consumers to read; None: every linear layer and convolution, and every mixture.
     """
     modules = dict(named_modules(model))
@@ -191,9 +190,6 @@ class InputReader(Reader):
     """Reads the inputs of layers, and those of the down projections of fused experts.
 
     Args:
-        sums: sums of the statistic.
-        part: the part being run.
-        model: the model.
         groups: the groups whose consumers' inputs are read; None: every layer.
 
     Attributes:
@@ -237,8 +233,9 @@ class InputReader(Reader):
         for name, module in self.layers.items():
             handles.append(module.register_forward_pre_hook(partial(self._read_input, name), with_kwargs=True))
         for name, module in self.mixtures.items():
-            read = partial(self._read_mixture, name)
-            handles += [self._begins(module), module.register_forward_hook(read, with_kwargs=True)]
+            # The readers of routed inputs forget those of the call before.
+            handles.append(module.register_forward_pre_hook(lambda module, args: self.part.calls.begin()))
+            handles.append(module.register_forward_hook(partial(self._read_mixture, name), with_kwargs=True))
         return handles
 
     def device_of(self, name: str) -> torch.device:
@@ -253,7 +250,6 @@ class InputReader(Reader):
         tensor.
 
         Args:
-            name: name of the layer or expert.
             x: its input, with samples along dim 0.
             channel_dim: channel dimension of ``x``.
             valid: (B, T) bool, if padding is excluded from it.
@@ -295,10 +291,6 @@ class InputReader(Reader):
             for field, values in self._latest.fields.items():
                 self.sums.add(tuple(self._latest.modules), field, values)
             self._latest = None
-
-    def _begins(self, mixture: nn.Module) -> Handle:
-        """Tell the readers of routed inputs when a mixture is called."""
-        return mixture.register_forward_pre_hook(lambda module, args: self.part.calls.begin())
 
     @torch.no_grad()
     def _read_mixture(self, name: str, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> Any:

@@ -202,21 +202,12 @@ class _Prover:
         """
         shared = {name.rpartition(".")[0] for tied in shared_parameters(self.base) for name in tied}
         shared |= {name for name, module in named_modules(self.base) if has_own_tensors(module)}
-        passing = []
-        for name in names:
-            tied = len(names) > 1 and any(part.module in shared for part in self.groups[name].slices)
-            if tied and (fault := self._fault([name], number)) is not None:
-                self.proof.left_out[name] = fault
-            else:
-                passing.append(name)
-        return passing
+        tied = {name for name in names if any(part.module in shared for part in self.groups[name].slices)}
+        return [name for name in names if len(names) == 1 or name not in tied or self._passes(name, number)]
 
     def _halved(self, names: Sequence[str], number: int) -> list[str]:
         if len(names) == 1:
-            fault = self._fault(names, number)
-            if fault is not None:
-                self.proof.left_out[names[0]] = fault
-            return [] if fault is not None else list(names)
+            return [name for name in names if self._passes(name, number)]
         middle = len(names) // 2
         passing: list[str] = []
         for half in (names[:middle], names[middle:]):
@@ -228,12 +219,17 @@ class _Prover:
         """As many as pass together; each passes alone, but not with all others."""
         together: list[str] = []
         for name in names:
-            fault = self._fault([*together, name], number)
-            if fault is None:
+            if self._passes(name, number, together):
                 together.append(name)
-            else:
-                self.proof.left_out[name] = f"it can't be pruned together with {', '.join(together)}: {fault}"
         return together
+
+    def _passes(self, name: str, number: int, together: Sequence[str] = ()) -> bool:
+        """Whether a group passes, ``together`` with others; if it does not, it is left out."""
+        fault = self._fault([*together, name], number)
+        if fault is not None:
+            others = f"it can't be pruned together with {', '.join(together)}: " if together else ""
+            self.proof.left_out[name] = others + fault
+        return fault is None
 
     # --- one try --------------------------------------------------------------------------------------------
 

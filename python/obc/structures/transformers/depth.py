@@ -109,7 +109,6 @@ def find_depth(model: nn.Module, modules: Mapping[str, nn.Module], kinds: Collec
 
     Args:
         model: a model of the transformers library, or built like one.
-        modules: its modules by name.
         kinds: "layers", "sublayers" or both.
     """
     units: dict[str, DepthUnit] = {}
@@ -258,7 +257,7 @@ def _outputs(module: nn.Module) -> int:
     annotation = inspect.signature(forward).return_annotation
     if annotation is inspect.Signature.empty:
         return 0
-    return _of_annotation(annotation if isinstance(annotation, str) else _spelled(annotation)) or 0
+    return _of_annotation(annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)) or 0
 
 
 def _is_sum(tree: ast.Module, value: ast.expr) -> bool:
@@ -297,12 +296,6 @@ def _has_tuple(value: ast.expr) -> bool:
     if isinstance(value, (ast.BinOp, ast.IfExp)):
         return any(_has_tuple(one) for one in ast.iter_child_nodes(value) if isinstance(one, ast.expr))
     return False
-
-
-def _spelled(annotation: Any) -> str:
-    return (
-        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    )
 
 
 def _of_annotation(annotation: str) -> int | None:
