@@ -63,7 +63,6 @@ def load_format(
     """The tensors of a safetensors file whose metadata has one of these formats, and the metadata.
 
     Args:
-        path: the file.
         kind: what such a file is called in messages.
         formats: permitted values of "format" in the metadata.
         error: what to raise if the file is another or damaged.

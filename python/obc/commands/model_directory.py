@@ -92,9 +92,7 @@ def load(path: Path, dtype: str | None, device: torch.device, loss: str = "auto"
     """Load the model of a directory written by ``save_pretrained`` or obc's ``save_pruned``.
 
     Args:
-        path: the directory.
         dtype: None keeps the saved dtype.
-        device: the device of the model.
         loss: one of :data:`LOSSES`; "auto" follows the model's head.
     """
     import transformers

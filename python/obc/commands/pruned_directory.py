@@ -21,11 +21,8 @@ def write(
     """Write the structure's model for ``from_pretrained``, or else for ``load_pruned``, with the tokenizer and report.
 
     Args:
-        structure: of the pruned model.
-        report: how it was pruned.
         table: latencies, if some were measured.
         directory: the model's directory; if it was a pruned one, the plan is written in terms of the unpruned model.
-        out: the folder to write to.
     """
     out, model = folder(out), structure.model
     plan = structure.plan if directory.plan is None else structure.plan.after(directory.plan)

@@ -29,9 +29,7 @@ class DepthRows:
     again, or whose backward does, counts once.
 
     Args:
-        model: the model with the blocks.
         groups: of kinds "layers" and "sublayers".
-        loss_fn: ``loss_fn(model, batch)``.
         per_sample: rows belong to samples, which lie along dim 0 of the blocks' outputs.
     """
 

@@ -26,8 +26,6 @@ def scores_nothing(criterion: Any, groups: Sequence[ChannelGroup], why: str = ""
     """The error that no group has anything which the criterion scores.
 
     Args:
-        criterion: which.
-        groups: of the model.
         why: what is known of the reason, in brackets after a space.
     """
     about, kinds = getattr(criterion, "about", None), sorted({group.kind for group in groups})

@@ -99,8 +99,6 @@ def read_residuals(
     Groups whose experts compute something other than a gated product and a down projection have no rows.
 
     Args:
-        subject: the model, its batches and loss.
-        taps: what to read.
         tokens: tokens per row; None: rows are those of ``subject.rows``.
         also: what else to read from the same backward passes.
 

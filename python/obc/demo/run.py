@@ -93,8 +93,6 @@ def run(
 
     Args:
         seed: seed of the splits, the initial weights, the order of training and the random criterion.
-        recipes: the networks.
-        criteria: the criteria.
         targets: times fewer MACs, ascending.
         say: called with a line before each long part.
     """

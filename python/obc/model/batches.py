@@ -71,7 +71,6 @@ def parts_of(
     """The parts of a batch, each with the index of its first sample and its share of all samples.
 
     Args:
-        batch: the batch.
         size: the most samples of a part; None does not split.
         samples: the number of samples; by default :func:`samples_in`.
         begin: the first sample that is wanted.

@@ -143,7 +143,6 @@ class LatencyTable:
         """The seconds of a model with these groups, as costs for :func:`obc.select`.
 
         Args:
-            groups: groups of the model.
             inside: whole block or branch -> groups that vanish with it (:class:`obc.model.costs.Costs`).
 
         Raises:

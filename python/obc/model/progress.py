@@ -25,7 +25,6 @@ class ProgressLog:
     """Logs progress at most every 30 seconds, at level INFO of the logger "obc.progress".
 
     Args:
-        name: name of the work.
         progress: as in every ``progress`` argument: None logs if standard error is not a terminal (a bar is shown there
             otherwise); True always shows a bar; False shows nothing.
     """
@@ -59,7 +58,6 @@ class LayerProgress:
     """The progress of work on layers, each of which takes passes over batches: a bar, and lines of the log.
 
     Args:
-        name: name of the work.
         progress: as in :class:`ProgressLog`.
     """
 

@@ -22,7 +22,6 @@ def score_sections(
     """The sections about a model's scores.
 
     Args:
-        scores: by module.
         lines: the table of all modules, as for :func:`score_table`.
         unscored: line numbers of modules without scores.
     """

@@ -45,7 +45,6 @@ def positions(model: nn.Module, names: Sequence[str], example_inputs: Any) -> di
 
     Args:
         model: the naively pruned model; run in eval mode, without gradients.
-        names: names of layers.
         example_inputs: a tensor, a tuple of arguments, or a mapping of keyword arguments.
     """
     seen: dict[str, int] = {}

@@ -48,7 +48,6 @@ def agreed_chain(
 
     Args:
         model: the unpruned model.
-        run: runs it on a batch.
         scopes: layer -> the innermost module that contains it and its point.
         processes: all must find the same chain.
     """
@@ -85,7 +84,6 @@ def parts(
         models: the unpruned and the pruned one.
         scopes: layer, in the order of execution -> the innermost module that contains it and its point.
         batches: in lists that share their numbers.
-        forward: runs a model on a batch.
         processes: all get the same parts.
         norms: BatchNorms of the whole model change between two layers, so that there is only one part.
     """

@@ -49,7 +49,6 @@ class ModuleNorms:
             run: runs the pruned module on a batch given by its index.
             calibration: the batches to take statistics from.
             wanted: held-out batch -> the unpruned module's output.
-            plan: what pruning kept.
             processes: all of them decide together.
         """
         before, outputs = self._distance(run, wanted, processes)

@@ -154,7 +154,6 @@ class NormReference:
 
         Args:
             pruned: the pruned model, or a module of it.
-            plan: what pruning kept.
             place: that module's name in the unpruned model.
             left_out: numbers of batches that no longer count.
             processes: averages include the batches of all of them.

@@ -55,7 +55,6 @@ class NormalEquations:
         blocks: number of conv groups; otherwise 1.
         columns: columns of z in a block.
         outputs: columns of e in a block.
-        device: device of the sums.
     """
 
     def __init__(self, blocks: int, columns: int, outputs: int, device: torch.device) -> None:

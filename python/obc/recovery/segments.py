@@ -100,10 +100,7 @@ def find_chain(model: nn.Module, run: Callable[[], Any], scopes: Mapping[str, st
     """The names of the chain's modules in order; empty if no module contains one of the layers.
 
     Args:
-        model: the model to watch.
-        run: runs it on one batch.
         scopes: layer -> the innermost module that contains it and its point.
-        layers: the layers to cover.
     """
     watcher = _Watcher(model)
     with hooked(watcher.handles), torch.no_grad():
@@ -200,8 +197,6 @@ def capture(
 
     Args:
         model: the model, run once.
-        chain: its modules.
-        run: runs it on a batch.
         first_only: all modules get the arguments of the first one, and the run stops there.
     """
     streams: list[Tensor] = []

@@ -246,8 +246,6 @@ def observe(
     """Run a model or a part of it without gradients; returns what its layers saw and where their outputs went.
 
     Args:
-        run: runs the model.
-        modules: the layers by name.
         own: layers whose own output is wanted, wherever it goes.
         stop_after: stop the run after this many calls with known points.
         whole: the model, if every call's stack is wanted.

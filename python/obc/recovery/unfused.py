@@ -55,9 +55,7 @@ def unfused(
     Args:
         pruned: with the unpruned model's names.
         original: the unpruned model; run once, on ``batch``, if it has such experts.
-        plan: of ``pruned``.
         batch: on which the experts' modules are tried.
-        forward: runs a model on a batch.
         processes: must agree on the experts.
 
     Yields:

@@ -37,8 +37,6 @@ class SavedRun:
     """The state of a run in a safetensors file, replaced only when a new one is completely on disk.
 
     Args:
-        path: the file.
-        form: the format of the file.
         model: the model, whose weights must match when the run resumes.
         options: name -> plain value of every option that must match.
     """
@@ -107,7 +105,6 @@ class ScorerCheckpoint(SavedRun):
 
     Args:
         path: the file. Kept rows go to ``path`` + ".rows", unless the scorer already keeps them in a file.
-        scorer: the scorer to save.
         options: name -> value of every other option that must match when a run resumes.
     """
 
@@ -166,7 +163,6 @@ def refuse_other_run(path: Path, there: Mapping[str, Any], here: Mapping[str, An
     """Refuse to resume from a checkpoint of a run with other weights or options.
 
     Args:
-        path: the checkpoint's path.
         there: the checkpoint's identity: name -> plain value, the weights' fingerprint under "weights".
         here: the identity of this run.
 

@@ -20,7 +20,6 @@ class RowInHand:
     """One row, from its beginning until the flat rows hold all of it.
 
     Args:
-        attachment: what is attached to the model that is read.
         samples: the number of samples in the row, if the caller knows it.
     """
 
@@ -88,7 +87,6 @@ class RowLifecycle:
     """Opens and ends the rows of a scorer, one at a time.
 
     Args:
-        parts: the parts of the scorer.
         fall_back: read modules that gates can't serve from their weight's gradient, instead of leaving them unscored.
 
     Attributes:

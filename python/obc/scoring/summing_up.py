@@ -25,7 +25,6 @@ def scores_of(parts: Parts, rows: str, merged_over: Any) -> Scores:
     """The scores of all rows so far.
 
     Args:
-        parts: the parts of the scorer.
         rows: "batch" or "sample".
         merged_over: the process group whose processes have rows of their own; None if this process has all rows.
 

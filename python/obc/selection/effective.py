@@ -17,7 +17,6 @@ class EffectiveWidths:
         curves: index of a group -> its curve; for other groups the effective width is the width.
         sizes: number of units of each group.
         lowest: lowest permitted width of each group.
-        device: device of the tables.
     """
 
     def __init__(

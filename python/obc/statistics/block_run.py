@@ -85,8 +85,6 @@ class BlockRun:
 
     Args:
         model: the model in eval mode, with the readers' hooks attached.
-        options: options of the pass.
-        readers: readers of forward statistics.
         call: ``call(model, part)`` runs the model.
     """
 

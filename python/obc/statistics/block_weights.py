@@ -37,8 +37,6 @@ class WeightsOnDevice:
     """Puts the weights of one block, or those outside the blocks, on the device temporarily.
 
     Args:
-        model: the model.
-        blocks: names of the blocks.
         device: where weights are needed.
         files: a safetensors file, or a folder of them, for tensors on the meta device.
     """

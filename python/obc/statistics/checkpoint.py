@@ -22,10 +22,7 @@ class StatisticsCheckpoint(SavedRun):
     """The state of one run of :func:`obc.collect`.
 
     Args:
-        path: the file.
-        model: the model.
         options: name -> plain value of every option that must match when a run resumes.
-        readers: readers by statistic.
         scorer: the scorer of rows, or None.
     """
 

@@ -56,7 +56,6 @@ def refuse_too_large(readers: Iterable[Reader], by_block: ByBlock | None, model:
     Args:
         readers: only those of Gram matrices are checked.
         by_block: options of a run block by block, which has one block's products on the device at a time.
-        model: the model with the blocks.
 
     Raises:
         TooLargeError: with the bytes and what to do.

@@ -128,8 +128,6 @@ def mixed(
     """Sum over experts e of g_e y_e.
 
     Args:
-        module: the module with the experts.
-        inputs: the inputs of the down projections.
         like: a tensor of the result's shape, dtype and device.
         layers: expert -> the layer that computes its output; the others' is computed from the module's tensors.
     """

@@ -23,7 +23,6 @@ class Sums:
     Adding reads nothing from a GPU: a batch that is not finite is replaced by zeros there, and named when asked.
 
     Args:
-        name: name of the statistic.
         checked: ``checked(module, field, summand)`` returns the part that shows whether it is finite; by default all of
             it.
         to: device of the totals; None: the summands' device.

@@ -35,7 +35,6 @@ def amplify(masked: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[
 
     Args:
         masked: from :func:`obc.structures.masking.masked_copy`; it is changed.
-        groups: the model's groups.
         removed: group name -> int64 indices of units.
         size: of the large numbers; see :data:`SIZES`.
     """

@@ -103,7 +103,6 @@ def observe(model: nn.Module, run: Run, lost: Mapping[str, Tensor] | None = None
     """Run ``model`` once in eval mode, without gradients and with the same random numbers every time.
 
     Args:
-        model: the argument of ``run``.
         run: returns what the model returns, in any nesting.
         lost: layer -> channels to leave out of what it reads.
     """

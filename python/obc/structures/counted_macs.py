@@ -69,7 +69,6 @@ def counting_products(model: nn.Module, note: Callable[[Sizes], None] | None = N
     inside the block, because the counter does not count their kernels. Gradients are off.
 
     Args:
-        model: the model that is to be run.
         note: called with the sizes of each product as it runs; its MACs are their product.
     """
     from torch.utils.flop_counter import FlopCounterMode  # imports Triton, which importing obc avoids
@@ -132,7 +131,6 @@ def counted_macs(model: nn.Module, run: Run) -> dict[str, float]:
 
     Args:
         model: the model, run once, in eval mode and without gradients.
-        run: ``run(model)`` calls it.
 
     Raises:
         PruningError: the model fails while it is counted.

@@ -67,8 +67,6 @@ def recover(structure: Extensible, finder: GroupFinder, wrong: Sequence[Found], 
 
     Args:
         structure: the structure that receives groups.
-        finder: finder of the structure's groups.
-        wrong: the groups that can't be pruned.
         run: see :func:`obc.structures.proof.prove`.
         proof: proof of the other groups; the costs and results of these are added.
     """

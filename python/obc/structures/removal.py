@@ -19,7 +19,6 @@ def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int
     """The channels that every module keeps of its present ones.
 
     Args:
-        modules: the model's modules by name.
         lost: (module, side) -> removed channels; parameters outside any layer have their own names.
         dims: name of such a parameter -> the dimension that loses them.
 

@@ -179,13 +179,10 @@ class GroupFinder:
         """The group with these members.
 
         Args:
-            name: name of the group.
             members: what each root channel takes with it.
             units: (units, k) root channels that must be removed together; channels in no unit stay.
-            size: number of root channels.
             hidden: (root channels, parts): parts that an operation between layers keeps equal, though no layer shows
                 it.
-            kind: what a unit is.
 
         Raises:
             NotPrunableError: the members don't make units.

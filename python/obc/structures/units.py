@@ -21,8 +21,6 @@ def checked_units(groups: Mapping[str, ChannelGroup], name: str, units: Tensor, 
     """The units to remove from the group ``name``: ascending int64 indices on the CPU, each once.
 
     Args:
-        groups: the present model's groups by name.
-        name: name of the group.
         units: indices of its units.
         least: the number of units that must stay.
 
@@ -46,7 +44,6 @@ def layer_name(modules: Mapping[str, nn.Module], layer: nn.Module | str, argumen
     """The name of a layer that the caller passed as an object or by name.
 
     Args:
-        modules: the model's modules by name.
         layer: one of them, or its name.
         argument: name of the caller's argument, for the message.
 

@@ -17,9 +17,7 @@ def kept_whole(name: str, module: nn.Module, usage: Usage) -> Iterator[tuple[str
     """(name, reason) of a module with weights; or, for a module of unknown kind, of each matrix that it holds.
 
     Args:
-        name: name of the module.
         module: a module that no group has, and that is not left out for another reason.
-        usage: measured on the model.
     """
     if layout_of(module) is not None:
         called = "neither tracing nor running the model finds what reads its channels"

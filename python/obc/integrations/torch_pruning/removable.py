@@ -16,7 +16,6 @@ def removable_sides(pruner: Any, model: nn.Module) -> dict[str, set[Side]]:
 
     Args:
         pruner: a pruner of ``model``; its ``ignored_layers`` and ``root_module_types`` are respected.
-        model: the model that names the modules.
 
     Raises:
         ValueError: none of the pruner's groups has a module of ``model``.

@@ -44,7 +44,6 @@ class CheckingRow:
 
     Args:
         plan: what is read; its readers hold the decisions.
-        reading: which kind of row is read.
         counter: numbers rows for messages.
         fall_back: read modules that gates can't serve from their weight's gradient, instead of leaving them unscored.
     """

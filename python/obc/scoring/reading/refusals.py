@@ -81,7 +81,6 @@ def refuse_samples(plan: Plan, reading: RowReading, samples: int | None) -> None
     """Refuse a row whose samples don't lie along dim 0, or that a module with no per-sample form takes part in.
 
     Args:
-        plan: what is read.
         reading: which kind of row is read, and how many samples its activations have.
         samples: the caller's number of samples, or None.
 

@@ -34,7 +34,6 @@ class RowCounter:
     """Counts rows and names those left out.
 
     Args:
-        flats: the flat rows of the model.
         per_sample: each sample is a row.
         strict: raise at a row that is not finite, instead of warning.
 

@@ -78,8 +78,6 @@ def block_of(
     """The block of a group named after the first layer, if what its units take is all that layers and parameters have.
 
     Args:
-        layers: layers of the model.
-        kind: kind of the group.
         produced: layer or norm -> (units, k) out channels of every unit.
         consumed: layer -> (units, k) in channels.
         parameters: parameter outside ordinary layers -> (its dimension, (units, k) entries there).

@@ -29,8 +29,6 @@ def with_widths(
     Accepted only if the model's class, built from it without memory, has exactly the model's shapes.
 
     Args:
-        model: the model with the config.
-        blocks: blocks of the model.
         sizes: group -> number of units, if it differs from the present number.
         shapes: tensor -> its shape with these sizes, if it differs from the present shape.
         depth: removed blocks and branches.

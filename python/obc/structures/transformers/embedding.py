@@ -20,7 +20,6 @@ def embedding(layers: Layers, inner: Mapping[str, Block], left_out: Mapping[str,
     """The channels of the residual stream.
 
     Args:
-        layers: layers of the model.
         inner: its other blocks, of all default kinds.
         left_out: default blocks that were not understood.
     """

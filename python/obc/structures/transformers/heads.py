@@ -48,7 +48,6 @@ def head_channels(heads: Heads, kind: str, fused: bool) -> HeadChannels:
     """The channels of an attention's units, if queries come before keys and keys before values.
 
     Args:
-        heads: the heads of the attention.
         kind: "heads": a key/value head with the query heads that share it. "query_heads": the j-th query head of every
             key/value head.
         fused: queries, keys and values are the outputs of one layer.

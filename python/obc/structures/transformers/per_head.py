@@ -45,8 +45,6 @@ def per_head(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int
     """The parts of the attention ``name`` for every head.
 
     Args:
-        layers: layers of the model.
-        name: name of the attention.
         counts: whose heads -> their number.
         size: channels per head in the input of the output projection.
     """

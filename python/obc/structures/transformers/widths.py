@@ -50,7 +50,6 @@ def expressible_widths(
     If it can't even express the present widths, nothing is known, and nothing is ruled out.
 
     Args:
-        model: the model with its config.
         blocks: blocks of the model, by group name.
         axes_of: returns where a slice of a block lies.
         multiple_of: returns the number of which a block's width must be a multiple.

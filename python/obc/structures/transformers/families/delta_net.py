@@ -117,8 +117,6 @@ def _block(
     """The heads, if all shapes agree and no other module inside has channels of heads.
 
     Args:
-        layers: layers of the model.
-        name: name of the mixer.
         projected: layer -> the out channels of every head.
         consumed: in channels of the output projection.
         parameters: parameter -> the dimension of heads, and its entries.
