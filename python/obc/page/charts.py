@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from obc.page.markup import Html, element, number, safe, table
+import torch
+from torch import Tensor
+
+from obc.page.markup import Html, element, number, safe
 
 _CURVE_WIDTH, _CURVE_HEIGHT = 240, 90
 _MARGIN = 2
@@ -19,24 +22,20 @@ def bar(after: float, before: float = 1.0) -> Html:
     return element("span", inner, class_="obc-before", style=f"width:{100 * whole:.1f}%", aria_hidden="true")
 
 
-def change_bars(changes: Mapping[str, tuple[float, float]], *, head: Sequence[str], label: str) -> Html:
-    """One row per name: its value before and after as a bar, both numbers, and the remaining share.
+def change(before: float, after: float, longest: float | None = None) -> list[object]:
+    """The cells of a change: a bar, as long as ``before`` is of the longest, both numbers, and the remaining share."""
+    whole = longest or before or 1
+    share = f"{after / before:.1%}" if before else "-"
+    return [bar(after / whole, before / whole), f"{number(before)} → {number(after)}", share]
 
-    The longest bar is the largest value before.
-    """
-    longest = max((before for before, _ in changes.values()), default=0) or 1
-    rows = []
-    for name, (before, after) in changes.items():
-        share = f"{after / before:.1%}" if before else "-"
-        rows.append(
-            [
-                element("code", name),
-                bar(after / longest, before / longest),
-                f"{number(before)} → {number(after)}",
-                share,
-            ]
-        )
-    return table([*head], rows, label=label)
+
+def quantiles(values: Tensor, most: int) -> list[float]:
+    """The finite values, ascending; of more than ``most`` so many quantiles."""
+    ordered = values.detach().double().flatten().cpu()
+    ordered = ordered[ordered.isfinite()].sort().values
+    if len(ordered) > most:
+        ordered = ordered[torch.linspace(0, len(ordered) - 1, most).round().long()]
+    return ordered.tolist()
 
 
 def exponents(values: Iterable[float]) -> tuple[float, float]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from obc.model.groups import Sided
-from obc.page.charts import curves, exponents, figure, height
+from obc.page.charts import curves, exponents, figure, height, quantiles
 from obc.page.document import Section
 from obc.page.markup import Html, element, safe, table
 
@@ -54,13 +53,7 @@ def score_sections(
 
 def drawn(scores: Tensor | None) -> list[float]:
     """At most 120 of the finite scores, largest first."""
-    if scores is None:
-        return []
-    finite = scores.detach().float().cpu().flatten()
-    ordered = finite[finite.isfinite()].sort(descending=True).values
-    if len(ordered) > _POINTS:
-        ordered = ordered[torch.linspace(0, len(ordered) - 1, _POINTS).round().long()]
-    return ordered.tolist()
+    return [] if scores is None else quantiles(scores, _POINTS)[::-1]
 
 
 def _figure(name: str, channels: Sided) -> Html:

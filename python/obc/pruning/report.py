@@ -22,6 +22,7 @@ from obc.model.arguments import listed
 from obc.model.latency_table import LatencyTable
 from obc.model.plan import PruningPlan
 from obc.model.readable import count, readable
+from obc.page.charts import quantiles
 from obc.page.document import Section
 from obc.pruning.report_page import pruning_fragment, pruning_page
 from obc.recovery.compensation_report import CompensationReport
@@ -169,13 +170,8 @@ class PruningReport:
 
     def note_scores(self, name: str, scores: Tensor) -> None:
         """Record the (units,) scores of the group ``name``, unless an earlier step did."""
-        if name in self.scores:
-            return
-        ordered = scores.detach().double().flatten().cpu()
-        ordered = ordered[ordered.isfinite()].sort().values
-        if len(ordered) > _POINTS:
-            ordered = ordered[torch.linspace(0, len(ordered) - 1, _POINTS).round().long()]
-        self.scores[name] = ordered.tolist()
+        if name not in self.scores:
+            self.scores[name] = quantiles(scores, _POINTS)
 
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain Python values for JSON, except the matrices of compensation."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from obc.page.charts import bar, change_bars, curves, figure
+from obc.page.charts import bar, change, curves, figure
 from obc.page.document import Section, document, fragment
-from obc.page.markup import Html, element, facts, number, reasons, safe, table
+from obc.page.markup import Html, element, facts, reasons, safe, table
 
 Report = Mapping[str, Any]  # as PruningReport.as_dict returns it
 
@@ -53,13 +53,10 @@ _NAMES = {"blocks": "prunable parameters", "active_params": "active parameters"}
 def _costs(report: Report) -> Html:
     changes = {name: (report[f"{name.lower()}_before"], report[f"{name.lower()}_after"], "") for name in _COUNTED}
     changes |= {
-        _NAMES.get(name, name): (change["before"], change["after"], change["counted"])
-        for name, change in report["known"].items()
+        _NAMES.get(name, name): (known["before"], known["after"], known["counted"])
+        for name, known in report["known"].items()
     }
-    rows = []
-    for name, (before, after, counted) in changes.items():
-        share = after / before if before else 0.0
-        rows.append([name, bar(share), f"{number(before)} → {number(after)}", f"{share:.1%}", counted])
+    rows = [[name, *change(before, after), counted] for name, (before, after, counted) in changes.items()]
     return table(["", "", "before → after", "remain", "counted"], rows, label="every budget before and after")
 
 
@@ -98,10 +95,12 @@ def _steps(report: Report) -> Html:
 
 
 def _widths(report: Report) -> Html:
-    if not report["widths"]:
+    widths = report["widths"]
+    if not widths:
         return element("p", "No group was pruned.")
-    head = ["group", "", "units", "remain"]
-    return change_bars(report["widths"], head=head, label="units of every group before and after")
+    longest = max(before for before, _ in widths.values())
+    rows = [[element("code", name), *change(before, after, longest)] for name, (before, after) in widths.items()]
+    return table(["group", "", "units", "remain"], rows, label="units of every group before and after")
 
 
 def _scores(report: Report) -> Html:

@@ -35,6 +35,7 @@ from obc.structures.protocol import Limits, Provable
 from obc.structures.varied import varied_copy
 
 _TRIES = 2
+_SEED = 0  # of the choice of units
 # Consumers must distinguish at least this share of the units: half of them are silent behind a ReLU, and half are
 # removed in each try.
 _SEEN = 0.25
@@ -77,21 +78,18 @@ class Proof:
         self.seconds += other.seconds
 
 
-def prove(
-    structure: Provable, run: Run, *, seed: int = 0, among: Collection[str] | None = None, tries: int = _TRIES
-) -> Proof:
+def prove(structure: Provable, run: Run, *, among: Collection[str] | None = None, tries: int = _TRIES) -> Proof:
     """Try every group of ``structure``, and make it leave out those whose removal is wrong.
 
     Args:
         structure: its model, and what it has removed so far, are not changed.
         run: ``run(model)`` returns the model's outputs on inputs that are always the same, in any nesting.
-        seed: seed of the choice of units.
         among: names of the groups to try; by default all.
         tries: number of tries, with other units and another width in each; the third with one unit less, the fourth
             without the first half, the fifth without the last.
     """
     start = time.perf_counter()
-    proof = _Prover(structure, run, seed, tries, among).prove()
+    proof = _Prover(structure, run, tries, among).prove()
     proof.seconds = time.perf_counter() - start
     for name, reason in proof.left_out.items():
         structure.leave_out(name, reason)
@@ -99,8 +97,8 @@ def prove(
 
 
 class _Prover:
-    def __init__(self, structure: Provable, run: Run, seed: int, tries: int, among: Collection[str] | None) -> None:
-        self.structure, self.run, self.seed, self.tries = structure, run, seed, tries
+    def __init__(self, structure: Provable, run: Run, tries: int, among: Collection[str] | None) -> None:
+        self.structure, self.run, self.tries = structure, run, tries
         self.groups = {group.name: group for group in structure.groups if among is None or group.name in among}
         self.proof = Proof()
         self.seen: dict[str, set[int]] = {name: set() for name in self.groups}
@@ -173,7 +171,7 @@ class _Prover:
         if number > _TRIES:  # the first half, then the last, where a dependence on which units are removed shows best
             half = size - permitted[0]
             return torch.arange(half) if number == _TRIES + 1 else torch.arange(size - half, size)
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {group.name}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{_SEED} {group.name}".encode()))
         order = torch.randperm(size, generator=generator)
         # Half of what one try removes is also removed in the next, so the quarters have different combinations of
         # tries.
