@@ -11,10 +11,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from obc.criteria.means import free_of_means
 from obc.criteria.protocol import About, MeasuredRows
 from obc.criteria.residual_rows import read_residuals
-from obc.criteria.residuals import Residuals
+from obc.criteria.residuals import Residuals, free_of_means
 from obc.criteria.scoring import collected
 from obc.criteria.subject import Subject
 from obc.criteria.token_rows import checked_tokens

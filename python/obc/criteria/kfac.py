@@ -24,12 +24,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from obc.criteria.means import free_of_means
 from obc.criteria.obs import OBS
 from obc.criteria.output_metrics import OutputMetrics, in_metric
 from obc.criteria.protocol import About, Criterion, GroupScores, MeasuredCriterion
 from obc.criteria.residual_rows import read_residuals
-from obc.criteria.residuals import Residuals
+from obc.criteria.residuals import Residuals, free_of_means
 from obc.criteria.scoring import collected
 from obc.criteria.subject import Subject
 from obc.criteria.surgeon import ConsumerState, inverse, second_moment

@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from obc.criteria.subject import Subject
 from obc.criteria.surgeon import inverse, second_moment
-from obc.criteria.units import Consumer
+from obc.criteria.units import Consumer, consumers_of
+from obc.model.absorbing import norms_behind
 from obc.model.autocast import without_autocast
+from obc.model.evaluation import evaluating
+from obc.model.usable_batches import UsableBatches
 from obc.statistics.reader import flat_rows, input_dim
 from obc.statistics.results import Statistics
 from obc.statistics.routed import RoutedInput
@@ -46,6 +50,22 @@ class Cut:
             return by_sample.sum(1)
         padded = F.pad(by_sample, (0, 0, 0, -by_sample.shape[1] % self.tokens))
         return padded.unflatten(1, (-1, self.tokens)).sum(2).flatten(0, 1)
+
+
+def free_of_means(subject: Subject) -> set[str]:
+    """Names of the consumers where the mean of what they lose costs nothing: a bias, or a BatchNorm behind, takes it.
+
+    The model runs once on one batch, if it has BatchNorms.
+    """
+    found = {one.name: one for group in subject.groups for one in consumers_of(group, subject.model)}
+    layers = {name: one.module for name, one in found.items() if not one.has_bias and not one.routed}
+    with_bias = {name for name, one in found.items() if one.has_bias}
+    batch = next(iter(UsableBatches.of(subject.batches)), None) if layers else None
+    if batch is None:
+        return with_bias
+    with evaluating(subject.model):
+        absorbed = norms_behind(subject.model, layers, lambda: subject.forward_fn(subject.model, batch))
+    return with_bias | absorbed.keys()
 
 
 @dataclass(eq=False)

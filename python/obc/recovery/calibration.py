@@ -19,7 +19,7 @@ from obc.model.rules import Rule
 from obc.model.usable import refuse_inference_tensors, refuse_non_modules
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.norm_reference import MomentSums, NormReference, Target, matching
-from obc.recovery.padding import without_padding
+from obc.statistics.part import Part
 
 # Outputs are converted to float64 in pieces of this many numbers.
 _PIECE = 2**22
@@ -37,9 +37,18 @@ def channel_rows(x: Tensor, layout: Rule, repeat: int) -> Tensor:
 def outputs(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn) -> list[list[Tensor]]:
     """The floating tensors that ``forward_fn`` returns for each batch, without padding positions."""
     return [
-        [without_padding(batch, out) for out in tensors_in(forward_fn(model, batch)) if out.is_floating_point()]
+        [_without_padding(batch, out) for out in tensors_in(forward_fn(model, batch)) if out.is_floating_point()]
         for batch in batches
     ]
+
+
+def _without_padding(batch: Any, output: Tensor) -> Tensor:
+    """(positions, C) of a model's output (B, T, C) that the batch's mask keeps; without one, all of it."""
+    part = Part()
+    part.begin(batch)
+    if part.valid is None or output.dim() != 3 or output.shape[:2] != part.valid.shape:
+        return output
+    return output[part.valid.to(output.device)]
 
 
 def output_error(

@@ -25,10 +25,10 @@ from obc.recovery.layer_rows import (
     inverse_scale,
     output_rows,
     stream_weights,
+    valid_rows,
 )
 from obc.recovery.moments import RegressionMoments
 from obc.recovery.normal_equations import NormalEquations, SingularError, WeightChange, smallest
-from obc.recovery.padding import valid_rows
 from obc.recovery.stream_points import Call, of_same_tokens
 
 

@@ -11,6 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from obc.model.rules import Rule
 from obc.recovery.normal_equations import WeightChange
+from obc.recovery.stream_points import Routing
+from obc.statistics.part import Part
 
 # Convolutions have far more positions than a regression needs: draw this many rows per column, over all batches.
 _ROWS_PER_COLUMN = 32
@@ -37,6 +39,21 @@ def drawn_rows(module: nn.Module, layout: Rule, positions: int, batches: int) ->
         return slice(None)
     # The same positions in every batch, so that the result depends neither on the order nor on the process.
     return torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
+
+
+def valid_rows(batch: Any, x: Tensor, routing: Routing | None = None) -> Tensor | slice:
+    """Indices of the positions of ``x``, (B, T, C) or (B * T, C), that the batch's mask keeps; without one, all.
+
+    With ``routing`` the positions of ``x``, (n, C), are the tokens that an expert got.
+    """
+    part = Part()
+    part.begin(batch)
+    if routing is not None:
+        if part.valid is None or part.valid.numel() != routing.total:
+            return slice(None)
+        return part.valid.flatten().to(routing.tokens.device)[routing.tokens].nonzero()[:, 0]
+    valid = part.valid_positions(x, -1)
+    return slice(None) if valid is None else valid.flatten().nonzero()[:, 0]
 
 
 def input_rows(module: nn.Module, layout: Rule, x: Tensor, rows: Any) -> Tensor:

@@ -24,11 +24,10 @@ from obc.recovery.chain_parts import ChainPart, parts
 from obc.recovery.compensation_options import CompensationOptions
 from obc.recovery.compensation_report import CompensationReport, LayerCompensation
 from obc.recovery.consumers import PrunedConsumer, in_execution_order
-from obc.recovery.layer_rows import output_rows, stream_weights
+from obc.recovery.layer_rows import output_rows, stream_weights, valid_rows
 from obc.recovery.moments import Fit, RegressionMoments
 from obc.recovery.norm_reference import Target
 from obc.recovery.normal_equations import SingularError
-from obc.recovery.padding import valid_rows
 from obc.recovery.stream_points import Call, observe, of_same_tokens
 
 _Moments = dict[str, RegressionMoments]  # by layer
