@@ -317,7 +317,9 @@ def config_values(depth: Depth, compacted: bool) -> dict[str, Any]:
 def with_depth(config: Any, depth: Depth, compacted: bool) -> Any:
     """A copy of the config with the values of :func:`config_values`."""
     new = copy.deepcopy(config)
-    overrides = {path: _overrides(part) for path, part in config_parts(new) if getattr(part, "is_heterogeneous", False)}
+    overrides = {
+        path: overrides_in(part) for path, part in config_parts(new) if getattr(part, "is_heterogeneous", False)
+    }
     for path in overrides:
         part_of(new, path).per_layer_config = None
     for key, value in config_values(depth, compacted).items():
@@ -335,7 +337,7 @@ def with_depth(config: Any, depth: Depth, compacted: bool) -> Any:
     return new
 
 
-def _overrides(config: Any) -> dict[int, dict[str, Any]]:
+def overrides_in(config: Any) -> dict[int, dict[str, Any]]:
     """A config's settings for single layers (transformers' ``per_layer_config``)."""
     return {int(place): dict(values) for place, values in (config.to_dict().get("per_layer_config") or {}).items()}
 

@@ -109,7 +109,8 @@ class _Measurement:
     def _seconds(self, group: ChannelGroup) -> dict[int, dict[str, float]]:
         """Width -> place of the group -> its seconds."""
         places, model = self.places[group.name], self.structure.model
-        key = (_signature(group), *(_described(model.get_submodule(one), self.calls[one]) for one in places))
+        widths = tuple((part.side, tuple(part.channels.shape)) for part in group.slices)
+        key = (group.kind, widths, *(_described(model.get_submodule(one), self.calls[one]) for one in places))
         if key not in self._known:
             self._known[key] = {width: self._at(group, width, places) for width in self._widths(group)}
         return {width: dict(zip(places, times, strict=True)) for width, times in self._known[key].items()}
@@ -134,7 +135,7 @@ class _Measurement:
         found = []
         for place in places:
             module = model.get_submodule(place)
-            found.append(sum(self._time(_calling(module, call), model) for call in calls[place]))
+            found.append(sum(self._time(partial(module, *call.args, **call.kwargs), model) for call in calls[place]))
         return found
 
     def _time(self, call: Callable[[], Any], model: nn.Module) -> float:
@@ -155,14 +156,6 @@ class _Measurement:
         with hooked(handles), evaluating(model), without_cache(model), torch.no_grad():
             self.run(model)
         return calls
-
-
-def _calling(module: nn.Module, call: _Call) -> Callable[[], Any]:
-    return lambda: module(*call.args, **call.kwargs)
-
-
-def _signature(group: ChannelGroup) -> Hashable:
-    return group.kind, tuple((part.side, tuple(part.channels.shape)) for part in group.slices)
 
 
 def _described(module: nn.Module, calls: Sequence[_Call]) -> Hashable:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from obc.model.depth import Depth, matching_parts, part_of, plain_attributes
+from obc.model.depth import Depth, matching_parts, overrides_in, part_of, plain_attributes
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.layers import says, value_of
 from obc.structures.transformers.weights import BlockWeights
@@ -101,8 +101,8 @@ def _say_per_layer(
     known = hasattr(type(config), "per_layer_config")
     if not known:
         return "this version of transformers has no per_layer_config" if keys else None
-    before = config.to_dict().get("per_layer_config") or {}
-    overrides: dict[int, dict[str, Any]] = {int(place): dict(values) for place, values in before.items()}
+    overrides = overrides_in(config)
+    before = bool(overrides)
     said: dict[tuple[int, str], Any] = {}
     for block in blocks:
         place = _place_of(block.group.name, depth)
