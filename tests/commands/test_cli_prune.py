@@ -364,7 +364,7 @@ def _other(llama: Path, tmp_path: Path) -> Path:
         (lambda llama, scores, tmp: [_other(llama, tmp), "--scores", scores], "scores are of another model"),
         (lambda llama, scores, tmp: [llama, "--scores", scores, "--steps", 3], "--steps is not for --scores"),
         (lambda llama, scores, tmp: [llama, "--scores", scores, "--compensate", "ls"], "--compensate needs --data"),
-        (lambda llama, scores, tmp: [llama, "--scores", scores, "--ratio", 0.999], "remain where each of the"),
+        (lambda llama, scores, tmp: [llama, "--scores", scores, "--ratio", 0.999], "remain if every prunable group"),
         (lambda llama, scores, tmp: [llama, "--scores", scores, "--out", llama], "the model's own directory"),
         (lambda llama, scores, tmp: [tmp, "--scores", scores], "has no config.json"),
     ],

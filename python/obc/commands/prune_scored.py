@@ -28,6 +28,7 @@ from obc.pruning.report import PruningReport, provenance
 from obc.recovery.mean_bias import absorb_means
 from obc.scoring import Scores
 from obc.selection.caps import Caps
+from obc.selection.choice import BudgetError
 from obc.statistics import StatisticsError
 
 _BATCHES, _IMAGES = 32, 4  # of --compensate, and images of a batch
@@ -56,11 +57,19 @@ def run(parsed: argparse.Namespace, budget: Budget) -> int:
         before, report = dict(model.state_dict()), _report(parsed, model, budget)
         speed = MeasuredSpeed(model, run_first, report) if parsed.measure else None
         subject = Subject(model, (), UsableBatches(()), model_directory.outputs, model_directory.outputs)
-        _ScoredJob(found, parsed, structure, subject, report, budget, choice, _ONE_STEP).run()
+        job = _ScoredJob(found, parsed, structure, subject, report, budget, choice, _ONE_STEP)
+        job.run()
         structure.plan.verify(before, model)
-    except (ValueError, obc.PruningError) as error:
+    except BudgetError as error:
+        least = budget.described(1 - error.reachable / job.full)
         option = f"--{budget.said.replace('_', '-').replace('=', ' ')}"
-        raise UsageError(str(error).replace(budget.said, option, 1)) from error
+        unscored = ", ".join(name for name in report.left_out if name in job.widths)
+        raise UsageError(
+            f"{option} is out of reach: {least} remain if every prunable group keeps its least width"
+            + (f", and all units of {unscored}, which have no scores" if unscored else "")
+        ) from error
+    except (ValueError, obc.PruningError) as error:
+        raise UsageError(str(error)) from error
     report.note_known(budget.meters.known(structure), before=False)
     report.warnings += structure.warnings
     if parsed.compensate:
@@ -152,6 +161,9 @@ class _ScoredJob(Job):
     def __init__(self, found: Scores | obc.Statistics, parsed: argparse.Namespace, *job: Any) -> None:
         super().__init__(*job)
         self._found, self._parsed = found, parsed
+
+    def check_reachable(self, share: float) -> None:
+        """The allocation finds out, which knows the groups that have scores."""
 
     def measured(self, subject: Subject) -> dict[str, Tensor]:
         """See :meth:`obc.pruning.job.Job.measured`."""

@@ -87,7 +87,7 @@ class Job:
             why = not_finite(self.subject.model) or _not_pruned(self.report.left_out)
             raise ValueError(f"no layer can be pruned{why}")
         schedule = self.budget.schedule(self.options.steps, sum(self.widths.values()))
-        self._check_reachable(schedule[-1])
+        self.check_reachable(schedule[-1])
         if self.options.recalibrate and batch_norms(self.subject.model):
             with timed(self.report, "recalibrate"):
                 model, batches, forward = self.subject.model, self.subject.batches, self.subject.forward_fn
@@ -283,7 +283,8 @@ class Job:
             self._evaluation = fitness_of(subject, metric, getattr(search, "batches", None), compensated)
         return self._evaluation.of_removed(removed)
 
-    def _check_reachable(self, share: float) -> None:
+    def check_reachable(self, share: float) -> None:
+        """Refuse a budget that is out of reach even where every group keeps its minimum."""
         costs, limits = self.budget.costs(self.structure), self.choice.limits(self.structure, self.least)
         sizes = {group.name: group.size for group in self.structure.groups}
         smallest = [
