@@ -21,10 +21,15 @@ def left_out_of_samples(items: list[pytest.Item]) -> list[pytest.Item]:
     left_out = []
     for members in tests.values():
         strength = (*members[0].get_closest_marker("sampled").args, 1)[0]
-        held = {item: set(combinations(sorted(item.callspec.indices.items()), strength)) for item in members}
+        held = {item: set(combinations(_values(item), strength)) for item in members}
         lacking = set().union(*held.values())
         while lacking:
             best = max(held, key=lambda item: len(lacking & held[item]))
             lacking -= held.pop(best)
         left_out += held
     return left_out
+
+
+def _values(item: pytest.Item) -> list[tuple[str, int]]:
+    """Each parameter's name with the identity of its value: ``indices`` counts members, not values, in pytest 9.2."""
+    return [(name, id(value)) for name, value in sorted(item.callspec.params.items(), key=lambda pair: pair[0])]

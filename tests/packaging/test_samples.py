@@ -22,7 +22,7 @@ def members(name: str, *marks: pytest.MarkDecorator) -> list[Any]:
     return [
         Item(
             nodeid=f"test_some.py::{name}[{'-'.join(map(str, places))}]",
-            callspec=SimpleNamespace(indices=dict(zip(SIZES, places, strict=True))),
+            callspec=SimpleNamespace(params=dict(zip(SIZES, places, strict=True))),
             get_closest_marker=found.get,
         )
         for places in product(*map(range, SIZES.values()))
@@ -31,21 +31,21 @@ def members(name: str, *marks: pytest.MarkDecorator) -> list[Any]:
 
 def kept(items: list[Any]) -> list[dict[str, int]]:
     left_out = set(map(id, left_out_of_samples(items)))
-    return [item.callspec.indices for item in items if id(item) not in left_out]
+    return [item.callspec.params for item in items if id(item) not in left_out]
 
 
 def test_every_value_stays_in_as_few_members_as_the_longest_parameter_has() -> None:
     stay = kept(members("test_one", pytest.mark.sampled))
     assert len(stay) == max(SIZES.values())
     for name, size in SIZES.items():
-        assert {indices[name] for indices in stay} == set(range(size))
+        assert {values[name] for values in stay} == set(range(size))
 
 
 def test_every_pair_of_values_stays() -> None:
     stay = kept(members("test_one", pytest.mark.sampled(2)))
     assert 3 * 4 <= len(stay) < 3 * 4 * 2
     for first, second in (("model", "dtype"), ("model", "layout"), ("dtype", "layout")):
-        assert {(indices[first], indices[second]) for indices in stay} == set(
+        assert {(values[first], values[second]) for values in stay} == set(
             product(range(SIZES[first]), range(SIZES[second]))
         )
 
@@ -55,3 +55,15 @@ def test_other_tests_stay_whole_and_samples_are_drawn_of_each_test() -> None:
     assert len(kept(members("test_one"))) == every
     assert len(kept(members("test_one", pytest.mark.sampled, pytest.mark.slow))) == every
     assert len(kept([*members("test_one", pytest.mark.sampled), *members("test_two", pytest.mark.sampled)])) == 2 * 4
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("layout", range(2))
+@pytest.mark.parametrize("dtype", range(4))
+@pytest.mark.parametrize("model", range(3))
+def test_it_is_what_pytest_collects(model: int, dtype: int, layout: int, request: pytest.FixtureRequest) -> None:
+    items = [item for item in request.session.items if item.originalname == request.node.originalname]
+    quick = [item.callspec.params for item in items if not item.get_closest_marker("slow")]
+    assert len(quick) == 4
+    for name, size in SIZES.items():
+        assert {values[name] for values in quick} == set(range(size))
