@@ -54,17 +54,23 @@ def test_operators_interpreted(file: str) -> None:
     passed(run_python("-m", "pytest", *arguments, interpret=True))
 
 
-@pytest.mark.parametrize("file", ["launches.py", "autotuning.py"])
-def test_launchers_interpreted(file: str) -> None:
+@pytest.mark.parametrize(
+    ("file", "selected"),
+    [
+        ("launches.py", "not slow"),
+        pytest.param("launches.py", "slow", marks=pytest.mark.slow),
+        ("autotuning.py", "not slow"),
+    ],
+)
+def test_launchers_interpreted(file: str, selected: str) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("triton", "numpy")}
     numpy = tuple(map(int, versions["numpy"].split(".")[:2]))
     # Its interpreter makes an integer of an array with one element.
     assert not (versions["triton"].startswith("3.6.") and numpy >= (2, 4)), (
         f"Triton 3.6 interprets loops with NumPy below 2.4 alone, found {versions}; install another of them"
     )
-    passed(
-        run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/triton_interpreted/{file}", interpret=True)
-    )
+    arguments = ("-q", "-p", "no:cacheprovider", "-m", selected, f"tests/triton_interpreted/{file}")
+    passed(run_python("-m", "pytest", *arguments, interpret=True))
 
 
 def test_kernels_compile_without_spills_and_load_16_bytes() -> None:

@@ -117,7 +117,7 @@ def test_the_run_itself_imports_neither_torch_nor_obc() -> None:
     assert gpu_run.REASON == gpu_budget.REASON
 
 
-@pytest.mark.parametrize("processes", [["-n", "1"], []], ids=["xdist", "alone"])
+@pytest.mark.parametrize("processes", [pytest.param(["-n", "1"], marks=pytest.mark.slow), []], ids=["xdist", "alone"])
 def test_a_test_that_breaks_the_device_ends_its_process(processes: list[str], tmp_path: Path) -> None:
     """The other tests run in another worker under xdist, and the fault names the test that caused it."""
     (tmp_path / "test_some.py").write_text(

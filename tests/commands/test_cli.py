@@ -135,10 +135,13 @@ def test_python_runs_the_package_as_the_command() -> None:
     assert ran.stderr == "obc: unrecognized arguments: nothing; see obc --help\n"
 
 
-@pytest.mark.parametrize(
-    "module",
-    ["argparse", "torch", "obc.scoring", "obc.commands.prune", "transformers", "transformers.models.llama"],
-)
+SLOW = [
+    pytest.param(module, marks=pytest.mark.slow)
+    for module in ("torch", "obc.commands.prune", "transformers.models.llama")
+]
+
+
+@pytest.mark.parametrize("module", ["argparse", "obc.scoring", "transformers", *SLOW])
 def test_ctrl_c_while_a_module_is_imported(module: str, tmp_path: Path) -> None:
     """transformers turns the interruption into a ModuleNotFoundError."""
     folder = llama_directory(tmp_path)

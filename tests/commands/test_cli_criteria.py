@@ -63,7 +63,7 @@ REFUSED = {
     "cfsp": (("cnn",), "no residual blocks were found"),
     "token_jacobian": (("cnn",), "rows of tokens need layers that see the same positions"),
 }
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("llama", "vit")]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixture", "llama", "vit")]
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def prune(kind: str, *options: str) -> int:
     return cli.main(["prune", *arguments])
 
 
-@pytest.mark.parametrize("kind", ["cnn", "mixture", *SLOW])
+@pytest.mark.parametrize("kind", ["cnn", *SLOW])
 def test_every_criterion_prunes_or_says_why_not(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     for name in criteria.available():
         kinds, why = REFUSED.get(name, ((), ""))
@@ -103,6 +103,7 @@ ALLOCATIONS = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
 @pytest.mark.parametrize("kind", ["cnn", "mixture"])
 def test_every_allocation_serves(kind: str, allocation: str) -> None:

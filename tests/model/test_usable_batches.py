@@ -75,6 +75,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fault", ["a NaN", "infinite"])
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.filterwarnings("ignore")

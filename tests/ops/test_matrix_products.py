@@ -47,6 +47,7 @@ def operands(shape: tuple[int, int, int], left: str = "rows", right: str = "rows
     return LAYOUTS[left](factors[0])[None], LAYOUTS[right](factors[1])[None]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("right", LAYOUTS)
 @pytest.mark.parametrize("left", LAYOUTS)
 @torch.no_grad()

@@ -46,6 +46,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("how", ["correct", "ls"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_second_step_scores_what_the_first_compensation_made(name: str, how: Any) -> None:
@@ -100,9 +101,10 @@ def outputs_inside(loss: Any) -> Any:
     return forward
 
 
-@pytest.mark.parametrize(
-    ("how", "by_default"), [("correct", True), (True, True), ("ls", False), ("seq", False), ("mean", False)]
-)
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((True, True), ("seq", False), ("mean", False))]
+
+
+@pytest.mark.parametrize(("how", "by_default"), [("correct", True), ("ls", False), *SLOW])
 def test_by_default_errors_are_corrected_after_every_step(how: Any, by_default: bool) -> None:
     found = {}
     for every in (None, by_default):

@@ -46,6 +46,7 @@ def test_forward_and_gradients_are_the_explicit_networks(name: str, training: bo
         assert (grad - truth).abs().max() <= EXACT, key
 
 
+@pytest.mark.sampled
 @both_factors
 @pytest.mark.parametrize("name", RECIPES)
 def test_trains_like_the_explicit_network(name: str, factors: str) -> None:

@@ -225,7 +225,7 @@ def large_case() -> Case:
     return case
 
 
-@pytest.mark.parametrize("rows", ["batch", "sample"])
+@pytest.mark.parametrize("rows", ["batch", pytest.param("sample", marks=pytest.mark.slow)])
 def test_memory_that_runs_out_anywhere(rows: str) -> None:
     """A run with more address space fails later, by torch's error or Python's, and leaves no trace.
 

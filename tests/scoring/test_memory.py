@@ -76,6 +76,7 @@ def assert_close(estimate: MemoryEstimate, taken: int, unseen: float) -> None:
     assert 0.99 * above_model <= taken <= (1 + unseen) * above_model, taken / above_model
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_estimate_is_what_a_run_takes(family: str, options: dict[str, Any]) -> None:

@@ -37,7 +37,12 @@ def score_compiled(case: Case, backend: str, rows: str = "batch") -> obc.Scores:
 
 @pytest.mark.parametrize(
     ("family", "rows"),
-    [("residual_cnn", "batch"), ("residual_cnn", "sample"), ("linears", "sample"), ("llama", "batch")],
+    [
+        ("residual_cnn", "sample"),
+        ("llama", "batch"),
+        pytest.param("residual_cnn", "batch", marks=pytest.mark.slow),
+        pytest.param("linears", "sample", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_after_attaching(family: str, rows: str, fresh_dynamo: None) -> None:
     """fullgraph: the gates break no graph."""
@@ -45,7 +50,10 @@ def test_compiled_after_attaching(family: str, rows: str, fresh_dynamo: None) ->
     assert_parity(score_compiled(case, "aot_eager", rows), expected_scores(case, rows))
 
 
-@pytest.mark.parametrize("family", ["in-place-after-conv", "in-place-after-norm", "used-twice", "functional-weight"])
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("in-place-after-conv", "used-twice")]
+
+
+@pytest.mark.parametrize("family", ["in-place-after-norm", "functional-weight", *SLOW])
 def test_nasty_modules_compiled_after_attaching(family: str, fresh_dynamo: None) -> None:
     case = NASTY[family]()
     assert_parity(score_compiled(case, "aot_eager"), expected_scores(case))
@@ -55,7 +63,7 @@ def seen(module: nn.Module, args: Any, output: Tensor) -> None:
     """A user's hook that is a function, where the gates' are methods."""
 
 
-@pytest.mark.parametrize(("rows", "prepend"), [("batch", False), ("sample", True)])
+@pytest.mark.parametrize(("rows", "prepend"), [pytest.param("batch", False, marks=pytest.mark.slow), ("sample", True)])
 def test_compiled_beside_hooks_of_the_user(rows: str, prepend: bool, fresh_dynamo: None) -> None:
     """torch 2.11 compiles hooks in the order of an OrderedDict and guards them in that of the dictionary beneath."""
     case = models.residual_cnn()

@@ -22,7 +22,7 @@ from random_wirings import Wired, random_wired, without
 from obc.structures.traced import TorchPruningStructure
 
 FIRST = int(os.environ.get("OBC_WIRINGS_FIRST", "0"))
-WIRINGS = range(FIRST, FIRST + int(os.environ.get("OBC_WIRINGS", "25")))
+WIRINGS = range(FIRST, FIRST + int(os.environ.get("OBC_WIRINGS", "12")))
 SIZE = 6
 counts: Counter[str] = Counter()
 COUNTED = ("groups exact", "groups left out", "wrong", "networks that Torch-Pruning can't trace")

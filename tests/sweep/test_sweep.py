@@ -38,6 +38,14 @@ CHOSEN = {
 }
 OWN = tuple(FAMILIES)  # those of obc: the pages whose examples register others have not run yet
 JOBS = [(task, name) for task, names in CHOSEN.items() for name in names.split()]
+# One of each kind of layers: feed-forward, experts, recurrent layers, encoder and decoder, pictures.
+QUICK = {
+    "causal": "afmoe bloom deepseek_v3 falcon_mamba gpt2 gpt_oss llama mixtral qwen3_next rwkv zamba",
+    "masked": "bert deberta",
+    "seq2seq": "bart t5",
+    "image": "beit swin",
+    "image-text": "blip gemma3",
+}
 
 
 def rows() -> dict[tuple[str, str], tuple[Counter[str], str]]:
@@ -54,7 +62,13 @@ def rows() -> dict[tuple[str, str], tuple[Counter[str], str]]:
     return found
 
 
-@pytest.mark.parametrize(("task", "model_type"), JOBS, ids=[f"{task}-{name}" for task, name in JOBS])
+@pytest.mark.parametrize(
+    ("task", "model_type"),
+    [
+        pytest.param(task, name, marks=[] if name in QUICK[task].split() else [pytest.mark.slow], id=f"{task}-{name}")
+        for task, name in JOBS
+    ],
+)
 def test_a_model_type_is_pruned_exactly_and_as_the_table_says(task: str, model_type: str) -> None:
     found = examine(task, model_type)
     assert found is not None

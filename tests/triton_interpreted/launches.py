@@ -35,6 +35,7 @@ def assert_dot(actual: Tensor, arguments: tuple[Tensor, Tensor], definition: obj
     assert_sum_close(actual, truth, magnitude, terms, arguments[0].dtype)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per_sample", [False, True], ids=["batch", "sample"])
 @pytest.mark.parametrize("splits", [1, 2, 5])
@@ -56,6 +57,7 @@ def test_channel_dot_copies_what_has_too_many_axes() -> None:
     assert_dot(actual, (activation, activation), lambda a, g: reference.channel_dot(a, g, 1), terms=64)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tiles_per_split", [1, 2])
 @pytest.mark.parametrize(("shape", "groups"), [((37, 5, 3, 3), 1), ((36, 5, 3, 3), 3), ((36, 1, 3, 3), 36)], ids=str)
@@ -77,6 +79,7 @@ def test_weight_dot_copies_what_has_too_many_axes() -> None:
         assert_sum_close(actual, truth, truth, terms=6 * 18, dtype=torch.float32)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_weight_moments_in_tiles(dtype: torch.dtype, transposed: bool) -> None:
