@@ -48,9 +48,10 @@ $(VENV)/obc.stamp: $(VENV)/tools.stamp pyproject.toml setup.py CMakeLists.txt $(
 demo: setup ## train small networks on digits, prune them by four criteria, print what each kept
 	$(BIN)/obc demo $(ARGS)
 
-# One thread a process: as many processes as cores run, and the threads of several processes wait for each other.
+# One thread a process: as many processes as cores run, and the threads of several processes wait for each other. Each
+# begins with a part of the folders of its own, so that few models and libraries are imported in more than one.
 test: setup ## the test suite, without the tests marked slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not slow" $(ARGS)
 
 test-all: setup ## the whole test suite
 	$(BIN)/python -m pytest $(ARGS)
