@@ -241,7 +241,7 @@ def joint(
         steps=[1 - free * share for share in JOINT_STEPS],
         labels=losses is not None,
         rows="sample",
-        forward_fn=embed,
+        forward_fn=embed if losses is None else None,
         recalibrate=False,
         seed=seed,
         on_step=keep_copy,

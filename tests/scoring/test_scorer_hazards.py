@@ -114,24 +114,25 @@ def test_parametrised_weights_are_read_by_gates() -> None:
     assert_parity(scores, oracle.scores(plain, case.batches, case.loss), ["four", "three", "two"])
 
 
-class Recurrent(nn.Module):
+class WithBilinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.fc, self.lstm, self.head = nn.Linear(5, 6), nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 3)
+        self.fc, self.pairs, self.head = nn.Linear(5, 6), nn.Bilinear(6, 6, 4), nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(F.gelu(self.fc(x)))[0])
+        hidden = F.gelu(self.fc(x))
+        return self.head(self.pairs(hidden, hidden))
 
 
 def test_modules_without_a_rule_are_named_unscored() -> None:
-    case = models.case(Recurrent, floats(3, 5))
+    case = models.case(WithBilinear, floats(3, 5))
     scores = obc.score(case.model, case.batches, case.loss)
     assert_parity(scores, expected_scores(case))
-    assert how(scores, "lstm").startswith("unscored")
-    assert "LSTM" in how(scores, "lstm")
-    assert "lstm" not in scores
-    with pytest.raises(KeyError, match=r"lstm.*LSTM"):
-        scores["lstm"]
+    assert how(scores, "pairs").startswith("unscored")
+    assert "Bilinear" in how(scores, "pairs")
+    assert "pairs" not in scores
+    with pytest.raises(KeyError, match=r"pairs.*Bilinear"):
+        scores["pairs"]
 
 
 # --- layers that are not always there ------------------------------------------------------------------------------

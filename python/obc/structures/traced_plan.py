@@ -34,6 +34,7 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
     Raises:
         PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`), or a plan can't describe a layer
             (LSTM).
+        TypeError: ``pruner`` is no pruner of Torch-Pruning, or ``plan`` no plan.
     """
     if plan is not None:
         refuse_non_plans(plan)
