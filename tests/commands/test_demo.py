@@ -93,6 +93,7 @@ def without_seconds(results: list[run.ModelResult]) -> list[run.ModelResult]:
     return [replace(r, criteria=tuple(replace(c, seconds=0.0) for c in r.criteria)) for r in results]
 
 
+@pytest.mark.slow
 def test_the_protocol_reaches_each_target_by_each_criterion_and_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "STEPS", 8)
     monkeypatch.setattr(criteria, "ROWS", 4)

@@ -29,10 +29,13 @@ def test_every_example_is_run() -> None:
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(RUNS)
 
 
-SLOW = [pytest.param("recover_on_two_processes.py", marks=pytest.mark.slow)]
+# tests/docs runs the tutorial on a CNN, which says the same as the first.
+SLOW = ("prune_image_model.py", "recover_on_two_processes.py")
 
 
-@pytest.mark.parametrize("name", [*sorted(set(RUNS) - {"recover_on_two_processes.py"}), *SLOW])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in sorted(RUNS)]
+)
 def test_example_runs(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

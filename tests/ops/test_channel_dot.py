@@ -75,6 +75,7 @@ def test_channel_dot_matches_reference(device: str, dtype: torch.dtype, case: tu
         check(activation, grad, channel_dim, per_sample=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grad_layout", LAYOUTS, ids=layout_id)

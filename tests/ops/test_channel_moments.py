@@ -108,6 +108,7 @@ def test_channel_moments_matches_reference(device: str, dtype: torch.dtype, case
     assert all(map(torch.equal, actual, expected)), "a position that the mask leaves out was read"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mask_layout", LAYOUTS[:6], ids=layout_id)

@@ -120,6 +120,7 @@ def test_weight_moments_matches_reference(device: str, dtype: torch.dtype, case:
     check_moments(weight, grad)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("device", TARGETS, indirect=True)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grad_layout", LAYOUTS, ids=layout_id)

@@ -133,6 +133,7 @@ def error(model: Any, original: Any) -> float:
     return float(sum((a - b).square().sum() for a, b in pairs) / sum(b.square().sum() for _, b in pairs))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", MODES)
 def test_redundant_channels_lose_nothing(family: str, mode: str) -> None:

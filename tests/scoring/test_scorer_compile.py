@@ -39,8 +39,8 @@ def score_compiled(case: Case, backend: str, rows: str = "batch") -> obc.Scores:
     ("family", "rows"),
     [
         ("residual_cnn", "sample"),
-        ("llama", "batch"),
-        pytest.param("residual_cnn", "batch", marks=pytest.mark.slow),
+        ("residual_cnn", "batch"),
+        pytest.param("llama", "batch", marks=pytest.mark.slow),
         pytest.param("linears", "sample", marks=pytest.mark.slow),
     ],
 )

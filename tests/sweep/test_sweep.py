@@ -133,6 +133,7 @@ def _found(model: nn.Module) -> Any:
     return slices, dict(structure.left_out)
 
 
+@pytest.mark.slow
 def test_every_family_finds_something_in_a_tiny_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """If it did not describe its layers, other groups would be found in a model of the tests or of the sweep."""
     untried = set(OWN)
