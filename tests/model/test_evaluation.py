@@ -1,4 +1,4 @@
-"""How a model is called on a batch: one convention everywhere, by what the ``forward`` requires."""
+"""How a model is called on a batch, by what the ``forward`` requires; eval mode for the time of a block."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import obc
-from obc.model.evaluation import call, call_on_batch
+from obc.model import evaluation
+from obc.model.evaluation import call, call_on_batch, evaluating
 from obc.scoring import label_free_loss
 
 A, B, LABELS = torch.ones(2, 3), torch.full((2, 3), 2.0), torch.zeros(2, dtype=torch.int64)
@@ -133,3 +134,22 @@ def test_labelled_batches_need_no_forward_fn_in_label_free_rows() -> None:
     by_itself = obc.score(model, batches, label_free_loss())
     told = obc.score(model, batches, label_free_loss(inputs_alone))
     assert torch.equal(by_itself["0"].out_channels, told["0"].out_channels)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("training", [True, False])
+def test_cudnn_finds_recurrent_layers_in_train_mode_and_they_compute_as_in_eval_mode(
+    kind: type[nn.RNNBase], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its backward refuses eval mode. Here cuDNN is only pretended: what the layers compute is what is tested."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Dropout(0.5), kind(4, 5, num_layers=3, dropout=0.5)).train(training)
+    x = torch.randn(6, 2, 4)
+    with evaluating(model):
+        expected, _ = model(x)
+    monkeypatch.setattr(evaluation, "device_of", lambda module: torch.device("cuda"))
+    with evaluating(model), evaluating(model):
+        assert [module.training for module in model] == [False, True]
+        torch.testing.assert_close(model(x)[0], expected, rtol=0, atol=0)
+    assert [module.training for module in model] == [training, training]
+    assert model[1].dropout == 0.5

@@ -239,7 +239,7 @@ def test_prune_step_refuses_lstm() -> None:
         in_channel_groups={},
         out_channel_groups={},
     )
-    with pytest.raises(PlanError, match="lstm: a plan can't describe a pruned LSTM"):
+    with pytest.raises(PlanError, match="lstm: what Torch-Pruning removes from a LSTM is not recorded"):
         prune_step(pruner)
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -151,14 +151,18 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     """Use eval mode inside the block; afterwards every module's own training flag is restored.
 
     Layers of transformers checkpoint their activations only in train mode. If ``gradient_checkpointing_enable()`` was
-    called, they are in train mode when they decide about checkpointing and in eval mode when they run.
+    called, they are in train mode when they decide about checkpointing and in eval mode when they run. cuDNN computes
+    gradients of recurrent layers only in train mode, so on a GPU these are in train mode without dropout.
     """
     training = {module: module.training for model in models for module in model.modules()}
     layers = [module for module in training if checkpoints_activations(module)]
     functions: dict[Any, Any] = {layer: layer._gradient_checkpointing_func for layer in layers}
+    dropouts = {module: module.dropout for module in training if _run_by_cudnn(module)}
     try:
         for model in models:
             model.eval()
+        for recurrent in dropouts:
+            recurrent.training, recurrent.dropout = True, 0.0
         for layer, function in functions.items():
             layer._gradient_checkpointing_func = _running_in_eval_mode(layer, function)
             layer.training = True
@@ -166,8 +170,14 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for layer, function in functions.items():
             layer._gradient_checkpointing_func = function
+        for recurrent, dropout in dropouts.items():
+            recurrent.dropout = dropout
         for module, flag in training.items():
             module.training = flag
+
+
+def _run_by_cudnn(module: nn.Module) -> TypeGuard[nn.RNNBase]:
+    return isinstance(module, nn.RNNBase) and device_of(module).type == "cuda"
 
 
 @contextlib.contextmanager

@@ -73,7 +73,7 @@ def _match_module(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tens
 def _match_channels(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Kept:
     """Match norms, embeddings and depthwise convolutions: one set of channels explains all their tensors."""
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
-        raise PlanError(f"{name}: a pruned {type(module).__name__} can't be matched; record it with prune_step")
+        raise PlanError(f"{name}: a pruned {type(module).__name__} can't be matched; take the plan of obc.prune")
     dim = 1 if isinstance(module, nn.Embedding) else 0
     columns = [
         _ids(original.transpose(0, dim).flatten(1)[..., None], pruned.transpose(0, dim).flatten(1)[..., None])

@@ -32,8 +32,8 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
         The plan of all steps so far, in terms of the unpruned model. ``plan`` itself is not changed.
 
     Raises:
-        PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`), or a plan can't describe a layer
-            (LSTM).
+        PlanError: the model can't be pruned as it is (:mod:`obc.model.refusals`), or a recurrent layer is to be
+            pruned.
         TypeError: ``pruner`` is no pruner of Torch-Pruning, or ``plan`` no plan.
     """
     if plan is not None:
@@ -106,7 +106,8 @@ class PlanRecorder:
         name = self._names[module]
         if isinstance(module, nn.RNNBase):
             raise PlanError(
-                f"{name}: a plan can't describe a pruned {type(module).__name__}; list it in ignored_layers"
+                f"{name}: what Torch-Pruning removes from a {type(module).__name__} is not recorded; list it in "
+                "ignored_layers, or prune with obc.prune, which records it"
             )
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             raise PlanError(f"{name}: a LayerNorm over {tuple(module.normalized_shape)} can't be recorded; ignore it")
