@@ -172,8 +172,11 @@ def cuda_devices(model: nn.Module) -> list[int]:
 
 @contextlib.contextmanager
 def _same_random_numbers(model: nn.Module) -> Iterator[None]:
-    with torch.random.fork_rng(devices=cuda_devices(model)):
-        torch.manual_seed(_SEED)
+    devices = cuda_devices(model)
+    with torch.random.fork_rng(devices=devices):
+        # torch.manual_seed would also seed GPUs that do not hold the model, and these are not restored.
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)):
+            generator.manual_seed(_SEED)
         yield
 
 
