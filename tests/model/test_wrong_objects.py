@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch_pruning
 from torch import Tensor, nn
+from wrong_arguments import X, loss, network
 
 import obc
 from obc.integrations.torch_pruning import prune_step
@@ -17,17 +18,6 @@ from obc.recovery.fusion import fuse_units
 from obc.recovery.mean_bias import absorb_means
 from obc.structures.traced import TorchPruningStructure
 from obc.structures.transformers import TransformersStructure, save_pruned
-
-X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 2)).eval()
-
-
-def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    return model(batch).square().mean()
 
 
 def prune(model: nn.Module, **options: Any) -> obc.PruningResult:

@@ -12,24 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+from wrong_arguments import X, loss, network
 
 import obc
 from obc.integrations.torch_pruning import prune_step
 from obc.scoring import label_free_loss
 from obc.structures.traced import TorchPruningStructure
-
-X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
-
-
-def network() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 2)).eval()
-
-
-def loss(model: nn.Module, batch: Tensor) -> Tensor:
-    return model(batch).square().mean()
-
 
 NET = network()
 SCORES = obc.score(NET, [X, X], loss, keep_rows=True)

@@ -118,8 +118,9 @@ def axis_beside(name: str, tensor: Tensor, weight: Tensor | None) -> int | None:
     """
     if not tensor.dim():
         return None
-    own = name not in ("weight", "bias") and weight is not None and weight.dim() == 1
-    return channel_axis(tensor, len(weight)) if own and weight is not None else -1
+    if name in ("weight", "bias") or weight is None or weight.dim() != 1:
+        return -1
+    return channel_axis(tensor, len(weight))
 
 
 def loose_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
