@@ -112,6 +112,7 @@ FURTHER = [
     ("masked", "deberta-v2"),
     ("image", "efficientnet"),
     ("causal", "gpt_bigcode"),
+    ("causal", "granitemoeshared"),
     ("causal", "moshi"),
 ]
 

@@ -26,7 +26,15 @@ InnerSides = Callable[[Layers, str], "set[tuple[str, Side]]"]
 # Whose heads: those of queries, or the key/value heads that queries share.
 HeadsOf = Literal["queries", "keys"]
 Role = Literal[
-    "hidden_size", "inner_width", "expert_width", "heads", "key_value_heads", "attention_width", "head_size", "experts"
+    "hidden_size",
+    "inner_width",
+    "expert_width",
+    "shared_width",
+    "heads",
+    "key_value_heads",
+    "attention_width",
+    "head_size",
+    "experts",
 ]
 
 

@@ -71,7 +71,9 @@ def _config_keys(layers: Layers, name: str) -> tuple[str, ...]:
     if "shared_expert" in name:
         # If several experts are shared, DeepSeek's config counts their product.
         one = getattr(layers.config, "n_shared_experts", None) == 1
-        return ("shared_expert_intermediate_size", *(config_keys("expert_width") if one else ()))
+        return (*config_keys("shared_width"), *(config_keys("expert_width") if one else ()))
+    if "shared_mlp" in name:  # Hunyuan's config has one width for all
+        return (*config_keys("shared_width"), *config_keys("inner_width"))
     if ".experts." in name:
         return (*config_keys("expert_width"), *config_keys("inner_width"))
     return config_keys("inner_width")

@@ -32,6 +32,12 @@ _FAMILIES = (
             "hidden_size": ("hidden_size",),
             "inner_width": ("intermediate_size", "ffn_dim", "n_inner", "hidden_dim", "d_ff"),
             "expert_width": ("moe_intermediate_size",),
+            "shared_width": (
+                "shared_expert_intermediate_size",
+                "shared_intermediate_size",  # Granite, MiniMax-M3
+                "moe_shared_expert_intermediate_size",  # Nemotron-H
+                "share_expert_dim",  # Step 3.5 and 3.7
+            ),
             "key_value_heads": ("num_key_value_heads",),
             "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         },
@@ -103,6 +109,8 @@ _FAMILIES = (
         outputs=("c_proj",),
         attributes={"attention_width": ("split_size",)},
     ),
+    # The shared experts of Granite's mixtures, in Granite 4's dense models the only feed-forward block: [gate | up].
+    Family("granite", fused_feed_forwards=(("input_linear", "output_linear"),)),
     # gpt-oss, Flint, Granite with sliding windows: every head has a sink, an additional logit in its softmax.
     Family("gpt_oss", head_parameters={"sinks": 0}),
     # LUKE, Nystromformer: further projections, or filters over positions, with a part for every head.

@@ -1,0 +1,57 @@
+"""Families with a mechanism of their own: every block of a tiny model is found, and removed exactly, by the sweep's
+own examination in float64: sliced against masked, saved and loaded, scores against explicit autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
+
+from sweep_configs import OVERRIDES  # noqa: E402
+from sweep_model import built, examine, in_float64, model_class  # noqa: E402
+
+from obc.structures.transformers import TransformersStructure  # noqa: E402
+
+# (task, model type, sizes of its config) -> groups of each kind. All of the model is in one of them.
+WHOLE: dict[tuple[str, str, tuple[tuple[str, Any], ...]], dict[str, int]] = {
+    ("causal", "granitemoeshared", ()): {"heads": 2, "experts": 2, "expert_ffn": 2, "ffn": 2},
+    ("causal", "granitemoehybrid", (("num_local_experts", 0),)): {
+        "mixer_heads": 2,
+        "ffn": 2,
+    },  # Granite 4's dense models
+}
+
+
+@pytest.mark.parametrize(("task", "model_type", "sizes"), WHOLE, ids=str)
+def test_every_block_is_found_and_removed_exactly(
+    task: str, model_type: str, sizes: tuple[tuple[str, Any], ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OVERRIDES, model_type, OVERRIDES.get(model_type, {}) | dict(sizes))
+    found = examine(task, model_type)
+    assert found is not None
+    assert (found.built, found.wrong, found.left_out) == ("", "", {})
+    assert found.kinds == WHOLE[task, model_type, sizes]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "key"),
+    [
+        ("granitemoehybrid", "shared_intermediate_size"),
+        ("nemotron_h", "moe_shared_expert_intermediate_size"),
+        ("qwen2_moe", "shared_expert_intermediate_size"),
+    ],
+)
+def test_the_config_counts_the_channels_of_shared_experts(model_type: str, key: str) -> None:
+    with in_float64(model_class("causal", model_type)[1]):
+        model = built("causal", model_type)
+    structure = TransformersStructure(model, ["ffn"])
+    shared = {name: group for name, group in structure.blocks.items() if ".shared_" in name}
+    assert shared
+    before = getattr(model.config, key)
+    structure.remove({name: torch.arange(before // 4) for name in shared})
+    assert structure.config_refused is None
+    assert getattr(model.config, key) == before - before // 4
