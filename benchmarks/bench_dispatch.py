@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import obc
 from benchmarks.harness import Case, Provider, main
 from obc import ops, reference
-from obc.scoring.reading import native_gates
+from obc.backends import native_gates
 
 _SIZE = 8
 # Layers of the two chains whose difference gives the cost of one gate, and of the fewest seconds of how many rounds.

@@ -1,8 +1,10 @@
 // Gates in C++ for Python: an autograd node (gate_node.h), and what a reader's hooks do in every row after the checking
-// row. All other cases are handled by python/obc/scoring/reading/gates.py and module_readers.py.
+// row. All other cases are handled by python/obc/scoring/reading/gates.py and module_readers.py. Besides, the operator
+// channel_dot for small calls, whose checks take Python longer than the kernel.
 //
 // Nodes are not in LibTorch's stable ABI: this library works with the torch and Python that it was built for.
 
+#include <ATen/PythonTorchFunctionTLS.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -40,6 +42,58 @@ PyObject* gate_function(PyObject*, PyObject* const* args, Py_ssize_t count) {
       " dimensions"
   );
   return THPVariable_Wrap(pass_gate(activation, THPVariable_Unpack(args[1]), dot));
+  END_HANDLE_TH_ERRORS
+}
+
+// --- channel_dot -------------------------------------------------------------------------------------------------
+
+// Whether no mode, transform or trace sees the operators that this thread calls.
+bool nothing_intercepts() {
+  using c10::DispatchKey;
+  constexpr c10::DispatchKeySet usual(
+      {DispatchKey::BackendSelect, DispatchKey::ADInplaceOrView, DispatchKey::AutocastCPU, DispatchKey::AutocastCUDA}
+  );
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  return ((local.included_ - local.excluded_).raw_repr() & ~usual.raw_repr()) == 0 &&
+         at::impl::PythonTorchFunctionTLS::stack_len() == 0;
+}
+
+bool is_recorded(const Tensor& tensor) {
+  return (at::GradMode::is_enabled() && tensor.requires_grad()) || torch::autograd::isFwGradDefined(tensor);
+}
+
+struct WithoutGil {
+  PyThreadState* state = PyEval_SaveThread();
+  ~WithoutGil() { PyEval_RestoreThread(state); }
+};
+
+// channel_dot(activation, grad, channel_dim, per_sample): the operator's result for arguments without fault that only
+// the kernel has to see, or NotImplemented. python/obc/ops/channel_dot.py checks and dispatches all others.
+PyObject* channel_dot_function(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK_TYPE(count == 4, "channel_dot takes 4 arguments, got ", count);
+  const bool typed = THPVariable_CheckExact(args[0]) && THPVariable_CheckExact(args[1]) && PyLong_CheckExact(args[2]) &&
+                     PyBool_Check(args[3]);
+  if (!typed || !nothing_intercepts()) Py_RETURN_NOTIMPLEMENTED;
+  const Tensor &activation = THPVariable_Unpack(args[0]), &grad = THPVariable_Unpack(args[1]);
+  const int64_t dims = activation.dim(), counted = PyLong_AsLongLong(args[2]);
+  if (counted == -1 && PyErr_Occurred()) throw python_error();
+  const Dot dot = {counted < 0 ? counted + dims : counted, args[3] == Py_True, /*fold=*/1};
+  if (dot.channel_dim < 0 || dot.channel_dim >= dims || (dot.per_sample && dot.channel_dim == 0) ||
+      !dtype_of(activation).has_value() || !kernel_serves(activation, grad) || is_recorded(activation) ||
+      is_recorded(grad)) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  const int64_t channels = activation.size(dot.channel_dim);
+  const auto options = activation.options().dtype(accumulation_dtype(activation));
+  Tensor sums;
+  {
+    const WithoutGil unlocked;
+    const at::AutoDispatchBelowADInplaceOrView below;
+    sums = dot.per_sample ? at::empty({activation.size(0), channels}, options) : at::empty({channels}, options);
+    run_kernel(activation, grad, dot, sums.mutable_data_ptr());
+  }
+  return THPVariable_Wrap(sums);
   END_HANDLE_TH_ERRORS
 }
 
@@ -302,6 +356,10 @@ PyMethodDef functions[] = {
      reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(gate_function)),
      METH_FASTCALL,
      "gate(activation, gate, channel_dim, per_sample, fold): an identity that reads a row, or NotImplemented"},
+    {"channel_dot",
+     reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(channel_dot_function)),
+     METH_FASTCALL,
+     "channel_dot(activation, grad, channel_dim, per_sample): the operator's result, or NotImplemented"},
     {nullptr, nullptr, 0, nullptr}
 };
 

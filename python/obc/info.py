@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from obc import backends
+from obc.backends import native_gates
 from obc.distribution import DISTRIBUTION, NATIVE_REMEDY, obc_version
-from obc.scoring.reading import native_gates
 
 ENVIRONMENT = {
     "OBC_BACKEND": "the backend of every operator (read when obc is imported)",

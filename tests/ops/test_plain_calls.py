@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import obc
 from obc import ops
+from obc.backends import native_gates
 from obc.backends.operators import OPERATORS
 
 # fold by matrix products is no operator on a CPU.
@@ -65,6 +67,24 @@ def test_plain_tensors_go_straight_to_the_backend(op: str, pair: tuple[Tensor, T
     with torch.no_grad():
         CALLS[op](torch.nn.Parameter(pair[0], requires_grad=op != "end_row"), pair[1])
     assert dispatched == []
+
+
+@pytest.mark.skipif(native_gates.why_unavailable() is not None, reason="the library of gates was not built")
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_channel_dot_without_python_is_the_operator_to_the_bit(
+    dtype: torch.dtype, per_sample: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a, g = (torch.randn(3, 5, 4, 2).to(dtype).transpose(1, 2) for _ in range(2))
+    expected = torch.ops.obc.channel_dot(a, g, -2, per_sample)
+    monkeypatch.setattr(sys.modules["obc.ops.channel_dot"], "call", lambda *_: None)  # the checks in Python
+    got = ops.channel_dot(a, g, -2, per_sample)
+    assert got.dtype == expected.dtype
+    assert torch.equal(got, expected)
+    with obc.use_backend("reference"):
+        assert ops.channel_dot(a, g, -2, per_sample) is None
+    monkeypatch.setenv(native_gates.SWITCH, "0")
+    assert ops.channel_dot(a, g, -2, per_sample) is None
 
 
 def in_dispatch_mode(call: Callable[..., Any], pair: tuple[Tensor, Tensor]) -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import obc
+from obc.backends import native_gates
 from obc.backends.native import FOLDER
 from obc.distribution import obc_version
-from obc.scoring.reading import native_gates
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from obc.scoring.reading import native_gates
+from obc.backends import native_gates
 
 
 @pytest.fixture(params=["native", "python"])

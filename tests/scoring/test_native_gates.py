@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import obc
+from obc.backends import native_gates
 from obc.scoring import ScoringError
-from obc.scoring.reading import native_gates
 from obc.scoring.reading.gates import Gate, pass_gate
 
 needs_library = pytest.mark.skipif(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from obc.backends import native_gates
 from obc.ops.checks import check_alike, check_floating, counted_from_0, require
 from obc.ops.registration import call, register, run
 from obc.reference import accumulation_dtype
@@ -79,5 +81,8 @@ def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: 
     Raises:
         ValueError, TypeError, IndexError: shapes, dtypes or devices differ, or ``channel_dim`` is out of range.
     """
-    dot: Tensor = call("channel_dot", (activation, grad), activation, grad, channel_dim, per_sample)
-    return dot
+    if not torch.compiler.is_compiling() and (native := native_gates.library()) is not None:
+        dot = native.channel_dot(activation, grad, channel_dim, per_sample)
+        if dot is not NotImplemented:
+            return dot  # type: ignore[no-any-return]
+    return call("channel_dot", (activation, grad), activation, grad, channel_dim, per_sample)  # type: ignore[no-any-return]

@@ -4,7 +4,7 @@ A gate is a zero leaf with one entry per channel (for sample rows per sample and
 activation through an identity. The identity's backward returns the gradient unchanged and gives the gate
 ``channel_dot(activation, gradient)``. The gate's ``.grad`` is preset to a slice of one flat vector, so autograd adds
 every use, micro-batch and checkpointed segment directly into it. Nothing has side effects, so ``torch.compile`` traces
-it. :mod:`obc.scoring.reading.native_gates` does the same in C++.
+it. :mod:`obc.backends.native_gates` does the same in C++.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn.utils.rnn import PackedSequence
 
+from obc.backends import native_gates
 from obc.model.hooks import hook_before_others
 from obc.model.rules import Rule
 from obc.model.sharding import is_dtensor
-from obc.scoring.reading import native_gates
 from obc.scoring.reading.chain_candidates import Candidates, Pending
 from obc.scoring.reading.chains import Chains
 from obc.scoring.reading.flat_row import Slot

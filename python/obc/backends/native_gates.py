@@ -1,6 +1,7 @@
 """Gates in C++ (``csrc/torch_gates.cpp``), used if they were built for the running torch and Python.
 
-They read the same rows as :mod:`obc.scoring.reading.gates`, bit for bit, in a sixth of the time. A library with
+They read the same rows as :mod:`obc.scoring.reading.gates`, bit for bit, in a sixth of the time. The library also has
+``channel_dot`` with its checks, for which Python takes longer than the kernel of a small call. A library with
 autograd nodes serves one version of torch, so its file name contains that version. Without a library for this one, with
 ``OBC_NATIVE_GATES=0`` and under ``torch.compile``, the gates in Python are used.
 """
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 
 from obc import backends
+from obc.backends.native import FOLDER, LibraryMismatchError
+from obc.distribution import REBUILD
 
 logger = logging.getLogger("obc")
 
@@ -31,7 +34,7 @@ def path() -> Path:
     """The path of the library for this torch and this Python, whether or not it was built."""
     version = ".".join(torch.__version__.split(".")[:2])
     name = f"gates-torch{version}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    return Path(__file__).resolve().parents[2] / "_lib" / name
+    return FOLDER / name
 
 
 @functools.cache
@@ -47,6 +50,11 @@ def _load() -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if missing := [name for name in ("gate", "Gate", "channel_dot") if not hasattr(module, name)]:
+        raise LibraryMismatchError(
+            f"{path().name} was built from another version of obc than its Python code: it lacks "
+            f"{', '.join(missing)}. Rebuild it: {REBUILD}"
+        )
     return module
 
 
