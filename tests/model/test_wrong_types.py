@@ -4,6 +4,7 @@ received, before anything runs; none comes from inside obc or torch."""
 from __future__ import annotations
 
 import copy
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -257,21 +258,100 @@ def test_tensors_with_one_entry_are_budgets() -> None:
 
 
 W = torch.ones(4, 3)
-OPERATORS: Calls = {
+
+
+def test_scales_may_be_tensors_of_one_entry() -> None:
+    for scale in (2.0, 2, np.float64(2), torch.tensor(2.0), torch.tensor([2.0])):
+        scores = torch.zeros(3)
+        assert obc.ops.end_row(scores, torch.full((3,), 4.0), scale)
+        assert scores.tolist() == [4.0] * 3
+    with pytest.raises(TypeError, match=r"^obc::end_row: loss_scale must be a number, got tensor"):
+        obc.ops.end_row(torch.zeros(3), torch.ones(3), torch.ones(3))
+
+
+def test_counts_may_be_numpys() -> None:
+    one = np.int64(1)
+    assert obc.ops.channel_dot(W, W, one).tolist() == [4.0] * 3
+    assert obc.ops.weight_dot(W, W, groups=one)[0].tolist() == [3.0] * 4
+    assert obc.ops.weight_dot_list([W], [W], groups=[one])[0][0].tolist() == [3.0] * 4
+    assert obc.ops.fold(W, groups=one, in_repeat=one).tolist() == W.tolist()
+
+
+def test_lists_of_layers_may_be_any_iterables() -> None:
+    """An iterator used to be read before the operator saw it: the result was empty."""
+    layers = [torch.randn(4, 3), torch.randn(2, 5)]
+    wanted = [(layer * layer).sum(1) for layer in layers]
+    for given in (lambda: layers, lambda: tuple(layers), lambda: iter(layers), lambda: nn.ParameterList(layers)):
+        found, _ = obc.ops.weight_dot_list(given(), (layer for layer in layers))
+        torch.testing.assert_close(found, wanted)
+
+
+TENSORS: Calls = {
     "channel_dot: activation": lambda one: obc.ops.channel_dot(one, W, 1),
     "channel_dot: grad": lambda one: obc.ops.channel_dot(W, one, 1),
     "channel_moments: x": lambda one: obc.ops.channel_moments(one, 1),
     "weight_dot: weight": lambda one: obc.ops.weight_dot(one, W),
     "weight_dot: grad": lambda one: obc.ops.weight_dot(W, one),
+    "weight_dot_list: weights[0]": lambda one: obc.ops.weight_dot_list([one], [W]),
+    "weight_dot_list: grads[1]": lambda one: obc.ops.weight_dot_list([W, W], [W, one]),
+    "weight_moments: weight": lambda one: obc.ops.weight_moments(one, W),
     "weight_moments: grad": lambda one: obc.ops.weight_moments(W, one),
+    "fold: weight": lambda one: obc.ops.fold(one, W),
     "end_row: scores": lambda one: obc.ops.end_row(one, W[0]),
+    "end_row: row": lambda one: obc.ops.end_row(W[0].clone(), one),
 }
+OPTIONAL_TENSORS: Calls = {
+    "channel_moments: mask": lambda one: obc.ops.channel_moments(W, 1, one),
+    "weight_dot: bias": lambda one: obc.ops.weight_dot(W, W, one, W[0]),
+    "weight_dot_list: biases[0]": lambda one: obc.ops.weight_dot_list([W], [W], [one], [W[0]]),
+    "fold: compressor": lambda one: obc.ops.fold(W, one),
+    "fold: decompressor": lambda one: obc.ops.fold(W, None, one),
+    "end_row: groups": lambda one: obc.ops.end_row(W[0].clone(), W[0].clone(), 1.0, one),
+}
+LISTS: Calls = {
+    "weight_dot_list: weights": lambda one: obc.ops.weight_dot_list(one, [W]),
+    "weight_dot_list: grads": lambda one: obc.ops.weight_dot_list([W], one),
+}
+INTEGERS: Calls = {
+    "channel_dot: channel_dim": lambda one: obc.ops.channel_dot(W, W, one),
+    "channel_moments: channel_dim": lambda one: obc.ops.channel_moments(W, one),
+    "weight_dot: groups": lambda one: obc.ops.weight_dot(W, W, groups=one),
+    "weight_dot_list: groups[0]": lambda one: obc.ops.weight_dot_list([W], [W], groups=[one]),
+    "fold: groups": lambda one: obc.ops.fold(W, groups=one),
+    "fold: in_repeat": lambda one: obc.ops.fold(W, in_repeat=one),
+}
+TRUTHS: Calls = {
+    "channel_dot: per_sample": lambda one: obc.ops.channel_dot(W, W, 1, one),
+    "weight_dot: transposed": lambda one: obc.ops.weight_dot(W, W, transposed=one),
+    "weight_dot_list: transposed[0]": lambda one: obc.ops.weight_dot_list([W], [W], transposed=[one]),
+}
+NO_TENSORS = (W.numpy(), "w", 3, [W])
+WRONG = (
+    (TENSORS, "a tensor", (None, *NO_TENSORS)),
+    (OPTIONAL_TENSORS, "a tensor", NO_TENSORS),
+    (LISTS, "a list with one entry per layer", (None, 3)),
+    (INTEGERS, "an integer", (None, 1.0, "1", W.numpy(), W)),
+    (TRUTHS, "True or False", (None, "no", 2, W)),
+)
 
 
-@pytest.mark.parametrize("call", OPERATORS)
-def test_none_in_the_place_of_a_tensor(call: str) -> None:
-    with pytest.raises(TypeError, match=f"^obc::{call} must be a tensor, got None"):
-        OPERATORS[call](None)
+@pytest.mark.parametrize("backend", obc.backends.available())
+def test_what_an_operator_does_not_take(backend: str) -> None:
+    for calls, kind, values in WRONG:
+        for argument, call in calls.items():
+            for value in values:
+                with (
+                    obc.use_backend(backend),
+                    pytest.raises(TypeError, match=re.escape(f"obc::{argument} must be {kind}, got ")),
+                ):
+                    call(value)
+
+
+@pytest.mark.parametrize("op", ["channel_dot", "weight_dot", "weight_moments", "fold", "end_row"])
+def test_none_to_the_dispatcher(op: str) -> None:
+    """torch passes None on in the place of a tensor."""
+    with pytest.raises(TypeError, match=f"^obc::{op}: .* must be a tensor, got None"):
+        getattr(torch.ops.obc, op)(None, W, *[0] * (op == "channel_dot"))
 
 
 def test_a_path_object_is_a_path(tmp_path: Path) -> None:

@@ -85,4 +85,4 @@ def channel_dot(activation: Tensor, grad: Tensor, channel_dim: int, per_sample: 
         dot = native.channel_dot(activation, grad, channel_dim, per_sample)
         if dot is not NotImplemented:
             return dot  # type: ignore[no-any-return]
-    return call("channel_dot", (activation, grad), activation, grad, channel_dim, per_sample)  # type: ignore[no-any-return]
+    return call("channel_dot", activation, grad, channel_dim, per_sample)  # type: ignore[no-any-return]

@@ -72,5 +72,5 @@ def channel_moments(x: Tensor, channel_dim: int, mask: Tensor | None = None) -> 
         ValueError, TypeError, IndexError: ``channel_dim`` is 0 or out of range, x is not floating, or the mask does not
             fit.
     """
-    moments: tuple[Tensor, Tensor, Tensor, Tensor] = call("channel_moments", (x, mask), x, channel_dim, mask)
+    moments: tuple[Tensor, Tensor, Tensor, Tensor] = call("channel_moments", x, channel_dim, mask)
     return moments

@@ -99,7 +99,7 @@ def _end_row(*arguments: Any) -> Tensor:
 register("end_row", _check, _empty, None, _end_row)  # refuses inputs that require grad: it changes them in place
 
 
-def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor | None = None) -> Tensor:
+def end_row(scores: Tensor, row: Tensor, loss_scale: float | Tensor = 1.0, groups: Tensor | None = None) -> Tensor:
     """End a row: scores[groups[c]] += (row[c] / loss_scale)^2, then row = 0, both in place and in one pass.
 
     If a square is not finite, nothing is added; the row is zeroed in any case.
@@ -107,7 +107,8 @@ def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor
     Args:
         scores: flat float32 or float64 vector, one entry per group, or per channel without ``groups``.
         row: flat vector of the same dtype and device, one entry per channel; shares no entry with ``scores``.
-        loss_scale: the factor that the loss was multiplied by (a gradient scaler's scale).
+        loss_scale: the factor that the loss was multiplied by (a gradient scaler's scale); a tensor of one entry is
+            read, for which a GPU is waited for.
         groups: int64 vector, the group of each channel: ascending, from 0 and below the length of ``scores``. Others
             are a ValueError on a CPU. A GPU can't be asked without waiting for it: there its kernels add nothing and
             return False, as for a square that is not finite.
@@ -119,5 +120,7 @@ def end_row(scores: Tensor, row: Tensor, loss_scale: float = 1.0, groups: Tensor
         ValueError, TypeError: shapes, dtypes or devices don't fit, or scores and row share memory.
         RuntimeError: an input requires grad.
     """
-    finite: Tensor = call("end_row", (scores, row, groups), scores, row, loss_scale, groups)
+    if isinstance(loss_scale, Tensor) and loss_scale.numel() == 1:
+        loss_scale = loss_scale.item()
+    finite: Tensor = call("end_row", scores, row, loss_scale, groups)
     return finite

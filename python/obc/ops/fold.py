@@ -10,7 +10,7 @@ from torch import Tensor
 from obc import backends
 from obc.backends import gemm
 from obc.ops.checks import check_same_kind, check_weight, require
-from obc.ops.registration import call, register, run
+from obc.ops.registration import call, register, run, typed
 
 
 def _check_factor(name: str, factor: Tensor, weight: Tensor, side: int, size: int, groups: int) -> int:
@@ -139,12 +139,16 @@ def fold(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices don't fit.
     """
+    compiling = torch.compiler.is_compiling()  # Dynamo can't trace the checks' messages; the products check shapes too
+    if not compiling:
+        weight, compressor, decompressor, groups, in_repeat = typed(
+            "fold", weight, compressor, decompressor, groups, in_repeat
+        )
     if weight.device.type == "cpu" and backends.requested() in (None, "cpu"):
         # On the CPU fold is matrix products that autograd knows, not an operator of ours: its backward can reuse the
         # first product, and a small weight does not pay for the dispatcher.
-        if not torch.compiler.is_compiling():  # Dynamo can't trace the checks' messages; the products check shapes too
+        if not compiling:
             _folded_shape(weight, compressor, decompressor, groups, in_repeat)
         return gemm.fold(weight, compressor, decompressor, groups, in_repeat)
-    tensors = (weight, compressor, decompressor)
-    folded: Tensor = call("fold", tensors, *tensors, groups, in_repeat)
+    folded: Tensor = call("fold", weight, compressor, decompressor, groups, in_repeat)
     return folded

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import numbers
+import reprlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,6 +22,29 @@ _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 _dispatched = torch.ops.obc
 for _operator in TABLE:
     _LIBRARY.define(_operator.name + _operator.schema)
+# A schema's type -> Python's, and what messages call a value of it.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "TensorType": ((Tensor,), "a tensor"),
+    "BoolType": ((bool, torch.SymBool), "True or False"),
+    "IntType": ((int, torch.SymInt, numbers.Integral), "an integer"),
+    "FloatType": ((float, torch.SymFloat, numbers.Real), "a number"),
+}
+
+
+@functools.cache
+def _types(op: str) -> list[tuple[str, tuple[type, ...], str, bool, bool]]:
+    """Every argument of a schema: name, types, what messages call one, whether it is a list, whether it may be None."""
+    found = []
+    for argument in getattr(torch.ops.obc, op).default._schema.arguments:
+        kind, optional, listed = argument.type, False, False
+        if kind.kind() == "OptionalType":
+            kind, optional = kind.getElementType(), True
+        if kind.kind() == "ListType":
+            kind, listed = kind.getElementType(), True
+        gaps = kind.kind() == "OptionalType"
+        types, said = _KINDS[(kind.getElementType() if gaps else kind).kind()]
+        found.append((argument.name, (*types, type(None)) if gaps else types, said, listed, optional))
+    return found
 
 
 def check_arguments(op: str, *arguments: Any) -> tuple[Any, ...]:
@@ -31,38 +57,73 @@ def run(op: str, like: Tensor, *arguments: Any) -> Any:
     return backends.resolve(op, like.device.type, like.dtype, like.numel())(*arguments)
 
 
-def call(op: str, tensors: Sequence[Tensor | None], *arguments: Any) -> Any:
-    """``torch.ops.obc.<op>(*arguments)``, but not through torch's dispatcher where it would only pass ``tensors`` on.
+def call(op: str, *arguments: Any) -> Any:
+    """``torch.ops.obc.<op>(*arguments)``, but not through torch's dispatcher where it would only pass tensors on.
 
     The dispatcher and its formulas in Python take twice as long as the checks and the kernel of a small call.
 
     Raises:
+        TypeError: an argument is of another type than the schema says.
         RuntimeError: a tensor has a tangent of forward-mode differentiation, which torch's dispatcher would drop.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling:
-        _refuse_tangents(op, tensors)
-    dispatched = compiling or _intercepted() or not _all_plain(tensors)
-    if not dispatched:
-        try:
-            return _IMPLEMENTATIONS[op](*arguments)
-        except (AttributeError, TypeError):
-            # The schema names what is of a wrong type, except None in a tensor's place; a check raises its error again.
-            _refuse_none(op, arguments)
-    return getattr(_dispatched, op)(*arguments)
+    if torch.compiler.is_compiling():
+        return getattr(_dispatched, op)(*arguments)
+    given = typed(op, *arguments)
+    tensors = _tensors(given)
+    _refuse_tangents(op, tensors)
+    if _intercepted() or not _all_plain(tensors):
+        return getattr(_dispatched, op)(*given)
+    return _IMPLEMENTATIONS[op](*given)
 
 
-def _refuse_none(op: str, arguments: Sequence[Any]) -> None:
-    for argument, value in zip(getattr(_dispatched, op).default._schema.arguments, arguments, strict=False):
-        if value is None and str(argument.type) == "Tensor":
-            raise TypeError(f"obc::{op}: {argument.name} must be a tensor, got None")
+def typed(op: str, *arguments: Any) -> list[Any]:
+    """The arguments, of the types in the operator's schema; NumPy's numbers become Python's.
+
+    Not every backend looks at types: to some any text is true, and torch passes on None for a tensor.
+
+    Raises:
+        TypeError: an argument is of another type; the message names it.
+    """
+    found: list[Any] = []
+    for (name, types, kind, listed, optional), value in zip(_types(op), arguments, strict=False):
+        if value is None and optional:
+            found.append(None)
+        elif not listed:
+            found.append(_entry(op, name, types, kind, value))
+        elif not isinstance(value, (list, tuple)):
+            raise TypeError(f"obc::{op}: {name} must be a list with one entry per layer, got {_received(value)}")
+        else:
+            found.append([_entry(op, f"{name}[{i}]", types, kind, entry) for i, entry in enumerate(value)])
+    return found
 
 
-def _refuse_tangents(op: str, tensors: Iterable[Tensor | None]) -> None:
+def _entry(op: str, name: str, types: tuple[type, ...], kind: str, value: Any) -> Any:
+    if type(value) in types:
+        return value
+    if not isinstance(value, types):
+        raise TypeError(f"obc::{op}: {name} must be {kind}, got {_received(value)}")
+    return types[0](value) if isinstance(value, numbers.Number) else value
+
+
+def _received(value: Any) -> str:
+    return "None" if value is None else f"{reprlib.repr(value)}, a {type(value).__name__}"
+
+
+def _tensors(arguments: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for value in arguments:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list):
+            found += [entry for entry in value if isinstance(entry, Tensor)]
+    return found
+
+
+def _refuse_tangents(op: str, tensors: Iterable[Tensor]) -> None:
     if forward_ad._current_level < 0:  # outside of dual_level and torch.func.jvp
         return
     for place, tensor in enumerate(tensors):
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if forward_ad.unpack_dual(tensor).tangent is not None:
             raise RuntimeError(
                 f"obc::{op} has no forward-mode derivative, but tensor {place} of its inputs has a tangent; use "
                 f"reverse mode, or obc.reference.{op}, which torch differentiates"
@@ -79,12 +140,10 @@ def _intercepted() -> bool:
     )
 
 
-def _all_plain(tensors: Iterable[Tensor | None]) -> bool:
+def _all_plain(tensors: Iterable[Tensor]) -> bool:
     """Whether none is of a subclass, recorded by autograd, or a view that is negated when read."""
     recorded = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is None:
-            continue
         if type(tensor) not in (Tensor, nn.Parameter) or (recorded and tensor.requires_grad) or tensor.is_neg():
             return False
     return True
@@ -119,6 +178,7 @@ def register(
     _IMPLEMENTATIONS[op] = implementation or checked
 
     def dispatched(*arguments: Any) -> Any:
+        typed(op, *arguments)
         if forward_ad._current_level >= 0:  # a raw call; torch.func.jvp has unwrapped its tensors before it comes here
             _refuse_tangents(op, [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)])
         return _IMPLEMENTATIONS[op](*arguments)

@@ -116,6 +116,5 @@ def weight_dot(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices don't fit.
     """
-    arguments = (weight, grad, bias, bias_grad, groups, transposed)
-    dots: tuple[Tensor, Tensor] = call("weight_dot", arguments[:4], *arguments)
+    dots: tuple[Tensor, Tensor] = call("weight_dot", weight, grad, bias, bias_grad, groups, transposed)
     return dots

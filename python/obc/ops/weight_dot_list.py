@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -82,10 +82,9 @@ def weight_dot_list(
         The list of out_dots and the list of in_dots, one entry per layer. Not differentiable.
 
     Raises:
-        ValueError, TypeError: the lists differ in length, or a layer's tensors don't fit.
+        ValueError, TypeError: the lists differ in length, are no lists, or a layer's tensors don't fit.
     """
-    tensors = (*weights, *grads, *(biases or ()), *(bias_grads or ()))
-    dots: tuple[list[Tensor], list[Tensor]] = call(
-        "weight_dot_list", tensors, weights, grads, biases, bias_grads, groups, transposed
-    )
+    columns = (weights, grads, biases, bias_grads, groups, transposed)
+    given = [list(column) if isinstance(column, Iterable) else column for column in columns]  # an iterator is read once
+    dots: tuple[list[Tensor], list[Tensor]] = call("weight_dot_list", *given)
     return dots

@@ -40,5 +40,5 @@ def weight_moments(weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor
     Raises:
         ValueError, TypeError: shapes, dtypes or devices don't fit.
     """
-    moments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = call("weight_moments", (weight, grad), weight, grad)
+    moments: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = call("weight_moments", weight, grad)
     return moments
