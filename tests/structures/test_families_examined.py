@@ -19,6 +19,8 @@ from obc.structures.transformers import TransformersStructure  # noqa: E402
 # (task, model type, sizes of its config) -> groups of each kind. All of the model is in one of them.
 WHOLE: dict[tuple[str, str, tuple[tuple[str, Any], ...]], dict[str, int]] = {
     ("causal", "granitemoeshared", ()): {"heads": 2, "experts": 2, "expert_ffn": 2, "ffn": 2},
+    ("causal", "lfm2_moe", ()): {"mixer_channels": 1, "heads": 1, "experts": 1, "expert_ffn": 1, "ffn": 1},
+    ("image-text", "lfm3_vl", ()): {"mixer_channels": 2, "heads": 3, "ffn": 5},
     ("causal", "granitemoehybrid", (("num_local_experts", 0),)): {
         "mixer_heads": 2,
         "ffn": 2,

@@ -21,6 +21,7 @@ OTHERS = ("zamba", "xlstm", "recurrent_gemma")
 # Model types with kinds of their own -> these, and how many groups of each two layers have.
 KINDS = {
     "rwkv": {"mixer_channels": 2, "ffn": 2},
+    "lfm2": {"mixer_channels": 1, "ffn": 2, "heads": 1},
     "jetmoe": {"heads": 2, "experts": 4, "expert_ffn": 2},
 }
 
@@ -72,6 +73,26 @@ def test_half_of_the_heads_load_by_from_pretrained_and_generate(model: Any, tmp_
     mask = torch.ones_like(prompt)
     cached = model.generate(prompt, attention_mask=mask, use_cache=True, **how)
     assert torch.equal(cached, model.generate(prompt, attention_mask=mask, use_cache=False, **how))
+
+
+@pytest.mark.parametrize("model", ["lfm2"], indirect=True)
+def test_a_narrower_short_convolution_generates_with_its_cache(model: Any) -> None:
+    structure = TransformersStructure(model, ["mixer_channels"])
+    structure.remove({group.name: torch.arange(0, group.size, 3) for group in structure.groups})
+    how = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    prompt = inputs_of("causal", model)["input_ids"][:1, :6]
+    how["attention_mask"] = torch.ones_like(prompt)
+    cached = model.generate(prompt, use_cache=True, **how)
+    assert torch.equal(cached, model.generate(prompt, use_cache=False, **how))
+
+
+@pytest.mark.parametrize("model", ["lfm2", "recurrent_gemma"], indirect=True)
+def test_the_residual_stream_goes_past_a_convolution_as_wide_as_itself(model: Any) -> None:
+    batch = inputs_of("causal", model)
+    structure = TransformersStructure(model, ["embedding"])
+    (group,) = structure.groups
+    assert not [part.module for part in group.slices if part.module.endswith((".conv", ".conv_1d"))]
+    assert prove(structure, lambda copied: tensors(copied(**batch))).proved == [group.name]
 
 
 @pytest.mark.parametrize("model", ["falcon_h1"], indirect=True)

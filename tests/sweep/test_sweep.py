@@ -113,6 +113,7 @@ FURTHER = [
     ("image", "efficientnet"),
     ("causal", "gpt_bigcode"),
     ("causal", "granitemoeshared"),
+    ("causal", "lfm2"),
     ("causal", "moshi"),
 ]
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from obc.model.groups import ChannelGroup, Side, Slice
+from obc.model.layouts import is_depthwise
 from obc.model.names import joined
 from obc.structures.transformers import attention
 from obc.structures.transformers.axes import Axis
@@ -34,6 +35,8 @@ def embedding(layers: Layers, inner: Mapping[str, Block], left_out: Mapping[str,
     taken = {(part.module, part.side) for block in inner.values() for part in block.group.slices}
     attending = {name: sides for name in layers.modules if (sides := _attention_sides(layers, name)) is not None}
     taken |= {side for sides in attending.values() for side in sides}
+    # Both sides of a depthwise convolution are the same channels.
+    taken |= {(name, "in") for name, _ in taken if name in layers.modules and is_depthwise(layers.modules[name])}
     slices, axes = _stream(layers, hidden, taken)
     yield Block(
         ChannelGroup(embedding_name(layers), tuple(slices), "embedding"),
