@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from obc.commands import bench, completion, criteria, demo, evaluate, info, prune, recover, report, score
-from obc.commands.common import BROKEN_PIPE, INTERRUPTED, USAGE_ERROR, OneLineParser, UsageError
+from obc.commands.common import BROKEN_PIPE, INTERRUPTED, USAGE_ERROR, OneLineParser, UsageError, refuse_overwriting
 from obc.commands.run_log import run_log
 from obc.distribution import DISTRIBUTION, obc_version
 
@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     parsed.parser = parser
     try:
+        refuse_overwriting(parsed)
         with _plain_warnings(), _progress_lines(), run_log(getattr(parsed, "log", None), arguments):
             return int(parsed.command(parsed))
     except UsageError as error:

@@ -30,7 +30,7 @@ def refuse_non_paths(name: str, value: object) -> None:
 
 
 @contextlib.contextmanager
-def _os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+def os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Errors of the operating system that a library, such as safetensors, raises as its own become OSErrors again."""
     try:
         yield
@@ -42,26 +42,51 @@ def _os_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def made_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """``path`` as a folder; what was missing of it is removed again if it is empty when the block ends."""
+    target = Path(path)
+    missing = [one for one in (target, *target.parents) if not os.path.lexists(one)]
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        yield target
+    finally:
+        for one in missing:
+            with contextlib.suppress(OSError):  # something is in it
+                one.rmdir()
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str], dpi: int) -> None:
+    """Write a figure of matplotlib completely or not at all, in the format of the path's suffix, by default PNG."""
+    target = Path(path)
+    target = target if target.suffix else target.with_name(f"{target.name}.png")
+    with atomic_write(target) as file:
+        figure.savefig(file, dpi=dpi, format=target.suffix[1:])
+
+
+@contextlib.contextmanager
 def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary folder whose files are all moved into ``path`` when the block ends, and only then.
 
-    After an exception in the block, a full disk or the end of the process, the files in ``path`` are unchanged. If the
-    process ends while they are moved, ``path`` has no config.json or plan.json, and :func:`refuse_unfinished` names it.
-    Files of other names stay, except for weights (model*.safetensors) of an earlier run. Modes follow the umask, or the
-    file replaced.
+    After an exception in the block, a full disk or the end of the process, the files in ``path`` are unchanged; after
+    an exception there is no new folder. If the process ends while files are moved, ``path`` has no config.json or
+    plan.json, and :func:`refuse_unfinished` names it. Files of other names stay, except for weights
+    (model*.safetensors) of an earlier run. Modes follow the umask, or the file replaced.
 
     Raises:
         OSError: a file can't be written; no temporary folder is left.
     """
-    target = Path(path)
-    target.mkdir(parents=True, exist_ok=True)
+    with made_folder(path) as target:
+        yield from _whole(target)
+
+
+def _whole(target: Path) -> Iterator[Path]:
     for left in target.glob(f"{_STAGE}{'[0-9a-f]' * 16}"):  # of processes that were killed
         shutil.rmtree(left, ignore_errors=True)
     stage = target / f"{_STAGE}{secrets.token_hex(8)}"
     try:
         stage.mkdir()
         usual_mode = stage.stat().st_mode & 0o666
-        with _os_errors(target):
+        with os_errors(target):
             yield stage
         files = sorted(file.relative_to(stage) for file in stage.rglob("*") if file.is_file())
         for name in files:

@@ -102,7 +102,7 @@ def test_what_cannot_be_recovered_is_said_in_one_line(
 ) -> None:
     data = tmp_path / "data.jsonl"
     assert run("recover", llama, "--teacher", llama, "--data", data, "--out", llama) == 2
-    assert "is one of the models' own directories" in capsys.readouterr().err
+    assert "is the model's own directory" in capsys.readouterr().err
     folded = ["--train", "folded", "--out", tmp_path / "out"]
     assert run("recover", llama, "--teacher", llama, "--data", data, *folded) == 2
     assert "found nothing to fold" in capsys.readouterr().err

@@ -12,6 +12,7 @@ from typing import Any
 import obc
 from obc.commands.common import USAGE_ERROR, UsageError, folder, require
 from obc.commands.run_log import add_log, say
+from obc.files import made_folder
 
 # Argument -> the benchmarks that it runs.
 BENCHMARKS = {
@@ -68,7 +69,8 @@ def run(parsed: argparse.Namespace) -> int:
         only = ["--sizes" if name == "bench_large" else "--only", parsed.only] if parsed.only else []
         command = [sys.executable, "-m", f"benchmarks.{name}", *options, *only, "--out", str(result)]
         say(f"running {shlex.join(command)}")
-        statuses.append(subprocess.run(command, cwd=root).returncode)
+        with made_folder(out):
+            statuses.append(subprocess.run(command, cwd=root).returncode)
         if result.exists():
             picture = result.with_suffix(".png")
             drawn = [sys.executable, "-m", "benchmarks.report", str(result), "--out", str(picture)]

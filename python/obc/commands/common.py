@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -17,6 +18,9 @@ _Value = TypeVar("_Value")
 USAGE_ERROR = 2
 INTERRUPTED = 130  # as shells report a process that SIGINT ended
 BROKEN_PIPE = 141  # as shells report a process that SIGPIPE ended
+# What a model's directory holds that is not obc's, and how messages call what a command reads without an option.
+_OF_A_MODEL = re.compile(r"model.*\.safetensors.*|.*\.(json|txt|model|bin)")
+_READ = {"model": "the model's own directory", "target": "the model's own directory", "source": "what is drawn"}
 # What `obc prune` writes beside a model, for module:function and for a transformers directory.
 REPORT_FILES = ("report.json", "obc_report.json")
 
@@ -84,19 +88,34 @@ def require(packages: Mapping[str, str]) -> None:
         raise UsageError(f"needs {' and '.join(missing)}: pip install {' '.join(missing)}")
 
 
+def refuse_overwriting(parsed: argparse.Namespace) -> None:
+    """Raise if the command would write over what it reads, or two of its results into one file."""
+    given = {name: Path(value) for name, value in vars(parsed).items() if isinstance(value, Path) or name == "target"}
+    for option in ("out", "checkpoint", "log"):
+        path = given.pop(option, None)
+        if path is None or (path.exists() and not (path.is_file() or path.is_dir())):  # such as /dev/null
+            continue
+        for name, other in given.items():
+            own = _READ.get(name, f"--{name} too")
+            if path.resolve() == other.resolve():
+                raise UsageError(f"--{option} {path} is {own}; choose another")
+            inside = option != "log" and path.is_file() and path.resolve().parent == other.resolve()
+            if inside and _OF_A_MODEL.fullmatch(path.name):  # a log is added to
+                raise UsageError(f"--{option} {path} is a file in {own}; choose another")
+
+
 def folder(path: Path) -> Path:
-    """``path`` as a folder, created if it is missing."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"can't make the folder {path}: {error}; choose another --out") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UsageError(f"can't write into the folder {path}: it is read-only; choose another --out")
+    """``path``, after a check that it is a folder that can be written, or can be made. It is made with its files."""
+    found = next(one for one in (path, *path.absolute().parents) if os.path.lexists(one))
+    if not found.is_dir():
+        raise UsageError(f"can't make the folder {path}: {found} is no folder; choose another --out")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise UsageError(f"can't write into the folder {found}: it is read-only; choose another --out")
     return path
 
 
 def writable(path: Path) -> Path:
-    """``path`` as a file; its folder is created if it is missing."""
+    """``path``, after a check that it can be written as a file, in a folder that is there or can be made."""
     if path.is_dir():
         raise UsageError(f"can't write {path}: it is a folder; --out names a file")
     folder(path.parent)

@@ -12,6 +12,7 @@ from typing import Any
 
 from obc.commands.common import UsageError, folder, refusing, require
 from obc.commands.run_log import add_log, say
+from obc.files import made_folder
 
 PACKAGES = {"sklearn": "scikit-learn", "torch_pruning": "torch-pruning", "matplotlib": "matplotlib"}
 
@@ -53,7 +54,8 @@ def run(parsed: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     results = comparison.run(parsed.seed, say=say)
-    report.draw(results, picture)
+    with made_folder(parsed.out):
+        report.draw(results, picture)
     for part in (*map(report.table, results), report.protocol()):
         say(f"\n{part}")
     if parsed.full:
@@ -75,6 +77,7 @@ def run_real(parsed: argparse.Namespace) -> int:
 
     with refusing(ImportError):
         result = real.run(parsed.real, parsed.seed, say=say)
-    real.draw(result, picture)
+    with made_folder(parsed.out):
+        real.draw(result, picture)
     say(f"\n{real.shown(result)}\n\nDrawn in {picture}. Seed {parsed.seed}, {result.seconds:.0f} s.")
     return 0

@@ -144,8 +144,6 @@ def run(parsed: argparse.Namespace) -> int:
             )
         _refuse(parsed, _DIRECTORY, f"is for a model directory, which {parsed.target} is not")
         return _entry(parsed, budget)
-    if parsed.out.resolve() == source.resolve():
-        raise UsageError(f"--out {parsed.out} is the model's own directory; choose another")
     if parsed.scores is not None:
         _refuse(parsed, _MEASURED + _SAMPLED, "is not for --scores: it says how to score the model")
         return prune_scored.run(parsed, budget)

@@ -8,7 +8,7 @@ from typing import Any
 
 import obc
 from obc.commands import data, model_directory
-from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, refusing, require
+from obc.commands.common import REPORT_FILES, add_command, folder, positive, refusing, require
 from obc.commands.pruned_directory import say_written
 from obc.commands.run_log import add_log, say
 from obc.files import whole_folder
@@ -47,8 +47,6 @@ def add(commands: Any) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Train, save, and print the report."""
     require(model_directory.PACKAGES)
-    if parsed.out.resolve() in (parsed.model.resolve(), parsed.teacher.resolve()):
-        raise UsageError(f"--out {parsed.out} is one of the models' own directories; choose another")
     out = folder(parsed.out)
     device = model_directory.device_of(parsed.device)
     pruned = model_directory.load(parsed.model, parsed.dtype, device)

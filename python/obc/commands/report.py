@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from obc.commands.common import REPORT_FILES, UsageError, add_command, refusing, writable
-from obc.files import atomic_write, refuse_unfinished
+from obc.files import atomic_write, made_folder, refuse_unfinished
 from obc.page.document import Section, document
 from obc.page.markup import facts
 from obc.page.scores import score_sections
@@ -56,7 +56,7 @@ def run(parsed: argparse.Namespace) -> int:
     else:
         scores = load(source)
         content, said = score_page(scores, source.name), f"{len(scores)} modules"
-    with atomic_write(writable(parsed.out)) as file:
+    with made_folder(writable(parsed.out).parent), atomic_write(parsed.out) as file:
         file.write(content.encode())
     print(f"{said} drawn in {parsed.out}")
     return 0

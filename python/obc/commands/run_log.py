@@ -44,7 +44,8 @@ def run_log(path: Path | None, arguments: Sequence[str]) -> Iterator[None]:
         yield
         return
     try:
-        file = logging.FileHandler(writable(path), encoding="utf-8")
+        writable(path).parent.mkdir(parents=True, exist_ok=True)
+        file = logging.FileHandler(path, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"can't write --log {path}: {error}") from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))

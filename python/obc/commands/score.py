@@ -19,6 +19,7 @@ from obc.commands.common import UsageError, add_command, positive, refusing, req
 from obc.commands.run_log import add_log, say
 from obc.criteria import available, get
 from obc.criteria.scoring import needed
+from obc.files import made_folder
 from obc.scoring import Coverage, Scores
 from obc.scoring.errors import ScoringError
 from obc.statistics import ByBlock
@@ -112,7 +113,8 @@ def run(parsed: argparse.Namespace) -> int:
         )
     assert scores.report is not None
     scores.metadata["loss"] = directory.loss
-    scores.save(out)
+    with made_folder(out.parent):
+        scores.save(out)
     say(summary(scores))
     peak = scores.report.peak_bytes
     memory = "" if peak is None else f", peak memory {peak / 2**20:.0f} MiB"
@@ -127,7 +129,8 @@ def _collect(
     with refusing(ScoringError, ValueError), _states(parsed.by_block, out) as states:
         by_block = ByBlock(device=device, states=states) if parsed.by_block else False
         statistics = _statistics(parsed, model, batches, loss, by_block)
-    statistics.save(out)
+    with made_folder(out.parent):
+        statistics.save(out)
     assert statistics.report is not None
     say(f"{statistics}\n{statistics.report.seconds:.1f} s; written: {out}")
     return 0
@@ -139,7 +142,7 @@ def _states(by_block: str | None, out: Path) -> Iterator[str]:
     if by_block != "disk":
         yield "host"
         return
-    with tempfile.TemporaryDirectory(prefix="hidden_states.", dir=out.parent) as folder:
+    with made_folder(out.parent) as parent, tempfile.TemporaryDirectory(prefix="hidden_states.", dir=parent) as folder:
         yield folder
 
 

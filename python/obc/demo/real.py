@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import obc
 from obc.demo import pretrained
+from obc.files import save_figure
 from obc.model.evaluation import LossFn
 from obc.scoring.label_free import label_free_loss
 
@@ -312,4 +313,4 @@ def draw(result: Result, path: Path) -> None:
     axis.set_ylabel(result.what)
     axis.grid(alpha=0.3)
     axis.legend()
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, 130)

@@ -15,6 +15,7 @@ from obc.demo.data import TEST_IMAGES, VALIDATION_IMAGES
 from obc.demo.finetune import EPOCHS, LEARNING_RATES, SEEDS, TARGET, FineTuning
 from obc.demo.recover import CALIBRATION_IMAGES, RAW, SEQUENTIAL, WAYS
 from obc.demo.run import STEPS, ModelResult
+from obc.files import save_figure
 
 # Told apart by colour-blind readers too (Okabe and Ito).
 _COLOURS = ("#999999", "#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7")
@@ -118,7 +119,7 @@ def draw(results: Sequence[ModelResult], path: Path) -> None:
         _draw_bars(times, names, [1000 * found.seconds for found in result.criteria], "scoring once, ms", "{:.1f}")
         _draw_bars(peaks, names, [found.peak_bytes / 2**20 for found in result.criteria], "peak memory, MiB", "{:.2f}")
     figure.supxlabel(protocol(), fontsize=8.5)
-    figure.savefig(path, dpi=_DPI)
+    save_figure(figure, path, _DPI)
 
 
 def _draw_accuracy(axis: Any, result: ModelResult, way: str, title: str) -> None:

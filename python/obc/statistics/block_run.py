@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from obc.files import os_errors
 from obc.model.evaluation import first_floating, stream_of
 from obc.model.hooks import hooked
 from obc.statistics.block_weights import WeightsOnDevice
@@ -318,7 +319,8 @@ class HiddenStates:
         if self._folder is None:
             self._held[key] = states.detach().to("cpu", copy=True)
         else:
-            save_file({"states": states.detach().cpu().contiguous()}, self._path(key))
+            with os_errors(path := self._path(key)):
+                save_file({"states": states.detach().cpu().contiguous()}, path)
 
     def get(self, key: Key, device: torch.device) -> Tensor:
         """The stored states, on the device; the caller may change them."""

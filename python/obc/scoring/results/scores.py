@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from obc.files import parse_json, refuse_non_paths
+from obc.files import parse_json, refuse_non_paths, save_figure
 from obc.model.arguments import meant
 from obc.model.by_name import ByName
 from obc.model.groups import ChannelGroup, Slices
@@ -257,4 +257,4 @@ def _draw(figure_class: Any, channels: Mapping[str, ChannelScores], title: str, 
         axis.grid(alpha=0.3)
     figure.supxlabel("out channels, sorted", fontsize=9)
     figure.supylabel("score", fontsize=9)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, 110)
