@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,15 @@ def test_what_cannot_be_recovered_is_said_in_one_line(
     data = tmp_path / "data.jsonl"
     assert run("recover", llama, "--teacher", llama, "--data", data, "--out", llama) == 2
     assert "is the model's own directory" in capsys.readouterr().err
+    linked, copied = tmp_path / "linked", tmp_path / "copied"
+    linked.symlink_to(llama)
+    shutil.copytree(llama, copied)
+    for teacher in (llama, linked, llama / ".." / llama.name):
+        assert run("recover", llama, "--teacher", teacher, "--data", data, "--out", tmp_path / "out") == 2
+        assert "is the pruned model's own directory, from which it has nothing to learn" in capsys.readouterr().err
     folded = ["--train", "folded", "--out", tmp_path / "out"]
-    assert run("recover", llama, "--teacher", llama, "--data", data, *folded) == 2
+    with pytest.warns(UserWarning, match="the teacher has the same weights"):
+        assert run("recover", llama, "--teacher", copied, "--data", data, *folded) == 2
     assert "found nothing to fold" in capsys.readouterr().err
     assert run("evaluate", llama, "--data", data, "--stride", 9) == 2
     assert "stride=9" in capsys.readouterr().err

@@ -174,7 +174,7 @@ def compiled_layer(pruned, data, options) -> None:
 
 
 BAD = {
-    "itself": (itself, ValueError, "are one object; prune a copy of the original"),
+    "itself": (itself, ValueError, "are one object; pass the unpruned model"),
     "trained": (trained, PlanError, r"hidden\.weight: .* other values"),
     "unreached": (unreached, ValueError, "no calibration batch reached conv2; pass batches"),
     "one-batch": (lambda pruned, data, options: data[:1], ValueError, "got 1 batches; pass at least two"),

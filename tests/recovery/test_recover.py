@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,43 @@ def test_bad_arguments_are_refused(changed: dict[str, Any], message: str) -> Non
     pruned, teacher, _ = networks()
     with pytest.raises(ValueError, match=message):
         obc.recover(pruned, teacher, BATCHES, **({"steps": 2, "lr": 0.01, "progress": False} | changed))
+
+
+@pytest.mark.parametrize("train", ["naive", "folded", "lora"])
+def test_what_changes_with_the_model_is_no_teacher(train: Any) -> None:
+    pruned, teacher, plan = networks()
+    shared = copy.deepcopy(teacher)
+    shared[4].bias = pruned[4].bias
+    remedy = "pass the unpruned model, or a copy.deepcopy of it from before it was pruned"
+    for other, said in (
+        (pruned, f"the model and the teacher are one object; {remedy}"),
+        (nn.DataParallel(pruned), "which shares parameters with the model: 0.weight, "),
+        (shared, f"which shares parameters with the model: 4.bias; {remedy}, or freeze them"),
+    ):
+        before = copy.deepcopy(pruned.state_dict())
+        with pytest.raises(ValueError, match=re.escape(said)):
+            obc.recover(pruned, other, BATCHES, steps=1, lr=0.01, train=train, plan=plan, progress=False)
+        assert all(torch.equal(pruned.state_dict()[name], value) for name, value in before.items())
+
+
+def test_frozen_parameters_may_be_the_teachers() -> None:
+    pruned, teacher, _ = networks()
+    teacher[4].bias = pruned[4].bias.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        obc.recover(pruned, teacher, BATCHES, steps=1, lr=0.01, progress=False)
+
+
+def test_a_copy_of_the_model_is_warned_of() -> None:
+    pruned, _, _ = networks()
+    with pytest.warns(UserWarning, match="the teacher has the same weights as the model, .*; pass the unpruned model"):
+        obc.recover(pruned, copy.deepcopy(pruned), BATCHES, steps=1, lr=0.01, progress=False)
+
+
+def test_norms_are_not_recalibrated_against_themselves() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="the model and original_model are one object; pass the unpruned model"):
+        obc.recalibrate_norms(model, BATCHES, original_model=model)
 
 
 def test_empty_batches_are_refused() -> None:

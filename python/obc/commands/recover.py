@@ -8,7 +8,7 @@ from typing import Any
 
 import obc
 from obc.commands import data, model_directory
-from obc.commands.common import REPORT_FILES, add_command, folder, positive, refusing, require
+from obc.commands.common import REPORT_FILES, UsageError, add_command, folder, positive, refusing, require
 from obc.commands.pruned_directory import say_written
 from obc.commands.run_log import add_log, say
 from obc.files import whole_folder
@@ -47,6 +47,11 @@ def add(commands: Any) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Train, save, and print the report."""
     require(model_directory.PACKAGES)
+    if parsed.teacher.resolve() == parsed.model.resolve():
+        raise UsageError(
+            f"--teacher {parsed.teacher} is the pruned model's own directory, from which it has nothing to learn; pass "
+            "the unpruned model's"
+        )
     out = folder(parsed.out)
     device = model_directory.device_of(parsed.device)
     pruned = model_directory.load(parsed.model, parsed.dtype, device)

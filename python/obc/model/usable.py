@@ -11,6 +11,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from obc.model.arguments import listed
 
+# What to do if two models that must differ do not.
+OTHER_MODEL = "pass the unpruned model, or a copy.deepcopy of it from before it was pruned"
+
 
 def refuse_unusable(model: Any, role: str = "the model") -> None:
     """Raise if the weights of ``model`` can't be differentiated or replaced, or if it is no model.
@@ -66,6 +69,12 @@ def refuse_non_modules(model: Any, role: str = "the model") -> None:
         if isinstance(model, dict) and any(isinstance(value, Tensor) for value in model.values()):
             hint = "; a state dict must be loaded into its model first"
         raise TypeError(f"{role} must be a torch.nn.Module, got {type(model).__name__}{hint}")
+
+
+def refuse_one_model(model: nn.Module, other: nn.Module, role: str, other_role: str) -> None:
+    """Raise a ValueError if both are one object."""
+    if model is other:
+        raise ValueError(f"{role} and {other_role} are one object; {OTHER_MODEL}")
 
 
 def _remedy(model: nn.Module) -> str:

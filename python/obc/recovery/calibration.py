@@ -16,7 +16,7 @@ from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, tensors_i
 from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.processes import ALONE, Processes, failing_together
 from obc.model.rules import Rule
-from obc.model.usable import refuse_inference_tensors, refuse_non_modules
+from obc.model.usable import refuse_inference_tensors, refuse_non_modules, refuse_one_model
 from obc.model.usable_batches import UsableBatches, all_finite
 from obc.recovery.norm_reference import MomentSums, NormReference, Target, matching
 from obc.statistics.part import Part
@@ -161,6 +161,7 @@ def recalibrate_norms(
         iterable_batches(batches)
         if original_model is not None:
             refuse_non_modules(original_model, "original_model")
+            refuse_one_model(model, original_model, "the model", "original_model")
         if plan is not None:
             refuse_non_plans(plan)
             plan.refuse_unknown(model, "the model")

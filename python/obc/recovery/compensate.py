@@ -23,7 +23,7 @@ from obc.model.processes import Processes, failing_together
 from obc.model.progress import LayerProgress
 from obc.model.recurrent import is_recurrent
 from obc.model.sharding import is_sharded
-from obc.model.usable import refuse_unusable
+from obc.model.usable import refuse_one_model, refuse_unusable
 from obc.model.usable_batches import UsableBatches
 from obc.recovery.calibration import batch_norms
 from obc.recovery.compensation_options import CompensationOptions
@@ -187,8 +187,6 @@ def _check(
         raise ValueError(f"held_out is the share of the batches that decides, in (0, 0.5], got {held_out}")
     if keep_decompressors and mode == "correct":
         raise ValueError("mode='correct' has no decompressors: it changes weights directly; pass mode='ls' or 'seq'")
-    if pruned_model is original_model:
-        raise ValueError("the pruned and the original model are one object; prune a copy of the original")
     for role, model in (("pruned", pruned_model), ("original", original_model)):
         refuse_unusable(model, f"the {role} model")
         if is_compiled(model):
@@ -202,6 +200,7 @@ def _check(
             raise ValueError(
                 f"the {role} model's parameters are split over several processes; compensate first, then shard it"
             )
+    refuse_one_model(pruned_model, original_model, "the pruned model", "the original")
 
 
 def _warn_of_unreached(report: CompensationReport) -> None:

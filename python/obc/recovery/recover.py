@@ -14,11 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from obc.model.arguments import instance, iterable_batches, no_batches, number, positive, refuse_uncallable
+from obc.model.arguments import instance, iterable_batches, listed, no_batches, number, positive, refuse_uncallable
 from obc.model.batches import usable_in_autograd
 from obc.model.plan import PruningPlan
 from obc.model.progress import progress_bar
-from obc.model.usable import refuse_non_modules, refuse_unusable
+from obc.model.usable import OTHER_MODEL, refuse_non_modules, refuse_one_model, refuse_unusable
 from obc.recovery.distillation import Distillation
 from obc.recovery.trained import Trained, prepared
 from obc.recovery.training_state import load_training, save_training
@@ -103,13 +103,15 @@ def recover(
         progress: show a progress bar; None shows it in a terminal only.
 
     Raises:
-        ValueError: an argument has a wrong value, ``batches`` is empty, or the loss is not finite; then the message
-            names the step, and the model keeps the parameters before that step.
+        ValueError: an argument has a wrong value, the teacher shares parameters with the model, ``batches`` is empty,
+            or the loss is not finite; then the message names the step, and the model keeps the parameters before that
+            step.
         PlanError: the plan does not describe how ``model`` came from ``teacher`` (``train="folded"``).
         ImportError: peft is missing (``train="lora"``).
     """
     refuse_unusable(model)
     refuse_non_modules(teacher, "the teacher")
+    _check_teacher(model, teacher)
     _check(steps, lr, accumulate, warmup, every)
     number("weight_decay", weight_decay)
     if clip is not None:
@@ -204,6 +206,30 @@ def _check(steps: int, lr: float, accumulate: int, warmup: float, every: int | N
         raise ValueError(f"lr must be positive, got {lr}")
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup is a share of the steps, in [0, 1), got {warmup}")
+
+
+def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that changes with the model, and warn of one that is its copy: it teaches nothing."""
+    refuse_one_model(model, teacher, "the model", "the teacher")
+    theirs = {id(parameter) for parameter in teacher.parameters()}
+    if shared := [name for name, one in model.named_parameters() if one.requires_grad and id(one) in theirs]:
+        raise ValueError(
+            f"training would change the teacher, which shares parameters with the model: {listed(shared)}; "
+            f"{OTHER_MODEL}, or freeze them"
+        )
+    own, theirs_now = model.state_dict(), teacher.state_dict()
+    if own.keys() == theirs_now.keys() and all(_equal(own[name], theirs_now[name]) for name in own):
+        warnings.warn(
+            f"the teacher has the same weights as the model, which has nothing to learn from it; {OTHER_MODEL}",
+            stacklevel=3,
+        )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether both are equal tensors; a state dict may hold other things as well."""
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return True
+    return one.shape == other.shape and torch.equal(one, other.to(one))
 
 
 def _warn_of_short_floats(trained: Trained) -> None:
