@@ -18,6 +18,8 @@ BIN := $(VENV)/bin
 export PIP_CONSTRAINT := $(CURDIR)/$(CONSTRAINTS)
 export PIP_BUILD_CONSTRAINT := $(PIP_CONSTRAINT)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Without bytecode each process that tests start would compile what it imports again.
+unexport PYTHONDONTWRITEBYTECODE
 
 NATIVE_TESTS := $(wildcard tests/cpp/*.cpp tests/cuda_emulation/*.cpp tests/cuda_emulation/*.h)
 NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))

@@ -97,7 +97,10 @@ CALLS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("family", CALLS)
+# weight_dot has the most variations: they take longer than all other tests of this file.
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow) if name == "weight_dot" else name for name in CALLS]
+)
 def test_every_variation_is_right(family: str, clock: Clock) -> None:
     """Whichever is chosen: and timing leaves what is summed, and what is added to, as it was."""
     call, definition = CALLS[family]

@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from obc.model.names import joined, named_modules
+
+_PLAIN = (dict, list, set, OrderedDict)
 
 
 def shared_copy(model: nn.Module) -> nn.Module:
@@ -27,6 +30,8 @@ def shared_copy(model: nn.Module) -> nn.Module:
                 memo[id(parameter)] = _alias(parameter)
         # Tensors in plain attributes may have a graph, which can't be copied.
         memo |= {id(value): value for value in vars(module).values() if isinstance(value, Tensor)}
+        # A module has ten containers without hooks: copied by deepcopy, they take most of its time.
+        memo |= {id(value): type(value)() for value in vars(module).values() if type(value) in _PLAIN and not value}
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
         for key, value in vars(module).items():
