@@ -313,6 +313,39 @@ def test_what_the_batch_does_not_show_is_called_unproved() -> None:
     assert {group.name for group in structure.groups} == {"a", "b"}
 
 
+class Block(nn.Module):
+    """A feed-forward block that calls its layers, or uses their weights alone."""
+
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.calls, self.fc1, self.fc2 = calls, nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.calls:
+            return x + self.fc2(self.fc1(x).tanh())
+        return x + F.linear(F.linear(x, self.fc1.weight).tanh(), self.fc2.weight)
+
+
+class Tower(nn.Module):
+    """Of its 11 blocks only the first two run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(calls=place != 1) for place in range(11))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.blocks[0](x))
+
+
+def test_what_lies_beside_something_that_runs_is_not_proved_by_that() -> None:
+    """Names say what holds a layer, "blocks.1" does not hold those of "blocks.10"."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Tower()), torch.randn(3, 6)
+    proof = prove(TransformersStructure(model), lambda copied: copied(x))
+    assert proof.proved == ["0.blocks.0.fc1", "0.blocks.1.fc1"]
+    assert proof.unproved == {f"0.blocks.{n}.fc1": f"0.blocks.{n}.fc2 did not run" for n in range(2, 11)}
+
+
 def test_a_model_that_returns_something_else_every_time_is_called_unproved() -> None:
     calls = iter(range(10**6))
 

@@ -89,6 +89,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             for kind in ("full_attention", "sliding_attention")
         },
     },
+    "aria": {"projector_patch_to_query_dict": {16: 8}},
+    **{name: {"mm_tokens_per_image": 4} for name in ("gemma3", "shieldgemma2")},
+    **{
+        name: {"image_grid_pinpoints": [[IMAGE, 2 * IMAGE]]}  # two tiles and the whole
+        for name in ("llava_next", "llava_next_video", "llava_onevision")
+    },
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "kosmos_2_5_vision_model": {"patch_embed_hidden_size": 192},
     "chameleon": {"vocabulary_map": {"<image>": 2}},
     "emu3": {"vocabulary_map": {"<image>": 2, "<|extra_200|>": 3}},
     "wavtokenizer_encoder": {"codebook_dim": 32},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,44 @@ def inputs_of(task: str, model: Any) -> dict[str, Tensor]:
     if "musicgen" in model.config.model_type:  # a row for every codebook
         ids = ids.repeat(model.config.num_codebooks, 1)
     return {"input_ids": ids}
+
+
+def images_of(model: Any) -> Iterator[dict[str, Tensor]]:
+    """What ``get_image_features`` of a model may take: its parameters tell apart some layouts of two images, not all.
+
+    A batch of the task has no images, because how many places for them a text must have differs between models.
+    """
+    features = getattr(model, "get_image_features", None)
+    if features is None:
+        return
+    accepted = inspect.signature(features).parameters
+    config = getattr(model.config, "vision_config", None) or model.config
+    generator, size, grid = torch.Generator().manual_seed(1), _image_size(model), 4
+    patch = getattr(config, "patch_size", None) or getattr(config, "spatial_patch_size", 8)
+    patch = patch if isinstance(patch, int) else int(patch[0])
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).double()
+
+    if "flattened_patches" in accepted:
+        rows = torch.arange(1.0, 5).repeat(2, 1)[..., None]
+        yield {"flattened_patches": torch.cat([rows, rows, random(2, 4, 3 * patch**2)], -1)}
+    elif "image_grid_thw" in accepted:
+        grids = {"image_grid_thw": torch.tensor([[1, grid, grid]] * 2)}
+        if "image_merge_sizes" in accepted:
+            grids["image_merge_sizes"] = torch.tensor([1, 1])
+        for layout in ((6 * patch**2,), (3 * patch**2,), (3, patch, patch)):  # of two frames, of one
+            yield {"pixel_values": random(2 * grid**2, *layout), **grids}
+    elif "spatial_shapes" in accepted:
+        mask, shapes = torch.ones(2, grid**2, dtype=torch.long), torch.tensor([[grid, grid]] * 2)
+        patches = random(2, grid**2, 3 * patch**2)
+        yield {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+    else:
+        sizes = {"image_sizes": torch.tensor([[size, size]] * 2)} if "image_sizes" in accepted else {}
+        for layout in ((2,), (2, 1), (2, 3)):  # images, images of a sample, tiles of an image
+            if len(layout) > 1 and "pixel_attention_mask" in accepted:
+                sizes["pixel_attention_mask"] = torch.ones(*layout, size, size, dtype=torch.long)
+            yield {"pixel_values": random(*layout, 3, size, size), **sizes}
 
 
 def _needs_images(model: Any) -> bool:

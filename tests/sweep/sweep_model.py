@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from sweep_configs import tiny_config
-from sweep_inputs import inputs_of
+from sweep_inputs import images_of, inputs_of
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -40,6 +40,7 @@ TASKS = {
 }
 TOLERANCE = 1e-8  # of outputs in float64
 SCORES = 1e-3  # of scores, which are float32
+_IMAGES = "images"  # of a batch: what the model computes features of, besides the rest
 LARGEST = 20_000_000  # parameters of a configuration that is still called tiny
 
 
@@ -159,6 +160,31 @@ def tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
+def run(model: Any, batch: dict[str, Any]) -> list[Any]:
+    """What a model returns for a batch, and its features of the batch's images."""
+    returned = [model(**{key: value for key, value in batch.items() if key != _IMAGES})]
+    if _IMAGES in batch:
+        torch.manual_seed(0)
+        with _Float64():
+            returned.append(model.get_image_features(**batch[_IMAGES]))
+    return returned
+
+
+def outputs_of(model: Any, batch: dict[str, Any]) -> list[Tensor]:
+    """The floating tensors among that, caches left out."""
+    return [tensor for returned in run(model, batch) for tensor in tensors(returned)]
+
+
+def _with_images(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with images too, if the model has a part for them that runs."""
+    for images in images_of(model):
+        with contextlib.suppress(Exception), torch.no_grad():
+            whole = {**batch, _IMAGES: images}
+            if all(output.isfinite().all() for output in outputs_of(model, whole)):
+                return whole
+    return batch
+
+
 def difference(ours: list[Tensor], theirs: list[Tensor]) -> float:
     """The largest difference relative to the largest value."""
     if [a.shape for a in ours] != [b.shape for b in theirs]:
@@ -218,9 +244,9 @@ def examine(task: str, model_type: str, known: str | None = None) -> Found | Non
     with in_float64(chosen):
         try:
             model = built(task, model_type)
-            batch = inputs_of(task, model)
+            batch = _with_images(model, inputs_of(task, model))
             with torch.no_grad():
-                outputs = tensors(model(**batch))
+                outputs = outputs_of(model, batch)
             assert outputs, "no floating output"
             assert all(output.isfinite().all() for output in outputs), "outputs are not finite"
         except Exception as error:  # whatever a model raises is the reason
@@ -253,9 +279,9 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
 
 
-def _compared(found: Found, model: Any, batch: dict[str, Tensor]) -> None:
+def _compared(found: Found, model: Any, batch: dict[str, Any]) -> None:
     structure = TransformersStructure(model)
-    proof = prove(structure, lambda network: network(**batch))
+    proof = prove(structure, lambda network: run(network, batch))
     found.left_out = dict(Counter(structure.left_out.values()))
     for group in structure.groups:
         if group.name in proof.proved:
@@ -274,7 +300,7 @@ def _compared(found: Found, model: Any, batch: dict[str, Tensor]) -> None:
     pruned.remove(compared)
     with torch.no_grad():
         found.error = max(
-            proof.error, difference(tensors(pruned.model(**batch)), tensors(original(**batch))) if compared else 0.0
+            proof.error, difference(outputs_of(pruned.model, batch), outputs_of(original, batch)) if compared else 0.0
         )
     if found.error > TOLERANCE:
         found.wrong = f"sliced and masked differ by {found.error:.2g}"
@@ -282,12 +308,12 @@ def _compared(found: Found, model: Any, batch: dict[str, Tensor]) -> None:
     pruned = TransformersStructure(copy.deepcopy(model))
     pruned.remove(units)
     with torch.no_grad():
-        sliced = tensors(pruned.model(**batch))
+        sliced = outputs_of(pruned.model, batch)
     with tempfile.TemporaryDirectory() as folder:
         save_pruned(pruned.model, pruned.plan, folder)
         loaded = _eager(load_pruned(folder, type(model)).double())
         with torch.no_grad():
-            found.reloaded = difference(tensors(loaded(**batch)), sliced)
+            found.reloaded = difference(outputs_of(loaded, batch), sliced)
     if found.reloaded > TOLERANCE:
         found.wrong = f"the reloaded model differs by {found.reloaded:.2g}"
         return
@@ -299,11 +325,11 @@ def _compared(found: Found, model: Any, batch: dict[str, Tensor]) -> None:
         found.wrong = f"scores differ from explicit autograd by {found.scored:.2g}"
 
 
-def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    return sum((output.square().mean() for output in tensors(model(**batch))), torch.zeros((), dtype=torch.float64))
+def _loss(model: Any, batch: dict[str, Any]) -> Tensor:
+    return sum((output.square().mean() for output in outputs_of(model, batch)), torch.zeros((), dtype=torch.float64))
 
 
-def _scored(model: Any, batch: dict[str, Tensor]) -> float | None:
+def _scored(model: Any, batch: dict[str, Any]) -> float | None:
     """One row of scores against weight times gradient, for some linear layers; None where autograd fails."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     chosen = layers[:: max(1, len(layers) // 4)][:4]

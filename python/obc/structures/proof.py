@@ -336,9 +336,17 @@ class _Prover:
                     if not len(stays) and len(_told_apart(reading.sums[:, None])) >= _SEEN * len(reading.sums):
                         self.seen[name] |= set(range(self.groups[name].size))  # some of its channels always stay
                     self.seen[name] |= set(stays[_told_apart(reading.sums[channels])].tolist())
-                # For layers whose weights are used without calling them: something in or around them ran.
-                if not readings and any(part.module.startswith(called) for called in masked.called if called):
+                if not readings and self._ran(part.module, masked):  # weights may be used without calling the layer
                     self.seen[name] |= set(stays.tolist())
+
+    def _ran(self, name: str, observed: Observation) -> bool:
+        """Whether a layer was called, or the module that holds it; lists of modules are passed over."""
+        holder = name
+        while holder and holder not in observed.called:
+            if holder != name and type(self.base.get_submodule(holder)).forward is not nn.Module.forward:
+                return False
+            holder = holder.rpartition(".")[0]
+        return bool(holder)
 
     def _unseen(self, name: str) -> str:
         consumers = [part.module for part in self.groups[name].consumers]
