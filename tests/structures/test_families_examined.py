@@ -16,27 +16,30 @@ from sweep_model import built, examine, in_float64, model_class  # noqa: E402
 
 from obc.structures.transformers import TransformersStructure  # noqa: E402
 
-# (task, model type, sizes of its config) -> groups of each kind. All of the model is in one of them.
-WHOLE: dict[tuple[str, str, tuple[tuple[str, Any], ...]], dict[str, int]] = {
-    ("causal", "granitemoeshared", ()): {"heads": 2, "experts": 2, "expert_ffn": 2, "ffn": 2},
-    ("causal", "lfm2_moe", ()): {"mixer_channels": 1, "heads": 1, "experts": 1, "expert_ffn": 1, "ffn": 1},
-    ("image-text", "lfm3_vl", ()): {"mixer_channels": 2, "heads": 3, "ffn": 5},
-    ("causal", "granitemoehybrid", (("num_local_experts", 0),)): {
-        "mixer_heads": 2,
-        "ffn": 2,
-    },  # Granite 4's dense models
-}
+ONE_LAYER = {"num_hidden_layers": 1}
+SMALL = ONE_LAYER | {"image_size": [32, 32], "patch_size": [8, 8]}
+# Task, model type, sizes of its config -> groups of each kind. All of the model is in one of them; parts for sounds
+# don't run.
+WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
+    ("causal", "granitemoeshared", {}, {"heads": 2, "experts": 2, "expert_ffn": 2, "ffn": 2}),
+    ("causal", "granitemoehybrid", {"num_local_experts": 0}, {"mixer_heads": 2, "ffn": 2}),  # Granite 4's dense models
+    ("causal", "lfm2_moe", {}, {"mixer_channels": 1, "heads": 1, "experts": 1, "expert_ffn": 1, "ffn": 1}),
+    ("image-text", "internvl", {"vision_config": SMALL | {"use_qk_norm": True}}, {"heads": 3, "ffn": 3}),
+    ("image-text", "kosmos-2.5", {"text_config": {"layers": 1}, "vision_config": ONE_LAYER}, {"heads": 3, "ffn": 2}),
+    ("image-text", "lfm3_vl", {}, {"mixer_channels": 2, "heads": 3, "ffn": 5}),
+    ("image-text", "qwen2_5_omni_thinker", {"vision_config": {"depth": 1}}, {"heads": 3, "ffn": 3}),
+]
 
 
-@pytest.mark.parametrize(("task", "model_type", "sizes"), WHOLE, ids=str)
+@pytest.mark.parametrize(("task", "model_type", "sizes", "kinds"), WHOLE, ids=[f"{one[0]}-{one[1]}" for one in WHOLE])
 def test_every_block_is_found_and_removed_exactly(
-    task: str, model_type: str, sizes: tuple[tuple[str, Any], ...], monkeypatch: pytest.MonkeyPatch
+    task: str, model_type: str, sizes: dict[str, Any], kinds: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(OVERRIDES, model_type, OVERRIDES.get(model_type, {}) | dict(sizes))
+    monkeypatch.setitem(OVERRIDES, model_type, OVERRIDES.get(model_type, {}) | sizes)
     found = examine(task, model_type)
     assert found is not None
     assert (found.built, found.wrong, found.left_out) == ("", "", {})
-    assert found.kinds == WHOLE[task, model_type, sizes]
+    assert found.kinds == kinds
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def _projections(layers: Layers, name: str) -> list[str]:
     for family in FAMILIES.values():
         for names in family.projections:
             if all(layers.layer(name, child) is not None for child in names):
-                return [joined(name, child) for child in names]
+                return [joined(name, child) for child in names[:3]]
     fused = dict.fromkeys(child for family in FAMILIES.values() for child in family.fused_projections)
     for child in (*fused, *_OF_MANY_ORDERS):
         if layers.layer(name, child) is not None:

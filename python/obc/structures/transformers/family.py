@@ -48,7 +48,8 @@ class Family:
         fused_feed_forwards: (producer, consumer), if the producer's outputs are [gate | up].
         inverted_residuals: names of the modules of an inverted residual, each with one convolution: the widening one,
             those between, the narrowing one (:mod:`obc.structures.transformers.inverted_residuals`).
-        projections: names of the projections of queries, keys and values.
+        projections: names of the projections of queries, keys and values, and of the output where they need it to be
+            told from others.
         fused_projections: name of a projection of all three -> the order of its outputs. None means [all queries | all
             keys | all values], unless another family's order fits the module.
         outputs: names of the output projection, in the same module as the others.
@@ -73,7 +74,7 @@ class Family:
     feed_forwards: tuple[tuple[str, ...], ...] = ()
     fused_feed_forwards: tuple[tuple[str, str], ...] = ()
     inverted_residuals: tuple[tuple[str, ...], ...] = ()
-    projections: tuple[tuple[str, str, str], ...] = ()
+    projections: tuple[tuple[str, ...], ...] = ()
     fused_projections: Mapping[str, HeadOrder | None] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     outputs_around: tuple[str, ...] = ()

@@ -1,4 +1,5 @@
-"""Attention that keeps its heads, with the reasons: BigBird, DBRX, Longformer, ProphetNet, TrOCR, XLNet, and ALiBi.
+"""Attention that keeps its heads, with the reasons: Aria's projector, BigBird, vision encoders of BLIP and Florence,
+DBRX, GroupViT, LED, Longformer, Pegasus-X, ProphetNet, PVT v2, TrOCR, XLNet, and ALiBi.
 
 ALiBi gives each head a slope, which the model computes from the number of heads: BLOOM, MPT, some Falcon models.
 """
@@ -15,14 +16,15 @@ _REBUILT = (
     *("BigBirdPegasusSelfAttention", "BigBirdPegasusBlockSparseAttention"),
 )
 _SLOPED = ("BloomAttention", "MptAttention")
-_WHOLE = "gives its heads together the width of the residual stream"
+_KEEPING_WIDTH = (
+    *("BlipAttention", "Blip2Attention", "InstructBlipAttention", "InstructBlipVideoAttention", "GroupViTAttention"),
+    *("DbrxAttention", "Florence2VisionWindowAttention", "LEDDecoderAttention", "LEDEncoderSelfAttention"),
+    *("LongformerSelfAttention", "PegasusXGlobalLocalAttention", "PvtV2SelfAttention", "TrOCRAttention"),
+    *("ProphetNetAttention", "ProphetNetNgramSelfAttention"),
+)
 _REASONS = {
-    "DbrxAttention": _WHOLE,
-    "LEDEncoderSelfAttention": _WHOLE,
-    "LongformerSelfAttention": _WHOLE,
-    "ProphetNetAttention": _WHOLE,
-    "ProphetNetNgramSelfAttention": _WHOLE,
-    "TrOCRAttention": _WHOLE,
+    **dict.fromkeys(_KEEPING_WIDTH, "gives its heads together the width of the residual stream"),
+    "AriaCrossAttention": "passes its projections through torch's attention, which projects them once more",
     "XLNetRelativeAttention": "holds its projections as parameters, not as layers",
 }
 

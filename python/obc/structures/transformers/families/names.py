@@ -155,11 +155,14 @@ _FAMILIES = (
         headless=("continuous_position_bias_mlp.0",),
     ),
     # Vision encoders of Qwen-VL, GLM-V, BLIP, SAM and others: one projection, [all queries | all keys | all values].
+    # Qwen2.5-Omni's has three, q, k and v as in T5. InternVL and Janus, Kosmos-2.5 and Pix2Struct have their own names
+    # of the output projection.
     Family(
         "vision",
         feed_forwards=(("linear_fc1", "linear_fc2"), ("pwconv1", "pwconv2")),
+        projections=(("q", "k", "v", "proj"),),
         fused_projections={"qkv": None},
-        outputs=("proj", "projection"),
+        outputs=("proj", "projection", "projection_layer", "output"),
         headless=("rel_pos_h", "rel_pos_w"),
     ),
     # Wav2Vec2, HuBERT, WavLM, UniSpeech, SEW, Data2Vec audio, SpeechT5. WavLM gates its table of positions by head.
