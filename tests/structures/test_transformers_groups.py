@@ -31,6 +31,41 @@ def test_every_family_has_an_expectation() -> None:
     assert set(FOUND) == set(FAMILIES)
 
 
+NO_TRANSFORMERS = {
+    "CNN": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+    "MLP": lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
+    "one layer": lambda: nn.Linear(4, 2),
+    "torch's own transformer": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2),
+}
+
+
+@pytest.mark.parametrize("kinds", [["ffn", "heads", "experts"], ["experts"], ["embedding"]], ids=str)
+@pytest.mark.parametrize("network", NO_TRANSFORMERS)
+def test_a_model_without_blocks_is_no_empty_list(network: str, kinds: list[str]) -> None:
+    model = NO_TRANSFORMERS[network]()
+    remedy = "has no block of the transformers library; for another model pass example_inputs to obc.prune"
+    with pytest.raises(ValueError, match=f"{type(model).__name__} {remedy}"):
+        obc.transformer_groups(model, kinds)
+
+
+def test_pruning_by_a_structure_without_groups_says_what_to_do() -> None:
+    model = NO_TRANSFORMERS["MLP"]()
+    structure = TransformersStructure(model)
+    said = "no layer can be pruned: TransformersStructure found no groups; without structure="
+    with pytest.raises(ValueError, match=said):
+        obc.prune(model, None, [torch.zeros(2, 4)], lambda model, batch: model(batch).sum(), structure=structure)
+
+
+def test_a_transformer_may_lack_a_kind_and_the_error_has_reasons() -> None:
+    model = FAMILIES["llama"]().model
+    assert obc.transformer_groups(model, ["experts"]) == []
+    for layer in model.model.layers:
+        nn.utils.parametrizations.weight_norm(layer.self_attn.q_proj)
+        nn.utils.parametrizations.weight_norm(layer.mlp.up_proj)
+    with pytest.raises(ValueError, match=r"has no block of the transformers library; model\.layers\.0\..*parametriz"):
+        obc.transformer_groups(model)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_of_every_family(family: str) -> None:
     case = FAMILIES[family]()

@@ -85,6 +85,9 @@ class Job:
         """Reach the share of every step, and fill the report."""
         if not self.widths:
             why = not_finite(self.subject.model) or _not_pruned(self.report.left_out)
+            if not why and not self.structure.groups:
+                name = type(self.structure).__name__
+                why = f": {name} found no groups; without structure= obc.prune traces the model by example_inputs"
             raise ValueError(f"no layer can be pruned{why}")
         schedule = self.budget.schedule(self.options.steps, sum(self.widths.values()))
         self.check_reachable(schedule[-1])

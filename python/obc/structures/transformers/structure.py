@@ -74,14 +74,23 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
         kinds: kinds of groups to find.
 
     Raises:
-        ValueError: an unknown kind, or "query_heads" together with "heads".
+        ValueError: an unknown kind, "query_heads" together with "heads", or a model that has groups neither of these
+            kinds nor of the default ones.
     """
     refuse_non_modules(model)
     several("kinds", kinds)
     depth_kinds = _checked_depth(kinds, uniform=False)
     finder = _found(model, [kind for kind in kinds if kind not in DEPTH_KINDS])
     units = find_depth(model, finder.layers.modules, depth_kinds).units if depth_kinds else {}
-    return [block.group for block in finder.blocks.values()] + [unit.group for unit in units.values()]
+    found = [block.group for block in finder.blocks.values()] + [unit.group for unit in units.values()]
+    if not found and not (others := _found(model, DEFAULT_KINDS)).blocks:
+        reasons = "".join(f"; {name}: {reason}" for name, reason in [*others.left_out.items()][:1])
+        raise ValueError(
+            f"{type(model).__name__} has no block of the transformers library{reasons}; for another model pass "
+            "example_inputs to obc.prune, or take TorchPruningStructure(model, example_inputs).groups of "
+            "obc.structures.traced"
+        )
+    return found
 
 
 def _checked_depth(kinds: Sequence[str], uniform: bool) -> list[str]:
