@@ -24,10 +24,18 @@ WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
     ("causal", "granitemoeshared", {}, {"heads": 2, "experts": 2, "expert_ffn": 2, "ffn": 2}),
     ("causal", "granitemoehybrid", {"num_local_experts": 0}, {"mixer_heads": 2, "ffn": 2}),  # Granite 4's dense models
     ("causal", "lfm2_moe", {}, {"mixer_channels": 1, "heads": 1, "experts": 1, "expert_ffn": 1, "ffn": 1}),
+    ("image-text", "exaone4_5", {"vision_config": {"depth": 1}}, {"heads": 3, "ffn": 3}),
     ("image-text", "internvl", {"vision_config": SMALL | {"use_qk_norm": True}}, {"heads": 3, "ffn": 3}),
     ("image-text", "kosmos-2.5", {"text_config": {"layers": 1}, "vision_config": ONE_LAYER}, {"heads": 3, "ffn": 2}),
     ("image-text", "lfm3_vl", {}, {"mixer_channels": 2, "heads": 3, "ffn": 5}),
     ("image-text", "qwen2_5_omni_thinker", {"vision_config": {"depth": 1}}, {"heads": 3, "ffn": 3}),
+    # with a merger of patches behind the first layer, and one at the end
+    (
+        "image-text",
+        "qwen3_vl",
+        {"vision_config": {"depth": 1, "deepstack_visual_indexes": [0]}},
+        {"heads": 3, "ffn": 5},
+    ),
 ]
 
 

@@ -151,8 +151,10 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
     }
     config = {"num_attention_heads": per_unit}
     if kind == "heads":
-        counted[attributes("key_value_heads")] = (heads.shared, heads.shared // units)
-        config |= layers.config_key(config_keys("key_value_heads"), heads.shared // units)
+        shared = heads.shared // units
+        counted[attributes("key_value_heads")] = (heads.shared, shared)
+        counted[attributes("key_value_width")] = (heads.shared * size, shared * size)
+        config |= layers.config_key(config_keys("key_value_heads"), shared)
     else:
         counted[("num_key_value_groups",)] = (heads.queries // heads.shared, 1)
     queried, ratio = rows.output[:, ::size] // size, heads.queries // heads.shared

@@ -33,6 +33,7 @@ Role = Literal[
     "heads",
     "key_value_heads",
     "attention_width",
+    "key_value_width",
     "head_size",
     "experts",
 ]

@@ -48,7 +48,7 @@ def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies:
         if width in parameter.shape and width != outer:
             raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
     # A norm over the inner channels takes its statistics from the remaining ones, as the class does at that width.
-    inner = [*_between(layers, name, projections, width, outer), *_inner_norms(layers, name, width, outer)]
+    inner = [*_between(layers, name, projections, width, outer), *_inner_norms(layers, name, projections)]
     return block_of(
         layers,
         "ffn",
@@ -79,10 +79,14 @@ def _config_keys(layers: Layers, name: str) -> tuple[str, ...]:
     return config_keys("inner_width")
 
 
-def _inner_norms(layers: Layers, name: str, width: int, outer: int) -> Iterator[str]:
+def _inner_norms(layers: Layers, name: str, projections: Sequence[str]) -> Iterator[str]:
+    """Norms over the inner channels; before the producers of an input as wide they are the input's (Qwen3-VL)."""
+    width, outer = layers.size(projections[-1], "in"), layers.size(projections[-1], "out")
+    widened = layers.size(projections[0], "in") != width
     for child_name, child in layers.modules[name].named_children():
+        widened = widened or joined(name, child_name) == projections[0]
         weight = getattr(child, "weight", None)
-        if width != outer and isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == width:
+        if width != outer and widened and isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == width:
             yield joined(name, child_name)
 
 

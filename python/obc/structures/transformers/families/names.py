@@ -18,7 +18,8 @@ _FAMILIES = (
             "inner_width": ("intermediate_size", "intermediate_dim", "ffn_dim", "inner_dim"),
             "heads": ("num_heads", "num_attention_heads", "n_heads", "n_head"),
             "key_value_heads": ("num_key_value_heads", "num_kv_heads", "n_kv_heads"),
-            "attention_width": ("all_head_size", "embed_dim"),
+            "attention_width": ("all_head_size", "embed_dim", "q_dim"),
+            "key_value_width": ("kv_dim",),
             "head_size": ("head_dim", "attention_head_size", "head_size"),
             "experts": (
                 "num_experts",
