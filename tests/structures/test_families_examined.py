@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 transformers = pytest.importorskip("transformers", reason="transformers is missing: pip install transformers")
 
 from sweep_configs import OVERRIDES  # noqa: E402
+from sweep_inputs import inputs_of  # noqa: E402
 from sweep_model import built, examine, in_float64, model_class  # noqa: E402
 
+import obc  # noqa: E402
 from obc.structures.transformers import TransformersStructure  # noqa: E402
 
 ONE_LAYER = {"num_hidden_layers": 1}
@@ -48,6 +51,27 @@ def test_every_block_is_found_and_removed_exactly(
     assert found is not None
     assert (found.built, found.wrong, found.left_out) == ("", "", {})
     assert found.kinds == kinds
+
+
+def test_a_norm_of_responses_is_scored_and_loses_its_entries() -> None:
+    """ConvNeXt V2: weight and bias of shape (1, 1, 1, channels), and a mean over the channels that stay."""
+    found = examine("image", "convnextv2")
+    assert found is not None
+    assert not found.wrong
+    assert found.kinds == {"ffn": 2}
+    with in_float64(model_class("image", "convnextv2")[1]):
+        model = built("image", "convnextv2")
+        name, batch = "convnextv2.encoder.stages.1.layers.0.grn", inputs_of("image", model)
+        norm = model.get_submodule(name)
+        scores = obc.score(model, [batch], _loss, progress=False)
+        weight, bias = torch.autograd.grad(_loss(model, batch), [norm.weight, norm.bias])
+    expected = (norm.weight * weight + norm.bias * bias).flatten().square()
+    torch.testing.assert_close(scores[name].out_channels.double(), expected, rtol=1e-5, atol=0)
+
+
+def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    loss: Tensor = model(**batch).logits.square().mean()
+    return loss
 
 
 @pytest.mark.parametrize(

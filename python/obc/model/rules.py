@@ -154,7 +154,8 @@ def _elementwise_rule(module: nn.Module) -> Rule | str | None:
             if isinstance(module, (_NormBase, nn.GroupNorm, nn.PReLU)):
                 out_dim = 1
             return Rule("norm", bias=bias_name, out_dim=out_dim, elementwise=True)
-        if isinstance(module, nn.LayerNorm):  # normalised over several dimensions: channels lie along the last one
+        alone = weight.dim() == 4 and weight.numel() == weight.shape[-1]  # ConvNeXt V2's global response normalisation
+        if isinstance(module, nn.LayerNorm) or alone:  # over several dimensions: channels lie along the last one
             return Rule("gate", bias=bias_name, out_axis=weight.dim() - 1, out_dim=-1, elementwise=True)
     names = ", ".join(sorted(own)) or "weight"
     return f"no rule for {type(module).__name__}'s own parameters ({names})"

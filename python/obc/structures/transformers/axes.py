@@ -42,8 +42,9 @@ def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
         return tuple(Axis(name, key, 0, name, "out", raw=False) for key in names)
     layout, weight = layout_of(module), module.weight
     assert isinstance(weight, Tensor)
-    biased = isinstance(getattr(module, "bias", None), Tensor)
-    bias = (Axis(name, "bias", 0, name, "out", raw=False),) if biased and side == "out" else ()
+    bias: tuple[Axis, ...] = ()
+    if side == "out" and isinstance(own := getattr(module, "bias", None), Tensor):
+        bias = (Axis(name, "bias", own.dim() - 1, name, "out", raw=False),)
     if layout is None:
         return (Axis(name, "weight", weight.dim() - 1, name, "out", raw=False), *bias)
     if is_depthwise(module):

@@ -11,7 +11,7 @@ from obc.model.layouts import layout_of
 from obc.model.names import joined
 from obc.structures.transformers.block import Block, block_of
 from obc.structures.transformers.family import FAMILIES, attributes, config_keys
-from obc.structures.transformers.layers import Layers, channels
+from obc.structures.transformers.layers import Layers, channels, is_row
 from obc.structures.units import NotPrunableError
 
 
@@ -60,9 +60,9 @@ def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies:
 
 
 def _refuse_matrices(name: str, module: nn.Module, width: int) -> None:
-    """Refuse parameters over the inner channels that belong to no layer and no ordinary norm (ConvNeXt V2)."""
+    """Refuse parameters over the inner channels that belong to no layer and no norm."""
     for key, parameter in module.named_parameters(recurse=False):
-        if parameter.dim() > 1 and width in parameter.shape:
+        if not is_row(parameter) and width in parameter.shape:
             raise NotPrunableError(f"{joined(name, key)} of shape {tuple(parameter.shape)} is not understood")
 
 
@@ -86,7 +86,7 @@ def _inner_norms(layers: Layers, name: str, projections: Sequence[str]) -> Itera
     for child_name, child in layers.modules[name].named_children():
         widened = widened or joined(name, child_name) == projections[0]
         weight = getattr(child, "weight", None)
-        if width != outer and widened and isinstance(weight, Tensor) and weight.dim() == 1 and len(weight) == width:
+        if width != outer and widened and isinstance(weight, Tensor) and is_row(weight) and weight.numel() == width:
             yield joined(name, child_name)
 
 

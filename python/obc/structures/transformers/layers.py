@@ -86,7 +86,7 @@ class Layers:
         if module is not None and layout_of(module) is not None:
             return self.size(name, side)
         weight = getattr(module, "weight", None)
-        if side == "out" and isinstance(weight, Tensor) and (weight.dim() == 1 or isinstance(module, nn.Embedding)):
+        if side == "out" and isinstance(weight, Tensor) and (is_row(weight) or isinstance(module, nn.Embedding)):
             return int(weight.shape[-1])
         return None
 
@@ -113,6 +113,11 @@ class Layers:
         """The first of these keys that the config has, with what a unit counts there."""
         key = next((key for key in keys if says(self.config, key)), None)
         return {} if key is None else {key: per_unit}
+
+
+def is_row(weight: Tensor) -> bool:
+    """Whether a norm's weight has one value per channel, along its last dimension."""
+    return weight.dim() in (1, 4) and weight.numel() == weight.shape[-1]
 
 
 def channels(units: int, width: int, copies: int = 1) -> Tensor:
