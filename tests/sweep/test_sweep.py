@@ -112,6 +112,7 @@ FURTHER = [
     ("masked", "deberta-v2"),
     ("image", "efficientnet"),
     ("causal", "gpt_bigcode"),
+    ("seq2seq", "granite_speech"),
     ("causal", "granitemoeshared"),
     ("causal", "lfm2"),
     ("causal", "moshi"),
@@ -141,7 +142,9 @@ def test_every_family_finds_something_in_a_tiny_model(monkeypatch: pytest.Monkey
     untried = set(OWN)
     tiny = (make().model for make in TINY.values())
     for model in itertools.chain(
-        [GatedByNumbers(), speech_encoder("Wav2Vec2")], tiny, itertools.starmap(built, [*FURTHER, *JOBS])
+        [GatedByNumbers(), speech_encoder("Wav2Vec2"), speech_encoder("Wav2Vec2Conformer")],
+        tiny,
+        itertools.starmap(built, [*FURTHER, *JOBS]),
     ):
         expected = _found(model)
         for name in sorted(untried):

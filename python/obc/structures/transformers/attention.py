@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from obc.model.groups import ChannelGroup, Side, Slice
@@ -98,7 +99,7 @@ def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: 
     sizes = (getattr(module, key, None) for key in attributes("head_size"))
     size = next((value for value in sizes if isinstance(value, int)), None)
     if size is None:
-        holder = getattr(module, "config", None) if _reads_config(layers, name, projections) else module
+        holder = getattr(module, "config", None) if _reads_config(layers, name) else module
         counts = (getattr(holder, key, None) for key in attributes("heads"))
         count = next((value for value in counts if isinstance(value, int)), None)
         if not count or inner % count:
@@ -109,8 +110,8 @@ def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: 
     if len(projections) == 1:
         shared, rest = divmod(widths[0] - inner, 2 * size)
     else:
-        shared, rest = divmod(widths[1], size)
-        if widths[0] != inner * (2 if gated else 1) or widths[1] != widths[2]:
+        shared, rest = divmod(widths[1], size * (2 if len(projections) == 2 else 1))
+        if widths[0] != inner * (2 if gated else 1) or widths[1] != widths[-1]:
             raise NotPrunableError(f"queries, keys, values and output have {[*widths, inner]} channels")
     if rest or shared < 1 or inner % (shared * size):
         raise NotPrunableError(f"its widths {[*widths, inner]} are not multiples of the head size {size}")
@@ -119,15 +120,20 @@ def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: 
     return Heads(inner // size, shared, size, gated)
 
 
-def _reads_config(layers: Layers, name: str, projections: Sequence[str]) -> bool:
+def _reads_config(layers: Layers, name: str) -> bool:
     """Whether the module ``name`` takes its counts from its config when it runs."""
     reading = {child for family in FAMILIES.values() for child in family.forward_reads_config}
-    return projections[0].rpartition(".")[2] in reading and hasattr(layers.modules[name], "config")
+    return any(layers.has(name, child) for child in reading) and hasattr(layers.modules[name], "config")
 
 
 def _head_channels(layers: Layers, name: str, projections: Sequence[str], heads: Heads, kind: str) -> HeadChannels:
     if len(projections) > 1:
-        return head_channels(heads, kind, fused=False)
+        rows = head_channels(heads, kind, fused=False)
+        if len(projections) == 2 and kind == "heads":
+            queried, keyed, _ = rows.projections
+            keyed_and_valued = torch.cat([keyed, keyed + heads.shared * heads.size], 1)
+            return HeadChannels([queried, keyed_and_valued], rows.output)
+        return rows
     child = projections[0].removeprefix(f"{name}.")
     orders = [f.fused_projections[child] for f in FAMILIES.values() if child in f.fused_projections]
     for order in orders:
@@ -170,6 +176,6 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
         counters=(*layers.counters([name], counted), *(Counter(name, key, 1) for key in rows.counters)),
         config=config if layers.config is not None else {},
         config_fixed={"head_dim": size},
-        reads_config=name if _reads_config(layers, name, projections) else None,
+        reads_config=name if _reads_config(layers, name) else None,
         attended=rows.output.shape[1],
     )

@@ -50,7 +50,7 @@ class Family:
         inverted_residuals: names of the modules of an inverted residual, each with one convolution: the widening one,
             those between, the narrowing one (:mod:`obc.structures.transformers.inverted_residuals`).
         projections: names of the projections of queries, keys and values, and of the output where they need it to be
-            told from others.
+            told from others; two names: of queries, and of [keys | values].
         fused_projections: name of a projection of all three -> the order of its outputs. None means [all queries | all
             keys | all values], unless another family's order fits the module.
         outputs: names of the output projection, in the same module as the others.
@@ -63,7 +63,7 @@ class Family:
         headless: parameters of an attention, or modules in it, that don't depend on the number of heads.
         attributes: role -> attributes of modules that count it.
         config_keys: role -> config keys that count it.
-        forward_reads_config: fused projections whose module reads its counts from the config when it runs.
+        forward_reads_config: layers of an attention that reads its counts from the config when it runs.
         kinds: kinds of groups that only this family has.
         blocks: finds blocks other than ordinary feed-forward blocks or attention, or raises
             :class:`~obc.structures.units.NotPrunableError`. If it finds or refuses something in a module, the module is

@@ -57,7 +57,7 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
     "mamba"             an inner channel of Mamba's mixer
     "mixer_heads"       a head of a recurrent mixer: of Mamba-2 one head of every group, of the gated delta rule a key
                         head with its value heads; of Zamba, xLSTM and RecurrentGemma one head
-    "mixer_channels"    an inner channel of a mixer without heads: RWKV, the short convolutions of LFM2 and LFM3
+    "mixer_channels"    an inner channel of a mixer without heads: RWKV, gated convolutions of LFM and of conformers
     "inverted_residual" a channel between the widening and the narrowing convolution of an inverted residual
     "embedding"         a channel of the residual stream, everywhere; not among the default kinds
     "layers"            a whole block; not among the default kinds (:mod:`obc.structures.transformers.depth`)

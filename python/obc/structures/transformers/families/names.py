@@ -61,6 +61,27 @@ _FAMILIES = (
         outputs_around=("output.dense",),
         head_parameters={"relative_position_bias_table": 1},  # BEiT's and Swin's, in the attention or beside it
     ),
+    # Conformers for speech: Wav2Vec2-BERT, Wav2Vec2-Conformer, Seamless, FastSpeech2, Parakeet, Nemotron, LASR. Their
+    # positions have a projection and two biases of their own, or a table that all heads share.
+    Family(
+        "conformer",
+        feed_forwards=(("linear1", "linear2"),),
+        projections=(("linear_q", "linear_k", "linear_v"),),
+        outputs=("linear_out",),
+        head_parameters={"pos_bias_u": 0, "pos_bias_v": 0, "bias_u": 0, "bias_v": 0},
+        head_layers=("linear_pos", "relative_k_proj"),
+        headless=("distance_embedding",),
+        forward_reads_config=("relative_k_proj",),
+    ),
+    # The conformers of Granite Speech, and Evolla's resampler: attention that begins with norms, and one projection of
+    # keys and values.
+    Family(
+        "keys_and_values",
+        projections=(("to_q", "to_kv"),),
+        outputs=("to_out",),
+        headless=("pre_norm", "rel_pos_emb", "norm_media", "norm_latents"),
+        attributes={"heads": ("heads",), "head_size": ("dim_head",)},
+    ),
     # CTRL: its own names, and a feed-forward block that is a sequence.
     Family(
         "ctrl",
