@@ -74,21 +74,28 @@ def _loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     return loss
 
 
+def test_an_attention_that_keeps_its_only_head_says_so() -> None:
+    with in_float64(model_class("image", "segformer")[1]):
+        model = built("image", "segformer")
+    assert "SegformerAttention has a single head" in TransformersStructure(model).left_out.values()
+
+
 @pytest.mark.parametrize(
-    ("model_type", "key"),
+    ("model_type", "place", "key"),
     [
-        ("granitemoehybrid", "shared_intermediate_size"),
-        ("nemotron_h", "moe_shared_expert_intermediate_size"),
-        ("qwen2_moe", "shared_expert_intermediate_size"),
+        ("gemma3n_text", ".laurel.", "laurel_rank"),
+        ("granitemoehybrid", ".shared_", "shared_intermediate_size"),
+        ("nemotron_h", ".shared_", "moe_shared_expert_intermediate_size"),
+        ("qwen2_moe", ".shared_", "shared_expert_intermediate_size"),
     ],
 )
-def test_the_config_counts_the_channels_of_shared_experts(model_type: str, key: str) -> None:
+def test_the_config_counts_the_channels_of_blocks_beside_the_usual_ones(model_type: str, place: str, key: str) -> None:
     with in_float64(model_class("causal", model_type)[1]):
         model = built("causal", model_type)
     structure = TransformersStructure(model, ["ffn"])
-    shared = {name: group for name, group in structure.blocks.items() if ".shared_" in name}
-    assert shared
+    counted = [name for name in structure.blocks if place in name]
+    assert counted
     before = getattr(model.config, key)
-    structure.remove({name: torch.arange(before // 4) for name in shared})
+    structure.remove({name: torch.arange(before // 4) for name in counted})
     assert structure.config_refused is None
     assert getattr(model.config, key) == before - before // 4

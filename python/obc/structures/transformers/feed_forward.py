@@ -55,7 +55,7 @@ def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies:
         dict.fromkeys(producers, channels(width, 1, copies)) | dict.fromkeys(inner, channels(width, 1)),
         {consumer: channels(width, 1)},
         counters=layers.counters([name], {attributes("inner_width"): (width, 1)}),
-        config=layers.config_key(_config_keys(layers, name), 1),
+        config=layers.config_key(_config_keys(layers, name), 1, width),
     )
 
 

@@ -109,10 +109,11 @@ class Layers:
             if vars(self.modules[name]).get(key) == value
         )
 
-    def config_key(self, keys: Sequence[str], per_unit: int) -> dict[str, int]:
-        """The first of these keys that the config has, with what a unit counts there."""
-        key = next((key for key in keys if says(self.config, key)), None)
-        return {} if key is None else {key: per_unit}
+    def config_key(self, keys: Sequence[str], per_unit: int, value: int | None = None) -> dict[str, int]:
+        """The first of these keys that the config has, if possible with ``value``, with what a unit counts there."""
+        said = [key for key in keys if says(self.config, key)]
+        fitting = [key for key in said if value is not None and value_of(self.config, key) == value]
+        return dict.fromkeys((fitting or said)[:1], per_unit)
 
 
 def is_row(weight: Tensor) -> bool:

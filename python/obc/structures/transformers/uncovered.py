@@ -8,6 +8,7 @@ from torch import nn
 
 from obc.model.arguments import listed
 from obc.structures.transformers.block import Block
+from obc.structures.transformers.family import attributes
 from obc.structures.transformers.layers import Layers
 
 _SHOWN = 6  # number of weights that a reason names
@@ -51,4 +52,6 @@ def _with_those_around(names: Iterable[str]) -> set[str]:
 
 
 def _reason(module: nn.Module, names: list[str]) -> str:
+    if any(getattr(module, key, None) == 1 for key in attributes("heads")):
+        return f"{type(module).__name__} has a single head"
     return f"{type(module).__name__} has no units of a kind that is known (its weights: {listed(names, _SHOWN)})"

@@ -133,6 +133,12 @@ _FAMILIES = (
     ),
     # The shared experts of Granite's mixtures, in Granite 4's dense models the only feed-forward block: [gate | up].
     Family("granite", fused_feed_forwards=(("input_linear", "output_linear"),)),
+    # Gemma 3n's LAuReL blocks: two layers of low rank beside the attention.
+    Family(
+        "gemma3n",
+        feed_forwards=(("linear_left", "linear_right"),),
+        config_keys={"inner_width": ("laurel_rank",)},
+    ),
     # gpt-oss, Flint, Granite with sliding windows: every head has a sink, an additional logit in its softmax.
     Family("gpt_oss", head_parameters={"sinks": 0}),
     # LUKE, Nystromformer: further projections, or filters over positions, with a part for every head.
