@@ -17,7 +17,7 @@ from obc.structures.transformers import TransformersStructure, load_pruned, save
 
 MAMBA2 = ("mamba2", "bamba", "nemotron_h", "granitemoehybrid", "zamba2")
 DELTA = ("qwen3_next", "qwen3_5_text", "olmo_hybrid", "bailing_hybrid")
-OTHERS = ("zamba", "xlstm", "recurrent_gemma")
+OTHERS = ("zamba", "xlstm", "recurrent_gemma", "minimax")
 # Model types with kinds of their own -> these, and how many groups of each two layers have.
 KINDS = {
     "rwkv": {"mixer_channels": 2, "ffn": 2},

@@ -126,6 +126,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2},
     "longcat_flash": {"zero_expert_num": 1},
+    "diffllama": {"num_attention_heads": 8, "num_key_value_heads": 4},  # two pairs
     "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 2},
     "funnel": {"block_sizes": [1, 1], "d_inner": 48},
     "esmc": {"num_key_value_heads": 4},

@@ -111,10 +111,13 @@ FURTHER = [
     ("causal", "codegen"),
     ("masked", "deberta-v2"),
     ("image", "efficientnet"),
+    ("causal", "doge"),
+    ("causal", "gemma3n_text"),
     ("causal", "gpt_bigcode"),
     ("seq2seq", "granite_speech"),
     ("causal", "granitemoeshared"),
     ("causal", "lfm2"),
+    ("causal", "minimax"),
     ("causal", "moshi"),
 ]
 

@@ -80,7 +80,7 @@ def block_of(
     Args:
         produced: layer or norm -> (units, k) out channels of every unit.
         consumed: layer -> (units, k) in channels.
-        parameters: parameter outside ordinary layers -> (its dimension, (units, k) entries there).
+        parameters: parameter or buffer outside ordinary layers -> (its dimension, (units, k) entries there).
         **further: further fields of the block.
 
     Raises:
@@ -92,8 +92,8 @@ def block_of(
         taken.append((name, "out", found, layers.size_or_none(name, "out")))
     for name, (dim, found) in (parameters or {}).items():
         owner, _, key = name.rpartition(".")
-        parameter = layers.modules[owner]._parameters.get(key)
-        taken.append((name, "out", found, None if parameter is None else parameter.shape[dim]))
+        tensor = (layers.modules[owner]._parameters | layers.modules[owner]._buffers).get(key)
+        taken.append((name, "out", found, None if tensor is None else tensor.shape[dim]))
         axes[name, "out"] = (Axis(owner, key, dim, name, "out"),)
     for name, found in consumed.items():
         taken.append((name, "in", found, layers.size_or_none(name, "in")))

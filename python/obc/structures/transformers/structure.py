@@ -56,7 +56,7 @@ def transformer_groups(model: nn.Module, kinds: Sequence[str] = DEFAULT_KINDS) -
     "expert_ffn"        the f-th inner channel of every expert of a mixture whose experts are one tensor
     "mamba"             an inner channel of Mamba's mixer
     "mixer_heads"       a head of a recurrent mixer: of Mamba-2 one head of every group, of the gated delta rule a key
-                        head with its value heads; of Zamba, xLSTM and RecurrentGemma one head
+                        head with its value heads; of Zamba, xLSTM, RecurrentGemma and MiniMax one head
     "mixer_channels"    an inner channel of a mixer without heads: RWKV, gated convolutions of LFM and of conformers
     "inverted_residual" a channel between the widening and the narrowing convolution of an inverted residual
     "embedding"         a channel of the residual stream, everywhere; not among the default kinds
