@@ -24,6 +24,8 @@ SMALL = ONE_LAYER | {"image_size": [32, 32], "patch_size": [8, 8]}
 # Task, model type, sizes of its config -> groups of each kind. All of the model is in one of them; parts for sounds
 # don't run.
 WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
+    ("causal", "diffllama", ONE_LAYER, {"heads": 1, "ffn": 1}),
+    ("causal", "doge", ONE_LAYER, {"heads": 1, "ffn": 1}),
     ("causal", "granitemoeshared", {}, {"heads": 2, "experts": 2, "expert_ffn": 2, "ffn": 2}),
     ("causal", "granitemoehybrid", {"num_local_experts": 0}, {"mixer_heads": 2, "ffn": 2}),  # Granite 4's dense models
     ("causal", "lfm2_moe", {}, {"mixer_channels": 1, "heads": 1, "experts": 1, "expert_ffn": 1, "ffn": 1}),
