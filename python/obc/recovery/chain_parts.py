@@ -20,7 +20,7 @@ from obc.model.processes import Processes
 from obc.model.usable_batches import UsableBatches
 from obc.recovery.segments import ChainBatch, captured, find_chain, replays
 
-logger = logging.getLogger("obc")
+logger = logging.getLogger("obc.compensate")
 
 # With more passes over the calibration data than this, a user should know before they begin.
 _MANY_PASSES = 20
