@@ -24,6 +24,7 @@ SMALL = ONE_LAYER | {"image_size": [32, 32], "patch_size": [8, 8]}
 # Task, model type, sizes of its config -> groups of each kind. All of the model is in one of them; parts for sounds
 # don't run.
 WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
+    ("causal", "blt", {}, {"heads": 11, "ffn": 8}),
     ("causal", "diffllama", ONE_LAYER, {"heads": 1, "ffn": 1}),
     ("causal", "doge", ONE_LAYER, {"heads": 1, "ffn": 1}),
     ("causal", "granitemoeshared", {}, {"heads": 2, "experts": 2, "expert_ffn": 2, "ffn": 2}),

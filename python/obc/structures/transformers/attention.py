@@ -13,7 +13,7 @@ from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import FAMILIES, HeadsOf, attributes, config_keys
 from obc.structures.transformers.heads import HeadChannels, Heads, head_channels
 from obc.structures.transformers.layers import Counter, Layers
-from obc.structures.transformers.per_head import per_head
+from obc.structures.transformers.per_head import norms_inputs, per_head
 from obc.structures.units import NotPrunableError
 
 # Names of fused projections whose order differs between models; unless a family gives it, the module is refused.
@@ -69,7 +69,10 @@ def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], s
 
     Norms of ``size`` are the same for every head.
     """
-    headless = {joined(name, child) for family in FAMILIES.values() for child in family.headless}
+    families = FAMILIES.values()
+    headless = {joined(name, child) for family in families for child in family.headless}
+    if norms_inputs(layers, name):
+        headless |= {joined(name, child) for family in families for child in family.head_norms}
     for key, parameter in layers.modules[name].named_parameters():
         full = joined(name, key)
         owner = full.rpartition(".")[0]

@@ -60,6 +60,7 @@ class Family:
             heads.
         head_layers: layers of an attention whose outputs are such entries: gates, projections of positions.
         head_norms: norms over the channels of all heads of an attention -> whose heads.
+        input_norms: classes of attention where these are norms of what it reads, as wide as all heads by chance.
         headless: parameters of an attention, or modules in it, that don't depend on the number of heads.
         attributes: role -> attributes of modules that count it.
         config_keys: role -> config keys that count it.
@@ -83,6 +84,7 @@ class Family:
     head_parameters: Mapping[str, int] = field(default_factory=dict)
     head_layers: tuple[str, ...] = ()
     head_norms: Mapping[str, HeadsOf] = field(default_factory=dict)
+    input_norms: tuple[str, ...] = ()
     headless: tuple[str, ...] = ()
     attributes: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)
     config_keys: Mapping[Role, tuple[str, ...]] = field(default_factory=dict)

@@ -64,6 +64,8 @@ def _layers(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int)
 
 def _norms(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) -> Iterator[PerHead]:
     """Norms over the channels of all heads; those with weights of one head's size are the same for every head."""
+    if norms_inputs(layers, name):
+        return
     for child, heads_of in {
         key: heads for family in FAMILIES.values() for key, heads in family.head_norms.items()
     }.items():
@@ -76,6 +78,11 @@ def _norms(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) 
         elif weight.shape == (count, size):  # Chameleon: each head has its own weights
             for key in layers.modules[full]._parameters:
                 yield PerHead(joined(full, key), (_axis(full, key, 0),), heads_of, 1)
+
+
+def norms_inputs(layers: Layers, name: str) -> bool:
+    """Whether norms that elsewhere are over all heads are over what this attention reads."""
+    return any(type(layers.modules[name]).__name__ in family.input_norms for family in FAMILIES.values())
 
 
 def _parameters(layers: Layers, name: str, count: int, size: int) -> Iterator[PerHead]:

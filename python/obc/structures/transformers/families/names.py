@@ -162,8 +162,13 @@ _FAMILIES = (
         projections=(("q_proj.linear", "k_proj.linear", "v_proj.linear"),),
         outputs=("o_proj.linear",),
     ),
-    # OLMo 2 and 3, OLMoE, MiniMax-M2, Chameleon, BitNet: norms over all heads of queries, keys or the output.
-    Family("olmo", head_norms={"q_norm": "queries", "k_norm": "keys", "attn_sub_norm": "queries"}),
+    # OLMo 2 and 3, OLMoE, MiniMax-M2, Chameleon, BitNet: norms over all heads of queries, keys or the output. In BLT's
+    # attention from bytes to patches, norms of these names come before the projections.
+    Family(
+        "olmo",
+        head_norms={"q_norm": "queries", "k_norm": "keys", "attn_sub_norm": "queries"},
+        input_norms=("BltCrossAttention",),
+    ),
     # Perceiver: attention that begins with norms of its inputs; feed-forward blocks with their own names.
     Family("perceiver", feed_forwards=(("dense1", "dense2"),), headless=("layernorm1", "layernorm2")),
     # Phi-3: one projection of queries, keys and values, one of gate and up; its attention reads the config's heads.
