@@ -20,16 +20,18 @@ import obc  # noqa: E402
 from obc.structures.transformers import TransformersStructure  # noqa: E402
 
 ONE_LAYER = {"num_hidden_layers": 1}
+PARTS_OF_BLT = ("patcher", "encoder", "decoder", "global")
 SMALL = ONE_LAYER | {"image_size": [32, 32], "patch_size": [8, 8]}
 # Task, model type, sizes of its config -> groups of each kind. All of the model is in one of them; parts for sounds
 # don't run.
 WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
-    ("causal", "blt", {}, {"heads": 11, "ffn": 8}),
+    ("causal", "blt", {f"{part}_config": ONE_LAYER for part in PARTS_OF_BLT}, {"heads": 6, "ffn": 4}),
     ("causal", "diffllama", ONE_LAYER, {"heads": 1, "ffn": 1}),
     ("causal", "doge", ONE_LAYER, {"heads": 1, "ffn": 1}),
     ("causal", "granitemoeshared", {}, {"heads": 2, "experts": 2, "expert_ffn": 2, "ffn": 2}),
     ("causal", "granitemoehybrid", {"num_local_experts": 0}, {"mixer_heads": 2, "ffn": 2}),  # Granite 4's dense models
     ("causal", "lfm2_moe", {}, {"mixer_channels": 1, "heads": 1, "experts": 1, "expert_ffn": 1, "ffn": 1}),
+    ("masked", "convbert", {}, {"heads": 2, "ffn": 2}),
     ("image-text", "exaone4_5", {"vision_config": {"depth": 1}}, {"heads": 3, "ffn": 3}),
     ("image-text", "internvl", {"vision_config": SMALL | {"use_qk_norm": True}}, {"heads": 3, "ffn": 3}),
     ("image-text", "kosmos-2.5", {"text_config": {"layers": 1}, "vision_config": ONE_LAYER}, {"heads": 3, "ffn": 2}),

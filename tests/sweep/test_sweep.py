@@ -109,6 +109,7 @@ def test_a_table_counts_what_is_found() -> None:
 # Of families that none of the jobs needs.
 FURTHER = [
     ("causal", "codegen"),
+    ("masked", "convbert"),
     ("masked", "deberta-v2"),
     ("image", "efficientnet"),
     ("causal", "doge"),
