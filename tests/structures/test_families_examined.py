@@ -32,6 +32,7 @@ WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
     ("causal", "granitemoehybrid", {"num_local_experts": 0}, {"mixer_heads": 2, "ffn": 2}),  # Granite 4's dense models
     ("causal", "lfm2_moe", {}, {"mixer_channels": 1, "heads": 1, "experts": 1, "expert_ffn": 1, "ffn": 1}),
     ("masked", "convbert", {}, {"heads": 2, "ffn": 2}),
+    ("image", "hiera", {"num_heads": [2, 4]}, {"heads": 2, "ffn": 2}),
     ("image-text", "exaone4_5", {"vision_config": {"depth": 1}}, {"heads": 3, "ffn": 3}),
     ("image-text", "internvl", {"vision_config": SMALL | {"use_qk_norm": True}}, {"heads": 3, "ffn": 3}),
     ("image-text", "kosmos-2.5", {"text_config": {"layers": 1}, "vision_config": ONE_LAYER}, {"heads": 3, "ffn": 2}),

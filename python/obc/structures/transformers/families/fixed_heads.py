@@ -1,5 +1,5 @@
 """Attention that keeps its heads, with the reasons: Aria's projector, BigBird, vision encoders of BLIP and Florence,
-DBRX, GroupViT, LED, Longformer, Pegasus-X, ProphetNet, PVT v2, SqueezeBERT, TrOCR, XLNet, and ALiBi.
+DBRX, GroupViT, LED, Longformer, NeoMME, Pegasus-X, ProphetNet, PVT v2, SqueezeBERT, TrOCR, XLNet, and ALiBi.
 
 ALiBi gives each head a slope, which the model computes from the number of heads: BLOOM, MPT, some Falcon models.
 """
@@ -25,6 +25,7 @@ _KEEPING_WIDTH = (
 _REASONS = {
     **dict.fromkeys(_KEEPING_WIDTH, "gives its heads together the width of the residual stream"),
     "AriaCrossAttention": "passes its projections through torch's attention, which projects them once more",
+    "NeoMMEAttention": "adds embeddings of tokens, as wide as all heads, to its values",
     "SqueezeBertSelfAttention": "has grouped convolutions as projections",
     "XLNetRelativeAttention": "holds its projections as parameters, not as layers",
 }
