@@ -37,6 +37,7 @@ WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
     ("image-text", "internvl", {"vision_config": SMALL | {"use_qk_norm": True}}, {"heads": 3, "ffn": 3}),
     ("image-text", "kosmos-2.5", {"text_config": {"layers": 1}, "vision_config": ONE_LAYER}, {"heads": 3, "ffn": 2}),
     ("image-text", "lfm3_vl", {}, {"mixer_channels": 2, "heads": 3, "ffn": 5}),
+    ("image-text", "pix2struct", {}, {"heads": 4, "ffn": 4}),
     ("image-text", "qwen2_5_omni_thinker", {"vision_config": {"depth": 1}}, {"heads": 3, "ffn": 3}),
     # with a merger of patches behind the first layer, and one at the end
     (

@@ -96,7 +96,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         for name in ("llava_next", "llava_next_video", "llava_onevision")
     },
     "vipllava": {"vision_feature_layers": [-1, -2]},
-    "kosmos_2_5_vision_model": {"patch_embed_hidden_size": 192},
+    **{name: {"patch_embed_hidden_size": 192} for name in ("kosmos_2_5_vision_model", "pix2struct_vision_model")},
     "chameleon": {"vocabulary_map": {"<image>": 2}},
     "emu3": {"vocabulary_map": {"<image>": 2, "<|extra_200|>": 3}},
     "wavtokenizer_encoder": {"codebook_dim": 32},

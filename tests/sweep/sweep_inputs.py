@@ -26,6 +26,8 @@ def inputs_of(task: str, model: Any) -> dict[str, Tensor]:
         channels = getattr(model.config, "num_channels", 3)
         size = _image_size(model)
         return {"pixel_values": torch.randn(2, channels, size, size, generator=generator).double()}
+    if task == "image-text" and model.config.model_type == "pix2struct":  # patches with their rows and columns
+        return {**next(images_of(model)), "decoder_input_ids": ids[:, :8].clone()}
     if task == "image-text" and _needs_images(model):
         channels, size = 3, _image_size(model)
         return {"input_ids": ids, "pixel_values": torch.randn(2, channels, size, size, generator=generator).double()}
@@ -42,9 +44,9 @@ def images_of(model: Any) -> Iterator[dict[str, Tensor]]:
     A batch of the task has no images, because how many places for them a text must have differs between models.
     """
     features = getattr(model, "get_image_features", None)
-    if features is None:
+    if features is None and model.config.model_type != "pix2struct":
         return
-    accepted = inspect.signature(features).parameters
+    accepted = inspect.signature(features or model.forward).parameters
     config = getattr(model.config, "vision_config", None) or model.config
     generator, size, grid = torch.Generator().manual_seed(1), _image_size(model), 4
     patch = getattr(config, "patch_size", None) or getattr(config, "spatial_patch_size", 8)

@@ -38,6 +38,7 @@ class Finder:
         self.layers = Layers(model)
         self.blocks: dict[str, Block] = {}
         self.left_out: dict[str, str] = {}
+        self._joined: set[str] = set()  # attentions whose heads were found with those of another
         for name in self.layers.modules:
             self.layers.enter(name)
             found = [
@@ -51,7 +52,7 @@ class Finder:
                 continue
             if "ffn" in wanted:
                 self._add(name, feed_forwards(self.layers, name))
-            if {"heads", "query_heads"} & set(wanted):
+            if {"heads", "query_heads"} & set(wanted) and name not in self._joined:
                 self._add(name, attentions(self.layers, name, wanted))
         self.layers.enter("")
         if "embedding" in wanted:
@@ -86,6 +87,8 @@ class Finder:
         try:
             for block in found:
                 self.blocks[block.group.name] = replace(block, config_part=self.layers.config_part)
+                if block.group.kind == "heads":
+                    self._joined |= {part.module.rpartition(".")[0] for part in block.group.consumers}
         except NotPrunableError as reason:
             self.left_out[name] = str(reason)
             return True

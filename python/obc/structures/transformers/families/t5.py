@@ -1,4 +1,4 @@
-"""T5 and similar models, MPNet, CPM-Ant: attention with its own bias for relative positions.
+"""T5 and similar models, MPNet, CPM-Ant, Pix2Struct's text: attention with its own bias for relative positions.
 
 The bias has a column for every head. If the attentions of a stack share one table, or reuse what the first of them
 computed, their h-th heads are one unit, which is removed from all of them at once.
@@ -18,14 +18,19 @@ from obc.structures.transformers.family import Family, attributes, register
 from obc.structures.transformers.layers import Layers, channels
 from obc.structures.units import NotPrunableError
 
-_NAMES = (("q", "k", "v", "o"), ("project_q", "project_k", "project_v", "attention_out"))
+_NAMES = (
+    ("q", "k", "v", "o"),
+    ("project_q", "project_k", "project_v", "attention_out"),
+    ("query", "key", "value", "output"),  # Pix2Struct; other attention with these names says nothing of a bias
+)
+_SAYS_BIAS = "has_relative_attention_bias"
 _TABLE = "relative_attention_bias"
 _HEAD_SIZE = ("key_value_proj_dim", "dim_head", "attention_head_size")
 
 
 def _layers_of(layers: Layers, name: str) -> list[str]:
     """The projections of queries, keys, values and the output of the attention ``name``."""
-    for names in _NAMES:
+    for names in _NAMES if hasattr(layers.modules[name], _SAYS_BIAS) else _NAMES[:2]:
         if all(layers.layer(name, child) is not None for child in names):
             return [joined(name, child) for child in names]
     return []
