@@ -35,7 +35,12 @@ WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
     ("image", "hiera", {"num_heads": [2, 4]}, {"heads": 2, "ffn": 2}),
     ("image-text", "exaone4_5", {"vision_config": {"depth": 1}}, {"heads": 3, "ffn": 3}),
     ("image-text", "internvl", {"vision_config": SMALL | {"use_qk_norm": True}}, {"heads": 3, "ffn": 3}),
-    ("image-text", "kosmos-2.5", {"text_config": {"layers": 1}, "vision_config": ONE_LAYER}, {"heads": 3, "ffn": 2}),
+    (
+        "image-text",
+        "kosmos-2.5",
+        {"text_config": {"layers": 1}, "vision_config": ONE_LAYER, "latent_query_num": 8},
+        {"heads": 3, "ffn": 2},
+    ),
     ("image-text", "lfm3_vl", {}, {"mixer_channels": 2, "heads": 3, "ffn": 5}),
     ("image-text", "pix2struct", {}, {"heads": 4, "ffn": 4}),
     ("image-text", "qwen2_5_omni_thinker", {"vision_config": {"depth": 1}}, {"heads": 3, "ffn": 3}),
@@ -49,7 +54,13 @@ WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
 ]
 
 
-@pytest.mark.parametrize(("task", "model_type", "sizes", "kinds"), WHOLE, ids=[f"{one[0]}-{one[1]}" for one in WHOLE])
+SLOW = ("internvl", "lfm3_vl")  # others here have the same mechanisms
+
+
+@pytest.mark.parametrize(
+    ("task", "model_type", "sizes", "kinds"),
+    [pytest.param(*one, id=f"{one[0]}-{one[1]}", marks=[pytest.mark.slow] if one[1] in SLOW else []) for one in WHOLE],
+)
 def test_every_block_is_found_and_removed_exactly(
     task: str, model_type: str, sizes: dict[str, Any], kinds: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
