@@ -22,8 +22,7 @@ from obc.structures.transformers import TransformersStructure  # noqa: E402
 ONE_LAYER = {"num_hidden_layers": 1}
 PARTS_OF_BLT = ("patcher", "encoder", "decoder", "global")
 SMALL = ONE_LAYER | {"image_size": [32, 32], "patch_size": [8, 8]}
-# Task, model type, sizes of its config -> groups of each kind. All of the model is in one of them; parts for sounds
-# don't run.
+# Task, model type, sizes of its config -> groups of each kind. All of the model is in one of them.
 WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
     ("causal", "blt", {f"{part}_config": ONE_LAYER for part in PARTS_OF_BLT}, {"heads": 6, "ffn": 4}),
     ("causal", "diffllama", ONE_LAYER, {"heads": 1, "ffn": 1}),
@@ -43,7 +42,7 @@ WHOLE: list[tuple[str, str, dict[str, Any], dict[str, int]]] = [
     ),
     ("image-text", "lfm3_vl", {}, {"mixer_channels": 2, "heads": 3, "ffn": 5}),
     ("image-text", "pix2struct", {}, {"heads": 4, "ffn": 4}),
-    ("image-text", "qwen2_5_omni_thinker", {"vision_config": {"depth": 1}}, {"heads": 3, "ffn": 3}),
+    ("image-text", "qwen2_5_omni_thinker", {"vision_config": {"depth": 1}}, {"heads": 5, "ffn": 5}),
     # with a merger of patches behind the first layer, and one at the end
     (
         "image-text",

@@ -97,6 +97,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "vipllava": {"vision_feature_layers": [-1, -2]},
     **{name: {"patch_embed_hidden_size": 192} for name in ("kosmos_2_5_vision_model", "pix2struct_vision_model")},
+    "blip_2_qformer": {"encoder_hidden_size": 32},
+    "voxtral_encoder": {"intermediate_size": 64},
     "chameleon": {"vocabulary_map": {"<image>": 2}},
     "emu3": {"vocabulary_map": {"<image>": 2, "<|extra_200|>": 3}},
     "wavtokenizer_encoder": {"codebook_dim": 32},

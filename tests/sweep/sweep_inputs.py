@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from sweep_configs import IMAGE, VOCABULARY
+from sweep_configs import IMAGE, POSITIONS, VOCABULARY
 from torch import Tensor
 
 
@@ -74,6 +74,27 @@ def images_of(model: Any) -> Iterator[dict[str, Tensor]]:
             if len(layout) > 1 and "pixel_attention_mask" in accepted:
                 sizes["pixel_attention_mask"] = torch.ones(*layout, size, size, dtype=torch.long)
             yield {"pixel_values": random(*layout, 3, size, size), **sizes}
+
+
+def sounds_of(model: Any) -> Iterator[dict[str, Tensor]]:
+    """What ``get_audio_features`` of a model may take: spectra of two sounds, with the bands first or last."""
+    features = getattr(model, "get_audio_features", None)
+    if features is None:
+        return
+    accepted = inspect.signature(features).parameters
+    parts = [getattr(model.config, name, None) for name in ("audio_config", "encoder_config")]
+    config = next((part for part in parts if part is not None), model.config)
+    bands = next((size for key in ("num_mel_bins", "input_dim") if (size := getattr(config, key, None))), 80)
+    generator = torch.Generator().manual_seed(2)
+    for steps in (2 * POSITIONS, 96, 200):  # Whisper's encoders want as many as positions, others multiples
+        masks = [key for key in ("input_features_mask", "feature_attention_mask") if key in accepted]
+        for shape in ((2, bands, steps), (2, steps, bands)):
+            spectra = {"input_features": torch.randn(*shape, generator=generator).double()}
+            yield spectra | {key: torch.ones(2, steps, dtype=torch.long) for key in masks}
+
+
+# Method of a model -> what it may take. It computes what the model would put into its text.
+FEATURES = {"get_image_features": images_of, "get_audio_features": sounds_of}
 
 
 def _needs_images(model: Any) -> bool:

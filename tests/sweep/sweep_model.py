@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from sweep_configs import tiny_config
-from sweep_inputs import images_of, inputs_of
+from sweep_inputs import FEATURES, inputs_of
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -40,7 +40,6 @@ TASKS = {
 }
 TOLERANCE = 1e-8  # of outputs in float64
 SCORES = 1e-3  # of scores, which are float32
-_IMAGES = "images"  # of a batch: what the model computes features of, besides the rest
 LARGEST = 20_000_000  # parameters of a configuration that is still called tiny
 
 
@@ -161,12 +160,12 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 def run(model: Any, batch: dict[str, Any]) -> list[Any]:
-    """What a model returns for a batch, and its features of the batch's images."""
-    returned = [model(**{key: value for key, value in batch.items() if key != _IMAGES})]
-    if _IMAGES in batch:
+    """What a model returns for a batch, and its features of the batch's images and sounds."""
+    returned = [model(**{key: value for key, value in batch.items() if key not in FEATURES})]
+    for method in (key for key in FEATURES if key in batch):
         torch.manual_seed(0)
         with _Float64():
-            returned.append(model.get_image_features(**batch[_IMAGES]))
+            returned.append(getattr(model, method)(**batch[method]))
     return returned
 
 
@@ -175,13 +174,14 @@ def outputs_of(model: Any, batch: dict[str, Any]) -> list[Tensor]:
     return [tensor for returned in run(model, batch) for tensor in tensors(returned)]
 
 
-def _with_images(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with images too, if the model has a part for them that runs."""
-    for images in images_of(model):
-        with contextlib.suppress(Exception), torch.no_grad():
-            whole = {**batch, _IMAGES: images}
-            if all(output.isfinite().all() for output in outputs_of(model, whole)):
-                return whole
+def _with_features(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with images and sounds too, where the model has a part for them that runs."""
+    for method, candidates in FEATURES.items():
+        for inputs in candidates(model):
+            with contextlib.suppress(Exception), torch.no_grad():
+                if all(output.isfinite().all() for output in outputs_of(model, {**batch, method: inputs})):
+                    batch = {**batch, method: inputs}
+                    break
     return batch
 
 
@@ -244,7 +244,7 @@ def examine(task: str, model_type: str, known: str | None = None) -> Found | Non
     with in_float64(chosen):
         try:
             model = built(task, model_type)
-            batch = _with_images(model, inputs_of(task, model))
+            batch = _with_features(model, inputs_of(task, model))
             with torch.no_grad():
                 outputs = outputs_of(model, batch)
             assert outputs, "no floating output"
