@@ -1,4 +1,4 @@
-"""Tensors with one value per channel, parameters and saved buffers, are cut with the channels that pass them."""
+"""Tensors with one value per channel, parameters and buffers, are cut with the channels that pass them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from obc.structures.traced import TorchPruningStructure
 
 
 class Holder(nn.Module):
-    """Tensors, and what they do to 8 channels; a name that begins with ``b_`` is a buffer."""
+    """Tensors, and what they do to 8 channels; names of buffers begin with ``b_``, of unsaved ones with ``n_``."""
 
     def __init__(self, does: Callable[[Any, Tensor], Tensor], **tensors: Tensor) -> None:
         super().__init__()
         self.does = does
         for name, tensor in tensors.items():
-            if name.startswith("b_"):
-                self.register_buffer(name, tensor)
+            if name.startswith(("b_", "n_")):
+                self.register_buffer(name, tensor, persistent=name.startswith("b_"))
             else:
                 setattr(self, name, nn.Parameter(tensor))
 
@@ -67,6 +67,26 @@ def counted(net: Any, x: Tensor) -> Tensor:
     return x * net.b_scale
 
 
+def in_training(does: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Tensor], Tensor]:
+    return lambda net, x: does(net, x) if net.training else x
+
+
+def centred(net: Any, x: Tensor) -> Tensor:
+    net.b_mean.mul_(0.9).add_(x.detach().mean((0, 2, 3)), alpha=0.1)
+    return x - wide(net.b_mean)
+
+
+class Unscaled(nn.LayerNorm):
+    """A norm over the channels without a weight, but with a buffer."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__(8, elementwise_affine=False)
+        self.register_buffer("shift", some(8), persistent)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (super().forward(x.movedim(1, -1)) + self.shift).movedim(-1, 1)
+
+
 def some(*shape: int) -> Tensor:
     return torch.rand(shape) + 0.5
 
@@ -97,6 +117,18 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
         b_low=torch.zeros(8),
         b_on=torch.ones(1),
     ),
+    "unsaved scale": lambda: Holder(lambda net, x: x * net.n_scale, n_scale=some(8, 1, 1)),
+    "unsaved frozen norm": lambda: Holder(
+        lambda net, x: x * wide(net.n_var) + wide(net.n_mean), n_mean=some(8), n_var=some(8)
+    ),
+    "unsaved and saved": lambda: Holder(
+        lambda net, x: x * wide(net.b_scale) + wide(net.n_shift), b_scale=some(8), n_shift=some(8)
+    ),
+    "unsaved per position": lambda: Holder(lambda net, x: x + net.n_place, n_place=some(1, 8, 6, 6)),
+    "training's mean": lambda: Holder(in_training(centred), b_mean=some(8)),
+    "training's buffer": lambda: Holder(in_training(lambda net, x: x * wide(net.b_scale)), b_scale=some(8)),
+    "training's unsaved": lambda: Holder(in_training(lambda net, x: x + net.n_shift), n_shift=some(1, 8, 1, 1)),
+    "training's parameter": lambda: Holder(in_training(lambda net, x: x * net.scale), scale=some(1, 8, 1, 1)),
     "written to": lambda: Holder(counted, b_scale=some(1, 8, 1, 1), b_count=torch.zeros(2)),
 }
 
@@ -145,15 +177,53 @@ def test_tensors_with_one_value_per_channel_are_cut_with_the_channels(kind: str)
     structure.remove({"stem": torch.tensor([1, 6]), "inner": torch.tensor([0, 3])})
     structure.remove({"inner": torch.tensor([5])})
     assert_exact(net, structure, lambda model: model(images()))
+    assert_exact(net, structure, run_in_training)
     pruned, widths = structure.model, torch.tensor([6, 5])
     assert parameters.total(widths) == sum(parameter.numel() for parameter in pruned.parameters())
     saved = pruned.state_dict().values()
     assert memory.total(widths) == sum(tensor.numel() * tensor.element_size() for tensor in saved)
     structure.plan.verify(net.state_dict(), pruned)
-    for key, tensor in net.behind[0].state_dict().items():
+    for key, tensor in (*net.behind[0].named_parameters(), *net.behind[0].named_buffers()):
         axes = [axis for axis, length in enumerate(tensor.shape) if length == 8]
         want = tensor.index_select(axes[0], torch.tensor([0, 2, 3, 4, 5, 7])) if axes else tensor
-        torch.testing.assert_close(pruned.behind[0].state_dict()[key], want, rtol=0, atol=0)
+        torch.testing.assert_close(getattr(pruned.behind[0], key), want, rtol=0, atol=0)
+
+
+def run_in_training(model: nn.Module) -> Tensor:
+    """On a copy: training may write into buffers. The channels of a batch norm depend on their mean there, not here."""
+    trained = copy.deepcopy(model).train()
+    for norm in (module for module in trained.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.eval()
+    return trained(images())
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_norm_without_a_weight_but_with_a_buffer_has_the_new_size(persistent: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), Unscaled(persistent), nn.ReLU(), nn.Conv2d(8, 5, 1)).double().eval()
+    structure = TorchPruningStructure(copy.deepcopy(net), images())
+    assert structure.proof is not None
+    assert structure.proof.proved == ["0"]
+    structure.remove({"0": torch.tensor([1, 6])})
+    norm = structure.model[1]
+    assert norm.normalized_shape == (6,)
+    torch.testing.assert_close(norm.shift, net[1].shift[[0, 2, 3, 4, 5, 7]], rtol=0, atol=0)
+    want = F.layer_norm(net[0](images())[:, [0, 2, 3, 4, 5, 7]].movedim(1, -1), (6,)) + norm.shift
+    torch.testing.assert_close(structure.model[:2](images()), want.movedim(-1, 1))
+
+
+def test_what_training_only_writes_keeps_the_layer() -> None:
+    """No output shows which of its entries belong to which channels."""
+
+    def watched(net: Any, x: Tensor) -> Tensor:
+        net.b_mean.add_(x.detach().mean((0, 2, 3)))
+        return x
+
+    torch.manual_seed(0)
+    net = Net(lambda: Holder(in_training(watched), b_mean=torch.zeros(8)))
+    structure = TorchPruningStructure(net, images().float())
+    assert not structure.groups
+    assert "the model does not run without 4 of the 8 units in 'behind.1': " in structure.left_out["inner"]
 
 
 def test_a_buffer_with_two_dimensions_of_the_channels_length_keeps_the_layer() -> None:

@@ -25,7 +25,9 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
     made: dict[int, Tensor] = {}
     changes: list[tuple[nn.Module, str, Tensor]] = []
     for module_name, module in named_modules(model):
-        for name, tensor in (*module.named_parameters(recurse=False), *saved_buffers(module)):
+        saved_only = isinstance(module, (nn.Embedding, nn.RNNBase, nn.MultiheadAttention))  # other buffers are tables
+        buffers = saved_buffers(module) if saved_only else module.named_buffers(recurse=False)
+        for name, tensor in (*module.named_parameters(recurse=False), *buffers):
             key = joined(module_name, name)
             if id(tensor) not in made:
                 made[id(tensor)] = _cut_tensor(module, name, tensor, kept_of(plan, module_name, key), key)
@@ -37,9 +39,8 @@ def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
             module._buffers[name] = tensor
     for module in dict.fromkeys(module for module, _, _ in changes):
         sync_sizes(module)
-    whole = {module for module, _, _ in changes}
     for module_name, module in named_modules(model):
-        if module_name in plan and module not in whole:
+        if module_name in plan and module._parameters.get("weight") is None:
             _resize(module, plan[module_name])
 
 
@@ -97,7 +98,7 @@ def sync_sizes(module: nn.Module) -> None:
 
 
 def _resize(module: nn.Module, kept: Kept) -> None:
-    """Shrink a norm that has no tensors."""
+    """Shrink a norm that has no weight."""
     if kept.out_channels is None:
         return
     size = len(kept.out_channels)

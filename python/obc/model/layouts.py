@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from obc.model.names import saved_buffers
 from obc.model.rules import Rule, is_packed, is_transformers_conv1d, rule_for
 
 
@@ -124,14 +123,14 @@ def axis_beside(name: str, tensor: Tensor, weight: Tensor | None) -> int | None:
 
 
 def loose_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The saved floating buffers with several entries of a module for whose tensors there is no rule.
+    """The floating buffers with several entries of a module for whose tensors there is no rule.
 
     Examples are the four tensors of a frozen BatchNorm, and the scales of a quantiser.
     """
     if not isinstance(rule_for(module), Rule) and not isinstance(module, (_NormBase, nn.RNNBase)):
         yield from (
             (key, buffer)
-            for key, buffer in saved_buffers(module)
+            for key, buffer in module.named_buffers(recurse=False)
             if buffer.is_floating_point() and buffer.numel() > 1 and not is_packed(buffer)
         )
 

@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from obc.model.evaluation import Run, tensors_in
 from obc.model.layouts import is_depthwise
-from obc.model.names import joined, named_modules, saved_buffers
+from obc.model.names import joined, named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.shared_copy import parameter_uses, replace_parameter
 from obc.structures.probing import Prober, changed, pattern, sums
@@ -315,7 +315,7 @@ class _Watching(TorchFunctionMode):
         whole = [module for module in model.modules() if isinstance(module, (nn.RNNBase, nn.MultiheadAttention))]
         inside = {id(parameter) for module in whole for parameter in module.parameters()}
         for name, module in named_modules(model):
-            for key, tensor in (*module.named_parameters(recurse=False), *saved_buffers(module)):
+            for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 if tensor.dim() > 1 and id(tensor) not in inside and not is_depthwise(module):
                     self._names[tensor.data_ptr()] = joined(name, key)
 

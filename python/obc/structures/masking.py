@@ -29,7 +29,7 @@ from obc.model.evaluation import first_floating
 from obc.model.experts import is_correction
 from obc.model.groups import ChannelGroup, Side
 from obc.model.kept import Kept, staying
-from obc.model.names import named_modules, saved_buffers
+from obc.model.names import named_modules
 from obc.model.recurrent import columns_of, is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
@@ -152,10 +152,10 @@ def _zero_columns(uses: Uses, module: nn.Module, channels: Tensor) -> None:
     assert isinstance(rule, Rule)
     assert rule.in_axis is not None
     old = getattr(module, rule.weight)
-    buffers = [key for key, buffer in saved_buffers(module) if buffer.shape == old.shape]  # masks of the weight
+    masks = [key for key, buffer in module.named_buffers(recurse=False) if buffer.shape == old.shape]
     for parameter in [one for one in module.parameters(recurse=False) if one.shape == old.shape]:
         replace_parameter(uses, parameter, _without_columns(rule, parameter.detach(), channels))
-    for key in buffers:
+    for key in masks:
         module._buffers[key] = _without_columns(rule, getattr(module, key), channels)
 
 

@@ -34,6 +34,7 @@ from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import shared_copy
 from obc.structures.comparison import run_alike
+from obc.structures.reaching import unchanged_buffers
 
 # Instead of a channel's code, an input may depend on no coded channel, or on several.
 NOTHING, SEVERAL = -1, -2
@@ -149,7 +150,8 @@ class Prober:
     def _observe(self) -> None:
         self.passes += 1
         self._calls, self._readings = {}, {}
-        self.returned = run_alike(self.model, self._run)
+        with unchanged_buffers(self.model):  # else a pass would read what the pass before wrote
+            self.returned = run_alike(self.model, self._run)
 
     # --- inputs ------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Runs that reach layers which the example inputs do not: in train mode, or on other batches.
 
 An auxiliary head runs in train mode alone, and a branch on some data alone. Tracing one call does not see what such
-layers read, so pruning would leave them too wide for it.
+layers read, so pruning would leave them too wide for it. The same is true of tensors that only training reads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from obc.model.evaluation import Run, tensors_in
 from obc.model.layouts import layout_of
-from obc.model.names import named_modules
+from obc.model.names import joined, named_modules
 from obc.model.shared_copy import parameter_uses, shared_copy
 from obc.model.usable_batches import all_finite
 from obc.structures.comparison import cuda_devices, run_alike
@@ -37,31 +37,52 @@ def runs_reaching(
     """Those of ``run`` in train mode and ``others`` that use layers which ``run`` does not, and the layers still left.
 
     ``others`` is read only as long as such layers are left. A run that fails, or whose outputs are not finite, is
-    skipped. A layer is used if it is called, or if a function of torch gets a weight that only this layer has.
+    skipped. A layer is used if it is called, or if a function of torch gets a weight that only this layer has. In train
+    mode a run also counts if it reads tensors outside layers that may have channels, and ``run`` does not.
     """
     missing = {name for name, module in named_modules(model) if layout_of(module) is not None} - set(usage.positions)
     found: list[Run] = []
-    if missing:
-        missing -= _used(model, run, missing)
+    tensors = _perhaps_of_channels(model)
+    if missing or tensors:
+        used = _used(model, run, missing | tensors)
+        missing, tensors = missing - used, tensors - used
     candidates = itertools.chain([in_train_mode(run)], others)
-    while missing:
+    while missing or tensors:
         candidate = next(candidates, None)
         if candidate is None:
             break
-        if used := _used(model, candidate, missing):
+        if used := _used(model, candidate, missing | tensors):
             found.append(candidate)
             missing -= used
+        tensors = set()
     return found, frozenset(missing)
 
 
+def _perhaps_of_channels(model: nn.Module) -> set[str]:
+    """The tensors outside layers, parameters and buffers, with a dimension as long as some layer has out channels."""
+    layouts = [(layout, layer) for layer in model.modules() if (layout := layout_of(layer)) is not None]
+    widths = {layout.sizes(layer.weight)[0] for layout, layer in layouts} - {1}  # type: ignore[arg-type]
+    return {
+        joined(name, key)
+        for name, module in named_modules(model)
+        if layout_of(module) is None
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        if widths & {*tensor.shape}
+    }
+
+
 def _used(model: nn.Module, run: Run, names: set[str]) -> set[str]:
-    """The layers of these names that a run on a copy uses; none if it fails, or returns something not finite."""
+    """The layers and tensors of these names that a run on a copy uses; none if it fails, or its outputs are not finite.
+
+    A tensor that several modules hold counts under one name.
+    """
     copied, used = shared_copy(model), set[str]()
     layers = {name: module for name, module in named_modules(copied) if name in names}
     for name, layer in layers.items():
         layer.register_forward_hook(lambda module, args, output, name=name: used.add(name))
     uses = parameter_uses(copied.modules())
     own = {id(layer.weight): name for name, layer in layers.items() if len(uses.get(id(layer.weight), ())) == 1}
+    own |= {id(one): name for name, one in (*copied.named_parameters(), *copied.named_buffers()) if name in names}
     try:
         with _Watching(own, used):
             outputs = run_alike(copied, run)

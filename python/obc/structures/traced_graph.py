@@ -16,7 +16,7 @@ from obc.model.errors import PruningError, explained
 from obc.model.evaluation import differentiable, evaluating
 from obc.model.groups import Side
 from obc.model.layouts import channel_axis, layout_of, loose_buffers
-from obc.model.names import joined, saved_buffers
+from obc.model.names import joined
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.structures.reaching import unchanged_buffers
@@ -239,7 +239,7 @@ class TracedGraph:
         return members
 
     def _take_along(self, members: Members) -> None:
-        """Add the saved buffers of modules without children whose other tensors a group prunes, where it is clear how.
+        """Add the buffers of modules without children whose other tensors a group prunes, where it is clear how.
 
         They are integers, such as zero points, or only training reads them. They have one dimension as long as the
         others' channels.
@@ -249,7 +249,7 @@ class TracedGraph:
             module = self.modules.get(owner)
             if name not in self.dims or module is None or next(module.children(), None) is not None:
                 continue
-            for key, buffer in saved_buffers(module):
+            for key, buffer in module.named_buffers(recurse=False):
                 full, size = joined(owner, key), self.dim_size(name)
                 if (full, side) in members or len(members[name, side]) != size:
                     continue
