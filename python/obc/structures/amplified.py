@@ -20,6 +20,7 @@ from obc.model.names import named_modules
 from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.structures.masking import channels_normalised, lost_channels
+from obc.structures.norm_axis import norm_axis
 from obc.structures.probing import each_tensor
 
 # Sizes of the removed channels in units of the others, or of 1 if those are smaller. The first changes even a
@@ -44,7 +45,8 @@ def amplify(masked: nn.Module, groups: Sequence[ChannelGroup], removed: Mapping[
         module = modules.get(name)
         if side == "out" and module is not None and (written := _written(module)) is not None:
             enlarge = _enlarge(channels, *written, size)
-            module.register_forward_hook(_in_each_direction(*written, enlarge) if is_recurrent(module) else enlarge)
+            hook = _in_each_direction(*written, enlarge) if is_recurrent(module) else enlarge
+            module.register_forward_hook(hook, with_kwargs=True)
 
 
 def _written(module: nn.Module) -> tuple[int, int] | None:
@@ -65,8 +67,8 @@ def _written(module: nn.Module) -> tuple[int, int] | None:
 def _in_each_direction(width: int, dim: int, enlarge: Callable[..., Any]) -> Callable[..., Any]:
     """The hook ``enlarge`` for a recurrent layer's outputs and states, whose last dimension holds the directions."""
 
-    def each(module: nn.Module, args: Any, output: Any) -> Any:
-        return each_tensor(output, lambda y: enlarge(module, args, y.unflatten(dim, (-1, width))).flatten(-2))
+    def each(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        return each_tensor(output, lambda y: enlarge(module, args, kwargs, y.unflatten(dim, (-1, width))).flatten(-2))
 
     return each
 
@@ -74,15 +76,14 @@ def _in_each_direction(width: int, dim: int, enlarge: Callable[..., Any]) -> Cal
 def _enlarge(channels: Tensor, width: int, dim: int, size: float) -> Callable[..., Any]:
     """A forward hook that puts large numbers into ``channels`` of an output of this width."""
 
-    def enlarge(module: nn.Module, args: Any, output: Any) -> Any:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
+    def enlarge(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        if not isinstance(output, Tensor) or not output.is_floating_point() or not output.dim():
             return output
-        axis = next(
-            (one for one in (dim, 1) if -output.dim() <= one < output.dim() and output.shape[one] == width), None
-        )
-        if axis is None:
+        axis: int | None = dim % output.dim()
+        if channels_normalised(module) is not None:
+            axis = norm_axis(module.forward, args, kwargs, width, dim)
+        if axis is None or axis >= output.dim() or output.shape[axis] != width:
             return output
-        axis %= output.dim()
         lost = channels.to(output.device)
         signs = 1 - 2 * (torch.arange(len(lost), device=lost.device) % 2)
         unit = output.float().square().mean().sqrt().clamp(min=1.0)

@@ -34,6 +34,7 @@ from obc.model.recurrent import columns_of, is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import Uses, parameter_uses, replace_parameter, shared_copy
 from obc.model.slicing import sliced
+from obc.structures.norm_axis import norm_axis
 
 Lost = dict[tuple[str, Side], Tensor]
 # Each channel has statistics of its own, or there are none.
@@ -223,19 +224,20 @@ def _normalise_kept(module: nn.Module, size: int, dim: int, channels: Tensor) ->
     elif type(grouped := getattr(module, "group_size", None)) is int and grouped:  # groups keep equal numbers
         inner.group_size = grouped * len(stays) // size
 
-    def narrowed(value: Any) -> Any:
+    def narrowed(value: Any, axis: int) -> Any:
         """Also narrow a gate that accompanies the input."""
-        fits = isinstance(value, Tensor) and value.dim() > 1 and value.shape[dim] == size
-        return value.index_select(dim, stays.to(value.device)) if fits else value
+        fits = isinstance(value, Tensor) and value.dim() >= max(2, -axis) and value.shape[axis] == size
+        return value.index_select(axis, stays.to(value.device)) if fits else value
 
     def over_kept(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         kept = stays.to(x.device)
-        axis = dim if x.shape[dim] == size else 1  # a norm whose own forward is told where its channels are
-        if x.shape[axis] != size:  # normalised per head, so removed heads do not matter
+        axis = norm_axis(forward, (x, *args), kwargs, size, dim)
+        if axis is None:  # normalised per head, so removed heads do not matter
             unchanged: Tensor = forward(x, *args, **kwargs)
             return unchanged
-        others = (narrowed(value) for value in args)
-        named = {key: narrowed(value) for key, value in kwargs.items()}
+        from_end = axis - x.dim()
+        others = (narrowed(value, from_end) for value in args)
+        named = {key: narrowed(value, from_end) for key, value in kwargs.items()}
         normalised = inner.forward(x.index_select(axis, kept), *others, **named)
         return normalised.new_zeros(x.shape).index_copy(axis, kept, normalised)
 

@@ -34,6 +34,7 @@ from obc.model.recurrent import is_recurrent
 from obc.model.rules import Rule, rule_for
 from obc.model.shared_copy import shared_copy
 from obc.structures.comparison import run_alike
+from obc.structures.norm_axis import norm_axis
 from obc.structures.reaching import unchanged_buffers
 
 # Instead of a channel's code, an input may depend on no coded channel, or on several.
@@ -160,12 +161,13 @@ class Prober:
         if found is None:
             return
         dim, size = found
+        forward = module.forward
 
         def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = first_floating(unpacked(args), kwargs)
             if x is not None:
-                elsewhere = size is not None and x.shape[dim] != size  # a norm with its channels in dimension 1
-                self._readings.setdefault(name, []).append(sums(x.detach(), 1 if elsewhere else dim))
+                axis = dim if size is None else norm_axis(forward, unpacked(args), kwargs, size, dim)
+                self._readings.setdefault(name, []).append(sums(x.detach(), 1 if axis is None else axis))
 
         module.register_forward_pre_hook(listen, with_kwargs=True)
         if not (layout_of(module) is not None or isinstance(module, (_NormBase, nn.PReLU, nn.RNNBase))):

@@ -31,6 +31,7 @@ from obc.model.shared_copy import shared_copy, shared_parameters
 from obc.structures.amplified import SIZES, amplify
 from obc.structures.comparison import Observation, compare, observe
 from obc.structures.masking import lost_channels, masked_copy, unmaskable
+from obc.structures.norm_axis import NormAxisError
 from obc.structures.protocol import Limits, Provable
 from obc.structures.varied import varied_copy
 
@@ -283,6 +284,8 @@ class _Prover:
                 if size is not None:
                     amplify(masked, groups, removed, size)
                 found = self._observe(masked, lost)
+            except NormAxisError as error:  # removing its units may be wrong, and nothing would show it
+                raise _MaskedError(str(error)) from error
             except Exception as error:
                 reason = f"the masked model does not run: {type(error).__name__}: {error}"
             else:
