@@ -334,6 +334,39 @@ def test_shared_parameters_stay_shared_when_a_plan_is_applied() -> None:
     assert (model.table.embedding_dim, model.head.in_features) == (3, 3)
 
 
+def tied() -> nn.ModuleDict:
+    model = nn.ModuleDict({"table": nn.Embedding(7, 6), "head": nn.Linear(6, 7, bias=False), "free": nn.Linear(6, 6)})
+    model["head"].weight = model["table"].weight
+    return model
+
+
+KEPT = torch.tensor([0, 2, 5])
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("plan", [{"table": Kept(KEPT)}, {"head": Kept(None, KEPT)}], ids=lambda plan: next(iter(plan)))
+def test_an_entry_of_one_module_cuts_a_shared_parameter(plan: dict[str, Kept], device: str) -> None:
+    """The entry of the second module used to do nothing."""
+    with torch.device(device):
+        model = tied()
+    PruningPlan(plan).apply(model)
+    assert model.head.weight is model.table.weight
+    assert model.head.weight.shape == (7, 3)
+    assert (model.table.embedding_dim, model.head.in_features) == (3, 3)
+
+
+@pytest.mark.parametrize("other", [KEPT[:2], torch.tensor([0, 2, 4])], ids=str)
+def test_entries_that_keep_different_channels_of_a_shared_parameter_are_refused(other: torch.Tensor) -> None:
+    model, plan = tied(), PruningPlan({"table": Kept(KEPT), "head": Kept(None, other), "free": Kept(KEPT)})
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(
+        PlanError, match=r"^table\.weight and head\.weight are one tensor, of which the plan keeps diff"
+    ):
+        plan.apply(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.free.out_features == 6
+
+
 def test_a_plan_that_does_not_fit_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3))
     before = copy.deepcopy(model.state_dict())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from obc.model.kept import Kept, kept_of
+from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.names import joined, named_modules, saved_buffers
 from obc.model.recurrent import is_recurrent, sync_recurrent
@@ -17,27 +18,30 @@ from obc.model.slicing import sliced
 
 
 def cut(model: nn.Module, plan: Mapping[str, Kept]) -> None:
-    """Cut ``model`` in place; shared parameters stay shared.
+    """Cut ``model`` in place; shared parameters stay shared, and are cut if one of their modules has an entry.
 
     Raises:
-        PlanError: the plan does not fit a tensor; nothing was changed.
+        PlanError: the plan does not fit a tensor, or keeps different parts of a shared one; nothing was changed.
     """
-    made: dict[int, Tensor] = {}
-    changes: list[tuple[nn.Module, str, Tensor]] = []
+    made: dict[int, tuple[str, Tensor]] = {}
+    uses: list[tuple[nn.Module, str, Tensor]] = []
     for module_name, module in named_modules(model):
         saved_only = isinstance(module, (nn.Embedding, nn.RNNBase, nn.MultiheadAttention))  # other buffers are tables
         buffers = saved_buffers(module) if saved_only else module.named_buffers(recurse=False)
         for name, tensor in (*module.named_parameters(recurse=False), *buffers):
+            uses.append((module, name, tensor))
             key = joined(module_name, name)
-            if id(tensor) not in made:
-                made[id(tensor)] = _cut_tensor(module, name, tensor, kept_of(plan, module_name, key), key)
-            changes.append((module, name, made[id(tensor)]))
-    for module, name, tensor in changes:
-        if isinstance(tensor, nn.Parameter):
-            module._parameters[name] = tensor
-        else:
-            module._buffers[name] = tensor
-    for module in dict.fromkeys(module for module, _, _ in changes):
+            if (kept := kept_of(plan, module_name, key)) is None:
+                continue
+            taken = _cut_tensor(module, name, tensor, kept, key)
+            other_key, other = made.setdefault(id(tensor), (key, taken))
+            differ = other.shape != taken.shape or not (taken.is_meta or torch.equal(other, taken))
+            if other is not taken and differ:
+                raise PlanError(f"{other_key} and {key} are one tensor, of which the plan keeps different channels")
+    for module, name, tensor in uses:
+        holder: Any = module._parameters if isinstance(tensor, nn.Parameter) else module._buffers
+        holder[name] = made[id(tensor)][1] if id(tensor) in made else tensor
+    for module in dict.fromkeys(module for module, _, _ in uses):
         sync_sizes(module)
     for module_name, module in named_modules(model):
         if module_name in plan and module._parameters.get("weight") is None:

@@ -199,14 +199,16 @@ class PruningPlan(Mapping[str, Kept]):
         >>> obc.PruningPlan.load("plan.json").apply(model).load_state_dict(pruned_state_dict)
 
         Sizes of torch's own layers are updated, and the counts of heads and experts in models of the transformers
-        library. Counts in your own modules are not: set them yourself if whole heads were removed. The model is not
-        run, so layers that read each other may disagree in a plan edited by hand: run it on one batch afterwards.
+        library. Counts in your own modules are not: set them yourself if whole heads were removed. Layers that share a
+        parameter must keep the same of it. Which layers read each other a plan does not say, and the model is not run:
+        run one that was edited by hand on a batch afterwards.
 
         Returns:
             The model.
 
         Raises:
-            PlanError: the plan names a module that the model lacks, or does not fit a tensor; the model is unchanged.
+            PlanError: the plan names a module that the model lacks, does not fit a tensor, or keeps different channels
+                of a shared one; the model is unchanged.
         """
         self.refuse_unknown(model, "the model")
         counts = [count for find in _COUNTS for count in find(model, self)]
