@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -182,11 +183,55 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     pruned, teacher, _ = networks()
     obc.recover(pruned, teacher, BATCHES, steps=1, lr=0.01, checkpoint=tmp_path / "state", progress=False)
     other = nn.Linear(6, 4)
-    with pytest.raises(ValueError, match="of another model: it has nothing for weight"):
+    with pytest.raises(
+        ValueError, match="belongs to another run: other weights than it began with; delete it, or pass"
+    ):
         obc.recover(other, teacher, BATCHES, steps=2, lr=0.01, checkpoint=tmp_path / "state", progress=False)
     (tmp_path / "state").write_bytes(b"no checkpoint")
     with pytest.raises(ValueError, match="not a training checkpoint, or is damaged"):
         obc.recover(pruned, teacher, BATCHES, steps=2, lr=0.01, checkpoint=tmp_path / "state", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"lr": 0.02}, "lr=0.01, this run has 0.02"),
+        ({"steps": 1}, "steps=2, this run has 1"),
+        ({"train": "folded"}, "train='naive', this run has 'folded'"),
+        ({"accumulate": 2}, "accumulate=1, this run has 2"),
+        ({"clip": None}, "clip=1.0, this run has None"),
+        ({"warmup": 0.5}, "warmup=0.05, this run has 0.5"),
+        ({"distillation": obc.Distillation(temperature=2.0)}, "temperature=1.0, this run has 2.0"),
+        ({"distillation": obc.Distillation(hidden=1.0, modules=["4"])}, "hidden=0.0, this run has 1.0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_a_checkpoint_of_a_run_with_other_options_is_refused(
+    changed: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    pruned, teacher, plan = networks()
+    options = {"steps": 2, "lr": np.float64(0.01), "plan": plan, "checkpoint": tmp_path / "state", "progress": False}
+    obc.recover(copy.deepcopy(pruned), teacher, BATCHES, **options)
+    before = copy.deepcopy(pruned.state_dict())
+    with pytest.raises(
+        ValueError, match=re.escape(f"belongs to another run: other {said}; delete it, or pass another")
+    ):
+        obc.recover(pruned, teacher, BATCHES, **(options | changed))
+    assert all(torch.equal(pruned.state_dict()[name], value) for name, value in before.items())
+    assert obc.recover(pruned, teacher, BATCHES, **options).resumed_at == 2
+
+
+def test_a_checkpoint_of_other_models_of_the_same_shapes_is_refused(tmp_path: Path) -> None:
+    pruned, teacher, _ = networks()
+    options: dict[str, Any] = {"steps": 1, "lr": 0.01, "checkpoint": tmp_path / "state", "progress": False}
+    obc.recover(copy.deepcopy(pruned), teacher, BATCHES, **options)
+    others = copy.deepcopy((pruned, teacher))
+    with torch.no_grad():
+        for other in others:
+            other[0].weight.mul_(1.5)
+    for student, other, whose in ((others[0], teacher, "weights"), (pruned, others[1], "the teacher's weights")):
+        with pytest.raises(ValueError, match=f"belongs to another run: other {whose} than it began with"):
+            obc.recover(student, other, BATCHES, **options)
 
 
 @pytest.mark.parametrize("train", ["naive", "folded", "lora"])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from obc.model.usable import OTHER_MODEL, refuse_non_modules, refuse_one_model, 
 from obc.recovery.distillation import Distillation
 from obc.recovery.trained import Trained, prepared
 from obc.recovery.training_state import load_training, save_training
+from obc.scoring.checkpoint import fingerprint
 
 logger = logging.getLogger("obc")
 
@@ -99,7 +101,8 @@ def recover(
         evaluate: ``evaluate(model)`` returns a number; called before the first step, every ``every`` steps and after
             the last, in eval mode and without gradients.
         every: steps between evaluations and checkpoints; None evaluates and saves at the end only.
-        checkpoint: a file from which a run with the same arguments resumes; replaced during training.
+        checkpoint: a file from which a run of the same models with the same arguments resumes, and another is refused;
+            replaced during training.
         progress: show a progress bar; None shows it in a terminal only.
 
     Raises:
@@ -123,12 +126,15 @@ def recover(
     distillation = distillation or Distillation()
     report = RecoveryReport()
     flags = {module: module.training for part in (model, teacher) for module in part.modules()}
+    options = {"steps": steps, "lr": lr, "train": train, "weight_decay": weight_decay, "warmup": warmup, "clip": clip}
+    options |= {"accumulate": accumulate, "rank": rank if train == "lora" else None}
+    identity = {} if checkpoint is None else _identity(model, teacher, distillation, options)
     trained = prepared(model, teacher, train, plan, rank)
     _warn_of_short_floats(trained)
     try:
         job = _Training(trained, teacher, distillation, steps, lr, weight_decay, warmup, clip, report)
         if checkpoint is not None:
-            report.resumed_at = load_training(checkpoint, trained.model, job.optimizer, report)
+            report.resumed_at = load_training(checkpoint, trained.model, job.optimizer, report, identity)
         teacher.eval()
         source = _endless(batches, skip=report.resumed_at * accumulate)
         bar = progress_bar(progress, range(report.resumed_at, steps), desc="obc.recover")
@@ -141,7 +147,7 @@ def recover(
                 logger.info("obc.recover: step %d of %d: loss %.4g", step + 1, steps, report.losses[-1])
                 job.evaluate(step + 1, evaluate)
             if due and checkpoint is not None:
-                save_training(checkpoint, step + 1, trained.model, job.optimizer, report)
+                save_training(checkpoint, step + 1, trained.model, job.optimizer, report, identity)
     finally:
         trained.merge()
         for module, flag in flags.items():
@@ -206,6 +212,16 @@ def _check(steps: int, lr: float, accumulate: int, warmup: float, every: int | N
         raise ValueError(f"lr must be positive, got {lr}")
     if not 0 <= warmup < 1:
         raise ValueError(f"warmup is a share of the steps, in [0, 1), got {warmup}")
+
+
+def _identity(
+    model: nn.Module, teacher: nn.Module, distillation: Distillation, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What must be the same when a run resumes, as plain values."""
+    losses = {key: value for key, value in vars(distillation).items() if not callable(value)}
+    weights = {"weights": fingerprint(model), "the teacher's weights": fingerprint(teacher)}
+    plain: dict[str, Any] = json.loads(json.dumps(weights | options | losses, default=float))
+    return plain
 
 
 def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:

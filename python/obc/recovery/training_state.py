@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from os import PathLike
 from pathlib import Path
@@ -13,9 +14,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from obc.files import atomic_write, refuse_non_paths
+from obc.scoring.checkpoint import refuse_other_run
 from obc.tensor_file import load_format
 
-_FORMAT = "obc.training/1"
+_FORMAT = "obc.training/2"
 
 
 def save_training(
@@ -24,8 +26,9 @@ def save_training(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     report: Any,
+    identity: Mapping[str, Any],
 ) -> None:
-    """Write everything that a run needs to resume after ``step``; replaces the file atomically."""
+    """Write everything that a run of this ``identity`` needs to resume after ``step``; replaces the file atomically."""
     tensors = {f"model.{name}": tensor for name, tensor in _own_tensors(model).items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if isinstance(value, Tensor)}
@@ -35,21 +38,29 @@ def save_training(
         "format": _FORMAT,
         "step": str(step),
         "report": json.dumps(contents),
+        "identity": json.dumps(identity),
     }
     with atomic_write(path) as file:
         file.write(save({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, metadata))
 
 
-def load_training(path: str | PathLike[str], model: nn.Module, optimizer: torch.optim.Optimizer, report: Any) -> int:
+def load_training(
+    path: str | PathLike[str],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    report: Any,
+    identity: Mapping[str, Any],
+) -> int:
     """Restore a run from :func:`save_training` and return its step; 0 if there is no file.
 
     Raises:
-        ValueError: the file is damaged, or belongs to another model or optimizer.
+        ValueError: the file is damaged, or is of a run of another identity: other weights or options.
     """
     refuse_non_paths("checkpoint", path)
     if not Path(path).exists():
         return 0
     tensors, metadata = load_format(path, "training checkpoint", [_FORMAT], ValueError)
+    refuse_other_run(Path(path), json.loads(metadata["identity"]), identity, ValueError)
     own = _own_tensors(model)
     for name, tensor in own.items():
         saved = tensors.get(f"model.{name}")

@@ -159,22 +159,27 @@ class ScorerCheckpoint(SavedRun):
         return list(self._rows.matrix().split([flat.size for flat in store.flats], dim=1))
 
 
-def refuse_other_run(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def refuse_other_run(
+    path: Path, there: Mapping[str, Any], here: Mapping[str, Any], error: type[Exception] = CheckpointError
+) -> None:
     """Refuse to resume from a checkpoint of a run with other weights or options.
 
     Args:
-        there: the checkpoint's identity: name -> plain value, the weights' fingerprint under "weights".
+        there: the checkpoint's identity: name -> plain value, fingerprints of weights under names with "weights".
         here: the identity of this run.
+        error: the class of what is raised.
 
     Raises:
         CheckpointError: they differ; the message says where.
     """
     for name, value in here.items():
         if there.get(name) != value:
-            what = "weights" if name == "weights" else f"{name}={there.get(name)!r}, this run has {value!r}"
-            raise CheckpointError(
-                f"the checkpoint {path} belongs to another run: other {what}; delete it, or pass another path"
+            what = (
+                f"{name} than it began with"
+                if "weights" in name
+                else f"{name}={there.get(name)!r}, this run has {value!r}"
             )
+            raise error(f"the checkpoint {path} belongs to another run: other {what}; delete it, or pass another path")
 
 
 def batches_from(batches: Iterable[Any], done: int) -> Iterator[Any]:
