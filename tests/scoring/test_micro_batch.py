@@ -48,6 +48,24 @@ def test_parts_of_what_no_gate_serves(rows: str) -> None:
     assert_same(parts, whole)
 
 
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+def test_lists_with_an_entry_for_each_sample_are_cut_with_the_tensors(rows: str) -> None:
+    """As a detector's targets are: before, the first samples' came with every part."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+    batches = [
+        {"x": torch.randn(4, 5), "targets": [{"at": torch.randn(n, 3)} for n in (1, 4, 2, 3)], "weight": [1, 2, 3, 4]}
+        for _ in range(3)
+    ]
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        samples = zip(model(batch["x"]), batch["targets"], batch["weight"], strict=False)
+        losses = torch.stack([weight * (y - target["at"]).square().mean() for y, target, weight in samples])
+        return losses if rows == "sample" else losses.mean()
+
+    assert_same(obc.score(model, batches, loss, rows=rows, micro_batch=3), obc.score(model, batches, loss, rows=rows))
+
+
 def test_no_part_is_larger_than_asked() -> None:
     case, seen = models.residual_cnn(), []
 

@@ -35,34 +35,55 @@ def usable_in_autograd(batch: Any) -> Any:
 
 
 def samples_in(batch: Any) -> int:
-    """The number of entries along dim 0 of a batch's first tensor.
+    """The number of samples: entries along dim 0 of a batch's first tensor.
+
+    If all tensors are in lists, as a detector's images and targets are, a list of mappings or of tensors of different
+    lengths has one entry for each sample.
 
     Raises:
         ValueError: the batch contains no tensor.
     """
-    found: list[int] = []
+    outside: list[int] = []
+    inside: list[int] = []
+    lists: list[int] = []
 
-    def note(tensor: Tensor) -> Tensor:
-        if tensor.dim() > 0:
-            found.append(len(tensor))
-        return tensor
+    def note(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            outside.extend(value.shape[:1])
+        elif _is_list(value):
+            lengths = [tuple(tensor.shape[:1]) for tensor in tensors_in(value)]
+            inside.extend(length for (length,) in filter(None, lengths))
+            if all(isinstance(entry, Mapping) for entry in value) or len(set(lengths)) > 1:
+                lists.append(len(value))
+        return value
 
-    _map_tensors(batch, note)
-    if not found:
-        raise ValueError(
-            f"a batch of type {type(batch).__name__} has no tensor to split along its samples; leave micro_batch out, "
-            "or pass tensors in tuples, lists and mappings"
-        )
-    return found[0]
+    _map_values(batch, note, _is_list)
+    if found := outside or (lists if inside else []) or inside:
+        return found[0]
+    raise ValueError(
+        f"a batch of type {type(batch).__name__} has no tensor to split along its samples; leave micro_batch out, or "
+        "pass tensors in tuples, lists and mappings"
+    )
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it is a list or tuple, not empty, of entries of one kind."""
+    return type(value) in (list, tuple) and len({type(entry) for entry in value}) == 1
 
 
 def part_of(batch: Any, start: int, stop: int, samples: int) -> Any:
-    """Samples ``start:stop``: tensors with ``samples`` entries along dim 0 are cut, everything else is kept."""
+    """Samples ``start:stop``: tensors with ``samples`` entries along dim 0 are cut, and lists with one for each sample.
 
-    def cut(tensor: Tensor) -> Tensor:
-        return tensor[start:stop] if tensor.dim() > 0 and len(tensor) == samples else tensor
+    A list inside a batch has one entry for each sample if it has ``samples`` of one kind, unless these are tensors that
+    all have ``samples`` entries themselves. Everything else is kept.
+    """
 
-    return _map_tensors(batch, cut)
+    def is_cut(value: Any) -> bool:
+        if isinstance(value, Tensor):
+            return value.dim() > 0 and len(value) == samples
+        return _is_list(value) and len(value) == samples and not all(isinstance(v, Tensor) and is_cut(v) for v in value)
+
+    return _map_values(batch, lambda value: value[start:stop] if is_cut(value) else value, is_cut)
 
 
 def parts_of(
@@ -88,14 +109,18 @@ def parts_of(
 
 
 def _map_tensors(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    return _map_values(batch, lambda value: change(value) if isinstance(value, Tensor) else value, lambda value: False)
+
+
+def _map_values(batch: Any, change: Callable[[Any], Any], is_whole: Callable[[Any], bool]) -> Any:
+    """``batch`` with changed values, also of what is inside; values that ``is_whole`` are changed as one."""
+
     def changed(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return change(leaf)
         if isinstance(leaf, MutableMapping):  # a mapping that pytree does not know, such as a tokenizer's output
             part = copy.copy(leaf)
             for key, value in leaf.items():
-                part[key] = _map_tensors(value, change)
+                part[key] = change(value) if is_whole(value) else _map_values(value, change, is_whole)
             return part
-        return leaf
+        return change(leaf)
 
-    return pytree.tree_map(changed, batch)
+    return pytree.tree_map(changed, batch, is_leaf=lambda value: value is not batch and is_whole(value))

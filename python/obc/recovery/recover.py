@@ -7,7 +7,7 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from typing import Any, Literal
@@ -215,11 +215,11 @@ def _check(steps: int, lr: float, accumulate: int, warmup: float, every: int | N
 
 
 def _identity(
-    model: nn.Module, teacher: nn.Module, distillation: Distillation, options: Mapping[str, Any]
+    model: nn.Module, teacher: nn.Module, distillation: Distillation, options: dict[str, Any]
 ) -> dict[str, Any]:
     """What must be the same when a run resumes, as plain values."""
     losses = {key: value for key, value in vars(distillation).items() if not callable(value)}
-    weights = {"weights": fingerprint(model), "the teacher's weights": fingerprint(teacher)}
+    weights: dict[str, Any] = {"weights": fingerprint(model), "the teacher's weights": fingerprint(teacher)}
     plain: dict[str, Any] = json.loads(json.dumps(weights | options | losses, default=float))
     return plain
 
