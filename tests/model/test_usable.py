@@ -145,11 +145,20 @@ def test_errors_of_the_loss_name_batch_and_layer(rows: Any) -> None:
         ]
 
 
-def test_a_batch_without_samples_is_named() -> None:
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+def test_a_batch_without_samples_is_named(rows: Any) -> None:
     data = _data()
     data.insert(1, (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)))
     with pytest.raises(ValueError, match="batch 1 has no samples; leave empty batches out"):
-        obc.score(_model(), data, _losses, rows="sample")
+        obc.score(_model(), data, _losses if rows == "sample" else lambda m, b: _losses(m, b).mean(), rows=rows)
+
+
+def test_a_loss_of_another_model_is_refused_with_what_it_lacks() -> None:
+    other = _model()
+    with pytest.raises(
+        obc.scoring.ScoringError, match="the loss must come from the model that is scored, as loss_fn get"
+    ):
+        obc.score(_model(), _data(), lambda model, batch: _losses(other, batch).mean())
 
 
 def test_plans_of_models_without_values_are_refused() -> None:

@@ -1,5 +1,5 @@
-"""A batch that is not finite is left out of scoring, recalibration, compensation and every criterion alike: what comes
-out is what the other batches alone give.
+"""A batch that is not finite, or empty, is left out of scoring, recalibration, compensation and every criterion alike:
+what comes out is what the other batches alone give.
 """
 
 from __future__ import annotations
@@ -65,6 +65,7 @@ FAULTS: dict[str, Callable[[Batch], Batch]] = {
     "a NaN": one_pixel(math.nan),
     "infinite": one_pixel(math.inf),
     "overflowing": one_pixel(1e38),
+    "without samples": lambda batch: (batch[0][:0], batch[1][:0]),
 }
 CRITERIA = ("jacobian", "taylor", "fisher", "reconstruction", "l1")
 
@@ -76,7 +77,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("fault", ["a NaN", "infinite"])
+@pytest.mark.parametrize("fault", ["a NaN", "infinite", "without samples"])
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.filterwarnings("ignore")
 def test_pruning_with_a_bad_batch_is_pruning_without_it(fault: str, criterion: str) -> None:

@@ -167,6 +167,14 @@ def test_a_copy_of_the_model_is_warned_of() -> None:
         obc.recover(pruned, copy.deepcopy(pruned), BATCHES, steps=1, lr=0.01, progress=False)
 
 
+def test_models_in_the_wrong_order_are_warned_of() -> None:
+    pruned, teacher, _ = networks()
+    with pytest.warns(
+        UserWarning, match=r"the model has 636 parameters, more than the teacher's \d+; .* obc\.recover\(pr"
+    ):
+        obc.recover(teacher, pruned, BATCHES, steps=1, lr=0.01, progress=False)
+
+
 def test_norms_are_not_recalibrated_against_themselves() -> None:
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
     with pytest.raises(ValueError, match="the model and original_model are one object; pass the unpruned model"):

@@ -66,6 +66,12 @@ def samples_in(batch: Any) -> int:
     )
 
 
+def has_no_samples(batch: Any) -> bool:
+    """Whether a batch has tensors, and no entry in any, as a data loader's last batch after filtering may."""
+    tensors = tensors_in(batch)
+    return bool(tensors) and not any(tensor.numel() for tensor in tensors)
+
+
 def _is_list(value: Any) -> bool:
     """Whether it is a list or tuple, not empty, of entries of one kind."""
     return type(value) in (list, tuple) and len({type(entry) for entry in value}) == 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from obc.model.arguments import iterable_batches
-from obc.model.batches import usable_in_autograd
+from obc.model.batches import has_no_samples, usable_in_autograd
 from obc.model.evaluation import tensors_in
 from obc.model.processes import notice
 
@@ -19,7 +19,7 @@ _MOST_LEFT_OUT = 0.1
 
 
 class UsableBatches:
-    """Batches for repeated passes. A pass that finds a non-finite batch names it, and later passes skip it.
+    """Batches for repeated passes. A pass that finds a non-finite or empty batch names it, and later passes skip it.
 
     >>> for batch in usable:
     ...     if not all_finite(model(batch)):
@@ -69,6 +69,9 @@ class UsableBatches:
             if number in self.left_out:
                 continue
             self._current = number
+            if has_no_samples(batch):
+                self.leave_out("it has no samples")
+                continue
             notice()
             self.on_batch(index, self.count)
             yield usable_in_autograd(batch)
@@ -111,8 +114,8 @@ class UsableBatches:
             return
         shown = "; ".join(f"batch {number}: {why}" for number, why in list(self.left_out.items())[:3])
         raise ValueError(
-            f"{bad} of {count} batches are not usable, more than a tenth{shown and f' ({shown})'}: look for values "
-            "that are not finite in these batches, then in the weights and the loss"
+            f"{bad} of {count} batches are not usable, more than a tenth{shown and f' ({shown})'}: leave empty batches "
+            "out, and look for values that are not finite in the others, then in the weights and the loss"
         )
 
 

@@ -225,7 +225,7 @@ def _identity(
 
 
 def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
-    """Refuse a teacher that changes with the model, and warn of one that is its copy: it teaches nothing."""
+    """Refuse a teacher that changes with the model, and warn of one that is its copy, or smaller."""
     refuse_one_model(model, teacher, "the model", "the teacher")
     theirs = {id(parameter) for parameter in teacher.parameters()}
     if shared := [name for name, one in model.named_parameters() if one.requires_grad and id(one) in theirs]:
@@ -237,6 +237,13 @@ def _check_teacher(model: nn.Module, teacher: nn.Module) -> None:
     if own.keys() == theirs_now.keys() and all(_equal(own[name], theirs_now[name]) for name in own):
         warnings.warn(
             f"the teacher has the same weights as the model, which has nothing to learn from it; {OTHER_MODEL}",
+            stacklevel=3,
+        )
+    sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (model, teacher)]
+    if sizes[0] > sizes[1]:
+        warnings.warn(
+            f"the model has {sizes[0]:,} parameters, more than the teacher's {sizes[1]:,}; if they are in the wrong "
+            "order, call obc.recover(pruned, unpruned, ...)",
             stacklevel=3,
         )
 

@@ -67,7 +67,10 @@ class RowInHand:
         refusals.refuse_replaced_gradients(self._attachment.model, self._plan.flats.values(), norm_gradients)
         unchanged = all(tensor._version == self._versions.get(id(tensor), 0) for tensor in self._accumulators())
         if unchanged and not may_be_empty:
-            raise ScoringError("no backward reached a scored module in this row; call loss.backward() inside it")
+            raise ScoringError(
+                "no backward reached a scored module in this row: the loss must come from the model that is scored, as "
+                "loss_fn gets it, and in a loop of your own loss.backward() be called inside the row"
+            )
         refusals.refuse_samples(self._plan, self._reading, self._samples)
         for norms in norm_gradients:
             norms.add_to_row(norms.flat.row)
