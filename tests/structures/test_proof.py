@@ -379,6 +379,23 @@ def test_random_numbers_inside_the_model_are_the_same_for_both() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("drawn", [torch.randn_like, F.dropout, torch.bernoulli, None], ids=repr)
+def test_random_numbers_for_each_channel_are_named(drawn: Callable[[Tensor], Tensor] | None) -> None:
+    """Fewer channels get other ones, which no order of channels explains."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 12), nn.Linear(12, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x).sigmoid()
+            return self.b(h / h.mean(1, keepdim=True) if drawn is None else h + drawn(h))
+
+    reason = TorchPruningStructure(Noisy(), torch.randn(4, 6)).left_out["a"]
+    assert ("; the model draws random numbers, other ones for fewer channels" in reason) == (drawn is not None)
+
+
 # --- which groups are at fault, and what it costs -----------------------------------------------------------------
 
 

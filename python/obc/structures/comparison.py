@@ -61,6 +61,7 @@ class Observation:
         modules: all modules of the model except stand-ins.
         rounding: the coarsest relative rounding of the numbers that layers read and returned.
         calls: number of calls of layers.
+        draws: whether the model drew random numbers.
     """
 
     readings: dict[str, list[LayerInput]] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class Observation:
     modules: set[str] = field(default_factory=set)
     rounding: float = 0.0
     calls: int = 0
+    draws: bool = False
 
     @property
     def tolerance(self) -> float:
@@ -113,8 +115,16 @@ def observe(model: nn.Module, run: Run, lost: Mapping[str, Tensor] | None = None
             seen.modules.add(name)
         record = partial(_record, seen, name, (lost or {}).get(name))
         handles.append(module.register_forward_hook(record, with_kwargs=True))
+    generators = _generators(model)
+
+    def watched(model: nn.Module) -> Any:
+        before = [generator.get_state() for generator in generators]
+        returned = run(model)
+        seen.draws = any(not torch.equal(one.get_state(), was) for one, was in zip(generators, before, strict=True))
+        return returned
+
     with hooked(handles):
-        returned = run_alike(model, run)
+        returned = run_alike(model, watched)
     seen.outputs = [tensor.detach() for tensor in returned if tensor.is_floating_point()]
     return seen
 
@@ -172,12 +182,15 @@ def cuda_devices(model: nn.Module) -> list[int]:
 
 @contextlib.contextmanager
 def _same_random_numbers(model: nn.Module) -> Iterator[None]:
-    devices = cuda_devices(model)
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=cuda_devices(model)):
         # torch.manual_seed would also seed GPUs that do not hold the model, and these are not restored.
-        for generator in (torch.default_generator, *(torch.cuda.default_generators[device] for device in devices)):
+        for generator in _generators(model):
             generator.manual_seed(_SEED)
         yield
+
+
+def _generators(model: nn.Module) -> list[torch.Generator]:
+    return [torch.default_generator, *(torch.cuda.default_generators[device] for device in cuda_devices(model))]
 
 
 def compare(expected: Observation, got: Observation) -> Difference:

@@ -316,14 +316,15 @@ class _Prover:
         return " and ".join(f"{len(units)} of the {self.groups[name].size} units" for name, units in removed.items())
 
     def _said(self, names: Sequence[str], what: str) -> str:
-        """The fault, with the parameters that layers of these groups share with others."""
+        """The fault, with the parameters that layers of these groups share with others, and random numbers."""
         modules = {part.module for name in names for part in self.groups[name].slices}
         shared = [
             " and ".join(tied)
             for tied in shared_parameters(self.base)
             if any(name.rpartition(".")[0] in modules for name in tied)
         ]
-        return what + (f"; {', '.join(shared)} are one parameter" if shared else "")
+        drawn = "; the model draws random numbers, other ones for fewer channels: let it draw none while it is pruned"
+        return what + (f"; {', '.join(shared)} are one parameter" if shared else "") + drawn * self.unmasked.draws
 
     def _note_seen(self, names: Sequence[str], masked: Observation, removed: Mapping[str, Tensor]) -> None:
         """Record which units' channels are read and can be distinguished."""
