@@ -379,7 +379,9 @@ def test_random_numbers_inside_the_model_are_the_same_for_both() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("drawn", [torch.randn_like, F.dropout, torch.bernoulli, None], ids=repr)
+@pytest.mark.parametrize(
+    "drawn", [torch.randn_like, F.dropout, torch.bernoulli, None], ids=["normal", "dropout", "bernoulli", "none"]
+)
 def test_random_numbers_for_each_channel_are_named(drawn: Callable[[Tensor], Tensor] | None) -> None:
     """Fewer channels get other ones, which no order of channels explains."""
 
