@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from obc.model.arguments import iterable_batches
 from obc.model.evaluation import ForwardFn, call_on_batch, device_of, evaluating
+from obc.model.usable import refuse_non_modules
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def perplexity(
     Raises:
         ValueError: an argument has a wrong value, the text is shorter than two tokens, or a loss is not finite.
     """
+    refuse_non_modules(model)
     stride = length if stride is None else stride
     if length < 2 or not 1 <= stride <= length:
         raise ValueError(f"length must be at least 2 and stride in [1, length], got length={length}, stride={stride}")
@@ -105,16 +108,19 @@ def accuracy(model: nn.Module, batches: Iterable[Any], forward_fn: ForwardFn = c
 
     Args:
         model: run in eval mode; returns logits (B, classes), or an output with ``.logits``.
-        batches: (inputs, labels), or mappings with "labels".
+        batches: (inputs, labels), or mappings with "labels"; one label for each sample.
         forward_fn: ``forward_fn(model, batch)``.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches; a batch has no labels, or not one for each row of logits; there is one class
+            only; a logit is NaN.
+        TypeError: ``model`` is no module.
     """
 
     def right(batch: Any) -> Tensor:
-        labels = batch["labels"] if isinstance(batch, dict) else batch[1]
-        predicted = _tensor(forward_fn(model, batch)).argmax(-1)
+        predicted = _predicted(_tensor(forward_fn(model, batch)))
+        labels = _labels(batch)
+        _refuse_unlike("accuracy", "labels", labels, "predictions", predicted)
         return predicted == labels.to(predicted.device)
 
     return _mean("accuracy", (model,), batches, right)
@@ -132,11 +138,13 @@ def agreement(
         forward_fn: ``forward_fn(model, batch)`` returns a tensor, or an output that has ``logits``.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or the models' outputs have different shapes or NaN.
+        TypeError: a model is no module.
     """
 
     def same(batch: Any) -> Tensor:
-        ours, theirs = (_tensor(forward_fn(network, batch)).argmax(-1) for network in (model, reference))
+        ours, theirs = (_predicted(_tensor(forward_fn(network, batch))) for network in (model, reference))
+        _refuse_unlike("agreement", "the model's predictions", ours, "the reference's", theirs)
         return ours == theirs
 
     return _mean("agreement", (model, reference), batches, same)
@@ -154,11 +162,13 @@ def cosine(
         forward_fn: ``forward_fn(model, batch)`` returns a tensor, or an output that has ``logits``.
 
     Raises:
-        ValueError: there are no batches.
+        ValueError: there are no batches, or the models' outputs have different shapes or NaN.
+        TypeError: a model is no module.
     """
 
     def similarity(batch: Any) -> Tensor:
-        ours, theirs = (_tensor(forward_fn(network, batch)).float() for network in (model, reference))
+        ours, theirs = (_numbers(_tensor(forward_fn(network, batch))).float() for network in (model, reference))
+        _refuse_unlike("cosine", "the model's outputs", ours, "the reference's", theirs)
         return F.cosine_similarity(ours, theirs, dim=-1)
 
     return _mean("cosine", (model, reference), batches, similarity)
@@ -166,6 +176,9 @@ def cosine(
 
 def _mean(figure: str, models: Sequence[nn.Module], batches: Iterable[Any], values: Callable[[Any], Tensor]) -> float:
     """The mean over all entries of ``values(batch)``, with the models in eval mode."""
+    for model in models:
+        refuse_non_modules(model)
+    iterable_batches(batches)
     total, count = 0.0, 0
     with evaluating(*models), torch.inference_mode():
         for batch in batches:
@@ -175,6 +188,41 @@ def _mean(figure: str, models: Sequence[nn.Module], batches: Iterable[Any], valu
     if count == 0:
         raise ValueError(f"{figure} got no batches; pass an iterable that is not used up")
     return total / count
+
+
+def _labels(batch: Any) -> Tensor:
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if isinstance(batch, (tuple, list)) and len(batch) > 1:
+        labels = batch[1]
+    if not isinstance(labels, Tensor):
+        raise ValueError(
+            f"accuracy needs labels, a tensor, and found none in a batch of type {type(batch).__name__}; pass batches "
+            "of (inputs, labels), or mappings with 'labels'"
+        )
+    return labels
+
+
+def _predicted(logits: Tensor) -> Tensor:
+    """The class with the largest logit."""
+    if logits.dim() < 2 or logits.shape[-1] < 2:
+        raise ValueError(
+            f"the model returns {tuple(logits.shape)}, which is not one logit for each of several classes; pass a "
+            "forward_fn that does, such as torch.stack([-y, y], -1) of a single logit y"
+        )
+    return _numbers(logits).argmax(-1)
+
+
+def _numbers(outputs: Tensor) -> Tensor:
+    if bool(outputs.isnan().any()):
+        raise ValueError("the model's outputs have NaN; look for it in the weights, and in this batch")
+    return outputs
+
+
+def _refuse_unlike(figure: str, name: str, one: Tensor, other_name: str, other: Tensor) -> None:
+    if one.shape != other.shape:
+        raise ValueError(
+            f"{figure}: {name} have shape {tuple(one.shape)}, {other_name} {tuple(other.shape)}; they must be the same"
+        )
 
 
 def _tensor(outputs: Any) -> Tensor:

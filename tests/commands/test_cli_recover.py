@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from directories import llama_directory
+from PIL import Image
 
 import obc
 from obc import cli, quality
@@ -156,6 +157,27 @@ def test_a_model_without_a_head_is_recovered_by_its_hidden_state(
     assert error(out) < 0.5 * error(pruned)
     first = figure(r"loss ([\d.]+) at the first step", capsys.readouterr().out)
     assert first[0] == pytest.approx(error(pruned), rel=0.5)  # of one batch, not of all
+
+
+def test_a_model_of_one_logit_agrees_in_no_class(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = transformers.ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        num_labels=1,
+    )
+    folder, images = tmp_path / "vit", tmp_path / "images"
+    transformers.ViTForImageClassification(config).save_pretrained(folder)
+    images.mkdir()
+    for index in range(4):
+        Image.new("RGB", (8, 8), (40 * index, 90, 10)).save(images / f"{index}.png")
+    assert cli.main([*map(str, ["evaluate", folder, "--reference", folder, "--data", images, "--device", "cpu"])]) == 0
+    printed = capsys.readouterr().out
+    assert "agreement" not in printed
+    assert "cosine: 1.0000" in printed
 
 
 @pytest.mark.parametrize(

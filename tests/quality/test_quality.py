@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import UserDict
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -87,3 +91,65 @@ def test_accuracy_agreement_and_cosine() -> None:
     for function in (lambda: quality.accuracy(model, []), lambda: quality.cosine(model, other, [])):
         with pytest.raises(ValueError, match="no batches"):
             function()
+
+
+MODEL, X, LABELS = nn.Linear(5, 3), torch.ones(7, 5), torch.zeros(7, dtype=torch.long)
+SOME = X[:3]
+FORWARD: dict[str, Callable[[nn.Module, Any], Tensor]] = {
+    "one logit": lambda model, batch: model(batch[0])[:, :1],
+    "a number": lambda model, batch: model(batch[0])[:, 0],
+    "NaN": lambda model, batch: model(batch[0]) * float("nan"),
+    "the model's own": lambda model, batch: model(batch[0])[: 7 if model is MODEL else 1],
+}
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (X, "found none in a batch of type Tensor; pass batches of"),
+        ((X,), "found none in a batch of type tuple"),
+        ({"x": X}, "found none in a batch of type dict"),
+        ((X, ["cat"] * 7), "found none in a batch of type tuple"),
+        ((X, LABELS[:, None]), r"labels have shape \(7, 1\), predictions \(7,\)"),
+        ((X, LABELS[:1]), r"labels have shape \(1,\), predictions \(7,\)"),
+        ((SOME, torch.eye(3)), r"labels have shape \(3, 3\), predictions \(3,\)"),
+    ],
+    ids=["no labels", "inputs alone", "another name", "names", "(B, 1)", "one label", "one-hot"],
+)
+def test_labels_that_do_not_belong_to_the_predictions(batch: Any, said: str) -> None:
+    """All of them were compared with the predictions by broadcasting, or were other samples' inputs."""
+    with pytest.raises(ValueError, match=said):
+        quality.accuracy(
+            MODEL, [batch], lambda model, batch: model(X[:3] if type(batch) is tuple and batch[0] is SOME else X)
+        )
+
+
+@pytest.mark.parametrize("kind", FORWARD)
+@pytest.mark.parametrize("figure", ["accuracy", "agreement", "cosine"])
+def test_outputs_that_have_no_figure(figure: str, kind: str) -> None:
+    said = {"NaN": "outputs have NaN", "the model's own": "shape"}.get(kind, "is not one logit for each of several")
+    models = (MODEL,) if figure == "accuracy" else (MODEL, copy.deepcopy(MODEL))
+    if figure == "cosine" and kind in ("one logit", "a number"):
+        assert getattr(quality, figure)(*models, [(X, LABELS)], FORWARD[kind]) == pytest.approx(1)
+        return
+    batch = (X, LABELS[:1]) if figure == "accuracy" and kind == "the model's own" else (X, LABELS)
+    with pytest.raises(ValueError, match=said):
+        getattr(quality, figure)(*models, [batch], FORWARD[kind])
+
+
+def test_what_is_no_model_and_no_batches() -> None:
+    for call in (
+        lambda: quality.accuracy("model", [(X, LABELS)]),
+        lambda: quality.agreement(MODEL, "reference", [X]),
+        lambda: quality.cosine(None, MODEL, [X]),
+        lambda: quality.perplexity(None, torch.arange(9), length=4),
+    ):
+        with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got "):
+            call()
+    with pytest.raises(ValueError, match="batches must be a list or another iterable of batches, got dict"):
+        quality.accuracy(MODEL, {"x": X})
+
+
+def test_labels_of_any_mapping() -> None:
+    batch = UserDict(x=X, labels=MODEL(X).argmax(-1))
+    assert quality.accuracy(MODEL, [batch], lambda model, batch: model(batch["x"])) == 1

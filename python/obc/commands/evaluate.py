@@ -59,7 +59,8 @@ def run(parsed: argparse.Namespace) -> int:
             say("\n".join(name + line for line in _figures(model, directory.loss, batches, parsed.stride)))
         if reference is not None:
             both = (directory.model, reference.model, batches, model_directory.outputs)
-            say(f"agreement: {quality.agreement(*both):.4f}")
+            if directory.loss != "label-free" or directory.model.config.num_labels > 1:  # a single logit has no classes
+                say(f"agreement: {quality.agreement(*both):.4f}")
             say(f"cosine: {quality.cosine(*both):.4f}")
     if parsed.measure:
         say("\n".join(_speed(models, batches[0])))
