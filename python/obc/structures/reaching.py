@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
@@ -42,7 +42,7 @@ def runs_reaching(
     """
     missing = {name for name, module in named_modules(model) if layout_of(module) is not None} - set(usage.positions)
     found: list[Run] = []
-    tensors = _perhaps_of_channels(model)
+    tensors = _perhaps_of_channels(model, {*usage.order})
     if missing or tensors:
         used = _used(model, run, missing | tensors)
         missing, tensors = missing - used, tensors - used
@@ -58,14 +58,17 @@ def runs_reaching(
     return found, frozenset(missing)
 
 
-def _perhaps_of_channels(model: nn.Module) -> set[str]:
-    """The tensors outside layers, parameters and buffers, with a dimension as long as some layer has out channels."""
-    layouts = [(layout, layer) for layer in model.modules() if (layout := layout_of(layer)) is not None]
-    widths = {layout.sizes(layer.weight)[0] for layout, layer in layouts} - {1}  # type: ignore[arg-type]
+def _perhaps_of_channels(model: nn.Module, called: Set[str]) -> set[str]:
+    """The tensors outside layers, parameters and buffers, with a dimension as long as some layer has out channels.
+
+    Torch's own modules, such as norms, read theirs when they are ``called``.
+    """
+    layers = [(layout_of(module), getattr(module, "weight", None)) for module in model.modules()]
+    widths = {layout.sizes(weight)[0] for layout, weight in layers if layout and isinstance(weight, Tensor)} - {1}
     return {
         joined(name, key)
         for name, module in named_modules(model)
-        if layout_of(module) is None
+        if layout_of(module) is None and not (name in called and type(module).__module__.startswith("torch.nn."))
         for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         if widths & {*tensor.shape}
     }
