@@ -35,7 +35,6 @@ NO_TRANSFORMERS = {
     "CNN": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)),
     "MLP": lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
     "one layer": lambda: nn.Linear(4, 2),
-    "torch's own transformer": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2),
 }
 
 
