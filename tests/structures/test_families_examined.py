@@ -4,6 +4,7 @@ own examination in float64: sliced against masked, saved and loaded, scores agai
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,3 +117,17 @@ def test_the_config_counts_the_channels_of_blocks_beside_the_usual_ones(model_ty
     structure.remove({name: torch.arange(before // 4) for name in counted})
     assert structure.config_refused is None
     assert getattr(model.config, key) == before - before // 4
+
+
+def test_a_config_that_computes_a_width_of_its_own_says_the_one_left(tmp_path: Path) -> None:
+    """LFM2 rounds two thirds of the config's width up to a multiple of 256, unless it is told not to."""
+    with in_float64(model_class("causal", "lfm2")[1]):
+        model = built("causal", "lfm2")
+    structure = TransformersStructure(model, ["ffn"])
+    structure.remove({group.name: torch.arange(100) for group in structure.groups})
+    assert structure.config_refused is None
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float64).eval()
+    batch = inputs_of("causal", model)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits)

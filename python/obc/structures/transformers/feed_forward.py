@@ -11,8 +11,10 @@ from obc.model.layouts import layout_of
 from obc.model.names import joined
 from obc.structures.transformers.block import Block, block_of
 from obc.structures.transformers.family import FAMILIES, attributes, config_keys
-from obc.structures.transformers.layers import Layers, channels, is_row
+from obc.structures.transformers.layers import Layers, channels, is_row, says
 from obc.structures.units import NotPrunableError
+
+_ADJUSTED = "block_auto_adjust_ff_dim"  # LFM2 computes another width from the config's, unless this is False
 
 
 def feed_forwards(layers: Layers, name: str) -> Iterator[Block]:
@@ -56,6 +58,7 @@ def _feed_forward(layers: Layers, name: str, projections: Sequence[str], copies:
         {consumer: channels(width, 1)},
         counters=layers.counters([name], {attributes("inner_width"): (width, 1)}),
         config=layers.config_key(_config_keys(layers, name), 1, width),
+        config_fixed={_ADJUSTED: False} if says(layers.config, _ADJUSTED) else {},
     )
 
 
