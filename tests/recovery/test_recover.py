@@ -119,6 +119,21 @@ def test_a_loss_that_is_not_finite_stops_before_it_spoils_the_model() -> None:
     assert all(value.isfinite().all() for value in pruned.state_dict().values())
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("train", ["naive", "folded", "lora"])
+def test_a_gradient_that_is_not_finite_stops_before_it_spoils_the_model(train: Any, clip: float | None) -> None:
+    """The loss is; the next one would not be."""
+    pruned, teacher, plan = networks()
+    roots = obc.Distillation(labels=1.0, label_loss=lambda outputs, batch: (0 * outputs.sum()).abs().sqrt())
+    before = copy.deepcopy(pruned.state_dict())
+    with pytest.raises(
+        ValueError, match="the loss is finite at step 0, and its gradient is not; the model keeps the par"
+    ):
+        obc.recover(pruned, teacher, BATCHES, steps=2, lr=0.01, train=train, plan=plan, clip=clip, distillation=roots)
+    for name, value in pruned.state_dict().items():
+        torch.testing.assert_close(value, before[name])
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [

@@ -107,8 +107,8 @@ def recover(
 
     Raises:
         ValueError: an argument has a wrong value, the teacher shares parameters with the model, ``batches`` is empty,
-            or the loss is not finite; then the message names the step, and the model keeps the parameters before that
-            step.
+            or the loss or its gradient is not finite; then the message names the step, and the model keeps the
+            parameters before that step.
         PlanError: the plan does not describe how ``model`` came from ``teacher`` (``train="folded"``).
         ImportError: peft is missing (``train="lora"``).
     """
@@ -184,8 +184,13 @@ class _Training:
                 loss = self.distillation.loss(self.trained.model, self.teacher, batch) / len(batches)
                 total += _finite(loss, number)
                 loss.backward()
-        if self.clip is not None:
-            nn.utils.clip_grad_norm_(self.trained.parameters, self.clip)
+        norm = nn.utils.clip_grad_norm_(self.trained.parameters, math.inf if self.clip is None else self.clip)
+        if not bool(norm.isfinite()):
+            raise ValueError(
+                f"the loss is finite at step {number}, and its gradient is not; the model keeps the parameters of the "
+                "step before: look for roots, logarithms and quotients of zero in the loss and the model, or train in "
+                "float32"
+            )
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * self.schedule(number)
         self.optimizer.step()
