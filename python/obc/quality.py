@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from obc.model.arguments import iterable_batches
+from obc.model.arguments import instance, iterable_batches
 from obc.model.evaluation import ForwardFn, call_on_batch, device_of, evaluating
 from obc.model.usable import refuse_non_modules
 
@@ -62,6 +62,7 @@ def perplexity(
     stride = length if stride is None else stride
     if length < 2 or not 1 <= stride <= length:
         raise ValueError(f"length must be at least 2 and stride in [1, length], got length={length}, stride={stride}")
+    instance("tokens", tokens, Tensor, "a tensor of token ids")
     if tokens.dim() != 1 or len(tokens) < 2:
         raise ValueError(f"tokens must be one row of at least 2 token ids, got shape {tuple(tokens.shape)}")
     device = device_of(model)

@@ -20,6 +20,7 @@ import obc
 from obc.integrations.torch_pruning import prune_step
 from obc.scoring import label_free_loss
 from obc.structures.traced import TorchPruningStructure
+from obc.structures.transformers import TransformersStructure
 
 NET = network()
 SCORES = obc.score(NET, [X, X], loss, keep_rows=True)
@@ -47,10 +48,17 @@ def compensate(**given: Any) -> Any:
     return obc.compensate(PLAN.apply(network()), network(), PLAN, [X, X], **given)
 
 
+def folded() -> obc.EquivalentPruning:
+    return obc.equivalent_pruning(PLAN.apply(network()), network().state_dict(), PLAN)
+
+
 Calls = dict[str, Callable[[Any], Any]]
 
 # The argument's name, in the message -> calls that take it, by name.
 MODELS: Calls = {
+    "Distillation.loss: student": lambda one: obc.Distillation().loss(one, network(), X),
+    "Distillation.loss: teacher": lambda one: obc.Distillation().loss(network(), one, X),
+    "accuracy": lambda one: obc.quality.accuracy(one, [X]),
     "memory_estimate": lambda one: obc.memory_estimate(one, X, loss),
     "transformer_groups": obc.transformer_groups,
     "dequantize": obc.dequantize,
@@ -77,6 +85,8 @@ FUNCTIONS: dict[str, Calls] = {
         "label_free_loss": label_free_loss,
         "structure": lambda one: TorchPruningStructure(network(), X, forward_fn=one),
     },
+    "run": {"measure_latency": lambda one: obc.measure_latency(STRUCTURE, one)},
+    "timer": {"measure_latency": lambda one: obc.measure_latency(STRUCTURE, lambda model: model(X), timer=one)},
     "on_step": {"prune": lambda one: prune(on_step=one)},
     "evaluate": {"recover": lambda one: recover(evaluate=one)},
 }
@@ -122,6 +132,14 @@ NUMBERS: dict[str, Calls] = {
     "clip": {"recover": lambda one: recover(clip=one)},
     "hidden": {"Distillation": lambda one: obc.Distillation(hidden=one)},
     "temperature": {"Distillation": lambda one: obc.Distillation(temperature=one)},
+    "ridge": {"compensate": lambda one: compensate(ridge=one)},
+    "held_out": {"compensate": lambda one: compensate(held_out=one)},
+    **{
+        name: {
+            "param_groups": lambda one, name=name: folded().param_groups(**({"lr": 1, "weight_decay": 0} | {name: one}))
+        }
+        for name in ("lr_div", "wd_div")
+    },
     "the strength of '0'": {"prune": lambda one: prune(allocation={"0": one})},
 }
 GROUP_LISTS: Calls = {
@@ -145,10 +163,17 @@ MAPPINGS: dict[str, Calls] = {
     "in_channel_groups": {"structure": lambda one: TorchPruningStructure(network(), X, in_channel_groups=one)},
     "rows_by_group": {"select": lambda one: select(rows_by_group=one)},
     "kept": {"PruningPlan": obc.PruningPlan},
+    "units": {
+        "TorchPruningStructure.remove": lambda one: TorchPruningStructure(network(), X).remove(one),
+        "TransformersStructure.remove": lambda one: TransformersStructure(network()).remove(one),
+    },
 }
 OBJECTS: dict[str, Calls] = {
     "memory_use": {"prune": lambda one: prune(memory_use=one)},
-    "structure": {"prune": lambda one: prune(structure=one)},
+    "structure": {
+        "prune": lambda one: prune(structure=one),
+        "measure_latency": lambda one: obc.measure_latency(one, lambda model: model(X)),
+    },
     "costs": {"select": lambda one: select(costs=one)},
     "distillation": {"recover": lambda one: recover(distillation=one)},
     "process_group": {
@@ -171,7 +196,7 @@ def _refused(call: Callable[[Any], Any], value: Any, message: str) -> None:
 @pytest.mark.parametrize("value", [None, "model.pt", network().state_dict(), np.ones(3)], ids=type)
 @pytest.mark.parametrize("call", MODELS)
 def test_what_is_no_model(call: str, value: Any) -> None:
-    _refused(MODELS[call], value, r"(model|original_model) must be a torch\.nn\.Module, got ")
+    _refused(MODELS[call], value, r"(model|original_model|student|teacher) must be a torch\.nn\.Module, got ")
 
 
 @pytest.mark.parametrize("value", ["loss", 3, [loss], torch.ones(2), np.ones(2)], ids=type)
@@ -241,6 +266,15 @@ def test_values_in_mappings() -> None:
     _refused(obc.PruningPlan, {"0": [1, 2]}, r"^kept\['0'\] must be an obc\.Kept, got list$")
     _refused(lambda one: obc.JacobianScorer(network(), modules={"0": one}), "in", r"^modules\['0'\] must be a list")
     _refused(lambda one: obc.JacobianScorer(network(), modules=[one]), network(), "^each of modules must be a name")
+
+
+@pytest.mark.parametrize("value", [None, "state", 3, [1], torch.ones(2)], ids=type)
+def test_what_is_no_state_and_no_tokens(value: Any) -> None:
+    _refused(obc.JacobianScorer(network()).load_state_dict, value, r"^state must be what state_dict\(\) gave, got ")
+    if not isinstance(value, torch.Tensor):
+        _refused(
+            lambda one: obc.quality.perplexity(network(), one, length=4), value, "^tokens must be a tensor of token"
+        )
 
 
 def test_what_is_no_pruner_and_no_rows() -> None:

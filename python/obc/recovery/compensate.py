@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from obc.model.arguments import listed, one_of, refuse_uncallable
+from obc.model.arguments import listed, number, one_of, refuse_uncallable
 from obc.model.autocast import in_present_autocast, without_autocast
 from obc.model.depth import expanded
 from obc.model.evaluation import ForwardFn, call_on_batch, evaluating, without_cache
@@ -181,6 +181,8 @@ def _check(
     keep_decompressors: bool,
 ) -> None:
     one_of("mode", mode, get_args(Mode))
+    number("held_out", held_out)
+    number("ridge", 0 if ridge is None else ridge)
     if ridge is not None and ridge < 0:
         raise ValueError(f"ridge must not be negative, got {ridge}")
     if not 0 < held_out <= 0.5:

@@ -16,6 +16,7 @@ from obc.model.arguments import number, refuse_uncallable, several
 from obc.model.batches import attention_mask
 from obc.model.evaluation import ForwardFn, call_on_batch
 from obc.model.hooks import hooked
+from obc.model.usable import refuse_non_modules
 
 
 def logit_distillation(
@@ -140,6 +141,8 @@ class Distillation:
         Raises:
             ValueError: a module is missing, or two outputs can't be compared.
         """
+        refuse_non_modules(student, "the student")
+        refuse_non_modules(teacher, "the teacher")
         with torch.no_grad(), _outputs(teacher, self.modules) as wanted:
             compared = self.logits + self.hidden + self.outputs > 0
             teacher_outputs = self.forward_fn(teacher, batch) if compared else None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from obc.model.arguments import instance, one_of
+from obc.model.arguments import instance, number, one_of
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import is_compiled, layout_of, split_by_group
 from obc.model.names import joined, named_modules
@@ -274,7 +274,14 @@ class EquivalentPruning:
             weight_decay: their weight decay.
             lr_div: the factors' learning rate is ``lr / lr_div``.
             wd_div: their weight decay is ``weight_decay / wd_div``; 0 means none.
+
+        Raises:
+            ValueError: an argument is no number, or ``lr_div`` is 0.
         """
+        for name, value in {"lr": lr, "weight_decay": weight_decay, "lr_div": lr_div, "wd_div": wd_div}.items():
+            number(name, value)
+        if lr_div == 0:
+            raise ValueError("lr_div must not be 0: the factors' learning rate is lr / lr_div")
         factors = {id(p): p for _, folded in _folds(self.model) for p in folded.parameters()}
         own = [parameter for parameter in self.model.parameters() if id(parameter) not in factors]
         factor_decay = 0.0 if wd_div == 0 else weight_decay / wd_div

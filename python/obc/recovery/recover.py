@@ -10,12 +10,21 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from obc.model.arguments import instance, iterable_batches, listed, no_batches, number, positive, refuse_uncallable
+from obc.model.arguments import (
+    instance,
+    iterable_batches,
+    listed,
+    no_batches,
+    number,
+    one_of,
+    positive,
+    refuse_uncallable,
+)
 from obc.model.batches import usable_in_autograd
 from obc.model.plan import PruningPlan
 from obc.model.progress import progress_bar
@@ -115,6 +124,7 @@ def recover(
     refuse_unusable(model)
     refuse_non_modules(teacher, "the teacher")
     _check_teacher(model, teacher)
+    one_of("train", train, get_args(Train))
     _check(steps, lr, accumulate, warmup, every)
     number("weight_decay", weight_decay)
     if clip is not None:

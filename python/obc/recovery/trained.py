@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from obc.model.arguments import one_of
 from obc.model.kept import PlanError
 from obc.model.layouts import layout_of
 from obc.model.names import named_modules
@@ -40,7 +39,7 @@ def prepared(model: nn.Module, teacher: nn.Module, train: str, plan: PruningPlan
     """``model`` with the parameters for this kind of training.
 
     Raises:
-        ValueError: an unknown kind, no plan for folds, or nothing to train.
+        ValueError: no plan for folds, or nothing to train.
         ImportError: peft is missing.
     """
     ways = {
@@ -48,7 +47,6 @@ def prepared(model: nn.Module, teacher: nn.Module, train: str, plan: PruningPlan
         "folded": lambda: _folded(model, teacher, plan),
         "lora": lambda: _lora(model, rank),
     }
-    one_of("train", train, ways)
     trained = ways[train]()
     if not trained.parameters:
         raise ValueError(f"{type(model).__name__} has no parameter that requires a gradient; unfreeze some")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from obc.model.arguments import instance
 from obc.scoring.coverage import Coverage
 from obc.scoring.errors import ScoringError
 from obc.scoring.reading.attachment import Attachment
@@ -103,6 +104,7 @@ def load_state(parts: Parts, rows: str, state: dict[str, Any]) -> None:
     """See :meth:`obc.JacobianScorer.load_state_dict`."""
     if parts.attachment is not None:
         raise ScoringError("load the state before entering `with scorer:`")
+    instance("state", state, dict, "what state_dict() gave")
     if missing := sorted(state_of(parts, rows, kept_rows=False).keys() - state.keys()):
         raise ValueError(f"this is not the state of a scorer: it has no {missing[0]!r}; pass what state_dict() gave")
     if state["rows"] != rows:

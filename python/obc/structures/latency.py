@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from obc.model.arguments import instance, positive, refuse_uncallable
 from obc.model.depth import PLACE_ATTRIBUTES, plain_attributes
 from obc.model.evaluation import Run, device_of, evaluating, tensors_in, without_cache
 from obc.model.groups import ChannelGroup, Side
@@ -47,7 +48,13 @@ def measure_latency(
 
     Raises:
         ValueError: fewer than two points.
+        TypeError: an argument is of another type.
     """
+    if not hasattr(structure, "groups"):
+        raise TypeError(f"structure must be one of obc.structures, got {type(structure).__name__}")
+    instance("run", run, Callable, "a function")  # type: ignore[arg-type]
+    refuse_uncallable(timer=timer)
+    positive("points", points)
     if points < 2:
         raise ValueError(f"a latency table needs at least 2 widths a group, got points={points}")
     return _Measurement(structure, run, points, round_to, timer or _median).table()

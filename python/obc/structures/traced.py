@@ -251,6 +251,7 @@ class TorchPruningStructure:
             ValueError: nothing would be left of a group.
             PlanError: layers that share a parameter would lose different channels.
         """
+        instance("units", units, Mapping, "a mapping of groups' names to indices")
         least = self.limits.min_units
         chosen = {
             name: checked_units(self._groups, name, indices, least.get(name, 1)) for name, indices in units.items()

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from obc.model.arguments import several
+from obc.model.arguments import instance, several
 from obc.model.costs import Costs
 from obc.model.depth import BlockList, Depth, compact, expand, is_compact, original_names
 from obc.model.evaluation import call
@@ -334,6 +334,7 @@ class TransformersStructure:
             IndexError: a group has no such unit.
             ValueError: too little would be left of a group, or :meth:`compact` was called before.
         """
+        instance("units", units, Mapping, "a mapping of groups' names to indices")
         if self._depth and is_compact(self.model, self._depth):
             raise ValueError(
                 "compact() deleted blocks from the model's lists, so groups have other names; continue with "
