@@ -70,7 +70,7 @@ def why_unavailable() -> str | None:
 
 
 def library() -> Any | None:
-    """The library, or None if the gates in Python must read the row; asked before every row."""
+    """The library, or None if Python must do its work; asked before every row and every call of ``channel_dot``."""
     if os.environ.get(SWITCH) == "0" or backends.requested() not in _SAME_SUMS:
         return None
     return None if why_unavailable() else _load()

@@ -31,7 +31,7 @@ def shared_copy(model: nn.Module) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor):  # in a plain attribute it may have a graph, which can't be copied
                 memo[id(value)] = value
-    # As deepcopy does it, which takes four times as long: new objects first, then copies of what they hold.
+    # What deepcopy does, without its bookkeeping for every module: new objects first, then copies of what they hold.
     shells = [(module, type(module).__new__(type(module))) for module in modules if _is_its_state(module)]
     memo |= {id(module): shell for module, shell in shells}
     for module, shell in reversed(shells):

@@ -64,10 +64,9 @@ def score(
             (:func:`obc.scoring.label_free_loss`).
         seed: seed of these projections.
         progress: show a progress bar; None shows it only in a terminal.
-        micro_batch: run a batch in parts of at most this many samples, cut along dim 0 of its tensors; lists
-            with one entry for each sample are cut too. A batch row is
-            then the sum of the parts' losses, each weighted by its share of the samples. This equals the mean loss of
-            the batch if ``loss_fn`` is a mean over samples.
+        micro_batch: run a batch in parts of at most this many samples, cut along dim 0 of its tensors; lists with one
+            entry for each sample are cut too. A batch row is then the sum of the parts' losses, each weighted by its
+            share of the samples. This equals the mean loss of the batch if ``loss_fn`` is a mean over samples.
         loss_scale: each loss is multiplied by it before its backward and each row divided by it afterwards, so that
             float16 gradients do not underflow; use a power of two.
         checkpoint: a file to which the state is written after every ``every`` batches. A run that was killed and is
