@@ -317,6 +317,48 @@ def test_buffers_that_the_train_mode_writes_with_a_graph_are_restored_without_on
     assert model.auxiliary.in_features == result.report.widths["a"][1]
 
 
+class Views(Trunk):
+    """Buffers that are views: flattened, expanded, and parts of one that the train mode changes in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.auxiliary = nn.Linear(12, 5)
+        both = torch.zeros(2, 5)
+        for name, buffer in {
+            "flat": torch.arange(4).view(2, 2).flatten(),
+            "transposed": torch.ones(5, 3).T,
+            "expanded": torch.ones(1, 1).expand(1, 5),
+            "part": both[0],
+            "both": both,
+            "sparse": torch.eye(5).to_sparse(),
+        }.items():
+            self.register_buffer(name, buffer)
+        self.part: Tensor
+        self.expanded: Tensor
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.a(x))
+        if not self.training:
+            return self.top(x) * self.expanded
+        found = self.top(x) * self.expanded, self.auxiliary(x.mean((2, 3)))
+        self.part.add_(found[1].mean(0))
+        return found
+
+
+def test_buffers_that_are_views_are_restored_too() -> None:
+    torch.manual_seed(0)
+    model = Views().double().eval()
+    model.both, model.part = (both := torch.zeros(2, 5, dtype=torch.float64)), both[0]
+    model.flat, model.expanded = torch.arange(4).view(2, 2).flatten(), torch.ones(1, 1).double().expand(1, 5)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    result = obc.prune(model, data()[0][0], data(), loss, macs=0.6, steps=1, progress=False)
+    assert result.report.widths["a"][1] < 12
+    assert model.auxiliary.in_features == result.report.widths["a"][1]
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer.to_dense(), before[name].to_dense()), name
+        assert not buffer.requires_grad, name
+
+
 def test_other_batches_are_traced_in_parts_as_large_as_micro_batch() -> None:
     torch.manual_seed(0)
     model, batches = Measured().double(), data()

@@ -157,6 +157,14 @@ def unchanged_buffers(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             for (module, key, buffer), value in zip(before, values, strict=True):
-                module._buffers[key] = buffer
-                if buffer is not None and value is not None:
-                    buffer.detach_().copy_(value)  # changed in place by outputs, it has their graph
+                module._buffers[key] = buffer if buffer is None or value is None else _restored(buffer, value)
+
+
+def _restored(buffer: Tensor, value: Tensor) -> Tensor:
+    """The buffer with ``value`` again, and without the graph of outputs that changed it in place."""
+    if buffer.grad_fn is not None:
+        buffer = buffer.detach() if buffer._is_view() else buffer.detach_()
+    strided = buffer.layout is torch.strided
+    if strided and any(step == 0 and size > 1 for step, size in zip(buffer.stride(), buffer.shape, strict=True)):
+        return buffer  # expanded: torch lets nothing write to it in place
+    return buffer.copy_(value)
