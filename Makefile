@@ -26,7 +26,7 @@ NATIVE := $(filter %.cpp %.h %.cu %.cuh,$(wildcard csrc/*.* csrc/*/*.*))
 # bench_gpu has a script of its own, benchmarks/gpu.sh.
 BENCHMARKS ?= $(filter-out bench_gpu,$(sort $(basename $(notdir $(wildcard benchmarks/bench_*.py)))))
 
-.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz wirings nightly coverage mutation wheel examples sweep torchao audit licences sbom lock browser screenshots docs lint format
+.PHONY: help setup demo test test-all test-oldest bench bench-tables bench-check triton-check cuda-check sanitize fuzz wirings nightly coverage mutation wheel examples sweep sweep-libraries torchao audit licences sbom lock browser screenshots docs lint format
 
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -99,7 +99,7 @@ torchao: setup ## the tests of quantised models with torchao too, installed into
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/torchao torchao
 	PYTHONPATH=build/torchao $(BIN)/python -m pytest -q tests/model/test_quantized.py $(ARGS)
 
-NIGHTLY := browser examples docs wheel licences sbom sanitize fuzz wirings sweep torchao test-all mutation
+NIGHTLY := browser examples docs wheel licences sbom sanitize fuzz wirings sweep sweep-libraries torchao test-all mutation
 nightly: setup ## all of it, each with its time: hours
 	@for target in $(NIGHTLY); do began=$$(date +%s); $(MAKE) $$target || exit 1; \
 	  echo "make $$target: $$(($$(date +%s) - began)) s"; done
@@ -116,6 +116,13 @@ mutation: setup ## a sample of mutants of reference.py, scoring/ and recovery/: 
 
 sweep: setup ## every model type of the transformers library, tiny: groups, sliced against masked, saving; half an hour
 	$(BIN)/python tests/sweep --write docs/transformers_models.md $(ARGS)
+
+# One list of architectures a library, in tests/sweep/library_*.py. Without what the libraries depend on: torch is here.
+sweep-libraries: setup ## networks of other libraries, small: half of all units against masks, pruned to half; hours
+	mkdir -p build
+	$(BIN)/python tests/sweep/sweep_libraries.py --packages > build/libraries.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/libraries --requirement build/libraries.txt
+	PYTHONPATH=build/libraries $(BIN)/python tests/sweep/sweep_libraries.py --write docs/library_models.md $(ARGS)
 
 examples: setup ## run every script of examples/, in small
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/examples $(ARGS)

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-import resource
-import signal
 import sys
 import time
 import warnings
@@ -25,23 +22,10 @@ from typing import Any
 import torch
 import transformers
 from sweep_model import TASKS, Found, examine, model_types
+from sweep_processes import forked
 from sweep_table import table, write_table
 
 ROOT = Path(__file__).parents[2]
-
-
-# A process that waits for others to compute is given so many times its limit of CPU time.
-_WAITING = 10
-
-
-def _work(job: tuple[str, str], known: str | None, limits: tuple[float, float], pipe: Any) -> None:
-    seconds, gigabytes = limits
-    sys.stderr = open("/dev/null", "w")  # noqa: SIM115 - until the process ends
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + int(gigabytes * 2**30),) * 2)
-    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds), int(seconds) + 5))
-    found = examine(*job, known)
-    pipe.send(None if found is None else asdict(found))
 
 
 def _import_everything() -> None:
@@ -68,41 +52,19 @@ def swept(
         limits: seconds of CPU time and GiB for each.
         at_once: processes.
     """
-    late = f"not done after {limits[0]:.0f} s"
-    context = multiprocessing.get_context("fork")  # transformers is imported once
-    running: dict[tuple[str, str], tuple[Any, Any, float]] = {}
-    waiting, done, before = list(jobs), 0, rows_of(rows)
-    while waiting or running:
-        while waiting and len(running) < at_once:
-            job = waiting.pop(0)
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(job, known.get(job), limits, theirs))
-            process.start()
-            theirs.close()
-            running[job] = (process, ours, time.monotonic())
-        for job, (process, pipe, started) in list(running.items()):
-            found = None
-            if pipe.poll(0.02):
-                try:
-                    received = pipe.recv()
-                    found = before[job] if received is None else Found(**received)
-                except EOFError:
-                    process.join()
-                    ended = late if process.exitcode == -signal.SIGXCPU else "the process ended without a word"
-                    found = Found(*job, wrong=ended)
-            elif time.monotonic() - started > _WAITING * limits[0]:
-                process.kill()
-                found = Found(*job, wrong=late)
-            if found is None:
-                continue
-            process.join()
-            del running[job]
-            done += 1
-            line = json.dumps({"transformers": transformers.__version__} | asdict(found))
-            with rows.open("a") as file:
-                file.write(line + "\n")
-            said = found.wrong or found.built or " ".join(f"{n} {kind}" for kind, n in found.kinds.items())
-            print(f"{done}/{len(jobs)} {' '.join(job)}: {said}", flush=True)
+    before = rows_of(rows)
+
+    def work(job: tuple[str, str]) -> dict[str, Any] | None:
+        found = examine(*job, known.get(job))
+        return None if found is None else asdict(found)
+
+    for done, (job, received, ended) in enumerate(forked(jobs, work, limits, at_once), 1):
+        found = Found(*job, wrong=ended) if ended else before[job] if received is None else Found(**received)
+        line = json.dumps({"transformers": transformers.__version__} | asdict(found))
+        with rows.open("a") as file:
+            file.write(line + "\n")
+        said = found.wrong or found.built or " ".join(f"{n} {kind}" for kind, n in found.kinds.items())
+        print(f"{done}/{len(jobs)} {' '.join(job)}: {said}", flush=True)
 
 
 def rows_of(path: Path) -> dict[tuple[str, str], Found]:
