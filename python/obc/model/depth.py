@@ -11,14 +11,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from obc.model.errors import PruningError
 from obc.model.evaluation import first_floating
-from obc.model.names import is_within, joined
+from obc.model.kept import PlanError
+from obc.model.names import is_within, joined, named_modules
 
 # Attributes in which modules keep their position among the blocks.
 PLACE_ATTRIBUTES = ("layer_idx", "layer_index", "layer_id", "layer_number", "block_idx")
@@ -94,7 +95,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class BlockList:
-    """A list of blocks, some of which were removed.
+    """A list of blocks, some of which may have been removed.
 
     Attributes:
         size: number of blocks in the unpruned model.
@@ -144,18 +145,29 @@ class Depth:
     def original_name(self, name: str) -> str:
         """The name in the unpruned model of what has this name in the model without the removed blocks."""
         for list_name, one in self.lists.items():
-            if name.startswith(f"{list_name}."):
+            if one.removed and name.startswith(f"{list_name}."):
                 place, dot, rest = name[len(list_name) + 1 :].partition(".")
+                if int(place) >= len(one.kept):
+                    raise PlanError(f"{name!r} is none of the {len(one.kept)} blocks that the earlier plan left")
                 return f"{list_name}.{one.kept[int(place)]}{dot}{rest}"
         return name
 
     def after(self, earlier: Depth) -> Depth:
-        """Both removals in terms of the unpruned model; this one is of the model that ``earlier`` left."""
+        """Both removals in terms of the unpruned model; this one is of the model that ``earlier`` left.
+
+        Raises:
+            PlanError: ``earlier`` left another number of blocks in a list.
+        """
         lists = dict(earlier.lists)
         for name, one in self.lists.items():
             if (before := earlier.lists.get(name)) is not None:
+                if one.size != len(before.kept):
+                    raise PlanError(
+                        f"{name}: this plan was made for {one.size} blocks, but the earlier plan leaves "
+                        f"{len(before.kept)}; pass the plan of the step before it"
+                    )
                 gone = {*before.removed, *(before.kept[place] for place in one.removed)}
-                one = BlockList(before.size, tuple(sorted(gone)), before.outputs)
+                one = BlockList(before.size, tuple(sorted(gone)), (before if before.removed else one).outputs)
             lists[name] = one
         named = {earlier.original_name(name): stand_in for name, stand_in in self.stand_ins.items()}
         both = Depth(lists, {}, {**self.config, **earlier.config})
@@ -193,6 +205,49 @@ class Depth:
 
 
 # --- the model ------------------------------------------------------------------------------------------------
+
+
+def outer_lists(model: nn.Module) -> dict[str, BlockList]:
+    """The numbered lists of a model that lie in no other: a plan records their lengths, as it does channels."""
+    found: dict[str, BlockList] = {}
+    for name, module in named_modules(model):
+        numbered = list(module._modules) == [str(place) for place in range(len(module._modules))]
+        is_list = isinstance(module, (nn.ModuleList, nn.Sequential)) and numbered
+        if name and is_list and not any(is_within(name, outer) for outer in found):
+            found[name] = BlockList(len(module._modules))
+    return found
+
+
+def with_lists(depth: Depth, lists: Mapping[str, BlockList], names: Iterable[str]) -> Depth:
+    """``depth`` with those of ``lists`` that hold one of these modules or parameters."""
+    holders = {name: one for name, one in lists.items() if any(other.startswith(f"{name}.") for other in names)}
+    return replace(depth, lists=holders | dict(depth.lists))
+
+
+def refuse_other_lists(model: nn.Module, depth: Depth, role: str) -> None:
+    """Raise a PlanError if a list of the unpruned ``model`` has another length than ``depth`` is of."""
+    modules = dict(model.named_modules())
+    _refuse_lengths({name: len(modules[name]._modules) for name in depth.lists if name in modules}, depth, role)
+
+
+def refuse_longer_lists(state_dict: Iterable[str], depth: Depth) -> None:
+    """The same for the names in a state dict, in which the last blocks don't show if they have no tensors."""
+    sizes: dict[str, int] = {}
+    for key in state_dict:
+        for name, one in depth.lists.items():
+            place = key[len(name) + 1 :].partition(".")[0]
+            if key.startswith(f"{name}.") and place.isdecimal():
+                sizes[name] = max(sizes.get(name, one.size), int(place) + 1)
+    _refuse_lengths(sizes, depth, "the original state dict")
+
+
+def _refuse_lengths(sizes: Mapping[str, int], depth: Depth, role: str) -> None:
+    for name, size in sizes.items():
+        if size != (made := depth.lists[name].size):
+            raise PlanError(
+                f"{name}: the plan was made for {made} blocks where {role} has {size}; pass the model that "
+                "was pruned, as it was before, or the plan made for this one"
+            )
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -29,9 +29,12 @@ class Kept:
         out_blocks: the number of diagonal blocks of an output compressor (attention heads).
         dim: for a parameter outside any layer, the dimension that ``out_channels`` indexes.
         in_dim: the same for ``in_channels``, if such a parameter was pruned in two dimensions (fused experts).
+        out_size: the number of out channels before pruning; None if it is not known, and is not checked then.
+        in_size: the same for the in channels; of a Linear after flatten, the number of columns.
 
     Raises:
-        PlanError: ``out_channels`` or ``in_channels`` are not int64 indices (kept,), each once.
+        PlanError: ``out_channels`` or ``in_channels`` are not int64 indices (kept,), each once, or a size is none of
+            a layer with these channels.
     """
 
     out_channels: Tensor | None = None
@@ -40,11 +43,15 @@ class Kept:
     out_blocks: int = 1
     dim: int | None = None
     in_dim: int | None = None
+    out_size: int | None = None
+    in_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("out_channels", "in_channels"):
             if (indices := getattr(self, name)) is not None:
                 _check(name, indices)
+        _check_size("out_size", self.out_size, self.out_channels)
+        _check_size("in_size", self.in_size, self.in_columns)
 
     @property
     def in_columns(self) -> Tensor | None:
@@ -52,12 +59,20 @@ class Kept:
         return None if self.in_channels is None else expand(self.in_channels, self.in_repeat)
 
     def after(self, earlier: Kept | None) -> Kept:
-        """This entry, of a layer that ``earlier`` had pruned before, in terms of the unpruned layer."""
+        """This entry, of a layer that ``earlier`` had pruned before, in terms of the unpruned layer.
+
+        Raises:
+            PlanError: ``earlier`` left another number of channels than this entry is made for.
+        """
         if earlier is None:
             return self
+        out_size = _size_before("out", earlier.out_channels, earlier.out_size, self.out_channels, self.out_size)
+        in_size = _size_before("in", earlier.in_columns, earlier.in_size, self.in_columns, self.in_size)
         both = replace(
             self,
             out_channels=_picked(earlier.out_channels, self.out_channels),
+            out_size=out_size,
+            in_size=in_size,
             dim=earlier.dim if self.dim is None else self.dim,
             in_dim=earlier.in_dim if self.in_dim is None else self.in_dim,
         )
@@ -66,6 +81,16 @@ class Kept:
         columns = _picked(earlier.in_columns, self.in_columns)
         assert columns is not None
         return with_columns(both, columns, earlier.in_repeat)
+
+    def narrowed_out(self, size: int, removed: Tensor) -> Kept:
+        """This entry after a further step removed the positions ``removed`` of the remaining ``size`` out channels."""
+        whole = size if self.out_channels is None else self.out_size
+        return replace(self, out_channels=narrowed(self.out_channels, size, removed), out_size=whole)
+
+    def narrowed_in(self, size: int, removed: Tensor, repeat: int = 1) -> Kept:
+        """The same for in channels: ``size`` and ``removed`` count columns, of which each channel has ``repeat``."""
+        whole = size if self.in_channels is None else self.in_size
+        return with_columns(replace(self, in_size=whole), narrowed(self.in_columns, size, removed), repeat)
 
 
 def _check(name: str, indices: Any) -> None:
@@ -78,6 +103,31 @@ def _check(name: str, indices: Any) -> None:
     ordered = indices.sort().values  # a fold orders channels in another way than a plan does
     if len(twice := ordered[1:][ordered.diff() == 0]):
         raise PlanError(f"{expected}, got {int(twice[0])} twice")
+
+
+def _check_size(name: str, size: Any, indices: Tensor | None) -> None:
+    least = 1 if indices is None or not len(indices) else int(indices.max()) + 1
+    if size is not None and (type(size) is not int or size < least):
+        raise PlanError(f"{name} must be the number of channels before pruning, at least {least} here, got {size!r}")
+
+
+def _size_before(
+    side: str, before: Tensor | None, whole: int | None, kept: Tensor | None, size: int | None
+) -> int | None:
+    """The channels before both steps: before a first step that kept ``before`` of ``whole``, and the next of ``size``.
+
+    Raises:
+        PlanError: the next step can't have had so many.
+    """
+    left = whole if before is None else len(before)
+    least = 0 if kept is None or not len(kept) else int(kept.max()) + 1
+    if left is not None and (left < least or (size is not None and size != left)):
+        made = f"at least {least}" if size is None else size
+        raise PlanError(
+            f"this plan was made for {made} {side} channels, but the earlier plan leaves {left}; pass the plan of the "
+            "step before it"
+        )
+    return (size if whole is None else whole) if before is None else whole
 
 
 def _picked(before: Tensor | None, positions: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ all rows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def _match_module(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tens
     rows, columns = _match_matrix(f"{name}.weight", original, pruned, ids, pruned_ids)
     if "bias" in tensors:
         columns = columns[1:] - 1
-    return Kept(_unless_whole(rows, original.shape[0]), _unless_whole(columns, original.shape[1]))
+    return _kept_of(rows, columns, original.shape[0], original.shape[1])
 
 
 def _match_channels(name: str, module: nn.Module, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> Kept:
@@ -90,7 +91,8 @@ def _match_channels(name: str, module: nn.Module, tensors: Mapping[str, tuple[Te
             f"{name}.{tensor_name}: {tuple(pruned.shape)} is not a slice of the original's {tuple(original.shape)}"
         )
     depthwise = layout_of(module) is not None
-    return Kept(rows, rows if depthwise else None)
+    size = len(originals)
+    return Kept(rows, rows, out_size=size, in_size=size) if depthwise else Kept(rows, out_size=size)
 
 
 def _match_groups(name: str, original: Tensor, pruned: Tensor, groups: int) -> Kept:
@@ -100,13 +102,13 @@ def _match_groups(name: str, original: Tensor, pruned: Tensor, groups: int) -> K
         found = _match_matrix(f"{name}.weight (group {group})", block, pruned_block, *_ids(block, pruned_block))
         rows.append(found[0] + group * block.shape[0])
         columns.append(found[1] + group * block.shape[1])
-    return Kept(
-        _unless_whole(torch.cat(rows), original.shape[0]), _unless_whole(torch.cat(columns), original.shape[1] * groups)
-    )
+    return _kept_of(torch.cat(rows), torch.cat(columns), original.shape[0], original.shape[1] * groups)
 
 
-def _unless_whole(indices: Tensor, size: int) -> Tensor | None:
-    return None if len(indices) == size else indices
+def _kept_of(rows: Tensor, columns: Tensor, out_size: int, in_size: int) -> Kept:
+    """The entry of these rows and columns; a side that kept all has none."""
+    found = Kept() if len(rows) == out_size else Kept(rows, out_size=out_size)
+    return found if len(columns) == in_size else replace(found, in_channels=columns, in_size=in_size)
 
 
 def _ids(original: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:

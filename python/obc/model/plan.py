@@ -16,11 +16,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from obc.files import atomic_write, parse_json, refuse_non_paths
 from obc.model.arguments import instance
 from obc.model.cutting import cut
-from obc.model.depth import Depth, compact, original_names, put_stand_in
+from obc.model.depth import (
+    Depth,
+    compact,
+    original_names,
+    outer_lists,
+    put_stand_in,
+    refuse_longer_lists,
+    refuse_other_lists,
+    with_lists,
+)
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.matching import match
 from obc.model.names import joined, named_modules, named_tensors
-from obc.model.slicing import original_tensor, sliced
+from obc.model.slicing import original_tensor, refuse_non_state_dict, sliced
 from obc.model.usable import refuse_non_modules, refuse_without_values
 from obc.page.document import fragment
 from obc.page.markup import table
@@ -33,6 +42,8 @@ _LARGEST = 2**31
 _COUNTS: list[Callable[[nn.Module, PruningPlan], list[tuple[Any, str, Any]]]] = []
 # Fields that may be 0 or missing.
 _DIMENSIONS = ("dim", "in_dim")
+# Absent from files if they are not known, as in files from before they were recorded.
+_SIZES = ("out_size", "in_size")
 
 
 class PruningPlan(Mapping[str, Kept]):
@@ -50,7 +61,7 @@ class PruningPlan(Mapping[str, Kept]):
         self._kept = dict(kept or {})
         for name, one in self._kept.items():
             instance(f"kept[{name!r}]", one, Kept, "an obc.Kept")
-        self.depth = depth or Depth()
+        self.depth = Depth() if depth is None else depth
 
     def __getitem__(self, name: str) -> Kept:
         return self._kept[name]
@@ -85,6 +96,8 @@ class PruningPlan(Mapping[str, Kept]):
             TypeError: ``original_state_dict`` is no mapping.
         """
         self.refuse_unknown(pruned_model, "the pruned model")
+        refuse_non_state_dict(original_state_dict)
+        refuse_longer_lists(original_state_dict, self.depth)
         names = original_names(pruned_model, self.depth)
         for module_name, module, tensor_name, pruned in named_tensors(pruned_model):
             self.verify_tensor(original_state_dict, names[module_name], module, tensor_name, pruned)
@@ -153,6 +166,7 @@ class PruningPlan(Mapping[str, Kept]):
     def after(self, earlier: PruningPlan) -> PruningPlan:
         """This plan, of a model that ``earlier`` had pruned before, in terms of the unpruned model.
 
+        What ``earlier`` left must be what this plan was made for, as far as both have the sizes from before pruning.
         For a model that is pruned again, as :func:`load_pruned` returned it, with its blocks renumbered:
 
         >>> result = obc.prune(load_pruned("pruned"), batches=batches, loss_fn=loss_fn, params=0.8)
@@ -163,7 +177,10 @@ class PruningPlan(Mapping[str, Kept]):
         kept = {name: one for name, one in earlier.items() if not depth.without(name)}
         for name, one in self.items():
             original = earlier.depth.original_name(name)
-            kept[original] = one.after(earlier.get(original))
+            try:
+                kept[original] = one.after(earlier.get(original))
+            except PlanError as error:
+                raise PlanError(f"{original}: {error}") from error
         return PruningPlan(kept, depth)
 
     def put_slices(self, original_state_dict: Mapping[str, Tensor], pruned_model: nn.Module) -> None:
@@ -179,6 +196,8 @@ class PruningPlan(Mapping[str, Kept]):
             PlanError: the plan does not describe the model.
         """
         refuse_non_modules(pruned_model, "the pruned model")
+        refuse_non_state_dict(original_state_dict)
+        refuse_longer_lists(original_state_dict, self.depth)
         with torch.no_grad():
             for module_name, module, tensor_name, tensor in named_tensors(pruned_model):
                 if not (isinstance(module, _BatchNorm) and tensor_name in module._buffers):
@@ -207,9 +226,11 @@ class PruningPlan(Mapping[str, Kept]):
             The model.
 
         Raises:
-            PlanError: the plan names a module that the model lacks, does not fit a tensor, or keeps different channels
-                of a shared one; the model is unchanged.
+            PlanError: the plan names a module that the model lacks, does not fit a tensor, was made for other sizes or
+                a longer or shorter list of blocks, or keeps different channels of a shared one; the model is unchanged.
         """
+        refuse_non_modules(model, "the model")
+        refuse_other_lists(model, self.depth, "the model")
         self.refuse_unknown(model, "the model")
         counts = [count for find in _COUNTS for count in find(model, self)]
         cut(model, self)
@@ -226,8 +247,13 @@ class PruningPlan(Mapping[str, Kept]):
         Raises:
             OSError: the file can't be written; an existing file is left unchanged.
         """
-        layers = {name: {field: _plain(value) for field, value in vars(kept).items()} for name, kept in self.items()}
-        depth = {"depth": self.depth.plain()} if self.depth else {}
+        layers = {
+            name: {
+                field: _plain(value) for field, value in vars(kept).items() if value is not None or field not in _SIZES
+            }
+            for name, kept in self.items()
+        }
+        depth = {"depth": self.depth.plain()} if self.depth.lists or self.depth.stand_ins else {}
         content = json.dumps(_FORMAT | {"layers": layers} | depth).encode()
         with atomic_write(path) as file:
             file.write(content)
@@ -274,7 +300,8 @@ class PruningPlan(Mapping[str, Kept]):
             PlanError: a tensor of the pruned model is not a slice of the original, or several slices explain it.
         """
         refuse_without_values(pruned_model, "the pruned model")
-        plan = cls(match(original_state_dict, pruned_model))
+        kept = match(original_state_dict, pruned_model)
+        plan = cls(kept, with_lists(Depth(), outer_lists(pruned_model), kept))
         plan.verify(original_state_dict, pruned_model)
         return plan
 
@@ -313,7 +340,7 @@ def _kept(fields: Any) -> Kept:
             values[name] = None if value is None else _indices(name, value)
         elif type(value) is int and 0 <= value < _LARGEST and (value > 0 or name in _DIMENSIONS):
             values[name] = value
-        elif name not in _DIMENSIONS or value is not None:
+        elif name not in (*_DIMENSIONS, *_SIZES) or value is not None:
             raise ValueError(f"{name} must be a positive number, got {reprlib.repr(value)}")
     return Kept(**values)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from obc.model.kept import Kept, PlanError
 from obc.model.layouts import axis_beside, layout_of, own_channels, split_by_group
 from obc.model.quantized import is_quantised, why_not_sliced
-from obc.model.recurrent import columns_of, rows_of
+from obc.model.recurrent import columns_of, gates_of, rows_of
 from obc.model.rules import Rule, is_packed
 
 
@@ -22,15 +23,20 @@ def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
         TypeError: ``state_dict`` is no mapping, but the model itself, for example.
         PlanError: it lacks the key.
     """
-    if not isinstance(state_dict, Mapping):
-        whose = "; pass the unpruned model's state_dict()" if isinstance(state_dict, nn.Module) else ""
-        raise TypeError(f"the original's weights must be a state dict, got {type(state_dict).__name__}{whose}")
+    refuse_non_state_dict(state_dict)
     if key not in state_dict:
         longer = next((full for full in state_dict if full.endswith(f".{key}")), None)
         wrapped = "" if longer is None else f"; it has {longer!r}: of a wrapped model, pass that of the model inside"
         remedy = f"pass the unpruned model's{wrapped}"
         raise PlanError(f"the original state dict lacks {key!r} of the pruned model; {remedy}")
     return state_dict[key].detach()
+
+
+def refuse_non_state_dict(state_dict: Any) -> None:
+    """Raise a TypeError if the original's weights are no mapping, but the model itself, for example."""
+    if not isinstance(state_dict, Mapping):
+        whose = "; pass the unpruned model's state_dict()" if isinstance(state_dict, nn.Module) else ""
+        raise TypeError(f"the original's weights must be a state dict, got {type(state_dict).__name__}{whose}")
 
 
 def sliced(
@@ -63,16 +69,18 @@ def sliced(
 
 def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept, weight: Tensor | None) -> Tensor:
     if kept.dim is not None or kept.in_dim is not None:
-        taken = original if kept.dim is None else _take(original, kept.dim, kept.out_channels)
-        return taken if kept.in_dim is None else _take(taken, kept.in_dim, kept.in_channels)
+        taken = original if kept.dim is None else _take(original, kept.dim, kept.out_channels, kept.out_size)
+        return taken if kept.in_dim is None else _take(taken, kept.in_dim, kept.in_channels, kept.in_size)
     if isinstance(module, nn.MultiheadAttention):
         return _sliced_attention(tensor_name, original, kept)
     if isinstance(module, nn.Embedding):
-        return _take(original, 1, kept.out_channels)
+        return _take(original, 1, kept.out_channels, kept.out_size)
     if isinstance(module, nn.RNNBase):
         rows, columns = kept.out_channels, columns_of(module, tensor_name, original, kept.out_channels, kept.in_columns)
+        _check_size(len(original) // gates_of(module), kept.out_size)
         taken = _take(original, 0, rows_of(module, original, rows))
-        return taken if columns is None else _take(taken, 1, columns)
+        inputs = kept.in_size if tensor_name.startswith("weight_ih_l0") else None
+        return taken if columns is None else _take(taken, 1, columns, inputs)
     layout = layout_of(module)
     if layout is not None and tensor_name not in ("weight", "bias") and weight is not None:
         if original.shape != weight.shape:
@@ -80,9 +88,10 @@ def _sliced(module: nn.Module, tensor_name: str, original: Tensor, kept: Kept, w
     elif layout is None or tensor_name != "weight":
         # Norms, PReLU, biases: one entry per channel; counters, single slopes and tables of another length have none.
         axis = axis_beside(tensor_name, original, weight)
-        return original if axis is None else _take(original, axis, kept.out_channels)
+        return original if axis is None else _take(original, axis, kept.out_channels, kept.out_size)
     if was_depthwise(module, original, kept):
-        return _take(original, 0, kept.out_channels)
+        _check_size(len(original), kept.in_size)
+        return _take(original, 0, kept.out_channels, kept.out_size)
     return sliced_weight(original, layout, kept)
 
 
@@ -96,7 +105,9 @@ def _sliced_own(module: nn.Module, layout: Rule, weight: Tensor, original: Tenso
             "weight's shape, or one value per out channel, can be cut; keep any other in a module of its own"
         )
     for side, dim in sides.items():
-        original = _take(original, dim, kept.out_channels if side == "out" else kept.in_columns)
+        out = side == "out"
+        indices, size = (kept.out_channels, kept.out_size) if out else (kept.in_columns, kept.in_size)
+        original = _take(original, dim, indices, size)
     return original
 
 
@@ -117,6 +128,8 @@ def sliced_weight(weight: Tensor, layout: Rule, kept: Kept) -> Tensor:
     """The rows and columns of ``weight`` in ``kept``, in its order; for a grouped convolution within each group."""
     if kept.in_channels is not None and len(kept.in_channels) * kept.in_repeat > weight.numel():
         raise ValueError(f"{len(kept.in_channels)} in channels of {kept.in_repeat} columns each are more than it has")
+    for size, made in zip(layout.sizes(weight), (kept.out_size, kept.in_size), strict=True):
+        _check_size(size, made)
     rows, columns = kept.out_channels, kept.in_columns
     if layout.transposed:
         rows, columns = columns, rows
@@ -125,7 +138,17 @@ def sliced_weight(weight: Tensor, layout: Rule, kept: Kept) -> Tensor:
     return _sliced_groups(weight, rows, columns, layout.groups)
 
 
-def _take(tensor: Tensor, dim: int, indices: Tensor | None) -> Tensor:
+def _check_size(size: int, made: int | None) -> None:
+    """Refuse an axis of another size than the plan is made for; None stands for any."""
+    if made not in (None, size):
+        raise ValueError(
+            f"it was made for {made} channels where this has {size}; pass the model that was pruned, as it was before, "
+            "and if that had been pruned too and this has not, plan.after(the earlier plan)"
+        )
+
+
+def _take(tensor: Tensor, dim: int, indices: Tensor | None, size: int | None = None) -> Tensor:
+    _check_size(tensor.shape[dim], size)
     if indices is None:
         return tensor
     if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < tensor.shape[dim]:
@@ -152,7 +175,8 @@ def _sliced_attention(tensor_name: str, original: Tensor, kept: Kept) -> Tensor:
     if features is None:
         return original
     if tensor_name in ("bias_k", "bias_v"):
-        return _take(original, 2, features)
+        return _take(original, 2, features, kept.out_size)
     width = original.shape[0] // 3 if tensor_name.startswith("in_proj") else original.shape[0]
+    _check_size(width, kept.out_size)
     stacked = torch.cat([features + part * width for part in range(original.shape[0] // width)])
     return _take(_take(original, 0, stacked), 1, features) if original.dim() == 2 else _take(original, 0, stacked)

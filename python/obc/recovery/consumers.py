@@ -107,7 +107,7 @@ def find_consumers(
         positions = split_by_group(kept.in_channels, in_channels, layout.groups)
         if positions is None:
             raise PlanError(f"{name}: its {layout.groups} groups keep unequal numbers of channels")
-        rows = sliced(module, "weight", weight, Kept(kept.out_channels), f"{name}.weight")
+        rows = sliced(module, "weight", weight, Kept(kept.out_channels, out_size=kept.out_size), f"{name}.weight")
         found[name] = PrunedConsumer(module, layout, rows, positions, in_channels // layout.groups, kept.in_repeat)
     return found
 

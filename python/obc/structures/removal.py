@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +32,19 @@ def step_of(modules: Mapping[str, nn.Module], lost: Lost, dims: Mapping[str, int
         if module is None:
             owner, _, attribute = name.rpartition(".")
             size = getattr(modules[owner], attribute).shape[dims[name]]
-            step[name] = Kept(staying(size, channels), dim=dims[name])
+            step[name] = Kept(staying(size, channels), dim=dims[name], out_size=size)
         elif isinstance(module, nn.MultiheadAttention):
             if side == "in":  # its outputs are queries, keys and values, which are cut accordingly
                 stay = staying(module.embed_dim, channels)
-                step[name] = Kept(stay, stay)
+                step[name] = Kept(stay, stay, out_size=module.embed_dim, in_size=module.embed_dim)
         elif not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention):
-            stay = staying(size_of(module, side), channels)
-            before = step.get(name, Kept())
-            out, columns = before.out_channels, before.in_channels
-            if is_depthwise(module):  # it reads the channels that it writes
-                out = columns = stay
-            step[name] = Kept(stay if side == "out" else out, stay if side == "in" else columns)
+            size, one = size_of(module, side), step.get(name, Kept())
+            depthwise = is_depthwise(module)  # it reads the channels that it writes
+            if side == "out" or depthwise:
+                one = replace(one, out_channels=staying(size, channels), out_size=size)
+            if side == "in" or depthwise:
+                one = replace(one, in_channels=staying(size, channels), in_size=size)
+            step[name] = one
     return step
 
 

@@ -14,6 +14,7 @@ from obc.model.arguments import instance, refuse_uncallable, several
 from obc.model.batches import usable_in_autograd
 from obc.model.costs import Costs
 from obc.model.cutting import cut
+from obc.model.depth import Depth, outer_lists, with_lists
 from obc.model.errors import PruningError, explained
 from obc.model.evaluation import ForwardFn, Run, call
 from obc.model.groups import ChannelGroup, Side
@@ -185,7 +186,7 @@ class TorchPruningStructure:
     @property
     def plan(self) -> PruningPlan:
         """The channels that every layer kept so far, in terms of the unpruned model."""
-        return PruningPlan(self._kept)
+        return PruningPlan(self._kept, with_lists(Depth(), outer_lists(self.model), self._kept))
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:

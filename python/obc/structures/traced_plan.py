@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from obc.model.kept import Kept, PlanError, narrowed, with_columns
+from obc.model.depth import Depth, outer_lists, with_lists
+from obc.model.kept import Kept, PlanError
 from obc.model.layouts import layout_of, split_by_group
 from obc.model.plan import PruningPlan, refuse_non_plans
 from obc.model.quantized import refuse_quantised
@@ -48,7 +49,8 @@ def prune_step(pruner: Any, plan: PruningPlan | None = None) -> PruningPlan:
     for group in pruner.step(interactive=True):
         recorder.record(group)
         group.prune()
-    return PruningPlan(recorder.kept)
+    before = Depth() if plan is None else plan.depth
+    return PruningPlan(recorder.kept, with_lists(before, outer_lists(pruner.model), recorder.kept))
 
 
 def holds_channels(module: nn.Module) -> bool:
@@ -100,7 +102,7 @@ class PlanRecorder:
     def _parameter(self, parameter: nn.Parameter, dim: int, removed: Tensor) -> None:
         name = self.graph._param_to_name[parameter]
         before = self.kept.get(name, Kept(dim=dim))
-        self.kept[name] = replace(before, out_channels=narrowed(before.out_channels, parameter.shape[dim], removed))
+        self.kept[name] = before.narrowed_out(parameter.shape[dim], removed)
 
     def _module(self, module: nn.Module, handler: Callable[..., Any], removed: Tensor, roots: Any) -> None:
         name = self._names[module]
@@ -113,7 +115,7 @@ class PlanRecorder:
             raise PlanError(f"{name}: a LayerNorm over {tuple(module.normalized_shape)} can't be recorded; ignore it")
         before = self.kept.get(name, Kept())
         if self.graph.is_out_channel_pruning_fn(handler) and (size := self.graph.get_out_channels(module)) is not None:
-            before = replace(before, out_channels=narrowed(before.out_channels, size, removed))
+            before = before.narrowed_out(size, removed)
         if self.graph.is_in_channel_pruning_fn(handler) and (size := self.graph.get_in_channels(module)) is not None:
             before = self._narrow_columns(module, before, size, removed, roots)
         self.kept[name] = before
@@ -124,7 +126,7 @@ class PlanRecorder:
         repeat = repeat_of(removed.tolist(), roots, size) if isinstance(module, nn.Linear) else 1
         if before.in_channels is not None:
             repeat = math.gcd(repeat, before.in_repeat)
-        return with_columns(before, narrowed(before.in_columns, size, removed), repeat)
+        return before.narrowed_in(size, removed, repeat)
 
     def _attention_blocks(self, group: Any) -> None:
         """Split a compressor of queries, keys or values by head, as long as every head kept equally many channels."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.groups import Side
-from obc.model.kept import Kept, narrowed
+from obc.model.kept import Kept
 from obc.model.layouts import is_depthwise, layout_of
 
 
@@ -55,12 +55,10 @@ def layer_axes(name: str, module: nn.Module, side: Side) -> tuple[Axis, ...]:
 
 def narrow(kept: Mapping[str, Kept], axis: Axis, size: int, removed: Tensor) -> Kept:
     """The plan's entry of an axis after the positions ``removed`` of its ``size`` were removed."""
-    before = kept.get(axis.key, Kept())
+    before, dim = kept.get(axis.key, Kept()), axis.dim if axis.raw else None
     if axis.slot == "out":
-        dim = axis.dim if axis.raw else None
-        return replace(before, out_channels=narrowed(before.out_channels, size, removed), dim=dim)
-    dim = axis.dim if axis.raw else None
-    return replace(before, in_channels=narrowed(before.in_channels, size, removed), in_dim=dim)
+        return replace(before.narrowed_out(size, removed), dim=dim)
+    return replace(before.narrowed_in(size, removed), in_dim=dim)
 
 
 def axis_key(axis: Axis) -> tuple[str, int]:

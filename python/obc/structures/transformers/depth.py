@@ -175,7 +175,8 @@ def _shared_owners(model: nn.Module) -> dict[str, str]:
 
 def merged(found: Depth, before: Depth) -> Depth:
     """The blocks already removed from the model's lists."""
-    return Depth({**found.lists, **before.lists}, before.stand_ins, {**found.config, **before.config})
+    lists = {name: one if one.removed else found.lists.get(name, one) for name, one in before.lists.items()}
+    return Depth({**found.lists, **lists}, before.stand_ins, {**found.config, **before.config})
 
 
 def without_unit(depth: Depth, unit: DepthUnit) -> Depth:

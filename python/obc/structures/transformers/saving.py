@@ -15,14 +15,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from obc.files import refuse_unfinished, whole_folder
-from obc.model.depth import compact, is_compact, put_stand_in, with_depth
+from obc.model.depth import compact, is_compact, put_stand_in, refuse_other_lists, with_depth
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.layouts import layout_of
-from obc.model.names import joined, named_tensors
+from obc.model.names import joined, named_modules, named_tensors
 from obc.model.plan import PruningPlan, refuse_non_plans, register_counts
 from obc.model.shared_copy import shared_copy
 from obc.model.slicing import sliced
 from obc.model.unsavable import refuse_dropped_biases, refuse_fresh_weights
+from obc.structures.removal import size_of
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.blocks import DEFAULT_KINDS
 from obc.structures.transformers.config import with_widths
@@ -127,11 +128,31 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
 
 def _cut(model: nn.Module, plan: PruningPlan) -> nn.Module:
     """The model as its config makes it, cut to the plan's widths and depth."""
+    _refuse_other_sizes(model, plan)
     cut_to(model, plan)
     for name, stand_in in plan.depth.stand_ins.items():
         put_stand_in(model, name, stand_in)
     compact(model, plan.depth)
     return model
+
+
+def _refuse_other_sizes(model: nn.Module, plan: PruningPlan) -> None:
+    """Raise a PlanError if the config's layers have neither the sizes from before pruning nor those after it."""
+    refuse_other_lists(model, plan.depth, "the config's model")
+    plan.refuse_unknown(model, "the config's model")
+    modules = dict(named_modules(model))
+    for name, kept in plan.items():
+        module, (owner, _, attribute) = modules.get(name), name.rpartition(".")
+        sides = ("out", kept.dim, kept.out_size, kept.out_channels), ("in", kept.in_dim, kept.in_size, kept.in_columns)
+        for side, dim, made, left in sides:
+            if made is None or left is None:
+                continue
+            size = size_of(module, side) if module else getattr(modules[owner], attribute).shape[dim]
+            if size not in (made, len(left)):
+                raise PlanError(
+                    f"{name}: the plan keeps {len(left)} of {made} {side} channels, but the config says {size}; was "
+                    "the model pruned before? Then pass plan.after(the earlier plan)"
+                )
 
 
 def _first_difference(

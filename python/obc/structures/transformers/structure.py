@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from obc.model.arguments import instance, several
 from obc.model.costs import Costs
-from obc.model.depth import BlockList, Depth, compact, expand, is_compact, original_names
+from obc.model.depth import BlockList, Depth, compact, expand, is_compact, original_names, outer_lists, with_lists
 from obc.model.evaluation import call
 from obc.model.groups import DEPTH_KINDS, ChannelGroup
 from obc.model.names import is_within
@@ -218,6 +218,7 @@ class TransformersStructure:
             name: unit for name, unit in found.units.items() if not any(unit.holds(layer) for layer in ignored)
         }
         self._depth = found.depth if plan is None else merged(found.depth, plan.depth)
+        self._lists = outer_lists(model)
         blocks = {
             name: block
             for name, block in finder.blocks.items()
@@ -250,7 +251,7 @@ class TransformersStructure:
     @property
     def plan(self) -> PruningPlan:
         """The channels that every layer kept so far, in terms of the unpruned model."""
-        return PruningPlan(self.weights.kept, self._depth)
+        return PruningPlan(self.weights.kept, with_lists(self._depth, self._lists, self.weights.kept))
 
     @property
     def groups(self) -> tuple[ChannelGroup, ...]:
