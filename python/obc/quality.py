@@ -75,7 +75,7 @@ def perplexity(
             for row, (_, _, new) in zip(loss, group, strict=True):
                 losses.append(row[-new:].mean())
                 counts.append(new)
-    found, weights = torch.stack(losses), torch.tensor(counts)
+    found, weights = torch.stack(losses), torch.tensor(counts, device="cpu")
     if not bool(found.isfinite().all()):
         raise ValueError(f"the loss of window {int((~found.isfinite()).nonzero()[0])} is not finite")
     mean = float((found * weights).sum() / weights.sum())

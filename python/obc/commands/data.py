@@ -97,7 +97,7 @@ def _token_batches(
             "text, or a smaller --seq-len or --batch-size"
         )
     sequences = [[*start, *sequence, *end] for sequence in found]
-    ids = torch.tensor(sequences)
+    ids = torch.tensor(sequences, device="cpu")
     generator = torch.Generator().manual_seed(seed)
     for batch in ids.split(size):
         if len(batch) < size:
@@ -216,8 +216,8 @@ def _masked(ids: Tensor, tokenizer: Any, generator: torch.Generator) -> dict[str
     mask = getattr(tokenizer, "mask_token_id", None)
     if mask is None:
         raise UsageError("the model's directory has no tokenizer with a mask token; use --loss label-free")
-    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids))
-    chosen = (torch.rand(ids.shape, generator=generator) < MASKED_SHARE) & ~special
+    special = torch.isin(ids, torch.tensor(tokenizer.all_special_ids, device="cpu"))
+    chosen = (torch.rand(ids.shape, generator=generator, device="cpu") < MASKED_SHARE) & ~special
     return {"input_ids": ids.masked_fill(chosen, mask), "labels": ids.masked_fill(~chosen, IGNORED)}
 
 
@@ -237,7 +237,7 @@ def _image_batches(
         raise UsageError(f"--data {data}: --loss {loss} needs text; pass a .txt or .jsonl file")
     require({"PIL": "pillow"})
     files = sorted(path for path in data.rglob("*") if path.suffix.lower() in IMAGES)
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed), device="cpu").tolist()
     chosen = [files[index] for index in order[: count * size]]
     if len(chosen) < size:
         raise UsageError(
@@ -248,7 +248,7 @@ def _image_batches(
     for start in range(0, len(chosen) - size + 1, size):
         batch = {"pixel_values": torch.stack([prepare(path) for path in chosen[start : start + size]])}
         if labels is not None:
-            batch["labels"] = torch.tensor(labels[start : start + size])
+            batch["labels"] = torch.tensor(labels[start : start + size], device="cpu")
         yield batch
 
 

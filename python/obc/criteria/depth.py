@@ -29,7 +29,7 @@ class BlockCriterion(Criterion):
         """(1,) the score of the block that the group is; None for other groups."""
         if group.kind != "layers" or group.name not in statistics.blocks:
             return None
-        return torch.tensor([self.of_blocks(statistics)[group.name]], dtype=torch.float64)
+        return torch.tensor([self.of_blocks(statistics)[group.name]], dtype=torch.float64, device="cpu")
 
     def of_block(self, sums: BlockSums) -> float:
         """The score of one block, or of one window."""

@@ -99,12 +99,12 @@ class DepthRows:
         for row in sorted({row for row, _ in self._parts}):
             parts = [self._line(self._parts[part], names) for part in sorted(self._parts) if part[0] == row]
             lines.append(torch.cat(parts) if self._per_sample else torch.stack(parts).sum(0))
-        return torch.cat(lines) if lines else torch.empty(0, len(names), dtype=torch.float64)
+        return torch.cat(lines) if lines else torch.empty(0, len(names), dtype=torch.float64, device="cpu")
 
     def _line(self, found: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
         """(samples, groups), or (1, groups)."""
         count = max((len(dot) for dot in found.values()), default=1)
-        nothing = torch.zeros(count, dtype=torch.float64)
+        nothing = torch.zeros(count, dtype=torch.float64, device="cpu")
         return torch.stack([found[name].double().cpu() if name in found else nothing for name in names], 1)
 
 

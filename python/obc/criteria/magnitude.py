@@ -26,7 +26,9 @@ class Random(MeasuredCriterion):
 
     def measure(self, subject: Subject) -> GroupScores:
         """(units,) per group, uniform in [0, 1)."""
-        return {group.name: torch.rand(group.size, generator=subject.generator) for group in subject.groups}
+        return {
+            group.name: torch.rand(group.size, generator=subject.generator, device="cpu") for group in subject.groups
+        }
 
 
 class Magnitude(Criterion):

@@ -58,7 +58,10 @@ class MaskedEvaluation(MeasuredCriterion):
         evaluation = Evaluation(subject, self.metric)
         masks = nothing_masked(subject)
         base = evaluation(masks)
-        found = {name: torch.full(mask.shape, float("nan"), dtype=torch.float64) for name, mask in masks.items()}
+        found = {
+            name: torch.full(mask.shape, float("nan"), dtype=torch.float64, device="cpu")
+            for name, mask in masks.items()
+        }
         total = sum(map(len, masks.values()))
         highest = -float("inf")
         for turn in range(self.rounds):
@@ -134,7 +137,7 @@ class BeamSearch(MeasuredCriterion):
                         found[key] = ([*path, (value, name, unit)], masked)
             beam = sorted(found.values(), key=lambda entry: entry[0][-1])[: self.width]
         path, masks = beam[0]
-        scores = {name: torch.zeros(mask.shape, dtype=torch.float64) for name, mask in empty.items()}
+        scores = {name: torch.zeros(mask.shape, dtype=torch.float64, device="cpu") for name, mask in empty.items()}
         highest = -float("inf")
         for value, name, unit in path:
             highest = max(highest, value)

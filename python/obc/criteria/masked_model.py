@@ -98,7 +98,9 @@ def nothing_masked(subject: Subject) -> Masks:
     """Masks of the groups whose units can be masked, with no unit at zero."""
     refused = unmaskable(subject.model, subject.groups)
     return {
-        group.name: torch.zeros(group.size, dtype=torch.bool) for group in subject.groups if group.name not in refused
+        group.name: torch.zeros(group.size, dtype=torch.bool, device="cpu")
+        for group in subject.groups
+        if group.name not in refused
     }
 
 

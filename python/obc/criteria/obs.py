@@ -83,8 +83,8 @@ class OBS(Criterion):
         """(units,) scores of a group, from the ``states`` of its consumers, which removal changes."""
         if not self.greedy:
             return self._errors(states)
-        scores = torch.full((units,), float("inf"), dtype=torch.float64)
-        alive = torch.ones(units, dtype=torch.bool)
+        scores = torch.full((units,), float("inf"), dtype=torch.float64, device="cpu")
+        alive = torch.ones(units, dtype=torch.bool, device="cpu")
         step, highest = -(-units // _GREEDY_STEPS), 0.0
         while bool(alive.any()):
             errors = self._errors(states).masked_fill(~alive, float("inf"))

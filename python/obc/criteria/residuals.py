@@ -97,7 +97,9 @@ class Residuals:
         blocks = inverted[channels[:, :, None], channels[:, None, :]]
         matrix = torch.linalg.solve(blocks, inverted[channels]).flatten(0, 1)
         found = statistics.gram[consumer.name]
-        mean = found.sum.cpu() / found.count if centred else torch.zeros(len(inverted), dtype=torch.float64)
+        mean = (
+            found.sum.cpu() / found.count if centred else torch.zeros(len(inverted), dtype=torch.float64, device="cpu")
+        )
         return cls(group, consumer, matrix, mean)
 
     def read(self, x: Tensor, grad: Tensor, cut: Cut, samples: int) -> Tensor:

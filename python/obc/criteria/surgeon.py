@@ -79,7 +79,7 @@ def second_moment(consumer: Consumer, statistics: Statistics, centred: bool = Fa
         count = sum(other.count for name, other in statistics.gram.items() if name.rpartition("[")[0] == mixture)
     gram = (found.centred() if centred else found.total).cpu() / count
     if consumer.groups > 1:
-        group = torch.arange(len(gram)) // (len(gram) // consumer.groups)
+        group = torch.arange(len(gram), device="cpu") // (len(gram) // consumer.groups)
         gram = gram.masked_fill(group[:, None] != group, 0.0)
     return gram
 
@@ -92,7 +92,7 @@ def inverse(gram: Tensor, ridge: float, layer: str) -> Tensor:
     """
     mean = gram.diagonal().mean()
     damping = ridge * (mean if bool(mean > 0) else torch.ones_like(mean))
-    identity = torch.eye(len(gram), dtype=gram.dtype)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device="cpu")
     factor, failed = torch.linalg.cholesky_ex(gram + damping * identity)
     if bool(failed):
         raise CriterionError(

@@ -72,7 +72,7 @@ class Tolerance(MeasuredCriterion):
         if not groups:
             return {}
         losses = [Evaluation(replace(subject, loss_fn=task), "loss") for task in self.tasks or [subject.loss_fn]]
-        masks: Masks = {group.name: torch.zeros(group.size, dtype=torch.bool) for group in groups}
+        masks: Masks = {group.name: torch.zeros(group.size, dtype=torch.bool, device="cpu") for group in groups}
         base = [loss(masks) for loss in losses]
         if min(base) <= 0:
             raise CriterionError(
@@ -82,12 +82,12 @@ class Tolerance(MeasuredCriterion):
         tolerance, within, beyond = self.tau, {}, {}
         for group in self._ordered(groups, subject):
             units = ranks[group.name].argsort(stable=True).cpu()
-            scores, highest, spent = torch.full((group.size,), float("nan"), dtype=torch.float64), 0.0, 0
+            scores, highest, spent = torch.full((group.size,), float("nan"), dtype=torch.float64, device="cpu"), 0.0, 0
             for step in range(1, self.steps):
                 count = group.size * step // self.steps
                 if count == spent:
                     continue
-                mask = torch.zeros(group.size, dtype=torch.bool)
+                mask = torch.zeros(group.size, dtype=torch.bool, device="cpu")
                 mask[units[:count]] = True
                 tried = {**masks, group.name: mask}
                 ratio = max(loss(tried) / b for loss, b in zip(losses, base, strict=True)) - 1
@@ -99,7 +99,9 @@ class Tolerance(MeasuredCriterion):
             tolerance *= self.decay
         most = max(float(scores.nan_to_num(0.0).max()) for scores in within.values())
         for name, units in beyond.items():
-            within[name][units] = most + 1 + torch.arange(len(units), dtype=torch.float64) / max(len(units), 1)
+            within[name][units] = (
+                most + 1 + torch.arange(len(units), dtype=torch.float64, device="cpu") / max(len(units), 1)
+            )
         return within
 
     def _ordered(self, groups: Sequence[ChannelGroup], subject: Subject) -> list[ChannelGroup]:

@@ -25,7 +25,11 @@ class Split:
 
     def batches(self, size: int, generator: torch.Generator | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches (images, labels) of ``size``, the last one smaller; in random order if there is a generator."""
-        order = torch.arange(len(self)) if generator is None else torch.randperm(len(self), generator=generator)
+        order = (
+            torch.arange(len(self), device="cpu")
+            if generator is None
+            else torch.randperm(len(self), generator=generator, device="cpu")
+        )
         for chosen in order.split(size):
             yield self.images[chosen], self.labels[chosen]
 
@@ -46,6 +50,6 @@ def digits(seed: int = 0) -> Digits:
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / (PIXEL_MAXIMUM / 2) - 1
     labels = torch.from_numpy(data.target).long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed), device="cpu")
     sizes = [len(labels) - VALIDATION_IMAGES - TEST_IMAGES, VALIDATION_IMAGES, TEST_IMAGES]
     return Digits(*(Split(images[chosen], labels[chosen]) for chosen in order.split(sizes)))

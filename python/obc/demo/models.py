@@ -123,7 +123,7 @@ class Transformer(nn.Module):
         self.layers = nn.Sequential(*[EncoderLayer(width, heads, hidden) for _ in range(layers)])
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, CLASSES)
-        self.register_buffer("positions", torch.arange(patches), persistent=False)
+        self.register_buffer("positions", torch.arange(patches, device="cpu"), persistent=False)
 
     def unpruned_layers(self) -> list[nn.Module]:
         """All but the first layer of each feed-forward network, whose hidden units are pruned."""

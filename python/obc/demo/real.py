@@ -191,7 +191,7 @@ def language_model(model: Any, tokenizer: Any, seed: int, title: str) -> Pretrai
     def texts(network: Any) -> list[tuple[str, str]]:
         found = []
         for prompt in _PROMPTS:
-            tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+            tokens = torch.tensor([tokenizer(prompt)["input_ids"]], device="cpu")
             for _ in range(_NEW_TOKENS):
                 best = network(input_ids=tokens, use_cache=False).logits[:, -1:].argmax(-1)
                 tokens = torch.cat([tokens, best], 1)
@@ -214,9 +214,11 @@ def language_model(model: Any, tokenizer: Any, seed: int, title: str) -> Pretrai
 
 
 def _sequences(tokenizer: Any, text: str, number: int, seed: int) -> list[Tensor]:
-    tokens = torch.tensor(tokenizer(text)["input_ids"])
+    tokens = torch.tensor(tokenizer(text)["input_ids"], device="cpu")
     pieces = tokens[: len(tokens) // _LENGTH * _LENGTH].reshape(-1, 1, _LENGTH)
-    return list(pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed))[:number]])
+    return list(
+        pieces[torch.randperm(len(pieces), generator=torch.Generator().manual_seed(seed), device="cpu")[:number]]
+    )
 
 
 def sentence_encoder(model: Any, tokenizer: Any, seed: int, title: str) -> PretrainedModel:

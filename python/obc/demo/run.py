@@ -136,7 +136,7 @@ def seeded(seed: int) -> None:
 
 def example() -> torch.Tensor:
     """A zero image, (1, 1, size, size)."""
-    return torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE)
+    return torch.zeros(1, 1, IMAGE_SIZE, IMAGE_SIZE, device="cpu")
 
 
 def count(model: nn.Module) -> tuple[int, int]:

@@ -49,9 +49,11 @@ class Costs:
     ) -> None:
         size = len(names)
         self.names, self.unit, self.constant = tuple(names), unit, float(constant)
-        self.widths = torch.as_tensor(widths, dtype=torch.float64)
-        self.linear = torch.zeros(size, dtype=torch.float64) if linear is None else linear.double()
-        quadratic = torch.zeros(size, size, dtype=torch.float64) if quadratic is None else quadratic.double()
+        self.widths = torch.as_tensor(widths, dtype=torch.float64, device="cpu")
+        self.linear = torch.zeros(size, dtype=torch.float64, device="cpu") if linear is None else linear.double()
+        quadratic = (
+            torch.zeros(size, size, dtype=torch.float64, device="cpu") if quadratic is None else quadratic.double()
+        )
         if self.widths.shape != (size,) or self.linear.shape != (size,) or quadratic.shape != (size, size):
             raise ValueError(
                 f"costs of {size} groups need {size} widths and linear terms and a {size} x {size} quadratic, got "
@@ -101,7 +103,7 @@ class Costs:
 
     def freed(self, lost: Mapping[str, int]) -> float:
         """The cost that is saved when each group of ``lost`` loses that many units."""
-        gone = torch.tensor([lost.get(name, 0) for name in self.names], dtype=torch.float64)
+        gone = torch.tensor([lost.get(name, 0) for name in self.names], dtype=torch.float64, device="cpu")
         return self.total() - self.total(self.widths - gone)
 
     def marginal(self, widths: Tensor | None = None) -> Tensor:
@@ -140,7 +142,7 @@ class Costs:
                 else:
                     quadratic[block, other] += cross[other] / 2
                     quadratic[other, block] += cross[other] / 2
-        order = torch.tensor([place[name] for name in names], dtype=torch.int64)
+        order = torch.tensor([place[name] for name in names], dtype=torch.int64, device="cpu")
         inside = {name: [one for one in self.inside[name] if one in names] for name in names if name in self.inside}
         return Costs(
             names,
@@ -163,5 +165,5 @@ class Costs:
         if set(costs) != set(widths):
             different = ", ".join(map(repr, sorted(set(costs) ^ set(widths))))
             raise ValueError(f"costs and widths must name the same groups; only one of them has {different}")
-        linear = torch.tensor([float(value) for value in costs.values()], dtype=torch.float64)
+        linear = torch.tensor([float(value) for value in costs.values()], dtype=torch.float64, device="cpu")
         return cls(list(costs), [widths[name] for name in costs], linear=linear, unit=unit)

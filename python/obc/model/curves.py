@@ -71,7 +71,7 @@ class Curve:
 
         and 0 at widths up to ``lowest``. On a flat part this looks ahead to where the value falls.
         """
-        values, widths = self.dense(size), torch.arange(size + 1, dtype=torch.float64)
+        values, widths = self.dense(size), torch.arange(size + 1, dtype=torch.float64, device="cpu")
         best = torch.zeros_like(values)
         for corner in {lowest, *(width for width in self.widths if lowest < width < size)}:
             if corner < size:

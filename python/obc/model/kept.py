@@ -151,7 +151,7 @@ def narrowed(kept: Tensor | None, size: int, removed: Tensor) -> Tensor:
 
 def staying(size: int, removed: Tensor) -> Tensor:
     """The indices below ``size`` that are not in ``removed``, ascending."""
-    stays = torch.ones(size, dtype=torch.bool)
+    stays = torch.ones(size, dtype=torch.bool, device="cpu")
     stays[removed] = False
     return stays.nonzero()[:, 0]
 

@@ -152,8 +152,8 @@ class LatencyTable:
         names, place = [group.name for group in groups], {group.name: index for index, group in enumerate(groups)}
         self.check_groups({group.name: group.size for group in groups})
         full = {name: self.curves[name].at(self.curves[name].widest) for name in names}
-        linear = torch.tensor([full[name] for name in names], dtype=torch.float64)
-        quadratic = torch.zeros(len(names), len(names), dtype=torch.float64)
+        linear = torch.tensor([full[name] for name in names], dtype=torch.float64, device="cpu")
+        quadratic = torch.zeros(len(names), len(names), dtype=torch.float64, device="cpu")
         for one in self.shared:
             present = [place[name] for name in one.groups if name in place]
             if len(present) == 2:  # otherwise the other group has no units left and is no longer a group

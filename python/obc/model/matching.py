@@ -129,7 +129,7 @@ def _match_matrix(
     shapes = f"{tuple(pruned.shape)} is not a slice of the original's {tuple(original.shape)}"
     columns: Tensor | None
     if ids.shape[1] == pruned_ids.shape[1]:
-        columns = torch.arange(ids.shape[1])
+        columns = torch.arange(ids.shape[1], device="cpu")
     elif ids.shape[0] == pruned_ids.shape[0]:
         columns = _match_rows(ids.T, pruned_ids.T)
     else:
@@ -152,7 +152,7 @@ def _columns_from_pivots(ids: Tensor, pruned_ids: Tensor) -> Tensor | None:
 
 def _supersequences(ids: Tensor, wanted: Tensor) -> Tensor:
     """The rows of ``ids`` that contain ``wanted`` in order."""
-    position = torch.zeros(len(ids), dtype=torch.int64)
+    position = torch.zeros(len(ids), dtype=torch.int64, device="cpu")
     padded = torch.cat([wanted, wanted.new_full((1,), -1)])
     for column in ids.T:
         position += column == padded[position]
@@ -165,7 +165,7 @@ def _match_rows(originals: Tensor, pruneds: Tensor) -> Tensor | None:
     available, wanted = enumerate(ids[: len(originals)]), ids[len(originals) :]
     found = [next((index for index, value in available if value == target), None) for target in wanted]
     indices = [index for index in found if index is not None]
-    return torch.tensor(indices, dtype=torch.int64) if len(indices) == len(wanted) else None
+    return torch.tensor(indices, dtype=torch.int64, device="cpu") if len(indices) == len(wanted) else None
 
 
 def _is_channel_first(module: nn.Module) -> bool:

@@ -348,4 +348,4 @@ def _kept(fields: Any) -> Kept:
 def _indices(name: str, value: Any) -> Tensor:
     if not isinstance(value, list) or not all(type(index) is int and 0 <= index < _LARGEST for index in value):
         raise ValueError(f"{name} must be a list of indices, got {reprlib.repr(value)}")
-    return torch.tensor(value, dtype=torch.int64)
+    return torch.tensor(value, dtype=torch.int64, device="cpu")

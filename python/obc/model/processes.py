@@ -137,13 +137,13 @@ class Processes:
 
     def total(self, *numbers: float) -> list[float]:
         """Each number's sum over all processes."""
-        summed = torch.tensor(numbers, dtype=torch.float64)
+        summed = torch.tensor(numbers, dtype=torch.float64, device="cpu")
         self.add([summed])
         return summed.tolist()
 
     def least(self, numbers: Sequence[int]) -> list[int]:
         """The elementwise minimum of the processes' numbers."""
-        least = torch.tensor(numbers, dtype=torch.int64)
+        least = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         self._reduce([least], "MIN")
         return least.tolist()
 

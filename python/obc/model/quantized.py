@@ -234,11 +234,11 @@ def _compare(name: str, module: nn.Module, plain: nn.Module, known: bool) -> Non
         return
     features = plain.in_features
     if known:
-        some = torch.linspace(0, features - 1, min(features, _COLUMNS_CHECKED)).long()
+        some = torch.linspace(0, features - 1, min(features, _COLUMNS_CHECKED), device="cpu").long()
         x = nn.functional.one_hot(some, features).to(plain.weight)
     else:
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(4, features, generator=generator).to(plain.weight)
+        x = torch.randn(4, features, generator=generator, device="cpu").to(plain.weight)
     try:
         found = module(x)
     except Exception:  # its kernels may need another device, which says nothing about the weight

@@ -34,7 +34,7 @@ def quantiles(values: Tensor, most: int) -> list[float]:
     ordered = values.detach().double().flatten().cpu()
     ordered = ordered[ordered.isfinite()].sort().values
     if len(ordered) > most:
-        ordered = ordered[torch.linspace(0, len(ordered) - 1, most).round().long()]
+        ordered = ordered[torch.linspace(0, len(ordered) - 1, most, device="cpu").round().long()]
     return ordered.tolist()
 
 

@@ -83,7 +83,7 @@ class FinalProof:
                 parameter.data = parameter.detach().clone()
         more: Sequence[Run] = getattr(structure, "more_runs", ())
         self._run = (lambda model: [run(model), *(one(model) for one in more)]) if more else run
-        self._alive = {group.name: torch.arange(group.size) for group in self._groups}
+        self._alive = {group.name: torch.arange(group.size, device="cpu") for group in self._groups}
 
     def note(self, removed: Mapping[str, Tensor]) -> None:
         """Record that these units, as indices into the present groups, are removed."""
@@ -182,7 +182,7 @@ class FinalProof:
         for name, module in named_modules(pruned):
             if isinstance(module, _BatchNorm) and module.track_running_stats:
                 norm: Any = norms[name]
-                gone = lost.get((name, "out"), torch.empty(0, dtype=torch.int64))
+                gone = lost.get((name, "out"), torch.empty(0, dtype=torch.int64, device="cpu"))
                 kept = staying(norm.num_features, gone).to(norm.running_mean.device)
                 module.running_mean, module.running_var = norm.running_mean[kept], norm.running_var[kept]
 

@@ -294,7 +294,7 @@ class Job:
             permitted_widths(size, limits.min_units[name], limits.round_to[name], limits.widths.get(name))[0]
             for name, size in sizes.items()
         ]
-        least = self.budget.counted(costs, torch.tensor(smallest, dtype=torch.float64)) / self.full
+        least = self.budget.counted(costs, torch.tensor(smallest, dtype=torch.float64, device="cpu")) / self.full
         if least > share:
             widths = listed([f"{name!r}: {low} of {sizes[name]}" for name, low in zip(sizes, smallest, strict=True)])
             remedies = " or ".join(["let more remain", *(f"relax {limit}" for limit in self.choice.narrowing)])

@@ -113,10 +113,10 @@ def transport(vectors: Tensor, kept: Tensor, p: float = 1.0) -> Tensor:
     unit = vectors.double() / vectors.double().norm(dim=1, keepdim=True).clamp_min(TINY)
     cost = torch.cdist(unit[kept], unit, p=p).cpu()
     count, size = cost.shape
-    columns = sparse.kron(torch.ones(1, count).numpy(), sparse.identity(size))
-    rows = sparse.kron(sparse.identity(count), torch.ones(1, size).numpy())
+    columns = sparse.kron(torch.ones(1, count, device="cpu").numpy(), sparse.identity(size))
+    rows = sparse.kron(sparse.identity(count), torch.ones(1, size, device="cpu").numpy())
     # The last kept unit gets the remainder; a redundant constraint could contradict the others by rounding.
-    amounts = torch.cat([torch.ones(size), torch.full((count - 1,), size / count)]).double()
+    amounts = torch.cat([torch.ones(size, device="cpu"), torch.full((count - 1,), size / count, device="cpu")]).double()
     constraints = sparse.vstack([columns, rows.tocsr()[:-1]])
     solved = linprog(cost.flatten().numpy(), A_eq=constraints, b_eq=amounts.numpy(), method="highs-ds")
     if not solved.success:
@@ -170,11 +170,11 @@ def _filled(
     stays = entry.out_channels if side == "out" else entry.in_columns
     layout, weight = layer_of(module)
     size = layout.sizes(weight)[side == "in"]
-    stays = torch.arange(size) if stays is None else stays.cpu()
+    stays = torch.arange(size, device="cpu") if stays is None else stays.cpu()
     if factor is None:
-        factor = torch.eye(size, dtype=torch.float64)[stays]
-    places = torch.full((size,), -1)
-    places[stays] = torch.arange(len(stays))
+        factor = torch.eye(size, dtype=torch.float64, device="cpu")[stays]
+    places = torch.full((size,), -1, device="cpu")
+    places[stays] = torch.arange(len(stays), device="cpu")
     for own in range(channels.shape[1]):  # a head's channels are fused one by one with those of other heads
         factor[places[channels[kept, own]][:, None], channels[:, own]] = matrix
     return factor
@@ -189,7 +189,7 @@ def _fold(
     selections = []
     for factor, stays, size in ((rows, plan[name].out_channels, out_size), (columns, plan[name].in_columns, in_size)):
         if factor is None and stays is not None:
-            factor = torch.eye(size, dtype=torch.float64)[stays.cpu()]
+            factor = torch.eye(size, dtype=torch.float64, device="cpu")[stays.cpu()]
         selections.append(None if factor is None else factor.to(weight))
     out_factor, in_factor = selections
     first, second = (in_factor, out_factor) if layout.transposed else (out_factor, in_factor)

@@ -38,7 +38,7 @@ def drawn_rows(module: nn.Module, layout: Rule, positions: int, batches: int) ->
     if positions <= wanted:
         return slice(None)
     # The same positions in every batch, so that the result depends neither on the order nor on the process.
-    return torch.randperm(positions, generator=torch.Generator().manual_seed(0))[:wanted].sort().values
+    return torch.randperm(positions, generator=torch.Generator().manual_seed(0), device="cpu")[:wanted].sort().values
 
 
 def valid_rows(batch: Any, x: Tensor, routing: Routing | None = None) -> Tensor | slice:

@@ -82,7 +82,7 @@ def _absorb_all(
             consumers[name] = consumer
     if not consumers:
         return report
-    slices = tuple(Slice(name, "in", torch.zeros(1, 1, dtype=torch.int64)) for name in consumers)
+    slices = tuple(Slice(name, "in", torch.zeros(1, 1, dtype=torch.int64, device="cpu")) for name in consumers)
     groups = [ChannelGroup("consumers", slices)]
     moments = collect(
         original_model, batches, statistics="moments", groups=groups, forward_fn=forward_fn, progress=False

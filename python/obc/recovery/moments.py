@@ -64,7 +64,7 @@ class RegressionMoments(NormalEquations):
 
     def __init__(self, kept: Tensor, size: int, paired: bool) -> None:
         blocks, count = kept.shape
-        stays = torch.zeros(blocks, size, dtype=torch.bool)
+        stays = torch.zeros(blocks, size, dtype=torch.bool, device="cpu")
         if not paired:
             stays.scatter_(1, kept, True)
         self.kept, self.size, self.paired = kept, size, paired
@@ -122,9 +122,11 @@ class RegressionMoments(NormalEquations):
     def _selection(self) -> Tensor:
         """S, (blocks, size, kept)."""
         blocks, count = self.kept.shape
-        return torch.zeros(blocks, self.size, count, dtype=torch.float64).scatter_(1, self.kept[:, None], 1.0)
+        return torch.zeros(blocks, self.size, count, dtype=torch.float64, device="cpu").scatter_(
+            1, self.kept[:, None], 1.0
+        )
 
     def _input_energy(self) -> float:
         """sum w |x|^2, where x = e + S z."""
-        both = self.cross.gather(1, self.kept[:, None]).sum() if self.paired else torch.zeros(())
+        both = self.cross.gather(1, self.kept[:, None]).sum() if self.paired else torch.zeros((), device="cpu")
         return float(self.energy.sum() + 2 * both + self.gram.diagonal(dim1=-2, dim2=-1).sum())

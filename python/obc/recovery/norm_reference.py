@@ -60,7 +60,7 @@ class MomentSums:
 
     def gather(self, processes: Processes) -> None:
         """Add the sums of all processes."""
-        calls = torch.tensor(self._calls)
+        calls = torch.tensor(self._calls, device="cpu")
         processes.add([self._mean, self._variance, calls])
         self._calls = int(calls)
 
@@ -79,7 +79,7 @@ def moments_of(x: Tensor) -> Moments:
     # That adds in the input's type if channels come last, so it gets a few positions at a time.
     parts = x.split(max(1, _POSITIONS * x.shape[1] * x.shape[0] // x.numel()))
     found = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]
-    shares = torch.tensor([len(part) / len(x) for part in parts], dtype=torch.float64)[:, None]
+    shares = torch.tensor([len(part) / len(x) for part in parts], dtype=torch.float64, device="cpu")[:, None]
     means, variances = (torch.stack(values).double() for values in zip(*found, strict=True))
     mean = (shares * means).sum(0)
     return mean, (shares * (variances + (means - mean).square())).sum(0)

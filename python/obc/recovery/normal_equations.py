@@ -97,7 +97,7 @@ class NormalEquations:
 
     def gather(self, processes: Processes) -> None:
         """Add the sums of all processes."""
-        rows, total = torch.tensor(self.rows), torch.tensor(self.total, dtype=torch.float64)
+        rows, total = torch.tensor(self.rows, device="cpu"), torch.tensor(self.total, dtype=torch.float64, device="cpu")
         processes.add([self.gram, self.cross, self.sum_z, self.sum_e, self.energy, rows, total])
         self.rows, self.total = int(rows), float(total)
 

@@ -254,7 +254,7 @@ def replays(model: nn.Module, chain: Sequence[str], run: Callable[[], Any]) -> s
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         tensor = stream_of(output)
-        shown.append(torch.empty(0) if tensor is None else tensor.detach().clone())
+        shown.append(torch.empty(0, device="cpu") if tensor is None else tensor.detach().clone())
 
     handles = [model.get_submodule(name).register_forward_hook(after, with_kwargs=True) for name in chain]
     handles.append(model.get_submodule(chain[0]).register_forward_pre_hook(before, with_kwargs=True))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from obc.model.kept import PlanError
@@ -85,7 +86,8 @@ def _lora(model: nn.Module, rank: int) -> Trained:
     head = getattr(model, "get_output_embeddings", lambda: None)()
     targets = [name for name in layers if model.get_submodule(name) is not head]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
+    with torch.device("cpu"):  # peft moves its layers to those of the model, which loses values on a default device
+        wrapped: Any = peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets))
 
     def merge() -> None:
         wrapped.merge_and_unload()

@@ -184,7 +184,9 @@ class BlockProfile(Profile):
         if not task.importance:
             raise ValueError("BlockProfile needs the similarity of the blocks: statistics=['blocks', ...]")
         names = [group.name for group in task.scored()]
-        values = torch.tensor([found_for(name, task.importance, math.nan) for name in names], dtype=torch.float64)
+        values = torch.tensor(
+            [found_for(name, task.importance, math.nan) for name in names], dtype=torch.float64, device="cpu"
+        )
         if bool(values.isnan().any()):
             lost = names[int(values.isnan().nonzero()[0])]
             raise ValueError(

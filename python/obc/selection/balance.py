@@ -41,7 +41,7 @@ def select_balanced(task: Task) -> dict[str, Tensor]:
     """
     costs, selection, shrinkage = task.costs, task.selection, task.shrinkage
     limits = equal_widths(task, task.families)
-    removed = {name: torch.empty(0, dtype=torch.int64) for name in task.scores}
+    removed = {name: torch.empty(0, dtype=torch.int64, device="cpu") for name in task.scores}
     equal_shares(limits, costs, task.budget)  # raises before units are ranked
     if not limits:
         return removed
@@ -100,8 +100,8 @@ class _Ranking:
         most = limit.permitted[-1] - limit.permitted[0]
         order: dict[str, Tensor] = {}
         rows, joint = task.scores, task.selection == "joint"
-        units = torch.zeros(most, len(rows[limit.family[0]]) if joint else 0, dtype=torch.float64)
-        squares = torch.zeros(most + 1, dtype=torch.float64)
+        units = torch.zeros(most, len(rows[limit.family[0]]) if joint else 0, dtype=torch.float64, device="cpu")
+        squares = torch.zeros(most + 1, dtype=torch.float64, device="cpu")
         for name in limit.family:
             order[name] = removal_order(rows[name], most, selection=task.selection, shrinkage=task.shrinkage)
             values = rows[name].detach().double().cpu()[..., order[name]]

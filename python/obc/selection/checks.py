@@ -159,7 +159,7 @@ def _of_polynomial(
     if costs.inside:
         costs = costs.only(names)
     place = {name: index for index, name in enumerate(costs.names)}
-    order = torch.tensor([place[name] for name in names])
+    order = torch.tensor([place[name] for name in names], device="cpu")
     for name, size, width in zip(names, sizes, costs.widths[order].tolist(), strict=True):
         if size != width:
             raise ValueError(

@@ -193,7 +193,7 @@ def _interacting(
 def _within_budget(names: Sequence[str], problem: Problem, solver: Greedy, budget: float, unit: str) -> Tensor:
     """The units that free ``budget``, in the order of their removal."""
     if budget == 0:
-        return torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device="cpu")
     reachable = problem.reachable()
     enough = budget * (1 - BUDGET_ROUNDING)
     freed = 0.0
@@ -228,6 +228,6 @@ def _dearest(problem: Problem) -> Problem:
 
 
 def _by_group(chosen: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    gone = torch.zeros(sum(sizes), dtype=torch.bool)
+    gone = torch.zeros(sum(sizes), dtype=torch.bool, device="cpu")
     gone[chosen] = True
     return [part.nonzero().flatten() for part in gone.split(list(sizes))]

@@ -68,7 +68,7 @@ class CompiledGreedy(Greedy):
                 break
             if self._interacting is not None:
                 column = self._interacting.columns.column(unit, self.standing).numpy()
-        return torch.tensor(order, dtype=torch.int64), float(freed[0])
+        return torch.tensor(order, dtype=torch.int64, device="cpu"), float(freed[0])
 
 
 class FrontGreedy(Greedy):
@@ -98,7 +98,7 @@ class FrontGreedy(Greedy):
     def until(self, budget: float) -> tuple[Tensor, float]:
         """As :meth:`Greedy.until`, in rounds among the units that go next."""
         removed = self._field.remove(len(self._increments), budget * (1 - BUDGET_ROUNDING))
-        return torch.tensor(removed.picks, dtype=torch.int64), float(self._state.freed)
+        return torch.tensor(removed.picks, dtype=torch.int64, device="cpu"), float(self._state.freed)
 
 
 def _array(value: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -104,7 +104,7 @@ def _freed(task: Task, blocks: Sequence[ChannelGroup]) -> float:
 
 def _removed(task: Task, blocks: Sequence[ChannelGroup]) -> dict[str, Tensor]:
     gone = {group.name for group in blocks}
-    return {name: torch.arange(1 if name in gone else 0) for name in task.scores}
+    return {name: torch.arange(1 if name in gone else 0, device="cpu") for name in task.scores}
 
 
 def _unreachable(task: Task, blocks: Sequence[ChannelGroup]) -> BudgetError:

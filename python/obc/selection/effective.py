@@ -27,7 +27,7 @@ class EffectiveWidths:
             curve = curves.get(group) or Curve({0: 0.0, size: float(size)})
             values.append(curve.dense(size))
             rates.append(curve.rates(size, least))
-        first = torch.tensor([0, *(size + 1 for size in sizes[:-1])]).cumsum(0)
+        first = torch.tensor([0, *(size + 1 for size in sizes[:-1])], device="cpu").cumsum(0)
         self._first = first.to(device)
         self._values, self._rates = (torch.cat(parts).to(device) for parts in (values, rates))
 

@@ -207,7 +207,7 @@ def fast_dtype() -> torch.dtype:
     """The dtype whose products are faster on this processor, by trial. The units removed do not depend on it."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(2048, 512, dtype=dtype), torch.ones(512, 64, dtype=dtype)
+        left, right = torch.ones(2048, 512, dtype=dtype, device="cpu"), torch.ones(512, 64, dtype=dtype, device="cpu")
         trials = []
         for _ in range(4):
             start = time.perf_counter()
@@ -314,7 +314,7 @@ class Field:
         picks: list[int] = front[found.picks].tolist()
         kept = 0
         if picks:
-            removed = torch.zeros(len(picks) + 1, units.rows.shape[1], dtype=torch.float64)
+            removed = torch.zeros(len(picks) + 1, units.rows.shape[1], dtype=torch.float64, device="cpu")
             if self._since is not None:
                 removed[0] = self._since
             removed[1:] = units.rows_at(picks)

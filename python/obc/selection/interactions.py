@@ -178,7 +178,7 @@ class BlockedGram:
             self._slot_of.pop(unit, None)
         self._unit_in[slots] = -1
         next_ones = self._foreseen if len(scores) >= FORESEEN_UNITS else self._lowest
-        units = torch.tensor([wanted, *next_ones(wanted, standing, scores, len(slots) - 1)])
+        units = torch.tensor([wanted, *next_ones(wanted, standing, scores, len(slots) - 1)], device="cpu")
         slots = slots[: len(units)]
         self._cache[slots] = self.units[units] @ self.units.T
         self._unit_in[slots] = units

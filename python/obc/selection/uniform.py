@@ -46,7 +46,7 @@ def select_uniform(
         final = equal_shares(limits, costs, task.goal, shares)
         limits = [limit.at_least(final[limit.family[0]]) for limit in limits]
     kept = equal_shares(limits, costs, task.budget, shares)
-    removed = {name: torch.empty(0, dtype=torch.int64) for name in task.scores}
+    removed = {name: torch.empty(0, dtype=torch.int64, device="cpu") for name in task.scores}
     for name, width in kept.items():
         if width < sizes[name]:
             chosen = select(

@@ -29,7 +29,7 @@ class BlockGreedy(Greedy):
     def __init__(self, problem: Problem, rows: Tensor | None) -> None:
         super().__init__(problem)
         self._rows = rows
-        sizes = torch.tensor(problem.sizes)
+        sizes = torch.tensor(problem.sizes, device="cpu")
         first = sizes.cumsum(0) - sizes
         device = problem.increments.device
         self._place_of = {block: place for place, block in enumerate(problem.inside)}

@@ -36,5 +36,5 @@ def tapped(activation: Tensor, read: Callable[..., None], copy: bool, saved: Seq
         copy: needed where later code may change the activation in place, which autograd refuses for a view.
         saved: tensors to keep until then; backward raises if one of them was changed in place.
     """
-    result: Tensor = _Tap.apply(activation, torch.zeros((), requires_grad=True), read, copy, *saved)
+    result: Tensor = _Tap.apply(activation, torch.zeros((), requires_grad=True, device="cpu"), read, copy, *saved)
     return result

@@ -169,7 +169,7 @@ def _read(x: Tensor, dim: int, lost: Tensor | None) -> LayerInput:
     others = [axis for axis in range(x.dim()) if axis != dim]
     positions = [1 if axis == dim else size for axis, size in enumerate(x.shape)]
     generator = torch.Generator().manual_seed(_SEED)
-    weights = torch.randn(positions, generator=generator, dtype=x.dtype).to(x.device)
+    weights = torch.randn(positions, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
     if not others:
         return LayerInput((x * weights).cpu(), x.abs().cpu())
     return LayerInput((x * weights).sum(others).cpu(), torch.linalg.vector_norm(x, dim=others).cpu())

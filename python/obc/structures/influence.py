@@ -119,10 +119,10 @@ def _reached(prober: Prober, sources: Mapping[str, Source]) -> dict[str, Influen
         prober.scale, prober.sign = scale, sign
         before, ends_before = _read_watching(prober, sources, {})
         for key, source in sources.items():
-            now, ends = _read_watching(prober, sources, {key: torch.ones(source.size, dtype=torch.bool)})
+            now, ends = _read_watching(prober, sources, {key: torch.ones(source.size, dtype=torch.bool, device="cpu")})
             for name, differs in changed(before, now).items():
                 if bool(differs.any()):
-                    whole = torch.ones(len(differs), source.size, dtype=torch.bool)
+                    whole = torch.ones(len(differs), source.size, dtype=torch.bool, device="cpu")
                     found[key].inputs.setdefault(name, whole)
             mine = found[key].ends
             mine += [end for end, value in ends.items() if ends_before.get(end) != value and end not in mine]
@@ -150,7 +150,7 @@ def _exclude(prober: Prober, sources: Mapping[str, Source], found: Mapping[str, 
     total = {(key, name): torch.zeros_like(one) for key in sources for name, one in found[key].inputs.items()}
     for prober.scale, prober.sign in _KINDS:
         before = _read(prober, sources, {})
-        everything = {key: torch.ones(source.size, dtype=torch.bool) for key, source in sources.items()}
+        everything = {key: torch.ones(source.size, dtype=torch.bool, device="cpu") for key, source in sources.items()}
         noticed = changed(before, _read(prober, sources, everything))
         finite = {name: torch.stack(readings).isfinite().all(0) for name, readings in before.items() if name in noticed}
         possible = {
@@ -188,7 +188,7 @@ def _change_sets(
     """Change sets of channels: of few channels every single one, of many by their numbers, then random ones."""
     if max(sizes.values()) <= _FEW:
         for channel in range(max(sizes.values())):
-            excluded({key: torch.arange(size) == channel for key, size in sizes.items()})
+            excluded({key: torch.arange(size, device="cpu") == channel for key, size in sizes.items()})
         return
     numberings = {key: numberings_of(size) for key, size in sizes.items()}
     left = dict.fromkeys(sizes, _MOST_NUMBERINGS)
@@ -220,7 +220,7 @@ def numberings_of(size: int) -> list[Tensor]:
     """
     divisors = [d for d in range(1, size + 1) if size % d == 0]
     pairs = [(e // d, e, d) for e in divisors for d in divisors if e % d == 0 and e > d]
-    return [torch.arange(size) % e // d for _, e, d in sorted(pairs, reverse=True)]
+    return [torch.arange(size, device="cpu") % e // d for _, e, d in sorted(pairs, reverse=True)]
 
 
 def _most_passes(sizes: Mapping[str, int]) -> int:
@@ -240,7 +240,7 @@ def _random_sets(sizes: Mapping[str, int]) -> Iterator[dict[str, Tensor]]:
         if share is None:
             chosen = {key: ~one for key, one in chosen.items()}
         else:
-            chosen = {key: torch.rand(size, generator=generator) < share for key, size in sizes.items()}
+            chosen = {key: torch.rand(size, generator=generator, device="cpu") < share for key, size in sizes.items()}
         yield chosen
 
 
@@ -249,7 +249,7 @@ def _mixes(prober: Prober, sources: Mapping[str, Source], key: str, name: str, p
     wide = 2 * possible.sum(0) > possible.any(1).sum()
     if sources[key].size == 1 or not bool(wide.any()):
         return False
-    one = torch.zeros(sources[key].size, dtype=torch.bool)
+    one = torch.zeros(sources[key].size, dtype=torch.bool, device="cpu")
     one[int(wide.int().argmax())] = True
     for prober.scale, prober.sign in _KINDS:
         before = _read(prober, sources, {})

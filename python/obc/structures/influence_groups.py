@@ -126,7 +126,7 @@ def _sources(model: nn.Module, layers: Collection[str], taken: Collection[str]) 
 
 def _wide(influence: Influence, size: int) -> Tensor:
     """(size,) bool: whether more than half of the inputs of a module that the source reaches depend on the channel."""
-    wide = torch.zeros(size, dtype=torch.bool)
+    wide = torch.zeros(size, dtype=torch.bool, device="cpu")
     for possible in influence.inputs.values():
         wide |= 2 * possible.sum(0) > possible.any(1).sum()
     return wide
@@ -221,7 +221,11 @@ class _Classes:
         layers = [source.name for source in own if source.parameter is None]
         # A parameter with channels along two dimensions is cut along one only.
         once = len(dims) == sum(source.name == source.parameter for source in own)
-        return Coupled(layers, members, len(numbers), torch.tensor(numbers), dims) if layers and once else None
+        return (
+            Coupled(layers, members, len(numbers), torch.tensor(numbers, device="cpu"), dims)
+            if layers and once
+            else None
+        )
 
 
 def _why(name: str, influence: Influence, classes: _Classes, blocked: Mapping[str, str]) -> str:

@@ -137,7 +137,7 @@ class _Measurement:
         if width < group.size:
             model = shared_copy(self.structure.model)
             twin = self.structure.twin(model)
-            twin.remove({group.name: torch.arange(width, group.size)})
+            twin.remove({group.name: torch.arange(width, group.size, device="cpu")})
             calls = self._calls(model, places)
         found = []
         for place in places:

@@ -30,11 +30,11 @@ class Polynomial:
 
     def __init__(self, groups: Sequence[ChannelGroup], unit: str) -> None:
         self._unit, self._names = unit, [group.name for group in groups]
-        self._widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64)
+        self._widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64, device="cpu")
         self._per_unit: dict[Hashable, Tensor] = {}
         self.constant = 0.0
         self.linear = torch.zeros_like(self._widths)
-        self.quadratic = torch.zeros(len(groups), len(groups), dtype=torch.float64)
+        self.quadratic = torch.zeros(len(groups), len(groups), dtype=torch.float64, device="cpu")
 
     def place(self, dimension: Hashable, group: int, part: Slice) -> None:
         """Declare that a slice of the ``group``-th group lies in a dimension of a weight."""
@@ -64,7 +64,7 @@ class Polynomial:
 
     def add_per_unit(self, factors: Sequence[float]) -> None:
         """Add a constant for each unit of every group."""
-        self.linear += torch.tensor(factors, dtype=torch.float64)
+        self.linear += torch.tensor(factors, dtype=torch.float64, device="cpu")
 
     def costs(self, inside: Mapping[str, Sequence[str]] | None = None) -> Costs:
         """The sum of everything added; ``inside`` is that of :class:`obc.model.costs.Costs`."""

@@ -263,7 +263,7 @@ def _merged(suspect: Suspect, classes: Sequence[int]) -> Suspect:
 
 
 def _codes(roots: dict[int, int], first: int) -> Tensor:
-    codes = torch.full((max(roots) + 1,), -1)
+    codes = torch.full((max(roots) + 1,), -1, device="cpu")
     for channel, root in roots.items():
         codes[channel] = first + root
     return codes
@@ -271,10 +271,10 @@ def _codes(roots: dict[int, int], first: int) -> Tensor:
 
 def _several(probed: Probe, number: int, bits: int) -> Tensor:
     """The inputs that depend on several channels of one suspect, in the layer that reads most of them."""
-    most = torch.empty(0, dtype=torch.int64)
+    most = torch.empty(0, dtype=torch.int64, device="cpu")
     for name, seen in probed.suspects.items():
         upper = seen[:, bits:]
-        values = torch.tensor([(number >> bit) & 1 for bit in range(upper.shape[1])], dtype=torch.int64)
+        values = torch.tensor([(number >> bit) & 1 for bit in range(upper.shape[1])], dtype=torch.int64, device="cpu")
         possible = ((upper >> values) & 1).bool().all(1)
         found = (possible & (probed.origins[name] == SEVERAL)).nonzero()[:, 0]
         most = found if len(found) > len(most) else most
@@ -302,7 +302,9 @@ def _reached(model: nn.Module, probed: Probe, number: int, bits: int) -> Members
 def _groups(finder: GroupFinder, name: str, proposal: Coupled) -> Iterator[ChannelGroup]:
     order = _order(proposal)
     tables: list[list[list[int]]] = []
-    kinds = proposal.kinds if proposal.kinds is not None else torch.zeros(proposal.size, dtype=torch.int64)
+    kinds = (
+        proposal.kinds if proposal.kinds is not None else torch.zeros(proposal.size, dtype=torch.int64, device="cpu")
+    )
     for table, hidden in (*_across(kinds), *_divisions(order, proposal.size)):
         roots = set(table.flatten().tolist())
         members = {part: own for part, own in proposal.members.items() if not roots.isdisjoint(own.values())}
@@ -324,7 +326,7 @@ def _groups(finder: GroupFinder, name: str, proposal: Coupled) -> Iterator[Chann
 
 def _across(kinds: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Like :func:`_divisions`, for root channels of several kinds: as many of each kind, then one kind alone."""
-    each = torch.arange(len(kinds))[:, None]
+    each = torch.arange(len(kinds), device="cpu")[:, None]
     if bool(kinds.any()):
         yield each, nn.functional.one_hot(kinds)
         for kind in range(int(kinds.max()) + 1):
@@ -344,14 +346,14 @@ def _order(proposal: Coupled) -> list[int]:
 
 def _divisions(order: Sequence[int], size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """(removable channels, (size, parts) part of each): parts that may have to stay equally wide."""
-    each = torch.arange(size)[:, None]
+    each = torch.arange(size, device="cpu")[:, None]
     yield each, None
     places = [0] * size
     for place, channel in enumerate(order):
         places[channel] = place
     by_channel, by_place = _runs(places), _runs(order)
-    in_order = torch.empty(size, dtype=torch.int64)
-    in_order[torch.tensor(order)] = by_place
+    in_order = torch.empty(size, dtype=torch.int64, device="cpu")
+    in_order[torch.tensor(order, device="cpu")] = by_place
     runs = [parts for parts in (by_channel, in_order) if 0 < int(parts.max()) < size - 1]
     for parts in runs:
         yield each, nn.functional.one_hot(parts)
@@ -362,8 +364,8 @@ def _divisions(order: Sequence[int], size: int) -> Iterator[tuple[Tensor, Tensor
                 yield each[parts == longest], None
     for count in range(2, size):
         if size % count == 0:
-            yield each, nn.functional.one_hot(torch.arange(size) // (size // count))
-            yield each, nn.functional.one_hot(torch.arange(size) % count)
+            yield each, nn.functional.one_hot(torch.arange(size, device="cpu") // (size // count))
+            yield each, nn.functional.one_hot(torch.arange(size, device="cpu") % count)
 
 
 def _runs(numbers: Sequence[int]) -> Tensor:
@@ -375,4 +377,4 @@ def _runs(numbers: Sequence[int]) -> Tensor:
         else:
             step = now - before
         runs.append(run)
-    return torch.tensor(runs, dtype=torch.int64)
+    return torch.tensor(runs, dtype=torch.int64, device="cpu")

@@ -80,14 +80,16 @@ def probe(model: nn.Module, run: Run, codes: Mapping[str, Tensor]) -> Probe:
             for value in (0, 1):
                 now = prober.read({name: (own >= 0) & ((own >> bit) & 1 == value) for name, own in codes.items()})
                 for name, same in changed(before, now).items():
-                    seen = found.suspects.setdefault(name, torch.zeros(len(same), bits, dtype=torch.int64))
+                    seen = found.suspects.setdefault(
+                        name, torch.zeros(len(same), bits, dtype=torch.int64, device="cpu")
+                    )
                     if len(seen) == len(same):
                         seen[:, bit] |= same.long() << value
         if not any(_undecided(seen) for seen in found.suspects.values()):
             break
     found.passes = prober.passes
     for name, seen in found.suspects.items():
-        code = ((seen >> 1).clamp(max=1) << torch.arange(bits)).sum(1)
+        code = ((seen >> 1).clamp(max=1) << torch.arange(bits, device="cpu")).sum(1)
         code[(seen == 0).any(1)] = NOTHING
         code[(seen == 3).any(1)] = SEVERAL
         found.origins[name] = code
@@ -194,9 +196,9 @@ class Prober:
         dim %= like.dim()
         generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {call}".encode()))
         usual, other = (pattern(like.shape, generator) for _ in range(2))
-        both = torch.randint(0, 2, (like.shape[dim],), generator=generator) * 2 - 1
+        both = torch.randint(0, 2, (like.shape[dim],), generator=generator, device="cpu") * 2 - 1
         signs = both if self.sign is None else torch.full_like(both, self.sign)
-        selected = self._selected.get(name, torch.zeros(like.shape[dim], dtype=torch.bool))
+        selected = self._selected.get(name, torch.zeros(like.shape[dim], dtype=torch.bool, device="cpu"))
         selected = selected.repeat(like.shape[dim] // len(selected))  # a hidden unit in each direction
         shape = [-1 if axis == dim else 1 for axis in range(like.dim())]
         numbers = torch.where(selected.view(shape), -1.5 * other, usual) * (signs.view(shape) * self.scale)
@@ -205,9 +207,9 @@ class Prober:
 
 def pattern(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Positive numbers that differ along every dimension: a product of one random vector per dimension."""
-    numbers = torch.ones(())
+    numbers = torch.ones((), device="cpu")
     for axis, size in enumerate(shape):
-        factors = torch.rand(size, generator=generator) + 0.5
+        factors = torch.rand(size, generator=generator, device="cpu") + 0.5
         numbers = numbers * factors.view([-1 if axis == other else 1 for other in range(len(shape))])
     return numbers
 
@@ -262,5 +264,5 @@ def sums(x: Tensor, dim: int) -> Tensor:
     """(C,) random sums over all positions, in float64; different numbers give different sums."""
     dim %= x.dim()
     rows = x.movedim(dim, 0).flatten(1).double() if x.dim() > 1 else x.double()[:, None]
-    weights = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weights = torch.rand(rows.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
     return (rows * weights.to(rows.device)).sum(1).cpu()

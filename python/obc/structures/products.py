@@ -80,13 +80,15 @@ class Products:
             return Size(float(extent.size))
         fixed = extent.size - sum(factor * self.widths[name] for name, factor in extent.per_unit)
         factors = dict(extent.per_unit)
-        return Size(fixed, torch.tensor([factors.get(group.name, 0.0) for group in groups], dtype=torch.float64))
+        return Size(
+            fixed, torch.tensor([factors.get(group.name, 0.0) for group in groups], dtype=torch.float64, device="cpu")
+        )
 
 
 def _present(size: Size, groups: Sequence[ChannelGroup]) -> float:
     if size.per_unit is None:
         return size.fixed
-    widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64)
+    widths = torch.tensor([float(group.size) for group in groups], dtype=torch.float64, device="cpu")
     return size.fixed + float(size.per_unit @ widths)
 
 
@@ -106,7 +108,7 @@ def find_products(structure: Provable, run: Run, layers: Collection[str]) -> Pro
             continue  # nothing can be removed from it
         twin = structure.twin(shared_copy(structure.model))
         try:
-            twin.remove({group.name: torch.tensor([group.size - 1])})
+            twin.remove({group.name: torch.tensor([group.size - 1], device="cpu")})
             after = products_in(twin.model, run, layers)
         except Exception as error:  # the model's own code, which may not run at every width
             found.unfollowed[group.name] = f"{type(error).__name__}: {error}"

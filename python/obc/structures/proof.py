@@ -145,7 +145,7 @@ class _Prover:
             if not self.unmasked.finite():
                 self.proof.unproved |= dict.fromkeys(half, "the model's outputs are not finite on this batch")
                 continue
-            self.removals.append({name: torch.zeros(1, dtype=torch.int64) for name in half})
+            self.removals.append({name: torch.zeros(1, dtype=torch.int64, device="cpu") for name in half})
             passing += self._passing(half, len(self.removals) - 1)
         return passing
 
@@ -165,15 +165,19 @@ class _Prover:
         multiple = limits.round_to.get(group.name, 1)
         permitted = [width for width in range(least, size) if width % multiple == 0]
         if not permitted:
-            return torch.empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device="cpu")
         # Every try leaves another width: an operation may be right for even widths only.
         permitted.sort(key=lambda width: abs(width - size / 2))
         gone = size - (max(permitted) if number == _TRIES else permitted[min(number, len(permitted) - 1)])
         if number > _TRIES:  # the first half, then the last, where a dependence on which units are removed shows best
             half = size - permitted[0]
-            return torch.arange(half) if number == _TRIES + 1 else torch.arange(size - half, size)
+            return (
+                torch.arange(half, device="cpu")
+                if number == _TRIES + 1
+                else torch.arange(size - half, size, device="cpu")
+            )
         generator = torch.Generator().manual_seed(zlib.crc32(f"{_SEED} {group.name}".encode()))
-        order = torch.randperm(size, generator=generator)
+        order = torch.randperm(size, generator=generator, device="cpu")
         # Half of what one try removes is also removed in the next, so the quarters have different combinations of
         # tries.
         return order.roll(-number * max(1, gone // 2))[:gone].sort().values
@@ -397,6 +401,8 @@ def _parts(removed: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]
 def _told_apart(sums: Tensor) -> Tensor:
     """Indices of the non-zero rows, without repetitions of equal rows."""
     _, places = sums.unique(dim=0, return_inverse=True)
-    first = torch.full((len(sums),), len(sums)).scatter_reduce(0, places, torch.arange(len(sums)), "amin")
+    first = torch.full((len(sums),), len(sums), device="cpu").scatter_reduce(
+        0, places, torch.arange(len(sums), device="cpu"), "amin"
+    )
     rows = first[first < len(sums)]
     return rows[(sums[rows] != 0).any(1)]

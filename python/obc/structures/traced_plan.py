@@ -89,7 +89,7 @@ class PlanRecorder:
     def record(self, group: Any) -> None:
         """Record what ``group`` is about to remove; call it before ``group.prune()``."""
         for item in group:
-            dep, removed = item[0], torch.as_tensor([int(index) for index in item[1]], dtype=torch.int64)
+            dep, removed = item[0], torch.as_tensor([int(index) for index in item[1]], dtype=torch.int64, device="cpu")
             if len(removed) == 0:
                 continue
             module = dep.target.module

@@ -58,7 +58,7 @@ class Units:
         sizes = {len(channels) for channels in members.values()}
         if len(sizes) != 1:
             raise NotPrunableError(f"its units are of different sizes: {sorted(sizes)} channels")
-        return torch.tensor(list(members.values()), dtype=torch.int64)
+        return torch.tensor(list(members.values()), dtype=torch.int64, device="cpu")
 
 
 def divided(units: Tensor, divisions: Sequence[Tensor]) -> Tensor:
@@ -98,7 +98,7 @@ def divided(units: Tensor, divisions: Sequence[Tensor]) -> Tensor:
 
 def parts_of(roots: Mapping[int, int], size: int, width: int, parts: int) -> Tensor:
     """(size, parts) how many channels of a layer each root channel has in each of its parts of ``width`` channels."""
-    counts = torch.zeros(size, parts, dtype=torch.int64)
+    counts = torch.zeros(size, parts, dtype=torch.int64, device="cpu")
     for channel, root in roots.items():
         counts[root, channel // width] += 1
     return counts
@@ -114,4 +114,4 @@ def slice_of(module: str, side: Side, roots: Mapping[int, int], units: Tensor) -
     sizes = {len(channels) for channels in per_unit}
     if len(sizes) != 1 or 0 in sizes:
         raise NotPrunableError(f"its units take different numbers of channels of {module!r}: {sorted(sizes)}")
-    return Slice(module, side, torch.tensor(per_unit, dtype=torch.int64))
+    return Slice(module, side, torch.tensor(per_unit, dtype=torch.int64, device="cpu"))

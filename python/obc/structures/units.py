@@ -31,7 +31,7 @@ def checked_units(groups: Mapping[str, ChannelGroup], name: str, units: Tensor, 
     """
     if name not in groups:
         raise KeyError(f"no group is named {name!r}: there are {listed([*map(repr, groups)])}")
-    units = torch.as_tensor(units, dtype=torch.int64).cpu().unique()
+    units = torch.as_tensor(units, dtype=torch.int64, device="cpu").unique()
     size = groups[name].size
     if len(units) and not 0 <= int(units[0]) <= int(units[-1]) < size:
         raise IndexError(f"{name!r} has units 0 to {size - 1}, got {int(units[0])} to {int(units[-1])}")

@@ -50,9 +50,9 @@ def _is_constant(tensor: Tensor) -> bool:
 
 def _vary(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Between half and one and a half times the value; for zeros, normal with the size of a fresh layer's weights."""
-    noise = torch.rand(tensor.shape, generator=generator).to(tensor)
+    noise = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor)
     if bool(tensor.any()):
         return tensor * (0.5 + noise)
-    normal = torch.randn(tensor.shape, generator=generator).to(tensor)
+    normal = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
     fan_in = tensor[0].numel() if tensor.dim() > 1 else 4
     return normal / fan_in**0.5

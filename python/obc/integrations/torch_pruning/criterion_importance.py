@@ -165,7 +165,7 @@ def channel_group(group: Any, model: nn.Module) -> ChannelGroup | None:
             if channel not in table[place[root]]:
                 table[place[root]].append(channel)
     parts = [
-        Slice(name, side, torch.tensor(table, dtype=torch.int64))  # type: ignore[arg-type]
+        Slice(name, side, torch.tensor(table, dtype=torch.int64, device="cpu"))  # type: ignore[arg-type]
         for (name, side), table in slices.items()
         if len({len(channels) for channels in table}) == 1
         and table[0]

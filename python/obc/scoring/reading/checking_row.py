@@ -143,7 +143,7 @@ class CheckingRow:
     def _end(self, attachment: Attachment) -> None:
         self._reading.checking, self._reading.candidates = False, None
         for flat in self._plan.flats.values():
-            flat.reference = torch.empty(0)
+            flat.reference = torch.empty(0, device="cpu")
         attachment.set_weight_gradients()
 
     def confirm_pending(self, attachment: Attachment) -> None:

@@ -89,9 +89,9 @@ class FlatRow:
         self.device, self.dtype = device, dtype
         self.slots: list[Slot] = []
         self.size = 0
-        self.row = torch.empty(0)
-        self.reference = torch.empty(0)
-        self.scores = torch.empty(0)
+        self.row = torch.empty(0, device="cpu")
+        self.reference = torch.empty(0, device="cpu")
+        self.scores = torch.empty(0, device="cpu")
         self.samples: Tensor | None = None
         self._replaced = 0  # changes of samples that were reallocated
 
@@ -127,7 +127,7 @@ class FlatRow:
 
     def release(self) -> None:
         """Free everything but the sums."""
-        self.samples, self.reference = None, torch.empty(0)
+        self.samples, self.reference = None, torch.empty(0, device="cpu")
         for slot in self.slots:
             slot.release()
 

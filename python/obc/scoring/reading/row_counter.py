@@ -110,5 +110,5 @@ class RowCounter:
 
     def load(self, ended: int, read: int, left_out: Sequence[str]) -> None:
         """Restore the counts of an earlier run."""
-        self._counts.copy_(torch.tensor([ended, read, 0, 0, 0]))
+        self._counts.copy_(torch.tensor([ended, read, 0, 0, 0], device="cpu"))
         self._num_left_out, self.left_out = 0, list(left_out)

@@ -95,6 +95,6 @@ class RowFile:
     def matrix(self) -> Tensor:
         """(rows, width), memory-mapped; changes to it don't reach the file."""
         if self.rows == 0:
-            return torch.empty(0, self.width)
+            return torch.empty(0, self.width, device="cpu")
         shape = (self.rows, self.width)
         return torch.from_numpy(np.memmap(self.path, dtype=np.float32, mode="c", offset=_HEADER_BYTES, shape=shape))

@@ -224,7 +224,7 @@ class _HostRows:
 
     def __init__(self, width: int, pinned: bool) -> None:
         self.rows, self.pinned = 0, pinned
-        self._matrix = torch.empty(0, width, pin_memory=pinned)
+        self._matrix = torch.empty(0, width, pin_memory=pinned, device="cpu")
 
     @property
     def matrix_bytes(self) -> int:
@@ -232,7 +232,7 @@ class _HostRows:
 
     def reserve(self, num_rows: int) -> None:
         if self.rows + num_rows > len(self._matrix):
-            matrix = torch.empty(self.rows + num_rows, self._matrix.shape[1], pin_memory=self.pinned)
+            matrix = torch.empty(self.rows + num_rows, self._matrix.shape[1], pin_memory=self.pinned, device="cpu")
             matrix[: self.rows].copy_(self._matrix[: self.rows])
             self._matrix = matrix
 

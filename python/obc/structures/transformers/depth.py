@@ -144,7 +144,7 @@ def find_depth(model: nn.Module, modules: Mapping[str, nn.Module], kinds: Collec
 
 
 def _group(name: str, kind: str) -> ChannelGroup:
-    return ChannelGroup(name, (Slice(name, "out", torch.zeros(1, 1, dtype=torch.int64)),), kind)
+    return ChannelGroup(name, (Slice(name, "out", torch.zeros(1, 1, dtype=torch.int64, device="cpu")),), kind)
 
 
 def block_lists(modules: Mapping[str, nn.Module]) -> list[str]:

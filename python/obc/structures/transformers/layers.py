@@ -123,7 +123,7 @@ def is_row(weight: Tensor) -> bool:
 
 def channels(units: int, width: int, copies: int = 1) -> Tensor:
     """(units, copies * width): the u-th of ``units`` blocks in each of ``copies`` stretches."""
-    blocks = torch.arange(copies * units * width).reshape(copies, units, width)
+    blocks = torch.arange(copies * units * width, device="cpu").reshape(copies, units, width)
     return blocks.transpose(0, 1).reshape(units, copies * width)
 
 

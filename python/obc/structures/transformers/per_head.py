@@ -38,7 +38,9 @@ class PerHead:
 
     def slice_of(self, heads: Tensor) -> Slice:
         """The entries of ``heads`` (units, heads per unit)."""
-        return Slice(self.name, "out", (heads[:, :, None] * self.width + torch.arange(self.width)).flatten(1))
+        return Slice(
+            self.name, "out", (heads[:, :, None] * self.width + torch.arange(self.width, device="cpu")).flatten(1)
+        )
 
 
 def per_head(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) -> list[PerHead]:

@@ -109,7 +109,8 @@ def load_pruned(directory: str | os.PathLike[str], model_class: type[nn.Module] 
     plan = PruningPlan.load(folder / PLAN_FILE)
     state = _read(folder / _WEIGHTS)
     config_class: Any = chosen.config_class  # type: ignore[union-attr]
-    model: Any = _cut(chosen(config_class.from_pretrained(folder)), plan)
+    with torch.device("cpu"):  # where the file's weights are read, whatever the default device
+        model: Any = _cut(chosen(config_class.from_pretrained(folder)), plan)
     refused = with_widths(model, [], depth=plan.depth)[1] if plan.depth else None
     if refused is not None:
         refuse_fresh_weights(model, refused)
@@ -197,7 +198,7 @@ def cut_to(model: nn.Module, plan: PruningPlan) -> None:
         for name, block in structure.blocks.items():
             kept = _units_kept(structure, block, plan)
             if kept is not None and kept < block.group.size:
-                surplus[name] = torch.arange(kept, block.group.size)
+                surplus[name] = torch.arange(kept, block.group.size, device="cpu")
         structure.remove(surplus)
 
 

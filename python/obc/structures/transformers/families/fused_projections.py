@@ -60,7 +60,7 @@ def _gpt_neox(module: nn.Module, heads: Heads, kind: str) -> HeadChannels | None
 
 def _by_shared_head(heads: Heads, kind: str) -> HeadChannels:
     ratio, size = heads.queries // heads.shared, heads.size
-    rows = torch.arange(heads.shared * (ratio + 2) * size).reshape(heads.shared, ratio + 2, size)
+    rows = torch.arange(heads.shared * (ratio + 2) * size, device="cpu").reshape(heads.shared, ratio + 2, size)
     if kind == "heads":
         return HeadChannels([rows.flatten(1)], channels(heads.shared, ratio * size))
     return HeadChannels([rows[:, :ratio].transpose(0, 1).flatten(1)], channels(ratio, size, heads.shared))
