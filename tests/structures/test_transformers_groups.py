@@ -134,11 +134,11 @@ def test_a_feed_forward_block_with_more_than_its_projections_is_named() -> None:
 
 def test_an_attention_with_more_than_its_projections_is_named() -> None:
     model = FAMILIES["llama"]().model
-    model.model.layers[0].self_attn.temperature = nn.Parameter(torch.zeros(4))
+    model.model.layers[0].self_attn.offsets = nn.Parameter(torch.zeros(4))
     structure = TransformersStructure(model, kinds=("heads",))
     assert [group.name for group in structure.groups] == ["model.layers.1.self_attn.q_proj"]
     assert structure.left_out == {
-        "model.layers.0.self_attn": "model.layers.0.self_attn.temperature of shape (4,) is not understood"
+        "model.layers.0.self_attn": "model.layers.0.self_attn.offsets of shape (4,) is not understood"
     }
 
 

@@ -217,8 +217,9 @@ class PruningPlan(Mapping[str, Kept]):
         >>> model = build()  # the unpruned model's class and arguments
         >>> obc.PruningPlan.load("plan.json").apply(model).load_state_dict(pruned_state_dict)
 
-        Sizes of torch's own layers are updated, and the counts of heads and experts in models of the transformers
-        library. Counts in your own modules are not: set them yourself if whole heads were removed. Layers that share a
+        Sizes of torch's own layers are updated, the counts of heads and experts in models of the transformers library,
+        and the counts of heads in other attentions that obc recognises. Further counts in your own modules are not: set
+        them yourself if whole heads were removed according to ``num_heads``. Layers that share a
         parameter must keep the same of it. Which layers read each other a plan does not say, and the model is not run:
         run one that was edited by hand on a batch afterwards.
 

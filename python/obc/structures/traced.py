@@ -33,8 +33,10 @@ from obc.structures.proof import Proof, prove
 from obc.structures.protocol import Limits, Unit
 from obc.structures.reaching import runs_reaching, unchanged_buffers
 from obc.structures.removal import refuse_untied, size_of, step_of
+from obc.structures.traced_blocks import count_down, offer_blocks
 from obc.structures.traced_graph import TracedGraph, trace
 from obc.structures.traced_groups import Found, GroupFinder, Settings
+from obc.structures.transformers.block import Block
 from obc.structures.units import checked_units, layer_name, renumbered_group, without_units
 from obc.structures.varied import varied_inputs
 from obc.structures.whole import kept_whole
@@ -55,7 +57,9 @@ class TorchPruningStructure:
     that is, the model without half of the units, tried on a copy, differs from the model with these units masked.
 
     A unit is one channel with everything coupled to it; one channel of every group of a grouped convolution or
-    GroupNorm; or one head according to ``num_heads``. If the model keeps its own count of heads, you must adapt it.
+    GroupNorm; or one head: of an attention whose layers have the names of a known family
+    (:mod:`obc.structures.traced_blocks`), or according to ``num_heads``. Of heads according to ``num_heads``, the
+    model's own count is not changed: you must adapt it.
 
     Args:
         model: the model, pruned in place by :meth:`remove`. Training flags and ``requires_grad`` are kept.
@@ -77,6 +81,7 @@ class TorchPruningStructure:
     Attributes:
         left_out: group -> why it can't be pruned.
         proof: the result for every group; None without ``check``.
+        blocks: the groups that names tell (:mod:`obc.structures.traced_blocks`), with what counts their units.
         more_runs: runs that reach layers which the example inputs do not; traced and proved as well.
         unreached: layers that no run reaches; they keep their widths.
 
@@ -140,6 +145,7 @@ class TorchPruningStructure:
         self._kept: dict[str, Kept] = {}
         self.left_out: dict[str, str] = {}
         self._groups: dict[str, ChannelGroup] = {}
+        self.blocks: dict[str, Block] = {}
         found = self._finder.find()
         for one in found:
             if one.group is not None:
@@ -169,7 +175,10 @@ class TorchPruningStructure:
             return self._run(copied, varied)
 
         proof = prove(self, run)
-        recover(self, self._finder, [one for one in found if one.name in self.left_out], run, proof)
+        offer_blocks(self, run, proof, self._finder.kept, self._graph.dims)
+        produced = {part.module for group in self.groups for part in group.slices if part.side == "out"}
+        wrong = [one for one in found if one.name in self.left_out and one.name not in produced]
+        recover(self, self._finder, wrong, run, proof)
         return proof
 
     def _unnamed(self, members: Collection[str]) -> dict[str, str]:
@@ -270,6 +279,8 @@ class TorchPruningStructure:
             if kept.in_channels is not None:
                 kept = with_columns(kept, kept.in_channels, repeat)
             self._kept[name] = self._in_blocks(name, kept.after(self._kept.get(name)))
+        for name in chosen.keys() & self.blocks.keys():
+            count_down(self._modules, self.blocks[name], len(chosen[name]))
         for name, group in self._groups.items():
             left = without_units(group, chosen[name]) if name in chosen else group
             self._groups[name] = renumbered_group(left, [lost.get((part.module, part.side)) for part in left.slices])

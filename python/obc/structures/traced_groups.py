@@ -88,6 +88,11 @@ class GroupFinder:
         """The layers whose outputs keep their widths by the caller's settings."""
         return {self._names[module] for module in self._settings.ignored if module in self._names}
 
+    @property
+    def kept(self) -> set[str]:
+        """Layers whose outputs the caller has said something about: they keep their widths, or have so many heads."""
+        return self.ignored | {self._names[module] for module in self._settings.heads if module in self._names}
+
     def layers_outside(self, producers: Collection[str]) -> list[str]:
         """The layers that ran and whose outputs are not those of ``producers``; depthwise convolutions don't count."""
         return [

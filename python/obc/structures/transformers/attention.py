@@ -37,13 +37,6 @@ def attentions(layers: Layers, name: str, kinds: Collection[str]) -> Iterator[Bl
         yield _attention(layers, name, projections, output, heads, "query_heads")
 
 
-def is_attention(layers: Layers, name: str) -> bool:
-    """Whether a module projects queries, or all of queries, keys and values."""
-    first = {names[0] for family in FAMILIES.values() for names in family.projections}
-    fused = {child for family in FAMILIES.values() for child in family.fused_projections}
-    return any(layers.layer(name, child) is not None for child in (*first, *fused))
-
-
 def output_of(layers: Layers, name: str) -> str | None:
     """The output projection of the attention ``name``."""
     parent = name.rpartition(".")[0]
@@ -57,9 +50,10 @@ def inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
     output = output_of(layers, name)
     if output is None:
         return set()
-    inner: set[tuple[str, Side]] = {(output, "in")}
+    further = _further_outputs(layers, name, layers.size(output, "in"))
+    inner: set[tuple[str, Side]] = {(one, "in") for one in (output, *further)}
     for child_name, child in layers.modules[name].named_children():
-        if joined(name, child_name) != output and next(child.parameters(), None) is not None:
+        if joined(name, child_name) not in (output, *further) and next(child.parameters(), None) is not None:
             inner.add((joined(name, child_name), "out"))
     return inner
 
@@ -67,7 +61,7 @@ def inner_sides(layers: Layers, name: str) -> set[tuple[str, Side]]:
 def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], size: int) -> None:
     """Refuse an attention with parameters that are not ``known``: layers, norms and parameters, by full name.
 
-    Norms of ``size`` are the same for every head.
+    Norms of ``size``, and single values, are the same for every head.
     """
     families = FAMILIES.values()
     headless = {joined(name, child) for family in families for child in family.headless}
@@ -76,7 +70,8 @@ def refuse_other_parameters(layers: Layers, name: str, known: Collection[str], s
     for key, parameter in layers.modules[name].named_parameters():
         full = joined(name, key)
         owner = full.rpartition(".")[0]
-        if {owner, full} & {*known} or (owner != name and parameter.shape == (size,)):
+        same = parameter.numel() == 1 or (owner != name and parameter.shape == (size,))
+        if {owner, full} & {*known} or same:
             continue
         if not any(is_within(full, one) for one in headless):
             raise NotPrunableError(f"{full} of shape {tuple(parameter.shape)} is not understood")
@@ -119,8 +114,16 @@ def _head_shapes(layers: Layers, name: str, projections: Sequence[str], output: 
     if rest or shared < 1 or inner % (shared * size):
         raise NotPrunableError(f"its widths {[*widths, inner]} are not multiples of the head size {size}")
     others = {found.name for found in per_head(layers, name, {"queries": inner // size, "keys": shared}, size)}
+    others |= {*_further_outputs(layers, name, inner)}
     refuse_other_parameters(layers, name, {*projections, output, *others}, size)
     return Heads(inner // size, shared, size, gated)
+
+
+def _further_outputs(layers: Layers, name: str, inner: int) -> list[str]:
+    """Output projections for other tokens that take part in the attention, which read all heads too."""
+    children = dict.fromkeys(child for family in FAMILIES.values() for child in family.further_outputs)
+    found = [joined(name, child) for child in children if layers.layer(name, child) is not None]
+    return [one for one in found if layers.size(one, "in") == inner]
 
 
 def _reads_config(layers: Layers, name: str) -> bool:
@@ -151,7 +154,8 @@ def _attention(layers: Layers, name: str, projections: Sequence[str], output: st
     size = heads.size
     rows = _head_channels(layers, name, projections, heads, kind)
     slices = [Slice(layer, "out", units) for layer, units in zip(projections, rows.projections, strict=False)]
-    slices.append(Slice(output, "in", rows.output))
+    outputs = [output, *_further_outputs(layers, name, heads.queries * size)]
+    slices += [Slice(layer, "in", rows.output) for layer in outputs]
     units = len(rows.output)
     per_unit = heads.queries // units
     counted: dict[tuple[str, ...], tuple[int, int]] = {

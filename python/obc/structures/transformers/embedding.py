@@ -14,6 +14,7 @@ from obc.structures.transformers.axes import Axis
 from obc.structures.transformers.block import Block
 from obc.structures.transformers.family import FAMILIES, attributes, config_keys
 from obc.structures.transformers.layers import Counter, Layers, channels
+from obc.structures.transformers.per_head import is_attention
 from obc.structures.units import NotPrunableError
 
 
@@ -82,7 +83,7 @@ def _attention_sides(layers: Layers, name: str) -> set[tuple[str, Side]] | None:
     """The inner sides of the attention ``name``; None if the module is not one."""
     found = [family.inner_sides(layers, name) for family in FAMILIES.values() if family.inner_sides is not None]
     own = set().union(*found)
-    if own or attention.is_attention(layers, name):
+    if own or is_attention(layers, name):
         return own | attention.inner_sides(layers, name)
     return None
 

@@ -55,9 +55,10 @@ class Family:
             keys | all values], unless another family's order fits the module.
         outputs: names of the output projection, in the same module as the others.
         outputs_around: names of the output projection in the module around that one.
+        further_outputs: names of output projections, beside the first, of other tokens that take part.
         gated_queries: classes of attention whose query projection gives each head its query and then a gate.
         head_parameters: parameters with an entry, or one head's channels, for every query head -> the dimension of the
-            heads.
+            heads. A name with a dot is one of a module inside the attention.
         head_layers: layers of an attention whose outputs are such entries: gates, projections of positions.
         head_norms: norms over the channels of all heads of an attention -> whose heads.
         input_norms: classes of attention where these are norms of what it reads, as wide as all heads by chance.
@@ -80,6 +81,7 @@ class Family:
     fused_projections: Mapping[str, HeadOrder | None] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
     outputs_around: tuple[str, ...] = ()
+    further_outputs: tuple[str, ...] = ()
     gated_queries: tuple[str, ...] = ()
     head_parameters: Mapping[str, int] = field(default_factory=dict)
     head_layers: tuple[str, ...] = ()

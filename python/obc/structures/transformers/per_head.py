@@ -7,6 +7,7 @@ computes if its norm sees only the remaining heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -72,14 +73,24 @@ def _norms(layers: Layers, name: str, counts: Mapping[HeadsOf, int], size: int) 
         key: heads for family in FAMILIES.values() for key, heads in family.head_norms.items()
     }.items():
         full, count = joined(name, child), counts.get(heads_of, 1)
-        weight = getattr(layers.modules.get(full), "weight", None)
-        if not isinstance(weight, Tensor) or count == 1:
+        norm = layers.modules.get(full)
+        if norm is None or count == 1:
             continue
-        if weight.shape == (count * size,):
+        weight = getattr(norm, "weight", None)
+        if isinstance(weight, Tensor) and weight.shape == (count * size,):
             yield PerHead(full, None, heads_of, size)
-        elif weight.shape == (count, size):  # Chameleon: each head has its own weights
-            for key in layers.modules[full]._parameters:
+            continue
+        for key, parameter in norm._parameters.items():  # Chameleon, vit-pytorch: each head has its own weights
+            shape = () if parameter is None else parameter.shape
+            if len(shape) > 1 and shape[0] == count and math.prod(shape) == count * size:
                 yield PerHead(joined(full, key), (_axis(full, key, 0),), heads_of, 1)
+
+
+def is_attention(layers: Layers, name: str) -> bool:
+    """Whether a module projects queries, or all of queries, keys and values."""
+    first = {names[0] for family in FAMILIES.values() for names in family.projections}
+    fused = {child for family in FAMILIES.values() for child in family.fused_projections}
+    return any(layers.layer(name, child) is not None for child in (*first, *fused))
 
 
 def norms_inputs(layers: Layers, name: str) -> bool:
@@ -88,15 +99,17 @@ def norms_inputs(layers: Layers, name: str) -> bool:
 
 
 def _parameters(layers: Layers, name: str, count: int, size: int) -> Iterator[PerHead]:
-    """Parameters of the attention, and of modules inside and next to it."""
+    """Parameters of the attention, and of modules inside it and next to it that are no attention themselves."""
     parent = name.rpartition(".")[0]
     inner = [joined(name, child) for child, _ in layers.modules[name].named_children()]
-    neighbours = [joined(parent, child) for child, _ in layers.modules[parent].named_children()] if parent else []
+    siblings = layers.modules[parent].named_children() if parent else ()
+    neighbours = [one for child, _ in siblings if not is_attention(layers, one := joined(parent, child))]
     dims = {key: dim for family in FAMILIES.values() for key, dim in family.head_parameters.items()}
     for owner in dict.fromkeys([name, *inner, *neighbours]):
-        for key, dim in dims.items():
+        for full, dim in dims.items():
+            module, _, key = full.rpartition(".")
             parameter = layers.modules[owner]._parameters.get(key)
-            if parameter is None or parameter.dim() <= dim:
+            if parameter is None or parameter.dim() <= dim or (module and owner != joined(name, module)):
                 continue
             width, rest = divmod(parameter.shape[dim], count)
             if not rest and width in (1, size):

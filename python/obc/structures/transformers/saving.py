@@ -25,7 +25,7 @@ from obc.model.slicing import sliced
 from obc.model.unsavable import refuse_dropped_biases, refuse_fresh_weights
 from obc.structures.removal import size_of
 from obc.structures.transformers.block import Block
-from obc.structures.transformers.blocks import DEFAULT_KINDS
+from obc.structures.transformers.blocks import DEFAULT_KINDS, Finder
 from obc.structures.transformers.config import with_widths
 from obc.structures.transformers.structure import TransformersStructure
 
@@ -205,11 +205,13 @@ def cut_to(model: nn.Module, plan: PruningPlan) -> None:
 def counts_after(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, Any]]:
     """(module or config, attribute, value) of what changes besides tensors if an unpruned model is cut to ``plan``.
 
-    It is tried on a copy that shares the weights. Empty if the model is none of the transformers library, or if the
-    plan was not made by a :class:`TransformersStructure`, so that its removals give other shapes.
+    It is tried on a copy that shares the weights. If the model is none of the transformers library, or if the plan was
+    not made by a :class:`TransformersStructure`, so that its removals give other shapes, only counts of heads.
     """
-    if not len(plan) or not hasattr(getattr(model, "config", None), "to_dict"):
+    if not len(plan):
         return []
+    if not hasattr(getattr(model, "config", None), "to_dict"):
+        return _counts_of_heads(model, plan)
     narrow, modules = shared_copy(model), dict(model.named_modules())
     try:
         cut_to(narrow, plan)
@@ -218,9 +220,9 @@ def counts_after(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, An
             weight = getattr(modules[module_name], "weight", None)
             kept = kept_of(plan, module_name, key)
             if sliced(module, tensor_name, original, kept, key, weight).shape != tensor.shape:
-                return []
+                return _counts_of_heads(model, plan)
     except (ValueError, IndexError):  # a plan for other layers; cutting names what does not fit
-        return []
+        return _counts_of_heads(model, plan)
     found: list[tuple[Any, str, Any]] = []
     configs: dict[int, Any] = {}  # id of a config -> its copy
     for name, one in narrow.named_modules():
@@ -232,6 +234,25 @@ def counts_after(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, An
             found.append((modules[name], "config", config))  # the layer got a config of its own
         else:
             found += _differences(before, config)
+    return found
+
+
+def _counts_of_heads(model: nn.Module, plan: PruningPlan) -> list[tuple[Any, str, Any]]:
+    """(module, attribute, value) of the counts of attentions that lose whole heads."""
+    found: list[tuple[Any, str, Any]] = []
+    modules = dict(model.named_modules())
+    for block in Finder(model, ("heads",)).blocks.values():
+        part = block.group.slices[0]
+        entry = plan.get(part.module)
+        if block.reads_config is not None or entry is None or entry.out_channels is None:
+            continue
+        stays = int(torch.isin(part.channels, entry.out_channels).all(1).sum())
+        if stays * part.channels.shape[1] != len(entry.out_channels):
+            continue  # not whole heads
+        for counter in block.counters:
+            owner = modules[counter.module]
+            gone = counter.per_unit * (block.group.size - stays)
+            found.append((owner, counter.attribute, getattr(owner, counter.attribute) - gone))
     return found
 
 

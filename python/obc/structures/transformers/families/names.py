@@ -73,14 +73,27 @@ _FAMILIES = (
         headless=("distance_embedding",),
         forward_reads_config=("relative_k_proj",),
     ),
-    # The conformers of Granite Speech, and Evolla's resampler: attention that begins with norms, and one projection of
-    # keys and values.
+    # Attention as in diffusers, vit-pytorch and x-transformers; the conformers of Granite Speech, and Evolla's
+    # resampler. It may begin with norms. Other tokens may take part, with projections of their own (SD3, Flux).
     Family(
-        "keys_and_values",
-        projections=(("to_q", "to_kv"),),
-        outputs=("to_out",),
-        headless=("pre_norm", "rel_pos_emb", "norm_media", "norm_latents"),
-        attributes={"heads": ("heads",), "head_size": ("dim_head",)},
+        "to_q",
+        feed_forwards=(("net.0.proj", "net.2"),),
+        fused_feed_forwards=(("net.0.proj", "net.2"),),
+        projections=(("to_q", "to_k", "to_v"), ("to_q", "to_kv"), ("to_queries", "to_keys", "to_values")),
+        fused_projections={"to_qkv": None},
+        outputs=("to_out", "to_out.0"),
+        further_outputs=("to_add_out",),
+        head_parameters={"temperature": 0, "rel_pos_bias.weight": 1},
+        head_layers=(
+            *("add_q_proj", "add_k_proj", "add_v_proj", "to_gate", "to_gates", "to_gates.0", "to_out_gates.0"),
+            *("to_residual_mix.0", "to_v_gate", "to_v_head_gate"),
+        ),
+        head_norms={"norm_q": "queries", "norm_k": "keys", "norm_added_q": "queries", "norm_added_k": "keys"},
+        headless=(
+            *("pre_norm", "rel_pos_emb", "norm_media", "norm_latents"),
+            *("norm", "norm_context", "group_norm", "spatial_norm", "norm_cross"),
+        ),
+        attributes={"heads": ("heads", "sliceable_head_dim"), "head_size": ("dim_head",)},
     ),
     # CTRL: its own names, and a feed-forward block that is a sequence.
     Family(

@@ -1,0 +1,83 @@
+"""Heads of attention, and other blocks that names and shapes tell, in models whose groups are traced.
+
+Tracing follows single channels, and it does not know that modules count heads. So the blocks of
+:mod:`obc.structures.transformers` are looked for in every model, where no traced group has their channels. Like all
+groups they are kept only if the proof passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+from torch import nn
+
+from obc.model.evaluation import Run
+from obc.model.groups import Side
+from obc.model.names import is_within
+from obc.structures.probed_groups import Extensible
+from obc.structures.proof import Proof, prove
+from obc.structures.transformers.block import Block
+from obc.structures.transformers.blocks import Finder
+
+_KINDS = ("heads", "ffn")
+
+
+class Blocked(Extensible, Protocol):
+    """A structure some of whose groups are blocks, with counts that change with their units."""
+
+    blocks: dict[str, Block]
+
+
+def offer_blocks(structure: Blocked, run: Run, proof: Proof, kept: Collection[str], dims: dict[str, int]) -> None:
+    """Let the structure have the blocks that are proved.
+
+    Args:
+        structure: receives groups and their blocks.
+        run: see :func:`obc.structures.proof.prove`.
+        proof: of the groups so far; the results for all groups together replace its own.
+        kept: names of modules whose outputs are not for blocks.
+        dims: parameter outside layers -> its dimension of channels; those of blocks are added.
+    """
+    taken = {(part.module, part.side) for group in structure.groups for part in group.slices}
+    for name, block in Finder(structure.model, _KINDS).blocks.items():
+        if _is_free(block, taken, kept) and (own := _dims_of(block)) is not None:
+            structure.blocks[name] = block
+            dims.update(own)
+            structure.offer(block.group)
+    if not structure.blocks:
+        return
+    together = prove(structure, run)
+    proof.add(together)
+    proof.proved, proof.unproved = together.proved, together.unproved
+    proof.left_out |= together.left_out
+    for name in structure.blocks.keys() - {group.name for group in structure.groups}:
+        del structure.blocks[name]
+
+
+def _is_free(block: Block, taken: Collection[tuple[str, Side]], kept: Collection[str]) -> bool:
+    """Whether no other group has the block's channels, and no module reads their number from a config of the model."""
+    parts = block.group.slices
+    produced = [part.module for part in parts if part.side == "out"]
+    return (
+        block.reads_config is None
+        and not any((part.module, part.side) in taken for part in parts)
+        and not any(is_within(name, module) for name in produced for module in kept)
+    )
+
+
+def _dims_of(block: Block) -> dict[str, int] | None:
+    """Parameter outside layers -> its dimension of channels; None if a slice lies in several tensors."""
+    dims = {}
+    for (name, _), axes in block.axes.items():
+        if len(axes) != 1 or axes[0].key != name or axes[0].slot != "out":
+            return None
+        dims[name] = axes[0].dim
+    return dims
+
+
+def count_down(modules: Mapping[str, nn.Module], block: Block, units: int) -> None:
+    """Let the modules that count a block's units know that so many are gone."""
+    for counter in block.counters:
+        module = modules[counter.module]
+        setattr(module, counter.attribute, getattr(module, counter.attribute) - counter.per_unit * units)
