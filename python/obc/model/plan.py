@@ -171,6 +171,9 @@ class PruningPlan(Mapping[str, Kept]):
 
         >>> result = obc.prune(load_pruned("pruned"), batches=batches, loss_fn=loss_fn, params=0.8)
         >>> save_pruned(result.model, result.plan.after(obc.PruningPlan.load("pruned/obc_plan.json")), "pruned-again")
+
+        Raises:
+            PlanError: ``earlier`` left other numbers of channels or blocks than this plan was made for.
         """
         refuse_non_plans(earlier, "earlier")
         depth = self.depth.after(earlier.depth)
