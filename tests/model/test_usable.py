@@ -153,6 +153,15 @@ def test_a_batch_without_samples_is_named(rows: Any) -> None:
         obc.score(_model(), data, _losses if rows == "sample" else lambda m, b: _losses(m, b).mean(), rows=rows)
 
 
+@pytest.mark.parametrize("statistics", ["moments", "gram", "gradient_moments", "rows"])
+def test_collect_names_a_batch_without_samples(statistics: str) -> None:
+    """It used to count in num_batches."""
+    data = _data()
+    data.insert(1, (torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)))
+    with pytest.raises(ValueError, match="batch 1 has no samples; leave empty batches out"):
+        obc.collect(_model(), data, lambda m, b: _losses(m, b).mean(), statistics=statistics)
+
+
 def test_a_loss_of_another_model_is_refused_with_what_it_lacks() -> None:
     other = _model()
     with pytest.raises(

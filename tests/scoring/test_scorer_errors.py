@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -468,3 +470,17 @@ def test_a_model_in_flat_shards_is_refused_by_name(use_orig_params: bool, part: 
     whole = nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="compensate first, then shard it"):
         obc.compensate(wrapped, whole, obc.PruningPlan({}), batches)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps, lambda model: torch.save(model, io.BytesIO())])
+@pytest.mark.parametrize("rows", ["batch", "sample"])
+def test_a_model_with_a_scorer_attached_is_not_copied(how: Callable[[Any], Any], rows: Any) -> None:
+    """A copy would have hooks that read into the scorer of the original; "cannot pickle 'module' object" came."""
+    case = models.residual_cnn()
+    snapshot = Snapshot(unusual(case.model))
+    with obc.JacobianScorer(case.model, rows=rows) as scorer:
+        for one in (case.model, scorer):
+            with pytest.raises(obc.scoring.ScoringError, match=r"has hooks of a scorer.*outside of `with scorer:`"):
+                how(one)
+    snapshot.assert_restored()
+    how(models.residual_cnn().model)

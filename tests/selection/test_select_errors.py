@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -23,6 +24,31 @@ def test_units_that_are_all_alike_are_said_so_once_and_go_in_order(value: float,
     assert len(warned) == 1
     assert warned[0].filename == __file__
     assert {name: units.tolist() for name, units in removed.items()} == {"a": [0, 1], "b": [0]}
+
+
+COSTS: dict[str, Any] = {
+    "numbers": {"a": 100.0, "b": 40.0},
+    "units": {"a": torch.arange(40.0, 49.0), "b": torch.full((9,), 50.0)},
+    "fixed": Costs.fixed({"a": 40.0, "b": 100.0}, {"a": 9, "b": 9}),
+}
+
+
+@pytest.mark.parametrize("costs", COSTS)
+def test_a_budget_that_looks_like_a_share_is_warned_of(costs: str) -> None:
+    rows = {"a": torch.rand(30, 9), "b": torch.rand(30, 9)}
+    with pytest.warns(UserWarning, match=r"the budget 0\.5 is no share, .*: one unit frees 40 at least; for") as warned:
+        removed = obc.select(rows, COSTS[costs], 0.5)
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert sum(len(units) for units in removed.values()) == 1  # what it means has not changed
+
+
+@pytest.mark.parametrize(("cost", "budget"), [(1e-4, 5e-4), (0.01, 0.5), (100.0, 200.0), (100.0, 0.0), (0.5, 0.2)])
+def test_a_budget_in_the_units_of_costs_is_not(cost: float, budget: float) -> None:
+    rows = {"a": torch.rand(60, 60)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        obc.select(rows, {"a": cost}, budget)
 
 
 def test_groups_that_become_narrow_are_named() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -516,3 +518,18 @@ def test_half_precision_is_proved_by_what_layers_read(dtype: torch.dtype) -> Non
 class Flipped(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.flip(-1)
+
+
+@pytest.mark.parametrize("shift", [0, 3, 11])
+def test_groups_that_share_a_consumers_channels_are_not_proved_together(shift: int) -> None:
+    """Two groups of the same channels: what one removes, the other still counts with. It ended in an IndexError."""
+    structure = TorchPruningStructure(wired(lambda x: x), images(), check=False)
+    name = next(iter(structure._groups))
+    group = structure._groups[name]
+    slices = tuple(replace(part, channels=part.channels.roll(shift, 0)) for part in group.slices)
+    structure._groups["again"] = replace(group, name="again", slices=slices)
+    reader = group.consumers[0].module
+    proof = prove(structure, lambda model: model(images()))
+    said = rf"together with again: input channel \d+ of {reader} is in several groups"
+    assert re.search(said, proof.left_out[name]), proof
+    assert "again" in proof.proved

@@ -72,6 +72,12 @@ def has_no_samples(batch: Any) -> bool:
     return bool(tensors) and not any(tensor.numel() for tensor in tensors)
 
 
+def refuse_empty(index: int, batch: Any) -> None:
+    """Raise a ValueError if batch ``index`` has no samples: it would count as one that changes nothing."""
+    if has_no_samples(batch):
+        raise ValueError(f"batch {index} has no samples; leave empty batches out")
+
+
 def _is_list(value: Any) -> bool:
     """Whether it is a list or tuple, not empty, of entries of one kind."""
     return type(value) in (list, tuple) and len({type(entry) for entry in value}) == 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from obc.model.arguments import positive
-from obc.model.batches import RowKind, has_no_samples, part_of, parts_of, samples_in
+from obc.model.batches import RowKind, part_of, parts_of, refuse_empty, samples_in
 from obc.model.errors import on_batch
 from obc.model.evaluation import LossFn
 from obc.scoring.errors import RowError, SampleRowsError
@@ -48,8 +48,7 @@ class BatchRows:
 
     def batch(self, index: int, batch: Any) -> None:
         """Read the rows of batch ``index``, again if its row had to be dropped."""
-        if has_no_samples(batch):
-            raise ValueError(f"batch {index} has no samples; leave empty batches out")
+        refuse_empty(index, batch)
         if self._checks_on_a_sample and self.scorer.can_check_on_a_sample:
             self._check_on_a_sample(index, batch)
         self._read, self.losses = 0, []

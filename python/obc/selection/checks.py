@@ -196,6 +196,20 @@ def warn_if_free(
         warnings.warn(f"removing units of {groups} frees nothing, so all of them stay", stacklevel=_CALLER)
 
 
+def warn_if_a_share(budget: float, costs: RemovalCosts) -> None:
+    """Warn of a budget below 1 that the removal of any unit exceeds: it seems to be meant as a share."""
+    if not 0 < budget < 1:
+        return
+    alone = costs.slope - costs.curvature.diagonal() if costs.unit_costs is None else costs.unit_costs
+    freed = alone[alone > 0]
+    if len(freed) and costs.effective is None and float(freed.min()) >= 1:
+        warnings.warn(
+            f"the budget {float(budget):g} is no share, but how much to free, in the unit of the costs: one unit frees "
+            f"{float(freed.min()):g} at least; for a share pass it times the costs' total",
+            stacklevel=_CALLER,
+        )
+
+
 def warn_if_all_equal(values: Tensor, what: str) -> None:
     """Warn if all ``values``, scores (C,) or rows (C, N), are equal."""
     if len(values) > 1 and bool((values == values[0]).all()):

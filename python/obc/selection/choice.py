@@ -94,7 +94,7 @@ def select(
             group that has others ``inside`` it, according to the costs, is a whole block: its one unit frees what is
             left of the units inside, which then can't be removed individually, and adds to the loss what their removal
             did not add.
-        budget: how much to free, in the unit of the costs.
+        budget: how much to free, in the unit of the costs; no share of them, as :func:`obc.prune` takes it.
         selection: "joint" or "independent".
         shrinkage: 0 counts interactions as the rows have them, 1 ignores them. None means 0 with at least as many rows
             as units. Fewer rows can't tell interactions from noise; then it is estimated from the rows, with a warning
@@ -160,6 +160,7 @@ def _order(
     removal_costs = checks.removal_costs(names, sizes, costs, lowest, rows[0].device)
     inside = inside_of(names, costs.inside) if isinstance(costs, Costs) else {}
     checks.warn_if_free(names, sizes, removal_costs, inside)
+    checks.warn_if_a_share(budget, removal_costs)
     interacting = None
     with without_autocast():
         if selection == "joint":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from obc.distribution import obc_version
 from obc.model.arguments import iterable_batches, listed, no_batches, one_of, positive, refuse_uncallable
-from obc.model.batches import RowKind, parts_of, usable_in_autograd
+from obc.model.batches import RowKind, parts_of, refuse_empty, usable_in_autograd
 from obc.model.evaluation import ForwardFn, LossFn, call_on_batch, evaluating, without_cache
 from obc.model.groups import Side, by_name
 from obc.model.layouts import is_compiled
@@ -113,6 +113,7 @@ def collect(
             read, no batches, or no finite batch; with ``by_block``, blocks that don't follow each other, or missing
             weights.
         CheckpointError: the checkpoint is damaged or belongs to another run.
+        ValueError: a batch has no samples.
     """
     with failing_together(process_group, model):
         positive("every", every, StatisticsError)
@@ -223,6 +224,7 @@ class _Run:
             for batch in progress_bar(progress, left, desc="collect", unit="batch", total=total, initial=self.done):
                 notice()
                 log.tick(self.done, total)
+                refuse_empty(self.done, batch)
                 read(batch)
                 self.done += 1
                 if isinstance(batches, UsableBatches):
@@ -240,7 +242,10 @@ class _Run:
         if self.saved is not None and (state := self.saved.resume()) is not None:
             done, earlier = state["blocks"], state["seconds"]
             logger.warning("resuming from %s: %d blocks are done", self.saved.path, done)
-        parts = [self._parts(usable_in_autograd(batch)) for batch in batches]
+        parts = []
+        for index, batch in enumerate(batches):
+            refuse_empty(index, batch)
+            parts.append(self._parts(usable_in_autograd(batch)))
         self.done = len(parts)
         if not parts:
             return

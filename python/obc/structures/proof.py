@@ -258,6 +258,8 @@ class _Prover:
             )
         if masked is None:
             return None
+        if (shared := self._overlap(names, removed)) is not None:
+            return shared
         found = compare(masked, sliced)
         if found.where is None:
             self.proof.error = max(self.proof.error, found.error)
@@ -329,6 +331,18 @@ class _Prover:
         ]
         drawn = "; the model draws random numbers, other ones for fewer channels: let it draw none while it is pruned"
         return what + (f"; {', '.join(shared)} are one parameter" if shared else "") + drawn * self.unmasked.draws
+
+    def _overlap(self, names: Sequence[str], removed: Mapping[str, Tensor]) -> str | None:
+        """A channel that a unit of one of these groups reads and another group removes, or None."""
+        lost = lost_inputs(self.base, [self.groups[name] for name in names], removed)
+        for name in (one for one in names if not self.groups[one].is_depth):
+            stays = staying(self.groups[name].size, removed[name])
+            for part in self.groups[name].consumers:
+                channels = part.channels[stays].flatten()
+                both = channels[torch.isin(channels, lost.get(part.module, channels[:0]))]
+                if len(both):
+                    return f"input channel {int(both[0])} of {part.module} is in several groups, in {name} for example"
+        return None
 
     def _note_seen(self, names: Sequence[str], masked: Observation, removed: Mapping[str, Tensor]) -> None:
         """Record which units' channels are read and can be distinguished."""

@@ -14,6 +14,7 @@ from obc.backends import native_gates
 from obc.model.hooks import hook_before_others
 from obc.model.rules import Rule
 from obc.model.sharding import is_dtensor
+from obc.scoring.errors import ScoringError
 from obc.scoring.reading.chain_candidates import Candidates, Pending
 from obc.scoring.reading.chains import Chains
 from obc.scoring.reading.flat_row import Slot
@@ -121,6 +122,12 @@ class ModuleReader:
         self._native_in: Any = None  # the gate in C++, made in the first row after the checking row
         self._native_out: Any = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ScoringError(
+            f"{self.name!r} has hooks of a scorer, which can't be copied or saved with it; copy or save the model "
+            "outside of `with scorer:`, or its state_dict()"
+        )
 
     @property
     def slots(self) -> list[Slot]:
