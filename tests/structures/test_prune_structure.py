@@ -440,3 +440,34 @@ def test_bad_removals_are_refused() -> None:
         structure.remove({"features.0": torch.arange(16)})
     with pytest.raises(ValueError, match="unit must be 'macs' or 'parameters', got 'bytes'"):
         structure.costs("bytes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("where", ["parameter", "buffer", "shared"])
+def test_tensors_that_nothing_wrote_to_stop_no_group(where: str) -> None:
+    """A parameter made by torch.empty may hold NaN, and NaN stays NaN: nothing was trained."""
+    model: Any = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).double()
+    unused = torch.full((5,), torch.nan, dtype=torch.float64)
+    if where == "buffer":
+        model.register_buffer("unused", unused)
+    else:
+        model.unused = nn.Parameter(unused)
+    if where == "shared":
+        model[1].other = model.unused
+    original = copy.deepcopy(model)
+    structure = TorchPruningStructure(model, torch.randn(3, 4, dtype=torch.float64))
+    assert [group.name for group in structure.groups] == ["0", "2"]
+    structure.remove({"0": torch.tensor([1]), "2": torch.tensor([0, 3])})
+    structure.plan.verify(original.state_dict(), model)
+    applied = structure.plan.apply(original)
+    assert torch.equal(applied[2].weight, model[2].weight)
+
+
+def test_another_value_beside_nan_is_seen() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    model.unused = nn.Parameter(torch.tensor([torch.nan, 1.0], dtype=torch.float64))
+    original = copy.deepcopy(model)
+    structure = TorchPruningStructure(model, torch.randn(3, 4, dtype=torch.float64))
+    structure.remove({"0": torch.tensor([1])})
+    model.unused.data[1] = 2.0
+    with pytest.raises(PlanError, match=r"unused: .* other values"):
+        structure.plan.verify(original.state_dict(), model)

@@ -29,7 +29,7 @@ from obc.model.depth import (
 from obc.model.kept import Kept, PlanError, kept_of
 from obc.model.matching import match
 from obc.model.names import joined, named_modules, named_tensors
-from obc.model.slicing import original_tensor, refuse_non_state_dict, sliced
+from obc.model.slicing import original_tensor, refuse_non_state_dict, same_values, sliced
 from obc.model.usable import refuse_non_modules, refuse_without_values
 from obc.page.document import fragment
 from obc.page.markup import table
@@ -156,7 +156,7 @@ class PruningPlan(Mapping[str, Kept]):
             raise PlanError(
                 f"{key}: the original is {expected.dtype}, the pruned model {pruned.dtype}; convert one of them"
             )
-        if not torch.equal(expected.to(pruned.device), pruned):
+        if not same_values(expected.to(pruned.device), pruned):
             raise PlanError(
                 f"{key}: the original's {tuple(original.shape)} sliced by the plan has the pruned model's shape "
                 f"{tuple(pruned.shape)} but other values: it was compensated or trained, or is of another original; "

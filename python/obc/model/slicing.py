@@ -16,6 +16,11 @@ from obc.model.recurrent import columns_of, gates_of, rows_of
 from obc.model.rules import Rule, is_packed
 
 
+def same_values(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape have the same values; NaN, as in memory that nothing wrote to, equals NaN."""
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
 def original_tensor(state_dict: Mapping[str, Tensor], key: str) -> Tensor:
     """``state_dict[key]``, detached.
 

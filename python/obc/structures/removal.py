@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from obc.model.kept import Kept, PlanError, kept_of, staying
 from obc.model.layouts import is_depthwise, layout_of
 from obc.model.recurrent import is_recurrent
-from obc.model.slicing import sliced
+from obc.model.slicing import same_values, sliced
 from obc.structures.masking import Lost
 
 
@@ -77,7 +76,7 @@ def refuse_untied(model: nn.Module, shared: Sequence[Sequence[str]], step: Mappi
     for names in shared:
         left = [_left_of(model, name, step) for name in names]
         for name, other in zip(names[1:], left[1:], strict=True):
-            if other.shape != left[0].shape or not torch.equal(other, left[0]):
+            if other.shape != left[0].shape or not same_values(other, left[0]):
                 raise PlanError(f"{names[0]} and {name} share one parameter, but would lose different channels of it")
 
 
